@@ -1,0 +1,71 @@
+"""The one place that knows JAX, Flax and Orbax versions apart.
+
+Everything here is reachable by a public import path of the libraries.  A function stands here for one of
+two reasons: its name or its parameters differ between the versions that Statewise supports (jax 0.10 to
+0.12, flax 0.12.8 to 0.12.12), or its import path carries no promise of stability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.extend import core as jex_core
+from jax.interpreters import partial_eval
+
+__all__ = [
+    "Literal",
+    "MetricState",
+    "Tracer",
+    "dce",
+    "eval_jaxpr",
+    "inner_jaxpr",
+    "scan_counts",
+    "variable_type",
+]
+
+Literal = jex_core.Literal
+Tracer = jax.core.Tracer
+MetricState: type = nnx.metrics.MetricState
+
+
+def inner_jaxpr(jaxpr: Any) -> Any:
+    """The open jaxpr: parameters of primitives hold closed ones on jax 0.10 and open ones on 0.12."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a `scan` equation are constants, and how many are carried.
+
+    jax 0.10 names both among the parameters, 0.12 does not.  On each, a scanned operand (or result) has one
+    axis more outside the body than inside; operands stand in the order constants, carry, scanned.
+    """
+    body = inner_jaxpr(eqn.params["jaxpr"])
+    scanned = sum(
+        len(outer.aval.shape) != len(inner.aval.shape) for outer, inner in zip(eqn.invars, body.invars, strict=True)
+    )
+    stacked = sum(
+        len(outer.aval.shape) != len(inner.aval.shape) for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
+    )
+    carry = len(eqn.outvars) - stacked
+    return len(eqn.invars) - scanned - carry, carry
+
+
+def dce(jaxpr: Any, used: Sequence[bool]) -> tuple[Any, list[bool]]:
+    """Removes what the used outputs do not need; returns the smaller open jaxpr and which inputs it reads."""
+    smaller, reads = partial_eval.dce_jaxpr(jaxpr, list(used))
+    return smaller, list(reads)
+
+
+def eval_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Runs an open jaxpr on values or tracers."""
+    return jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+
+def variable_type(leaf: Any) -> type:
+    """The type of a leaf: the Variable's own (also under hijax, where `type()` is another class), or `jax.Array`."""
+    if isinstance(leaf, nnx.Variable):
+        return leaf.var_type
+    return jax.Array

@@ -1,0 +1,121 @@
+"""Collecting what a function sows, without letting it into the state.
+
+Flax records sown values in two ways: inside `nnx.capture` in a place apart, and, outside of it, as new
+Variables of the module (which newer versions warn about).  `Capture` serves both: it runs the function under
+`nnx.capture` for the Variable types that the captured kinds claim, and gathers new Variables of these kinds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from statewise.claims import claimants
+from statewise.errors import KindError
+from statewise.filters import predicate, type_only
+from statewise.kinds import Kinds, unknown_kind
+from statewise.paths import Path
+from statewise.plan import Plan
+from statewise.scan import raw_value
+
+__all__ = ["Capture"]
+
+
+class Capture:
+    """Which kinds of new leaves a step hands out beside its output.
+
+    Args:
+      kinds: the declaration.
+      names: one kind, several, or none.
+    """
+
+    def __init__(self, kinds: Kinds, names: str | Sequence[str] | None) -> None:
+        self.single = isinstance(names, str)
+        self.names: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names or ())
+        for name in self.names:
+            if name not in kinds:
+                raise unknown_kind(name, kinds)
+            if not type_only(kinds[name].of):
+                raise KindError(
+                    f"Kind {name!r} cannot be captured: its filter looks at more than the type.",
+                    kind=name,
+                    mend=f"{name}=sw.Kind(nnx.Intermediate, saved=False)",
+                )
+        self.kinds = kinds
+        self._claimants = claimants(kinds)
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def call(
+        self, fn: Callable[..., Any], objects: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, list[tuple[int, Any]]]:
+        """Calls the function; returns its output and what was sown: (object's position, state) for each type."""
+        if not self.names:
+            return fn(*objects, *args, **kwargs), []
+        types = self._types()
+        run: Callable[[], Any] = functools.partial(fn, *objects, *args, **kwargs)
+        for position, thing in enumerate(objects):
+            if isinstance(thing, nnx.Module):
+                run = _capturing(run, thing, position, types)
+        sown = _Sown.of(run())
+        return sown.value, sown.sown
+
+    def claims(self, plan: Plan, path: Path, leaf: Any) -> bool:
+        """Whether a new leaf belongs to a captured kind."""
+        relative = path[1:] if plan._several else path
+        return bool(self.names) and self._claimants(relative, leaf)[:1] in {(name,) for name in self.names}
+
+    def collect(self, plan: Plan, live: Mapping[Path, Any], out: Any, sown: Sequence[tuple[int, Any]]) -> Any:
+        """The step's output: as it is, or (output, captured)."""
+        if not self.names:
+            return out
+        flat: dict[str, list[tuple[Path, Any]]] = {name: [] for name in self.names}
+        planned = {row.path for row in plan._rows}
+        for path, leaf in live.items():
+            if path not in planned:
+                flat[self._claimants(path[1:] if plan._several else path, leaf)[0]].append((path, raw_value(leaf)))
+        for position, state in sown:
+            for path, leaf in nnx.to_flat_state(state):
+                full = (position, *path) if plan._several else path
+                flat[self._claimants(path, leaf)[0]].append((full, raw_value(leaf)))
+        states = {name: nnx.from_flat_state(leaves) for name, leaves in flat.items()}
+        return out, states[self.names[0]] if self.single else states
+
+    def _types(self) -> tuple[type, ...]:
+        """The Variable types that a captured kind claims: `nnx.capture` wants each exactly."""
+        # A filter that looks at nothing but the type can be asked about an instance that holds nothing.
+        matches = [predicate(self.kinds[name].of) for name in self.names]
+        return tuple(
+            cls
+            for cls in dict.fromkeys(_subclasses(nnx.Variable))
+            if any(match((), object.__new__(cls)) for match in matches)
+        )
+
+
+class _Sown:
+    """An output and what was sown on the way: (object's position, state) for each type and object."""
+
+    def __init__(self, value: Any, sown: list[tuple[int, Any]]) -> None:
+        self.value, self.sown = value, sown
+
+    @classmethod
+    def of(cls, thing: Any) -> _Sown:
+        return thing if isinstance(thing, _Sown) else cls(thing, [])
+
+
+def _capturing(run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...]) -> Callable[[], Any]:
+    def captured() -> _Sown:
+        value, *states = nnx.capture(lambda _: _Sown.of(run()), *types)(module)
+        return _Sown(value.value, value.sown + [(position, state) for state in states])
+
+    return captured
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for sub in cls.__subclasses__():
+        yield from _subclasses(sub)

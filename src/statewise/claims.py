@@ -1,0 +1,114 @@
+"""Matching kinds to leaves: every leaf to exactly one, or every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from statewise import _compat
+from statewise.errors import ContestedError, UnclaimedError
+from statewise.filters import as_code, predicate, type_key, type_only
+from statewise.kinds import Kinds
+from statewise.paths import Leaf, format_path
+from statewise.scan import Scan, row_of
+
+__all__ = ["claim", "claimants"]
+
+Claimants = Callable[[Any, Any], tuple[str, ...]]
+
+
+def claimants(kinds: Kinds) -> Claimants:
+    """A function of (path, leaf) that names the kinds which claim the leaf; the rest kind only if no other does.
+
+    Where a filter looks at nothing but the type, its answer is remembered by type: models have thousands of
+    leaves and a handful of types.
+    """
+    rest = tuple(name for name, kind in kinds.items() if kind.rest)
+    by_type = {name: predicate(kind.of) for name, kind in kinds.items() if not kind.rest and type_only(kind.of)}
+    others = {name: predicate(kind.of) for name, kind in kinds.items() if not kind.rest and name not in by_type}
+    order = {name: position for position, name in enumerate(kinds)}
+    known: dict[Any, tuple[str, ...]] = {}
+
+    def claims_of(path: Any, leaf: Any) -> tuple[str, ...]:
+        key = type_key(leaf)
+        names = known.get(key)
+        if names is None:
+            names = known[key] = tuple(name for name, matches in by_type.items() if matches(path, leaf))
+        if others:
+            more = tuple(name for name, matches in others.items() if matches(path, leaf))
+            names = tuple(sorted(names + more, key=order.__getitem__)) if more else names
+        return names or rest
+
+    return claims_of
+
+
+def claim(kinds: Kinds, found: Scan) -> list[str]:
+    """The kind of each leaf.
+
+    Raises:
+      ContestedError: leaves that several kinds claim, all of them.
+      UnclaimedError: leaves that no kind claims, all of them.
+    """
+    claims_of = claimants(kinds)
+    claims = [claims_of(found.relative(path), leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)]
+    if any(len(names) != 1 for names in claims):
+        _refuse(kinds, found, claims)
+    return [names[0] for names in claims]
+
+
+def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]]) -> None:
+    contested, unclaimed = [], []
+    types: dict[tuple[str, ...], list[type]] = {}
+    for path, leaf, names in zip(found.paths, found.leaves, claims, strict=True):
+        if len(names) == 1:
+            continue
+        types.setdefault(names, []).append(_compat.variable_type(leaf))
+        if names:
+            contested.append(row_of(path, leaf, note="claimed by " + " and ".join(names)))
+        else:
+            unclaimed.append(row_of(path, leaf))
+    if contested:
+        also = f"  {len(unclaimed)} more are claimed by none: {_first_paths(unclaimed)}." if unclaimed else ""
+        raise ContestedError(
+            f"{len(contested)} leaves are claimed by more than one kind.{also}",
+            leaves=contested + unclaimed,
+            mend=_mend_contested(kinds, {names: found_types for names, found_types in types.items() if names}),
+        )
+    raise UnclaimedError(
+        f"{len(unclaimed)} leaves are claimed by no kind.", leaves=unclaimed, mend=_mend_unclaimed(kinds, types[()])
+    )
+
+
+def _first_paths(leaves: Sequence[Leaf]) -> str:
+    shown = ", ".join(format_path(leaf.path) for leaf in leaves[:3])
+    return shown + (" ..." if len(leaves) > 3 else "")
+
+
+def _mend_unclaimed(kinds: Kinds, types: Sequence[type]) -> str:
+    """One kind for each type that is left over, or the rest kind for all of them."""
+    lines = []
+    for cls in dict.fromkeys(types):
+        name = cls.__name__.lower() + "_kind"
+        filter_ = f"sw.Exactly({cls.__name__})"
+        lines.append(f"kinds = kinds | sw.Kinds({name}=sw.Kind({filter_}))")
+    lines.append("or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))")
+    return "\n".join(lines)
+
+
+def _mend_contested(kinds: Kinds, types: dict[tuple[str, ...], list[type]]) -> str:
+    """Leaves each contested leaf to the last kind that claims it: a declaration goes from general to special."""
+    lines = []
+    for names in types:
+        *general, special = sorted(names, key=lambda name: _breadth(kinds, name, types[names]))
+        for name in general:
+            filters = f"{as_code(kinds[name].of)}, nnx.Not({as_code(kinds[special].of)})"
+            lines.append(f"kinds = kinds.replace({name}=sw.Kind(nnx.All({filters})))")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _breadth(kinds: Kinds, name: str, types: Sequence[type]) -> int:
+    """How far a kind's own type stands above the contested leaf's: the wider filter gives way. 0 if unknown."""
+    of = kinds[name].of
+    if isinstance(of, type) and of in types[0].__mro__:
+        return -types[0].__mro__.index(of)
+    return 0

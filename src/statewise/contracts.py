@@ -1,0 +1,165 @@
+"""What a step may write, resolved for one plan.
+
+`@sw.step` may write exactly the kinds that it names.  `@sw.train_step` may write, besides, what training is
+expected to move: every kind that is neither frozen, nor ephemeral, nor holds `nnx.Param`; and the kinds that it
+differentiates are written by their optimizers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise.plan import Plan
+from statewise.errors import KindError, StructureError
+from statewise.kinds import unknown_kind
+from statewise.moments import Group
+from statewise.tracing import Traced
+
+__all__ = ["Contract", "check_loss", "plain_contract", "train_contract"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contract:
+    """What a step may do to a state of one plan.
+
+    Attributes:
+      allowed: the kinds that its function may write.
+      why_not: for some other kinds, why they may not be written.
+      groups: the optimizers that it runs.
+      trains: whether it differentiates.
+      has_aux: whether its function returns (loss, aux).
+      returns_state: whether it returns a state beside its output.
+      mend: how its decorator reads with other writes; `{kinds}` stands for them.
+    """
+
+    allowed: frozenset[str]
+    why_not: dict[str, str]
+    groups: tuple[Group, ...]
+    trains: bool
+    has_aux: bool
+    returns_state: bool
+    mend: str
+
+
+def plain_contract(plan: Plan, name: str, writes: Sequence[str]) -> Contract:
+    """The contract of `@sw.step(writes=...)`."""
+    _check_writable(plan, name, writes)
+    return Contract(
+        allowed=frozenset(writes),
+        why_not=_frozen(plan),
+        groups=(),
+        trains=False,
+        has_aux=False,
+        returns_state=bool(writes),
+        mend="@sw.step(writes={kinds})",
+    )
+
+
+def train_contract(
+    plan: Plan, name: str, wrt: Sequence[str] | None, writes: Sequence[str] | None, has_aux: bool
+) -> Contract:
+    """The contract of `@sw.train_step(wrt=..., writes=...)`."""
+    groups = _groups(plan, name, wrt)
+    trained = [kind for group in groups for kind in group.kinds]
+    if writes is None or writes:
+        _check_writable(plan, name, writes or ())
+        allowed = {kind for kind in plan.kinds if _moves_in_training(plan, kind)} | set(writes or ())
+    else:
+        allowed = set()
+    why_not = _frozen(plan) | dict.fromkeys(trained, "written by its optimizer alone")
+    return Contract(
+        allowed=frozenset(allowed - set(trained)),
+        why_not=why_not,
+        groups=groups,
+        trains=True,
+        has_aux=has_aux,
+        returns_state=True,
+        mend="@sw.train_step(writes={kinds})",
+    )
+
+
+def _moves_in_training(plan: Plan, kind: str) -> bool:
+    declared = plan.kinds[kind]
+    holds_params = any(row.kind == kind and issubclass(row.type, nnx.Param) for row in plan._rows)
+    return not declared.frozen and declared.saved and not holds_params
+
+
+def _frozen(plan: Plan) -> dict[str, str]:
+    return {name: "the kind is frozen" for name, kind in plan.kinds.items() if kind.frozen}
+
+
+def _check_writable(plan: Plan, name: str, writes: Sequence[str]) -> None:
+    for kind in writes:
+        if kind not in plan.kinds:
+            raise unknown_kind(kind, plan.kinds)
+        if plan.kinds[kind].frozen:
+            raise KindError(
+                f"{name} declares that it writes {kind!r}, which is frozen.",
+                kind=kind,
+                mend=f"take {kind!r} out of writes, or declare the kind with frozen=False",
+            )
+
+
+def _groups(plan: Plan, name: str, wrt: Sequence[str] | None) -> tuple[Group, ...]:
+    """The optimizers of the kinds to differentiate; a joint update needs all of its kinds."""
+    if not plan._groups:
+        raise KindError(
+            f"{name} trains, but the plan has no optimizer.",
+            mend="plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})",
+        )
+    if wrt is None:
+        return plan._groups
+    for kind in wrt:
+        if kind not in plan.kinds:
+            raise unknown_kind(kind, plan.kinds)
+        if not any(kind in group.kinds for group in plan._groups):
+            raise KindError(
+                f"{name} differentiates {kind!r}, which has no optimizer in the plan.",
+                kind=kind,
+                mend=f"optimizers={{{kind!r}: optax.adamw(3e-4)}}; for gradients alone: sw.value_and_grad",
+            )
+    chosen = tuple(group for group in plan._groups if set(group.kinds) & set(wrt))
+    for group in chosen:
+        if not set(group.kinds) <= set(wrt):
+            raise KindError(
+                f"{', '.join(group.kinds)} are updated jointly; {name} names only some of them in wrt.",
+                kind=group.kinds[0],
+                mend=f"wrt={group.kinds!r}, or optimizers of their own",
+            )
+    if not chosen:
+        raise KindError(f"{name} differentiates nothing: wrt is empty.", mend="wrt='params', or @sw.step")
+    return chosen
+
+
+def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) -> None:
+    """Raises where the function of a train step does not return a loss: a real scalar, with aux beside it or not."""
+    tree = traced.out_tree.children()[0] if captures else traced.out_tree
+    if contract.has_aux:
+        parts = tree.children()
+        if len(parts) != 2 or tree.node_data() is None or tree.node_data()[0] is not tuple:
+            raise StructureError(
+                f"{name} has_aux, but does not return (loss, aux).", mend="return loss, {'logits': logits}"
+            )
+        tree = parts[0]
+    if tree != jax.tree.structure(0):
+        mend = "@sw.train_step(has_aux=True)" if tree.num_leaves > 1 else "return the loss"
+        raise StructureError(f"{name} returns {tree}, not a loss.", mend=mend)
+    loss = traced.effects.jaxpr.outvars[0].aval
+    if loss.shape != ():
+        raise StructureError(f"The loss of {name} is no scalar: its shape is {loss.shape}.", mend="return loss.mean()")
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        mend = (
+            "return loss.real" if jnp.issubdtype(loss.dtype, jnp.complexfloating) else "return loss.astype(jnp.float32)"
+        )
+        raise StructureError(f"The loss of {name} is {loss.dtype}, not a real floating-point number.", mend=mend)
+
+
+def describe_options(**options: Any) -> str:
+    """The options of a decorator that differ from their defaults, as code."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, False, ()))

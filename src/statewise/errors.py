@@ -1,0 +1,124 @@
+"""Every exception that Statewise raises.
+
+Most damaging failures in state handling are calls that succeed, so Statewise refuses early and in full:
+an error collects *every* leaf concerned before it is raised, and its text always has the same three
+parts, in this order:
+
+1. the fact, in one sentence;
+2. the leaves, one a line: path, kind, type, shape and dtype (never an array's values);
+3. the mend, as code where code is the mend.
+
+Each part is an attribute too (`message`, `leaves`, `kind`, `mend`), so that a program can act on an error
+without parsing its text.  All errors derive from `StatewiseError`; where a caller would reach for a
+builtin (`ValueError`, `TypeError`, `KeyError`), the class derives from that as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "ContestedError",
+    "DamagedError",
+    "FilterError",
+    "KindError",
+    "PlacementError",
+    "RestoreError",
+    "StatewiseError",
+    "StructureError",
+    "UnclaimedError",
+    "UndeclaredWriteError",
+]
+
+_SHOWN = 50
+
+
+class StatewiseError(Exception):
+    """The base of every error of Statewise.
+
+    Attributes:
+      message: the fact, one sentence.
+      leaves: the leaves concerned, each with `path`, `kind`, `type`, `shape` and `dtype`.
+      kind: the name of the kind concerned, where there is just one.
+      mend: what to change, as code where code is the mend.
+
+    Example:
+      >>> import statewise as sw
+      >>> error = sw.StatewiseError("The cache is full.", kind="cache", mend="state.restart('cache')")
+      >>> print(error)
+      The cache is full.
+        mend: state.restart('cache')
+      >>> error.kind
+      'cache'
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        leaves: Iterable[Any] = (),
+        kind: str | None = None,
+        mend: str | None = None,
+    ) -> None:
+        self.message = message
+        self.leaves = tuple(leaves)
+        self.kind = kind
+        self.mend = mend
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        lines += [f"  {leaf}" for leaf in self.leaves[:_SHOWN]]
+        if len(self.leaves) > _SHOWN:
+            lines.append(f"  ... and {len(self.leaves) - _SHOWN} more (all in .leaves)")
+        if self.mend:
+            first, *rest = self.mend.splitlines()
+            lines.append(f"  mend: {first}")
+            lines += [f"        {line}" for line in rest]
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.mend)
+
+
+def _rebuild(
+    cls: type[StatewiseError], message: str, leaves: tuple[Any, ...], kind: str | None, mend: str | None
+) -> StatewiseError:
+    return cls(message, leaves=leaves, kind=kind, mend=mend)
+
+
+class FilterError(StatewiseError, TypeError):
+    """A filter that is no filter: a number, say, or a pattern that is no path."""
+
+
+class KindError(StatewiseError, ValueError, KeyError):
+    """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind."""
+
+
+class UnclaimedError(StatewiseError, ValueError):
+    """Leaves that no kind claims."""
+
+
+class ContestedError(StatewiseError, ValueError):
+    """Leaves that more than one kind claims."""
+
+
+class StructureError(StatewiseError, ValueError):
+    """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan."""
+
+
+class UndeclaredWriteError(StatewiseError, ValueError):
+    """A step that writes a kind which it does not declare."""
+
+
+class PlacementError(StatewiseError, ValueError):
+    """A placement that does not fit its leaf or its mesh."""
+
+
+class RestoreError(StatewiseError, ValueError):
+    """A checkpoint and a target that disagree."""
+
+
+class DamagedError(StatewiseError, ValueError):
+    """A checkpoint on disk that is not what was written."""

@@ -1,0 +1,295 @@
+"""A whole job in one page: declare, look, train, evaluate, generate.
+
+`make demo` (or `python -m statewise demo`) trains the small character transformer of `char_model.py` on the text of
+`text.py`, on the CPU and in about a minute.  The model is plain NNX and carries six kinds of state; they are
+declared once, in `KINDS`, and everything below reads that one declaration.  Each promise is checked on the spot:
+where one does not hold, the demo stops with an error instead of printing a nice line.
+
+What to copy: `KINDS`, the four steps after it, the lines of `run` and `_fit`, and `write`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+import statewise as sw
+from statewise.examples.char_model import BatchStat, CharTransformer
+from statewise.examples.text import CharText, load_topics
+
+__all__ = ["KINDS", "DemoResult", "Settings", "careless", "decode", "evaluate", "main", "run", "train", "write"]
+
+# The one declaration: which leaves are of which kind, and how each kind lives.
+KINDS = sw.Kinds(
+    params=sw.Kind(nnx.Param),
+    stats=sw.Kind(BatchStat),
+    counter=sw.Kind(sw.Exactly(nnx.Variable)),
+    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
+    rng=sw.Kind(nnx.RngState),
+)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean loss in nats per character; logits of shape (batch, length, alphabet), targets (batch, length)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+@sw.train_step
+def train(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
+    """One step of training: the parameters by their optimizer, statistics, counter and dropout as the model does."""
+    model.steps[...] += 1
+    return cross_entropy(model(x), y)
+
+
+@sw.step
+def evaluate(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The loss on a batch.  Declares no writes, so it can change nothing."""
+    model.eval()  # the module is fresh in every trace: the next training step is not affected
+    return cross_entropy(model(x), y)
+
+
+@sw.step
+def careless(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The same evaluation by someone who forgot `model.eval()`.  Plain NNX would run it, and shift the statistics."""
+    return cross_entropy(model(x), y)
+
+
+@sw.step(writes="cache")
+def decode(model: CharTransformer, token: jax.Array) -> jax.Array:
+    """Reads one more character; returns logits of shape (alphabet,) for the next.  Writes the cache, nothing else."""
+    model.eval()
+    return model(token[None, None], decode=True)[0, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The sizes of the demo; the defaults take about a minute on two cores.
+
+    Attributes:
+      steps: how many training steps.
+      batch: windows of text in a batch.
+      window: characters in a window.
+      width, depth, heads: the transformer's.
+      prompt: what generation starts from.
+      length: how long the generated text is, prompt included; two of them fit into the cache.
+      seed: of the parameters, the batches and the sampling.
+
+    Example:
+      >>> Settings(steps=100).steps
+      100
+    """
+
+    steps: int = 1000
+    batch: int = 16
+    window: int = 64
+    width: int = 96
+    depth: int = 2
+    heads: int = 4
+    prompt: str = "The built-in function "
+    length: int = 64
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; losses and entropy in nats per character.
+
+    Attributes:
+      train_losses: the loss of every training step.
+      held_out_loss: the loss on the held-out text after training.
+      unigram_entropy: the loss on the same text of the best guess that ignores what came before.
+      refused: the text of the `UndeclaredWriteError` that the careless evaluation raised.
+      generated, repeated: two texts, each from a restarted cache.
+      unrestarted: the same, from the cache as the second left it.
+      decode_steps: how many decode steps each of them took.
+      seconds: how long the demo took.
+    """
+
+    train_losses: list[float]
+    held_out_loss: float
+    unigram_entropy: float
+    refused: str
+    generated: str
+    repeated: str
+    unrestarted: str
+    decode_steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return dataclasses.asdict(self)
+
+
+def write(
+    state: sw.State, text: CharText, prompt: str, length: int, seed: int = 0, temperature: float = 0.6
+) -> tuple[sw.State, str, np.ndarray]:
+    """Writes on from a prompt, one decode step for each character that is read.
+
+    Args:
+      state: the cache in it is where reading goes on: `state.restart("cache")` first for a fresh start.
+      text: knows the alphabet.
+      prompt: the first characters.
+      length: how many characters in all, prompt included.
+      seed: which characters are drawn where several are likely.
+      temperature: how daring the draw is.
+
+    Returns:
+      the state with its cache written, the text, and the logits of each step, of shape (length - 1, alphabet).
+    """
+    numbers, scores = text.encode(prompt), []
+    for place in range(length - 1):
+        state, logits = decode(state, jnp.asarray(numbers[place]))
+        scores.append(np.asarray(logits))
+        if place + 1 == len(numbers):
+            key = jax.random.fold_in(jax.random.key(seed), place)
+            numbers.append(int(jax.random.categorical(key, logits / temperature)))
+    return state, text.decode(numbers), np.stack(scores)
+
+
+def run(settings: Settings | None = None, console: Console | None = None) -> DemoResult:
+    """Runs the demo.
+
+    Args:
+      settings: its sizes.
+      console: where it prints; standard output by default.
+
+    Returns:
+      what was found.
+
+    Raises:
+      AssertionError: a promise does not hold.
+    """
+    settings, console, start = settings or Settings(), console or Console(), time.perf_counter()
+    text = load_topics()
+    model = CharTransformer(
+        len(text.alphabet),
+        context=2 * settings.length,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        rngs=nnx.Rngs(settings.seed),
+    )
+
+    _title(console, "1  What the model carries")
+    console.print(sw.census(model, KINDS))
+
+    _title(console, "2  Training")
+    schedule = optax.cosine_onecycle_schedule(settings.steps, peak_value=1e-2, pct_start=0.1)
+    plan = KINDS.plan(model, optimizers={"params": optax.adamw(schedule, b2=0.99)})
+    state = plan.take(model)
+    state, losses = _fit(state, text, settings, console)
+    held_out, entropy = _held_out_loss(state, text, settings), text.unigram_entropy()
+    console.print(f"held-out loss    {held_out:.3f} nats per character")
+    console.print(f"unigram entropy  {entropy:.3f} nats per character, of the same text")
+    _check(console, held_out < 0.9 * entropy, "it predicts better than any guess that ignores what came before")
+
+    _title(console, "3  An evaluation that forgot model.eval()")
+    refused = _refusal(state, text, settings)
+    console.print(Panel(Text(str(refused)), title=type(refused).__name__, border_style="red"))
+    unchanged = _held_out_loss(state, text, settings) == held_out
+    _check(console, unchanged, "refused before anything ran: the state evaluates to the very same loss")
+
+    state, texts = _generation(state, text, settings, console)
+
+    plan.put(state, model)  # back into the NNX object that we began with
+    _title(console, "Summary")
+    _check(console, int(model.steps[...]) == settings.steps, f"model.steps is {settings.steps}: each step counted once")
+    seconds = time.perf_counter() - start
+    console.print(f"Declared once; trained, evaluated and generated by that declaration, in {seconds:.0f} s.")
+    return DemoResult(losses, held_out, entropy, str(refused), *texts, settings.length - 1, seconds)
+
+
+def _fit(state: sw.State, text: CharText, settings: Settings, console: Console) -> tuple[sw.State, list[float]]:
+    """Trains; a bar where there is a terminal, and a line now and then that a log keeps."""
+    random, losses = np.random.default_rng(settings.seed), []
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("training", total=settings.steps, loss=float("nan"))
+        for step in range(1, settings.steps + 1):
+            state, loss = train(state, *text.batch(random, settings.batch, settings.window))
+            losses.append(float(loss))
+            progress.update(task, advance=1, loss=losses[-1])
+            if step % 100 == 0:
+                console.print(f"step {step:4d}        loss {np.mean(losses[-100:]):.3f}, mean of the last 100")
+    return state, losses
+
+
+def _held_out_loss(state: sw.State, text: CharText, settings: Settings) -> float:
+    """The mean loss over the whole held-out text."""
+    batches = text.held_out_batches(size=64, window=settings.window)
+    return float(np.mean([evaluate(state, x, y) for x, y in batches]))
+
+
+def _refusal(state: sw.State, text: CharText, settings: Settings) -> sw.UndeclaredWriteError:
+    """The error that the careless evaluation raises."""
+    try:
+        careless(state, *text.held_out_batches(size=64, window=settings.window)[0])
+    except sw.UndeclaredWriteError as error:
+        return error
+    raise AssertionError("an evaluation that writes statistics was not refused")
+
+
+def _generation(
+    state: sw.State, text: CharText, settings: Settings, console: Console
+) -> tuple[sw.State, tuple[str, str, str]]:
+    """Writes from the same prompt three times: twice from a restarted cache, then from a used one."""
+    _title(console, "4  Generation")
+    prompt, length = settings.prompt, settings.length
+    state, first, first_logits = write(state.restart("cache"), text, prompt, length)
+    state, second, second_logits = write(state.restart("cache"), text, prompt, length)
+    state, third, third_logits = write(state, text, prompt, length)
+    for title, shown in (("cache restarted", first), ("restarted again", second), ("not restarted", third)):
+        console.print(Panel(Text(shown), title=title, title_align="left", border_style="blue"))
+    same = first == second and np.array_equal(first_logits, second_logits)
+    _check(console, same, "after a restart: the same text, and the same logits to the last bit")
+    apart = first != third and not np.allclose(first_logits[0], third_logits[0])
+    _check(console, apart, "without it: another text, from the very first character's logits on")
+    _check(console, len(first_logits) == length - 1, f"{length - 1} decode steps for {length} characters")
+    return state, (first, second, third)
+
+
+def _title(console: Console, title: str) -> None:
+    console.print()
+    console.rule(f"[bold]{title}", align="left")
+
+
+def _check(console: Console, holds: bool, fact: str) -> None:
+    """Prints a fact; one that does not hold is an error."""
+    if not holds:
+        raise AssertionError(f"does not hold: {fact}")
+    console.print(f"[green]ok[/green]  {fact}")
+
+
+def main(settings: Settings | None = None, as_json: bool = False) -> int:
+    """Runs the demo from a command line.
+
+    Args:
+      settings: its sizes.
+      as_json: print the result as JSON to standard output, and everything else to standard error.
+
+    Returns:
+      the exit status, 0.
+
+    Raises:
+      AssertionError: a promise does not hold.
+    """
+    result = run(settings, Console(stderr=as_json))
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+"""Arrays into states and back: `take`, `put` and `build`.
+
+Both directions go by path, and look at everything before they touch anything: a difference in structure, type,
+shape or dtype is an error that lists every leaf, and then nothing has changed.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise import _compat
+from statewise.errors import PlacementError, StructureError
+from statewise.paths import Leaf, Path, format_path
+from statewise.plan import Plan, Row, is_sown
+from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.state import State, check_unspent
+
+__all__ = ["build", "put", "take", "values_of"]
+
+
+def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool) -> State:
+    """See `Plan.take`."""
+    if mesh is not None:
+        raise PlacementError(
+            "Placing a state on a mesh is not part of this version.",
+            mend="state = jax.device_put(plan.take(model), jax.NamedSharding(mesh, jax.P()))",
+        )
+    found = scan(objects)
+    leaves = _matched(plan, found, "take")
+    _check_statics(plan, found, objects)
+    seen: set[int] = set()
+    parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
+    for row, leaf in zip(plan._rows, leaves, strict=True):
+        for array in arrays_of(raw_value(leaf))[0]:
+            parts[row.kind].append(_taken(array, row, copy, seen))
+    for group in plan._groups:
+        arrays = [array for part, position in _group_arrays(plan, group) for array in [parts[part][position]]]
+        seen.update(map(id, arrays))
+        parts["optimizer"].extend(_own(array, seen) for array in group.init(arrays))
+    return State.of(plan, parts.values())
+
+
+def _group_arrays(plan: Plan, group: Any) -> Iterator[tuple[str, int]]:
+    """Kind and position of each array that an optimizer updates, in its order."""
+    for row, span in zip(plan._rows, plan._spans, strict=True):
+        if row.kind in group.kinds:
+            yield from ((span.kind, position) for position in range(span.start, span.stop))
+
+
+def _taken(array: Any, row: Row, copy: bool, seen: set[int]) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        raise StructureError(
+            f"{format_path(row.path)} is abstract: it has a shape but no values.",
+            leaves=[make_leaf(row.path, row.type, row.specs, True, row.kind)],
+            kind=row.kind,
+            mend="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
+        )
+    if not isinstance(array, jax.Array):
+        return jnp.array(array)
+    if isinstance(array, jax.core.Tracer):
+        return array
+    if array.is_deleted():
+        raise StructureError(
+            f"{format_path(row.path)} has no array any more: a step has donated it.",
+            leaves=[make_leaf(row.path, row.type, row.specs, True, row.kind)],
+            kind=row.kind,
+            mend="plan.put(state, model) first, or plan.take(model) without copy=False",
+        )
+    return array.copy() if copy else _own(array, seen)
+
+
+def _own(array: Any, seen: set[int]) -> Any:
+    """The array itself the first time, a copy whenever it comes again."""
+    if id(array) in seen and not isinstance(array, jax.core.Tracer):
+        array = array.copy()
+    seen.add(id(array))
+    return array
+
+
+def put(plan: Plan, state: State, objects: Sequence[Any], *, copy: bool) -> None:
+    """See `Plan.put`."""
+    values = values_of(plan, state)
+    found = scan(objects)
+    leaves = _matched(plan, found, "put")
+    if copy:
+        values = list(map(_copied, values))
+    raw = []
+    for row, leaf, value in zip(plan._rows, leaves, values, strict=True):
+        if isinstance(leaf, nnx.Variable):
+            leaf.set_raw_value(value)
+        else:
+            raw.append((row.path, value))
+    if raw:
+        nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
+
+
+def build(plan: Plan, state: State, *, copy: bool) -> Any:
+    """See `Plan.build`."""
+    values = values_of(plan, state)
+    objects = rebuild(plan._graphdef, [_copied(value) if copy else value for value in values], plan._several)
+    return objects if plan._several else objects[0]
+
+
+def values_of(plan: Plan, state: State) -> list[Any]:
+    """The leaves' values out of a state, in the order of the plan's rows.
+
+    Raises:
+      StructureError: a state of another plan, or a spent one.
+    """
+    if not isinstance(state, State):
+        raise StructureError(f"{type(state).__name__} is no State.", mend="state = plan.take(model)")
+    if state._plan is not plan:
+        raise StructureError(
+            f"This state is of another plan: {state._plan!r}, not {plan!r}.", mend="state.plan.put(state, model)"
+        )
+    check_unspent(state, plan.kinds)
+    parts = {kind: part.arrays for kind, part in zip(plan.kinds, state._parts, strict=True)}
+    return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
+
+
+def _copied(value: Any) -> Any:
+    return jax.tree.map(lambda array: array.copy() if isinstance(array, jax.Array) else array, value)
+
+
+# --- does it fit? ----------------------------------------------------------------------------------------------
+
+
+def _matched(plan: Plan, found: Scan, verb: str) -> list[Any]:
+    """The live leaf of each row; every difference between the objects and the plan is listed."""
+    live = dict(zip(found.paths, found.leaves, strict=True))
+    problems: list[Leaf] = []
+    leaves = []
+    for row in plan._rows:
+        leaf = live.pop(row.path, None)
+        note = "missing" if leaf is None else _difference(row, leaf)
+        if note:
+            problems.append(make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note))
+        leaves.append(leaf)
+    for path, leaf in live.items():
+        if not is_sown(_compat.variable_type(leaf)):
+            problems.append(row_of(path, leaf, note="not in the plan"))
+    if problems:
+        raise StructureError(
+            f"The model is not what was planned: {len(problems)} leaves differ.",
+            leaves=problems,
+            mend="plan = kinds.plan(model)  # plan the model as it is now"
+            if verb == "take"
+            else "put the state into a model of the planned structure, or plan.build(state)",
+        )
+    return leaves
+
+
+def _difference(row: Row, leaf: Any) -> str:
+    type_ = _compat.variable_type(leaf)
+    if type_ is not row.type:
+        return f"is a {type_.__name__} in the model"
+    arrays, structure = arrays_of(raw_value(leaf))
+    if structure != row.structure:
+        return "holds a value of another structure in the model"
+    for array, spec in zip(arrays, row.specs, strict=True):
+        found = spec_of(array)
+        if found != spec:
+            return (
+                f"is {found.shape} {found.dtype} in the model" if found else f"is {type(array).__name__} in the model"
+            )
+    return ""
+
+
+_PLAIN = (bool, int, float, str, type(None), enum.Enum)
+
+
+def _check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
+    """Refuses a model whose plain attributes (`deterministic`, `use_running_average`) are not as planned.
+
+    A step rebuilds the module from the plan, so it would quietly run in the planned mode.  Functions and other
+    objects among the attributes are left alone: they may differ from instance to instance.
+    """
+    if found.graphdef == plan._graphdef:
+        return
+    planned = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    differing = []
+    for position, (ours, theirs) in enumerate(zip(planned, objects, strict=True)):
+        before, now = _plain_attributes(ours), _plain_attributes(theirs)
+        for path, value in before.items():
+            if path in now and now[path] != value:
+                prefix: Path = (position,) if plan._several else ()
+                differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
+    if differing:
+        raise StructureError(
+            "The model's static attributes have changed since it was planned:\n  " + "\n  ".join(differing),
+            mend="plan = kinds.plan(model)  # or model.train() / model.eval() back to what was planned",
+        )
+
+
+def _plain_attributes(thing: Any) -> dict[Path, Any]:
+    if not isinstance(thing, nnx.Module):
+        return {}
+    return {
+        (*path, name): value
+        for path, module in nnx.iter_modules(thing)
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) and not name.startswith("_")
+    }

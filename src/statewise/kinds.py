@@ -1,0 +1,301 @@
+"""Kinds: which leaves, and how they live.
+
+A `Kind` is a named filter with its treatment, a `Kinds` the ordered declaration for one program.  Both are
+pure data: equal by value, hashable, and nothing happens when one is made.  Everything else reads them through
+a plan, which resolves them against a model.
+
+The treatments, one line each; the pipeline that reads it in brackets:
+
+- `frozen` [steps]: no step writes it, no optimizer touches it;
+- `saved` [steps, checkpoints]: persisted; what is not saved is *ephemeral*, and a train step does not write
+  it unless told to;
+- `missing` [checkpoints]: what a restore does for a leaf that the checkpoint lacks;
+- `restart` [State.restart]: how a fresh value is made from the current one;
+- `batch_axis` [State.restart]: which axis holds independent slots;
+- `placement` [placement]: how it lies on a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import keyword
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from flax import nnx
+
+from statewise import _compat
+from statewise.errors import KindError
+from statewise.filters import describe, normalise
+
+if TYPE_CHECKING:
+    import statewise.plan
+
+__all__ = ["Kind", "Kinds"]
+
+Missing = Literal["error", "keep", "restart"]
+
+# Words that a kind may not be called: they name something else where kinds are named.
+RESERVED = frozenset({"self", "objects", "mesh", "copy"})
+
+
+@dataclasses.dataclass(frozen=True, eq=True)
+class Kind:
+    """Which leaves make up one kind of state, and how that kind lives.
+
+    Args:
+      of: which leaves: any NNX filter (a type, a tag, a callable, `nnx.All(...)`) or one of ours.  `...` claims
+        what no other kind of the same declaration does.
+      frozen: no step ever writes it, no optimizer ever touches it.
+      saved: it is persisted; False declares it ephemeral.
+      missing: what a restore does for a leaf that the checkpoint lacks: `"error"`, `"keep"` (the value that the
+        target has) or `"restart"`.
+      restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.
+      batch_axis: the axis of this kind's arrays that holds independent slots (0 for the first), so that slots
+        can be restarted one by one.
+      placement: how it lies on a mesh; None leaves that to JAX.
+
+    Raises:
+      FilterError: `of` is no filter.
+      KindError: a treatment that contradicts itself.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> cache = sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like)
+      >>> cache == sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like)
+      True
+    """
+
+    of: Any
+    _: dataclasses.KW_ONLY
+    frozen: bool = False
+    saved: bool = True
+    missing: Missing = "error"
+    restart: Callable[[Any], Any] | None = None
+    batch_axis: int | None = None
+    placement: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", normalise(self.of))
+        if self.of is None or self.of is False or self.of == () or isinstance(self.of, nnx.Nothing):
+            raise KindError(
+                f"A kind of {describe(self.of)} can never claim a leaf.", mend="leave the kind out of the declaration"
+            )
+        if self.missing not in ("error", "keep", "restart"):
+            raise KindError(f"missing={self.missing!r} is none of 'error', 'keep', 'restart'.", mend="missing='error'")
+        if self.missing == "restart" and self.restart is None:
+            raise KindError(
+                "missing='restart' needs to know how a fresh value is made.",
+                mend=f"sw.Kind({describe(self.of)}, missing='restart', restart=jnp.zeros_like)",
+            )
+        if self.restart is not None and not callable(self.restart):
+            raise KindError(
+                f"restart={self.restart!r} is no function of one array.",
+                mend=f"sw.Kind({describe(self.of)}, restart=jnp.zeros_like)",
+            )
+        if self.batch_axis is not None and isinstance(self.batch_axis, bool):
+            raise KindError(f"batch_axis={self.batch_axis!r} is no axis.", mend="batch_axis=0")
+        if self.placement is not None:
+            raise KindError(
+                f"placement={self.placement!r}: placing kinds on a mesh is not part of this version.",
+                mend="leave placement out; jax.device_put(state, sharding) places a whole state",
+            )
+
+    @property
+    def rest(self) -> bool:
+        """Whether it claims what no other kind does."""
+        return self.of is Ellipsis
+
+    def treatment(self) -> str:
+        """The treatment in a few words, for tables: `frozen, not saved, restart=zeros_like`; `-` by default."""
+        words = []
+        if self.frozen:
+            words.append("frozen")
+        if not self.saved:
+            words.append("not saved")
+        if self.missing != "error":
+            words.append(f"missing={self.missing}")
+        if self.restart is not None:
+            words.append(f"restart={getattr(self.restart, '__name__', repr(self.restart))}")
+        if self.batch_axis is not None:
+            words.append(f"batch_axis={self.batch_axis}")
+        return ", ".join(words) or "-"
+
+
+class Kinds(Mapping[str, Kind]):
+    """The ordered declaration of the kinds of one program.
+
+    A mapping from names to kinds, immutable, equal by value (order included) and hashable.
+
+    Args:
+      **kinds: the kinds by name.  A name is a Python identifier.
+
+    Raises:
+      KindError: a name that cannot stand, a value that is no `Kind`, or two kinds that both claim the rest.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), counters=sw.Kind(sw.Exactly(nnx.Variable)))
+      >>> list(kinds)
+      ['params', 'counters']
+      >>> kinds.replace(params=sw.Kind(nnx.Param, frozen=True))["params"].frozen
+      True
+    """
+
+    __slots__ = ("_hash", "_kinds")
+
+    def __init__(self, /, **kinds: Kind) -> None:
+        for name, kind in kinds.items():
+            _check_name(name)
+            if not isinstance(kind, Kind):
+                raise KindError(
+                    f"{name}={kind!r} is no Kind.", kind=name, mend=f"sw.Kinds({name}=sw.Kind({describe_any(kind)}))"
+                )
+        rests = [name for name, kind in kinds.items() if kind.rest]
+        if len(rests) > 1:
+            raise KindError(
+                f"The kinds {', '.join(rests)} all claim the rest (`...`); only one can.",
+                mend=f"give {rests[1]} a filter of its own",
+            )
+        self._kinds = dict(kinds)
+        self._hash = hash(tuple(self._kinds.items()))
+
+    @classmethod
+    def standard(cls) -> Kinds:
+        """The kinds of everything that NNX ships, so that a newcomer declares nothing.
+
+        `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
+        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for all the rest: plain
+        `nnx.Variable`, every subclass not named before, raw arrays.
+
+        Example:
+          >>> import statewise as sw
+          >>> list(sw.Kinds.standard())
+          ['params', 'lora', 'stats', 'cache', 'rng', 'intermediates', 'metrics', 'optimizer', 'variables']
+        """
+        return _STANDARD
+
+    def __getitem__(self, name: str) -> Kind:
+        try:
+            return self._kinds[name]
+        except KeyError:
+            raise unknown_kind(name, self) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds
+
+    def __eq__(self, other: object) -> bool:
+        # Unlike a dict's, the order counts: tables and states follow it.
+        return isinstance(other, Kinds) and list(self._kinds.items()) == list(other._kinds.items())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}=Kind({describe(kind.of)})" for name, kind in self._kinds.items())
+        return f"Kinds({inner})"
+
+    def __or__(self, other: Kinds) -> Kinds:
+        if not isinstance(other, Kinds):
+            return NotImplemented
+        return Kinds(**{**self._kinds, **other._kinds})
+
+    def replace(self, /, **kinds: Kind) -> Kinds:
+        """These kinds with some of them changed, in the same order.
+
+        Args:
+          **kinds: new declarations of kinds that are there; use `|` to add one.
+
+        Raises:
+          KindError: a name that is not among these kinds.
+
+        Example:
+          >>> import statewise as sw
+          >>> from flax import nnx
+          >>> kinds = sw.Kinds.standard().replace(stats=sw.Kind(nnx.BatchStat, frozen=True))
+          >>> kinds["stats"].treatment()
+          'frozen'
+        """
+        for name in kinds:
+            if name not in self._kinds:
+                raise unknown_kind(name, self)
+        return Kinds(**{**self._kinds, **kinds})
+
+    def plan(self, *objects: Any, optimizers: Mapping[Any, Any] | None = None) -> statewise.plan.Plan:
+        """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
+
+        Args:
+          *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+          optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+
+        Returns:
+          the plan; equal plans are one object.
+
+        Raises:
+          UnclaimedError: leaves that no kind claims, all of them.
+          ContestedError: leaves that several kinds claim, all of them.
+          KindError: optimizers for a kind that is not there, frozen, empty, claimed twice, or not made of floats.
+          StructureError: no objects, no leaves, a class instead of an instance.
+
+        Example:
+          >>> import optax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+          >>> plan = sw.Kinds(params=sw.Kind(nnx.Param)).plan(model, optimizers={"params": optax.sgd(0.1)})
+          >>> [sw.format_path(leaf.path) for leaf in plan["params"]]
+          ['bias', 'kernel']
+        """
+        from statewise.plan import make_plan
+
+        return make_plan(self, objects, optimizers)
+
+
+def _check_name(name: str) -> None:
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise KindError(
+            f"{name!r} cannot name a kind: it is no Python identifier.",
+            kind=name,
+            mend="a name of letters, digits and underscores, such as 'params'",
+        )
+    if name.startswith("_") or name in RESERVED:
+        raise KindError(f"{name!r} is reserved and cannot name a kind.", kind=name, mend=f"{name.strip('_')}_kind")
+
+
+def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> KindError:
+    """The error for a kind that is not there."""
+    known = ", ".join(kinds) or "none"
+    return KindError(f"There is no kind {name!r}.", kind=str(name), mend=f"one of: {known}")
+
+
+def describe_any(thing: Any) -> str:
+    """Describes a filter for a mend, or repeats what is none."""
+    return describe(thing) if isinstance(thing, type) or callable(thing) else repr(thing)
+
+
+def _standard() -> Kinds:
+    import jax.numpy as jnp
+
+    return Kinds(
+        params=Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))),
+        lora=Kind(nnx.LoRAParam),
+        stats=Kind(nnx.BatchStat),
+        cache=Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
+        rng=Kind(nnx.RngState),
+        intermediates=Kind(nnx.Any(nnx.Intermediate, nnx.Perturbation), saved=False),
+        metrics=Kind(_compat.MetricState),
+        optimizer=Kind(nnx.OptState),
+        variables=Kind(...),
+    )
+
+
+_STANDARD = _standard()

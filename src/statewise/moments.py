@@ -1,0 +1,199 @@
+"""Optimizers of kinds: which leaves each updates, and the layout of its state.
+
+Optax sees the parameters of a group as NNX shows them to it: an `nnx.State`, nested by path, of plain arrays,
+so that masks and `optax.multi_transform` labels written against `nnx.state(model, nnx.Param)` work as they
+are.  The layout of an optimizer's state is only known by asking the transformation, which costs a trace; it is
+asked when a plan first needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from statewise.errors import KindError
+from statewise.kinds import Kinds, unknown_kind
+from statewise.paths import Path
+from statewise.scan import ONE, Spec, make_leaf, spec_of, value_of
+
+__all__ = ["Group", "Layout", "check_optimizers", "plain_key"]
+
+
+class Layout(NamedTuple):
+    """What an optimizer's state is made of.
+
+    Attributes:
+      structure: the structure of the state as a pytree.
+      paths: the path of each array in it.
+      specs: shape and dtype of each array in it.
+    """
+
+    structure: Any
+    paths: tuple[Path, ...]
+    specs: tuple[Spec, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """One optimizer and the leaves that it updates together.
+
+    Attributes:
+      kinds: the names of the kinds, one or several for a joint update.
+      tx: the transformation, with support for extra arguments.
+      given: the transformation as the user gave it: two plans with the same one are equal.
+      rows: path, shapes and structure of the leaves updated, in the order of the plan.
+      overridden: shapes and dtypes of a state that was cast, where they differ from what `tx.init` makes.
+    """
+
+    kinds: tuple[str, ...]
+    tx: Any
+    given: Any
+    rows: tuple[tuple[Path, tuple[Spec, ...], Any], ...]
+    overridden: tuple[Spec, ...] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Group) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash((self.kinds, id(self.given), len(self.rows)))
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.kinds, id(self.given), self.rows, self.overridden
+
+    @property
+    def label(self) -> str:
+        """The group's name in paths and in `state["optimizer"]`: `params`, or `params+lora` for a joint update."""
+        return "+".join(self.kinds)
+
+    def params(self, arrays: Sequence[Any]) -> Any:
+        """The nested `nnx.State` of plain arrays that Optax sees, from the group's arrays in order."""
+        flat, at = [], 0
+        for path, specs, structure in self.rows:
+            flat.append((path, value_of(arrays[at : at + len(specs)], structure)))
+            at += len(specs)
+        return nnx.from_flat_state(flat)
+
+    def arrays(self, params: Any) -> list[Any]:
+        """The group's arrays in order, from the nested state: the inverse of `params`."""
+        flat = dict(nnx.to_flat_state(params))
+        arrays: list[Any] = []
+        for path, _, structure in self.rows:
+            arrays.extend([flat[path]] if structure is ONE else structure.flatten_up_to(flat[path]))
+        return arrays
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """What the optimizer's state is made of, found by `jax.eval_shape` of its `init`."""
+        shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for _, specs, _ in self.rows for spec in specs]
+        state = jax.eval_shape(lambda arrays: self.tx.init(self.params(arrays)), shapes)
+        keyed, structure = jax.tree_util.tree_flatten_with_path(state)
+        paths = tuple(tuple(map(plain_key, keys)) for keys, _ in keyed)
+        specs = tuple(spec for spec in (spec_of(leaf) for _, leaf in keyed) if spec is not None)
+        return Layout(structure, paths, self.overridden or specs)
+
+    def init(self, arrays: Sequence[Any]) -> list[Any]:
+        """Fresh optimizer state for these parameters, as its arrays in order."""
+        state = self.tx.init(self.params(arrays))
+        return [
+            jnp.asarray(leaf, dtype=spec.dtype)
+            for leaf, spec in zip(self.layout.structure.flatten_up_to(state), self.layout.specs, strict=True)
+        ]
+
+    def with_specs(self, specs: Sequence[Spec]) -> Group:
+        """This group, its state of other shapes or dtypes."""
+        return dataclasses.replace(self, overridden=tuple(specs))
+
+
+def plain_key(key: Any) -> Any:
+    """A JAX key entry as a path key: an attribute's name, a dict's key, a position."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return str(key)
+
+
+def check_optimizers(kinds: Kinds, rows: Sequence[Any], optimizers: Mapping[Any, Any]) -> tuple[Group, ...]:
+    """Turns the optimizers as given into groups, in the order given.
+
+    Raises:
+      KindError: a kind that is not there, frozen, without leaves, in two optimizers, with leaves that no gradient
+        can update; something that is no optimizer.
+    """
+    groups: list[Group] = []
+    taken: dict[str, Any] = {}
+    for key, tx in optimizers.items():
+        names = (key,) if isinstance(key, str) else tuple(key)
+        for name in names:
+            _check_kind(name, kinds, taken)
+            taken[name] = key
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise KindError(
+                f"The optimizer of {key!r} is {type(tx).__name__}, not an optax.GradientTransformation.",
+                kind=names[0] if names else None,
+                mend=f"optimizers={{{key!r}: optax.adamw(3e-4)}}",
+            )
+        mine = [row for row in rows if row.kind in names]
+        _check_rows(names, mine, kinds)
+        plain = tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx
+        groups.append(
+            Group(
+                names,
+                optax.with_extra_args_support(plain),
+                tx,
+                tuple((row.path, row.specs, row.structure) for row in mine),
+            )
+        )
+    if groups and "optimizer" in kinds and kinds["optimizer"].frozen:
+        raise KindError(
+            "The kind 'optimizer' is frozen, but its leaves change in every update.",
+            kind="optimizer",
+            mend="kinds.replace(optimizer=sw.Kind(nnx.OptState))",
+        )
+    return tuple(groups)
+
+
+def _check_kind(name: Any, kinds: Kinds, taken: Mapping[str, Any]) -> None:
+    if name not in kinds:
+        raise unknown_kind(name, kinds)
+    if name in taken:
+        raise KindError(
+            f"The kind {name!r} has two optimizers: under {taken[name]!r} and once more.",
+            kind=name,
+            mend=f"one optimizer for {name!r}; optax.chain joins transformations",
+        )
+    if kinds[name].frozen:
+        raise KindError(
+            f"The kind {name!r} is frozen, and so no optimizer may touch it.",
+            kind=name,
+            mend=f"declare it trainable, or leave it out: optimizers without {name!r}",
+        )
+
+
+def _check_rows(names: tuple[str, ...], rows: Sequence[Any], kinds: Kinds) -> None:
+    empty = [name for name in names if not any(row.kind == name for row in rows)]
+    if empty or not names:
+        raise KindError(
+            f"An optimizer is given for {', '.join(map(repr, empty)) or 'no kind'}, which claims no leaf of this model.",
+            kind=empty[0] if empty else None,
+            mend="leave that optimizer out, or correct the kind's filter",
+        )
+    unfit = [
+        make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note="no gradient updates it")
+        for row in rows
+        if any(not jnp.issubdtype(spec.dtype, jnp.inexact) for spec in row.specs)
+    ]
+    if unfit:
+        raise KindError(
+            f"The optimizer of {', '.join(names)} would update leaves that are not made of floating-point numbers.",
+            leaves=unfit,
+            kind=names[0],
+            mend=f"claim them by a kind of their own: "
+            f"sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))",
+        )

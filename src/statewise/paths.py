@@ -1,0 +1,68 @@
+"""A leaf's path, as data and as text, and the row that describes a leaf.
+
+A path is a tuple of keys, as NNX gives it: attribute names are strings, positions in an `nnx.List` are
+integers, and the keys of a user's own dict may be anything sortable.  As text it is written with slashes,
+`layers/0/attn/kernel`.  The text is for people, tables and globs; programs compare the tuples, so that the
+integer `0` and the string `"0"` never become each other.
+"""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+__all__ = ["Leaf", "Path", "format_dtype", "format_path", "format_shape", "format_type"]
+
+Path = tuple[Hashable, ...]
+
+
+def format_path(path: Path) -> str:
+    """Writes a path with slashes: `("layers", 0, "kernel")` becomes `layers/0/kernel`; the root is `.`."""
+    return "/".join(str(key) for key in path) if path else "."
+
+
+def format_shape(shape: tuple[int, ...] | None) -> str:
+    """Writes a shape: `(3, 4)`; `-` where a leaf holds no array, or several."""
+    return "-" if shape is None else "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def format_dtype(dtype: Any) -> str:
+    """Writes a dtype: `float32`, `key<fry>`; `-` where a leaf holds no array, or several."""
+    return "-" if dtype is None else str(dtype)
+
+
+def format_type(cls: type) -> str:
+    """Writes a leaf's type by its name alone: `Param`, `BatchStat`, `Array` for a raw array."""
+    return cls.__name__.rpartition(".")[2]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaf:
+    """One leaf of a model: one `nnx.Variable`, or one raw array, wherever it can be reached from.
+
+    Attributes:
+      path: the first path that reaches it, as a tuple of keys.
+      kind: the name of the kind that claims it; None before a plan was made.
+      type: the Variable's type; `jax.Array` for a raw array.
+      shape: the array's shape; None if the leaf holds no array or several.
+      dtype: the array's dtype; None if the leaf holds no array or several.
+      aliases: the other paths that reach the same Variable (tied weights).
+      elements: how many elements it holds, over all its arrays.
+      nbytes: how many bytes it holds, over all its arrays.
+      note: what an error has to say of this very leaf.
+    """
+
+    path: Path
+    kind: str | None
+    type: type
+    shape: tuple[int, ...] | None
+    dtype: Any
+    aliases: tuple[Path, ...] = ()
+    elements: int = 0
+    nbytes: int = 0
+    note: str = ""
+
+    def __str__(self) -> str:
+        kind = f"  kind={self.kind}" if self.kind is not None else ""
+        note = f"  ({self.note})" if self.note else ""
+        shown = f"{format_type(self.type)}{format_shape(self.shape)} {format_dtype(self.dtype)}"
+        return f"{format_path(self.path)}: {shown}{kind}{note}"

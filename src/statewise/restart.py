@@ -1,0 +1,152 @@
+"""Fresh values for whole kinds or chosen slots, in place.
+
+The compiled function takes the arrays donated and gives fresh ones into the same buffers; arrays that a
+`restart` only looks at by shape (`jnp.zeros_like`) are kept as arguments all the same, so that their buffers
+can be used.  It is compiled once for each plan, set of kinds, and way of choosing slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statewise.errors import KindError, StructureError
+from statewise.kinds import Kind
+from statewise.paths import Leaf
+from statewise.plan import Plan
+from statewise.state import Part, State, check_unspent, deleted_kinds, make_state, spent_error
+
+__all__ = ["restart"]
+
+
+def restart(state: State, kinds: Sequence[str], where: Any) -> State:
+    """See `State.restart`."""
+    plan = state._plan
+    chosen = tuple(kinds) or tuple(
+        name for name, kind in plan.kinds.items() if kind.restart is not None and plan._specs[name]
+    )
+    for name in chosen:
+        state.part(name)
+        _check_kind(plan, name, plan.kinds[name], where is not None)
+    check_unspent(state, chosen)
+    slots = None if where is None else _slots(state, chosen, where)
+    old = [state.part(name).arrays for name in chosen]
+    try:
+        fresh = _program(plan, chosen, slots is not None)(old, slots)
+    except (RuntimeError, ValueError) as error:
+        deleted = [name for name in deleted_kinds(state) if name in chosen]
+        if deleted:
+            raise spent_error(state, deleted) from error
+        raise
+    made = list(state._parts)
+    for name, arrays in zip(chosen, fresh, strict=True):
+        part = state.part(name)
+        if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+            part.spent = f"restart({name!r})"
+        made[plan._index[name]] = Part(tuple(arrays))
+    return make_state(plan, made)
+
+
+def _check_kind(plan: Plan, name: str, kind: Kind, by_slot: bool) -> None:
+    if kind.frozen:
+        raise KindError(f"Kind {name!r} is frozen and cannot be restarted.", kind=name, mend="frozen=False")
+    if kind.restart is None:
+        raise KindError(
+            f"Kind {name!r} does not declare how a fresh value is made.",
+            kind=name,
+            mend=f"{name}=sw.Kind(..., restart=jnp.zeros_like)",
+        )
+    if not plan._specs[name]:
+        raise KindError(
+            f"Kind {name!r} has no leaves in this model, so there is nothing to restart.",
+            kind=name,
+            mend="make the leaves before the plan is made: model.init_cache(...), say",
+        )
+    if by_slot and kind.batch_axis is None:
+        raise KindError(
+            f"Kind {name!r} declares no batch_axis, so its slots cannot be told apart.",
+            kind=name,
+            mend=f"{name}=sw.Kind(..., restart=jnp.zeros_like, batch_axis=0)",
+        )
+
+
+def _slots(state: State, kinds: Sequence[str], where: Any) -> Any:
+    """The slots as booleans, one for each; every leaf that has no such axis, or another length, is listed."""
+    plan = state._plan
+    given = where if isinstance(where, jax.Array) else np.asarray(where)
+    if given.ndim != 1 or not (given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0):
+        raise StructureError(
+            f"where must be booleans or slot numbers in one dimension, not {given.dtype}{list(given.shape)}.",
+            mend="where=jnp.array([True, False]) or where=[0]",
+        )
+    sizes = _slot_counts(plan, tuple(kinds))
+    is_mask = given.dtype == bool
+    count = given.shape[0] if is_mask else min(sizes.values())
+    odd = [
+        dataclasses.replace(leaf, note=f"{size} slots" if size >= 0 else "has no such axis")
+        for leaf, size in sizes.items()
+        if size != count
+    ]
+    if odd:
+        raise StructureError(
+            f"Not every leaf of {', '.join(kinds)} has {count} slots along its batch axis.",
+            leaves=odd,
+            kind=kinds[0],
+            mend="claim these leaves by a kind of their own, or restart the whole kind: state.restart(...)",
+        )
+    if is_mask:
+        return given
+    if not isinstance(given, jax.core.Tracer) and given.size:
+        outside = [slot for slot in np.asarray(given).tolist() if not -count <= slot < count]
+        if outside:
+            raise StructureError(
+                f"There is no slot {outside[0]}: there are {count}.", kind=kinds[0], mend=f"slots 0 to {count - 1}"
+            )
+    return jnp.zeros(count, bool).at[given.astype(int)].set(True)
+
+
+@functools.lru_cache(maxsize=256)
+def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> dict[Leaf, int]:
+    """The length of the batch axis of each leaf; -1 where it has none."""
+    counts = {}
+    for name in kinds:
+        axis = plan.kinds[name].batch_axis or 0
+        for leaf, spec in zip(plan._row_of_array[name], plan._specs[name], strict=True):
+            counts[leaf] = spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1
+    return counts
+
+
+@functools.lru_cache(maxsize=256)
+def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool) -> Any:
+    def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
+        return [
+            tuple(_fresh(plan, name, position, array, slots) for position, array in enumerate(arrays))
+            for name, arrays in zip(kinds, parts, strict=True)
+        ]
+
+    return jax.jit(fresh_values, donate_argnums=0, keep_unused=True)
+
+
+def _fresh(plan: Plan, name: str, position: int, array: Any, slots: Any) -> Any:
+    kind = plan.kinds[name]
+    assert kind.restart is not None
+    fresh = jnp.asarray(kind.restart(array))
+    if fresh.shape != array.shape or fresh.dtype != array.dtype:
+        leaf = plan._row_of_array[name][position]
+        raise StructureError(
+            f"The restart of kind {name!r} changes an array's shape or dtype.",
+            leaves=[dataclasses.replace(leaf, note=f"would become {fresh.shape} {fresh.dtype}")],
+            kind=name,
+            mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+        )
+    if slots is None:
+        return fresh
+    axis = (kind.batch_axis or 0) % array.ndim
+    mask = slots.reshape([-1 if position == axis else 1 for position in range(array.ndim)])
+    return jnp.where(mask, fresh, array)

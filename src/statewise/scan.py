@@ -1,0 +1,171 @@
+"""Reading a model: its graph, its leaves, and the arrays in them; and building it again.
+
+NNX flattens anything made of modules into a graph definition and a flat list of leaves, in an order of its
+own.  `Scan` is that, for one object or for several at once (a model, its optimizer, its metrics: what they
+share is then found).  A leaf's *value* is mostly one array, but a Variable may hold None, a number, or a tuple
+or dict of arrays; `arrays_of` and `value_of` go between a value and the arrays in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from statewise import _compat
+from statewise.errors import StructureError
+from statewise.paths import Leaf, Path
+
+__all__ = ["ModelError", "Scan", "Spec", "arrays_of", "is_array", "rebuild", "row_of", "scan", "spec_of", "value_of"]
+
+# The structure of a value that is one array: by far the most frequent, and told apart by identity.
+ONE = jax.tree.structure(0)
+
+
+class ModelError(StructureError, TypeError):
+    """What was given is no model: a class instead of an instance, a number, a module full of strings."""
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of one array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def size(self) -> int:
+        """How many elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes; a PRNG key counts the words that it is made of."""
+        if jax.dtypes.issubdtype(self.dtype, jax.dtypes.extended):
+            key = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(self.shape, self.dtype))
+            return int(key.size * key.dtype.itemsize)
+        return self.size * int(self.dtype.itemsize)
+
+
+class Scan(NamedTuple):
+    """One or several objects, flattened.
+
+    Attributes:
+      graphdef: NNX's graph definition; of a tuple where there are several objects.
+      paths: each leaf's first path, prefixed by the object's position where there are several.
+      leaves: the live Variables, or raw arrays.
+      several: whether there are several objects.
+    """
+
+    graphdef: Any
+    paths: tuple[Path, ...]
+    leaves: tuple[Any, ...]
+    several: bool
+
+    def relative(self, path: Path) -> Path:
+        """The path as filters see it: relative to its object."""
+        return path[1:] if self.several else path
+
+
+def scan(objects: Sequence[Any]) -> Scan:
+    """Flattens one object, or several together.
+
+    Raises:
+      ModelError: no object, a class, or something that NNX cannot flatten.
+    """
+    if not objects:
+        raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
+    for position, thing in enumerate(objects):
+        _check_object(position, thing)
+    several = len(objects) > 1
+    graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0])
+    return Scan(graphdef, tuple(flat.paths), tuple(flat.leaves), several)
+
+
+def _check_object(position: int, thing: Any) -> None:
+    if isinstance(thing, type):
+        raise ModelError(
+            f"Object {position} is the class {thing.__name__}, not an instance of it.",
+            mend=f"model = {thing.__name__}(..., rngs=nnx.Rngs(0))",
+        )
+    if thing is None or is_array(thing) or isinstance(thing, (bool, int, float, complex, str, bytes)):
+        raise ModelError(
+            f"Object {position} is {type(thing).__name__}, which holds no leaves at paths.",
+            mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
+        )
+
+
+def rebuild(graphdef: Any, values: list[Any], several: bool) -> tuple[Any, ...]:
+    """Fresh objects from a graph definition and the leaves' values, in the order of the flat leaves."""
+    made = nnx.unflatten(graphdef, values)
+    return tuple(made) if several else (made,)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is one array: JAX's or NumPy's, concrete, traced or abstract."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def raw_value(leaf: Any) -> Any:
+    """What a leaf holds, without its hooks: a Variable's raw value, a raw array itself."""
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def arrays_of(value: Any) -> tuple[list[Any], Any]:
+    """The arrays in a value, and its structure."""
+    if is_array(value):
+        return [value], ONE
+    return jax.tree.flatten(value)
+
+
+def value_of(arrays: Sequence[Any], structure: Any) -> Any:
+    """The value that has these arrays: the inverse of `arrays_of`."""
+    return arrays[0] if structure is ONE else jax.tree.unflatten(structure, arrays)
+
+
+def spec_of(array: Any) -> Spec | None:
+    """The shape and dtype that JAX will see of an array or a Python number; None for anything else."""
+    if isinstance(array, (jax.Array, jax.ShapeDtypeStruct)):
+        return Spec(array.shape, array.dtype)
+    if isinstance(array, (np.ndarray, np.generic)):
+        if array.dtype.hasobject or array.dtype.kind in "USMm":
+            return None
+        return Spec(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+    if isinstance(array, (bool, int, float, complex)):
+        return Spec((), jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(array)))
+    if hasattr(array, "shape") and hasattr(array, "dtype"):
+        return Spec(tuple(array.shape), array.dtype)
+    return None
+
+
+def row_of(path: Path, leaf: Any, kind: str | None = None, note: str = "") -> Leaf:
+    """Describes a leaf for a table or an error; it may hold anything."""
+    arrays, structure = arrays_of(raw_value(leaf))
+    specs = [spec for spec in map(spec_of, arrays) if spec is not None]
+    return make_leaf(path, _compat.variable_type(leaf), specs, structure is ONE, kind, note=note)
+
+
+def make_leaf(
+    path: Path,
+    type_: type,
+    specs: Sequence[Spec],
+    single: bool,
+    kind: str | None,
+    aliases: tuple[Path, ...] = (),
+    note: str = "",
+) -> Leaf:
+    """Describes a leaf by the shapes and dtypes of its arrays."""
+    one = specs[0] if single and specs else None
+    return Leaf(
+        path=path,
+        kind=kind,
+        type=type_,
+        shape=one.shape if one else None,
+        dtype=one.dtype if one else None,
+        aliases=aliases,
+        elements=sum(spec.size for spec in specs),
+        nbytes=sum(spec.nbytes for spec in specs),
+        note=note,
+    )

@@ -1,0 +1,418 @@
+"""The state: a plan with its arrays, a registered pytree.
+
+A state holds one part for each kind of its plan, and a part is a tuple of arrays.  States share parts: a step
+that writes one kind makes a new part for it and hands on the others as they are, and `replace` puts one set of
+weights beside many caches.  When a step donates arrays of a part, the part is marked *spent*; whichever state
+is used next with it says so, by name, instead of failing deep inside the runtime.
+
+As a pytree a state has one leaf for each array, keyed by kind and path, and its plan as the static part.  JAX
+may put anything there (tracers, axes, shapes, sharding): nothing is checked when a state is unflattened, and
+everything when a step is traced with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise.errors import KindError, StructureError
+from statewise.kinds import unknown_kind
+from statewise.moments import plain_key
+from statewise.paths import Leaf, Path, format_path
+from statewise.plan import Plan
+from statewise.scan import Spec, raw_value, spec_of, value_of
+
+__all__ = ["Part", "State"]
+
+
+class Part:
+    """One kind's arrays, shared by the states that have them in common.
+
+    Attributes:
+      arrays: the arrays, in the order of the plan.
+      spent: what donated some of them, in words; None while all are there.
+    """
+
+    __slots__ = ("_ids", "_view", "arrays", "spent")
+
+    def __init__(self, arrays: tuple[Any, ...]) -> None:
+        self.arrays = arrays
+        self.spent: str | None = None
+        self._view: Any = None
+        self._ids: frozenset[int] | None = None
+
+    def ids(self) -> frozenset[int]:
+        """The identities of the arrays."""
+        if self._ids is None:
+            self._ids = frozenset(map(id, self.arrays))
+        return self._ids
+
+
+class State:
+    """A plan with its arrays: a pytree that every JAX transform takes as it is.
+
+    Made by `plan.take`; never changed in place.
+
+    Attributes:
+      plan: the plan, static.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> state = sw.plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0))).take(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      >>> list(state)[:3]
+      ['params', 'lora', 'stats']
+      >>> state["stats"]["var"]
+      Array([1., 1., 1.], dtype=float32)
+      >>> len(jax.tree.leaves(state))
+      4
+    """
+
+    __slots__ = ("__weakref__", "_parts", "_plan")
+
+    _plan: Plan
+    _parts: list[Part]
+
+    def __init__(self) -> None:
+        raise StructureError("A state is made by a plan.", mend="state = plan.take(model)")
+
+    @classmethod
+    def of(cls, plan: Plan, parts: Iterable[Iterable[Any]]) -> State:
+        """A state from the arrays of each kind, in the order of the plan.  For other rooms; nothing is checked."""
+        return make_state(plan, [Part(tuple(part)) for part in parts])
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    # --- a mapping from kinds to their parts -------------------------------------------------------------------
+
+    def __getitem__(self, kind: str) -> Any:
+        """One kind's arrays, as an `nnx.State` nested by path, of plain arrays.
+
+        Of kind `optimizer`, the optimizers' states by the kinds that they update, where the plan has some.
+        """
+        part = self.part(kind)
+        if part._view is None:
+            part._view = _view(self._plan, kind, part.arrays)
+        return part._view
+
+    def __iter__(self) -> Any:
+        return iter(self._plan.kinds)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._plan.kinds
+
+    def __len__(self) -> int:
+        return len(self._plan.kinds)
+
+    def keys(self) -> Any:
+        """The names of the kinds."""
+        return self._plan.kinds.keys()
+
+    def __repr__(self) -> str:
+        shown = []
+        for kind, part in zip(self._plan.kinds, self._parts, strict=True):
+            if part.arrays:
+                shown.append(f"{kind}: {len(part.arrays)} arrays" + (" (spent)" if part.spent else ""))
+        return f"State({', '.join(shown)})"
+
+    def part(self, kind: str) -> Part:
+        """One kind's part.  For other rooms."""
+        index = self._plan._index.get(kind)
+        if index is None:
+            raise unknown_kind(kind, self._plan.kinds)
+        return self._parts[index]
+
+    # --- making other states -----------------------------------------------------------------------------------
+
+    def replace(self, /, **parts: Any) -> State:
+        """This state with the parts of some kinds swapped.
+
+        Args:
+          **parts: by kind, what `state[kind]` gives: of this state, of another, or computed from one.
+
+        Returns:
+          a new state that shares all other parts with this one.
+
+        Raises:
+          KindError: a kind that is not there.
+          StructureError: a part with leaves missing, left over, or of another shape or dtype (all are listed); an
+            array that an earlier step donated; an array that the state already holds elsewhere.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+          >>> state = sw.plan(model).take(model)
+          >>> state = state.replace(stats=jax.tree.map(jnp.zeros_like, state["stats"]))
+          >>> state["stats"]["var"]
+          Array([0., 0., 0.], dtype=float32)
+        """
+        made = list(self._parts)
+        for kind, given in parts.items():
+            self.part(kind)
+            made[self._plan._index[kind]] = Part(_arrays_for(self._plan, kind, given))
+        state = make_state(self._plan, made)
+        refuse_shared(state)
+        return state
+
+    def restart(self, *kinds: str, where: Any = None) -> State:
+        """Fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
+
+        Args:
+          *kinds: the kinds to restart; by default all that declare `restart`.
+          where: which slots along each kind's `batch_axis`: booleans, one for each slot, or slot numbers.  None
+            restarts everything.
+
+        Returns:
+          the new state; this one is spent as far as these kinds go.
+
+        Raises:
+          KindError: a kind that is not there, is frozen, declares no `restart`, has no leaves, or, with `where`, no
+            `batch_axis`.
+          StructureError: leaves without that axis, or with another number of slots; a spent state; a `restart` that
+            changes a shape or dtype.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.Dict(hits=nnx.Cache(jnp.array([1.0, 2.0, 3.0])))
+          >>> kinds = sw.Kinds(cache=sw.Kind(nnx.Cache, restart=jnp.zeros_like, batch_axis=0))
+          >>> state = kinds.plan(model).take(model)
+          >>> state = state.restart("cache", where=jnp.array([False, True, False]))
+          >>> state["cache"]["hits"]
+          Array([1., 0., 3.], dtype=float32)
+        """
+        from statewise.restart import restart
+
+        return restart(self, kinds, where)
+
+    def cast(self, /, **dtypes: Any) -> State:
+        """A state of a new plan, its floating-point arrays in other dtypes.
+
+        Args:
+          **dtypes: by kind, the dtype of its floating-point arrays; integers, booleans and keys stay as they are.
+
+        Returns:
+          a state of another plan, which has these dtypes; it shares the parts of the other kinds with this one.
+
+        Raises:
+          KindError: a kind that is not there, or a dtype that is no floating-point dtype.
+
+        Example:
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+          >>> half = sw.plan(model).take(model).cast(params="bfloat16")
+          >>> half["params"]["kernel"].dtype, half.plan["params"][0].dtype
+          (dtype(bfloat16), dtype(bfloat16))
+        """
+        plan, made = self._plan, list(self._parts)
+        specs = {}
+        for kind, given in dtypes.items():
+            part = self.part(kind)
+            dtype = _floating(kind, given)
+            check_unspent(self, [kind])
+            # A float may become another float; complex numbers would lose a half.
+            arrays = tuple(
+                jax.lax.convert_element_type(array, dtype) if jnp.issubdtype(spec.dtype, jnp.floating) else array
+                for array, spec in zip(part.arrays, plan._specs[kind], strict=True)
+            )
+            made[plan._index[kind]] = Part(arrays)
+            specs[kind] = [Spec(array.shape, array.dtype) for array in arrays]
+        return make_state(plan._with_specs(specs), made)
+
+
+def make_state(plan: Plan, parts: list[Part]) -> State:
+    """A state of these parts.  For other rooms; nothing is checked."""
+    state = object.__new__(State)
+    state._plan = plan
+    state._parts = parts
+    return state
+
+
+# --- the pytree ------------------------------------------------------------------------------------------------
+
+
+def _flatten(state: State) -> tuple[tuple[Any, ...], Plan]:
+    return tuple(itertools.chain.from_iterable(part.arrays for part in state._parts)), state._plan
+
+
+def _flatten_with_keys(state: State) -> tuple[list[tuple[Any, Any]], Plan]:
+    children, plan = _flatten(state)
+    return list(zip(plan._keys, children, strict=True)), plan
+
+
+def _unflatten(plan: Plan, children: Iterable[Any]) -> State:
+    arrays = iter(children)
+    return make_state(plan, [Part(tuple(itertools.islice(arrays, size))) for size in plan._sizes])
+
+
+jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
+
+
+# --- views -----------------------------------------------------------------------------------------------------
+
+
+def _view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
+    flat = [
+        (row.path, value_of(arrays[span.start : span.stop], span.structure))
+        for row, span in zip(plan._rows, plan._spans, strict=True)
+        if row.kind == kind
+    ]
+    objects = nnx.from_flat_state(flat)
+    if kind != "optimizer" or not plan._groups:
+        return objects
+    views = {
+        group.label: jax.tree.unflatten(group.layout.structure, arrays[start:stop])
+        for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True)
+    }
+    return {"objects": objects, **views} if flat else views
+
+
+def _arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
+    """The arrays of a part that was given, matched by path; every disagreement is listed."""
+    structure, slots = _layout(plan, kind)
+    specs = plan._specs[kind]
+    leaves, found = jax.tree.flatten(given)
+    if found != structure:
+        keyed = {_plain(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(_unwrapped(given))[0]}
+        leaves = [keyed.pop(keys, None) for keys, _ in slots]
+    else:
+        keyed = {}
+    arrays: list[Any] = [None] * len(specs)
+    problems = []
+    for (_, position), array in zip(slots, leaves, strict=True):
+        problem = _misfit(array, specs[position])
+        if problem:
+            problems.append(dataclasses.replace(plan._row_of_array[kind][position], note=problem))
+        arrays[position] = array
+    for keys, array in keyed.items():
+        spec = spec_of(array) or Spec((), None)
+        problems.append(Leaf(keys, kind, type(array), spec.shape, spec.dtype, note="not in the plan"))
+    if problems:
+        raise StructureError(
+            f"What replaces kind {kind!r} does not fit the plan.",
+            leaves=problems,
+            kind=kind,
+            mend=f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
+        )
+    return tuple(map(_as_array, arrays))
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(plan: Plan, kind: str) -> tuple[Any, list[tuple[Path, int]]]:
+    """The structure of a view, and for each array in it its keys and its position in the part."""
+    order, structure = jax.tree_util.tree_flatten_with_path(_view(plan, kind, range(len(plan._specs[kind]))))
+    return structure, [(_plain(keys), position) for keys, position in order]
+
+
+def _plain(keys: Sequence[Any]) -> Path:
+    return tuple(map(plain_key, keys))
+
+
+def _unwrapped(given: Any) -> Any:
+    """Variables give way to what they hold: `nnx.state(model, ...)` is as good as `state[kind]`."""
+    return jax.tree.map(raw_value, given, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _as_array(value: Any) -> Any:
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
+
+
+def _misfit(array: Any, spec: Spec) -> str:
+    if array is None:
+        return "missing"
+    found = spec_of(array)
+    if found is None:
+        return f"given as {type(array).__name__}"
+    if found != spec:
+        return f"given as {found.shape} {found.dtype}"
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+        return "donated by an earlier step"
+    return ""
+
+
+def _floating(kind: str, given: Any) -> Any:
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise KindError(
+            f"Kind {kind!r} cannot be cast to {given!r}: no floating-point dtype.",
+            kind=kind,
+            mend=f"cast({kind}='bfloat16')",
+        )
+    return dtype
+
+
+# --- what can be wrong with a state ----------------------------------------------------------------------------
+
+
+def check_unspent(state: State, kinds: Iterable[str]) -> None:
+    """Raises where a kind's arrays were donated."""
+    spent = [kind for kind in kinds if state.part(kind).spent]
+    if spent:
+        raise spent_error(state, spent)
+
+
+def spent_error(state: State, kinds: Sequence[str]) -> StructureError:
+    """The error for a state that is used after its arrays were donated."""
+    by = next((state.part(kind).spent for kind in kinds if state.part(kind).spent), None) or "a step"
+    names = ", ".join(kinds)
+    return StructureError(
+        f"This state is spent: {by} has donated its {names}.",
+        kind=kinds[0],
+        mend="use the state that came back: state, out = step(state, ...)\n"
+        "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)",
+    )
+
+
+def deleted_kinds(state: State) -> list[str]:
+    """The kinds with arrays that are no longer there."""
+    return [
+        kind
+        for kind, part in zip(state._plan.kinds, state._parts, strict=True)
+        if any(_is_deleted(array) for array in part.arrays)
+    ]
+
+
+def _is_deleted(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
+
+
+def refuse_shared(state: State) -> None:
+    """Raises where one array stands in two leaves: a step that writes both would donate it twice."""
+    sets = [part.ids() for part in state._parts]
+    if len(set().union(*sets)) == sum(len(part.arrays) for part in state._parts):
+        return
+    seen: dict[int, tuple[str, int]] = {}
+    for kind, part in zip(state._plan.kinds, state._parts, strict=True):
+        for position, array in enumerate(part.arrays):
+            if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+                continue
+            other = seen.setdefault(id(array), (kind, position))
+            if other != (kind, position):
+                rows = state._plan._row_of_array
+                _raise_shared(rows[kind][position], rows[other[0]][other[1]])
+
+
+def _raise_shared(one: Leaf, other: Leaf) -> None:
+    raise StructureError(
+        f"{format_path(other.path)} and {format_path(one.path)} share one array; a step could not write them apart.",
+        leaves=[other, one],
+        kind=one.kind,
+        mend="give one of them a copy: jax.tree.map(jnp.copy, part)",
+    )

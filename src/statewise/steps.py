@@ -1,0 +1,370 @@
+"""Steps: pure functions on a state, compiled, with the kinds that they may write declared.
+
+What happens in a call:
+
+- the first time with a plan and a signature (the shapes and dtypes of the arguments), the function is traced
+  once, its reads and writes are found, the contract is checked, and a `jax.jit` function is made that takes
+  just the leaves that are read or written and returns just those written;
+- every other time, the arrays are picked out of the state's parts, that function is called, and the new arrays
+  are put into a new state that shares all other parts.
+
+JAX itself tells one signature from another: the compiled function is called at once, and should JAX begin to
+trace it anew, then it is a signature (or a configuration of JAX) not seen before, and the call starts over.  So
+a call does no Python work that grows with the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from statewise.plan import Plan
+from statewise.arguments import Arguments, merged
+from statewise.capture import Capture
+from statewise.contracts import Contract, check_loss, plain_contract, train_contract
+from statewise.dispatch import Entry, NewSignature, args_key, full_key
+from statewise.errors import StructureError
+from statewise.programs import forward_program, routes_of, train_program
+from statewise.state import State
+from statewise.tracing import Eager, Traced, refuse_writes, trace
+
+__all__ = ["Compiled", "Lowered", "Step", "step", "train_step"]
+
+ContractOf = Callable[[Plan, str], Contract]
+
+
+def step(
+    fn: Callable[..., Any] | None = None,
+    *,
+    writes: str | Sequence[str] = (),
+    capture: str | Sequence[str] | None = None,
+    **jit_options: Any,
+) -> Any:
+    """Makes a function of the planned objects into a compiled step on a state.
+
+    Args:
+      fn: the function; it gets the planned objects, made anew in every trace, and the other arguments.
+      writes: the kinds that it may write: one name, or several.
+      capture: kinds of new leaves (what the function sows) to hand out; the output is then `(out, captured)`.
+      **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
+
+    Returns:
+      a step.  Called as `step(state, *args)` it returns the function's output; if it declares writes,
+      `(state, output)`.
+
+    Raises:
+      UndeclaredWriteError: the function writes a kind that is not declared; when it is first traced.
+      KindError: `writes` names a kind that is not there, or is frozen.
+      StructureError: the function returns the model; makes, removes or reshapes Variables; the state is spent.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Dict(hits=nnx.Variable(jnp.array(0)))
+      >>> state = sw.plan(model).take(model)
+      >>> @sw.step(writes="variables")
+      ... def count(model, by):
+      ...     model.hits[...] += by
+      ...     return model.hits[...] * 10
+      >>> state, tenfold = count(state, 2)
+      >>> int(state["variables"]["hits"]), int(tenfold)
+      (2, 20)
+    """
+    if fn is None:
+        return functools.partial(step, writes=writes, capture=capture, **jit_options)
+    names = _names(writes)
+    return Step(fn, lambda plan, name: plain_contract(plan, name, names), "step", capture, jit_options)
+
+
+def train_step(
+    fn: Callable[..., Any] | None = None,
+    *,
+    wrt: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | None = None,
+    has_aux: bool = False,
+    capture: str | Sequence[str] | None = None,
+    **jit_options: Any,
+) -> Any:
+    """Makes a loss function of the planned objects into a compiled training step on a state.
+
+    Args:
+      fn: the function; it returns the loss, a real scalar, or `(loss, aux)`.
+      wrt: the kinds to differentiate and update; by default all that have an optimizer in the plan.
+      writes: kinds that the function itself may write, besides those that it may by default: every kind that is
+        neither frozen, nor ephemeral (`saved=False`), nor holds `nnx.Param`.  `()` allows it none at all.
+      has_aux: whether the function returns `(loss, aux)`.
+      capture: kinds of new leaves (what the function sows) to hand out; the output is then `(out, captured)`.
+      **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
+
+    Returns:
+      a step.  Called as `step(state, *args)` it returns `(state, loss)` or `(state, (loss, aux))`.
+
+    Raises:
+      UndeclaredWriteError: the function writes a kind that it may not; when it is first traced.
+      KindError: a kind without optimizer in `wrt`, or one that is not there.
+      StructureError: the loss is no real scalar; and whatever `step` raises it for.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(1, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model, optimizers={"params": optax.sgd(0.5)}).take(model)
+      >>> @sw.train_step
+      ... def train(model, x, y):
+      ...     return ((model(x) - y) ** 2).mean()
+      >>> state, loss = train(state, jnp.ones((4, 1)), jnp.zeros((4, 1)))
+      >>> float(loss), float(state["params"]["kernel"][0, 0])
+      (1.0, 0.0)
+    """
+    if fn is None:
+        return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
+    of, may_write = (None if names is None else _names(names) for names in (wrt, writes))
+    return Step(
+        fn, lambda plan, name: train_contract(plan, name, of, may_write, has_aux), "train_step", capture, jit_options
+    )
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+class Step:
+    """A compiled pure function on a state; made by `step` and `train_step`.
+
+    Called as `step(state, *args, **kwargs)`.  The function gets the planned objects in the place of the state.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> @sw.step
+      ... def forward(model, x):
+      ...     return model(x)
+      >>> forward
+      <sw.step forward>
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        contract_of: ContractOf,
+        decorator: str,
+        capture: str | Sequence[str] | None,
+        jit_options: dict[str, Any],
+    ) -> None:
+        if not callable(fn):
+            raise StructureError(f"{fn!r} is no function.", mend=f"@sw.{decorator}\ndef f(model, x): ...")
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._name = getattr(fn, "__name__", type(fn).__name__)
+        self._decorator = decorator
+        self._contract_of = contract_of
+        self._capture = capture
+        self._arguments = Arguments(fn, jit_options)
+        self._lock = threading.RLock()
+        # By plan: every entry by its full key; the latest for each key of the arguments; the one, if there is one.
+        self._entries: dict[Any, dict[Any, Entry]] = {}
+        self._recent: dict[Any, dict[Any, Entry]] = {}
+        self._only: dict[Any, Entry] = {}
+
+    def __repr__(self) -> str:
+        return f"<sw.{self._decorator} {self._name}>"
+
+    def __call__(self, state: State, /, *args: Any, **kwargs: Any) -> Any:
+        if type(state) is not State:
+            raise self._no_state(state)
+        plan = state._plan
+        entry = self._only.get(plan)
+        if entry is None and plan in self._recent:
+            entry = self._recent[plan].get(args_key(args, kwargs, self._arguments, plan._objects))
+        if entry is not None:
+            try:
+                return entry.run(state, args, kwargs)
+            except NewSignature:
+                pass
+        return self._call_anew(state, args, kwargs)
+
+    def lower(self, state: State, /, *args: Any, **kwargs: Any) -> Lowered:
+        """Traces and lowers for these arguments, ahead of time; they may be `jax.ShapeDtypeStruct`s.
+
+        Args:
+          state: a state, or an abstract one (`plan.abstract()`).
+          *args: the step's other arguments.
+          **kwargs: the same by name.
+
+        Returns:
+          what `jax.jit(f).lower(...)` returns; its `compile()` gives a function of a state.
+        """
+        if type(state) is not State:
+            raise self._no_state(state)
+        with self._lock:
+            entry = self._entry(state, args, kwargs)
+            with entry.tracing():
+                return Lowered(entry, entry._fn.lower(*entry.operands(state, args, kwargs)))
+
+    # --- a signature not seen before ---------------------------------------------------------------------------
+
+    def _call_anew(self, state: State, args: Any, kwargs: Any) -> Any:
+        if jax.config.jax_disable_jit:
+            return self._call_eagerly(state, args, kwargs)
+        with self._lock:
+            entry = self._entry(state, args, kwargs)
+            if entry.ready:
+                try:
+                    return self._run(entry, state, args, kwargs)
+                except NewSignature:
+                    # The same types under another configuration of JAX: a mesh, a matmul precision.
+                    entry = self._entry(state, args, kwargs, anew=True)
+            with entry.tracing():
+                result = self._run(entry, state, args, kwargs)
+            entry.ready = True
+            return result
+
+    def _run(self, entry: Entry, state: State, args: Any, kwargs: Any) -> Any:
+        result = entry.run(state, args, kwargs)
+        if not entry.closes_over_tracers:
+            plan = state._plan
+            recent = self._recent.setdefault(plan, {})
+            recent[args_key(args, kwargs, self._arguments, plan._objects)] = entry
+            if len(recent) == 1 and not self._arguments.static:
+                self._only[plan] = entry
+            else:
+                self._only.pop(plan, None)
+        return result
+
+    def _entry(self, state: State, args: Any, kwargs: Any, anew: bool = False) -> Entry:
+        """The compiled function for this plan and signature; traced now if it is new."""
+        entries = self._entries.setdefault(state._plan, {})
+        key = (
+            args_key(args, kwargs, self._arguments, state._plan._objects),
+            full_key(state, self._arguments.split(args, kwargs, state._plan._objects)[:3]),
+        )
+        if not anew and key in entries:
+            return entries[key]
+        traced, contract = self._trace(state, args, kwargs)
+        entry = self._make(state._plan, traced, contract)
+        if not entry.closes_over_tracers:  # else it belongs to the caller's own trace, and ends with it
+            entries[key] = entry
+        return entry
+
+    def _trace(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract]:
+        plan = state._plan
+        contract = self._contract_of(plan, self._name)
+        capture = Capture(plan.kinds, self._capture)
+        split = self._arguments.split(args, kwargs, plan._objects)
+        dynamic = merged(split.args, split.kwargs, split.given)
+        traced = trace(plan, self._bound(split.static, plan._objects), state, *dynamic, capture, self._name)
+        refuse_writes(plan, traced, contract.allowed, contract.why_not, self._name, contract.mend)
+        if contract.trains:
+            check_loss(traced, contract, bool(capture), self._name)
+        return traced, contract
+
+    def _bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
+        """The user's function with the static arguments in their places, after so many objects."""
+        if not static:
+            return self._fn
+
+        def bound(*args: Any, **kwargs: Any) -> Any:
+            full_args, full_kwargs = merged(args[objects:], kwargs, static)
+            return self._fn(*args[:objects], *full_args, **full_kwargs)
+
+        return bound
+
+    def _make(self, plan: Plan, traced: Traced, contract: Contract) -> Entry:
+        routes = routes_of(plan, traced, contract.groups)
+        if contract.trains:
+            program = train_program(traced, routes, plan, contract.groups)
+        else:
+            program = forward_program(traced, routes, plan)
+        return Entry(
+            plan,
+            self._name,
+            program,
+            routes,
+            self._arguments,
+            returns_state=contract.returns_state,
+            closes_over_tracers=traced.closes_over_tracers,
+        )
+
+    # --- without compilation, under jax.disable_jit ------------------------------------------------------------
+
+    def _call_eagerly(self, state: State, args: Any, kwargs: Any) -> Any:
+        """Runs the user's function on the arrays themselves, so that it can be stepped through and printed from.
+
+        What it may write, and which leaves it does, comes from a trace all the same: without compilation a scan
+        unrolls, and every leaf that went through one would look written.
+        """
+        plan = state._plan
+        with jax.disable_jit(False):
+            traced, contract = self._trace(state, args, kwargs)
+        capture = Capture(plan.kinds, self._capture)
+        split = self._arguments.split(args, kwargs, plan._objects)
+        dynamic = merged(split.args, split.kwargs, split.given)
+        eager = Eager.of(traced, plan, self._bound(split.static, plan._objects), state, dynamic, capture, self._name)
+        entry = self._make(plan, eager, contract)
+        donated, _, kept, _, _ = entry.operands(state, args, kwargs)
+        written, out = entry.program(donated, kept, *dynamic)
+        return (entry.received(state, written, donated=False), out) if contract.returns_state else out
+
+    def _no_state(self, given: Any) -> StructureError:
+        return StructureError(
+            f"{self._name} is a step: its first argument is a state, not {type(given).__name__}.",
+            mend=f"state = plan.take(model)\n{self._name}(state, ...)",
+        )
+
+
+class Lowered:
+    """A step lowered for one signature, ahead of time; made by `Step.lower`.
+
+    All that `jax.stages.Lowered` offers is here too (`as_text`, `cost_analysis` ...).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> @sw.step
+      ... def forward(model, x):
+      ...     return model(x)
+      >>> compiled = forward.lower(plan.abstract(), jax.ShapeDtypeStruct((4, 2), jnp.float32)).compile()
+      >>> compiled(plan.take(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), jnp.ones((4, 2))).shape
+      (4, 3)
+    """
+
+    def __init__(self, entry: Entry, lowered: jax.stages.Lowered) -> None:
+        self._entry = entry
+        self._lowered = lowered
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowered, name)
+
+    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Compiles; takes the arguments of `jax.stages.Lowered.compile`."""
+        return Compiled(self._entry, self._lowered.compile(*args, **kwargs))
+
+
+class Compiled:
+    """A step compiled for one signature: called like the step; made by `Lowered.compile`.
+
+    All that `jax.stages.Compiled` offers is here too (`memory_analysis`, `as_text` ...).
+    """
+
+    def __init__(self, entry: Entry, compiled: jax.stages.Compiled) -> None:
+        self._entry = entry
+        self._compiled = compiled
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+    def __call__(self, state: State, /, *args: Any, **kwargs: Any) -> Any:
+        if state._plan is not self._entry.plan:
+            raise StructureError(
+                f"{self._entry.name} was compiled for another plan than this state's.",
+                mend=f"{self._entry.name}.lower(state, ...).compile()",
+            )
+        return self._entry.run(state, args, kwargs, self._compiled)

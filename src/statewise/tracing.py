@@ -1,0 +1,312 @@
+"""Tracing a function over a state: one trace, and everything about it is known.
+
+The user's function is called once for each signature, on fresh modules made of tracers, inside
+`jax.make_jaxpr`.  What comes out is a jaxpr from the arrays of the state and the arguments to the function's
+output and the arrays' new values.  From it `effects` tells what is read and what is written; the structure of
+the module before and after tells which Variables the function made, removed or replaced.  All of the contract
+is checked here, before anything is compiled, so that it costs nothing in the compiled step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise import _compat
+from statewise.capture import Capture
+from statewise.effects import Effects, effects_of
+from statewise.errors import StructureError, UndeclaredWriteError
+from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
+from statewise.plan import Plan
+from statewise.scan import ONE, arrays_of, is_array, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.state import State
+
+__all__ = ["Eager", "Traced", "call_once", "check_fits", "refuse_writes", "trace"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Traced:
+    """One traced call.
+
+    Attributes:
+      effects: what is read and written; the jaxpr goes from all inputs that are read to the outputs, then the
+        written arrays.
+      inputs: how many arrays the state has; the arguments' follow them among the inputs.
+      out_tree: the structure of the function's output.
+      outputs: how many arrays the output has.
+      written: (kind, position) of each array written, in the order in which the jaxpr returns them.
+      closes_over_tracers: whether the function used a tracer of somebody else's trace, not as an argument.
+    """
+
+    effects: Effects
+    inputs: int
+    out_tree: Any
+    outputs: int
+    written: tuple[tuple[str, int], ...]
+    closes_over_tracers: bool
+
+    def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The outputs and the written arrays, from the values of all inputs (None for those not read)."""
+        reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
+        results = _compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
+        return results[: self.outputs], results[self.outputs :]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Eager(Traced):
+    """A traced call that runs the user's function itself, on values, instead of the jaxpr: for `jax.disable_jit`."""
+
+    call: Callable[[Sequence[Any], Any, Any], tuple[list[Any], list[list[Any]]]] = dataclasses.field(kw_only=True)
+    arrays: Sequence[Any] = dataclasses.field(kw_only=True)
+    dynamic: Any = dataclasses.field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        traced: Traced,
+        plan: Plan,
+        fn: Callable[..., Any],
+        state: State,
+        dynamic: tuple[Any, Any],
+        capture: Capture,
+        name: str,
+    ) -> Eager:
+        """The eager form of a traced call; `dynamic` is its (args, kwargs)."""
+
+        def call(parts: Sequence[Any], args: Any, kwargs: Any) -> tuple[list[Any], list[list[Any]]]:
+            out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
+            return jax.tree.leaves(out), after
+
+        fields = {field.name: getattr(traced, field.name) for field in dataclasses.fields(Traced)}
+        return cls(**fields, call=call, arrays=jax.tree.leaves(state), dynamic=(plan, dynamic))
+
+    def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The outputs and the written arrays; the values of arrays that are not read come from the state."""
+        plan, dynamic = self.dynamic
+        arrays = iter(have if given is None else given for have, given in zip(self.arrays, flat, strict=False))
+        parts = [list(itertools.islice(arrays, size)) for size in plan._sizes]
+        args, kwargs = jax.tree.unflatten(jax.tree.structure(dynamic), flat[self.inputs :])
+        outputs, after = self.call(parts, args, kwargs)
+        return outputs, [after[plan._index[kind]][position] for kind, position in self.written]
+
+
+def trace(
+    plan: Plan, fn: Callable[..., Any], state: State, args: Any, kwargs: Any, capture: Capture, name: str
+) -> Traced:
+    """Traces `fn(*objects, *args, **kwargs)` over a state.
+
+    Raises:
+      StructureError: the state does not fit its plan; the function returns the model, or makes, removes, replaces,
+        reshapes or recasts Variables.
+    """
+    check_fits(state)
+    parts = [part.arrays for part in state._parts]
+    box: dict[str, Any] = {}
+
+    def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any]]:
+        out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
+        leaves, box["out_tree"] = jax.tree.flatten(out)
+        _check_output(leaves, name)
+        return leaves, [array for part in after for array in part]
+
+    closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
+    where = [(kind, position) for kind, part in zip(plan.kinds, parts, strict=True) for position in range(len(part))]
+    outputs = box["out_tree"].num_leaves
+    effects = effects_of(closed, [(outputs + index, index) for index in range(len(where))])
+    return Traced(
+        effects=effects,
+        inputs=len(where),
+        out_tree=box["out_tree"],
+        outputs=outputs,
+        written=tuple(spot for spot, is_written in zip(where, effects.written, strict=True) if is_written),
+        closes_over_tracers=any(isinstance(const, _compat.Tracer) for const in effects.consts),
+    )
+
+
+def check_fits(state: State) -> None:
+    """Raises where a state's arrays have not the shapes and dtypes of its plan."""
+    plan = state._plan
+    odd = []
+    for (kind, specs), part in zip(plan._specs.items(), state._parts, strict=True):
+        for position, (spec, array) in enumerate(zip(specs, part.arrays, strict=True)):
+            if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
+                found = spec_of(array)
+                note = f"is {found.shape} {found.dtype}" if found else f"is {type(array).__name__}"
+                odd.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
+    if odd:
+        raise StructureError(
+            "The state's arrays are not as its plan has them.",
+            leaves=odd,
+            mend="inside jax.vmap the mapped axis is gone: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
+            "for other dtypes: state.cast(params='bfloat16')",
+        )
+
+
+def call_once(
+    plan: Plan,
+    fn: Callable[..., Any],
+    parts: Sequence[Sequence[Any]],
+    args: Any,
+    kwargs: Any,
+    capture: Capture,
+    name: str,
+) -> tuple[Any, list[list[Any]]]:
+    """Calls the function on fresh objects that hold these arrays; returns its output and the arrays afterwards."""
+    by_kind = dict(zip(plan.kinds, parts, strict=True))
+    values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
+    objects = rebuild(plan._graphdef, values, plan._several)
+    before = scan(objects)
+    out, sown = capture.call(fn, objects, args, kwargs)
+    _refuse_model(out, before.leaves, name)
+    after = scan(objects)
+    live = dict(zip(after.paths, after.leaves, strict=True))
+    _check_structure(plan, before.leaves, live, capture, name)
+    captured = capture.collect(plan, live, out, sown)
+    return captured, _arrays_after(plan, parts, live, name)
+
+
+def _arrays_after(plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], name: str) -> list[list[Any]]:
+    after = [list(part) for part in parts]
+    odd = []
+    for row, span in zip(plan._rows, plan._spans, strict=True):
+        arrays, structure = arrays_of(raw_value(live[row.path]))
+        specs = tuple(map(spec_of, arrays))
+        if structure != row.structure:
+            odd.append(_leaf_of(row, "becomes a value of another structure"))
+        elif specs != row.specs:
+            was = [f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs]
+            odd.append(_leaf_of(row, "becomes " + ", ".join(was)))
+        else:
+            after[plan._index[span.kind]][span.start : span.stop] = map(jnp.asarray, arrays)
+    if odd:
+        raise StructureError(
+            f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.",
+            leaves=odd,
+            mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)",
+        )
+    return after
+
+
+def _leaf_of(row: Any, note: str) -> Leaf:
+    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+
+
+def _check_structure(plan: Plan, before: Sequence[Any], live: dict[Path, Any], capture: Capture, name: str) -> None:
+    """Refuses Variables that the function made (and nobody captures), removed or replaced."""
+    problems = []
+    for row, was in zip(plan._rows, before, strict=True):
+        now = live.get(row.path)
+        if now is None:
+            problems.append(_leaf_of(row, "removed"))
+        elif isinstance(was, nnx.Variable) and now is not was:
+            problems.append(_leaf_of(row, "replaced by another Variable"))
+        elif not isinstance(now, nnx.Variable) and not is_array(now):
+            problems.append(_leaf_of(row, f"replaced by {type(now).__name__}"))
+    planned = {row.path for row in plan._rows}
+    for path, leaf in live.items():
+        if path not in planned and not capture.claims(plan, path, leaf):
+            problems.append(row_of(path, leaf, note="made by the function"))
+    if problems:
+        made = [leaf for leaf in problems if leaf.note == "made by the function"]
+        raise StructureError(
+            f"{name} changes which Variables the model has; new ones cannot enter a state.",
+            leaves=problems,
+            mend=_structure_mend(made),
+        )
+
+
+def _structure_mend(made: Sequence[Leaf]) -> str:
+    if any(issubclass(leaf.type, nnx.Intermediate) for leaf in made):
+        return "@sw.step(capture='intermediates')  # sown values come back beside the output"
+    if made:
+        return "make the Variable before the plan is made (model.init_cache(...), say)"
+    return "assign values, not Variables: self.count[...] = self.count[...] + 1"
+
+
+def _refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
+    """Refuses an output that holds the model itself, or one of its Variables."""
+    mine = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
+
+    def is_object(thing: Any) -> bool:
+        return isinstance(thing, (nnx.Variable, nnx.Pytree, nnx.State))
+
+    returned = []
+    for thing in jax.tree.leaves(out, is_leaf=is_object):
+        if isinstance(thing, nnx.State) or not is_object(thing):
+            continue  # an nnx.State of Variables is data: it comes back as one
+        held = scan([[thing]])
+        returned += [
+            row_of(path[1:], leaf) for path, leaf in zip(held.paths, held.leaves, strict=True) if id(leaf) in mine
+        ]
+        if isinstance(thing, nnx.Module) and not held.leaves:
+            returned.append(Leaf((), None, type(thing), None, None, note="a module"))
+    if returned:
+        raise StructureError(
+            f"{name} returns the model, or Variables of it; they exist only inside the step.",
+            leaves=returned,
+            mend="return arrays: model.kernel[...]; the state comes back by itself",
+        )
+
+
+def _check_output(leaves: Sequence[Any], name: str) -> None:
+    for leaf in leaves:
+        if spec_of(leaf) is None:
+            raise StructureError(
+                f"{name} returns {type(leaf).__name__}, which is no array.",
+                mend="return arrays, numbers, or tuples, lists and dicts of them",
+            )
+
+
+def refuse_writes(
+    plan: Plan, traced: Traced, allowed: frozenset[str], why: dict[str, str], name: str, mend: str
+) -> None:
+    """Raises where the function writes a kind that it may not.
+
+    Args:
+      plan: the plan.
+      traced: the traced call.
+      allowed: the kinds that may be written.
+      why: for some kinds, why they may not be.
+      name: the step's name.
+      mend: the decorator as it would have to stand, with `{kinds}` in the place of the kinds.
+    """
+    odd = [(kind, position) for kind, position in traced.written if kind not in allowed]
+    if not odd:
+        return
+    owners = _owners(plan)
+    leaves: dict[Path, Leaf] = {}
+    for kind, position in odd:
+        leaf = plan._row_of_array[kind][position]
+        note = f"written in {owners[leaf.path]}" + (f"; {why[kind]}" if kind in why else "")
+        leaves[leaf.path] = dataclasses.replace(leaf, note=note)
+    kinds = tuple(dict.fromkeys(kind for kind, _ in odd))
+    free = tuple(kind for kind in kinds if kind not in why)
+    lines = [mend.format(kinds=repr(tuple(sorted(allowed | set(free), key=list(plan.kinds).index))))] if free else []
+    lines.append("or, where the function only evaluates: model.eval() as its first line")
+    raise UndeclaredWriteError(
+        f"{name} writes {', '.join(kinds)}, which it does not declare.",
+        leaves=leaves.values(),
+        kind=kinds[0],
+        mend="\n".join(lines),
+    )
+
+
+def _owners(plan: Plan) -> dict[Path, str]:
+    """For each leaf, the module that holds it, in words."""
+    owners = {}
+    objects: Any = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    for row in plan._rows:
+        thing, at = (objects if plan._several else objects[0]), 0
+        owner = f"{type(thing).__name__}"
+        for depth, key in enumerate(row.path[:-1], start=1):
+            thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
+            if isinstance(thing, nnx.Module) and not isinstance(thing, (nnx.Rngs, nnx.RngStream)):
+                owner, at = type(thing).__name__, depth
+        owners[row.path] = f"{owner} {format_path(row.path[:at])}" if at else owner
+    return owners

@@ -1,0 +1,38 @@
+"""The test room: eight fake CPU devices, no rank promotion, types checked at run time, warnings are errors.
+
+(That warnings are errors stands in pyproject.toml, so that it holds while test files are imported too.)
+"""
+
+from __future__ import annotations
+
+import os
+
+# Both are read once, when jax is imported: nothing above these lines may import it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
+
+# Every annotation of the package is checked while tests run.  An import hook: it has to be in place before
+# statewise is imported.  With the numeric tower an int is a float, as it is for the static checker.
+beartype_package("statewise", conf=BeartypeConf(is_pep484_tower=True))
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example of a property slow and the next ones fast: a deadline would only flicker.
+# CI draws the same examples every time; elsewhere each run looks at new ones.
+settings.register_profile("statewise", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("statewise")
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """The eight fake CPU devices."""
+    found = jax.devices()
+    assert len(found) == 8, "jax was imported before tests/conftest.py could set XLA_FLAGS"
+    return found

@@ -1,0 +1,176 @@
+"""The demo, run small: what it promises on the command line is asserted here on its result."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from rich.console import Console
+
+import statewise as sw
+from statewise.examples import demo
+from statewise.examples.char_model import ActivationNorm, CharTransformer
+from statewise.examples.text import CharText, load_topics
+
+SMALL = demo.Settings(steps=150, batch=16, window=32, width=32, depth=1, heads=2, length=40)
+
+
+def small_model(alphabet: int = 7, context: int = 12, dropout: float = 0.05) -> CharTransformer:
+    return CharTransformer(alphabet, context=context, width=8, depth=2, heads=2, dropout=dropout, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def ran() -> tuple[demo.DemoResult, str, int]:
+    """The small demo's result, what it printed for people, and its exit status; run once, as `--json` runs it."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = demo.main(SMALL, as_json=True)
+    return demo.DemoResult(**json.loads(out.getvalue())), err.getvalue(), status
+
+
+def test_the_demo_runs_to_its_end(ran: tuple[demo.DemoResult, str, int]) -> None:
+    result, printed, status = ran
+    assert status == 0
+    assert len(result.train_losses) == SMALL.steps
+    assert f"model.steps is {SMALL.steps}" in printed
+    for kind in (*demo.KINDS, "UndeclaredWriteError", "unigram entropy", "held-out loss"):
+        assert kind in printed
+
+
+def test_it_learns_more_than_how_often_each_character_occurs(ran: tuple[demo.DemoResult, str, int]) -> None:
+    result, _, _ = ran
+    assert result.unigram_entropy == load_topics().unigram_entropy()
+    assert result.held_out_loss < 0.9 * result.unigram_entropy < result.train_losses[0]
+
+
+def test_the_careless_evaluation_is_refused_with_every_leaf_and_the_mend(
+    ran: tuple[demo.DemoResult, str, int],
+) -> None:
+    result, _, _ = ran
+    for word in ("norm/mean", "norm/var", "BatchStat", "dropout/rngs/count", "model.eval()"):
+        assert word in result.refused
+
+
+def test_generation_repeats_after_a_restart_and_only_then(ran: tuple[demo.DemoResult, str, int]) -> None:
+    result, _, _ = ran
+    assert result.generated == result.repeated != result.unrestarted
+    assert result.generated.startswith(SMALL.prompt)
+    assert result.unrestarted.startswith(SMALL.prompt)
+    assert len(result.generated) == SMALL.length
+    assert result.decode_steps == SMALL.length - 1
+
+
+def test_a_log_holds_lines_and_no_control_characters(ran: tuple[demo.DemoResult, str, int]) -> None:
+    _, printed, _ = ran
+    assert not set(printed) & set("\r\x1b\x08")
+    assert printed.count(f"{SMALL.steps}/{SMALL.steps}") == 1
+    assert "step  100" in printed
+
+
+def test_a_promise_that_does_not_hold_is_an_error() -> None:
+    untrained = demo.Settings(steps=1, batch=2, window=64, width=8, depth=1, heads=1, length=24)
+    with pytest.raises(AssertionError, match="does not hold: it predicts better"):
+        demo.run(untrained, Console(file=io.StringIO()))
+
+
+def test_one_decode_step_for_each_character_read() -> None:
+    text = CharText.cut("abcdefg" * 3, held_out=0.5)
+    model = small_model()
+    plan = demo.KINDS.plan(model)
+    state, written, logits = demo.write(plan.take(model), text, "abc", length=10)
+    plan.put(state, model)
+    assert int(model.position[...]) == 9 == len(logits)
+    assert len(written) == 10
+    # Reading the whole text at once scores every character as reading it one by one does.
+    model.eval()
+    at_once = model(jnp.asarray(text.encode(written))[None, :-1])[0]
+    np.testing.assert_allclose(logits, at_once, atol=1e-5)
+
+
+def test_training_gives_the_numbers_of_nnx_jit_and_nnx_optimizer() -> None:
+    rival, model, text = small_model(), small_model(), CharText.cut("abcdefg" * 30, held_out=0.5)
+    optimizer = nnx.Optimizer(rival, optax.adamw(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: CharTransformer, optimizer: nnx.Optimizer, x: np.ndarray, y: np.ndarray) -> object:
+        model.steps[...] += 1
+        loss, grads = nnx.value_and_grad(lambda model: demo.cross_entropy(model(x), y))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    plan = demo.KINDS.plan(model, optimizers={"params": optax.adamw(1e-2)})
+    state, random = plan.take(model), np.random.default_rng(0)
+    for _ in range(4):
+        x, y = text.batch(random, 3, 12)
+        expected = step(rival, optimizer, x, y)
+        state, loss = demo.train(state, x, y)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    plan.put(state, model)
+    ours, theirs = (nnx.to_flat_state(nnx.state(m, nnx.Not(nnx.RngState))) for m in (model, rival))
+    for (path, leaf), (_, other) in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(leaf[...], other[...], rtol=1e-4, atol=1e-5, err_msg=str(path))
+    assert int(model.steps[...]) == 4
+    assert int(model.blocks[0].dropout.rngs.count[...]) == int(rival.blocks[0].dropout.rngs.count[...]) > 0
+
+
+def test_the_declaration_claims_every_leaf_once() -> None:
+    model = small_model()
+    plan = demo.KINDS.plan(model)
+    assert {kind: len(plan[kind]) for kind in demo.KINDS} == {
+        "params": sw.count(model, nnx.Param),
+        "stats": 2,
+        "counter": 1,
+        "cache": 2 * 3 + 1,  # key, value and index of each block, and the model's own position
+        "rng": 2 * 2,
+    }
+
+
+def test_statistics_move_in_training_and_are_only_read_in_evaluation() -> None:
+    norm, x = ActivationNorm(3, momentum=0.5), jnp.arange(12.0).reshape(2, 2, 3)
+    norm(x)
+    np.testing.assert_allclose(norm.mean[...], 0.5 * x.mean((0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(norm.var[...], 0.5 + 0.5 * x.var((0, 1)), rtol=1e-6)
+    norm.eval()
+    mean = norm.mean[...]
+    y = norm(x + 100)
+    np.testing.assert_array_equal(norm.mean[...], mean)
+    np.testing.assert_allclose(y, (x + 100 - mean) / np.sqrt(norm.var[...] + 1e-5), rtol=1e-5)
+
+
+def test_the_text_is_real_cut_once_and_never_seen_twice() -> None:
+    text = load_topics(held_out=0.1)
+    train, held_out = text.decode(text.train), text.decode(text.held_out)
+    assert len(train) + len(held_out) > 200_000
+    assert abs(len(held_out) / (len(train) + len(held_out)) - 0.1) < 1e-4
+    assert not set(train.split("\n\n")[:-1]) & set(held_out.split("\n\n")[1:])
+    assert text.encode(held_out[:500]) == text.held_out[:500].tolist()
+    with pytest.raises(ValueError):
+        text.encode("\0")
+
+
+def test_batches_are_windows_and_the_characters_after_them() -> None:
+    text = CharText.cut("0123456789" * 20, held_out=0.5)
+    x, y = text.batch(np.random.default_rng(0), 4, 8)
+    assert x.shape == y.shape == (4, 8)
+    np.testing.assert_array_equal((x + 1) % 10, y)
+    batches = text.held_out_batches(3, 8)
+    assert len(batches) == 99 // 24
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in batches]).ravel(), text.held_out[: 24 * len(batches)])
+    for x, y in batches:
+        np.testing.assert_array_equal((x + 1) % 10, y)
+
+
+def test_unigram_entropy_is_the_entropy_of_the_counts() -> None:
+    text = load_topics()
+    counts = collections.Counter(text.decode(text.held_out))
+    total = sum(counts.values())
+    expected = -math.fsum(n / total * math.log(n / total) for n in counts.values())
+    assert text.unigram_entropy() == pytest.approx(expected)
