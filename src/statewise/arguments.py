@@ -4,15 +4,14 @@
 first, where the caller passes one state.  Positions given by the user count the function's own parameters.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 
-from statewise.errors import KindError
+from statewise.errors import KindError, StructureError
 
 __all__ = ["Arguments", "Split"]
 
@@ -88,14 +87,27 @@ class Arguments:
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None
 
-    def jit(self, program: Callable[..., Any]) -> Any:
+    def unhashable(self, static: Iterable[tuple[Any, Any]], objects: int) -> StructureError:
+        """The error for static arguments of which one cannot be hashed."""
+        for place, value in static:
+            try:
+                hash(value)
+            except TypeError:
+                name = place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
+                break
+        return StructureError(
+            f"The static argument {name} is a {type(value).__name__}, which cannot be hashed.",
+            mend="a tuple for a list, a frozen dataclass for a dict; or an argument that is not static",
+        )
+
+    def jit(self, program: Callable[..., Any], donate: bool = True) -> Any:
         """The compiled function of (donated, given, kept, args, kwargs) -> (written, output)."""
         options = dict(self.jit_options)
         if "out_shardings" in options:
             options["out_shardings"] = (None, options["out_shardings"])
         if "in_shardings" in options:
             options["in_shardings"] = (None, None, None, options["in_shardings"], None)
-        return jax.jit(program, donate_argnums=(0, 1), **options)
+        return jax.jit(program, donate_argnums=(0, 1) if donate else (), **options)
 
 
 def merged(

@@ -73,7 +73,7 @@ class Capture:
         """The step's output: as it is, or (output, captured)."""
         if not self.names:
             return out
-        flat: dict[str, list[tuple[Path, Any]]] = {name: [] for name in self.names}
+        flat: dict[str, list[tuple[Any, Any]]] = {name: [] for name in self.names}
         planned = {row.path for row in plan._rows}
         for path, leaf in live.items():
             if path not in planned:
@@ -117,5 +117,6 @@ def _capturing(run: Callable[[], Any], module: nnx.Module, position: int, types:
 
 def _subclasses(cls: type) -> Iterator[type]:
     yield cls
-    for sub in cls.__subclasses__():
+    below: list[type] = cls.__subclasses__()
+    for sub in below:
         yield from _subclasses(sub)

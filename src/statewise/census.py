@@ -19,7 +19,7 @@ from statewise.errors import KindError
 from statewise.kinds import Kinds, unknown_kind
 from statewise.plan import Plan
 from statewise.scan import row_of
-from statewise.select.looking import look
+from statewise.select import check_kinds, look
 from statewise.tables import KindCount, Table, count_kinds, kinds_table, total_of
 
 __all__ = ["Census", "KindCount", "census"]
@@ -116,8 +116,8 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
       --------------------------------------------------------------
       total        4        12   48 B
     """
-    if kinds is not None and not isinstance(kinds, Kinds):
-        raise KindError(f"{type(kinds).__name__} is no Kinds.", mend="sw.Kinds(params=sw.Kind(nnx.Param), ...)")
+    if kinds is not None:
+        check_kinds(kinds)
     plan = _plan_of(model)
     if plan is not None:
         if kinds is not None and kinds != plan.kinds:

@@ -7,9 +7,9 @@ from typing import Any
 
 from statewise import _compat
 from statewise.errors import ContestedError, UnclaimedError
-from statewise.filters import as_code, predicate, type_key, type_only
-from statewise.kinds import Kinds
-from statewise.paths import Leaf, format_path
+from statewise.filters import Exactly, as_code, predicate, type_key, type_only
+from statewise.kinds import Kind, Kinds
+from statewise.paths import Leaf, format_path, format_type
 from statewise.scan import Scan, row_of
 
 __all__ = ["claim", "claimants"]
@@ -68,15 +68,19 @@ def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]]) -> Non
         else:
             unclaimed.append(row_of(path, leaf))
     if contested:
-        also = f"  {len(unclaimed)} more are claimed by none: {_first_paths(unclaimed)}." if unclaimed else ""
+        also = f"  {_counted(unclaimed)} claimed by none: {_first_paths(unclaimed)}." if unclaimed else ""
         raise ContestedError(
-            f"{len(contested)} leaves are claimed by more than one kind.{also}",
+            f"{_counted(contested)} claimed by more than one kind.{also}",
             leaves=contested + unclaimed,
             mend=_mend_contested(kinds, {names: found_types for names, found_types in types.items() if names}),
         )
     raise UnclaimedError(
-        f"{len(unclaimed)} leaves are claimed by no kind.", leaves=unclaimed, mend=_mend_unclaimed(kinds, types[()])
+        f"{_counted(unclaimed)} claimed by no kind.", leaves=unclaimed, mend=_mend_unclaimed(kinds, types[()])
     )
+
+
+def _counted(leaves: Sequence[Leaf]) -> str:
+    return "1 leaf is" if len(leaves) == 1 else f"{len(leaves)} leaves are"
 
 
 def _first_paths(leaves: Sequence[Leaf]) -> str:
@@ -88,22 +92,33 @@ def _mend_unclaimed(kinds: Kinds, types: Sequence[type]) -> str:
     """One kind for each type that is left over, or the rest kind for all of them."""
     lines = []
     for cls in dict.fromkeys(types):
-        name = cls.__name__.lower() + "_kind"
-        filter_ = f"sw.Exactly({cls.__name__})"
-        lines.append(f"kinds = kinds | sw.Kinds({name}=sw.Kind({filter_}))")
-    lines.append("or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))")
+        name = _free_name(kinds, format_type(cls).strip("_").lower() + "_kind")
+        lines.append(f"kinds = kinds | sw.Kinds({name}=sw.Kind({as_code(Exactly(cls))}))")
+    lines.append(f"or, for all of them at once: kinds = kinds | sw.Kinds({_free_name(kinds, 'rest')}=sw.Kind(...))")
     return "\n".join(lines)
 
 
+def _free_name(kinds: Kinds, name: str) -> str:
+    """A name that no kind has: a mend must not push out what is declared."""
+    taken = [name, *(f"{name}_{number}" for number in range(2, len(kinds) + 2))]
+    return next(free for free in taken if free not in kinds)
+
+
 def _mend_contested(kinds: Kinds, types: dict[tuple[str, ...], list[type]]) -> str:
-    """Leaves each contested leaf to the last kind that claims it: a declaration goes from general to special."""
-    lines = []
+    """Leaves each contested leaf to one kind, the most special one that claims it; the treatments stay."""
+    gives_way: dict[str, dict[str, None]] = {}
     for names in types:
         *general, special = sorted(names, key=lambda name: _breadth(kinds, name, types[names]))
         for name in general:
-            filters = f"{as_code(kinds[name].of)}, nnx.Not({as_code(kinds[special].of)})"
-            lines.append(f"kinds = kinds.replace({name}=sw.Kind(nnx.All({filters})))")
-    return "\n".join(dict.fromkeys(lines))
+            gives_way.setdefault(name, {})[special] = None
+    lines = []
+    for name, others in gives_way.items():
+        nots = ", ".join(f"nnx.Not({as_code(kinds[other].of)})" for other in others)
+        of = f"nnx.All({as_code(kinds[name].of)}, {nots})"
+        plain = kinds[name] == Kind(kinds[name].of)
+        kind = f"sw.Kind({of})" if plain else f"dataclasses.replace(kinds[{name!r}], of={of})"
+        lines.append(f"kinds = kinds.replace({name}={kind})")
+    return "\n".join(lines)
 
 
 def _breadth(kinds: Kinds, name: str, types: Sequence[type]) -> int:

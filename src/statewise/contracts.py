@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise.plan import Plan
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.moments import Group
+from statewise.plan import Plan
 from statewise.tracing import Traced
 
 __all__ = ["Contract", "check_loss", "plain_contract", "train_contract"]

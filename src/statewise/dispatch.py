@@ -7,17 +7,19 @@ back into a new state.  Nothing here depends on the size of the model, only on w
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from statewise.plan import Plan
 from statewise import _compat
 from statewise.arguments import Arguments, merged
-from statewise.errors import StructureError
+from statewise.errors import StatewiseError, StructureError
+from statewise.plan import Plan
 from statewise.programs import Routes
 from statewise.state import Part, State, deleted_kinds, make_state, refuse_shared, spent_error
 
@@ -30,6 +32,9 @@ class NewSignature(Exception):
 
 # Which entry may be traced right now, in this thread.
 _tracing = threading.local()
+
+# How the runtime speaks of arrays that are no longer there, or are given away twice.
+_ABOUT_BUFFERS = re.compile(r"delete|donat", re.IGNORECASE)
 
 
 class Entry:
@@ -65,6 +70,7 @@ class Entry:
         self._touches = tuple({route.kind for route in (*routes.donated, *routes.kept)})
         self._gives = tuple((route.kind, None if route.pick is None else route.positions) for route in routes.donated)
         self._fn = arguments.jit(self._checked)
+        self._keeping: Callable[..., Any] | None = None
 
     def _checked(self, donated: Any, given: Any, kept: Any, args: Any, kwargs: Any) -> Any:
         if getattr(_tracing, "entry", None) is not self:
@@ -103,12 +109,25 @@ class Entry:
             if parts[kind].spent is not None:
                 self._refuse_spent(state)
         operands = self.operands(state, args, kwargs)
+        if fn is None and _looks_for_nans():
+            written, out = self._run_keeping(operands)
+            return (self.received(state, written, donated=False), out) if self.returns_state else out
         try:
             written, out = (fn or self._fn)(*operands)
+        except StatewiseError:
+            raise
         except (RuntimeError, ValueError) as error:
             self._explain(state, args, kwargs, error)
             raise
         return (self.received(state, written), out) if self.returns_state else out
+
+    def _run_keeping(self, operands: tuple[Any, ...]) -> Any:
+        """Runs without giving any array away: JAX runs a step in which a NaN arose once more, to find where."""
+        if self._keeping is None:
+            self._keeping = self.arguments.jit(self._checked, donate=False)
+        jax.eval_shape(self._fn, *operands)  # a new signature shows itself here
+        with self.tracing():
+            return self._keeping(*operands)
 
     def received(self, state: State, written: Any, donated: bool = True) -> State:
         """The state with its written arrays replaced; the one whose arrays were donated for it is marked spent."""
@@ -133,6 +152,10 @@ class Entry:
     def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Says what the runtime's error means, where it is about arrays that are gone or given twice."""
         gone = deleted_kinds(state)
+        if not _ABOUT_BUFFERS.search(str(error)):
+            if gone:
+                error.add_note(f"{self.name} had already taken the state's {', '.join(gone)}: this state is lost.")
+            return
         if gone:
             raise spent_error(state, gone) from error
         refuse_shared(state)
@@ -161,28 +184,60 @@ class Entry:
 
 
 def args_key(args: Any, kwargs: Any, arguments: Arguments, objects: int) -> Any:
-    """What tells the arguments of one signature from another's, cheaply: structure, shapes, dtypes, static values."""
+    """What tells the arguments of one signature from another's, cheaply: structure, shapes, dtypes, static values.
+
+    Raises:
+      StructureError: a static argument that cannot be hashed.
+    """
     split = arguments.split(args, kwargs, objects)
     leaves, structure = jax.tree.flatten((split.args, split.kwargs, split.given))
-    return structure, tuple(map(_leaf_key, leaves)), tuple(split.static.items())
+    static = tuple(split.static.items())
+    try:
+        hash(static)
+    except TypeError as error:
+        raise arguments.unhashable(static, objects) from error
+    return structure, tuple(map(_leaf_key, leaves)), static
 
 
 def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+    if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, leaf.weak_type
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.shape, leaf.dtype, False
-    return type(leaf)
+    try:
+        type_ = jax.typeof(leaf)
+    except TypeError:
+        return type(leaf)  # JAX says so too, when it is traced
+    return type_.shape, type_.dtype, type_.weak_type
 
 
 def full_key(state: State, arguments: Any) -> Any:
-    """What tells one signature from another in full, as JAX sees it: the types of all arrays."""
+    """What tells one signature from another in full, as JAX sees it: the types of all arrays, and its settings."""
     leaves = jax.tree.leaves((state, arguments))
-    return tuple(
-        _leaf_key(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) or not _is_typed(leaf) else jax.typeof(leaf)
-        for leaf in leaves
-    )
+    return _settings(), tuple(map(_type_of, leaves))
 
 
-def _is_typed(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+def _type_of(leaf: Any) -> Any:
+    try:
+        return jax.typeof(leaf)
+    except TypeError:
+        return type(leaf)
+
+
+_counter = itertools.count(1)
+
+
+@jax.jit
+def _probe() -> jax.Array:
+    return jnp.zeros(next(_counter), bool)
+
+
+def _settings() -> int:
+    """A number for the settings of JAX that a trace depends on: matmul precision, mesh, mapped axes, 64 bits ...
+
+    JAX traces a function once for each of them.  So that is what is asked: in which of its traces are we?
+    """
+    return int(jax.eval_shape(_probe).shape[0])
+
+
+def _looks_for_nans() -> bool:
+    config: Any = jax.config
+    return bool(config.jax_debug_nans or config.jax_debug_infs)

@@ -6,6 +6,7 @@ shape or dtype is an error that lists every leaf, and then nothing has changed.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,10 +17,12 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.errors import PlacementError, StructureError
-from statewise.paths import Leaf, Path, format_path
-from statewise.plan import Plan, Row, is_sown
+from statewise.intern import same_graph
+from statewise.paths import Leaf, Path, format_path, format_shape
+from statewise.plan import Plan
+from statewise.rows import Row, is_sown
 from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
-from statewise.state import State, check_unspent
+from statewise.state import State, check_fits, check_unspent, is_deleted
 
 __all__ = ["build", "put", "take", "values_of"]
 
@@ -32,13 +35,14 @@ def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool) -> State:
             mend="state = jax.device_put(plan.take(model), jax.NamedSharding(mesh, jax.P()))",
         )
     found = scan(objects)
-    leaves = _matched(plan, found, "take")
+    leaves = _matched(plan, found, objects, "take")
     _check_statics(plan, found, objects)
+    _check_arrays(plan, leaves)
     seen: set[int] = set()
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
     for row, leaf in zip(plan._rows, leaves, strict=True):
         for array in arrays_of(raw_value(leaf))[0]:
-            parts[row.kind].append(_taken(array, row, copy, seen))
+            parts[row.kind].append(_taken(array, copy, seen))
     for group in plan._groups:
         arrays = [array for part, position in _group_arrays(plan, group) for array in [parts[part][position]]]
         seen.update(map(id, arrays))
@@ -53,25 +57,38 @@ def _group_arrays(plan: Plan, group: Any) -> Iterator[tuple[str, int]]:
             yield from ((span.kind, position) for position in range(span.start, span.stop))
 
 
-def _taken(array: Any, row: Row, copy: bool, seen: set[int]) -> Any:
-    if isinstance(array, jax.ShapeDtypeStruct):
+def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
+    """Refuses leaves without values: abstract ones, and those whose arrays a step has donated."""
+    abstract, donated = [], []
+    for row, leaf in zip(plan._rows, leaves, strict=True):
+        arrays = arrays_of(raw_value(leaf))[0]
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+            abstract.append(_leaf_of(row))
+        elif any(map(is_deleted, arrays)):
+            donated.append(_leaf_of(row))
+    if abstract:
         raise StructureError(
-            f"{format_path(row.path)} is abstract: it has a shape but no values.",
-            leaves=[make_leaf(row.path, row.type, row.specs, True, row.kind)],
-            kind=row.kind,
+            "The model is abstract: it has shapes but no values.",
+            leaves=abstract,
             mend="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
         )
+    if donated:
+        raise StructureError(
+            "The model's arrays are gone: they were taken with copy=False, and a step has donated them.",
+            leaves=donated,
+            mend="plan.put(state, model) gives it those of now; without copy=False a model stays whole",
+        )
+
+
+def _leaf_of(row: Row, note: str = "") -> Leaf:
+    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+
+
+def _taken(array: Any, copy: bool, seen: set[int]) -> Any:
     if not isinstance(array, jax.Array):
         return jnp.array(array)
     if isinstance(array, jax.core.Tracer):
         return array
-    if array.is_deleted():
-        raise StructureError(
-            f"{format_path(row.path)} has no array any more: a step has donated it.",
-            leaves=[make_leaf(row.path, row.type, row.specs, True, row.kind)],
-            kind=row.kind,
-            mend="plan.put(state, model) first, or plan.take(model) without copy=False",
-        )
     return array.copy() if copy else _own(array, seen)
 
 
@@ -85,12 +102,16 @@ def _own(array: Any, seen: set[int]) -> Any:
 
 def put(plan: Plan, state: State, objects: Sequence[Any], *, copy: bool) -> None:
     """See `Plan.put`."""
-    values = values_of(plan, state)
+    values = values_of(plan, state, "put")
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(state)):
+        raise StructureError(
+            "This state is abstract: putting it would cost the model its values.",
+            mend="plan.build(state) makes an abstract model",
+        )
     found = scan(objects)
-    leaves = _matched(plan, found, "put")
-    if copy:
-        values = list(map(_copied, values))
-    raw = []
+    leaves = _matched(plan, found, objects, "put")
+    values = [_ready(value, copy) for value in values]
+    raw: list[Any] = []
     for row, leaf, value in zip(plan._rows, leaves, values, strict=True):
         if isinstance(leaf, nnx.Variable):
             leaf.set_raw_value(value)
@@ -102,37 +123,70 @@ def put(plan: Plan, state: State, objects: Sequence[Any], *, copy: bool) -> None
 
 def build(plan: Plan, state: State, *, copy: bool) -> Any:
     """See `Plan.build`."""
-    values = values_of(plan, state)
-    objects = rebuild(plan._graphdef, [_copied(value) if copy else value for value in values], plan._several)
+    values = [_ready(value, copy) for value in values_of(plan, state, "build")]
+    objects = rebuild(plan._graphdef, values, plan._several)
     return objects if plan._several else objects[0]
 
 
-def values_of(plan: Plan, state: State) -> list[Any]:
+def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
     """The leaves' values out of a state, in the order of the plan's rows.
 
     Raises:
-      StructureError: a state of another plan, or a spent one.
+      StructureError: no state, one of another plan, a spent one, or one whose arrays do not fit the plan.
     """
     if not isinstance(state, State):
-        raise StructureError(f"{type(state).__name__} is no State.", mend="state = plan.take(model)")
+        raise StructureError(
+            f"plan.{verb} wants a state, not {type(state).__name__}.",
+            mend="plan.put(state, model)" if verb == "put" else "model = plan.build(state)",
+        )
     if state._plan is not plan:
         raise StructureError(
-            f"This state is of another plan: {state._plan!r}, not {plan!r}.", mend="state.plan.put(state, model)"
+            f"This state is of another plan: {state._plan!r}, not {plan!r}.",
+            leaves=_plan_differences(plan, state._plan),
+            mend=f"state.plan.{verb}(state{', model' if verb == 'put' else ''})",
         )
     check_unspent(state, plan.kinds)
+    check_fits(state, plan.kinds)
     parts = {kind: part.arrays for kind, part in zip(plan.kinds, state._parts, strict=True)}
     return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
 
 
-def _copied(value: Any) -> Any:
-    return jax.tree.map(lambda array: array.copy() if isinstance(array, jax.Array) else array, value)
+def _plan_differences(plan: Plan, other: Plan) -> list[Leaf]:
+    """The leaves that are not the same in two plans; none where they differ in treatment or optimizers alone."""
+    theirs = {leaf.path: leaf for leaf in other.leaves}
+    differing = []
+    for leaf in plan.leaves:
+        there = theirs.pop(leaf.path, None)
+        if there is None:
+            differing.append(dataclasses.replace(leaf, note="not in the state"))
+        elif there != leaf:
+            differing.append(dataclasses.replace(leaf, note=f"in the state {str(there).partition(': ')[2]}"))
+    return differing + [dataclasses.replace(leaf, note="not in the plan") for leaf in theirs.values()]
+
+
+def _ready(value: Any, copy: bool) -> Any:
+    """A value that a model may keep: arrays of JAX, copied or not."""
+
+    def ready(array: Any) -> Any:
+        if isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer):
+            return array
+        if isinstance(array, jax.Array):
+            return array.copy() if copy else array
+        return jnp.array(array)  # somebody mapped the state to NumPy
+
+    return jax.tree.map(ready, value)
 
 
 # --- does it fit? ----------------------------------------------------------------------------------------------
 
 
-def _matched(plan: Plan, found: Scan, verb: str) -> list[Any]:
+def _matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
     """The live leaf of each row; every difference between the objects and the plan is listed."""
+    if len(objects) != plan._objects:
+        raise StructureError(
+            f"The plan is of {plan._objects} object{'s' * (plan._objects > 1)}, but {len(objects)} are given.",
+            mend=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(_names(plan))})",
+        )
     live = dict(zip(found.paths, found.leaves, strict=True))
     problems: list[Leaf] = []
     leaves = []
@@ -140,20 +194,27 @@ def _matched(plan: Plan, found: Scan, verb: str) -> list[Any]:
         leaf = live.pop(row.path, None)
         note = "missing" if leaf is None else _difference(row, leaf)
         if note:
-            problems.append(make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note))
+            problems.append(_leaf_of(row, note))
         leaves.append(leaf)
     for path, leaf in live.items():
         if not is_sown(_compat.variable_type(leaf)):
             problems.append(row_of(path, leaf, note="not in the plan"))
     if problems:
+        differ = "1 leaf differs" if len(problems) == 1 else f"{len(problems)} leaves differ"
         raise StructureError(
-            f"The model is not what was planned: {len(problems)} leaves differ.",
+            f"The model is not what was planned: {differ}.",
             leaves=problems,
             mend="plan = kinds.plan(model)  # plan the model as it is now"
             if verb == "take"
             else "put the state into a model of the planned structure, or plan.build(state)",
         )
     return leaves
+
+
+def _names(plan: Plan) -> list[str]:
+    """The planned objects by the names of their types, for code."""
+    objects = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    return [type(thing).__name__.lower() for thing in objects]
 
 
 def _difference(row: Row, leaf: Any) -> str:
@@ -167,7 +228,9 @@ def _difference(row: Row, leaf: Any) -> str:
         found = spec_of(array)
         if found != spec:
             return (
-                f"is {found.shape} {found.dtype} in the model" if found else f"is {type(array).__name__} in the model"
+                f"is {format_shape(found.shape)} {found.dtype} in the model"
+                if found
+                else f"is {type(array).__name__} in the model"
             )
     return ""
 
@@ -181,14 +244,14 @@ def _check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
     A step rebuilds the module from the plan, so it would quietly run in the planned mode.  Functions and other
     objects among the attributes are left alone: they may differ from instance to instance.
     """
-    if found.graphdef == plan._graphdef:
+    if same_graph(found.graphdef, plan._graphdef):
         return
     planned = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
     differing = []
     for position, (ours, theirs) in enumerate(zip(planned, objects, strict=True)):
         before, now = _plain_attributes(ours), _plain_attributes(theirs)
         for path, value in before.items():
-            if path in now and now[path] != value:
+            if path in now and not _same_static(now[path], value):
                 prefix: Path = (position,) if plan._several else ()
                 differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
     if differing:
@@ -198,9 +261,12 @@ def _check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
         )
 
 
+def _same_static(one: Any, other: Any) -> bool:
+    # 1 == True, and nan != nan: neither is meant.
+    return type(one) is type(other) and (one == other or repr(one) == repr(other))
+
+
 def _plain_attributes(thing: Any) -> dict[Path, Any]:
-    if not isinstance(thing, nnx.Module):
-        return {}
     return {
         (*path, name): value
         for path, module in nnx.iter_modules(thing)

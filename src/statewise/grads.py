@@ -28,8 +28,9 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
     """Makes a function that gives the loss of a model and its gradients by a filter.
 
     Args:
-      fn: a function of a model and other arguments; returns a real scalar, or `(loss, aux)`.
-      wrt: which leaves to differentiate: any filter.
+      fn: a function of a model and other arguments; returns a real scalar, or `(loss, aux)`.  NNX objects among
+        the others (`nnx.Rngs`, metrics) are written as the model is, but not differentiated.
+      wrt: which leaves of the model to differentiate: any filter.
       has_aux: whether `fn` returns `(loss, aux)`.
 
     Returns:
@@ -52,10 +53,13 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
     """
     matches = predicate(wrt)
 
-    @functools.wraps(fn)
     def differentiated(model: Any, /, *args: Any, **kwargs: Any) -> Any:
-        found = scan([model])
-        chosen = [bool(matches(path, leaf)) for path, leaf in zip(found.paths, found.leaves, strict=True)]
+        others, arguments = _objects_among((args, kwargs))
+        found = scan([model, *others])
+        chosen = [
+            _of_model(found, path) and bool(matches(found.relative(path), leaf))
+            for path, leaf in zip(found.paths, found.leaves, strict=True)
+        ]
         _check_chosen(found, chosen, wrt)
         flat = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
         diff = [arrays for (arrays, _), is_chosen in zip(flat, chosen, strict=True) if is_chosen]
@@ -66,17 +70,43 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
                 value_of(next(given) if is_chosen else arrays, structure)
                 for (arrays, structure), is_chosen in zip(flat, chosen, strict=True)
             ]
-            objects = rebuild(found.graphdef, values, several=False)
-            out = fn(*objects, *args, **kwargs)
+            objects = rebuild(found.graphdef, values, found.several)
+            own_args, own_kwargs = arguments(objects[1:])
+            out = fn(objects[0], *own_args, **own_kwargs)
             loss, aux = _loss_of(out, has_aux)
             return loss, (aux, *_changes(found, values, scan(objects)))
 
         (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
-        _write_back(model, found, changed, made)
+        _write_back((model, *others), found, changed, made)
         state = _gradients(found, chosen, flat, grads)
         return ((loss, aux) if has_aux else loss), state
 
-    return differentiated
+    return functools.update_wrapper(differentiated, fn)
+
+
+def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The NNX objects among the other arguments, and the arguments with others in their places.
+
+    `nnx.Rngs` or metrics, given beside the model, are written as the model is.
+    """
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=_is_object)
+    places = [place for place, leaf in enumerate(leaves) if _is_object(leaf)]
+
+    def with_objects(objects: Sequence[Any]) -> Any:
+        filled = list(leaves)
+        for place, thing in zip(places, objects, strict=True):
+            filled[place] = thing
+        return jax.tree.unflatten(structure, filled)
+
+    return [leaves[place] for place in places], with_objects
+
+
+def _is_object(thing: Any) -> bool:
+    return isinstance(thing, (nnx.Pytree, nnx.Variable)) and not isinstance(thing, nnx.State)
+
+
+def _of_model(found: Scan, path: Path) -> bool:
+    return not found.several or path[0] == 0
 
 
 def grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool = False) -> Callable[..., Any]:
@@ -102,12 +132,11 @@ def grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool = False) ->
     """
     both = value_and_grad(fn, wrt=wrt, has_aux=has_aux)
 
-    @functools.wraps(fn)
     def gradient(model: Any, /, *args: Any, **kwargs: Any) -> Any:
         value, grads = both(model, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
-    return gradient
+    return functools.update_wrapper(gradient, fn)
 
 
 def _check_chosen(found: Scan, chosen: Sequence[bool], wrt: Any) -> None:
@@ -117,7 +146,7 @@ def _check_chosen(found: Scan, chosen: Sequence[bool], wrt: Any) -> None:
             mend="sw.explain(model, wrt) shows what it matches",
         )
     unfit = [
-        row_of(path, leaf, note="cannot be differentiated")
+        row_of(found.relative(path), leaf, note="cannot be differentiated")
         for path, leaf, is_chosen in zip(found.paths, found.leaves, chosen, strict=True)
         if is_chosen and any(not _is_float(array) for array in arrays_of(raw_value(leaf))[0])
     ]
@@ -178,7 +207,7 @@ class _Made:
         return cls(path, children[0])
 
 
-def _write_back(model: Any, found: Scan, changed: dict[int, Any], made: Sequence[_Made]) -> None:
+def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], made: Sequence[_Made]) -> None:
     raw = [(each.path, each.leaf) for each in made]
     for position, value in changed.items():
         leaf = found.leaves[position]
@@ -187,14 +216,16 @@ def _write_back(model: Any, found: Scan, changed: dict[int, Any], made: Sequence
         else:
             raw.append((found.paths[position], value))
     if raw:
-        nnx.update(model, nnx.from_flat_state(raw))
+        nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
 
 
-def _gradients(found: Scan, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> nnx.State:
+def _gradients(found: Scan, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
     given = iter(grads)
     leaves = []
     for path, leaf, is_chosen, (_, structure) in zip(found.paths, found.leaves, chosen, flat, strict=True):
         if is_chosen:
             value = value_of(next(given), structure)
-            leaves.append((path, leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+            leaves.append((found.relative(path), leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+    if not leaves[0][0]:
+        return leaves[0][1]  # the model is one Variable, and so is its gradient
     return nnx.from_flat_state(leaves)

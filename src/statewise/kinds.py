@@ -18,15 +18,16 @@ The treatments, one line each; the pipeline that reads it in brackets:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import keyword
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from flax import nnx
 
 from statewise import _compat
-from statewise.errors import KindError
-from statewise.filters import describe, normalise
+from statewise.errors import FilterError, KindError
+from statewise.filters import as_code, describe, normalise
 
 if TYPE_CHECKING:
     import statewise.plan
@@ -37,6 +38,9 @@ Missing = Literal["error", "keep", "restart"]
 
 # Words that a kind may not be called: they name something else where kinds are named.
 RESERVED = frozenset({"self", "objects", "mesh", "copy"})
+
+
+# Where an argument's annotation ends in `| Any`, a wrong type is refused here, with the mend.
 
 
 @dataclasses.dataclass(frozen=True, eq=True)
@@ -72,14 +76,14 @@ class Kind:
     _: dataclasses.KW_ONLY
     frozen: bool = False
     saved: bool = True
-    missing: Missing = "error"
-    restart: Callable[[Any], Any] | None = None
-    batch_axis: int | None = None
+    missing: Missing | Any = "error"
+    restart: Callable[[Any], Any] | Any = None
+    batch_axis: int | Any = None
     placement: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of", normalise(self.of))
-        if self.of is None or self.of is False or self.of == () or isinstance(self.of, nnx.Nothing):
+        if _never(self.of):
             raise KindError(
                 f"A kind of {describe(self.of)} can never claim a leaf.", mend="leave the kind out of the declaration"
             )
@@ -88,14 +92,19 @@ class Kind:
         if self.missing == "restart" and self.restart is None:
             raise KindError(
                 "missing='restart' needs to know how a fresh value is made.",
-                mend=f"sw.Kind({describe(self.of)}, missing='restart', restart=jnp.zeros_like)",
+                mend=f"sw.Kind({as_code(self.of)}, missing='restart', restart=jnp.zeros_like)",
             )
         if self.restart is not None and not callable(self.restart):
             raise KindError(
                 f"restart={self.restart!r} is no function of one array.",
-                mend=f"sw.Kind({describe(self.of)}, restart=jnp.zeros_like)",
+                mend=f"sw.Kind({as_code(self.of)}, restart=jnp.zeros_like)",
             )
-        if self.batch_axis is not None and isinstance(self.batch_axis, bool):
+        if self.restart is not None and not isinstance(self.restart, Hashable):
+            raise KindError(
+                f"restart={type(self.restart).__name__}(...) cannot be hashed, as every part of a declaration must be.",
+                mend=f"sw.Kind({as_code(self.of)}, restart=lambda array: ...)",
+            )
+        if self.batch_axis is not None and (isinstance(self.batch_axis, bool) or not isinstance(self.batch_axis, int)):
             raise KindError(f"batch_axis={self.batch_axis!r} is no axis.", mend="batch_axis=0")
         if self.placement is not None:
             raise KindError(
@@ -147,12 +156,12 @@ class Kinds(Mapping[str, Kind]):
 
     __slots__ = ("_hash", "_kinds")
 
-    def __init__(self, /, **kinds: Kind) -> None:
+    def __init__(self, /, **kinds: Kind | Any) -> None:
         for name, kind in kinds.items():
             _check_name(name)
             if not isinstance(kind, Kind):
                 raise KindError(
-                    f"{name}={kind!r} is no Kind.", kind=name, mend=f"sw.Kinds({name}=sw.Kind({describe_any(kind)}))"
+                    f"{name}={_shown(kind)} is no Kind.", kind=name, mend=f"sw.Kinds({name}=sw.Kind({_shown(kind)}))"
                 )
         rests = [name for name, kind in kinds.items() if kind.rest]
         if len(rests) > 1:
@@ -200,6 +209,10 @@ class Kinds(Mapping[str, Kind]):
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew: in another process the hashes of types are others.
+        return functools.partial(Kinds, **self._kinds), ()
+
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}=Kind({describe(kind.of)})" for name, kind in self._kinds.items())
         return f"Kinds({inner})"
@@ -209,7 +222,7 @@ class Kinds(Mapping[str, Kind]):
             return NotImplemented
         return Kinds(**{**self._kinds, **other._kinds})
 
-    def replace(self, /, **kinds: Kind) -> Kinds:
+    def replace(self, /, **kinds: Kind | Any) -> Kinds:
         """These kinds with some of them changed, in the same order.
 
         Args:
@@ -230,7 +243,7 @@ class Kinds(Mapping[str, Kind]):
                 raise unknown_kind(name, self)
         return Kinds(**{**self._kinds, **kinds})
 
-    def plan(self, *objects: Any, optimizers: Mapping[Any, Any] | None = None) -> statewise.plan.Plan:
+    def plan(self, *objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> statewise.plan.Plan:
         """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
 
         Args:
@@ -268,7 +281,8 @@ def _check_name(name: str) -> None:
             mend="a name of letters, digits and underscores, such as 'params'",
         )
     if name.startswith("_") or name in RESERVED:
-        raise KindError(f"{name!r} is reserved and cannot name a kind.", kind=name, mend=f"{name.strip('_')}_kind")
+        mend = f"{name.strip('_') or 'my'}_kind"
+        raise KindError(f"{name!r} is reserved and cannot name a kind.", kind=name, mend=mend)
 
 
 def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> KindError:
@@ -277,9 +291,17 @@ def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> KindError:
     return KindError(f"There is no kind {name!r}.", kind=str(name), mend=f"one of: {known}")
 
 
-def describe_any(thing: Any) -> str:
-    """Describes a filter for a mend, or repeats what is none."""
-    return describe(thing) if isinstance(thing, type) or callable(thing) else repr(thing)
+def _shown(thing: Any) -> str:
+    """A filter as code, or, of what is none, its type: never an array's values."""
+    try:
+        return as_code(thing)
+    except FilterError:
+        return type(thing).__name__
+
+
+def _never(filter_: Any) -> bool:
+    """Whether a filter can match nothing, whatever the model."""
+    return filter_ is None or filter_ is False or isinstance(filter_, nnx.Nothing) or describe(filter_) == "()"
 
 
 def _standard() -> Kinds:

@@ -6,8 +6,7 @@ are.  The layout of an optimizer's state is only known by asking the transformat
 asked when a plan first needs it.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -92,21 +91,32 @@ class Group:
     def layout(self) -> Layout:
         """What the optimizer's state is made of, found by `jax.eval_shape` of its `init`."""
         shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for _, specs, _ in self.rows for spec in specs]
-        state = jax.eval_shape(lambda arrays: self.tx.init(self.params(arrays)), shapes)
+        try:
+            state = jax.eval_shape(lambda arrays: self.tx.init(self.params(arrays)), shapes)
+        except (ValueError, TypeError, KeyError) as error:
+            raise KindError(
+                f"The optimizer of {self.label} cannot be set up for these leaves: {str(error).splitlines()[0]}",
+                kind=self.kinds[0],
+                mend="masks and labels are nested as the parameters are, or functions of them: "
+                "nnx.State({'layer': {'kernel': True, 'bias': False}})",
+            ) from error
         keyed, structure = jax.tree_util.tree_flatten_with_path(state)
         paths = tuple(tuple(map(plain_key, keys)) for keys, _ in keyed)
         specs = tuple(spec for spec in (spec_of(leaf) for _, leaf in keyed) if spec is not None)
         return Layout(structure, paths, self.overridden or specs)
 
     def init(self, arrays: Sequence[Any]) -> list[Any]:
-        """Fresh optimizer state for these parameters, as its arrays in order."""
-        state = self.tx.init(self.params(arrays))
-        return [
-            jnp.asarray(leaf, dtype=spec.dtype)
-            for leaf, spec in zip(self.layout.structure.flatten_up_to(state), self.layout.specs, strict=True)
-        ]
+        """Fresh optimizer state for these parameters, as its arrays in order.
 
-    def with_specs(self, specs: Sequence[Spec]) -> Group:
+        All of them are copies: a transformation may hand out arrays that it was made with (a PRNG key, a learning
+        rate), and steps donate what a state holds.
+        """
+        leaves = self.layout.structure.flatten_up_to(self.tx.init(self.params(arrays)))
+        leaves.reverse()
+        # Each original is let go before the next copy is made: large moments are not held twice.
+        return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]
+
+    def with_specs(self, specs: Sequence[Spec]) -> "Group":
         """This group, its state of other shapes or dtypes."""
         return dataclasses.replace(self, overridden=tuple(specs))
 
@@ -194,6 +204,6 @@ def _check_rows(names: tuple[str, ...], rows: Sequence[Any], kinds: Kinds) -> No
             f"The optimizer of {', '.join(names)} would update leaves that are not made of floating-point numbers.",
             leaves=unfit,
             kind=names[0],
-            mend=f"claim them by a kind of their own: "
-            f"sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))",
+            mend="claim them by a kind of their own: "
+            "sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))",
         )

@@ -11,61 +11,33 @@ which kind make up each leaf, and so how to go from one to the other.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 
-from statewise import _compat
+from statewise.aliases import aliases_of
 from statewise.claims import claim
 from statewise.errors import KindError, StructureError
+from statewise.intern import intern
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.moments import Group, check_optimizers
-from statewise.paths import Leaf, Path, format_path
-from statewise.scan import ONE, Scan, Spec, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of
+from statewise.paths import Leaf, format_path
+from statewise.rows import Row, Span, drop_sown, rows_of
+from statewise.scan import ONE, Spec, make_leaf, scan
 from statewise.tables import Table, leaves_table
 
 if TYPE_CHECKING:
     import statewise.state
 
-__all__ = ["Plan", "Row", "make_plan", "plan"]
+__all__ = ["Plan", "make_plan", "plan"]
 
 OPTIMIZER = "optimizer"
 
 
-class Row(NamedTuple):
-    """One leaf, static: what a plan knows of it.
-
-    Attributes:
-      path: its first path.
-      kind: the name of its kind.
-      type: the Variable's type, `jax.Array` for a raw array.
-      specs: shape and dtype of each array in its value; one for nearly every leaf.
-      structure: the structure of its value.
-    """
-
-    path: Path
-    kind: str
-    type: type
-    specs: tuple[Spec, ...]
-    structure: Any
-
-
-class Span(NamedTuple):
-    """Where a leaf's arrays stand within its kind's part of a state."""
-
-    kind: str
-    start: int
-    stop: int
-    structure: Any
-
-
-def plan(*objects: Any, optimizers: Mapping[Any, Any] | None = None) -> Plan:
+def plan(*objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> Plan:
     """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
 
     Args:
@@ -90,67 +62,44 @@ def plan(*objects: Any, optimizers: Mapping[Any, Any] | None = None) -> Plan:
     return make_plan(Kinds.standard(), objects, optimizers)
 
 
-def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Mapping[Any, Any] | None) -> Plan:
+def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Mapping[Any, Any] | Any) -> Plan:
     """Resolves kinds against objects; see `Kinds.plan`."""
+    _check_keys(optimizers)
     found = scan(objects)
-    if not found.leaves:
-        names = ", ".join(type(thing).__name__ for thing in objects)
+    if () in found.paths:
+        name = type(objects[0]).__name__
         raise StructureError(
-            f"{names} has no leaves: no Variable and no array anywhere in it.",
+            f"Object 0 is a {name} on its own, which has no path.",
+            mend=f"put it into a dict: {{'{name.lower()}': ...}}",
+        )
+    if not found.leaves:
+        names = " and ".join(type(thing).__name__ for thing in objects)
+        raise StructureError(
+            f"There are no leaves: no Variable and no array anywhere in {names}.",
             mend="assign the model's Variables before planning it",
         )
     claims = claim(kinds, found)
-    found, claims, dropped = _drop_sown(kinds, found, claims)
-    rows = _rows(found, claims)
+    found, claims, dropped = drop_sown(kinds, objects, found, claims)
+    if not found.leaves:
+        raise StructureError(
+            "There are no leaves but those that an earlier `sow` left.",
+            leaves=dropped,
+            mend="assign the model's Variables before planning it",
+        )
+    rows = rows_of(found, claims)
     groups = check_optimizers(kinds, rows, optimizers or {})
     if groups and OPTIMIZER not in kinds:
         kinds = kinds | Kinds(**{OPTIMIZER: Kind(nnx.OptState)})
-    return _intern(Plan(kinds, found.graphdef, rows, groups, len(objects), dropped))
+    return intern(Plan(kinds, found.graphdef, rows, groups, len(objects), dropped))
 
 
-def _rows(found: Scan, claims: Sequence[str]) -> tuple[Row, ...]:
-    rows, wrong = [], []
-    for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True):
-        arrays, structure = arrays_of(raw_value(leaf))
-        specs = tuple(map(spec_of, arrays))
-        if None in specs:
-            wrong.append(row_of(path, leaf, kind, note="holds " + _first_odd(arrays, specs)))
-        rows.append(Row(path, kind, _compat.variable_type(leaf), specs, structure))  # type: ignore[arg-type]
-    if wrong:
-        raise StructureError(
-            "Leaves that hold something else than arrays and numbers cannot be part of a state.",
-            leaves=wrong,
-            mend="keep it as a plain attribute of the module: self.name = value, without nnx.Variable or nnx.data",
-        )
-    return tuple(rows)
-
-
-def _first_odd(arrays: Sequence[Any], specs: Sequence[Spec | None]) -> str:
-    return type(next(array for array, spec in zip(arrays, specs, strict=True) if spec is None)).__name__
-
-
-def is_sown(type_: type) -> bool:
-    """Whether leaves of this type come from `sow`: they are new in every call, and no state keeps them."""
-    return issubclass(type_, nnx.Intermediate) and not issubclass(type_, nnx.Perturbation)
-
-
-def _drop_sown(kinds: Kinds, found: Scan, claims: list[str]) -> tuple[Scan, list[str], tuple[Leaf, ...]]:
-    """Takes what an earlier `sow` left in the model out of the plan: a step would find it there, and add to it."""
-    sown = [
-        not kinds[kind].saved and is_sown(_compat.variable_type(leaf))
-        for leaf, kind in zip(found.leaves, claims, strict=True)
-    ]
-    if not any(sown):
-        return found, claims, ()
-    dropped = tuple(
-        row_of(path, leaf, kind)
-        for path, leaf, kind, out in zip(found.paths, found.leaves, claims, sown, strict=True)
-        if out
-    )
-    paths = frozenset(leaf.path for leaf in dropped)
-    copies = rebuild(found.graphdef, [raw_value(leaf) for leaf in found.leaves], found.several)
-    nnx.pop(copies if found.several else copies[0], lambda path, _: tuple(path) in paths)
-    return scan(copies), [kind for kind, out in zip(claims, sown, strict=True) if not out], dropped
+def _check_keys(optimizers: Any) -> None:
+    mend = "optimizers={'params': optax.adamw(3e-4)}"
+    if optimizers is not None and not isinstance(optimizers, Mapping):
+        raise KindError(f"optimizers={type(optimizers).__name__}(...) does not say which kinds it updates.", mend=mend)
+    for key in optimizers or ():
+        if not all(isinstance(name, str) for name in (key if isinstance(key, tuple) else (key,))):
+            raise KindError(f"{key!r} names no kind, and is no tuple of names.", mend=mend)
 
 
 class Plan:
@@ -195,7 +144,7 @@ class Plan:
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """The rows, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
-        aliases = _aliases(self)
+        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several)
         mine = [
             make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
             for row in self._rows
@@ -277,7 +226,7 @@ class Plan:
 
         return take(self, objects, mesh=mesh, copy=copy)
 
-    def put(self, state: statewise.state.State, *objects: Any, copy: bool = True) -> None:
+    def put(self, state: statewise.state.State | Any, *objects: Any, copy: bool = True) -> None:
         """Puts a state's arrays back into the objects.
 
         Args:
@@ -299,7 +248,7 @@ class Plan:
 
         put(self, state, objects, copy=copy)
 
-    def build(self, state: statewise.state.State, *, copy: bool = True) -> Any:
+    def build(self, state: statewise.state.State | Any, *, copy: bool = True) -> Any:
         """Makes new objects with a state's arrays.
 
         Args:
@@ -410,14 +359,16 @@ class Plan:
     @functools.cached_property
     def _keys(self) -> tuple[Any, ...]:
         """A key for each array of a state as a pytree: kind and path, made unique where paths only look alike."""
-        names: dict[str, int] = {}
-        keys = []
+        names: dict[str, None] = {}
         for kind, leaves in self._row_of_array.items():
             for leaf in leaves:
-                name = f"{kind}/{format_path(leaf.path)}"
-                names[name] = names.get(name, 0) + 1
-                keys.append(jax.tree_util.DictKey(name if names[name] == 1 else f"{name}#{names[name]}"))
-        return tuple(keys)
+                name = plain = f"{kind}/{format_path(leaf.path)}"
+                again = 1
+                while name in names:
+                    again += 1
+                    name = f"{plain}#{again}"
+                names[name] = None
+        return tuple(map(jax.tree_util.DictKey, names))
 
     @functools.cached_property
     def _row_of_array(self) -> dict[str, list[Leaf]]:
@@ -438,79 +389,4 @@ class Plan:
             group.with_specs(specs[OPTIMIZER][start:stop]) if OPTIMIZER in specs else group
             for group, (start, stop) in zip(self._groups, self._moment_spans, strict=True)
         )
-        return _intern(Plan(self.kinds, self._graphdef, tuple(rows), groups, self._objects, self.dropped))
-
-
-def _aliases(plan: Plan) -> dict[Path, tuple[Path, ...]]:
-    """The other paths of each leaf that has several: its own, and those of modules that are shared above it."""
-    objects = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
-    found_twice = nnx.find_duplicates(objects if plan._several else objects[0])
-    shared = [paths for paths in ([tuple(path) for path in group] for group in found_twice) if not _cyclic(paths)]
-    if not shared:
-        return {}
-    found: dict[Path, tuple[Path, ...]] = {}
-    for row in plan._rows:
-        ways = {row.path}
-        grew = True
-        while grew:  # a shared leaf inside a shared module has the product of their paths
-            more = {
-                other + way[len(prefix) :]
-                for way in ways
-                for paths in shared
-                for prefix in paths
-                if way[: len(prefix)] == prefix
-                for other in paths
-            }
-            grew = not more <= ways
-            ways |= more
-        if len(ways) > 1:
-            found[row.path] = tuple(sorted(ways - {row.path}, key=lambda path: [str(key) for key in path]))
-    return found
-
-
-def _cyclic(paths: Sequence[Path]) -> bool:
-    """Whether an object can be reached from itself (a child that knows its parent): paths without end."""
-    return any(one != other and other[: len(one)] == one for one in paths for other in paths)
-
-
-# --- equal plans are one object --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
-class _Identity:
-    """What makes two plans equal.  Graph definitions are compared, never hashed: metadata may not be hashable."""
-
-    kinds: Kinds
-    rows: tuple[Row, ...]
-    groups: tuple[Group, ...]
-    graphdef: Any
-
-    def __hash__(self) -> int:
-        return hash((self.kinds, self.groups, tuple(row.path for row in self.rows)))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Identity)
-            and self.kinds == other.kinds
-            and self.groups == other.groups
-            and self.rows == other.rows
-            and _same_graph(self.graphdef, other.graphdef)
-        )
-
-
-def _same_graph(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except (ValueError, TypeError):
-        # Metadata that holds arrays cannot be compared; two such plans are simply two.
-        return one is other
-
-
-_plans: weakref.WeakValueDictionary[_Identity, Plan] = weakref.WeakValueDictionary()
-_plans_lock = threading.Lock()
-
-
-def _intern(plan: Plan) -> Plan:
-    identity = _Identity(plan.kinds, plan._rows, plan._groups, plan._graphdef)
-    with _plans_lock:
-        return _plans.setdefault(identity, plan)
+        return intern(Plan(self.kinds, self._graphdef, tuple(rows), groups, self._objects, self.dropped))

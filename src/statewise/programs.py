@@ -172,15 +172,18 @@ def train_program(traced: Traced, routes: Routes, plan: Plan, groups: Sequence[G
 
         wrt = [[flat[index] for index in indices] for indices in params]
         (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(wrt)
+        # First what the function wrote, then the update on top of it, as `nnx.Optimizer` has it: layers that
+        # normalise their own weights are updated from the normalised ones.
+        _store(flat, spots, written)
         for number, group in enumerate(groups):
 
             def loss_of_group(given: Any, number: int = number, group: Group = group) -> Any:
                 return loss_of([*wrt[:number], group.arrays(given), *wrt[number + 1 :]])[0]
 
-            new, state = update(plan, group, flat, wrt[number], grads[number], outputs[0], loss_of_group)
+            current = [flat[index] for index in params[number]]
+            new, state = update(plan, group, flat, current, grads[number], outputs[0], loss_of_group)
             _store(flat, params[number], new)
             _store(flat, moments_of(plan, group), state)
-        _store(flat, spots, written)
         return routes.gather(flat), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program

@@ -20,7 +20,16 @@ from statewise.errors import KindError, StructureError
 from statewise.kinds import Kind
 from statewise.paths import Leaf
 from statewise.plan import Plan
-from statewise.state import Part, State, check_unspent, deleted_kinds, make_state, spent_error
+from statewise.state import (
+    Part,
+    State,
+    check_fits,
+    check_unspent,
+    deleted_kinds,
+    make_state,
+    refuse_shared,
+    spent_error,
+)
 
 __all__ = ["restart"]
 
@@ -28,14 +37,15 @@ __all__ = ["restart"]
 def restart(state: State, kinds: Sequence[str], where: Any) -> State:
     """See `State.restart`."""
     plan = state._plan
-    chosen = tuple(kinds) or tuple(
-        name for name, kind in plan.kinds.items() if kind.restart is not None and plan._specs[name]
-    )
+    chosen = tuple(dict.fromkeys(kinds)) or _restartable(plan)
     for name in chosen:
         state.part(name)
         _check_kind(plan, name, plan.kinds[name], where is not None)
     check_unspent(state, chosen)
-    slots = None if where is None else _slots(state, chosen, where)
+    slots = None
+    if where is not None:
+        check_fits(state, chosen)
+        slots = _slots(plan, chosen, where)
     old = [state.part(name).arrays for name in chosen]
     try:
         fresh = _program(plan, chosen, slots is not None)(old, slots)
@@ -43,6 +53,7 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
         deleted = [name for name in deleted_kinds(state) if name in chosen]
         if deleted:
             raise spent_error(state, deleted) from error
+        refuse_shared(state)
         raise
     made = list(state._parts)
     for name, arrays in zip(chosen, fresh, strict=True):
@@ -51,6 +62,18 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
             part.spent = f"restart({name!r})"
         made[plan._index[name]] = Part(tuple(arrays))
     return make_state(plan, made)
+
+
+def _restartable(plan: Plan) -> tuple[str, ...]:
+    names = tuple(
+        name for name, kind in plan.kinds.items() if kind.restart is not None and not kind.frozen and plan._specs[name]
+    )
+    if not names:
+        raise KindError(
+            "There is nothing to restart: no kind that has leaves declares how a fresh value is made.",
+            mend="cache=sw.Kind(nnx.Cache, restart=jnp.zeros_like)",
+        )
+    return names
 
 
 def _check_kind(plan: Plan, name: str, kind: Kind, by_slot: bool) -> None:
@@ -76,9 +99,8 @@ def _check_kind(plan: Plan, name: str, kind: Kind, by_slot: bool) -> None:
         )
 
 
-def _slots(state: State, kinds: Sequence[str], where: Any) -> Any:
+def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
     """The slots as booleans, one for each; every leaf that has no such axis, or another length, is listed."""
-    plan = state._plan
     given = where if isinstance(where, jax.Array) else np.asarray(where)
     if given.ndim != 1 or not (given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0):
         raise StructureError(
@@ -87,15 +109,16 @@ def _slots(state: State, kinds: Sequence[str], where: Any) -> Any:
         )
     sizes = _slot_counts(plan, tuple(kinds))
     is_mask = given.dtype == bool
-    count = given.shape[0] if is_mask else min(sizes.values())
+    count = given.shape[0] if is_mask else max(size for _, size in sizes)
     odd = [
         dataclasses.replace(leaf, note=f"{size} slots" if size >= 0 else "has no such axis")
-        for leaf, size in sizes.items()
-        if size != count
+        for leaf, size in sizes
+        if size < 0 or size != count
     ]
     if odd:
+        slots = f"{count} slots along its batch axis" if count >= 0 else "its batch axis"
         raise StructureError(
-            f"Not every leaf of {', '.join(kinds)} has {count} slots along its batch axis.",
+            f"Not every leaf of {', '.join(kinds)} has {slots}.",
             leaves=odd,
             kind=kinds[0],
             mend="claim these leaves by a kind of their own, or restart the whole kind: state.restart(...)",
@@ -112,13 +135,13 @@ def _slots(state: State, kinds: Sequence[str], where: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> dict[Leaf, int]:
-    """The length of the batch axis of each leaf; -1 where it has none."""
-    counts = {}
+def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
+    """The length of the batch axis of each array, with its leaf; -1 where it has none."""
+    counts = []
     for name in kinds:
         axis = plan.kinds[name].batch_axis or 0
         for leaf, spec in zip(plan._row_of_array[name], plan._specs[name], strict=True):
-            counts[leaf] = spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1
+            counts.append((leaf, spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1))
     return counts
 
 

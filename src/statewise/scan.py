@@ -6,12 +6,12 @@ share is then found).  A leaf's *value* is mostly one array, but a Variable may 
 or dict of arrays; `arrays_of` and `value_of` go between a value and the arrays in it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -43,7 +43,7 @@ class Spec(NamedTuple):
     @property
     def nbytes(self) -> int:
         """How many bytes; a PRNG key counts the words that it is made of."""
-        if jax.dtypes.issubdtype(self.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(self.dtype, jax.dtypes.extended):
             key = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(self.shape, self.dtype))
             return int(key.size * key.dtype.itemsize)
         return self.size * int(self.dtype.itemsize)
@@ -69,18 +69,32 @@ class Scan(NamedTuple):
         return path[1:] if self.several else path
 
 
+# None, and what JAX would warn about before it is refused as a leaf.
+_BARE = (type(None), bool, int, float, complex, str, bytes, Iterator)
+
+
 def scan(objects: Sequence[Any]) -> Scan:
     """Flattens one object, or several together.
 
     Raises:
-      ModelError: no object, a class, or something that NNX cannot flatten.
+      ModelError: no object, a class, something without parts, or something that NNX cannot flatten.
     """
     if not objects:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
     for position, thing in enumerate(objects):
         _check_object(position, thing)
     several = len(objects) > 1
-    graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0])
+    try:
+        graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0])
+    except (TypeError, ValueError) as error:
+        names = ", ".join(type(thing).__name__ for thing in objects)
+        raise ModelError(
+            f"NNX cannot flatten {names}: {error}", mend="nnx.split(model) shows the same; it says what is wrong"
+        ) from error
+    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
+        if len(path) == several and not isinstance(leaf, nnx.Variable):
+            position = path[0] if several else 0
+            _refuse_bare(position, objects[position])
     return Scan(graphdef, tuple(flat.paths), tuple(flat.leaves), several)
 
 
@@ -90,11 +104,15 @@ def _check_object(position: int, thing: Any) -> None:
             f"Object {position} is the class {thing.__name__}, not an instance of it.",
             mend=f"model = {thing.__name__}(..., rngs=nnx.Rngs(0))",
         )
-    if thing is None or is_array(thing) or isinstance(thing, (bool, int, float, complex, str, bytes)):
-        raise ModelError(
-            f"Object {position} is {type(thing).__name__}, which holds no leaves at paths.",
-            mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
-        )
+    if is_array(thing) or isinstance(thing, _BARE):
+        _refuse_bare(position, thing)
+
+
+def _refuse_bare(position: int, thing: Any) -> None:
+    raise ModelError(
+        f"Object {position} is {type(thing).__name__}, which holds no leaves at paths.",
+        mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
+    )
 
 
 def rebuild(graphdef: Any, values: list[Any], several: bool) -> tuple[Any, ...]:
@@ -117,7 +135,8 @@ def arrays_of(value: Any) -> tuple[list[Any], Any]:
     """The arrays in a value, and its structure."""
     if is_array(value):
         return [value], ONE
-    return jax.tree.flatten(value)
+    arrays, structure = jax.tree.flatten(value)
+    return arrays, ONE if structure == ONE else structure
 
 
 def value_of(arrays: Sequence[Any], structure: Any) -> Any:

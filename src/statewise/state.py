@@ -13,21 +13,19 @@ everything when a step is traced with it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
-from statewise.moments import plain_key
-from statewise.paths import Leaf, Path, format_path
+from statewise.paths import Leaf, format_path, format_shape
 from statewise.plan import Plan
-from statewise.scan import Spec, raw_value, spec_of, value_of
+from statewise.scan import Spec, spec_of
+from statewise.views import arrays_for, view
 
 __all__ = ["Part", "State"]
 
@@ -91,6 +89,7 @@ class State:
 
     @property
     def plan(self) -> Plan:
+        """The plan: which leaves there are, and how each kind lives."""
         return self._plan
 
     # --- a mapping from kinds to their parts -------------------------------------------------------------------
@@ -102,7 +101,7 @@ class State:
         """
         part = self.part(kind)
         if part._view is None:
-            part._view = _view(self._plan, kind, part.arrays)
+            part._view = view(self._plan, kind, part.arrays)
         return part._view
 
     def __iter__(self) -> Any:
@@ -161,7 +160,7 @@ class State:
         made = list(self._parts)
         for kind, given in parts.items():
             self.part(kind)
-            made[self._plan._index[kind]] = Part(_arrays_for(self._plan, kind, given))
+            made[self._plan._index[kind]] = Part(arrays_for(self._plan, kind, given))
         state = make_state(self._plan, made)
         refuse_shared(state)
         return state
@@ -262,100 +261,28 @@ def _unflatten(plan: Plan, children: Iterable[Any]) -> State:
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
 
 
-# --- views -----------------------------------------------------------------------------------------------------
-
-
-def _view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
-    flat = [
-        (row.path, value_of(arrays[span.start : span.stop], span.structure))
-        for row, span in zip(plan._rows, plan._spans, strict=True)
-        if row.kind == kind
-    ]
-    objects = nnx.from_flat_state(flat)
-    if kind != "optimizer" or not plan._groups:
-        return objects
-    views = {
-        group.label: jax.tree.unflatten(group.layout.structure, arrays[start:stop])
-        for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True)
-    }
-    return {"objects": objects, **views} if flat else views
-
-
-def _arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
-    """The arrays of a part that was given, matched by path; every disagreement is listed."""
-    structure, slots = _layout(plan, kind)
-    specs = plan._specs[kind]
-    leaves, found = jax.tree.flatten(given)
-    if found != structure:
-        keyed = {_plain(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(_unwrapped(given))[0]}
-        leaves = [keyed.pop(keys, None) for keys, _ in slots]
-    else:
-        keyed = {}
-    arrays: list[Any] = [None] * len(specs)
-    problems = []
-    for (_, position), array in zip(slots, leaves, strict=True):
-        problem = _misfit(array, specs[position])
-        if problem:
-            problems.append(dataclasses.replace(plan._row_of_array[kind][position], note=problem))
-        arrays[position] = array
-    for keys, array in keyed.items():
-        spec = spec_of(array) or Spec((), None)
-        problems.append(Leaf(keys, kind, type(array), spec.shape, spec.dtype, note="not in the plan"))
-    if problems:
-        raise StructureError(
-            f"What replaces kind {kind!r} does not fit the plan.",
-            leaves=problems,
-            kind=kind,
-            mend=f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
-        )
-    return tuple(map(_as_array, arrays))
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(plan: Plan, kind: str) -> tuple[Any, list[tuple[Path, int]]]:
-    """The structure of a view, and for each array in it its keys and its position in the part."""
-    order, structure = jax.tree_util.tree_flatten_with_path(_view(plan, kind, range(len(plan._specs[kind]))))
-    return structure, [(_plain(keys), position) for keys, position in order]
-
-
-def _plain(keys: Sequence[Any]) -> Path:
-    return tuple(map(plain_key, keys))
-
-
-def _unwrapped(given: Any) -> Any:
-    """Variables give way to what they hold: `nnx.state(model, ...)` is as good as `state[kind]`."""
-    return jax.tree.map(raw_value, given, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def _as_array(value: Any) -> Any:
-    return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
-
-
-def _misfit(array: Any, spec: Spec) -> str:
-    if array is None:
-        return "missing"
-    found = spec_of(array)
-    if found is None:
-        return f"given as {type(array).__name__}"
-    if found != spec:
-        return f"given as {found.shape} {found.dtype}"
-    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
-        return "donated by an earlier step"
-    return ""
-
-
 def _floating(kind: str, given: Any) -> Any:
     try:
-        dtype = jnp.dtype(given)
+        dtype = None if given is None else jnp.dtype(given)
     except TypeError:
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise KindError(
-            f"Kind {kind!r} cannot be cast to {given!r}: no floating-point dtype.",
+            f"Kind {kind!r} cannot be cast to {_shown(given)}: no floating-point dtype.",
             kind=kind,
             mend=f"cast({kind}='bfloat16')",
         )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise KindError(
+            f"Kind {kind!r} cannot be cast to {dtype}: this process has no 64-bit numbers.",
+            kind=kind,
+            mend="jax.config.update('jax_enable_x64', True)  # before any array is made",
+        )
     return dtype
+
+
+def _shown(given: Any) -> str:
+    return repr(given) if isinstance(given, (str, type)) or given is None else f"a {type(given).__name__}"
 
 
 # --- what can be wrong with a state ----------------------------------------------------------------------------
@@ -363,7 +290,8 @@ def _floating(kind: str, given: Any) -> Any:
 
 def check_unspent(state: State, kinds: Iterable[str]) -> None:
     """Raises where a kind's arrays were donated."""
-    spent = [kind for kind in kinds if state.part(kind).spent]
+    # Arrays may also have been donated behind a part's back: by the user's own jit, or in a copy of the pytree.
+    spent = [kind for kind in kinds if state.part(kind).spent or any(map(is_deleted, state.part(kind).arrays))]
     if spent:
         raise spent_error(state, spent)
 
@@ -383,14 +311,32 @@ def spent_error(state: State, kinds: Sequence[str]) -> StructureError:
 def deleted_kinds(state: State) -> list[str]:
     """The kinds with arrays that are no longer there."""
     return [
-        kind
-        for kind, part in zip(state._plan.kinds, state._parts, strict=True)
-        if any(_is_deleted(array) for array in part.arrays)
+        kind for kind, part in zip(state._plan.kinds, state._parts, strict=True) if any(map(is_deleted, part.arrays))
     ]
 
 
-def _is_deleted(array: Any) -> bool:
+def is_deleted(array: Any) -> bool:
+    """Whether this was an array, and its buffer was donated."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
+
+
+def check_fits(state: State, kinds: Iterable[str]) -> None:
+    """Raises where a kind's arrays have not the shapes and dtypes of the plan (as inside `jax.vmap`, or after it)."""
+    plan = state._plan
+    odd = []
+    for kind in kinds:
+        for position, (spec, array) in enumerate(zip(plan._specs[kind], state.part(kind).arrays, strict=True)):
+            if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
+                found = spec_of(array)
+                note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
+                odd.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
+    if odd:
+        raise StructureError(
+            "The state's arrays are not as its plan has them.",
+            leaves=odd,
+            mend="take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
+            "for other dtypes: state.cast(params='bfloat16')",
+        )
 
 
 def refuse_shared(state: State) -> None:

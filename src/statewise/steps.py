@@ -22,12 +22,12 @@ from typing import Any
 
 import jax
 
-from statewise.plan import Plan
 from statewise.arguments import Arguments, merged
 from statewise.capture import Capture
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
+from statewise.plan import Plan
 from statewise.programs import forward_program, routes_of, train_program
 from statewise.state import State
 from statewise.tracing import Eager, Traced, refuse_writes, trace

@@ -7,7 +7,7 @@ The files: `looking` (which leaves a filter means, how many they are, and why), 
 putting it together again).
 """
 
-from statewise.select.looking import Explanation, count, explain, look, select
+from statewise.select.looking import Explanation, check_kinds, count, explain, look, select
 from statewise.select.parts import merge, split, update
 
-__all__ = ["Explanation", "count", "explain", "look", "merge", "select", "split", "update"]
+__all__ = ["Explanation", "check_kinds", "count", "explain", "look", "merge", "select", "split", "update"]

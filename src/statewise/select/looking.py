@@ -8,12 +8,14 @@ from typing import Any
 
 from flax import nnx
 
+from statewise.errors import KindError
 from statewise.filters import Filter, describe, explain_leaf, predicate
+from statewise.kinds import Kinds
 from statewise.paths import Leaf, format_dtype, format_path, format_shape, format_type
 from statewise.scan import ModelError, Scan, row_of, scan
 from statewise.tables import Table, leaf_dict
 
-__all__ = ["Explanation", "count", "explain", "look", "select"]
+__all__ = ["Explanation", "check_kinds", "count", "explain", "look", "select"]
 
 
 def look(model: Any) -> Scan:
@@ -31,6 +33,13 @@ def look(model: Any) -> Scan:
             f"This is {_named(model)}, which holds no leaves at paths.", mend="pass a module, or {'name': variable}"
         )
     return found._replace(several=several)
+
+
+def check_kinds(kinds: Any) -> None:
+    """Refuses what is no `Kinds`."""
+    if not isinstance(kinds, Kinds):
+        name = kinds.__name__ if isinstance(kinds, type) else type(kinds).__name__
+        raise KindError(f"{name} is no Kinds.", mend="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))")
 
 
 def _named(thing: Any) -> str:
@@ -60,13 +69,12 @@ def select(model: Any, filter: Filter) -> nnx.State:
     """
     matches = predicate(filter)
     found = look(model)
-    return nnx.from_flat_state(
-        [
-            (path, leaf)
-            for path, leaf in zip(found.paths, found.leaves, strict=True)
-            if matches(found.relative(path), leaf)
-        ]
-    )
+    chosen: list[Any] = [
+        (path, leaf)
+        for path, leaf in zip(found.paths, found.leaves, strict=True)
+        if matches(found.relative(path), leaf)
+    ]
+    return nnx.from_flat_state(chosen)
 
 
 def count(model: Any, *filters: Filter) -> int | tuple[int, ...]:
@@ -115,10 +123,10 @@ class Explanation:
       >>> print(sw.explain(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param & sw.Path("ker*")))
       Param & Path('ker*')
       path    type   shape   dtype    matched  by
-      --------------------------------------------------------------
+      -------------------------------------------------------------
       bias    Param  (3,)    float32  no       Path('ker*')
       kernel  Param  (2, 3)  float32  yes      Param & Path('ker*')
-      --------------------------------------------------------------
+      -------------------------------------------------------------
       total                           1 of 2
     """
 

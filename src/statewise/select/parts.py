@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,28 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.claims import claim
-from statewise.errors import KindError, StructureError
+from statewise.errors import StructureError
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise.scan import ONE, ModelError, Scan, Spec, arrays_of, make_leaf, raw_value, row_of, spec_of, value_of
-from statewise.select.looking import look
+from statewise.select.looking import check_kinds, look
 
 __all__ = ["merge", "split", "update"]
 
 
-class Slot(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot:
     """What belongs at a path of a model.
 
     Attributes:
       path: the leaf's first path.
-      type: the Variable's type; `jax.Array` for a raw array.
+      cls: the Variable's type; `jax.Array` for a raw array.
       specs: shape and dtype of each array in its value; None where only the type is known.
       structure: the structure of its value; None where only the type is known.
     """
 
     path: Path
-    type: type
+    cls: type
     specs: tuple[Spec | None, ...] | None
     structure: Any
 
@@ -51,7 +52,7 @@ class Slot(NamedTuple):
     def leaf(self) -> Leaf:
         """The slot as a row of an error."""
         specs = [spec for spec in self.specs or () if spec is not None]
-        return make_leaf(self.path, self.type, specs, self.structure is not None and self.structure == ONE, None)
+        return make_leaf(self.path, self.cls, specs, self.structure is not None and self.structure == ONE, None)
 
     def __str__(self) -> str:
         leaf = self.leaf
@@ -65,6 +66,10 @@ class Slot(NamedTuple):
 class CheckedGraphDef(nnx.GraphDef[Any]):
     """NNX's graph definition, with what each leaf was when the model was split."""
 
+    # Declared anew: NNX names the types of the first two by names that only its own module knows.
+    nodes: list[Any]
+    attributes: list[Any]
+    num_leaves: int
     slots: tuple[Slot, ...] = dataclasses.field(repr=False)
 
     # A dataclass does not inherit the hash of the one it extends.
@@ -86,6 +91,7 @@ def split(model: Any, kinds: Kinds | Any) -> tuple[nnx.GraphDef[Any], dict[str, 
     Raises:
       ContestedError: leaves that several kinds claim, all of them.
       UnclaimedError: leaves that no kind claims, all of them.
+      KindError: the kinds are none.
       StructureError: the model is none.
 
     Example:
@@ -99,10 +105,9 @@ def split(model: Any, kinds: Kinds | Any) -> tuple[nnx.GraphDef[Any], dict[str, 
       >>> sw.merge(graphdef, parts).mean.shape
       (3,)
     """
-    if not isinstance(kinds, Kinds):
-        raise KindError(f"{type(kinds).__name__} is no Kinds.", mend="sw.Kinds(params=sw.Kind(nnx.Param), ...)")
+    check_kinds(kinds)
     found = look(model)
-    flat: dict[str, list[tuple[Path, Any]]] = {name: [] for name in kinds}
+    flat: dict[str, list[Any]] = {name: [] for name in kinds}
     for path, leaf, name in zip(found.paths, found.leaves, claim(kinds, found), strict=True):
         flat[name].append((path, leaf))
     graphdef = CheckedGraphDef(
@@ -136,7 +141,8 @@ def merge(graphdef: nnx.GraphDef[Any] | Any, parts: Any) -> Any:
       parts: the parts by name, a sequence of parts, or one `nnx.State`; of Variables or of raw arrays.
 
     Returns:
-      a new model; its Variables are new, their arrays are those of the parts.
+      a new model.  As with `nnx.merge`, it holds the very Variables that the parts hold: those of `split` are the
+      old model's.  Parts of raw arrays make new ones.
 
     Raises:
       StructureError: leaves that are missing, left over, given twice, or of another type, shape or dtype than the
@@ -250,7 +256,7 @@ def _traced(array: Any) -> bool:
 
 def _differences(slot: Slot, leaf: Any, arrays: Sequence[Any], structure: Any) -> list[str]:
     words = []
-    if isinstance(leaf, nnx.Variable) and _compat.variable_type(leaf) is not slot.type:
+    if isinstance(leaf, nnx.Variable) and _compat.variable_type(leaf) is not slot.cls:
         words.append("retyped")
     if slot.specs is None:
         return words
@@ -389,4 +395,5 @@ def _write_one(model: Any, path: Path, leaf: Any, value: Any) -> None:
     if isinstance(leaf, nnx.Variable):
         leaf.set_raw_value(value)
     else:
-        nnx.update(model, nnx.from_flat_state([(path, value)]))
+        flat: list[Any] = [(path, value)]
+        nnx.update(model, nnx.from_flat_state(flat))

@@ -1,0 +1,104 @@
+"""`jax.jit` over flat lists of arrays, donated: the limit of what is written by hand for one program.
+
+The arrays stand in four lists: parameters, the optimizer's, caches, and all others.  A call passes the lists that
+the model needs to be merged and returns, donated, those that it writes.  Nothing is wrapped and nothing walked in
+Python: what it costs is what arrays cost at `jax.jit`'s boundary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from benchmarks.case import Call, Case, Program
+
+__all__ = ["ByHand"]
+
+
+class ByHand:
+    """Flat lists of arrays, and what is needed to make a model of them inside the compiled function."""
+
+    def __init__(self, case: Case, model: Any, sharding: Any = None, copy: bool = True) -> None:
+        self.case = case
+        self.graphdef, *states = nnx.split(model, nnx.Param, nnx.Cache, ...)
+        flat = [jax.tree.flatten(nnx.as_pure(state)) for state in states]
+        self.trees = [tree for _, tree in flat]
+        self.params, self.cache, self.rest = (
+            [jnp.copy(array) if copy else array for array in arrays] for arrays, _ in flat
+        )
+        self.moments: list[Any] = []
+        if case.tx is not None:
+            self.moments, self.moments_tree = jax.tree.flatten(case.tx.init(self.params))
+        if sharding is not None:
+            for name in ("params", "cache", "rest", "moments"):
+                setattr(self, name, jax.device_put(getattr(self, name), sharding))
+
+    def merged(self, params: Any, cache: Any, rest: Any) -> Any:
+        parts = zip(self.trees, (params, cache, rest), strict=True)
+        return nnx.merge(self.graphdef, *(jax.tree.unflatten(tree, arrays) for tree, arrays in parts))
+
+    def others(self, model: Any) -> list[Any]:
+        """What is neither parameter nor cache, as it is after a call."""
+        return jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Cache)))))
+
+    def train_fn(self, program: Program) -> Call:
+        """Of (params, moments, rest, *args), all lists donated."""
+        tx = self.case.tx
+        assert tx is not None
+
+        def train(params: Any, moments: Any, rest: Any, *args: Any) -> Any:
+            def loss_of(params: Any) -> Any:
+                model = self.merged(params, [], rest)
+                return program.fn(model, *args), self.others(model)
+
+            (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+            updates, state = tx.update(grads, jax.tree.unflatten(self.moments_tree, moments), params)
+            return optax.apply_updates(params, updates), jax.tree.leaves(state), rest, loss
+
+        return train
+
+    def call_fn(self, program: Program) -> Call:
+        """Of (params, cache, rest, *args); returns (written list, output), or the output alone."""
+
+        def call(params: Any, cache: Any, rest: Any, *args: Any) -> Any:
+            model = self.merged(params, cache, rest)
+            out = program.fn(model, *args)
+            if program.writes == "params":
+                return jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Param))), out
+            if program.writes == "cache":
+                return jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Cache))), out
+            return (self.others(model), out) if program.writes else out
+
+        return call
+
+    def program(self, name: str) -> Call:
+        program = self.case.programs[name]
+        if program.trains:
+            train = jax.jit(self.train_fn(program), donate_argnums=(0, 1, 2))
+
+            def trains(*args: Any) -> Any:
+                self.params, self.moments, self.rest, loss = train(self.params, self.moments, self.rest, *args)
+                return loss
+
+            return trains
+        if not program.writes:
+            fn = jax.jit(self.call_fn(program))
+            return lambda *args: fn(self.params, self.cache, self.rest, *args)
+        lists = ("params", "cache", "rest")
+        written = program.writes if program.writes in lists else "rest"
+        fn = jax.jit(self.call_fn(program), donate_argnums=lists.index(written))
+
+        def writes(*args: Any) -> Any:
+            arrays, out = fn(self.params, self.cache, self.rest, *args)
+            setattr(self, written, arrays)
+            return out
+
+        return writes
+
+    def lower(self, name: str, *args: Any) -> Any:
+        train = jax.jit(self.train_fn(self.case.programs[name]), donate_argnums=(0, 1, 2))
+        return train.lower(self.params, self.moments, self.rest, *args)

@@ -1,0 +1,159 @@
+"""The numbers to reach, and whether they were: each read from the results by workload, table and row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["TARGETS", "Target", "targets_markdown"]
+
+Found = dict[str, dict[str, Any]]
+
+
+class MissingError(Exception):
+    """A number that the results do not hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One number to reach.
+
+    Attributes:
+      what: what is compared.
+      reach: the number, in words.
+      value: reads it from the results.
+      met: whether a value is enough.
+      show: how a value reads.
+    """
+
+    what: str
+    reach: str
+    value: Callable[[Found], float]
+    met: Callable[[float], bool]
+    show: str = "{:.2f} times"
+
+
+def _row(found: Found, key: str, row: str) -> dict[str, Any]:
+    for result in found.values():
+        for table in result["tables"]:
+            for candidate in table["rows"] if table["key"] == key else ():
+                if candidate["key"] == row:
+                    if "skipped" in candidate:
+                        raise MissingError(candidate["skipped"])
+                    return candidate
+    raise MissingError("not measured")
+
+
+def _times(table: str, row: str, of: str, number: str = "ratio") -> Callable[[Found], float]:
+    """How many times as much a row's number is as another's."""
+    return lambda found: _row(found, table, row)[number] / _row(found, table, of)[number]
+
+
+def _more_us(table: str, row: str, of: str) -> Callable[[Found], float]:
+    return lambda found: 1e6 * (_row(found, table, row)["median_s"] - _row(found, table, of)["median_s"])
+
+
+def _growth(table: str, name: str) -> Callable[[Found], float]:
+    """A row in the largest model against the same in the smallest."""
+
+    def value(found: Found) -> float:
+        for result in found.values():
+            for candidate in result["tables"]:
+                if candidate["key"] == table:
+                    counts = candidate["facts"]["counts"]
+                    return _times(table, f"{name}-{max(counts)}", f"{name}-{min(counts)}")(found)
+        raise MissingError("not measured")
+
+    return value
+
+
+def _faster(times: float) -> Callable[[float], bool]:
+    return lambda value: value >= times
+
+
+def _at_most(times: float) -> Callable[[float], bool]:
+    return lambda value: value <= times
+
+
+OURS, HAND, PACKED = "statewise", "by-hand", "statewise-packed"
+SPLIT = "`nnx.split(model, ...)` by the same kinds"
+# A noisy machine does not tell 1.00 from 1.03: "no slower" allows that much.
+NO_SLOWER = 1.03
+
+TARGETS = (
+    Target("many small leaves: `nnx.jit` over ours", "6", _times("many_small", "nnx.jit", OURS), _faster(6)),
+    Target("the same: by hand over ours", "more than 1", _times("many_small", HAND, OURS), _faster(1)),
+    Target(
+        "the same, first call: ours over by hand",
+        "at most 1.2",
+        _times("many_small", OURS, HAND, "first_call_s"),
+        _at_most(1.2),
+    ),
+    Target("packed: `nnx.jit` over ours", "25", _times("many_small", "nnx.jit", PACKED), _faster(25)),
+    Target("packed: `nnx.jit_partial` over ours", "5", _times("many_small", "nnx.jit_partial", PACKED), _faster(5)),
+    Target("packed: by hand over ours", "4", _times("many_small", HAND, PACKED), _faster(4)),
+    Target(
+        "packed, first call: ours over by hand",
+        "at most 2",
+        _times("many_small", PACKED, HAND, "first_call_s"),
+        _at_most(2),
+    ),
+    Target("16 steps in one scan: by hand, a call each, over ours", "8", _times("scan", HAND, "scan"), _faster(8)),
+    Target("the same, first call", "at most 1.5", _times("scan", "scan", HAND, "first_call_s"), _at_most(1.5)),
+    Target(
+        "leaves of 256 × 256: ours over by hand",
+        "no slower",
+        _times("few_large_256", OURS, HAND),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        "leaves up to 1024 × 1024: ours over by hand",
+        "no slower",
+        _times("few_large_1024", OURS, HAND),
+        _at_most(NO_SLOWER),
+    ),
+    Target("one small kind, large model over small", "at most 1.5", _growth("small_kind", OURS), _at_most(1.5)),
+    Target("its restart, large model over small", "at most 1.5", _growth("restart", "restart"), _at_most(1.5)),
+    Target(
+        "a decode step: ours less by hand",
+        "at most 50 µs",
+        _more_us("decode", OURS, HAND),
+        _at_most(50),
+        "{:.1f} µs",
+    ),
+    Target(
+        "`plan` over `nnx.split`",
+        "no slower",
+        _times("look_plan", "`sw.plan(model)`", SPLIT),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        'a repeated `state["params"]`: `nnx.split` over ours',
+        "10",
+        lambda found: _row(found, "look_plan", SPLIT)["median_s"]
+        / _row(found, "look_select", '`state["params"]`')["median_s"],
+        _faster(10),
+        "{:.0f} times",
+    ),
+    Target(
+        "peak memory, donated: ours over by hand",
+        "no more",
+        _times("memory_large", "statewise-shared", HAND, "peak_bytes"),
+        _at_most(1.02),
+    ),
+)
+
+
+def targets_markdown(found: Found) -> str:
+    """The targets as a table in Markdown."""
+    lines = ["| what | reach | found | |", "| --- | --- | ---: | --- |"]
+    for target in TARGETS:
+        try:
+            value = target.value(found)
+        except MissingError as missing:
+            lines.append(f"| {target.what} | {target.reach} | | {missing} |")
+            continue
+        verdict = "reached" if target.met(value) else "**not reached**"
+        lines.append(f"| {target.what} | {target.reach} | {target.show.format(value)} | {verdict} |")
+    return "\n".join(lines)

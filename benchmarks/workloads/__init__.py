@@ -1,0 +1,40 @@
+"""What is measured: each workload is a function of the settings that returns tables.
+
+A workload runs in a process of its own; `__main__` says with how many devices, and how often.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.measure import Settings
+from benchmarks.workloads import grow, look, loops, memory, serve, train
+
+__all__ = ["WORKLOADS", "Workload"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One workload: what gives its tables, and what it is, in a line."""
+
+    run: Callable[[Settings], list[dict[str, Any]]]
+    title: str
+
+
+WORKLOADS = {
+    "many_small": Workload(train.many_small, "A train step on many small leaves"),
+    "few_large": Workload(train.few_large, "A train step on few large leaves"),
+    "resnet": Workload(train.resnet, "A train step of a small ResNet, with BatchNorm"),
+    "transformer": Workload(train.transformer, "A train step of a small transformer, with Dropout"),
+    "mesh": Workload(train.mesh, "Many small leaves on a mesh of eight devices"),
+    "decode": Workload(serve.decode, "A decode step with a KV cache"),
+    "rl": Workload(serve.rl, "A loop of acting and learning, in tiny steps"),
+    "noop": Workload(serve.noop, "A step that does nothing, on many leaves"),
+    "scan": Workload(loops.scan, "Sixteen train steps in one call"),
+    "small_kind": Workload(grow.small_kind, "One small kind in a small and in a large model"),
+    "leaves": Workload(grow.leaves, "Cost against the number of leaves"),
+    "look": Workload(look.look, "Planning, selecting, splitting, counting"),
+    "memory": Workload(memory.memory, "Peak memory of a train step"),
+}

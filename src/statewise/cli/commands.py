@@ -1,0 +1,140 @@
+"""What each command does: makes the target, looks at it, prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from typing import Any
+
+from flax import nnx
+
+from statewise.census import census
+from statewise.cli.expressions import parse_filter, types_by_name
+from statewise.cli.targets import Target, UsageError, load, one_line
+from statewise.errors import FilterError, KindError, StatewiseError
+from statewise.kinds import Kinds
+from statewise.plan import Plan
+from statewise.scan import ModelError
+from statewise.select import explain
+from statewise.state import State
+from statewise.tables import Table, leaf_dict
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        with contextlib.ExitStack() as stack:
+            return _COMMANDS[args.command](args, stack)
+    except UsageError as error:
+        print(f"statewise: {error}", file=sys.stderr)
+        return 2
+    except (ModelError, FilterError, KindError) as error:
+        mend = f" (mend: {one_line(error.mend)})" if error.mend else ""
+        print(f"statewise: {one_line(error.message)}{mend}", file=sys.stderr)
+        return 2
+    except StatewiseError as error:
+        if args.json:
+            print(json.dumps(_error_dict(error), indent=2))
+        else:
+            print(f"statewise: {error}", file=sys.stderr)
+        return 1
+
+
+def _error_dict(error: StatewiseError) -> dict[str, Any]:
+    return {
+        "error": type(error).__name__,
+        "message": error.message,
+        "leaves": [leaf_dict(leaf) for leaf in error.leaves],
+        "kind": error.kind,
+        "mend": error.mend,
+    }
+
+
+def _census(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    model, _ = _model(args, stack)
+    counted = census(model, _kinds(args, stack))
+    return _show(args, counted.table(), counted.to_dict())
+
+
+def _plan(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    model, _ = _model(args, stack)
+    plan = _planned(model)
+    if plan is None:
+        kinds = _kinds(args, stack) or Kinds.standard()
+        plan = kinds.plan(*model) if isinstance(model, (tuple, list)) else kinds.plan(model)
+    elif args.kinds:
+        raise UsageError(f"{args.target} is planned already, by kinds of its own: leave --kinds out")
+    return _show(
+        args,
+        plan.table(),
+        {
+            "leaves": list(map(leaf_dict, plan.leaves)),
+            "dropped": list(map(leaf_dict, plan.dropped)),
+            **census(plan).to_dict(),
+        },
+    )
+
+
+def _explain(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    model, target = _model(args, stack)
+    types = {leaf.type for leaf in explain(model, ...).leaves}
+    explanation = explain(model, parse_filter(args.filter, target.module, types_by_name(types)))
+    return _show(args, explanation.table(), explanation.to_dict())
+
+
+def _demo(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    from statewise.examples import demo
+
+    settings = demo.Settings(steps=args.steps) if args.steps else None
+    try:
+        return demo.main(settings, as_json=args.json)
+    except AssertionError as error:
+        print(f"statewise: {one_line(str(error))}", file=sys.stderr)
+        return 1
+
+
+_COMMANDS = {"census": _census, "plan": _plan, "explain": _explain, "demo": _demo}
+
+
+def _model(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Target]:
+    """The model that the target names, or what its function returns."""
+    # What a user's module prints is not part of our output, which may be JSON for another program.
+    with contextlib.redirect_stdout(sys.stderr):
+        target = load(args.target, stack)
+        model = target.made(_is_model, nnx.eval_shape if args.abstract else None)
+    return model, target
+
+
+def _is_model(thing: Any) -> bool:
+    # Modules can be called, but are models all the same.
+    return isinstance(thing, (nnx.Pytree, nnx.Variable, nnx.State, tuple, list, dict)) or _planned(thing) is not None
+
+
+def _planned(thing: Any) -> Plan | None:
+    return thing if isinstance(thing, Plan) else thing.plan if isinstance(thing, State) else None
+
+
+def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | None:
+    if args.kinds is None:
+        return None
+    with contextlib.redirect_stdout(sys.stderr):
+        kinds = load(args.kinds, stack).made(lambda thing: isinstance(thing, Kinds))
+    if not isinstance(kinds, Kinds):
+        raise UsageError(f"{args.kinds} is {type(kinds).__name__}, not Kinds")
+    return kinds
+
+
+def _show(args: argparse.Namespace, table: Table, data: dict[str, Any]) -> int:
+    if args.json:
+        print(json.dumps(data, indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(table)
+    else:
+        print(table)
+    return 0

@@ -1,0 +1,65 @@
+"""Equal plans are one object, so that comparing two of them costs nothing.
+
+A plan is the static part of every state and a key of every step's table; both compare at each call.  The table
+here holds plans weakly: one that nobody uses is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from typing import Any
+
+from statewise.kinds import Kinds
+from statewise.moments import Group
+from statewise.rows import Row
+
+__all__ = ["intern", "same_graph"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class _Identity:
+    """What makes two plans equal.  Graph definitions are compared, never hashed: metadata may not be hashable."""
+
+    kinds: Kinds
+    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
+    graphdef: Any
+
+    def __hash__(self) -> int:
+        return hash((self.kinds, self.groups, tuple(row.path for row in self.rows)))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Identity)
+            and self.kinds == other.kinds
+            and self.groups == other.groups
+            and self.rows == other.rows
+            and same_graph(self.graphdef, other.graphdef)
+        )
+
+
+def same_graph(one: Any, other: Any) -> bool:
+    """Whether two graph definitions are equal; False where their metadata cannot be compared."""
+    try:
+        # 1 == 1.0 == True, but a model that multiplies by one of them is another model.
+        return bool(one == other) and _types_of_statics(one) == _types_of_statics(other)
+    except (ValueError, TypeError):
+        # Metadata that holds arrays cannot be compared; two such plans are simply two.
+        return one is other
+
+
+def _types_of_statics(graphdef: Any) -> list[type]:
+    return [type(getattr(attribute, "value", None)) for _, attribute in graphdef.attributes]
+
+
+_plans: weakref.WeakValueDictionary[_Identity, Any] = weakref.WeakValueDictionary()
+_plans_lock = threading.Lock()
+
+
+def intern(plan: Any) -> Any:
+    """The one plan that is equal to this one: an older one, or this one from now on."""
+    identity = _Identity(plan.kinds, plan._rows, plan._groups, plan._graphdef)
+    with _plans_lock:
+        return _plans.setdefault(identity, plan)

@@ -1,0 +1,34 @@
+"""`refused`: a block must raise one of Statewise's errors, and all that the error says is compared."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+import statewise as sw
+
+
+@contextlib.contextmanager
+def refused(
+    cls: type[sw.StatewiseError],
+    message: str,
+    *,
+    mend: str | None,
+    leaves: Sequence[str] = (),
+    kind: str | None = None,
+) -> Iterator[pytest.ExceptionInfo[sw.StatewiseError]]:
+    """Asserts class, fact, every leaf's line (path, type, shape, dtype, kind, note), kind and mend, all exactly."""
+    with pytest.raises(cls) as caught:
+        yield caught
+    error = caught.value
+    assert type(error) is cls
+    assert error.message == message
+    assert [str(leaf) for leaf in error.leaves] == list(leaves)
+    assert error.kind == kind
+    assert error.mend == mend
+    shown = str(error)
+    assert shown.startswith(message)
+    assert all(line in shown for line in leaves[:50])
+    assert mend is None or mend.splitlines()[-1] in shown
