@@ -12,11 +12,27 @@ from benchmarks.case import Call, Case, Program
 __all__ = ["GraphdefState", "Nnx"]
 
 
-def train_body(program: Program, graph: bool) -> Call:
-    """The train step of the guide: gradients by `nnx.value_and_grad`, the update in place."""
+def train_body(program: Program) -> Call:
+    """The train step of the performance guide: gradients by `nnx.value_and_grad`, the update in place."""
 
     def train_step(model: Any, optimizer: Any, *args: Any) -> Any:
-        loss, grads = nnx.value_and_grad(program.fn, graph=graph)(model, *args)
+        loss, grads = nnx.value_and_grad(program.fn)(model, *args)
+        optimizer.update(model, grads)
+        return loss
+
+    return train_step
+
+
+def tree_train_body(program: Program) -> Call:
+    """The train step of the guide to transforms in tree mode: what is differentiated is split off first."""
+
+    def train_step(model: Any, optimizer: Any, *args: Any) -> Any:
+        graphdef, params, nondiff = nnx.split(model, nnx.Param, ..., graph=False)
+
+        def loss_fn(params: Any, nondiff: Any) -> Any:
+            return program.fn(nnx.merge(graphdef, params, nondiff), *args)
+
+        loss, grads = nnx.value_and_grad(loss_fn, graph=False)(params, nondiff)
         optimizer.update(model, grads)
         return loss
 
@@ -45,7 +61,6 @@ class Nnx:
     def __init__(self, case: Case, model: Any, sharding: Any = None, variant: str = "jit") -> None:
         self.case = case
         self.variant = variant
-        self.graph = variant in ("jit", "cached")
         self.model = model
         self.objects: tuple[Any, ...] = (model,)
         if case.tx is not None:
@@ -58,7 +73,8 @@ class Nnx:
         """The compiled function and the objects that it takes first."""
         program = self.case.programs[name]
         objects = self.objects if program.trains else self.objects[:1]
-        body = train_body(program, self.graph) if program.trains else call_body(program)
+        trains = tree_train_body if self.variant in ("tree", "partial") else train_body
+        body = trains(program) if program.trains else call_body(program)
         options: dict[str, Any] = {}
         if self.case.donate and (program.trains or program.writes):
             options["donate_argnums"] = tuple(range(len(objects)))
@@ -95,7 +111,7 @@ class GraphdefState:
 
     def jitted(self, name: str) -> Call:
         program = self.case.programs[name]
-        body = train_body(program, graph=True) if program.trains else call_body(program)
+        body = train_body(program) if program.trains else call_body(program)
         writes = program.trains or bool(program.writes)
 
         def step(graphdef: Any, state: Any, *args: Any) -> Any:

@@ -100,7 +100,7 @@ def _own(array: Any, seen: set[int]) -> Any:
     return array
 
 
-def put(plan: Plan, state: State, objects: Sequence[Any], *, copy: bool) -> None:
+def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -> None:
     """See `Plan.put`."""
     values = values_of(plan, state, "put")
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(state)):
@@ -121,7 +121,7 @@ def put(plan: Plan, state: State, objects: Sequence[Any], *, copy: bool) -> None
         nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
 
 
-def build(plan: Plan, state: State, *, copy: bool) -> Any:
+def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:
     """See `Plan.build`."""
     values = [_ready(value, copy) for value in values_of(plan, state, "build")]
     objects = rebuild(plan._graphdef, values, plan._several)
