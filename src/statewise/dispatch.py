@@ -20,7 +20,7 @@ from statewise import _compat
 from statewise.arguments import Arguments, merged
 from statewise.errors import StatewiseError, StructureError
 from statewise.plan import Plan
-from statewise.programs import Routes
+from statewise.routes import Routes
 from statewise.state import Part, State, deleted_kinds, make_state, refuse_shared, spent_error
 
 __all__ = ["Entry", "NewSignature", "args_key", "full_key"]
@@ -68,7 +68,7 @@ class Entry:
         self._donates = tuple((route.kind, route.pick) for route in routes.donated)
         self._keeps = tuple((route.kind, route.pick) for route in routes.kept)
         self._touches = tuple({route.kind for route in (*routes.donated, *routes.kept)})
-        self._gives = tuple((route.kind, None if route.pick is None else route.positions) for route in routes.donated)
+        self._gives = tuple((route.kind, None if route.pick is None else route.slots) for route in routes.donated)
         self._fn = arguments.jit(self._checked)
         self._keeping: Callable[..., Any] | None = None
 
@@ -177,7 +177,7 @@ class Entry:
                 kind, position = mine[id(leaf)]
                 raise StructureError(
                     f"An argument of {self.name} is an array of the state, which the step donates.",
-                    leaves=[self.plan._row_of_array[kind][position]],
+                    leaves=[self.plan._leaf_of_slot[kind][position]],
                     kind=kind,
                     mend="pass a copy: jnp.copy(array)",
                 ) from error

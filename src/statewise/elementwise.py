@@ -37,9 +37,11 @@ __all__ = ["Elementwise", "prove_elementwise"]
 PARAM, GRAD = "param", "grad"
 
 _ELEMENTWISE = frozenset(
-    "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt "
-    "integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round "
-    "rsqrt select_n sign sin sqrt square sub tan tanh xor".split()
+    (
+        "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt "
+        "integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem "
+        "round rsqrt select_n sign sin sqrt square sub tan tanh xor"
+    ).split()  # noqa: SIM905 - sixty names read better so
 )
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 
@@ -294,11 +296,10 @@ class _Proof:
         fits = all(operand.uniform or operand.shape == shape for operand in operands)
         own = all(operand.uniform or operand.leaf is not None for operand in operands)
         uniform = all(operand.uniform for operand in operands)
-        if name in _ELEMENTWISE and fits and len(leaves) <= 1 and (own or not leaves):
-            if uniform or leaves:
-                key = tuple(operand.node for operand in operands)
-                node = self.node("op", eqn.primitive, _Params(eqn.params), key)
-                return _Value(node, next(iter(leaves), None), shape, uniform)
+        if name in _ELEMENTWISE and fits and len(leaves) <= 1 and (own or not leaves) and (uniform or leaves):
+            key = tuple(operand.node for operand in operands)
+            node = self.node("op", eqn.primitive, _Params(eqn.params), key)
+            return _Value(node, next(iter(leaves), None), shape, uniform)
         node = self.node("eqn", _Same(eqn), tuple((operand.node, operand.leaf) for operand in operands), position)
         return _Value(node, None, shape, shape == ())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 from statewise import _compat
 from statewise.errors import PlacementError, StructureError
 from statewise.intern import same_graph
+from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.plan import Plan
 from statewise.rows import Row, is_sown
@@ -27,13 +28,14 @@ from statewise.state import State, check_fits, check_unspent, is_deleted
 __all__ = ["build", "put", "take", "values_of"]
 
 
-def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool) -> State:
+def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: bool | str | Sequence[str]) -> State:
     """See `Plan.take`."""
     if mesh is not None:
         raise PlacementError(
             "Placing a state on a mesh is not part of this version.",
             mend="state = jax.device_put(plan.take(model), jax.NamedSharding(mesh, jax.P()))",
         )
+    plan = plan._plain
     found = scan(objects)
     leaves = _matched(plan, found, objects, "take")
     _check_statics(plan, found, objects)
@@ -44,17 +46,21 @@ def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool) -> State:
         for array in arrays_of(raw_value(leaf))[0]:
             parts[row.kind].append(_taken(array, copy, seen))
     for group in plan._groups:
-        arrays = [array for part, position in _group_arrays(plan, group) for array in [parts[part][position]]]
+        arrays = [parts[kind][position] for kind, position in plan._params_of(group)]
         seen.update(map(id, arrays))
         parts["optimizer"].extend(_own(array, seen) for array in group.init(arrays))
-    return State.of(plan, parts.values())
+    made = plan._pack(_kinds_to_pack(plan, pack)) if pack else plan
+    return State.of(made, [made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()])
 
 
-def _group_arrays(plan: Plan, group: Any) -> Iterator[tuple[str, int]]:
-    """Kind and position of each array that an optimizer updates, in its order."""
-    for row, span in zip(plan._rows, plan._spans, strict=True):
-        if row.kind in group.kinds:
-            yield from ((span.kind, position) for position in range(span.start, span.stop))
+def _kinds_to_pack(plan: Plan, pack: bool | str | Sequence[str]) -> tuple[str, ...]:
+    if pack is True:
+        return tuple(plan.kinds)
+    names = (pack,) if isinstance(pack, str) else tuple(pack)  # type: ignore[arg-type]
+    for name in names:
+        if name not in plan.kinds:
+            raise unknown_kind(name, plan.kinds)
+    return names
 
 
 def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
@@ -139,7 +145,7 @@ def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
             f"plan.{verb} wants a state, not {type(state).__name__}.",
             mend="plan.put(state, model)" if verb == "put" else "model = plan.build(state)",
         )
-    if state._plan is not plan:
+    if state._plan._plain is not plan._plain:
         raise StructureError(
             f"This state is of another plan: {state._plan!r}, not {plan!r}.",
             leaves=_plan_differences(plan, state._plan),
@@ -147,7 +153,8 @@ def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
         )
     check_unspent(state, plan.kinds)
     check_fits(state, plan.kinds)
-    parts = {kind: part.arrays for kind, part in zip(plan.kinds, state._parts, strict=True)}
+    own = state._plan
+    parts = {kind: own._unpacked(kind, part.arrays) for kind, part in zip(own.kinds, state._parts, strict=True)}
     return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
 
 

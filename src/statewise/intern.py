@@ -26,6 +26,7 @@ class _Identity:
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     graphdef: Any
+    packing: Any
 
     def __hash__(self) -> int:
         return hash((self.kinds, self.groups, tuple(row.path for row in self.rows)))
@@ -36,6 +37,7 @@ class _Identity:
             and self.kinds == other.kinds
             and self.groups == other.groups
             and self.rows == other.rows
+            and self.packing == other.packing
             and same_graph(self.graphdef, other.graphdef)
         )
 
@@ -60,6 +62,6 @@ _plans_lock = threading.Lock()
 
 def intern(plan: Any) -> Any:
     """The one plan that is equal to this one: an older one, or this one from now on."""
-    identity = _Identity(plan.kinds, plan._rows, plan._groups, plan._graphdef)
+    identity = _Identity(plan.kinds, plan._rows, plan._groups, plan._graphdef, plan._packing)
     with _plans_lock:
         return _plans.setdefault(identity, plan)

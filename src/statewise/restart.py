@@ -148,10 +148,11 @@ def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
 @functools.lru_cache(maxsize=256)
 def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool) -> Any:
     def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
-        return [
-            tuple(_fresh(plan, name, position, array, slots) for position, array in enumerate(arrays))
-            for name, arrays in zip(kinds, parts, strict=True)
-        ]
+        fresh = []
+        for name, part in zip(kinds, parts, strict=True):
+            arrays = enumerate(plan._unpacked(name, tuple(part)))
+            fresh.append(plan._packed(name, tuple(_fresh(plan, name, at, array, slots) for at, array in arrays)))
+        return fresh
 
     return jax.jit(fresh_values, donate_argnums=0, keep_unused=True)
 

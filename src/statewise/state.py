@@ -101,7 +101,7 @@ class State:
         """
         part = self.part(kind)
         if part._view is None:
-            part._view = view(self._plan, kind, part.arrays)
+            part._view = view(self._plan, kind, self._plan._unpacked(kind, part.arrays))
         return part._view
 
     def __iter__(self) -> Any:
@@ -121,7 +121,9 @@ class State:
         shown = []
         for kind, part in zip(self._plan.kinds, self._parts, strict=True):
             if part.arrays:
-                shown.append(f"{kind}: {len(part.arrays)} arrays" + (" (spent)" if part.spent else ""))
+                count = len(self._plan._specs[kind])
+                packed = f" in {len(part.arrays)}" if kind in self._plan._packing else ""
+                shown.append(f"{kind}: {count} arrays{packed}" + (" (spent)" if part.spent else ""))
         return f"State({', '.join(shown)})"
 
     def part(self, kind: str) -> Part:
@@ -160,7 +162,7 @@ class State:
         made = list(self._parts)
         for kind, given in parts.items():
             self.part(kind)
-            made[self._plan._index[kind]] = Part(arrays_for(self._plan, kind, given))
+            made[self._plan._index[kind]] = Part(self._plan._packed(kind, arrays_for(self._plan, kind, given)))
         state = make_state(self._plan, made)
         refuse_shared(state)
         return state
@@ -217,8 +219,8 @@ class State:
           >>> half["params"]["kernel"].dtype, half.plan["params"][0].dtype
           (dtype(bfloat16), dtype(bfloat16))
         """
-        plan, made = self._plan, list(self._parts)
-        specs = {}
+        plan = self._plan
+        specs, cast = {}, {}
         for kind, given in dtypes.items():
             part = self.part(kind)
             dtype = _floating(kind, given)
@@ -226,11 +228,11 @@ class State:
             # A float may become another float; complex numbers would lose a half.
             arrays = tuple(
                 jax.lax.convert_element_type(array, dtype) if jnp.issubdtype(spec.dtype, jnp.floating) else array
-                for array, spec in zip(part.arrays, plan._specs[kind], strict=True)
+                for array, spec in zip(plan._unpacked(kind, part.arrays), plan._specs[kind], strict=True)
             )
-            made[plan._index[kind]] = Part(arrays)
             specs[kind] = [Spec(array.shape, array.dtype) for array in arrays]
-        return make_state(plan._with_specs(specs), made)
+            cast[kind] = arrays
+        return recast(self, plan._with_specs(specs), cast)
 
 
 def make_state(plan: Plan, parts: list[Part]) -> State:
@@ -239,6 +241,19 @@ def make_state(plan: Plan, parts: list[Part]) -> State:
     state._plan = plan
     state._parts = parts
     return state
+
+
+def recast(state: State, plan: Plan, arrays: dict[str, tuple[Any, ...]]) -> State:
+    """A state of another plan of the same leaves, with these arrays (in order) in some kinds; the rest is shared."""
+    old, made = state._plan, []
+    for kind, part in zip(old.kinds, state._parts, strict=True):
+        if kind in arrays:
+            made.append(Part(plan._packed(kind, arrays[kind])))
+        elif plan._packing.get(kind) == old._packing.get(kind):
+            made.append(part)
+        else:  # another kind's dtypes have changed which arrays go together
+            made.append(Part(plan._packed(kind, old._unpacked(kind, part.arrays))))
+    return make_state(plan, made)
 
 
 # --- the pytree ------------------------------------------------------------------------------------------------
@@ -285,6 +300,12 @@ def _shown(given: Any) -> str:
     return repr(given) if isinstance(given, (str, type)) or given is None else f"a {type(given).__name__}"
 
 
+_ONE_OF_A_BATCH = (
+    "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
+    "for other dtypes: state.cast(params='bfloat16')"
+)
+
+
 # --- what can be wrong with a state ----------------------------------------------------------------------------
 
 
@@ -320,22 +341,21 @@ def is_deleted(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
 
 
-def check_fits(state: State, kinds: Iterable[str]) -> None:
+def check_fits(state: State, kinds: Iterable[str], mend: str = _ONE_OF_A_BATCH) -> None:
     """Raises where a kind's arrays have not the shapes and dtypes of the plan (as inside `jax.vmap`, or after it)."""
     plan = state._plan
     odd = []
     for kind in kinds:
-        for position, (spec, array) in enumerate(zip(plan._specs[kind], state.part(kind).arrays, strict=True)):
+        for position, (spec, array) in enumerate(zip(plan._stored[kind], state.part(kind).arrays, strict=True)):
             if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
                 found = spec_of(array)
                 note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
-                odd.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
+                odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
     if odd:
         raise StructureError(
             "The state's arrays are not as its plan has them.",
             leaves=odd,
-            mend="take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
-            "for other dtypes: state.cast(params='bfloat16')",
+            mend=mend,
         )
 
 
@@ -351,7 +371,7 @@ def refuse_shared(state: State) -> None:
                 continue
             other = seen.setdefault(id(array), (kind, position))
             if other != (kind, position):
-                rows = state._plan._row_of_array
+                rows = state._plan._leaf_of_slot
                 _raise_shared(rows[kind][position], rows[other[0]][other[1]])
 
 

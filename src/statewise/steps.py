@@ -28,7 +28,7 @@ from statewise.contracts import Contract, check_loss, plain_contract, train_cont
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
 from statewise.plan import Plan
-from statewise.programs import forward_program, routes_of, train_program
+from statewise.programs import program_of
 from statewise.state import State
 from statewise.tracing import Eager, Traced, refuse_writes, trace
 
@@ -276,11 +276,7 @@ class Step:
         return bound
 
     def _make(self, plan: Plan, traced: Traced, contract: Contract) -> Entry:
-        routes = routes_of(plan, traced, contract.groups)
-        if contract.trains:
-            program = train_program(traced, routes, plan, contract.groups)
-        else:
-            program = forward_program(traced, routes, plan)
+        program, routes = program_of(plan, traced, contract.groups)
         return Entry(
             plan,
             self._name,

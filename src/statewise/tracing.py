@@ -25,9 +25,9 @@ from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise.plan import Plan
 from statewise.scan import ONE, arrays_of, is_array, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
-from statewise.state import State
+from statewise.state import State, check_fits
 
-__all__ = ["Eager", "Traced", "call_once", "check_fits", "refuse_writes", "trace"]
+__all__ = ["Eager", "Traced", "call_once", "refuse_writes", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +58,13 @@ class Traced:
         return results[: self.outputs], results[self.outputs :]
 
 
+def _logical(plan: Plan, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A kind's arrays in order; of a packed part their shapes and dtypes, for the trace wants no more."""
+    if kind not in plan._packing:
+        return arrays
+    return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in plan._specs[kind])
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Eager(Traced):
     """A traced call that runs the user's function itself, on values, instead of the jaxpr: for `jax.disable_jit`."""
@@ -83,14 +90,16 @@ class Eager(Traced):
             out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
             return jax.tree.leaves(out), after
 
+        unpacked = zip(plan.kinds, state._parts, strict=True)
+        arrays = [array for kind, part in unpacked for array in plan._unpacked(kind, part.arrays)]
         fields = {field.name: getattr(traced, field.name) for field in dataclasses.fields(Traced)}
-        return cls(**fields, call=call, arrays=jax.tree.leaves(state), dynamic=(plan, dynamic))
+        return cls(**fields, call=call, arrays=arrays, dynamic=(plan, dynamic))
 
     def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """The outputs and the written arrays; the values of arrays that are not read come from the state."""
         plan, dynamic = self.dynamic
         arrays = iter(have if given is None else given for have, given in zip(self.arrays, flat, strict=False))
-        parts = [list(itertools.islice(arrays, size)) for size in plan._sizes]
+        parts = [list(itertools.islice(arrays, len(specs))) for specs in plan._specs.values()]
         args, kwargs = jax.tree.unflatten(jax.tree.structure(dynamic), flat[self.inputs :])
         outputs, after = self.call(parts, args, kwargs)
         return outputs, [after[plan._index[kind]][position] for kind, position in self.written]
@@ -105,8 +114,13 @@ def trace(
       StructureError: the state does not fit its plan; the function returns the model, or makes, removes, replaces,
         reshapes or recasts Variables.
     """
-    check_fits(state)
-    parts = [part.arrays for part in state._parts]
+    check_fits(
+        state,
+        plan.kinds,
+        mend="inside jax.vmap the mapped axis is gone: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
+        "for other dtypes: state.cast(params='bfloat16')",
+    )
+    parts = [_logical(plan, kind, part.arrays) for kind, part in zip(plan.kinds, state._parts, strict=True)]
     box: dict[str, Any] = {}
 
     def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any]]:
@@ -127,25 +141,6 @@ def trace(
         written=tuple(spot for spot, is_written in zip(where, effects.written, strict=True) if is_written),
         closes_over_tracers=any(isinstance(const, _compat.Tracer) for const in effects.consts),
     )
-
-
-def check_fits(state: State) -> None:
-    """Raises where a state's arrays have not the shapes and dtypes of its plan."""
-    plan = state._plan
-    odd = []
-    for (kind, specs), part in zip(plan._specs.items(), state._parts, strict=True):
-        for position, (spec, array) in enumerate(zip(specs, part.arrays, strict=True)):
-            if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
-                found = spec_of(array)
-                note = f"is {found.shape} {found.dtype}" if found else f"is {type(array).__name__}"
-                odd.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
-    if odd:
-        raise StructureError(
-            "The state's arrays are not as its plan has them.",
-            leaves=odd,
-            mend="inside jax.vmap the mapped axis is gone: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
-            "for other dtypes: state.cast(params='bfloat16')",
-        )
 
 
 def call_once(

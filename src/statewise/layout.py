@@ -1,0 +1,158 @@
+"""The static tables of a plan: where each array of each leaf stands in a state.
+
+A state keeps one part for each kind.  Two numberings of a kind's arrays are in use.  In the order of the plan each
+array has a *position*; a packed part stores several arrays in one buffer, so what it holds is counted in *slots*.
+Without packing the two are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from statewise.kinds import Kinds
+from statewise.moments import Group
+from statewise.packing import Buffer, Packing, pack, unpack
+from statewise.paths import Leaf, format_path
+from statewise.rows import Row, Span
+from statewise.scan import Spec
+
+__all__ = ["OPTIMIZER", "Layout"]
+
+OPTIMIZER = "optimizer"
+
+
+class Layout:
+    """Where each array of each leaf stands; the base of `Plan`, which says what the leaves are."""
+
+    kinds: Kinds
+    leaves: tuple[Leaf, ...]
+    _rows: tuple[Row, ...]
+    _groups: tuple[Group, ...]
+    _packing: Mapping[str, Packing]
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, tuple[Spec, ...]]:
+        """Shape and dtype of each array of each kind's part, in the order in which a state holds them."""
+        parts: dict[str, list[Spec]] = {kind: [] for kind in self.kinds}
+        for row in self._rows:
+            parts[row.kind].extend(row.specs)
+        for group in self._groups:
+            parts[OPTIMIZER].extend(group.layout.specs)
+        return {kind: tuple(part) for kind, part in parts.items()}
+
+    @functools.cached_property
+    def _spans(self) -> tuple[Span, ...]:
+        """For each row, in order, where its arrays stand in its kind's part."""
+        used = dict.fromkeys(self.kinds, 0)
+        spans = []
+        for row in self._rows:
+            start = used[row.kind]
+            used[row.kind] = start + len(row.specs)
+            spans.append(Span(row.kind, start, used[row.kind], row.structure))
+        return tuple(spans)
+
+    @functools.cached_property
+    def _moment_spans(self) -> tuple[tuple[int, int], ...]:
+        """For each optimizer, where its state's arrays stand in the part of kind `optimizer`."""
+        start = sum(len(row.specs) for row in self._rows if row.kind == OPTIMIZER)
+        spans = []
+        for group in self._groups:
+            spans.append((start, start + len(group.layout.specs)))
+            start = spans[-1][1]
+        return tuple(spans)
+
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        """The position of each kind."""
+        return {kind: position for position, kind in enumerate(self.kinds)}
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """How many slots each kind's part has."""
+        return tuple(map(len, self._stored.values()))
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, tuple[Spec, ...]]:
+        """Shape and dtype of what stands in each slot of each kind's part."""
+        stored = {}
+        for kind, specs in self._specs.items():
+            packing = self._packing.get(kind)
+            if packing:
+                specs = (*(specs[at] for at in packing.loose), *(buffer.spec for buffer in packing.buffers))
+            stored[kind] = specs
+        return stored
+
+    @functools.cached_property
+    def _slots(self) -> tuple[tuple[int | Buffer, ...], ...]:
+        """For each kind (by its number), what stands in each slot: the array at a position, or a buffer of several."""
+        slots = []
+        for kind, specs in self._specs.items():
+            packing = self._packing.get(kind)
+            slots.append((*packing.loose, *packing.buffers) if packing else tuple(range(len(specs))))
+        return tuple(slots)
+
+    @functools.cached_property
+    def _offsets(self) -> tuple[int, ...]:
+        """For each kind (by its number), how many arrays the kinds before it have."""
+        return (0, *itertools.accumulate(map(len, self._specs.values())))
+
+    @functools.cached_property
+    def _leaf_of_slot(self) -> dict[str, list[Leaf]]:
+        """For each kind, the leaf in each slot of its part; a buffer counts as one that is named for what it holds."""
+        leaves = {}
+        for kind, rows in self._row_of_array.items():
+            packing = self._packing.get(kind)
+            if packing:
+                rows = [rows[at] for at in packing.loose]
+                for number, buffer in enumerate(packing.buffers):
+                    name = f"buffer {number} of {len(buffer.positions)} arrays"
+                    rows.append(Leaf((name,), kind, jax.Array, buffer.spec.shape, buffer.spec.dtype))
+            leaves[kind] = rows
+        return leaves
+
+    @functools.cached_property
+    def _keys(self) -> tuple[Any, ...]:
+        """A key for each slot of a state as a pytree: kind and path, made unique where paths only look alike."""
+        names: dict[str, None] = {}
+        for kind, leaves in self._leaf_of_slot.items():
+            for leaf in leaves:
+                name = plain = f"{kind}/{format_path(leaf.path)}"
+                again = 1
+                while name in names:
+                    again += 1
+                    name = f"{plain}#{again}"
+                names[name] = None
+        return tuple(map(jax.tree_util.DictKey, names))
+
+    def _unpacked(self, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A kind's arrays in order, from what stands in the slots of its part."""
+        packing = self._packing.get(kind)
+        return unpack(packing, part) if packing else part
+
+    def _packed(self, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What stands in the slots of a kind's part, from its arrays in order."""
+        packing = self._packing.get(kind)
+        return pack(packing, arrays) if packing else arrays
+
+    def _params_of(self, group: Group) -> list[tuple[str, int]]:
+        """Kind and position of each array that an optimizer updates, in its order."""
+        return [
+            (span.kind, position)
+            for span in self._spans
+            if span.kind in group.kinds
+            for position in range(span.start, span.stop)
+        ]
+
+    @functools.cached_property
+    def _row_of_array(self) -> dict[str, list[Leaf]]:
+        """For each kind, the leaf that each array of its part belongs to."""
+        rows: dict[str, list[Leaf]] = {kind: [] for kind in self.kinds}
+        arrays = [len(row.specs) for row in self._rows] + [1] * (len(self.leaves) - len(self._rows))
+        for leaf, count in zip(self.leaves, arrays, strict=True):
+            rows[leaf.kind or ""].extend([leaf] * count)
+        return rows
