@@ -359,10 +359,13 @@ class Plan:
     @functools.cached_property
     def _keys(self) -> tuple[Any, ...]:
         """A key for each array of a state as a pytree: kind and path, made unique where paths only look alike."""
+        moments = {leaf.path for leaf in self.leaves[len(self._rows) :]}
         names: dict[str, None] = {}
         for kind, leaves in self._row_of_array.items():
             for leaf in leaves:
-                name = plain = f"{kind}/{format_path(leaf.path)}"
+                # The paths of optimizer state say already whose it is.
+                path = leaf.path if leaf.path in moments else (kind, *leaf.path)
+                name = plain = format_path(path)
                 again = 1
                 while name in names:
                     again += 1
