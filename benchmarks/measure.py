@@ -1,8 +1,9 @@
 """Clocks: calls of several rivals, interleaved in one process, as medians with their spread.
 
 One sample is a run of as many calls as fill a few milliseconds, each blocked until its output is there.  Rounds
-go through all rivals, beginning with another one each time, so that whatever else the machine does meets all of
-them alike; ratios are taken within a round.
+go through all rivals in another order each time, so that whatever else the machine does meets all of them alike;
+ratios are taken within a round.  Python's garbage is collected between the samples: within a sample each rival
+pays for what it throws away itself, and not for what the one before it did.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,15 +85,20 @@ def interleave(calls: Mapping[str, Callable[[], Any]], settings: Settings) -> di
       by name, one number for each round: seconds for one call.  The same position is the same round.
     """
     repeats = {name: _repeats(call, settings) for name, call in calls.items()}
-    names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.freeze()  # else each collection walks over the models of all rivals
     start = time.perf_counter()
     for number in range(settings.rounds[1]):
         if number >= settings.rounds[0] and time.perf_counter() - start > settings.budget_s:
             break
-        gc.collect()  # here rather than in the middle of somebody's sample
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        shuffle(order)
+        for name in order:
+            gc.collect()
             samples[name].append(_sample(calls[name], repeats[name]))
+    gc.unfreeze()
     return samples
 
 

@@ -79,6 +79,11 @@ def amount(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
 
 
+def times(value: float) -> str:
+    """A ratio, with as many digits as say something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
     has = set().union(*rows)
     columns: list[tuple[str, Any]] = []
@@ -92,14 +97,14 @@ def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
     if "compiled_bytes" in has:
         columns.append(("compiled step", lambda row: amount(row["compiled_bytes"]) if "compiled_bytes" in row else ""))
     if "ratio" in has:
-        columns.append(("times the first", lambda row: f"{row['ratio']:.2f}" + _spread(row)))
+        columns.append(("times the first", lambda row: times(row["ratio"]) + _spread(row)))
     if "first_call_s" in has:
         columns.append(("first call", lambda row: seconds(row["first_call_s"])))
     return columns
 
 
 def _spread(row: Result) -> str:
-    return f" ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})" if "ratio_q1" in row else ""
+    return f" ({times(row['ratio_q1'])} to {times(row['ratio_q3'])})" if "ratio_q1" in row else ""
 
 
 def cells(table: Result) -> tuple[list[str], list[list[str]], list[str]]:

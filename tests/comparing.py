@@ -1,4 +1,4 @@
-"""Comparing models and states leaf by leaf."""
+"""Models to plan, and comparing models and states leaf by leaf."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from hypothesis import strategies as st
 
 import statewise as sw
 from statewise.scan import raw_value
+from strategies import Node, leaves_of, models
+
+
+def plannable(**options: Any) -> st.SearchStrategy[Node]:
+    """Models that have more leaves than those that an earlier `sow` may have left, which no plan keeps."""
+    return models(**options).filter(lambda model: any(not isinstance(x, nnx.Intermediate) for _, x in leaves_of(model)))
 
 
 def leaves(thing: Any) -> dict[tuple[Any, ...], Any]:

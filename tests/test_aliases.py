@@ -12,7 +12,8 @@ from flax import nnx
 from hypothesis import given
 
 import statewise as sw
-from strategies import Node, models
+from comparing import plannable
+from strategies import Node
 
 
 def paths_to(model: Any, wanted: Any) -> set[tuple[Any, ...]]:
@@ -44,7 +45,7 @@ def aliases(plan: sw.Plan) -> dict[str, list[str]]:
     }
 
 
-@given(models(raw=False))
+@given(plannable(raw=False))
 def test_a_path_and_its_aliases_are_all_paths_to_the_leaf(model: Node) -> None:
     live = {tuple(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
     for leaf in sw.plan(model).leaves:

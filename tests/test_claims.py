@@ -12,10 +12,11 @@ from flax import nnx
 from hypothesis import given
 
 import statewise as sw
+from comparing import plannable
 from refusals import refused
 from statewise.claims import claimants
 from statewise.filters import predicate
-from strategies import Constrained, Node, OwnBatchStat, OwnStat, filters, leaves_of, models
+from strategies import Constrained, Node, OwnBatchStat, OwnStat, filters, leaves_of
 
 
 class _Hidden(nnx.Variable):
@@ -40,7 +41,7 @@ def is_attribute(path: tuple[Any, ...]) -> bool:
 # --- laws --------------------------------------------------------------------------------------------------------
 
 
-@given(models())
+@given(plannable())
 def test_the_standard_kinds_claim_each_leaf_once(model: Node) -> None:
     plan = sw.plan(model)
     kinds = sw.Kinds.standard()
@@ -56,7 +57,7 @@ def test_the_standard_kinds_claim_each_leaf_once(model: Node) -> None:
     assert len(plan.leaves) + len(sown) >= len(leaves_of(model))
 
 
-@given(models(), filters(), filters())
+@given(plannable(), filters(), filters())
 def test_any_declaration_claims_each_leaf_once_or_says_which_not(model: Node, one: Any, other: Any) -> None:
     try:
         kinds = sw.Kinds(one=sw.Kind(one), other=sw.Kind(other))
@@ -79,7 +80,7 @@ def test_any_declaration_claims_each_leaf_once_or_says_which_not(model: Node, on
     assert {leaf.path: [leaf.kind] for leaf in plan.leaves} == claims
 
 
-@given(models())
+@given(plannable())
 def test_mends_of_unclaimed_leaves_run(model: Node) -> None:
     kinds = sw.Kinds(params=sw.Kind(sw.Exactly(nnx.Param)))
     try:

@@ -48,7 +48,7 @@ def composite(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.lax.composite(fn, name="tests.both")
 
 
-# --- one equation at a time --------------------------------------------------------------------------------------
+# --- one equation at a time ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_reference_may_be_written() -> None:
     assert sources(through_reference, X) == (None,)
 
 
-# --- calls -------------------------------------------------------------------------------------------------------
+# --- calls -----------------------------------------------------------------------------------------------------------
 
 
 CALLS = [jax.jit, jax.checkpoint, custom_jvp, custom_vjp, custom_vmap, composite, jax.named_call]
@@ -162,7 +162,7 @@ def test_through_shard_map() -> None:
     assert moved(jax.P(), jax.P("d")) == (None,)
 
 
-# --- control flow --------------------------------------------------------------------------------------------------
+# --- control flow ----------------------------------------------------------------------------------------------------
 
 
 def test_through_cond() -> None:
@@ -259,7 +259,7 @@ def test_a_long_chain_is_followed() -> None:
     assert sources(chain, True, 1.0) == (1,)
 
 
-# --- what is read --------------------------------------------------------------------------------------------------
+# --- what is read ----------------------------------------------------------------------------------------------------
 
 
 def test_reads_and_the_smaller_jaxpr() -> None:

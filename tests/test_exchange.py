@@ -13,10 +13,10 @@ from flax import nnx
 from hypothesis import given
 
 import statewise as sw
-from comparing import data, leaves, same, zeros
+from comparing import data, leaves, plannable, same, zeros
 from refusals import refused
 from statewise.scan import raw_value
-from strategies import Node, OwnStat, models
+from strategies import Node, OwnStat
 
 
 def model(fill: float = 1.0) -> Node:
@@ -31,7 +31,7 @@ def model(fill: float = 1.0) -> Node:
 # --- laws --------------------------------------------------------------------------------------------------------
 
 
-@given(models())
+@given(plannable())
 def test_putting_back_what_was_taken_changes_nothing(thing: Node) -> None:
     before = leaves(thing)
     identities = {path: id(leaf) for path, leaf in nnx.to_flat_state(nnx.state(thing))}
@@ -42,7 +42,7 @@ def test_putting_back_what_was_taken_changes_nothing(thing: Node) -> None:
         assert not isinstance(leaf, nnx.Variable) or id(leaf) == identities[path], "the same Variables, new values"
 
 
-@given(models())
+@given(plannable())
 def test_building_gives_the_model_that_was_taken(thing: Node) -> None:
     plan = sw.plan(thing)
     state = plan.take(thing)
@@ -55,7 +55,7 @@ def test_building_gives_the_model_that_was_taken(thing: Node) -> None:
     assert same(plan.take(built), state)
 
 
-@given(models())
+@given(plannable())
 def test_what_is_put_is_what_is_taken(thing: Node) -> None:
     plan = sw.plan(thing)
     other = zeros(plan.take(thing))
@@ -63,7 +63,7 @@ def test_what_is_put_is_what_is_taken(thing: Node) -> None:
     assert same(plan.take(thing), other)
 
 
-@given(models())
+@given(plannable())
 def test_nothing_is_shared_unless_asked_for(thing: Node) -> None:
     plan = sw.plan(thing)
     state = plan.take(thing)

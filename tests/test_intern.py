@@ -16,7 +16,8 @@ from flax import nnx
 from hypothesis import given
 
 import statewise as sw
-from strategies import Node, models
+from comparing import plannable
+from strategies import Node
 
 
 class Scaled(nnx.Module):
@@ -30,7 +31,7 @@ class Scaled(nnx.Module):
         return x * self.scale + self.w[...]
 
 
-@given(models())
+@given(plannable())
 def test_the_same_model_has_one_plan(model: Node) -> None:
     plan = sw.plan(model)
     assert sw.plan(model) is plan

@@ -13,8 +13,9 @@ from flax import nnx
 from hypothesis import given
 
 import statewise as sw
+from comparing import plannable
 from refusals import refused
-from strategies import Node, OwnStat, models
+from strategies import Node, OwnStat
 
 
 def model() -> Node:
@@ -83,7 +84,7 @@ def test_the_rows_say_all_there_is_to_say() -> None:
     assert plan.leaves[8].path == ("slots", 3, ("t", 0))
 
 
-@given(models())
+@given(plannable())
 def test_each_leaf_stands_in_the_part_of_its_kind(thing: Node) -> None:
     plan = sw.plan(thing)
     assert [leaf for kind in plan for leaf in plan[kind]] == sorted(
@@ -117,7 +118,7 @@ def test_optimizers_are_told() -> None:
 # --- abstract states and states of axes ---------------------------------------------------------------------------
 
 
-@given(models())
+@given(plannable())
 def test_an_abstract_state_has_the_shapes_of_a_real_one(thing: Node) -> None:
     plan = sw.plan(thing)
     abstract = plan.abstract()
@@ -178,7 +179,7 @@ def test_keys_are_unique_where_paths_only_look_alike() -> None:
     assert [float(array[0]) for array in keyed.values()] == [0, 1, 2, 3, 4, 5]
 
 
-@given(models())
+@given(plannable())
 def test_keys_are_unique_and_readable(thing: Node) -> None:
     plan = sw.plan(thing)
     keyed = jax.tree_util.tree_flatten_with_path(plan.take(thing))[0]

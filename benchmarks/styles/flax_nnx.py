@@ -77,7 +77,8 @@ class Nnx:
         body = trains(program) if program.trains else call_body(program)
         options: dict[str, Any] = {}
         if self.case.donate and (program.trains or program.writes):
-            options["donate_argnums"] = tuple(range(len(objects)))
+            # The bound objects are one argument of what `jit_partial` compiles.
+            options["donate_argnums"] = 0 if self.variant == "partial" else tuple(range(len(objects)))
         if self.variant == "partial":
             return nnx.jit_partial(body, *objects, graph=False, **options), ()
         if self.variant == "tree":

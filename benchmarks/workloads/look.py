@@ -13,8 +13,6 @@ from benchmarks import models
 from benchmarks.case import Call
 from benchmarks.compare import WrongResultError, table, time_calls
 from benchmarks.measure import Settings
-from statewise.census import census
-from statewise.select import select, split
 
 __all__ = ["look"]
 
@@ -33,17 +31,17 @@ def look(settings: Settings, blocks: int | None = None) -> list[dict[str, Any]]:
             "`nnx.split(model, ...)` by the same kinds": lambda: nnx.split(model, *filters),
         },
         "select": {
-            "`sw.select(model, nnx.Param)`": lambda: select(model, nnx.Param),
+            "`sw.select(model, nnx.Param)`": lambda: sw.select(model, nnx.Param),
             '`state["params"]`': lambda: state["params"],
             "`nnx.state(model, nnx.Param)`": lambda: nnx.state(model, nnx.Param),
         },
         "split": {
-            "`sw.split(model, kinds)`": lambda: split(model, kinds),
+            "`sw.split(model, kinds)`": lambda: sw.split(model, kinds),
             "`nnx.split(model, ...)` by the same kinds": lambda: nnx.split(model, *filters),
         },
         "census": {
-            "`sw.census(model)`": lambda: census(model),
-            "`sw.census(plan)`": lambda: census(plan),
+            "`sw.census(model)`": lambda: sw.census(model),
+            "`sw.census(plan)`": lambda: sw.census(plan),
             "`nnx.state(model)`, which counts nothing yet": lambda: nnx.state(model),
         },
     }
@@ -85,10 +83,10 @@ def _check(model: Any, kinds: sw.Kinds, plan: sw.Plan, state: sw.State) -> None:
     expected = len(jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Param))))
     found = {
         "plan": len(plan["params"]),
-        "select": len(jax.tree.leaves(nnx.as_pure(select(model, nnx.Param)))),
+        "select": len(jax.tree.leaves(nnx.as_pure(sw.select(model, nnx.Param)))),
         "state": len(jax.tree.leaves(state["params"])),
-        "split": len(jax.tree.leaves(nnx.as_pure(split(model, kinds)[1]["params"]))),
-        "census": census(model)["params"].leaves,
+        "split": len(jax.tree.leaves(nnx.as_pure(sw.split(model, kinds)[1]["params"]))),
+        "census": sw.census(model)["params"].leaves,
     }
     wrong = {name: count for name, count in found.items() if count != expected}
     if wrong:

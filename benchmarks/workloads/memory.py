@@ -51,10 +51,10 @@ def _case(name: str, size: int) -> Case:
 
 def memory(settings: Settings, large: int | None = None, small: int | None = None) -> list[dict[str, Any]]:
     large, small = large or (256 if settings.quick else 4096), small or (4 if settings.quick else 200)
-    return [
-        _table("memory_large", "large", large, f"Eight layers of {large} × {large}, Adam", settings),
-        _table("memory_small", "small", small, f"{small} blocks of width 8, Adam", settings),
-    ]
+    tables = [_table("memory_large", "large", large, f"Eight layers of {large} × {large}, Adam", settings)]
+    if not settings.quick:
+        tables.append(_table("memory_small", "small", small, f"{small} blocks of width 8, Adam", settings))
+    return tables
 
 
 def _table(key: str, name: str, size: int, title: str, settings: Settings) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def child(way: str, name: str, size: int) -> dict[str, Any]:
 
 def _compiled_bytes(case: Case, style: Any) -> int | None:
     """What the compiled step needs; None for ways that do not hand out what they compiled."""
-    if not hasattr(style, "lower") or getattr(style, "variant", "") in ("partial", "cached"):
+    if not hasattr(style, "lower") or getattr(style, "variant", "") == "cached":
         return None
     batch: list[Any] = []
     case.loop(lambda _: lambda *args: batch.extend(args))()  # the arguments that the loop would pass

@@ -20,6 +20,14 @@ __all__ = ["few_large", "few_large_case", "many_small", "many_small_case", "mesh
 
 Tables = list[dict[str, Any]]
 
+# A real model takes seconds to compile for each rival: `--quick` runs some of them.
+FEW = ("statewise", "statewise-packed", "by-hand", "nnx.jit_partial", "nnx.jit", "equinox")
+
+
+def _names(settings: Settings) -> tuple[str, ...] | None:
+    return FEW if settings.quick else None
+
+
 
 def many_small_case(blocks: int, batch: int = 8) -> Case:
     """Blocks of width 8 under Adam: four parameters a block, and two moments for each."""
@@ -61,9 +69,11 @@ def few_large_case(widths: tuple[int, ...], batch: int = 16) -> Case:
 def few_large(settings: Settings) -> Tables:
     squares = few_large_case((256,) * (5 if settings.quick else 9))
     growing = few_large_case((256, 512, 512) if settings.quick else (256, 512, 1024, 1024, 512))
+    names = _names(settings)
+    wide = "Leaves from 256 × 512 to 512 × 512" if settings.quick else "Leaves from 256 × 512 to 1024 × 1024"
     return [
-        compare(squares, settings, key="few_large_256", title="Leaves of 256 × 256, Adam"),
-        compare(growing, settings, key="few_large_1024", title="Leaves from 256 × 512 to 1024 × 1024, Adam"),
+        compare(squares, settings, key="few_large_256", title="Leaves of 256 × 256, Adam", names=names),
+        compare(growing, settings, key="few_large_1024", title=f"{wide}, Adam", names=names),
     ]
 
 
@@ -86,7 +96,8 @@ def resnet_case(stages: tuple[int, ...], repeats: int, size: int, batch: int) ->
 def resnet(settings: Settings) -> Tables:
     shape = ((4, 8), 1) if settings.quick else ((8, 16, 32), 2)
     case = resnet_case(*shape, size=8, batch=8)
-    return [compare(case, settings, key="resnet", title="A small ResNet of Flax's layers, AdamW")]
+    title = "A small ResNet of Flax's layers, AdamW"
+    return [compare(case, settings, key="resnet", title=title, names=_names(settings))]
 
 
 def transformer_case(width: int, depth: int, dropout: float = 0.1, batch: int = 4, length: int = 16) -> Case:
@@ -106,7 +117,8 @@ def transformer_case(width: int, depth: int, dropout: float = 0.1, batch: int = 
 
 def transformer(settings: Settings) -> Tables:
     case = transformer_case(16, 1) if settings.quick else transformer_case(32, 4)
-    return [compare(case, settings, key="transformer", title="A small transformer of Flax's layers, AdamW")]
+    title = "A small transformer of Flax's layers, AdamW"
+    return [compare(case, settings, key="transformer", title=title, names=_names(settings))]
 
 
 def mesh(settings: Settings, blocks: int | None = None) -> Tables:
@@ -124,4 +136,4 @@ def mesh(settings: Settings, blocks: int | None = None) -> Tables:
 
     placed = Case(case.build, case.programs, loop, case.tx, eqx=case.eqx, tolerance=case.tolerance)
     title = f"{blocks} blocks of width 8, Adam, on eight fake devices"
-    return [compare(placed, settings, key="mesh", title=title, sharding=everywhere, devices=8)]
+    return [compare(placed, settings, key="mesh", title=title, sharding=everywhere, names=_names(settings))]

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 
 from statewise import _compat
 from statewise.arguments import Arguments, merged
@@ -69,8 +70,10 @@ class Entry:
         self._keeps = tuple((route.kind, route.pick) for route in routes.kept)
         self._touches = tuple({route.kind for route in (*routes.donated, *routes.kept)})
         self._gives = tuple((route.kind, None if route.pick is None else route.slots) for route in routes.donated)
+        # Two compilations of one program: the usual one is given the written arrays' buffers, the other keeps them.
         self._fn = arguments.jit(self._checked)
-        self._keeping: Callable[..., Any] | None = None
+        self._keeping = arguments.jit(self._checked, donate=False)
+        self._traced: set[bool] = set()
 
     def _checked(self, donated: Any, given: Any, kept: Any, args: Any, kwargs: Any) -> Any:
         if getattr(_tracing, "entry", None) is not self:
@@ -109,25 +112,27 @@ class Entry:
             if parts[kind].spent is not None:
                 self._refuse_spent(state)
         operands = self.operands(state, args, kwargs)
-        if fn is None and _looks_for_nans():
-            written, out = self._run_keeping(operands)
-            return (self.received(state, written, donated=False), out) if self.returns_state else out
+        donate = fn is not None or not _must_keep()
         try:
-            written, out = (fn or self._fn)(*operands)
+            written, out = self._call(donate, operands) if fn is None else fn(*operands)
         except StatewiseError:
             raise
         except (RuntimeError, ValueError) as error:
             self._explain(state, args, kwargs, error)
             raise
-        return (self.received(state, written), out) if self.returns_state else out
+        return (self.received(state, written, donate), out) if self.returns_state else out
 
-    def _run_keeping(self, operands: tuple[Any, ...]) -> Any:
-        """Runs without giving any array away: JAX runs a step in which a NaN arose once more, to find where."""
-        if self._keeping is None:
-            self._keeping = self.arguments.jit(self._checked, donate=False)
-        jax.eval_shape(self._fn, *operands)  # a new signature shows itself here
-        with self.tracing():
-            return self._keeping(*operands)
+    def _call(self, donate: bool, operands: tuple[Any, ...]) -> Any:
+        fn = self._fn if donate else self._keeping
+        if donate in self._traced or not self._traced:
+            results = fn(*operands)
+        else:
+            # Only the other compilation knows yet whether this is its signature.
+            jax.eval_shape(self._keeping if donate else self._fn, *operands)
+            with self.tracing():
+                results = fn(*operands)
+        self._traced.add(donate)
+        return results
 
     def received(self, state: State, written: Any, donated: bool = True) -> State:
         """The state with its written arrays replaced; the one whose arrays were donated for it is marked spent."""
@@ -140,7 +145,7 @@ class Entry:
                     merged_arrays[position] = array
                 arrays = tuple(merged_arrays)
             made[kind] = Part(arrays)
-        if donated and written and not isinstance(written[0][0], _compat.Tracer):
+        if donated:
             for kind, _ in self._gives:
                 parts[kind].spent = self.name
         return make_state(self.plan, made)
@@ -238,6 +243,14 @@ def _settings() -> int:
     return int(jax.eval_shape(_probe).shape[0])
 
 
-def _looks_for_nans() -> bool:
+_UNTRACED = get_opaque_trace_state()
+
+
+def _must_keep() -> bool:
+    """Whether a call must leave the arrays that it is given as they are.
+
+    Where a NaN arises under `jax.debug_nans`, JAX runs the function once more, to find out where.  And inside a
+    transform it is the transform that owns them: `vmap` may go on to use one for all, and `grad` looks back at it.
+    """
     config: Any = jax.config
-    return bool(config.jax_debug_nans or config.jax_debug_infs)
+    return bool(config.jax_debug_nans or config.jax_debug_infs or get_opaque_trace_state() != _UNTRACED)

@@ -118,10 +118,13 @@ class Layout:
     @functools.cached_property
     def _keys(self) -> tuple[Any, ...]:
         """A key for each slot of a state as a pytree: kind and path, made unique where paths only look alike."""
+        moments = {leaf.path for leaf in self.leaves[len(self._rows) :]}
         names: dict[str, None] = {}
         for kind, leaves in self._leaf_of_slot.items():
             for leaf in leaves:
-                name = plain = f"{kind}/{format_path(leaf.path)}"
+                # The paths of optimizer state say already whose it is.
+                path = leaf.path if leaf.path in moments else (kind, *leaf.path)
+                name = plain = format_path(path)
                 again = 1
                 while name in names:
                     again += 1

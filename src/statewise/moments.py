@@ -71,21 +71,27 @@ class Group:
         """The group's name in paths and in `state["optimizer"]`: `params`, or `params+lora` for a joint update."""
         return "+".join(self.kinds)
 
+    @functools.cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The path of each array: its leaf's, and, where a Variable holds several, the keys within its value."""
+        found: list[Path] = []
+        for path, specs, structure in self.rows:
+            within: list[Path] = [()]
+            if structure is not ONE:
+                value = value_of(range(len(specs)), structure)
+                keyed = jax.tree_util.tree_flatten_with_path(value)[0]
+                within = [tuple(map(plain_key, keys)) for keys, _ in keyed]
+            found.extend(path + keys for keys in within)
+        return tuple(found)
+
     def params(self, arrays: Sequence[Any]) -> Any:
         """The nested `nnx.State` of plain arrays that Optax sees, from the group's arrays in order."""
-        flat, at = [], 0
-        for path, specs, structure in self.rows:
-            flat.append((path, value_of(arrays[at : at + len(specs)], structure)))
-            at += len(specs)
-        return nnx.from_flat_state(flat)
+        return nnx.from_flat_state(zip(self.paths, arrays, strict=True))
 
     def arrays(self, params: Any) -> list[Any]:
         """The group's arrays in order, from the nested state: the inverse of `params`."""
         flat = dict(nnx.to_flat_state(params))
-        arrays: list[Any] = []
-        for path, _, structure in self.rows:
-            arrays.extend([flat[path]] if structure is ONE else structure.flatten_up_to(flat[path]))
-        return arrays
+        return [flat[path] for path in self.paths]
 
     @functools.cached_property
     def layout(self) -> Layout:

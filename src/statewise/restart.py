@@ -18,7 +18,7 @@ import numpy as np
 
 from statewise.errors import KindError, StructureError
 from statewise.kinds import Kind
-from statewise.paths import Leaf
+from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan
 from statewise.state import (
     Part,
@@ -148,29 +148,40 @@ def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
 @functools.lru_cache(maxsize=256)
 def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool) -> Any:
     def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
-        fresh = []
-        for name, part in zip(kinds, parts, strict=True):
-            arrays = enumerate(plan._unpacked(name, tuple(part)))
-            fresh.append(plan._packed(name, tuple(_fresh(plan, name, at, array, slots) for at, array in arrays)))
-        return fresh
+        parts = [plan._unpacked(name, tuple(part)) for name, part in zip(kinds, parts, strict=True)]
+        fresh = [[_call(plan.kinds[name], array) for array in part] for name, part in zip(kinds, parts, strict=True)]
+        _check_fresh(plan, kinds, parts, fresh)
+        if slots is None:
+            return [plan._packed(name, tuple(part)) for name, part in zip(kinds, fresh, strict=True)]
+        return [
+            plan._packed(name, tuple(_where(plan.kinds[name], slots, *both) for both in zip(new, old, strict=True)))
+            for name, new, old in zip(kinds, fresh, parts, strict=True)
+        ]
 
     return jax.jit(fresh_values, donate_argnums=0, keep_unused=True)
 
 
-def _fresh(plan: Plan, name: str, position: int, array: Any, slots: Any) -> Any:
-    kind = plan.kinds[name]
+def _call(kind: Kind, array: Any) -> Any:
     assert kind.restart is not None
-    fresh = jnp.asarray(kind.restart(array))
-    if fresh.shape != array.shape or fresh.dtype != array.dtype:
-        leaf = plan._row_of_array[name][position]
-        raise StructureError(
-            f"The restart of kind {name!r} changes an array's shape or dtype.",
-            leaves=[dataclasses.replace(leaf, note=f"would become {fresh.shape} {fresh.dtype}")],
-            kind=name,
-            mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
-        )
-    if slots is None:
-        return fresh
-    axis = (kind.batch_axis or 0) % array.ndim
-    mask = slots.reshape([-1 if position == axis else 1 for position in range(array.ndim)])
-    return jnp.where(mask, fresh, array)
+    return jnp.asarray(kind.restart(array))
+
+
+def _check_fresh(plan: Plan, kinds: Sequence[str], old: Sequence[Any], fresh: Sequence[Any]) -> None:
+    for name, part, new in zip(kinds, old, fresh, strict=True):
+        odd = [
+            dataclasses.replace(leaf, note=f"would become {format_shape(now.shape)} {now.dtype}")
+            for leaf, was, now in zip(plan._row_of_array[name], part, new, strict=True)
+            if (was.shape, was.dtype) != (now.shape, now.dtype)
+        ]
+        if odd:
+            raise StructureError(
+                f"The restart of kind {name!r} changes shapes or dtypes.",
+                leaves=odd,
+                kind=name,
+                mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+            )
+
+
+def _where(kind: Kind, slots: Any, fresh: Any, old: Any) -> Any:
+    axis = (kind.batch_axis or 0) % old.ndim
+    return jnp.where(slots.reshape([-1 if at == axis else 1 for at in range(old.ndim)]), fresh, old)

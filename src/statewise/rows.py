@@ -106,5 +106,6 @@ def _sown(kinds: Kinds, found: Scan, claims: Sequence[str], objects: Sequence[An
     ]
     if not paths:
         return frozenset()
-    modules = {tuple(path) for path, _ in nnx.iter_modules(tuple(objects) if found.several else objects[0])}
+    root: Any = tuple(objects) if found.several else objects[0]
+    modules = {tuple(path) for path, _ in nnx.iter_modules(root)}
     return frozenset(path for path in paths if path[:-1] in modules)

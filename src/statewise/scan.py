@@ -22,7 +22,7 @@ from statewise.paths import Leaf, Path
 __all__ = ["ModelError", "Scan", "Spec", "arrays_of", "is_array", "rebuild", "row_of", "scan", "spec_of", "value_of"]
 
 # The structure of a value that is one array: by far the most frequent, and told apart by identity.
-ONE = jax.tree.structure(0)
+ONE: Any = jax.tree.structure(0)
 
 
 class ModelError(StructureError, TypeError):
@@ -93,7 +93,7 @@ def scan(objects: Sequence[Any]) -> Scan:
         ) from error
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
-            position = path[0] if several else 0
+            position: Any = path[0] if several else 0
             _refuse_bare(position, objects[position])
     return Scan(graphdef, tuple(flat.paths), tuple(flat.leaves), several)
 

@@ -64,7 +64,8 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
         arrays[position] = array
     for keys, array in keyed.items():
         spec = spec_of(array) or Spec((), None)
-        problems.append(Leaf(keys, kind, type(array), spec.shape, spec.dtype, note="not in the plan"))
+        type_ = jax.Array if isinstance(array, jax.Array) else type(array)
+        problems.append(Leaf(keys, kind, type_, spec.shape, spec.dtype, note="not in the plan"))
     if problems:
         raise StructureError(
             f"What replaces kind {kind!r} does not fit the plan.",

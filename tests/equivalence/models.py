@@ -125,11 +125,11 @@ class TiedEmbedding(nnx.Module):
 class Recurrent(nnx.Module):
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)
-        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(FEATURES, 4, rngs=rngs), rngs=rngs)
-        self.gru = nnx.RNN(nnx.GRUCell(4, FEATURES, rngs=rngs), rngs=rngs)
+        self.forward = nnx.RNN(nnx.OptimizedLSTMCell(FEATURES, 4, rngs=rngs), rngs=rngs)
+        self.backward = nnx.RNN(nnx.GRUCell(4, FEATURES, rngs=rngs), reverse=True, keep_order=True, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
-        return self.gru(self.lstm(x))
+        return self.backward(self.forward(x))
 
 
 class Block(nnx.Module):
@@ -317,6 +317,47 @@ class Complex(nnx.Module):
         return jnp.abs(self.layer(x.astype(jnp.complex64)))
 
 
+class Constants(nnx.Module):
+    """Parameters that were given as no arrays, or hold nothing."""
+
+    def __init__(self) -> None:
+        self.kernel = nnx.Param(np.linspace(-1, 1, 2 * FEATURES, dtype=np.float32).reshape(FEATURES, 2))
+        self.scale = nnx.Param(2.0)
+        self.shift = nnx.Param(jnp.array(0.5))
+        self.empty = nnx.Param(jnp.zeros((0, 3)))
+        self.nothing = nnx.Param(None)
+
+    def __call__(self, x: Any) -> Any:
+        return x @ self.kernel[...] * self.scale[...] + self.shift[...]
+
+
+@jax.custom_vjp
+def clipped(x: Any) -> Any:
+    """The identity, with a gradient that is not its own."""
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, grad: (3 * jnp.clip(grad, -0.01, 0.01),))
+
+
+class OwnGradients(nnx.Module):
+    def __init__(self) -> None:
+        self.layer = nnx.Linear(FEATURES, 2, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return clipped(nnx.relu6(clipped(self.norm(self.layer(x)))))
+
+
+def with_penalty(model: Any, x: Any, y: Any) -> Any:
+    """Gradients within the loss: with respect to the input by JAX, to the parameters by NNX and by us."""
+    inputs = jax.grad(lambda x: model.middle(model.inner(x)).sum() ** 2)(x)
+    params = nnx.grad(squares)(model, x, y)
+    kernels = sw.grad(squares, wrt=sw.Path("*/kernel"))(model, x, y)
+    norms = [jnp.sum(leaf**2) for leaf in jax.tree.leaves((inputs, nnx.as_pure(params), nnx.as_pure(kernels)))]
+    return squares(model, x, y) + 0.1 * sum(norms)
+
+
 MODELS: dict[str, Case] = {
     "batchnorm_dropout": Case(BatchNormDropout, rows, squares),
     "convolutions": Case(Convolutions, rows, squares),
@@ -335,6 +376,10 @@ MODELS: dict[str, Case] = {
     "nested": Case(Nested, rows, squares, wrt=nnx.Any(nnx.Param, Scale), trained="trained", kinds=OWN_KINDS),
     "half_precision": Case(HalfPrecision, rows, squares, rtol=2e-2),
     "complex": Case(Complex, rows, squares),
+    # A Python number is weakly typed, and no longer once it was updated: one more trace, as under `nnx.jit`.
+    "constants": Case(Constants, rows, squares, traces=2),
+    "own_gradients": Case(OwnGradients, rows, squares),
+    "penalty": Case(Perceptron, rows, with_penalty),
 }
 
 # What has to move in every step, besides the parameters: a comparison of two models that stand still proves nothing.

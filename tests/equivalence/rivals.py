@@ -36,6 +36,7 @@ class Case:
       trained: the same as a kind, or several for a joint update.
       kinds: the declaration.
       writes: kinds that the loss may write besides those it may by default.
+      traces: how often the loss may be traced.
       rtol: how far the two may be apart.
     """
 
@@ -46,6 +47,7 @@ class Case:
     trained: Any = "params"
     kinds: sw.Kinds = dataclasses.field(default_factory=sw.Kinds.standard)
     writes: tuple[str, ...] | None = None
+    traces: int = 1
     rtol: float = 2e-5
 
 
@@ -106,7 +108,7 @@ def by_steps(case: Case, tx: Any, steps: int = STEPS) -> list[Snapshot]:
         state, loss = train(state, *args)
         (moments,) = state["optimizer"].values()
         found.append(Snapshot(np.asarray(loss), leaves_of_state(state), flat_of(moments)))
-    assert len(traces) == 1
+    assert len(traces) == case.traces
     assert_same_flat(leaves_of(model), before, exact=True)
     plan.put(state, model)
     assert_same_flat(leaves_of(model), found[-1].leaves, exact=True)

@@ -18,12 +18,10 @@ from equivalence.rivals import (
     Snapshot,
     assert_moved,
     assert_same,
-    assert_same_flat,
     batches,
     by_hand,
     by_steps,
     flat_of,
-    leaves_of,
     leaves_of_state,
 )
 
@@ -89,80 +87,30 @@ def test_a_forward_pass_gives_the_bits_of_nnx_jit() -> None:
     np.testing.assert_array_equal(forward(state, x), nnx.jit(lambda model, x: model(x))(model, x))
 
 
-# --- aux, and what the function sows ---------------------------------------------------------------------------
+class Whole(nnx.Module):
+    """One parameter that holds several arrays: `nnx.Optimizer` cannot update it."""
 
-
-class Sower(nnx.Module):
     def __init__(self) -> None:
-        rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)])
-        self.norm = nnx.BatchNorm(6, momentum=0.7, rngs=rngs)
+        self.both = nnx.Param({"w": jnp.full((6, 2), 0.1, jnp.float32), "b": (jnp.zeros(2), jnp.ones(()))})
 
     def __call__(self, x: Any) -> Any:
-        self.sow(nnx.Intermediate, "input", x)
-        x = nnx.tanh(self.norm(self.layers[0](x)))
-        for _ in range(2):  # twice under one name: a tuple of two
-            self.sow(nnx.Intermediate, "hidden", x)
-        self.norm.sow(nnx.Intermediate, "scale", x.std())
-        return self.layers[1](x)
+        values = self.both.get_value()
+        return x @ values["w"] + values["b"][0][None] * values["b"][1]
 
 
-def loss_and_aux(model: Any, x: Any, y: Any) -> Any:
-    predicted = model(x)
-    return ((predicted - y) ** 2).mean(), {"predicted": predicted, "norms": (jnp.abs(predicted).max(), [x.shape[0]])}
+class Parts(nnx.Module):
+    """The same in parameters of one array each."""
 
-
-def sower_by_hand() -> list[tuple[Snapshot, Any, Any]]:
-    model = Sower()
-    optimizer = nnx.Optimizer(model, ADAM, wrt=nnx.Param)
-
-    @nnx.jit
-    def train(model: Any, optimizer: Any, *args: Any) -> Any:
-        def loss_of(model: Any) -> Any:
-            (loss, aux), sown = nnx.capture(loss_and_aux, nnx.Intermediate)(model, *args)
-            return loss, (aux, sown)
-
-        (loss, (aux, sown)), grads = nnx.value_and_grad(loss_of, has_aux=True)(model)
-        optimizer.update(model, grads)
-        return loss, aux, nnx.as_pure(sown)
-
-    found = []
-    for args in batches(SOWER):
-        loss, aux, sown = train(model, optimizer, *args)
-        found.append(
-            (Snapshot(np.asarray(loss), leaves_of(model), flat_of(nnx.as_pure(optimizer.opt_state))), aux, sown)
+    def __init__(self) -> None:
+        self.both = nnx.Dict(
+            w=nnx.Param(jnp.full((6, 2), 0.1, jnp.float32)), b=nnx.List([nnx.Param(jnp.zeros(2)), nnx.Param(1.0)])
         )
-    return found
+        self.both["b"][1][...] = jnp.ones(())
+
+    def __call__(self, x: Any) -> Any:
+        return x @ self.both["w"][...] + self.both["b"][0][...][None] * self.both["b"][1][...]
 
 
-SOWER = Case(Sower, rows, squares)
-
-
-@pytest.mark.parametrize("names", ["intermediates", ("intermediates",)])
-def test_aux_and_captured_values_come_back_from_training(names: Any) -> None:
-    model = Sower()
-    plan = sw.plan(model, optimizers={"params": ADAM})
-    state = plan.take(model)
-    train = sw.train_step(has_aux=True, capture=names)(loss_and_aux)
-    for args, (expected, their_aux, theirs) in zip(batches(SOWER), sower_by_hand(), strict=True):
-        state, ((loss, aux), captured) = train(state, *args)
-        mine = captured if isinstance(names, str) else captured["intermediates"]
-        assert_same(
-            [Snapshot(np.asarray(loss), leaves_of_state(state), flat_of(state["optimizer"]["params"]))], [expected]
-        )
-        assert_same_flat(flat_of(aux), flat_of(their_aux))
-        assert_same_flat(flat_of(mine), flat_of(theirs))
-        assert len(mine["hidden"]) == 2
-    plan.put(state, model)  # nothing of it stays in the model
-    assert sw.plan(model).dropped == ()
-
-
-def test_captured_values_of_an_evaluation() -> None:
-    model = Sower()
-    model.eval()
-    x, _ = rows(np.random.default_rng(0))
-    forward = sw.step(capture="intermediates")(lambda model, x: model(x))
-    out, captured = forward(sw.plan(model).take(model), x)
-    expected, sown = nnx.capture(model, nnx.Intermediate)(x)
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
-    assert_same_flat(flat_of(captured), flat_of(nnx.as_pure(sown)))
+def test_a_parameter_of_several_arrays_is_trained_as_its_parts_are() -> None:
+    tx = optax.chain(optax.clip_by_global_norm(0.1), ADAM)
+    assert_same(by_steps(Case(Whole, rows, squares), tx), by_hand(Case(Parts, rows, squares), tx))

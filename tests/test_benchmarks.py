@@ -1,0 +1,236 @@
+"""The benchmark suite on tiny models: rivals compute what ours does, and results become tables.  No time is tested."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # `benchmarks` is run from the checkout, not installed
+
+from benchmarks import __main__ as command
+from benchmarks import report, targets
+from benchmarks.case import Case
+from benchmarks.compare import WrongResultError, check, compare
+from benchmarks.measure import Settings, interleave, quartiles
+from benchmarks.plot import curves, write_plot
+from benchmarks.styles import OURS, STYLES, why_not
+from benchmarks.workloads import WORKLOADS, grow, look, memory, serve, train
+
+TINY = Settings.tiny()
+HAS_EQUINOX = importlib.util.find_spec("equinox") is not None
+needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is missing")
+
+CASES: dict[str, Callable[[], Case]] = {
+    "many_small": lambda: train.many_small_case(2),
+    "few_large": lambda: train.few_large_case((16, 16, 8)),
+    "decode": lambda: serve.decode_case(8, 1, length=8),
+    "rl": serve.rl_case,
+    "noop": lambda: serve.noop_case(4),
+    "leaves": lambda: grow.sweep_case(4),
+}
+# A ResNet and a transformer take seconds to compile for each of nine rivals: these tell of all.
+FEW = [OURS, "by-hand", "nnx.jit_partial"]
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, dict[str, Any]]:
+    """Every small case with all its rivals; `compare` raises where one computes something else."""
+    return {name: compare(make(), TINY, key=name, title=name) for name, make in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rival_computes_what_ours_does(tables: dict[str, dict[str, Any]], name: str) -> None:
+    rows = {row["key"]: row for row in tables[name]["rows"]}
+    assert set(rows) == set(STYLES)
+    for key, row in rows.items():
+        if why_not(key, CASES[name]()):
+            assert "available" in row["skipped"]
+            continue
+        assert row["difference"] <= CASES[name]().tolerance
+        assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
+        assert row["first_call_s"] > 0
+    assert rows[OURS]["ratio"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [lambda: train.resnet_case((2, 4), 1, size=4, batch=4), lambda: train.transformer_case(8, 1, batch=2, length=4)],
+    ids=["resnet", "transformer"],
+)
+def test_rivals_agree_on_models_with_state(make: Callable[[], Case]) -> None:
+    names = FEW + ["equinox"] * HAS_EQUINOX
+    rows = compare(make(), TINY, key="mix", title="mix", names=names)["rows"]
+    assert [row["key"] for row in rows if "difference" in row] == names
+
+
+def test_on_a_mesh(devices: list[jax.Device]) -> None:
+    (table,) = train.mesh(TINY, blocks=1)
+    assert {row["key"] for row in table["rows"] if "median_s" in row} >= {"statewise", "by-hand", "nnx.jit"}
+
+
+def test_many_caches_over_one_set_of_weights() -> None:
+    table = serve.many_caches(serve.decode_case(8, 1, length=8), TINY, conversations=2)
+    assert [row["key"] for row in table["rows"]] == ["many-states", "replace", "by-hand"]
+    assert max(row["difference"] for row in table["rows"]) < 1e-5
+
+
+def test_scan_computes_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.workloads import loops
+
+    monkeypatch.setattr(loops, "many_small_case", lambda blocks: train.many_small_case(1))
+    (table,) = loops.scan(TINY, steps=2)
+    assert {row["key"] for row in table["rows"]} == {"scan", "by-hand-scan", "steps", "by-hand"}
+
+
+def test_growth_and_looking() -> None:
+    steps, restarts = grow.small_kind(TINY, counts=(12, 20))
+    assert steps["facts"]["counts"] == restarts["facts"]["counts"] == [12, 20]
+    assert [table["key"] for table in look.look(TINY, blocks=2)] == [
+        "look_plan",
+        "look_select",
+        "look_split",
+        "look_census",
+    ]
+
+
+def test_memory_of_one_way() -> None:
+    found = memory.child("by-hand", "large", 8)
+    assert len(found["losses"]) == memory.STEPS
+    assert found["compiled_bytes"] > 8 * 8 * 8 * 4 * 3  # eight square layers, and two moments of each
+    assert found["losses"] == pytest.approx(memory.child("statewise-shared", "large", 8)["losses"], abs=1e-5)
+
+
+# --- checking and measuring ------------------------------------------------------------------------------------
+
+
+def test_a_wrong_result_stops_the_run() -> None:
+    assert check("rival", [np.float32(200)], [np.float32(200.1)], 1e-3) < 1e-3
+    with pytest.raises(WrongResultError, match="rival differs from Statewise by 0.5"):
+        check("rival", [1.0, 0.5], [1.0, 1.0], 1e-3)
+    with pytest.raises(WrongResultError, match="no finite numbers"):
+        check("rival", [np.nan], [np.nan], 1e-3)
+    with pytest.raises(WrongResultError, match="call 1"):
+        check("rival", [np.zeros(2)], [np.zeros(3)], 1e-3)
+
+
+def test_samples_come_from_the_same_rounds() -> None:
+    made: list[str] = []
+    samples = interleave({name: lambda name=name: made.append(name) for name in "ab"}, TINY)
+    assert {name: len(found) for name, found in samples.items()} == {"a": 2, "b": 2}
+    assert made[:6] == ["a"] * 3 + ["b"] * 3  # warming up
+    assert all(sorted(made[start : start + 2]) == ["a", "b"] for start in (6, 8))
+    assert quartiles([1.0]) == (1.0, 1.0, 1.0)
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+# --- results ---------------------------------------------------------------------------------------------------
+
+
+def row(key: str, seconds: float, **more: Any) -> dict[str, Any]:
+    numbers = {"median_s": seconds, "q1_s": seconds, "q3_s": seconds, "samples": 3, "difference": 0.0}
+    return {"key": key, "label": f"`{key}`", **numbers, "ratio": seconds, "ratio_q1": 1.0, "ratio_q3": 2.0, **more}
+
+
+def run(key: str, rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    table = {"key": key, "title": "A title", "per": "step", "reference": OURS, "facts": facts, "rows": rows}
+    about = {"machine": {"cpu": "a cpu", "cores": 2, "memory_gib": 8.0, "system": "Linux", "load_before": 0.1}}
+    return {"title": key, **about, "versions": {"jax": "1"}, "when": "today", "seconds": 1.0, "tables": [table]}
+
+
+def test_several_processes_give_medians() -> None:
+    runs = [run("many_small", [row(OURS, value, first_call_s=value)]) for value in (1.0, 5.0, 2.0)]
+    merged = report.merge("many_small", runs, quick=False)
+    (found,) = merged["tables"][0]["rows"]
+    assert (found["median_s"], found["first_call_s"], found["samples"]) == (2.0, 2.0, 9)
+    assert found["process_medians_s"] == [1.0, 5.0, 2.0]
+    assert merged["processes"] == 3
+    assert merged["loads_before"] == [0.1, 0.1, 0.1]
+    assert json.loads(json.dumps(merged)) == merged
+
+
+def test_a_table_says_what_was_left_out() -> None:
+    rows = [row("nnx.jit", 2e-3), row(OURS, 1e-6), {"key": "equinox", "label": "Equinox", "skipped": "no twin"}]
+    text = report.markdown(run("many_small", rows)["tables"][0])
+    lines = text.splitlines()
+    assert lines[0] == "| for one step | median | middle half | times the first |"
+    assert lines[2].startswith("| `statewise` | 1 µs |")
+    assert lines[3].startswith("| `nnx.jit` | 2 ms |")
+    assert lines[-1] == "Left out: Equinox: no twin."
+    shown = report.show(report.merge("many_small", [run("many_small", rows)], quick=True))
+    assert "left out: Equinox: no twin" in shown
+
+
+def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    results.mkdir()
+    docs.mkdir()
+    page = docs / "performance.md"
+    page.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nAfter\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="there are no results"):
+        report.write_docs(results, docs)
+    made = run("many_small", [row(OURS, 1.0, first_call_s=1.0), row("nnx.jit", 7.0), row("by-hand", 0.9)])
+    merged = report.merge("many_small", [made], quick=True)
+    (results / "many_small.json").write_text(json.dumps(merged), encoding="utf-8")
+    for _ in range(2):  # writing it again changes nothing
+        assert report.write_docs(results, docs) == [page]
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("# Before\n")
+        assert text.endswith("After\n")
+        assert "old" not in text
+        assert text.count("A title") == 1
+    assert "A quick run" in text
+    assert "`nnx.jit` over ours | 6 | 7.00 times | reached |" in text
+    assert "by hand over ours | more than 1 | 0.90 times | **not reached** |" in text
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="lost its marks"):
+        report.write_docs(results, docs)
+    (results / "odd.json").write_text('{"schema": 0}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"odd\.json has schema 0"):
+        report.write_docs(results, docs)
+
+
+def test_a_target_without_its_number_says_so() -> None:
+    lines = targets.targets_markdown({}).splitlines()
+    assert len(lines) == 2 + len(targets.TARGETS)
+    assert all("not measured" in line for line in lines[2:])
+
+
+@needs_matplotlib
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib itself imports
+def test_the_plot_is_svg_and_the_same_each_time(tmp_path: Path) -> None:
+    tables = [run("x", [row(OURS, 1e-4 * n), row("nnx.jit", 1e-3 * n)], leaves=n)["tables"][0] for n in (20, 200)]
+    result = {"tables": tables[::-1]}
+    assert curves(result)["nnx.jit"] == ("nnx.jit", [(20, 0.02), (200, 0.2)])
+    files = [tmp_path / name for name in ("one.svg", "two.svg")]
+    for file in files:
+        write_plot(result, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert xml.etree.ElementTree.parse(files[0]).getroot().tag.endswith("svg")
+
+
+def test_what_is_committed_has_the_schema() -> None:
+    for name, result in report.load(ROOT / "benchmarks" / "results").items():
+        assert name in WORKLOADS
+        assert not result["quick"]
+        assert {"machine", "versions", "when", "device", "seconds", "tables"} <= set(result)
+        for table in result["tables"]:
+            assert {"key", "title", "per", "reference", "facts", "rows"} == set(table)
+            assert table["reference"] in {row["key"] for row in table["rows"]}
+    assert report.BEGIN in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_the_command_line_knows_every_workload() -> None:
+    assert set(command.PLANNED) == set(WORKLOADS)
+    with pytest.raises(SystemExit):
+        command.main(["--only", "nonsense"])
