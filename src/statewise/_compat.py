@@ -22,6 +22,7 @@ __all__ = [
     "dce",
     "eval_jaxpr",
     "inner_jaxpr",
+    "jit_is_disabled",
     "scan_counts",
     "variable_type",
 ]
@@ -62,6 +63,12 @@ def dce(jaxpr: Any, used: Sequence[bool]) -> tuple[Any, list[bool]]:
 def eval_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Runs an open jaxpr on values or tracers."""
     return jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+
+def jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit` is in force; JAX's configuration has no typed attributes."""
+    config: Any = jax.config
+    return bool(config.jax_disable_jit)
 
 
 def variable_type(leaf: Any) -> type:

@@ -36,13 +36,12 @@ __all__ = ["Elementwise", "prove_elementwise"]
 
 PARAM, GRAD = "param", "grad"
 
-_ELEMENTWISE = frozenset(
-    (
-        "abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt "
-        "integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem "
-        "round rsqrt select_n sign sin sqrt square sub tan tanh xor"
-    ).split()  # noqa: SIM905 - sixty names read better so
-)
+_NAMES = """
+    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt
+    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
+    rsqrt select_n sign sin sqrt square sub tan tanh xor
+"""
+_ELEMENTWISE = frozenset(_NAMES.split())
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
@@ -208,7 +207,7 @@ class _Proof:
         count = len(self.specs)
         of_leaf: list[list[tuple[str, int]]] = [[] for _ in self.specs]
         shared: list[int | None] = []
-        owners: list[tuple[str, int] | None] = [(PARAM, leaf) for leaf in range(count)] + list(self.roles)
+        owners: list[tuple[str, int] | None] = [*((PARAM, leaf) for leaf in range(count)), *self.roles]
         for position, (owner, out) in enumerate(zip(owners, outs, strict=True)):
             if owner is None:
                 if out.leaf is not None:
@@ -261,9 +260,10 @@ class _Proof:
 
     def value(self, var: Any) -> _Value:
         if isinstance(var, _compat.Literal):
+            aval: Any = var.aval
             # Literals are scalars; equal ones of different dtypes are different.
-            number = self.node("literal", _Literal(var.val, str(var.aval.dtype)))
-            self.nodes[number] = ("literal", jnp.asarray(var.val, var.aval.dtype))
+            number = self.node("literal", _Literal(var.val, str(aval.dtype)))
+            self.nodes[number] = ("literal", jnp.asarray(var.val, aval.dtype))
             return _Value(number, None, (), True)
         return self.values[var]
 
@@ -304,7 +304,7 @@ class _Proof:
         return _Value(node, None, shape, shape == ())
 
 
-class _Params(dict):  # type: ignore[type-arg]
+class _Params(dict):
     """An equation's parameters, hashable: they are compared by value."""
 
     def __hash__(self) -> int:  # type: ignore[override]

@@ -30,7 +30,9 @@ from statewise.errors import FilterError, KindError
 from statewise.filters import as_code, describe, normalise
 
 if TYPE_CHECKING:
-    import statewise.plan
+    from statewise.plan import Plan
+else:
+    Plan = Any  # made by a later room
 
 __all__ = ["Kind", "Kinds"]
 
@@ -243,7 +245,7 @@ class Kinds(Mapping[str, Kind]):
                 raise unknown_kind(name, self)
         return Kinds(**{**self._kinds, **kinds})
 
-    def plan(self, *objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> statewise.plan.Plan:
+    def plan(self, *objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> Plan:
         """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
 
         Args:

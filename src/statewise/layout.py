@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 
+from statewise.aliases import aliases_of
 from statewise.kinds import Kinds
 from statewise.moments import Group
 from statewise.packing import Buffer, Packing, pack, unpack
 from statewise.paths import Leaf, format_path
 from statewise.rows import Row, Span
-from statewise.scan import Spec
+from statewise.scan import ONE, Spec, make_leaf
 
 __all__ = ["OPTIMIZER", "Layout"]
 
@@ -30,10 +31,26 @@ class Layout:
     """Where each array of each leaf stands; the base of `Plan`, which says what the leaves are."""
 
     kinds: Kinds
-    leaves: tuple[Leaf, ...]
+    _graphdef: Any
+    _several: bool
     _rows: tuple[Row, ...]
     _groups: tuple[Group, ...]
     _packing: Mapping[str, Packing]
+
+    @functools.cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The rows, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
+        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several)
+        mine = [
+            make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
+            for row in self._rows
+        ]
+        moments = [
+            make_leaf((OPTIMIZER, group.label, *path), jax.Array, [spec], True, OPTIMIZER)
+            for group in self._groups
+            for path, spec in zip(group.layout.paths, group.layout.specs, strict=True)
+        ]
+        return tuple(mine + moments)
 
     @functools.cached_property
     def _specs(self) -> dict[str, tuple[Spec, ...]]:
@@ -90,7 +107,7 @@ class Layout:
     @functools.cached_property
     def _slots(self) -> tuple[tuple[int | Buffer, ...], ...]:
         """For each kind (by its number), what stands in each slot: the array at a position, or a buffer of several."""
-        slots = []
+        slots: list[tuple[int | Buffer, ...]] = []
         for kind, specs in self._specs.items():
             packing = self._packing.get(kind)
             slots.append((*packing.loose, *packing.buffers) if packing else tuple(range(len(specs))))

@@ -196,7 +196,8 @@ def _check_rows(names: tuple[str, ...], rows: Sequence[Any], kinds: Kinds) -> No
     empty = [name for name in names if not any(row.kind == name for row in rows)]
     if empty or not names:
         raise KindError(
-            f"An optimizer is given for {', '.join(map(repr, empty)) or 'no kind'}, which claims no leaf of this model.",
+            f"An optimizer is given for {', '.join(map(repr, empty)) or 'no kind'}, "
+            "which claims no leaf of this model.",
             kind=empty[0] if empty else None,
             mend="leave that optimizer out, or correct the kind's filter",
         )

@@ -7,12 +7,12 @@ integer `0` and the string `"0"` never become each other.
 """
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any
 
 __all__ = ["Leaf", "Path", "format_dtype", "format_path", "format_shape", "format_type"]
 
-Path = tuple[Hashable, ...]
+# Keys are hashable; NNX's own type for them asks for an order too, which it does not need.
+Path = tuple[Any, ...]
 
 
 def format_path(path: Path) -> str:

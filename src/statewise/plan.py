@@ -11,14 +11,12 @@ which kind make up each leaf, and so how to go from one to the other.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
 
-from statewise.aliases import aliases_of
 from statewise.claims import claim
 from statewise.errors import KindError, StructureError
 from statewise.intern import intern
@@ -28,7 +26,7 @@ from statewise.moments import Group, check_optimizers
 from statewise.packing import Packing, choose
 from statewise.paths import Leaf
 from statewise.rows import Row, drop_sown, rows_of
-from statewise.scan import ONE, Spec, make_leaf, scan
+from statewise.scan import Spec, scan
 from statewise.tables import Table, leaves_table
 
 if TYPE_CHECKING:
@@ -142,21 +140,6 @@ class Plan(Layout):
         self._packing = dict(packing or {})
 
     # --- looking ---------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def leaves(self) -> tuple[Leaf, ...]:
-        """The rows, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
-        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several)
-        mine = [
-            make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
-            for row in self._rows
-        ]
-        moments = [
-            make_leaf((OPTIMIZER, group.label, *path), jax.Array, [spec], True, OPTIMIZER)
-            for group in self._groups
-            for path, spec in zip(group.layout.paths, group.layout.specs, strict=True)
-        ]
-        return tuple(mine + moments)
 
     def __getitem__(self, kind: str) -> tuple[Leaf, ...]:
         if kind not in self.kinds:

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from statewise import _compat
 from statewise.arguments import Arguments, merged
 from statewise.capture import Capture
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
@@ -175,7 +176,8 @@ class Step:
     def __repr__(self) -> str:
         return f"<sw.{self._decorator} {self._name}>"
 
-    def __call__(self, state: State, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs the step on a state; see `step` and `train_step`."""
         if type(state) is not State:
             raise self._no_state(state)
         plan = state._plan
@@ -189,7 +191,7 @@ class Step:
                 pass
         return self._call_anew(state, args, kwargs)
 
-    def lower(self, state: State, /, *args: Any, **kwargs: Any) -> Lowered:
+    def lower(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Lowered:
         """Traces and lowers for these arguments, ahead of time; they may be `jax.ShapeDtypeStruct`s.
 
         Args:
@@ -210,7 +212,7 @@ class Step:
     # --- a signature not seen before ---------------------------------------------------------------------------
 
     def _call_anew(self, state: State, args: Any, kwargs: Any) -> Any:
-        if jax.config.jax_disable_jit:
+        if _compat.jit_is_disabled():
             return self._call_eagerly(state, args, kwargs)
         with self._lock:
             entry = self._entry(state, args, kwargs)
@@ -358,6 +360,7 @@ class Compiled:
         return getattr(self._compiled, name)
 
     def __call__(self, state: State, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs the compiled step on a state of the plan that it was compiled for."""
         if state._plan is not self._entry.plan:
             raise StructureError(
                 f"{self._entry.name} was compiled for another plan than this state's.",
