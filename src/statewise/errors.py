@@ -89,36 +89,120 @@ def _rebuild(
 
 
 class FilterError(StatewiseError, TypeError):
-    """A filter that is no filter: a number, say, or a pattern that is no path."""
+    """A filter that is no filter: a number, say, or a pattern that is no path.
+
+    Example:
+      >>> import statewise as sw
+      >>> from flax import nnx
+      >>> try:
+      ...     sw.count(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), 3)
+      ... except sw.FilterError as error:
+      ...     print(error.message)
+      3 is no filter.
+    """
 
 
 class KindError(StatewiseError, ValueError, KeyError):
-    """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind."""
+    """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind.
+
+    Example:
+      >>> import statewise as sw
+      >>> try:
+      ...     sw.Kinds.standard()["caches"]
+      ... except sw.KindError as error:
+      ...     print(error.message)
+      There is no kind 'caches'.
+    """
 
 
 class UnclaimedError(StatewiseError, ValueError):
-    """Leaves that no kind claims."""
+    """Leaves that no kind claims.
+
+    Example:
+      >>> import statewise as sw
+      >>> from flax import nnx
+      >>> try:
+      ...     sw.Kinds(params=sw.Kind(nnx.Param)).plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      ... except sw.UnclaimedError as error:
+      ...     print([sw.format_path(leaf.path) for leaf in error.leaves])
+      ['mean', 'var']
+    """
 
 
 class ContestedError(StatewiseError, ValueError):
-    """Leaves that more than one kind claims."""
+    """Leaves that more than one kind claims.
+
+    Example:
+      >>> import statewise as sw
+      >>> from flax import nnx
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam))
+      >>> try:
+      ...     kinds.plan(nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0)))
+      ... except sw.ContestedError as error:
+      ...     print(error.mend)
+      kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+    """
 
 
 class StructureError(StatewiseError, ValueError):
-    """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan."""
+    """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan.
+
+    Example:
+      >>> import statewise as sw
+      >>> from flax import nnx
+      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> try:
+      ...     plan.take(nnx.Linear(2, 4, rngs=nnx.Rngs(0)))
+      ... except sw.StructureError as error:
+      ...     print([sw.format_path(leaf.path) for leaf in error.leaves])
+      ['bias', 'kernel']
+    """
 
 
 class UndeclaredWriteError(StatewiseError, ValueError):
-    """A step that writes a kind which it does not declare."""
+    """A step that writes a kind which it does not declare.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import statewise as sw
+      >>> from flax import nnx
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> @sw.step
+      ... def evaluate(model, x):
+      ...     return model(x)
+      >>> try:
+      ...     evaluate(sw.plan(model).take(model), jnp.ones((4, 3)))
+      ... except sw.UndeclaredWriteError as error:
+      ...     print(error.message)
+      evaluate writes stats, which it does not declare.
+    """
 
 
 class PlacementError(StatewiseError, ValueError):
-    """A placement that does not fit its leaf or its mesh."""
+    """A placement that does not fit its leaf or its mesh.
+
+    Example:
+      >>> import statewise as sw
+      >>> issubclass(sw.PlacementError, ValueError)
+      True
+    """
 
 
 class RestoreError(StatewiseError, ValueError):
-    """A checkpoint and a target that disagree."""
+    """A checkpoint and a target that disagree.
+
+    Example:
+      >>> import statewise as sw
+      >>> issubclass(sw.RestoreError, ValueError)
+      True
+    """
 
 
 class DamagedError(StatewiseError, ValueError):
-    """A checkpoint on disk that is not what was written."""
+    """A checkpoint on disk that is not what was written.
+
+    Example:
+      >>> import statewise as sw
+      >>> issubclass(sw.DamagedError, ValueError)
+      True
+    """

@@ -350,11 +350,25 @@ class Compiled:
     """A step compiled for one signature: called like the step; made by `Lowered.compile`.
 
     All that `jax.stages.Compiled` offers is here too (`memory_analysis`, `as_text` ...).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> @sw.step
+      ... def forward(model, x):
+      ...     return model(x)
+      >>> forward.lower(plan.abstract(), jnp.ones((4, 2))).compile()
+      <sw.Compiled forward>
     """
 
     def __init__(self, entry: Entry, compiled: jax.stages.Compiled) -> None:
         self._entry = entry
         self._compiled = compiled
+
+    def __repr__(self) -> str:
+        return f"<sw.Compiled {self._entry.name}>"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
