@@ -89,36 +89,137 @@ def _rebuild(
 
 
 class FilterError(StatewiseError, TypeError):
-    """A filter that is no filter: a number, say, or a pattern that is no path."""
+    """A filter that is no filter: a number, say, or a pattern that is no path.
+
+    Example:
+      >>> import statewise as sw
+      >>> try:
+      ...     sw.Path("layers//kernel")
+      ... except sw.FilterError as error:
+      ...     print(error)
+      Path('layers//kernel') has an empty segment.
+        mend: sw.Path('layers/kernel')
+    """
 
 
 class KindError(StatewiseError, ValueError, KeyError):
-    """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind."""
+    """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind.
+
+    Example:
+      >>> import statewise as sw
+      >>> try:
+      ...     sw.Kinds.standard()["gates"]
+      ... except sw.KindError as error:
+      ...     print(error.message, error.kind)
+      There is no kind 'gates'. gates
+    """
 
 
 class UnclaimedError(StatewiseError, ValueError):
-    """Leaves that no kind claims."""
+    """Leaves that no kind claims.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> try:
+      ...     sw.Kinds(stats=sw.Kind(nnx.BatchStat)).plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      ... except sw.UnclaimedError as error:
+      ...     print(error)
+      2 leaves are claimed by no kind.
+        bias: Param(3,) float32
+        scale: Param(3,) float32
+        mend: kinds = kinds | sw.Kinds(param_kind=sw.Kind(sw.Exactly(nnx.Param)))
+              or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))
+    """
 
 
 class ContestedError(StatewiseError, ValueError):
-    """Leaves that more than one kind claims."""
+    """Leaves that more than one kind claims.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam))
+      >>> try:
+      ...     kinds.plan(nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0)))
+      ... except sw.ContestedError as error:
+      ...     print(error)
+      2 leaves are claimed by more than one kind.
+        lora_a: LoRAParam(2, 1) float32  (claimed by params and lora)
+        lora_b: LoRAParam(1, 3) float32  (claimed by params and lora)
+        mend: kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+    """
 
 
 class StructureError(StatewiseError, ValueError):
-    """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan."""
+    """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> plan = sw.plan(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
+      >>> try:
+      ...     plan.take(nnx.Linear(2, 4, use_bias=False, rngs=nnx.Rngs(0)))
+      ... except sw.StructureError as error:
+      ...     print(error)
+      The model is not what was planned: 1 leaf differs.
+        kernel: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the model)
+        mend: plan = kinds.plan(model)  # plan the model as it is now
+    """
 
 
 class UndeclaredWriteError(StatewiseError, ValueError):
-    """A step that writes a kind which it does not declare."""
+    """A step that writes a kind which it does not declare.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.BatchNorm(3, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+      >>> evaluate = sw.step(lambda model, x: model(x))
+      >>> try:
+      ...     evaluate(sw.plan(model).take(model), jnp.ones((4, 3)))
+      ... except sw.UndeclaredWriteError as error:
+      ...     print(error)
+      <lambda> writes stats, which it does not declare.
+        mean: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
+        var: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
+        mend: @sw.step(writes=('stats',))
+              or, where the function only evaluates: model.eval() as its first line
+    """
 
 
 class PlacementError(StatewiseError, ValueError):
-    """A placement that does not fit its leaf or its mesh."""
+    """A placement that does not fit its leaf or its mesh.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> try:
+      ...     sw.plan(model).take(model, mesh=jax.make_mesh((1,), ("data",)))
+      ... except sw.PlacementError as error:
+      ...     print(error.message)
+      Placing a state on a mesh is not part of this version.
+    """
 
 
 class RestoreError(StatewiseError, ValueError):
-    """A checkpoint and a target that disagree."""
+    """A checkpoint and a target that disagree.
+
+    Example:
+      >>> import statewise as sw
+      >>> issubclass(sw.RestoreError, ValueError)
+      True
+    """
 
 
 class DamagedError(StatewiseError, ValueError):
-    """A checkpoint on disk that is not what was written."""
+    """A checkpoint on disk that is not what was written.
+
+    Example:
+      >>> import statewise as sw
+      >>> issubclass(sw.DamagedError, ValueError)
+      True
+    """

@@ -16,7 +16,16 @@ Path = tuple[Hashable, ...]
 
 
 def format_path(path: Path) -> str:
-    """Writes a path with slashes: `("layers", 0, "kernel")` becomes `layers/0/kernel`; the root is `.`."""
+    """Writes a path with slashes; the root is `.`.
+
+    Args:
+      path: the keys, as NNX gives them.
+
+    Example:
+      >>> import statewise as sw
+      >>> sw.format_path(("layers", 0, "kernel"))
+      'layers/0/kernel'
+    """
     return "/".join(str(key) for key in path) if path else "."
 
 
@@ -49,6 +58,15 @@ class Leaf:
       elements: how many elements it holds, over all its arrays.
       nbytes: how many bytes it holds, over all its arrays.
       note: what an error has to say of this very leaf.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> leaf = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"][1]
+      >>> leaf.path, leaf.kind, leaf.type.__name__, leaf.shape, leaf.elements, leaf.nbytes
+      (('kernel',), 'params', 'Param', (2, 3), 6, 24)
+      >>> print(leaf)
+      kernel: Param(2, 3) float32  kind=params
     """
 
     path: Path

@@ -105,7 +105,7 @@ def _offsets(plan: Plan) -> dict[str, int]:
 
 def _routes(plan: Plan, indices: set[int]) -> tuple[Route, ...]:
     routes = []
-    for number, (kind, offset) in enumerate(_offsets(plan).items()):
+    for number, offset in enumerate(_offsets(plan).values()):
         size = plan._sizes[number]
         positions = [position for position in range(size) if offset + position in indices]
         if positions:
