@@ -88,7 +88,8 @@ def compare(
     names = [name for name in STYLES if names is None or name in names]
     skipped = {name: reason for name in names if (reason := why_not(name, case))}
     names = [name for name in names if name not in skipped]
-    _warm_up(case, names, settings)
+    if settings.warm_up:
+        _warm_up(case, names, settings)
     copy = fresh(case)
     firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     checked: dict[str, float] = {}

@@ -33,6 +33,7 @@ class Settings:
       sample_s: the length of one sample, in seconds, where one call is shorter.
       first_calls: how often the first call is timed, with fresh functions each time.
       check_steps: how many calls are compared with ours before timing.
+      warm_up: whether a tiny model is run first, so that the first rival does not pay for what all share.
     """
 
     quick: bool = False
@@ -41,6 +42,7 @@ class Settings:
     sample_s: float = 0.01
     first_calls: int = 2
     check_steps: int = 3
+    warm_up: bool = True
 
     @classmethod
     def short(cls) -> Settings:
@@ -50,7 +52,7 @@ class Settings:
     @classmethod
     def tiny(cls) -> Settings:
         """For tests, which do not look at times."""
-        return cls(quick=True, budget_s=0.0, rounds=(2, 2), sample_s=0.0, first_calls=1, check_steps=2)
+        return cls(quick=True, budget_s=0.0, rounds=(2, 2), sample_s=0.0, first_calls=1, check_steps=2, warm_up=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -51,9 +52,7 @@ class Mlp(nnx.Module):
     """Few large leaves: dense layers of these widths."""
 
     def __init__(self, widths: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List(
-            [nnx.Linear(a, b, use_bias=False, rngs=rngs) for a, b in zip(widths, widths[1:], strict=False)]
-        )
+        self.layers = nnx.List([nnx.Linear(a, b, use_bias=False, rngs=rngs) for a, b in itertools.pairwise(widths)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.layers:

@@ -143,7 +143,7 @@ class ResNet(eqx.Module):
 
 
 def conv(source: Any) -> eqx.nn.Conv2d:
-    height, width, inner, outer = source.kernel.shape
+    height, _, inner, outer = source.kernel.shape
     stride = source.strides if isinstance(source.strides, int) else source.strides[0]
     made = eqx.nn.Conv2d(inner, outer, height, stride, padding=height // 2, use_bias=False, key=KEY)
     return eqx.tree_at(lambda layer: layer.weight, made, source.kernel[...].transpose(3, 2, 0, 1))

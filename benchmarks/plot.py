@@ -47,7 +47,9 @@ def write_plot(result: dict[str, Any], path: Path) -> None:
         for key, (label, points) in drawn:
             counts, values = zip(*points, strict=True)
             width = 2.5 if key.startswith("statewise") else 1.3
-            axes.loglog(counts, [1e3 * value for value in values], "o-", ms=3, lw=width, color=COLOURS[key], label=label)
+            axes.loglog(
+                counts, [1e3 * value for value in values], "o-", ms=3, lw=width, color=COLOURS[key], label=label
+            )
         axes.set_xlabel("leaves, each read and written")
         axes.set_ylabel("milliseconds a step")
         axes.grid(which="major", alpha=0.3)

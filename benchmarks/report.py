@@ -85,22 +85,20 @@ def times(value: float) -> str:
 
 
 def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
-    has = set().union(*rows)
-    columns: list[tuple[str, Any]] = []
-    if "median_s" in has:
-        columns += [
-            ("median", lambda row: seconds(row["median_s"])),
-            ("middle half", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
-        ]
-    if "peak_bytes" in has:
-        columns.append(("process", lambda row: amount(row["peak_bytes"])))
-    if "compiled_bytes" in has:
-        columns.append(("compiled step", lambda row: amount(row["compiled_bytes"]) if "compiled_bytes" in row else ""))
-    if "ratio" in has:
-        columns.append(("times the first", lambda row: times(row["ratio"]) + _spread(row)))
-    if "first_call_s" in has:
-        columns.append(("first call", lambda row: seconds(row["first_call_s"])))
-    return columns
+    """The columns that these rows have something for: a name, and what makes a cell of a row."""
+    columns = [
+        ("median", "median_s", lambda row: seconds(row["median_s"])),
+        ("middle half", "median_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
+        ("process", "peak_bytes", lambda row: amount(row["peak_bytes"])),
+        ("compiled step", "compiled_bytes", lambda row: amount(row["compiled_bytes"])),
+        ("times the first", "ratio", lambda row: times(row["ratio"]) + _spread(row)),
+        ("first call", "first_call_s", lambda row: seconds(row["first_call_s"])),
+    ]
+
+    def cell(number: str, render: Any) -> Any:
+        return lambda row: render(row) if number in row else ""
+
+    return [(name, cell(number, render)) for name, number, render in columns if any(number in row for row in rows)]
 
 
 def _spread(row: Result) -> str:

@@ -47,7 +47,14 @@ def _row(found: Found, key: str, row: str) -> dict[str, Any]:
 
 def _times(table: str, row: str, of: str, number: str = "ratio") -> Callable[[Found], float]:
     """How many times as much a row's number is as another's."""
-    return lambda found: _row(found, table, row)[number] / _row(found, table, of)[number]
+
+    def value(found: Found) -> float:
+        one, other = _row(found, table, row), _row(found, table, of)
+        if number not in one or number not in other:
+            raise MissingError("not measured")
+        return one[number] / other[number]
+
+    return value
 
 
 def _more_us(table: str, row: str, of: str) -> Callable[[Found], float]:
@@ -131,8 +138,9 @@ TARGETS = (
     Target(
         'a repeated `state["params"]`: `nnx.split` over ours',
         "10",
-        lambda found: _row(found, "look_plan", SPLIT)["median_s"]
-        / _row(found, "look_select", '`state["params"]`')["median_s"],
+        lambda found: (
+            _row(found, "look_plan", SPLIT)["median_s"] / _row(found, "look_select", '`state["params"]`')["median_s"]
+        ),
         _faster(10),
         "{:.0f} times",
     ),

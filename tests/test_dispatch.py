@@ -168,8 +168,6 @@ def test_donated_arguments() -> None:
     np.testing.assert_allclose(out, MODEL.dense(X), rtol=1e-6)
     with pytest.raises(sw.StructureError, match="was donated by an earlier step"):
         step(fresh(), x)
-    with pytest.raises(RuntimeError, match="deleted"):
-        x.block_until_ready()
     by_number = sw.step(dense, donate_argnums=1)
     x = jnp.ones((4, 3))
     by_number(fresh(), x=x)
@@ -180,8 +178,6 @@ def test_sharded_outputs() -> None:
     sharding = jax.NamedSharding(AUTO, jax.P("d"))
     out = sw.step(dense, out_shardings=sharding)(fresh(), X)
     assert out.sharding == sharding
-    state, out = sw.step(lambda model, x: (count(model, x), dense(model, x)), writes="variables")(fresh(), X)
-    assert int(state["variables"]["calls"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -387,18 +383,17 @@ def test_a_second_call_does_not_look_at_the_model(monkeypatch: pytest.MonkeyPatc
     by = jnp.ones(())
     state, _ = hit(state, by)
     calls: list[str] = []
-    watched = {"flatten": nnx, "unflatten": nnx, "split": nnx, "state": nnx, "merge": nnx, "make_jaxpr": jax}
-    for name, module in watched.items():
+    watched = [(nnx, name) for name in ("flatten", "unflatten", "split", "state", "merge")] + [(jax, "make_jaxpr")]
+    for module, name in watched:
         monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: calls.append(name))
-    flattened = jax.tree.flatten
+    flatten = jax.tree.flatten
 
-    def counting_flatten(tree: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = flattened(tree, *args, **kwargs)
-        if len(leaves) > 10:
-            calls.append("jax.tree.flatten")
+    def small(tree: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = flatten(tree, *args, **kwargs)
+        assert len(leaves) < 10
         return leaves, structure
 
-    monkeypatch.setattr(jax.tree, "flatten", counting_flatten)
+    monkeypatch.setattr(jax.tree, "flatten", small)
     state, kernel = hit(state, by)
     assert calls == []
     assert float(state["cache"]["hits"]) == 2.0

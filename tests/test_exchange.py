@@ -165,6 +165,22 @@ def test_without_copying_the_model_shares_until_a_step_donates() -> None:
     assert same(plan.take(thing)["params"], state["params"])
 
 
+def test_two_arrays_of_one_memory_are_told_apart() -> None:
+    array = jnp.ones(2)
+    alias = jax.device_put(array, array.device)
+    assert alias is not array
+    thing = Node(a=nnx.Param(array), b=nnx.Param(alias), empty=nnx.Param(jnp.ones(0)), void=nnx.Param(jnp.ones(0)))
+
+    @sw.step(writes="params")
+    def both(model: Any) -> None:
+        model.a[...] += 1
+        model.b[...] += 2
+
+    state, _ = both(sw.plan(thing).take(thing, copy=False))
+    assert np.array_equal(state["params"]["a"], [2, 2])
+    assert np.array_equal(state["params"]["b"], [3, 3])
+
+
 def test_the_model_stays_usable_beside_its_state() -> None:
     thing = model()
     clone = nnx.clone(thing)

@@ -186,3 +186,11 @@ def test_keys_are_unique_and_readable(thing: Node) -> None:
     names = [key[0].key for key, _ in keyed]
     assert len(set(names)) == len(names)
     assert all(name.partition("/")[0] in plan for name in names)
+
+
+def test_a_kind_that_claims_nothing_is_seen() -> None:
+    kinds = sw.Kinds(params=sw.Kind(nnx.Param), gates=sw.Kind(OwnStat), rest=sw.Kind(...))
+    plan = kinds.plan(Node(a=nnx.Param(jnp.ones((2, 3)))))
+    assert plan["gates"] == ()
+    assert [line.split()[:2] for line in str(plan).splitlines() if line.startswith("gates")] == [["gates", "0"]]
+    assert list(plan) == ["params", "gates", "rest"]

@@ -335,3 +335,28 @@ def test_derivatives_through_training() -> None:
     step = 1e-2
     by_hand = (after(jnp.float32(1 + step)) - after(jnp.float32(1 - step))) / (2 * step)
     np.testing.assert_allclose(jax.grad(after)(jnp.float32(1.0)), by_hand, rtol=1e-2)
+
+
+# --- whose arrays they are -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda fn: jax.vmap(fn, in_axes=(None, 0)),
+        lambda fn: jax.vmap(fn, in_axes=(None, None), axis_size=4),
+        lambda fn: jax.jit(lambda state, xs: fn(state, xs[0])),
+        lambda fn: lambda state, xs: jax.grad(lambda x: fn(state, x)[1])(xs[0]),
+        lambda fn: lambda state, xs: jax.vjp(lambda x: fn(state, x), xs[0])[1],
+        lambda fn: lambda state, xs: jax.lax.scan(fn, state, xs),
+    ],
+    ids=["vmap", "vmap of nothing", "jit", "grad", "vjp", "scan"],
+)
+def test_inside_a_transform_nothing_is_given_away(transform: Any) -> None:
+    state = fresh()
+    transform(lambda state, x: train(state, x))(state, BATCHES)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(state))
+    after, _ = train(state, X)
+    assert int(after["variables"]["calls"]) == 1
+    with pytest.raises(sw.StructureError, match="This state is spent: train has donated its params"):
+        train(state, X)

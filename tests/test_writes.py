@@ -331,10 +331,7 @@ def test_random_streams() -> None:
     both = {"rngs/params/count", "rngs/dropout/count"}
     assert written(lambda m, x: m.rngs.dropout(), streams, X) == {"rngs/dropout/count"}
     assert written(lambda m, x: m.rngs.split(2), streams, X) == both
-    assert written(lambda m, x: nnx.reseed(m, params=7), streams, X) == {
-        "rngs/params/key",
-        "rngs/params/count",
-    }
+    assert written(lambda m, x: nnx.reseed(m, params=7), streams, X) == {"rngs/params/key", "rngs/params/count"}
 
 
 def test_on_a_mesh() -> None:

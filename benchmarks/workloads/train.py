@@ -28,7 +28,6 @@ def _names(settings: Settings) -> tuple[str, ...] | None:
     return FEW if settings.quick else None
 
 
-
 def many_small_case(blocks: int, batch: int = 8) -> Case:
     """Blocks of width 8 under Adam: four parameters a block, and two moments for each."""
     x = jax.random.normal(jax.random.key(1), (batch, 8))

@@ -19,7 +19,7 @@ from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.moments import Group
 from statewise.plan import Plan
-from statewise.tracing import Traced
+from statewise.tracing import ITS_OPTIMIZER, Traced
 
 __all__ = ["Contract", "check_loss", "plain_contract", "train_contract"]
 
@@ -66,13 +66,13 @@ def train_contract(
 ) -> Contract:
     """The contract of `@sw.train_step(wrt=..., writes=...)`."""
     groups = _groups(plan, name, wrt)
-    trained = [kind for group in groups for kind in group.kinds]
+    trained = [kind for group in groups for kind in group.kinds if kind not in (writes or ())]
     if writes is None or writes:
         _check_writable(plan, name, writes or ())
         allowed = {kind for kind in plan.kinds if _moves_in_training(plan, kind)} | set(writes or ())
     else:
         allowed = set()
-    why_not = _frozen(plan) | dict.fromkeys(trained, "written by its optimizer alone")
+    why_not = _frozen(plan) | dict.fromkeys(trained, ITS_OPTIMIZER)
     return Contract(
         allowed=frozenset(allowed - set(trained)),
         why_not=why_not,

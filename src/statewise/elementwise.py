@@ -163,8 +163,6 @@ def _bind(primitive: Any, params: dict[str, Any], values: Sequence[Any], shape: 
 def prove_elementwise(group: Group) -> Elementwise | None:
     """Tries to prove that an optimizer is elementwise on the leaves that it updates; None where it is not."""
     specs = [spec for _, row_specs, _ in group.rows for spec in row_specs]
-    if sum(len(row_specs) for _, row_specs, _ in group.rows) != len(group.rows):
-        return None  # a Variable that holds several arrays: its moments cannot be told apart by path
     try:
         return _Proof(group, specs).conclude()
     except _Refused:
@@ -359,7 +357,7 @@ def _traced(group: Group, specs: Sequence[Spec]) -> Any:
 
 def _roles(group: Group, specs: Sequence[Spec]) -> tuple[tuple[str, int] | None, ...]:
     """For each array of the optimizer's state, the leaf whose path its own ends with, and what stands before it."""
-    by_path = {path: leaf for leaf, (path, _, _) in enumerate(group.rows)}
+    by_path = {path: leaf for leaf, path in enumerate(group.paths)}
     lengths = sorted({len(path) for path in by_path}, reverse=True)
     return tuple(
         next(_owners(path, spec, by_path, lengths, specs), None)

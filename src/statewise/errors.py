@@ -93,12 +93,12 @@ class FilterError(StatewiseError, TypeError):
 
     Example:
       >>> import statewise as sw
-      >>> from flax import nnx
       >>> try:
-      ...     sw.count(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), 3)
+      ...     sw.Path("layers//kernel")
       ... except sw.FilterError as error:
-      ...     print(error.message)
-      3 is no filter.
+      ...     print(error)
+      Path('layers//kernel') has an empty segment.
+        mend: sw.Path('layers/kernel')
     """
 
 
@@ -108,10 +108,10 @@ class KindError(StatewiseError, ValueError, KeyError):
     Example:
       >>> import statewise as sw
       >>> try:
-      ...     sw.Kinds.standard()["caches"]
+      ...     sw.Kinds.standard()["gates"]
       ... except sw.KindError as error:
-      ...     print(error.message)
-      There is no kind 'caches'.
+      ...     print(error.message, error.kind)
+      There is no kind 'gates'. gates
     """
 
 
@@ -119,13 +119,17 @@ class UnclaimedError(StatewiseError, ValueError):
     """Leaves that no kind claims.
 
     Example:
-      >>> import statewise as sw
       >>> from flax import nnx
+      >>> import statewise as sw
       >>> try:
-      ...     sw.Kinds(params=sw.Kind(nnx.Param)).plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+      ...     sw.Kinds(stats=sw.Kind(nnx.BatchStat)).plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
       ... except sw.UnclaimedError as error:
-      ...     print([sw.format_path(leaf.path) for leaf in error.leaves])
-      ['mean', 'var']
+      ...     print(error)
+      2 leaves are claimed by no kind.
+        bias: Param(3,) float32
+        scale: Param(3,) float32
+        mend: kinds = kinds | sw.Kinds(param_kind=sw.Kind(sw.Exactly(nnx.Param)))
+              or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))
     """
 
 
@@ -133,14 +137,17 @@ class ContestedError(StatewiseError, ValueError):
     """Leaves that more than one kind claims.
 
     Example:
-      >>> import statewise as sw
       >>> from flax import nnx
+      >>> import statewise as sw
       >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam))
       >>> try:
       ...     kinds.plan(nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0)))
       ... except sw.ContestedError as error:
-      ...     print(error.mend)
-      kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+      ...     print(error)
+      2 leaves are claimed by more than one kind.
+        lora_a: LoRAParam(2, 1) float32  (claimed by params and lora)
+        lora_b: LoRAParam(1, 3) float32  (claimed by params and lora)
+        mend: kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
     """
 
 
@@ -148,14 +155,16 @@ class StructureError(StatewiseError, ValueError):
     """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan.
 
     Example:
-      >>> import statewise as sw
       >>> from flax import nnx
-      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> import statewise as sw
+      >>> plan = sw.plan(nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)))
       >>> try:
-      ...     plan.take(nnx.Linear(2, 4, rngs=nnx.Rngs(0)))
+      ...     plan.take(nnx.Linear(2, 4, use_bias=False, rngs=nnx.Rngs(0)))
       ... except sw.StructureError as error:
-      ...     print([sw.format_path(leaf.path) for leaf in error.leaves])
-      ['bias', 'kernel']
+      ...     print(error)
+      The model is not what was planned: 1 leaf differs.
+        kernel: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the model)
+        mend: plan = kinds.plan(model)  # plan the model as it is now
     """
 
 
@@ -164,17 +173,19 @@ class UndeclaredWriteError(StatewiseError, ValueError):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> import statewise as sw
       >>> from flax import nnx
-      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-      >>> @sw.step
-      ... def evaluate(model, x):
-      ...     return model(x)
+      >>> import statewise as sw
+      >>> model = nnx.BatchNorm(3, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+      >>> evaluate = sw.step(lambda model, x: model(x))
       >>> try:
       ...     evaluate(sw.plan(model).take(model), jnp.ones((4, 3)))
       ... except sw.UndeclaredWriteError as error:
-      ...     print(error.message)
-      evaluate writes stats, which it does not declare.
+      ...     print(error)
+      <lambda> writes stats, which it does not declare.
+        mean: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
+        var: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
+        mend: @sw.step(writes=('stats',))
+              or, where the function only evaluates: model.eval() as its first line
     """
 
 
@@ -182,9 +193,15 @@ class PlacementError(StatewiseError, ValueError):
     """A placement that does not fit its leaf or its mesh.
 
     Example:
+      >>> import jax
+      >>> from flax import nnx
       >>> import statewise as sw
-      >>> issubclass(sw.PlacementError, ValueError)
-      True
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> try:
+      ...     sw.plan(model).take(model, mesh=jax.make_mesh((1,), ("data",)))
+      ... except sw.PlacementError as error:
+      ...     print(error.message)
+      Placing a state on a mesh is not part of this version.
     """
 
 

@@ -40,15 +40,13 @@ def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: boo
     leaves = _matched(plan, found, objects, "take")
     _check_statics(plan, found, objects)
     _check_arrays(plan, leaves)
-    seen: set[int] = set()
+    seen: set[Any] = set()
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
     for row, leaf in zip(plan._rows, leaves, strict=True):
         for array in arrays_of(raw_value(leaf))[0]:
             parts[row.kind].append(_taken(array, copy, seen))
     for group in plan._groups:
-        arrays = [parts[kind][position] for kind, position in plan._params_of(group)]
-        seen.update(map(id, arrays))
-        parts["optimizer"].extend(_own(array, seen) for array in group.init(arrays))
+        parts["optimizer"].extend(group.init([parts[kind][at] for kind, at in plan._params_of(group)]))
     made = plan._pack(_kinds_to_pack(plan, pack)) if pack else plan
     return State.of(made, [made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()])
 
@@ -90,7 +88,7 @@ def _leaf_of(row: Row, note: str = "") -> Leaf:
     return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 
 
-def _taken(array: Any, copy: bool, seen: set[int]) -> Any:
+def _taken(array: Any, copy: bool, seen: set[Any]) -> Any:
     if not isinstance(array, jax.Array):
         return jnp.array(array)
     if isinstance(array, jax.core.Tracer):
@@ -98,12 +96,24 @@ def _taken(array: Any, copy: bool, seen: set[int]) -> Any:
     return array.copy() if copy else _own(array, seen)
 
 
-def _own(array: Any, seen: set[int]) -> Any:
-    """The array itself the first time, a copy whenever it comes again."""
-    if id(array) in seen and not isinstance(array, jax.core.Tracer):
+def _own(array: Any, seen: set[Any]) -> Any:
+    """The array itself the first time, a copy whenever it, or another array of the same buffer, comes again."""
+    if isinstance(array, jax.core.Tracer):
+        return array
+    buffer = _buffer_of(array)
+    if buffer in seen:
         array = array.copy()
-    seen.add(id(array))
+        buffer = _buffer_of(array)
+    seen.add(buffer)
     return array
+
+
+def _buffer_of(array: jax.Array) -> Any:
+    """What tells an array's memory from another's: `jax.device_put` may give a new array of the same memory."""
+    if not array.size or jnp.issubdtype(array.dtype, jax.dtypes.extended) or not array.addressable_shards:
+        return id(array)
+    shard = array.addressable_shards[0].data
+    return shard.device, shard.unsafe_buffer_pointer()
 
 
 def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -> None:

@@ -208,7 +208,7 @@ class _Made:
 
 
 def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], made: Sequence[_Made]) -> None:
-    raw = [(each.path, each.leaf) for each in made]
+    raw: list[tuple[Any, Any]] = [(each.path, each.leaf) for each in made]
     for position, value in changed.items():
         leaf = found.leaves[position]
         if isinstance(leaf, nnx.Variable):
@@ -221,7 +221,7 @@ def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], ma
 
 def _gradients(found: Scan, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
     given = iter(grads)
-    leaves = []
+    leaves: list[tuple[Any, Any]] = []
     for path, leaf, is_chosen, (_, structure) in zip(found.paths, found.leaves, chosen, flat, strict=True):
         if is_chosen:
             value = value_of(next(given), structure)

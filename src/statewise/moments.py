@@ -86,11 +86,12 @@ class Group:
 
     def params(self, arrays: Sequence[Any]) -> Any:
         """The nested `nnx.State` of plain arrays that Optax sees, from the group's arrays in order."""
-        return nnx.from_flat_state(zip(self.paths, arrays, strict=True))
+        flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
+        return nnx.from_flat_state(flat)
 
     def arrays(self, params: Any) -> list[Any]:
         """The group's arrays in order, from the nested state: the inverse of `params`."""
-        flat = dict(nnx.to_flat_state(params))
+        flat: dict[Any, Any] = dict(nnx.to_flat_state(params))
         return [flat[path] for path in self.paths]
 
     @functools.cached_property

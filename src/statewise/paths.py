@@ -7,19 +7,19 @@ integer `0` and the string `"0"` never become each other.
 """
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 __all__ = ["Leaf", "Path", "format_dtype", "format_path", "format_shape", "format_type"]
 
-# Keys are hashable; NNX's own type for them asks for an order too, which it does not need.
-Path = tuple[Any, ...]
+Path = tuple[Hashable, ...]
 
 
 def format_path(path: Path) -> str:
     """Writes a path with slashes; the root is `.`.
 
     Args:
-      path: a leaf's path, as a tuple of keys.
+      path: the keys, as NNX gives them.
 
     Example:
       >>> import statewise as sw
@@ -62,9 +62,11 @@ class Leaf:
     Example:
       >>> from flax import nnx
       >>> import statewise as sw
-      >>> leaf = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).leaves[1]
-      >>> leaf.path, leaf.kind, leaf.shape, leaf.elements, leaf.nbytes
-      (('kernel',), 'params', (2, 3), 6, 24)
+      >>> leaf = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"][1]
+      >>> leaf.path, leaf.kind, leaf.type.__name__, leaf.shape, leaf.elements, leaf.nbytes
+      (('kernel',), 'params', 'Param', (2, 3), 6, 24)
+      >>> print(leaf)
+      kernel: Param(2, 3) float32  kind=params
     """
 
     path: Path

@@ -93,8 +93,8 @@ def scan(objects: Sequence[Any]) -> Scan:
         ) from error
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
-            number: Any = path[0] if several else 0
-            _refuse_bare(number, objects[number])
+            place: Any = path[0] if several else 0
+            _refuse_bare(place, objects[place])
     return Scan(graphdef, tuple(flat.paths), tuple(flat.leaves), several)
 
 

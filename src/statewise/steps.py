@@ -39,7 +39,7 @@ ContractOf = Callable[[Plan, str], Contract]
 
 
 def step(
-    fn: Callable[..., Any] | None = None,
+    fn: Callable[..., Any] | Any = None,
     *,
     writes: str | Sequence[str] = (),
     capture: str | Sequence[str] | None = None,
@@ -83,7 +83,7 @@ def step(
 
 
 def train_step(
-    fn: Callable[..., Any] | None = None,
+    fn: Callable[..., Any] | Any = None,
     *,
     wrt: str | Sequence[str] | None = None,
     writes: str | Sequence[str] | None = None,
@@ -152,7 +152,7 @@ class Step:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., Any] | Any,
         contract_of: ContractOf,
         decorator: str,
         capture: str | Sequence[str] | None,
@@ -179,7 +179,7 @@ class Step:
     def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the step on a state; see `step` and `train_step`."""
         if type(state) is not State:
-            raise self._no_state(state)
+            raise no_state(self._name, state)
         plan = state._plan
         entry = self._only.get(plan)
         if entry is None and plan in self._recent:
@@ -203,7 +203,7 @@ class Step:
           what `jax.jit(f).lower(...)` returns; its `compile()` gives a function of a state.
         """
         if type(state) is not State:
-            raise self._no_state(state)
+            raise no_state(self._name, state)
         with self._lock:
             entry = self._entry(state, args, kwargs)
             with entry.tracing():
@@ -309,11 +309,13 @@ class Step:
         written, out = entry.program(donated, kept, *dynamic)
         return (entry.received(state, written, donated=False), out) if contract.returns_state else out
 
-    def _no_state(self, given: Any) -> StructureError:
-        return StructureError(
-            f"{self._name} is a step: its first argument is a state, not {type(given).__name__}.",
-            mend=f"state = plan.take(model)\n{self._name}(state, ...)",
-        )
+
+def no_state(name: str, given: Any) -> StructureError:
+    """The error for a step that is called with something else than a state."""
+    return StructureError(
+        f"{name} is a step: its first argument is a state, not {type(given).__name__}.",
+        mend=f"state = plan.take(model)\n{name}(state, ...)",
+    )
 
 
 class Lowered:
@@ -373,8 +375,10 @@ class Compiled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
 
-    def __call__(self, state: State, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the compiled step on a state of the plan that it was compiled for."""
+        if type(state) is not State:
+            raise no_state(self._entry.name, state)
         if state._plan is not self._entry.plan:
             raise StructureError(
                 f"{self._entry.name} was compiled for another plan than this state's.",

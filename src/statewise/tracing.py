@@ -10,6 +10,7 @@ is checked here, before anything is compiled, so that it costs nothing in the co
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -161,7 +162,8 @@ def call_once(
     _refuse_model(out, before.leaves, name)
     after = scan(objects)
     live = dict(zip(after.paths, after.leaves, strict=True))
-    _check_structure(plan, before.leaves, live, capture, name)
+    bridged = functools.partial(_is_bridged, objects if plan._several else objects[0])
+    _check_structure(plan, before.leaves, live, capture, name, bridged)
     captured = capture.collect(plan, live, out, sown)
     return captured, _arrays_after(plan, parts, live, name)
 
@@ -192,15 +194,23 @@ def _leaf_of(row: Any, note: str) -> Leaf:
     return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 
 
-def _check_structure(plan: Plan, before: Sequence[Any], live: dict[Path, Any], capture: Capture, name: str) -> None:
-    """Refuses Variables that the function made (and nobody captures), removed or replaced."""
+def _check_structure(
+    plan: Plan,
+    before: Sequence[Any],
+    live: dict[Path, Any],
+    capture: Capture,
+    name: str,
+    bridged: Callable[[Path], bool],
+) -> None:
+    """Refuses Variables that the function made (and nobody captures), removed or (unless bridged) replaced."""
     problems = []
     for row, was in zip(plan._rows, before, strict=True):
         now = live.get(row.path)
         if now is None:
             problems.append(_leaf_of(row, "removed"))
         elif isinstance(was, nnx.Variable) and now is not was:
-            problems.append(_leaf_of(row, "replaced by another Variable"))
+            if type(now) is not type(was) or not bridged(row.path):
+                problems.append(_leaf_of(row, "replaced by another Variable"))
         elif not isinstance(now, nnx.Variable) and not is_array(now):
             problems.append(_leaf_of(row, f"replaced by {type(now).__name__}"))
     planned = {row.path for row in plan._rows}
@@ -214,6 +224,16 @@ def _check_structure(plan: Plan, before: Sequence[Any], live: dict[Path, Any], c
             leaves=problems,
             mend=_structure_mend(made),
         )
+
+
+def _is_bridged(objects: Any, path: Path) -> bool:
+    """Whether a leaf belongs to a Linen module, wrapped by `nnx.bridge.ToNNX`, which writes by replacing Variables."""
+    thing = objects
+    for key in path:
+        if isinstance(thing, nnx.bridge.ToNNX):
+            return True
+        thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
+    return False
 
 
 def _structure_mend(made: Sequence[Leaf]) -> str:
@@ -258,6 +278,10 @@ def _check_output(leaves: Sequence[Any], name: str) -> None:
             )
 
 
+# Why a kind may not be written by the function of a train step.
+ITS_OPTIMIZER = "written by its optimizer alone"
+
+
 def refuse_writes(
     plan: Plan, traced: Traced, allowed: frozenset[str], why: dict[str, str], name: str, mend: str
 ) -> None:
@@ -283,6 +307,11 @@ def refuse_writes(
     kinds = tuple(dict.fromkeys(kind for kind, _ in odd))
     free = tuple(kind for kind in kinds if kind not in why)
     lines = [mend.format(kinds=repr(tuple(sorted(allowed | set(free), key=list(plan.kinds).index))))] if free else []
+    trained = tuple(kind for kind in kinds if why.get(kind) == ITS_OPTIMIZER)
+    if trained:
+        # As nnx.SpectralNorm and nnx.WeightNorm do; the update then goes on top of what the function wrote.
+        named = mend.format(kinds=repr(trained))
+        lines.append(f"or, where a layer normalises its own weights: {named}")
     lines.append("or, where the function only evaluates: model.eval() as its first line")
     raise UndeclaredWriteError(
         f"{name} writes {', '.join(kinds)}, which it does not declare.",
