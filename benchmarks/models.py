@@ -159,18 +159,27 @@ class Transformer(nnx.Module):
 
 
 class Vectors(nnx.Module):
-    """So many leaves of eight numbers, each a parameter."""
+    """So many leaves of eight numbers, each a parameter.
+
+    They are attributes, and no `nnx.List`: to go through one of those takes time by the square of its length, which
+    would be all that one sees of a first call.
+    """
 
     def __init__(self, leaves: int) -> None:
+        self.leaves = leaves
         values = np.random.default_rng(0).normal(size=(leaves, 8)).astype(np.float32)
-        self.vectors = nnx.List([nnx.Param(jnp.asarray(value)) for value in values])
+        for number, value in enumerate(values):
+            setattr(self, f"vector{number}", nnx.Param(jnp.asarray(value)))
+
+    def vectors(self) -> list[nnx.Param]:
+        """The parameters, in order."""
+        return [getattr(self, f"vector{number}") for number in range(self.leaves)]
 
 
 class Gates(nnx.Module):
-    """A model of which a step touches one small kind: five counters among so many parameters."""
+    """A model of which a step touches one small kind: five counters among so many leaves."""
 
     def __init__(self, leaves: int) -> None:
-        values = np.zeros((leaves - 10, 8), np.float32)
-        self.vectors = nnx.List([nnx.Param(jnp.asarray(value)) for value in values])
+        self.rest = Vectors(leaves - 10)
         self.counters = nnx.List([nnx.Variable(jnp.zeros(4)) for _ in range(5)])
         self.caches = nnx.List([nnx.Cache(jnp.zeros(4)) for _ in range(5)])

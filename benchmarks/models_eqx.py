@@ -105,7 +105,7 @@ def policy(source: models.Policy) -> tuple[Policy, None]:
 
 
 def vectors(source: models.Vectors) -> tuple[Vectors, None]:
-    return Vectors([jnp.copy(vector[...]) for vector in source.vectors]), None
+    return Vectors([jnp.copy(vector[...]) for vector in source.vectors()]), None
 
 
 def mse(model: Any, state: None, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:

@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from ids import named
 from statewise.filters import as_code, describe, explain_leaf, normalise, predicate, type_key, type_only
 from strategies import Constrained, Node, OwnStat, is_matrix, leaves_of
 
@@ -74,7 +75,7 @@ ALL = {"kernel", "lora", "steps", "own", "layers/0/kernel", "layers/1", "table/3
         (nnx.All(nnx.Param, nnx.Not(sw.Path("*"))), {"layers/0/kernel"}),
         (nnx.Any(sw.Meta("role", "base"), (sw.Path("steps"), [nnx.Cache])), {"kernel", "steps", "layers/1"}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_is_matched(filter: Any, paths: set[str]) -> None:
     assert found(filter) == paths
@@ -135,7 +136,7 @@ def test_types_are_true_under_hijax() -> None:
         (np.float32, np.float32, np.float64),
         (None, None, False),
     ],
-    ids=str,
+    ids=named,
 )
 def test_any_metadata_can_be_compared_and_hashed(value: Any, same: Any, other: Any) -> None:
     meta = sw.Meta("m", value)
@@ -296,7 +297,7 @@ BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
         (..., PARAM, True, "..."),
         (nnx.Param | nnx.Cache, PARAM, True, "Param"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_decided(filter: Any, leaf: Any, matched: bool, by: str) -> None:
     answer = explain_leaf(filter, *leaf)
@@ -330,7 +331,7 @@ class HasTag(typing.Protocol):
         (HasTag, False),
         (jaxtyping.Float[jax.Array, "3"], False),
     ],
-    ids=str,
+    ids=named,
 )
 def test_type_only(filter: Any, expected: bool) -> None:
     assert type_only(filter) is expected

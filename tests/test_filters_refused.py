@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from ids import named
 from statewise.filters import as_code, describe, explain_leaf, normalise, predicate, type_only
 from strategies import Node
 
@@ -53,7 +54,7 @@ HERE = __name__
         (len, "builtins:len cannot be called with (path, leaf).", LAMBDA),
         ("x".join, "builtins:str.join cannot be called with (path, leaf).", LAMBDA),
     ],
-    ids=str,
+    ids=named,
 )
 def test_no_filter(filter: Any, message: str, mend: str) -> None:
     for ask in (normalise, predicate, describe, as_code, type_only, lambda f: explain_leaf(f, (), None)):
@@ -63,7 +64,7 @@ def test_no_filter(filter: Any, message: str, mend: str) -> None:
         assert caught.value.mend == mend
 
 
-@pytest.mark.parametrize("bad", [3, jnp.ones(3), np.ones(3), nnx.Param(jnp.ones(2)), {nnx.Param}], ids=str)
+@pytest.mark.parametrize("bad", [3, jnp.ones(3), np.ones(3), nnx.Param(jnp.ones(2)), {nnx.Param}], ids=named)
 def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
     path = sw.Path("a")
     for join in (lambda: path & bad, lambda: bad & path, lambda: path | bad, lambda: bad | path):

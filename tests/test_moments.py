@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from ids import named
 from refusals import refused
 from strategies import Node, OwnStat
 
@@ -109,7 +110,7 @@ def test_an_optimizer_of_no_kind() -> None:
         planned({(): optax.sgd(0.1)})
 
 
-@pytest.mark.parametrize("given", [None, 0.1, optax.sgd, nnx.Param, "adam"], ids=str)
+@pytest.mark.parametrize("given", [None, 0.1, optax.sgd, nnx.Param, "adam"], ids=named)
 def test_no_optimizer(given: Any) -> None:
     with refused(
         sw.KindError,
@@ -120,7 +121,7 @@ def test_no_optimizer(given: Any) -> None:
         planned({"params": given})
 
 
-@pytest.mark.parametrize("given", [optax.sgd(0.1), optax.sgd, [("params", optax.sgd(0.1))], 0.1], ids=str)
+@pytest.mark.parametrize("given", [optax.sgd(0.1), optax.sgd, [("params", optax.sgd(0.1))], 0.1], ids=named)
 def test_no_mapping_of_optimizers(given: Any) -> None:
     with refused(
         sw.KindError,

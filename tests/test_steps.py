@@ -264,13 +264,9 @@ def test_what_is_sown_without_capture() -> None:
     )
 
 
-# What the package's own annotations refuse first while tests run; without the run-time type checker all of it holds.
-ANNOTATED = pytest.mark.xfail(strict=True, reason="steps.py: `state: State | Any`, `fn: Callable[..., Any] | Any`")
-
 # --- what a step is given ----------------------------------------------------------------------------------------
 
 
-@ANNOTATED
 @pytest.mark.parametrize("given", [None, 3, jnp.ones(2), {}], ids=["None", "int", "array", "dict"])
 @pytest.mark.parametrize("use", [lambda step, x: step(x), lambda step, x: step.lower(x)], ids=["call", "lower"])
 def test_no_state(given: Any, use: Any) -> None:
@@ -283,13 +279,11 @@ def test_no_state(given: Any, use: Any) -> None:
         use(run, given)
 
 
-@ANNOTATED
 def test_a_model_in_the_place_of_a_state() -> None:
     with pytest.raises(sw.StructureError, match="its first argument is a state, not Node"):
         sw.step(lambda model: None)(model())
 
 
-@ANNOTATED
 @pytest.mark.parametrize("given", [3, "f", jnp.ones(1)], ids=["int", "str", "array"])
 @pytest.mark.parametrize("name", ["step", "train_step"])
 def test_no_function(name: str, given: Any) -> None:
@@ -320,7 +314,6 @@ def test_a_state_whose_arrays_do_not_fit_its_plan() -> None:
     assert "jax.vmap(step, in_axes=(plan.axes(params=0), ...))" in (caught.value.mend or "")
 
 
-@pytest.mark.xfail(strict=True, reason="steps.py: Compiled does not look at what it is given")
 def test_no_state_where_a_step_was_compiled_ahead() -> None:
     compiled = sw.step(lambda model: model.w[...].sum()).lower(taken()).compile()
     with refused(

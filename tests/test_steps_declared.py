@@ -164,7 +164,8 @@ def test_what_a_train_step_writes_by_default_and_what_it_refuses() -> None:
             "base: BatchStat(2,) float32  kind=base  (written in Node; the kind is frozen)",
             "seen: Variable(2,) float32  kind=tagged  (written in Node)",
         ],
-        mend="@sw.train_step(writes=('lora', 'tagged', 'rest', 'optimizer'))\n"
+        mend="@sw.train_step(writes=('lora', 'tagged'))\n"
+        "or, where a layer normalises its own weights: @sw.train_step(writes=('params',))\n"
         "or, where the function only evaluates: model.eval() as its first line",
     ):
         train(state)

@@ -105,7 +105,7 @@ def test_a_step_on_a_spent_state(spend: Callable[[sw.State], str], use: Any) -> 
 
 @pytest.mark.parametrize("use", [double, read], ids=["writes", "reads"])
 def test_a_spent_state_is_refused_by_a_step_not_seen_before(use: Any) -> None:
-    fresh = sw.step(use.__wrapped__, writes="params" if use is double else ())
+    fresh = sw.step(use.fn, writes="params" if use is double else ())
     state = taken()
     double(state)
     with refused(sw.StructureError, "This state is spent: double has donated its params.", kind="params", mend=SPENT):

@@ -157,7 +157,7 @@ def test_without_compilation_values_are_concrete() -> None:
         look(state, jnp.zeros((1, 3)))
     assert seen == [(1.0, 0), (0.0, 1)]
     with jax.disable_jit(), pytest.raises(sw.UndeclaredWriteError):
-        sw.step(forward.__wrapped__)(fresh(), X)
+        sw.step(forward.fn)(fresh(), X)
 
 
 # --- many states at once ---------------------------------------------------------------------------------------------
@@ -360,3 +360,21 @@ def test_inside_a_transform_nothing_is_given_away(transform: Any) -> None:
     assert int(after["variables"]["calls"]) == 1
     with pytest.raises(sw.StructureError, match="This state is spent: train has donated its params"):
         train(state, X)
+
+
+def test_a_writing_step_closes_over_a_tracer() -> None:
+    state = fresh()
+
+    def by(scale: Any) -> Any:
+        def add(model: Net) -> None:
+            model.calls[...] += jnp.round(scale).astype(int)
+
+        return sw.step(add, writes="variables")(state)[0]["variables"]["calls"]
+
+    assert int(jax.jit(by)(3.0)) == 3
+    assert jax.vmap(by)(jnp.arange(3.0)).tolist() == [0, 1, 2]
+
+
+def test_a_state_is_taken_inside_a_transform() -> None:
+    out, loss = jax.jit(lambda x: train(PLAN.take(MODEL), x))(X)
+    close((out, loss), train(fresh(), X))

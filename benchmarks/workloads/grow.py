@@ -28,9 +28,10 @@ Tables = list[dict[str, Any]]
 
 def decay(model: Any, x: jax.Array) -> jax.Array:
     """One elementwise update of each leaf: hardly any arithmetic, and quick to compile at any number of leaves."""
-    for vector in model.vectors:
+    vectors = model.vectors()
+    for vector in vectors:
         vector[...] = 0.9 * vector[...] + x
-    return model.vectors[0][...].sum()
+    return vectors[0][...].sum()
 
 
 def decay_eqx(model: Any, state: None, x: jax.Array) -> tuple[jax.Array, Any]:

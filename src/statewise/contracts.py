@@ -30,6 +30,7 @@ class Contract:
 
     Attributes:
       allowed: the kinds that its function may write.
+      named: those of them that its decorator names.
       why_not: for some other kinds, why they may not be written.
       groups: the optimizers that it runs.
       trains: whether it differentiates.
@@ -39,6 +40,7 @@ class Contract:
     """
 
     allowed: frozenset[str]
+    named: tuple[str, ...]
     why_not: dict[str, str]
     groups: tuple[Group, ...]
     trains: bool
@@ -52,6 +54,7 @@ def plain_contract(plan: Plan, name: str, writes: Sequence[str]) -> Contract:
     _check_writable(plan, name, writes)
     return Contract(
         allowed=frozenset(writes),
+        named=tuple(writes),
         why_not=_frozen(plan),
         groups=(),
         trains=False,
@@ -75,6 +78,7 @@ def train_contract(
     why_not = _frozen(plan) | dict.fromkeys(trained, ITS_OPTIMIZER)
     return Contract(
         allowed=frozenset(allowed - set(trained)),
+        named=tuple(writes or ()),
         why_not=why_not,
         groups=groups,
         trains=True,

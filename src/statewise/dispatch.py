@@ -206,12 +206,12 @@ def args_key(args: Any, kwargs: Any, arguments: Arguments, objects: int) -> Any:
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, leaf.weak_type
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # an array of keys has none
     try:
         type_ = jax.typeof(leaf)
     except TypeError:
         return type(leaf)  # JAX says so too, when it is traced
-    return type_.shape, type_.dtype, type_.weak_type
+    return type_.shape, type_.dtype, getattr(type_, "weak_type", False)
 
 
 def full_key(state: State, arguments: Any) -> Any:

@@ -93,7 +93,7 @@ def _taken(array: Any, copy: bool, seen: set[Any]) -> Any:
         return jnp.array(array)
     if isinstance(array, jax.core.Tracer):
         return array
-    return array.copy() if copy else _own(array, seen)
+    return jnp.copy(array) if copy else _own(array, seen)
 
 
 def _own(array: Any, seen: set[Any]) -> Any:
@@ -102,7 +102,7 @@ def _own(array: Any, seen: set[Any]) -> Any:
         return array
     buffer = _buffer_of(array)
     if buffer in seen:
-        array = array.copy()
+        array = jnp.copy(array)
         buffer = _buffer_of(array)
     seen.add(buffer)
     return array
@@ -188,7 +188,7 @@ def _ready(value: Any, copy: bool) -> Any:
         if isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer):
             return array
         if isinstance(array, jax.Array):
-            return array.copy() if copy else array
+            return jnp.copy(array) if copy else array
         return jnp.array(array)  # somebody mapped the state to NumPy
 
     return jax.tree.map(ready, value)

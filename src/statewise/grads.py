@@ -81,7 +81,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
         state = _gradients(found, chosen, flat, grads)
         return ((loss, aux) if has_aux else loss), state
 
-    return functools.update_wrapper(differentiated, fn)
+    return _named_like(differentiated, fn)
 
 
 def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -136,7 +136,14 @@ def grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool = False) ->
         value, grads = both(model, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
-    return functools.update_wrapper(gradient, fn)
+    return _named_like(gradient, fn)
+
+
+def _named_like(made: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a function the name of the one that it is made of; not its annotations, for it returns something else."""
+    functools.update_wrapper(made, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    del vars(made)["__wrapped__"]
+    return made
 
 
 def _check_chosen(found: Scan, chosen: Sequence[bool], wrt: Any) -> None:

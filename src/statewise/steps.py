@@ -140,6 +140,9 @@ class Step:
 
     Called as `step(state, *args, **kwargs)`.  The function gets the planned objects in the place of the state.
 
+    Attributes:
+      fn: the function.
+
     Example:
       >>> from flax import nnx
       >>> import statewise as sw
@@ -160,8 +163,10 @@ class Step:
     ) -> None:
         if not callable(fn):
             raise StructureError(f"{fn!r} is no function.", mend=f"@sw.{decorator}\ndef f(model, x): ...")
-        functools.update_wrapper(self, fn)
-        self._fn = fn
+        # Not its annotations: they are of another call, with the model in the place of the state.
+        functools.update_wrapper(self, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+        del self.__dict__["__wrapped__"]
+        self.fn = fn
         self._name = getattr(fn, "__name__", type(fn).__name__)
         self._decorator = decorator
         self._contract_of = contract_of
@@ -261,7 +266,8 @@ class Step:
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)
         traced = trace(plan, self._bound(split.static, plan._objects), state, *dynamic, capture, self._name)
-        refuse_writes(plan, traced, contract.allowed, contract.why_not, self._name, contract.mend)
+        named, why_not = contract.named, contract.why_not
+        refuse_writes(plan, traced, contract.allowed, named, why_not, self._name, contract.mend)
         if contract.trains:
             check_loss(traced, contract, bool(capture), self._name)
         return traced, contract
@@ -269,11 +275,11 @@ class Step:
     def _bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
         """The user's function with the static arguments in their places, after so many objects."""
         if not static:
-            return self._fn
+            return self.fn
 
         def bound(*args: Any, **kwargs: Any) -> Any:
             full_args, full_kwargs = merged(args[objects:], kwargs, static)
-            return self._fn(*args[:objects], *full_args, **full_kwargs)
+            return self.fn(*args[:objects], *full_args, **full_kwargs)
 
         return bound
 

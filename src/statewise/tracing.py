@@ -283,7 +283,13 @@ ITS_OPTIMIZER = "written by its optimizer alone"
 
 
 def refuse_writes(
-    plan: Plan, traced: Traced, allowed: frozenset[str], why: dict[str, str], name: str, mend: str
+    plan: Plan,
+    traced: Traced,
+    allowed: frozenset[str],
+    named: Sequence[str],
+    why: dict[str, str],
+    name: str,
+    mend: str,
 ) -> None:
     """Raises where the function writes a kind that it may not.
 
@@ -291,6 +297,7 @@ def refuse_writes(
       plan: the plan.
       traced: the traced call.
       allowed: the kinds that may be written.
+      named: those of them that the user has named.
       why: for some kinds, why they may not be.
       name: the step's name.
       mend: the decorator as it would have to stand, with `{kinds}` in the place of the kinds.
@@ -305,19 +312,20 @@ def refuse_writes(
         note = f"written in {owners[leaf.path]}" + (f"; {why[kind]}" if kind in why else "")
         leaves[leaf.path] = dataclasses.replace(leaf, note=note)
     kinds = tuple(dict.fromkeys(kind for kind, _ in odd))
-    free = tuple(kind for kind in kinds if kind not in why)
-    lines = [mend.format(kinds=repr(tuple(sorted(allowed | set(free), key=list(plan.kinds).index))))] if free else []
-    trained = tuple(kind for kind in kinds if why.get(kind) == ITS_OPTIMIZER)
+    order = list(plan.kinds).index
+    free = [kind for kind in kinds if kind not in why]
+    lines = [mend.format(kinds=repr(tuple(sorted({*named, *free}, key=order))))] if free else []
+    trained = [kind for kind in kinds if why.get(kind) == ITS_OPTIMIZER]
     if trained:
         # As nnx.SpectralNorm and nnx.WeightNorm do; the update then goes on top of what the function wrote.
-        named = mend.format(kinds=repr(trained))
-        lines.append(f"or, where a layer normalises its own weights: {named}")
-    lines.append("or, where the function only evaluates: model.eval() as its first line")
+        also = mend.format(kinds=repr(tuple(sorted({*named, *trained}, key=order))))
+        lines.append(f"where a layer normalises its own weights: {also}")
+    lines.append("where the function only evaluates: model.eval() as its first line")
     raise UndeclaredWriteError(
         f"{name} writes {', '.join(kinds)}, which it does not declare.",
         leaves=leaves.values(),
         kind=kinds[0],
-        mend="\n".join(lines),
+        mend="\nor, ".join(lines),
     )
 
 

@@ -28,21 +28,8 @@ from equivalence.rivals import (
 # A large eps keeps Adam from blowing rounding noise up to full steps.
 ADAM = optax.adam(0.05, eps=1e-2)
 
-XFAIL = {
-    "spectral_norm": "train_step(writes='params') refuses a trained kind that the forward pass writes",
-    "weight_norm": "train_step(writes='params') refuses a trained kind that the forward pass writes",
-    "linen_statistics": "nnx.bridge.ToNNX replaces its statistics by new Variables of the same type",
-}
 
-
-def expected_to_fail(name: str) -> Any:
-    return pytest.mark.xfail(reason=XFAIL[name], strict=True, raises=sw.StatewiseError)
-
-
-NAMES = [pytest.param(name, marks=expected_to_fail(name) if name in XFAIL else ()) for name in MODELS]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_training_gives_the_numbers_of_nnx_jit_and_nnx_optimizer(name: str) -> None:
     case = MODELS[name]
     ours, theirs = by_steps(case, ADAM), by_hand(case, ADAM)
