@@ -22,18 +22,18 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 # Name -> (fake devices, processes): what this process has to know without importing the workloads.
 PLANNED: dict[str, tuple[int, int]] = {
-    "many_small": (1, 3),
+    "many_small": (1, 2),
     "few_large": (1, 2),
     "resnet": (1, 1),
     "transformer": (1, 1),
     "mesh": (8, 1),
     "decode": (1, 2),
-    "rl": (1, 2),
-    "noop": (1, 2),
+    "rl": (1, 1),
+    "noop": (1, 1),
     "scan": (1, 2),
-    "small_kind": (1, 3),
+    "small_kind": (1, 2),
     "leaves": (1, 1),
-    "look": (1, 2),
+    "look": (1, 1),
     "memory": (1, 1),
 }
 

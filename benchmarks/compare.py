@@ -7,6 +7,8 @@ was left out and why.
 from __future__ import annotations
 
 import gc
+import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,22 +93,15 @@ def compare(
     if settings.warm_up:
         _warm_up(case, names, settings)
     copy = fresh(case)
-    firsts: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    checked: dict[str, float] = {}
-    for repeat in range(settings.first_calls):
-        calls, outputs = {}, {}
-        shift = repeat * len(names) // max(1, settings.first_calls)
-        for name in names[shift:] + names[:shift]:
-            calls[name], outputs[name], times = _begin(name, case, copy(), sharding, settings)
-            firsts[name].append(times)
-        for name in names:
-            if name.startswith("equinox") and case.eqx is not None and not case.eqx.comparable:
-                continue
-            difference = check(name, outputs[name], outputs[OURS], case.tolerance)
-            checked[name] = max(checked.get(name, 0.0), difference)
-    checked |= _check_quietly(case, [name for name in names if name not in checked], settings)
+    calls, outputs, times = {}, {}, {}
+    # Another order in each process: a first call may gain from what the ones before it have traced.
+    for name in random.Random(os.getpid()).sample(names, len(names)):
+        calls[name], outputs[name], times[name] = _begin(name, case, copy(), sharding, settings)
+    apart = [name for name in names if name.startswith("equinox") and case.eqx and not case.eqx.comparable]
+    checked = {name: check(name, outputs[name], outputs[OURS], case.tolerance) for name in names if name not in apart}
+    checked |= _check_quietly(case, apart, settings)
     rows = time_calls({name: calls[name] for name in names}, OURS, settings)
-    made = [_row(name, rows[name], firsts[name], checked[name]) for name in names]
+    made = [_row(name, rows[name], times[name], checked[name]) for name in names]
     made += [{"key": name, "label": LABELS[name], "skipped": reason} for name, reason in skipped.items()]
     return table(key, title, made, per=per, reference=OURS, **array_count(case), **facts)
 
@@ -170,13 +165,7 @@ def _check_quietly(case: Case, names: Sequence[str], settings: Settings) -> dict
     }
 
 
-def _row(name: str, numbers: Row, firsts: Sequence[tuple[float, float]], difference: float) -> Row:
-    setups, calls = zip(*firsts, strict=True)
-    return {
-        "key": name,
-        "label": LABELS[name],
-        **numbers,
-        "setup_s": float(np.median(setups)),
-        "first_call_s": float(np.median(calls)),
-        "difference": difference,
-    }
+def _row(name: str, numbers: Row, first: tuple[float, float], difference: float) -> Row:
+    setup_s, first_call_s = first
+    times = {"setup_s": setup_s, "first_call_s": first_call_s}
+    return {"key": name, "label": LABELS[name], **numbers, **times, "difference": difference}

@@ -31,28 +31,26 @@ class Settings:
       budget_s: seconds of timed calls in one comparison.
       rounds: fewest and most rounds.
       sample_s: the length of one sample, in seconds, where one call is shorter.
-      first_calls: how often the first call is timed, with fresh functions each time.
       check_steps: how many calls are compared with ours before timing.
       warm_up: whether a tiny model is run first, so that the first rival does not pay for what all share.
     """
 
     quick: bool = False
-    budget_s: float = 12.0
+    budget_s: float = 8.0
     rounds: tuple[int, int] = (9, 40)
     sample_s: float = 0.01
-    first_calls: int = 2
     check_steps: int = 3
     warm_up: bool = True
 
     @classmethod
     def short(cls) -> Settings:
         """For `--quick`."""
-        return cls(quick=True, budget_s=1.5, rounds=(5, 15), sample_s=0.004, first_calls=1)
+        return cls(quick=True, budget_s=1.5, rounds=(5, 15), sample_s=0.004)
 
     @classmethod
     def tiny(cls) -> Settings:
         """For tests, which do not look at times."""
-        return cls(quick=True, budget_s=0.0, rounds=(2, 2), sample_s=0.0, first_calls=1, check_steps=2, warm_up=False)
+        return cls(quick=True, budget_s=0.0, rounds=(2, 2), sample_s=0.0, check_steps=2, warm_up=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,7 +149,7 @@ def scaled(model: Net, x: jax.Array, mode: Any = "keep", by: Any = 2.0) -> jax.A
 def test_static_arguments(options: dict[str, Any]) -> None:
     step = sw.step(scaled, **options)
     traces: list[None] = []
-    step._fn = lambda *args, **kwargs: (traces.append(None), scaled(*args, **kwargs))[1]
+    step.fn = lambda *args, **kwargs: (traces.append(None), scaled(*args, **kwargs))[1]
     state = fresh()
     for _ in range(2):
         kept, twice = step(state, X, "keep"), step(state, X, "scale")

@@ -260,7 +260,7 @@ def test_what_is_sown_without_capture() -> None:
         lambda: sw.step(sow),
         message="sow changes which Variables the model has; new ones cannot enter a state.",
         leaves=["seen: Intermediate(2, 3) float32  (made by the function)"],
-        mend="@sw.step(capture='intermediates')  # sown values come back beside the output",
+        mend="kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\nand capture='sown'",
     )
 
 

@@ -93,7 +93,7 @@ def resnet_case(stages: tuple[int, ...], repeats: int, size: int, batch: int) ->
 
 
 def resnet(settings: Settings) -> Tables:
-    shape = ((4, 8), 1) if settings.quick else ((8, 16, 32), 2)
+    shape = ((4, 8), 1) if settings.quick else ((8, 16), 2)
     case = resnet_case(*shape, size=8, batch=8)
     title = "A small ResNet of Flax's layers, AdamW"
     return [compare(case, settings, key="resnet", title=title, names=_names(settings))]
@@ -115,14 +115,14 @@ def transformer_case(width: int, depth: int, dropout: float = 0.1, batch: int = 
 
 
 def transformer(settings: Settings) -> Tables:
-    case = transformer_case(16, 1) if settings.quick else transformer_case(32, 4)
+    case = transformer_case(16, 1) if settings.quick else transformer_case(32, 2)
     title = "A small transformer of Flax's layers, AdamW"
     return [compare(case, settings, key="transformer", title=title, names=_names(settings))]
 
 
 def mesh(settings: Settings, blocks: int | None = None) -> Tables:
     """The parameters on every device, the batch spread over them."""
-    blocks = blocks or (6 if settings.quick else 50)
+    blocks = blocks or (6 if settings.quick else 30)
     case = many_small_case(blocks, batch=16)
     devices = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.NamedSharding(devices, jax.P())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from statewise import _compat
+from statewise.aliases import aliases_of
 from statewise.errors import ContestedError, UnclaimedError
 from statewise.filters import Exactly, as_code, predicate, type_key, type_only
 from statewise.kinds import Kind, Kinds
@@ -50,7 +51,18 @@ def claim(kinds: Kinds, found: Scan) -> list[str]:
       UnclaimedError: leaves that no kind claims, all of them.
     """
     claims_of = claimants(kinds)
-    claims = [claims_of(found.relative(path), leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)]
+    # A filter that looks at the path sees every path of a tied leaf: it claims the leaf by any of them.
+    by_path = any(not kind.rest and not type_only(kind.of) for kind in kinds.values())
+    aliases = aliases_of(found.graphdef, found.paths, found.several) if by_path else {}
+    claims = []
+    for path, leaf in zip(found.paths, found.leaves, strict=True):
+        names = claims_of(found.relative(path), leaf)
+        for alias in aliases.get(path, ()):
+            more = claims_of(found.relative(alias), leaf)
+            # What the rest kind would get by one path belongs to whoever claims it by another.
+            named = [name for name in (*names, *more) if not kinds[name].rest]
+            names = tuple(dict.fromkeys(named)) or names
+        claims.append(names)
     if any(len(names) != 1 for names in claims):
         _refuse(kinds, found, claims)
     return [names[0] for names in claims]

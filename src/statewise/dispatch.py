@@ -201,7 +201,14 @@ def args_key(args: Any, kwargs: Any, arguments: Arguments, objects: int) -> Any:
         hash(static)
     except TypeError as error:
         raise arguments.unhashable(static, objects) from error
-    return structure, tuple(map(_leaf_key, leaves)), static
+    # 1 == 1.0 == True, but a program made for one of them is another program.
+    return structure, tuple(map(_leaf_key, leaves)), static, tuple(_types(value) for value in split.static.values())
+
+
+def _types(value: Any) -> Any:
+    if isinstance(value, (tuple, frozenset)):
+        return type(value), tuple(map(_types, value))
+    return type(value)
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -116,7 +116,7 @@ class _Run:
             if what == "role":
                 made[node] = arrays[rest[0]]
             elif what == "op":
-                primitive, params, operands = rest
+                primitive, params, operands, _ = rest
                 values = [self._on(operand, arrays, made, shape) for operand in operands]
                 made[node] = _bind(primitive, params, values, shape)
             else:
@@ -138,7 +138,7 @@ class _Run:
             elif what == "literal":
                 self.known[key] = rest[0]
             elif what == "op":
-                primitive, params, operands = rest
+                primitive, params, operands, _ = rest
                 values = [self._absolute(operand, leaf) for operand in operands]
                 shape = jnp.broadcast_shapes(*(jnp.shape(value) for value in values))
                 self.known[key] = _bind(primitive, params, values, shape)
@@ -296,7 +296,9 @@ class _Proof:
         uniform = all(operand.uniform for operand in operands)
         if name in _ELEMENTWISE and fits and len(leaves) <= 1 and (own or not leaves) and (uniform or leaves):
             key = tuple(operand.node for operand in operands)
-            node = self.node("op", eqn.primitive, _Params(eqn.params), key)
+            # The dtypes are part of the expression: leaves of other dtypes are updated by another program.
+            dtypes = tuple(str(getattr(var.aval, "dtype", "")) for var in eqn.invars)
+            node = self.node("op", eqn.primitive, _Params(eqn.params), key, dtypes)
             return _Value(node, next(iter(leaves), None), shape, uniform)
         node = self.node("eqn", _Same(eqn), tuple((operand.node, operand.leaf) for operand in operands), position)
         return _Value(node, None, shape, shape == ())

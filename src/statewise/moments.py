@@ -123,9 +123,12 @@ class Group:
         # Each original is let go before the next copy is made: large moments are not held twice.
         return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]
 
-    def with_specs(self, specs: Sequence[Spec]) -> "Group":
-        """This group, its state of other shapes or dtypes."""
-        return dataclasses.replace(self, overridden=tuple(specs))
+    def recast(self, params: Mapping[Path, tuple[Spec, ...]], moments: Sequence[Spec]) -> "Group":
+        """This group, its leaves (by path) and its state of other shapes or dtypes."""
+        rows = tuple((path, params[path], structure) for path, _, structure in self.rows)
+        if rows == self.rows and tuple(moments) == self.layout.specs:
+            return self
+        return dataclasses.replace(self, rows=rows, overridden=tuple(moments))
 
 
 def plain_key(key: Any) -> Any:

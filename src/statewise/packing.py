@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.elementwise import PARAM, prove_elementwise
+from statewise.errors import StructureError
 from statewise.moments import Group
+from statewise.paths import format_shape
 from statewise.scan import Spec
 
 __all__ = ["Buffer", "Packing", "choose", "pack", "separated", "unpack"]
@@ -101,10 +103,21 @@ def _split(buffer: Buffer, flat: Any) -> Sequence[Any]:
         return buffer.arrays(flat)
     if isinstance(flat, jax.ShapeDtypeStruct):
         return [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in buffer.specs]
-    if not isinstance(flat, jax.Array):
+    if not isinstance(flat, jax.Array | np.ndarray):
         return [flat] * len(buffer.positions)  # an axis, or whatever JAX has put there
-    # One transfer for all of them; each slice of a JAX array would be a dispatch.
-    return jax.device_put(buffer.arrays(np.asarray(flat)), flat.sharding)
+    if flat.shape != buffer.spec.shape:
+        raise StructureError(
+            f"A buffer of packed arrays is {format_shape(flat.shape)}, not {format_shape(buffer.spec.shape)}.",
+            mend="take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)",
+        )
+    arrays = buffer.arrays(np.asarray(flat))
+    if isinstance(flat, np.ndarray):
+        return arrays
+    # One transfer for all of them; each slice of a JAX array would be a dispatch.  A buffer that is spread over
+    # devices says nothing of how its arrays would be.
+    return (
+        jax.device_put(arrays, flat.sharding) if flat.sharding.is_fully_replicated else list(map(jnp.asarray, arrays))
+    )
 
 
 def separated(buffer: Buffer, flat: Any) -> list[Any]:

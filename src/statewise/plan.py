@@ -309,8 +309,11 @@ class Plan(Layout):
             row._replace(specs=tuple(specs[span.kind][span.start : span.stop])) if span.kind in specs else row
             for row, span in zip(self._rows, self._spans, strict=True)
         ]
+        # What the optimizers would make of leaves of these dtypes does not matter: their state is there already.
+        moments = specs.get(OPTIMIZER, self._specs[OPTIMIZER] if self._groups else ())
+        by_path = {row.path: row.specs for row in rows}
         groups = tuple(
-            group.with_specs(specs[OPTIMIZER][start:stop]) if OPTIMIZER in specs else group
+            group.recast(by_path, moments[start:stop])
             for group, (start, stop) in zip(self._groups, self._moment_spans, strict=True)
         )
         plain = intern(Plan(self.kinds, self._graphdef, tuple(rows), groups, self._objects, self.dropped))

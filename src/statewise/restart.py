@@ -115,6 +115,13 @@ def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
         for leaf, size in sizes
         if size < 0 or size != count
     ]
+    found = {size for _, size in sizes}
+    if is_mask and len(found) == 1 and found != {count} and min(found) >= 0:
+        raise StructureError(
+            f"where has {count} entries, but {', '.join(kinds)} has {min(found)} slots.",
+            kind=kinds[0],
+            mend=f"a boolean for each of the {min(found)} slots, or slot numbers",
+        )
     if odd:
         slots = f"{count} slots along its batch axis" if count >= 0 else "its batch axis"
         raise StructureError(

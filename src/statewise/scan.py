@@ -83,6 +83,11 @@ def scan(objects: Sequence[Any]) -> Scan:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
     for position, thing in enumerate(objects):
         _check_object(position, thing)
+        if hasattr(thing, "_plan"):
+            raise ModelError(
+                f"Object {position} is a {type(thing).__name__}, not a model.",
+                mend="state['params'] gives a kind's arrays, sw.census(state) counts them, plan.build(state) a model",
+            )
     several = len(objects) > 1
     try:
         graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0])

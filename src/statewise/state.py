@@ -100,6 +100,7 @@ class State:
         Of kind `optimizer`, the optimizers' states by the kinds that they update, where the plan has some.
         """
         part = self.part(kind)
+        check_unspent(self, [kind])
         if part._view is None:
             part._view = view(self._plan, kind, self._plan._unpacked(kind, part.arrays))
         return part._view

@@ -21,6 +21,7 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.capture import Capture
+from statewise.claims import claimants
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
@@ -222,7 +223,7 @@ def _check_structure(
         raise StructureError(
             f"{name} changes which Variables the model has; new ones cannot enter a state.",
             leaves=problems,
-            mend=_structure_mend(made),
+            mend=_structure_mend(plan, made),
         )
 
 
@@ -236,9 +237,14 @@ def _is_bridged(objects: Any, path: Path) -> bool:
     return False
 
 
-def _structure_mend(made: Sequence[Leaf]) -> str:
+def _structure_mend(plan: Plan, made: Sequence[Leaf]) -> str:
     if any(issubclass(leaf.type, nnx.Intermediate) for leaf in made):
-        return "@sw.step(capture='intermediates')  # sown values come back beside the output"
+        claims_of = claimants(plan.kinds)
+        sown = next(leaf for leaf in made if issubclass(leaf.type, nnx.Intermediate))
+        kinds = claims_of(sown.path, object.__new__(sown.type))
+        if not kinds or plan.kinds[kinds[0]].rest:
+            return "kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\nand capture='sown'"
+        return f"capture={kinds[0]!r} in the step's decorator: what is sown then comes back beside the output"
     if made:
         return "make the Variable before the plan is made (model.init_cache(...), say)"
     return "assign values, not Variables: self.count[...] = self.count[...] + 1"
@@ -320,7 +326,8 @@ def refuse_writes(
         # As nnx.SpectralNorm and nnx.WeightNorm do; the update then goes on top of what the function wrote.
         also = mend.format(kinds=repr(tuple(sorted({*named, *trained}, key=order))))
         lines.append(f"where a layer normalises its own weights: {also}")
-    lines.append("where the function only evaluates: model.eval() as its first line")
+    if any(not issubclass(leaf.type, nnx.Cache | nnx.OptState | _compat.MetricState) for leaf in leaves.values()):
+        lines.append("where the function only evaluates: model.eval() as its first line")
     raise UndeclaredWriteError(
         f"{name} writes {', '.join(kinds)}, which it does not declare.",
         leaves=leaves.values(),
@@ -335,10 +342,11 @@ def _owners(plan: Plan) -> dict[Path, str]:
     objects: Any = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
     for row in plan._rows:
         thing, at = (objects if plan._several else objects[0]), 0
-        owner = f"{type(thing).__name__}"
+        owner = type(thing).__name__
         for depth, key in enumerate(row.path[:-1], start=1):
             thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
-            if isinstance(thing, nnx.Module) and not isinstance(thing, (nnx.Rngs, nnx.RngStream)):
+            first = plan._several and depth == 1  # one of several objects, which need not be a module
+            if first or (isinstance(thing, nnx.Module) and not isinstance(thing, (nnx.Rngs, nnx.RngStream))):
                 owner, at = type(thing).__name__, depth
         owners[row.path] = f"{owner} {format_path(row.path[:at])}" if at else owner
     return owners
