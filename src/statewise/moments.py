@@ -126,9 +126,10 @@ class Group:
     def recast(self, params: Mapping[Path, tuple[Spec, ...]], moments: Sequence[Spec]) -> "Group":
         """This group, its leaves (by path) and its state of other shapes or dtypes."""
         rows = tuple((path, params[path], structure) for path, _, structure in self.rows)
-        if rows == self.rows and tuple(moments) == self.layout.specs:
-            return self
-        return dataclasses.replace(self, rows=rows, overridden=tuple(moments))
+        plain = dataclasses.replace(self, rows=rows, overridden=None)
+        # Where the state is what `tx.init` would make, the group is as good as new, and its plan the same.
+        as_made = plain.layout.specs == tuple(moments)
+        return plain if as_made else dataclasses.replace(plain, overridden=tuple(moments))
 
 
 def plain_key(key: Any) -> Any:
