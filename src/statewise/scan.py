@@ -83,7 +83,7 @@ def scan(objects: Sequence[Any]) -> Scan:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
     for position, thing in enumerate(objects):
         _check_object(position, thing)
-        if hasattr(thing, "_plan"):
+        if hasattr(type(thing), "_plan"):  # of the type: an nnx.Rngs has any attribute that one asks it for
             raise ModelError(
                 f"Object {position} is a {type(thing).__name__}, not a model.",
                 mend="state['params'] gives a kind's arrays, sw.census(state) counts them, plan.build(state) a model",
