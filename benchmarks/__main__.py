@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     results = Path(args.results) if args.results else RESULTS / "quick" if args.quick else RESULTS
     failed = [] if args.write_docs and not args.only else _run_all(args, results)
     if args.write_docs:
-        for path in write_docs(results, ROOT / "docs"):
+        for path in write_docs(results, ROOT / "docs", tuple(PLANNED)):
             print(f"wrote {path.relative_to(ROOT)}")
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)

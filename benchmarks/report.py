@@ -75,8 +75,11 @@ def seconds(value: float) -> str:
 
 
 def amount(value: float) -> str:
-    """Bytes, in MB or GB."""
-    return f"{value / 1e9:.2f} GB" if abs(value) >= 1e9 else f"{value / 1e6:.1f} MB"
+    """Bytes, in kB, MB or GB."""
+    for scale, unit in ((1e9, "GB"), (1e6, "MB")):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {unit}"
+    return f"{value / 1e3:.0f} kB"
 
 
 def times(value: float) -> str:
@@ -141,8 +144,13 @@ def show(result: Result) -> str:
 # --- docs/performance.md ---------------------------------------------------------------------------------------
 
 
-def write_docs(results: Path, docs: Path) -> list[Path]:
+def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Path]:
     """Writes the tables and the plot into docs/performance.md, between its two marks; the prose stays as it is.
+
+    Args:
+      results: the folder of the JSON.
+      docs: the folder of the page.
+      order: names of workloads, in the order of their sections; any others come first.
 
     Returns:
       the files written.
@@ -167,7 +175,9 @@ def write_docs(results: Path, docs: Path) -> list[Path]:
         write_plot(found["leaves"], plot)
         written.append(plot)
         sections += ["## Cost against the number of leaves", f"![milliseconds a step by leaves]({plot.name})"]
-    sections += [_section(result) for result in found.values()]
+    places = {name: place for place, name in enumerate(order)}
+    ordered = sorted(found.values(), key=lambda result: places.get(result["name"], -1))
+    sections += [_section(result) for result in ordered]
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     page.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{after}", encoding="utf-8")
     return written

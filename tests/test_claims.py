@@ -38,6 +38,13 @@ def is_attribute(path: tuple[Any, ...]) -> bool:
     return isinstance(path[-1], str)
 
 
+def ways_to(model: Node, path: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Every path of a leaf.  Drawn models tie a leaf in one place only."""
+    leaf = dict(leaves_of(model))[path]
+    tied = isinstance(leaf, nnx.Variable) and getattr(model, "zz_tied", None) is leaf
+    return [path, ("zz_tied",)] if tied else [path]
+
+
 # --- laws --------------------------------------------------------------------------------------------------------
 
 
@@ -64,8 +71,11 @@ def test_any_declaration_claims_each_leaf_once_or_says_which_not(model: Node, on
     except sw.KindError:
         return  # an empty filter, or `...` twice
     matches = {name: predicate(kind.of) for name, kind in kinds.items()}
+    ways = {path: ways_to(model, path) for path, _ in leaves_of(model)}  # a tied leaf is claimed by any of its paths
     claims = {
-        path: [name for name in kinds if not kinds[name].rest and matches[name](path, leaf)]
+        path: [
+            name for name in kinds if not kinds[name].rest and any(matches[name](way, leaf) for way in ways[path])
+        ]
         or [name for name in kinds if kinds[name].rest]
         for path, leaf in leaves_of(model)
     }
@@ -221,6 +231,22 @@ def test_three_kinds_claim_one_leaf() -> None:
         "claimed by all and params",
     ]
     assert [leaf.kind for leaf in mended(kinds, caught.value).plan(model).leaves] == ["lora", "params", "all"]
+
+
+def test_a_tied_leaf_claimed_by_each_of_its_paths() -> None:
+    shared = nnx.Param(jnp.ones((2, 3)))
+    model = Node(embed=shared, head=shared, bias=nnx.Param(jnp.ones(3)))
+    kinds = sw.Kinds(first=sw.Kind(sw.Path("embed")), second=sw.Kind(sw.Path("head")), rest=sw.Kind(...))
+    with refused(
+        sw.ContestedError,
+        "1 leaf is claimed by more than one kind.",
+        leaves=["embed: Param(2, 3) float32  (claimed by first and second)"],
+        mend="kinds = kinds.replace(first=sw.Kind(nnx.All(sw.Path('embed'), nnx.Not(sw.Path('head')), "
+        "nnx.Not(sw.Path('embed')))))",
+    ) as caught:
+        kinds.plan(model)
+    plan = mended(kinds, caught.value).plan(model)
+    assert {sw.format_path(leaf.path): leaf.kind for leaf in plan.leaves} == {"embed": "second", "bias": "rest"}
 
 
 def test_a_type_of_two_standard_kinds() -> None:

@@ -50,7 +50,7 @@ def _case(name: str, size: int) -> Case:
 
 
 def memory(settings: Settings, large: int | None = None, small: int | None = None) -> list[dict[str, Any]]:
-    large, small = large or (256 if settings.quick else 4096), small or (4 if settings.quick else 200)
+    large, small = large or (256 if settings.quick else 4096), small or (4 if settings.quick else 100)
     tables = [_table("memory_large", "large", large, f"Eight layers of {large} × {large}, Adam", settings)]
     if not settings.quick:
         tables.append(_table("memory_small", "small", small, f"{small} blocks of width 8, Adam", settings))

@@ -10,7 +10,7 @@ from statewise.aliases import aliases_of
 from statewise.errors import ContestedError, UnclaimedError
 from statewise.filters import Exactly, as_code, predicate, type_key, type_only
 from statewise.kinds import Kind, Kinds
-from statewise.paths import Leaf, format_path, format_type
+from statewise.paths import Leaf, Path, format_path, format_type
 from statewise.scan import Scan, row_of
 
 __all__ = ["claim", "claimants"]
@@ -64,17 +64,20 @@ def claim(kinds: Kinds, found: Scan) -> list[str]:
             names = tuple(dict.fromkeys(named)) or names
         claims.append(names)
     if any(len(names) != 1 for names in claims):
-        _refuse(kinds, found, claims)
+        _refuse(kinds, found, claims, aliases)
     return [names[0] for names in claims]
 
 
-def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]]) -> None:
+def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]], aliases: dict[Path, Any]) -> None:
     contested, unclaimed = [], []
     types: dict[tuple[str, ...], list[type]] = {}
+    tied: dict[tuple[str, ...], list[Path]] = {}
     for path, leaf, names in zip(found.paths, found.leaves, claims, strict=True):
         if len(names) == 1:
             continue
         types.setdefault(names, []).append(_compat.variable_type(leaf))
+        if path in aliases:
+            tied.setdefault(names, []).extend(found.relative(way) for way in (path, *aliases[path]))
         if names:
             contested.append(row_of(path, leaf, note="claimed by " + " and ".join(names)))
         else:
@@ -84,7 +87,7 @@ def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]]) -> Non
         raise ContestedError(
             f"{_counted(contested)} claimed by more than one kind.{also}",
             leaves=contested + unclaimed,
-            mend=_mend_contested(kinds, {names: found_types for names, found_types in types.items() if names}),
+            mend=_mend_contested(kinds, {names: found_types for names, found_types in types.items() if names}, tied),
         )
     raise UnclaimedError(
         f"{_counted(unclaimed)} claimed by no kind.", leaves=unclaimed, mend=_mend_unclaimed(kinds, types[()])
@@ -116,16 +119,24 @@ def _free_name(kinds: Kinds, name: str) -> str:
     return next(free for free in taken if free not in kinds)
 
 
-def _mend_contested(kinds: Kinds, types: dict[tuple[str, ...], list[type]]) -> str:
-    """Leaves each contested leaf to one kind, the most special one that claims it; the treatments stay."""
+def _mend_contested(
+    kinds: Kinds, types: dict[tuple[str, ...], list[type]], tied: dict[tuple[str, ...], list[Path]]
+) -> str:
+    """Leaves each contested leaf to one kind, the most special one that claims it; the treatments stay.
+
+    A tied leaf is matched path by path, so that what one filter says of one path excludes nothing at another:
+    the kind that gives way excludes all of the leaf's paths.
+    """
     gives_way: dict[str, dict[str, None]] = {}
     for names in types:
         *general, special = sorted(names, key=lambda name: _breadth(kinds, name, types[names]))
         for name in general:
-            gives_way.setdefault(name, {})[special] = None
+            gives_way.setdefault(name, {})[as_code(kinds[special].of)] = None
+            if not (type_only(kinds[name].of) and type_only(kinds[special].of)):
+                gives_way[name] |= {f"sw.Path({format_path(path)!r})": None for path in tied.get(names, ())}
     lines = []
     for name, others in gives_way.items():
-        nots = ", ".join(f"nnx.Not({as_code(kinds[other].of)})" for other in others)
+        nots = ", ".join(f"nnx.Not({other})" for other in others)
         of = f"nnx.All({as_code(kinds[name].of)}, {nots})"
         plain = kinds[name] == Kind(kinds[name].of)
         kind = f"sw.Kind({of})" if plain else f"dataclasses.replace(kinds[{name!r}], of={of})"
