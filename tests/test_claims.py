@@ -73,9 +73,7 @@ def test_any_declaration_claims_each_leaf_once_or_says_which_not(model: Node, on
     matches = {name: predicate(kind.of) for name, kind in kinds.items()}
     ways = {path: ways_to(model, path) for path, _ in leaves_of(model)}  # a tied leaf is claimed by any of its paths
     claims = {
-        path: [
-            name for name in kinds if not kinds[name].rest and any(matches[name](way, leaf) for way in ways[path])
-        ]
+        path: [name for name in kinds if not kinds[name].rest and any(matches[name](way, leaf) for way in ways[path])]
         or [name for name in kinds if kinds[name].rest]
         for path, leaf in leaves_of(model)
     }

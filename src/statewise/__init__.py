@@ -6,6 +6,18 @@ import statewise._face  # noqa: F401  (it defers the imports below to the first 
 
 if TYPE_CHECKING:
     from statewise.census import Census, census
+    from statewise.checkpoint import (
+        Checkpointable,
+        Checkpoints,
+        Restored,
+        RestoredLeaf,
+        RestoreReport,
+        checkpointable,
+        inspect,
+        preview,
+        restore,
+        save,
+    )
     from statewise.errors import (
         ContestedError,
         DamagedError,
@@ -13,6 +25,7 @@ if TYPE_CHECKING:
         KindError,
         PlacementError,
         RestoreError,
+        SaveError,
         StatewiseError,
         StructureError,
         UnclaimedError,
@@ -32,6 +45,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Census",
+    "Checkpointable",
+    "Checkpoints",
     "Compiled",
     "ContestedError",
     "DamagedError",
@@ -49,6 +64,10 @@ __all__ = [
     "PlacementError",
     "Plan",
     "RestoreError",
+    "RestoreReport",
+    "Restored",
+    "RestoredLeaf",
+    "SaveError",
     "State",
     "StatewiseError",
     "Step",
@@ -57,12 +76,17 @@ __all__ = [
     "UndeclaredWriteError",
     "Where",
     "census",
+    "checkpointable",
     "count",
     "explain",
     "format_path",
     "grad",
+    "inspect",
     "merge",
     "plan",
+    "preview",
+    "restore",
+    "save",
     "select",
     "split",
     "step",

@@ -20,6 +20,7 @@ __all__ = [
     "MetricState",
     "Tracer",
     "dce",
+    "epath",
     "eval_jaxpr",
     "inner_jaxpr",
     "jit_is_disabled",
@@ -76,3 +77,10 @@ def variable_type(leaf: Any) -> type:
     if isinstance(leaf, nnx.Variable):
         return leaf.var_type
     return jax.Array
+
+
+def epath(path: Any) -> Any:
+    """A path on whatever file system Orbax can write to, by the library that Orbax itself uses."""
+    from etils import epath
+
+    return epath.Path(path)

@@ -25,6 +25,7 @@ __all__ = [
     "KindError",
     "PlacementError",
     "RestoreError",
+    "SaveError",
     "StatewiseError",
     "StructureError",
     "UnclaimedError",
@@ -202,6 +203,22 @@ class PlacementError(StatewiseError, ValueError):
       ... except sw.PlacementError as error:
       ...     print(error.message)
       Placing a state on a mesh is not part of this version.
+    """
+
+
+class SaveError(StatewiseError, OSError):
+    """A checkpoint that could not be written; nothing of it was left.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> try:
+      ...     sw.save(tempfile.gettempdir(), sw.plan(model).take(model))
+      ... except sw.SaveError as error:
+      ...     print(error.mend)
+      another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step
     """
 
 

@@ -39,9 +39,10 @@ def format_dtype(dtype: Any) -> str:
     return "-" if dtype is None else str(dtype)
 
 
-def format_type(cls: type) -> str:
+def format_type(cls: type | str) -> str:
     """Writes a leaf's type by its name alone: `Param`, `BatchStat`, `Array` for a raw array."""
-    return cls.__name__.rpartition(".")[2]
+    name = cls if isinstance(cls, str) else cls.__name__
+    return name.rpartition(":")[2].rpartition(".")[2]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Leaf:
     Attributes:
       path: the first path that reaches it, as a tuple of keys.
       kind: the name of the kind that claims it; None before a plan was made.
-      type: the Variable's type; `jax.Array` for a raw array.
+      type: the Variable's type; `jax.Array` for a raw array.  Of a leaf on disk its name, `flax.nnx:Param`.
       shape: the array's shape; None if the leaf holds no array or several.
       dtype: the array's dtype; None if the leaf holds no array or several.
       aliases: the other paths that reach the same Variable (tied weights).
@@ -71,7 +72,7 @@ class Leaf:
 
     path: Path
     kind: str | None
-    type: type
+    type: Any
     shape: tuple[int, ...] | None
     dtype: Any
     aliases: tuple[Path, ...] = ()

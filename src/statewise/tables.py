@@ -14,16 +14,17 @@ from __future__ import annotations
 import dataclasses
 import html
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from statewise.kinds import Kind, Kinds
+from statewise.kinds import Kinds
 from statewise.paths import Leaf, format_dtype, format_path, format_shape, format_type
 
 __all__ = [
     "KindCount",
     "Table",
     "count_kinds",
+    "count_leaves",
     "format_bytes",
     "format_count",
     "kinds_table",
@@ -199,13 +200,18 @@ class KindCount:
 
 def count_kinds(leaves: Iterable[Leaf], kinds: Kinds) -> tuple[KindCount, ...]:
     """Counts leaves by kind, in the order of the kinds; a kind without leaves is counted too, with zeros."""
-    groups: dict[str, list[Leaf]] = {name: [] for name in kinds}
+    return count_leaves(leaves, {name: kind.treatment() for name, kind in kinds.items()})
+
+
+def count_leaves(leaves: Iterable[Leaf], treatments: Mapping[str, str]) -> tuple[KindCount, ...]:
+    """Counts leaves by kind, where the kinds are known by name and treatment only, as on disk."""
+    groups: dict[str, list[Leaf]] = {name: [] for name in treatments}
     for leaf in leaves:
         groups[leaf.kind or ""].append(leaf)
-    return tuple(_count(name, group, kinds[name]) for name, group in groups.items())
+    return tuple(_count(name, group, treatments[name]) for name, group in groups.items())
 
 
-def _count(name: str, leaves: Sequence[Leaf], kind: Kind) -> KindCount:
+def _count(name: str, leaves: Sequence[Leaf], treatment: str) -> KindCount:
     return KindCount(
         name=name,
         leaves=len(leaves),
@@ -213,7 +219,7 @@ def _count(name: str, leaves: Sequence[Leaf], kind: Kind) -> KindCount:
         bytes=sum(leaf.nbytes for leaf in leaves),
         dtypes=dict(Counter(_dtype_of(leaf) for leaf in leaves)),
         types=dict(Counter(format_type(leaf.type) for leaf in leaves)),
-        treatment=kind.treatment(),
+        treatment=treatment,
     )
 
 

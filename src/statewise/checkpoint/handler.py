@@ -1,0 +1,240 @@
+"""Orbax's side: a handler that writes a state with its manifest into a directory, and reads arrays back.
+
+The handler is Orbax's own for pytrees, with two things added: the checksums, taken in a thread beside the write, and
+the manifest, which `finalize` writes last, when every other file stands and can be listed.  Whoever commits the
+directory (`sw.save`, or an Orbax manager) calls `finalize` before it renames: a directory without a manifest is none
+of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import datetime
+import hashlib
+import platform
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from statewise import _compat
+from statewise.checkpoint.checksums import Sums, sums_of
+from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, write_manifest
+from statewise.checkpoint.records import LaidOut, lay_out
+from statewise.filters import as_code
+from statewise.state import State
+
+__all__ = ["Saving", "StateHandler", "read_tree", "tree_handler"]
+
+# Files up to this size have a checksum of their own; the arrays in larger ones have theirs.
+SMALL_FILE = 1024 * 1024
+
+
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler, without compression: weights hardly shrink, and compressing them takes most of the time."""
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """What is to be saved: a state, of it these kinds, in this layout, over this base."""
+
+    state: State
+    kinds: tuple[str, ...]
+    layout: str = "named"
+    base: Mapping[str, str] | None = None
+
+
+class StateHandler(ocp.AsyncCheckpointHandler):
+    """Writes states with their manifests; for Orbax to call."""
+
+    def __init__(self) -> None:
+        self._tree = tree_handler()
+        self._manifest: Manifest | None = None
+        self._sums: concurrent.futures.Future[list[Sums]] | None = None
+
+    async def async_save(self, directory: Any, args: Any) -> list[Any]:
+        """Starts a save; what it returns can be waited for."""
+        return await self.begin(directory, args.saving)
+
+    async def begin(self, directory: Any, saving: Saving) -> list[Any]:
+        """As `async_save`, for other rooms."""
+        laid = lay_out(saving.state, saving.kinds, saving.layout)
+        self._manifest = _manifest(saving, laid)
+        sums = self._sums = _in_background(laid.sources)
+        if not laid.tree:  # nothing but empty leaves: Orbax refuses an empty tree
+            return [_Waiting(sums)]
+        written = await self._tree.async_save(directory, args=ocp.args.PyTreeSave(laid.tree))
+        return [*(written or ()), _Waiting(sums)]
+
+    def save(self, directory: Any, args: Any) -> None:
+        """Writes everything but the manifest."""
+        run(self.async_save(directory, args))
+
+    def finalize(self, directory: Any) -> None:
+        """Writes the manifest, when all else is written.  Called once, by one process."""
+        assert self._manifest is not None, "finalize comes after a save"
+        assert self._sums is not None, "finalize comes after a save"
+        directory = _compat.epath(directory)
+        sums = iter(self._sums.result())
+        leaves = tuple(
+            dataclasses.replace(
+                leaf, arrays=tuple(dataclasses.replace(array, sums=next(sums)) for array in leaf.arrays)
+            )
+            for leaf in self._manifest.leaves
+        )
+        if any(array.key or array.buffer for leaf in leaves for array in leaf.arrays):
+            self._tree.finalize(directory)
+        manifest = dataclasses.replace(self._manifest, leaves=leaves, files=files_of(directory))
+        data, _ = write_manifest(manifest)
+        self._manifest = self._sums = None
+        (directory / NAME).write_bytes(data)
+
+    def finish(self, directory: Any) -> None:
+        """`finalize` by the one process that may, and the end of this handler."""
+        if jax.process_index() == 0:
+            self.finalize(directory)
+        self.close()
+
+    def restore(self, directory: Any, args: Any) -> Any:
+        """Reads a state back, as `sw.restore`."""
+        return args.restored(_compat.epath(directory))
+
+    def metadata(self, directory: Any) -> Any:
+        """What Orbax knows of the tree."""
+        return self._tree.metadata(directory)
+
+    def close(self) -> None:
+        """Lets Orbax's handler go."""
+        self._tree.close()
+
+
+def run(saving: Any) -> None:
+    """Waits for a save to be written."""
+
+    async def waited() -> None:
+        for future in await saving:
+            await asyncio.to_thread(future.result)
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(waited())
+    else:  # in a notebook: a loop within a loop has to be another thread's
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, waited()).result()
+
+
+class _Waiting:
+    """A thread's result as a future of Orbax's."""
+
+    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._future.result(timeout)
+
+
+def _in_background(sources: Sequence[Any]) -> concurrent.futures.Future[list[Sums]]:
+    """The checksums, from arrays that a later step may donate: what they are read from is taken hold of here."""
+    # On the host a view of the array: whoever donates the array then gets a copy of it instead.
+    held = [source if _is_spread(source) else np.asarray(source) for source in sources]
+    spread = {at: sums_of(source) for at, source in enumerate(held) if _is_spread(source)}  # all processes together
+    with concurrent.futures.ThreadPoolExecutor(1, "statewise-checksums") as pool:
+        future = pool.submit(lambda: [spread.get(at) or sums_of(source) for at, source in enumerate(held)])
+        pool.shutdown(wait=False)
+    return future
+
+
+def _is_spread(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
+    kinds = {
+        name: KindRecord(as_code(kind.of), kind.treatment(), kind.saved and name in saving.kinds)
+        for name, kind in saving.state.plan.kinds.items()
+    }
+    packages = ("statewise", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    written = {name: _version(name) for name in packages}
+    written |= {
+        "python": platform.python_version(),
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return Manifest(written, saving.layout, kinds, laid.records, laid.buffers, saving.base)
+
+
+def _version(package: str) -> str:
+    if package == "statewise":
+        import statewise
+
+        return statewise.__version__
+    return version(package)
+
+
+def files_of(directory: Any) -> dict[str, dict[str, Any]]:
+    """Every file below a directory but the manifest: its size and, of small ones, its SHA-256."""
+    found: dict[str, dict[str, Any]] = {}
+    folders = [(directory, "")]
+    while folders:
+        folder, prefix = folders.pop()
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            name = f"{prefix}{entry.name}"
+            if entry.is_dir():
+                folders.append((entry, f"{name}/"))
+            elif name != NAME:
+                size = entry.stat().length
+                found[name] = {"bytes": size} | ({"sha256": sha256_of(entry)} if size <= SMALL_FILE else {})
+    return found
+
+
+def sha256_of(path: Any) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_tree(directory: Any, wanted: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """Reads arrays by their keys in Orbax's tree.
+
+    Args:
+      directory: the checkpoint's.
+      wanted: by key, the array's shape, dtype and sharding, as a `jax.ShapeDtypeStruct`; without a sharding it is
+        read into a NumPy array.
+
+    Returns:
+      the arrays by key.
+    """
+    if not wanted:
+        return {}
+    item: dict[str, Any] = {}
+    args: dict[str, Any] = {}
+    for key, array in wanted.items():
+        as_jax = array.sharding is not None
+        how: Any = (
+            ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=array.sharding, dtype=array.dtype)
+            if as_jax
+            else ocp.RestoreArgs(restore_type=np.ndarray, dtype=array.dtype)
+        )
+        for tree, value in ((item, array if as_jax else np.empty((), array.dtype)), (args, how)):
+            for node in key[:-1]:
+                tree = tree.setdefault(node, {})
+            tree[key[-1]] = value
+    handler = tree_handler()
+    try:
+        read = handler.restore(
+            _compat.epath(directory), args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+        )
+    finally:
+        handler.close()
+    return {key: _at(read, key) for key in wanted}
+
+
+def _at(tree: Any, key: Collection[str]) -> Any:
+    for node in key:
+        tree = tree[node]
+    return tree

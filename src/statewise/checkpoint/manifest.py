@@ -1,0 +1,227 @@
+"""The manifest: what a checkpoint says of itself, in one JSON file beside Orbax's.
+
+`docs/format.md` describes the file.  Here are its records as Python objects, and how they are written; `parsing` reads
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from statewise.checkpoint.checksums import Sums
+from statewise.checkpoint.keys import dtype_of, encode_path, path_id
+from statewise.errors import StatewiseError
+from statewise.paths import Leaf, Path
+
+__all__ = ["ArrayRecord", "Buffer", "KindRecord", "LeafRecord", "Manifest", "content_text", "write_manifest"]
+
+NAME = "statewise.json"
+FORMAT = 1
+# A leaf takes about 300 bytes.  What is larger than this is no manifest, whatever it says.
+LARGEST = 64 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayRecord:
+    """One array of a leaf's value.
+
+    Attributes:
+      within: where it stands within the value; () for a value that is one array.
+      shape: its shape; of PRNG keys the keys' shape.
+      dtype: its dtype's name; `key` for PRNG keys.
+      prng: the PRNG implementation of keys; None for all else.
+      stored: shape and dtype of what is stored, where they are not the array's own: the words of PRNG keys, the bytes
+        of a dtype that Orbax does not know.
+      key: its key in Orbax's tree; None where it stands in a buffer, or has no elements and is not stored.
+      buffer: the number of the buffer that it stands in, and at which element it begins; None elsewhere.
+      sums: its checksum.
+      placement: how it lay on the devices: `{"mesh": {"data": 8}, "spec": ["data", None]}`; None on one device.
+    """
+
+    within: Path
+    shape: tuple[int, ...]
+    dtype: str
+    prng: str | None = None
+    stored: tuple[tuple[int, ...], str] | None = None
+    key: tuple[str, ...] | None = None
+    buffer: tuple[int, int] | None = None
+    sums: Sums = (0, 0)
+    placement: Any = None
+
+    @property
+    def on_disk(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of what is stored."""
+        return self.stored or (self.shape, self.dtype)
+
+    @property
+    def elements(self) -> int:
+        """How many elements; of PRNG keys how many keys."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRecord:
+    """One leaf: one Variable, or one raw array.
+
+    Attributes:
+      path: its first path.
+      kind: the name of its kind.
+      type: its type, `flax.nnx:Param`.
+      structure: the structure of its value as text; None where the value is one array.
+      arrays: the arrays in its value.
+      aliases: its other paths.
+    """
+
+    path: Path
+    kind: str
+    type: str
+    structure: str | None
+    arrays: tuple[ArrayRecord, ...]
+    aliases: tuple[Path, ...] = ()
+
+    @functools.cached_property
+    def id(self) -> str:
+        """The text by which two plans find the same leaf."""
+        return path_id(encode_path(self.path))
+
+    def leaf(self, note: str = "") -> Leaf:
+        """The leaf as tables and errors show it."""
+        one = self.arrays[0] if self.structure is None and self.arrays else None
+        dtype: Any = None if one is None else dtype_of(one.dtype) if one.prng is None else f"key<{one.prng}>"
+        return Leaf(
+            path=self.path,
+            kind=self.kind,
+            type=self.type,
+            shape=one.shape if one else None,
+            dtype=dtype,
+            aliases=self.aliases,
+            elements=sum(array.elements for array in self.arrays),
+            nbytes=sum(map(_nbytes, self.arrays)),
+            note=note,
+        )
+
+
+def _nbytes(array: ArrayRecord) -> int:
+    shape, name = array.on_disk if array.prng else (array.shape, array.dtype)
+    dtype = dtype_of(name)
+    return math.prod(shape) * dtype.itemsize if dtype is not None else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Buffer:
+    """Several small arrays of one kind and dtype, one after the other, in one array of Orbax's tree."""
+
+    key: tuple[str, ...]
+    dtype: str
+    elements: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KindRecord:
+    """One kind of the declaration: its filter as code, its treatment in words, whether it was saved."""
+
+    of: str
+    treatment: str
+    saved: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+      written: versions of what wrote it, and when.
+      layout: `named` or `packed`.
+      kinds: the declaration, by name.
+      leaves: the leaves.
+      buffers: what packed arrays stand in.
+      base: another checkpoint that holds the kinds which this one leaves out: `{"path", "digest"}`.
+      files: every other file of the checkpoint, by its path within: `{"bytes", "sha256"}`, sha256 of small files only.
+      digest: the SHA-256 of all that; empty before it was written.
+    """
+
+    written: Mapping[str, str]
+    layout: str
+    kinds: Mapping[str, KindRecord]
+    leaves: tuple[LeafRecord, ...]
+    buffers: tuple[Buffer, ...] = ()
+    base: Mapping[str, str] | None = None
+    files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    digest: str = ""
+
+    def by_id(self) -> dict[str, LeafRecord]:
+        """The leaves by the text of their paths."""
+        return {leaf.id: leaf for leaf in self.leaves}
+
+    def arrays(self) -> Iterator[tuple[LeafRecord, ArrayRecord]]:
+        """Every array with its leaf."""
+        for leaf in self.leaves:
+            for array in leaf.arrays:
+                yield leaf, array
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def _content(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "written": dict(manifest.written),
+        "layout": manifest.layout,
+        "kinds": {name: dataclasses.asdict(kind) for name, kind in manifest.kinds.items()},
+        "leaves": [_leaf_json(leaf) for leaf in manifest.leaves],
+        "buffers": [{"key": list(one.key), "dtype": one.dtype, "elements": one.elements} for one in manifest.buffers],
+        "base": dict(manifest.base) if manifest.base else None,
+        "files": {name: dict(facts) for name, facts in sorted(manifest.files.items())},
+    }
+
+
+def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
+    return {
+        "path": encode_path(leaf.path),
+        "kind": leaf.kind,
+        "type": leaf.type,
+        "structure": leaf.structure,
+        "aliases": [encode_path(path) for path in leaf.aliases],
+        "arrays": [
+            {
+                "within": encode_path(array.within),
+                "shape": list(array.shape),
+                "dtype": array.dtype,
+                "prng": array.prng,
+                "stored": None if array.stored is None else [list(array.stored[0]), array.stored[1]],
+                "key": None if array.key is None else list(array.key),
+                "buffer": None if array.buffer is None else list(array.buffer),
+                "sums": list(array.sums),
+                "placement": array.placement,
+            }
+            for array in leaf.arrays
+        ],
+    }
+
+
+def content_text(content: Any) -> str:
+    """The text of a manifest's content, of which its digest is taken."""
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def write_manifest(manifest: Manifest) -> tuple[bytes, str]:
+    """The manifest's file, and its digest.
+
+    Raises:
+      StatewiseError: it would be larger than a manifest may be.
+    """
+    text = content_text(_content(manifest))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    data = f'{{"statewise":{FORMAT},"sha256":"{digest}","content":{text}}}\n'.encode()
+    if len(data) > LARGEST:
+        raise StatewiseError(
+            f"The manifest of {len(manifest.leaves)} leaves would take {len(data)} bytes; it may take {LARGEST}.",
+            mend="save in several checkpoints: sw.save(path, state, only=('params',)), and one more for the rest",
+        )
+    return data, digest

@@ -1,0 +1,204 @@
+"""From a plan and a state to records: what a save has to write, and what a restore has to find.
+
+The records of a plan say what each leaf is.  `lay_out` adds where each array of a state goes in Orbax's tree, and
+gives the tree itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
+from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
+from statewise.errors import StructureError
+from statewise.layout import OPTIMIZER
+from statewise.moments import plain_key
+from statewise.paths import Path
+from statewise.plan import Plan
+from statewise.scan import ONE, Spec, value_of
+from statewise.state import State, check_fits, check_unspent
+
+__all__ = ["LaidOut", "Placed", "lay_out", "placement_of", "records_of", "unpacked"]
+
+# Arrays up to this many bytes share buffers in the packed layout: below it Orbax's cost is per array, not per byte.
+SMALL = 1024 * 1024
+# What TensorStore's zarr driver writes.  Other dtypes, of one byte or less, are stored as their bytes.
+_INTEGERS = ("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
+_STORABLE = frozenset((*_INTEGERS, *_FLOATS))
+
+
+class Placed(NamedTuple):
+    """A leaf of a plan as a record, and where its arrays stand: positions `start` and on of the kind's part."""
+
+    record: LeafRecord
+    start: int
+
+
+_known: weakref.WeakKeyDictionary[Plan, tuple[Placed, ...]] = weakref.WeakKeyDictionary()
+
+
+def records_of(plan: Plan) -> tuple[Placed, ...]:
+    """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored."""
+    plan = plan._plain
+    found = _known.get(plan)
+    if found is None:
+        found = _known[plan] = tuple(_records(plan))
+    return found
+
+
+def _records(plan: Plan) -> list[Placed]:
+    placed = []
+    leaves = iter(plan.leaves)
+    for row, span in zip(plan._rows, plan._spans, strict=True):
+        leaf = next(leaves)
+        arrays = tuple(
+            _record(within, spec)
+            for within, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True)
+        )
+        structure = None if row.structure is ONE else str(row.structure)
+        record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
+        placed.append(Placed(record, span.start))
+    for group, (start, _) in zip(plan._groups, plan._moment_spans, strict=True):
+        for number, spec in enumerate(group.layout.specs):
+            path = next(leaves).path
+            record = LeafRecord(path, OPTIMIZER, type_name(jax.Array), None, (_record((), spec),))
+            placed.append(Placed(record, start + number))
+    return placed
+
+
+def _within(structure: Any, count: int) -> list[Path]:
+    if structure is ONE:
+        return [()]
+    keyed = jax.tree_util.tree_flatten_with_path(value_of(range(count), structure))[0]
+    return [tuple(map(plain_key, keys)) for keys, _ in keyed]
+
+
+def _record(within: Path, spec: Spec) -> ArrayRecord:
+    prng = prng_of(spec.dtype)
+    stored: tuple[tuple[int, ...], str] | None = None
+    if prng is not None:
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+        stored = (words.shape, str(words.dtype))
+    elif str(spec.dtype) not in _STORABLE:
+        stored = (spec.shape, "uint8")
+    return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored)
+
+
+def unpacked(state: State, kind: str) -> tuple[Any, ...]:
+    """A kind's arrays in the order of the plan, whether the state is packed or not."""
+    return state.plan._unpacked(kind, state.part(kind).arrays)
+
+
+class LaidOut(NamedTuple):
+    """What a save writes.
+
+    Attributes:
+      records: the leaves, with where each array goes.
+      buffers: what small arrays go into, in the packed layout.
+      tree: Orbax's tree, nested dicts of arrays.
+      sources: for each array of each record, in order, what its checksum is taken of.
+    """
+
+    records: tuple[LeafRecord, ...]
+    buffers: tuple[Buffer, ...]
+    tree: dict[str, Any]
+    sources: tuple[Any, ...]
+
+
+def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
+    """Decides where each array of these kinds goes.
+
+    Raises:
+      StructureError: a spent state, one whose arrays do not fit its plan, an abstract one, one that is being traced.
+    """
+    check_unspent(state, kinds)
+    check_fits(state, kinds)
+    _refuse_without_values(state, kinds)
+    parts = {kind: unpacked(state, kind) for kind in kinds}
+    keys, records, sources = OrbaxKeys(), [], []
+    together: dict[tuple[str, str], list[Any]] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    filled: dict[tuple[str, str], int] = {}
+    tree: dict[str, Any] = {}
+    for record, start in records_of(state.plan):
+        if record.kind not in kinds:
+            continue
+        arrays = []
+        for offset, blank in enumerate(record.arrays):
+            array = parts[record.kind][start + offset]
+            stored = _as_stored(array, blank)
+            sources.append(stored)
+            placement = placement_of(array)
+            made = dataclasses.replace(blank, placement=placement)
+            shape, dtype = blank.on_disk
+            size = math.prod(shape)
+            if size and layout == "packed" and placement is None and stored.nbytes <= SMALL:
+                kin = (record.kind, dtype)
+                numbers.setdefault(kin, len(numbers))
+                made = dataclasses.replace(made, buffer=(numbers[kin], filled.get(kin, 0)))
+                together.setdefault(kin, []).append(stored)
+                filled[kin] = filled.get(kin, 0) + size
+            elif size:
+                made = dataclasses.replace(made, key=keys.key(record.path + blank.within))
+                _insert(tree, made.key or (), stored)
+            arrays.append(made)
+        records.append(dataclasses.replace(record, arrays=tuple(arrays)))
+    buffers = []
+    for (kind, dtype), members in together.items():
+        key = keys.key(("packed", kind, dtype))
+        buffers.append(Buffer(key, dtype, filled[kind, dtype]))
+        _insert(tree, key, np.concatenate([np.asarray(member).reshape(-1) for member in members]))
+    return LaidOut(tuple(records), tuple(buffers), tree, tuple(sources))
+
+
+def _insert(tree: dict[str, Any], key: tuple[str, ...], array: Any) -> None:
+    *nodes, last = key
+    for node in nodes:
+        tree = tree.setdefault(node, {})
+    tree[last] = array
+
+
+def _as_stored(array: Any, record: ArrayRecord) -> Any:
+    if record.prng is not None:
+        return jax.random.key_data(array)
+    if record.stored is not None:
+        return np.asarray(array).view(np.uint8)
+    return array
+
+
+def placement_of(array: Any) -> dict[str, Any] | None:
+    """How an array lies on a mesh, as JSON; None for one that lies on one device, or on the host."""
+    sharding = getattr(array, "sharding", None)
+    if sharding is None or len(sharding.device_set) == 1:
+        return None
+    if isinstance(sharding, jax.NamedSharding):
+        spec = [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]
+        kind = {} if sharding.memory_kind in (None, "device") else {"memory": sharding.memory_kind}
+        return {"mesh": dict(sharding.mesh.shape), "spec": [_axis(axes) for axes in spec], **kind}
+    return {"sharding": type(sharding).__name__, "devices": len(sharding.device_set)}
+
+
+def _axis(axes: Any) -> Any:
+    return axes if axes is None or isinstance(axes, (str, list)) else str(axes)
+
+
+def _refuse_without_values(state: State, kinds: Collection[str]) -> None:
+    arrays = [array for kind in kinds for array in state.part(kind).arrays]
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        raise StructureError(
+            "This state is being traced: inside jax.jit there are no values to save.",
+            mend="return the state from the function, and save what comes back",
+        )
+    if any(not isinstance(array, (jax.Array, np.ndarray, np.generic)) for array in arrays):
+        raise StructureError(
+            "This state is abstract: it has shapes but no values to save.",
+            mend="sw.save(path, plan.take(model))",
+        )

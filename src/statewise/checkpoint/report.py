@@ -1,0 +1,143 @@
+"""What a restore does, or would do, leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from typing import Any, Literal
+
+from statewise.errors import RestoreError
+from statewise.kinds import unknown_kind
+from statewise.paths import Leaf, format_path
+from statewise.tables import Table, leaf_dict
+
+__all__ = ["Outcome", "RestoreReport", "RestoredLeaf"]
+
+Outcome = Literal["restored", "cast", "kept", "restarted", "problem"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RestoredLeaf:
+    """What a restore does with one leaf.
+
+    Attributes:
+      leaf: the leaf, of the target; of the checkpoint where the target has none.
+      outcome: `restored`; `cast`, restored into another dtype; `kept`, the target's own value; `restarted`, a fresh
+        one; `problem`, which no restore gets past.
+      why: what there is to say of it; empty for what was simply restored.
+    """
+
+    leaf: Leaf
+    outcome: Outcome
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did, or would do, leaf by leaf; prints as a table.
+
+    Attributes:
+      path: the checkpoint.
+      leaves: what happens to each leaf, in the order of the target's kinds; then leaves of the checkpoint alone.
+      mends: for each sort of problem, how to mend it.
+      written: versions of what wrote the checkpoint.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> folder = tempfile.mkdtemp()
+      >>> sw.save(f"{folder}/first", state)
+      >>> report = sw.preview(f"{folder}/first", state)
+      >>> report.ok, report.counts
+      (True, {'params': {'restored': 2}})
+    """
+
+    path: str
+    leaves: tuple[RestoredLeaf, ...]
+    mends: tuple[str, ...] = ()
+    written: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether a restore goes through."""
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[Leaf, ...]:
+        """The leaves that no restore gets past, each with what is wrong in its `note`."""
+        return tuple(dataclasses.replace(one.leaf, note=one.why) for one in self.leaves if one.outcome == "problem")
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each kind, how many leaves had each outcome."""
+        counts: dict[str, Counter[str]] = {}
+        for one in self.leaves:
+            counts.setdefault(one.leaf.kind or "", Counter())[one.outcome] += 1
+        return {kind: dict(count) for kind, count in counts.items()}
+
+    def __getitem__(self, kind: str) -> tuple[RestoredLeaf, ...]:
+        found = tuple(one for one in self.leaves if one.leaf.kind == kind)
+        if not found:
+            raise unknown_kind(kind, self.counts)
+        return found
+
+    def raise_problems(self) -> None:
+        """Raises if there are problems.
+
+        Raises:
+          RestoreError: with all of them.
+        """
+        if self.ok:
+            return
+        number = len(self.problems)
+        raise RestoreError(
+            f"{self.path} does not fit the target: {number} {'leaf differs' if number == 1 else 'leaves differ'}. "
+            "Nothing was read or changed.",
+            leaves=self.problems,
+            mend="\n".join(self.mends),
+        )
+
+    def table(self) -> Table:
+        """A line for each leaf that was not simply restored; below, a line for each kind."""
+        odd = [one for one in self.leaves if one.outcome != "restored"]
+        kinds = Table(
+            "kinds",
+            ("kind", "leaves", "outcome"),
+            tuple(
+                (kind, str(sum(count.values())), ", ".join(f"{name} {number}" for name, number in count.items()))
+                for kind, count in self.counts.items()
+            ),
+            right=("leaves",),
+        )
+        if not odd:
+            return dataclasses.replace(kinds, title=f"restore of {self.path}")
+        rows = tuple((format_path(one.leaf.path), one.leaf.kind or "-", one.outcome, one.why or "-") for one in odd)
+        return Table(f"restore of {self.path}", ("path", "kind", "outcome", "why"), rows, below=kinds)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "counts": self.counts,
+            "leaves": [leaf_dict(one.leaf) | {"outcome": one.outcome, "why": one.why} for one in self.leaves],
+            "mends": list(self.mends),
+            "written": dict(self.written),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)

@@ -1,0 +1,281 @@
+"""`sw.save`: a state into a directory that is complete from the moment it is there.
+
+Everything is written into a hidden directory beside the final one, which is then renamed: what has the final name is
+a whole checkpoint, and what was left behind by a process that died has another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+
+from statewise import _compat
+from statewise.checkpoint.checksums import sums_of
+from statewise.checkpoint.handler import Saving, StateHandler, run
+from statewise.checkpoint.manifest import Manifest
+from statewise.checkpoint.parsing import read_manifest
+from statewise.checkpoint.records import lay_out
+from statewise.errors import KindError, SaveError, StructureError
+from statewise.kinds import unknown_kind
+from statewise.paths import Leaf
+from statewise.state import State
+
+__all__ = ["kinds_to_save", "save"]
+
+
+def save(
+    path: Any,
+    state: State | Any,
+    *,
+    only: str | Sequence[str] | None = None,
+    base: Any = None,
+    layout: str = "named",
+) -> None:
+    """Writes a state to disk: every kind but the ephemeral ones, optimizer state included.
+
+    What stands at `path` afterwards is complete; if anything goes wrong, nothing stands there.  It is also a plain
+    Orbax checkpoint, in which each leaf has its own path.  With several processes, all of them call this.
+
+    Args:
+      path: a directory that does not exist yet, on a file system that can rename; its parents are made.
+      state: a state; it stays as it is.
+      only: the kinds to save, `("lora",)` say; by default all that are `saved`.
+      base: the path of a checkpoint that has the kinds which `only` leaves out, unchanged; a restore takes them from
+        there.  That they are unchanged is checked by their checksums.
+      layout: `"named"`, each array under its own path, or `"packed"`: arrays of up to a mebibyte share few arrays, for
+        speed, and only Statewise tells them apart.
+
+    Raises:
+      SaveError: there is something at `path` already, or it cannot be written (a full disk, no permission).
+      StructureError: the state is spent, abstract, or being traced; `base` has other values.
+      KindError: `only` names a kind that is not there, or one that is declared ephemeral.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> folder = tempfile.mkdtemp()
+      >>> sw.save(f"{folder}/first", state)
+      >>> state, report = sw.restore(f"{folder}/first", state)
+      >>> report.counts["params"]
+      {'restored': 2}
+    """
+    if not isinstance(state, State):
+        raise StructureError(
+            f"sw.save wants a state, not {type(state).__name__}.", mend="sw.save(path, plan.take(model))"
+        )
+    kinds = kinds_to_save(state, only)
+    check_layout(layout)
+    final = _final(path)
+    saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
+    with _committed(final) as temporary:
+        handler = StateHandler()
+        try:
+            run(handler.begin(_compat.epath(temporary), saving))
+            _sync("written")
+            if jax.process_index() == 0:
+                handler.finalize(temporary)
+        finally:
+            handler.close()
+
+
+def check_layout(layout: Any) -> None:
+    """Raises where a layout is unknown."""
+    if layout not in ("named", "packed"):
+        raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", mend="sw.save(path, state)")
+
+
+def kinds_to_save(state: State, only: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds that a save writes."""
+    kinds = state.plan.kinds
+    if only is None:
+        return tuple(name for name, kind in kinds.items() if kind.saved)
+    names = (only,) if isinstance(only, str) else tuple(only)
+    for name in names:
+        if name not in kinds:
+            raise unknown_kind(name, kinds)
+        if not kinds[name].saved:
+            raise KindError(
+                f"The kind {name!r} is declared ephemeral, and is never saved.",
+                kind=name,
+                mend=f"declare it saved: kinds.replace({name}=dataclasses.replace(kinds[{name!r}], saved=True))",
+            )
+    return tuple(name for name in kinds if name in names)
+
+
+def _final(path: Any) -> FilePath:
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        raise SaveError(f"{type(path).__name__} is no path.", mend="sw.save('run/step_100', state)") from None
+    if "://" in text:
+        raise SaveError(
+            f"{text} is on an object store, which cannot rename a directory at once.",
+            mend="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
+            "state=sw.checkpointable(state)))",
+        )
+    final = FilePath(text).absolute()
+    if final.exists() or final.is_symlink():
+        raise SaveError(
+            f"There is something at {final} already, and nothing is written over.",
+            mend="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
+        )
+    return final
+
+
+@contextlib.contextmanager
+def _committed(final: FilePath) -> Iterator[FilePath]:
+    """A directory to write into, which has the final name when all went well, and is gone when not."""
+    token = _agreed(secrets.token_hex(4))
+    temporary = final.parent / f".{final.name}.tmp-{_host()}-{_agreed_number(os.getpid())}-{token}"
+    first = jax.process_index() == 0
+    try:
+        if first:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _clear_abandoned(final)
+            temporary.mkdir()
+        _sync("begun")
+        yield temporary
+        if first:
+            _flush(temporary)
+            temporary.rename(final)
+            _flush_directory(final.parent)
+    except OSError as error:
+        raise _failed(final, error) from error
+    except ValueError as error:  # how TensorStore reports what the file system refuses
+        if not isinstance(error, (SaveError, StructureError)) and _is_of_disk(error):
+            raise _failed(final, error) from error
+        raise
+    finally:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _sync("committed")
+
+
+def _failed(final: FilePath, error: Exception) -> SaveError:
+    if final.exists():
+        return SaveError(
+            f"Another writer has written {final} meanwhile; that checkpoint is whole, this one was dropped.",
+            mend="another path for each writer",
+        )
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" [")[0]
+    return SaveError(
+        f"{final} could not be written: {reason}. Nothing of it was left.",
+        mend="free some space, or choose a directory that can be written to",
+    )
+
+
+def _is_of_disk(error: Exception) -> bool:
+    words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "No space left", "File too large", "Error writing", "quota")
+    return any(word in str(error) for word in words)
+
+
+def _host() -> str:
+    return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] if jax.process_count() == 1 else "many"
+
+
+def _clear_abandoned(final: FilePath) -> None:
+    """Removes what processes of this machine have left that died while they wrote this very path."""
+    start = f".{final.name}.tmp-{_host()}-"
+    for folder in final.parent.glob(f"{start}*"):
+        pid = folder.name.removeprefix(start).partition("-")[0]
+        if pid.isdigit() and jax.process_count() == 1 and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush(directory: FilePath) -> None:
+    """Asks the system to have everything on the disk before the name appears there."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_directory(FilePath(folder))
+
+
+def _flush_directory(directory: FilePath) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"statewise.save.{name}")
+
+
+def _agreed_number(number: int) -> int:
+    if jax.process_count() == 1:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
+def _agreed(token: str) -> str:
+    return f"{_agreed_number(int(token, 16)):08x}"
+
+
+# --- over a base -----------------------------------------------------------------------------------------------
+
+
+def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> dict[str, str] | None:
+    """What the manifest says of the base: where it is, and the digest by which it is known again."""
+    if base is None:
+        return None
+    folder = FilePath(os.fspath(base)).absolute()
+    manifest = read_manifest(folder)
+    rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
+    differing = _differences(state, rest, manifest)
+    if differing:
+        raise StructureError(
+            f"The base {folder} has not the values of this state: without them a restore would go back to older ones.",
+            leaves=differing,
+            mend="save these kinds too, or save a new base first: sw.save(base, state)",
+        )
+    return {"path": os.path.relpath(folder, final.parent), "digest": manifest.digest}
+
+
+def _differences(state: State, kinds: tuple[str, ...], manifest: Manifest) -> list[Leaf]:
+    laid = lay_out(state, kinds, "named")
+    sources, theirs = iter(laid.sources), manifest.by_id()
+    differing = []
+    for record in laid.records:
+        there = theirs.get(record.id)
+        sums = [sums_of(next(sources)) for _ in record.arrays]
+        if there is None:
+            differing.append(record.leaf("not in the base"))
+        elif [array.shape for array in there.arrays] != [array.shape for array in record.arrays] or [
+            array.dtype for array in there.arrays
+        ] != [array.dtype for array in record.arrays]:
+            differing.append(record.leaf("has another shape or dtype in the base"))
+        elif [array.sums for array in there.arrays] != sums:
+            differing.append(record.leaf("has other values in the base"))
+    return differing
