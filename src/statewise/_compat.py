@@ -7,7 +7,10 @@ two reasons: its name or its parameters differ between the versions that Statewi
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -26,6 +29,7 @@ __all__ = [
     "jit_is_disabled",
     "scan_counts",
     "variable_type",
+    "versions",
 ]
 
 Literal = jex_core.Literal
@@ -77,6 +81,13 @@ def variable_type(leaf: Any) -> type:
     if isinstance(leaf, nnx.Variable):
         return leaf.var_type
     return jax.Array
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, of Statewise and of the libraries that what it writes depends on."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    ours = {"statewise": sys.modules["statewise"].__version__}  # also where it runs from a folder, not installed
+    return ours | {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def epath(path: Any) -> Any:

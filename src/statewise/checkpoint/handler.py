@@ -13,9 +13,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
-import platform
 from collections.abc import Collection, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -160,21 +158,8 @@ def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
         name: KindRecord(as_code(kind.of), kind.treatment(), kind.saved and name in saving.kinds)
         for name, kind in saving.state.plan.kinds.items()
     }
-    packages = ("statewise", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    written = {name: _version(name) for name in packages}
-    written |= {
-        "python": platform.python_version(),
-        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    written = _compat.versions() | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     return Manifest(written, saving.layout, kinds, laid.records, laid.buffers, saving.base)
-
-
-def _version(package: str) -> str:
-    if package == "statewise":
-        import statewise
-
-        return statewise.__version__
-    return version(package)
 
 
 def files_of(directory: Any) -> dict[str, dict[str, Any]]:

@@ -36,6 +36,14 @@ class Checkpointable(ocp.args.CheckpointArgs):
       cast: whether a restore may change dtypes.
       layout: `named` or `packed`.
       report: what the last restore did; None before.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> item = sw.checkpointable(sw.plan(model).take(model), only="params")
+      >>> item.only, item.layout
+      (('params',), 'named')
     """
 
     state: State

@@ -5,8 +5,7 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 `sw.inspect`, or with a manager of Orbax's.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,19 @@ class Restored(NamedTuple):
       report: what happened to each leaf.
       step: of which step.
       extra: the extra items that were asked for, by name.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> with sw.Checkpoints(tempfile.mkdtemp()) as checkpoints:
+      ...     _ = checkpoints.save(7, state)
+      ...     checkpoints.wait()
+      ...     state, report, step, extra = checkpoints.restore(state)
+      >>> step, report.ok
+      (7, True)
     """
 
     state: State
@@ -256,7 +268,7 @@ class Checkpoints:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(

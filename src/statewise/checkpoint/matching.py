@@ -4,8 +4,7 @@ All of this is decided from the manifest and the plan.  No array is read, and no
 it is known that the restore goes through.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -4,8 +4,7 @@ The records of a plan say what each leaf is.  `lay_out` adds where each array of
 gives the tree itself.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
 import math
 import weakref

@@ -26,6 +26,18 @@ class RestoredLeaf:
       outcome: `restored`; `cast`, restored into another dtype; `kept`, the target's own value; `restarted`, a fresh
         one; `problem`, which no restore gets past.
       why: what there is to say of it; empty for what was simply restored.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> folder = tempfile.mkdtemp()
+      >>> sw.save(f"{folder}/first", state)
+      >>> one = sw.preview(f"{folder}/first", state.cast(params="bfloat16"), cast=True)["params"][0]
+      >>> one.outcome, one.why
+      ('cast', 'from float32 to bfloat16')
     """
 
     leaf: Leaf
