@@ -159,6 +159,29 @@ def test_a_packed_state_under_scan_and_vmap() -> None:
     np.testing.assert_allclose(jax.vmap(look, in_axes=(axes, 0))(many, jnp.arange(2.0)), 8192 + np.arange(2.0))
 
 
+def test_one_step_in_several_programs_of_the_caller() -> None:
+    """What the optimizer's proof holds is no hidden argument: JAX forgot those in the second program."""
+    model = nnx.List([nnx.Param(jnp.ones(4)) for _ in range(6)])
+    plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
+    train = sw.train_step(lambda model, x: sum(((leaf[...] - x) ** 2).sum() for leaf in model))
+    xs = jnp.arange(3.0)
+
+    def scanned(state: sw.State) -> Any:
+        return jax.lax.scan(train, state, xs)
+
+    def looped(state: sw.State) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda at, carry: train(carry[0], xs[at]), (state, jnp.zeros(())))
+
+    found = []
+    for program in (scanned, looped, scanned):
+        run, state = jax.jit(program), plan.take(model, pack=True)
+        for _ in range(3):
+            state, _ = run(state)
+        found.append(np.stack(jax.tree.leaves(state["params"])))
+    for other in found[1:]:
+        np.testing.assert_allclose(found[0], other, rtol=1e-6)
+
+
 def test_only_what_a_step_touches_crosses() -> None:
     model = Model(nnx.Rngs(0))
     state = sw.plan(model).take(model, pack=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ __all__ = ["scan"]
 
 LABELS = {
     "scan": "Statewise, 16 steps in one `jax.lax.scan`",
+    "packed-scan": "Statewise, `pack=True`, 16 steps in one `jax.lax.scan`",
     "by-hand-scan": "`jax.lax.scan` by hand: flat lists, donated",
     "steps": "Statewise, a call for each step",
     "by-hand": "`jax.jit` by hand: flat lists, donated, a call for each step",
@@ -32,7 +34,13 @@ def scan(settings: Settings, steps: int = 16) -> list[dict[str, Any]]:
     batches = (x, jnp.sin(x))
     rows = [(x[number], jnp.sin(x[number])) for number in range(steps)]
     many_small_case(1).loop(Ours(many_small_case(1), many_small_case(1).build()).program)()  # warm JAX's own caches
-    makers = {"scan": _ours_scan, "by-hand-scan": _hand_scan, "steps": _ours_steps, "by-hand": _hand_steps}
+    makers = {
+        "scan": _ours_scan,
+        "packed-scan": functools.partial(_ours_scan, pack=True),
+        "by-hand-scan": _hand_scan,
+        "steps": _ours_steps,
+        "by-hand": _hand_steps,
+    }
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
     for key, maker in makers.items():
@@ -49,8 +57,8 @@ def scan(settings: Settings, steps: int = 16) -> list[dict[str, Any]]:
     return [table("scan", title, made, per="step", reference="scan", steps=steps, **array_count(case))]
 
 
-def _ours_scan(case: Case, model: Any, batches: Any) -> Call:
-    style = Ours(case, model)
+def _ours_scan(case: Case, model: Any, batches: Any, pack: bool = False) -> Call:
+    style = Ours(case, model, pack=pack)
     step = style.step("train")
     run = jax.jit(lambda state, data: jax.lax.scan(lambda s, b: step(s, *b), state, data), donate_argnums=0)
 

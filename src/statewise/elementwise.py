@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from statewise import _compat
@@ -261,14 +262,15 @@ class _Proof:
             aval: Any = var.aval
             # Literals are scalars; equal ones of different dtypes are different.
             number = self.node("literal", _Literal(var.val, str(aval.dtype)))
-            self.nodes[number] = ("literal", jnp.asarray(var.val, aval.dtype))
+            # NumPy's: an array of JAX would become a hidden argument of every program that it stands in.
+            self.nodes[number] = ("literal", np.asarray(var.val, aval.dtype))
             return _Value(number, None, (), True)
         return self.values[var]
 
     def run(self, jaxpr: Any, consts: Sequence[Any]) -> None:
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             number = self.node("constant", id(const))
-            self.nodes[number] = ("literal", const)
+            self.nodes[number] = ("literal", _on_host(const))
             self.values[var] = _Value(number, None, jnp.shape(const), jnp.shape(const) == ())
         for eqn in jaxpr.eqns:
             if eqn.effects:
@@ -302,6 +304,12 @@ class _Proof:
             return _Value(node, next(iter(leaves), None), shape, uniform)
         node = self.node("eqn", _Same(eqn), tuple((operand.node, operand.leaf) for operand in operands), position)
         return _Value(node, None, shape, shape == ())
+
+
+def _on_host(const: Any) -> Any:
+    """A constant as NumPy's, where NumPy knows its dtype."""
+    is_key = jnp.issubdtype(const.dtype, jax.dtypes.extended)
+    return const if is_key or isinstance(const, jax.core.Tracer) else np.asarray(const)
 
 
 class _Params(dict):

@@ -6,9 +6,12 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import contextlib
 import os
+import sys
+import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -25,6 +28,8 @@ from statewise.state import State
 __all__ = ["Checkpoints", "Restored"]
 
 ITEM = "state"
+# Bytes: from here on somebody who waits wants to see how far it is.
+LARGE = 256 * 1024 * 1024
 
 
 class Restored(NamedTuple):
@@ -99,6 +104,7 @@ class Checkpoints:
     ) -> None:
         check_layout(layout)
         self._layout = layout
+        self._bytes = 0
         self._directory = FilePath(os.fspath(directory)).absolute() if "://" not in str(directory) else directory
         self._options = options or ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
@@ -175,6 +181,7 @@ class Checkpoints:
         kinds_to_save(items[ITEM].state, None)
         for name, item in extra.items():
             items[name] = item if isinstance(item, ocp.args.CheckpointArgs) else ocp.args.JsonSave(item)
+        self._bytes = sum(leaf.nbytes for leaf in items[ITEM].state.plan.leaves)
         if step in self._manager.all_steps():
             raise SaveError(f"There is a step {step} already in {self._directory}.", mend="another step")
         try:
@@ -232,17 +239,41 @@ class Checkpoints:
         """The census of a step; see `sw.inspect`."""
         return inspect(self.path(step))
 
-    def wait(self) -> None:
-        """Waits until everything is written.
+    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Waits until everything is written; in a terminal, with a progress bar where that is 256 MiB or more.
+
+        Args:
+          progress: called a few times a second with the bytes written and the bytes in all, in place of the bar.
 
         Raises:
           SaveError: something could not be written.
         """
+        total = self._bytes
         try:
+            if progress is not None:
+                self._watch(progress, total)
+            elif total >= LARGE and sys.stderr.isatty():
+                self._show(total)
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
+
+    def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
+        """Tells how far the background write is, by the size of the files that it has made."""
+        while self._manager.is_saving_in_progress():
+            progress(min(_bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            time.sleep(0.1)
+        progress(total, total)
+
+    def _show(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"writing {self._directory}", total=total)
+            self._watch(lambda written, _: bar.update(task, completed=written), total)
 
     def close(self) -> None:
         """Waits until everything is written, and lets the directory go.
@@ -281,3 +312,14 @@ class Checkpoints:
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self._directory)!r}, steps={self.steps})"
+
+
+def _bytes_in(folders: Iterable[FilePath]) -> int:
+    """The size of all files below some folders, as far as they are still there."""
+    total = 0
+    for folder in folders:
+        for path, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                    total += os.path.getsize(os.path.join(path, name))
+    return total
