@@ -34,6 +34,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "small_kind": (1, 2),
     "leaves": (1, 1),
     "look": (1, 1),
+    "keep": (1, 2),
     "memory": (1, 1),
 }
 

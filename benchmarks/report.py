@@ -159,7 +159,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
       ValueError: there are no results, or the page has lost its marks.
     """
     from benchmarks.plot import write_plot
-    from benchmarks.targets import targets_markdown
+    from benchmarks.targets import packing_pays, targets_markdown
 
     found = load(results)
     if not found:
@@ -175,6 +175,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
         write_plot(found["leaves"], plot)
         written.append(plot)
         sections += ["## Cost against the number of leaves", f"![milliseconds a step by leaves]({plot.name})"]
+    sections += ["## From how many steps on packing pays", packing_pays(found)]
     places = {name: place for place, name in enumerate(order)}
     ordered = sorted(found.values(), key=lambda result: places.get(result["name"], -1))
     sections += [_section(result) for result in ordered]

@@ -99,7 +99,7 @@ def test_scan_computes_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(loops, "many_small_case", lambda blocks: train.many_small_case(1))
     (table,) = loops.scan(TINY, steps=2)
-    assert {row["key"] for row in table["rows"]} == {"scan", "by-hand-scan", "steps", "by-hand"}
+    assert {row["key"] for row in table["rows"]} == {"scan", "packed-scan", "by-hand-scan", "steps", "by-hand"}
 
 
 def test_growth_and_looking() -> None:
@@ -207,6 +207,19 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
     (results / "odd.json").write_text('{"schema": 0}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"odd\.json has schema 0"):
         report.write_docs(results, docs)
+
+
+def test_packing_pays_from_so_many_steps() -> None:
+    def rows(packed_first: float, packed: float) -> list[dict[str, Any]]:
+        ours = row(OURS, 2e-3, first_call_s=1.0)
+        return [ours, row("statewise-packed", packed, first_call_s=packed_first)]
+
+    found = {
+        name: report.merge(name, [run(name, rows(first, median))], quick=True)
+        for name, first, median in (("one", 3.0, 1e-3), ("two", 0.5, 1e-3), ("three", 3.0, 2.5e-3))
+    }
+    lines = targets.packing_pays(found).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["2,000 steps", "the first step", "never"]
 
 
 def test_a_target_without_its_number_says_so() -> None:

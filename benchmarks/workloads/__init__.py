@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Settings
-from benchmarks.workloads import grow, look, loops, memory, serve, train
+from benchmarks.workloads import grow, keep, look, loops, memory, serve, train
 
 __all__ = ["WORKLOADS", "Workload"]
 
@@ -36,5 +36,6 @@ WORKLOADS = {
     "small_kind": Workload(grow.small_kind, "One small kind in a small and in a large model"),
     "leaves": Workload(grow.leaves, "Cost against the number of leaves"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),
+    "keep": Workload(keep.keep, "Saving and restoring"),
     "memory": Workload(memory.memory, "Peak memory of a train step"),
 }

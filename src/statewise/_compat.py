@@ -26,6 +26,7 @@ __all__ = [
     "epath",
     "eval_jaxpr",
     "inner_jaxpr",
+    "is_variable",
     "jit_is_disabled",
     "scan_counts",
     "variable_type",
@@ -78,9 +79,18 @@ def jit_is_disabled() -> bool:
 
 def variable_type(leaf: Any) -> type:
     """The type of a leaf: the Variable's own (also under hijax, where `type()` is another class), or `jax.Array`."""
-    if isinstance(leaf, nnx.Variable):
-        return leaf.var_type
-    return jax.Array
+    return leaf.var_type if is_variable(leaf) else jax.Array
+
+
+_variables: dict[type, bool] = {}
+
+
+def is_variable(leaf: Any) -> bool:
+    """Whether a leaf is a Variable; NNX's own answer, which is slow, is remembered by type."""
+    known = _variables.get(type(leaf))
+    if known is None:
+        known = _variables[type(leaf)] = isinstance(leaf, nnx.Variable)
+    return known
 
 
 def versions() -> dict[str, str]:

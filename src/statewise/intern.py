@@ -27,6 +27,7 @@ class _Identity:
     groups: tuple[Group, ...]
     graphdef: Any
     packing: Any
+    static_types: list[type]
 
     def __hash__(self) -> int:
         return hash((self.kinds, self.groups, tuple(row.path for row in self.rows)))
@@ -38,15 +39,20 @@ class _Identity:
             and self.groups == other.groups
             and self.rows == other.rows
             and self.packing == other.packing
-            and same_graph(self.graphdef, other.graphdef)
+            and self.static_types == other.static_types
+            and _equal(self.graphdef, other.graphdef)
         )
 
 
 def same_graph(one: Any, other: Any) -> bool:
     """Whether two graph definitions are equal; False where their metadata cannot be compared."""
+    # 1 == 1.0 == True, but a model that multiplies by one of them is another model.
+    return _types_of_statics(one) == _types_of_statics(other) and _equal(one, other)
+
+
+def _equal(one: Any, other: Any) -> bool:
     try:
-        # 1 == 1.0 == True, but a model that multiplies by one of them is another model.
-        return bool(one == other) and _types_of_statics(one) == _types_of_statics(other)
+        return bool(one == other)
     except (ValueError, TypeError):
         # Metadata that holds arrays cannot be compared; two such plans are simply two.
         return one is other
@@ -62,6 +68,8 @@ _plans_lock = threading.Lock()
 
 def intern(plan: Any) -> Any:
     """The one plan that is equal to this one: an older one, or this one from now on."""
-    identity = _Identity(plan.kinds, plan._rows, plan._groups, plan._graphdef, plan._packing)
+    identity = _Identity(
+        plan.kinds, plan._rows, plan._groups, plan._graphdef, plan._packing, _types_of_statics(plan._graphdef)
+    )
     with _plans_lock:
         return _plans.setdefault(identity, plan)

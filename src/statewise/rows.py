@@ -15,7 +15,7 @@ from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path
-from statewise.scan import Scan, Spec, arrays_of, raw_value, rebuild, row_of, scan, spec_of
+from statewise.scan import ONE, Scan, Spec, arrays_of, raw_value, rebuild, row_of, scan, spec_of
 
 __all__ = ["Row", "Span", "drop_sown", "is_sown", "rows_of"]
 
@@ -56,7 +56,8 @@ def rows_of(found: Scan, claims: Sequence[str]) -> tuple[Row, ...]:
     rows, wrong = [], []
     for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True):
         arrays, structure = arrays_of(raw_value(leaf))
-        specs = tuple(spec for spec in map(spec_of, arrays) if spec is not None)
+        first = spec_of(arrays[0]) if structure is ONE else None
+        specs = (first,) if first else tuple(spec for spec in map(spec_of, arrays) if spec is not None)
         if len(specs) == len(arrays):
             rows.append(Row(path, kind, _compat.variable_type(leaf), specs, structure))
         else:
@@ -99,10 +100,11 @@ def drop_sown(
 
 def _sown(kinds: Kinds, found: Scan, claims: Sequence[str], objects: Sequence[Any]) -> frozenset[Path]:
     """The paths of ephemeral leaves that `sow` made: it makes attributes of modules, never items of a list."""
+    ephemeral = {name for name, kind in kinds.items() if not kind.saved}
     paths = [
         path
         for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True)
-        if not kinds[kind].saved and is_sown(_compat.variable_type(leaf)) and isinstance(path[-1], str)
+        if kind in ephemeral and is_sown(_compat.variable_type(leaf)) and isinstance(path[-1], str)
     ]
     if not paths:
         return frozenset()

@@ -126,14 +126,29 @@ def rebuild(graphdef: Any, values: list[Any], several: bool) -> tuple[Any, ...]:
     return tuple(made) if several else (made,)
 
 
+# Types that were found to be arrays of JAX.  Asking `isinstance` of a thousand leaves takes as long as flattening them;
+# what a tracer stands for is not told by its type.
+_jax_arrays: set[type] = set()
+
+
+def _is_jax_array(value: Any) -> bool:
+    if type(value) in _jax_arrays:
+        return True
+    if not isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+        return False
+    if not isinstance(value, jax.core.Tracer):
+        _jax_arrays.add(type(value))
+    return True
+
+
 def is_array(value: Any) -> bool:
     """Whether a value is one array: JAX's or NumPy's, concrete, traced or abstract."""
-    return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    return _is_jax_array(value) or isinstance(value, (np.ndarray, np.generic))
 
 
 def raw_value(leaf: Any) -> Any:
     """What a leaf holds, without its hooks: a Variable's raw value, a raw array itself."""
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+    return leaf.get_raw_value() if _compat.is_variable(leaf) else leaf
 
 
 def arrays_of(value: Any) -> tuple[list[Any], Any]:
@@ -151,7 +166,7 @@ def value_of(arrays: Sequence[Any], structure: Any) -> Any:
 
 def spec_of(array: Any) -> Spec | None:
     """The shape and dtype that JAX will see of an array or a Python number; None for anything else."""
-    if isinstance(array, (jax.Array, jax.ShapeDtypeStruct)):
+    if _is_jax_array(array):
         return Spec(array.shape, array.dtype)
     if isinstance(array, (np.ndarray, np.generic)):
         if array.dtype.hasobject or array.dtype.kind in "USMm":

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise import paths
+from statewise import _compat, paths
 from statewise.filters.algebra import And, Filter, Not, Or, Ours, compound, describe, normalise, predicate
 from statewise.filters.words import Exactly
 
@@ -107,7 +107,7 @@ def type_key(leaf: Any) -> Hashable:
       >>> type_key(nnx.Param(jnp.ones(2)))
       <class 'flax.nnx.variablelib.Param'>
     """
-    if isinstance(leaf, nnx.Variable):
+    if _compat.is_variable(leaf):
         return leaf.var_type
     if isinstance(leaf, jax.core.Tracer):
         # A traced value is an array or not by what it stands for, not by its class.
