@@ -90,11 +90,11 @@ def by_hand(case: Case, tx: Any, value_fn: bool = False, steps: int = STEPS) -> 
     return found
 
 
-def by_steps(case: Case, tx: Any, steps: int = STEPS) -> list[Snapshot]:
+def by_steps(case: Case, tx: Any, steps: int = STEPS, pack: bool = False) -> list[Snapshot]:
     """The same training with Statewise; on the way, one trace, the model left alone, and everything put back."""
     model = case.make()
     plan = case.kinds.plan(model, optimizers={case.trained: tx})
-    state = plan.take(model)
+    state = plan.take(model, pack=pack)
     before = leaves_of(model)
     traces = []
 

@@ -96,6 +96,14 @@ def test_line_searches_evaluate_the_loss(name: str) -> None:
     assert ours[-1].loss < ours[0].loss
 
 
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *SEARCHES])
+def test_packing_changes_nothing_whatever_the_optimizer(name: str) -> None:
+    """Rounding aside: XLA fuses the two programs differently, and then rounds at other places."""
+    make = {**OPTIMIZERS, **SEARCHES}[name]
+    packed, plain = by_steps(PERCEPTRON, make(), pack=True), by_steps(PERCEPTRON, make())
+    assert_same(packed, plain, 1e-4 if name in ("muon", "lbfgs") else 2e-5)
+
+
 # --- several kinds ---------------------------------------------------------------------------------------------
 
 LORA = Case(LowRank, rows, squares)
