@@ -25,7 +25,7 @@ class Model(nnx.Module):
         self.gains = nnx.List([nnx.Param(jnp.ones(4)) for _ in range(5)])
         self.norms = nnx.List([nnx.BatchNorm(4, use_bias=False, use_scale=False, rngs=rngs) for _ in range(4)])
         self.halves = nnx.List([nnx.Param(jnp.ones(3, jnp.bfloat16)) for _ in range(4)])
-        self.wide = nnx.Param(jnp.ones((4, 2048)))
+        self.wide = nnx.Param(jnp.ones((4, 8192)))
         self.empty = nnx.Param(jnp.ones((0, 3)))
         self.tied = self.layers[0].kernel
         self.drop = nnx.Dropout(0.2, rngs=rngs)
@@ -156,7 +156,7 @@ def test_a_packed_state_under_scan_and_vmap() -> None:
     look = sw.step(lambda model, x: model.wide.sum() + model.cache[0].sum() + x)
     index = packed.plan._index["cache"]
     many._parts[index] = type(many._parts[index])(tuple(jnp.stack([array] * 2) for array in many._parts[index].arrays))
-    np.testing.assert_allclose(jax.vmap(look, in_axes=(axes, 0))(many, jnp.arange(2.0)), 8192 + np.arange(2.0))
+    np.testing.assert_allclose(jax.vmap(look, in_axes=(axes, 0))(many, jnp.arange(2.0)), 32768 + np.arange(2.0))
 
 
 def test_one_step_in_several_programs_of_the_caller() -> None:

@@ -27,8 +27,9 @@ from statewise.scan import Spec
 
 __all__ = ["Buffer", "Packing", "choose", "pack", "separated", "unpack"]
 
-# Bytes.  Crossing costs a few microseconds per array, copying in and out about as much at this size.
-LARGEST = 16 * 1024
+# Bytes.  Measured (docs/decisions.md): up to here a packed step took half to two thirds of the time, at four times this
+# size about as long.
+LARGEST = 64 * 1024
 # Fewer arrays than this are not worth a buffer.
 FEWEST = 4
 

@@ -140,13 +140,21 @@ class _Waiting:
 
 def _in_background(sources: Sequence[Any]) -> concurrent.futures.Future[list[Sums]]:
     """The checksums, from arrays that a later step may donate: what they are read from is taken hold of here."""
-    # On the host a view of the array: whoever donates the array then gets a copy of it instead.
-    held = [source if _is_spread(source) else np.asarray(source) for source in sources]
+    held = [source if _is_spread(source) else _held(source) for source in sources]
     spread = {at: sums_of(source) for at, source in enumerate(held) if _is_spread(source)}  # all processes together
-    with concurrent.futures.ThreadPoolExecutor(1, "statewise-checksums") as pool:
-        future = pool.submit(lambda: [spread.get(at) or sums_of(source) for at, source in enumerate(held)])
-        pool.shutdown(wait=False)
+    pool = concurrent.futures.ThreadPoolExecutor(1, "statewise-checksums")
+    future = pool.submit(lambda: [spread.get(at) or sums_of(source) for at, source in enumerate(held)])
+    pool.shutdown(wait=False)  # not a `with`, which would wait
     return future
+
+
+def _held(source: Any) -> np.ndarray:
+    """What an array is now, whatever becomes of it.
+
+    Of JAX's a view: whoever donates the array then gets a copy of it instead.  NumPy's can be written at any time.
+    """
+    host = np.asarray(source)
+    return host.copy() if host.flags.writeable and host.size else host
 
 
 def _is_spread(array: Any) -> bool:
@@ -201,7 +209,9 @@ def read_tree(directory: Any, wanted: Mapping[tuple[str, ...], Any]) -> dict[tup
     for key, array in wanted.items():
         as_jax = array.sharding is not None
         how: Any = (
-            ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=array.sharding, dtype=array.dtype)
+            ocp.ArrayRestoreArgs(
+                restore_type=jax.Array, sharding=array.sharding, dtype=array.dtype, global_shape=array.shape
+            )
             if as_jax
             else ocp.RestoreArgs(restore_type=np.ndarray, dtype=array.dtype)
         )
