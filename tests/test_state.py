@@ -363,3 +363,11 @@ def test_a_cast_of_what_is_spent() -> None:
     with pytest.raises(sw.StructureError, match=r"^This state is spent: <lambda> has donated its stats\."):
         state.cast(stats="bfloat16")
     state.cast(params="bfloat16")
+
+
+def test_an_abstract_state_is_cast_like_any_other() -> None:
+    plan = sw.plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    half = plan.abstract().cast(params="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half["params"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(half["stats"])} == {jnp.dtype("float32")}
+    assert half.plan is plan.take(nnx.BatchNorm(3, rngs=nnx.Rngs(0))).cast(params="bfloat16").plan

@@ -362,3 +362,28 @@ def test_nan_checking_of_a_step_that_writes_names_what_is_lost() -> None:
         else:
             divide(state, jnp.ones(2))
         count(state)
+
+
+# --- states that never had values --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_abstract_state_is_no_state_to_run_on(before: int) -> None:
+    plan = sw.plan(model())
+    look = sw.step(lambda model: model.a[...].sum())
+    for _ in range(before):
+        look(plan.take(model()))
+    with refused(
+        sw.StructureError,
+        "This state is abstract: <lambda> would need its values.",
+        mend="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
+        "ahead of time: <lambda>.lower(state, ...).compile()",
+    ):
+        look(plan.abstract())
+    assert look(plan.take(model())) == 2
+
+
+def test_a_type_error_of_the_function_is_the_functions() -> None:
+    add = sw.step(lambda model, x: model.a[...] + x)
+    with pytest.raises(TypeError, match="str"):
+        add(taken(), "one")

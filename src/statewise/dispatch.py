@@ -117,7 +117,7 @@ class Entry:
             written, out = self._call(donate, operands) if fn is None else fn(*operands)
         except StatewiseError:
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             self._explain(state, args, kwargs, error)
             raise
         return (self.received(state, written, donate), out) if self.returns_state else out
@@ -155,7 +155,13 @@ class Entry:
         raise spent_error(state, [names[kind] for kind in sorted(self._touches) if state._parts[kind].spent])
 
     def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
-        """Says what the runtime's error means, where it is about arrays that are gone or given twice."""
+        """Says what the runtime's error means, where it is about arrays that are gone, given twice, or never there."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
+            raise StructureError(
+                f"This state is abstract: {self.name} would need its values.",
+                mend="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
+                f"ahead of time: {self.name}.lower(state, ...).compile()",
+            ) from error
         gone = deleted_kinds(state)
         if not _ABOUT_BUFFERS.search(str(error)):
             if gone:

@@ -206,6 +206,8 @@ class State:
         Args:
           **dtypes: by kind, the dtype of its floating-point arrays; integers, booleans and keys stay as they are.
 
+        An abstract state can be cast too: `sw.restore(path, plan.abstract().cast(params="bfloat16"), cast=True)`.
+
         Returns:
           a state of another plan, which has these dtypes; it shares the parts of the other kinds with this one.
 
@@ -228,12 +230,18 @@ class State:
             check_unspent(self, [kind])
             # A float may become another float; complex numbers would lose a half.
             arrays = tuple(
-                jax.lax.convert_element_type(array, dtype) if jnp.issubdtype(spec.dtype, jnp.floating) else array
+                _cast(array, dtype) if jnp.issubdtype(spec.dtype, jnp.floating) else array
                 for array, spec in zip(plan._unpacked(kind, part.arrays), plan._specs[kind], strict=True)
             )
             specs[kind] = [Spec(array.shape, array.dtype) for array in arrays]
             cast[kind] = arrays
         return recast(self, plan._with_specs(specs), cast)
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(dtype=dtype)
+    return jax.lax.convert_element_type(array, dtype)
 
 
 def make_state(plan: Plan, parts: list[Part]) -> State:
