@@ -17,7 +17,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types tests docs bench bench-quick format clean
+.PHONY: help demo test test-slow lint types tests docs bench bench-quick format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,6 +53,10 @@ types: $(VENV)/.installed-test
 # The doctests of every module and the code of README.md and docs/ are tests like any other (tests/test_doctests.py).
 tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# What takes minutes: a hundred SIGKILLs in the midst of saving.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 # There is no rendered documentation yet: the docs are README.md and docs/*.md.  This runs the code in them.
 docs: $(VENV)/.installed-test

@@ -57,7 +57,6 @@ def test_every_rival_computes_what_ours_does(name: str) -> None:
     assert rows[OURS]["ratio"] == 1
 
 
-@pytest.mark.slow
 @needs_equinox
 @pytest.mark.parametrize(
     "make",

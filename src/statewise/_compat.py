@@ -29,6 +29,7 @@ __all__ = [
     "is_variable",
     "jit_is_disabled",
     "scan_counts",
+    "tensorstore",
     "variable_type",
     "versions",
 ]
@@ -105,3 +106,10 @@ def epath(path: Any) -> Any:
     from etils import epath
 
     return epath.Path(path)
+
+
+def tensorstore() -> Any:
+    """The library that Orbax itself stores arrays with."""
+    import tensorstore
+
+    return tensorstore

@@ -31,6 +31,8 @@ __all__ = ["Saving", "StateHandler", "read_tree", "tree_handler"]
 
 # Files up to this size have a checksum of their own; the arrays in larger ones have theirs.
 SMALL_FILE = 1024 * 1024
+# Where a state is all of a checkpoint, Orbax keeps the times of its commit beside it, and writes them last.
+_OF_ORBAX = "_CHECKPOINT_METADATA"
 
 
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
@@ -116,8 +118,12 @@ def run(saving: Any) -> None:
     """Waits for a save to be written."""
 
     async def waited() -> None:
-        for future in await saving:
-            await asyncio.to_thread(future.result)
+        # All of them, whatever becomes of the first: what still writes would undo the removal of a failed save.
+        waiting = [asyncio.to_thread(future.result) for future in await saving]
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, BaseException):
+                raise error
 
     try:
         asyncio.get_running_loop()
@@ -171,7 +177,7 @@ def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
 
 
 def files_of(directory: Any) -> dict[str, dict[str, Any]]:
-    """Every file below a directory but the manifest: its size and, of small ones, its SHA-256."""
+    """Every file below a directory but the manifest and what changes later: its size and, if small, its SHA-256."""
     found: dict[str, dict[str, Any]] = {}
     folders = [(directory, "")]
     while folders:
@@ -180,7 +186,7 @@ def files_of(directory: Any) -> dict[str, dict[str, Any]]:
             name = f"{prefix}{entry.name}"
             if entry.is_dir():
                 folders.append((entry, f"{name}/"))
-            elif name != NAME:
+            elif name not in (NAME, _OF_ORBAX):
                 size = entry.stat().length
                 found[name] = {"bytes": size} | ({"sha256": sha256_of(entry)} if size <= SMALL_FILE else {})
     return found
@@ -219,10 +225,12 @@ def read_tree(directory: Any, wanted: Mapping[tuple[str, ...], Any]) -> dict[tup
             for node in key[:-1]:
                 tree = tree.setdefault(node, {})
             tree[key[-1]] = value
+    folder = _compat.epath(directory)
     handler = tree_handler()
     try:
         read = handler.restore(
-            _compat.epath(directory), args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+            folder if folder.is_absolute() else folder.absolute(),  # TensorStore takes no other
+            args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True),
         )
     finally:
         handler.close()

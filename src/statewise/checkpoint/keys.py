@@ -113,23 +113,34 @@ class OrbaxKeys:
 
     def __init__(self) -> None:
         self._nodes: dict[tuple[str, ...], dict[str, str]] = {}  # of each node: from a child's id to its text
+        self._taken: set[tuple[str, ...]] = set()
 
     def key(self, path: Path) -> tuple[str, ...]:
         """The key of a path; the same path gets the same key."""
         made: tuple[str, ...] = ()
         for part in path or ("",):
-            children = self._nodes.setdefault(made, {})
-            identity = path_id([_encode(part, path)])
-            text = children.get(identity)
-            if text is None:
-                plain = text = _escaped(str(part))
-                again, taken = 1, set(children.values())
-                while text in taken:
-                    again += 1
-                    text = f"{plain}#{again}"
-                children[identity] = text
-            made += (text,)
+            made += (self._child(made, path_id([_encode(part, path)]), str(part)),)
         return made
+
+    def apart(self, root: str, *parts: str) -> tuple[str, ...]:
+        """A key for what is no leaf: below a root that no path has, whatever the model calls its own."""
+        made: tuple[str, ...] = (self._child((), f"not a path: {root}", root),)
+        for part in parts:
+            made += (self._child(made, part, part),)
+        return made
+
+    def _child(self, node: tuple[str, ...], identity: str, name: str) -> str:
+        children = self._nodes.setdefault(node, {})
+        text = children.get(identity)
+        if text is None:
+            plain = text = _escaped(name)
+            again = 1
+            while (*node, text) in self._taken:
+                again += 1
+                text = f"{plain}#{again}"
+            self._taken.add((*node, text))
+            children[identity] = text
+        return text
 
 
 def _escaped(text: str) -> str:

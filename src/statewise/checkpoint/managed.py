@@ -6,28 +6,31 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
-import contextlib
+import errno
+import operator
 import os
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from statewise.census import Census
+from statewise.checkpoint.extras import ITEM, bytes_in, check_counts, extra_item, metrics_of
 from statewise.checkpoint.items import checkpointable
+from statewise.checkpoint.records import check_savable
 from statewise.checkpoint.report import RestoreReport
 from statewise.checkpoint.restoring import inspect, preview, restore
-from statewise.checkpoint.saving import check_layout, kinds_to_save
+from statewise.checkpoint.saving import check_layout, kinds_to_save, reason_of
 from statewise.errors import RestoreError, SaveError, StatewiseError
 from statewise.state import State
 
 __all__ = ["Checkpoints", "Restored"]
 
-ITEM = "state"
 # Bytes: from here on somebody who waits wants to see how far it is.
 LARGE = 256 * 1024 * 1024
 
@@ -103,16 +106,23 @@ class Checkpoints:
         options: Any = None,
     ) -> None:
         check_layout(layout)
+        check_counts(max_to_keep, every)
         self._layout = layout
         self._bytes = 0
+        self._writing = self._closed = False
         self._directory = FilePath(os.fspath(directory)).absolute() if "://" not in str(directory) else directory
         self._options = options or ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
-            save_interval_steps=every,
+            # Not `save_interval_steps`: with that, Orbax saves the first step whatever its number.
+            save_decision_policy=policies.AnySavePolicy(
+                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+            ),
             enable_async_checkpointing=asynchronous,
             create=True,
         )
         try:
+            if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
             self._manager = ocp.CheckpointManager(self._directory, options=self._options)
         except OSError as error:
             raise SaveError(
@@ -132,9 +142,9 @@ class Checkpoints:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The complete steps, in order."""
-        self._manager.reload()
-        return tuple(sorted(self._manager.all_steps()))
+        """The complete steps on disk, in order, whoever wrote them."""
+        # Not by the manager's `reload`: that forgets a step which is being written, and so never deletes it later.
+        return tuple(sorted(found.step for found in self._names.find_all(self._manager.directory)))
 
     @property
     def latest(self) -> int | None:
@@ -154,42 +164,70 @@ class Checkpoints:
         if step not in known:
             shown = ", ".join(map(str, known[-5:]))
             raise RestoreError(f"There is no step {step} in {self._directory}.", mend=f"one of: {shown}")
-        names = self._options.step_name_format or ocp.path.step.standard_name_format(
+        return self._names.find_step(self._manager.directory, step).path / ITEM
+
+    @property
+    def _names(self) -> Any:
+        return self._options.step_name_format or ocp.path.step.standard_name_format(
             step_prefix=self._options.step_prefix,
             step_format_fixed_length=self._options.step_format_fixed_length,
         )
-        return names.find_step(self._manager.directory, step).path / ITEM
 
-    def save(self, step: int, state: State | Any, /, *, force: bool = False, **extra: Any) -> bool:
+    def save(self, step: int | Any, state: State | Any, /, *, force: bool = False, **extra: Any) -> bool:
         """Saves a step.
 
         Args:
-          step: its number.
+          step: its number, larger than those of the steps that are there.
           state: the state; it may be donated to the next step at once.
-          force: saves whatever `every` says.
+          force: saves whatever `every` says, and beside newer steps.
           **extra: more items: anything that JSON can hold, or an `ocp.args.CheckpointArgs` (a data iterator's, say).
 
         Returns:
           whether it was a step to save.
 
         Raises:
-          SaveError: the step is there already, or could not be written; where the background write of an earlier step
-            has failed, that is said here, or by `wait`.
+          SaveError: the step, or a newer one, is there already, an extra item cannot be written, or the step could not
+            be, or all this is closed; where the background write of an earlier step has failed, that is said here, or
+            by `wait`.
           StructureError: the state is spent, abstract, or being traced.
         """
-        items = {ITEM: checkpointable(state, layout=self._layout)}
-        kinds_to_save(items[ITEM].state, None)
-        for name, item in extra.items():
-            items[name] = item if isinstance(item, ocp.args.CheckpointArgs) else ocp.args.JsonSave(item)
-        self._bytes = sum(leaf.nbytes for leaf in items[ITEM].state.plan.leaves)
-        if step in self._manager.all_steps():
-            raise SaveError(f"There is a step {step} already in {self._directory}.", mend="another step")
+        if self._closed:
+            raise SaveError(
+                f"Checkpoints({str(self._directory)!r}) is closed.", mend="save within its `with`, or before close()"
+            )
+        item = checkpointable(state, layout=self._layout)
+        # Before Orbax begins: a save of its that fails halfway is in progress for ever.
+        check_savable(item.state, kinds_to_save(item.state, None))
+        items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
+        step = self._new_step(step, force)
+        self._bytes = sum(leaf.nbytes for leaf in item.state.plan.leaves)
+        self._writing = False
         try:
-            return bool(self._manager.save(step, args=ocp.args.Composite(**items), force=force))
+            self._writing = bool(
+                # The metrics once more: where the options have a `best_fn`, Orbax goes by them.
+                self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics_of(items), force=force)
+            )
         except StatewiseError:
             raise
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
+        return self._writing
+
+    def _new_step(self, given: Any, force: bool) -> int:
+        """The number of a step that may be saved."""
+        step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
+        if step < 0:
+            raise SaveError(f"{given!r} is no number of a step.", mend="checkpoints.save(100, state)")
+        known = {*self.steps, *self._manager.all_steps()}
+        if step in known:
+            raise SaveError(f"There is a step {step} already in {self._directory}.", mend="another step")
+        newer = sorted(one for one in known if one > step)
+        if newer and not force:
+            raise SaveError(
+                f"Step {step} is older than what {self._directory} holds: {', '.join(map(str, newer[-5:]))}.",
+                mend="another directory, to go on from an older step; or save(..., force=True), to save it beside them",
+            )
+        return step
 
     def restore(
         self,
@@ -199,9 +237,9 @@ class Checkpoints:
         step: int | None = None,
         only: str | Sequence[str] | None = None,
         cast: bool = False,
-        extra: Sequence[str] | Mapping[str, Any] = (),
+        extra: str | Sequence[str] | Mapping[str, Any] = (),
     ) -> Restored:
-        """Restores a step into a new state, as `sw.restore` does.
+        """Restores a step into a new state, as `sw.restore` does; waits for a step that is still being written.
 
         Args:
           target: a state, or an abstract one.
@@ -213,19 +251,22 @@ class Checkpoints:
 
         Raises:
           RestoreError: there is no such step or item, or target and checkpoint disagree.
+          SaveError: a step that was being written could not be.
           DamagedError: files or arrays that are not what was written.
         """
+        self.wait()  # what was saved a moment ago is what somebody who goes back wants
         step = self.latest if step is None else step
         path = self.path(step)
         assert step is not None, "path has found one"
-        state, report = restore(path, target, only=only, cast=cast)
-        asked = dict(extra) if isinstance(extra, Mapping) else {name: ocp.args.JsonRestore() for name in extra}
+        names = (extra,) if isinstance(extra, str) else extra
+        asked = dict(names) if isinstance(names, Mapping) else {name: ocp.args.JsonRestore() for name in names}
         missing = [name for name in asked if not (path.parent / name).exists()]
         if missing:
             raise RestoreError(
                 f"Step {step} has no item {missing[0]!r}.",
                 mend="one of: " + ", ".join(sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())),
             )
+        state, report = restore(path, target, only=only, cast=cast)
         items = dict(self._manager.restore(step, args=ocp.args.Composite(**asked)).items()) if asked else {}
         return Restored(state, report, step, items)
 
@@ -261,8 +302,8 @@ class Checkpoints:
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
         """Tells how far the background write is, by the size of the files that it has made."""
-        while self._manager.is_saving_in_progress():
-            progress(min(_bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+        while self._writing and self._manager.is_saving_in_progress():
+            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
             time.sleep(0.1)
         progress(total, total)
 
@@ -272,7 +313,7 @@ class Checkpoints:
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(f"writing {self._directory}", total=total)
+            task = bar.add_task("writing a checkpoint", total=total)
             self._watch(lambda written, _: bar.update(task, completed=written), total)
 
     def close(self) -> None:
@@ -284,12 +325,12 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._manager.close()
 
     def _failed(self, error: Exception) -> SaveError:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" [")[0]
         return SaveError(
-            f"A step could not be written to {self._directory}: {reason}. Earlier steps are whole.",
+            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are whole.",
             mend="free some space, or choose a directory that can be written to",
         )
 
@@ -312,14 +353,3 @@ class Checkpoints:
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self._directory)!r}, steps={self.steps})"
-
-
-def _bytes_in(folders: Iterable[FilePath]) -> int:
-    """The size of all files below some folders, as far as they are still there."""
-    total = 0
-    for folder in folders:
-        for path, _, names in os.walk(folder):
-            for name in names:
-                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-                    total += os.path.getsize(os.path.join(path, name))
-    return total

@@ -6,7 +6,7 @@ it is known that the restore goes through.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
 from statewise.errors import KindError
 from statewise.kinds import unknown_kind
 from statewise.paths import Path, format_path, format_shape
-from statewise.state import State
+from statewise.state import State, is_deleted
 
 __all__ = ["Match", "kinds_to_restore", "match"]
 
@@ -74,10 +74,12 @@ def kinds_to_restore(state: State, only: str | Sequence[str] | None) -> tuple[st
 
 
 class _Matcher:
-    def __init__(self, state: State, manifests: Sequence[Manifest], kinds: Collection[str], cast: bool) -> None:
+    def __init__(self, state: State, manifests: Sequence[Manifest], only: Any, cast: bool) -> None:
         self.plan = state.plan
         self.state = state
-        self.kinds = kinds
+        self.manifests = manifests
+        self.kinds = kinds_to_restore(state, only)
+        self.all = only is None
         self.cast = cast
         self.saved = [manifest.by_id() for manifest in manifests]
         self.done: list[RestoredLeaf] = []
@@ -92,167 +94,186 @@ class _Matcher:
             for alias in leaf.aliases
         }
 
-    def say(self, record: LeafRecord, outcome: Outcome, why: str = "", mend: str = "") -> None:
+    def say(self, record: LeafRecord, outcome: Outcome, why: str = "", mends: Iterable[str] = ()) -> None:
         self.done.append(RestoredLeaf(record.leaf(), outcome, why))
-        if mend:
-            self.mends[mend] = None
+        self.mends |= dict.fromkeys(mends)
 
     def run(self) -> None:
         seen: set[str] = set()
+        tied: dict[str, LeafRecord] = {}
         for placed in records_of(self.plan):
             record = placed.record
             seen.add(record.id)
-            found = next(((at, saved[record.id]) for at, saved in enumerate(self.saved) if record.id in saved), None)
+            tied |= {path_id(encode_path(alias)): record for alias in record.aliases}
+            found = self.find(record)
             if record.kind not in self.kinds:
-                declared = self.plan.kinds[record.kind].saved
-                self.without(placed, "not asked for" if declared else "ephemeral, never saved", ephemeral=not declared)
+                self.without(placed)
             elif found is None:
                 self.missing(placed)
             else:
-                self.compare(placed, found[1], found[0])
-        tied = {
-            path_id(encode_path(alias)): placed.record
-            for placed in records_of(self.plan)
-            for alias in placed.record.aliases
-        }
-        for name, leaf in self.saved[0].items():
-            if name not in seen:
-                self.extra(leaf, tied.get(name))
+                self.compare(placed, *found)
+        left = [leaf for name, leaf in self.saved[0].items() if name not in seen and self.is_asked(leaf.kind)]
+        for leaf in left:
+            if leaf.id in tied:
+                why = f"a leaf of its own in the checkpoint, tied to {format_path(tied[leaf.id].path)} in the target"
+                self.say(leaf, "problem", why, [_UNTIE])
+        self.extra([leaf for leaf in left if leaf.id not in tied])
+
+    def find(self, record: LeafRecord) -> tuple[LeafRecord, int] | None:
+        """The record of a leaf, in the checkpoint (0) or, of a kind that this leaves to its base, there (1)."""
+        for at, saved in enumerate(self.saved):
+            there = saved.get(record.id)
+            if there is not None and (at == 0 or not self.has_saved(there.kind)):
+                return there, at
+        return None
+
+    def has_saved(self, kind: str) -> bool:
+        """Whether the checkpoint itself holds a kind."""
+        declared = self.manifests[0].kinds.get(kind)
+        return declared is not None and declared.saved
+
+    def is_asked(self, kind: str) -> bool:
+        """Whether a leaf of the checkpoint, of this kind, should be in the target: of unknown kinds, if all should."""
+        return kind in self.kinds or (self.all and kind not in self.plan.kinds)
 
     # --- one leaf ------------------------------------------------------------------------------------------------
 
-    def without(self, placed: Placed, why: str, *, ephemeral: bool) -> None:
+    def without(self, placed: Placed) -> None:
         """A leaf that keeps its value, if it has one."""
-        record = placed.record
-        if self.has_values(placed):
+        record, lost = placed.record, self.lost(placed)
+        kind = self.plan.kinds[record.kind]
+        why = "not asked for" if kind.saved else "ephemeral, never saved"
+        if not lost:
             self.say(record, "kept", why)
-        elif ephemeral and self.plan.kinds[record.kind].restart is not None:
+        elif not kind.saved and kind.restart is not None:
             self.say(record, "restarted", why)
             self.restarted.append(placed)
         else:
-            self.say(
-                record,
-                "problem",
-                f"{why}, and the target is abstract: it has no value to keep",
-                f"restore into a state with values: sw.restore(path, plan.take(model)); or declare a restart for "
-                f"{record.kind!r}",
-            )
+            mends = [_WITH_VALUES]
+            if not kind.saved:
+                mends.append(f"or declare how it starts: {_declared(record.kind, 'restart=jnp.zeros_like')}")
+            self.say(record, "problem", f"{why}, and {lost}", mends)
 
-    def has_values(self, placed: Placed) -> bool:
-        part = self.state.part(placed.record.kind).arrays
-        return not any(isinstance(array, jax.ShapeDtypeStruct) for array in part)
+    def lost(self, placed: Placed) -> str:
+        """Why a leaf of the target has no value to keep; empty if it has one."""
+        part: Sequence[Any] = self.state.part(placed.record.kind).arrays
+        if placed.record.kind not in self.plan._packing:
+            part = part[placed.start : placed.start + len(placed.record.arrays)]
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in part):
+            return "the target is abstract: it has no value to keep"
+        return "the target is spent: its value was donated" if any(map(is_deleted, part)) else ""
 
     def missing(self, placed: Placed) -> None:
         record = placed.record
         treatment = self.plan.kinds[record.kind].missing
         other = self.aliases.get(record.id)
-        if treatment == "keep" and self.has_values(placed):
-            self.say(record, "kept", "missing from the checkpoint")
-        elif treatment == "restart":
-            self.say(record, "restarted", "missing from the checkpoint")
+        why = "missing from the checkpoint"
+        lost = self.lost(placed) if treatment == "keep" else ""
+        if treatment == "restart":
+            self.say(record, "restarted", why)
             self.restarted.append(placed)
+        elif treatment == "keep" and not lost:
+            self.say(record, "kept", why)
         elif other is not None:
-            self.say(
-                record,
-                "problem",
-                f"tied to {format_path(other.path)} in the checkpoint",
-                "tie the two in the model before planning it, as they were when it was saved",
-            )
+            self.say(record, "problem", f"tied to {format_path(other.path)} in the checkpoint", [_TIE])
+        elif lost:
+            self.say(record, "problem", f"{why}, and {lost}", [_WITH_VALUES])
         else:
-            self.say(
-                record,
-                "problem",
-                "missing from the checkpoint",
-                f"to keep the target's values, declare it: kinds.replace({record.kind}=dataclasses.replace("
-                f"kinds[{record.kind!r}], missing='keep'))  # or 'restart'",
-            )
+            keep = f"to keep the target's values, declare it: {_declared(record.kind, _KEEP)}"
+            self.say(record, "problem", why, [keep])
 
-    def extra(self, leaf: LeafRecord, tied_to: LeafRecord | None) -> None:
-        kind = self.plan.kinds.get(leaf.kind)
-        if kind is not None and not (kind.saved and leaf.kind in self.kinds):
-            return  # of a kind that is not restored here
-        if kind is None and len(self.kinds) < sum(kind.saved for kind in self.plan.kinds.values()):
-            return  # `only` asks for others
-        if tied_to is not None:
-            self.say(
-                leaf,
-                "problem",
-                f"a leaf of its own in the checkpoint, tied to {format_path(tied_to.path)} in the target",
-                "untie the two in the model before planning it, as they were when it was saved",
-            )
-            return
-        asked = tuple(sorted({placed.record.kind for placed in records_of(self.plan)} & set(self.kinds) - {leaf.kind}))
-        self.say(
-            leaf,
-            "problem",
-            "in the checkpoint only",
-            "plan what was saved, optimizers included; or ask for the kinds you want: "
-            f"sw.restore(path, target, only={asked!r})",
-        )
+    def extra(self, leaves: Sequence[LeafRecord]) -> None:
+        """Leaves that the checkpoint alone has."""
+        too_many = {leaf.kind for leaf in leaves}
+        there = {placed.record.kind for placed in records_of(self.plan)}
+        whole = tuple(kind for kind in self.kinds if kind in there - too_many)
+        mend = "plan what was saved, optimizers included"
+        if whole:
+            mend += f"; or ask for the kinds you want: sw.restore(path, target, only={whole!r})"
+        for leaf in leaves:
+            self.say(leaf, "problem", "in the checkpoint only", [mend])
 
     def compare(self, placed: Placed, there: LeafRecord, checkpoint: int) -> None:
         record = placed.record
-        why = self.difference(record, there)
-        if why is not None:
-            self.say(record, "problem", *why)
+        words = _differences(record, there)
+        recast = _recast(record, there)
+        castable = all(_castable(*pair) for pair in recast)
+        end = ""
+        if recast and not (self.cast and castable):
+            words.append((", ".join(dict.fromkeys(theirs.dtype for _, theirs in recast)), _CAST))
+            if self.cast:
+                end = ", which does not become " + ", ".join(dict.fromkeys(ours.dtype for ours, _ in recast))
+                words[-1] = (words[-1][0], _RECAST)
+        if words:
+            why = ", ".join(word for word, _ in words)
+            self.say(record, "problem", f"is {why} in the checkpoint{end}", [mend for _, mend in words])
             return
-        recast = [
-            (ours, theirs)
-            for ours, theirs in zip(record.arrays, there.arrays, strict=True)
-            if ours.dtype != theirs.dtype
-        ]
         if recast:
-            from_, to = recast[0][1].dtype, recast[0][0].dtype
-            if not self.cast:
-                self.say(record, "problem", f"is {from_} in the checkpoint", "sw.restore(path, target, cast=True)")
-                return
-            if not all(_castable(ours, theirs) for ours, theirs in recast):
-                self.say(record, "problem", f"is {from_} in the checkpoint, which does not become {to}", _RECAST_MEND)
-                return
-            self.say(record, "cast", f"from {from_} to {to}")
+            casts = dict.fromkeys(f"from {theirs.dtype} to {ours.dtype}" for ours, theirs in recast)
+            self.say(record, "cast", ", ".join([*casts, *["from the base"] * checkpoint]))
         else:
             self.say(record, "restored", "from the base" if checkpoint else "")
         self.sources.append(Source(placed, there, checkpoint))
 
-    def difference(self, record: LeafRecord, there: LeafRecord) -> tuple[str, str] | None:
-        """What is in the way of restoring one leaf, and the mend; None if nothing is."""
-        if there.kind != record.kind:
-            return (
-                f"of kind {there.kind!r} in the checkpoint",
-                f"declare it as it was saved: of kind {there.kind!r}",
-            )
-        if not same_type(record.type, there.type):
-            return (
-                f"is a {there.type.replace(':', '.')} in the checkpoint",
-                f"give the leaf that type; a class that only moved can say where it was: "
-                f"{record.type.rpartition(':')[2]}.__module__ = {there.type.rpartition(':')[0]!r}",
-            )
-        if record.structure != there.structure or [a.within for a in record.arrays] != [a.within for a in there.arrays]:
-            return (
-                "holds a value of another structure in the checkpoint",
-                "give the Variable a value of the saved structure",
-            )
+
+_CAST = "sw.restore(path, target, cast=True)"
+_RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
+_KEEP = "missing='keep'"
+_SIZES = "build the model with the sizes that it was saved with"
+_TIE = "tie the same leaves in the model before planning it, as they were when it was saved"
+_UNTIE = "untie the leaves in the model before planning it, as they were when it was saved"
+_WITH_VALUES = "restore into a state with values: sw.restore(path, plan.take(model))"
+
+
+def _declared(kind: str, treatment: str) -> str:
+    return f"kinds = plan.kinds.replace({kind}=dataclasses.replace(plan.kinds[{kind!r}], {treatment}))"
+
+
+def _differences(record: LeafRecord, there: LeafRecord) -> list[tuple[str, str]]:
+    """Everything in the way of restoring one leaf, dtypes apart: what it is in the checkpoint, and the mend."""
+    words = []
+    if there.kind != record.kind:
+        words.append((f"of kind {there.kind!r}", f"declare it as it was saved: of kind {there.kind!r}"))
+    if not same_type(record.type, there.type):
+        words.append((f"a {there.type.replace(':', '.')}", _mend_type(record.type, there.type)))
+    if not _same_structure(record, there):
+        words.append(("a value of another structure", "give the Variable a value of the saved structure"))
+    else:
         for ours, theirs in zip(record.arrays, there.arrays, strict=True):
+            within = f" at {format_path(ours.within)}" if ours.within else ""
             if ours.prng != theirs.prng:
-                is_ = f"a PRNG key of {theirs.prng}" if theirs.prng else "no PRNG key"
-                mend = (
-                    f"make the key with jax.random.key(seed, impl={theirs.prng!r})"
-                    if theirs.prng
-                    else "plan a raw array there"
-                )
-                return f"is {is_} in the checkpoint", mend
-            if ours.shape != theirs.shape:
-                return (
-                    f"is {format_shape(theirs.shape)} in the checkpoint",
-                    "build the model with the sizes that it was saved with",
-                )
-        if _ids(record.aliases) != _ids(there.aliases):
-            tied = ", ".join(map(format_path, there.aliases)) or "nothing"
-            return f"tied to {tied} in the checkpoint", "tie the same leaves in the model before planning it"
-        return None
+                is_ = f"a PRNG key of {theirs.prng}" if theirs.prng else f"no PRNG key but {theirs.dtype}"
+                make = f"make it a key: jax.random.key(0, impl={theirs.prng!r})"
+                words.append((is_ + within, make if theirs.prng else _MAKE_DATA))
+            elif ours.shape != theirs.shape:
+                words.append((format_shape(theirs.shape) + within, _SIZES))
+    here, gone = _ids(record.aliases), _ids(there.aliases)
+    if here != gone:
+        tied = ", ".join(map(format_path, there.aliases)) or "nothing"
+        words.append((f"tied to {tied}", _TIE if gone - here else _UNTIE))
+    return words
 
 
-_RECAST_MEND = "plan the model with the dtype that was saved, restore, and convert it yourself"
+_MAKE_DATA = "give the Variable the key's words: jax.random.key_data(key)"
+
+
+def _mend_type(ours: str, theirs: str) -> str:
+    (_, name), (home, other) = ours.rsplit(":", 1), theirs.rsplit(":", 1)
+    moved = f"; if the class only moved, say where it was: {name}.__module__ = {home!r}"
+    return f"give the leaf the type that it was saved with: {other}" + (moved if name == other else "")
+
+
+def _same_structure(record: LeafRecord, there: LeafRecord) -> bool:
+    within = [[array.within for array in one.arrays] for one in (record, there)]
+    return record.structure == there.structure and within[0] == within[1]
+
+
+def _recast(record: LeafRecord, there: LeafRecord) -> list[tuple[ArrayRecord, ArrayRecord]]:
+    """The arrays that have another dtype in the checkpoint; whether one is a PRNG key is no matter of dtype."""
+    if not _same_structure(record, there):
+        return []
+    pairs = zip(record.arrays, there.arrays, strict=True)
+    return [(ours, theirs) for ours, theirs in pairs if ours.dtype != theirs.dtype and ours.prng == theirs.prng]
 
 
 def _castable(ours: ArrayRecord, theirs: ArrayRecord) -> bool:
@@ -267,7 +288,7 @@ def match(
     path: Any, manifests: Sequence[Manifest], state: State, only: str | Sequence[str] | None, cast: bool
 ) -> Match:
     """Compares a target with a checkpoint, and its base if it has one."""
-    matcher = _Matcher(state, manifests, kinds_to_restore(state, only), cast)
+    matcher = _Matcher(state, manifests, only, cast)
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
     report = RestoreReport(str(path), tuple(matcher.done), tuple(matcher.mends), dict(written))

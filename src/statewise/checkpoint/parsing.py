@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from statewise import _compat
 from statewise.checkpoint.keys import decode_path, dtype_of, encode_path
@@ -28,7 +32,14 @@ from statewise.checkpoint.manifest import (
 from statewise.errors import DamagedError
 from statewise.paths import Path
 
-__all__ = ["read_manifest"]
+__all__ = ["is_plain_file", "read_manifest"]
+
+# How every manifest begins, of whatever format, and what the whole of one of this format is.
+_HEAD = re.compile(rb'\{"statewise":([1-9][0-9]{0,8}),')
+_WHOLE = re.compile(rb'\{"statewise":[0-9]+,"sha256":"([0-9a-f]{64})","content":(\{.*\})\}\n', re.DOTALL)
+_DTYPE = re.compile(r"bool|(u?int|b?float|complex)[0-9]+(_\w+)?", re.ASCII)
+# No array has more elements or axes than this, and no key of a path more tuples within tuples.
+_MOST, _AXES, _DEEPEST = 1 << 62, 64, 16
 
 
 def read_manifest(directory: Any) -> Manifest:
@@ -39,6 +50,8 @@ def read_manifest(directory: Any) -> Manifest:
     """
     path = _compat.epath(directory) / NAME
     try:
+        if path.exists() and not is_plain_file(path):
+            raise DamagedError(f"{path} is no file.", mend="restore another checkpoint")
         size = path.stat().length
         if size > LARGEST:
             raise DamagedError(f"{path} is no manifest: it has {size} bytes, and may have {LARGEST}.")
@@ -50,6 +63,11 @@ def read_manifest(directory: Any) -> Manifest:
         ) from error
     try:
         return _parse(data)
+    except _Newer as newer:
+        raise DamagedError(
+            f"{path} is of format {newer}; this version of Statewise reads formats up to {FORMAT}.",
+            mend="update Statewise: pip install --upgrade statewise",
+        ) from newer
     except _Wrong as wrong:
         raise DamagedError(f"{path} is damaged: {wrong}.", mend="restore another checkpoint") from wrong
     except (RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -57,8 +75,18 @@ def read_manifest(directory: Any) -> Manifest:
         raise DamagedError(f"{path} is damaged: {what}.", mend="restore another checkpoint") from error
 
 
+def is_plain_file(path: Any) -> bool:
+    """Whether it is a file, or a link to one: to read a pipe or a device might never end."""
+    text = str(path)
+    return path.is_file() if "://" in text else os.path.isfile(text)
+
+
 class _Wrong(Exception):
     """What is wrong with a manifest, in words."""
+
+
+class _Newer(Exception):
+    """The format of a manifest that a later version of Statewise wrote."""
 
 
 def _need(condition: Any, wrong: str) -> None:
@@ -67,16 +95,19 @@ def _need(condition: Any, wrong: str) -> None:
 
 
 def _parse(data: bytes) -> Manifest:
-    outer = json.loads(data.decode("ascii"))
-    _need(isinstance(outer, dict) and list(outer) == ["statewise", "sha256", "content"], "it is no manifest")
-    version = outer["statewise"]
-    _need(type(version) is int, "its version is no number")
-    _need(version <= FORMAT, f"its format is {version}, and this version of Statewise knows {FORMAT}; update Statewise")
-    text = content_text(outer["content"])
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    whole = f'{{"statewise":{version},"sha256":"{digest}","content":{text}}}\n'
-    _need(digest == outer["sha256"] and whole.encode() == data, "its checksum is another")
-    content = outer["content"]
+    head = _HEAD.match(data)
+    if head is None:
+        raise _Wrong("it is no manifest")
+    if int(head[1]) > FORMAT:
+        raise _Newer(int(head[1]))
+    whole = _WHOLE.fullmatch(data)
+    if whole is None:
+        raise _Wrong("it is not whole")
+    digest = hashlib.sha256(whole[2]).hexdigest()
+    _need(digest == whole[1].decode(), "its checksum is another")
+    content = json.loads(whole[2].decode("ascii"))
+    # A key that is there twice would be another value to another reader.
+    _need(content_text(content).encode() == whole[2], "it is not written as Statewise writes it")
     fields = {"written", "layout", "kinds", "leaves", "buffers", "base", "files"}
     _need(isinstance(content, dict) and set(content) == fields, "its fields are others")
     _need(content["layout"] in ("named", "packed"), "its layout is unknown")
@@ -84,12 +115,22 @@ def _parse(data: bytes) -> Manifest:
     kinds = {name: _kind(kind) for name, kind in _dict(content["kinds"], "kinds").items()}
     buffers = tuple(map(_buffer, _list(content["buffers"], "buffers")))
     leaves = tuple(_leaf(leaf, kinds, buffers) for leaf in _list(content["leaves"], "leaves"))
+    keys = [array.key for leaf in leaves for array in leaf.arrays if array.key is not None]
+    _check_apart([*keys, *(buffer.key for buffer in buffers)])
     ids = [leaf.id for leaf in leaves]
     _need(len(set(ids)) == len(ids), "it lists a leaf twice")
     base = None if content["base"] is None else _texts(content["base"], "base")
-    _need(base is None or set(base) == {"path", "digest"}, "its base is no checkpoint")
+    _need(base is None or (set(base) == {"path", "digest"} and "\0" not in base["path"]), "its base is no checkpoint")
     files = {name: _file(name, facts) for name, facts in _dict(content["files"], "files").items()}
     return Manifest(written, content["layout"], kinds, leaves, buffers, base, files, digest)
+
+
+def _check_apart(keys: Iterable[tuple[str, ...]]) -> None:
+    """Every array is a node of its own in Orbax's tree, with none below it."""
+    previous: tuple[str, ...] | None = None
+    for key in sorted(keys):
+        _need(previous is None or key[: len(previous)] != previous, "two arrays have one key")
+        previous = key
 
 
 def _dict(value: Any, name: str) -> dict[str, Any]:
@@ -117,7 +158,7 @@ def _kind(value: Any) -> KindRecord:
 
 
 def _count(value: Any, name: str) -> int:
-    _need(type(value) is int and 0 <= value < 1 << 62, f"{name} is no count")
+    _need(type(value) is int and 0 <= value < _MOST, f"{name} is no count")
     return value
 
 
@@ -136,10 +177,29 @@ def _buffer(value: Any) -> Buffer:
 
 
 def _path(value: Any) -> Path:
-    path = decode_path(_list(value, "paths"))
-    hash(path)
+    keys = _list(value, "paths")
+    _need(all(_is_path_key(key) for key in keys), "a path is none")
+    path = decode_path(keys)
     _need(encode_path(path) == value, "a path is none")
     return path
+
+
+def _is_path_key(key: Any, depth: int = 0) -> bool:
+    """Whether `decode_path` may see this: of the types that it knows, and not nested without end."""
+    if type(key) in (str, int):
+        return True
+    if not isinstance(key, dict):
+        return False
+    if set(key) == {"type", "repr"}:
+        return all(isinstance(text, str) for text in key.values())
+    if len(key) != 1:
+        return False
+    ((tag, value),) = key.items()
+    if tag == "tuple":
+        return isinstance(value, list) and depth < _DEEPEST and all(_is_path_key(part, depth + 1) for part in value)
+    if tag in ("float", "bytes"):
+        return isinstance(value, str)
+    return (tag == "bool" and isinstance(value, bool)) or (tag == "none" and value is None)
 
 
 def _leaf(value: Any, kinds: Mapping[str, KindRecord], buffers: Sequence[Buffer]) -> LeafRecord:
@@ -167,7 +227,8 @@ def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
         stored = (_shape(inner), _dtype(name))
     if one["prng"] is None:
         _dtype(one["dtype"])
-        _need(stored is None or stored == (shape, "uint8"), "an array is stored as another")
+        whole = stored is None or (stored == (shape, "uint8") and np.dtype(dtype_of(one["dtype"])).itemsize == 1)
+        _need(whole, "an array is stored as another")
     else:
         _need(isinstance(one["prng"], str) and one["dtype"] == "key", "a PRNG key is none")
         _need(stored is not None and stored[0][: len(shape)] == shape, "a PRNG key has no words")
@@ -195,11 +256,14 @@ def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(_count(size, "an axis") for size in _list(value, "shapes"))
+    shape = tuple(_count(size, "an axis") for size in _list(value, "shapes"))
+    _need(len(shape) <= _AXES and math.prod(size or 1 for size in shape) < _MOST, "an array is larger than any can be")
+    return shape
 
 
 def _dtype(value: Any) -> str:
-    _need(isinstance(value, str) and dtype_of(value) is not None, f"the dtype {str(value)[:40]!r} is unknown")
+    known = isinstance(value, str) and _DTYPE.fullmatch(value) and dtype_of(value) is not None
+    _need(known and str(dtype_of(value)) == value, f"the dtype {str(value)[:40]!r} is unknown")
     return value
 
 
@@ -211,8 +275,10 @@ def _place(value: Any) -> tuple[int, int]:
 def _file(name: str, value: Any) -> dict[str, Any]:
     facts = _dict(value, "files")
     parts = name.split("/")
-    _need(not ({"", ".", ".."} & set(parts) or "\\" in name or "\0" in name or ":" in name), "a file lies outside")
+    _need(not ({"", ".", ".."} & set(parts) or set("\\\0:") & set(name)), "a file lies outside")
+    name.encode()  # or it is no name of a file
     _need(set(facts) <= {"bytes", "sha256"} and "bytes" in facts, "a file has other fields")
     _count(facts["bytes"], "the size of a file")
     _need(isinstance(facts.get("sha256", ""), str), "a file's checksum is no text")
+    _need("sha256" not in facts or facts["bytes"] <= LARGEST, "a file is too large for a checksum of its own")
     return facts

@@ -5,10 +5,12 @@ gives the tree itself.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import collections
 import dataclasses
 import math
+import re
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +26,15 @@ from statewise.plan import Plan
 from statewise.scan import ONE, Spec, value_of
 from statewise.state import State, check_fits, check_unspent
 
-__all__ = ["LaidOut", "Placed", "lay_out", "placement_of", "records_of", "unpacked"]
+__all__ = ["LaidOut", "Placed", "check_savable", "lay_out", "placement_of", "records_of", "unpacked"]
 
 # Arrays up to this many bytes share buffers in the packed layout: below it Orbax's cost is per array, not per byte.
 SMALL = 1024 * 1024
 # What TensorStore's zarr driver writes.  Other dtypes, of one byte or less, are stored as their bytes.
 _INTEGERS = ("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
+# What a structure's text may hold of the functions in it, and what is another in each process.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _STORABLE = frozenset((*_INTEGERS, *_FLOATS))
 
 
@@ -62,7 +66,7 @@ def _records(plan: Plan) -> list[Placed]:
             _record(within, spec)
             for within, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True)
         )
-        structure = None if row.structure is ONE else str(row.structure)
+        structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
         placed.append(Placed(record, span.start))
     for group, (start, _) in zip(plan._groups, plan._moment_spans, strict=True):
@@ -116,11 +120,10 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
     """Decides where each array of these kinds goes.
 
     Raises:
-      StructureError: a spent state, one whose arrays do not fit its plan, an abstract one, one that is being traced.
+      StructureError: a spent state, one whose arrays do not fit its plan, an abstract one, one that is being traced;
+        two leaves at one path.
     """
-    check_unspent(state, kinds)
-    check_fits(state, kinds)
-    _refuse_without_values(state, kinds)
+    check_savable(state, kinds)
     parts = {kind: unpacked(state, kind) for kind in kinds}
     keys, records, sources = OrbaxKeys(), [], []
     together: dict[tuple[str, str], list[Any]] = {}
@@ -150,9 +153,10 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
                 _insert(tree, made.key or (), stored)
             arrays.append(made)
         records.append(dataclasses.replace(record, arrays=tuple(arrays)))
+    _refuse_twins(records)
     buffers = []
     for (kind, dtype), members in together.items():
-        key = keys.key(("packed", kind, dtype))
+        key = keys.apart("packed", kind, dtype)
         buffers.append(Buffer(key, dtype, filled[kind, dtype]))
         _insert(tree, key, np.concatenate([np.asarray(member).reshape(-1) for member in members]))
     return LaidOut(tuple(records), tuple(buffers), tree, tuple(sources))
@@ -170,7 +174,8 @@ def _as_stored(array: Any, record: ArrayRecord) -> Any:
         return jax.random.key_data(array)
     if record.stored is not None:
         return np.asarray(array).view(np.uint8)
-    return array
+    # Orbax knows NumPy's own scalars only, not those of bfloat16 and the like.
+    return np.asarray(array) if isinstance(array, np.generic) else array
 
 
 def placement_of(array: Any) -> dict[str, Any] | None:
@@ -189,7 +194,25 @@ def _axis(axes: Any) -> Any:
     return axes if axes is None or isinstance(axes, (str, list)) else str(axes)
 
 
-def _refuse_without_values(state: State, kinds: Collection[str]) -> None:
+def _refuse_twins(records: Sequence[LeafRecord]) -> None:
+    """Raises where two leaves have one path: a model's own `optimizer/params/0/count`, and that of its optimizer."""
+    counts = collections.Counter(record.id for record in records)
+    if len(counts) < len(records):
+        raise StructureError(
+            "Two leaves have one path, by which a restore could not tell them apart.",
+            leaves=[record.leaf() for record in records if counts[record.id] > 1],
+            mend=f"give the model's attribute {OPTIMIZER!r} another name: there the optimizers of the plan have theirs",
+        )
+
+
+def check_savable(state: State, kinds: Collection[str]) -> None:
+    """Raises where these kinds have no values to save.
+
+    Raises:
+      StructureError: a spent state, one whose arrays do not fit its plan, an abstract one, one that is being traced.
+    """
+    check_unspent(state, kinds)
+    check_fits(state, kinds)
     arrays = [array for kind in kinds for array in state.part(kind).arrays]
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         raise StructureError(

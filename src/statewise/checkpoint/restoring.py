@@ -6,28 +6,28 @@ files; read the arrays; check their sums.  Only then is a state made; the target
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise import _compat
 from statewise.census import Census
-from statewise.checkpoint.checksums import sums_of
-from statewise.checkpoint.handler import read_tree, sha256_of
+from statewise.checkpoint.damage import damaged, damaged_files, is_whole, stored_array
+from statewise.checkpoint.finding import as_path, find, find_with_base
+from statewise.checkpoint.foreign import foreign_census, is_foreign
+from statewise.checkpoint.handler import read_tree
 from statewise.checkpoint.keys import dtype_of
-from statewise.checkpoint.manifest import NAME, ArrayRecord, LeafRecord, Manifest
+from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
 from statewise.checkpoint.parsing import read_manifest
 from statewise.checkpoint.records import unpacked
 from statewise.checkpoint.report import RestoreReport
 from statewise.errors import DamagedError, RestoreError, StructureError
-from statewise.paths import Leaf
-from statewise.state import State
+from statewise.paths import Leaf, format_shape
+from statewise.state import State, check_fits, is_deleted
 from statewise.tables import count_leaves
 
 __all__ = ["inspect", "preview", "read_arrays", "restore"]
@@ -73,8 +73,8 @@ def restore(
     """
     folders, manifests, found = _matched(path, target, only, cast, base)
     found.report.raise_problems()
-    arrays = _read(folders, manifests, found, target)
     fresh = _fresh(found, target)
+    arrays = _read(folders, manifests, found, target)
     return _state(found, target, arrays, fresh), found.report
 
 
@@ -110,10 +110,10 @@ def preview(
 
 
 def inspect(path: Any) -> Census:
-    """The census of a checkpoint, from its manifest: no array is read.
+    """The census of a checkpoint, of a plain Orbax one, or of a safetensors file: no array is read.
 
     Raises:
-      DamagedError: no checkpoint of Statewise, or one whose manifest is damaged.
+      DamagedError: no checkpoint that is known here, or one that is damaged.
 
     Example:
       >>> import tempfile
@@ -125,33 +125,30 @@ def inspect(path: Any) -> Census:
       >>> sw.inspect(f"{folder}/first")["params"].elements
       9
     """
-    manifest = read_manifest(_folder(path))
+    path = as_path(path)
+    if is_foreign(path):
+        return foreign_census(path)
+    manifest = read_manifest(find(path))
     treatments = {
         name: kind.treatment if kind.saved or "not saved" in kind.treatment else "not in this checkpoint"
         for name, kind in manifest.kinds.items()
     }
-    return Census(count_leaves([leaf.leaf() for leaf in manifest.leaves], treatments))
+    return Census(count_leaves(map(_as_in_models, manifest.leaves), treatments))
+
+
+def _as_in_models(record: LeafRecord) -> Leaf:
+    """The leaf as a model's census shows it: there a PRNG key has the dtype that JAX calls `key<fry>`."""
+    leaf = record.leaf()
+    if record.structure is not None or record.arrays[0].prng is None:
+        return leaf
+    impl = record.arrays[0].prng
+    try:
+        return dataclasses.replace(leaf, dtype=jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype)
+    except ValueError:  # an implementation that this process does not know
+        return leaf
 
 
 # --- comparing ---------------------------------------------------------------------------------------------------
-
-
-def _folder(path: Any) -> Any:
-    folder = _compat.epath(path)
-    if not folder.exists():
-        raise RestoreError(
-            f"There is nothing at {folder}.",
-            mend="sw.save(path, state) writes a checkpoint; look for it beside this path",
-        )
-    if not (folder / NAME).exists():
-        items = [entry.name for entry in folder.iterdir() if (entry / NAME).exists()] if folder.is_dir() else []
-        raise DamagedError(
-            f"{folder} is no checkpoint of Statewise: it has no {NAME}.",
-            mend=f"one of its items is: {str(folder / items[0])!r}"
-            if items
-            else f"sw.convert({str(folder)!r}, ...) reads a plain Orbax checkpoint",
-        )
-    return folder
 
 
 def _matched(
@@ -162,34 +159,14 @@ def _matched(
             f"The target of a restore is a state, not {type(target).__name__}.",
             mend="sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)",
         )
-    folders = [_folder(path)]
-    manifests = [read_manifest(folders[0])]
-    if manifests[0].base is not None:
-        folders.append(_base_of(folders[0], manifests[0].base, base))
-        manifests.append(_checked_base(folders[1], manifests[0].base))
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(target)):
+        raise StructureError(
+            "The target is being traced: inside jax.jit nothing can be restored into it.",
+            mend="restore before the function is called, and pass it the state",
+        )
+    check_fits(target, target.plan.kinds)
+    folders, manifests = find_with_base(path, base)
     return folders, manifests, match(path, manifests, target, only, cast)
-
-
-def _base_of(folder: Any, recorded: Mapping[str, str], given: Any) -> Any:
-    place = (
-        FilePath(os.fspath(given)) if given is not None else FilePath(str(folder)).absolute().parent / recorded["path"]
-    )
-    if not (place / NAME).exists():
-        raise RestoreError(
-            f"{folder} was saved over another checkpoint, which is not at {place}.",
-            mend="say where it is now: sw.restore(path, target, base=...)",
-        )
-    return _compat.epath(place)
-
-
-def _checked_base(place: Any, recorded: Mapping[str, str]) -> Manifest:
-    manifest = read_manifest(place)
-    if manifest.digest != recorded["digest"]:
-        raise RestoreError(
-            f"{place} is another checkpoint than the one that this was saved over.",
-            mend="say where that one is: sw.restore(path, target, base=...)",
-        )
-    return manifest
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -208,7 +185,8 @@ def _read(folders: Sequence[Any], manifests: Sequence[Manifest], found: Match, t
 
 def _shardings(source: Source, target: State) -> list[Any]:
     """Where each array of a leaf goes: to where the target's is."""
-    parts = unpacked(target, source.placed.record.kind) if not target.plan._packing else None
+    kind = source.placed.record.kind
+    parts = target.part(kind).arrays if kind not in target.plan._packing else None
     made = []
     for offset in range(len(source.record.arrays)):
         array = parts[source.placed.start + offset] if parts is not None else None
@@ -220,13 +198,20 @@ def _default_sharding() -> Any:
     return jnp.zeros(()).sharding
 
 
-def read_arrays(folder: Any, manifest: Manifest, wanted: Sequence[tuple[LeafRecord, Sequence[Any]]]) -> list[list[Any]]:
+def read_arrays(
+    folder: Any,
+    manifest: Manifest,
+    wanted: Sequence[tuple[LeafRecord, Sequence[Any]]],
+    *,
+    files_checked: bool = False,
+) -> list[list[Any]]:
     """Reads leaves, and checks what was read.
 
     Args:
       folder: the checkpoint's directory.
       manifest: its manifest.
       wanted: records of the manifest, and for each of its arrays the sharding that it is to have; None for NumPy.
+      files_checked: the files were looked at already, in an earlier call.
 
     Returns:
       for each record its arrays, of the shape and dtype that were saved.
@@ -234,19 +219,20 @@ def read_arrays(folder: Any, manifest: Manifest, wanted: Sequence[tuple[LeafReco
     Raises:
       DamagedError: with every file and every leaf that is damaged.
     """
-    files = damaged_files(folder, manifest)
+    files = [] if files_checked else damaged_files(folder, manifest)
     if files:
-        raise _damaged(folder, manifest, files, [record for record, _ in wanted])
+        raise damaged(folder, manifest, files, [record for record, _ in wanted])
     trees = _wanted_trees(manifest, wanted)
     try:
         read = read_tree(folder, trees)
     except Exception as error:  # Orbax and TensorStore raise what they like for what they cannot read
-        raise _damaged(folder, manifest, [], [record for record, _ in wanted], error) from error
+        raise damaged(folder, manifest, [], [record for record, _ in wanted], error) from error
     made, broken = [], []
     for record, shardings in wanted:
-        arrays = [_array(one, manifest, read) for one in record.arrays]
-        if any(sums_of(array) != one.sums for array, one in zip(arrays, record.arrays, strict=True)):
+        arrays = [stored_array(one, manifest, read) for one in record.arrays]
+        if not all(map(is_whole, arrays, record.arrays)):
             broken.append(record.leaf("is not what was saved"))
+            continue
         made.append([_as_saved(*one) for one in zip(arrays, record.arrays, shardings, strict=True)])
     if broken:
         raise DamagedError(
@@ -264,21 +250,11 @@ def _wanted_trees(manifest: Manifest, wanted: Iterable[tuple[LeafRecord, Sequenc
                 buffer = manifest.buffers[one.buffer[0]]
                 trees[buffer.key] = jax.ShapeDtypeStruct((buffer.elements,), dtype_of(buffer.dtype))
             elif one.key is not None:
-                on_host = one.stored is not None and one.prng is None
+                # JAX would not take other dtypes than its own, and none of 64 bits unless it is told to.
+                own = jax.dtypes.canonicalize_dtype(dtype_of(dtype)) == dtype_of(dtype)
+                on_host = not own or (one.stored is not None and one.prng is None)
                 trees[one.key] = jax.ShapeDtypeStruct(shape, dtype_of(dtype), sharding=None if on_host else sharding)
     return trees
-
-
-def _array(one: ArrayRecord, manifest: Manifest, read: Mapping[tuple[str, ...], Any]) -> Any:
-    """An array as it is stored."""
-    shape, dtype = one.on_disk
-    if one.key is not None:
-        return read[one.key]
-    if one.buffer is None:
-        return np.zeros(shape, dtype_of(dtype))
-    number, start = one.buffer
-    flat = read[manifest.buffers[number].key]
-    return np.array(flat[start : start + int(np.prod(shape, dtype=np.int64))]).reshape(shape)
 
 
 def _as_saved(array: Any, one: ArrayRecord, sharding: Any) -> Any:
@@ -290,71 +266,44 @@ def _as_saved(array: Any, one: ArrayRecord, sharding: Any) -> Any:
     return array if isinstance(array, jax.Array) or sharding is None else jax.device_put(array, sharding)
 
 
-# --- damage ------------------------------------------------------------------------------------------------------
-
-
-def damaged_files(folder: Any, manifest: Manifest) -> list[str]:
-    """What is wrong with the files: missing ones, other sizes, other contents of small ones."""
-    wrong = []
-    for name, facts in manifest.files.items():
-        path = folder / name
-        try:
-            size = path.stat().length
-            if size != facts["bytes"]:
-                wrong.append(f"{name} has {size} bytes, not {facts['bytes']}")
-            elif "sha256" in facts and sha256_of(path) != facts["sha256"]:
-                wrong.append(f"{name} is not what was written")
-        except FileNotFoundError:
-            wrong.append(f"{name} is missing")
-        except OSError as error:
-            wrong.append(f"{name} cannot be read: {error.strerror}")
-    return wrong
-
-
-def _damaged(
-    folder: Any, manifest: Manifest, files: Sequence[str], records: Sequence[LeafRecord], error: Exception | None = None
-) -> DamagedError:
-    """The error for damage, with the leaves that it concerns: each is read by itself, to find out."""
-    broken = [leaf for record in records if (leaf := _broken(folder, manifest, record)) is not None]
-    what = "; ".join(files[:5]) + (f"; and {len(files) - 5} files more" if len(files) > 5 else "")
-    if not what:
-        what = "arrays cannot be read" if broken else f"Orbax could not read it: {str(error).splitlines()[0][:200]}"
-    return DamagedError(f"{folder} is damaged: {what}.", leaves=broken, mend="restore another checkpoint")
-
-
-def _broken(folder: Any, manifest: Manifest, record: LeafRecord) -> Leaf | None:
-    try:
-        read = read_tree(folder, _wanted_trees(manifest, [(record, [None] * len(record.arrays))]))
-    except Exception:  # noqa: BLE001 - whatever it is: this leaf cannot be read, which is what the error will say
-        return record.leaf("cannot be read")
-    arrays = (_array(one, manifest, read) for one in record.arrays)
-    whole = all(sums_of(array) == one.sums for array, one in zip(arrays, record.arrays, strict=True))
-    return None if whole else record.leaf("is not what was saved")
-
-
 # --- the new state -----------------------------------------------------------------------------------------------
+
+
+def _own(target: State, kind: str) -> tuple[Any, ...]:
+    """The target's arrays, in the order of the plan; shapes in the place of those that share a donated buffer."""
+    if kind in target.plan._packing and any(map(is_deleted, target.part(kind).arrays)):
+        return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in target.plan._specs[kind])
+    return unpacked(target, kind)
 
 
 def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
     """Fresh values, by kind and position, of the leaves that are restarted."""
     fresh = {}
+    odd = []
+    own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in found.restarted}}
     for placed in found.restarted:
         record = placed.record
         restart = target.plan.kinds[record.kind].restart
-        current = unpacked(target, record.kind)
+        current = own[record.kind]
         for position in range(placed.start, placed.start + len(record.arrays)):
             value = current[position]
-            if isinstance(value, jax.ShapeDtypeStruct):
-                value = jax.device_put(jnp.zeros(value.shape, value.dtype), value.sharding)
+            sharding = getattr(value, "sharding", None)
+            if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
+                value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
             made = jnp.asarray(restart(value))
             if (made.shape, made.dtype) != (value.shape, value.dtype):
-                raise RestoreError(
-                    f"The restart of kind {record.kind!r} changes shape or dtype.",
-                    leaves=[record.leaf(f"becomes {made.shape} {made.dtype}")],
-                    kind=record.kind,
-                    mend="restart=jnp.zeros_like",
-                )
-            fresh[record.kind, position] = made
+                odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
+            else:
+                # A copy: `restart` may give back the target's own array, or the same for several leaves.
+                fresh[record.kind, position] = jax.device_put(jnp.array(made, dtype=value.dtype), sharding)
+    if odd:
+        kinds = ", ".join(repr(kind) for kind in dict.fromkeys(leaf.kind for leaf in odd))
+        raise RestoreError(
+            f"The restart of kind {kinds} changes shapes or dtypes.",
+            leaves=odd,
+            kind=odd[0].kind,
+            mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+        )
     return fresh
 
 
@@ -370,9 +319,9 @@ def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: 
         new.setdefault(kind, {})[position] = array
     parts = []
     for kind in plan.kinds:
-        own = unpacked(target, kind)
-        made = new.get(kind, {})
+        made, count = new.get(kind, {}), len(plan._specs[kind])
+        own = _own(target, kind) if len(made) < count else ()
         # What keeps its value is copied: a later step on one of the two states must not spend the other.
-        values = [made[at] if at in made else jnp.copy(array) for at, array in enumerate(own)]
+        values = [made[at] if at in made else jnp.copy(own[at]) for at in range(count)]
         parts.append(plan._packed(kind, tuple(values)))
     return State.of(plan, parts)

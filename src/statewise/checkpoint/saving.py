@@ -7,10 +7,12 @@ a whole checkpoint, and what was left behind by a process that died has another.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -19,6 +21,7 @@ import jax
 
 from statewise import _compat
 from statewise.checkpoint.checksums import sums_of
+from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
@@ -45,11 +48,13 @@ def save(
     Orbax checkpoint, in which each leaf has its own path.  With several processes, all of them call this.
 
     Args:
-      path: a directory that does not exist yet, on a file system that can rename; its parents are made.
+      path: a directory that does not exist yet, on a file system that can rename; its parents are made.  Nothing is
+        ever written over: `sw.Checkpoints` keeps a directory for each step.
       state: a state; it stays as it is.
       only: the kinds to save, `("lora",)` say; by default all that are `saved`.
       base: the path of a checkpoint that has the kinds which `only` leaves out, unchanged; a restore takes them from
-        there.  That they are unchanged is checked by their checksums.
+        there.  That they are unchanged is checked by their checksums.  A base of its own it cannot have.  Where the
+        plan has an optimizer, its state is a kind too: `only=("lora", "optimizer")`.
       layout: `"named"`, each array under its own path, or `"packed"`: arrays of up to a mebibyte share few arrays, for
         speed, and only Statewise tells them apart.
 
@@ -92,7 +97,7 @@ def save(
 def check_layout(layout: Any) -> None:
     """Raises where a layout is unknown."""
     if layout not in ("named", "packed"):
-        raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", mend="sw.save(path, state)")
+        raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", mend="layout='packed'")
 
 
 def kinds_to_save(state: State, only: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -150,6 +155,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
             _flush(temporary)
             temporary.rename(final)
             _flush_directory(final.parent)
+        first = False  # nothing is left to remove
     except OSError as error:
         raise _failed(final, error) from error
     except ValueError as error:  # how TensorStore reports what the file system refuses
@@ -158,7 +164,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
         raise
     finally:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
     _sync("committed")
 
 
@@ -168,11 +174,24 @@ def _failed(final: FilePath, error: Exception) -> SaveError:
             f"Another writer has written {final} meanwhile; that checkpoint is whole, this one was dropped.",
             mend="another path for each writer",
         )
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" [")[0]
     return SaveError(
-        f"{final} could not be written: {reason}. Nothing of it was left.",
+        f"{final} could not be written: {reason_of(error)}. Nothing of it was left.",
         mend="free some space, or choose a directory that can be written to",
     )
+
+
+def reason_of(error: Exception) -> str:
+    """What the system said, in its own words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).split(" [")[0].rsplit(": ", 1)[-1]  # TensorStore says first where it was
+
+
+def _remove(folder: FilePath) -> None:
+    """Removes what was begun; again a little later, as threads of a failed write may just be making one more file."""
+    for pause in (0.0, 0.02, 0.1, 0.5):
+        time.sleep(pause)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_of_disk(error: Exception) -> bool:
@@ -187,7 +206,7 @@ def _host() -> str:
 def _clear_abandoned(final: FilePath) -> None:
     """Removes what processes of this machine have left that died while they wrote this very path."""
     start = f".{final.name}.tmp-{_host()}-"
-    for folder in final.parent.glob(f"{start}*"):
+    for folder in final.parent.glob(f"{glob.escape(start)}*"):
         pid = folder.name.removeprefix(start).partition("-")[0]
         if pid.isdigit() and jax.process_count() == 1 and not _is_alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
@@ -250,15 +269,18 @@ def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> d
     """What the manifest says of the base: where it is, and the digest by which it is known again."""
     if base is None:
         return None
-    folder = FilePath(os.fspath(base)).absolute()
+    folder = FilePath(os.fspath(find(base))).absolute()
     manifest = read_manifest(folder)
     rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
+    if not rest:
+        return None  # nothing is left to be found there
     differing = _differences(state, rest, manifest)
     if differing:
         raise StructureError(
             f"The base {folder} has not the values of this state: without them a restore would go back to older ones.",
             leaves=differing,
-            mend="save these kinds too, or save a new base first: sw.save(base, state)",
+            mend=f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in differing))!r}; "
+            "or a new base first: sw.save(base, state)",
         )
     return {"path": os.path.relpath(folder, final.parent), "digest": manifest.digest}
 

@@ -1,0 +1,116 @@
+"""Telling what of a checkpoint is damaged: which files, and which leaves.
+
+Files are compared with what the manifest says of them, before anything else is read; arrays by their sums, afterwards.
+Where something is wrong, every leaf that was asked for is read once more, by itself, so that the error can name those
+which are affected: without Orbax, whose own index may be what is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from statewise import _compat
+from statewise.checkpoint.checksums import sums_of
+from statewise.checkpoint.handler import sha256_of
+from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
+from statewise.checkpoint.parsing import is_plain_file
+from statewise.errors import DamagedError
+from statewise.paths import Leaf
+
+__all__ = ["damaged", "damaged_files", "is_whole", "stored_array"]
+
+
+def damaged_files(folder: Any, manifest: Manifest) -> list[str]:
+    """What is wrong with the files: missing ones, other sizes, other contents of small ones."""
+    wrong = []
+    for name, facts in manifest.files.items():
+        path = folder / name
+        try:
+            size = path.stat().length
+            if not is_plain_file(path):
+                wrong.append(f"{name} is no file")
+            elif size != facts["bytes"]:
+                wrong.append(f"{name} has {size} bytes, not {facts['bytes']}")
+            elif "sha256" in facts and sha256_of(path) != facts["sha256"]:
+                wrong.append(f"{name} is not what was written")
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+        except OSError as error:
+            wrong.append(f"{name} cannot be read: {error.strerror}")
+    return wrong
+
+
+def damaged(
+    folder: Any, manifest: Manifest, files: Sequence[str], records: Sequence[LeafRecord], error: Exception | None = None
+) -> DamagedError:
+    """The error for damage, with those of these leaves that it concerns."""
+    broken = _broken(folder, manifest, records)
+    what = "; ".join(files[:5]) + (f"; and {len(files) - 5} files more" if len(files) > 5 else "")
+    if not what:
+        what = "arrays cannot be read" if broken else f"Orbax could not read it: {str(error).splitlines()[0][:200]}"
+    return DamagedError(f"{folder} is damaged: {what}.", leaves=broken, mend="restore another checkpoint")
+
+
+def _broken(folder: Any, manifest: Manifest, records: Sequence[LeafRecord]) -> list[Leaf]:
+    context = _compat.tensorstore().Context()
+    read: dict[tuple[str, ...], Any] = {}
+    leaves = []
+    for record in records:
+        keys = {key: shape for one in record.arrays for key, shape in _places(one, manifest)}
+        for key, shape in keys.items():
+            with contextlib.suppress(ValueError, OSError):  # how TensorStore says that it cannot
+                if key not in read:
+                    read[key] = _read(folder, key, shape, context)
+        if any(key not in read for key in keys):
+            leaves.append(record.leaf("cannot be read"))
+        elif not all(is_whole(stored_array(one, manifest, read), one) for one in record.arrays):
+            leaves.append(record.leaf("is not what was saved"))
+        for one in record.arrays:
+            read.pop(one.key or (), None)  # the next leaves need only the buffers
+    return leaves
+
+
+def _places(one: ArrayRecord, manifest: Manifest) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The key that an array stands at, and the shape of what is there; nothing for an empty one."""
+    if one.buffer is not None:
+        buffer = manifest.buffers[one.buffer[0]]
+        return [(buffer.key, (buffer.elements,))]
+    return [] if one.key is None else [(one.key, one.on_disk[0])]
+
+
+def _read(folder: Any, key: tuple[str, ...], shape: tuple[int, ...], context: Any) -> Any:
+    text = str(folder if folder.is_absolute() else folder.absolute())  # TensorStore takes no other
+    base = text if "://" in text else f"file://{text}"
+    place = {"driver": "ocdbt", "base": f"{base}/", "path": f"{'.'.join(key)}/"}
+    stored = (
+        _compat.tensorstore().open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context).result()
+    )
+    if tuple(stored.shape) != shape:
+        raise ValueError("an array of another shape")
+    return stored.read().result()
+
+
+def stored_array(one: ArrayRecord, manifest: Manifest, read: Mapping[tuple[str, ...], Any]) -> Any:
+    """An array as it is stored, out of what was read, by key."""
+    shape, dtype = one.on_disk
+    if one.key is not None:
+        return read[one.key]
+    if one.buffer is None:
+        return np.zeros(shape, dtype_of(dtype))
+    number, start = one.buffer
+    flat = np.array(read[manifest.buffers[number].key].reshape(-1)[start : start + math.prod(shape)])
+    return flat.reshape(shape) if flat.size == math.prod(shape) else flat
+
+
+def is_whole(array: Any, one: ArrayRecord) -> bool:
+    """Whether an array is what was stored."""
+    if not isinstance(array, (jax.Array, np.ndarray)):  # Orbax gives back what it was asked with, where it has nothing
+        return False
+    return (array.shape, str(array.dtype)) == one.on_disk and sums_of(array) == one.sums

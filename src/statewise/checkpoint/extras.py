@@ -1,0 +1,68 @@
+"""What `Checkpoints` puts beside a state: extra items, and what it has to check of its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from statewise.errors import SaveError
+
+__all__ = ["ITEM", "bytes_in", "check_counts", "extra_item", "metrics_of"]
+
+# What the state's item is called in each step.
+ITEM = "state"
+
+
+def check_counts(max_to_keep: int | None, every: int) -> None:
+    """Raises where a count of steps is none."""
+    for name, count in (("max_to_keep", max_to_keep), ("every", every)):
+        if count is not None and count < 1:
+            raise SaveError(f"{name}={count} is less than one step.", mend=f"{name}=1, or leave it out")
+
+
+def extra_item(name: str, given: Any) -> Any:
+    """An extra item for Orbax; what goes into JSON as it is now, since it may be changed while it is being written."""
+    if name == ITEM:
+        raise SaveError(f"An extra item cannot be called {ITEM!r}: the state is.", mend="another name")
+    if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise SaveError(f"An extra item cannot be called {name!r}: it is a folder of the step.", mend="another name")
+    if isinstance(given, ocp.args.CheckpointArgs):
+        return given
+    try:
+        return ocp.args.JsonSave(json.loads(json.dumps(given, default=_number)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SaveError(
+            f"The extra item {name!r} is nothing that JSON can hold: {error}.",
+            mend="numbers as Python has them, float(loss) say; or an ocp.args.CheckpointArgs, such as "
+            "ocp.args.PyTreeSave(...)",
+        ) from error
+
+
+def _number(value: Any) -> Any:
+    """A scalar of JAX's or NumPy's as Python's; `metrics={"loss": loss}` is what everybody writes first."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def metrics_of(items: Mapping[str, Any]) -> Any:
+    """The metrics among the items, for Orbax's `best_fn`; None if there are none."""
+    given = items.get("metrics")
+    return given.item if isinstance(given, ocp.args.JsonSave) else None
+
+
+def bytes_in(folders: Iterable[FilePath]) -> int:
+    """The size of all files below some folders, as far as they are still there."""
+    total = 0
+    for folder in folders:
+        for path, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                    total += os.path.getsize(os.path.join(path, name))
+    return total

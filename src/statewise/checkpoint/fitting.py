@@ -1,0 +1,328 @@
+"""A source against a target: which array becomes which leaf, and everything that is in the way.
+
+Names are compared as text: a leaf `layers/0/kernel` is found under that path, under `layers.0.kernel` of a safetensors
+file, under `params/layers/0/kernel` of Linen's variables, and under `layers/0/kernel/value`, which is what Orbax makes
+of an `nnx.State`.  All of this is decided from metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from statewise import _compat
+from statewise.checkpoint.exporting import Piece, collection_of, obstacles
+from statewise.checkpoint.keys import OrbaxKeys
+from statewise.checkpoint.manifest import ArrayRecord
+from statewise.checkpoint.records import Placed, records_of
+from statewise.checkpoint.sources import ARRAY, Entry, Source, is_linen, known_collection
+from statewise.errors import RestoreError
+from statewise.layout import OPTIMIZER
+from statewise.paths import Leaf, Path, format_path, format_shape
+from statewise.state import State
+
+__all__ = ["Fit", "cast_exactly", "fit", "fit_alone"]
+
+CAST = "sw.convert(src, dst, ..., cast=True)"
+RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's left_over"
+
+
+@dataclasses.dataclass
+class Fit:
+    """What becomes of each array, and what is in the way."""
+
+    pieces: list[Piece] = dataclasses.field(default_factory=list)
+    kept: list[Leaf] = dataclasses.field(default_factory=list)
+    missing: list[Leaf] = dataclasses.field(default_factory=list)
+    problems: list[Leaf] = dataclasses.field(default_factory=list)
+    left_over: list[str] = dataclasses.field(default_factory=list)
+    mends: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def problem(self, leaf: Leaf, note: str, mend: str) -> None:
+        """Notes what is in the way of one leaf."""
+        self.problems.append(dataclasses.replace(leaf, note=note))
+        self.mends[mend] = None
+
+    def finished(self, source: Source, to: str) -> Fit:
+        """With what the format cannot hold, and what is left over."""
+        wrong, mends = obstacles(to, self.pieces)
+        # A leaf of several arrays is one leaf all the same.
+        self.problems = list(dict.fromkeys([*self.problems, *wrong]))
+        self.missing, self.kept = list(dict.fromkeys(self.missing)), list(dict.fromkeys(self.kept))
+        self.mends |= dict.fromkeys(mends)
+        used = {piece.source for piece in self.pieces}
+        self.left_over = [entry.name for entry in source.entries if entry.name not in used] + list(source.others)
+        return self
+
+
+def _renamed(source: Source, rename: Mapping[str, str | None] | Callable[[str], str | None] | Any) -> dict[str, Any]:
+    """The new text of each name that `rename` changes; None for what it leaves out.
+
+    Raises:
+      RestoreError: it names what the source does not have, or gives something else than a path.
+    """
+    names = [entry.name for entry in source.entries]
+    if rename is None:
+        return {}
+    if isinstance(rename, Mapping):
+        unknown = [name for name in rename if name not in {*names, *source.others}]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), names, n=3, cutoff=0.3) or names[:3]
+            raise RestoreError(
+                f"rename names what the source does not have: {', '.join(map(repr, unknown[:5]))}.",
+                mend=f"its names are like: {', '.join(map(repr, near))}",
+            )
+        made = dict(rename)
+    elif callable(rename):
+        made = {name: rename(name) for name in names}
+    else:
+        raise RestoreError(
+            f"rename is {type(rename).__name__}, neither a mapping nor a function.",
+            mend="rename={'name in the source': 'path/of/the/leaf'}",
+        )
+    odd = [name for name, text in made.items() if not (text is None or (isinstance(text, str) and text.strip("/")))]
+    if odd:
+        raise RestoreError(
+            f"rename makes no path of {odd[0]!r}, but {type(made[odd[0]]).__name__}.",
+            mend="rename gives a path, 'layers/0/kernel', or None to leave a name out",
+        )
+    return {name: None if text is None else text.strip("/") for name, text in made.items()}
+
+
+# --- without a target ------------------------------------------------------------------------------------------
+
+
+def fit_alone(source: Source, to: str, rename: Any) -> Fit:
+    """Everything in the source as it is, under the names of the other format."""
+    renamed, made = _renamed(source, rename), Fit()
+    linen = is_linen(source.entries)
+    first: dict[str, Entry] = {}
+    for entry in source.entries:
+        if first.setdefault(entry.name, entry) is not entry:
+            made.problem(entry.leaf(), "has the same name as another in the source", _SAME_NAME)
+            continue
+        text = renamed.get(entry.name, "")
+        if text is None:
+            continue
+        path: Path = tuple(text.split("/")) if text else entry.path
+        leaf = dataclasses.replace(entry.leaf(), path=path)
+        if to == "linen" and entry.kind == OPTIMIZER and entry.type == ARRAY:
+            continue  # Linen's variables hold no optimizer's state
+        if to == "linen" and entry.type is None:
+            if len(path) < 2 or not linen:
+                made.problem(leaf, "is in no collection that NNX knows", _COLLECTION)
+                continue
+            leaf, path = dataclasses.replace(leaf, type=f"collection:{path[0]}"), path[1:]
+        made.pieces.append(Piece(path, leaf, entry.dtype, entry.shape, entry.prng, entry.name))
+    if not (made.pieces or made.problems):
+        raise RestoreError(
+            f"{source.name} has no arrays to convert.", mend="another source, or a rename that keeps some"
+        )
+    return made.finished(source, to)
+
+
+_COLLECTION = (
+    "say which type each leaf has: sw.convert(src, dst, to='linen', target=plan.abstract()); "
+    "or register the collection: nnx.register_variable_name(name, Type)"
+)
+
+
+_SAME_NAME = "keys that only look alike (0 and '0') cannot be told apart in another format: change one of them"
+
+
+# --- with one --------------------------------------------------------------------------------------------------
+
+
+def fit(source: Source, to: str, target: State, rename: Any, cast: bool) -> Fit:
+    """The leaves of a target, from a source."""
+    return _Fitter(source, target, rename, cast).run(to)
+
+
+@dataclasses.dataclass
+class _Wanted:
+    """An array of the target, and the entry that it is found in."""
+
+    placed: Placed
+    leaf: Leaf
+    array: ArrayRecord
+    position: int
+    entry: Entry | None
+
+    @property
+    def path(self) -> Path:
+        return self.placed.record.path + self.array.within
+
+    @property
+    def stored(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype as they are written: of PRNG keys those of their words."""
+        return self.array.on_disk if self.array.prng is not None else (self.array.shape, self.array.dtype)
+
+    def piece(self, source: str | None, note: str = "") -> Piece:
+        shape, dtype = self.stored
+        at = (self.placed.record.kind, self.position)
+        return Piece(self.path, self.leaf, dtype, shape, self.array.prng, source, at, note)
+
+
+class _Fitter:
+    def __init__(self, source: Source, target: State, rename: Any, cast: bool) -> None:
+        self.source = source
+        self.target = target
+        self.cast = cast
+        self.made = Fit()
+        self.orbax = OrbaxKeys()
+        self.by_text: dict[str, Entry] = {}
+        self.has_values = {
+            kind: not any(isinstance(array, jax.ShapeDtypeStruct) for array in target.part(kind).arrays)
+            for kind in target.plan.kinds
+        }
+        renamed = _renamed(source, rename)
+        for entry in source.entries:
+            text = renamed.get(entry.name, entry.name)
+            if text is None:
+                continue
+            other = self.by_text.setdefault(self.plain(text), entry)
+            if other is not entry:
+                self.made.problem(entry.leaf(), f"has the same path as {other.name}", RENAME)
+
+    def plain(self, text: str) -> str:
+        """A name as a path's text; in a safetensors file dots stand for slashes."""
+        return text.replace(".", "/") if self.source.format == "safetensors" else text
+
+    def run(self, to: str) -> Fit:
+        wanted = [
+            _Wanted(placed, leaf, array, placed.start + at, self.find(leaf, array))
+            for placed, leaf in zip(records_of(self.target.plan), self.target.plan.leaves, strict=True)
+            if self.target.plan.kinds[placed.record.kind].saved
+            and not (to == "linen" and collection_of(leaf.type) is None and placed.record.kind == OPTIMIZER)
+            for at, array in enumerate(placed.record.arrays)
+        ]
+        self.refuse_doubles(wanted)
+        there = {one.placed.record.kind for one in wanted if one.entry is not None}
+        for one in wanted:
+            if one.entry is not None:
+                self.compare(one, one.entry)
+            elif 0 in one.stored[0]:
+                self.keep(one, "has no elements: there is nothing to read")
+            else:
+                self.absent(one, there)
+        return self.made.finished(self.source, to)
+
+    def find(self, leaf: Leaf, array: ArrayRecord) -> Entry | None:
+        """The entry that a leaf is found in, under its first path or another."""
+        collection = collection_of(leaf.type)
+        for path in (leaf.path, *leaf.aliases):
+            text = format_path(path + array.within)
+            of_state = format_path((*path, "value", *array.within))
+            tries = [text, of_state, "/".join(self.orbax.key(path + array.within))]
+            if collection is not None:
+                tries.append(f"{collection}/{text}")
+            for candidate in tries:
+                entry = self.by_text.get(self.plain(candidate))
+                if entry is not None:
+                    return entry
+        return None
+
+    def refuse_doubles(self, wanted: list[_Wanted]) -> None:
+        """Two leaves whose paths only look alike (`0` and `"0"`, `a.b` and `a/b`) would get one array."""
+        first: dict[str, _Wanted] = {}
+        for one in wanted:
+            if one.entry is None:
+                continue
+            other = first.setdefault(one.entry.name, one)
+            if other is not one:
+                note = f"its name in the source is also that of {format_path(other.path)}"
+                self.made.problem(one.leaf, note, RENAME)
+
+    # --- one array -----------------------------------------------------------------------------------------------
+
+    def keep(self, one: _Wanted, why: str) -> None:
+        self.made.kept.append(dataclasses.replace(one.leaf, note=why))
+        self.made.pieces.append(one.piece(None))
+
+    def absent(self, one: _Wanted, there: set[str]) -> None:
+        """A leaf that the source lacks: its value is the target's, where that is allowed; otherwise it is missing."""
+        kind = one.placed.record.kind
+        declared = self.target.plan.kinds[kind].missing == "keep"
+        foreign = self.source.format != "statewise" and kind not in there and _is_of_run(one.leaf)
+        why = f"the source has no {kind}" if foreign else self.where(one)
+        if (declared or foreign) and self.has_values[kind]:
+            self.keep(one, why)
+            return
+        self.made.missing.append(dataclasses.replace(one.leaf, note=why))
+        if foreign or declared:
+            self.made.mends["a target with values, which are kept: target=plan.take(model)"] = None
+        else:
+            self.made.mends[RENAME] = None
+            keep = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], missing='keep'))"
+            self.made.mends[f"or, to keep the target's values: {keep}"] = None
+
+    def where(self, one: _Wanted) -> str:
+        """That it is missing, and where something of its path is instead."""
+        entry = self.below.get(self.plain(format_path(one.path)))
+        return "missing from the source" + (f", where {entry.name} is of another type" if entry else "")
+
+    @functools.cached_property
+    def below(self) -> dict[str, Entry]:
+        """What stands in the collections of Linen's variables, by its text without the collection."""
+        parted = [(*text.partition("/"), entry) for text, entry in self.by_text.items()]
+        known = {top for top in {top for top, *_ in parted} if known_collection(top)}
+        return {rest: entry for top, _, rest, entry in parted if top in known}
+
+    def compare(self, one: _Wanted, entry: Entry) -> None:
+        """Whether an entry has what a leaf wants."""
+        shape, dtype = one.stored
+        prng = one.array.prng
+        told = entry.prng is not None or self.source.format == "statewise"
+        if told and entry.prng != prng:
+            is_ = f"a PRNG key of {entry.prng}" if entry.prng else "no PRNG key"
+            mend = f"make the key with jax.random.key(seed, impl={entry.prng!r})" if entry.prng else RENAME
+            self.made.problem(one.leaf, f"is {is_} in the source", mend)
+        elif entry.shape != shape:
+            note = f"is {format_shape(entry.shape)} {entry.dtype} in the source"
+            self.made.problem(one.leaf, note, "build the model with the sizes of the source, or rename another to it")
+        elif entry.dtype == dtype:
+            self.made.pieces.append(one.piece(entry.name))
+        elif prng is not None or not _castable(entry.dtype, dtype):
+            note = f"is {entry.dtype} in the source, which does not become {dtype}"
+            self.made.problem(one.leaf, note, "plan the model with the dtype of the source")
+        elif not self.cast:
+            self.made.problem(one.leaf, f"is {entry.dtype} in the source", CAST)
+        else:
+            self.made.pieces.append(one.piece(entry.name, f"from {entry.dtype} to {dtype}"))
+
+
+def _is_of_run(leaf: Leaf) -> bool:
+    """Whether a leaf belongs to a training run rather than to a model, so that files of weights do not have it."""
+    types = (nnx.RngState, nnx.OptState, _compat.MetricState)
+    return leaf.kind == OPTIMIZER or (isinstance(leaf.type, type) and issubclass(leaf.type, types))
+
+
+_FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
+
+
+def _castable(from_: str, to: str) -> bool:
+    """Floats become floats, integers integers; anything else would be another number."""
+    try:
+        return any(jnp.issubdtype(jnp.dtype(from_), one) and jnp.issubdtype(jnp.dtype(to), one) for one in _FAMILIES)
+    except TypeError:  # a dtype that JAX lacks
+        return False
+
+
+def cast_exactly(array: np.ndarray, to: str) -> tuple[np.ndarray, bool]:
+    """An array in another dtype, and whether every number has a place there: rounding is one, overflow is none."""
+    dtype = jnp.dtype(to)
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        fits = not array.size or (int(array.min()) >= int(limits.min) and int(array.max()) <= int(limits.max))
+        return array.astype(dtype), fits
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = array.astype(dtype)
+    return made, not bool(np.any(np.isfinite(array) & ~np.isfinite(made)))

@@ -1,0 +1,136 @@
+"""Conversions that were asked for wrongly: no such source, destination, target or name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import statewise as sw
+from refusals import refused
+from statewise.checkpoint.converting import convert
+
+
+def taken(**values: Any) -> sw.State:
+    """A state of Variables with these values."""
+    model = {name: value if isinstance(value, nnx.Variable) else nnx.Param(value) for name, value in values.items()}
+    return sw.plan(model).take(model)
+
+
+# --- what was asked for wrongly --------------------------------------------------------------------------------
+
+A_STATE = "sw.convert(src, dst, target=plan.take(model)), or plan.abstract()"
+
+
+def test_a_checkpoint_of_statewise_needs_a_target(tmp_path: Path) -> None:
+    with refused(
+        sw.StructureError,
+        "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
+        mend=A_STATE,
+    ):
+        convert({"w": jnp.ones(1)}, tmp_path / "out")
+
+
+def test_a_target_is_a_state(tmp_path: Path) -> None:
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    with refused(sw.StructureError, "The target of a conversion is a state, not Linear.", mend=A_STATE):
+        convert({"w": jnp.ones(1)}, tmp_path / "out", target=model)
+
+
+def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "dir"):
+        path = tmp_path / name
+        path.write_text("precious") if "." in name else path.mkdir()
+        message = f"There is something at {path} already, and nothing is written over."
+        with refused(sw.SaveError, message, mend="another path"):
+            convert({"params": {"w": jnp.ones(1)}}, path, to="safetensors", dry_run=True)
+    assert (tmp_path / "a.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("dst", "options", "message", "mend"),
+    [
+        ("out", {"to": "zip"}, "to='zip' is no format.", "one of: 'statewise', 'orbax', 'safetensors', 'linen'"),
+        (
+            None,
+            {},
+            "Where nothing is written, the format is to be told.",
+            "one of: 'statewise', 'orbax', 'safetensors', 'linen'",
+        ),
+        (
+            None,
+            {"to": "safetensors"},
+            "to='safetensors' needs a place to write to.",
+            "sw.convert(src, 'run/converted', ...)",
+        ),
+        (3, {"to": "orbax"}, "int is no path.", "sw.convert(src, 'run/converted')"),
+        (
+            "gs://bucket/a.safetensors",
+            {},
+            "gs://bucket/a.safetensors is on an object store, which cannot rename a directory at once.",
+            "convert to a local path, and copy what is there then",
+        ),
+    ],
+)
+def test_a_destination_that_is_none_is_refused(dst: Any, options: dict[str, Any], message: str, mend: str) -> None:
+    with refused(sw.SaveError, message, mend=mend):
+        convert({"w": jnp.ones(1)}, dst, **options)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message", "mend"),
+    [
+        (
+            {"kernal": "w", "zzz": None},
+            "rename names what the source does not have: 'kernal', 'zzz'.",
+            "its names are like: 'kernel'",
+        ),
+        (3, "rename is int, neither a mapping nor a function.", "rename={'name in the source': 'path/of/the/leaf'}"),
+        (
+            lambda name: 7,
+            "rename makes no path of 'bias', but int.",
+            "rename gives a path, 'layers/0/kernel', or None to leave a name out",
+        ),
+        (
+            {"bias": "/"},
+            "rename makes no path of 'bias', but str.",
+            "rename gives a path, 'layers/0/kernel', or None to leave a name out",
+        ),
+        (lambda name: None, "the mapping has no arrays to convert.", "another source, or a rename that keeps some"),
+    ],
+)
+def test_a_rename_that_is_none_is_refused(rename: Any, message: str, mend: str) -> None:
+    with refused(sw.RestoreError, message, mend=mend):
+        convert({"bias": jnp.ones(1), "kernel": jnp.ones(1)}, None, to="orbax", rename=rename)
+
+
+def test_orbax_stores_nothing_where_no_array_has_elements(tmp_path: Path) -> None:
+    with refused(
+        sw.SaveError,
+        f"There is nothing to write to {tmp_path / 'plain'}: no array has elements, and Orbax stores no others.",
+        mend="sw.convert(src, 'run/converted.safetensors')",
+    ):
+        convert({"w": jnp.zeros((0, 2))}, tmp_path / "plain", to="orbax")
+
+
+def test_a_source_that_is_neither_path_nor_mapping_is_refused(tmp_path: Path) -> None:
+    with refused(
+        sw.RestoreError,
+        "State is neither a path nor a mapping.",
+        mend="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first",
+    ):
+        convert(taken(w=jnp.ones(1)), tmp_path / "a.safetensors")
+
+
+def test_several_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        sw.save(tmp_path / "step" / name, taken(w=jnp.ones(1)))
+    with refused(
+        sw.RestoreError,
+        f"{tmp_path / 'step'} holds several items: one, two.",
+        mend=f"the path of one of them: {str(tmp_path / 'step' / 'one')!r}",
+    ):
+        convert(tmp_path / "step", tmp_path / "a.safetensors")

@@ -1,0 +1,35 @@
+"""Run as a program by the tests that kill it: saves one step after the other until it is killed.
+
+`python keep_killed.py FOLDER plain|managed FIRST`: before a save begins it prints its number, and `done` when it ended.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import statewise as sw
+from damaging import state
+
+
+def plain(folder: Path, first: int) -> None:
+    """`sw.save` to a path for each step."""
+    for step in range(first, first + 1000):
+        print("begun", step, flush=True)
+        sw.save(folder / f"step_{step}", state(step), layout=("named", "packed")[step % 2])
+        print("done", step, flush=True)
+
+
+def managed(folder: Path, first: int) -> None:
+    """`sw.Checkpoints`, which keeps two."""
+    with sw.Checkpoints(folder, max_to_keep=2) as checkpoints:
+        for step in range(first, first + 1000):
+            print("begun", step, flush=True)
+            checkpoints.save(step, state(step))
+            if step % 2:  # the others overlap
+                checkpoints.wait()
+                print("done", step, flush=True)
+
+
+if __name__ == "__main__":
+    {"plain": plain, "managed": managed}[sys.argv[2]](Path(sys.argv[1]), int(sys.argv[3]))
