@@ -20,13 +20,13 @@ from statewise.kinds import Kinds, unknown_kind
 from statewise.plan import Plan
 from statewise.scan import row_of
 from statewise.select import check_kinds, look
-from statewise.tables import KindCount, Table, count_kinds, kinds_table, total_of
+from statewise.tables import KindCount, Shown, Table, count_kinds, kinds_table, total_of
 
 __all__ = ["Census", "KindCount", "census"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Census:
+class Census(Shown):
     """What a model amounts to, kind by kind; prints as a table.
 
     Attributes:
@@ -67,15 +67,6 @@ class Census:
     def table(self) -> Table:
         """The census as a table: one line for each kind."""
         return kinds_table("census", self.counts)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The census as plain data: `kinds`, a list in order, and `total`."""

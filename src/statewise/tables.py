@@ -11,6 +11,7 @@ there); `kinds_table` is that second part alone.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import html
 from collections import Counter
@@ -22,6 +23,7 @@ from statewise.paths import Leaf, format_dtype, format_path, format_shape, forma
 
 __all__ = [
     "KindCount",
+    "Shown",
     "Table",
     "count_kinds",
     "count_leaves",
@@ -141,6 +143,23 @@ class Table:
         if self.below:
             data["below"] = self.below.to_dict()
         return data
+
+
+class Shown(abc.ABC):
+    """Data that shows itself by a table: as text, as a rich table, as HTML in a notebook."""
+
+    @abc.abstractmethod
+    def table(self) -> Table:
+        """The data as a table."""
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def _printable(cell: str) -> str:

@@ -25,13 +25,13 @@ from statewise.checkpoint.sources import Source, open_mapping
 from statewise.errors import RestoreError, SaveError, StructureError
 from statewise.paths import Leaf, format_dtype, format_path, format_shape
 from statewise.state import State, check_unspent
-from statewise.tables import Table, leaf_dict
+from statewise.tables import Shown, Table, leaf_dict
 
 __all__ = ["Conversion", "convert"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion:
+class Conversion(Shown):
     """What a conversion did, or would do, leaf by leaf; prints as a table.
 
     Attributes:
@@ -100,15 +100,6 @@ class Conversion:
         rows += [(name, "-", "-", "-", "-", "left over", "-") for name in self.left_over]
         columns = ("source", "path", "kind", "shape", "dtype", "outcome", "why")
         return Table(f"{self.source} to {self.dst or 'variables'} ({self.to})", columns, tuple(rows))
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The conversion as plain data, without arrays."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, format_path
-from statewise.tables import Table, format_count, leaf_dict
+from statewise.tables import Shown, Table, format_count, leaf_dict
 
 __all__ = ["Diff", "LeafDiff"]
 
@@ -47,7 +47,7 @@ class LeafDiff:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diff:
+class Diff(Shown):
     """How two models, states or checkpoints differ, leaf by leaf; true if they do; prints as a table.
 
     Attributes:
@@ -182,15 +182,6 @@ class Diff:
             (format_path(one.leaf.path), one.leaf.kind or "-", ", ".join(one.what), one.why) for one in self.leaves
         )
         return Table(title, ("path", "kind", "what", "why"), lines, below=kinds)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The differences as plain data; a `largest` that JSON cannot hold is text, `nan` or `inf`."""

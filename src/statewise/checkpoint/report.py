@@ -10,7 +10,7 @@ from typing import Any, Literal
 from statewise.errors import RestoreError
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, format_path
-from statewise.tables import Table, leaf_dict
+from statewise.tables import Shown, Table, leaf_dict
 
 __all__ = ["Outcome", "RestoreReport", "RestoredLeaf"]
 
@@ -46,7 +46,7 @@ class RestoredLeaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class RestoreReport:
+class RestoreReport(Shown):
     """What a restore did, or would do, leaf by leaf; prints as a table.
 
     Attributes:
@@ -129,15 +129,6 @@ class RestoreReport:
             return dataclasses.replace(kinds, title=f"restore of {self.path}")
         rows = tuple((format_path(one.leaf.path), one.leaf.kind or "-", one.outcome, one.why or "-") for one in odd)
         return Table(f"restore of {self.path}", ("path", "kind", "outcome", "why"), rows, below=kinds)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -13,7 +13,7 @@ from statewise.filters import Filter, describe, explain_leaf, predicate
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, format_dtype, format_path, format_shape, format_type
 from statewise.scan import ModelError, Scan, row_of, scan
-from statewise.tables import Table, leaf_dict
+from statewise.tables import Shown, Table, leaf_dict
 
 __all__ = ["Explanation", "check_kinds", "count", "explain", "look", "select"]
 
@@ -108,7 +108,7 @@ def count(model: Any, *filters: Filter) -> int | tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """What a filter makes of each leaf of a model; prints as a table.
 
     Attributes:
@@ -154,15 +154,6 @@ class Explanation:
             rows,
             footer=("total", "", "", "", f"{sum(self.matched)} of {len(self.leaves)}", ""),
         )
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation as plain data."""
