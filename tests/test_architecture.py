@@ -28,6 +28,7 @@ ROOMS = (
     "paths",
     "filters",
     "scan",
+    "placements",
     "kinds",
     "tables",
     "aliases",
@@ -42,6 +43,7 @@ ROOMS = (
     "select",
     "census",
     "placement",
+    "memory",
     "views",
     "state",
     "restart",
@@ -71,7 +73,7 @@ ROOMS = (
 # A method that is only the way on (`kinds.plan(model)`, `plan.take(model)`) imports the next room when it is called.
 # Its annotations name that room in full under TYPE_CHECKING (`import statewise.plan`; `-> statewise.plan.Plan`), which
 # the run-time type checker can follow.  No other import goes against the flow.
-FORWARDS = {("kinds", "plan"), ("plan", "state"), ("plan", "exchange"), ("state", "restart")}
+FORWARDS = {("kinds", "plan"), ("plan", "state"), ("plan", "placement"), ("plan", "exchange"), ("state", "restart")}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60  # its docstring not counted: a full example is no reason to split a function

@@ -138,13 +138,9 @@ def test_an_abstract_state_takes_no_model_s_values() -> None:
     assert isinstance(raw_value(plan.build(plan.abstract()).kernel), jax.ShapeDtypeStruct)
 
 
-def test_a_mesh() -> None:
-    with refused(
-        sw.PlacementError,
-        "Placing a state on a mesh is not part of this version.",
-        mend="state = jax.device_put(plan.take(model), jax.NamedSharding(mesh, jax.P()))",
-    ):
-        sw.plan(model()).take(model(), mesh=jax.make_mesh((8,), ("data",)))
+def test_a_mesh_that_is_none() -> None:
+    with refused(sw.PlacementError, "A tuple is no mesh.", mend="mesh = jax.make_mesh((8,), ('data',))"):
+        sw.plan(model()).take(model(), mesh=(8, "data"))
 
 
 # --- static attributes -------------------------------------------------------------------------------------------

@@ -247,8 +247,18 @@ def test_two_kinds_claim_the_rest() -> None:
         ({"batch_axis": 0.0}, "batch_axis=0.0 is no axis.", "batch_axis=0"),
         (
             {"placement": "data"},
-            "placement='data': placing kinds on a mesh is not part of this version.",
-            "leave placement out; jax.device_put(state, sharding) places a whole state",
+            "placement='data' is no placement, nor a function that returns one.",
+            "placement=sw.Sharded('data')",
+        ),
+        (
+            {"placement": sw.Replicated},
+            "placement=Replicated is no placement, nor a function that returns one.",
+            "placement=sw.Replicated()",
+        ),
+        (
+            {"placement": Unhashable()},
+            "placement=Unhashable(...) cannot be hashed, as every part of a declaration must be.",
+            "placement=lambda path, shape: ...",
         ),
     ],
 )

@@ -197,12 +197,14 @@ class PlacementError(StatewiseError, ValueError):
       >>> import jax
       >>> from flax import nnx
       >>> import statewise as sw
-      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.Sharded("data")))
+      >>> plan = kinds.plan(nnx.Linear(2, 4, rngs=nnx.Rngs(0)))
       >>> try:
-      ...     sw.plan(model).take(model, mesh=jax.make_mesh((1,), ("data",)))
+      ...     plan.shardings(jax.sharding.AbstractMesh((4,), ("data",)))
       ... except sw.PlacementError as error:
-      ...     print(error.message)
-      Placing a state on a mesh is not part of this version.
+      ...     print(error.message, error.leaves[0], sep="\\n")
+      1 leaf cannot be placed on the mesh (data=4).
+      kernel: Param(2, 4) float32  kind=params  (axis 0 of 2 does not divide by (data=4))
     """
 
 

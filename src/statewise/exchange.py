@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,39 +16,98 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise import _compat
-from statewise.errors import PlacementError, StructureError
+from statewise.errors import StructureError
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
+from statewise.layout import OPTIMIZER
 from statewise.paths import Leaf, Path, format_path, format_shape
+from statewise.placement import array_shardings, check_devices
 from statewise.plan import Plan
 from statewise.rows import Row, is_sown
 from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import State, check_fits, check_unspent, is_deleted
 
-__all__ = ["build", "put", "take", "values_of"]
+__all__ = ["build", "init", "put", "take", "values_of"]
 
 
 def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: bool | str | Sequence[str]) -> State:
     """See `Plan.take`."""
-    if mesh is not None:
-        raise PlacementError(
-            "Placing a state on a mesh is not part of this version.",
-            mend="state = jax.device_put(plan.take(model), jax.NamedSharding(mesh, jax.P()))",
-        )
     plan = plan._plain
+    made = plan._pack(_kinds_to_pack(plan, pack)) if pack else plan
+    place = _Places(made, mesh)
     found = scan(objects)
     leaves = _matched(plan, found, objects, "take")
     _check_statics(plan, found, objects)
     _check_arrays(plan, leaves)
-    seen: set[Any] = set()
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
     for row, leaf in zip(plan._rows, leaves, strict=True):
         for array in arrays_of(raw_value(leaf))[0]:
-            parts[row.kind].append(_taken(array, copy, seen))
+            # Each is placed before the next is copied: a device holds one whole array at a time, never all.
+            parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
     for group in plan._groups:
-        parts["optimizer"].extend(group.init([parts[kind][at] for kind, at in plan._params_of(group)]))
-    made = plan._pack(_kinds_to_pack(plan, pack)) if pack else plan
-    return State.of(made, [made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()])
+        for array in group.init([parts[kind][at] for kind, at in plan._params_of(group)]):
+            parts[OPTIMIZER].append(place.made(OPTIMIZER, len(parts[OPTIMIZER]), array))
+    return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
+
+
+def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
+    """See `Plan.init`."""
+    if not callable(make_model) or isinstance(make_model, nnx.Module):
+        raise StructureError(
+            f"plan.init wants a function that makes the model, not {type(make_model).__name__}.",
+            mend="plan.init(lambda: Model(rngs=nnx.Rngs(0)), mesh)  # or plan.take(model, mesh=mesh)",
+        )
+    check_devices(mesh)
+
+    def made() -> State:
+        objects = make_model()
+        objects = tuple(objects) if plan._several and isinstance(objects, tuple | list) else (objects,)
+        try:
+            taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan._packing))
+        except StructureError as error:
+            raw = [leaf for leaf in error.leaves if leaf.type is jax.Array and leaf.note == "missing"]
+            if not raw:
+                raise
+            raise StructureError(
+                "Arrays outside of Variables are static to NNX where a model is made inside jax.jit.",
+                leaves=raw,
+                mend="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
+            ) from error
+        # Its plan is the same in all but what was chosen to be packed.
+        return State.of(plan, [part.arrays for part in taken._parts])
+
+    return jax.jit(made, out_shardings=plan.shardings(mesh))()
+
+
+class _Places:
+    """Puts arrays where a plan has them on a mesh; without a mesh it leaves them where they are."""
+
+    def __init__(self, plan: Plan, mesh: Any) -> None:
+        self._plan = plan
+        self._seen: set[Any] = set()
+        self._arrays: dict[str, list[Any]] | None = None
+        if mesh is not None:
+            check_devices(mesh)
+            self._slots = plan.shardings(mesh)
+            self._arrays = array_shardings(plan, mesh)
+
+    def array(self, kind: str, position: int, array: Any, copy: bool) -> Any:
+        """An array of a model, copied or shared."""
+        if self._arrays is None:
+            return _taken(array, copy, self._seen)
+        # What JAX puts elsewhere may still share memory with what was given, so a copy is made before.
+        given = array if isinstance(array, jax.Array) and not copy else jnp.array(array)
+        placed = self.made(kind, position, given)
+        return placed if copy else _own(placed, self._seen)
+
+    def made(self, kind: str, position: int, array: Any) -> Any:
+        """An array that nobody else has."""
+        return array if self._arrays is None else jax.device_put(array, self._arrays[kind][position])
+
+    def state(self, parts: Mapping[str, Sequence[Any]]) -> State:
+        """The state of these parts; packing made buffers of some arrays, which have no place yet."""
+        state = State.of(self._plan, parts.values())
+        return state if self._arrays is None or not self._plan._packing else jax.device_put(state, self._slots)
 
 
 def _kinds_to_pack(plan: Plan, pack: bool | str | Sequence[str]) -> tuple[str, ...]:

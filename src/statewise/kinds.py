@@ -28,6 +28,7 @@ from flax import nnx
 from statewise import _compat
 from statewise.errors import FilterError, KindError
 from statewise.filters import as_code, describe, normalise
+from statewise.placements import PLACEMENTS, describe_placement
 
 if TYPE_CHECKING:
     from statewise.plan import Plan
@@ -59,7 +60,9 @@ class Kind:
       restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.
       batch_axis: the axis of this kind's arrays that holds independent slots (0 for the first), so that slots
         can be restarted one by one.
-      placement: how it lies on a mesh; None leaves that to JAX.
+      placement: how it lies on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`, or a
+        function of (path, shape) that returns one.  None replicates; the kind `optimizer` then follows the leaves
+        that it updates.
 
     Raises:
       FilterError: `of` is no filter.
@@ -108,11 +111,7 @@ class Kind:
             )
         if self.batch_axis is not None and (isinstance(self.batch_axis, bool) or not isinstance(self.batch_axis, int)):
             raise KindError(f"batch_axis={self.batch_axis!r} is no axis.", mend="batch_axis=0")
-        if self.placement is not None:
-            raise KindError(
-                f"placement={self.placement!r}: placing kinds on a mesh is not part of this version.",
-                mend="leave placement out; jax.device_put(state, sharding) places a whole state",
-            )
+        _check_placement(self.placement)
 
     @property
     def rest(self) -> bool:
@@ -132,6 +131,8 @@ class Kind:
             words.append(f"restart={getattr(self.restart, '__name__', repr(self.restart))}")
         if self.batch_axis is not None:
             words.append(f"batch_axis={self.batch_axis}")
+        if self.placement is not None:
+            words.append(f"placement={describe_placement(self.placement)}")
         return ", ".join(words) or "-"
 
 
@@ -285,6 +286,20 @@ def _check_name(name: str) -> None:
     if name.startswith("_") or name in RESERVED:
         mend = f"{name.strip('_') or 'my'}_kind"
         raise KindError(f"{name!r} is reserved and cannot name a kind.", kind=name, mend=mend)
+
+
+def _check_placement(placement: Any) -> None:
+    if placement is None or isinstance(placement, PLACEMENTS):
+        return
+    if isinstance(placement, type) or not callable(placement):
+        shown = placement.__name__ if isinstance(placement, type) else repr(placement)
+        mend = f"placement=sw.{shown}()" if placement in PLACEMENTS else "placement=sw.Sharded('data')"
+        raise KindError(f"placement={shown} is no placement, nor a function that returns one.", mend=mend)
+    if not isinstance(placement, Hashable):
+        raise KindError(
+            f"placement={type(placement).__name__}(...) cannot be hashed, as every part of a declaration must be.",
+            mend="placement=lambda path, shape: ...",
+        )
 
 
 def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> KindError:

@@ -189,7 +189,7 @@ class Plan(Layout):
 
         Args:
           *objects: the objects that were planned, or others of the same structure, shapes and dtypes.
-          mesh: not part of this version.
+          mesh: puts each array where its kind's placement has it on this mesh, as `shardings` says.
           copy: copies each array, so that the objects stay usable.  False shares the arrays until a step donates
             them, for models that fill the device; two leaves that share one array are told apart all the same.
           pack: experimental: small arrays travel as few buffers, which is what `jax.tree.map` then sees; True for all
@@ -201,6 +201,7 @@ class Plan(Layout):
         Raises:
           StructureError: the objects are not what was planned; every difference is listed.
           KindError: `pack` names a kind that is not there.
+          PlacementError: leaves that cannot be placed on the mesh, all of them.
 
         Example:
           >>> from flax import nnx
@@ -213,6 +214,34 @@ class Plan(Layout):
         from statewise.exchange import take
 
         return take(self, objects, mesh=mesh, copy=copy, pack=pack)
+
+    def init(self, make_model: Any, mesh: Any) -> statewise.state.State:
+        """Makes a model's state where it is to lie, inside `jax.jit`: no device ever holds a full copy.
+
+        Args:
+          make_model: a function without arguments that makes what was planned (a tuple of several objects); it is
+            traced, so its arrays must stand in `nnx.Variable`s.
+          mesh: the mesh.
+
+        Returns:
+          what `plan.take(make_model(), mesh=mesh)` does, but for the last bit where XLA rounds otherwise.
+
+        Raises:
+          StructureError: what it makes is not what was planned; every difference is listed.
+          PlacementError: leaves that cannot be placed on the mesh, all of them.
+
+        Example:
+          >>> import jax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> make = lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+          >>> state = sw.plan(nnx.eval_shape(make)).init(make, jax.make_mesh((1,), ("data",)))
+          >>> state["params"]["kernel"].shape
+          (2, 3)
+        """
+        from statewise.exchange import init
+
+        return init(self, make_model, mesh)
 
     def put(self, state: statewise.state.State | Any, *objects: Any, copy: bool = True) -> None:
         """Puts a state's arrays back into the objects.
@@ -261,8 +290,14 @@ class Plan(Layout):
 
         return build(self, state, copy=copy)
 
-    def abstract(self) -> statewise.state.State:
+    def abstract(self, mesh: Any = None) -> statewise.state.State:
         """A state of this plan that holds shapes and dtypes instead of arrays.
+
+        Args:
+          mesh: a mesh, or an abstract one; shapes then have shardings too, and `sw.restore` restores into them.
+
+        Raises:
+          PlacementError: leaves that cannot be placed on the mesh, all of them.
 
         Example:
           >>> from flax import nnx
@@ -272,9 +307,38 @@ class Plan(Layout):
         """
         from statewise.state import State
 
-        return State.of(
-            self, [[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in part] for part in self._stored.values()]
-        )
+        parts = [[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in part] for part in self._stored.values()]
+        state = State.of(self, parts)
+        if mesh is None:
+            return state
+        return jax.tree.map(lambda shape, place: shape.update(sharding=place), state, self.shardings(mesh))
+
+    def shardings(self, mesh: Any) -> statewise.state.State:
+        """A state of shardings instead of arrays: `jax.device_put` takes it, and `jax.jit` for `out_shardings`.
+
+        Args:
+          mesh: a `jax.sharding.Mesh`, or an abstract one.
+
+        Returns:
+          for each array where its kind's `placement` puts it.  Optimizer state follows the leaves that it is for,
+          unless the kind `optimizer` has a placement of its own.
+
+        Raises:
+          PlacementError: leaves that cannot be placed so, all of them; a packed kind that would be split.
+
+        Example:
+          >>> import jax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.Sharded("data")))
+          >>> plan = kinds.plan(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+          >>> tuple(plan.shardings(jax.sharding.AbstractMesh((4,), ("data",)))["params"]["kernel"].spec)
+          ('data',)
+        """
+        from statewise.placement import slot_shardings
+        from statewise.state import State
+
+        return State.of(self, slot_shardings(self, mesh))
 
     def axes(self, **kinds: Any) -> statewise.state.State:
         """A state of axes instead of arrays, as `jax.vmap` takes it for `in_axes` and `out_axes`.

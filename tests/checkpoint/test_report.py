@@ -39,7 +39,7 @@ def report(tmp_path: pathlib.Path) -> sw.RestoreReport:
 
 def table_of(path: str) -> str:
     return f"""\
-restore of {path}
+restore of {path}: does not go through
 path  kind       outcome  why
 -----------------------------------------------------
 b     params     cast     from float32 to bfloat16
@@ -121,7 +121,7 @@ def test_in_a_notebook_it_is_html(report: sw.RestoreReport) -> None:
     html = report._repr_html_()
     assert html.count("<table>") == 2
     assert html.count("<tr>") == 1 + 5 + 1 + 4
-    assert f"<caption>restore of {report.path}</caption>" in html
+    assert f"<caption>restore of {report.path}: does not go through</caption>" in html
     assert '<td style="text-align:left">is (2, 3) in the checkpoint</td>' in html
 
 

@@ -125,10 +125,11 @@ class RestoreReport(Shown):
             ),
             right=("leaves",),
         )
+        title = f"restore of {self.path}" + ("" if self.ok else ": does not go through")
         if not odd:
-            return dataclasses.replace(kinds, title=f"restore of {self.path}")
+            return dataclasses.replace(kinds, title=title)
         rows = tuple((format_path(one.leaf.path), one.leaf.kind or "-", one.outcome, one.why or "-") for one in odd)
-        return Table(f"restore of {self.path}", ("path", "kind", "outcome", "why"), rows, below=kinds)
+        return Table(title, ("path", "kind", "outcome", "why"), rows, below=kinds)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -1,11 +1,12 @@
-"""The command line: `statewise census | plan | explain TARGET`, and `statewise demo`.
+"""The command line: `statewise census | plan | explain | memory TARGET`, `inspect | convert | diff`, `demo`.
 
 A target is a function without arguments that makes a model, `package.module:factory` or `file.py:factory`; a model
 itself, or a tuple of objects, will do as well.  Exit status: 0 fine, 1 findings (leaves that no kind claims, say),
 2 wrong usage, with one line that says what is wrong.
 
 This file parses arguments and imports nothing heavy, so that `--help` is there at once.  The files: `commands` (what
-each command does), `targets` (from text to objects), `expressions` (from text to filters).
+each command does), `checkpoints` (the same for those on checkpoints), `memory` (a mesh from text), `targets` (from text
+to objects), `expressions` (from text to filters).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+from statewise.cli.memory import add_memory
 
 __all__ = ["main"]
 
@@ -23,6 +26,11 @@ FILTER is written as in Python: type names (of the target's module, of the model
 `...`, the operators & | ~, and Exactly(Type), Path('layers/**'), Meta('name', value), All(...), Any(...), Not(...).
 
   statewise explain my_project.models:make "nnx.Param & ~Path('head/**')"
+"""
+
+CONVERT = """\
+  statewise convert run/step_100 model.safetensors
+  statewise convert model.safetensors run/imported --target my_project.models:make --dry-run
 """
 
 
@@ -46,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="statewise",
-        description="Looks at the state of a Flax NNX model, kind by kind.",
+        description="Looks at the state of a Flax NNX model, and at its checkpoints, kind by kind.",
         epilog="Exit status: 0 fine, 1 findings, 2 wrong usage.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
@@ -76,11 +84,50 @@ def build_parser() -> argparse.ArgumentParser:
             "if not given",
         )
     explain.add_argument("filter", metavar="FILTER", help="which leaves, see below")
+    add_memory(add)
+    _add_checkpoints(add)
     demo = add("demo", "train a small transformer on real text, and see what its kinds are good for")
     demo.add_argument("--steps", type=_positive, metavar="N", help="how many training steps")
     for command in (census, plan, explain, demo):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> None:
+    inspect = add("inspect", "count a checkpoint kind by kind: of Statewise, plain Orbax, or a .safetensors file")
+    inspect.add_argument("path", metavar="PATH", help="a checkpoint's directory, or a .safetensors file")
+    convert = add("convert", "convert a checkpoint: of Statewise, plain Orbax or safetensors, each into each", CONVERT)
+    convert.add_argument("source", metavar="SOURCE", help="a checkpoint's directory, or a .safetensors file")
+    convert.add_argument("destination", metavar="DESTINATION", help="a path where there is nothing yet")
+    convert.add_argument(
+        "--target",
+        metavar="TARGET",
+        help="package.module:factory or file.py:factory, which makes the model (or the state) that it is to fit",
+    )
+    convert.add_argument("--kinds", metavar="KINDS", help="the kinds of the target's model, as in `statewise plan`")
+    convert.add_argument(
+        "--abstract", action="store_true", help="make the target without its arrays; then nothing of it can be kept"
+    )
+    convert.add_argument(
+        "--to",
+        choices=("statewise", "orbax", "safetensors", "linen"),
+        help="the format to write; by default what the end of DESTINATION tells, .safetensors or not",
+    )
+    convert.add_argument(
+        "--rename", action="append", default=[], metavar="OLD=NEW", help="another path for a name; `OLD=` leaves it out"
+    )
+    convert.add_argument("--cast", action="store_true", help="allow other dtypes")
+    convert.add_argument("--dry-run", action="store_true", help="only show what would be done")
+    diff = add("diff", "compare two checkpoints of Statewise, leaf by leaf; exit status 1 where they differ")
+    for name in ("first", "second"):
+        diff.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a checkpoint's directory; or, to compare with a model, package.module:factory or file.py:factory",
+        )
+    diff.add_argument("--kinds", metavar="KINDS", help="the kinds of models among the two, as in `statewise plan`")
+    for command in (inspect, convert, diff):
+        command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,11 @@ from flax import nnx
 
 from statewise.census import census
 from statewise.cli.expressions import parse_filter, types_by_name
+from statewise.cli.memory import parse_mesh
 from statewise.cli.targets import Target, UsageError, load, one_line
 from statewise.errors import FilterError, KindError, StatewiseError
 from statewise.kinds import Kinds
+from statewise.memory import memory
 from statewise.plan import Plan
 from statewise.scan import ModelError
 from statewise.select import explain
@@ -61,13 +63,7 @@ def _census(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 
 
 def _plan(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    model, _ = _model(args, stack)
-    plan = _planned(model)
-    if plan is None:
-        kinds = _kinds(args, stack) or Kinds.standard()
-        plan = kinds.plan(*model) if isinstance(model, (tuple, list)) else kinds.plan(model)
-    elif args.kinds:
-        raise UsageError(f"{args.target} is planned already, by kinds of its own: leave --kinds out")
+    plan = _plan_of(args, stack)
     return _show(
         args,
         plan.table(),
@@ -77,6 +73,23 @@ def _plan(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
             **census(plan).to_dict(),
         },
     )
+
+
+def _plan_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> Plan:
+    model, _ = _model(args, stack)
+    plan = _planned(model)
+    if plan is None:
+        kinds = _kinds(args, stack) or Kinds.standard()
+        return kinds.plan(*model) if isinstance(model, (tuple, list)) else kinds.plan(model)
+    if args.kinds:
+        raise UsageError(f"{args.target} is planned already, by kinds of its own: leave --kinds out")
+    return plan
+
+
+def _memory(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    axes = parse_mesh(args.mesh)
+    counted = memory(_plan_of(args, stack), axes)
+    return _show(args, counted.table(), counted.to_dict())
 
 
 def _explain(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
@@ -97,7 +110,46 @@ def _demo(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         return 1
 
 
-_COMMANDS = {"census": _census, "plan": _plan, "explain": _explain, "demo": _demo}
+def _inspect(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    from statewise.cli import checkpoints
+
+    counted = checkpoints.inspected(args.path)
+    return _show(args, counted.table(), counted.to_dict())
+
+
+def _convert(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    from statewise.cli import checkpoints
+
+    checkpoints.check(args)
+    model = None if args.target is None else _model(args, stack)[0]
+    target = None if model is None else checkpoints.state_of(model, args.abstract, _planned(model), _kinds(args, stack))
+    conversion = checkpoints.converted(args, target)
+    _show(args, conversion.table(), conversion.to_dict())
+    return 0 if conversion.ok else 1
+
+
+def _diff(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    from statewise.cli import checkpoints
+
+    first, second = (
+        text if checkpoints.is_checkpoint(text) else _model(argparse.Namespace(target=text, abstract=False), stack)[0]
+        for text in (args.first, args.second)
+    )
+    found = checkpoints.differences(first, second, _kinds(args, stack))
+    _show(args, found.table(), found.to_dict())
+    return 1 if found else 0
+
+
+_COMMANDS = {
+    "census": _census,
+    "plan": _plan,
+    "explain": _explain,
+    "memory": _memory,
+    "inspect": _inspect,
+    "convert": _convert,
+    "diff": _diff,
+    "demo": _demo,
+}
 
 
 def _model(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Target]:
