@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -248,6 +249,16 @@ def test_two_kinds_claim_the_rest() -> None:
         (
             {"placement": "data"},
             "placement='data' is no placement, nor a function that returns one.",
+            "placement=sw.Sharded('data')",
+        ),
+        (
+            {"placement": jax.P("data", None)},
+            f"placement={jax.P('data', None)!r} is no placement, nor a function that returns one.",
+            "placement=sw.Sharded('data', None)",
+        ),
+        (
+            {"placement": jnp.ones(3)},
+            f"placement={type(jnp.ones(3)).__name__} is no placement, nor a function that returns one.",
             "placement=sw.Sharded('data')",
         ),
         (

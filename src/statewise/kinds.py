@@ -23,6 +23,7 @@ import keyword
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 from flax import nnx
 
 from statewise import _compat
@@ -292,8 +293,13 @@ def _check_placement(placement: Any) -> None:
     if placement is None or isinstance(placement, PLACEMENTS):
         return
     if isinstance(placement, type) or not callable(placement):
-        shown = placement.__name__ if isinstance(placement, type) else repr(placement)
-        mend = f"placement=sw.{shown}()" if placement in PLACEMENTS else "placement=sw.Sharded('data')"
+        named = isinstance(placement, str | jax.P)  # of anything else its type: it may be an array
+        shown = repr(placement) if named else getattr(placement, "__name__", type(placement).__name__)
+        mend = "placement=sw.Sharded('data')"
+        if isinstance(placement, type) and placement in PLACEMENTS:
+            mend = f"placement=sw.{shown}()"
+        elif isinstance(placement, jax.P):
+            mend = f"placement=sw.Sharded({', '.join(map(repr, placement))})"
         raise KindError(f"placement={shown} is no placement, nor a function that returns one.", mend=mend)
     if not isinstance(placement, Hashable):
         raise KindError(

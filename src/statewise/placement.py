@@ -1,0 +1,393 @@
+"""Placing a plan on a mesh: what each array's sharding is, or everything that is wrong.
+
+`placements` says how a kind lies on any mesh; here that is resolved, array by array, against the axes of one.  A mesh
+is told by its axes alone, so an abstract one, with no device behind it, will do.
+
+Optimizer state follows the leaves that it is for, unless the kind `optimizer` declares a placement.  Optax tells no
+owner of a moment, so it is told by path and shape: the path of a moment ends with that of its parameter.  A moment of
+the parameter's shape lies as the parameter does, a factored one (a row or column of it, as Adafactor keeps) as the
+axes that are left of it; all else, counts and scales, is on every device.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from statewise import _compat
+from statewise.errors import PlacementError
+from statewise.layout import OPTIMIZER
+from statewise.moments import plain_key
+from statewise.paths import Leaf, Path, format_path
+from statewise.placements import PLACEMENTS, FromMetadata, Sharded, axes_of, describe_placement, merged_rules
+from statewise.plan import Plan
+from statewise.scan import ONE, Spec, rebuild, scan, value_of
+
+__all__ = ["Lies", "array_shardings", "axis_sizes", "check_devices", "describe_mesh", "resolve", "slot_shardings"]
+
+
+class Lies(NamedTuple):
+    """How one array lies on a mesh.
+
+    Attributes:
+      axes: for each axis of the array the mesh axes that it is split over.
+      memory: the kind of memory; None for the devices' own.
+    """
+
+    axes: tuple[tuple[str, ...], ...] = ()
+    memory: str | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether the devices hold different parts."""
+        return any(self.axes)
+
+    def parts(self, sizes: Mapping[str, int]) -> int:
+        """Into how many parts the array is split."""
+        return int(np.prod([sizes[name] for names in self.axes for name in names], dtype=np.int64))
+
+    def sharding(self, mesh: Any) -> jax.NamedSharding:
+        """The sharding that JAX takes."""
+        spec = [names[0] if len(names) == 1 else names or None for names in self.axes]
+        while spec and spec[-1] is None:
+            spec.pop()
+        return jax.NamedSharding(mesh, jax.P(*spec), memory_kind=self.memory)
+
+
+def slot_shardings(plan: Plan, mesh: Any) -> list[list[jax.NamedSharding]]:
+    """For each kind the sharding of what stands in each slot of its part; see `Plan.shardings`."""
+    placed = resolve(plan, mesh)
+    known: dict[Lies, jax.NamedSharding] = {}
+    slots = []
+    for kind, here in zip(plan.kinds, plan._slots, strict=True):
+        packing = plan._packing.get(kind)
+        if packing:
+            _check_packed(plan, kind, placed[kind])
+        lies = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in here]
+        # A buffer has one axis, whatever its arrays have.
+        lies = [one if isinstance(slot, int) else Lies((), one.memory) for one, slot in zip(lies, here, strict=True)]
+        slots.append([_known(known, one, mesh) for one in lies])
+    return slots
+
+
+def array_shardings(plan: Plan, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
+    """For each kind the sharding of each of its arrays, in the order of the plan."""
+    known: dict[Lies, jax.NamedSharding] = {}
+    return {kind: [_known(known, lies, mesh) for lies in part] for kind, part in resolve(plan, mesh).items()}
+
+
+def _known(known: dict[Lies, jax.NamedSharding], lies: Lies, mesh: Any) -> jax.NamedSharding:
+    if lies not in known:
+        known[lies] = lies.sharding(mesh)
+    return known[lies]
+
+
+def _check_packed(plan: Plan, kind: str, placed: Sequence[Lies]) -> None:
+    split = []
+    for buffer in plan._packing[kind].buffers:
+        for position in buffer.positions:
+            if placed[position].split or placed[position].memory != placed[buffer.positions[0]].memory:
+                note = "packed, and split over the mesh" if placed[position].split else "packed with other memory"
+                split.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
+    if split:
+        others = tuple(name for name in plan._packing if name != kind)
+        raise PlacementError(
+            f"Kind {kind!r} is packed into buffers, which are not split: pack and placement do not go together.",
+            leaves=split,
+            kind=kind,
+            mend=f"leave {kind} out of pack: plan.take(model, mesh=mesh, pack={others!r})",
+        )
+
+
+# --- meshes ------------------------------------------------------------------------------------------------------
+
+
+def axis_sizes(mesh: Any) -> dict[str, int]:
+    """The axes of a mesh and their sizes.
+
+    Raises:
+      PlacementError: it is no mesh.
+    """
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        raise PlacementError(f"A {type(mesh).__name__} is no mesh.", mend="mesh = jax.make_mesh((8,), ('data',))")
+    return {str(name): int(size) for name, size in mesh.shape.items()}
+
+
+def check_devices(mesh: Any) -> None:
+    """Raises where a mesh has no devices to put arrays on."""
+    axis_sizes(mesh)
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise PlacementError(
+            "An abstract mesh has no devices to put arrays on.",
+            mend="mesh = jax.make_mesh((8,), ('data',))  # plan.abstract(mesh) takes an abstract one",
+        )
+
+
+def describe_mesh(sizes: Mapping[str, int]) -> str:
+    """A mesh in words: `(data=4, model=2)`."""
+    return "(" + ", ".join(f"{name}={size}" for name, size in sizes.items()) + ")"
+
+
+def _memories(mesh: Any) -> set[str] | None:
+    """The kinds of memory that a mesh's devices have; None where there are no devices to ask."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        return None
+    return {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
+
+
+# --- resolving ---------------------------------------------------------------------------------------------------
+
+
+def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
+    """How each array of each kind lies on a mesh, in the order of the plan.
+
+    Raises:
+      PlacementError: leaves that cannot be placed as declared, all of them; something that is no mesh.
+    """
+    resolver = _Resolver(plan, axis_sizes(mesh), _memories(mesh))
+    placed = resolver.rows()
+    placed.setdefault(OPTIMIZER, []).extend(resolver.moments())
+    if resolver.faults:
+        leaves = [leaf for leaf, _ in resolver.faults]
+        kinds = {leaf.kind for leaf in leaves}
+        raise PlacementError(
+            f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'} cannot be placed on the mesh "
+            f"{describe_mesh(resolver.sizes)}.",
+            leaves=leaves,
+            kind=kinds.pop() if len(kinds) == 1 else None,
+            mend="\n".join(dict.fromkeys(mend for _, mend in resolver.faults)),
+        )
+    return {kind: tuple(placed[kind]) for kind in plan.kinds}
+
+
+class _Fault(Exception):
+    """What is wrong with the placement of one array, and the mend."""
+
+    def __init__(self, note: str, mend: str) -> None:
+        super().__init__(note)
+        self.note, self.mend = note, mend
+
+
+# A parameter as its moments see it: its shape, and how it lies.
+Owners = dict[Path, list[tuple[tuple[int, ...], Lies]]]
+
+
+class _Resolver:
+    """Resolves array by array, and keeps what is wrong until all were seen."""
+
+    def __init__(self, plan: Plan, sizes: dict[str, int], memories: set[str] | None) -> None:
+        self.plan, self.sizes, self.memories = plan, sizes, memories
+        self.faults: list[tuple[Leaf, str]] = []
+        self.owners: Owners = {}  # by path, as the objects' own optimizers see it
+        self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position where there are several
+
+    def rows(self) -> dict[str, list[Lies]]:
+        """How the model's own arrays lie."""
+        plan = self.plan
+        found: dict[int, list[Lies]] = {}
+        several = plan._several
+        numbered = list(enumerate(zip(plan._rows, plan.leaves[: len(plan._rows)], strict=True)))
+        # Optimizers come last: what they follow must be known.
+        for number, (row, leaf) in sorted(numbered, key=lambda one: _is_moment(one[1][0])):
+            placement = plan.kinds[row.kind].placement
+            found[number] = []
+            for keys, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True):
+                paths = [path[several:] + keys for path in (row.path, *leaf.aliases)]
+                if placement is None and _is_moment(row):
+                    found[number].append(follow(paths[0], spec.shape, self.owners))
+                else:
+                    lies = self.place(placement, paths, spec, leaf, number)
+                    found[number].append(lies)
+                    self.owners.setdefault(paths[0], []).append((spec.shape, lies))
+                    self.owners_in_groups[row.path + keys] = [(spec.shape, lies)]
+        placed: dict[str, list[Lies]] = {kind: [] for kind in plan.kinds}
+        for number, (row, _) in numbered:
+            placed[row.kind].extend(found[number])
+        return placed
+
+    def moments(self) -> Iterator[Lies]:
+        """How the arrays of the plan's own optimizers lie."""
+        leaves = iter(self.plan.leaves[len(self.plan._rows) :])
+        placement = self.plan.kinds[OPTIMIZER].placement if self.plan._groups else None
+        # A moment carries no metadata: that of its parameter counts, by the rules of this kind.
+        annotated = placement if isinstance(placement, FromMetadata) else None
+        for group in self.plan._groups:
+            owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated)
+            owners = {path: owners[path] for path in group.paths if path in owners}
+            for path, spec in zip(group.layout.paths, group.layout.specs, strict=True):
+                leaf = next(leaves)
+                if placement is None or annotated is not None:
+                    yield follow(path, spec.shape, owners)
+                else:
+                    yield self.place(placement, [leaf.path], spec, leaf)
+
+    def _annotated_owners(self, placement: FromMetadata) -> Owners:
+        """The parameters as this placement would have them."""
+        owners: Owners = {}
+        updated = {kind for group in self.plan._groups for kind in group.kinds}
+        for number, (row, leaf) in enumerate(zip(self.plan._rows, self.plan.leaves, strict=False)):
+            if row.kind not in updated:
+                continue
+            for keys, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True):
+                lies = self.place(placement, [row.path], spec, leaf, number)
+                owners[row.path + keys] = [(spec.shape, lies)]
+        return owners
+
+    @functools.cached_property
+    def metadata(self) -> list[dict[str, Any]]:
+        """The metadata of each row's Variable; of a raw array none."""
+        objects = rebuild(self.plan._graphdef, [None] * len(self.plan._rows), self.plan._several)
+        return [leaf.get_metadata() if _compat.is_variable(leaf) else {} for leaf in scan(objects).leaves]
+
+    def place(self, placement: Any, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int | None = None) -> Lies:
+        """How one array lies, by the placement of its kind; by any of its paths, and the number of its row."""
+        try:
+            return self._place(placement, paths, spec, number)
+        except _Fault as fault:
+            shape = leaf.shape if leaf.shape is not None else spec.shape
+            self.faults.append((dataclasses.replace(leaf, shape=shape, note=fault.note), fault.mend))
+            return Lies()
+
+    def _place(self, placement: Any, paths: Sequence[Path], spec: Spec, number: int | None) -> Lies:
+        if placement is not None and not isinstance(placement, PLACEMENTS):
+            answers = [_ask(placement, path, spec.shape) for path in paths]
+            for path, answer in zip(paths, answers, strict=True):
+                if answer != answers[0]:
+                    raise _Fault(
+                        f"tied: {answers[0]!r} by this path, {answer!r} as {format_path(path)}",
+                        f"{describe_placement(placement)} must place all paths of a tied leaf alike",
+                    )
+            placement = answers[0]
+        if isinstance(placement, FromMetadata):
+            placement = None if number is None else _annotated(placement, self.metadata[number])
+        if placement is None:
+            return Lies()
+        if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
+            known = ", ".join(sorted(self.memories))
+            raise _Fault(f"the devices have no memory {placement.memory!r}", f"a memory that is there: {known}")
+        axes = placement.axes if isinstance(placement, Sharded) else ()
+        return Lies(self._fit(axes, spec.shape), placement.memory)
+
+    def _fit(self, axes: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes of each axis of an array."""
+        unknown = [name for axis in axes for name in axes_of(axis) if name not in self.sizes]
+        if unknown:
+            names = ", ".join(map(repr, dict.fromkeys(unknown)))
+            raise _Fault(f"the mesh has no axis {names}", f"an axis of the mesh: {', '.join(self.sizes)}")
+        shown = ", ".join(map(repr, axes))
+        if len(axes) > len(shape):
+            raise _Fault(
+                f"Sharded({shown}) is of {len(axes)}, the array of {len(shape)} dimensions",
+                "place by the number of axes: placement=lambda path, shape: "
+                f"sw.Sharded({shown}) if len(shape) >= {len(axes)} else sw.Replicated()",
+            )
+        split = [axes_of(axis) for axis in axes] + [()] * (len(shape) - len(axes))
+        uneven = [
+            (at, names) for at, names in enumerate(split) if shape[at] % Lies((names,)).parts(self.sizes) and names
+        ]
+        if uneven:
+            at, first = uneven[0]
+            parts = Lies((first,)).parts(self.sizes)
+            notes = []
+            for axis, over in uneven:
+                by = describe_mesh({name: self.sizes[name] for name in over})
+                notes.append(f"axis {axis} of {shape[axis]} does not divide by {by}")
+            raise _Fault(
+                "; ".join(notes),
+                "place by shape: placement=lambda path, shape: "
+                f"sw.Sharded({shown}) if len(shape) > {at} and shape[{at}] % {parts} == 0 else sw.Replicated()",
+            )
+        return tuple(split)
+
+
+def _annotated(placement: FromMetadata, metadata: Mapping[str, Any]) -> Sharded | None:
+    """What a Variable's metadata says."""
+    names, own = metadata.get("out_sharding"), metadata.get("sharding_rules") or ()
+    names = names.spec if isinstance(names, jax.NamedSharding) else names
+    if names is None:
+        return None
+    if not isinstance(names, tuple | list | jax.P):
+        raise _Fault(f"out_sharding is {names!r}", "out_sharding=('embed', None)  # a name for each axis, or None")
+    try:
+        rules = merged_rules(placement.rules or (), own)
+        unruled = [
+            name for axis in names for name in axes_of(axis) if placement.rules is not None and name not in rules
+        ]
+        if unruled:
+            listed = [(name, None) for name in dict.fromkeys(unruled)]
+            raise _Fault(f"no rule for {', '.join(map(repr, dict.fromkeys(unruled)))}", f"a rule each: {listed}")
+        return Sharded(*(_ruled(axis, rules) for axis in names))
+    except PlacementError as error:
+        raise _Fault(error.message.rstrip("."), error.mend or "") from error
+
+
+def _ruled(axis: Any, rules: Mapping[str, Any]) -> Any:
+    found = tuple(one for name in axes_of(axis) for one in axes_of(rules.get(name, name)))
+    return found[0] if len(found) == 1 else found or None
+
+
+def _is_moment(row: Any) -> bool:
+    """Whether this is state of an `nnx.Optimizer`."""
+    return row.kind == OPTIMIZER or issubclass(row.type, nnx.OptState)
+
+
+def _within(structure: Any, count: int) -> list[Path]:
+    """The keys of each array within the value of its leaf."""
+    if structure is ONE:
+        return [()]
+    keyed = jax.tree_util.tree_flatten_with_path(value_of(range(count), structure))[0]
+    return [tuple(map(plain_key, keys)) for keys, _ in keyed]
+
+
+def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
+    """What a user's function says of one path."""
+    name = describe_placement(function)
+    try:
+        answer = function(path, shape)
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise _Fault(
+            f"{name} raised {type(error).__name__}: {text}", f"{name}(path, shape) must know every leaf"
+        ) from (error)
+    if not isinstance(answer, PLACEMENTS):
+        raise _Fault(
+            f"{name} returned {type(answer).__name__}",
+            f"{name}(path, shape) returns a placement for every leaf: sw.Replicated() or sw.Sharded('data', None)",
+        )
+    return answer
+
+
+# --- optimizer state follows -------------------------------------------------------------------------------------
+
+
+def follow(path: Path, shape: tuple[int, ...], owners: Owners) -> Lies:
+    """How a moment lies: as the parameter whose path ends its own; replicated where none does, or several differ."""
+    for start in range(len(path)):
+        candidates = owners.get(path[start:])
+        if candidates is None:
+            continue
+        found = (_as_owner(path, shape, of, lies) for of, lies in candidates)
+        answers = {lies for lies in found if lies is not None}
+        return answers.pop() if len(answers) == 1 else Lies()
+    return Lies()
+
+
+def _as_owner(path: Path, shape: tuple[int, ...], of: tuple[int, ...], lies: Lies) -> Lies | None:
+    if shape == of:
+        return lies
+    removed = [axis for axis in range(len(of)) if of[:axis] + of[axis + 1 :] == shape]
+    axes = lies.axes or ((),) * len(of)
+    answers = [Lies(axes[:axis] + axes[axis + 1 :], lies.memory) for axis in removed]
+    if len(removed) > 1:
+        # Sides of equal length: Adafactor's names tell which one is left, as optax.scale_by_factored_rms sorts them.
+        by_size = np.argsort(of)
+        named = {"v_row": by_size[-1], "v_col": by_size[-2]}
+        answers = [
+            answers[removed.index(at)] for name, at in named.items() if name in path and at in removed
+        ] or answers
+    return answers[0] if len(set(answers)) == 1 else None
