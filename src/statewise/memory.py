@@ -19,7 +19,7 @@ from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, format_path
 from statewise.placement import Lies, axis_sizes, describe_mesh, resolve, slot_shardings
 from statewise.plan import Plan
-from statewise.tables import Table, format_bytes, leaf_dict
+from statewise.tables import Shown, Table, format_bytes, leaf_dict
 
 __all__ = ["KindMemory", "Memory", "memory"]
 
@@ -56,7 +56,7 @@ class KindMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class Memory(Shown):
     """What a plan's state takes of each device of a mesh; prints as a table.  Activations are not in it.
 
     Attributes:
@@ -126,15 +126,6 @@ class Memory:
             footer=line("total", "", "", self.total, "", ""),
             below=Table("the largest leaves", ("path", "kind", "per device"), leaves, right=("per device",)),
         )
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, all in bytes."""

@@ -27,7 +27,7 @@ from statewise.packing import Packing, choose
 from statewise.paths import Leaf
 from statewise.rows import Row, drop_sown, rows_of
 from statewise.scan import Spec, scan
-from statewise.tables import Table, leaves_table
+from statewise.tables import Shown, Table, leaves_table
 
 if TYPE_CHECKING:
     import statewise.state
@@ -100,7 +100,7 @@ def _check_keys(optimizers: Any) -> None:
             raise KindError(f"{key!r} names no kind, and is no tuple of names.", mend=mend)
 
 
-class Plan(Layout):
+class Plan(Layout, Shown):
     """Kinds and optimizers resolved against one model: each leaf in exactly one kind.
 
     Made by `Kinds.plan` or `statewise.plan`.  Static, hashable, without arrays; equal plans are one object.
@@ -164,15 +164,6 @@ class Plan(Layout):
     def table(self) -> Table:
         """The plan as a table: one line for each leaf."""
         return leaves_table("plan", self.leaves, self.kinds)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     # Identity is equality: `make_plan` gives out one object for equal plans.
 
