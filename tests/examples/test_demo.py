@@ -16,7 +16,7 @@ from flax import nnx
 from rich.console import Console
 
 import statewise as sw
-from statewise.examples import demo
+from statewise.examples import demo, interrupted
 from statewise.examples.char_model import ActivationNorm, CharTransformer
 from statewise.examples.text import CharText, load_topics
 
@@ -66,6 +66,20 @@ def test_generation_repeats_after_a_restart_and_only_then(ran: tuple[demo.DemoRe
     assert result.unrestarted.startswith(SMALL.prompt)
     assert len(result.generated) == SMALL.length
     assert result.decode_steps == SMALL.length - 1
+
+
+def test_a_killed_training_goes_on_with_the_very_same_losses(ran: tuple[demo.DemoResult, str, int]) -> None:
+    result, printed, _ = ran
+    assert result.killed_at >= 10
+    assert result.killed_at % 5 == 0
+    assert result.resumed_losses == result.train_losses[result.killed_at : result.killed_at + 5]
+    assert f"killed after step {result.killed_at} was saved" in printed
+
+
+def test_a_training_that_ends_by_itself_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupted.dataclasses, "asdict", lambda settings: {"no such setting": 1})
+    with pytest.raises(AssertionError, match="ended by itself"):
+        interrupted.killed_and_resumed(SMALL, load_topics())
 
 
 def test_a_log_holds_lines_and_no_control_characters(ran: tuple[demo.DemoResult, str, int]) -> None:

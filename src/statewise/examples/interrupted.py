@@ -1,0 +1,118 @@
+"""The demo's training, killed in the midst of it and resumed.
+
+`killed_and_resumed` starts this file as a process of its own, which trains and saves as anyone would; kills it with
+SIGKILL, which no process can catch, once it has saved a few steps; restores the newest complete one, and goes on.  The
+place in the data is saved beside the state, so that the losses are those of the run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import statewise as sw
+from statewise.examples.demo import Settings, begin, train
+from statewise.examples.text import CharText, load_topics
+
+__all__ = ["Resumed", "killed_and_resumed"]
+
+EVERY, MORE = 5, 5  # steps between two checkpoints; steps after the one that is resumed from
+PATIENCE = 180.0  # seconds, for a process that has to start and to compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """What came of it.
+
+    Attributes:
+      step: the newest complete step that the killed process left behind.
+      losses: of the steps after that.
+    """
+
+    step: int
+    losses: list[float]
+
+
+def train_and_save(settings: Settings, folder: str) -> None:
+    """Trains and saves, until somebody kills it."""
+    text = load_topics()
+    model, plan = begin(settings, text)
+    state, random = plan.take(model), np.random.default_rng(settings.seed)
+    with sw.Checkpoints(folder, every=EVERY, max_to_keep=2) as checkpoints:
+        for step in range(1, settings.steps - MORE + 1):
+            state, _ = train(state, *text.batch(random, settings.batch, settings.window))
+            checkpoints.save(step, state, data=random.bit_generator.state)
+        checkpoints.wait()
+        signal.pause()  # killed it is to be, even where it is quick
+
+
+def resume(settings: Settings, text: CharText, folder: str) -> Resumed:
+    """Restores the newest complete step, and trains on from there."""
+    _, plan = begin(settings, text)
+    random, losses = np.random.default_rng(), []
+    with sw.Checkpoints(folder) as checkpoints:
+        state, _, step, extra = checkpoints.restore(plan.abstract(), extra="data")
+    random.bit_generator.state = extra["data"]
+    for _ in range(MORE):
+        state, loss = train(state, *text.batch(random, settings.batch, settings.window))
+        losses.append(float(loss))
+    return Resumed(step, losses)
+
+
+def killed_and_resumed(settings: Settings, text: CharText) -> Resumed:
+    """Trains in a process of its own, kills that, and resumes here.
+
+    Raises:
+      AssertionError: the process ended by itself, or saved nothing.
+    """
+    with tempfile.TemporaryDirectory(prefix="statewise-demo-") as folder:
+        package = str(Path(sw.__file__).parents[1])
+        paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, folder, json.dumps(dataclasses.asdict(settings))],
+            env=os.environ | {"PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            _wait_for_steps(process, Path(folder), 2)
+        finally:
+            process.kill()
+            _, said = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            raise AssertionError(f"the training process ended by itself:\n{said[-2000:]}")
+        return resume(settings, text, folder)
+
+
+def _wait_for_steps(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    end = time.monotonic() + PATIENCE
+    while process.poll() is None:
+        # A step has its plain number only when it is complete.
+        complete = [path for path in folder.glob("*/state/statewise.json") if path.parents[1].name.isdecimal()]
+        if len(complete) >= count:
+            return
+        if time.monotonic() > end:
+            raise AssertionError(f"no {count} checkpoints within {PATIENCE:.0f} s")
+        time.sleep(0.02)
+
+
+def main(arguments: list[str]) -> None:
+    """The process that is killed: a folder, and the settings as JSON."""
+    folder, settings = arguments
+    given: dict[str, Any] = json.loads(settings)
+    train_and_save(Settings(**given), folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
