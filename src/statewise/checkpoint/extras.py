@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from statewise.errors import SaveError
 
-__all__ = ["ITEM", "bytes_in", "check_counts", "extra_item", "metrics_of"]
+__all__ = ["ITEM", "bytes_in", "check_counts", "check_metrics", "extra_item", "metrics_of"]
 
 # What the state's item is called in each step.
 ITEM = "state"
@@ -55,6 +55,19 @@ def metrics_of(items: Mapping[str, Any]) -> Any:
     """The metrics among the items, for Orbax's `best_fn`; None if there are none."""
     given = items.get("metrics")
     return given.item if isinstance(given, ocp.args.JsonSave) else None
+
+
+def check_metrics(best_fn: Any, metrics: Any) -> None:
+    """Raises where Orbax could not tell the best step by these metrics: from then on it would save none."""
+    if best_fn is None or metrics is None:
+        return
+    try:
+        best_fn(metrics)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SaveError(
+            f"best_fn cannot judge these metrics: {type(error).__name__}: {error}.",
+            mend="give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})",
+        ) from error
 
 
 def bytes_in(folders: Iterable[FilePath]) -> int:

@@ -24,6 +24,7 @@ from statewise import _compat
 from statewise.checkpoint.checksums import Sums, sums_of
 from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, write_manifest
 from statewise.checkpoint.records import LaidOut, lay_out
+from statewise.errors import SaveError
 from statewise.filters import as_code
 from statewise.state import State
 
@@ -90,6 +91,12 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         )
         if any(array.key or array.buffer for leaf in leaves for array in leaf.arrays):
             self._tree.finalize(directory)
+            # Orbax takes brackets in a path for a pattern, merges nothing, and says so in a log alone.
+            if not (directory / "manifest.ocdbt").exists():
+                raise SaveError(
+                    f"Orbax could not put the checkpoint in {directory} together: are there brackets in its path?",
+                    mend="a path without [ and ]",
+                )
         manifest = dataclasses.replace(self._manifest, leaves=leaves, files=files_of(directory))
         data, _ = write_manifest(manifest)
         self._manifest = self._sums = None

@@ -20,12 +20,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from statewise.census import Census
-from statewise.checkpoint.extras import ITEM, bytes_in, check_counts, extra_item, metrics_of
+from statewise.checkpoint.extras import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
 from statewise.checkpoint.items import checkpointable
+from statewise.checkpoint.manifest import NAME
 from statewise.checkpoint.records import check_savable
 from statewise.checkpoint.report import RestoreReport
 from statewise.checkpoint.restoring import inspect, preview, restore
-from statewise.checkpoint.saving import check_layout, kinds_to_save, reason_of
+from statewise.checkpoint.saving import check_brackets, check_layout, kinds_to_save, reason_of
 from statewise.errors import RestoreError, SaveError, StatewiseError
 from statewise.state import State
 
@@ -107,6 +108,7 @@ class Checkpoints:
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
+        check_brackets(directory)
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False
@@ -144,7 +146,8 @@ class Checkpoints:
     def steps(self) -> tuple[int, ...]:
         """The complete steps on disk, in order, whoever wrote them."""
         # Not by the manager's `reload`: that forgets a step which is being written, and so never deletes it later.
-        return tuple(sorted(found.step for found in self._names.find_all(self._manager.directory)))
+        found = self._names.find_all(self._manager.directory)
+        return tuple(sorted(one.step for one in found if (one.path / ITEM / NAME).exists()))
 
     @property
     def latest(self) -> int | None:
@@ -179,7 +182,7 @@ class Checkpoints:
         Args:
           step: its number, larger than those of the steps that are there.
           state: the state; it may be donated to the next step at once.
-          force: saves whatever `every` says, and beside newer steps.
+          force: saves whatever `every` says, and beside newer steps; of these `max_to_keep` then counts the last saved.
           **extra: more items: anything that JSON can hold, or an `ocp.args.CheckpointArgs` (a data iterator's, say).
 
         Returns:
@@ -199,6 +202,7 @@ class Checkpoints:
         # Before Orbax begins: a save of its that fails halfway is in progress for ever.
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
+        check_metrics(self._options.best_fn, metrics_of(items))
         step = self._new_step(step, force)
         self._bytes = sum(leaf.nbytes for leaf in item.state.plan.leaves)
         self._writing = False

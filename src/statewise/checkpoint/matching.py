@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from statewise.checkpoint.keys import encode_path, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
-from statewise.checkpoint.records import Placed, records_of
+from statewise.checkpoint.records import Placed, names_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
 from statewise.errors import KindError
 from statewise.kinds import unknown_kind
@@ -51,7 +51,7 @@ class Match:
     restarted: tuple[Placed, ...]
 
 
-def kinds_to_restore(state: State, only: str | Sequence[str] | None) -> tuple[str, ...]:
+def kinds_to_restore(state: State, only: str | Sequence[str] | Any) -> tuple[str, ...]:
     """The kinds that a restore writes.
 
     Raises:
@@ -60,7 +60,7 @@ def kinds_to_restore(state: State, only: str | Sequence[str] | None) -> tuple[st
     kinds = state.plan.kinds
     if only is None:
         return tuple(name for name, kind in kinds.items() if kind.saved)
-    names = (only,) if isinstance(only, str) else tuple(only)
+    names = names_of(only)
     for name in names:
         if name not in kinds:
             raise unknown_kind(name, kinds)
@@ -196,6 +196,10 @@ class _Matcher:
     def compare(self, placed: Placed, there: LeafRecord, checkpoint: int) -> None:
         record = placed.record
         words = _differences(record, there)
+        wide = [ours.dtype for ours in record.arrays if ours.prng is None and _is_too_wide(ours.dtype)]
+        if wide:
+            self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
+            return
         recast = _recast(record, there)
         castable = all(_castable(*pair) for pair in recast)
         end = ""
@@ -216,6 +220,11 @@ class _Matcher:
         self.sources.append(Source(placed, there, checkpoint))
 
 
+def _is_too_wide(dtype: str) -> bool:
+    return jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) != jnp.dtype(dtype)
+
+
+_WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
 _CAST = "sw.restore(path, target, cast=True)"
 _RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
 _KEEP = "missing='keep'"
@@ -284,9 +293,7 @@ def _castable(ours: ArrayRecord, theirs: ArrayRecord) -> bool:
     return False
 
 
-def match(
-    path: Any, manifests: Sequence[Manifest], state: State, only: str | Sequence[str] | None, cast: bool
-) -> Match:
+def match(path: Any, manifests: Sequence[Manifest], state: State, only: str | Sequence[str] | Any, cast: bool) -> Match:
     """Compares a target with a checkpoint, and its base if it has one."""
     matcher = _Matcher(state, manifests, only, cast)
     matcher.run()

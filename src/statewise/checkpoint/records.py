@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 
 from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
 from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
-from statewise.errors import StructureError
+from statewise.errors import KindError, StructureError
 from statewise.layout import OPTIMIZER
 from statewise.moments import plain_key
 from statewise.paths import Path
@@ -26,7 +26,7 @@ from statewise.plan import Plan
 from statewise.scan import ONE, Spec, value_of
 from statewise.state import State, check_fits, check_unspent
 
-__all__ = ["LaidOut", "Placed", "check_savable", "lay_out", "placement_of", "records_of", "unpacked"]
+__all__ = ["LaidOut", "Placed", "check_savable", "lay_out", "names_of", "placement_of", "records_of", "unpacked"]
 
 # Arrays up to this many bytes share buffers in the packed layout: below it Orbax's cost is per array, not per byte.
 SMALL = 1024 * 1024
@@ -224,3 +224,15 @@ def check_savable(state: State, kinds: Collection[str]) -> None:
             "This state is abstract: it has shapes but no values to save.",
             mend="sw.save(path, plan.take(model))",
         )
+
+
+def names_of(only: Any) -> tuple[str, ...]:
+    """The names in `only=`.
+
+    Raises:
+      KindError: they are none.
+    """
+    names = (only,) if isinstance(only, str) else tuple(only) if isinstance(only, Iterable) else (only,)
+    if not all(isinstance(name, str) for name in names):
+        raise KindError(f"only={only!r} names no kinds.", mend="only=('params',)")
+    return names

@@ -37,7 +37,7 @@ def restore(
     path: Any,
     target: State | Any,
     *,
-    only: str | Sequence[str] | None = None,
+    only: str | Sequence[str] | Any = None,
     cast: bool = False,
     base: Any = None,
 ) -> tuple[State, RestoreReport]:
@@ -82,7 +82,7 @@ def preview(
     path: Any,
     target: State | Any,
     *,
-    only: str | Sequence[str] | None = None,
+    only: str | Sequence[str] | Any = None,
     cast: bool = False,
     base: Any = None,
 ) -> RestoreReport:
@@ -152,7 +152,7 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 
 
 def _matched(
-    path: Any, target: State | Any, only: str | Sequence[str] | None, cast: bool, base: Any
+    path: Any, target: State | Any, only: str | Sequence[str] | Any, cast: bool, base: Any
 ) -> tuple[list[Any], list[Manifest], Match]:
     if not isinstance(target, State):
         raise StructureError(
@@ -307,14 +307,34 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
     return fresh
 
 
+def _fits(array: Any, made: Any) -> bool:
+    """Whether every number has a place in the new dtype: rounding is one, overflow is none."""
+    if not array.size:
+        return True
+    if jnp.issubdtype(made.dtype, jnp.integer):
+        limits = jnp.iinfo(made.dtype)
+        return int(array.min()) >= int(limits.min) and int(array.max()) <= int(limits.max)
+    return not bool(jnp.any(jnp.isfinite(array) & ~jnp.isfinite(made)))
+
+
 def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: Mapping[tuple[str, int], Any]) -> State:
     plan = target.plan
     new: dict[str, dict[int, Any]] = {}
+    lost: list[Leaf] = []
     for source, read in zip(found.sources, arrays, strict=True):
         for offset, (array, ours) in enumerate(zip(read, source.placed.record.arrays, strict=True)):
             if ours.prng is None and str(array.dtype) != ours.dtype:
-                array = array.astype(ours.dtype)
+                made = array.astype(ours.dtype)
+                if not _fits(array, made):
+                    lost.append(source.placed.record.leaf(f"{array.dtype} numbers that have no place in {ours.dtype}"))
+                array = made
             new.setdefault(source.placed.record.kind, {})[source.placed.start + offset] = array
+    if lost:
+        raise RestoreError(
+            "Casting would lose numbers: they are too large for the target's dtype.",
+            leaves=lost,
+            mend="plan the model with the dtype that was saved",
+        )
     for (kind, position), array in fresh.items():
         new.setdefault(kind, {})[position] = array
     parts = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -25,7 +26,7 @@ from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
-from statewise.checkpoint.records import lay_out
+from statewise.checkpoint.records import lay_out, names_of
 from statewise.errors import KindError, SaveError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf
@@ -38,7 +39,7 @@ def save(
     path: Any,
     state: State | Any,
     *,
-    only: str | Sequence[str] | None = None,
+    only: str | Sequence[str] | Any = None,
     base: Any = None,
     layout: str = "named",
 ) -> None:
@@ -100,12 +101,12 @@ def check_layout(layout: Any) -> None:
         raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", mend="layout='packed'")
 
 
-def kinds_to_save(state: State, only: str | Sequence[str] | None) -> tuple[str, ...]:
+def kinds_to_save(state: State, only: str | Sequence[str] | Any) -> tuple[str, ...]:
     """The kinds that a save writes."""
     kinds = state.plan.kinds
     if only is None:
         return tuple(name for name, kind in kinds.items() if kind.saved)
-    names = (only,) if isinstance(only, str) else tuple(only)
+    names = names_of(only)
     for name in names:
         if name not in kinds:
             raise unknown_kind(name, kinds)
@@ -122,7 +123,10 @@ def _final(path: Any) -> FilePath:
     try:
         text = os.fspath(path)
     except TypeError:
-        raise SaveError(f"{type(path).__name__} is no path.", mend="sw.save('run/step_100', state)") from None
+        text = None
+    if not isinstance(text, str) or not text:
+        shown = repr(text) if text == "" else type(path).__name__
+        raise SaveError(f"{shown} is no path.", mend="sw.save('run/step_100', state)") from None
     if "://" in text:
         raise SaveError(
             f"{text} is on an object store, which cannot rename a directory at once.",
@@ -130,12 +134,28 @@ def _final(path: Any) -> FilePath:
             "state=sw.checkpointable(state)))",
         )
     final = FilePath(text).absolute()
-    if final.exists() or final.is_symlink():
+    check_brackets(final)
+    try:
+        os.lstat(final)
+        there = True
+    except (FileNotFoundError, NotADirectoryError):
+        there = False
+    except (OSError, ValueError) as error:
+        raise SaveError(f"{text!r} cannot be a path: {error}.", mend="sw.save('run/step_100', state)") from error
+    if there:
         raise SaveError(
             f"There is something at {final} already, and nothing is written over.",
             mend="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
         )
     return final
+
+
+def check_brackets(path: Any) -> None:
+    """Raises for a path that Orbax would take for a pattern; it would lose the checkpoint, and not say so."""
+    if re.search(r"\[.*\]", str(path)):
+        raise SaveError(
+            f"There are brackets in {path}, which Orbax takes for a pattern.", mend="a path without [ and ]"
+        )
 
 
 @contextlib.contextmanager
