@@ -98,13 +98,13 @@ def test_what_a_killed_save_left_is_cleared_by_the_next_to_that_path(tmp_path: P
         process.wait()
     from statewise.checkpoint.saving import _host
 
-    theirs = tmp_path / f".step[1].tmp-{_host()}-{process.pid}-0000"
-    ours = tmp_path / f".step[1].tmp-{_host()}-{os.getpid()}-0000"
+    theirs = tmp_path / f".step?1.tmp-{_host()}-{process.pid}-0000"
+    ours = tmp_path / f".step?1.tmp-{_host()}-{os.getpid()}-0000"
     other = tmp_path / f".step_2.tmp-{_host()}-{process.pid}-0000"
     for folder in (theirs, ours, other):
         folder.mkdir()
         (folder / "half").write_text("")
-    sw.save(tmp_path / "step[1]", state())
+    sw.save(tmp_path / "step?1", state())
     assert sorted(hidden(tmp_path)) == sorted([ours.name, other.name])
 
 
