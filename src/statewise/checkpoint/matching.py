@@ -14,10 +14,8 @@ import jax.numpy as jnp
 
 from statewise.checkpoint.keys import encode_path, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
-from statewise.checkpoint.records import Placed, names_of, records_of
+from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
-from statewise.errors import KindError
-from statewise.kinds import unknown_kind
 from statewise.paths import Path, format_path, format_shape
 from statewise.state import State, is_deleted
 
@@ -57,20 +55,8 @@ def kinds_to_restore(state: State, only: str | Sequence[str] | Any) -> tuple[str
     Raises:
       KindError: a kind that is not there, or is never saved.
     """
-    kinds = state.plan.kinds
-    if only is None:
-        return tuple(name for name, kind in kinds.items() if kind.saved)
-    names = names_of(only)
-    for name in names:
-        if name not in kinds:
-            raise unknown_kind(name, kinds)
-        if not kinds[name].saved:
-            raise KindError(
-                f"The kind {name!r} is declared ephemeral: no checkpoint holds it.",
-                kind=name,
-                mend=f"leave it out of only; state.restart({name!r}) makes fresh values",
-            )
-    return tuple(name for name in kinds if name in names)
+    mend = "leave it out of only; state.restart('{name}') makes fresh values"
+    return kinds_of(state, only, ": no checkpoint holds it", mend)
 
 
 class _Matcher:

@@ -19,6 +19,7 @@ import numpy as np
 from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
 from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
 from statewise.errors import KindError, StructureError
+from statewise.kinds import unknown_kind
 from statewise.layout import OPTIMIZER
 from statewise.moments import plain_key
 from statewise.paths import Path
@@ -26,7 +27,7 @@ from statewise.plan import Plan
 from statewise.scan import ONE, Spec, value_of
 from statewise.state import State, check_fits, check_unspent
 
-__all__ = ["LaidOut", "Placed", "check_savable", "lay_out", "names_of", "placement_of", "records_of", "unpacked"]
+__all__ = ["LaidOut", "Placed", "check_savable", "kinds_of", "lay_out", "placement_of", "records_of", "unpacked"]
 
 # Arrays up to this many bytes share buffers in the packed layout: below it Orbax's cost is per array, not per byte.
 SMALL = 1024 * 1024
@@ -236,3 +237,27 @@ def names_of(only: Any) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise KindError(f"only={only!r} names no kinds.", mend="only=('params',)")
     return names
+
+
+def kinds_of(state: State, only: Any, what: str, mend: str) -> tuple[str, ...]:
+    """The kinds that a save or a restore is about: those named in `only`, by default all that are saved.
+
+    Args:
+      state: of it, or into it.
+      only: names of kinds; None for all that are `saved`.
+      what: what an ephemeral kind means here, for its error.
+      mend: what to do about it, with `{name}` for the kind's.
+
+    Raises:
+      KindError: a kind that is not there, or is never saved.
+    """
+    kinds = state.plan.kinds
+    if only is None:
+        return tuple(name for name, kind in kinds.items() if kind.saved)
+    names = names_of(only)
+    for name in names:
+        if name not in kinds:
+            raise unknown_kind(name, kinds)
+        if not kinds[name].saved:
+            raise KindError(f"The kind {name!r} is declared ephemeral{what}.", kind=name, mend=mend.format(name=name))
+    return tuple(name for name in kinds if name in names)

@@ -26,9 +26,8 @@ from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
-from statewise.checkpoint.records import lay_out, names_of
-from statewise.errors import KindError, SaveError, StructureError
-from statewise.kinds import unknown_kind
+from statewise.checkpoint.records import kinds_of, lay_out
+from statewise.errors import SaveError, StructureError
 from statewise.paths import Leaf
 from statewise.state import State
 
@@ -103,20 +102,8 @@ def check_layout(layout: Any) -> None:
 
 def kinds_to_save(state: State, only: str | Sequence[str] | Any) -> tuple[str, ...]:
     """The kinds that a save writes."""
-    kinds = state.plan.kinds
-    if only is None:
-        return tuple(name for name, kind in kinds.items() if kind.saved)
-    names = names_of(only)
-    for name in names:
-        if name not in kinds:
-            raise unknown_kind(name, kinds)
-        if not kinds[name].saved:
-            raise KindError(
-                f"The kind {name!r} is declared ephemeral, and is never saved.",
-                kind=name,
-                mend=f"declare it saved: kinds.replace({name}=dataclasses.replace(kinds[{name!r}], saved=True))",
-            )
-    return tuple(name for name in kinds if name in names)
+    mend = "declare it saved: kinds.replace({name}=dataclasses.replace(kinds['{name}'], saved=True))"
+    return kinds_of(state, only, ", and is never saved", mend)
 
 
 def _final(path: Any) -> FilePath:
