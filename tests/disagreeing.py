@@ -13,7 +13,7 @@ import pytest
 import statewise as sw
 from checkpoint_models import contents
 from refusals import refused
-from statewise.checkpoint import restoring
+from statewise.checkpoint import reading
 from strategies import Node
 
 CAST = "sw.restore(path, target, cast=True)"
@@ -44,11 +44,11 @@ def without(*kinds: str) -> str:
 def nothing_read() -> Iterator[None]:
     """Any array that is read fails the test."""
 
-    def read_tree(*_: Any) -> None:
+    def read_stored(*_: Any) -> None:
         raise AssertionError("an array was read")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restoring, "read_tree", read_tree)
+        patch.setattr(reading, "read_stored", read_stored)
         yield
 
 

@@ -16,7 +16,7 @@ import statewise as sw
 from checkpoint_models import contents, trained
 from disagreeing import ONES, nothing_read, state_of
 from refusals import refused
-from statewise.checkpoint import differing, restoring
+from statewise.checkpoint import differing, reading
 from statewise.checkpoint.differing import Diff, diff
 from statewise.scan import ModelError
 from strategies import Node
@@ -121,15 +121,15 @@ def test_a_few_leaves_are_read_at_a_time(tmp_path: pathlib.Path, monkeypatch: py
         )
 
     read: list[list[str]] = []
-    plain, checked = restoring.read_arrays, []
-    damaged_files = restoring.damaged_files
+    plain, checked = reading.read_arrays, []
+    damaged_files = reading.damaged_files
 
     def noted(folder: Any, manifest: Any, wanted: Any, **options: Any) -> Any:
         read.append([record.path[0] for record, _ in wanted])
         return plain(folder, manifest, wanted, **options)
 
     monkeypatch.setattr("statewise.checkpoint.sides.read_arrays", noted)
-    monkeypatch.setattr(restoring, "damaged_files", lambda *args: checked.append(args) or damaged_files(*args))
+    monkeypatch.setattr(reading, "damaged_files", lambda *args: checked.append(args) or damaged_files(*args))
     monkeypatch.setattr(differing, "BATCH", 4 * 64 * 4)
     sw.save(tmp_path / "one", state(1), layout=layout)
     sw.save(tmp_path / "two", state(2), layout=layout)

@@ -21,6 +21,7 @@ from statewise.checkpoint.handler import sha256_of
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.parsing import is_plain_file
+from statewise.checkpoint.stored import open_stored, opened
 from statewise.errors import DamagedError
 from statewise.paths import Leaf
 
@@ -67,7 +68,7 @@ def _broken(folder: Any, manifest: Manifest, records: Sequence[LeafRecord]) -> l
         for key, shape in keys.items():
             with contextlib.suppress(ValueError, OSError):  # how TensorStore says that it cannot
                 if key not in read:
-                    read[key] = _read(folder, key, shape, context)
+                    read[key] = opened(open_stored(folder, key, context), shape).read().result()
         if any(key not in read for key in keys):
             leaves.append(record.leaf("cannot be read"))
         elif not all(is_whole(stored_array(one, manifest, read), one) for one in record.arrays):
@@ -83,18 +84,6 @@ def _places(one: ArrayRecord, manifest: Manifest) -> list[tuple[tuple[str, ...],
         buffer = manifest.buffers[one.buffer[0]]
         return [(buffer.key, (buffer.elements,))]
     return [] if one.key is None else [(one.key, one.on_disk[0])]
-
-
-def _read(folder: Any, key: tuple[str, ...], shape: tuple[int, ...], context: Any) -> Any:
-    text = str(folder if folder.is_absolute() else folder.absolute())  # TensorStore takes no other
-    base = text if "://" in text else f"file://{text}"
-    place = {"driver": "ocdbt", "base": f"{base}/", "path": f"{'.'.join(key)}/"}
-    stored = (
-        _compat.tensorstore().open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context).result()
-    )
-    if tuple(stored.shape) != shape:
-        raise ValueError("an array of another shape")
-    return stored.read().result()
 
 
 def stored_array(one: ArrayRecord, manifest: Manifest, read: Mapping[tuple[str, ...], Any]) -> Any:

@@ -13,7 +13,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from statewise.errors import SaveError
 from statewise.filters import as_code
 from statewise.state import State
 
-__all__ = ["Saving", "StateHandler", "read_tree", "tree_handler"]
+__all__ = ["Saving", "StateHandler", "tree_handler"]
 
 # Files up to this size have a checksum of their own; the arrays in larger ones have theirs.
 SMALL_FILE = 1024 * 1024
@@ -82,14 +82,8 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         assert self._manifest is not None, "finalize comes after a save"
         assert self._sums is not None, "finalize comes after a save"
         directory = _compat.epath(directory)
-        sums = iter(self._sums.result())
-        leaves = tuple(
-            dataclasses.replace(
-                leaf, arrays=tuple(dataclasses.replace(array, sums=next(sums)) for array in leaf.arrays)
-            )
-            for leaf in self._manifest.leaves
-        )
-        if any(array.key or array.buffer for leaf in leaves for array in leaf.arrays):
+        sums = self._sums.result()
+        if any(array.key or array.buffer for leaf in self._manifest.leaves for array in leaf.arrays):
             self._tree.finalize(directory)
             # Orbax takes brackets in a path for a pattern, merges nothing, and says so in a log alone.
             if not (directory / "manifest.ocdbt").exists():
@@ -97,8 +91,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
                     f"Orbax could not put the checkpoint in {directory} together: are there brackets in its path?",
                     mend="a path without [ and ]",
                 )
-        manifest = dataclasses.replace(self._manifest, leaves=leaves, files=files_of(directory))
-        data, _ = write_manifest(manifest)
+        data, _ = write_manifest(dataclasses.replace(self._manifest, files=files_of(directory)), sums)
         self._manifest = self._sums = None
         (directory / NAME).write_bytes(data)
 
@@ -202,49 +195,3 @@ def files_of(directory: Any) -> dict[str, dict[str, Any]]:
 def sha256_of(path: Any) -> str:
     """The SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_tree(directory: Any, wanted: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
-    """Reads arrays by their keys in Orbax's tree.
-
-    Args:
-      directory: the checkpoint's.
-      wanted: by key, the array's shape, dtype and sharding, as a `jax.ShapeDtypeStruct`; without a sharding it is
-        read into a NumPy array.
-
-    Returns:
-      the arrays by key.
-    """
-    if not wanted:
-        return {}
-    item: dict[str, Any] = {}
-    args: dict[str, Any] = {}
-    for key, array in wanted.items():
-        as_jax = array.sharding is not None
-        how: Any = (
-            ocp.ArrayRestoreArgs(
-                restore_type=jax.Array, sharding=array.sharding, dtype=array.dtype, global_shape=array.shape
-            )
-            if as_jax
-            else ocp.RestoreArgs(restore_type=np.ndarray, dtype=array.dtype)
-        )
-        for tree, value in ((item, array if as_jax else np.empty((), array.dtype)), (args, how)):
-            for node in key[:-1]:
-                tree = tree.setdefault(node, {})
-            tree[key[-1]] = value
-    folder = _compat.epath(directory)
-    handler = tree_handler()
-    try:
-        read = handler.restore(
-            folder if folder.is_absolute() else folder.absolute(),  # TensorStore takes no other
-            args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True),
-        )
-    finally:
-        handler.close()
-    return {key: _at(read, key) for key in wanted}
-
-
-def _at(tree: Any, key: Collection[str]) -> Any:
-    for node in key:
-        tree = tree[node]
-    return tree

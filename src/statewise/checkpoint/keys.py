@@ -42,7 +42,7 @@ def encode_path(path: Path) -> list[Any]:
     Raises:
       StructureError: a key of another type whose text would not be the same in the next process.
     """
-    return [_encode(key, path) for key in path]
+    return [key if type(key) is str or type(key) is int else _encode(key, path) for key in path]
 
 
 def _encode(key: Any, path: Path) -> Any:
@@ -102,7 +102,10 @@ class _Foreign(str):
 
 def path_id(encoded: Any) -> str:
     """One text for each path, by which the leaves of a target and of a checkpoint find each other."""
-    return json.dumps(encoded, sort_keys=True)
+    return _ENCODER.encode(encoded)
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True)
 
 
 class OrbaxKeys:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from statewise.checkpoint.checksums import Sums
@@ -64,6 +64,12 @@ class ArrayRecord:
         """How many elements; of PRNG keys how many keys."""
         return math.prod(self.shape)
 
+    def stored_at(self, key: tuple[str, ...] | None, buffer: tuple[int, int] | None, placement: Any) -> ArrayRecord:
+        """This array, stored there."""
+        return ArrayRecord(
+            self.within, self.shape, self.dtype, self.prng, self.stored, key, buffer, self.sums, placement
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafRecord:
@@ -89,6 +95,12 @@ class LeafRecord:
     def id(self) -> str:
         """The text by which two plans find the same leaf."""
         return path_id(encode_path(self.path))
+
+    def holding(self, arrays: tuple[ArrayRecord, ...]) -> LeafRecord:
+        """This leaf, with these records of its arrays."""
+        made = LeafRecord(self.path, self.kind, self.type, self.structure, arrays, self.aliases)
+        made.__dict__["id"] = self.id  # what is cached is no field, and costs more than all the rest
+        return made
 
     def leaf(self, note: str = "") -> Leaf:
         """The leaf as tables and errors show it."""
@@ -169,19 +181,19 @@ class Manifest:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def _content(manifest: Manifest) -> dict[str, Any]:
+def _content(manifest: Manifest, sums: Iterator[Sums]) -> dict[str, Any]:
     return {
         "written": dict(manifest.written),
         "layout": manifest.layout,
         "kinds": {name: dataclasses.asdict(kind) for name, kind in manifest.kinds.items()},
-        "leaves": [_leaf_json(leaf) for leaf in manifest.leaves],
+        "leaves": [_leaf_json(leaf, sums) for leaf in manifest.leaves],
         "buffers": [{"key": list(one.key), "dtype": one.dtype, "elements": one.elements} for one in manifest.buffers],
         "base": dict(manifest.base) if manifest.base else None,
         "files": {name: dict(facts) for name, facts in sorted(manifest.files.items())},
     }
 
 
-def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
+def _leaf_json(leaf: LeafRecord, sums: Iterator[Sums]) -> dict[str, Any]:
     return {
         "path": encode_path(leaf.path),
         "kind": leaf.kind,
@@ -197,7 +209,7 @@ def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
                 "stored": None if array.stored is None else [list(array.stored[0]), array.stored[1]],
                 "key": None if array.key is None else list(array.key),
                 "buffer": None if array.buffer is None else list(array.buffer),
-                "sums": list(array.sums),
+                "sums": list(next(sums)),
                 "placement": array.placement,
             }
             for array in leaf.arrays
@@ -210,13 +222,17 @@ def content_text(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def write_manifest(manifest: Manifest) -> tuple[bytes, str]:
+def write_manifest(manifest: Manifest, sums: Iterable[Sums]) -> tuple[bytes, str]:
     """The manifest's file, and its digest.
+
+    Args:
+      manifest: all but the checksums, which are known last.
+      sums: of each array in turn.
 
     Raises:
       StatewiseError: it would be larger than a manifest may be.
     """
-    text = content_text(_content(manifest))
+    text = content_text(_content(manifest, iter(sums)))
     digest = hashlib.sha256(text.encode()).hexdigest()
     data = f'{{"statewise":{FORMAT},"sha256":"{digest}","content":{text}}}\n'.encode()
     if len(data) > LARGEST:

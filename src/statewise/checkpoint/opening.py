@@ -12,7 +12,7 @@ import numpy as np
 from statewise.checkpoint.finding import find_with_base
 from statewise.checkpoint.foreign import absolute, items_with, open_path
 from statewise.checkpoint.manifest import NAME, ArrayRecord, LeafRecord, Manifest
-from statewise.checkpoint.restoring import read_arrays
+from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.sources import Entry, Source
 from statewise.errors import RestoreError
 from statewise.paths import format_path

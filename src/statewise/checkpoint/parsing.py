@@ -6,6 +6,7 @@ trusted as a size of memory; whatever is wrong with one is a `DamagedError` that
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -178,6 +179,8 @@ def _buffer(value: Any) -> Buffer:
 
 def _path(value: Any) -> Path:
     keys = _list(value, "paths")
+    if all(type(key) is str or type(key) is int for key in keys):
+        return tuple(keys)
     _need(all(_is_path_key(key) for key in keys), "a path is none")
     path = decode_path(keys)
     _need(encode_path(path) == value, "a path is none")
@@ -262,9 +265,14 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _dtype(value: Any) -> str:
-    known = isinstance(value, str) and _DTYPE.fullmatch(value) and dtype_of(value) is not None
-    _need(known and str(dtype_of(value)) == value, f"the dtype {str(value)[:40]!r} is unknown")
+    if not isinstance(value, str) or not _is_dtype(value):
+        raise _Wrong(f"the dtype {str(value)[:40]!r} is unknown")
     return value
+
+
+@functools.lru_cache(maxsize=256)
+def _is_dtype(name: str) -> bool:
+    return _DTYPE.fullmatch(name) is not None and dtype_of(name) is not None and str(dtype_of(name)) == name
 
 
 def _place(value: Any) -> tuple[int, int]:

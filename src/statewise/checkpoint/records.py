@@ -6,7 +6,6 @@ gives the tree itself.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import collections
-import dataclasses
 import math
 import re
 import weakref
@@ -140,20 +139,20 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
             stored = _as_stored(array, blank)
             sources.append(stored)
             placement = placement_of(array)
-            made = dataclasses.replace(blank, placement=placement)
             shape, dtype = blank.on_disk
             size = math.prod(shape)
+            key = buffer = None
             if size and layout == "packed" and placement is None and stored.nbytes <= SMALL:
                 kin = (record.kind, dtype)
                 numbers.setdefault(kin, len(numbers))
-                made = dataclasses.replace(made, buffer=(numbers[kin], filled.get(kin, 0)))
+                buffer = (numbers[kin], filled.get(kin, 0))
                 together.setdefault(kin, []).append(stored)
                 filled[kin] = filled.get(kin, 0) + size
             elif size:
-                made = dataclasses.replace(made, key=keys.key(record.path + blank.within))
-                _insert(tree, made.key or (), stored)
-            arrays.append(made)
-        records.append(dataclasses.replace(record, arrays=tuple(arrays)))
+                key = keys.key(record.path + blank.within)
+                _insert(tree, key, stored)
+            arrays.append(blank.stored_at(key, buffer, placement))
+        records.append(record.holding(tuple(arrays)))
     _refuse_twins(records)
     buffers = []
     for (kind, dtype), members in together.items():
@@ -197,8 +196,8 @@ def _axis(axes: Any) -> Any:
 
 def _refuse_twins(records: Sequence[LeafRecord]) -> None:
     """Raises where two leaves have one path: a model's own `optimizer/params/0/count`, and that of its optimizer."""
-    counts = collections.Counter(record.id for record in records)
-    if len(counts) < len(records):
+    if len({record.id for record in records}) < len(records):
+        counts = collections.Counter(record.id for record in records)
         raise StructureError(
             "Two leaves have one path, by which a restore could not tell them apart.",
             leaves=[record.leaf() for record in records if counts[record.id] > 1],

@@ -7,30 +7,27 @@ files; read the arrays; check their sums.  Only then is a state made; the target
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from statewise.census import Census
-from statewise.checkpoint.damage import damaged, damaged_files, is_whole, stored_array
 from statewise.checkpoint.finding import as_path, find, find_with_base
 from statewise.checkpoint.foreign import foreign_census, is_foreign
-from statewise.checkpoint.handler import read_tree
-from statewise.checkpoint.keys import dtype_of
-from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
+from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
 from statewise.checkpoint.parsing import read_manifest
+from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.records import unpacked
 from statewise.checkpoint.report import RestoreReport
-from statewise.errors import DamagedError, RestoreError, StructureError
+from statewise.errors import RestoreError, StructureError
 from statewise.paths import Leaf, format_shape
 from statewise.state import State, check_fits, is_deleted
 from statewise.tables import count_leaves
 
-__all__ = ["inspect", "preview", "read_arrays", "restore"]
+__all__ = ["inspect", "preview", "restore"]
 
 
 def restore(
@@ -196,74 +193,6 @@ def _shardings(source: Source, target: State) -> list[Any]:
 
 def _default_sharding() -> Any:
     return jnp.zeros(()).sharding
-
-
-def read_arrays(
-    folder: Any,
-    manifest: Manifest,
-    wanted: Sequence[tuple[LeafRecord, Sequence[Any]]],
-    *,
-    files_checked: bool = False,
-) -> list[list[Any]]:
-    """Reads leaves, and checks what was read.
-
-    Args:
-      folder: the checkpoint's directory.
-      manifest: its manifest.
-      wanted: records of the manifest, and for each of its arrays the sharding that it is to have; None for NumPy.
-      files_checked: the files were looked at already, in an earlier call.
-
-    Returns:
-      for each record its arrays, of the shape and dtype that were saved.
-
-    Raises:
-      DamagedError: with every file and every leaf that is damaged.
-    """
-    files = [] if files_checked else damaged_files(folder, manifest)
-    if files:
-        raise damaged(folder, manifest, files, [record for record, _ in wanted])
-    trees = _wanted_trees(manifest, wanted)
-    try:
-        read = read_tree(folder, trees)
-    except Exception as error:  # Orbax and TensorStore raise what they like for what they cannot read
-        raise damaged(folder, manifest, [], [record for record, _ in wanted], error) from error
-    made, broken = [], []
-    for record, shardings in wanted:
-        arrays = [stored_array(one, manifest, read) for one in record.arrays]
-        if not all(map(is_whole, arrays, record.arrays)):
-            broken.append(record.leaf("is not what was saved"))
-            continue
-        made.append([_as_saved(*one) for one in zip(arrays, record.arrays, shardings, strict=True)])
-    if broken:
-        raise DamagedError(
-            f"{folder} is damaged: arrays are not what was saved.", leaves=broken, mend="restore another checkpoint"
-        )
-    return made
-
-
-def _wanted_trees(manifest: Manifest, wanted: Iterable[tuple[LeafRecord, Sequence[Any]]]) -> dict[tuple[str, ...], Any]:
-    trees: dict[tuple[str, ...], Any] = {}
-    for record, shardings in wanted:
-        for one, sharding in zip(record.arrays, shardings, strict=True):
-            shape, dtype = one.on_disk
-            if one.buffer is not None:
-                buffer = manifest.buffers[one.buffer[0]]
-                trees[buffer.key] = jax.ShapeDtypeStruct((buffer.elements,), dtype_of(buffer.dtype))
-            elif one.key is not None:
-                # JAX would not take other dtypes than its own, and none of 64 bits unless it is told to.
-                own = jax.dtypes.canonicalize_dtype(dtype_of(dtype)) == dtype_of(dtype)
-                on_host = not own or (one.stored is not None and one.prng is None)
-                trees[one.key] = jax.ShapeDtypeStruct(shape, dtype_of(dtype), sharding=None if on_host else sharding)
-    return trees
-
-
-def _as_saved(array: Any, one: ArrayRecord, sharding: Any) -> Any:
-    if one.prng is not None:
-        data = array if isinstance(array, jax.Array) else jax.device_put(array, sharding)
-        return jax.random.wrap_key_data(data, impl=one.prng)
-    if one.stored is not None:
-        array = np.asarray(array).view(dtype_of(one.dtype))
-    return array if isinstance(array, jax.Array) or sharding is None else jax.device_put(array, sharding)
 
 
 # --- the new state -----------------------------------------------------------------------------------------------

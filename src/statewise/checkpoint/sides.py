@@ -18,8 +18,8 @@ import numpy as np
 from statewise.checkpoint.finding import find_with_base
 from statewise.checkpoint.keys import encode_path, path_id
 from statewise.checkpoint.manifest import LeafRecord, Manifest
+from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.records import records_of, unpacked
-from statewise.checkpoint.restoring import read_arrays
 from statewise.errors import StructureError
 from statewise.kinds import Kinds
 from statewise.plan import Plan

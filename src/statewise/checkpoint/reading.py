@@ -1,0 +1,143 @@
+"""Leaves out of a checkpoint: as they were saved, or an error that names those which are not.
+
+Files are looked at before anything is read, and every array is compared with its checksum when it has arrived, before
+it goes to where it is wanted.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from statewise.checkpoint.damage import damaged, damaged_files, is_whole, stored_array
+from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
+from statewise.checkpoint.stored import Key, Stored, read_stored
+from statewise.errors import DamagedError
+
+__all__ = ["read_arrays"]
+
+# Bytes from which on an array is sent to its device as soon as it is there.
+_LARGE = 1 << 24
+
+# One record and, for each of its arrays, the sharding that it is to have; None for NumPy.
+Wanted = tuple[LeafRecord, Sequence[Any]]
+
+
+class _Place(NamedTuple):
+    """Where an array goes: to the `array`-th of the `leaf`-th leaf that is wanted."""
+
+    leaf: int
+    array: int
+    record: ArrayRecord
+    sharding: Any
+
+
+def read_arrays(
+    folder: Any, manifest: Manifest, wanted: Sequence[Wanted], *, files_checked: bool = False
+) -> list[list[Any]]:
+    """Reads leaves, and checks what was read.
+
+    Args:
+      folder: the checkpoint's directory.
+      manifest: its manifest.
+      wanted: records of the manifest, and for each of its arrays the sharding that it is to have; None for NumPy.
+      files_checked: the files were looked at already, in an earlier call.
+
+    Returns:
+      for each record its arrays, of the shape and dtype that were saved.
+
+    Raises:
+      DamagedError: with every file and every leaf that is damaged.
+    """
+    records = [record for record, _ in wanted]
+    files = [] if files_checked else damaged_files(folder, manifest)
+    if files:
+        raise damaged(folder, manifest, files, records)
+    places, trees = _places(manifest, wanted)
+    made: list[list[Any]] = [[None] * len(record.arrays) for record in records]
+    broken: set[int] = set()
+    waiting: list[tuple[_Place, Any]] = []
+
+    def deliver() -> None:
+        for place, array in zip([place for place, _ in waiting], _delivered(waiting), strict=True):
+            made[place.leaf][place.array] = array
+        waiting.clear()
+
+    for key, array in _arriving(folder, manifest, records, trees):
+        for place in places[key]:
+            stored = stored_array(place.record, manifest, {key: array})
+            if is_whole(stored, place.record):
+                waiting.append((place, stored))
+            else:
+                broken.add(place.leaf)
+        if getattr(array, "nbytes", 0) > _LARGE:  # the host need not hold many of these at a time
+            deliver()
+    deliver()
+    if broken:
+        raise DamagedError(
+            f"{folder} is damaged: arrays are not what was saved.",
+            leaves=[records[leaf].leaf("is not what was saved") for leaf in sorted(broken)],
+            mend="restore another checkpoint",
+        )
+    return made
+
+
+def _arriving(
+    folder: Any, manifest: Manifest, records: Sequence[LeafRecord], trees: Mapping[Key, Stored]
+) -> Iterator[tuple[Key, Any]]:
+    """The arrays by their keys; what is stored nowhere, having no elements, under none."""
+    yield (), np.zeros(0)
+    try:
+        yield from read_stored(folder, trees)
+    except Exception as error:  # Orbax and TensorStore raise what they like for what they cannot read
+        raise damaged(folder, manifest, [], records, error) from error
+
+
+def _places(manifest: Manifest, wanted: Sequence[Wanted]) -> tuple[Mapping[Key, list[_Place]], dict[Key, Stored]]:
+    """By key: where what is stored there goes, and what it is."""
+    places: dict[Key, list[_Place]] = collections.defaultdict(list)
+    trees: dict[Key, Stored] = {}
+    for leaf, (record, shardings) in enumerate(wanted):
+        for number, (one, sharding) in enumerate(zip(record.arrays, shardings, strict=True)):
+            key: Key = ()
+            if one.buffer is not None:
+                buffer = manifest.buffers[one.buffer[0]]
+                key = buffer.key
+                trees[key] = Stored((buffer.elements,), buffer.dtype)
+            elif one.key is not None:
+                shape, dtype = one.on_disk
+                # JAX would not take other dtypes than its own, and none of 64 bits unless it is told to.
+                own = jax.dtypes.canonicalize_dtype(dtype_of(dtype)) == dtype_of(dtype)
+                on_host = not own or (one.stored is not None and one.prng is None)
+                key = one.key
+                trees[key] = Stored(shape, dtype, None if on_host else sharding)
+            places[key].append(_Place(leaf, number, one, sharding))
+    return places, trees
+
+
+def _delivered(waiting: Sequence[tuple[_Place, Any]]) -> list[Any]:
+    """Arrays as they were saved, where they are wanted: all that go to devices go there in one call."""
+    arrays = [_viewed(stored, place.record) for place, stored in waiting]
+    away = [
+        at
+        for at, (place, _) in enumerate(waiting)
+        if not isinstance(arrays[at], jax.Array) and (place.sharding is not None or place.record.prng is not None)
+    ]
+    if away:
+        put = jax.device_put([arrays[at] for at in away], [waiting[at][0].sharding for at in away])
+        for at, array in zip(away, put, strict=True):
+            arrays[at] = array
+    for at, (place, _) in enumerate(waiting):
+        if place.record.prng is not None:
+            arrays[at] = jax.random.wrap_key_data(arrays[at], impl=place.record.prng)
+    return arrays
+
+
+def _viewed(stored: Any, one: ArrayRecord) -> Any:
+    """Bytes as what they are bytes of."""
+    return stored if one.stored is None or one.prng is not None else np.asarray(stored).view(dtype_of(one.dtype))
