@@ -102,4 +102,5 @@ def is_whole(array: Any, one: ArrayRecord) -> bool:
     """Whether an array is what was stored."""
     if not isinstance(array, (jax.Array, np.ndarray)):  # Orbax gives back what it was asked with, where it has nothing
         return False
-    return (array.shape, str(array.dtype)) == one.on_disk and sums_of(array) == one.sums
+    shape, dtype = one.on_disk
+    return array.shape == shape and array.dtype == dtype_of(dtype) and sums_of(array) == one.sums

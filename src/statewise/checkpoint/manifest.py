@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.checksums import Sums
 from statewise.checkpoint.keys import dtype_of, encode_path, path_id
 from statewise.errors import StatewiseError
@@ -222,6 +223,7 @@ def content_text(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+@no_collection()
 def write_manifest(manifest: Manifest, sums: Iterable[Sums]) -> tuple[bytes, str]:
     """The manifest's file, and its digest.
 

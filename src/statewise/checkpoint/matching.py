@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.keys import encode_path, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
@@ -279,6 +280,7 @@ def _castable(ours: ArrayRecord, theirs: ArrayRecord) -> bool:
     return False
 
 
+@no_collection()
 def match(path: Any, manifests: Sequence[Manifest], state: State, only: str | Sequence[str] | Any, cast: bool) -> Match:
     """Compares a target with a checkpoint, and its base if it has one."""
     matcher = _Matcher(state, manifests, only, cast)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from statewise import _compat
+from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.keys import decode_path, dtype_of, encode_path
 from statewise.checkpoint.manifest import (
     FORMAT,
@@ -43,6 +44,7 @@ _DTYPE = re.compile(r"bool|(u?int|b?float|complex)[0-9]+(_\w+)?", re.ASCII)
 _MOST, _AXES, _DEEPEST = 1 << 62, 64, 16
 
 
+@no_collection()
 def read_manifest(directory: Any) -> Manifest:
     """Reads and checks the manifest of a checkpoint.
 

@@ -129,7 +129,10 @@ def _delivered(waiting: Sequence[tuple[_Place, Any]]) -> list[Any]:
         if not isinstance(arrays[at], jax.Array) and (place.sharding is not None or place.record.prng is not None)
     ]
     if away:
-        put = jax.device_put([arrays[at] for at in away], [waiting[at][0].sharding for at in away])
+        shardings = [waiting[at][0].sharding for at in away]
+        alike = all(sharding is shardings[0] or sharding == shardings[0] for sharding in shardings)
+        # One sharding for all is cheaper than the same one for each.
+        put = jax.device_put([arrays[at] for at in away], shardings[0] if alike else shardings)
         for at, array in zip(away, put, strict=True):
             arrays[at] = array
     for at, (place, _) in enumerate(waiting):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
 from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
 from statewise.errors import KindError, StructureError
@@ -116,6 +117,7 @@ class LaidOut(NamedTuple):
     sources: tuple[Any, ...]
 
 
+@no_collection()
 def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
     """Decides where each array of these kinds goes.
 

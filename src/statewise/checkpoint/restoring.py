@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from statewise.census import Census
 from statewise.checkpoint.finding import as_path, find, find_with_base
 from statewise.checkpoint.foreign import foreign_census, is_foreign
+from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
 from statewise.checkpoint.parsing import read_manifest
@@ -252,7 +253,7 @@ def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: 
     lost: list[Leaf] = []
     for source, read in zip(found.sources, arrays, strict=True):
         for offset, (array, ours) in enumerate(zip(read, source.placed.record.arrays, strict=True)):
-            if ours.prng is None and str(array.dtype) != ours.dtype:
+            if ours.prng is None and array.dtype != dtype_of(ours.dtype):
                 made = array.astype(ours.dtype)
                 if not _fits(array, made):
                     lost.append(source.placed.record.leaf(f"{array.dtype} numbers that have no place in {ours.dtype}"))

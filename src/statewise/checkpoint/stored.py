@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
@@ -49,7 +50,7 @@ class Stored(NamedTuple):
 
 def _size(stored: Stored) -> int:
     """The bytes of an array."""
-    return math.prod(stored.shape) * dtype_of(stored.dtype).itemsize
+    return math.prod(stored.shape) * np.dtype(dtype_of(stored.dtype)).itemsize
 
 
 def read_stored(folder: Any, wanted: Mapping[Key, Stored]) -> Iterator[tuple[Key, Any]]:
