@@ -6,6 +6,7 @@ a whole checkpoint, and what was left behind by a process that died has another.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import glob
 import os
@@ -161,7 +162,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
         if first:
             _flush(temporary)
             temporary.rename(final)
-            _flush_directory(final.parent)
+            _flush_one(final.parent)
         first = False  # nothing is left to remove
     except OSError as error:
         raise _failed(final, error) from error
@@ -231,15 +232,15 @@ def _is_alive(pid: int) -> bool:
 
 def _flush(directory: FilePath) -> None:
     """Asks the system to have everything on the disk before the name appears there."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with open(os.path.join(folder, name), "rb") as file:
-                os.fsync(file.fileno())
-        _flush_directory(FilePath(folder))
+    paths = [path for folder, _, names in os.walk(directory) for path in (folder, *(f"{folder}/{n}" for n in names))]
+    # Together: a file system with a journal then commits it once for several files.
+    with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
+        for _ in pool.map(_flush_one, paths):
+            pass
 
 
-def _flush_directory(directory: FilePath) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _flush_one(path: Any) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
