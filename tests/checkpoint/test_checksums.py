@@ -91,6 +91,24 @@ def test_the_sums_do_not_depend_on_the_placement(devices: list[jax.Device], dtyp
     assert sums_of(placed) == on_devices(placed) == sums_of(array)
 
 
+@pytest.mark.parametrize(
+    "spec", [("data",), (None, "model"), ("model", None, "data"), (None, ("data", "model"))], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float64", "int16", "complex64"])
+def test_an_array_in_pieces_is_summed_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, spec: tuple[Any, ...], dtype: str
+) -> None:
+    monkeypatch.setattr(checksums, "_CHUNK", 32)  # so that a piece, too, is looked at in parts
+    monkeypatch.setattr(checksums, "_PLACES", np.arange(1, 33, dtype=np.uint64))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.enable_x64(True):
+        array = (one_of(dtype, (8, 16, 4)) * 7).astype(dtype)
+        placed = jax.device_put(array, jax.NamedSharding(mesh, jax.P(*spec)))
+        kept = checksums.held(placed)
+        assert len(kept.parts) > 1
+        assert checksums.sums_of(kept) == by_definition(array)
+
+
 def test_the_sums_do_not_depend_on_the_order_in_memory() -> None:
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     for other in (np.asfortranarray(array), array.repeat(2, axis=2)[..., ::2], array[::-1][::-1]):

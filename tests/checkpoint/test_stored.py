@@ -1,4 +1,4 @@
-"""Who reads which array: TensorStore what goes to one device, Orbax what goes to several; in groups of bounded size."""
+"""Every array is read once, in groups of bounded size; none that this process holds alone is left to Orbax."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_packed_arrays_are_read_in_one(tmp_path: Path, opened: list[str], by_orb
     assert by_orbax == []
 
 
-def test_what_goes_to_several_devices_is_left_to_orbax(tmp_path: Path, opened: list[str], by_orbax: list[str]) -> None:
+def test_what_goes_to_devices_of_one_process_is_read_once(
+    tmp_path: Path, opened: list[str], by_orbax: list[str]
+) -> None:
     model = nnx.Dict(one=nnx.Param(jnp.arange(8.0)), many=nnx.Param(jnp.arange(16.0)))
     state = sw.plan(model).take(model)
     sw.save(tmp_path / "first", state)
@@ -77,7 +79,7 @@ def test_what_goes_to_several_devices_is_left_to_orbax(tmp_path: Path, opened: l
     spread = NamedSharding(mesh, PartitionSpec("data"))
     target = jax.tree.map(lambda array: jax.device_put(array, spread) if array.size == 16 else array, state)
     restored, _ = sw.restore(tmp_path / "first", target)
-    assert (opened, by_orbax) == (["one"], ["many"])
+    assert (sorted(opened), by_orbax) == (["many", "one"], [])  # several processes: test_processes.py
     assert restored["params"]["many"].sharding == spread
     np.testing.assert_array_equal(restored["params"]["many"], np.arange(16.0))
 

@@ -12,15 +12,15 @@ one word always changes the first; the exchange of two words nearly always the s
 changes a file on purpose can make them fit.
 """
 
-from __future__ import annotations
-
-from typing import Any
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Sums", "sums_of"]
+__all__ = ["Pieces", "Sums", "held", "is_spread", "sums_of"]
 
 Sums = tuple[int, int]
 
@@ -40,17 +40,88 @@ def sums_of(array: Any) -> Sums:
       >>> sums_of(np.array([3, 5], np.uint8))
       (8, 13)
     """
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+    if isinstance(array, Pieces):
+        return _of_pieces(array)
+    if isinstance(array, jax.Array) and is_spread(array):
         plain, placed = _on_devices(array)
         return int(plain), int(placed)
-    return _on_host(np.asarray(array))
+    return _of_pieces(held(array)) if isinstance(array, jax.Array) else _on_host(np.asarray(array))
+
+
+def is_spread(array: Any) -> bool:
+    """Whether only several processes together hold an array."""
+    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+class Pieces(NamedTuple):
+    """An array in pieces, as it lies on its devices: to put it together would take as much memory once more.
+
+    Attributes:
+      shape: of the whole array.
+      parts: where each piece begins along each axis, and the piece.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], np.ndarray], ...]
+
+
+def held(array: Any) -> Pieces:
+    """What an array of this process is now, whatever becomes of it.
+
+    Of JAX's it is views: whoever donates the array gets a copy of it instead.  NumPy's can be written at any time.
+    """
+    if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+        host = np.asarray(array)
+        return Pieces(host.shape, ((_beginning(host), host.copy() if host.flags.writeable and host.size else host),))
+    if array.is_fully_replicated:
+        one = np.asarray(array.addressable_shards[0].data)
+        return Pieces(array.shape, ((_beginning(one), one),))
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    parts = ((tuple(axis.start or 0 for axis in shard.index), np.asarray(shard.data)) for shard in shards)
+    return Pieces(array.shape, tuple(parts))
+
+
+def _beginning(array: np.ndarray) -> tuple[int, ...]:
+    return (0,) * array.ndim
+
+
+def _of_pieces(array: Pieces) -> Sums:
+    plain = placed = 0
+    for start, part in array.parts:
+        one = _on_host(part) if part.shape == array.shape else _of_piece(part, start, array.shape)
+        plain, placed = plain + one[0], placed + one[1]
+    return plain % _MODULUS, placed % _MODULUS
+
+
+def _of_piece(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> Sums:
+    """The sums of the words of a piece, each with its place in the whole."""
+    words = _words(part).reshape(*part.shape, -1)  # an element of 8 bytes is two words
+    if not words.size:
+        return 0, 0
+    strides = [math.prod((*shape[axis + 1 :], words.shape[-1])) for axis in range(part.ndim)] + [1]
+    first = 1 + sum(begin * stride for begin, stride in zip(start, strides, strict=False))
+    rows = max(1, _CHUNK * words.shape[0] // words.size)
+    plain = placed = 0
+    for row in range(0, words.shape[0], rows):
+        chunk = words[row : row + rows].astype(np.uint64)
+        total = int(chunk.sum())
+        plain += total
+        placed += (first + row * strides[0]) * total
+        for axis, stride in enumerate(strides):
+            along = chunk.sum(axis=tuple(other for other in range(chunk.ndim) if other != axis))
+            # Modulo 2**64, as NumPy counts, is modulo 2**32 too.
+            placed += stride * int(np.dot(along, np.arange(along.size, dtype=np.uint64)))
+    return plain % _MODULUS, placed % _MODULUS
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    words: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(_word(array.dtype))
+    bits = _sub_byte_bits(array.dtype)
+    return words & np.uint8((1 << bits) - 1) if bits else words
 
 
 def _on_host(array: np.ndarray) -> Sums:
-    words: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(_word(array.dtype))
-    bits = _sub_byte_bits(array.dtype)
-    if bits:
-        words = words & np.uint8((1 << bits) - 1)
+    words = _words(array)
     plain = placed = 0
     for start in range(0, words.size, _CHUNK):
         chunk = words[start : start + _CHUNK].astype(np.uint64)

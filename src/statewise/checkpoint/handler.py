@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
-from statewise.checkpoint.checksums import Sums, sums_of
+from statewise.checkpoint.checksums import Sums, held, is_spread, sums_of
 from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, write_manifest
 from statewise.checkpoint.records import LaidOut, lay_out
 from statewise.errors import SaveError
@@ -146,25 +145,12 @@ class _Waiting:
 
 def _in_background(sources: Sequence[Any]) -> concurrent.futures.Future[list[Sums]]:
     """The checksums, from arrays that a later step may donate: what they are read from is taken hold of here."""
-    held = [source if _is_spread(source) else _held(source) for source in sources]
-    spread = {at: sums_of(source) for at, source in enumerate(held) if _is_spread(source)}  # all processes together
+    kept = [source if is_spread(source) else held(source) for source in sources]
+    spread = {at: sums_of(source) for at, source in enumerate(kept) if is_spread(source)}  # all processes together
     pool = concurrent.futures.ThreadPoolExecutor(1, "statewise-checksums")
-    future = pool.submit(lambda: [spread.get(at) or sums_of(source) for at, source in enumerate(held)])
+    future = pool.submit(lambda: [spread.get(at) or sums_of(source) for at, source in enumerate(kept)])
     pool.shutdown(wait=False)  # not a `with`, which would wait
     return future
-
-
-def _held(source: Any) -> np.ndarray:
-    """What an array is now, whatever becomes of it.
-
-    Of JAX's a view: whoever donates the array then gets a copy of it instead.  NumPy's can be written at any time.
-    """
-    host = np.asarray(source)
-    return host.copy() if host.flags.writeable and host.size else host
-
-
-def _is_spread(array: Any) -> bool:
-    return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def _manifest(saving: Saving, laid: LaidOut) -> Manifest:

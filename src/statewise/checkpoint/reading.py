@@ -21,8 +21,8 @@ from statewise.errors import DamagedError
 
 __all__ = ["read_arrays"]
 
-# Bytes from which on an array is sent to its device as soon as it is there.
-_LARGE = 1 << 24
+# Bytes that may wait on the host, to go to the devices in one call.
+_HELD = 1 << 26
 
 # One record and, for each of its arrays, the sharding that it is to have; None for NumPy.
 Wanted = tuple[LeafRecord, Sequence[Any]]
@@ -68,15 +68,18 @@ def read_arrays(
             made[place.leaf][place.array] = array
         waiting.clear()
 
+    held = 0
     for key, array in _arriving(folder, manifest, records, trees):
+        held += getattr(array, "nbytes", 0)
         for place in places[key]:
             stored = stored_array(place.record, manifest, {key: array})
             if is_whole(stored, place.record):
                 waiting.append((place, stored))
             else:
                 broken.add(place.leaf)
-        if getattr(array, "nbytes", 0) > _LARGE:  # the host need not hold many of these at a time
+        if held > _HELD:
             deliver()
+            held = 0
     deliver()
     if broken:
         raise DamagedError(

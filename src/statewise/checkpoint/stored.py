@@ -1,8 +1,8 @@
 """Arrays in Orbax's tree: read each once, and many at the same time.
 
-An array that goes to one device, or stays on the host, is read by TensorStore, which stores Orbax's arrays: asked for
-a thousand of them at once it takes a tenth of the time that a thousand requests through Orbax take.  What goes to
-several devices is read by Orbax, which knows which process wants which part of it.
+An array that this process holds all of is read by TensorStore, which stores Orbax's arrays: asked for a thousand of
+them at once it takes a tenth of the time that a thousand requests through Orbax take.  What several processes hold
+together is read by Orbax, which knows which of them wants which part of it.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -24,7 +24,7 @@ from statewise.checkpoint.keys import dtype_of
 __all__ = ["Key", "Stored", "open_stored", "opened", "read_stored"]
 
 # Bytes that are on their way at a time: enough for any disk, little for a machine that holds the arrays anyway.
-_AT_ONCE = 1 << 28
+_AT_ONCE = 1 << 26
 
 Key = tuple[str, ...]
 
@@ -44,8 +44,8 @@ class Stored(NamedTuple):
 
     @property
     def is_spread(self) -> bool:
-        """Whether it goes to several devices."""
-        return self.sharding is not None and len(self.sharding.device_set) > 1
+        """Whether other processes hold parts of it."""
+        return self.sharding is not None and not self.sharding.is_fully_addressable
 
 
 def _size(stored: Stored) -> int:
@@ -61,8 +61,8 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored]) -> Iterator[tuple[Key
       wanted: by key what is to be read.
 
     Yields:
-      the key, and its array: JAX's for one that goes to several devices, else NumPy's.  Those come first that go to
-      several devices; the others in the order of `wanted`.
+      the key, and its array: JAX's for one that several processes hold, else NumPy's.  Those of several processes come
+      first; the others in the order of `wanted`.
     """
     spread = {key: stored for key, stored in wanted.items() if stored.is_spread}
     if spread:
