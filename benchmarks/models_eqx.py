@@ -24,14 +24,17 @@ __all__ = [
     "vectors",
 ]
 
-KEY = jax.random.key(0)  # layers draw weights that are replaced at once
+
+def key() -> jax.Array:
+    """A key for weights that are replaced at once; made anew, as the first import may stand inside a trace."""
+    return jax.random.key(0)
 
 
 def linear(source: Any) -> eqx.nn.Linear:
     """`eqx.nn.Linear` from `nnx.Linear`."""
     inner, outer = source.kernel.shape
     bias = None if source.bias is None else source.bias[...]
-    made = eqx.nn.Linear(inner, outer, use_bias=bias is not None, key=KEY)
+    made = eqx.nn.Linear(inner, outer, use_bias=bias is not None, key=key())
     made = eqx.tree_at(lambda layer: layer.weight, made, source.kernel[...].T)
     return made if bias is None else eqx.tree_at(lambda layer: layer.bias, made, jnp.copy(bias))
 
@@ -40,7 +43,7 @@ def projection(source: Any, outwards: bool) -> eqx.nn.Linear:
     """`eqx.nn.Linear` from a projection of attention, whose heads have an axis of their own."""
     kernel = source.kernel[...]
     matrix = kernel.reshape(-1, kernel.shape[-1]) if outwards else kernel.reshape(kernel.shape[0], -1)
-    made = eqx.nn.Linear(*matrix.shape, key=KEY)
+    made = eqx.nn.Linear(*matrix.shape, key=key())
     return eqx.tree_at(lambda layer: (layer.weight, layer.bias), made, (matrix.T, source.bias[...].reshape(-1)))
 
 
@@ -145,7 +148,7 @@ class ResNet(eqx.Module):
 def conv(source: Any) -> eqx.nn.Conv2d:
     height, _, inner, outer = source.kernel.shape
     stride = source.strides if isinstance(source.strides, int) else source.strides[0]
-    made = eqx.nn.Conv2d(inner, outer, height, stride, padding=height // 2, use_bias=False, key=KEY)
+    made = eqx.nn.Conv2d(inner, outer, height, stride, padding=height // 2, use_bias=False, key=key())
     return eqx.tree_at(lambda layer: layer.weight, made, source.kernel[...].transpose(3, 2, 0, 1))
 
 
@@ -214,7 +217,7 @@ class Transformer(eqx.Module):
 
 def attention(source: Any) -> eqx.nn.MultiheadAttention:
     biases = dict.fromkeys(("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True)
-    made = eqx.nn.MultiheadAttention(source.num_heads, source.in_features, **biases, key=KEY)
+    made = eqx.nn.MultiheadAttention(source.num_heads, source.in_features, **biases, key=key())
     parts = (
         projection(source.query, False),
         projection(source.key, False),

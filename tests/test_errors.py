@@ -89,6 +89,7 @@ def test_all_derive_from_one_and_are_public(cls: type[sw.StatewiseError]) -> Non
         (sw.PlacementError, ValueError),
         (sw.RestoreError, ValueError),
         (sw.DamagedError, ValueError),
+        (sw.WatchError, AssertionError),
         (ModelError, sw.StructureError),
         (ModelError, TypeError),
     ],

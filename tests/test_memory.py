@@ -71,6 +71,38 @@ def test_it_counts_what_the_devices_really_hold(kinds: sw.Kinds, tx: Any) -> Non
         assert counted[kind].bytes == sum(leaf.nbytes for leaf in plan[kind])
 
 
+class Wide(nnx.Module):
+    """Every leaf of which is read by a step."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(64, 256, rngs=rngs)
+        self.norm = nnx.BatchNorm(256, rngs=rngs)
+        self.down = nnx.Linear(256, 64, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.norm(nnx.relu(self.up(x))))
+
+
+@pytest.mark.parametrize("placement", [sw.Replicated(), fsdp], ids=["replicated", "fsdp"])
+def test_xla_says_the_same_of_a_compiled_step(placement: Any) -> None:
+    """Of arguments and results to the byte; the gradients stand in XLA's temporary memory, among activations."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    plan = kinds_of(placement).plan(nnx.eval_shape(Wide), optimizers={"params": optax.adam(1e-3)})
+    split = jax.NamedSharding(mesh, jax.P(("data", "model")))
+    batch = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)
+    train = sw.train_step(lambda model, x: jnp.mean(model(x) ** 2))
+    said = train.lower(plan.abstract(mesh), batch).compile().memory_analysis()
+    counted = sw.memory(plan, mesh)
+    state = counted.total - counted.gradients
+    assert said.argument_size_in_bytes == state + 64 * 64 * 4 // 8
+    # The whole state is written in place.
+    assert said.alias_size_in_bytes == state
+    # A scalar loss, and XLA's table of pointers to its results.
+    assert 0 <= said.output_size_in_bytes - state < 1024
+    assert said.temp_size_in_bytes >= counted.gradients
+
+
 def test_a_mesh_may_be_one_that_is_not_there() -> None:
     plan = kinds_of(fsdp).plan(model(), optimizers={"params": optax.adam(1.0)})
     real = sw.memory(plan, jax.make_mesh((4, 2), ("data", "model")))

@@ -361,7 +361,7 @@ def test_a_packed_state_trains_on_a_mesh() -> None:
 
 @WAYS
 def test_shardings_keep_a_trained_state_in_its_place(placement: Any) -> None:
-    """Left to itself XLA may lay out what a step returns as it likes; `out_shardings` holds it."""
+    """Inside a `jax.jit` of the user's XLA may lay out a state as it likes; `out_shardings` holds it."""
     mesh = mesh_of(data=4, model=2)
     plan = kinds_of(placement).plan(make(), optimizers={"params": MOMENTUM})
     places = plan.shardings(mesh)

@@ -33,13 +33,20 @@ def vector(size: int = 6) -> Any:
         (sw.Replicated(), sw.Replicated(memory=None)),
         (sw.Sharded("data", None), sw.Sharded("data", None)),
         (sw.Sharded(("data", "model"), memory="pinned_host"), sw.Sharded(("data", "model"), memory="pinned_host")),
+        (sw.PerDevice("data"), sw.PerDevice("data", resize="error")),
+        (
+            sw.PerDevice("a", "b", memory="pinned_host", resize="mean"),
+            sw.PerDevice("a", "b", memory="pinned_host", resize="mean"),
+        ),
     ],
 )
 def test_equal_placements_are_equal_everywhere(one: Any, other: Any) -> None:
     assert one == other
     assert hash(one) == hash(other)
     assert pickle.loads(pickle.dumps(one)) == one
-    assert eval(repr(one), vars(sw) | {"Sharded": sw.Sharded, "Replicated": sw.Replicated}) == one
+    assert (
+        eval(repr(one), vars(sw) | {name: getattr(sw, name) for name in ("Sharded", "Replicated", "PerDevice")}) == one
+    )
     assert sw.Kind(nnx.Param, placement=one) == sw.Kind(nnx.Param, placement=other)
 
 
@@ -53,9 +60,11 @@ def test_different_placements_make_different_kinds() -> None:
             sw.Sharded("data"),
             sw.Sharded("data", None),
             sw.Sharded("model"),
+            sw.PerDevice("data"),
+            sw.PerDevice("data", resize="first"),
         )
     }
-    assert len(kinds) == 6
+    assert len(kinds) == 8
 
 
 def by_rank(path: Any, shape: Any) -> Any:
@@ -68,6 +77,7 @@ def by_rank(path: Any, shape: Any) -> Any:
         (None, "-"),
         (sw.Replicated(), "placement=Replicated()"),
         (sw.Sharded("data", None, memory="pinned_host"), "placement=Sharded('data', None, memory='pinned_host')"),
+        (sw.PerDevice("data", resize="mean"), "placement=PerDevice('data', resize='mean')"),
         (by_rank, "placement=by_rank"),
     ],
 )
@@ -86,6 +96,23 @@ def test_the_treatment_names_the_placement(placement: Any, words: str) -> None:
             "name 'a' once, None elsewhere",
         ),
         (lambda: sw.Sharded("a", memory=1), "memory=1 is no kind of memory.", "memory='pinned_host'"),
+        (lambda: sw.PerDevice("a", memory=1), "memory=1 is no kind of memory.", "memory='pinned_host'"),
+        (sw.PerDevice, "PerDevice() does not name the axes of a mesh, each once.", "sw.PerDevice('data')"),
+        (
+            lambda: sw.PerDevice("a", 1),
+            "PerDevice('a', 1) does not name the axes of a mesh, each once.",
+            "sw.PerDevice('data')",
+        ),
+        (
+            lambda: sw.PerDevice("a", "a"),
+            "PerDevice('a', 'a') does not name the axes of a mesh, each once.",
+            "sw.PerDevice('data')",
+        ),
+        (
+            lambda: sw.PerDevice("a", resize="sum"),
+            "resize='sum' does not say what becomes of the values on another number of devices.",
+            "resize='mean'  # or 'first', or 'error'",
+        ),
     ],
 )
 def test_a_placement_that_cannot_stand(make: Any, message: str, mend: str) -> None:

@@ -98,6 +98,15 @@ def test_update_lists_every_problem_and_changes_nothing(model: Model) -> None:
     assert all(value is after[path][1] for path, (_, value) in before.items())
 
 
+def test_a_number_given_as_text_is_another_key_and_no_tie() -> None:
+    model = nnx.Dict(layers=nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))]))
+    with pytest.raises(StructureError, match="1 left over") as caught:
+        update(model, {"layers": {"0": {"bias": jnp.ones(3)}}})
+    assert notes(caught.value) == {
+        "layers/0/bias": "left over: the model's path is ('layers', 0, 'bias'), this one is ('layers', '0', 'bias')"
+    }
+
+
 def test_a_write_that_fails_is_taken_back(model: Model) -> None:
     bias = model.first.bias.get_raw_value()
     raw = model.raw

@@ -67,7 +67,7 @@ def written(fn: Callable[..., Any], model: Any, *args: Any) -> set[str]:
     """The leaves that a step of this function writes, as its trace has it."""
     plan = sw.plan(model)
     step = sw.step(fn, writes=tuple(plan.kinds))
-    traced, _ = step._trace(plan.take(model), args, {})
+    traced, *_ = step._trace(plan.take(model), args, {})
     return {sw.format_path(plan._row_of_array[kind][position].path) for kind, position in traced.written}
 
 

@@ -5,6 +5,12 @@ from typing import TYPE_CHECKING
 import statewise._face  # noqa: F401  (it defers the imports below to the first use of a name)
 
 if TYPE_CHECKING:
+    from statewise.audit import (
+        Audit,
+        KindAudit,
+        LeafAudit,
+        audit,
+    )
     from statewise.census import Census, census
     from statewise.checkpoint import (
         Checkpointable,
@@ -35,22 +41,43 @@ if TYPE_CHECKING:
         StructureError,
         UnclaimedError,
         UndeclaredWriteError,
+        WatchError,
     )
     from statewise.filters import Exactly, Meta, Path, Where
     from statewise.grads import grad, value_and_grad
     from statewise.kinds import Kind, Kinds
+    from statewise.layers import scan_layers
+    from statewise.lint import Finding, Findings, lint
+    from statewise.lowered import Compiled, Lowered
     from statewise.memory import KindMemory, Memory, memory
     from statewise.paths import Leaf, format_path
-    from statewise.placements import FromMetadata, Replicated, Sharded
+    from statewise.placements import (
+        FromMetadata,
+        PerDevice,
+        Replicated,
+        Sharded,
+    )
     from statewise.plan import Plan, plan
+    from statewise.report import (
+        Report,
+        ReportedLeaf,
+        report,
+    )
     from statewise.select import Explanation, count, explain, merge, select, split, update
     from statewise.state import State
-    from statewise.steps import Compiled, Lowered, Step, step, train_step
+    from statewise.steps import Step, step, train_step
     from statewise.tables import KindCount
+    from statewise.transfer import transfer
+    from statewise.watch import (
+        LeafChange,
+        Seen,
+        watch,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Census",
     "Checkpointable",
     "Checkpoints",
@@ -62,26 +89,35 @@ __all__ = [
     "Exactly",
     "Explanation",
     "FilterError",
+    "Finding",
+    "Findings",
     "FromMetadata",
     "Kind",
+    "KindAudit",
     "KindCount",
     "KindError",
     "KindMemory",
     "Kinds",
     "Leaf",
+    "LeafAudit",
+    "LeafChange",
     "LeafDiff",
     "Lowered",
     "Memory",
     "Meta",
     "Path",
+    "PerDevice",
     "PlacementError",
     "Plan",
     "Replicated",
+    "Report",
+    "ReportedLeaf",
     "RestoreError",
     "RestoreReport",
     "Restored",
     "RestoredLeaf",
     "SaveError",
+    "Seen",
     "Sharded",
     "State",
     "StatewiseError",
@@ -89,7 +125,9 @@ __all__ = [
     "StructureError",
     "UnclaimedError",
     "UndeclaredWriteError",
+    "WatchError",
     "Where",
+    "audit",
     "census",
     "checkpointable",
     "convert",
@@ -99,16 +137,21 @@ __all__ = [
     "format_path",
     "grad",
     "inspect",
+    "lint",
     "memory",
     "merge",
     "plan",
     "preview",
+    "report",
     "restore",
     "save",
+    "scan_layers",
     "select",
     "split",
     "step",
     "train_step",
+    "transfer",
     "update",
     "value_and_grad",
+    "watch",
 ]

@@ -21,12 +21,31 @@ ROOMS = {
     "census": ("Census", "census"),
     "tables": ("KindCount",),
     "kinds": ("Kind", "Kinds"),
-    "placements": ("FromMetadata", "Replicated", "Sharded"),
+    "placements": (
+        "FromMetadata",
+        "PerDevice",
+        "Replicated",
+        "Sharded",
+    ),
     "plan": ("Plan", "plan"),
     "memory": ("KindMemory", "Memory", "memory"),
     "state": ("State",),
-    "steps": ("Compiled", "Lowered", "Step", "step", "train_step"),
+    "transfer": ("transfer",),
+    "lowered": ("Compiled", "Lowered"),
+    "steps": ("Step", "step", "train_step"),
+    "layers": ("scan_layers",),
     "grads": ("grad", "value_and_grad"),
+    "audit": (
+        "Audit",
+        "KindAudit",
+        "LeafAudit",
+        "audit",
+    ),
+    "watch": (
+        "LeafChange",
+        "Seen",
+        "watch",
+    ),
     "checkpoint": (
         "Checkpointable",
         "Checkpoints",
@@ -44,6 +63,12 @@ ROOMS = {
         "restore",
         "save",
     ),
+    "lint": ("Finding", "Findings", "lint"),
+    "report": (
+        "Report",
+        "ReportedLeaf",
+        "report",
+    ),
     "paths": ("Leaf", "format_path"),
     "errors": (
         "ContestedError",
@@ -57,6 +82,7 @@ ROOMS = {
         "StructureError",
         "UnclaimedError",
         "UndeclaredWriteError",
+        "WatchError",
     ),
 }
 _HOMES = {name: room for room, names in ROOMS.items() for name in names}

@@ -84,6 +84,10 @@ class Arguments:
                     rest_kwargs[name] = None
         return Split(tuple(rest_args), rest_kwargs, given, static)
 
+    def name_of(self, place: Any, objects: int) -> str:
+        """An argument's name, by its name or by its position after so many objects."""
+        return place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
+
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None
 
@@ -93,18 +97,24 @@ class Arguments:
             try:
                 hash(value)
             except TypeError:
-                name = place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
+                name = self.name_of(place, objects)
                 break
         return StructureError(
             f"The static argument {name} is a {type(value).__name__}, which cannot be hashed.",
             mend="a tuple for a list, a frozen dataclass for a dict; or an argument that is not static",
         )
 
-    def jit(self, program: Callable[..., Any], donate: bool = True) -> Any:
-        """The compiled function of (donated, given, kept, args, kwargs) -> (written, output)."""
+    def jit(self, program: Callable[..., Any], donate: bool = True, written: Any = None) -> Any:
+        """The compiled function of (donated, given, kept, args, kwargs) -> (written, output).
+
+        Args:
+          program: the function.
+          donate: whether it is given the buffers of what is donated.
+          written: the shardings of what is written; None leaves them to XLA.
+        """
         options = dict(self.jit_options)
-        if "out_shardings" in options:
-            options["out_shardings"] = (None, options["out_shardings"])
+        if written is not None or "out_shardings" in options:
+            options["out_shardings"] = (written, options.get("out_shardings"))
         if "in_shardings" in options:
             options["in_shardings"] = (None, None, None, options["in_shardings"], None)
         return jax.jit(program, donate_argnums=(0, 1) if donate else (), **options)

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from jax.extend.core import get_opaque_trace_state
 from statewise import _compat
 from statewise.arguments import Arguments, merged
 from statewise.errors import StatewiseError, StructureError
+from statewise.perdevice import specs_of
+from statewise.places import UNKNOWN, Places, lies_on_one_device
 from statewise.plan import Plan
 from statewise.routes import Routes
 from statewise.state import Part, State, deleted_kinds, make_state, refuse_shared, spent_error
@@ -70,10 +72,9 @@ class Entry:
         self._keeps = tuple((route.kind, route.pick) for route in routes.kept)
         self._touches = tuple({route.kind for route in (*routes.donated, *routes.kept)})
         self._gives = tuple((route.kind, None if route.pick is None else route.slots) for route in routes.donated)
-        # Two compilations of one program: the usual one is given the written arrays' buffers, the other keeps them.
-        self._fn = arguments.jit(self._checked)
-        self._keeping = arguments.jit(self._checked, donate=False)
-        self._traced: set[bool] = set()
+        # Compilations of one program: by whether it is given the written arrays' buffers, and where these lie.
+        self._fns: dict[Any, Any] = {}
+        self._traced: dict[Any, Any] = {}
 
     def _checked(self, donated: Any, given: Any, kept: Any, args: Any, kwargs: Any) -> Any:
         if getattr(_tracing, "entry", None) is not self:
@@ -112,39 +113,79 @@ class Entry:
             if parts[kind].spent is not None:
                 self._refuse_spent(state)
         operands = self.operands(state, args, kwargs)
-        donate = fn is not None or not _must_keep()
+        donate = True
+        places: tuple[Places | None, ...] = ()
         try:
-            written, out = self._call(donate, operands) if fn is None else fn(*operands)
+            if fn is not None:
+                written, out = fn(*operands)
+            else:
+                untraced = get_opaque_trace_state() == _UNTRACED
+                donate = untraced and not _looks_for_nans()
+                places = self._places(parts) if untraced else ()
+                written, out = self._call((donate, places), operands)
         except StatewiseError:
             raise
         except (RuntimeError, ValueError, TypeError) as error:
             self._explain(state, args, kwargs, error)
             raise
-        return (self.received(state, written, donate), out) if self.returns_state else out
+        return (self.received(state, written, donate, places), out) if self.returns_state else out
 
-    def _call(self, donate: bool, operands: tuple[Any, ...]) -> Any:
-        fn = self._fn if donate else self._keeping
-        if donate in self._traced or not self._traced:
-            results = fn(*operands)
-        else:
-            # Only the other compilation knows yet whether this is its signature.
-            jax.eval_shape(self._keeping if donate else self._fn, *operands)
+    def _places(self, parts: Sequence[Part]) -> tuple[Places | None, ...]:
+        """Where the parts that are written lie: what they become is to lie there too."""
+        return tuple([parts[kind].places() for kind, _ in self._gives])
+
+    def _call(self, key: Any, operands: tuple[Any, ...]) -> Any:
+        fn = self._traced.get(key)
+        if fn is not None:
+            return fn(*operands)
+        fn = self.compiled(*key)
+        if self._traced:
+            # Only another compilation knows yet whether this is its signature.
+            jax.eval_shape(next(iter(self._traced.values())), *operands)
             with self.tracing():
                 results = fn(*operands)
-        self._traced.add(donate)
+        else:
+            results = fn(*operands)
+        self._traced[key] = fn
         return results
 
-    def received(self, state: State, written: Any, donated: bool = True) -> State:
+    def compiled(self, donate: bool, places: tuple[Places | None, ...]) -> Any:
+        """The function of what crosses, compiled for parts that lie so; not at all for `()`."""
+        if not any(places):
+            places = ()
+        if (donate, places) not in self._fns:
+            written = None
+            if places:
+                written = tuple(
+                    None if lie is None else tuple(lie.shardings[at] for at in route.slots)
+                    for lie, route in zip(places, self.routes.donated, strict=True)
+                )
+            self._fns[donate, places] = self.arguments.jit(self._checked, donate, written)
+        return self._fns[donate, places]
+
+    def lower(self, state: State, args: Any, kwargs: Any) -> jax.stages.Lowered:
+        """Lowers the function for a state, which may be abstract, and these arguments."""
+        lowered: jax.stages.Lowered = self.compiled(True, self._places(state._parts)).lower(
+            *self.operands(state, args, kwargs)
+        )
+        return lowered
+
+    def received(
+        self, state: State, written: Any, donated: bool = True, places: tuple[Places | None, ...] = ()
+    ) -> State:
         """The state with its written arrays replaced; the one whose arrays were donated for it is marked spent."""
         parts = state._parts
         made = list(parts)
-        for (kind, positions), arrays in zip(self._gives, written, strict=True):
+        for at, ((kind, positions), arrays) in enumerate(zip(self._gives, written, strict=True)):
+            lie = places[at] if places else UNKNOWN
+            if (lie is None and not lies_on_one_device(arrays[0])) or (lie is not None and not lie.whole):
+                lie = UNKNOWN  # XLA may have laid out some of them
             if positions is not None:
                 merged_arrays = list(parts[kind].arrays)
                 for position, array in zip(positions, arrays, strict=True):
                     merged_arrays[position] = array
                 arrays = tuple(merged_arrays)
-            made[kind] = Part(arrays)
+            made[kind] = Part(arrays, lie)
         if donated:
             for kind, _ in self._gives:
                 parts[kind].spent = self.name
@@ -194,21 +235,25 @@ class Entry:
                 ) from error
 
 
-def args_key(args: Any, kwargs: Any, arguments: Arguments, objects: int) -> Any:
+def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: Plan) -> Any:
     """What tells the arguments of one signature from another's, cheaply: structure, shapes, dtypes, static values.
+
+    Where a step runs on each device of a mesh, also how they are split among them.
 
     Raises:
       StructureError: a static argument that cannot be hashed.
     """
-    split = arguments.split(args, kwargs, objects)
+    split = arguments.split(args, kwargs, plan._objects)
     leaves, structure = jax.tree.flatten((split.args, split.kwargs, split.given))
     static = tuple(split.static.items())
     try:
         hash(static)
     except TypeError as error:
-        raise arguments.unhashable(static, objects) from error
+        raise arguments.unhashable(static, plan._objects) from error
     # 1 == 1.0 == True, but a program made for one of them is another program.
-    return structure, tuple(map(_leaf_key, leaves)), static, tuple(_types(value) for value in split.static.values())
+    specs = specs_of(plan._copies, leaves) if plan._copies else None
+    types = tuple(_types(value) for value in split.static.values())
+    return structure, tuple(map(_leaf_key, leaves)), static, types, specs
 
 
 def _types(value: Any) -> Any:
@@ -256,14 +301,12 @@ def _settings() -> int:
     return int(jax.eval_shape(_probe).shape[0])
 
 
+# Inside a transform it is the transform that owns the arrays: `vmap` may go on to use one for all, and `grad` looks
+# back at it.  Nor does a tracer tell where its array lies.
 _UNTRACED = get_opaque_trace_state()
 
 
-def _must_keep() -> bool:
-    """Whether a call must leave the arrays that it is given as they are.
-
-    Where a NaN arises under `jax.debug_nans`, JAX runs the function once more, to find out where.  And inside a
-    transform it is the transform that owns them: `vmap` may go on to use one for all, and `grad` looks back at it.
-    """
+def _looks_for_nans() -> bool:
+    """Whether JAX runs a function once more where a NaN arises, to find out where: it needs what it was given."""
     config: Any = jax.config
-    return bool(config.jax_debug_nans or config.jax_debug_infs or get_opaque_trace_state() != _UNTRACED)
+    return bool(config.jax_debug_nans or config.jax_debug_infs)

@@ -26,7 +26,7 @@ from typing import Any
 
 from statewise import _compat
 
-__all__ = ["Effects", "effects_of", "forwarded"]
+__all__ = ["Effects", "body_of", "effects_of", "forwarded"]
 
 # Each output is the operand at its position: what these primitives change is the derivative, the name or the
 # place, not the value.  Where a leaf lives is for its kind's placement to say, not for a step.
@@ -232,6 +232,13 @@ def _keeps_order(eqn: Any) -> bool:
 # --- through the equations that call jaxprs --------------------------------------------------------------------
 
 
+def body_of(eqn: Any) -> Any:
+    """The jaxpr that an equation calls once, on its own operands; None where it does no such thing."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return next(eqn.params[name] for name in _BODIES if name in eqn.params)
+
+
 def _through(eqn: Any) -> tuple[_Sources, ...]:
     """The sources of each output of an equation among its operands."""
     name = eqn.primitive.name
@@ -249,7 +256,7 @@ def _through(eqn: Any) -> tuple[_Sources, ...]:
 
 
 def _through_call(eqn: Any) -> tuple[_Sources, ...]:
-    found = _sources(next(eqn.params[name] for name in _BODIES if name in eqn.params))
+    found = _sources(body_of(eqn))
     if eqn.primitive.name != "shard_map":
         return found
     ins, outs = eqn.params["in_specs"], eqn.params["out_specs"]

@@ -30,6 +30,7 @@ __all__ = [
     "StructureError",
     "UnclaimedError",
     "UndeclaredWriteError",
+    "WatchError",
 ]
 
 _SHOWN = 50
@@ -241,4 +242,27 @@ class DamagedError(StatewiseError, ValueError):
       >>> import statewise as sw
       >>> issubclass(sw.DamagedError, ValueError)
       True
+    """
+
+
+class WatchError(StatewiseError, AssertionError):
+    """Under `sw.watch(..., expect=...)`: a kind that had to change and did not, or a frozen one that did.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+      >>> @jax.jit
+      ... def train(model):
+      ...     model.kernel[...] -= 0.1
+      >>> try:
+      ...     with sw.watch(model, expect="params"):
+      ...         train(model)
+      ... except sw.WatchError as error:
+      ...     print(error)
+      Nothing of params changed, though that was expected.
+        kernel: Param(2, 3) float32  kind=params  (did not change)
+        mend: nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped
+              or, seen.now(model) at the end of the block, where the code returns a new model
     """

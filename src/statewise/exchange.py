@@ -16,12 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise import _compat
+from statewise.copies import Copies, spread
 from statewise.errors import StructureError
+from statewise.folding import refuse_copies
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
 from statewise.layout import OPTIMIZER
 from statewise.paths import Leaf, Path, format_path, format_shape
-from statewise.placement import array_shardings, check_devices
+from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
 from statewise.rows import Row, is_sown
 from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
@@ -33,8 +35,11 @@ __all__ = ["build", "init", "put", "take", "values_of"]
 def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: bool | str | Sequence[str]) -> State:
     """See `Plan.take`."""
     plan = plan._plain
-    made = plan._pack(_kinds_to_pack(plan, pack)) if pack else plan
-    place = _Places(made, mesh)
+    if mesh is not None:
+        check_devices(mesh)
+    copies = None if mesh is None else copies_on(plan, mesh)
+    made = plan._pack(_kinds_to_pack(plan, pack, copies)) if pack else plan
+    place = _Places(with_copies(made, copies), mesh)
     found = scan(objects)
     leaves = _matched(plan, found, objects, "take")
     _check_statics(plan, found, objects)
@@ -73,10 +78,18 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
                 leaves=raw,
                 mend="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
             ) from error
-        # Its plan is the same in all but what was chosen to be packed.
-        return State.of(plan, [part.arrays for part in taken._parts])
+        # Its plan is the same in all but what was chosen to be packed, and that nothing is per device.
+        parts = zip(plan.kinds, (part.arrays for part in taken._parts), strict=True)
+        copies = there.plan._copies
+        return State.of(there.plan, [part if copies is None else _spread(copies, kind, part) for kind, part in parts])
 
-    return jax.jit(made, out_shardings=plan.shardings(mesh))()
+    there = plan.shardings(mesh)
+    return jax.jit(made, out_shardings=there)()
+
+
+def _spread(copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
+    mine = copies.of(kind)  # never a packed kind, so slots are positions
+    return [spread(array, copies.devices) if at in mine else array for at, array in enumerate(part)]
 
 
 class _Places:
@@ -87,7 +100,6 @@ class _Places:
         self._seen: set[Any] = set()
         self._arrays: dict[str, list[Any]] | None = None
         if mesh is not None:
-            check_devices(mesh)
             self._slots = plan.shardings(mesh)
             self._arrays = array_shardings(plan, mesh)
 
@@ -102,7 +114,12 @@ class _Places:
 
     def made(self, kind: str, position: int, array: Any) -> Any:
         """An array that nobody else has."""
-        return array if self._arrays is None else jax.device_put(array, self._arrays[kind][position])
+        if self._arrays is None:
+            return array
+        copies = self._plan._copies
+        if copies and position in copies.of(kind):
+            return spread(array, copies.devices, self._arrays[kind][position])
+        return jax.device_put(array, self._arrays[kind][position])
 
     def state(self, parts: Mapping[str, Sequence[Any]]) -> State:
         """The state of these parts; packing made buffers of some arrays, which have no place yet."""
@@ -110,14 +127,13 @@ class _Places:
         return state if self._arrays is None or not self._plan._packing else jax.device_put(state, self._slots)
 
 
-def _kinds_to_pack(plan: Plan, pack: bool | str | Sequence[str]) -> tuple[str, ...]:
-    if pack is True:
-        return tuple(plan.kinds)
-    names = (pack,) if isinstance(pack, str) else tuple(pack)  # type: ignore[arg-type]
+def _kinds_to_pack(plan: Plan, pack: bool | str | Sequence[str], copies: Copies | None) -> tuple[str, ...]:
+    names = tuple(plan.kinds) if pack is True else (pack,) if isinstance(pack, str) else tuple(pack)  # type: ignore[arg-type]
     for name in names:
         if name not in plan.kinds:
             raise unknown_kind(name, plan.kinds)
-    return names
+    # A buffer is the same on every device, so what lies per device stays as it is.
+    return tuple(name for name in names if not (copies and copies.of(name)))
 
 
 def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
@@ -220,9 +236,11 @@ def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
             leaves=_plan_differences(plan, state._plan),
             mend=f"state.plan.{verb}(state{', model' if verb == 'put' else ''})",
         )
+    own = state._plan
+    if own._copies:
+        refuse_copies(own, f"a model holds one value of each leaf; plan.{verb} would have to choose.")
     check_unspent(state, plan.kinds)
     check_fits(state, plan.kinds)
-    own = state._plan
     parts = {kind: own._unpacked(kind, part.arrays) for kind, part in zip(own.kinds, state._parts, strict=True)}
     return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
 

@@ -26,7 +26,7 @@ class _Identity:
     rows: tuple[Row, ...]
     groups: tuple[Group, ...]
     graphdef: Any
-    packing: Any
+    stored: Any
     static_types: list[type]
 
     def __hash__(self) -> int:
@@ -38,7 +38,7 @@ class _Identity:
             and self.kinds == other.kinds
             and self.groups == other.groups
             and self.rows == other.rows
-            and self.packing == other.packing
+            and self.stored == other.stored
             and self.static_types == other.static_types
             and _equal(self.graphdef, other.graphdef)
         )
@@ -69,7 +69,12 @@ _plans_lock = threading.Lock()
 def intern(plan: Any) -> Any:
     """The one plan that is equal to this one: an older one, or this one from now on."""
     identity = _Identity(
-        plan.kinds, plan._rows, plan._groups, plan._graphdef, plan._packing, _types_of_statics(plan._graphdef)
+        plan.kinds,
+        plan._rows,
+        plan._groups,
+        plan._graphdef,
+        (plan._packing, plan._copies),
+        _types_of_statics(plan._graphdef),
     )
     with _plans_lock:
         return _plans.setdefault(identity, plan)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from statewise.aliases import aliases_of
+from statewise.copies import Copies
 from statewise.kinds import Kinds
 from statewise.moments import Group
 from statewise.packing import Buffer, Packing, pack, unpack
@@ -36,6 +37,7 @@ class Layout:
     _rows: tuple[Row, ...]
     _groups: tuple[Group, ...]
     _packing: Mapping[str, Packing]
+    _copies: Copies | None
 
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -94,10 +96,16 @@ class Layout:
         return tuple(map(len, self._stored.values()))
 
     @functools.cached_property
+    def _held(self) -> dict[str, tuple[Spec, ...]]:
+        """The same as a state holds them: what lies per device has a leading axis."""
+        copies = self._copies
+        return {kind: copies.held(kind, specs) if copies else specs for kind, specs in self._specs.items()}
+
+    @functools.cached_property
     def _stored(self) -> dict[str, tuple[Spec, ...]]:
         """Shape and dtype of what stands in each slot of each kind's part."""
         stored = {}
-        for kind, specs in self._specs.items():
+        for kind, specs in self._held.items():
             packing = self._packing.get(kind)
             if packing:
                 specs = (*(specs[at] for at in packing.loose), *(buffer.spec for buffer in packing.buffers))

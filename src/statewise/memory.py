@@ -3,6 +3,10 @@
 Counted are the arrays of the state, laid out as `Plan.shardings` lays them, and the gradients of a train step, laid
 out as the parameters that they are of.  Activations are not: they depend on the batch, on what a step recomputes, and
 on the compiler, and are often the larger part.
+
+XLA says the same of a compiled train step that reads and writes the whole state (`train.lower(state, x).compile()
+.memory_analysis()`): its arguments are the state and the batch, to the byte, and all of the state is written in place.
+The gradients it counts in its temporary memory, among the activations.
 """
 
 from __future__ import annotations
@@ -205,7 +209,7 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
         for spec, lies, leaf in zip(specs, placed[kind], plan._row_of_array[kind], strict=True):
             nbytes = spec.nbytes
             part = nbytes // lies.parts(sizes)
-            whole += nbytes
+            whole += nbytes * Lies((lies.each,)).parts(sizes)  # a value for each device, or one for all
             if _on_device(lies):
                 device += part
                 here[id(leaf)] = here.get(id(leaf), 0) + part

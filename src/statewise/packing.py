@@ -60,6 +60,8 @@ class Buffer(NamedTuple):
 
     def join(self, arrays: Sequence[Any]) -> Any:
         """The buffer of these arrays."""
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+            return jax.ShapeDtypeStruct((sum(array.size for array in arrays),), arrays[0].dtype)
         if any(isinstance(array, jax.core.Tracer) for array in arrays):
             return jnp.concatenate([jnp.ravel(array) for array in arrays])
         return jnp.asarray(np.concatenate([np.ravel(np.asarray(array)) for array in arrays]))

@@ -3,65 +3,62 @@
 `placements` says how a kind lies on any mesh; here that is resolved, array by array, against the axes of one.  A mesh
 is told by its axes alone, so an abstract one, with no device behind it, will do.
 
-Optimizer state follows the leaves that it is for, unless the kind `optimizer` declares a placement.  Optax tells no
-owner of a moment, so it is told by path and shape: the path of a moment ends with that of its parameter.  A moment of
-the parameter's shape lies as the parameter does, a factored one (a row or column of it, as Adafactor keeps) as the
-axes that are left of it; all else, counts and scales, is on every device.
+Optimizer state follows the leaves that it is for (see `lies`), unless the kind `optimizer` declares a placement.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from statewise import _compat
+from statewise.copies import Copies
 from statewise.errors import PlacementError
+from statewise.intern import intern
 from statewise.layout import OPTIMIZER
+from statewise.lies import Lies, Owners, follow
+from statewise.meshes import axis_sizes, check_devices, describe_mesh, memories
 from statewise.moments import plain_key
 from statewise.paths import Leaf, Path, format_path
-from statewise.placements import PLACEMENTS, FromMetadata, Sharded, axes_of, describe_placement, merged_rules
+from statewise.placements import (
+    PLACEMENTS,
+    FromMetadata,
+    PerDevice,
+    Replicated,
+    Sharded,
+    axes_of,
+    describe_placement,
+    merged_rules,
+)
 from statewise.plan import Plan
 from statewise.scan import ONE, Spec, rebuild, scan, value_of
 
-__all__ = ["Lies", "array_shardings", "axis_sizes", "check_devices", "describe_mesh", "resolve", "slot_shardings"]
+__all__ = [
+    "Lies",
+    "array_shardings",
+    "axis_sizes",
+    "check_devices",
+    "copies_on",
+    "describe_mesh",
+    "on_mesh",
+    "resolve",
+    "slot_shardings",
+    "with_copies",
+]
 
 
-class Lies(NamedTuple):
-    """How one array lies on a mesh.
-
-    Attributes:
-      axes: for each axis of the array the mesh axes that it is split over.
-      memory: the kind of memory; None for the devices' own.
-    """
-
-    axes: tuple[tuple[str, ...], ...] = ()
-    memory: str | None = None
-
-    @property
-    def split(self) -> bool:
-        """Whether the devices hold different parts."""
-        return any(self.axes)
-
-    def parts(self, sizes: Mapping[str, int]) -> int:
-        """Into how many parts the array is split."""
-        return int(np.prod([sizes[name] for names in self.axes for name in names], dtype=np.int64))
-
-    def sharding(self, mesh: Any) -> jax.NamedSharding:
-        """The sharding that JAX takes."""
-        spec = [names[0] if len(names) == 1 else names or None for names in self.axes]
-        while spec and spec[-1] is None:
-            spec.pop()
-        return jax.NamedSharding(mesh, jax.P(*spec), memory_kind=self.memory)
+# How each array of each kind lies on a mesh.
+Placed = Mapping[str, Sequence[Lies]]
 
 
-def slot_shardings(plan: Plan, mesh: Any) -> list[list[jax.NamedSharding]]:
+def slot_shardings(plan: Plan, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
     """For each kind the sharding of what stands in each slot of its part; see `Plan.shardings`."""
-    placed = resolve(plan, mesh)
+    placed = resolve(plan, mesh) if placed is None else placed
     known: dict[Lies, jax.NamedSharding] = {}
     slots = []
     for kind, here in zip(plan.kinds, plan._slots, strict=True):
@@ -73,6 +70,37 @@ def slot_shardings(plan: Plan, mesh: Any) -> list[list[jax.NamedSharding]]:
         lies = [one if isinstance(slot, int) else Lies((), one.memory) for one, slot in zip(lies, here, strict=True)]
         slots.append([_known(known, one, mesh) for one in lies])
     return slots
+
+
+def copies_on(plan: Plan, mesh: Any, placed: Placed | None = None) -> Copies | None:
+    """Which arrays of a plan lie per device on a mesh; None where none does."""
+    if placed is None:
+        known = (Replicated, Sharded, FromMetadata)
+        if all(kind.placement is None or isinstance(kind.placement, known) for kind in plan.kinds.values()):
+            return None
+        placed = resolve(plan, mesh)
+    positions: list[tuple[str, frozenset[int]]] = []
+    axes: tuple[str, ...] = ()
+    for kind, part in placed.items():
+        mine = frozenset(at for at, lies in enumerate(part) if lies.each)
+        if mine:
+            axes = part[min(mine)].each
+            positions.append((kind, mine))
+    return Copies(mesh, axes, tuple(positions)) if positions else None
+
+
+def on_mesh(plan: Plan, mesh: Any, placed: Placed | None = None) -> Plan:
+    """The plan of a state on a mesh: another than the model's where something lies per device."""
+    return with_copies(plan, copies_on(plan, mesh, placed))
+
+
+def with_copies(plan: Plan, copies: Copies | None) -> Plan:
+    """A plan with these copies."""
+    if copies == plan._copies:
+        return plan
+    parts = plan.kinds, plan._graphdef, plan._rows, plan._groups, plan._objects, plan.dropped
+    made: Plan = intern(Plan(*parts, plan._packing, copies))
+    return made
 
 
 def array_shardings(plan: Plan, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
@@ -104,42 +132,6 @@ def _check_packed(plan: Plan, kind: str, placed: Sequence[Lies]) -> None:
         )
 
 
-# --- meshes ------------------------------------------------------------------------------------------------------
-
-
-def axis_sizes(mesh: Any) -> dict[str, int]:
-    """The axes of a mesh and their sizes.
-
-    Raises:
-      PlacementError: it is no mesh.
-    """
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        raise PlacementError(f"A {type(mesh).__name__} is no mesh.", mend="mesh = jax.make_mesh((8,), ('data',))")
-    return {str(name): int(size) for name, size in mesh.shape.items()}
-
-
-def check_devices(mesh: Any) -> None:
-    """Raises where a mesh has no devices to put arrays on."""
-    axis_sizes(mesh)
-    if not isinstance(mesh, jax.sharding.Mesh):
-        raise PlacementError(
-            "An abstract mesh has no devices to put arrays on.",
-            mend="mesh = jax.make_mesh((8,), ('data',))  # plan.abstract(mesh) takes an abstract one",
-        )
-
-
-def describe_mesh(sizes: Mapping[str, int]) -> str:
-    """A mesh in words: `(data=4, model=2)`."""
-    return "(" + ", ".join(f"{name}={size}" for name, size in sizes.items()) + ")"
-
-
-def _memories(mesh: Any) -> set[str] | None:
-    """The kinds of memory that a mesh's devices have; None where there are no devices to ask."""
-    if not isinstance(mesh, jax.sharding.Mesh):
-        return None
-    return {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}
-
-
 # --- resolving ---------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +141,7 @@ def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
     Raises:
       PlacementError: leaves that cannot be placed as declared, all of them; something that is no mesh.
     """
-    resolver = _Resolver(plan, axis_sizes(mesh), _memories(mesh))
+    resolver = _Resolver(plan, axis_sizes(mesh), memories(mesh))
     placed = resolver.rows()
     placed.setdefault(OPTIMIZER, []).extend(resolver.moments())
     if resolver.faults:
@@ -173,8 +165,7 @@ class _Fault(Exception):
         self.note, self.mend = note, mend
 
 
-# A parameter as its moments see it: its shape, and how it lies.
-Owners = dict[Path, list[tuple[tuple[int, ...], Lies]]]
+_ALIKE = "placement=sw.Replicated() for what has an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
 
 
 class _Resolver:
@@ -183,6 +174,8 @@ class _Resolver:
     def __init__(self, plan: Plan, sizes: dict[str, int], memories: set[str] | None) -> None:
         self.plan, self.sizes, self.memories = plan, sizes, memories
         self.faults: list[tuple[Leaf, str]] = []
+        self.updated = {kind for group in plan._groups for kind in group.kinds}
+        self.each: tuple[str, ...] = ()  # the axes of all that lies per device
         self.owners: Owners = {}  # by path, as the objects' own optimizers see it
         self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position where there are several
 
@@ -229,9 +222,8 @@ class _Resolver:
     def _annotated_owners(self, placement: FromMetadata) -> Owners:
         """The parameters as this placement would have them."""
         owners: Owners = {}
-        updated = {kind for group in self.plan._groups for kind in group.kinds}
         for number, (row, leaf) in enumerate(zip(self.plan._rows, self.plan.leaves, strict=False)):
-            if row.kind not in updated:
+            if row.kind not in self.updated:
                 continue
             for keys, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True):
                 lies = self.place(placement, [row.path], spec, leaf, number)
@@ -247,7 +239,10 @@ class _Resolver:
     def place(self, placement: Any, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int | None = None) -> Lies:
         """How one array lies, by the placement of its kind; by any of its paths, and the number of its row."""
         try:
-            return self._place(placement, paths, spec, number)
+            lies = self._place(placement, paths, spec, number)
+            if lies.each and (number is None or leaf.kind in self.updated):
+                raise _Fault("PerDevice, and updated by gradients that are averaged over the devices", _ALIKE)
+            return lies
         except _Fault as fault:
             shape = leaf.shape if leaf.shape is not None else spec.shape
             self.faults.append((dataclasses.replace(leaf, shape=shape, note=fault.note), fault.mend))
@@ -270,15 +265,31 @@ class _Resolver:
         if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
             known = ", ".join(sorted(self.memories))
             raise _Fault(f"the devices have no memory {placement.memory!r}", f"a memory that is there: {known}")
+        if isinstance(placement, PerDevice):
+            return self._each(placement)
         axes = placement.axes if isinstance(placement, Sharded) else ()
         return Lies(self._fit(axes, spec.shape), placement.memory)
 
-    def _fit(self, axes: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-        """The mesh axes of each axis of an array."""
+    def _each(self, placement: PerDevice) -> Lies:
+        """One value for each device."""
+        self._known(placement.axes)
+        self.each = self.each or placement.axes
+        if placement.axes != self.each:
+            raise _Fault(
+                f"{placement!r}, where others have PerDevice({', '.join(map(repr, self.each))})",
+                "the same axes for all that is PerDevice",
+            )
+        return Lies((), placement.memory, placement.axes)
+
+    def _known(self, axes: Sequence[Any]) -> None:
         unknown = [name for axis in axes for name in axes_of(axis) if name not in self.sizes]
         if unknown:
             names = ", ".join(map(repr, dict.fromkeys(unknown)))
             raise _Fault(f"the mesh has no axis {names}", f"an axis of the mesh: {', '.join(self.sizes)}")
+
+    def _fit(self, axes: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+        """The mesh axes of each axis of an array."""
+        self._known(axes)
         shown = ", ".join(map(repr, axes))
         if len(axes) > len(shape):
             raise _Fault(
@@ -360,34 +371,3 @@ def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
             f"{name}(path, shape) returns a placement for every leaf: sw.Replicated() or sw.Sharded('data', None)",
         )
     return answer
-
-
-# --- optimizer state follows -------------------------------------------------------------------------------------
-
-
-def follow(path: Path, shape: tuple[int, ...], owners: Owners) -> Lies:
-    """How a moment lies: as the parameter whose path ends its own; replicated where none does, or several differ."""
-    for start in range(len(path)):
-        candidates = owners.get(path[start:])
-        if candidates is None:
-            continue
-        found = (_as_owner(path, shape, of, lies) for of, lies in candidates)
-        answers = {lies for lies in found if lies is not None}
-        return answers.pop() if len(answers) == 1 else Lies()
-    return Lies()
-
-
-def _as_owner(path: Path, shape: tuple[int, ...], of: tuple[int, ...], lies: Lies) -> Lies | None:
-    if shape == of:
-        return lies
-    removed = [axis for axis in range(len(of)) if of[:axis] + of[axis + 1 :] == shape]
-    axes = lies.axes or ((),) * len(of)
-    answers = [Lies(axes[:axis] + axes[axis + 1 :], lies.memory) for axis in removed]
-    if len(removed) > 1:
-        # Sides of equal length: Adafactor's names tell which one is left, as optax.scale_by_factored_rms sorts them.
-        by_size = np.argsort(of)
-        named = {"v_row": by_size[-1], "v_col": by_size[-2]}
-        answers = [
-            answers[removed.index(at)] for name, at in named.items() if name in path and at in removed
-        ] or answers
-    return answers[0] if len(set(answers)) == 1 else None

@@ -16,10 +16,12 @@ __all__ = [
     "PLACEMENTS",
     "Axis",
     "FromMetadata",
+    "PerDevice",
     "Replicated",
     "Sharded",
     "axes_of",
     "describe_placement",
+    "folded",
     "merged_rules",
 ]
 
@@ -119,7 +121,78 @@ class FromMetadata:
         return f"FromMetadata({'' if self.rules is None else list(self.rules)})"
 
 
-PLACEMENTS = (Replicated, Sharded, FromMetadata)
+@dataclasses.dataclass(frozen=True, init=False)
+class PerDevice:
+    """A value of its own on each device: statistics that nobody synchronises, caches, random streams.
+
+    A state on a mesh has such arrays with a leading axis, one value for each device along the mesh axis; the plan and
+    the model have one value, in the model's own shape.  Steps run on each device with that device's own values.
+
+    Args:
+      *axes: the mesh axis; where there are several, one value for each device along all of them.
+      memory: the kind of memory, `"pinned_host"` say; None for the device's own.
+      resize: what a restore onto another number of devices does: `"error"`, `"mean"` of all values on each device, or
+        the `"first"` value on each.
+
+    Raises:
+      PlacementError: no axis, one that is no name or named twice; another `resize`.
+
+    Example:
+      >>> import statewise as sw
+      >>> sw.PerDevice("data", resize="mean")
+      PerDevice('data', resize='mean')
+    """
+
+    axes: tuple[str, ...]
+    memory: str | None
+    resize: str
+
+    def __init__(self, *axes: str | Any, memory: str | Any = None, resize: str | Any = "error") -> None:
+        named = all(isinstance(axis, str) for axis in axes)
+        if not axes or not named or len(set(axes)) < len(axes):
+            raise PlacementError(
+                f"PerDevice({', '.join(map(repr, axes))}) does not name the axes of a mesh, each once.",
+                mend="sw.PerDevice('data')",
+            )
+        if resize not in ("error", "mean", "first"):
+            raise PlacementError(
+                f"resize={resize!r} does not say what becomes of the values on another number of devices.",
+                mend="resize='mean'  # or 'first', or 'error'",
+            )
+        _check_memory(memory)
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "memory", memory)
+        object.__setattr__(self, "resize", resize)
+
+    def __repr__(self) -> str:
+        memory = [f"memory={self.memory!r}"] if self.memory else []
+        resize = [f"resize={self.resize!r}"] if self.resize != "error" else []
+        return f"PerDevice({', '.join([*map(repr, self.axes), *memory, *resize])})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """The placement of a kind whose per-device values were folded into one: as another, but `Replicated` for them.
+
+    Attributes:
+      placement: the other, a function of (path, shape).
+    """
+
+    placement: Any
+
+    def __call__(self, path: Any, shape: Any) -> Any:
+        """What the other says of a leaf, folded."""
+        return folded(self.placement(path, shape))
+
+
+def folded(placement: Any) -> Any:
+    """A placement once its per-device values are folded into one."""
+    if isinstance(placement, PerDevice):
+        return Replicated(memory=placement.memory)
+    return placement if isinstance(placement, PLACEMENTS) or placement is None else Folded(placement)
+
+
+PLACEMENTS = (Replicated, Sharded, PerDevice, FromMetadata)
 
 
 def merged_rules(*several: Any) -> dict[str, Axis]:
@@ -158,6 +231,8 @@ def describe_placement(placement: Any) -> str:
     """A placement as code; a function by its name."""
     if isinstance(placement, PLACEMENTS):
         return repr(placement)
+    if isinstance(placement, Folded):
+        return f"{describe_placement(placement.placement)}, folded"
     return str(getattr(placement, "__name__", None) or type(placement).__name__)
 
 

@@ -18,6 +18,7 @@ import jax
 from flax import nnx
 
 from statewise.claims import claim
+from statewise.copies import Copies
 from statewise.errors import KindError, StructureError
 from statewise.intern import intern
 from statewise.kinds import Kind, Kinds, unknown_kind
@@ -129,6 +130,7 @@ class Plan(Layout, Shown):
         objects: int,
         dropped: tuple[Leaf, ...] = (),
         packing: Mapping[str, Packing] | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self.kinds = kinds
         self.dropped = dropped
@@ -138,6 +140,7 @@ class Plan(Layout, Shown):
         self._objects = objects
         self._several = objects > 1
         self._packing = dict(packing or {})
+        self._copies = copies
 
     # --- looking ---------------------------------------------------------------------------------------------
 
@@ -296,10 +299,12 @@ class Plan(Layout, Shown):
           >>> sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).abstract()["params"]["kernel"]
           ShapeDtypeStruct(shape=(2, 3), dtype=float32)
         """
+        from statewise.placement import on_mesh
         from statewise.state import State
 
-        parts = [[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in part] for part in self._stored.values()]
-        state = State.of(self, parts)
+        plan = self if mesh is None else on_mesh(self, mesh)
+        parts = [[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in part] for part in plan._stored.values()]
+        state = State.of(plan, parts)
         if mesh is None:
             return state
         return jax.tree.map(lambda shape, place: shape.update(sharding=place), state, self.shardings(mesh))
@@ -326,19 +331,22 @@ class Plan(Layout, Shown):
           >>> tuple(plan.shardings(jax.sharding.AbstractMesh((4,), ("data",)))["params"]["kernel"].spec)
           ('data',)
         """
-        from statewise.placement import slot_shardings
+        from statewise.placement import on_mesh, resolve, slot_shardings
         from statewise.state import State
 
-        return State.of(self, slot_shardings(self, mesh))
+        placed = resolve(self, mesh)
+        return State.of(on_mesh(self, mesh, placed), slot_shardings(self, mesh, placed))
 
     def axes(self, **kinds: Any) -> statewise.state.State:
         """A state of axes instead of arrays, as `jax.vmap` takes it for `in_axes` and `out_axes`.
 
         Args:
-          **kinds: the mapped axis of each kind's arrays, or None; kinds that are not named are not mapped.
+          **kinds: the mapped axis of each kind's arrays, None, or a function of a leaf's path and shape that gives it.
+            Kinds that are not named are None, one for all; but optimizer state follows what it updates.
 
         Raises:
-          KindError: a kind that is not there.
+          KindError: a kind that is not there; something that is no axis.
+          StructureError: leaves of too few dimensions for their axis, all of them.
 
         Example:
           >>> from flax import nnx
@@ -347,14 +355,9 @@ class Plan(Layout, Shown):
           >>> plan.axes(stats=0)["stats"]["mean"]
           0
         """
-        from statewise.state import State
+        from statewise.axes import axes
 
-        for kind, axis in kinds.items():
-            if kind not in self.kinds:
-                raise unknown_kind(kind, self.kinds)
-            if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
-                raise KindError(f"{kind}={axis!r} is no axis.", kind=kind, mend=f"plan.axes({kind}=0)")
-        return State.of(self, [[kinds.get(kind)] * len(part) for kind, part in self._stored.items()])
+        return axes(self, kinds)
 
     # --- plans made of this one ----------------------------------------------------------------------------------
 
@@ -385,7 +388,7 @@ class Plan(Layout, Shown):
 
     @property
     def _plain(self) -> Plan:
-        """This plan with nothing packed."""
-        if not self._packing:
+        """This plan with nothing packed, and nothing per device."""
+        if not self._packing and not self._copies:
             return self
         return intern(Plan(self.kinds, self._graphdef, self._rows, self._groups, self._objects, self.dropped))

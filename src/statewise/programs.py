@@ -24,8 +24,13 @@ __all__ = ["Program", "program_of"]
 Program = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
-def program_of(plan: Plan, traced: Traced, groups: Sequence[Group]) -> tuple[Program, Routes]:
-    """The program of a traced call, which trains if there are optimizers to run, and its routes."""
+def program_of(
+    plan: Plan, traced: Traced, groups: Sequence[Group], axes: tuple[str, ...] = ()
+) -> tuple[Program, Routes]:
+    """The program of a traced call, which trains if there are optimizers to run, and its routes.
+
+    Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
+    """
     read = {number for number in range(traced.inputs) if traced.effects.read[number]}
     written = set(numbers_of(plan, traced.written))
     if not groups:
@@ -38,7 +43,7 @@ def program_of(plan: Plan, traced: Traced, groups: Sequence[Group]) -> tuple[Pro
         written |= update.writes
         whole |= update.whole
     routes = routes_of(plan, read, written, whole)
-    return _train(plan, traced, routes, updates), routes
+    return _train(plan, traced, routes, updates, axes), routes
 
 
 def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:
@@ -54,7 +59,7 @@ def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:
     return program
 
 
-def _train(plan: Plan, traced: Traced, routes: Routes, updates: Sequence[Update]) -> Program:
+def _train(plan: Plan, traced: Traced, routes: Routes, updates: Sequence[Update], axes: tuple[str, ...]) -> Program:
     """Differentiates the traced call and applies the optimizers.
 
     The output is the loss, or (loss, aux); `captured` beside it if the step captures.
@@ -76,6 +81,8 @@ def _train(plan: Plan, traced: Traced, routes: Routes, updates: Sequence[Update]
 
         wrt = [[before[number] for number in update.params] for update in updates]
         (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(wrt)
+        if axes:
+            grads, outputs = jax.lax.pmean(grads, axes), [jax.lax.pmean(outputs[0], axes), *outputs[1:]]
         # First what the function wrote, then the update on top of it, as `nnx.Optimizer` has it: layers that
         # normalise their own weights are updated from the normalised ones.
         arrays.store(spots, written)
@@ -84,7 +91,26 @@ def _train(plan: Plan, traced: Traced, routes: Routes, updates: Sequence[Update]
             def loss_of_group(given: Any, number: int = number, update: Update = update) -> Any:
                 return loss_of([*wrt[:number], update.group.arrays(given), *wrt[number + 1 :]])[0]
 
-            update.run(arrays, grads[number], outputs[0], loss_of_group)
+            value_of = averaged(loss_of_group, axes) if axes else loss_of_group
+            update.run(arrays, grads[number], outputs[0], value_of)
         return routes.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
+
+
+def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[Any], Any]:
+    """A loss averaged over the devices, with gradients that are averaged too: for optimizers that evaluate it."""
+
+    def value(given: Any) -> Any:
+        return jax.lax.pmean(loss_of(given), axes)
+
+    def forward(given: Any) -> tuple[Any, Any]:
+        loss, pull = jax.vjp(loss_of, given)
+        return jax.lax.pmean(loss, axes), pull
+
+    def backward(pull: Any, cotangent: Any) -> Any:
+        return jax.lax.pmean(pull(cotangent), axes)
+
+    made = jax.custom_vjp(value)
+    made.defvjp(forward, backward)
+    return made

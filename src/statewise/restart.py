@@ -19,6 +19,7 @@ import numpy as np
 from statewise.errors import KindError, StructureError
 from statewise.kinds import Kind
 from statewise.paths import Leaf, format_shape
+from statewise.places import Places
 from statewise.plan import Plan
 from statewise.state import (
     Part,
@@ -47,8 +48,9 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
         check_fits(state, chosen)
         slots = _slots(plan, chosen, where)
     old = [state.part(name).arrays for name in chosen]
+    places = tuple(state.part(name).places() for name in chosen)
     try:
-        fresh = _program(plan, chosen, slots is not None)(old, slots)
+        fresh = _program(plan, chosen, slots is not None, places)(old, slots)
     except (RuntimeError, ValueError) as error:
         deleted = [name for name in deleted_kinds(state) if name in chosen]
         if deleted:
@@ -143,34 +145,51 @@ def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
-    """The length of the batch axis of each array, with its leaf; -1 where it has none."""
+    """How many slots each array has along its batch axis, on all devices, with its leaf; -1 where it has none."""
     counts = []
     for name in kinds:
         axis = plan.kinds[name].batch_axis or 0
-        for leaf, spec in zip(plan._row_of_array[name], plan._specs[name], strict=True):
-            counts.append((leaf, spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1))
+        for at, (leaf, spec) in enumerate(zip(plan._row_of_array[name], plan._specs[name], strict=True)):
+            here = spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1
+            copies = plan._copies
+            each = copies.devices if copies and at in copies.of(name) else 1
+            counts.append((leaf, here * each if here >= 0 else here))
     return counts
 
 
 @functools.lru_cache(maxsize=256)
-def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool) -> Any:
+def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Places | None, ...]) -> Any:
     def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
         parts = [plan._unpacked(name, tuple(part)) for name, part in zip(kinds, parts, strict=True)]
-        fresh = [[_call(plan.kinds[name], array) for array in part] for name, part in zip(kinds, parts, strict=True)]
+        each = [plan._copies.of(name) if plan._copies else frozenset() for name in kinds]
+        fresh = [
+            [_call(plan.kinds[name], array, at in mine) for at, array in enumerate(part)]
+            for name, part, mine in zip(kinds, parts, each, strict=True)
+        ]
         _check_fresh(plan, kinds, parts, fresh)
         if slots is None:
             return [plan._packed(name, tuple(part)) for name, part in zip(kinds, fresh, strict=True)]
         return [
-            plan._packed(name, tuple(_where(plan.kinds[name], slots, *both) for both in zip(new, old, strict=True)))
-            for name, new, old in zip(kinds, fresh, parts, strict=True)
+            plan._packed(
+                name,
+                tuple(
+                    _where(plan.kinds[name], slots, *both, at in mine)
+                    for at, both in enumerate(zip(new, old, strict=True))
+                ),
+            )
+            for name, new, old, mine in zip(kinds, fresh, parts, each, strict=True)
         ]
 
-    return jax.jit(fresh_values, donate_argnums=0, keep_unused=True)
+    # Fresh values depend on nothing that lies anywhere: XLA would put them all on every device.
+    there = [None if lie is None else lie.shardings for lie in places]
+    options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
+    return jax.jit(fresh_values, donate_argnums=0, keep_unused=True, **options)
 
 
-def _call(kind: Kind, array: Any) -> Any:
+def _call(kind: Kind, array: Any, each: bool) -> Any:
+    """A fresh value; `each` where the array has a leading axis, one value for each device."""
     assert kind.restart is not None
-    return jnp.asarray(kind.restart(array))
+    return jnp.asarray((jax.vmap(kind.restart) if each else kind.restart)(array))
 
 
 def _check_fresh(plan: Plan, kinds: Sequence[str], old: Sequence[Any], fresh: Sequence[Any]) -> None:
@@ -189,6 +208,9 @@ def _check_fresh(plan: Plan, kinds: Sequence[str], old: Sequence[Any], fresh: Se
             )
 
 
-def _where(kind: Kind, slots: Any, fresh: Any, old: Any) -> Any:
+def _where(kind: Kind, slots: Any, fresh: Any, old: Any, each: bool) -> Any:
+    if each:  # the slots of the first device come first
+        by_device = slots.reshape(old.shape[0], -1)
+        return jax.vmap(lambda slots, fresh, old: _where(kind, slots, fresh, old, False))(by_device, fresh, old)
     axis = (kind.batch_axis or 0) % old.ndim
     return jnp.where(slots.reshape([-1 if at == axis else 1 for at in range(old.ndim)]), fresh, old)

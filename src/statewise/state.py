@@ -18,13 +18,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from statewise.errors import KindError, StructureError
+from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, format_path, format_shape
+from statewise.places import UNKNOWN, Places, places_of
 from statewise.plan import Plan
-from statewise.scan import Spec, spec_of
+from statewise.scan import spec_of
 from statewise.views import arrays_for, view
 
 __all__ = ["Part", "State"]
@@ -36,13 +36,15 @@ class Part:
     Attributes:
       arrays: the arrays, in the order of the plan.
       spent: what donated some of them, in words; None while all are there.
+      lie: where they lie on a mesh; `UNKNOWN` until `places` was asked.
     """
 
-    __slots__ = ("_ids", "_view", "arrays", "spent")
+    __slots__ = ("_ids", "_view", "arrays", "lie", "spent")
 
-    def __init__(self, arrays: tuple[Any, ...]) -> None:
+    def __init__(self, arrays: tuple[Any, ...], lie: Places | None = UNKNOWN) -> None:
         self.arrays = arrays
         self.spent: str | None = None
+        self.lie = lie
         self._view: Any = None
         self._ids: frozenset[int] | None = None
 
@@ -51,6 +53,12 @@ class Part:
         if self._ids is None:
             self._ids = frozenset(map(id, self.arrays))
         return self._ids
+
+    def places(self) -> Places | None:
+        """Where the arrays lie on a mesh; None where none does."""
+        if self.lie is UNKNOWN:
+            self.lie = places_of(self.arrays)
+        return self.lie
 
 
 class State:
@@ -200,6 +208,35 @@ class State:
 
         return restart(self, kinds, where)
 
+    def fold(self, *kinds: str, how: Any = "mean") -> State:
+        """This state with the values of all devices folded into one, the same on every device.
+
+        Args:
+          *kinds: kinds that lie `PerDevice`; by default all that do.
+          how: `"mean"`, `"first"`, or a function of an array with the leading axis that takes it away.
+
+        Returns:
+          a state of another plan, in which these kinds are `Replicated`.
+
+        Raises:
+          KindError: a kind that is not there, or does not lie per device; another `how`.
+          StructureError: whole numbers, booleans or keys under `"mean"`; a function that changes the leaf's shape or
+            dtype; a spent state.
+
+        Example:
+          >>> import jax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+          >>> kinds = sw.Kinds.standard().replace(stats=sw.Kind(nnx.BatchStat, placement=sw.PerDevice("data")))
+          >>> state = kinds.plan(model).take(model, mesh=jax.make_mesh((1,), ("data",)))
+          >>> state["stats"]["mean"].shape, state.fold("stats")["stats"]["mean"].shape
+          ((1, 3), (3,))
+        """
+        from statewise.folding import fold
+
+        return fold(self, kinds, how)
+
     def cast(self, /, **dtypes: Any) -> State:
         """A state of a new plan, its floating-point arrays in other dtypes.
 
@@ -222,26 +259,9 @@ class State:
           >>> half["params"]["kernel"].dtype, half.plan["params"][0].dtype
           (dtype(bfloat16), dtype(bfloat16))
         """
-        plan = self._plan
-        specs, cast = {}, {}
-        for kind, given in dtypes.items():
-            part = self.part(kind)
-            dtype = _floating(kind, given)
-            check_unspent(self, [kind])
-            # A float may become another float; complex numbers would lose a half.
-            arrays = tuple(
-                _cast(array, dtype) if jnp.issubdtype(spec.dtype, jnp.floating) else array
-                for array, spec in zip(plan._unpacked(kind, part.arrays), plan._specs[kind], strict=True)
-            )
-            specs[kind] = [Spec(array.shape, array.dtype) for array in arrays]
-            cast[kind] = arrays
-        return recast(self, plan._with_specs(specs), cast)
+        from statewise.casting import cast
 
-
-def _cast(array: Any, dtype: Any) -> Any:
-    if isinstance(array, jax.ShapeDtypeStruct):
-        return array.update(dtype=dtype)
-    return jax.lax.convert_element_type(array, dtype)
+        return cast(self, dtypes)
 
 
 def make_state(plan: Plan, parts: list[Part]) -> State:
@@ -250,19 +270,6 @@ def make_state(plan: Plan, parts: list[Part]) -> State:
     state._plan = plan
     state._parts = parts
     return state
-
-
-def recast(state: State, plan: Plan, arrays: dict[str, tuple[Any, ...]]) -> State:
-    """A state of another plan of the same leaves, with these arrays (in order) in some kinds; the rest is shared."""
-    old, made = state._plan, []
-    for kind, part in zip(old.kinds, state._parts, strict=True):
-        if kind in arrays:
-            made.append(Part(plan._packed(kind, arrays[kind])))
-        elif plan._packing.get(kind) == old._packing.get(kind):
-            made.append(part)
-        else:  # another kind's dtypes have changed which arrays go together
-            made.append(Part(plan._packed(kind, old._unpacked(kind, part.arrays))))
-    return make_state(plan, made)
 
 
 # --- the pytree ------------------------------------------------------------------------------------------------
@@ -283,30 +290,6 @@ def _unflatten(plan: Plan, children: Iterable[Any]) -> State:
 
 
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
-
-
-def _floating(kind: str, given: Any) -> Any:
-    try:
-        dtype = None if given is None else jnp.dtype(given)
-    except TypeError:
-        dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise KindError(
-            f"Kind {kind!r} cannot be cast to {_shown(given)}: no floating-point dtype.",
-            kind=kind,
-            mend=f"cast({kind}='bfloat16')",
-        )
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise KindError(
-            f"Kind {kind!r} cannot be cast to {dtype}: this process has no 64-bit numbers.",
-            kind=kind,
-            mend="jax.config.update('jax_enable_x64', True)  # before any array is made",
-        )
-    return dtype
-
-
-def _shown(given: Any) -> str:
-    return repr(given) if isinstance(given, (str, type)) or given is None else f"a {type(given).__name__}"
 
 
 _ONE_OF_A_BATCH = (

@@ -28,12 +28,14 @@ from statewise.capture import Capture
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
+from statewise.lowered import Lowered, no_state
+from statewise.perdevice import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
 from statewise.plan import Plan
 from statewise.programs import program_of
 from statewise.state import State
 from statewise.tracing import Eager, Traced, refuse_writes, trace
 
-__all__ = ["Compiled", "Lowered", "Step", "step", "train_step"]
+__all__ = ["Step", "step", "train_step"]
 
 ContractOf = Callable[[Plan, str], Contract]
 
@@ -188,7 +190,7 @@ class Step:
         plan = state._plan
         entry = self._only.get(plan)
         if entry is None and plan in self._recent:
-            entry = self._recent[plan].get(args_key(args, kwargs, self._arguments, plan._objects))
+            entry = self._recent[plan].get(args_key(args, kwargs, self._arguments, plan))
         if entry is not None:
             try:
                 return entry.run(state, args, kwargs)
@@ -212,7 +214,7 @@ class Step:
         with self._lock:
             entry = self._entry(state, args, kwargs)
             with entry.tracing():
-                return Lowered(entry, entry._fn.lower(*entry.operands(state, args, kwargs)))
+                return Lowered(entry, entry.lower(state, args, kwargs))
 
     # --- a signature not seen before ---------------------------------------------------------------------------
 
@@ -237,8 +239,8 @@ class Step:
         if not entry.closes_over_tracers:
             plan = state._plan
             recent = self._recent.setdefault(plan, {})
-            recent[args_key(args, kwargs, self._arguments, plan._objects)] = entry
-            if len(recent) == 1 and not self._arguments.static:
+            recent[args_key(args, kwargs, self._arguments, plan)] = entry
+            if len(recent) == 1 and not self._arguments.static and not plan._copies:
                 self._only[plan] = entry
             else:
                 self._only.pop(plan, None)
@@ -248,29 +250,37 @@ class Step:
         """The compiled function for this plan and signature; traced now if it is new."""
         entries = self._entries.setdefault(state._plan, {})
         key = (
-            args_key(args, kwargs, self._arguments, state._plan._objects),
+            args_key(args, kwargs, self._arguments, state._plan),
             full_key(state, self._arguments.split(args, kwargs, state._plan._objects)[:3]),
         )
         if not anew and key in entries:
             return entries[key]
-        traced, contract = self._trace(state, args, kwargs)
-        entry = self._make(state._plan, traced, contract)
+        traced, contract, specs = self._trace(state, args, kwargs)
+        entry = self._make(state._plan, traced, contract, specs)
         if not entry.closes_over_tracers:  # else it belongs to the caller's own trace, and ends with it
             entries[key] = entry
         return entry
 
-    def _trace(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract]:
-        plan = state._plan
+    def _trace(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
+        """One call traced and checked; where it runs on each device, also how the arguments are split among them."""
+        plan, copies, specs = state._plan, state._plan._copies, ()
         contract = self._contract_of(plan, self._name)
         capture = Capture(plan.kinds, self._capture)
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)
-        traced = trace(plan, self._bound(split.static, plan._objects), state, *dynamic, capture, self._name)
+        bound = self._bound(split.static, plan._objects)
+        if copies is None:
+            traced = trace(plan, bound, state, *dynamic, capture, self._name)
+        else:
+            specs = specs_of(copies, jax.tree.leaves(dynamic))
+            name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
+            local = local_arguments(copies, *dynamic, specs, name_of, self._name)
+            traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name))
         named, why_not = contract.named, contract.why_not
         refuse_writes(plan, traced, contract.allowed, named, why_not, self._name, contract.mend)
         if contract.trains:
             check_loss(traced, contract, bool(capture), self._name)
-        return traced, contract
+        return traced, contract, specs
 
     def _bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
         """The user's function with the static arguments in their places, after so many objects."""
@@ -283,8 +293,14 @@ class Step:
 
         return bound
 
-    def _make(self, plan: Plan, traced: Traced, contract: Contract) -> Entry:
-        program, routes = program_of(plan, traced, contract.groups)
+    def _make(self, plan: Plan, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
+        copies = plan._copies
+        program, routes = program_of(plan, traced, contract.groups, copies.axes if copies else ())
+        if copies and specs is not None:  # None where only the routes are asked about
+            differ = refuse_differences(plan, traced, specs, self._name)
+            if contract.trains:
+                differ[0] = False  # the loss, which is averaged
+            program = program_on_each(plan, program, routes, specs, differ)
         return Entry(
             plan,
             self._name,
@@ -304,8 +320,11 @@ class Step:
         unrolls, and every leaf that went through one would look written.
         """
         plan = state._plan
+        if plan._copies:  # no Python code can be stepped through on several devices at once
+            with jax.disable_jit(False):
+                return self(state, *args, **kwargs)
         with jax.disable_jit(False):
-            traced, contract = self._trace(state, args, kwargs)
+            traced, contract, _ = self._trace(state, args, kwargs)
         capture = Capture(plan.kinds, self._capture)
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)
@@ -314,80 +333,3 @@ class Step:
         donated, _, kept, _, _ = entry.operands(state, args, kwargs)
         written, out = entry.program(donated, kept, *dynamic)
         return (entry.received(state, written, donated=False), out) if contract.returns_state else out
-
-
-def no_state(name: str, given: Any) -> StructureError:
-    """The error for a step that is called with something else than a state."""
-    return StructureError(
-        f"{name} is a step: its first argument is a state, not {type(given).__name__}.",
-        mend=f"state = plan.take(model)\n{name}(state, ...)",
-    )
-
-
-class Lowered:
-    """A step lowered for one signature, ahead of time; made by `Step.lower`.
-
-    All that `jax.stages.Lowered` offers is here too (`as_text`, `cost_analysis` ...).
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import statewise as sw
-      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-      >>> @sw.step
-      ... def forward(model, x):
-      ...     return model(x)
-      >>> compiled = forward.lower(plan.abstract(), jax.ShapeDtypeStruct((4, 2), jnp.float32)).compile()
-      >>> compiled(plan.take(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), jnp.ones((4, 2))).shape
-      (4, 3)
-    """
-
-    def __init__(self, entry: Entry, lowered: jax.stages.Lowered) -> None:
-        self._entry = entry
-        self._lowered = lowered
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lowered, name)
-
-    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
-        """Compiles; takes the arguments of `jax.stages.Lowered.compile`."""
-        return Compiled(self._entry, self._lowered.compile(*args, **kwargs))
-
-
-class Compiled:
-    """A step compiled for one signature: called like the step; made by `Lowered.compile`.
-
-    All that `jax.stages.Compiled` offers is here too (`memory_analysis`, `as_text` ...).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import statewise as sw
-      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-      >>> @sw.step
-      ... def forward(model, x):
-      ...     return model(x)
-      >>> forward.lower(plan.abstract(), jnp.ones((4, 2))).compile()
-      <sw.Compiled forward>
-    """
-
-    def __init__(self, entry: Entry, compiled: jax.stages.Compiled) -> None:
-        self._entry = entry
-        self._compiled = compiled
-
-    def __repr__(self) -> str:
-        return f"<sw.Compiled {self._entry.name}>"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._compiled, name)
-
-    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Runs the compiled step on a state of the plan that it was compiled for."""
-        if type(state) is not State:
-            raise no_state(self._entry.name, state)
-        if state._plan is not self._entry.plan:
-            raise StructureError(
-                f"{self._entry.name} was compiled for another plan than this state's.",
-                mend=f"{self._entry.name}.lower(state, ...).compile()",
-            )
-        return self._entry.run(state, args, kwargs, self._compiled)

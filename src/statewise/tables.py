@@ -32,6 +32,7 @@ __all__ = [
     "kinds_table",
     "leaf_dict",
     "leaves_table",
+    "printable",
     "total_of",
 ]
 
@@ -67,7 +68,7 @@ class Table:
 
     def __post_init__(self) -> None:
         # A key of a user's dict may hold anything, a line break or a terminal's escape code too.
-        object.__setattr__(self, "rows", tuple(tuple(map(_printable, row)) for row in self.rows))
+        object.__setattr__(self, "rows", tuple(tuple(map(printable, row)) for row in self.rows))
 
     def __str__(self) -> str:
         from rich.cells import cell_len, set_cell_size
@@ -162,7 +163,8 @@ class Shown(abc.ABC):
         return self.table()._repr_html_()
 
 
-def _printable(cell: str) -> str:
+def printable(cell: str) -> str:
+    """Text with escapes for all that is not to be printed: line breaks, a terminal's codes, marks of direction."""
     if cell.isprintable():
         return cell
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cell)

@@ -61,8 +61,8 @@ class Traced:
 
 
 def _logical(plan: Plan, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A kind's arrays in order; of a packed part their shapes and dtypes, for the trace wants no more."""
-    if kind not in plan._packing:
+    """A kind's arrays in order; of a packed part, or on each device, shapes and dtypes: the trace wants no more."""
+    if kind not in plan._packing and not plan._copies:
         return arrays
     return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in plan._specs[kind])
 

@@ -48,7 +48,7 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
       StructureError: leaves missing, left over, of another shape or dtype, or donated; all are listed.
     """
     structure, slots = _layout(plan, kind)
-    specs = plan._specs[kind]
+    specs = plan._held[kind]
     leaves, found = jax.tree.flatten(given)
     if found != structure:
         keyed = {_plain(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(_unwrapped(given))[0]}

@@ -26,6 +26,7 @@ from statewise import _compat
 from statewise.checkpoint.foreign import SAFETENSORS_DTYPES, safetensors_package
 from statewise.checkpoint.handler import tree_handler
 from statewise.checkpoint.keys import OrbaxKeys, type_name
+from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import _STORABLE
 from statewise.checkpoint.sources import ARRAY
 from statewise.errors import SaveError
@@ -193,7 +194,7 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
         # In C order, and 0-d arrays as they are, which np.ascontiguousarray would change.
         flat = {key[0]: np.asarray(array, order="C") for key, array in zip(keys, arrays, strict=True)}
         package = safetensors_package()
-        with _committed(final) as place:
+        with _committed(final, arrays) as place:
             try:
                 package.numpy.save_file(flat, place, metadata={"statewise": _told(keys, pieces)})
             except package.SafetensorError as error:  # of the file system: dtypes were looked at before
@@ -213,7 +214,7 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
             f"There is nothing to write to {final}: no array has elements, and Orbax stores no others.",
             mend="sw.convert(src, 'run/converted.safetensors')",
         )
-    with _committed(final) as place, contextlib.closing(ocp.Checkpointer(tree_handler())) as checkpointer:
+    with _committed(final, arrays) as place, contextlib.closing(ocp.Checkpointer(tree_handler())) as checkpointer:
         checkpointer.save(_compat.epath(place), args=ocp.args.PyTreeSave(tree))
     return None
 
@@ -234,13 +235,14 @@ def _told(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 
 
 @contextlib.contextmanager
-def _committed(final: FilePath) -> Iterator[FilePath]:
-    """A place to write to, which has the final name when all went well, and is gone when not."""
+def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePath]:
+    """A place to write arrays to, which has the final name when all went well, and is gone when not."""
     folder = final.parent / f".{final.name}.tmp-{secrets.token_hex(4)}"
     place = folder / final.name
     try:
         folder.mkdir(parents=True)
-        yield place
+        with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [folder]):
+            yield place
         _flush(place)
         _give_name(place, final)
     except SaveError:

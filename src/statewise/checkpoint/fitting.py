@@ -114,8 +114,8 @@ def fit_alone(source: Source, to: str, rename: Any) -> Fit:
             continue
         path: Path = tuple(text.split("/")) if text else entry.path
         leaf = dataclasses.replace(entry.leaf(), path=path)
-        if to == "linen" and entry.kind == OPTIMIZER and entry.type == ARRAY:
-            continue  # Linen's variables hold no optimizer's state
+        if to == "linen" and entry.type == ARRAY and (entry.kind == OPTIMIZER or entry.average):
+            continue  # Linen's variables hold neither an optimizer's state nor averages
         if to == "linen" and entry.type is None:
             if len(path) < 2 or not linen:
                 made.problem(leaf, "is in no collection that NNX knows", _COLLECTION)
@@ -201,7 +201,7 @@ class _Fitter:
             _Wanted(placed, leaf, array, placed.start + at, self.find(leaf, array))
             for placed, leaf in zip(records_of(self.target.plan), self.target.plan.leaves, strict=True)
             if self.target.plan.kinds[placed.record.kind].saved
-            and not (to == "linen" and collection_of(leaf.type) is None and placed.record.kind == OPTIMIZER)
+            and not (to == "linen" and collection_of(leaf.type) is None and self.is_derived(leaf))
             for at, array in enumerate(placed.record.arrays)
         ]
         self.refuse_doubles(wanted)
@@ -243,6 +243,10 @@ class _Fitter:
 
     # --- one array -----------------------------------------------------------------------------------------------
 
+    def is_derived(self, leaf: Leaf) -> bool:
+        """Whether it is no leaf of the model, but kept by the plan: an optimizer's state, an average."""
+        return leaf.kind in {OPTIMIZER, *(average.into for average in self.target.plan._averages)}
+
     def keep(self, one: _Wanted, why: str) -> None:
         self.made.kept.append(dataclasses.replace(one.leaf, note=why))
         self.made.pieces.append(one.piece(None))
@@ -251,7 +255,8 @@ class _Fitter:
         """A leaf that the source lacks: its value is the target's, where that is allowed; otherwise it is missing."""
         kind = one.placed.record.kind
         declared = self.target.plan.kinds[kind].missing == "keep"
-        foreign = self.source.format != "statewise" and kind not in there and _is_of_run(one.leaf)
+        of_run = _is_of_run(one.leaf) or self.is_derived(one.leaf)
+        foreign = self.source.format != "statewise" and kind not in there and of_run
         why = f"the source has no {kind}" if foreign else self.where(one)
         if (declared or foreign) and self.has_values[kind]:
             self.keep(one, why)

@@ -19,20 +19,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
-from statewise.census import Census
 from statewise.checkpoint.handler import tree_handler
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import NAME
 from statewise.checkpoint.sources import Entry, Source, is_linen
+from statewise.derived import plain_key
 from statewise.errors import DamagedError, RestoreError, StatewiseError
-from statewise.moments import plain_key
-from statewise.paths import format_path
-from statewise.tables import count_leaves
+from statewise.paths import Leaf, format_path
 
 __all__ = [
     "SAFETENSORS_DTYPES",
     "absolute",
-    "foreign_census",
+    "foreign_leaves",
     "is_foreign",
     "items_with",
     "open_path",
@@ -121,19 +119,18 @@ def items_with(folder: Any, name: str) -> list[Any]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and (entry / name).exists())
 
 
-def foreign_census(path: Any) -> Census:
-    """The census of what others wrote; reads no array.
+def foreign_leaves(path: Any) -> list[Leaf]:
+    """The leaves of what others wrote, each with a kind; reads no array.
 
     A safetensors file that Statewise wrote tells the kinds; of Linen's variables each collection is one; anything else
     is of one kind, `arrays`.
     """
     source = open_path(path)
     linen = is_linen(source.entries)
-    leaves = []
-    for entry in source.entries:
-        kind = entry.kind or (str(entry.path[0]) if linen else "arrays")
-        leaves.append(dataclasses.replace(entry.leaf(), kind=kind))
-    return Census(count_leaves(leaves, dict.fromkeys((leaf.kind or "" for leaf in leaves), "-")))
+    return [
+        dataclasses.replace(entry.leaf(), kind=entry.kind or (str(entry.path[0]) if linen else "arrays"))
+        for entry in source.entries
+    ]
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------

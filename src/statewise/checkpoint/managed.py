@@ -9,7 +9,6 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 import errno
 import operator
 import os
-import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from statewise.census import Census
 from statewise.checkpoint.extras import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
 from statewise.checkpoint.items import checkpointable
 from statewise.checkpoint.manifest import NAME
+from statewise.checkpoint.progress import LARGE, bar
 from statewise.checkpoint.records import check_savable
 from statewise.checkpoint.report import RestoreReport
 from statewise.checkpoint.restoring import inspect, preview, restore
@@ -31,9 +31,6 @@ from statewise.errors import RestoreError, SaveError, StatewiseError
 from statewise.state import State
 
 __all__ = ["Checkpoints", "Restored"]
-
-# Bytes: from here on somebody who waits wants to see how far it is.
-LARGE = 256 * 1024 * 1024
 
 
 class Restored(NamedTuple):
@@ -285,7 +282,10 @@ class Checkpoints:
         return inspect(self.path(step))
 
     def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Waits until everything is written; in a terminal, with a progress bar where that is 256 MiB or more.
+        """Waits until everything is written.
+
+        Where that is 256 MiB or more, a terminal shows a progress bar, and elsewhere the logger `statewise` gets a line
+        now and then.
 
         Args:
           progress: called a few times a second with the bytes written and the bytes in all, in place of the bar.
@@ -297,7 +297,7 @@ class Checkpoints:
         try:
             if progress is not None:
                 self._watch(progress, total)
-            elif total >= LARGE and sys.stderr.isatty():
+            elif total >= LARGE:
                 self._show(total)
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -312,13 +312,8 @@ class Checkpoints:
         progress(total, total)
 
     def _show(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("writing a checkpoint", total=total)
-            self._watch(lambda written, _: bar.update(task, completed=written), total)
+        with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+            self._watch(lambda written, _: tell(written), total)
 
     def close(self) -> None:
         """Waits until everything is written, and lets the directory go.

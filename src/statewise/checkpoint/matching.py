@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from statewise.averages import EMA
 from statewise.checkpoint.bulk import no_collection
+from statewise.checkpoint.devices import Resized, resize, shape_of_one
 from statewise.checkpoint.keys import encode_path, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
@@ -28,11 +30,15 @@ def _ids(paths: Collection[Path]) -> set[str]:
 
 
 class Source(NamedTuple):
-    """A leaf of the target and the record of it in a checkpoint: the own one's (0) or its base (1)."""
+    """A leaf of the target and the record of it in a checkpoint: the own one's (0) or its base (1).
+
+    `changes` tells of each of its arrays what becomes of it on another number of devices.
+    """
 
     placed: Placed
     record: LeafRecord
     checkpoint: int
+    changes: tuple[Resized | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +138,7 @@ class _Matcher:
         why = "not asked for" if kind.saved else "ephemeral, never saved"
         if not lost:
             self.say(record, "kept", why)
-        elif not kind.saved and kind.restart is not None:
+        elif not kind.saved and (kind.restart is not None or kind.of is EMA):
             self.say(record, "restarted", why)
             self.restarted.append(placed)
         else:
@@ -166,8 +172,9 @@ class _Matcher:
         elif lost:
             self.say(record, "problem", f"{why}, and {lost}", [_WITH_VALUES])
         else:
-            keep = f"to keep the target's values, declare it: {_declared(record.kind, _KEEP)}"
-            self.say(record, "problem", why, [keep])
+            averages = self.plan.kinds[record.kind].of is EMA
+            do, how = ("begin with what is restored", _ANEW) if averages else ("keep the target's values", _KEEP)
+            self.say(record, "problem", why, [f"to {do}, declare it: {_declared(record.kind, how)}"])
 
     def extra(self, leaves: Sequence[LeafRecord]) -> None:
         """Leaves that the checkpoint alone has."""
@@ -183,6 +190,8 @@ class _Matcher:
     def compare(self, placed: Placed, there: LeafRecord, checkpoint: int) -> None:
         record = placed.record
         words = _differences(record, there)
+        changes = self.resize(record, there)
+        words += [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized)]
         wide = [ours.dtype for ours in record.arrays if ours.prng is None and _is_too_wide(ours.dtype)]
         if wide:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
@@ -199,12 +208,21 @@ class _Matcher:
             why = ", ".join(word for word, _ in words)
             self.say(record, "problem", f"is {why} in the checkpoint{end}", [mend for _, mend in words])
             return
-        if recast:
+        onto = list(dict.fromkeys(one.words for one in changes if isinstance(one, Resized)))
+        if onto:
+            self.say(record, "resized", ", ".join([*onto, *["from the base"] * checkpoint]))
+        elif recast:
             casts = dict.fromkeys(f"from {theirs.dtype} to {ours.dtype}" for ours, theirs in recast)
             self.say(record, "cast", ", ".join([*casts, *["from the base"] * checkpoint]))
         else:
             self.say(record, "restored", "from the base" if checkpoint else "")
-        self.sources.append(Source(placed, there, checkpoint))
+        self.sources.append(Source(placed, there, checkpoint, tuple(changes)))
+
+    def resize(self, record: LeafRecord, there: LeafRecord) -> list[Any]:
+        """What becomes of each array on another number of devices; words where nothing can."""
+        if not _same_structure(record, there):
+            return [None] * len(record.arrays)
+        return [resize(self.plan, record, *pair) for pair in zip(record.arrays, there.arrays, strict=True)]
 
 
 def _is_too_wide(dtype: str) -> bool:
@@ -215,6 +233,7 @@ _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
 _CAST = "sw.restore(path, target, cast=True)"
 _RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
 _KEEP = "missing='keep'"
+_ANEW = "missing='restart'"
 _SIZES = "build the model with the sizes that it was saved with"
 _TIE = "tie the same leaves in the model before planning it, as they were when it was saved"
 _UNTIE = "untie the leaves in the model before planning it, as they were when it was saved"
@@ -241,7 +260,7 @@ def _differences(record: LeafRecord, there: LeafRecord) -> list[tuple[str, str]]
                 is_ = f"a PRNG key of {theirs.prng}" if theirs.prng else f"no PRNG key but {theirs.dtype}"
                 make = f"make it a key: jax.random.key(0, impl={theirs.prng!r})"
                 words.append((is_ + within, make if theirs.prng else _MAKE_DATA))
-            elif ours.shape != theirs.shape:
+            elif ours.shape != theirs.shape and shape_of_one(ours) != shape_of_one(theirs):
                 words.append((format_shape(theirs.shape) + within, _SIZES))
     here, gone = _ids(record.aliases), _ids(there.aliases)
     if here != gone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from statewise.averages import EMA
 from statewise.checkpoint.finding import find_with_base
 from statewise.checkpoint.foreign import absolute, items_with, open_path
 from statewise.checkpoint.manifest import NAME, ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.sources import Entry, Source
 from statewise.errors import RestoreError
+from statewise.filters import as_code
 from statewise.paths import format_path
 
 __all__ = ["open_any"]
@@ -54,7 +57,8 @@ def _open_statewise(folder: Any) -> Source:
     entries, leaf_of = [], {}
     for identity, (_, _, leaf) in held.items():
         for one in leaf.arrays:
-            entry = _entry(leaf, one)
+            averages = leaf.kind in manifests[0].kinds and manifests[0].kinds[leaf.kind].of == as_code(EMA)
+            entry = dataclasses.replace(_entry(leaf, one), average=averages)
             entries.append(entry)
             leaf_of[entry.name] = identity
 

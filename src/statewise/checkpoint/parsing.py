@@ -19,6 +19,7 @@ import numpy as np
 
 from statewise import _compat
 from statewise.checkpoint.bulk import no_collection
+from statewise.checkpoint.devices import EACH
 from statewise.checkpoint.keys import decode_path, dtype_of, encode_path
 from statewise.checkpoint.manifest import (
     FORMAT,
@@ -257,6 +258,9 @@ def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
         _need(buffers[number].dtype == dtype, "an array is of another dtype than its buffer")
     _need(made.key or made.buffer or math.prod(inside) == 0, "an array is not stored")
     _need(made.placement is None or isinstance(made.placement, dict), "a placement is none")
+    if made.placement and EACH in made.placement:
+        each = made.placement[EACH]
+        _need(type(each) is int and shape[:1] == (each,), "an array has not a value for each device")
     return made
 
 

@@ -16,13 +16,14 @@ import jax
 import numpy as np
 
 from statewise.checkpoint.bulk import no_collection
+from statewise.checkpoint.devices import EACH
 from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
 from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
+from statewise.derived import plain_key
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
-from statewise.layout import OPTIMIZER
-from statewise.moments import plain_key
 from statewise.paths import Path
+from statewise.placement import with_copies
 from statewise.plan import Plan
 from statewise.scan import ONE, Spec, value_of
 from statewise.state import State, check_fits, check_unspent
@@ -50,8 +51,11 @@ _known: weakref.WeakKeyDictionary[Plan, tuple[Placed, ...]] = weakref.WeakKeyDic
 
 
 def records_of(plan: Plan) -> tuple[Placed, ...]:
-    """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored."""
-    plan = plan._plain
+    """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored.
+
+    What lies per device has the shape that a state holds, and says for how many devices.
+    """
+    plan = with_copies(plan._plain, plan._copies)
     found = _known.get(plan)
     if found is None:
         found = _known[plan] = tuple(_records(plan))
@@ -63,18 +67,22 @@ def _records(plan: Plan) -> list[Placed]:
     leaves = iter(plan.leaves)
     for row, span in zip(plan._rows, plan._spans, strict=True):
         leaf = next(leaves)
+        specs = plan._held[span.kind][span.start : span.stop]
+        each = plan._copies.of(span.kind) if plan._copies else ()
         arrays = tuple(
-            _record(within, spec)
-            for within, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True)
+            _record(within, spec, plan._copies.devices if plan._copies and at in each else 0)
+            for at, (within, spec) in enumerate(zip(_within(row.structure, len(specs)), specs, strict=True), span.start)
         )
         structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
         placed.append(Placed(record, span.start))
-    for group, (start, _) in zip(plan._groups, plan._moment_spans, strict=True):
-        for number, spec in enumerate(group.layout.specs):
-            path = next(leaves).path
-            record = LeafRecord(path, OPTIMIZER, type_name(jax.Array), None, (_record((), spec),))
-            placed.append(Placed(record, start + number))
+    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+        for position in range(start, stop):
+            leaf = next(leaves)
+            copies = plan._copies
+            devices = copies.devices if copies and position in copies.of(one.into) else 0
+            array = _record((), plan._held[one.into][position], devices)
+            placed.append(Placed(LeafRecord(leaf.path, one.into, type_name(jax.Array), None, (array,)), position))
     return placed
 
 
@@ -85,7 +93,7 @@ def _within(structure: Any, count: int) -> list[Path]:
     return [tuple(map(plain_key, keys)) for keys, _ in keyed]
 
 
-def _record(within: Path, spec: Spec) -> ArrayRecord:
+def _record(within: Path, spec: Spec, devices: int = 0) -> ArrayRecord:
     prng = prng_of(spec.dtype)
     stored: tuple[tuple[int, ...], str] | None = None
     if prng is not None:
@@ -93,7 +101,8 @@ def _record(within: Path, spec: Spec) -> ArrayRecord:
         stored = (words.shape, str(words.dtype))
     elif str(spec.dtype) not in _STORABLE:
         stored = (spec.shape, "uint8")
-    return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored)
+    placement = {EACH: devices} if devices else None
+    return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored, placement=placement)
 
 
 def unpacked(state: State, kind: str) -> tuple[Any, ...]:
@@ -153,6 +162,8 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
             elif size:
                 key = keys.key(record.path + blank.within)
                 _insert(tree, key, stored)
+            if blank.placement:
+                placement = blank.placement | (placement or {})
             arrays.append(blank.stored_at(key, buffer, placement))
         records.append(record.holding(tuple(arrays)))
     _refuse_twins(records)
@@ -200,10 +211,11 @@ def _refuse_twins(records: Sequence[LeafRecord]) -> None:
     """Raises where two leaves have one path: a model's own `optimizer/params/0/count`, and that of its optimizer."""
     if len({record.id for record in records}) < len(records):
         counts = collections.Counter(record.id for record in records)
+        attribute = next(str(record.path[0]) for record in records if counts[record.id] > 1)
         raise StructureError(
             "Two leaves have one path, by which a restore could not tell them apart.",
             leaves=[record.leaf() for record in records if counts[record.id] > 1],
-            mend=f"give the model's attribute {OPTIMIZER!r} another name: there the optimizers of the plan have theirs",
+            mend=f"give the model's attribute {attribute!r} another name: the plan keeps what it derives there",
         )
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statewise.averages import EMA
 from statewise.census import Census
+from statewise.checkpoint.devices import resized
 from statewise.checkpoint.finding import as_path, find, find_with_base
-from statewise.checkpoint.foreign import foreign_census, is_foreign
+from statewise.checkpoint.foreign import foreign_leaves, is_foreign
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
@@ -27,8 +29,9 @@ from statewise.errors import RestoreError, StructureError
 from statewise.paths import Leaf, format_shape
 from statewise.state import State, check_fits, is_deleted
 from statewise.tables import count_leaves
+from statewise.using import averages_in
 
-__all__ = ["inspect", "preview", "restore"]
+__all__ = ["inspect", "leaves_on_disk", "preview", "restore"]
 
 
 def restore(
@@ -123,15 +126,21 @@ def inspect(path: Any) -> Census:
       >>> sw.inspect(f"{folder}/first")["params"].elements
       9
     """
+    return Census(count_leaves(*leaves_on_disk(path)))
+
+
+def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
+    """The leaves of what `inspect` counts, and the treatment of each kind in words; reads no array."""
     path = as_path(path)
     if is_foreign(path):
-        return foreign_census(path)
+        leaves = foreign_leaves(path)
+        return leaves, dict.fromkeys((leaf.kind or "" for leaf in leaves), "-")
     manifest = read_manifest(find(path))
     treatments = {
         name: kind.treatment if kind.saved or "not saved" in kind.treatment else "not in this checkpoint"
         for name, kind in manifest.kinds.items()
     }
-    return Census(count_leaves(map(_as_in_models, manifest.leaves), treatments))
+    return list(map(_as_in_models, manifest.leaves)), treatments
 
 
 def _as_in_models(record: LeafRecord) -> Leaf:
@@ -188,6 +197,9 @@ def _shardings(source: Source, target: State) -> list[Any]:
     made = []
     for offset in range(len(source.record.arrays)):
         array = parts[source.placed.start + offset] if parts is not None else None
+        if source.changes[offset] is not None:  # it is put there when it is what it has to become
+            made.append(None)
+            continue
         made.append(getattr(array, "sharding", None) or _default_sharding())
     return made
 
@@ -213,6 +225,8 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
     own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in found.restarted}}
     for placed in found.restarted:
         record = placed.record
+        if target.plan.kinds[record.kind].of is EMA:
+            continue  # averages begin as what is restored
         restart = target.plan.kinds[record.kind].restart
         current = own[record.kind]
         for position in range(placed.start, placed.start + len(record.arrays)):
@@ -220,7 +234,8 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
             sharding = getattr(value, "sharding", None)
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
-            made = jnp.asarray(restart(value))
+            each = target.plan._copies is not None and position in target.plan._copies.of(record.kind)
+            made = jnp.asarray(jax.vmap(restart)(value) if each else restart(value))
             if (made.shape, made.dtype) != (value.shape, value.dtype):
                 odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
             else:
@@ -235,6 +250,25 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
             mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
         )
     return fresh
+
+
+def _begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) -> None:
+    """Averages that are restarted begin as copies of what they are of, as it was restored."""
+    plan = target.plan
+    wanted = [placed for placed in found.restarted if plan.kinds[placed.record.kind].of is EMA]
+    own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in wanted}}
+    for placed in wanted:
+        kind, position = placed.record.kind, placed.start
+        average, start = next(
+            (one, start) for one, start in averages_in(plan, kind) if position - start < len(one.layout.specs)
+        )
+        spec, of = plan._specs[kind][position], plan._params_of(average)[position - start : position - start + 1]
+        value = jnp.zeros(spec.shape, spec.dtype)  # of nothing: a count
+        for source, at in of:
+            there = new.get(source, {})
+            value = jnp.array(there[at] if at in there else _own(target, source)[at], dtype=spec.dtype)
+        sharding = getattr(own[kind][position], "sharding", None)
+        new.setdefault(kind, {})[position] = jax.device_put(value, sharding)
 
 
 def _fits(array: Any, made: Any) -> bool:
@@ -252,13 +286,17 @@ def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: 
     new: dict[str, dict[int, Any]] = {}
     lost: list[Leaf] = []
     for source, read in zip(found.sources, arrays, strict=True):
+        kind = source.placed.record.kind
         for offset, (array, ours) in enumerate(zip(read, source.placed.record.arrays, strict=True)):
             if ours.prng is None and array.dtype != dtype_of(ours.dtype):
                 made = array.astype(ours.dtype)
                 if not _fits(array, made):
                     lost.append(source.placed.record.leaf(f"{array.dtype} numbers that have no place in {ours.dtype}"))
                 array = made
-            new.setdefault(source.placed.record.kind, {})[source.placed.start + offset] = array
+            at, change = source.placed.start + offset, source.changes[offset]
+            if change is not None:
+                array = resized(array, change, getattr(target.part(kind).arrays[at], "sharding", None))
+            new.setdefault(kind, {})[at] = array
     if lost:
         raise RestoreError(
             "Casting would lose numbers: they are too large for the target's dtype.",
@@ -267,6 +305,7 @@ def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: 
         )
     for (kind, position), array in fresh.items():
         new.setdefault(kind, {})[position] = array
+    _begin_averages(found, target, new)
     parts = []
     for kind in plan.kinds:
         made, count = new.get(kind, {}), len(plan._specs[kind])

@@ -27,6 +27,7 @@ from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
+from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import kinds_of, lay_out
 from statewise.errors import SaveError, StructureError
 from statewise.paths import Leaf
@@ -84,7 +85,9 @@ def save(
     check_layout(layout)
     final = _final(path)
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
-    with _committed(final) as temporary:
+    first = jax.process_index() == 0  # it shows how far all of them are
+    size = sum(leaf.nbytes for leaf in state.plan.leaves if leaf.kind in kinds) if first else 0
+    with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
         handler = StateHandler()
         try:
             run(handler.begin(_compat.epath(temporary), saving))

@@ -38,6 +38,7 @@ class Entry:
       type: the type of its leaf, `flax.nnx:Param`, where the source tells.
       prng: of the words of PRNG keys, the implementation, where the source tells.
       aliases: other paths of its leaf, where the source tells.
+      average: whether it is an average that a plan keeps, and no leaf of the model.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     type: str | None = None
     prng: str | None = None
     aliases: tuple[Path, ...] = ()
+    average: bool = False
 
     def leaf(self, note: str = "") -> Leaf:
         """The entry as tables and errors show it."""

@@ -16,6 +16,7 @@ from statewise.cli.memory import parse_mesh
 from statewise.cli.targets import Target, UsageError, load, one_line
 from statewise.errors import FilterError, KindError, StatewiseError
 from statewise.kinds import Kinds
+from statewise.lint import lint
 from statewise.memory import memory
 from statewise.plan import Plan
 from statewise.scan import ModelError
@@ -92,6 +93,13 @@ def _memory(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     return _show(args, counted.table(), counted.to_dict())
 
 
+def _lint(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    model, _ = _model(args, stack)
+    findings = lint(model, kinds=_kinds(args, stack), ignore=args.ignore, decode_length=args.decode_length)
+    print(findings.to_json() if args.json else findings)
+    return 1 if findings else 0
+
+
 def _explain(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     model, target = _model(args, stack)
     types = {leaf.type for leaf in explain(model, ...).leaves}
@@ -145,6 +153,7 @@ _COMMANDS = {
     "plan": _plan,
     "explain": _explain,
     "memory": _memory,
+    "lint": _lint,
     "inspect": _inspect,
     "convert": _convert,
     "diff": _diff,

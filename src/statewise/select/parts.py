@@ -343,7 +343,8 @@ def _tied(model: Any, path: Path, live: Mapping[Path, Any]) -> list[tuple[str, L
     for key in path:
         at = getattr(at, key, None) if isinstance(key, str) and hasattr(at, key) else _item(at, key)
     for first, leaf in live.items():
-        if leaf is at and isinstance(leaf, nnx.Variable):
+        # An nnx.List has its items as attributes too: "0" for 0 is another key, and no tie.
+        if leaf is at and isinstance(leaf, nnx.Variable) and format_path(first) != format_path(path):
             return [("tied", row_of(path, leaf, note=f"tied: the same leaf as {format_path(first)}, which names it"))]
     return []
 

@@ -1,0 +1,135 @@
+"""Which outputs of a jaxpr depend on some of its inputs; and so which gradients are zero, whatever the numbers.
+
+A gradient is linear in the cotangent of the loss: it is that cotangent, pulled back through the program.  So the
+question "is this leaf's gradient zero for all values?" is asked of the pulled-back program itself: where the
+cotangent never reaches a gradient, the gradient is a constant, and the only constant that is linear is zero.  JAX's
+own differentiation rules have then said already that `stop_gradient`, `argmax`, comparisons and integers let nothing
+through, that a custom derivative returns zeros, and which branch of a loop carries what.
+
+What is found is *structural*: a ReLU that happens to be dead lets its cotangent through, and has no zero gradient here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statewise import _compat
+from statewise.effects import body_of
+
+__all__ = ["reached", "zero_gradients"]
+
+_Flags = tuple[bool, ...]
+
+
+def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[bool]:
+    """For each array of `wrt`, whether the gradient of the loss with respect to it is zero whatever the values.
+
+    Nothing is computed: the gradient is traced.
+
+    Args:
+      loss_of: a function of `wrt` and the others that returns a real scalar.
+      wrt: a pytree of arrays, concrete or abstract.
+      *others: more of them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from statewise.audit.dependence import zero_gradients
+      >>> zero_gradients(lambda x: x[0] * jax.lax.stop_gradient(x[1]), [jnp.ones(()), jnp.ones(())])
+      [False, True]
+    """
+
+    def pulled_back(cotangent: Any, wrt: Any, others: Any) -> Any:
+        loss, pullback = jax.vjp(lambda wrt: loss_of(wrt, *others), wrt)
+        return jax.tree.leaves(pullback(cotangent.astype(loss.dtype)))
+
+    closed = jax.make_jaxpr(pulled_back)(jnp.ones((), jnp.float32), wrt, others)
+    inputs = [True] + [False] * (len(closed.in_avals) - 1)
+    return [not is_reached for is_reached in reached(closed, inputs)]
+
+
+def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
+    """Says for each output of a jaxpr whether it depends on one of the chosen inputs.
+
+    A product with a literal zero depends on nothing; whatever else may depend on an input is taken to do so.
+
+    Args:
+      closed: a closed or open jaxpr.
+      inputs: for each input, whether it is chosen.
+    """
+    return _Walk().outputs(closed, tuple(inputs))
+
+
+class _Walk:
+    """Follows values forward through jaxprs; remembers the answer for each body and each choice of inputs."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[int, _Flags], _Flags] = {}
+
+    def outputs(self, closed: Any, inputs: _Flags) -> _Flags:
+        jaxpr = _compat.inner_jaxpr(closed)
+        if not any(inputs):
+            return (False,) * len(jaxpr.outvars)
+        key = id(jaxpr), inputs  # the bodies are alive for as long as the jaxpr that is walked
+        if key not in self.known:
+            touched = {var for var, chosen in zip(jaxpr.invars, inputs, strict=True) if chosen}
+            for eqn in jaxpr.eqns:
+                flags = tuple(_is_in(touched, var) for var in eqn.invars)
+                if any(flags):
+                    through = self.through(eqn, flags)
+                    touched.update(var for var, flag in zip(eqn.outvars, through, strict=True) if flag)
+            self.known[key] = tuple(_is_in(touched, var) for var in jaxpr.outvars)
+        return self.known[key]
+
+    def through(self, eqn: Any, flags: _Flags) -> _Flags:
+        """Which results of an equation depend on its chosen operands."""
+        name = eqn.primitive.name
+        if name == "mul" and any(map(_is_zero, eqn.invars)):
+            return (False,)
+        if name == "scan":
+            return self.through_scan(eqn, flags)
+        if name == "while":
+            return self.through_while(eqn, flags)
+        if name == "cond" and not flags[0]:
+            branches = [self.outputs(branch, flags[1:]) for branch in eqn.params["branches"]]
+            return tuple(any(of_branches) for of_branches in zip(*branches, strict=True))
+        body = body_of(eqn)
+        if body is not None and len(_compat.inner_jaxpr(body).invars) == len(flags):
+            return self.outputs(body, flags)
+        return (True,) * len(eqn.outvars)
+
+    def through_scan(self, eqn: Any, flags: _Flags) -> _Flags:
+        consts, carry = _compat.scan_counts(eqn)
+        results = self.settled(eqn.params["jaxpr"], flags, consts, carry)
+        # A loop of no turns hands out what it was given.
+        return tuple(a or b for a, b in zip(results[:carry], flags[consts:], strict=False)) + results[carry:]
+
+    def through_while(self, eqn: Any, flags: _Flags) -> _Flags:
+        asked, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = len(flags) - asked - consts
+        results = self.settled(eqn.params["body_jaxpr"], flags[asked:], consts, carry)
+        carried = tuple(a or b for a, b in zip(results, flags[asked + consts :], strict=True))
+        (turns,) = self.outputs(eqn.params["cond_jaxpr"], flags[:asked] + carried)
+        return (True,) * carry if turns else carried
+
+    def settled(self, body: Any, flags: _Flags, consts: int, carry: int) -> _Flags:
+        """The results of a loop's body when what is carried has gone round until nothing new depends."""
+        while True:
+            results = self.outputs(body, flags)
+            carried = tuple(a or b for a, b in zip(flags[consts : consts + carry], results, strict=False))
+            grown = flags[:consts] + carried + flags[consts + carry :]
+            if grown == flags:
+                return results
+            flags = grown
+
+
+def _is_in(touched: set[Any], var: Any) -> bool:
+    return not isinstance(var, _compat.Literal) and var in touched
+
+
+def _is_zero(var: Any) -> bool:
+    return isinstance(var, _compat.Literal) and np.ndim(var.val) == 0 and bool(np.all(np.asarray(var.val) == 0))

@@ -1,0 +1,148 @@
+"""Axes instead of arrays: what `jax.vmap` takes for a state.
+
+`plan.axes(stats=0)` is a state of the plan with an axis, or None, in the place of each array.  To JAX it is a tree
+like any other, so a state is mapped by plain `jax.vmap`: kinds that are not named are one for all, those with an axis
+are many, one for each turn.  What cannot be known here, JAX says itself, by kind and path: a kind without an axis that
+is written under the map is "at vmap out_axes['stats/norm/mean'], got axis spec None but output was batched".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from statewise.errors import KindError, StructureError
+from statewise.kinds import unknown_kind
+from statewise.layout import OPTIMIZER
+from statewise.paths import Leaf
+from statewise.plan import Plan
+from statewise.scan import Spec
+from statewise.state import State
+
+__all__ = ["axes"]
+
+Axis = int | None
+
+
+def axes(plan: Plan, given: Mapping[str, Any]) -> State:
+    """See `Plan.axes`."""
+    for kind, axis in given.items():
+        if kind not in plan.kinds:
+            raise unknown_kind(kind, plan.kinds)
+        if not (callable(axis) or _is_axis(axis)):
+            raise KindError(f"{kind}={axis!r} is no axis.", kind=kind, mend=f"plan.axes({kind}=0)")
+    found = {kind: _each(plan, kind, given.get(kind)) for kind in plan.kinds}
+    follows = OPTIMIZER in plan.kinds and OPTIMIZER not in given
+    if follows:
+        found[OPTIMIZER] = _followed(plan, found)
+    slots = _in_slots(plan, found)
+    if follows:
+        # A count has no second axis: it is mapped along the first.
+        specs = plan._stored[OPTIMIZER]
+        slots[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(slots[OPTIMIZER], specs, strict=True)]
+    _check_ranks(plan, slots)
+    return State.of(plan, slots.values())
+
+
+def _is_axis(axis: Any) -> bool:
+    return axis is None or (isinstance(axis, int) and not isinstance(axis, bool))
+
+
+def _each(plan: Plan, kind: str, given: Any) -> list[Axis]:
+    """The axis of each array of a kind, in the order of the plan."""
+    specs = plan._specs[kind]
+    if not callable(given):
+        return [given] * len(specs)
+    found, odd = [], []
+    for leaf, spec in zip(plan._row_of_array[kind], specs, strict=True):
+        path = leaf.path[plan._several :] if leaf.path[:1] != (OPTIMIZER,) else leaf.path
+        axis = given(path, spec.shape)
+        found.append(axis)
+        if not _is_axis(axis):
+            odd.append(_noted(leaf, f"given {axis!r}"))
+    if odd:
+        raise KindError(
+            f"The function of kind {kind!r} gives something else than axes.",
+            leaves=odd,
+            kind=kind,
+            mend=f"plan.axes({kind}=lambda path, shape: 0 if path[0] == 'head' else None)",
+        )
+    return found
+
+
+def _followed(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> list[Axis]:
+    """The axes of optimizer state: of all that one optimizer keeps as soon as something that it updates is mapped.
+
+    Even where only some of its leaves are mapped, its counts and norms come out different for each of them.
+    """
+    # Nothing tells what an `nnx.Optimizer` among the objects updates: as NNX's own default, every `nnx.Param`.
+    params = [
+        axis
+        for kind in plan.kinds
+        if kind != OPTIMIZER
+        for leaf, axis in zip(plan._row_of_array[kind], found[kind], strict=True)
+        if isinstance(leaf.type, type) and issubclass(leaf.type, nnx.Param)
+    ]
+    made = [_first(params)] * len(plan._specs[OPTIMIZER])
+    for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True):
+        made[start:stop] = [_first([found[kind][at] for kind, at in plan._params_of(group)])] * (stop - start)
+    return made
+
+
+def _first(found: Sequence[Axis]) -> Axis:
+    return next((axis for axis in found if axis is not None), None)
+
+
+def _in_slots(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> dict[str, list[Axis]]:
+    """The axis of what stands in each slot: arrays that are packed together are mapped together."""
+    slots: dict[str, list[Axis]] = {}
+    odd: list[Leaf] = []
+    for kind, here in zip(plan.kinds, plan._slots, strict=True):
+        slots[kind] = []
+        for slot in here:
+            positions = (slot,) if isinstance(slot, int) else slot.positions
+            several = [found[kind][position] for position in positions]
+            slots[kind].append(several[0])
+            odd += [
+                _noted(plan._row_of_array[kind][position], f"axis {axis}, packed with others of axis {several[0]}")
+                for position, axis in zip(positions, several, strict=True)
+                if axis != several[0]
+            ]
+    if odd:
+        raise StructureError(
+            "Arrays that are packed into one buffer have one axis.",
+            leaves=odd,
+            kind=odd[0].kind,
+            mend="one axis for the whole kind, or take the state without pack=",
+        )
+    return slots
+
+
+def _check_ranks(plan: Plan, slots: Mapping[str, Sequence[Axis]]) -> None:
+    odd = [
+        _noted(leaf, f"with another axis it has {len(spec.shape) + 1}; axis {axis} is not one of them")
+        for kind, part in slots.items()
+        for leaf, spec, axis in zip(plan._leaf_of_slot[kind], plan._stored[kind], part, strict=True)
+        if not _has(spec, axis)
+    ]
+    if odd:
+        kinds = list(dict.fromkeys(leaf.kind or "" for leaf in odd))
+        raise StructureError(
+            f"{len(odd)} {'leaf has' if len(odd) == 1 else 'leaves have'} no such axis.",
+            leaves=odd,
+            kind=kinds[0] if len(kinds) == 1 else None,
+            mend=f"the first axis, which every array can have: plan.axes({', '.join(f'{kind}=0' for kind in kinds)})\n"
+            f"or one for each: plan.axes({kinds[0]}=lambda path, shape: 1 if len(shape) > 1 else 0)",
+        )
+
+
+def _has(spec: Spec, axis: Axis) -> bool:
+    rank = len(spec.shape) + 1  # the mapped axis comes on top of the leaf's own
+    return axis is None or -rank <= axis < rank
+
+
+def _noted(leaf: Leaf, note: str) -> Leaf:
+    return dataclasses.replace(leaf, note=note)

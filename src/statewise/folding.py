@@ -1,0 +1,168 @@
+"""Per-device values into one: `state.fold("stats", how="mean")`.
+
+What comes out is a state of another plan, in which the folded kinds are replicated: one value, on every device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from statewise.copies import Copies
+from statewise.errors import KindError, StructureError
+from statewise.intern import intern
+from statewise.kinds import Kinds
+from statewise.lies import Lies
+from statewise.paths import Leaf, format_shape
+from statewise.placement import on_mesh
+from statewise.placements import folded
+from statewise.places import Places
+from statewise.plan import Plan
+from statewise.state import Part, State, check_fits, check_unspent, make_state
+
+__all__ = ["fold", "refuse_copies"]
+
+How = str | Callable[[Any], Any]
+
+
+def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
+    """See `State.fold`."""
+    plan = state._plan
+    for kind in kinds:
+        state.part(kind)
+    if how not in ("mean", "first") and (isinstance(how, type) or not callable(how)):
+        shown = repr(how) if isinstance(how, str) else type(how).__name__
+        raise KindError(
+            f"how={shown} does not say how several values become one.",
+            mend="how='mean', how='first', or a function of the stacked values: how=lambda array: array.max(axis=0)",
+        )
+    copies = plan._copies
+    have = [kind for kind in plan.kinds if copies and copies.of(kind)]
+    chosen = tuple(kinds) or tuple(have)
+    missing = [kind for kind in chosen if kind not in have]
+    if missing or copies is None:
+        what = f"Kind {missing[0]!r} holds" if missing else "This state holds"
+        raise KindError(
+            f"{what} one value of each leaf: there is nothing to fold.",
+            kind=missing[0] if missing else None,
+            mend=f"state.fold({', '.join(map(repr, have))})" if have else "it can be used as it is",
+        )
+    check_unspent(state, chosen)
+    check_fits(state, chosen)
+    if how == "mean":
+        _refuse_means(plan, copies, chosen)
+    kinds_after = plan.kinds.replace(**{kind: _folded_kind(plan.kinds, kind) for kind in chosen})
+    target = _target(plan, kinds_after)
+    parts = [state.part(kind).arrays for kind in chosen]
+    places = tuple(state.part(kind).places() for kind in chosen)
+    made = list(state._parts)
+    for kind, arrays in zip(chosen, _program(plan, chosen, how, places)(parts), strict=True):
+        made[plan._index[kind]] = Part(tuple(arrays))
+    return make_state(target, made)
+
+
+def refuse_copies(plan: Plan, why: str) -> None:
+    """Raises for a state with per-device values, where one value is wanted."""
+    assert plan._copies is not None
+    kinds = [kind for kind, _ in plan._copies.positions]
+    raise StructureError(
+        f"This state has a value of each device in {', '.join(kinds)}, but {why}",
+        leaves=_leaves(plan, plan._copies, kinds),
+        kind=kinds[0],
+        mend=f"one = state.fold({', '.join(map(repr, kinds))}, how='mean')  # or how='first'\none.plan.build(one)",
+    )
+
+
+def _leaves(plan: Plan, copies: Copies, kinds: Sequence[str]) -> list[Leaf]:
+    found = [plan._row_of_array[kind][at] for kind in kinds for at in sorted(copies.of(kind))]
+    return list(dict.fromkeys(found))
+
+
+def _folded_kind(kinds: Kinds, kind: str) -> Any:
+    return dataclasses.replace(kinds[kind], placement=folded(kinds[kind].placement))
+
+
+def _target(plan: Plan, kinds: Kinds) -> Plan:
+    """The plan of the folded state: of the same leaves and packing, on the same mesh."""
+    assert plan._copies is not None
+    parts = plan._graphdef, plan._rows, plan._groups, plan._objects, plan.dropped
+    return on_mesh(intern(Plan(kinds, *parts, plan._packing)), plan._copies.mesh)
+
+
+def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
+    odd = [
+        dataclasses.replace(plan._row_of_array[kind][at], note="has no mean")
+        for kind in kinds
+        for at in sorted(copies.of(kind))
+        if not jnp.issubdtype(plan._specs[kind][at].dtype, jnp.inexact)
+    ]
+    if odd:
+        listed = ", ".join(map(repr, dict.fromkeys(leaf.kind for leaf in odd)))
+        raise StructureError(
+            "Whole numbers, booleans and keys have no mean.",
+            leaves=odd,
+            kind=odd[0].kind,
+            mend=f"state.fold({listed}, how='first')",
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _program(plan: Plan, kinds: tuple[str, ...], how: How, places: tuple[Places | None, ...]) -> Any:
+    copies = plan._copies
+    assert copies is not None
+
+    def folded_parts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        made = [
+            tuple(_one(array, how) if at in copies.of(kind) else array for at, array in enumerate(part))
+            for kind, part in zip(kinds, parts, strict=True)
+        ]
+        _check_shapes(plan, kinds, made)
+        return made
+
+    if not all(places):
+        return jax.jit(folded_parts)
+    there = [
+        tuple(
+            Lies((), sharding.memory_kind).sharding(sharding.mesh) if at in copies.of(kind) else sharding
+            for at, sharding in enumerate(lie.shardings if lie else ())
+        )
+        for kind, lie in zip(kinds, places, strict=True)
+    ]
+    return jax.jit(folded_parts, out_shardings=there)
+
+
+def _one(array: Any, how: How) -> Any:
+    array = _with_whole_axis(array)
+    if how == "first":
+        return array[0]
+    return array.mean(axis=0) if isinstance(how, str) else jnp.asarray(how(array))
+
+
+def _with_whole_axis(array: Any) -> Any:
+    """The array with its leading axis whole on each device, where a mesh of explicit axes would not have it indexed."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    return jax.reshard(array, jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec[1:])))
+
+
+def _check_shapes(plan: Plan, kinds: Sequence[str], parts: Sequence[Sequence[Any]]) -> None:
+    odd = [
+        dataclasses.replace(leaf, note=f"would become {format_shape(array.shape)} {array.dtype}")
+        for kind, part in zip(kinds, parts, strict=True)
+        for leaf, spec, array in zip(plan._row_of_array[kind], plan._specs[kind], part, strict=True)
+        if (array.shape, array.dtype) != (spec.shape, spec.dtype)
+    ]
+    if odd:
+        raise StructureError(
+            "What folds these values changes the shape or dtype of the leaf.",
+            leaves=odd,
+            kind=odd[0].kind,
+            mend="a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
+        )

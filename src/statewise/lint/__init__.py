@@ -1,0 +1,77 @@
+"""Lint: the known traps of state in NNX programs, looked for in a model before it runs.
+
+Most of them are calls that succeed: a variance that starts at zero, a base that trains under its adapter, a cache in
+every checkpoint.  Each trap is one small function with a name and a reason; `TRAPS` is the list of all.  Nothing is run
+or traced, apart from the layout of an optimizer's state; arrays are read in few calls (`reading`).
+
+The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the traps by theme:
+`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from statewise.errors import KindError
+from statewise.kinds import Kinds
+from statewise.lint import arrays, declared, leaf_types, modes, optimizing, values
+from statewise.lint.finding import Finding, Findings, Trap
+from statewise.lint.subject import look
+
+__all__ = ["TRAPS", "Finding", "Findings", "Trap", "lint"]
+
+TRAPS: tuple[Trap, ...] = (
+    *values.TRAPS,
+    *arrays.TRAPS,
+    *leaf_types.TRAPS,
+    *declared.TRAPS,
+    *optimizing.TRAPS,
+    *modes.TRAPS,
+)
+
+
+def lint(
+    *objects: Any,
+    kinds: Kinds | Any = None,
+    ignore: str | Iterable[str] = (),
+    decode_length: int | None = None,
+) -> Findings:
+    """Looks for the known traps in a model; `docs/lint.md` explains each.
+
+    Args:
+      *objects: a module, or several objects (a model, its `nnx.Optimizer`, an `nnx.EMA`), concrete or abstract; or one
+        plan or one state, with the kinds and optimizers that it has.  Kinds are also taken as the second argument.
+      kinds: the kinds that the program declares, `Kinds.standard()` if None; a plan and a state have their own.
+      ignore: the codes of traps that are not looked for, one or several.
+      decode_length: how many tokens are to be decoded, for caches that are too small for them.
+
+    Returns:
+      a list of findings, empty when all is well; it prints as a table.  What only values tell is not found in what is
+      abstract.
+
+    Raises:
+      KindError: kinds that are none, kinds beside a plan, or a code that is no trap's.
+      StructureError: what is given is no model, or a spent state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> class Norm(nnx.Module):
+      ...     def __init__(self):
+      ...         self.running_var = nnx.BatchStat(jnp.zeros(3))
+      >>> for finding in sw.lint(Norm()):
+      ...     print(finding, finding.mend, sep="\\n")
+      statistic-starts-at-zero: 1 statistic of spread is all zeros. (running_var)
+      self.running_var = BatchStat(jnp.ones(...))
+    """
+    if kinds is None and len(objects) > 1 and isinstance(objects[-1], Kinds):
+        *objects_, kinds = objects
+        objects = tuple(objects_)
+    left_out = {ignore} if isinstance(ignore, str) else set(ignore)
+    codes = [trap.code for trap in TRAPS]
+    for code in sorted(left_out.difference(codes)):
+        raise KindError(f"There is no trap {code!r}.", mend=f"one of: {', '.join(codes)}")
+    subject = look(objects, kinds, decode_length)
+    return Findings(finding for trap in TRAPS if trap.code not in left_out for finding in trap.findings(subject))

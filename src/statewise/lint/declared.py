@@ -1,0 +1,160 @@
+"""Traps of the declaration: kinds that do not fit the leaves, or that treat them so that something is lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flax import nnx
+
+from statewise.errors import ContestedError, FilterError, UnclaimedError
+from statewise.filters import Exactly, as_code, predicate, type_only
+from statewise.filters.algebra import compound, normalise
+from statewise.kinds import Kind, Kinds
+from statewise.lint.finding import Found, Trap
+from statewise.lint.subject import Subject
+from statewise.lint.training import trainings
+
+__all__ = ["TRAPS"]
+
+
+def _unclaimed(subject: Subject) -> Iterator[Found]:
+    if isinstance(subject.refused, UnclaimedError):
+        yield Found(subject.refused.message, subject.refused.leaves, subject.refused.mend or "")
+
+
+def _contested(subject: Subject) -> Iterator[Found]:
+    if isinstance(subject.refused, ContestedError):
+        yield Found(subject.refused.message, subject.refused.leaves, subject.refused.mend or "")
+
+
+def _overlapping(subject: Subject) -> Iterator[Found]:
+    """Overlaps of filters that no leaf of this model shows, but another model's would."""
+    if not subject.declared:
+        return
+    here = set(subject.types)
+    for one, other in itertools.combinations(subject.kinds, 2):
+        wide, narrow, cls = _overlap(subject.kinds, one, other) or _overlap(subject.kinds, other, one) or ("", "", None)
+        if cls is None or any(issubclass(found, cls) for found in here):  # those are contested already
+            continue
+        of = f"nnx.All({as_code(subject.kinds[wide].of)}, nnx.Not({as_code(cls)}))"
+        yield Found(
+            f"The kinds {wide!r} and {narrow!r} both claim every {cls.__name__}; this model has none yet.",
+            (),
+            f"kinds = kinds.replace({wide}={_with(subject.kinds[wide], of, wide)})",
+        )
+
+
+def _with(kind: Kind, of: str, name: str) -> str:
+    return f"sw.Kind({of})" if kind == Kind(kind.of) else f"dataclasses.replace(kinds[{name!r}], of={of})"
+
+
+def _overlap(kinds: Kinds, wide: str, narrow: str) -> tuple[str, str, Any] | None:
+    """A type that the one kind names and that the other claims too."""
+    if kinds[wide].rest or kinds[narrow].rest or not (type_only(kinds[wide].of) and type_only(kinds[narrow].of)):
+        return None
+    for cls in _named(normalise(kinds[narrow].of)):
+        leaf: Any = object.__new__(cls)  # a filter by type looks at nothing but the type
+        try:
+            if predicate(kinds[wide].of)((), leaf) and predicate(kinds[narrow].of)((), leaf):
+                return wide, narrow, cls
+        except FilterError:
+            continue
+    return None
+
+
+def _named(filter: Any) -> Iterator[type]:
+    """The types of Variables that a filter means by name; those that it excludes are left out."""
+    made_of = compound(filter)
+    if made_of is not None:
+        if made_of[0] != "~":
+            for part in made_of[1]:
+                yield from _named(part)
+        return
+    named = filter.types if isinstance(filter, Exactly) else [filter.type if type(filter) is nnx.OfType else filter]
+    yield from (cls for cls in named if isinstance(cls, type) and issubclass(cls, nnx.Variable))
+
+
+def _treated(subject: Subject, types: tuple[type, ...], treated: Callable[[Kind], bool]) -> dict[str, list[int]]:
+    """The leaves of these types in kinds that are treated so, by kind."""
+    by_kind: dict[str, list[int]] = {}
+    for number in subject.of_type(*types):
+        kind = subject.claims[number]
+        if kind is not None and treated(subject.kinds[kind]):
+            by_kind.setdefault(kind, []).append(number)
+    return by_kind
+
+
+def _is_saved(kind: Kind) -> bool:
+    return kind.saved
+
+
+def _is_not_saved(kind: Kind) -> bool:
+    return not kind.saved
+
+
+def _cache_saved(subject: Subject) -> Iterator[Found]:
+    for kind, numbers in _treated(subject, (nnx.Cache,), _is_saved).items():
+        yield Found(
+            f"The kind {kind!r} is saved, and holds {len(numbers)} of the cache.",
+            subject.rows(numbers),
+            "kinds = kinds | sw.Kinds(cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like))"
+            if subject.kinds[kind].rest
+            else f"kinds = kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], saved=False))",
+        )
+
+
+def _lost(subject: Subject, types: tuple[type, ...], what: str) -> Iterator[Found]:
+    for kind, numbers in _treated(subject, types, _is_not_saved).items():
+        yield Found(
+            f"The kind {kind!r} is not saved, and holds {len(numbers)} {what}.",
+            subject.rows(numbers),
+            f"kinds = kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], saved=True))",
+        )
+
+
+def _rng_lost(subject: Subject) -> Iterator[Found]:
+    yield from _lost(subject, (nnx.RngState,), "of the RNG streams' leaves")
+
+
+def _statistics_lost(subject: Subject) -> Iterator[Found]:
+    # A class of the user's own that has the name means the same.
+    types = [cls for cls in set(subject.types) if any(base.__name__ == "BatchStat" for base in cls.__mro__)]
+    yield from _lost(subject, tuple(types) or (nnx.BatchStat,), "running statistics")
+
+
+def _trained_lost(subject: Subject) -> Iterator[Found]:
+    for training in trainings(subject):
+        kinds = dict.fromkeys(subject.claims[number] for number in training.trained)
+        for kind in kinds:
+            if kind is not None and not subject.kinds[kind].saved:
+                numbers = [number for number in training.trained if subject.claims[number] == kind]
+                yield Found(
+                    f"The kind {kind!r} is trained, and not saved.",
+                    subject.rows(numbers),
+                    f"kinds = kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], saved=True))",
+                )
+
+
+TRAPS = (
+    Trap("unclaimed-leaf", "no plan can be made of this model by these kinds", _unclaimed),
+    Trap("contested-leaf", "no plan can be made of this model by these kinds", _contested),
+    Trap(
+        "overlapping-kinds",
+        "the first leaf of that type is contested; a type filter means every subclass (LoRAParam is a Param)",
+        _overlapping,
+    ),
+    Trap(
+        "cache-saved",
+        "checkpoints carry the last request's tokens, grow with batch and length, and fit no other batch size",
+        _cache_saved,
+    ),
+    Trap("rng-not-saved", "a resumed run draws again the numbers that the first one drew", _rng_lost),
+    Trap(
+        "statistics-not-saved",
+        "a restored model normalises by what a fresh one has: right in training, wrong in evaluation",
+        _statistics_lost,
+    ),
+    Trap("trained-but-not-saved", "what training learned is gone after a restart", _trained_lost),
+)

@@ -1,0 +1,274 @@
+"""What lint looks at: objects, their leaves by kind, what trains them, and the values that can be read.
+
+However a model was given (an object, several, a plan, a state), traps see it the same way.  Whatever costs time is
+worked out when the first trap asks for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise import _compat
+from statewise.aliases import aliases_of
+from statewise.claims import claim, claimants
+from statewise.errors import ContestedError, KindError, UnclaimedError
+from statewise.kinds import Kinds
+from statewise.lint.reading import Facts, is_readable, read
+from statewise.paths import Leaf, Path
+from statewise.plan import Plan
+from statewise.scan import ModelError, Scan, Spec, arrays_of, raw_value, row_of, scan
+from statewise.select import check_kinds
+from statewise.state import State, check_unspent
+
+__all__ = ["Subject", "look"]
+
+
+def look(objects: Sequence[Any], kinds: Any, decode_length: int | None) -> Subject:
+    """Makes a subject of what was given to `statewise.lint`.
+
+    Raises:
+      KindError: kinds that are none, or kinds beside a plan or a state.
+      StructureError: what was given is no model; a spent state.
+    """
+    if kinds is not None:
+        check_kinds(kinds)
+    if len(objects) == 1 and isinstance(objects[0], tuple | list):
+        objects = tuple(objects[0])
+    planned = [thing for thing in objects if isinstance(thing, Plan | State)]
+    if planned and len(objects) > 1:
+        raise ModelError(
+            f"A {type(planned[0]).__name__.lower()} is looked at alone: it holds all of its objects.",
+            mend="sw.lint(plan)",
+        )
+    if not planned:
+        return Subject(tuple(objects), kinds or Kinds.standard(), kinds is not None, None, decode_length)
+    state = planned[0] if isinstance(planned[0], State) else planned[0].abstract()
+    plan = state.plan
+    if kinds is not None and kinds != plan.kinds:
+        raise KindError("A plan is looked at by its own kinds.", mend="sw.lint(model, kinds=kinds)")
+    if plan._copies:
+        state = _first_of_each(state)
+    built = state.plan.build(state, copy=False)
+    return Subject(built if plan._several else (built,), plan.kinds, True, plan, decode_length)
+
+
+def _first_of_each(state: State) -> State:
+    """A state with one value of each leaf: where each device has its own, that of the first device that is here."""
+    plan, plain = state.plan, state.plan._plain
+    check_unspent(state, plan.kinds)
+    parts = {kind: plan._unpacked(kind, state.part(kind).arrays) for kind in plan.kinds}
+    return State.of(
+        plain,
+        [
+            [_first(array, spec) for array, spec in zip(parts[kind], specs, strict=True)]
+            for kind, specs in plain._specs.items()
+        ],
+    )
+
+
+def _first(array: Any, spec: Spec) -> Any:
+    if array.shape == spec.shape:
+        return array
+    if not is_readable(array):
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+    return array.addressable_shards[0].data[0]
+
+
+@dataclasses.dataclass(eq=False)
+class Subject:
+    """What traps look at.
+
+    Attributes:
+      objects: the objects; those of a plan are abstract.
+      kinds: the kinds.
+      declared: whether somebody chose the kinds: they were given, or are a plan's.
+      plan: the plan, where there is one.
+      decode_length: how many tokens are to be decoded, where it was said.
+    """
+
+    objects: tuple[Any, ...]
+    kinds: Kinds
+    declared: bool
+    plan: Plan | None
+    decode_length: int | None
+    trainings: Any = None  # what `training.trainings` found, once it was asked
+
+    # --- leaves ------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def found(self) -> Scan:
+        """The objects, flattened."""
+        return scan(self.objects)
+
+    @functools.cached_property
+    def types(self) -> tuple[type, ...]:
+        """The type of each leaf."""
+        return tuple(map(_compat.variable_type, self.found.leaves))
+
+    @functools.cached_property
+    def values(self) -> tuple[Any, ...]:
+        """What each leaf holds."""
+        return tuple(map(raw_value, self.found.leaves))
+
+    @functools.cached_property
+    def position(self) -> dict[Path, int]:
+        """The number of the leaf at each path."""
+        return {path: number for number, path in enumerate(self.found.paths)}
+
+    @functools.cached_property
+    def _claims(self) -> tuple[list[str | None], ContestedError | UnclaimedError | None]:
+        try:
+            return list(claim(self.kinds, self.found)), None
+        except (ContestedError, UnclaimedError) as error:
+            claims_of = claimants(self.kinds)
+            names = [
+                claims_of(self.found.relative(path), leaf)
+                for path, leaf in zip(self.found.paths, self.found.leaves, strict=True)
+            ]
+            return [name[0] if len(name) == 1 else None for name in names], error
+
+    @property
+    def claims(self) -> list[str | None]:
+        """The kind of each leaf; None where no kind, or more than one, claims it."""
+        return self._claims[0]
+
+    @property
+    def refused(self) -> ContestedError | UnclaimedError | None:
+        """Why the kinds do not fit the leaves, where they do not."""
+        return self._claims[1]
+
+    @functools.cached_property
+    def aliases(self) -> dict[Path, tuple[Path, ...]]:
+        """The other paths of leaves that several paths reach."""
+        # Looking for them takes as long as flattening, and few models have any; the graph says whether.
+        if not any(type(node).__name__ == "NodeRef" for node in self.found.graphdef.nodes):
+            return {}
+        return aliases_of(self.found.graphdef, self.found.paths, self.found.several)
+
+    def row(self, number: int, note: str = "") -> Leaf:
+        """A leaf as data."""
+        path = self.found.paths[number]
+        return dataclasses.replace(
+            row_of(path, self.found.leaves[number], self.claims[number], note=note),
+            aliases=self.aliases.get(path, ()),
+        )
+
+    def rows(self, numbers: Sequence[int], note: str = "") -> tuple[Leaf, ...]:
+        """Leaves as data."""
+        return tuple(self.row(number, note) for number in numbers)
+
+    def of_type(self, *types: type) -> list[int]:
+        """The leaves whose type is one of these, or a subclass."""
+        known = {cls: issubclass(cls, types) for cls in set(self.types)}
+        return [number for number, cls in enumerate(self.types) if known[cls]]
+
+    def dtype(self, number: int) -> Any:
+        """The dtype of a leaf that holds one array; None for any other."""
+        return getattr(self.values[number], "dtype", None)
+
+    def floating(self, number: int) -> bool:
+        """Whether a leaf holds one array of floating-point numbers."""
+        dtype = self.dtype(number)
+        return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+    def name(self, number: int) -> str:
+        """The last key of a leaf's path."""
+        return str(self.found.paths[number][-1])
+
+    def target(self, number: int) -> str:
+        """What code assigns a leaf to, seen from the object that holds it: `self.kernel`, `self[0]`."""
+        key = self.found.paths[number][-1]
+        return f"self.{key}" if isinstance(key, str) and key.isidentifier() else f"self[{key!r}]"
+
+    # --- values ------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def facts(self) -> dict[int, Facts]:
+        """What is known of the values of leaves that hold one array, as far as they can be read.
+
+        Moments and the bodies of caches are left out: no trap asks for them.
+        """
+        untold = {number for number in self.of_type(nnx.OptState) if self.floating(number)}
+        untold.update(number for number in self.of_type(nnx.Cache) if self.floating(number))
+        return read({number: value for number, value in enumerate(self.values) if number not in untold})
+
+    @functools.cached_property
+    def finite(self) -> dict[int, bool]:
+        """Of leaves with several arrays too, whether all that can be read is finite."""
+        found = {number: facts.finite for number, facts in self.facts.items()}
+        several = {
+            (number, at): array
+            for number, value in enumerate(self.values)
+            if isinstance(value, dict | list | tuple)
+            for at, array in enumerate(arrays_of(value)[0])
+        }
+        for (number, _), facts in read(several).items():
+            found[number] = found.get(number, True) and facts.finite
+        return found
+
+    # --- modules -----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def nodes(self) -> tuple[tuple[Path, Any], ...]:
+        """The modules, optimizers and metrics, each with the first path that reaches it."""
+        root = self.objects if self.found.several else self.objects[0]
+        return tuple((tuple(path), node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Pytree))
+
+    def below(self, path: Path) -> list[int]:
+        """The leaves below a path."""
+        return [number for number, other in enumerate(self.found.paths) if other[: len(path)] == path]
+
+    def has(self, cls: type) -> bool:
+        """Whether an object of this class, or of a subclass, is among the objects or in them."""
+        return any(isinstance(made, type) and issubclass(made, cls) for made in self._made_of[0])
+
+    def has_attribute(self, name: str) -> bool:
+        """Whether any module has an attribute of this name."""
+        return name in self._made_of[1]
+
+    @functools.cached_property
+    def _made_of(self) -> tuple[frozenset[Any], frozenset[Any]]:
+        """The classes and the names of attributes in the graph: walking over the modules takes longer."""
+        graph = self.found.graphdef
+        return (
+            frozenset(getattr(node, "type", None) for node in graph.nodes),
+            frozenset(name for name, _ in graph.attributes),
+        )
+
+    @functools.cached_property
+    def averages(self) -> frozenset[int]:
+        """The leaves that are an `nnx.EMA`'s copies."""
+        if not self.has(nnx.EMA):
+            return frozenset()
+        copies = {
+            id(leaf)
+            for _, node in self.nodes
+            if isinstance(node, nnx.EMA)
+            for leaf in jax.tree.leaves(node.params, is_leaf=_compat.is_variable)
+        }
+        return frozenset(number for number, leaf in enumerate(self.found.leaves) if id(leaf) in copies)
+
+    def statics(self, wanted: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:
+        """The attributes that are part of the graph, not of the state, and are wanted, each with a path."""
+        values = {
+            id(value): value
+            for name, attribute in self.found.graphdef.attributes
+            if (value := getattr(attribute, "value", None)) is not None and not str(name).startswith("_pytree__")
+        }
+        static = {key for key, value in values.items() if not isinstance(value, _PLAIN) and wanted(value)}
+        for path, node in self.nodes if static else ():
+            if isinstance(node, nnx.Optimizer):  # an optimizer's functions hold schedules and masks, which stay
+                continue
+            for name, value in vars(node).items():
+                if id(value) in static:
+                    yield (*path, name), value
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type)

@@ -1,0 +1,163 @@
+"""Traps that only values tell: they are looked for in concrete models and states, and passed over in abstract ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise import _compat
+from statewise.lint.finding import Found, Trap, counted
+from statewise.lint.subject import Subject
+from statewise.paths import Path, format_path
+
+__all__ = ["TRAPS"]
+
+_SPREAD = re.compile(r"(?:^|_)(?:var|variance|std|stddev)(?:_|$|\d)", re.IGNORECASE)
+_LOGARITHM = re.compile(r"(?:^|_)log", re.IGNORECASE)  # a logarithm of zero is a variance of one
+_COUNTER = re.compile(r"(?:^|_)(?:count|counter|counts|step|steps|iteration|iterations|epoch|epochs)(?:_|$)", re.I)
+
+
+def _zero(subject: Subject) -> Iterator[Found]:
+    other = (nnx.Param, nnx.Cache, nnx.RngState, nnx.OptState, nnx.Intermediate, nnx.Perturbation, _compat.MetricState)
+    not_statistics = set(subject.of_type(*other))
+    dead = []
+    for number in range(len(subject.types)):
+        if number in not_statistics or not _SPREAD.search(subject.name(number)):
+            continue
+        facts = subject.facts.get(number)
+        holds = subject.floating(number) and subject.values[number].size and not _LOGARITHM.search(subject.name(number))
+        if holds and facts is not None and facts.zero:
+            dead.append(number)
+    if dead:
+        are = counted(len(dead), "statistic of spread is", "statistics of spread are")
+        cls = subject.types[dead[0]].__name__
+        yield Found(f"{are} all zeros.", subject.rows(dead), f"{subject.target(dead[0])} = {cls}(jnp.ones(...))")
+
+
+def _not_finite(subject: Subject) -> Iterator[Found]:
+    wrong = [number for number in subject.of_type(nnx.Param, nnx.BatchStat) if not subject.finite.get(number, True)]
+    if wrong:
+        have = counted(len(wrong), "leaf has", "leaves have")
+        yield Found(
+            f"{have} NaN or infinite elements.",
+            subject.rows(wrong),
+            "jax.config.update('jax_debug_nans', True)  # stops where the first NaN is made\n"
+            "or go back: state, report = sw.restore(path, state)",
+        )
+
+
+def _same_keys(subject: Subject) -> Iterator[Found]:
+    streams: dict[object, list[int]] = {}
+    # Recurrent layers of flax have a stream of seed 0 each if they are given none; only their first carry could draw
+    # from it, and it is zeros by default.
+    recurrent = subject.nodes if subject.has(nnx.RNN) else ()
+    carries = {(*path, "rngs") for path, node in recurrent if isinstance(node, nnx.RNN)}
+    for number in subject.of_type(nnx.RngKey):
+        facts = subject.facts.get(number)
+        if facts is None or facts.value is None or number in subject.averages:
+            continue
+        if subject.found.paths[number][:-1] in carries:
+            continue
+        count = subject.position.get((*subject.found.paths[number][:-1], "count"))
+        drawn = subject.facts.get(count) if count is not None else None
+        at = None if drawn is None or drawn.value is None else drawn.value.tobytes()
+        streams.setdefault((str(subject.dtype(number)), facts.value.shape, facts.value.tobytes(), at), []).append(
+            number
+        )
+    groups = [group for group in streams.values() if len(group) > 1]
+    if groups:
+        rows = tuple(
+            subject.row(number, note=f"as {format_path(subject.found.paths[group[0]])}")
+            for group in groups
+            for number in group[1:]
+        )
+        streams_are = counted(len(rows), "stream is", "streams are")
+        yield Found(
+            f"{streams_are} at the key and the count of another.",
+            rows,
+            "one nnx.Rngs(seed) for the whole model: layers fork streams of their own from it\n"
+            "or another seed for each: nnx.Rngs(params=0, dropout=1)",
+        )
+
+
+def _caches(subject: Subject) -> Iterator[tuple[int, int, int]]:
+    """The leaf, the length and the index of each attention cache."""
+    for number in subject.of_type(nnx.Cache):
+        path = subject.found.paths[number]
+        if path[-1] != "cached_key" or len(getattr(subject.values[number], "shape", ())) < 3:
+            continue
+        at = subject.position.get((*path[:-1], "cache_index"))
+        facts = subject.facts.get(at) if at is not None else None
+        index = int(facts.value.max()) if facts is not None and facts.value is not None and facts.value.size else 0
+        yield number, subject.values[number].shape[-3], index
+
+
+def _full(subject: Subject) -> Iterator[Found]:
+    full = [(number, length, index) for number, length, index in _caches(subject) if index >= length]
+    if full:
+        caches = counted(len(full), "cache has", "caches have")
+        yield Found(
+            f"{caches} no room for another token.",
+            tuple(subject.row(number, note=f"{index} of {length} are written") for number, length, index in full),
+            "state = state.restart('cache')  # or model.init_cache((batch, length, features)), longer",
+        )
+
+
+def _small(subject: Subject) -> Iterator[Found]:
+    wanted = subject.decode_length
+    if wanted is None:
+        return
+    small = [(number, length, index) for number, length, index in _caches(subject) if index + wanted > length > index]
+    if small:
+        caches = counted(len(small), "cache has", "caches have")
+        longest = max(index + wanted for _, _, index in small)
+        yield Found(
+            f"{caches} no room for {wanted} tokens.",
+            tuple(subject.row(number, note=f"room for {length - index}") for number, length, index in small),
+            f"model.init_cache((batch, {longest}, features))",
+        )
+
+
+def _stops(subject: Subject) -> Iterator[Found]:
+    stopping = []
+    for number in range(len(subject.types)):
+        if not subject.floating(number) or subject.values[number].shape != ():
+            continue
+        if issubclass(subject.types[number], nnx.Param) or not _is_counter(subject.found.paths[number]):
+            continue
+        # Above this, adding one is lost to rounding.
+        limit = 2 ** (int(jnp.finfo(subject.dtype(number)).nmant) + 1)
+        facts = subject.facts.get(number)
+        reached = facts is not None and facts.value is not None and abs(float(facts.value)) >= limit
+        if reached or limit <= 2**11:
+            stopping.append((number, limit))
+    if stopping:
+        rows = tuple(subject.row(number, note=f"stops at {limit:,}") for number, limit in stopping)
+        counters = counted(len(rows), "counter of floating-point numbers stops", "counters stop")
+        cls = subject.types[stopping[0][0]].__name__
+        yield Found(f"{counters} counting.", rows, f"{subject.target(stopping[0][0])} = {cls}(jnp.array(0, jnp.int32))")
+
+
+def _is_counter(path: Path) -> bool:
+    return bool(_COUNTER.search(str(path[-1])))
+
+
+TRAPS = (
+    Trap(
+        "statistic-starts-at-zero",
+        "dividing by its square root gives infinities or huge numbers until enough batches were seen",
+        _zero,
+    ),
+    Trap("not-finite", "it spreads to every output, and an optimizer keeps it for good", _not_finite),
+    Trap(
+        "duplicate-rng-keys",
+        "the streams draw the same numbers: dropout masks and initial values that should differ are equal",
+        _same_keys,
+    ),
+    Trap("cache-is-full", "a token more overwrites the last one, without an error", _full),
+    Trap("cache-too-small", "decoding past its end overwrites the last entry, without an error", _small),
+    Trap("counter-stops", "adding one is lost to rounding: schedules and averages that read it stand still", _stops),
+)

@@ -1,0 +1,363 @@
+"""Kinds from one state into another, of another plan, another mesh, other dtypes: from a learner to an actor, say.
+
+What goes where is told by path.  Everything is compared first (paths, types, shapes, dtypes, what is tied), and every
+disagreement is listed; nothing has moved then.  What moves goes from device to device: cast where it is if that makes
+it smaller, cast where it arrives if it grows.  The source stays as it is, and shares no memory with what comes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from statewise.copies import spread
+from statewise.errors import StructureError
+from statewise.kinds import unknown_kind
+from statewise.moving import moved
+from statewise.paths import Leaf, Path, format_path, format_shape
+from statewise.placement import array_shardings, check_devices, on_mesh, with_copies
+from statewise.plan import Plan
+from statewise.scan import ONE, Spec
+from statewise.state import Part, State, check_fits, check_unspent, make_state
+
+__all__ = ["transfer"]
+
+
+def transfer(
+    src: State | Any,
+    target: Plan | State | Any,
+    *,
+    kinds: str | Sequence[str] | None = None,
+    cast: Any = False,
+    mesh: Any = None,
+) -> State:
+    """Moves kinds of one state into a state of another plan, or on another mesh.
+
+    Args:
+      src: the state that has the values; it stays usable.
+      target: what the values go into: a state, whose other kinds are kept (an actor's cache), or a plan, where all of
+        its kinds come from `src`.  Leaves are matched by path; an optimizer that the target does not have stays behind.
+      kinds: the target's kinds to fill, one name or several; by default all that have leaves.
+      cast: allows other dtypes: True casts floats to floats and integers to integers, to what the target has; a
+        floating-point dtype makes that the dtype of the target's floating-point numbers in these kinds.
+      mesh: where the values go to lie, as the target's `shardings` says; by default where the target's own arrays lie,
+        or, for a plan, where the source's do.
+
+    Returns:
+      a state of the target's plan; with `cast=dtype`, of that plan in this dtype.
+
+    Raises:
+      StructureError: leaves that the source does not have, or has of another type, shape or dtype, or tied otherwise;
+        all are listed, and nothing has moved.  Values of each device where one is wanted; a spent or abstract source.
+      KindError: a kind that is not there; a cast that is no floating-point dtype.
+      PlacementError: leaves that cannot be placed on the mesh, all of them.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> learner = sw.plan(model, optimizers={"params": optax.adam(1e-3)}).take(model)
+      >>> actor = sw.transfer(learner, sw.plan(model), cast=jnp.bfloat16)
+      >>> actor
+      State(params: 2 arrays)
+      >>> actor["params"]["kernel"].dtype
+      dtype(bfloat16)
+    """
+    plan, into = _target(src, target)
+    names = _kinds(plan, into, kinds)
+    if not isinstance(cast, bool):
+        plain = with_copies(plan, None).abstract()
+        plan = with_copies(plain.cast(**dict.fromkeys(names, cast))._plan, plan._copies)
+    if into is None and mesh is None and plan._copies is not None:
+        mesh = plan._copies.mesh
+    if mesh is not None:
+        plan = _on_mesh(plan, into, mesh)
+    moves = _matched(src._plan, plan, names, cast is not False)
+    devices = plan._copies.devices if plan._copies is not None else 0
+    used = tuple(kind for kind in src._plan.kinds if any(move.kind == kind for move in moves))
+    check_unspent(src, used)
+    check_fits(src, used)
+    _refuse_abstract(src, used)
+    places = _places(plan, into, names, mesh)
+    taken = {kind: _unpacked(src._plan, kind, src.part(kind).arrays) for kind in used}
+    parts: dict[str, list[Any]] = {kind: [] for kind in names}
+    for move in moves:
+        place = places[move.to][len(parts[move.to])] if move.to in places else None
+        parts[move.to].append(_moved(taken[move.kind][move.position], move.spec, place, devices if move.spreads else 0))
+    return _made(plan, into, parts, places)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """One array of the target, and where it comes from.
+
+    Attributes:
+      to: the target's kind.
+      kind: the source's kind.
+      position: which of that kind's arrays.
+      spec: shape and dtype in the target's model.
+      spreads: whether one value becomes one for each device.
+    """
+
+    to: str
+    kind: str
+    position: int
+    spec: Spec
+    spreads: bool
+
+
+def _target(src: Any, target: Any) -> tuple[Plan, State | None]:
+    if not isinstance(src, State):
+        raise StructureError(
+            f"sw.transfer moves out of a state, not {type(src).__name__}.",
+            mend="sw.transfer(plan.take(model), target)",
+        )
+    if isinstance(target, State):
+        return target._plan, target
+    if not isinstance(target, Plan):
+        raise StructureError(
+            f"sw.transfer moves into a plan or a state, not {type(target).__name__}.",
+            mend="sw.transfer(src, plan), or sw.transfer(src, plan.take(model), kinds='params')",
+        )
+    return target, None
+
+
+def _on_mesh(plan: Plan, into: State | None, mesh: Any) -> Plan:
+    """The target's plan on a mesh, where some of it may lie per device."""
+    check_devices(mesh)
+    there = on_mesh(plan, mesh)
+    if into is not None and there is not plan:
+        raise StructureError(
+            "The state that is the target has kinds that lie per device, or would have on this mesh: they cannot stay "
+            "where they are.",
+            mend="sw.transfer(src, kinds.plan(model), mesh=mesh)  # all of it, into the plan",
+        )
+    return there
+
+
+def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds to fill, in the order of the target."""
+    filled = tuple(kind for kind, specs in plan._specs.items() if specs)
+    if kinds is None:
+        return filled
+    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for name in names:
+        if name not in plan.kinds:
+            raise unknown_kind(name, plan.kinds)
+    left = [kind for kind in filled if kind not in names] if into is None else []
+    if left:
+        raise StructureError(
+            f"A plan has no values of its own, and nothing gives any for {', '.join(left)}.",
+            leaves=[leaf for kind in left for leaf in plan[kind]],
+            kind=left[0] if len(left) == 1 else None,
+            mend=f"sw.transfer(src, plan.take(model), kinds={names!r})  # keeps the state's other kinds",
+        )
+    return tuple(kind for kind in filled if kind in names)
+
+
+# --- what comes from where ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """A leaf, where its arrays stand, and how many values there are of each: one for each device, or 0."""
+
+    leaf: Leaf
+    specs: tuple[Spec, ...]
+    structure: Any
+    start: int
+    devices: int
+
+
+def _leaves(plan: Plan) -> Iterator[Found]:
+    """Every leaf of a plan, those of its optimizers after those of its objects."""
+    for row, span, leaf in zip(plan._rows, plan._spans, plan.leaves, strict=False):
+        copies = plan._copies
+        each = copies is not None and not copies.of(row.kind).isdisjoint(range(span.start, span.stop))
+        yield Found(leaf, row.specs, row.structure, span.start, copies.devices if copies and each else 0)
+    moments = iter(plan.leaves[len(plan._rows) :])
+    for group, (start, _) in zip(plan._groups, plan._moment_spans, strict=True):
+        for at, spec in enumerate(group.layout.specs):
+            yield Found(next(moments), (spec,), ONE, start + at, 0)  # no optimizer updates what lies per device
+
+
+def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Move]:
+    """The move of each array of these kinds, in the order of the target's parts.
+
+    Raises:
+      StructureError: everything that does not fit, at once.
+    """
+    have: dict[Path, Found] = {}
+    for found in _leaves(src):
+        have |= dict.fromkeys((found.leaf.path, *found.leaf.aliases), found)
+    wanted = [one for one in _leaves(plan) if one.leaf.kind in names]
+    numbered = _renumbering(src, plan, [one.leaf.path for one in wanted], have)
+    moves: dict[str, list[Move]] = {name: [] for name in names}
+    odd: list[Leaf] = []
+    mends: dict[str, None] = {}
+    for one in wanted:
+        paths = [numbered(path) for path in (one.leaf.path, *one.leaf.aliases)]
+        sources = {id(have[path]): have[path] for path in paths if path in have}
+        note, mend = _difference(one, list(sources.values()), cast)
+        if note:
+            odd.append(dataclasses.replace(one.leaf, note=note))
+            mends[mend] = None
+            continue
+        (found,) = sources.values()
+        kind, to = found.leaf.kind or "", one.leaf.kind or ""
+        spreads = one.devices > found.devices
+        moves[to] += [Move(to, kind, found.start + at, spec, spreads) for at, spec in enumerate(one.specs)]
+    if odd:
+        kinds = {leaf.kind for leaf in odd}
+        raise StructureError(
+            f"The source is not what the target wants: {len(odd)} lea{'f differs' if len(odd) == 1 else 'ves differ'}.",
+            leaves=odd,
+            kind=kinds.pop() if len(kinds) == 1 else None,
+            mend="\n".join(mends),
+        )
+    return [move for part in moves.values() for move in part]
+
+
+def _renumbering(src: Plan, plan: Plan, wanted: Sequence[Path], have: Mapping[Path, Any]) -> Any:
+    """From a path in the target to that in the source, where only one of them is of several objects.
+
+    A learner's plan is often of a model and its optimizer, an actor's of the model alone: the one object is then that
+    of the several which has most of the paths.
+    """
+    if src._several == plan._several:
+        return lambda path: path
+    if src._several:
+        best = max(range(src._objects), key=lambda at: sum((at, *path) in have for path in wanted))
+        return lambda path: (best, *path)
+    best = max(range(plan._objects), key=lambda at: sum(path[0] == at and path[1:] in have for path in wanted))
+    return lambda path: path[1:] if path[0] == best else (None, *path)
+
+
+_OTHER = "the models differ: plan the target's model as the source's was made"
+_CAST = "sw.transfer(src, target, cast=True)  # or a dtype"
+_MISSING = "name the kinds that the source has: sw.transfer(src, state, kinds=('params', 'stats'))"
+_TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
+
+
+def _difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, str]:
+    """What is in the way of one leaf, and the mend; nothing if nothing is."""
+    if not sources:
+        return "not in the source", _MISSING
+    if len(sources) > 1:
+        names = " and ".join(format_path(found.leaf.path) for found in sources)
+        return f"tied here, apart in the source as {names}", _TIED
+    (found,) = sources
+    if found.leaf.type is not one.leaf.type:
+        return f"is a {found.leaf.type.__name__} in the source", _OTHER
+    if found.structure != one.structure:
+        return "holds a value of another structure in the source", _OTHER
+    if found.devices and found.devices != one.devices:
+        kind = found.leaf.kind
+        return (
+            f"has a value of each of {found.devices} devices in the source",
+            f"sw.transfer(src.fold({kind!r}, how='mean'), ...)  # or how='first'",
+        )
+    pairs = list(zip(found.specs, one.specs, strict=True))
+    for theirs, ours in pairs:
+        if theirs.shape != ours.shape:
+            return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", _OTHER
+    for theirs, ours in pairs:
+        if theirs.dtype != ours.dtype and not _castable(theirs.dtype, ours.dtype):
+            return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", _OTHER
+        if theirs.dtype != ours.dtype and not cast:
+            return f"is {theirs.dtype} in the source", _CAST
+    return "", ""
+
+
+def _castable(theirs: Any, ours: Any) -> bool:
+    """Floats become floats, integers integers; anything else would be another number."""
+    families = (jnp.floating, jnp.complexfloating, jnp.integer)
+    return any(jnp.issubdtype(theirs, family) and jnp.issubdtype(ours, family) for family in families)
+
+
+def _refuse_abstract(src: State, kinds: Sequence[str]) -> None:
+    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in src.part(kind).arrays):
+        raise StructureError(
+            "The source is abstract: it has shapes but no values.",
+            kind=kinds[0],
+            mend="src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
+        )
+
+
+# --- moving ------------------------------------------------------------------------------------------------------
+
+
+def _places(plan: Plan, into: State | None, names: Sequence[str], mesh: Any) -> dict[str, list[Any]]:
+    """For each kind where each of its arrays goes to lie; nothing where they stay where they are."""
+    if mesh is not None:
+        plan.shardings(mesh)  # refuses packed kinds that would be split
+        shardings = array_shardings(plan, mesh)
+        return {kind: shardings[kind] for kind in names}
+    if into is None:
+        return {}
+    places: dict[str, list[Any]] = {}
+    for kind in names:
+        found: list[Any] = [None] * len(plan._specs[kind])
+        for slot, array in zip(into._plan._slots[into._plan._index[kind]], into.part(kind).arrays, strict=True):
+            sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
+            for position in (slot,) if isinstance(slot, int) else slot.positions:
+                found[position] = sharding
+        places[kind] = found
+    return places
+
+
+def _moved(array: Any, spec: Spec, place: Any, devices: int) -> Any:
+    """An array in another dtype and place, in memory of its own; one value for each device where there are some."""
+    if isinstance(array, jax.core.Tracer):
+        array = _as(array, spec.dtype)
+        array = spread(array, devices) if devices else array
+        return array if place is None else jax.device_put(array, place)
+    given = array = array if isinstance(array, jax.Array) else jnp.array(array)  # somebody mapped it to NumPy
+    if spec.dtype.itemsize < array.dtype.itemsize:
+        array = _as(array, spec.dtype)
+    if devices:
+        array = spread(array, devices, place)
+    elif place is not None:
+        array = moved(array, place)
+    array = _as(array, spec.dtype)
+    return jnp.copy(array) if array is given else array
+
+
+def _as(array: Any, dtype: Any) -> Any:
+    return array if array.dtype == dtype else jax.lax.convert_element_type(array, dtype)
+
+
+def _unpacked(plan: Plan, kind: str, part: tuple[Any, ...]) -> Sequence[Any]:
+    return _on_device(plan, kind, False)(part) if kind in plan._packing else part
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(plan: Plan, kind: str, pack: bool) -> Any:
+    """Packs or unpacks a kind's arrays without a way through the host, which is the quickest for a few calls."""
+    return jax.jit(lambda arrays: (plan._packed if pack else plan._unpacked)(kind, tuple(arrays)))
+
+
+def _made(plan: Plan, into: State | None, arrays: Mapping[str, Sequence[Any]], places: Mapping[str, Any]) -> State:
+    """The state of the arrays that have moved, and of what the target keeps."""
+    parts = []
+    for kind in plan.kinds:
+        packing = plan._packing.get(kind)
+        if kind in arrays:
+            part = tuple(arrays[kind])
+            if packing:
+                part = _on_device(plan, kind, True)(part)
+            parts.append(Part(part))
+        elif into is None:
+            parts.append(Part(()))
+        elif packing == into._plan._packing.get(kind):
+            parts.append(into.part(kind))
+        else:  # a cast has changed which arrays go together
+            kept = _unpacked(into._plan, kind, into.part(kind).arrays)
+            parts.append(Part(_on_device(plan, kind, True)(kept) if packing else tuple(kept)))
+    return make_state(plan, parts)

@@ -1,0 +1,132 @@
+"""Two snapshots compared: what became of each leaf, and how that is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
+from statewise.tables import Table, format_count, leaf_dict
+from statewise.watch.snapshots import Print, Snapshot
+
+__all__ = ["LeafChange", "changes_between", "seen_table"]
+
+# The ways in which an expected change may have come about; a leaf that is lost or came untied was not trained.
+MOVED = frozenset({"value", "retyped", "reshaped", "recast", "added"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafChange:
+    """What became of one leaf.
+
+    Attributes:
+      leaf: the leaf as it is now; one that was removed as it was.
+      kind: the name of its kind, before if it was there before; `(no kind)` where none claims it.
+      how: `same`, `value` (other values), `recast`, `reshaped`, `retyped`, `added`, `removed`, `untied` (a path of a
+        tied leaf that is a leaf of its own now), `tied` (the contrary), or `gone` (donated, nothing in its place).
+      was: what it was before, in words, where that is more than other values; else empty.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> with sw.watch(model) as seen:
+      ...     model.bias[...] += 1
+      >>> [(change.path, change.kind, change.how) for change in seen.leaves]
+      [(('bias',), 'params', 'value'), (('kernel',), 'params', 'same')]
+    """
+
+    leaf: Leaf
+    kind: str
+    how: str
+    was: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The leaf's first path."""
+        return self.leaf.path
+
+    def describe(self) -> str:
+        """The change in words: `reshaped, was (2, 3)`."""
+        return f"{self.how}, {self.was}" if self.was else self.how
+
+    def noted(self, note: str) -> Leaf:
+        """The leaf with a note, for an error."""
+        return dataclasses.replace(self.leaf, note=note)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data."""
+        return leaf_dict(self.leaf) | {"kind": self.kind, "how": self.how, "was": self.was}
+
+
+def changes_between(before: Snapshot, after: Snapshot) -> tuple[LeafChange, ...]:
+    """What became of each leaf: those that were there, in their order, then the new ones."""
+    changes = []
+    for path, old in before.prints.items():
+        new = after.prints.get(path)
+        if new is not None:
+            changes.append(_change(old, new))
+        elif path in after.aliases:
+            changes.append(LeafChange(old.leaf, old.kind, "tied", f"now {format_path(after.aliases[path])}"))
+        else:
+            changes.append(LeafChange(old.leaf, old.kind, "removed"))
+    for path, new in after.prints.items():
+        if path in before.prints:
+            continue
+        if path in before.aliases:
+            first = before.aliases[path]
+            changes.append(LeafChange(new.leaf, before.prints[first].kind, "untied", f"was {format_path(first)}"))
+        else:
+            changes.append(LeafChange(new.leaf, new.kind, "added"))
+    return tuple(changes)
+
+
+def _change(old: Print, new: Print) -> LeafChange:
+    if new.prints is None:
+        return LeafChange(old.leaf, old.kind, "gone", "donated, nothing in its place")
+    if new.leaf.type is not old.leaf.type:
+        return LeafChange(new.leaf, old.kind, "retyped", f"was {format_type(old.leaf.type)}")
+    if new.specs != old.specs or new.structure != old.structure:
+        shapes = [getattr(spec, "shape", None) for spec in old.specs]
+        if shapes == [getattr(spec, "shape", None) for spec in new.specs] and new.structure == old.structure:
+            return LeafChange(new.leaf, old.kind, "recast", f"was {format_dtype(old.leaf.dtype)}")
+        return LeafChange(new.leaf, old.kind, "reshaped", f"was {format_shape(old.leaf.shape)}")
+    return LeafChange(new.leaf, old.kind, "same" if new.prints == old.prints else "value")
+
+
+def seen_table(
+    by_kind: Mapping[str, Sequence[LeafChange]],
+    missed: Sequence[str],
+    frozen: Sequence[str],
+    static: dict[str, tuple[Any, Any]],
+) -> Table:
+    """A line for each kind that has leaves; below, whatever is more than other values.
+
+    Args:
+      by_kind: what became of each leaf, by kind.
+      missed: the kinds of which nothing changed, though it was expected.
+      frozen: the kinds that are frozen.
+      static: plain attributes of modules that changed: before and after, by path.
+    """
+    rows = []
+    for kind, own in by_kind.items():
+        changed = sum(change.how != "same" for change in own)
+        says = "-"
+        if kind in missed:
+            says = "expected to change, nothing did"
+        elif kind in frozen and changed:
+            says = "frozen, but changed"
+        numbers = [format_count(number) if number else "-" for number in (changed, len(own) - changed)]
+        rows.append((kind, format_count(len(own)), *numbers, says))
+    changes = [change for own in by_kind.values() for change in own]
+    told = [
+        change
+        for change in changes
+        if change.how not in ("same", "value") or (change.how == "value" and change.kind in frozen)
+    ]
+    lines = [(format_path(change.path), change.kind, change.describe()) for change in told]
+    lines += [(path, "-", f"{was!r} became {now!r}") for path, (was, now) in static.items()]
+    below = Table("to look at", ("path", "kind", "what"), tuple(lines)) if lines else None
+    columns = ("kind", "leaves", "changed", "unchanged", "remark")
+    return Table("watch", columns, tuple(rows), right=("leaves", "changed", "unchanged"), below=below)

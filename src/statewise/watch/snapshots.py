@@ -1,0 +1,163 @@
+"""A snapshot: what a model is made of at one moment, with a fingerprint for each leaf and without an array."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from statewise import _compat
+from statewise.aliases import aliases_of
+from statewise.claims import claimants
+from statewise.errors import StructureError
+from statewise.kinds import Kinds
+from statewise.paths import Leaf, Path
+from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, scan, spec_of
+from statewise.state import State, check_unspent, is_deleted
+from statewise.watch.fingerprints import fingerprints
+
+__all__ = ["NO_KIND", "Print", "Snapshot", "snapshot_of"]
+
+# Under this name stand the leaves that no kind claims; no kind can be called so.
+NO_KIND = "(no kind)"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Print:
+    """One leaf at one moment.
+
+    Attributes:
+      leaf: the leaf.
+      kind: its kind's name; `NO_KIND`, or `params and lora` where two claim it.
+      specs: shape and dtype of each array in its value; of what is no array its type.
+      structure: the structure of its value.
+      prints: what stands for its values; None where an array is gone, since it was donated.
+    """
+
+    leaf: Leaf
+    kind: str
+    specs: tuple[Any, ...]
+    structure: Any
+    prints: tuple[Any, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A model at one moment.
+
+    Attributes:
+      prints: the leaves, by their first paths.
+      aliases: from each other path of a tied leaf to its first.
+      statics: the modules' plain attributes (`deterministic`, `use_running_average`), by path.
+    """
+
+    prints: Mapping[Path, Print]
+    aliases: Mapping[Path, Path]
+    statics: Mapping[Path, Any]
+
+
+def snapshot_of(objects: Sequence[Any], kinds: Kinds) -> Snapshot:
+    """The snapshot of a state, or of one or several objects.
+
+    Raises:
+      StructureError: what is given is no model, is being traced, or is abstract; a spent state.
+    """
+    if isinstance(jnp.zeros(()), _compat.Tracer):
+        raise _traced()
+    if isinstance(objects[0], State):
+        return _of_state(objects[0])
+    found = scan(objects)
+    aliases = aliases_of(found.graphdef, found.paths, found.several)
+    claims = _claims(kinds, found, aliases)
+    leaves = []
+    for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True):
+        arrays, structure = arrays_of(raw_value(leaf))
+        specs = [spec for spec in map(spec_of, arrays) if spec is not None]
+        type_ = _compat.variable_type(leaf)
+        own = make_leaf(path, type_, specs, structure is ONE, kind, aliases.get(path, ()))
+        leaves.append((own, kind, arrays, structure))
+    first = {alias: path for path, others in aliases.items() for alias in others}
+    return Snapshot(_printed(leaves), first, _statics(objects))
+
+
+def _of_state(state: State) -> Snapshot:
+    plan = state.plan
+    check_unspent(state, plan.kinds)
+    arrays: dict[int, list[Any]] = {}
+    for kind, part in zip(plan.kinds, state._parts, strict=True):
+        for leaf, array in zip(plan._row_of_array[kind], plan._unpacked(kind, part.arrays), strict=True):
+            arrays.setdefault(id(leaf), []).append(array)
+    leaves = [(leaf, leaf.kind or NO_KIND, arrays.get(id(leaf), []), None) for leaf in plan.leaves]
+    first = {alias: leaf.path for leaf in plan.leaves for alias in leaf.aliases}
+    return Snapshot(_printed(leaves), first, {})
+
+
+def _claims(kinds: Kinds, found: Scan, aliases: Mapping[Path, Sequence[Path]]) -> list[str]:
+    """The kind of each leaf; unlike a plan it refuses none that no kind claims, or that two do."""
+    claims_of = claimants(kinds)
+    claims = []
+    for path, leaf in zip(found.paths, found.leaves, strict=True):
+        ways = (path, *aliases.get(path, ()))
+        names = dict.fromkeys(name for way in ways for name in claims_of(found.relative(way), leaf))
+        # What the rest kind would get by one path belongs to whoever claims it by another.
+        named = [name for name in names if not kinds[name].rest] or list(names)
+        claims.append(" and ".join(named) or NO_KIND)
+    return claims
+
+
+def _printed(leaves: Sequence[tuple[Leaf, str, Sequence[Any], Any]]) -> dict[Path, Print]:
+    flat = [array for _, _, arrays, _ in leaves for array in arrays]
+    if any(isinstance(array, _compat.Tracer) for array in flat):
+        raise _traced()
+    abstract = [leaf for leaf, _, arrays, _ in leaves if any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays)]
+    if abstract:
+        raise StructureError(
+            "The model is abstract: it has shapes but no values to watch.",
+            leaves=abstract,
+            mend="sw.watch(model)  # built for real, not by nnx.eval_shape",
+        )
+    there = [_as_jax_sees_it(array) for array in flat if spec_of(array) is not None and not is_deleted(array)]
+    sums = iter(fingerprints(there))
+    prints = {}
+    for leaf, kind, arrays, structure in leaves:
+        specs = tuple(spec_of(array) or type(array) for array in arrays)
+        # What is no array (text, an object of the user's) is told apart as it prints.
+        own = tuple(repr(array) if spec_of(array) is None else next(sums) for array in arrays if not is_deleted(array))
+        prints[leaf.path] = Print(leaf, kind, specs, structure, own if len(own) == len(arrays) else None)
+    return prints
+
+
+def _as_jax_sees_it(array: Any) -> Any:
+    """An array of NumPy, or a number, in the dtype that it has as soon as it has been through a compiled function."""
+    spec = spec_of(array)
+    if isinstance(array, jax.Array) or spec is None:
+        return array
+    with np.errstate(over="ignore"):
+        return np.asarray(array).astype(spec.dtype)
+
+
+def _statics(objects: Sequence[Any]) -> dict[Path, Any]:
+    several = len(objects) > 1
+    return {
+        ((position,) if several else ()) + (*path, name): value
+        for position, thing in enumerate(objects)
+        for path, module in nnx.iter_modules(thing)
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) and not name.startswith("_")
+    }
+
+
+_PLAIN = (bool, int, float, str, type(None), enum.Enum)
+
+
+def _traced() -> StructureError:
+    return StructureError(
+        "Inside jax.jit there are no values to watch: the code is being traced.",
+        mend="with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call",
+    )
