@@ -129,7 +129,7 @@ def test_two_leaves_with_one_path_are_refused_before_anything_is_written(tmp_pat
             "optimizer/params/0/count: Variable(2,) float32  kind=variables",
             "optimizer/params/0/count: Array() int32  kind=optimizer",
         ],
-        mend="give the model's attribute 'optimizer' another name: there the optimizers of the plan have theirs",
+        mend="give the model's attribute 'optimizer' another name: the plan keeps what it derives there",
     ):
         sw.save(tmp_path / "saved", state)
     assert list(tmp_path.iterdir()) == []
