@@ -268,3 +268,10 @@ def test_several_objects_are_compared_together() -> None:
     found = diff(one, other)
     assert found.first == "a model (Node and Rngs)"
     assert [leaf.leaf.path for leaf in found.leaves] == [(1, "default", "key")]
+
+
+def test_a_diff_is_iterated_leaf_by_leaf() -> None:
+    narrow, wide = (nnx.Linear(2, size, rngs=nnx.Rngs(0)) for size in (3, 4))
+    found = sw.diff(narrow, wide)
+    assert list(found) == list(found.leaves)
+    assert len(list(found)) == 2

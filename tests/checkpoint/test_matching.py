@@ -138,7 +138,7 @@ def test_a_leaf_of_another_kind(tmp_path: pathlib.Path) -> None:
         state_of(v=OwnStat(ONES)),
         state_of(kinds, v=OwnStat(ONES)),
         "v: OwnStat(2, 3) float32  kind=stats  (is of kind 'variables' in the checkpoint)",
-        mend="declare it as it was saved: of kind 'variables'",
+        mend="declare it as it was saved, of kind 'variables'; then sw.transfer(restored, plan) into other kinds",
     )
 
 
@@ -253,7 +253,7 @@ def test_everything_is_listed_at_once_with_every_mend(tmp_path: pathlib.Path) ->
             [
                 SIZES,
                 CAST,
-                "declare it as it was saved: of kind 'stats'",
+                "declare it as it was saved, of kind 'stats'; then sw.transfer(restored, plan) into other kinds",
                 "give the leaf the type that it was saved with: BatchStat",
                 STRUCTURE,
                 "make it a key: jax.random.key(0, impl='threefry2x32')",

@@ -69,17 +69,32 @@ def test_a_folder_without_a_manifest_and_a_file(tmp_path: pathlib.Path) -> None:
         )
 
 
-def test_of_a_run_and_of_a_step_the_item_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_step_stands_for_its_one_state_and_of_a_run_the_newest_is_named(tmp_path: pathlib.Path) -> None:
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         for step in (9, 10):
             items = {"state": sw.checkpointable(trained()), "metrics": ocp.args.JsonSave({"loss": 0.5})}
             manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
     mend = f"one of its items is: '{tmp_path}/run/10/state'"
-    for folder in ("run", "run/10"):
-        message = f"{tmp_path}/{folder} is no checkpoint of Statewise: it has no statewise.json."
-        check_all(tmp_path / folder, sw.DamagedError, message, mend, sw.inspect)
+    message = f"{tmp_path}/run is no checkpoint of Statewise: it has no statewise.json."
+    check_all(tmp_path / "run", sw.DamagedError, message, mend, sw.inspect)
     assert sw.preview(tmp_path / "run" / "10" / "state", trained()).ok
+    assert sw.preview(tmp_path / "run" / "10", trained()).ok
+    assert sw.inspect(tmp_path / "run" / "10") == sw.inspect(tmp_path / "run" / "10" / "state")
+
+
+def test_of_a_step_with_two_states_one_is_named(tmp_path: pathlib.Path) -> None:
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        both = {"actor": sw.checkpointable(trained()), "learner": sw.checkpointable(trained())}
+        manager.save(1, args=ocp.args.Composite(**both))
+        manager.wait_until_finished()
+    check_all(
+        tmp_path / "run" / "1",
+        sw.DamagedError,
+        f"{tmp_path}/run/1 is no checkpoint of Statewise: it has no statewise.json.",
+        f"one of its items is: '{tmp_path}/run/1/actor'",
+        sw.inspect,
+    )
 
 
 @pytest.mark.parametrize(

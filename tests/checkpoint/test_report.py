@@ -204,3 +204,11 @@ def test_the_census_says_which_kinds_were_left_out(tmp_path: pathlib.Path) -> No
     found = sw.inspect(tmp_path / "run")
     assert (found["params"].leaves, found["params"].treatment) == (1, "-")
     assert (found["stats"].leaves, found["stats"].treatment) == (0, "not in this checkpoint")
+
+
+def test_a_report_is_iterated_leaf_by_leaf(tmp_path: pathlib.Path) -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = sw.plan(model).take(model)
+    sw.save(tmp_path / "saved", state)
+    report = sw.preview(tmp_path / "saved", state)
+    assert [one.outcome for one in report] == ["restored", "restored"]

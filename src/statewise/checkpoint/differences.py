@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from statewise.kinds import unknown_kind
@@ -86,6 +87,9 @@ class Diff(Shown):
 
     def __bool__(self) -> bool:
         return bool(self.leaves)
+
+    def __iter__(self) -> Iterator[LeafDiff]:
+        return iter(self.leaves)
 
     def _of(self, what: str) -> dict[str, tuple[LeafDiff, ...]]:
         found: dict[str, list[LeafDiff]] = {}

@@ -28,7 +28,7 @@ def as_path(path: Any) -> Any:
 
 
 def find(path: Any) -> Any:
-    """The folder of a checkpoint.
+    """The folder of a checkpoint; of a step, that of its one item which is a state.
 
     Raises:
       RestoreError: there is nothing, or this is no path.
@@ -42,6 +42,8 @@ def find(path: Any) -> Any:
         )
     if not (folder / NAME).exists():
         items = _items(folder)
+        if len(items) == 1 and items[0].parent == folder:  # a step of a run: its one item that is a state
+            return items[0]
         raise DamagedError(
             f"{folder} is no checkpoint of Statewise: it has no {NAME}.",
             mend=f"one of its items is: {str(items[0])!r}"

@@ -248,7 +248,8 @@ def _differences(record: LeafRecord, there: LeafRecord) -> list[tuple[str, str]]
     """Everything in the way of restoring one leaf, dtypes apart: what it is in the checkpoint, and the mend."""
     words = []
     if there.kind != record.kind:
-        words.append((f"of kind {there.kind!r}", f"declare it as it was saved: of kind {there.kind!r}"))
+        mend = f"declare it as it was saved, of kind {there.kind!r}; then sw.transfer(restored, plan) into other kinds"
+        words.append((f"of kind {there.kind!r}", mend))
     if not same_type(record.type, there.type):
         words.append((f"a {there.type.replace(':', '.')}", _mend_type(record.type, there.type)))
     if not _same_structure(record, there):

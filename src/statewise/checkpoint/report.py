@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from statewise.errors import RestoreError
@@ -96,6 +97,9 @@ class RestoreReport(Shown):
         if not found:
             raise unknown_kind(kind, self.counts)
         return found
+
+    def __iter__(self) -> Iterator[RestoredLeaf]:
+        return iter(self.leaves)
 
     def raise_problems(self) -> None:
         """Raises if there are problems.
