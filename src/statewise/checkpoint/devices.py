@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from statewise.averages import EMA
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.copies import spread
+from statewise.paths import Path
 from statewise.placements import PLACEMENTS, PerDevice
 from statewise.plan import Plan
 
@@ -58,7 +60,7 @@ def resize(plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecor
     keys = ", folded in with their numbers" if ours.prng is not None else ""
     if not there:
         return Resized("each", here, f"one value, on each of {here} devices{keys}")
-    what, kind = f"one value for each of {there} devices", record.kind
+    what, (kind, _) = f"one value for each of {there} devices", _owner(plan, record)
     if not here:
         return (
             what,
@@ -72,10 +74,19 @@ def resize(plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecor
     return Resized(declared, here, f"the {declared} of {there} devices' values, on each of {here}{keys}")
 
 
+def _owner(plan: Plan, record: LeafRecord) -> tuple[str, Path]:
+    """The kind and path that say how a leaf lies: of an average those of what it is of."""
+    if plan.kinds[record.kind].of is EMA:
+        _, kind, *path = record.path
+        return str(kind), tuple(path)
+    return record.kind, record.path
+
+
 def _declared(plan: Plan, record: LeafRecord, ours: ArrayRecord) -> str:
-    placement = plan.kinds[record.kind].placement
+    kind, path = _owner(plan, record)
+    placement = plan.kinds[kind].placement
     if placement is not None and not isinstance(placement, PLACEMENTS):
-        placement = placement(record.path, shape_of_one(ours))
+        placement = placement(path, shape_of_one(ours))
     return placement.resize if isinstance(placement, PerDevice) else "error"
 
 

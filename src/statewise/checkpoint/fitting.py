@@ -20,7 +20,7 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.checkpoint.exporting import Piece, collection_of, obstacles
-from statewise.checkpoint.keys import OrbaxKeys
+from statewise.checkpoint.keys import OrbaxKeys, can_cast
 from statewise.checkpoint.manifest import ArrayRecord
 from statewise.checkpoint.records import Placed, records_of
 from statewise.checkpoint.sources import ARRAY, Entry, Source, is_linen, known_collection
@@ -295,7 +295,7 @@ class _Fitter:
             self.made.problem(one.leaf, note, "build the model with the sizes of the source, or rename another to it")
         elif entry.dtype == dtype:
             self.made.pieces.append(one.piece(entry.name))
-        elif prng is not None or not _castable(entry.dtype, dtype):
+        elif prng is not None or not can_cast(entry.dtype, dtype):
             note = f"is {entry.dtype} in the source, which does not become {dtype}"
             self.made.problem(one.leaf, note, "plan the model with the dtype of the source")
         elif not self.cast:
@@ -308,17 +308,6 @@ def _is_of_run(leaf: Leaf) -> bool:
     """Whether a leaf belongs to a training run rather than to a model, so that files of weights do not have it."""
     types = (nnx.RngState, nnx.OptState, _compat.MetricState)
     return leaf.kind == OPTIMIZER or (isinstance(leaf.type, type) and issubclass(leaf.type, types))
-
-
-_FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
-
-
-def _castable(from_: str, to: str) -> bool:
-    """Floats become floats, integers integers; anything else would be another number."""
-    try:
-        return any(jnp.issubdtype(jnp.dtype(from_), one) and jnp.issubdtype(jnp.dtype(to), one) for one in _FAMILIES)
-    except TypeError:  # a dtype that JAX lacks
-        return False
 
 
 def cast_exactly(array: np.ndarray, to: str) -> tuple[np.ndarray, bool]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from statewise.averages import EMA
 from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.devices import Resized, resize, shape_of_one
-from statewise.checkpoint.keys import encode_path, path_id, same_type
+from statewise.checkpoint.keys import can_cast, encode_path, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
@@ -197,7 +197,7 @@ class _Matcher:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
         recast = _recast(record, there)
-        castable = all(_castable(*pair) for pair in recast)
+        castable = all(can_cast(theirs.dtype, ours.dtype) for ours, theirs in recast)
         end = ""
         if recast and not (self.cast and castable):
             words.append((", ".join(dict.fromkeys(theirs.dtype for _, theirs in recast)), _CAST))
@@ -290,14 +290,6 @@ def _recast(record: LeafRecord, there: LeafRecord) -> list[tuple[ArrayRecord, Ar
         return []
     pairs = zip(record.arrays, there.arrays, strict=True)
     return [(ours, theirs) for ours, theirs in pairs if ours.dtype != theirs.dtype and ours.prng == theirs.prng]
-
-
-def _castable(ours: ArrayRecord, theirs: ArrayRecord) -> bool:
-    """Floats become floats, integers integers; anything else would be another number."""
-    for family in (jnp.floating, jnp.complexfloating, jnp.integer):
-        if jnp.issubdtype(jnp.dtype(theirs.dtype), family):
-            return bool(jnp.issubdtype(jnp.dtype(ours.dtype), family))
-    return False
 
 
 @no_collection()
