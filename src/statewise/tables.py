@@ -3,7 +3,8 @@
 A `Table` is plain data: a title, columns, rows of text.  It shows itself three ways.  As text (`str`), for logs,
 pipes and doctests: ASCII lines, no colour codes, as wide as its content, so that a path is never cut and the same
 table is the same text on every machine.  As a rich table, in a terminal that is driven by rich: cells fold where
-the terminal is narrow, colours follow `NO_COLOR`.  As HTML, in a notebook.
+the terminal is narrow, and where it is too narrow for columns each row stands by itself; colours follow `NO_COLOR`.
+As HTML, in a notebook, with no colours of its own, so that it is light or dark as the notebook is.
 
 `leaves_table` has a line for each leaf, and below it a line for each kind (a kind that claims nothing is seen
 there); `kinds_table` is that second part alone.
@@ -15,7 +16,7 @@ import abc
 import dataclasses
 import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from statewise.kinds import Kinds
@@ -35,6 +36,10 @@ __all__ = [
     "printable",
     "total_of",
 ]
+
+
+# A word of a table is not broken up to this many letters, `restart=zeros_like`.
+_WORD = 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,33 +99,22 @@ class Table:
         return "\n".join(text)
 
     def __rich__(self) -> Any:
-        from rich import box
         from rich.console import Group
-        from rich.table import Table as RichTable
         from rich.text import Text
 
         # Text objects, not strings: a cell such as `[0]` is no markup.  A table's own title would be wrapped to
         # the width of a narrow table, so it stands as a line of its own.
-        table = RichTable(box=box.SIMPLE_HEAD, show_footer=self.footer is not None, pad_edge=False)
-        for at, column in enumerate(self.columns):
-            table.add_column(
-                Text(column),
-                Text(self.footer[at] if self.footer else ""),
-                justify="right" if column in self.right else "left",
-                overflow="fold",
-            )
-        for row in self.rows:
-            table.add_row(*map(Text, row))
         title = [Text(self.title, style="bold")] if self.title else []
         below = [Text(""), self.below.__rich__()] if self.below else []
-        return Group(*title, table, *below)
+        return Group(*title, _Fitting(self), *below)
 
     def _repr_html_(self) -> str:
         aligns = ["right" if column in self.right else "left" for column in self.columns]
 
         def row(cells: Sequence[str], tag: str) -> str:
             written = (
-                f'<{tag} style="text-align:{align}">{html.escape(cell)}</{tag}>'
+                # Code in a cell keeps its indentation.
+                f'<{tag} style="text-align:{align};white-space:pre-wrap">{html.escape(cell)}</{tag}>'
                 for align, cell in zip(aligns, cells, strict=True)
             )
             return f"<tr>{''.join(written)}</tr>"
@@ -144,6 +138,64 @@ class Table:
         if self.below:
             data["below"] = self.below.to_dict()
         return data
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitting:
+    """The rows of a table in a terminal: as columns, or one row below the other where there is no room for columns."""
+
+    shown: Table
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self._columns() if self._least() <= options.max_width else self._records()
+
+    def _least(self) -> int:
+        """The width that columns need: of each the longest word in it, long paths apart, and two spaces between."""
+        from rich.cells import cell_len
+
+        lines = (self.shown.columns, *self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
+        words = ([word for cell in column for word in cell.split()] for column in zip(*lines, strict=True))
+        needs = [min(max(map(cell_len, some), default=0), _WORD) for some in words]
+        return sum(needs) + 2 * (len(needs) - 1)
+
+    def _columns(self) -> Any:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        footer = self.shown.footer
+        table = RichTable(
+            box=box.SIMPLE_HEAD, show_footer=footer is not None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        for at, column in enumerate(self.shown.columns):
+            table.add_column(
+                Text(column),
+                Text(footer[at] if footer else ""),
+                justify="right" if column in self.shown.right else "left",
+                overflow="fold",
+            )
+        for row in self.shown.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def _records(self) -> Any:
+        """Of each row the first cell, and below it the others with their names; what says nothing is left out."""
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.text import Text
+
+        rows = (*self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
+        lines: list[Any] = []
+        for first, *others in rows:
+            if first:
+                lines.append(Text(first, style="bold", overflow="fold"))
+            text = Text(overflow="fold")
+            for name, cell in zip(self.shown.columns[1:], others, strict=True):
+                if cell not in ("", "-"):
+                    text.append(" · " if text else "").append(name, style="dim").append(f" {cell}")
+            if text:
+                lines.append(Padding(text, (0, 0, 0, 2)))
+        return Group(*lines)
 
 
 class Shown(abc.ABC):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from statewise.averages import EMA
-from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.copies import spread
 from statewise.paths import Path
@@ -69,7 +68,7 @@ def resize(plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecor
     declared = _declared(plan, record, ours)
     if declared == "error":
         return what, f"declare what becomes of them: {kind}=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))"
-    if declared == "mean" and (ours.prng is not None or not jnp.issubdtype(dtype_of(ours.dtype), jnp.inexact)):
+    if declared == "mean" and (ours.prng is not None or not jnp.issubdtype(jnp.dtype(ours.dtype), jnp.inexact)):
         return f"one value without a mean for each of {there} devices", "sw.PerDevice('data', resize='first')"
     return Resized(declared, here, f"the {declared} of {there} devices' values, on each of {here}{keys}")
 

@@ -194,7 +194,7 @@ def _shardings(source: Source, target: State) -> list[Any]:
     """Where each array of a leaf goes: to where the target's is."""
     kind = source.placed.record.kind
     parts = target.part(kind).arrays if kind not in target.plan._packing else None
-    made = []
+    made: list[Any] = []
     for offset in range(len(source.record.arrays)):
         array = parts[source.placed.start + offset] if parts is not None else None
         if source.changes[offset] is not None:  # it is put there when it is what it has to become

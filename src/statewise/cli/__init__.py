@@ -1,12 +1,12 @@
-"""The command line: `statewise census | plan | explain | memory | lint TARGET`, `inspect | convert | diff`, `demo`.
+"""The command line: `census | plan | explain | memory | lint | report TARGET`, `inspect | convert | diff`, `demo`.
 
 A target is a function without arguments that makes a model, `package.module:factory` or `file.py:factory`; a model
 itself, or a tuple of objects, will do as well.  Exit status: 0 fine, 1 findings (leaves that no kind claims, say),
 2 wrong usage, with one line that says what is wrong.
 
 This file parses arguments and imports nothing heavy, so that `--help` is there at once.  The files: `commands` (what
-each command does), `checkpoints` (the same for those on checkpoints), `memory` (a mesh from text), `lint` (options),
-`targets` (from text to objects), `expressions` (from text to filters).
+each command does), `checkpoints` (the same for those on checkpoints), `memory` (a mesh from text), `lint` and `report`
+(options), `targets` (from text to objects), `expressions` (from text to filters).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from statewise.cli.lint import add_lint
 from statewise.cli.memory import add_memory
+from statewise.cli.report import add_report
 
 __all__ = ["main"]
 
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("filter", metavar="FILTER", help="which leaves, see below")
     add_memory(add)
     add_lint(add)
+    add_report(add)
     _add_checkpoints(add)
     demo = add("demo", "train a small transformer on real text, and see what its kinds are good for")
     demo.add_argument("--steps", type=_positive, metavar="N", help="how many training steps")

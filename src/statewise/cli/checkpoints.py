@@ -1,4 +1,4 @@
-"""The commands on checkpoints: `inspect`, `convert` and `diff`.
+"""The commands on checkpoints: `inspect`, `convert`, `diff`, and `report`, which takes them too.
 
 What was asked for wrongly (nothing at a path, something where there should be nothing, a name that is not there) is
 wrong usage; what is found in a checkpoint is a finding.
@@ -20,9 +20,10 @@ from statewise.cli.targets import UsageError
 from statewise.errors import RestoreError
 from statewise.kinds import Kinds
 from statewise.plan import Plan
+from statewise.report import Report, report
 from statewise.state import State
 
-__all__ = ["check", "converted", "differences", "inspected", "is_checkpoint", "state_of"]
+__all__ = ["check", "converted", "differences", "inspected", "is_checkpoint", "reported", "state_of"]
 
 
 @contextlib.contextmanager
@@ -132,3 +133,14 @@ def differences(first: Any, second: Any, kinds: Kinds | None) -> Diff:
     """
     with _usage():
         return diff(first, second, kinds=kinds)
+
+
+def reported(target: Any, other: Any, kinds: Kinds | None, mesh: dict[str, int] | None) -> Report:
+    """Reports on models and checkpoints.
+
+    Raises:
+      UsageError: a path that is no checkpoint.
+      StatewiseError: whatever `sw.report` refuses.
+    """
+    with _usage():
+        return report(target, other, kinds=kinds, mesh=mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -148,12 +149,35 @@ def _diff(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     return 1 if found else 0
 
 
+def _report(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    from statewise.cli import checkpoints
+
+    if args.output is None and not args.json:
+        raise UsageError("where the page is to be written is not said: -o report.html")
+    mesh = None if args.mesh is None else parse_mesh(args.mesh)
+    target, other = (
+        text
+        if text is None or checkpoints.is_checkpoint(text)
+        else _model(argparse.Namespace(target=text, abstract=args.abstract), stack)[0]
+        for text in (args.target, args.other)
+    )
+    made = dataclasses.replace(checkpoints.reported(target, other, _kinds(args, stack), mesh), title=args.target)
+    if args.output is not None:
+        try:
+            made.write(args.output)
+        except OSError as error:
+            raise UsageError(f"{args.output!r} cannot be written: {error.strerror or error}") from error
+    _show(args, made.table(), made.to_dict())
+    return 0 if made.ok else 1
+
+
 _COMMANDS = {
     "census": _census,
     "plan": _plan,
     "explain": _explain,
     "memory": _memory,
     "lint": _lint,
+    "report": _report,
     "inspect": _inspect,
     "convert": _convert,
     "diff": _diff,

@@ -18,7 +18,6 @@ from statewise.checkpoint.sides import is_path
 from statewise.errors import KindError
 from statewise.kinds import Kinds
 from statewise.lint import Findings, lint
-from statewise.lint.finding import counted as number_of
 from statewise.memory import Memory, memory
 from statewise.plan import Plan
 from statewise.report.gathering import ReportedLeaf, leaves_of
@@ -68,13 +67,13 @@ class Report(Shown):
     def table(self) -> Table:
         """The census, and in the line above it what else there is to see."""
         total = self.census.total
-        words = [f"{format_count(total.leaves)} leaves", format_bytes(total.bytes)]
+        words = [_counted(total.leaves, "leaf", "leaves"), format_bytes(total.bytes)]
         if self.memory:
             words.append(f"{format_bytes(self.memory.total)} on each of {self.memory.devices} devices")
         if self.findings is not None:
-            words.append(number_of(len(self.findings), "finding", "findings"))
+            words.append(_counted(len(self.findings), "finding", "findings"))
         if self.diff is not None:
-            differ = number_of(len(self.diff.leaves), "leaf differs", "leaves differ")
+            differ = _counted(len(self.diff.leaves), "leaf differs", "leaves differ")
             words.append(f"{differ} from {self.diff.second}")
         table = self.census.table()
         return dataclasses.replace(table, title=printable(f"report of {self.title}: {', '.join(words)}"))
@@ -122,8 +121,8 @@ def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: A
     """Reports on a model, a plan, a state or a checkpoint: what `sw.report(...).write("report.html")` makes a page of.
 
     Args:
-      target: a module, or a tuple or list of objects, concrete or abstract; a plan; a state; or the path of a checkpoint
-        (of Statewise or plain Orbax, or a safetensors file), of which no array is read.
+      target: a module, or a tuple or list of objects, concrete or abstract; a plan; a state; or the path of a
+        checkpoint (of Statewise or plain Orbax, or a safetensors file), of which no array is read.
       other: another of these (of checkpoints only Statewise's) to compare it with, from `target` to `other`.
       kinds: the kinds to plan models by; by default those of the other, if it is a state or a plan, and else
         `Kinds.standard()`.
@@ -166,7 +165,7 @@ def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: A
     plan = _plan_of(target)
     if plan is not None:
         what = "state" if isinstance(target, State) else "plan"
-        made = Report(f"a {what}", what, census(plan), (), lint(target))
+        made = Report(what.capitalize(), what, census(plan), (), lint(target))
     else:
         objects = tuple(target) if isinstance(target, tuple | list) else (target,)
         declared = kinds or _kinds_of(other)
@@ -177,6 +176,10 @@ def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: A
     if isinstance(mesh, Mapping):
         mesh = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     return dataclasses.replace(made, leaves=leaves_of(plan, mesh), memory=taken, diff=changes)
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{format_count(number)} {one if number == 1 else several}"
 
 
 def _of_checkpoint(path: Any, mesh: Any) -> Report:

@@ -1,12 +1,15 @@
 // The tree that the map shows: leaves by kind and path, or by path alone; and how cells are laid out.
 
 const MEASURES = ["bytes", "elements", "device"];
+const CROWD = 120; // more children than that stand in ranges: `0 … 31`, `32 … 63`
 
 // Makes the tree of all leaves. A group with a single member is one with it: `a/b/c`, not three cells to click through.
 function makeTree(leaves, byKind, title) {
   const root = makeNode(title, null);
   for (const leaf of leaves) {
-    const keys = byKind ? [leaf.kind, ...leaf.segments] : leaf.segments;
+    // The paths of optimizer state say already whose it is.
+    const told = leaf.segments.length > 1 && leaf.segments[0] === leaf.kind;
+    const keys = byKind && !told ? [leaf.kind, ...leaf.segments] : leaf.segments;
     let node = root;
     for (const key of keys.slice(0, -1)) {
       if (!node.groups.has(key)) node.groups.set(key, makeNode(key, null));
@@ -15,17 +18,44 @@ function makeTree(leaves, byKind, title) {
     node.members.push(makeNode(keys[keys.length - 1], leaf));
   }
   root.children = childrenOf(root);
+  // Where all is of one kind, that kind is no step of its own.
+  if (root.children.length === 1 && !root.children[0].leaf) root.children = root.children[0].children;
   root.children.forEach((child) => adopt(root, child));
   measure(root);
   return root;
 }
 
 function makeNode(name, leaf) {
-  return { name, leaf, groups: new Map(), members: [], children: [], parent: null, leaves: 0, rest: false };
+  return {
+    name,
+    leaf,
+    groups: new Map(),
+    members: [],
+    children: [],
+    parent: null,
+    leaves: 0,
+    part: false,
+    rest: false,
+  };
 }
 
 function childrenOf(node) {
-  return [...node.groups.values()].map(contracted).concat(node.members);
+  return ranges([...node.groups.values()].map(contracted).concat(node.members));
+}
+
+// Many children as about as many ranges as each of them has members, in the order of the leaves.
+function ranges(children) {
+  if (children.length <= CROWD) return children;
+  const length = Math.ceil(Math.sqrt(children.length));
+  const made = [];
+  for (let start = 0; start < children.length; start += length) {
+    const members = children.slice(start, start + length);
+    const range = makeNode(`${members[0].name} … ${members[members.length - 1].name}`, null);
+    range.children = members;
+    range.part = true;
+    made.push(members.length > 1 ? range : members[0]);
+  }
+  return ranges(made);
 }
 
 function contracted(node) {
@@ -63,24 +93,27 @@ function leavesBelow(node) {
   return node.leaf ? [node.leaf] : node.children.flatMap(leavesBelow);
 }
 
-// The cells to draw for a node's children: the largest as they are, all that would be too small or too many as one.
-// A cell is never drawn smaller than `least` square pixels.
-function cellsOf(node, name, area, least, most) {
+// The cells to draw for a node's children: the largest as they are, all that would be too small (in square pixels) or
+// too many as one, which is not drawn smaller than `rest`, a share of the area.
+function cellsOf(node, name, area, { least, most, rest }) {
   const sized = node.children.filter((child) => child[name] > 0).sort((a, b) => b[name] - a[name]);
   const unit = area / (node[name] || 1);
   let shown = sized.length;
   while (shown > 1 && (shown > most || sized[shown - 1][name] * unit < least)) shown--;
   if (shown === sized.length - 1 && shown < most) shown++; // one alone is no group
-  const cells = sized.slice(0, shown);
-  if (shown < sized.length) cells.push(restOf(node, sized.slice(shown)));
-  return cells.map((cell) => ({ node: cell, size: Math.max(cell[name] * unit, least) }));
+  const cells = sized.slice(0, shown).map((cell) => ({ node: cell, size: Math.max(cell[name] * unit, least) }));
+  if (shown === sized.length) return cells;
+  const others = restOf(node, sized.slice(shown));
+  return [...cells, { node: others, size: Math.max(others[name] * unit, least, rest * area) }].sort(
+    (a, b) => b.size - a.size,
+  );
 }
 
 function restOf(node, children) {
   const rest = makeNode(`${formatCount(children.length)} more`, null);
   rest.children = children;
   rest.parent = node;
-  rest.rest = true;
+  rest.part = rest.rest = true; // of what the node above holds: no key of a path
   sum(rest);
   return rest;
 }
@@ -92,11 +125,14 @@ function squarify(cells, box) {
   const areas = cells.map((cell) => cell.size * scale);
   const placed = [];
   let { x, y, width, height } = box;
-  for (let start = 0; start < areas.length; ) {
+  for (let start = 0; start < areas.length;) {
     const side = Math.min(width, height);
     let end = start + 1;
     let row = areas[start];
-    while (end < areas.length && worst(areas, start, end + 1, row + areas[end], side) <= worst(areas, start, end, row, side)) {
+    while (
+      end < areas.length &&
+      worst(areas, start, end + 1, row + areas[end], side) <= worst(areas, start, end, row, side)
+    ) {
       row += areas[end++];
     }
     const thick = side ? row / side : 0;

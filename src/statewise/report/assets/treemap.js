@@ -3,11 +3,10 @@
 // Drawn are the children of one node, and within each of them what there is room for; never more than MOST elements,
 // however many leaves there are. Only the outer cells take the focus, one of them at a time (a roving tabindex).
 
-const MOST = 600;
-const OUTER = { least: 500, most: 120 };
-const INNER = { least: 160, most: 60 };
+const MOST = 900;
+const OUTER = { least: 600, most: 120, rest: 0.03 };
+const INNER = { least: 160, most: 60, rest: 0 };
 const HEADER = 20;
-const DEPTH = 3;
 
 class Treemap {
   constructor(host, parts) {
@@ -39,7 +38,7 @@ class Treemap {
     const focused = this.host.contains(document.activeElement);
     this.node = node;
     this.draw();
-    const back = this.cells.find((cell) => cell.node === from || isWithin(from, cell.node));
+    const back = this.cells.find((cell) => isWithin(from, cell.node));
     this.rove(back || this.cells[0]);
     if (focused && this.current) this.current.element.focus();
     this.parts.spoken.textContent = `${this.titleOf(node)}: ${this.describe(node)}`;
@@ -94,12 +93,12 @@ class Treemap {
     const box = { x: 0, y: 0, width: this.host.clientWidth, height: this.host.clientHeight };
     if (!this.node || !box.width || !box.height) return;
     const kept = this.current && this.host.contains(document.activeElement) ? this.current.node : null;
-    this.left = MOST;
     this.nodes = [];
     this.current = null;
-    const placed = squarify(cellsOf(this.node, this.name, box.width * box.height, OUTER.least, OUTER.most), box);
+    const placed = squarify(cellsOf(this.node, this.name, box.width * box.height, OUTER), box);
+    const quotas = shares(placed, MOST - placed.length);
     this.cells = placed.map((place, number) => {
-      const element = this.cell(place, 1);
+      const element = this.cell(place, quotas[number]);
       element.dataset.cell = String(number);
       element.tabIndex = -1;
       element.setAttribute("role", "button");
@@ -108,7 +107,10 @@ class Treemap {
     });
     const empty = make("p", { className: "notice", textContent: `Nothing here has any ${WORDS[this.name]}.` });
     this.host.replaceChildren(...(placed.length ? this.cells.map((cell) => cell.element) : [empty]));
-    this.host.setAttribute("aria-label", `Map of ${this.titleOf(this.node)}, ${plural(placed.length, "cell", "cells")}`);
+    this.host.setAttribute(
+      "aria-label",
+      `Map of ${this.titleOf(this.node)}, ${plural(placed.length, "cell", "cells")}`,
+    );
     this.rove(this.cells[0]);
     const same = kept && this.cells.find((cell) => cell.node === kept);
     if (same) same.element.focus();
@@ -116,9 +118,8 @@ class Treemap {
     this.read(this.node);
   }
 
-  // The element of one cell, with those within it.
-  cell({ node, x, y, width, height }, depth) {
-    this.left -= 1;
+  // The element of one cell, with at most `quota` others within it.
+  cell({ node, x, y, width, height }, quota) {
     const element = make("div", { className: node.leaf ? "cell leaf" : node.rest ? "cell rest" : "cell group" });
     element.dataset.node = String(this.nodes.push(node) - 1);
     Object.assign(element.style, { left: `${x}px`, top: `${y}px`, width: `${width}px`, height: `${height}px` });
@@ -129,16 +130,12 @@ class Treemap {
       element.append(make("div", { className: "name" }, make("span", { textContent: node.name }), size));
     }
     const room = { x: 2, y: named ? HEADER : 2, width: width - 6, height: height - (named ? HEADER : 2) - 4 };
-    if (!node.leaf && depth < DEPTH && room.width > 30 && room.height > 24 && this.left > 0) {
-      const cells = cellsOf(node, this.name, room.width * room.height, INNER.least, Math.min(INNER.most, this.left));
-      // Counted before they are drawn: what stands within the first of them must leave room for the last.
-      this.left -= cells.length;
-      element.append(
-        ...squarify(cells, room).map((place) => {
-          this.left += 1;
-          return this.cell(place, depth + 1);
-        }),
-      );
+    const doll = node.rest && node.parent.rest;
+    if (!node.leaf && !doll && room.width > 24 && room.height > 16 && quota > 0) {
+      const limits = { ...INNER, most: Math.min(INNER.most, quota - 1) };
+      const placed = limits.most > 0 ? squarify(cellsOf(node, this.name, room.width * room.height, limits), room) : [];
+      const quotas = shares(placed, quota - placed.length);
+      element.append(...placed.map((place, number) => this.cell(place, quotas[number])));
     }
     return element;
   }
@@ -172,7 +169,7 @@ class Treemap {
 
   titleOf(node) {
     const names = [];
-    for (let one = node; one && one.parent; one = one.parent) if (!one.rest || one === node) names.unshift(one.name);
+    for (let one = node; one && one.parent; one = one.parent) if (!one.part || one === node) names.unshift(one.name);
     return names.join("/") || node.name;
   }
 
@@ -181,7 +178,11 @@ class Treemap {
     const what = node.leaf
       ? [node.leaf.kind, `${node.leaf.type}${formatShape(node.leaf.shape)} ${node.leaf.dtype}`]
       : [plural(node.leaves, "leaf", "leaves")];
-    return [...what, `${this.format(node[this.name])} ${this.name === "bytes" ? "" : WORDS[this.name]}`.trim(), of].join(" · ");
+    return [
+      ...what,
+      `${this.format(node[this.name])} ${this.name === "bytes" ? "" : WORDS[this.name]}`.trim(),
+      of,
+    ].join(" · ");
   }
 
   label(node) {
@@ -196,9 +197,19 @@ class Treemap {
 const WORDS = { bytes: "bytes", elements: "elements", device: "on each device" };
 const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
+// A number of elements, shared out by area.
+function shares(places, number) {
+  const total = places.reduce((sum, place) => sum + place.width * place.height, 0) || 1;
+  return places.map((place) => Math.floor((Math.max(0, number) * place.width * place.height) / total));
+}
+
+// Whether a node is a cell's, or within it. What was put together as the rest is another object each time it is drawn.
 function isWithin(node, group) {
-  for (let one = node; one; one = one.parent) if (one === group) return true;
-  return Boolean(node && group.rest && group.children.includes(node));
+  if (!node) return false;
+  const member = node.rest ? node.children[0] : node;
+  if (group.rest) return group.children.some((child) => isWithin(member, child));
+  for (let one = member; one; one = one.parent) if (one === group) return true;
+  return false;
 }
 
 // The nearest cell in a direction: it begins where this one ends, and straight ahead comes before aslant.
@@ -214,7 +225,9 @@ function neighbour(cells, from, [dx, dy]) {
     const aside = dx
       ? Math.max(0, cell.y - (from.y + from.height), from.y - (cell.y + cell.height))
       : Math.max(0, cell.x - (from.x + from.width), from.x - (cell.x + cell.width));
-    const off = dx ? Math.abs(middle(cell, "y", "height") - middle(from, "y", "height")) : Math.abs(middle(cell, "x", "width") - middle(from, "x", "width"));
+    const off = dx
+      ? Math.abs(middle(cell, "y", "height") - middle(from, "y", "height"))
+      : Math.abs(middle(cell, "x", "width") - middle(from, "x", "width"));
     return ahead < -1 ? Infinity : ahead + 1000 * Math.max(0, aside) + 0.01 * off;
   };
   const found = cells.filter((cell) => cell !== from).map((cell) => [gapOf(cell), cell]);
