@@ -3,6 +3,7 @@
 #
 #   make demo          train the small transformer on real text, in under two minutes
 #   make test          lint, types, tests, doctests: what CI runs
+#   make docs          the documentation as a site, in site/
 #   make bench         the numbers, side by side (bench-quick: a short run)
 #   make PYTHON=python3.13 VENV=.venv13 test      another interpreter, beside the first
 
@@ -17,7 +18,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint types tests docs bench bench-quick format clean
+.PHONY: help demo test test-slow browser-tests lint types tests docs bench bench-quick format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,10 +59,15 @@ tests: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
-# There is no rendered documentation yet: the docs are README.md and docs/*.md.  This runs the code in them.
-docs: $(VENV)/.installed-test
-	@echo "No site is built yet; running the code blocks of README.md and docs/*.md."
-	$(BIN)/python -m pytest -q tests/test_doctests.py -k markdown $(PYTEST_ARGS)
+# The report's page in a real Chromium.  `make tests` runs these too, where there is a browser, and skips them where not.
+browser-tests: $(VENV)/.installed-test
+	.ci/chromium
+	$(BIN)/python -m pytest -q tests/report $(PYTEST_ARGS)
+
+# The site, into site/: open site/index.html.  Strict: a broken link, or a page outside the navigation, fails.
+# That it builds, and that all code on its pages runs, are tests (tests/test_docs.py, tests/test_doctests.py).
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
@@ -74,4 +80,4 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,17 +29,21 @@ ROOMS = (
     "filters",
     "scan",
     "placements",
+    "averages",
     "kinds",
     "tables",
     "aliases",
     "claims",
     "rows",
+    "derived",
     "moments",
+    "shadows",
     "elementwise",
     "packing",
     "copies",
     "layout",
     "intern",
+    "variants",
     "plan",
     "select",
     "census",
@@ -50,6 +54,7 @@ ROOMS = (
     "views",
     "places",
     "state",
+    "using",
     "casting",
     "folding",
     "axes",
@@ -64,6 +69,7 @@ ROOMS = (
     "contracts",
     "routes",
     "updates",
+    "averaging",
     "programs",
     "perdevice",
     "arguments",
@@ -89,6 +95,7 @@ ROOMS = (
 # the run-time type checker can follow.  No other import goes against the flow.
 FORWARDS = {
     ("kinds", "plan"),
+    ("variants", "plan"),
     ("plan", "state"),
     ("plan", "placement"),
     ("plan", "exchange"),
@@ -96,6 +103,7 @@ FORWARDS = {
     ("state", "restart"),
     ("state", "casting"),
     ("state", "folding"),
+    ("state", "using"),
 }
 
 MAX_FILE_LINES = 400

@@ -57,6 +57,18 @@ def test_from_anywhere_to_anywhere_on_the_devices(of: str) -> None:
         assert not pointers(found) & pointers(array)
 
 
+def test_the_same_pieces_on_another_mesh_are_of_that_mesh() -> None:
+    devices = np.array(jax.devices())
+    explicit = {"axis_types": (AxisType.Explicit,)}
+    one, other = Mesh(devices, ("a",), **explicit), Mesh(devices, ("b",), **explicit)
+    array = jax.device_put(jnp.arange(8.0), NamedSharding(one, P()))
+    found = moved(array, NamedSharding(other, P()))
+    assert found.sharding == NamedSharding(other, P())
+    assert not pointers(found) & pointers(array)
+    split = jax.device_put(jnp.arange(8.0), NamedSharding(other, P("b")))
+    assert np.array_equal(jax.jit(jnp.add)(found, split), 2 * np.arange(8.0))  # JAX refuses arrays of two meshes
+
+
 def test_what_jax_itself_would_take_through_the_host() -> None:
     """Should this begin to fail, then JAX has learned it, and `moving` can go."""
     array = jax.device_put(jnp.arange(64.0).reshape(8, 8), places()["split over 2x2"])

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         LeafAudit,
         audit,
     )
+    from statewise.averages import EMA
     from statewise.census import Census, census
     from statewise.checkpoint import (
         Checkpointable,
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "Audit",
     "Census",
     "Checkpointable",

@@ -27,6 +27,7 @@ ROOMS = {
         "Replicated",
         "Sharded",
     ),
+    "averages": ("EMA",),
     "plan": ("Plan", "plan"),
     "memory": ("KindMemory", "Memory", "memory"),
     "state": ("State",),

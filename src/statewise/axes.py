@@ -20,6 +20,7 @@ from statewise.layout import OPTIMIZER
 from statewise.paths import Leaf
 from statewise.plan import Plan
 from statewise.scan import Spec
+from statewise.shadows import Average
 from statewise.state import State
 
 __all__ = ["axes"]
@@ -35,6 +36,11 @@ def axes(plan: Plan, given: Mapping[str, Any]) -> State:
         if not (callable(axis) or _is_axis(axis)):
             raise KindError(f"{kind}={axis!r} is no axis.", kind=kind, mend=f"plan.axes({kind}=0)")
     found = {kind: _each(plan, kind, given.get(kind)) for kind in plan.kinds}
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        if isinstance(one, Average) and one.into not in given:
+            # Each as what it is the average of; the count of a schedule is one for all.
+            of = [found[kind][at] for kind, at in plan._params_of(one)]
+            found[one.into][start : start + len(of)] = of
     follows = OPTIMIZER in plan.kinds and OPTIMIZER not in given
     if follows:
         found[OPTIMIZER] = _followed(plan, found)
@@ -57,8 +63,9 @@ def _each(plan: Plan, kind: str, given: Any) -> list[Axis]:
     if not callable(given):
         return [given] * len(specs)
     found, odd = [], []
+    derived = frozenset(plan.leaves[len(plan._rows) :])
     for leaf, spec in zip(plan._row_of_array[kind], specs, strict=True):
-        path = leaf.path[plan._several :] if leaf.path[:1] != (OPTIMIZER,) else leaf.path
+        path = leaf.path if leaf in derived else leaf.path[plan._several :]
         axis = given(path, spec.shape)
         found.append(axis)
         if not _is_axis(axis):

@@ -21,7 +21,6 @@ from statewise.errors import StructureError
 from statewise.folding import refuse_copies
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
-from statewise.layout import OPTIMIZER
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
@@ -49,9 +48,9 @@ def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: boo
         for array in arrays_of(raw_value(leaf))[0]:
             # Each is placed before the next is copied: a device holds one whole array at a time, never all.
             parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
-    for group in plan._groups:
-        for array in group.init([parts[kind][at] for kind, at in plan._params_of(group)]):
-            parts[OPTIMIZER].append(place.made(OPTIMIZER, len(parts[OPTIMIZER]), array))
+    for one in plan._derived:
+        for array in one.init([parts[kind][at] for kind, at in plan._params_of(one)]):
+            parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
     return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
 
@@ -120,6 +119,10 @@ class _Places:
         if copies and position in copies.of(kind):
             return spread(array, copies.devices, self._arrays[kind][position])
         return jax.device_put(array, self._arrays[kind][position])
+
+    def derived(self, kind: str, position: int, array: Any) -> Any:
+        """An array that was made of placed ones: where they lie per device, so does it."""
+        return array if self._arrays is None else jax.device_put(array, self._arrays[kind][position])
 
     def state(self, parts: Mapping[str, Sequence[Any]]) -> State:
         """The state of these parts; packing made buffers of some arrays, which have no place yet."""

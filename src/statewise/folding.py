@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from jax.sharding import AxisType
 
 from statewise.copies import Copies
 from statewise.errors import KindError, StructureError
-from statewise.intern import intern
 from statewise.kinds import Kinds
 from statewise.lies import Lies
 from statewise.paths import Leaf, format_shape
@@ -44,7 +43,9 @@ def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
         )
     copies = plan._copies
     have = [kind for kind in plan.kinds if copies and copies.of(kind)]
-    chosen = tuple(kinds) or tuple(have)
+    # Averages lie as what they are of, so that is what is folded, and they with it.
+    of = {one.into: [other.kind for other in plan._averages if other.into == one.into] for one in plan._averages}
+    chosen = tuple(dict.fromkeys(one for kind in tuple(kinds) or have for one in _folded_for(kind, of, have)))
     missing = [kind for kind in chosen if kind not in have]
     if missing or copies is None:
         what = f"Kind {missing[0]!r} holds" if missing else "This state holds"
@@ -53,18 +54,34 @@ def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
             kind=missing[0] if missing else None,
             mend=f"state.fold({', '.join(map(repr, have))})" if have else "it can be used as it is",
         )
-    check_unspent(state, chosen)
-    check_fits(state, chosen)
+    folds = _with_averages(plan, copies, chosen)
+    touched = tuple(kind for kind, _ in folds.positions)
+    check_unspent(state, touched)
+    check_fits(state, touched)
     if how == "mean":
         _refuse_means(plan, copies, chosen)
     kinds_after = plan.kinds.replace(**{kind: _folded_kind(plan.kinds, kind) for kind in chosen})
     target = _target(plan, kinds_after)
-    parts = [state.part(kind).arrays for kind in chosen]
-    places = tuple(state.part(kind).places() for kind in chosen)
+    parts = [state.part(kind).arrays for kind in touched]
+    places = tuple(state.part(kind).places() for kind in touched)
     made = list(state._parts)
-    for kind, arrays in zip(chosen, _program(plan, chosen, how, places)(parts), strict=True):
+    for kind, arrays in zip(touched, _program(plan, folds, how, places)(parts), strict=True):
         made[plan._index[kind]] = Part(tuple(arrays))
     return make_state(target, made)
+
+
+def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str]) -> list[str]:
+    return [one for one in of[kind] if one in have] if kind in of and kind in have else [kind]
+
+
+def _with_averages(plan: Plan, copies: Copies, kinds: Sequence[str]) -> Copies:
+    """What is folded with these kinds: their averages lie as they do."""
+    found = {kind: set(copies.of(kind)) for kind in kinds}
+    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+        mine = copies.of(one.into).intersection(range(start, stop))
+        if mine and set(one.kinds) & set(kinds):
+            found.setdefault(one.into, set()).update(mine)
+    return copies._replace(positions=tuple((kind, frozenset(at)) for kind, at in found.items()))
 
 
 def refuse_copies(plan: Plan, why: str) -> None:
@@ -91,8 +108,7 @@ def _folded_kind(kinds: Kinds, kind: str) -> Any:
 def _target(plan: Plan, kinds: Kinds) -> Plan:
     """The plan of the folded state: of the same leaves and packing, on the same mesh."""
     assert plan._copies is not None
-    parts = plan._graphdef, plan._rows, plan._groups, plan._objects, plan.dropped
-    return on_mesh(intern(Plan(kinds, *parts, plan._packing)), plan._copies.mesh)
+    return on_mesh(plan._like(kinds=kinds, copies=None), plan._copies.mesh)
 
 
 def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
@@ -113,9 +129,8 @@ def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(plan: Plan, kinds: tuple[str, ...], how: How, places: tuple[Places | None, ...]) -> Any:
-    copies = plan._copies
-    assert copies is not None
+def _program(plan: Plan, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
+    kinds = [kind for kind, _ in copies.positions]
 
     def folded_parts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         made = [

@@ -11,8 +11,8 @@ import threading
 import weakref
 from typing import Any
 
+from statewise.derived import Derived
 from statewise.kinds import Kinds
-from statewise.moments import Group
 from statewise.rows import Row
 
 __all__ = ["intern", "same_graph"]
@@ -24,19 +24,19 @@ class _Identity:
 
     kinds: Kinds
     rows: tuple[Row, ...]
-    groups: tuple[Group, ...]
+    derived: tuple[Derived, ...]
     graphdef: Any
     stored: Any
     static_types: list[type]
 
     def __hash__(self) -> int:
-        return hash((self.kinds, self.groups, tuple(row.path for row in self.rows)))
+        return hash((self.kinds, self.derived, tuple(row.path for row in self.rows)))
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _Identity)
             and self.kinds == other.kinds
-            and self.groups == other.groups
+            and self.derived == other.derived
             and self.rows == other.rows
             and self.stored == other.stored
             and self.static_types == other.static_types
@@ -71,7 +71,7 @@ def intern(plan: Any) -> Any:
     identity = _Identity(
         plan.kinds,
         plan._rows,
-        plan._groups,
+        plan._derived,
         plan._graphdef,
         (plan._packing, plan._copies),
         _types_of_statics(plan._graphdef),

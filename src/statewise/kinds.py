@@ -27,6 +27,7 @@ import jax
 from flax import nnx
 
 from statewise import _compat
+from statewise.averages import EMA
 from statewise.errors import FilterError, KindError
 from statewise.filters import as_code, describe, normalise
 from statewise.placements import PLACEMENTS, describe_placement
@@ -57,13 +58,13 @@ class Kind:
       frozen: no step ever writes it, no optimizer ever touches it.
       saved: it is persisted; False declares it ephemeral.
       missing: what a restore does for a leaf that the checkpoint lacks: `"error"`, `"keep"` (the value that the
-        target has) or `"restart"`.
+        target has) or `"restart"`; averages then begin with what is restored.
       restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.
       batch_axis: the axis of this kind's arrays that holds independent slots (0 for the first), so that slots
         can be restarted one by one.
       placement: how it lies on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`, or a
         function of (path, shape) that returns one.  None replicates; the kind `optimizer` then follows the leaves
-        that it updates.
+        that it updates, and averages (`sw.Kind(sw.EMA)`) what they are of.
 
     Raises:
       FilterError: `of` is no filter.
@@ -95,7 +96,7 @@ class Kind:
             )
         if self.missing not in ("error", "keep", "restart"):
             raise KindError(f"missing={self.missing!r} is none of 'error', 'keep', 'restart'.", mend="missing='error'")
-        if self.missing == "restart" and self.restart is None:
+        if self.missing == "restart" and self.restart is None and self.of is not EMA:
             raise KindError(
                 "missing='restart' needs to know how a fresh value is made.",
                 mend=f"sw.Kind({as_code(self.of)}, missing='restart', restart=jnp.zeros_like)",
@@ -247,12 +248,19 @@ class Kinds(Mapping[str, Kind]):
                 raise unknown_kind(name, self)
         return Kinds(**{**self._kinds, **kinds})
 
-    def plan(self, *objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> Plan:
+    def plan(
+        self,
+        *objects: Any,
+        optimizers: Mapping[Any, Any] | Any = None,
+        averages: Mapping[Any, Any] | Any = None,
+    ) -> Plan:
         """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
 
         Args:
           *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
           optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+          averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them: each becomes a kind of its own,
+            which follows these kinds wherever a train step updates them.
 
         Returns:
           the plan; equal plans are one object.
@@ -260,7 +268,8 @@ class Kinds(Mapping[str, Kind]):
         Raises:
           UnclaimedError: leaves that no kind claims, all of them.
           ContestedError: leaves that several kinds claim, all of them.
-          KindError: optimizers for a kind that is not there, frozen, empty, claimed twice, or not made of floats.
+          KindError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats; two
+            optimizers for one kind, two averages of one name.
           StructureError: no objects, no leaves, a class instead of an instance.
 
         Example:
@@ -274,7 +283,7 @@ class Kinds(Mapping[str, Kind]):
         """
         from statewise.plan import make_plan
 
-        return make_plan(self, objects, optimizers)
+        return make_plan(self, objects, optimizers, averages)
 
 
 def _check_name(name: str) -> None:

@@ -16,16 +16,16 @@ import jax
 
 from statewise.aliases import aliases_of
 from statewise.copies import Copies
+from statewise.derived import Derived
 from statewise.kinds import Kinds
-from statewise.moments import Group
+from statewise.moments import OPTIMIZER, Group
 from statewise.packing import Buffer, Packing, pack, unpack
 from statewise.paths import Leaf, format_path
 from statewise.rows import Row, Span
 from statewise.scan import ONE, Spec, make_leaf
+from statewise.shadows import Average
 
 __all__ = ["OPTIMIZER", "Layout"]
-
-OPTIMIZER = "optimizer"
 
 
 class Layout:
@@ -35,7 +35,7 @@ class Layout:
     _graphdef: Any
     _several: bool
     _rows: tuple[Row, ...]
-    _groups: tuple[Group, ...]
+    _derived: tuple[Derived, ...]  # the optimizers first
     _packing: Mapping[str, Packing]
     _copies: Copies | None
 
@@ -47,12 +47,22 @@ class Layout:
             make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
             for row in self._rows
         ]
-        moments = [
-            make_leaf((OPTIMIZER, group.label, *path), jax.Array, [spec], True, OPTIMIZER)
-            for group in self._groups
-            for path, spec in zip(group.layout.paths, group.layout.specs, strict=True)
+        derived = [
+            make_leaf(path, jax.Array, [spec], True, one.into)
+            for one in self._derived
+            for path, spec in zip(one.leaf_paths, one.layout.specs, strict=True)
         ]
-        return tuple(mine + moments)
+        return tuple(mine + derived)
+
+    @functools.cached_property
+    def _groups(self) -> tuple[Group, ...]:
+        """The optimizers."""
+        return tuple(one for one in self._derived if isinstance(one, Group))
+
+    @functools.cached_property
+    def _averages(self) -> tuple[Average, ...]:
+        """The averages, one for each kind and name."""
+        return tuple(one for one in self._derived if isinstance(one, Average))
 
     @functools.cached_property
     def _specs(self) -> dict[str, tuple[Spec, ...]]:
@@ -60,8 +70,8 @@ class Layout:
         parts: dict[str, list[Spec]] = {kind: [] for kind in self.kinds}
         for row in self._rows:
             parts[row.kind].extend(row.specs)
-        for group in self._groups:
-            parts[OPTIMIZER].extend(group.layout.specs)
+        for one in self._derived:
+            parts[one.into].extend(one.layout.specs)
         return {kind: tuple(part) for kind, part in parts.items()}
 
     @functools.cached_property
@@ -76,14 +86,20 @@ class Layout:
         return tuple(spans)
 
     @functools.cached_property
+    def _derived_spans(self) -> tuple[tuple[int, int], ...]:
+        """For all that is derived, in order, where its arrays stand in the part of its kind."""
+        used = {one.into: sum(len(row.specs) for row in self._rows if row.kind == one.into) for one in self._derived}
+        spans = []
+        for one in self._derived:
+            start = used[one.into]
+            used[one.into] = start + len(one.layout.specs)
+            spans.append((start, used[one.into]))
+        return tuple(spans)
+
+    @property
     def _moment_spans(self) -> tuple[tuple[int, int], ...]:
         """For each optimizer, where its state's arrays stand in the part of kind `optimizer`."""
-        start = sum(len(row.specs) for row in self._rows if row.kind == OPTIMIZER)
-        spans = []
-        for group in self._groups:
-            spans.append((start, start + len(group.layout.specs)))
-            start = spans[-1][1]
-        return tuple(spans)
+        return self._derived_spans[: len(self._groups)]
 
     @functools.cached_property
     def _index(self) -> dict[str, int]:
@@ -143,12 +159,12 @@ class Layout:
     @functools.cached_property
     def _keys(self) -> tuple[Any, ...]:
         """A key for each slot of a state as a pytree: kind and path, made unique where paths only look alike."""
-        moments = {leaf.path for leaf in self.leaves[len(self._rows) :]}
+        derived = {leaf.path for leaf in self.leaves[len(self._rows) :]}
         names: dict[str, None] = {}
         for kind, leaves in self._leaf_of_slot.items():
             for leaf in leaves:
-                # The paths of optimizer state say already whose it is.
-                path = leaf.path if leaf.path in moments else (kind, *leaf.path)
+                # The paths of what is derived say already of what.
+                path = leaf.path if leaf.path in derived else (kind, *leaf.path)
                 name = plain = format_path(path)
                 again = 1
                 while name in names:
@@ -167,8 +183,8 @@ class Layout:
         packing = self._packing.get(kind)
         return pack(packing, arrays) if packing else arrays
 
-    def _params_of(self, group: Group) -> list[tuple[str, int]]:
-        """Kind and position of each array that an optimizer updates, in its order."""
+    def _params_of(self, group: Derived) -> list[tuple[str, int]]:
+        """Kind and position of each array that something is derived from, in its order."""
         return [
             (span.kind, position)
             for span in self._spans

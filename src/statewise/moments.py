@@ -6,56 +6,39 @@ are.  The layout of an optimizer's state is only known by asking the transformat
 asked when a plan first needs it.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the base's fields are read at run time.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, plain_key, unfit
 from statewise.errors import KindError
 from statewise.kinds import Kinds, unknown_kind
 from statewise.paths import Path
-from statewise.scan import ONE, Spec, make_leaf, spec_of, value_of
+from statewise.scan import spec_of
 
-__all__ = ["Group", "Layout", "check_optimizers", "plain_key"]
+__all__ = ["OPTIMIZER", "Group", "check_optimizers"]
 
-
-class Layout(NamedTuple):
-    """What an optimizer's state is made of.
-
-    Attributes:
-      structure: the structure of the state as a pytree.
-      paths: the path of each array in it.
-      specs: shape and dtype of each array in it.
-    """
-
-    structure: Any
-    paths: tuple[Path, ...]
-    specs: tuple[Spec, ...]
+OPTIMIZER = "optimizer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """One optimizer and the leaves that it updates together.
+class Group(Derived):
+    """One optimizer and the leaves that it updates together: one kind's, or several for a joint update.
 
     Attributes:
-      kinds: the names of the kinds, one or several for a joint update.
       tx: the transformation, with support for extra arguments.
       given: the transformation as the user gave it: two plans with the same one are equal.
-      rows: path, shapes and structure of the leaves updated, in the order of the plan.
-      overridden: shapes and dtypes of a state that was cast, where they differ from what `tx.init` makes.
     """
 
-    kinds: tuple[str, ...]
     tx: Any
     given: Any
-    rows: tuple[tuple[Path, tuple[Spec, ...], Any], ...]
-    overridden: tuple[Spec, ...] | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Group) and self._identity() == other._identity()
@@ -67,27 +50,19 @@ class Group:
         return self.kinds, id(self.given), self.rows, self.overridden
 
     @property
+    def into(self) -> str:
+        """The kind that the optimizer's state stands in."""
+        return OPTIMIZER
+
+    @property
+    def leaf_paths(self) -> tuple[Path, ...]:
+        """The path of each array of the optimizer's state: `optimizer/params/0/mu/kernel`."""
+        return tuple((OPTIMIZER, self.label, *path) for path in self.layout.paths)
+
+    @property
     def label(self) -> str:
         """The group's name in paths and in `state["optimizer"]`: `params`, or `params+lora` for a joint update."""
         return "+".join(self.kinds)
-
-    @functools.cached_property
-    def paths(self) -> tuple[Path, ...]:
-        """The path of each array: its leaf's, and, where a Variable holds several, the keys within its value."""
-        found: list[Path] = []
-        for path, specs, structure in self.rows:
-            within: list[Path] = [()]
-            if structure is not ONE:
-                value = value_of(range(len(specs)), structure)
-                keyed = jax.tree_util.tree_flatten_with_path(value)[0]
-                within = [tuple(map(plain_key, keys)) for keys, _ in keyed]
-            found.extend(path + keys for keys in within)
-        return tuple(found)
-
-    def params(self, arrays: Sequence[Any]) -> Any:
-        """The nested `nnx.State` of plain arrays that Optax sees, from the group's arrays in order."""
-        flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
-        return nnx.from_flat_state(flat)
 
     def arrays(self, params: Any) -> list[Any]:
         """The group's arrays in order, from the nested state: the inverse of `params`."""
@@ -123,22 +98,6 @@ class Group:
         # Each original is let go before the next copy is made: large moments are not held twice.
         return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]
 
-    def recast(self, params: Mapping[Path, tuple[Spec, ...]], moments: Sequence[Spec]) -> "Group":
-        """This group, its leaves (by path) and its state of other shapes or dtypes."""
-        rows = tuple((path, params[path], structure) for path, _, structure in self.rows)
-        plain = dataclasses.replace(self, rows=rows, overridden=None)
-        # Where the state is what `tx.init` would make, the group is as good as new, and its plan the same.
-        as_made = plain.layout.specs == tuple(moments)
-        return plain if as_made else dataclasses.replace(plain, overridden=tuple(moments))
-
-
-def plain_key(key: Any) -> Any:
-    """A JAX key entry as a path key: an attribute's name, a dict's key, a position."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return str(key)
-
 
 def check_optimizers(kinds: Kinds, rows: Sequence[Any], optimizers: Mapping[Any, Any]) -> tuple[Group, ...]:
     """Turns the optimizers as given into groups, in the order given.
@@ -166,15 +125,15 @@ def check_optimizers(kinds: Kinds, rows: Sequence[Any], optimizers: Mapping[Any,
         groups.append(
             Group(
                 names,
+                tuple((row.path, row.specs, row.structure) for row in mine),
                 optax.with_extra_args_support(plain),
                 tx,
-                tuple((row.path, row.specs, row.structure) for row in mine),
             )
         )
-    if groups and "optimizer" in kinds and kinds["optimizer"].frozen:
+    if groups and OPTIMIZER in kinds and kinds[OPTIMIZER].frozen:
         raise KindError(
             "The kind 'optimizer' is frozen, but its leaves change in every update.",
-            kind="optimizer",
+            kind=OPTIMIZER,
             mend="kinds.replace(optimizer=sw.Kind(nnx.OptState))",
         )
     return tuple(groups)
@@ -206,16 +165,11 @@ def _check_rows(names: tuple[str, ...], rows: Sequence[Any], kinds: Kinds) -> No
             kind=empty[0] if empty else None,
             mend="leave that optimizer out, or correct the kind's filter",
         )
-    unfit = [
-        make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note="no gradient updates it")
-        for row in rows
-        if any(not jnp.issubdtype(spec.dtype, jnp.inexact) for spec in row.specs)
-    ]
-    if unfit:
+    odd = unfit(rows, "no gradient updates it")
+    if odd:
         raise KindError(
             f"The optimizer of {', '.join(names)} would update leaves that are not made of floating-point numbers.",
-            leaves=unfit,
+            leaves=odd,
             kind=names[0],
-            mend="claim them by a kind of their own: "
-            "sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))",
+            mend=WITHOUT_INTEGERS,
         )

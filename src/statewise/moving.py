@@ -26,7 +26,8 @@ def moved(array: jax.Array, place: Any) -> jax.Array:
     """
     here = array.sharding
     if here.is_equivalent_to(place, array.ndim):
-        return jnp.copy(array)
+        # The same pieces on the same devices may still be of another mesh, and a step takes arrays of one.
+        return jnp.copy(array) if here == place else _put(array, place)
     if not (here.is_fully_addressable and place.is_fully_addressable) or here.memory_kind != place.memory_kind:
         return _put(array, place)
     ours, theirs = _devices(here), _devices(place)

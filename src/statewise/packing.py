@@ -143,6 +143,7 @@ def choose(
     specs: Mapping[str, Sequence[Spec]],
     kinds: Sequence[str],
     groups: Sequence[tuple[Group, Sequence[tuple[str, int]], Sequence[int]]],
+    averages: Sequence[tuple[str, str, int]] = (),
 ) -> dict[str, Packing]:
     """Decides which arrays of these kinds share buffers.
 
@@ -151,6 +152,7 @@ def choose(
       kinds: the kinds to pack.
       groups: each optimizer, with the kind and position of each array that it updates, and the position of each
         array of its own state within kind `optimizer`.
+      averages: of each kind that is averaged, the kind that the averages stand in, and where they begin there.
 
     Returns:
       the packing of each kind that has at least one buffer.
@@ -169,20 +171,25 @@ def choose(
             if _is_small(specs[spot[0]][spot[1]]):
                 chained.setdefault(spot[0], []).append((spot[1], *(position for _, position in own)))
     packings: dict[str, Packing] = {}
-    moment_buffers: list[tuple[int, ...]] = []
+    # What is derived is packed in the order of what it is derived from.
+    following: dict[str, list[tuple[int, ...]]] = {into: [] for into in ("optimizer", *(one[1] for one in averages))}
     for kind in kinds:
-        if kind == "optimizer":
+        if kind in following:
             continue
         packings[kind] = _packing(specs[kind], kind, classes)
         follow = {position: rest for position, *rest in chained.get(kind, ())}
         for buffer in packings[kind].buffers:
             rows = [follow[position] for position in buffer.positions if position in follow]
-            moment_buffers += [tuple(column) for column in zip(*rows, strict=True)]
-    if "optimizer" in kinds:
-        taken = {position for positions in moment_buffers for position in positions}
-        rest = _packing(specs["optimizer"], "optimizer", classes, without=taken)
-        made = tuple(_buffer(specs["optimizer"], positions) for positions in moment_buffers)
-        packings["optimizer"] = Packing(rest.loose, (*made, *rest.buffers))
+            following["optimizer"] += [tuple(column) for column in zip(*rows, strict=True)]
+            for of, into, start in averages:
+                if of == kind:
+                    following[into].append(tuple(start + position for position in buffer.positions))
+    for kind, buffers in following.items():
+        if kind in kinds:
+            taken = {position for positions in buffers for position in positions}
+            rest = _packing(specs[kind], kind, classes, without=taken)
+            made = tuple(_buffer(specs[kind], positions) for positions in buffers)
+            packings[kind] = Packing(rest.loose, (*made, *rest.buffers))
     return {kind: packing for kind, packing in packings.items() if packing.buffers}
 
 

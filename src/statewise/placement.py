@@ -18,12 +18,11 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.copies import Copies
+from statewise.derived import Derived, plain_key
 from statewise.errors import PlacementError
-from statewise.intern import intern
 from statewise.layout import OPTIMIZER
 from statewise.lies import Lies, Owners, follow
 from statewise.meshes import axis_sizes, check_devices, describe_mesh, memories
-from statewise.moments import plain_key
 from statewise.paths import Leaf, Path, format_path
 from statewise.placements import (
     PLACEMENTS,
@@ -37,6 +36,7 @@ from statewise.placements import (
 )
 from statewise.plan import Plan
 from statewise.scan import ONE, Spec, rebuild, scan, value_of
+from statewise.shadows import Average
 
 __all__ = [
     "Lies",
@@ -98,9 +98,7 @@ def with_copies(plan: Plan, copies: Copies | None) -> Plan:
     """A plan with these copies."""
     if copies == plan._copies:
         return plan
-    parts = plan.kinds, plan._graphdef, plan._rows, plan._groups, plan._objects, plan.dropped
-    made: Plan = intern(Plan(*parts, plan._packing, copies))
-    return made
+    return plan._like(copies=copies)
 
 
 def array_shardings(plan: Plan, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
@@ -143,7 +141,8 @@ def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
     """
     resolver = _Resolver(plan, axis_sizes(mesh), memories(mesh))
     placed = resolver.rows()
-    placed.setdefault(OPTIMIZER, []).extend(resolver.moments())
+    for kind, lies in resolver.derived():
+        placed[kind].append(lies)
     if resolver.faults:
         leaves = [leaf for leaf, _ in resolver.faults]
         kinds = {leaf.kind for leaf in leaves}
@@ -203,27 +202,32 @@ class _Resolver:
             placed[row.kind].extend(found[number])
         return placed
 
-    def moments(self) -> Iterator[Lies]:
-        """How the arrays of the plan's own optimizers lie."""
+    def derived(self) -> Iterator[tuple[str, Lies]]:
+        """How each array of the plan's own optimizers and averages lies, and its kind."""
         leaves = iter(self.plan.leaves[len(self.plan._rows) :])
-        placement = self.plan.kinds[OPTIMIZER].placement if self.plan._groups else None
-        # A moment carries no metadata: that of its parameter counts, by the rules of this kind.
-        annotated = placement if isinstance(placement, FromMetadata) else None
-        for group in self.plan._groups:
-            owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated)
-            owners = {path: owners[path] for path in group.paths if path in owners}
-            for path, spec in zip(group.layout.paths, group.layout.specs, strict=True):
-                leaf = next(leaves)
+        for one in self.plan._derived:
+            placement = self.plan.kinds[one.into].placement
+            # What is derived carries no metadata: that of its owner counts, by the rules of this kind.
+            annotated = placement if isinstance(placement, FromMetadata) else None
+            owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated, one.kinds)
+            owners = {path: owners[path] for path in one.paths if path in owners}
+            for at, (spec, leaf) in enumerate(zip(one.layout.specs, leaves, strict=False)):
+                as_owner = _as_owner(one, at, owners)
                 if placement is None or annotated is not None:
-                    yield follow(path, spec.shape, owners)
+                    yield one.into, as_owner
+                elif as_owner.each:
+                    note = "an average of what lies per device, placed otherwise"
+                    mend = f"{one.into}=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
+                    self.faults.append((dataclasses.replace(leaf, note=note), mend))
+                    yield one.into, Lies()
                 else:
-                    yield self.place(placement, [leaf.path], spec, leaf)
+                    yield one.into, self.place(placement, [leaf.path], spec, leaf)
 
-    def _annotated_owners(self, placement: FromMetadata) -> Owners:
-        """The parameters as this placement would have them."""
+    def _annotated_owners(self, placement: FromMetadata, kinds: Sequence[str]) -> Owners:
+        """The leaves of these kinds as this placement would have them."""
         owners: Owners = {}
         for number, (row, leaf) in enumerate(zip(self.plan._rows, self.plan.leaves, strict=False)):
-            if row.kind not in self.updated:
+            if row.kind not in kinds:
                 continue
             for keys, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True):
                 lies = self.place(placement, [row.path], spec, leaf, number)
@@ -314,6 +318,14 @@ class _Resolver:
                 f"sw.Sharded({shown}) if len(shape) > {at} and shape[{at}] % {parts} == 0 else sw.Replicated()",
             )
         return tuple(split)
+
+
+def _as_owner(one: Derived, at: int, owners: Owners) -> Lies:
+    """How an array lies that follows what it is derived from."""
+    if not isinstance(one, Average):
+        return follow(one.layout.paths[at], one.layout.specs[at].shape, owners)
+    owner = owners.get(one.paths[at]) if at < len(one.paths) else None
+    return owner[0][1] if owner else Lies()
 
 
 def _annotated(placement: FromMetadata, metadata: Mapping[str, Any]) -> Sharded | None:

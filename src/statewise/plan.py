@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import nnx
 
+from statewise.averages import EMA
 from statewise.claims import claim
 from statewise.copies import Copies
+from statewise.derived import Derived
 from statewise.errors import KindError, StructureError
 from statewise.intern import intern
 from statewise.kinds import Kind, Kinds, unknown_kind
-from statewise.layout import OPTIMIZER, Layout
-from statewise.moments import Group, check_optimizers
-from statewise.packing import Packing, choose
+from statewise.layout import OPTIMIZER
+from statewise.moments import check_optimizers
+from statewise.packing import Packing
 from statewise.paths import Leaf
 from statewise.rows import Row, drop_sown, rows_of
-from statewise.scan import Spec, scan
+from statewise.scan import scan
+from statewise.shadows import check_averages
 from statewise.tables import Shown, Table, leaves_table
+from statewise.variants import Variants
 
 if TYPE_CHECKING:
     import statewise.state
@@ -36,19 +40,21 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "make_plan", "plan"]
 
 
-def plan(*objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> Plan:
+def plan(*objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Mapping[Any, Any] | Any = None) -> Plan:
     """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
 
     Args:
       *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
       optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+      averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them.
 
     Returns:
       the plan.
 
     Raises:
       ContestedError: leaves that two of the standard kinds claim (a type that derives from both).
-      KindError: optimizers for a kind that is not there, frozen, empty, claimed twice, or not made of floats.
+      KindError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats; two
+        optimizers for one kind, two averages of one name.
       StructureError: no objects, no leaves, a class instead of an instance.
 
     Example:
@@ -58,12 +64,13 @@ def plan(*objects: Any, optimizers: Mapping[Any, Any] | Any = None) -> Plan:
       >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
       [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
     """
-    return make_plan(Kinds.standard(), objects, optimizers)
+    return make_plan(Kinds.standard(), objects, optimizers, averages)
 
 
-def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Mapping[Any, Any] | Any) -> Plan:
+def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Any, averages: Any = None) -> Plan:
     """Resolves kinds against objects; see `Kinds.plan`."""
-    _check_keys(optimizers)
+    _check_keys("optimizers", optimizers, "updates", "{'params': optax.adamw(3e-4)}")
+    _check_keys("averages", averages, "is of", "{'params': sw.EMA(0.999)}")
     found = scan(objects)
     if () in found.paths:
         name = type(objects[0]).__name__
@@ -89,26 +96,27 @@ def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Mapping[Any, Any
     groups = check_optimizers(kinds, rows, optimizers or {})
     if groups and OPTIMIZER not in kinds:
         kinds = kinds | Kinds(**{OPTIMIZER: Kind(nnx.OptState)})
-    return intern(Plan(kinds, found.graphdef, rows, groups, len(objects), dropped))
+    kinds, shadows = check_averages(kinds, rows, averages or {})
+    return intern(Plan(kinds, found.graphdef, rows, (*groups, *shadows), len(objects), dropped))
 
 
-def _check_keys(optimizers: Any) -> None:
-    mend = "optimizers={'params': optax.adamw(3e-4)}"
-    if optimizers is not None and not isinstance(optimizers, Mapping):
-        raise KindError(f"optimizers={type(optimizers).__name__}(...) does not say which kinds it updates.", mend=mend)
-    for key in optimizers or ():
+def _check_keys(what: str, given: Any, does: str, example: str) -> None:
+    mend = f"{what}={example}"
+    if given is not None and not isinstance(given, Mapping):
+        raise KindError(f"{what}={type(given).__name__}(...) does not say which kinds it {does}.", mend=mend)
+    for key in given or ():
         if not all(isinstance(name, str) for name in (key if isinstance(key, tuple) else (key,))):
             raise KindError(f"{key!r} names no kind, and is no tuple of names.", mend=mend)
 
 
-class Plan(Layout, Shown):
+class Plan(Variants, Shown):
     """Kinds and optimizers resolved against one model: each leaf in exactly one kind.
 
     Made by `Kinds.plan` or `statewise.plan`.  Static, hashable, without arrays; equal plans are one object.
 
     Attributes:
-      kinds: the declaration, with the kind `optimizer` added where the plan has optimizers.
-      leaves: one `Leaf` for each leaf of the model, then one for each array of optimizer state.
+      kinds: the declaration, with the kind `optimizer` added where there are optimizers, and a kind for each average.
+      leaves: one `Leaf` for each leaf of the model, then one for each array of optimizer state, then of averages.
       dropped: leaves that an earlier `sow` left in the model and that are no part of a state.
 
     Example:
@@ -126,7 +134,7 @@ class Plan(Layout, Shown):
         kinds: Kinds,
         graphdef: Any,
         rows: tuple[Row, ...],
-        groups: tuple[Group, ...],
+        derived: tuple[Derived, ...],
         objects: int,
         dropped: tuple[Leaf, ...] = (),
         packing: Mapping[str, Packing] | None = None,
@@ -136,7 +144,7 @@ class Plan(Layout, Shown):
         self.dropped = dropped
         self._graphdef = graphdef
         self._rows = rows
-        self._groups = groups
+        self._derived = derived
         self._objects = objects
         self._several = objects > 1
         self._packing = dict(packing or {})
@@ -159,6 +167,14 @@ class Plan(Layout, Shown):
     def optimizers(self) -> dict[tuple[str, ...], Any]:
         """The optimizers, by the kinds that each updates."""
         return {group.kinds: group.tx for group in self._groups}
+
+    @property
+    def averages(self) -> dict[tuple[str, ...], tuple[EMA, ...]]:
+        """The averages, by the kinds that each is of."""
+        kinds: dict[EMA, tuple[str, ...]] = {}
+        for one in self._averages:
+            kinds[one.ema] = (*kinds.get(one.ema, ()), one.kind)
+        return {of: tuple(ema for ema, other in kinds.items() if other == of) for of in kinds.values()}
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}={len(specs)}" for kind, specs in self._specs.items() if specs)
@@ -342,7 +358,7 @@ class Plan(Layout, Shown):
 
         Args:
           **kinds: the mapped axis of each kind's arrays, None, or a function of a leaf's path and shape that gives it.
-            Kinds that are not named are None, one for all; but optimizer state follows what it updates.
+            Kinds that are not named are None, one for all; but optimizer state and averages follow what they are of.
 
         Raises:
           KindError: a kind that is not there; something that is no axis.
@@ -358,37 +374,3 @@ class Plan(Layout, Shown):
         from statewise.axes import axes
 
         return axes(self, kinds)
-
-    # --- plans made of this one ----------------------------------------------------------------------------------
-
-    def _with_specs(self, specs: Mapping[str, Sequence[Spec]]) -> Plan:
-        """This plan with other shapes or dtypes in the rows of the model."""
-        rows = [
-            row._replace(specs=tuple(specs[span.kind][span.start : span.stop])) if span.kind in specs else row
-            for row, span in zip(self._rows, self._spans, strict=True)
-        ]
-        # What the optimizers would make of leaves of these dtypes does not matter: their state is there already.
-        moments = specs.get(OPTIMIZER, self._specs[OPTIMIZER] if self._groups else ())
-        by_path = {row.path: row.specs for row in rows}
-        groups = tuple(
-            group.recast(by_path, moments[start:stop])
-            for group, (start, stop) in zip(self._groups, self._moment_spans, strict=True)
-        )
-        plain = intern(Plan(self.kinds, self._graphdef, tuple(rows), groups, self._objects, self.dropped))
-        return plain._pack(tuple(self._packing)) if self._packing else plain
-
-    def _pack(self, kinds: Sequence[str]) -> Plan:
-        """This plan with the small arrays of these kinds in few buffers."""
-        groups = [
-            (group, self._params_of(group), range(*span))
-            for group, span in zip(self._groups, self._moment_spans, strict=True)
-        ]
-        packing = choose(self._specs, kinds, groups)
-        return intern(Plan(self.kinds, self._graphdef, self._rows, self._groups, self._objects, self.dropped, packing))
-
-    @property
-    def _plain(self) -> Plan:
-        """This plan with nothing packed, and nothing per device."""
-        if not self._packing and not self._copies:
-            return self
-        return intern(Plan(self.kinds, self._graphdef, self._rows, self._groups, self._objects, self.dropped))

@@ -1,9 +1,9 @@
 """From a traced call to the function that gets compiled.
 
 Two programs are made of the same trace.  `forward` runs it.  `train` differentiates it with respect to the
-arrays of some optimizers and applies them: the jaxpr is the function that is differentiated, so the user's
-code is traced once.  Both go from `(donated, kept, args, kwargs)` to `(written, output)`, where `donated` and
-`written` are the arrays that change and `kept` those that are only read, each grouped by kind (see `routes`).
+arrays of some optimizers, applies these and moves the averages: the jaxpr is the function that is differentiated, so
+the user's code is traced once.  Both go from `(donated, kept, args, kwargs)` to `(written, output)`, where `donated`
+and `written` are the arrays that change and `kept` those that are only read, each grouped by kind (see `routes`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from statewise.averaging import Averaging, averagings
 from statewise.moments import Group
 from statewise.plan import Plan
 from statewise.routes import Routes, numbers_of, routes_of
@@ -42,8 +43,13 @@ def program_of(
         read |= update.reads
         written |= update.writes
         whole |= update.whole
+    averages = averagings(plan, groups, traced.written, written)
+    for average in averages:
+        read |= average.reads
+        written |= average.writes
+        whole |= average.whole
     routes = routes_of(plan, read, written, whole)
-    return _train(plan, traced, routes, updates, axes), routes
+    return _train(plan, traced, routes, updates, averages, axes), routes
 
 
 def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:
@@ -59,8 +65,15 @@ def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:
     return program
 
 
-def _train(plan: Plan, traced: Traced, routes: Routes, updates: Sequence[Update], axes: tuple[str, ...]) -> Program:
-    """Differentiates the traced call and applies the optimizers.
+def _train(
+    plan: Plan,
+    traced: Traced,
+    routes: Routes,
+    updates: Sequence[Update],
+    averages: Sequence[Averaging],
+    axes: tuple[str, ...],
+) -> Program:
+    """Differentiates the traced call, applies the optimizers, and moves the averages.
 
     The output is the loss, or (loss, aux); `captured` beside it if the step captures.
     """
@@ -93,6 +106,8 @@ def _train(plan: Plan, traced: Traced, routes: Routes, updates: Sequence[Update]
 
             value_of = averaged(loss_of_group, axes) if axes else loss_of_group
             update.run(arrays, grads[number], outputs[0], value_of)
+        for average in averages:
+            average.run(arrays)
         return routes.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program

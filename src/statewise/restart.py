@@ -31,6 +31,7 @@ from statewise.state import (
     refuse_shared,
     spent_error,
 )
+from statewise.using import averages_in, begun_again
 
 __all__ = ["restart"]
 
@@ -39,6 +40,9 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
     """See `State.restart`."""
     plan = state._plan
     chosen = tuple(dict.fromkeys(kinds)) or _restartable(plan)
+    averages = tuple(name for name in chosen if averages_in(plan, name))
+    if averages:
+        return _begun_again(state, averages, tuple(name for name in chosen if name not in averages), where)
     for name in chosen:
         state.part(name)
         _check_kind(plan, name, plan.kinds[name], where is not None)
@@ -64,6 +68,22 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
             part.spent = f"restart({name!r})"
         made[plan._index[name]] = Part(tuple(arrays))
     return make_state(plan, made)
+
+
+def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], where: Any) -> State:
+    """Averages begin as copies of what they are of, after whatever else is restarted."""
+    if where is not None:
+        raise KindError(
+            f"The averages {averages[0]!r} have no slots: they begin again as a whole.",
+            kind=averages[0],
+            mend=f"state.restart({', '.join(map(repr, averages))})",
+        )
+    check_unspent(state, [one.kind for name in averages for one, _ in averages_in(state._plan, name)])
+    if others:
+        state = restart(state, others, None)
+    for name in averages:
+        state = begun_again(state, name)
+    return state
 
 
 def _restartable(plan: Plan) -> tuple[str, ...]:

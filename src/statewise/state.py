@@ -179,6 +179,8 @@ class State:
     def restart(self, *kinds: str, where: Any = None) -> State:
         """Fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
 
+        Averages begin again as copies of what they are of; their old buffers are not donated.
+
         Args:
           *kinds: the kinds to restart; by default all that declare `restart`.
           where: which slots along each kind's `batch_axis`: booleans, one for each slot, or slot numbers.  None
@@ -207,6 +209,23 @@ class State:
         from statewise.restart import restart
 
         return restart(self, kinds, where)
+
+    def using(self, name: str) -> State:
+        """This state with averages in the place of what they are of, for evaluation: `evaluate(state.using("ema"), x)`.
+
+        They are copies; all else is shared with this state.  A train step on it would start from the averages, and
+        spend what is shared.
+
+        Args:
+          name: the name of the averages: `sw.EMA(0.999, name="ema")`.
+
+        Raises:
+          KindError: no averages of that name.
+          StructureError: a spent state.
+        """
+        from statewise.using import using
+
+        return using(self, name)
 
     def fold(self, *kinds: str, how: Any = "mean") -> State:
         """This state with the values of all devices folded into one, the same on every device.

@@ -176,15 +176,16 @@ class Found:
 
 
 def _leaves(plan: Plan) -> Iterator[Found]:
-    """Every leaf of a plan, those of its optimizers after those of its objects."""
+    """Every leaf of a plan, what is derived after those of its objects."""
+    copies = plan._copies
     for row, span, leaf in zip(plan._rows, plan._spans, plan.leaves, strict=False):
-        copies = plan._copies
         each = copies is not None and not copies.of(row.kind).isdisjoint(range(span.start, span.stop))
         yield Found(leaf, row.specs, row.structure, span.start, copies.devices if copies and each else 0)
-    moments = iter(plan.leaves[len(plan._rows) :])
-    for group, (start, _) in zip(plan._groups, plan._moment_spans, strict=True):
-        for at, spec in enumerate(group.layout.specs):
-            yield Found(next(moments), (spec,), ONE, start + at, 0)  # no optimizer updates what lies per device
+    derived = iter(plan.leaves[len(plan._rows) :])
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        for position, spec in enumerate(one.layout.specs, start):
+            each = copies is not None and position in copies.of(one.into)
+            yield Found(next(derived), (spec,), ONE, position, copies.devices if copies and each else 0)
 
 
 def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Move]:

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise.derived import plain_key
 from statewise.errors import StructureError
-from statewise.moments import plain_key
 from statewise.paths import Leaf, Path
 from statewise.plan import Plan
 from statewise.scan import Spec, raw_value, spec_of, value_of
+from statewise.shadows import Average
 
 __all__ = ["arrays_for", "view"]
 
@@ -31,6 +32,9 @@ def view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
         for row, span in zip(plan._rows, plan._spans, strict=True)
         if row.kind == kind
     ]
+    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+        if isinstance(one, Average) and one.into == kind:
+            flat += zip(one.layout.paths, arrays[start:stop], strict=True)
     objects = nnx.from_flat_state(flat)
     if kind != "optimizer" or not plan._groups:
         return objects

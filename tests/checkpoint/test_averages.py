@@ -122,6 +122,26 @@ def test_on_a_mesh_averages_come_back_where_they_lie(tmp_path: Path) -> None:
     assert restored["ema"]["stats"]["mean"].sharding == state["ema"]["stats"]["mean"].sharding
 
 
+@pytest.mark.parametrize("resize", ["mean", "error"])
+def test_onto_other_devices_averages_become_what_their_leaves_become(tmp_path: Path, resize: str) -> None:
+    meshes = [jax.make_mesh((count,), ("data",), devices=jax.devices()[:count]) for count in (2, 4)]
+    stats = sw.Kind(nnx.BatchStat, placement=sw.PerDevice("data", resize=resize))
+    model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    plan = sw.Kinds.standard().replace(stats=stats).plan(model, optimizers=ADAM, averages={"stats": sw.EMA(0.5)})
+    state, _ = train(plan.take(model, mesh=meshes[0]), jax.random.normal(jax.random.key(0), (4, 4)))
+    sw.save(tmp_path / "run", state)
+    if resize == "error":
+        with pytest.raises(sw.RestoreError) as caught:
+            sw.restore(tmp_path / "run", plan.abstract(meshes[1]))
+        assert {leaf.kind for leaf in caught.value.leaves} == {"stats", "ema"}
+        assert str(caught.value.mend).count("stats=sw.Kind(") == 1
+        assert "ema=" not in str(caught.value.mend)
+        return
+    restored, _ = sw.restore(tmp_path / "run", plan.abstract(meshes[1]))
+    mean = np.asarray(state["ema"]["stats"]["mean"]).mean(0)
+    np.testing.assert_allclose(restored["ema"]["stats"]["mean"], np.stack([mean] * 4), rtol=1e-6)
+
+
 def test_conversions_leave_averages_to_the_run(tmp_path: Path) -> None:
     state = trained(planned())
     sw.save(tmp_path / "run", state)

@@ -1,0 +1,117 @@
+"""Derived arrays: what a plan keeps beside a model's own leaves, array by array made from some of them.
+
+The state of an optimizer is derived from the parameters that it updates, an average from what it is of.  Both have no
+Variable in the model: they begin when a state is taken, stand in a kind's part after whatever the model has there, and
+have paths of their own.  All that places, packs, saves, moves and shows a state reads them as `Derived`.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise.paths import Leaf, Path
+from statewise.scan import ONE, Spec, make_leaf, value_of
+
+__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "plain_key", "unfit"]
+
+WITHOUT_INTEGERS = (
+    "claim them by a kind of their own: "
+    "sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))"
+)
+
+
+class Layout(NamedTuple):
+    """What derived arrays are made of.
+
+    Attributes:
+      structure: their structure as a pytree.
+      paths: the path of each within it.
+      specs: shape and dtype of each.
+    """
+
+    structure: Any
+    paths: tuple[Path, ...]
+    specs: tuple[Spec, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derived:
+    """Arrays that are made from the leaves of some kinds.
+
+    Attributes:
+      kinds: the names of the kinds.
+      rows: path, shapes and structure of the leaves, in the order of the plan.
+      overridden: shapes and dtypes of what was cast, where they differ from what `init` makes.
+    """
+
+    kinds: tuple[str, ...]
+    rows: tuple[tuple[Path, tuple[Spec, ...], Any], ...]
+    overridden: tuple[Spec, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def into(self) -> str:
+        """The kind that the arrays stand in."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> Layout:
+        """What they are made of."""
+        raise NotImplementedError
+
+    @property
+    def leaf_paths(self) -> tuple[Path, ...]:
+        """The path of each among the leaves of the plan."""
+        raise NotImplementedError
+
+    def init(self, arrays: Sequence[Any]) -> list[Any]:
+        """Them, fresh, from the arrays of the leaves; all are copies, for steps donate what a state holds."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The path of each array of the leaves: its leaf's, and, where a Variable holds several, the keys within."""
+        found: list[Path] = []
+        for path, specs, structure in self.rows:
+            within: list[Path] = [()]
+            if structure is not ONE:
+                value = value_of(range(len(specs)), structure)
+                keyed = jax.tree_util.tree_flatten_with_path(value)[0]
+                within = [tuple(map(plain_key, keys)) for keys, _ in keyed]
+            found.extend(path + keys for keys in within)
+        return tuple(found)
+
+    def params(self, arrays: Sequence[Any]) -> Any:
+        """The leaves' arrays, in order, as an `nnx.State` of plain arrays, nested by path."""
+        flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
+        return nnx.from_flat_state(flat)
+
+    def recast(self, params: Mapping[Path, tuple[Spec, ...]], own: Sequence[Spec]) -> "Derived":
+        """The same of leaves (by path) of other shapes or dtypes, itself of these."""
+        rows = tuple((path, params[path], structure) for path, _, structure in self.rows)
+        plain = dataclasses.replace(self, rows=rows, overridden=None)
+        # Where it is what `init` would make, it is as good as new, and its plan the same.
+        as_made = plain.layout.specs == tuple(own)
+        return plain if as_made else dataclasses.replace(plain, overridden=tuple(own))
+
+
+def plain_key(key: Any) -> Any:
+    """A JAX key entry as a path key: an attribute's name, a dict's key, a position."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return str(key)
+
+
+def unfit(rows: Sequence[Any], note: str) -> list[Leaf]:
+    """Those of a plan's rows that are not made of floating-point numbers."""
+    return [
+        make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+        for row in rows
+        if any(not jnp.issubdtype(spec.dtype, jnp.inexact) for spec in row.specs)
+    ]

@@ -1,0 +1,100 @@
+"""Averages read: in the place of what they are of, and begun again.
+
+`state.using("ema")` is a state of the same plan whose averaged kinds hold the averages, so every step takes it as it
+is.  What it holds in their place are copies, in the dtypes and where the leaves were: no later step on the one state
+spends the other's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from statewise.errors import KindError
+from statewise.places import Places
+from statewise.plan import Plan
+from statewise.shadows import Average
+from statewise.state import Part, State, check_fits, check_unspent, make_state
+
+__all__ = ["averages_in", "begun_again", "using"]
+
+
+def averages_in(plan: Plan, name: str) -> list[tuple[Average, int]]:
+    """The averages of a name, each with where it begins in their kind."""
+    spans = plan._derived_spans[len(plan._groups) :]
+    return [(one, start) for one, (start, _) in zip(plan._averages, spans, strict=True) if one.into == name]
+
+
+def using(state: State, name: str) -> State:
+    """See `State.using`."""
+    plan = state._plan
+    averages = averages_in(plan, name)
+    if not averages:
+        known = list(dict.fromkeys(one.into for one in plan._averages))
+        raise KindError(
+            f"There are no averages {name!r}.",
+            kind=str(name),
+            mend=f"one of: {', '.join(known)}"
+            if known
+            else f"kinds.plan(model, ..., averages={{'params': sw.EMA(0.999, name={name!r})}})",
+        )
+    return _replaced(state, [name], [one.kind for one, _ in averages], _values, name)
+
+
+def begun_again(state: State, name: str) -> State:
+    """This state with the averages of a name as they are at the start: copies of the values."""
+    return _replaced(state, [one.kind for one, _ in averages_in(state._plan, name)], [name], _starts, name)
+
+
+def _replaced(state: State, from_: Sequence[str], into: Sequence[str], program: Any, name: str) -> State:
+    """A state with some kinds made from others."""
+    plan, made = state._plan, list(state._parts)
+    check_unspent(state, from_)
+    given = [state.part(kind).arrays for kind in from_]
+    if any(isinstance(array, jax.ShapeDtypeStruct) for part in given for array in part):
+        return make_state(plan, made)  # of shapes there is nothing to copy
+    if plan._packing:
+        check_fits(state, from_)
+    places = tuple(state.part(kind).places() for kind in into)
+    for kind, arrays in zip(into, program(plan, name, places)(given), strict=True):
+        made[plan._index[kind]] = Part(tuple(arrays))
+    return make_state(plan, made)
+
+
+@functools.lru_cache(maxsize=64)
+def _values(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
+    """From the averages to the kinds that they are of."""
+
+    def values(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        shadows = plan._unpacked(name, tuple(parts[0]))
+        made = []
+        for average, start in averages_in(plan, name):
+            specs = plan._specs[average.kind]
+            arrays = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(shadows[start:], specs, strict=False)]
+            made.append(plan._packed(average.kind, tuple(arrays)))
+        return made
+
+    return _compiled(values, places)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
+    """From the kinds that are averaged to fresh averages."""
+
+    def starts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        fresh: list[Any] = []
+        for (average, _), part in zip(averages_in(plan, name), parts, strict=True):
+            fresh += average.init(plan._unpacked(average.kind, tuple(part)))
+        return [plan._packed(name, tuple(fresh))]
+
+    return _compiled(starts, places)
+
+
+def _compiled(fn: Any, places: tuple[Places | None, ...]) -> Any:
+    there = [None if lie is None else lie.shardings for lie in places]
+    options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
+    return jax.jit(fn, **options)
