@@ -269,3 +269,25 @@ def test_a_state_starts_with_what_the_optimizer_s_init_gives(tx: Any) -> None:
     for one, two, leaf in zip(got, jax.tree.leaves(expected), plan["optimizer"], strict=True):
         assert (one.shape, one.dtype) == (leaf.shape, leaf.dtype) == (jnp.shape(two), jnp.asarray(two).dtype)
         assert np.array_equal(one, two)
+
+
+def test_labels_of_another_structure_than_the_parameters_are_refused() -> None:
+    labels = {"kernel": "fast", "bias": "slow"}  # a dict, where Optax sees an nnx.State
+    tx = optax.multi_transform({"fast": optax.sgd(1.0), "slow": optax.adam(1.0)}, labels)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with refused(
+        sw.KindError,
+        "The optimizer of params cannot be set up for these leaves: pytree structure error: different types at key path "
+        "tree_map tree At that key path, the prefix pytree tree_map tree has a subtree of type <class 'dict'> but at the "
+        "same key path the full pytree has a subtree of different type <class 'flax.nnx.statelib.State'>.",
+        kind="params",
+        mend="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
+        "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",
+    ):
+        sw.plan(model, optimizers={"params": tx}).take(model)
+    # As the mend says:
+    by_path = optax.multi_transform(
+        {"fast": optax.sgd(1.0), "slow": optax.adam(1.0)},
+        lambda params: jax.tree.map_with_path(lambda path, _: labels[path[-1].key], params),
+    )
+    assert sw.plan(model, optimizers={"params": by_path}).take(model)["optimizer"] is not None

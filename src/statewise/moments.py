@@ -77,10 +77,10 @@ class Group(Derived):
             state = jax.eval_shape(lambda arrays: self.tx.init(self.params(arrays)), shapes)
         except (ValueError, TypeError, KeyError) as error:
             raise KindError(
-                f"The optimizer of {self.label} cannot be set up for these leaves: {str(error).splitlines()[0]}",
+                f"The optimizer of {self.label} cannot be set up for these leaves: {' '.join(str(error).split())[:300]}",
                 kind=self.kinds[0],
-                mend="masks and labels are nested as the parameters are, or functions of them: "
-                "nnx.State({'layer': {'kernel': True, 'bias': False}})",
+                mend="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
+                "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",
             ) from error
         keyed, structure = jax.tree_util.tree_flatten_with_path(state)
         paths = tuple(tuple(map(plain_key, keys)) for keys, _ in keyed)
