@@ -277,9 +277,9 @@ def test_labels_of_another_structure_than_the_parameters_are_refused() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     with refused(
         sw.KindError,
-        "The optimizer of params cannot be set up for these leaves: pytree structure error: different types at key path "
-        "tree_map tree At that key path, the prefix pytree tree_map tree has a subtree of type <class 'dict'> but at the "
-        "same key path the full pytree has a subtree of different type <class 'flax.nnx.statelib.State'>.",
+        "The optimizer of params cannot be set up for these leaves: pytree structure error: different types at key "
+        "path tree_map tree At that key path, the prefix pytree tree_map tree has a subtree of type <class 'dict'> but "
+        "at the same key path the full pytree has a subtree of different type <class 'flax.nnx.statelib.State'>.",
         kind="params",
         mend="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
         "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",
