@@ -52,6 +52,23 @@ def late(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.scan(body, (a.sum(), jnp.zeros(())), None, length=3)[0][0]
 
 
+def delayed(a: jax.Array, b: jax.Array, turns: int) -> jax.Array:
+    """b goes through two places of the carry before it reaches what each turn hands out."""
+
+    def body(carry: Any, _: None) -> Any:
+        return (carry[1], carry[2], b.sum()), carry[0]
+
+    return jax.lax.scan(body, (a.sum(), a.sum(), a.sum()), None, length=turns)[1].sum()
+
+
+def later(a: jax.Array, b: jax.Array) -> jax.Array:
+    return delayed(a, b, 4)
+
+
+def too_late(a: jax.Array, b: jax.Array) -> jax.Array:
+    return delayed(a, b, 3)
+
+
 def looped(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 3, lambda _, x: x * a.sum() + jax.lax.stop_gradient(b.sum()), jnp.ones(()))
 
@@ -90,6 +107,9 @@ CASES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "signed": lambda a, b: (a * jnp.sign(b)).sum(),
     "as an index": lambda a, b: a[jnp.argmax(b)],
     "through integers": lambda a, b: (a + b.astype(jnp.int32)).sum(),
+    "times zeros": lambda a, b: (a + jnp.zeros(3) * b).sum(),
+    "times zeros like": lambda a, b: (a + -jnp.zeros_like(a, shape=(1, 3)).reshape(3) * b).sum(),
+    "dot zeros": lambda a, b: a.sum() + b @ jnp.zeros(3),
     "times nothing": lambda a, b: a.sum() + 0.0 * b.sum(),
     "indexed": lambda a, b: a[0] * b[2],
     "jit": jax.jit(lambda a, b: (a * jax.lax.stop_gradient(b)).sum()),
@@ -98,6 +118,9 @@ CASES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "vmap": lambda a, b: jax.vmap(lambda x, y: x * jax.lax.stop_gradient(y))(a, b).sum(),
     "scan": scanned,
     "scan, late": late,
+    "scan, later": later,
+    "scan, too late": too_late,
+    "scan, no turns": lambda a, b: jax.lax.scan(lambda c, _: (c * b.sum(), c), a.sum(), None, length=0)[0],
     "loop": looped,
     "cond": branched,
     "cond, one branch": one_branch,

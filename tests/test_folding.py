@@ -205,3 +205,10 @@ def test_a_state_with_one_value_of_everything_has_nothing_to_fold() -> None:
     message = "This state holds one value of each leaf: there is nothing to fold."
     with refused(sw.KindError, message, mend="it can be used as it is"):
         PLAN.take(Own()).fold()
+
+
+def test_an_abstract_state_has_nothing_to_fold() -> None:
+    message = "This state is abstract: it has shapes, but no values to fold."
+    mend = "state, report = sw.restore(path, state)  # then fold what comes out of it"
+    with refused(sw.StructureError, message, kind="stats", mend=mend):
+        PLAN.abstract(MESH).fold("stats", how="mean")

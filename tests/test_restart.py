@@ -328,6 +328,13 @@ def test_a_restart_that_changes_shape_or_dtype(fresh: Any, note: str) -> None:
     assert state["cache"]["a"].all()
 
 
+def test_an_abstract_state_has_nothing_to_restart() -> None:
+    message = "This state is abstract: it has shapes, but no arrays to restart."
+    mend = "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)"
+    with refused(sw.StructureError, message, kind="cache", mend=mend):
+        KINDS.plan(model()).abstract().restart("cache")
+
+
 def test_a_restart_that_raises() -> None:
     thing = Node(a=nnx.Cache(jnp.ones(4)))
     kinds = sw.Kinds(cache=sw.Kind(nnx.Cache, restart=lambda array: 1 / 0))

@@ -53,6 +53,15 @@ def test_what_lies_per_device_goes_as_it_is() -> None:
     assert same(sw.transfer(src, found.plan), found)
 
 
+def test_into_a_plan_it_stays_on_the_mesh_of_the_source() -> None:
+    src, plan = learner(), KINDS.plan(Model())
+    found = sw.transfer(src, plan)
+    assert found.plan is sw.transfer(src, plan, mesh=MESH).plan
+    assert same(found, sw.transfer(src, plan, mesh=MESH))
+    forward = sw.step(lambda model, x: model(x), writes=("stats", "rng"))
+    assert forward(found, jnp.ones((8, 3)))[1].shape == (8, 3)
+
+
 def test_one_value_becomes_one_for_each_device() -> None:
     plan = KINDS.plan(Model())
     found, expected = sw.transfer(plan.take(Model()), plan, mesh=MESH), plan.take(Model(), mesh=MESH)
@@ -80,6 +89,25 @@ def test_many_values_become_one_by_folding_alone() -> None:
     many: Any = data(src["stats"]["norm"]["mean"])
     found = sw.transfer(src.fold("stats", how="mean"), plan.take(Model()), kinds=("params", "stats"))
     np.testing.assert_allclose(found["stats"]["norm"]["mean"], many.mean(0), rtol=1e-6)
+
+
+def test_keys_and_counts_have_no_mean_to_become_one_by() -> None:
+    src, actor = learner(), sw.plan(Model()).take(Model())
+    note = "has a value of each of 4 devices in the source"
+    with refused(
+        sw.StructureError,
+        "The source is not what the target wants: 2 leaves differ.",
+        leaves=[
+            f"drop/rngs/count: RngCount() uint32  kind=rng  ({note})",
+            f"drop/rngs/key: RngKey() key<fry>  kind=rng  ({note})",
+        ],
+        kind="rng",
+        mend="sw.transfer(src.fold('rng', how='first'), ...)",
+    ):
+        sw.transfer(src, actor, kinds="rng")
+    assert same(
+        sw.transfer(src.fold("rng", how="first"), actor, kinds="rng")["rng"], src.fold("rng", how="first")["rng"]
+    )
 
 
 def test_a_target_whose_kept_kinds_lie_per_device_takes_no_other_mesh() -> None:

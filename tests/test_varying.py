@@ -81,7 +81,45 @@ def called(x: Any, w: Any) -> Any:
     }
 
 
-@pytest.mark.parametrize("fn", [scanned, looped, branched, collected, called])
+def referred(x: Any, w: Any) -> Any:
+    """References, which are written in place: at once, in a loop, in a branch."""
+
+    def at_once(value: Any) -> Any:
+        ref = jax.new_ref(jnp.zeros(3))
+        ref[...] = value
+        ref[...] += 1.0
+        return ref[...]
+
+    def in_a_loop(value: Any) -> Any:
+        ref = jax.new_ref(jnp.zeros(3))
+
+        def body(_: Any, count: Any) -> Any:
+            ref[...] += value
+            return count + 1
+
+        return lax.fori_loop(0, 3, body, 0), jax.freeze(ref)
+
+    def in_a_branch(which: Any) -> Any:
+        ref = jax.new_ref(jnp.zeros(()))
+
+        def write() -> None:
+            ref[...] = 1.0
+
+        lax.cond(which > 3, write, lambda: None)
+        return ref[...]
+
+    return {
+        "given": jax.freeze(jax.new_ref(x)),
+        "written": at_once(x),
+        "=written": at_once(w),
+        "=averaged": at_once(lax.pmean(x, "data")),
+        "looped": in_a_loop(x)[1],
+        "=averaged after": lax.pmean(in_a_loop(x)[1], "data"),
+        "branched": in_a_branch(x.sum()),
+    }
+
+
+@pytest.mark.parametrize("fn", [scanned, looped, branched, collected, called, referred])
 def test_what_is_said_to_differ_does_and_what_is_said_to_be_alike_is(fn: Callable[..., Any]) -> None:
     """Outputs whose names begin with `=` are alike on all devices: told from the values, and by the analysis."""
     box: dict[str, Any] = {}

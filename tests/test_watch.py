@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -278,6 +279,52 @@ def test_a_new_tie_is_found() -> None:
     }
 
 
+def three() -> nnx.Dict:
+    """Two parameters, one of them under two names."""
+    model = nnx.Dict(a=nnx.Param(jnp.ones(2)), c=nnx.Param(jnp.zeros(2)))
+    model.z = model.a
+    return model
+
+
+def retie(model: nnx.Dict) -> None:
+    model.z = model.c
+
+
+def untie(model: nnx.Dict) -> None:
+    del model.z
+
+
+def tie(model: nnx.Dict) -> None:
+    model.y = model.c
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "told"),
+    [(retie, "z", "tied, now c, was a"), (untie, "z", "removed, was a"), (tie, "y", "tied, now c")],
+)
+def test_a_further_path_of_a_tied_leaf_that_is_new_gone_or_leads_elsewhere_is_found(
+    change: Callable[[nnx.Dict], None], path: str, told: str
+) -> None:
+    model = three()
+    with sw.watch(model) as seen:
+        change(model)
+    assert {sw.format_path(row.path): row.describe() for row in seen.leaves} == {"a": "same", "c": "same", path: told}
+
+
+def test_a_tied_leaf_that_is_gone_as_a_whole_is_told_of_once() -> None:
+    model = three()
+    with sw.watch(model) as seen:
+        del model.a, model.z
+    assert hows(seen) == {"a": "removed", "c": "same"}
+
+
+def test_a_model_that_stays_tied_is_the_same() -> None:
+    model = three()
+    with sw.watch(model) as seen:
+        model.z = model.a
+    assert seen.changed == {}
+
+
 def test_a_modules_plain_attributes_are_compared() -> None:
     model, _ = make()
     with sw.watch(model) as seen:
@@ -299,6 +346,28 @@ def test_an_array_that_was_donated_and_not_replaced_is_gone() -> None:
     with sw.watch(model) as seen:
         model.kernel.get_value().delete()
     assert hows(seen) == {"bias": "same", "kernel": "gone"}
+
+
+def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:
+    """A plain jax.jit that donates, so that the update is dropped and the model is lost."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    gone = "gone, donated, nothing in its place"
+    with (
+        refused(
+            sw.WatchError,
+            "Nothing of params got new values, though that was expected.",
+            leaves=[
+                f"bias: Param(2,) float32  kind=params  ({gone})",
+                f"kernel: Param(3, 2) float32  kind=params  ({gone})",
+            ],
+            kind="params",
+            mend="nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
+            "or, seen.now(model) at the end of the block, where the code returns a new model",
+        ),
+        sw.watch(model, expect="params") as seen,
+    ):
+        jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)(nnx.state(model))
+    assert "expected to change, nothing got new values" in str(seen)
 
 
 def test_arrays_of_numpy_and_numbers_are_what_they_become_in_jax() -> None:

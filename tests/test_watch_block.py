@@ -214,6 +214,8 @@ def test_kinds_that_are_not_there_or_hold_nothing_cannot_be_expected() -> None:
         sw.watch(model, expect="weights"),
     ):
         pass
+    with refused(sw.KindError, "expect=3 does not name kinds.", mend="expect='params', or expect=('params', 'stats')"):
+        sw.watch(model, expect=3)
     with (
         refused(
             sw.KindError,
@@ -224,6 +226,19 @@ def test_kinds_that_are_not_there_or_hold_nothing_cannot_be_expected() -> None:
         sw.watch(model, expect="stats"),
     ):
         pass
+
+
+def test_nothing_cannot_be_watched() -> None:
+    with refused(sw.StructureError, "There is nothing to watch.", mend="with sw.watch(model) as seen:"):
+        sw.watch(())
+
+
+def test_a_program_that_forbids_transfers_can_be_watched() -> None:
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    move = jax.jit(lambda bias: bias + 1)
+    with jax.transfer_guard("disallow_explicit"), sw.watch(model) as seen:
+        model.bias.set_value(move(model.bias.get_value()))
+    assert paths(seen.changed) == {"params": ["bias"]}
 
 
 def test_a_state_has_its_own_kinds() -> None:

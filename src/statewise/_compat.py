@@ -7,6 +7,7 @@ two reasons: its name or its parameters differ between the versions that Statewi
 
 from __future__ import annotations
 
+import functools
 import platform
 import sys
 from collections.abc import Sequence
@@ -96,9 +97,15 @@ def is_variable(leaf: Any) -> bool:
 
 def versions() -> dict[str, str]:
     """The versions of Python, of Statewise and of the libraries that what it writes depends on."""
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     ours = {"statewise": sys.modules["statewise"].__version__}  # also where it runs from a folder, not installed
-    return ours | {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
+    return ours | _versions_of_others()
+
+
+@functools.cache
+def _versions_of_others() -> dict[str, str]:
+    """They are read from files, which takes longer than all else that a manifest has to be asked for."""
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def epath(path: Any) -> Any:

@@ -58,6 +58,7 @@ def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
     touched = tuple(kind for kind, _ in folds.positions)
     check_unspent(state, touched)
     check_fits(state, touched)
+    _refuse_abstract(state, touched)
     if how == "mean":
         _refuse_means(plan, copies, chosen)
     kinds_after = plan.kinds.replace(**{kind: _folded_kind(plan.kinds, kind) for kind in chosen})
@@ -68,6 +69,15 @@ def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
     for kind, arrays in zip(touched, _program(plan, folds, how, places)(parts), strict=True):
         made[plan._index[kind]] = Part(tuple(arrays))
     return make_state(target, made)
+
+
+def _refuse_abstract(state: State, kinds: Sequence[str]) -> None:
+    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
+        raise StructureError(
+            "This state is abstract: it has shapes, but no values to fold.",
+            kind=kinds[0],
+            mend="state, report = sw.restore(path, state)  # then fold what comes out of it",
+        )
 
 
 def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str]) -> list[str]:

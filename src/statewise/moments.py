@@ -76,8 +76,9 @@ class Group(Derived):
         try:
             state = jax.eval_shape(lambda arrays: self.tx.init(self.params(arrays)), shapes)
         except (ValueError, TypeError, KeyError) as error:
+            said = " ".join(str(error).split())[:300]
             raise KindError(
-                f"The optimizer of {self.label} cannot be set up for these leaves: {' '.join(str(error).split())[:300]}",
+                f"The optimizer of {self.label} cannot be set up for these leaves: {said}",
                 kind=self.kinds[0],
                 mend="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
                 "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",

@@ -47,6 +47,7 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
         state.part(name)
         _check_kind(plan, name, plan.kinds[name], where is not None)
     check_unspent(state, chosen)
+    _refuse_abstract(state, chosen)
     slots = None
     if where is not None:
         check_fits(state, chosen)
@@ -84,6 +85,15 @@ def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], w
     for name in averages:
         state = begun_again(state, name)
     return state
+
+
+def _refuse_abstract(state: State, kinds: Sequence[str]) -> None:
+    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
+        raise StructureError(
+            "This state is abstract: it has shapes, but no arrays to restart.",
+            kind=kinds[0],
+            mend="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)",
+        )
 
 
 def _restartable(plan: Plan) -> tuple[str, ...]:

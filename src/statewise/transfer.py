@@ -20,7 +20,7 @@ from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
 from statewise.moving import moved
 from statewise.paths import Leaf, Path, format_path, format_shape
-from statewise.placement import array_shardings, check_devices, on_mesh, with_copies
+from statewise.placement import array_shardings, check_devices, copies_on, on_mesh, with_copies
 from statewise.plan import Plan
 from statewise.scan import ONE, Spec
 from statewise.state import Part, State, check_fits, check_unspent, make_state
@@ -74,8 +74,8 @@ def transfer(
     if not isinstance(cast, bool):
         plain = with_copies(plan, None).abstract()
         plan = with_copies(plain.cast(**dict.fromkeys(names, cast))._plan, plan._copies)
-    if into is None and mesh is None and plan._copies is not None:
-        mesh = plan._copies.mesh
+    if into is None and mesh is None:
+        mesh = _own_mesh(src._plan, plan)
     if mesh is not None:
         plan = _on_mesh(plan, into, mesh)
     moves = _matched(src._plan, plan, names, cast is not False)
@@ -126,6 +126,15 @@ def _target(src: Any, target: Any) -> tuple[Plan, State | None]:
             mend="sw.transfer(src, plan), or sw.transfer(src, plan.take(model), kinds='params')",
         )
     return target, None
+
+
+def _own_mesh(src: Plan, plan: Plan) -> Any:
+    """The mesh of per-device values where none is named: the target's own, or the source's where it is to have some."""
+    if plan._copies is not None:
+        return plan._copies.mesh
+    if src._copies is not None and copies_on(plan, src._copies.mesh) is not None:
+        return src._copies.mesh
+    return None
 
 
 def _on_mesh(plan: Plan, into: State | None, mesh: Any) -> Plan:
@@ -198,7 +207,7 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
     for found in _leaves(src):
         have |= dict.fromkeys((found.leaf.path, *found.leaf.aliases), found)
     wanted = [one for one in _leaves(plan) if one.leaf.kind in names]
-    numbered = _renumbering(src, plan, [one.leaf.path for one in wanted], have)
+    numbered = _renumbering(src, plan, wanted, have)
     moves: dict[str, list[Move]] = {name: [] for name in names}
     odd: list[Leaf] = []
     mends: dict[str, None] = {}
@@ -225,19 +234,39 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
     return [move for part in moves.values() for move in part]
 
 
-def _renumbering(src: Plan, plan: Plan, wanted: Sequence[Path], have: Mapping[Path, Any]) -> Any:
+def _renumbering(src: Plan, plan: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
     """From a path in the target to that in the source, where only one of them is of several objects.
 
     A learner's plan is often of a model and its optimizer, an actor's of the model alone: the one object is then that
-    of the several which has most of the paths.
+    of the several which has most of the leaves.
     """
+    paths = [one.leaf.path for one in wanted]
     if src._several == plan._several:
         return lambda path: path
     if src._several:
-        best = max(range(src._objects), key=lambda at: sum((at, *path) in have for path in wanted))
+        best = _object_of(src, wanted, have)
         return lambda path: (best, *path)
-    best = max(range(plan._objects), key=lambda at: sum(path[0] == at and path[1:] in have for path in wanted))
+    best = max(range(plan._objects), key=lambda at: sum(path[0] == at and path[1:] in have for path in paths))
     return lambda path: path[1:] if path[0] == best else (None, *path)
+
+
+def _object_of(src: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> int:
+    """The object of the source that the target is; of a model and its teacher nothing but a kind tells which."""
+    theirs = [[(one, have.get((at, *one.leaf.path))) for one in wanted] for at in range(src._objects)]
+
+    def score(at: int) -> tuple[int, int, int]:
+        pairs = [(one, found) for one, found in theirs[at] if found is not None]
+        fit = [one.leaf.type is found.leaf.type and one.leaf.shape == found.leaf.shape for one, found in pairs]
+        return sum(fit), sum(one.leaf.kind == found.leaf.kind for one, found in pairs), len(pairs)
+
+    best = max(range(src._objects), key=score)
+    equal = [at for at in range(src._objects) if score(at) == score(best)]
+    if score(best)[0] and len({tuple(id(found) for _, found in theirs[at]) for at in equal}) > 1:
+        raise StructureError(
+            f"The target may be any of the source's objects {', '.join(map(str, equal))}: they fit alike.",
+            mend=f"one = src.plan.build(src)[{best}]\nsw.transfer(sw.plan(one).take(one), target)",
+        )
+    return best
 
 
 _OTHER = "the models differ: plan the target's model as the source's was made"
@@ -259,11 +288,10 @@ def _difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, 
     if found.structure != one.structure:
         return "holds a value of another structure in the source", _OTHER
     if found.devices and found.devices != one.devices:
-        kind = found.leaf.kind
-        return (
-            f"has a value of each of {found.devices} devices in the source",
-            f"sw.transfer(src.fold({kind!r}, how='mean'), ...)  # or how='first'",
-        )
+        has_mean = all(jnp.issubdtype(spec.dtype, jnp.inexact) for spec in found.specs)
+        how = "how='mean'), ...)  # or how='first'" if has_mean else "how='first'), ...)"
+        note = f"has a value of each of {found.devices} devices in the source"
+        return note, f"sw.transfer(src.fold({found.leaf.kind!r}, {how}"
     pairs = list(zip(found.specs, one.specs, strict=True))
     for theirs, ours in pairs:
         if theirs.shape != ours.shape:

@@ -3,7 +3,8 @@
 Under `jax.shard_map` each device runs the function on its own part of the batch and its own values.  JAX tracks this in
 its types too, but then loops whose carried value starts the same everywhere and does not stay so (a zeroed carry of an
 RNN) must be rewritten; here no model has to be.  A value varies over an axis of the mesh if it depends on one that
-does, except through a collective that gives all devices along the axis the same.
+does, except through a collective that gives all devices along the axis the same.  A reference (`jax.new_ref`) varies
+once it is given what does.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ def varying(jaxpr: Any, inputs: Sequence[Axes], axes: Axes) -> list[Axes]:
         return NOWHERE if isinstance(var, _compat.Literal) else known.get(var, NOWHERE)
 
     for eqn in jaxpr.eqns:
-        known.update(zip(eqn.outvars, _through(eqn, [of(var) for var in eqn.invars], axes), strict=True))
+        ins = [of(var) for var in eqn.invars]
+        refs = [var for var in eqn.invars if _is_ref(var)]
+        if refs:
+            # What is written into one of them may come out of any; a body may do it at any turn.
+            found = axes if any(map(_has_jaxpr, eqn.params.values())) else NOWHERE.union(_named(eqn) & axes, *ins)
+            known.update(dict.fromkeys([*refs, *eqn.outvars], found))
+        else:
+            known.update(zip(eqn.outvars, _through(eqn, ins, axes), strict=True))
     return [of(var) for var in jaxpr.outvars]
 
 
@@ -62,7 +70,7 @@ def _through(eqn: Any, ins: list[Axes], axes: Axes) -> list[Axes]:
     body = None if name == "shard_map" else body_of(eqn)
     if body is not None and len(_compat.inner_jaxpr(body).invars) == len(ins):
         return varying(body, ins, axes)
-    if any(_is_jaxpr(value) for value in eqn.params.values()):
+    if any(map(_has_jaxpr, eqn.params.values())):
         return [axes] * count  # a body that is called in some way of its own
     return [joined | over] * count
 
@@ -76,8 +84,14 @@ def _named(eqn: Any) -> Axes:
     return frozenset(found)
 
 
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(_compat.inner_jaxpr(value), "eqns")
+def _has_jaxpr(value: Any) -> bool:
+    several = value if isinstance(value, tuple | list) else (value,)
+    return any(hasattr(_compat.inner_jaxpr(one), "eqns") for one in several)
+
+
+def _is_ref(var: Any) -> bool:
+    """Whether a variable is a reference to an array that changes in place."""
+    return hasattr(var.aval, "inner_aval")
 
 
 def _through_scan(eqn: Any, ins: list[Axes], axes: Axes) -> list[Axes]:

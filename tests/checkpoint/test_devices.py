@@ -227,3 +227,38 @@ def test_a_folded_state_is_saved_as_any_other(tmp_path: Path, trained: sw.State)
     sw.save(tmp_path / "folded", folded)
     restored, _ = sw.restore(tmp_path / "folded", folded)
     assert_same(restored, folded)
+
+
+def test_a_placement_function_is_asked_as_it_was_when_the_state_was_taken(tmp_path: Path) -> None:
+    """Of several objects relative to each, and with the keys within a Variable's value."""
+
+    def place(path: Any, shape: Any) -> sw.PerDevice:
+        return sw.PerDevice("data", resize="first" if path[0] == "m" or path[-1] == "own" else "mean")
+
+    def objects() -> tuple[nnx.Dict, nnx.Dict]:
+        value = {"own": jnp.zeros(2), "other": jnp.zeros(2)}
+        return nnx.Dict(m=nnx.BatchStat(jnp.zeros(2))), nnx.Dict(d=nnx.BatchStat(value))
+
+    kinds = sw.Kinds.standard().replace(stats=sw.Kind(nnx.BatchStat, placement=place))
+    plan = kinds.plan(*objects())
+    state = plan.take(*objects(), mesh=mesh_of(4))
+    numbered = jnp.broadcast_to(jnp.arange(4.0)[:, None], (4, 2))
+    state = jax.tree.map(lambda array: jax.device_put(numbered, array.sharding), state)
+    sw.save(tmp_path / "saved", state)
+    restored, _ = sw.restore(tmp_path / "saved", plan.abstract(mesh_of(2)))
+    found = {key[0].key.split("/", 2)[-1]: float(value[0, 0]) for key, value in by_key(restored)}
+    assert found == {"m": 0.0, "d": 1.5, "d#2": 0.0}  # of `d` first `other`, then `own`
+
+
+def by_key(state: sw.State) -> list[Any]:
+    return jax.tree_util.tree_flatten_with_path(state)[0]
+
+
+@pytest.mark.parametrize("placement", [sw.PerDevice("data"), sw.Sharded("data")], ids=["each", "split"])
+def test_arrays_without_elements_are_saved_wherever_they_lie(tmp_path: Path, placement: Any) -> None:
+    model = nnx.Dict(none=nnx.BatchStat(jnp.zeros((8, 0))), some=nnx.BatchStat(jnp.ones((8, 2))))
+    kinds = sw.Kinds.standard().replace(stats=sw.Kind(nnx.BatchStat, placement=placement))
+    state = kinds.plan(model).take(model, mesh=mesh_of(8))
+    sw.save(tmp_path / "saved", state)
+    restored, _ = sw.restore(tmp_path / "saved", state)
+    assert_same(restored, state)

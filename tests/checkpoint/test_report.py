@@ -122,7 +122,7 @@ def test_in_a_notebook_it_is_html(report: sw.RestoreReport) -> None:
     assert html.count("<table>") == 2
     assert html.count("<tr>") == 1 + 5 + 1 + 4
     assert f"<caption>restore of {report.path}: does not go through</caption>" in html
-    assert '<td style="text-align:left">is (2, 3) in the checkpoint</td>' in html
+    assert '<td style="text-align:left;white-space:pre-wrap">is (2, 3) in the checkpoint</td>' in html
 
 
 def test_as_json_it_is_the_same(report: sw.RestoreReport) -> None:

@@ -42,7 +42,9 @@ def test_a_spread_is_known_by_a_word_of_its_name(name: str) -> None:
     assert codes(model) == ["statistic-starts-at-zero"]
 
 
-@pytest.mark.parametrize("name", ["mean", "variable", "log_var", "invariant", "kernel", "logvar", "covariate"])
+@pytest.mark.parametrize(
+    "name", ["mean", "variable", "log_var", "invariant", "kernel", "logvar", "covariate", "var_count"]
+)
 def test_other_names_may_be_zeros(name: str) -> None:
     clean(nnx.Dict({name: Statistic(jnp.zeros(2))}))
 
@@ -191,6 +193,7 @@ def half(*shape: int) -> jax.Array:
 def test_what_is_no_counter_may_be_in_half_precision() -> None:
     clean(nnx.Dict(scale=nnx.Variable(half()), steps=nnx.Variable(half(1)), step=nnx.Param(half())))
     clean(nnx.Dict(count=nnx.Variable(jnp.array(0)), stepsize=nnx.Variable(half())))
+    clean(nnx.Dict(step_size=nnx.Variable(half()), steps_per_epoch=nnx.Variable(half())))
 
 
 def test_what_cannot_be_read_is_passed_over() -> None:

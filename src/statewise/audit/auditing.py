@@ -17,6 +17,7 @@ from flax import nnx
 
 from statewise.audit.dependence import zero_gradients
 from statewise.audit.rows import Audit, LeafAudit
+from statewise.averaging import averagings
 from statewise.contracts import Contract
 from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.kinds import Kinds
@@ -98,6 +99,14 @@ def _plain_step(fn: Any, state: State, args: Any, kwargs: Any) -> tuple[Step, li
             f"{name} is given {objects[0]} as an argument; what it does to an object is told of those before them.",
             mend=f"sw.audit({name}, (model, {objects[0].lower()}), ...)",
         )
+    own = getattr(fn, "__self__", fn)
+    if isinstance(own, nnx.Pytree):
+        called = "model" if own is fn else f"model.{name}"
+        raise StructureError(
+            f"{called} brings its {type(own).__name__} along; what it does to an object is told of those that it is "
+            "given.",
+            mend=f"sw.audit(lambda model, *args: {called}(*args), model, ...)",
+        )
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
     count = state.plan._objects
 
@@ -162,6 +171,8 @@ class _Touched:
             if group in contract.groups
             for number in numbers_of(plan, [("optimizer", position) for position in range(*span)])
         }
+        for average in averagings(plan, contract.groups, traced.written, ()):
+            moments |= average.writes
         # What stands alone crosses only if it is read or written; of a buffer, its neighbours may be why it crosses.
         alone = self.crosses - self.packed
         self.updated = (self.differentiated | moments | (self.donated & alone)) - (by_function - self.differentiated)

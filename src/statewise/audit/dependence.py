@@ -11,6 +11,7 @@ What is found is *structural*: a ReLU that happens to be dead lets its cotangent
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[
 def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
     """Says for each output of a jaxpr whether it depends on one of the chosen inputs.
 
-    A product with a literal zero depends on nothing; whatever else may depend on an input is taken to do so.
+    A product with zeros that the program itself writes down depends on nothing; whatever else may depend on an input
+    is taken to do so.
 
     Args:
       closed: a closed or open jaxpr.
@@ -77,19 +79,22 @@ class _Walk:
         key = id(jaxpr), inputs  # the bodies are alive for as long as the jaxpr that is walked
         if key not in self.known:
             touched = {var for var, chosen in zip(jaxpr.invars, inputs, strict=True) if chosen}
+            zeros: set[Any] = set()
             for eqn in jaxpr.eqns:
                 flags = tuple(_is_in(touched, var) for var in eqn.invars)
-                if any(flags):
+                if eqn.primitive.name in _PRODUCTS and any(_is_zero(zeros, var) for var in eqn.invars):
+                    zeros.update(eqn.outvars)
+                elif any(flags):
                     through = self.through(eqn, flags)
                     touched.update(var for var, flag in zip(eqn.outvars, through, strict=True) if flag)
+                elif eqn.primitive.name in _SHAPED and _is_zero(zeros, eqn.invars[0]):
+                    zeros.update(eqn.outvars)
             self.known[key] = tuple(_is_in(touched, var) for var in jaxpr.outvars)
         return self.known[key]
 
     def through(self, eqn: Any, flags: _Flags) -> _Flags:
         """Which results of an equation depend on its chosen operands."""
         name = eqn.primitive.name
-        if name == "mul" and any(map(_is_zero, eqn.invars)):
-            return (False,)
         if name == "scan":
             return self.through_scan(eqn, flags)
         if name == "while":
@@ -104,9 +109,10 @@ class _Walk:
 
     def through_scan(self, eqn: Any, flags: _Flags) -> _Flags:
         consts, carry = _compat.scan_counts(eqn)
-        results = self.settled(eqn.params["jaxpr"], flags, consts, carry)
-        # A loop of no turns hands out what it was given.
-        return tuple(a or b for a, b in zip(results[:carry], flags[consts:], strict=False)) + results[carry:]
+        turns = eqn.params["length"]
+        if not turns:  # it hands out what it was given
+            return flags[consts : consts + carry] + (False,) * (len(eqn.outvars) - carry)
+        return self.settled(eqn.params["jaxpr"], flags, consts, carry, turns)
 
     def through_while(self, eqn: Any, flags: _Flags) -> _Flags:
         asked, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -116,20 +122,30 @@ class _Walk:
         (turns,) = self.outputs(eqn.params["cond_jaxpr"], flags[:asked] + carried)
         return (True,) * carry if turns else carried
 
-    def settled(self, body: Any, flags: _Flags, consts: int, carry: int) -> _Flags:
-        """The results of a loop's body when what is carried has gone round until nothing new depends."""
-        while True:
+    def settled(self, body: Any, flags: _Flags, consts: int, carry: int, turns: int | None = None) -> _Flags:
+        """The results of a loop's body when what is carried has gone round, until nothing new depends or it ends."""
+        for turn in itertools.count(1):
             results = self.outputs(body, flags)
+            if turn == turns:
+                break
             carried = tuple(a or b for a, b in zip(flags[consts : consts + carry], results, strict=False))
             grown = flags[:consts] + carried + flags[consts + carry :]
             if grown == flags:
-                return results
+                break
             flags = grown
+        return results
 
 
 def _is_in(touched: set[Any], var: Any) -> bool:
     return not isinstance(var, _compat.Literal) and var in touched
 
 
-def _is_zero(var: Any) -> bool:
-    return isinstance(var, _compat.Literal) and np.ndim(var.val) == 0 and bool(np.all(np.asarray(var.val) == 0))
+# What is zero where one factor is; and what is zero where its operand is.
+_PRODUCTS = frozenset({"mul", "dot_general"})
+_SHAPED = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "neg", "copy"})
+
+
+def _is_zero(zeros: set[Any], var: Any) -> bool:
+    if isinstance(var, _compat.Literal):
+        return np.ndim(var.val) == 0 and bool(np.all(np.asarray(var.val) == 0))
+    return var in zeros

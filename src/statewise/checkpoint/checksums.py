@@ -45,7 +45,9 @@ def sums_of(array: Any) -> Sums:
     if isinstance(array, jax.Array) and is_spread(array):
         plain, placed = _on_devices(array)
         return int(plain), int(placed)
-    return _of_pieces(held(array)) if isinstance(array, jax.Array) else _on_host(np.asarray(array))
+    if isinstance(array, jax.Array):
+        array = held(array)
+    return _of_pieces(array) if isinstance(array, Pieces) else _on_host(np.asarray(array))
 
 
 def is_spread(array: Any) -> bool:
@@ -65,24 +67,19 @@ class Pieces(NamedTuple):
     parts: tuple[tuple[tuple[int, ...], np.ndarray], ...]
 
 
-def held(array: Any) -> Pieces:
-    """What an array of this process is now, whatever becomes of it.
+def held(array: Any) -> "np.ndarray | Pieces":
+    """What an array of this process is now, whatever becomes of it: as one, or in pieces where devices share it.
 
     Of JAX's it is views: whoever donates the array gets a copy of it instead.  NumPy's can be written at any time.
     """
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
         host = np.asarray(array)
-        return Pieces(host.shape, ((_beginning(host), host.copy() if host.flags.writeable and host.size else host),))
+        return host.copy() if host.flags.writeable and host.size else host
     if array.is_fully_replicated:
-        one = np.asarray(array.addressable_shards[0].data)
-        return Pieces(array.shape, ((_beginning(one), one),))
+        return np.asarray(array.addressable_shards[0].data)
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     parts = ((tuple(axis.start or 0 for axis in shard.index), np.asarray(shard.data)) for shard in shards)
     return Pieces(array.shape, tuple(parts))
-
-
-def _beginning(array: np.ndarray) -> tuple[int, ...]:
-    return (0,) * array.ndim
 
 
 def _of_pieces(array: Pieces) -> Sums:
@@ -95,9 +92,9 @@ def _of_pieces(array: Pieces) -> Sums:
 
 def _of_piece(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> Sums:
     """The sums of the words of a piece, each with its place in the whole."""
-    words = _words(part).reshape(*part.shape, -1)  # an element of 8 bytes is two words
-    if not words.size:
+    if not part.size:
         return 0, 0
+    words = _words(part).reshape(*part.shape, -1)  # an element of 8 bytes is two words
     strides = [math.prod((*shape[axis + 1 :], words.shape[-1])) for axis in range(part.ndim)] + [1]
     first = 1 + sum(begin * stride for begin, stride in zip(start, strides, strict=False))
     rows = max(1, _CHUNK * words.shape[0] // words.size)

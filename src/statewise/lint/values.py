@@ -16,8 +16,13 @@ from statewise.paths import Path, format_path
 __all__ = ["TRAPS"]
 
 _SPREAD = re.compile(r"(?:^|_)(?:var|variance|std|stddev)(?:_|$|\d)", re.IGNORECASE)
-_LOGARITHM = re.compile(r"(?:^|_)log", re.IGNORECASE)  # a logarithm of zero is a variance of one
-_COUNTER = re.compile(r"(?:^|_)(?:count|counter|counts|step|steps|iteration|iterations|epoch|epochs)(?:_|$)", re.I)
+# A logarithm of zero is a variance of one; a count, a sum or a mask of variances may well start at zero.
+_NO_SPREAD = re.compile(r"(?:^|_)log|(?:^|_)(?:counts?|mask|num|index|grad)(?:_|$)", re.IGNORECASE)
+_COUNTER = re.compile(
+    r"(?:^|_)(?<!per_)(?:count|counter|counts|step|steps|iteration|iterations|epoch|epochs)"
+    r"(?!_(?:sizes?|length|scale|rate|per|decay|ema|loss|factor|time|fraction)(?:_|$))(?:_|$)",  # steps_per_epoch
+    re.IGNORECASE,
+)
 
 
 def _zero(subject: Subject) -> Iterator[Found]:
@@ -28,7 +33,7 @@ def _zero(subject: Subject) -> Iterator[Found]:
         if number in not_statistics or not _SPREAD.search(subject.name(number)):
             continue
         facts = subject.facts.get(number)
-        holds = subject.floating(number) and subject.values[number].size and not _LOGARITHM.search(subject.name(number))
+        holds = subject.floating(number) and subject.values[number].size and not _NO_SPREAD.search(subject.name(number))
         if holds and facts is not None and facts.zero:
             dead.append(number)
     if dead:

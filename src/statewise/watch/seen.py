@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
@@ -24,7 +24,8 @@ class LeafChange:
       leaf: the leaf as it is now; one that was removed as it was.
       kind: the name of its kind, before if it was there before; `(no kind)` where none claims it.
       how: `same`, `value` (other values), `recast`, `reshaped`, `retyped`, `added`, `removed`, `untied` (a path of a
-        tied leaf that is a leaf of its own now), `tied` (the contrary), or `gone` (donated, nothing in its place).
+        tied leaf that is a leaf of its own now), `tied` (the contrary; also a path that now leads to another leaf), or
+        `gone` (donated, nothing in its place).
       was: what it was before, in words, where that is more than other values; else empty.
 
     Example:
@@ -79,7 +80,36 @@ def changes_between(before: Snapshot, after: Snapshot) -> tuple[LeafChange, ...]
             changes.append(LeafChange(new.leaf, before.prints[first].kind, "untied", f"was {format_path(first)}"))
         else:
             changes.append(LeafChange(new.leaf, new.kind, "added"))
-    return tuple(changes)
+    return (*changes, *_other_paths(before, after))
+
+
+def _other_paths(before: Snapshot, after: Snapshot) -> Iterator[LeafChange]:
+    """Further paths of tied leaves that are gone, that are new, or that lead to another leaf than before."""
+
+    def is_there(path: Path) -> bool:
+        return path in after.prints or path in after.aliases
+
+    ways: dict[Path, list[Path]] = {}
+    for path, first in before.aliases.items():
+        ways.setdefault(first, [first]).append(path)
+    for path, first in before.aliases.items():
+        # What it was tied to, by the first of its paths that is left; where none is, the leaf as a whole is told of.
+        left = next((way for way in ways[first] if way != path and is_there(way)), None)
+        if left is None or path in after.prints:
+            continue
+        old, was, now = before.prints[first], f"was {format_path(first)}", after.aliases.get(path)
+        leaf = dataclasses.replace(old.leaf, path=path, aliases=())
+        if now is None:
+            yield LeafChange(leaf, old.kind, "removed", was)
+        elif now != after.aliases.get(left, left):
+            yield LeafChange(leaf, old.kind, "tied", f"now {format_path(now)}, {was}")
+    for path, first in after.aliases.items():
+        if path in before.prints or path in before.aliases:
+            continue
+        if first in before.prints or first in before.aliases:
+            new = after.prints[first]
+            leaf = dataclasses.replace(new.leaf, path=path, aliases=())
+            yield LeafChange(leaf, new.kind, "tied", f"now {format_path(first)}")
 
 
 def _change(old: Print, new: Print) -> LeafChange:
@@ -114,7 +144,7 @@ def seen_table(
         changed = sum(change.how != "same" for change in own)
         says = "-"
         if kind in missed:
-            says = "expected to change, nothing did"
+            says = "expected to change, nothing " + ("got new values" if changed else "did")
         elif kind in frozen and changed:
             says = "frozen, but changed"
         numbers = [format_count(number) if number else "-" for number in (changed, len(own) - changed)]

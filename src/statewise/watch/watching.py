@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -43,7 +43,8 @@ def watch(model: Any, kinds: Kinds | Any = None, *, expect: str | Sequence[str] 
 
     Raises:
       KindError: kinds that are none, or beside a state; `expect` names a kind that is not there or has no leaves.
-      StructureError: no model, an abstract or a spent one; inside `jax.jit`, where there are no values.
+      StructureError: nothing to watch, no model, an abstract or a spent one; inside `jax.jit`, where there are no
+        values.
       WatchError: where the block ends, and only with `expect`: an expected kind did not change, or a frozen one did.
 
     Example:
@@ -64,13 +65,25 @@ def watch(model: Any, kinds: Kinds | Any = None, *, expect: str | Sequence[str] 
     """
     if kinds is not None:
         check_kinds(kinds)
+    if isinstance(model, (tuple, list)) and not model:
+        raise StructureError("There is nothing to watch.", mend="with sw.watch(model) as seen:")
     if isinstance(model, State):
         if kinds is not None and kinds != model.plan.kinds:
             raise KindError("A state is watched by its own kinds.", mend="sw.watch(state)")
         kinds = model.plan.kinds
     objects = tuple(model) if isinstance(model, (tuple, list)) else (model,)
-    names = (expect,) if isinstance(expect, str) else None if expect is None else tuple(expect)
-    return Seen(objects, Kinds.standard() if kinds is None else kinds, names)
+    return Seen(objects, Kinds.standard() if kinds is None else kinds, _names(expect))
+
+
+def _names(expect: Any) -> tuple[str, ...] | None:
+    if expect is None or isinstance(expect, str):
+        return None if expect is None else (expect,)
+    names = tuple(expect) if isinstance(expect, Iterable) else (expect,)
+    if not all(isinstance(name, str) for name in names):
+        raise KindError(
+            f"expect={expect!r} does not name kinds.", mend="expect='params', or expect=('params', 'stats')"
+        )
+    return names
 
 
 class Seen(Shown):
@@ -226,12 +239,19 @@ class Seen(Shown):
           WatchError: so it is; every such leaf is listed.
         """
         missed = self._missed_kinds()
-        odd: list[Leaf] = [change.noted("did not change") for kind in missed for change in self.missed[kind]]
+        by_kind = self._by_kind(self.leaves)
+        odd: list[Leaf] = [
+            change.noted("did not change" if change.how == "same" else change.describe())
+            for kind in missed
+            for change in by_kind[kind]
+        ]
         odd += [change.noted(f"frozen, but {_did(change)}") for change in self.violations]
         if not odd:
             return
         frozen = list(self._by_kind(self.violations))
-        facts = ([f"nothing of {' and '.join(missed)} changed, though that was expected"] if missed else []) + (
+        # What was donated, or removed, has changed; trained it was not.
+        did = "changed" if any(kind in self.missed for kind in missed) else "got new values"
+        facts = ([f"nothing of {' and '.join(missed)} {did}, though that was expected"] if missed else []) + (
             [f"{' and '.join(frozen)} changed, though frozen"] if frozen else []
         )
         mends = (
@@ -261,7 +281,8 @@ class Seen(Shown):
 
     def _missed_kinds(self) -> list[str]:
         moved = {change.kind for change in self.leaves if change.how in MOVED}
-        return [kind for kind in self.missed if kind not in moved]
+        there = self._by_kind(self.leaves)
+        return [kind for kind in there if kind in (self.expect or ()) and kind not in moved]
 
     # --- showing -------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,10 @@ class BigTable {
     this.input.addEventListener("input", () => this.filter());
     this.input.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.input.value) this.search("");
-      if (event.key === "ArrowDown") this.view.focus();
+      if (event.key === "ArrowDown") {
+        event.preventDefault(); // else what has the focus now scrolls for it, too
+        this.view.focus();
+      }
     });
     this.chip = make("button", { type: "button", className: "chip", hidden: true });
     this.chip.addEventListener("click", () => this.within(null, ""));
