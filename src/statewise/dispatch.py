@@ -7,6 +7,7 @@ back into a new state.  Nothing here depends on the size of the model, only on w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import threading
@@ -19,7 +20,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from statewise import _compat
 from statewise.arguments import Arguments, merged
-from statewise.errors import StatewiseError, StructureError
+from statewise.errors import PlacementError, StatewiseError, StructureError
 from statewise.perdevice import specs_of
 from statewise.places import UNKNOWN, Places, lies_on_one_device
 from statewise.plan import Plan
@@ -204,6 +205,8 @@ class Entry:
                 f"ahead of time: {self.name}.lower(state, ...).compile()",
             ) from error
         gone = deleted_kinds(state)
+        if "incompatible devices" in str(error):
+            self._refuse_other_devices(state, args, kwargs, error)
         if not _ABOUT_BUFFERS.search(str(error)):
             if gone:
                 error.add_note(f"{self.name} had already taken the state's {', '.join(gone)}: this state is lost.")
@@ -233,6 +236,57 @@ class Entry:
                     kind=kind,
                     mend="pass a copy: jnp.copy(array)",
                 ) from error
+
+    def _refuse_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
+        """Raises for arrays that lie on other devices than what the step touches first of the state."""
+        touched = [(kind, array, self.plan._leaf_of_slot[kind][slot]) for kind, slot, array in self._touched(state)]
+        where = next((_devices(array) for _, array, _ in touched if _devices(array)), ())
+        leaves = [
+            dataclasses.replace(leaf, note=f"on {_listed(_devices(array))}")
+            for _, array, leaf in touched
+            if _devices(array) not in ((), where)
+        ]
+        given = [
+            f"{name}{jax.tree_util.keystr(path)} on {_listed(_devices(leaf))}"
+            for name, value in self._named(args, kwargs)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
+            if isinstance(leaf, jax.Array) and _devices(leaf) not in ((), where)
+        ]
+        if not leaves and not given:
+            return
+        arguments = f" Of its arguments {'; '.join(given[:10])}." if given else ""
+        mends = ["x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))  # the state's mesh"] if given else []
+        if leaves:
+            mends.append("state = jax.device_put(state, plan.shardings(mesh))  # all of it on one mesh")
+        raise PlacementError(
+            f"{self.name} got arrays that lie on different devices; the state lies on {_listed(where)}.{arguments}",
+            leaves=list(dict.fromkeys(leaves)),
+            kind=leaves[0].kind if leaves else None,
+            mend="\n".join(mends),
+        ) from error
+
+    def _named(self, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """The arguments by their names."""
+        yield from ((self.arguments.name_of(place, self.objects), value) for place, value in enumerate(args))
+        yield from kwargs.items()
+
+    def _touched(self, state: State) -> Iterator[tuple[str, int, Any]]:
+        """Kind, slot and array of all that the step touches; of a kind that it touches, all arrays."""
+        for number in sorted(self._touches):
+            kind = tuple(self.plan.kinds)[number]
+            yield from ((kind, slot, array) for slot, array in enumerate(state._parts[number].arrays))
+
+
+def _devices(array: Any) -> tuple[int, ...]:
+    """The devices that an array has to stay on, by number; none for one that JAX may move."""
+    if isinstance(array, _compat.Tracer) or not getattr(array, "committed", False):
+        return ()
+    return tuple(sorted(device.id for device in array.sharding.device_set))
+
+
+def _listed(devices: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, devices[:8])) + (", ..." if len(devices) > 8 else "")
+    return f"device {shown}" if len(devices) == 1 else f"devices {shown}"
 
 
 def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: Plan) -> Any:
