@@ -14,7 +14,17 @@ from statewise.plan import Plan
 from statewise.scan import Spec
 from statewise.state import Part, State, check_unspent, make_state
 
-__all__ = ["cast", "recast"]
+__all__ = ["can_cast", "cast", "recast"]
+
+_FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
+
+
+def can_cast(theirs: Any, ours: Any) -> bool:
+    """Whether one dtype may become another: floats become floats, integers integers; else it is another number."""
+    try:
+        return any(jnp.issubdtype(jnp.dtype(theirs), one) and jnp.issubdtype(jnp.dtype(ours), one) for one in _FAMILIES)
+    except TypeError:  # PRNG keys, and dtypes that JAX lacks
+        return False
 
 
 def cast(state: State, dtypes: Mapping[str, Any]) -> State:

@@ -6,6 +6,7 @@ have paths of their own.  All that places, packs, saves, moves and shows a state
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from flax import nnx
 from statewise.paths import Leaf, Path
 from statewise.scan import ONE, Spec, make_leaf, value_of
 
-__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "plain_key", "unfit"]
+__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "keys_within", "plain_key", "unfit"]
 
 WITHOUT_INTEGERS = (
     "claim them by a kind of their own: "
@@ -41,7 +42,7 @@ class Layout(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Derived:
+class Derived(abc.ABC):
     """Arrays that are made from the leaves of some kinds.
 
     Attributes:
@@ -55,35 +56,30 @@ class Derived:
     overridden: tuple[Spec, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
+    @abc.abstractmethod
     def into(self) -> str:
         """The kind that the arrays stand in."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def layout(self) -> Layout:
         """What they are made of."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def leaf_paths(self) -> tuple[Path, ...]:
         """The path of each among the leaves of the plan."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """Them, fresh, from the arrays of the leaves; all are copies, for steps donate what a state holds."""
-        raise NotImplementedError
 
     @functools.cached_property
     def paths(self) -> tuple[Path, ...]:
         """The path of each array of the leaves: its leaf's, and, where a Variable holds several, the keys within."""
         found: list[Path] = []
         for path, specs, structure in self.rows:
-            within: list[Path] = [()]
-            if structure is not ONE:
-                value = value_of(range(len(specs)), structure)
-                keyed = jax.tree_util.tree_flatten_with_path(value)[0]
-                within = [tuple(map(plain_key, keys)) for keys, _ in keyed]
-            found.extend(path + keys for keys in within)
+            found.extend(path + keys for keys in keys_within(structure, len(specs)))
         return tuple(found)
 
     def params(self, arrays: Sequence[Any]) -> Any:
@@ -98,6 +94,14 @@ class Derived:
         # Where it is what `init` would make, it is as good as new, and its plan the same.
         as_made = plain.layout.specs == tuple(own)
         return plain if as_made else dataclasses.replace(plain, overridden=tuple(own))
+
+
+def keys_within(structure: Any, count: int) -> list[Path]:
+    """The keys of each array within the value of its leaf."""
+    if structure is ONE:
+        return [()]
+    keyed = jax.tree_util.tree_flatten_with_path(value_of(range(count), structure))[0]
+    return [tuple(map(plain_key, keys)) for keys, _ in keyed]
 
 
 def plain_key(key: Any) -> Any:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.copies import Copies
-from statewise.derived import Derived, plain_key
+from statewise.derived import Derived, keys_within
 from statewise.errors import PlacementError
 from statewise.layout import OPTIMIZER
 from statewise.lies import Lies, Owners, follow
@@ -35,7 +35,7 @@ from statewise.placements import (
     merged_rules,
 )
 from statewise.plan import Plan
-from statewise.scan import ONE, Spec, rebuild, scan, value_of
+from statewise.scan import Spec, rebuild, scan
 from statewise.shadows import Average
 
 __all__ = [
@@ -188,7 +188,7 @@ class _Resolver:
         for number, (row, leaf) in sorted(numbered, key=lambda one: _is_moment(one[1][0])):
             placement = plan.kinds[row.kind].placement
             found[number] = []
-            for keys, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True):
+            for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
                 paths = [path[several:] + keys for path in (row.path, *leaf.aliases)]
                 if placement is None and _is_moment(row):
                     found[number].append(follow(paths[0], spec.shape, self.owners))
@@ -229,7 +229,7 @@ class _Resolver:
         for number, (row, leaf) in enumerate(zip(self.plan._rows, self.plan.leaves, strict=False)):
             if row.kind not in kinds:
                 continue
-            for keys, spec in zip(_within(row.structure, len(row.specs)), row.specs, strict=True):
+            for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
                 lies = self.place(placement, [row.path], spec, leaf, number)
                 owners[row.path + keys] = [(spec.shape, lies)]
         return owners
@@ -357,14 +357,6 @@ def _ruled(axis: Any, rules: Mapping[str, Any]) -> Any:
 def _is_moment(row: Any) -> bool:
     """Whether this is state of an `nnx.Optimizer`."""
     return row.kind == OPTIMIZER or issubclass(row.type, nnx.OptState)
-
-
-def _within(structure: Any, count: int) -> list[Path]:
-    """The keys of each array within the value of its leaf."""
-    if structure is ONE:
-        return [()]
-    keyed = jax.tree_util.tree_flatten_with_path(value_of(range(count), structure))[0]
-    return [tuple(map(plain_key, keys)) for keys, _ in keyed]
 
 
 def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:

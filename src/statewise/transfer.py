@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statewise.casting import can_cast
 from statewise.copies import spread
 from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
@@ -297,17 +298,11 @@ def _difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, 
         if theirs.shape != ours.shape:
             return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", _OTHER
     for theirs, ours in pairs:
-        if theirs.dtype != ours.dtype and not _castable(theirs.dtype, ours.dtype):
+        if theirs.dtype != ours.dtype and not can_cast(theirs.dtype, ours.dtype):
             return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", _OTHER
         if theirs.dtype != ours.dtype and not cast:
             return f"is {theirs.dtype} in the source", _CAST
     return "", ""
-
-
-def _castable(theirs: Any, ours: Any) -> bool:
-    """Floats become floats, integers integers; anything else would be another number."""
-    families = (jnp.floating, jnp.complexfloating, jnp.integer)
-    return any(jnp.issubdtype(theirs, family) and jnp.issubdtype(ours, family) for family in families)
 
 
 def _refuse_abstract(src: State, kinds: Sequence[str]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from pathlib import Path
 
 if __name__ == "__main__":  # imported by a test, this changes nothing there
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -15,12 +13,7 @@ import jax
 
 import statewise as sw
 from checkpoint.test_meshes import large_plan, mesh_of
-
-
-def used() -> int:
-    """The most that this process has had, in bytes; `getrusage` would count what its parent had when it was forked."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+from made_memory import used
 
 
 def main(path: str, shape: tuple[int, ...]) -> None:

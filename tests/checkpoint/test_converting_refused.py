@@ -312,9 +312,9 @@ def test_of_two_writers_the_first_stays(tmp_path: Path, monkeypatch: pytest.Monk
     def other_writes(*args: Any) -> None:
         final.write_text("of another")
 
-    monkeypatch.setattr(exporting, "_flush", other_writes)
+    monkeypatch.setattr(exporting, "flush", other_writes)
     if late and name == "a.safetensors":  # between the last look and the writing
-        monkeypatch.setattr(exporting, "_flush", lambda place: None)
+        monkeypatch.setattr(exporting, "flush", lambda place: None)
         monkeypatch.setattr(os, "link", lambda place, path: (other_writes(), os.stat(place), os.symlink(place, path)))
     with refused(
         sw.SaveError,

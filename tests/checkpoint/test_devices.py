@@ -15,6 +15,7 @@ from flax import nnx
 import statewise as sw
 from checkpoint.test_meshes import assert_same, bits
 from disagreeing import check_refused
+from meshes import by_key
 from signing import content_of, damaged, rewritten
 
 
@@ -246,12 +247,8 @@ def test_a_placement_function_is_asked_as_it_was_when_the_state_was_taken(tmp_pa
     state = jax.tree.map(lambda array: jax.device_put(numbered, array.sharding), state)
     sw.save(tmp_path / "saved", state)
     restored, _ = sw.restore(tmp_path / "saved", plan.abstract(mesh_of(2)))
-    found = {key[0].key.split("/", 2)[-1]: float(value[0, 0]) for key, value in by_key(restored)}
+    found = {key.split("/", 2)[-1]: float(value[0, 0]) for key, value in by_key(restored).items()}
     assert found == {"m": 0.0, "d": 1.5, "d#2": 0.0}  # of `d` first `other`, then `own`
-
-
-def by_key(state: sw.State) -> list[Any]:
-    return jax.tree_util.tree_flatten_with_path(state)[0]
 
 
 @pytest.mark.parametrize("placement", [sw.PerDevice("data"), sw.Sharded("data")], ids=["each", "split"])

@@ -28,6 +28,7 @@ from statewise.checkpoint.handler import tree_handler
 from statewise.checkpoint.keys import OrbaxKeys, type_name
 from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import _STORABLE
+from statewise.checkpoint.saving import flush
 from statewise.checkpoint.sources import ARRAY
 from statewise.errors import SaveError
 from statewise.paths import Leaf, Path, format_path
@@ -243,7 +244,7 @@ def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePa
         folder.mkdir(parents=True)
         with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [folder]):
             yield place
-        _flush(place)
+        flush(place)
         _give_name(place, final)
     except SaveError:
         raise
@@ -273,10 +274,3 @@ def _give_name(place: FilePath, final: FilePath) -> None:
             f"Another writer has written {final} meanwhile; that one is whole, this one was dropped.",
             mend="another path for each writer",
         )
-
-
-def _flush(place: FilePath) -> None:
-    """Asks the system to have everything on the disk before the final name appears there."""
-    for file in [place] if place.is_file() else [found for found in place.rglob("*") if found.is_file()]:
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())

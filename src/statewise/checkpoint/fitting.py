@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 
 from statewise import _compat
+from statewise.casting import can_cast
 from statewise.checkpoint.exporting import Piece, collection_of, obstacles
-from statewise.checkpoint.keys import OrbaxKeys, can_cast
+from statewise.checkpoint.keys import OrbaxKeys
 from statewise.checkpoint.manifest import ArrayRecord
 from statewise.checkpoint.records import Placed, records_of
 from statewise.checkpoint.sources import ARRAY, Entry, Source, is_linen, known_collection

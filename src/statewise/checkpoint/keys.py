@@ -22,7 +22,6 @@ from statewise.paths import Path
 
 __all__ = [
     "OrbaxKeys",
-    "can_cast",
     "decode_path",
     "dtype_name",
     "dtype_of",
@@ -188,17 +187,6 @@ def dtype_of(name: str) -> np.dtype | None:
         return None
     plain = dtype is not None and not dtype.hasobject and dtype.kind not in "USMm" and dtype.names is None
     return dtype if plain else None
-
-
-def can_cast(theirs: str, ours: str) -> bool:
-    """Floats become floats, integers integers; anything else would be another number."""
-    try:
-        return any(jnp.issubdtype(jnp.dtype(theirs), one) and jnp.issubdtype(jnp.dtype(ours), one) for one in _FAMILIES)
-    except TypeError:  # a dtype that JAX lacks
-        return False
-
-
-_FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from statewise.averages import EMA
+from statewise.casting import can_cast
 from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.devices import Resized, resize, shape_of_one
-from statewise.checkpoint.keys import can_cast, encode_path, path_id, same_type
+from statewise.checkpoint.keys import encode_path, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport

@@ -19,13 +19,13 @@ from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.devices import EACH
 from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
 from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
-from statewise.derived import plain_key
+from statewise.derived import keys_within
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.paths import Path
 from statewise.placement import with_copies
 from statewise.plan import Plan
-from statewise.scan import ONE, Spec, value_of
+from statewise.scan import ONE, Spec
 from statewise.state import State, check_fits, check_unspent
 
 __all__ = ["LaidOut", "Placed", "check_savable", "kinds_of", "lay_out", "placement_of", "records_of", "unpacked"]
@@ -71,7 +71,9 @@ def _records(plan: Plan) -> list[Placed]:
         each = plan._copies.of(span.kind) if plan._copies else ()
         arrays = tuple(
             _record(within, spec, plan._copies.devices if plan._copies and at in each else 0)
-            for at, (within, spec) in enumerate(zip(_within(row.structure, len(specs)), specs, strict=True), span.start)
+            for at, (within, spec) in enumerate(
+                zip(keys_within(row.structure, len(specs)), specs, strict=True), span.start
+            )
         )
         structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
@@ -84,13 +86,6 @@ def _records(plan: Plan) -> list[Placed]:
             array = _record((), plan._held[one.into][position], devices)
             placed.append(Placed(LeafRecord(leaf.path, one.into, type_name(jax.Array), None, (array,)), position))
     return placed
-
-
-def _within(structure: Any, count: int) -> list[Path]:
-    if structure is ONE:
-        return [()]
-    keyed = jax.tree_util.tree_flatten_with_path(value_of(range(count), structure))[0]
-    return [tuple(map(plain_key, keys)) for keys, _ in keyed]
 
 
 def _record(within: Path, spec: Spec, devices: int = 0) -> ArrayRecord:

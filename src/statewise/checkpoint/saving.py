@@ -33,7 +33,7 @@ from statewise.errors import SaveError, StructureError
 from statewise.paths import Leaf
 from statewise.state import State
 
-__all__ = ["kinds_to_save", "save"]
+__all__ = ["flush", "kinds_to_save", "save"]
 
 
 def save(
@@ -163,7 +163,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
         _sync("begun")
         yield temporary
         if first:
-            _flush(temporary)
+            flush(temporary)
             temporary.rename(final)
             _flush_one(final.parent)
         first = False  # nothing is left to remove
@@ -233,12 +233,12 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _flush(directory: FilePath) -> None:
-    """Asks the system to have everything on the disk before the name appears there."""
-    paths = [path for folder, _, names in os.walk(directory) for path in (folder, *(f"{folder}/{n}" for n in names))]
+def flush(place: FilePath) -> None:
+    """Asks the system to have a file, or all of a directory, on the disk before the final name appears there."""
+    below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
     # Together: a file system with a journal then commits it once for several files.
     with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
-        for _ in pool.map(_flush_one, paths):
+        for _ in pool.map(_flush_one, below or [place]):
             pass
 
 
