@@ -23,6 +23,7 @@ from statewise import _compat
 from statewise.checkpoint.checksums import Sums, held, is_spread, sums_of
 from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, write_manifest
 from statewise.checkpoint.records import LaidOut, lay_out
+from statewise.checkpoint.writing import writing_handler
 from statewise.errors import SaveError
 from statewise.filters import as_code
 from statewise.state import State
@@ -54,7 +55,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
     """Writes states with their manifests; for Orbax to call."""
 
     def __init__(self) -> None:
-        self._tree = tree_handler()
+        self._tree = writing_handler()
         self._manifest: Manifest | None = None
         self._sums: concurrent.futures.Future[list[Sums]] | None = None
 
