@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from checkpoint_models import DTYPES, one_of
 from statewise.checkpoint import checksums
-from statewise.checkpoint.checksums import sums_of
+from statewise.checkpoint.checksums import sums_of, sums_of_runs
 
 
 def on_devices(array: Any) -> tuple[int, int]:
@@ -113,6 +113,38 @@ def test_the_sums_do_not_depend_on_the_order_in_memory() -> None:
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     for other in (np.asfortranarray(array), array.repeat(2, axis=2)[..., ::2], array[::-1][::-1]):
         assert sums_of(other) == sums_of(array)
+
+
+# --- many at once ------------------------------------------------------------------------------------------------
+
+
+@given(
+    hnp.arrays(st.sampled_from([np.uint8, np.int16, np.float32, np.float64, np.bool_]), st.integers(0, 60)),
+    st.lists(st.tuples(st.integers(0, 59), st.integers(0, 20)), max_size=12),
+    st.integers(1, 8),
+)
+def test_runs_of_an_array_are_summed_each_for_itself(
+    flat: np.ndarray, pairs: list[tuple[int, int]], chunk: int
+) -> None:
+    """Runs that follow each other, overlap, are empty, or stand in any order."""
+    runs = [(start, length) for start, length in pairs if start + length <= flat.size]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "_CHUNK", chunk)  # so that some are apart
+        found = sums_of_runs(flat, runs)
+    assert found == [sums_of(flat[start : start + length]) for start, length in runs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_of_every_dtype_are_summed_as_it_is_defined(dtype: str) -> None:
+    flat = np.asarray(one_of(dtype, (11,)))
+    runs = [(0, 4), (4, 1), (5, 6), (2, 3)]
+    assert sums_of_runs(flat, runs) == [by_definition(flat[start : start + length]) for start, length in runs]
+
+
+def test_runs_of_the_largest_words_do_not_overflow() -> None:
+    flat = np.full(3 * 65536, 2**32 - 1, np.uint32)
+    runs = [(0, 65536), (65536, 2 * 65536)]
+    assert sums_of_runs(flat, runs) == [by_definition(flat[start : start + length]) for start, length in runs]
 
 
 # --- what they notice --------------------------------------------------------------------------------------------

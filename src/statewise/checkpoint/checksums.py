@@ -14,13 +14,14 @@ changes a file on purpose can make them fit.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Pieces", "Sums", "held", "is_spread", "sums_of"]
+__all__ = ["Pieces", "Sums", "held", "is_spread", "sums_of", "sums_of_runs"]
 
 Sums = tuple[int, int]
 
@@ -48,6 +49,54 @@ def sums_of(array: Any) -> Sums:
     if isinstance(array, jax.Array):
         array = held(array)
     return _of_pieces(array) if isinstance(array, Pieces) else _on_host(np.asarray(array))
+
+
+def sums_of_runs(flat: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[Sums]:
+    """The sums of many small arrays that stand in one: of each run of its elements, taken for itself.
+
+    Args:
+      flat: an array of one axis.
+      runs: of each run, where it begins and how many elements it has.
+
+    Example:
+      >>> import numpy as np
+      >>> from statewise.checkpoint.checksums import sums_of_runs
+      >>> sums_of_runs(np.array([7, 3, 5], np.uint8), [(1, 2), (0, 1)])
+      [(8, 13), (7, 7)]
+    """
+    each = _words(flat[:1]).size  # an element of 8 bytes is two words
+    found: list[Sums] = []
+    for first, lengths in _neighbours(runs):
+        size = sum(lengths)
+        if not size:
+            found.append((0, 0))
+            continue
+        words = _words(flat[first : first + size]).astype(np.uint64)
+        starts = each * np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+        plain = np.add.reduceat(words, starts)
+        words *= np.arange(1, words.size + 1, dtype=np.uint64)
+        # Modulo 2**64, as NumPy counts, is modulo 2**32 too.
+        placed = np.add.reduceat(words, starts) - starts.astype(np.uint64) * plain
+        found.extend(zip((plain % _MODULUS).tolist(), (placed % _MODULUS).tolist(), strict=True))
+    return found
+
+
+def _neighbours(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """Runs that follow each other, some cache's worth of them: where the first begins, and their lengths.
+
+    One without elements is alone.
+    """
+    first, end = 0, -1
+    lengths: list[int] = []
+    for start, length in runs:
+        if start != end or not length or end == first or end - first >= 4 * _CHUNK:
+            if lengths:
+                yield first, lengths
+            first, lengths = start, []
+        lengths.append(length)
+        end = start + length
+    if lengths:
+        yield first, lengths
 
 
 def is_spread(array: Any) -> bool:

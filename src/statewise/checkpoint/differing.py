@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from statewise.checkpoint.differences import Diff, LeafDiff
-from statewise.checkpoint.keys import encode_path, path_id, same_type
+from statewise.checkpoint.keys import path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.checkpoint.sides import Arrays, Change, Side, compare, is_path, side_of
 from statewise.errors import KindError
@@ -197,7 +197,7 @@ def _described(pair: Pair, first: Side, second: Side) -> dict[str, str]:
                 words[f"{format_shape(ours.shape)} to {format_shape(theirs.shape)}{within}"] = "reshaped"
             if _dtype(ours) != _dtype(theirs):
                 words[f"{_dtype(ours)} to {_dtype(theirs)}{within}"] = "recast"
-    tied = [{path_id(encode_path(alias)) for alias in one.aliases} for one in (here, there)]
+    tied = [{path_id(alias) for alias in one.aliases} for one in (here, there)]
     if tied[0] != tied[1]:
         words[f"{_ties(here)}, then {_ties(there)}"] = "retied"
     return words

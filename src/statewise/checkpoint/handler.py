@@ -1,9 +1,9 @@
 """Orbax's side: a handler that writes a state with its manifest into a directory, and reads arrays back.
 
-The handler is Orbax's own for pytrees, with two things added: the checksums, taken in a thread beside the write, and
-the manifest, which `finalize` writes last, when every other file stands and can be listed.  Whoever commits the
-directory (`sw.save`, or an Orbax manager) calls `finalize` before it renames: a directory without a manifest is none
-of ours.
+The handler is Orbax's own for pytrees, with two things added: the checksums, and of them the manifest's text, made in a
+thread beside the write; and the manifest itself, which `finalize` writes last, when every other file stands and can be
+listed.  Whoever commits the directory (`sw.save`, or an Orbax manager) calls `finalize` before it renames: a directory
+without a manifest is none of ours.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from statewise import _compat
-from statewise.checkpoint.checksums import Sums, held, is_spread, sums_of
-from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, write_manifest
-from statewise.checkpoint.records import LaidOut, lay_out
+from statewise.checkpoint.checksums import Sums, held, is_spread, sums_of, sums_of_runs
+from statewise.checkpoint.laying import LaidOut, lay_out
+from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, leaves_text, write_manifest
 from statewise.checkpoint.writing import writing_handler
 from statewise.errors import SaveError
 from statewise.filters import as_code
@@ -57,7 +57,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
     def __init__(self) -> None:
         self._tree = writing_handler()
         self._manifest: Manifest | None = None
-        self._sums: concurrent.futures.Future[list[Sums]] | None = None
+        self._leaves: concurrent.futures.Future[str] | None = None
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
         """Starts a save; what it returns can be waited for."""
@@ -67,11 +67,14 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         """As `async_save`, for other rooms."""
         laid = lay_out(saving.state, saving.kinds, saving.layout)
         self._manifest = _manifest(saving, laid)
-        sums = self._sums = _in_background(laid.sources)
-        if not laid.tree:  # nothing but empty leaves: Orbax refuses an empty tree
-            return [_Waiting(sums)]
-        written = await self._tree.async_save(directory, args=ocp.args.PyTreeSave(laid.tree))
-        return [*(written or ()), _Waiting(sums)]
+        text = _leaves_text(laid)
+        written: Sequence[Any] | None = None
+        if laid.tree:  # else nothing but empty leaves: Orbax refuses an empty tree
+            written = await self._tree.async_save(directory, args=ocp.args.PyTreeSave(laid.tree))
+        pool = concurrent.futures.ThreadPoolExecutor(1, "statewise-manifest")
+        leaves = self._leaves = pool.submit(text)
+        pool.shutdown(wait=False)  # not a `with`, which would wait
+        return [*(written or ()), _Waiting(leaves)]
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
@@ -80,9 +83,9 @@ class StateHandler(ocp.AsyncCheckpointHandler):
     def finalize(self, directory: Any) -> None:
         """Writes the manifest, when all else is written.  Called once, by one process."""
         assert self._manifest is not None, "finalize comes after a save"
-        assert self._sums is not None, "finalize comes after a save"
+        assert self._leaves is not None, "finalize comes after a save"
         directory = _compat.epath(directory)
-        sums = self._sums.result()
+        leaves = self._leaves.result()
         if any(array.key or array.buffer for leaf in self._manifest.leaves for array in leaf.arrays):
             self._tree.finalize(directory)
             # Orbax takes brackets in a path for a pattern, merges nothing, and says so in a log alone.
@@ -91,8 +94,8 @@ class StateHandler(ocp.AsyncCheckpointHandler):
                     f"Orbax could not put the checkpoint in {directory} together: are there brackets in its path?",
                     mend="a path without [ and ]",
                 )
-        data, _ = write_manifest(dataclasses.replace(self._manifest, files=files_of(directory)), sums)
-        self._manifest = self._sums = None
+        data = write_manifest(dataclasses.replace(self._manifest, files=files_of(directory)), leaves)
+        self._manifest = self._leaves = None
         (directory / NAME).write_bytes(data)
 
     def finish(self, directory: Any) -> None:
@@ -144,14 +147,29 @@ class _Waiting:
         return self._future.result(timeout)
 
 
-def _in_background(sources: Sequence[Any]) -> concurrent.futures.Future[list[Sums]]:
-    """The checksums, from arrays that a later step may donate: what they are read from is taken hold of here."""
-    kept = [source if is_spread(source) else held(source) for source in sources]
-    spread = {at: sums_of(source) for at, source in enumerate(kept) if is_spread(source)}  # all processes together
-    pool = concurrent.futures.ThreadPoolExecutor(1, "statewise-checksums")
-    future = pool.submit(lambda: [spread.get(at) or sums_of(source) for at, source in enumerate(kept)])
-    pool.shutdown(wait=False)  # not a `with`, which would wait
-    return future
+def _leaves_text(laid: LaidOut) -> Callable[[], str]:
+    """What makes the manifest's text of the leaves, with their checksums.
+
+    They are of arrays that a later step may donate: what they are read from is taken hold of here.
+    """
+    done: dict[int, Sums] = {}
+    kept: dict[int, Any] = {}
+    in_buffers = {number for _, together in laid.packed for number in together.members}
+    for number, source in enumerate(laid.sources):
+        if number in in_buffers:
+            continue
+        if is_spread(source):
+            done[number] = sums_of(source)  # all processes together
+        else:
+            kept[number] = held(source)
+
+    def text() -> str:
+        for buffer, together in laid.packed:
+            done.update(zip(together.members, sums_of_runs(buffer, together.runs), strict=True))
+        done.update((number, sums_of(source)) for number, source in kept.items())
+        return leaves_text(laid.records, [done[number] for number in range(len(done))])
+
+    return text
 
 
 def _manifest(saving: Saving, laid: LaidOut) -> Manifest:

@@ -22,6 +22,7 @@ from statewise.paths import Path
 
 __all__ = [
     "OrbaxKeys",
+    "PathId",
     "decode_path",
     "dtype_name",
     "dtype_of",
@@ -31,6 +32,9 @@ __all__ = [
     "same_type",
     "type_name",
 ]
+
+
+PathId = Path | str
 
 
 # --- paths -----------------------------------------------------------------------------------------------------
@@ -100,9 +104,15 @@ class _Foreign(str):
         return made
 
 
-def path_id(encoded: Any) -> str:
-    """One text for each path, by which the leaves of a target and of a checkpoint find each other."""
-    return _ENCODER.encode(encoded)
+def path_id(path: Path) -> PathId:
+    """What two paths share if they are the same, and only then: by it the leaves of a target and a checkpoint meet.
+
+    A path of text and integers is its own; one with other keys is text, as to Python `1`, `1.0` and `True` are equal.
+    """
+    for key in path:
+        if type(key) is not str and type(key) is not int:
+            return _ENCODER.encode(encode_path(path))
+    return path
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True)
@@ -122,7 +132,7 @@ class OrbaxKeys:
         """The key of a path; the same path gets the same key."""
         made: tuple[str, ...] = ()
         for part in path or ("",):
-            made += (self._child(made, path_id([_encode(part, path)]), str(part)),)
+            made += (self._child(made, _ENCODER.encode(_encode(part, path)), str(part)),)
         return made
 
     def apart(self, root: str, *parts: str) -> tuple[str, ...]:

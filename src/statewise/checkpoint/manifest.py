@@ -9,23 +9,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.checksums import Sums
-from statewise.checkpoint.keys import dtype_of, encode_path, path_id
+from statewise.checkpoint.keys import PathId, dtype_of, encode_path, path_id
 from statewise.errors import StatewiseError
 from statewise.paths import Leaf, Path
 
-__all__ = ["ArrayRecord", "Buffer", "KindRecord", "LeafRecord", "Manifest", "content_text", "write_manifest"]
+__all__ = [
+    "ArrayRecord",
+    "Buffer",
+    "KindRecord",
+    "LeafRecord",
+    "Manifest",
+    "content_text",
+    "leaves_text",
+    "write_manifest",
+]
 
 NAME = "statewise.json"
 FORMAT = 1
 # A leaf takes about 300 bytes.  What is larger than this is no manifest, whatever it says.
 LARGEST = 64 * 1024 * 1024
+# In the place of the sums of an array, until they are known.
+_UNKNOWN = (-1, -1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,18 +105,26 @@ class LeafRecord:
     aliases: tuple[Path, ...] = ()
 
     @functools.cached_property
-    def id(self) -> str:
-        """The text by which two plans find the same leaf."""
-        return path_id(encode_path(self.path))
+    def id(self) -> PathId:
+        """What two plans find the same leaf by."""
+        return path_id(self.path)
 
     def holding(self, arrays: tuple[ArrayRecord, ...]) -> LeafRecord:
         """This leaf, with these records of its arrays."""
-        made = LeafRecord(self.path, self.kind, self.type, self.structure, arrays, self.aliases)
-        made.__dict__["id"] = self.id  # what is cached is no field, and costs more than all the rest
-        return made
+        return LeafRecord(self.path, self.kind, self.type, self.structure, arrays, self.aliases)
 
     def leaf(self, note: str = "") -> Leaf:
         """The leaf as tables and errors show it."""
+        return dataclasses.replace(self._leaf, note=note) if note else self._leaf
+
+    @functools.cached_property
+    def pieces(self) -> list[str]:
+        """The leaf in a manifest, cut where the sums of its arrays stand: a run writes the same leaves many times."""
+        # Within a text there is a backslash before each quote: this is nowhere else.
+        return content_text(_leaf_json(self)).split(_sums_text(_UNKNOWN))
+
+    @functools.cached_property
+    def _leaf(self) -> Leaf:
         one = self.arrays[0] if self.structure is None and self.arrays else None
         dtype: Any = None if one is None else dtype_of(one.dtype) if one.prng is None else f"key<{one.prng}>"
         return Leaf(
@@ -116,7 +136,6 @@ class LeafRecord:
             aliases=self.aliases,
             elements=sum(array.elements for array in self.arrays),
             nbytes=sum(map(_nbytes, self.arrays)),
-            note=note,
         )
 
 
@@ -168,8 +187,8 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     digest: str = ""
 
-    def by_id(self) -> dict[str, LeafRecord]:
-        """The leaves by the text of their paths."""
+    def by_id(self) -> dict[PathId, LeafRecord]:
+        """The leaves by what a plan finds them by."""
         return {leaf.id: leaf for leaf in self.leaves}
 
     def arrays(self) -> Iterator[tuple[LeafRecord, ArrayRecord]]:
@@ -182,19 +201,28 @@ class Manifest:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def _content(manifest: Manifest, sums: Iterator[Sums]) -> dict[str, Any]:
-    return {
-        "written": dict(manifest.written),
-        "layout": manifest.layout,
-        "kinds": {name: dataclasses.asdict(kind) for name, kind in manifest.kinds.items()},
-        "leaves": [_leaf_json(leaf, sums) for leaf in manifest.leaves],
-        "buffers": [{"key": list(one.key), "dtype": one.dtype, "elements": one.elements} for one in manifest.buffers],
-        "base": dict(manifest.base) if manifest.base else None,
-        "files": {name: dict(facts) for name, facts in sorted(manifest.files.items())},
-    }
+@no_collection()
+def leaves_text(leaves: Sequence[LeafRecord], sums: Iterable[Sums]) -> str:
+    """The leaves as a manifest's content has them.
+
+    Args:
+      leaves: all but their checksums.
+      sums: of each array in turn.
+    """
+    each = iter(sums)
+    return f"[{','.join(map(_leaf_text, leaves, itertools.repeat(each)))}]"
 
 
-def _leaf_json(leaf: LeafRecord, sums: Iterator[Sums]) -> dict[str, Any]:
+def _leaf_text(leaf: LeafRecord, sums: Iterator[Sums]) -> str:
+    first, *rest = leaf.pieces
+    return first + "".join([_sums_text(one) + piece for piece, one in zip(rest, sums, strict=False)])
+
+
+def _sums_text(sums: Sums) -> str:
+    return f'"sums":[{sums[0]},{sums[1]}]'
+
+
+def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
     return {
         "path": encode_path(leaf.path),
         "kind": leaf.kind,
@@ -210,7 +238,7 @@ def _leaf_json(leaf: LeafRecord, sums: Iterator[Sums]) -> dict[str, Any]:
                 "stored": None if array.stored is None else [list(array.stored[0]), array.stored[1]],
                 "key": None if array.key is None else list(array.key),
                 "buffer": None if array.buffer is None else list(array.buffer),
-                "sums": list(next(sums)),
+                "sums": list(_UNKNOWN),
                 "placement": array.placement,
             }
             for array in leaf.arrays
@@ -223,18 +251,26 @@ def content_text(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-@no_collection()
-def write_manifest(manifest: Manifest, sums: Iterable[Sums]) -> tuple[bytes, str]:
-    """The manifest's file, and its digest.
+def write_manifest(manifest: Manifest, leaves: str) -> bytes:
+    """The manifest's file.
 
     Args:
-      manifest: all but the checksums, which are known last.
-      sums: of each array in turn.
+      manifest: all but the leaves' checksums.
+      leaves: the text of the leaves, from `leaves_text`.
 
     Raises:
       StatewiseError: it would be larger than a manifest may be.
     """
-    text = content_text(_content(manifest, iter(sums)))
+    parts = {
+        "written": content_text(dict(manifest.written)),
+        "layout": content_text(manifest.layout),
+        "kinds": content_text({name: dataclasses.asdict(kind) for name, kind in manifest.kinds.items()}),
+        "leaves": leaves,
+        "buffers": content_text([dataclasses.asdict(one) for one in manifest.buffers]),
+        "base": content_text(dict(manifest.base) if manifest.base else None),
+        "files": content_text({name: dict(facts) for name, facts in sorted(manifest.files.items())}),
+    }
+    text = "{" + ",".join(f'"{name}":{part}' for name, part in parts.items()) + "}"
     digest = hashlib.sha256(text.encode()).hexdigest()
     data = f'{{"statewise":{FORMAT},"sha256":"{digest}","content":{text}}}\n'.encode()
     if len(data) > LARGEST:
@@ -242,4 +278,4 @@ def write_manifest(manifest: Manifest, sums: Iterable[Sums]) -> tuple[bytes, str
             f"The manifest of {len(manifest.leaves)} leaves would take {len(data)} bytes; it may take {LARGEST}.",
             mend="save in several checkpoints: sw.save(path, state, only=('params',)), and one more for the rest",
         )
-    return data, digest
+    return data

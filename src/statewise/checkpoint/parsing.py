@@ -118,7 +118,7 @@ def _parse(data: bytes) -> Manifest:
     written = _texts(content["written"], "written")
     kinds = {name: _kind(kind) for name, kind in _dict(content["kinds"], "kinds").items()}
     buffers = tuple(map(_buffer, _list(content["buffers"], "buffers")))
-    leaves = tuple(_leaf(leaf, kinds, buffers) for leaf in _list(content["leaves"], "leaves"))
+    leaves = tuple([_leaf(leaf, kinds, buffers) for leaf in _list(content["leaves"], "leaves")])
     keys = [array.key for leaf in leaves for array in leaf.arrays if array.key is not None]
     _check_apart([*keys, *(buffer.key for buffer in buffers)])
     ids = [leaf.id for leaf in leaves]
@@ -208,64 +208,77 @@ def _is_path_key(key: Any, depth: int = 0) -> bool:
     return (tag == "bool" and isinstance(value, bool)) or (tag == "none" and value is None)
 
 
+# A manifest has thousands of leaves: what follows is written for speed, with what all of them share looked up.
+_LEAF_FIELDS = {"path", "kind", "type", "structure", "aliases", "arrays"}
+_ARRAY_FIELDS = {"within", "shape", "dtype", "prng", "stored", "key", "buffer", "sums", "placement"}
+
+
 def _leaf(value: Any, kinds: Mapping[str, KindRecord], buffers: Sequence[Buffer]) -> LeafRecord:
     leaf = _dict(value, "leaves")
-    _need(set(leaf) == {"path", "kind", "type", "structure", "aliases", "arrays"}, "a leaf has other fields")
-    _need(isinstance(leaf["kind"], str) and leaf["kind"] in kinds, "a leaf is of no kind")
-    _need(isinstance(leaf["type"], str) and ":" in leaf["type"], "a leaf has no type")
-    _need(leaf["structure"] is None or isinstance(leaf["structure"], str), "a leaf's structure is no text")
-    arrays = tuple(_array(array, buffers) for array in _list(leaf["arrays"], "arrays"))
-    _need(leaf["structure"] is not None or len(arrays) == 1, "a leaf's value is no array")
-    aliases = tuple(map(_path, _list(leaf["aliases"], "aliases")))
-    return LeafRecord(_path(leaf["path"]), leaf["kind"], leaf["type"], leaf["structure"], arrays, aliases)
-
-
-_ARRAY_FIELDS = {"within", "shape", "dtype", "prng", "stored", "key", "buffer", "sums", "placement"}
+    if leaf.keys() != _LEAF_FIELDS:
+        raise _Wrong("a leaf has other fields")
+    kind, name, structure = leaf["kind"], leaf["type"], leaf["structure"]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise _Wrong("a leaf is of no kind")
+    if not isinstance(name, str) or ":" not in name:
+        raise _Wrong("a leaf has no type")
+    arrays = tuple([_array(array, buffers) for array in _list(leaf["arrays"], "arrays")])
+    if structure is None:
+        _need(len(arrays) == 1, "a leaf's value is no array")
+    elif not isinstance(structure, str):
+        raise _Wrong("a leaf's structure is no text")
+    aliases = _list(leaf["aliases"], "aliases")
+    return LeafRecord(_path(leaf["path"]), kind, name, structure, arrays, tuple(map(_path, aliases)) if aliases else ())
 
 
 def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
     one = _dict(value, "arrays")
-    _need(set(one) == _ARRAY_FIELDS, "an array has other fields")
-    shape = _shape(one["shape"])
-    stored = None
+    if one.keys() != _ARRAY_FIELDS:
+        raise _Wrong("an array has other fields")
+    shape, dtype, prng = _shape(one["shape"]), one["dtype"], one["prng"]
+    on_disk, stored = (shape, dtype), None
     if one["stored"] is not None:
         inner, name = _list(one["stored"], "stored arrays")
-        stored = (_shape(inner), _dtype(name))
-    if one["prng"] is None:
-        _dtype(one["dtype"])
-        whole = stored is None or (stored == (shape, "uint8") and np.dtype(dtype_of(one["dtype"])).itemsize == 1)
-        _need(whole, "an array is stored as another")
-    else:
-        _need(isinstance(one["prng"], str) and one["dtype"] == "key", "a PRNG key is none")
+        on_disk = stored = (_shape(inner), _dtype(name))
+    if prng is not None:
+        _need(isinstance(prng, str) and dtype == "key", "a PRNG key is none")
         _need(stored is not None and stored[0][: len(shape)] == shape, "a PRNG key has no words")
-    made = ArrayRecord(
-        within=_path(one["within"]),
-        shape=shape,
-        dtype=one["dtype"],
-        prng=one["prng"],
-        stored=stored,
-        key=None if one["key"] is None else _key(one["key"]),
-        buffer=None if one["buffer"] is None else _place(one["buffer"]),
-        sums=_place(one["sums"]),
-        placement=one["placement"],
-    )
-    _need(made.key is None or made.buffer is None, "an array is stored twice")
-    inside, dtype = made.on_disk
-    if made.buffer is not None:
-        number, start = made.buffer
-        _need(number < len(buffers), "an array stands in no buffer")
-        _need(start + math.prod(inside) <= buffers[number].elements, "an array stands beyond its buffer")
-        _need(buffers[number].dtype == dtype, "an array is of another dtype than its buffer")
-    _need(made.key or made.buffer or math.prod(inside) == 0, "an array is not stored")
-    _need(made.placement is None or isinstance(made.placement, dict), "a placement is none")
-    if made.placement and EACH in made.placement:
-        each = made.placement[EACH]
-        _need(type(each) is int and shape[:1] == (each,), "an array has not a value for each device")
-    return made
+    elif not isinstance(dtype, str) or not _is_dtype(dtype):
+        raise _Wrong(f"the dtype {str(dtype)[:40]!r} is unknown")
+    elif stored is not None:
+        _need(stored == (shape, "uint8") and np.dtype(dtype_of(dtype)).itemsize == 1, "an array is stored as another")
+    key = None if one["key"] is None else _key(one["key"])
+    buffer = None if one["buffer"] is None else _place(one["buffer"])
+    if buffer is not None:
+        _need(key is None, "an array is stored twice")
+        _need(buffer[0] < len(buffers), "an array stands in no buffer")
+        there = buffers[buffer[0]]
+        _need(buffer[1] + math.prod(on_disk[0]) <= there.elements, "an array stands beyond its buffer")
+        _need(there.dtype == on_disk[1], "an array is of another dtype than its buffer")
+    elif key is None:
+        _need(math.prod(on_disk[0]) == 0, "an array is not stored")
+    placement = one["placement"]
+    if placement is not None:
+        _need(isinstance(placement, dict), "a placement is none")
+        each = placement.get(EACH)
+        _need(EACH not in placement or (type(each) is int and shape[:1] == (each,)), _NOT_EACH)
+    within = _path(one["within"]) if one["within"] != [] else ()
+    return ArrayRecord(within, shape, dtype, prng, stored, key, buffer, _place(one["sums"]), placement)
+
+
+_NOT_EACH = "an array has not a value for each device"
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    shape = tuple(_count(size, "an axis") for size in _list(value, "shapes"))
+    try:
+        return _known_shape(*_list(value, "shapes"))
+    except TypeError:  # what cannot be hashed
+        raise _Wrong("an axis is no count") from None
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # typed: true is no 1
+def _known_shape(*sizes: Any) -> tuple[int, ...]:
+    shape = tuple(_count(size, "an axis") for size in sizes)
     _need(len(shape) <= _AXES and math.prod(size or 1 for size in shape) < _MOST, "an array is larger than any can be")
     return shape
 
@@ -282,8 +295,10 @@ def _is_dtype(name: str) -> bool:
 
 
 def _place(value: Any) -> tuple[int, int]:
-    first, second = (_count(part, "a number") for part in _list(value, "numbers"))
-    return first, second
+    first, second = _list(value, "numbers")
+    if type(first) is int and type(second) is int and 0 <= first < _MOST and 0 <= second < _MOST:
+        return first, second
+    raise _Wrong("a number is no count")
 
 
 def _file(name: str, value: Any) -> dict[str, Any]:

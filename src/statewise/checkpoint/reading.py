@@ -7,12 +7,14 @@ it goes to where it is wanted.
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 
 import collections
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from statewise.checkpoint.checksums import sums_of_runs
 from statewise.checkpoint.damage import damaged, damaged_files, is_whole, stored_array
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
@@ -71,9 +73,8 @@ def read_arrays(
     held = 0
     for key, array in _arriving(folder, manifest, records, trees):
         held += getattr(array, "nbytes", 0)
-        for place in places[key]:
-            stored = stored_array(place.record, manifest, {key: array})
-            if is_whole(stored, place.record):
+        for place, stored, whole in _checked(places[key], key, array, manifest):
+            if whole:
                 waiting.append((place, stored))
             else:
                 broken.add(place.leaf)
@@ -121,6 +122,22 @@ def _places(manifest: Manifest, wanted: Sequence[Wanted]) -> tuple[Mapping[Key, 
                 trees[key] = Stored(shape, dtype, None if on_host else sharding)
             places[key].append(_Place(leaf, number, one, sharding))
     return places, trees
+
+
+def _checked(places: Sequence[_Place], key: Key, array: Any, manifest: Manifest) -> Iterator[tuple[_Place, Any, bool]]:
+    """What goes to each of these places, out of the array at this key, and whether it is what was saved."""
+    if not places or places[0].record.buffer is None:
+        for place in places:
+            stored = stored_array(place.record, manifest, {key: array})
+            yield place, stored, is_whole(stored, place.record)
+        return
+    flat = array.reshape(-1)
+    same = flat.dtype == dtype_of(places[0].record.on_disk[1])
+    runs = [((place.record.buffer or (0, 0))[1], math.prod(place.record.on_disk[0])) for place in places]
+    for place, (start, size), sums in zip(places, runs, sums_of_runs(flat, runs), strict=True):
+        # A copy: the buffer is not to stay for as long as one of them does.
+        stored = flat[start : start + size].reshape(place.record.on_disk[0]).copy()
+        yield place, stored, same and sums == place.record.sums
 
 
 def _delivered(waiting: Sequence[tuple[_Place, Any]]) -> list[Any]:

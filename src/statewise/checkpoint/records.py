@@ -1,24 +1,17 @@
-"""From a plan and a state to records: what a save has to write, and what a restore has to find.
-
-The records of a plan say what each leaf is.  `lay_out` adds where each array of a state goes in Orbax's tree, and
-gives the tree itself.
-"""
+"""From a plan to records, which say what each leaf is: what a save has to write, and what a restore has to find."""
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
-import collections
-import math
 import re
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.devices import EACH
-from statewise.checkpoint.keys import OrbaxKeys, dtype_name, prng_of, type_name
-from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
+from statewise.checkpoint.keys import dtype_name, prng_of, type_name
+from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.derived import keys_within
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
@@ -28,10 +21,8 @@ from statewise.plan import Plan
 from statewise.scan import ONE, Spec
 from statewise.state import State, check_fits, check_unspent
 
-__all__ = ["LaidOut", "Placed", "check_savable", "kinds_of", "lay_out", "placement_of", "records_of", "unpacked"]
+__all__ = ["Placed", "check_savable", "kinds_of", "records_of", "unpacked"]
 
-# Arrays up to this many bytes share buffers in the packed layout: below it Orbax's cost is per array, not per byte.
-SMALL = 1024 * 1024
 # What TensorStore's zarr driver writes.  Other dtypes, of one byte or less, are stored as their bytes.
 _INTEGERS = ("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
@@ -103,115 +94,6 @@ def _record(within: Path, spec: Spec, devices: int = 0) -> ArrayRecord:
 def unpacked(state: State, kind: str) -> tuple[Any, ...]:
     """A kind's arrays in the order of the plan, whether the state is packed or not."""
     return state.plan._unpacked(kind, state.part(kind).arrays)
-
-
-class LaidOut(NamedTuple):
-    """What a save writes.
-
-    Attributes:
-      records: the leaves, with where each array goes.
-      buffers: what small arrays go into, in the packed layout.
-      tree: Orbax's tree, nested dicts of arrays.
-      sources: for each array of each record, in order, what its checksum is taken of.
-    """
-
-    records: tuple[LeafRecord, ...]
-    buffers: tuple[Buffer, ...]
-    tree: dict[str, Any]
-    sources: tuple[Any, ...]
-
-
-@no_collection()
-def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
-    """Decides where each array of these kinds goes.
-
-    Raises:
-      StructureError: a spent state, one whose arrays do not fit its plan, an abstract one, one that is being traced;
-        two leaves at one path.
-    """
-    check_savable(state, kinds)
-    parts = {kind: unpacked(state, kind) for kind in kinds}
-    keys, records, sources = OrbaxKeys(), [], []
-    together: dict[tuple[str, str], list[Any]] = {}
-    numbers: dict[tuple[str, str], int] = {}
-    filled: dict[tuple[str, str], int] = {}
-    tree: dict[str, Any] = {}
-    for record, start in records_of(state.plan):
-        if record.kind not in kinds:
-            continue
-        arrays = []
-        for offset, blank in enumerate(record.arrays):
-            array = parts[record.kind][start + offset]
-            stored = _as_stored(array, blank)
-            sources.append(stored)
-            placement = placement_of(array)
-            shape, dtype = blank.on_disk
-            size = math.prod(shape)
-            key = buffer = None
-            if size and layout == "packed" and placement is None and stored.nbytes <= SMALL:
-                kin = (record.kind, dtype)
-                numbers.setdefault(kin, len(numbers))
-                buffer = (numbers[kin], filled.get(kin, 0))
-                together.setdefault(kin, []).append(stored)
-                filled[kin] = filled.get(kin, 0) + size
-            elif size:
-                key = keys.key(record.path + blank.within)
-                _insert(tree, key, stored)
-            if blank.placement:
-                placement = blank.placement | (placement or {})
-            arrays.append(blank.stored_at(key, buffer, placement))
-        records.append(record.holding(tuple(arrays)))
-    _refuse_twins(records)
-    buffers = []
-    for (kind, dtype), members in together.items():
-        key = keys.apart("packed", kind, dtype)
-        buffers.append(Buffer(key, dtype, filled[kind, dtype]))
-        _insert(tree, key, np.concatenate([np.asarray(member).reshape(-1) for member in members]))
-    return LaidOut(tuple(records), tuple(buffers), tree, tuple(sources))
-
-
-def _insert(tree: dict[str, Any], key: tuple[str, ...], array: Any) -> None:
-    *nodes, last = key
-    for node in nodes:
-        tree = tree.setdefault(node, {})
-    tree[last] = array
-
-
-def _as_stored(array: Any, record: ArrayRecord) -> Any:
-    if record.prng is not None:
-        return jax.random.key_data(array)
-    if record.stored is not None:
-        return np.asarray(array).view(np.uint8)
-    # Orbax knows NumPy's own scalars only, not those of bfloat16 and the like.
-    return np.asarray(array) if isinstance(array, np.generic) else array
-
-
-def placement_of(array: Any) -> dict[str, Any] | None:
-    """How an array lies on a mesh, as JSON; None for one that lies on one device, or on the host."""
-    sharding = getattr(array, "sharding", None)
-    if sharding is None or len(sharding.device_set) == 1:
-        return None
-    if isinstance(sharding, jax.NamedSharding):
-        spec = [list(axes) if isinstance(axes, tuple) else axes for axes in sharding.spec]
-        kind = {} if sharding.memory_kind in (None, "device") else {"memory": sharding.memory_kind}
-        return {"mesh": dict(sharding.mesh.shape), "spec": [_axis(axes) for axes in spec], **kind}
-    return {"sharding": type(sharding).__name__, "devices": len(sharding.device_set)}
-
-
-def _axis(axes: Any) -> Any:
-    return axes if axes is None or isinstance(axes, (str, list)) else str(axes)
-
-
-def _refuse_twins(records: Sequence[LeafRecord]) -> None:
-    """Raises where two leaves have one path: a model's own `optimizer/params/0/count`, and that of its optimizer."""
-    if len({record.id for record in records}) < len(records):
-        counts = collections.Counter(record.id for record in records)
-        attribute = next(str(record.path[0]) for record in records if counts[record.id] > 1)
-        raise StructureError(
-            "Two leaves have one path, by which a restore could not tell them apart.",
-            leaves=[record.leaf() for record in records if counts[record.id] > 1],
-            mend=f"give the model's attribute {attribute!r} another name: the plan keeps what it derives there",
-        )
 
 
 def check_savable(state: State, kinds: Collection[str]) -> None:

@@ -25,10 +25,11 @@ from statewise import _compat
 from statewise.checkpoint.checksums import sums_of
 from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
+from statewise.checkpoint.laying import lay_out
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
 from statewise.checkpoint.progress import growing
-from statewise.checkpoint.records import kinds_of, lay_out
+from statewise.checkpoint.records import kinds_of
 from statewise.errors import SaveError, StructureError
 from statewise.paths import Leaf
 from statewise.state import State

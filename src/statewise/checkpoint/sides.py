@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.checkpoint.finding import find_with_base
-from statewise.checkpoint.keys import encode_path, path_id
+from statewise.checkpoint.keys import PathId, path_id
 from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.records import records_of, unpacked
@@ -47,15 +47,15 @@ class Side:
     """
 
     name: str
-    records: Mapping[str, LeafRecord]
+    records: Mapping[PathId, LeafRecord]
     kinds: Mapping[str, bool]
     on_disk: bool
     read: Callable[[Sequence[LeafRecord]], list[Arrays]]
 
     @functools.cached_property
-    def tied(self) -> dict[str, LeafRecord]:
+    def tied(self) -> dict[PathId, LeafRecord]:
         """The leaves by the texts of their other paths."""
-        return {path_id(encode_path(alias)): leaf for leaf in self.records.values() for alias in leaf.aliases}
+        return {path_id(alias): leaf for leaf in self.records.values() for alias in leaf.aliases}
 
 
 def is_path(thing: Any) -> bool:
@@ -90,7 +90,7 @@ def _on_disk(path: Any) -> Side:
     folders, manifests = find_with_base(path)
     own = manifests[0]
     kinds = {name: kind.saved for name, kind in own.kinds.items()}
-    held: dict[str, tuple[int, LeafRecord]] = {}
+    held: dict[PathId, tuple[int, LeafRecord]] = {}
     for number, manifest in reversed(list(enumerate(manifests))):
         lent = [leaf for leaf in manifest.leaves if number == 0 or not kinds.get(leaf.kind)]
         held |= {leaf.id: (number, leaf) for leaf in lent}
@@ -98,7 +98,7 @@ def _on_disk(path: Any) -> Side:
     checked: set[int] = set()
 
     def read(records: Sequence[LeafRecord]) -> list[Arrays]:
-        found: dict[str, Arrays] = {}
+        found: dict[PathId, Arrays] = {}
         for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
             mine = [record for record in records if held[record.id][0] == number]
             arrays = _from_disk(folder, manifest, mine, files_checked=number in checked)

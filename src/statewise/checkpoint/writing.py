@@ -66,11 +66,14 @@ class _Arrays(ocp.type_handlers.ArrayHandler):
 class _NumpyArrays(ocp.type_handlers.NumpyHandler):
     """Orbax's handler for NumPy's arrays; small ones are written together."""
 
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)  # what could be written to meanwhile is copied below
+
     async def serialize(
         self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         """Starts to write arrays, each by the name in its info."""
-        return await _begin(super().serialize, values, infos, args)
+        return await _begin(super().serialize, [held(value) for value in values], infos, args)
 
 
 class _Array(NamedTuple):
