@@ -65,6 +65,12 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.fixture
+def kilobyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is larger than a kilobyte is left to Orbax."""
+    monkeypatch.setattr(writing, "_SMALL", 1024)
+
+
+@pytest.fixture
 def transactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many arrays were committed together, each time."""
     counts: list[int] = []
@@ -115,11 +121,12 @@ def test_orbax_restores_the_shardings_that_it_finds(tmp_path: Path) -> None:
     assert jax.tree.map(bits, read) == jax.tree.map(bits, tree)
 
 
+@pytest.mark.usefixtures("kilobyte")
 def test_small_arrays_are_committed_as_one_and_large_ones_left_to_orbax(
     tmp_path: Path, transactions: list[int]
 ) -> None:
     small = {f"a{number}": jnp.full((5,), float(number)) for number in range(100)}
-    large = {f"b{number}": jnp.full((writing._SMALL // 4 + 1,), float(number)) for number in range(3)}
+    large = {f"b{number}": jnp.full((1000,), float(number)) for number in range(3)}
     folder = ours(tmp_path, small | large)
     assert transactions == [100]
     assert_same(folder, theirs(tmp_path, small | large))
@@ -135,10 +142,12 @@ def test_what_is_committed_together_is_bounded(
     assert_same(folder, theirs(tmp_path, tree))
 
 
+@pytest.mark.usefixtures("kilobyte")
 def test_small_and_large_arrays_are_in_one_database_whoever_writes_first(tmp_path: Path) -> None:
     """Both are written at the same time, by threads of their own."""
     tree = {f"a{number}": jnp.full((5,), float(number)) for number in range(50)}
-    tree |= {f"b{number}": jnp.full((writing._SMALL // 4 + 1,), float(number)) for number in range(4)}
+    tree |= {f"b{number}": np.full((1000,), float(number)) for number in range(4)}
+    tree |= {f"c{number}": jnp.full((1000,), float(number)) for number in range(4)}
     for attempt in range(10):
         folder = ours(tmp_path / str(attempt), tree)
         read = restored(folder)

@@ -22,8 +22,8 @@ from statewise.checkpoint.checksums import Pieces, held
 
 __all__ = ["writing_handler"]
 
-# Up to this many bytes Orbax's cost is per array, not per byte.
-_SMALL = 1024 * 1024
+# Arrays up to this many bytes are small: above it Orbax takes no longer.
+_SMALL = 1 << 24
 # Bytes that are committed together: a commit holds them all, and writes the database's index anew.
 _AT_ONCE = 1 << 28
 # Where Orbax keeps how each array lay on its devices: JSON, by the URL-safe base64 of the array's name.
@@ -66,14 +66,11 @@ class _Arrays(ocp.type_handlers.ArrayHandler):
 class _NumpyArrays(ocp.type_handlers.NumpyHandler):
     """Orbax's handler for NumPy's arrays; small ones are written together."""
 
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)  # what could be written to meanwhile is copied below
-
     async def serialize(
         self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         """Starts to write arrays, each by the name in its info."""
-        return await _begin(super().serialize, [held(value) for value in values], infos, args)
+        return await _begin(super().serialize, values, infos, args)
 
 
 class _Array(NamedTuple):
