@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -87,3 +88,24 @@ def test_sums_stand_where_they_belong_whatever_the_leaf_is_called() -> None:
     assert [array["sums"] for array in second["arrays"]] == [[5, 6], [7, 8]]
     assert first["path"] == [odd, "x"]
     assert (first["structure"], first["aliases"]) == (odd, [[odd]])
+
+
+def test_arrays_of_other_devices_than_the_host_s_set_out_together(
+    tmp_path: Path, devices: list[jax.Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are only CPUs here, which are told to be others."""
+    fetched: list[int] = []
+    plain = laying._fetch
+
+    def noted(sources: Any) -> None:
+        fetched.append(len(sources))
+        plain(sources)
+
+    monkeypatch.setattr(laying, "_fetch", noted)
+    for layout in ("named", "packed"):
+        round_trip(tmp_path / layout, a_state(), layout=layout)
+    assert fetched == []
+    monkeypatch.setattr(laying, "_devices", lambda array: [SimpleNamespace(platform="tpu")])
+    for number, state in enumerate((a_state(), spread(a_state(), devices))):
+        assert_identical(round_trip(tmp_path / str(number), state, state, layout="packed"), state)
+    assert fetched == [4, 4]

@@ -24,12 +24,12 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.checkpoint.foreign import SAFETENSORS_DTYPES, safetensors_package
-from statewise.checkpoint.handler import tree_handler
 from statewise.checkpoint.keys import OrbaxKeys, type_name
 from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import _STORABLE
 from statewise.checkpoint.saving import flush
 from statewise.checkpoint.sources import ARRAY
+from statewise.checkpoint.writing import tree_handler
 from statewise.errors import SaveError
 from statewise.paths import Leaf, Path, format_path
 

@@ -19,10 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
-from statewise.checkpoint.handler import tree_handler
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import NAME
 from statewise.checkpoint.sources import Entry, Source, is_linen
+from statewise.checkpoint.writing import tree_handler
 from statewise.derived import plain_key
 from statewise.errors import DamagedError, RestoreError, StatewiseError
 from statewise.paths import Leaf, format_path

@@ -28,17 +28,12 @@ from statewise.errors import SaveError
 from statewise.filters import as_code
 from statewise.state import State
 
-__all__ = ["Saving", "StateHandler", "tree_handler"]
+__all__ = ["Saving", "StateHandler"]
 
 # Files up to this size have a checksum of their own; the arrays in larger ones have theirs.
 SMALL_FILE = 1024 * 1024
 # Where a state is all of a checkpoint, Orbax keeps the times of its commit beside it, and writes them last.
 _OF_ORBAX = "_CHECKPOINT_METADATA"
-
-
-def tree_handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler, without compression: weights hardly shrink, and compressing them takes most of the time."""
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from statewise.checkpoint.bulk import no_collection
+from statewise.checkpoint.checksums import is_spread
 from statewise.checkpoint.keys import OrbaxKeys, dtype_of
 from statewise.checkpoint.manifest import ArrayRecord, Buffer, LeafRecord
 from statewise.checkpoint.records import check_savable, records_of, unpacked
@@ -71,6 +72,7 @@ class _Arrangement(NamedTuple):
       alone: the keys and numbers of arrays that have a key of their own.
       buffers: what small arrays go into.
       together: which of them, for each buffer.
+      away: whether there are devices whose memory is not the host's.
     """
 
     records: tuple[LeafRecord, ...]
@@ -78,6 +80,7 @@ class _Arrangement(NamedTuple):
     alone: tuple[tuple[Key, int], ...]
     buffers: tuple[Buffer, ...]
     together: tuple[_Together, ...]
+    away: bool
 
 
 # Of each plan, by kinds and layout: how its arrays lay, and the arrangement.
@@ -97,6 +100,8 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
     parts = {kind: unpacked(state, kind) for kind in kinds}
     arranged = _arrangement(state.plan, parts, layout)
     sources = tuple(_as_stored(parts[kind][position], record) for kind, position, record in arranged.arrays)
+    if arranged.away:
+        _fetch(sources)
     tree: dict[str, Any] = {}
     for key, number in arranged.alone:
         _insert(tree, key, sources[number])
@@ -157,7 +162,19 @@ def _arrange(plan: Plan, parts: Mapping[str, Sequence[Any]], layout: str) -> _Ar
         _Together(keys.apart("packed", *kin), tuple(members[kin]), tuple(found)) for kin, found in runs.items()
     )
     buffers = tuple(Buffer(one.key, kin[1], sum(one.runs[-1])) for kin, one in zip(runs, together, strict=True))
-    return _Arrangement(tuple(records), tuple(arrays), tuple(alone), buffers, together)
+    platforms = {device.platform for part in parts.values() for array in part for device in _devices(array)}
+    return _Arrangement(tuple(records), tuple(arrays), tuple(alone), buffers, together, bool(platforms - {"cpu"}))
+
+
+def _devices(array: Any) -> Collection[jax.Device]:
+    return array.sharding.device_set if isinstance(array, jax.Array) else ()
+
+
+def _fetch(sources: Sequence[Any]) -> None:
+    """Starts to copy arrays to the host, all at once; one after the other they would each wait for the last."""
+    for source in sources:
+        if isinstance(source, jax.Array) and not is_spread(source):
+            source.copy_to_host_async()
 
 
 def _insert(tree: dict[str, Any], key: Key, array: Any) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
-from statewise.checkpoint.handler import tree_handler
 from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.writing import tree_handler
 
 __all__ = ["Key", "Stored", "open_stored", "opened", "read_stored"]
 

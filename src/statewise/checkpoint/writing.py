@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from statewise import _compat
 from statewise.checkpoint.checksums import Pieces, held
 
-__all__ = ["writing_handler"]
+__all__ = ["tree_handler", "writing_handler"]
 
 # Arrays up to this many bytes are small: above it Orbax takes no longer.
 _SMALL = 1 << 24
@@ -33,16 +33,18 @@ _SHARDINGS = "_sharding"
 Serialize = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Awaitable[Sequence[Any]]]
 
 
-def writing_handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler, to write a tree of arrays, JAX's and NumPy's.
+def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler, without compression: weights hardly shrink, and compressing them takes most of the time."""
+    return ocp.PyTreeCheckpointHandler(use_compression=False, **options)
 
-    Without compression: weights hardly shrink, and compressing them takes most of the time.
-    """
+
+def writing_handler() -> ocp.PyTreeCheckpointHandler:
+    """The same, to write a tree that has nothing but arrays in it, JAX's and NumPy's."""
     if jax.process_count() > 1:
-        return ocp.PyTreeCheckpointHandler(use_compression=False)
+        return tree_handler()
     handlers = (np.ndarray, _NumpyArrays()), (jax.Array, _Arrays())
     registry = ocp.type_handlers.create_type_handler_registry(*handlers)
-    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    return tree_handler(type_handler_registry=registry)
 
 
 class _Arrays(ocp.type_handlers.ArrayHandler):
