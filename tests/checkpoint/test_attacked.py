@@ -121,7 +121,7 @@ def test_only_names_kinds(tmp_path: pathlib.Path, only: Any) -> None:
     [
         (b"run", "bytes is no path."),
         ("", "'' is no path."),
-        ("a\0b", "'a\\x00b' cannot be a path: embedded null byte."),
+        ("a\0b", "'a\\x00b' cannot be a path: it has a null byte."),
     ],
 )
 def test_what_is_no_path(path: Any, message: str) -> None:

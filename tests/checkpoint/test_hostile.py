@@ -163,6 +163,31 @@ def test_a_file_whose_name_is_no_text_is_refused(folder: Path) -> None:
         sw.restore(folder, state())
 
 
+SHA = "0" * 64
+FACTS: list[tuple[dict[str, Any], str]] = [
+    ({}, "a file has other fields"),
+    ({"bytes": 9, "size": 9}, "a file has other fields"),
+    ({"bytes": -1}, "the size of a file is no count"),
+    ({"bytes": 9, "sha256": 9}, "a file's checksum is no text"),
+    ({"bytes": 2**31, "sha256": SHA}, "a file is too large for a checksum of its own"),
+    ({"bytes": 2**40, "sha256": SHA, "parts": [[0, 2**31]]}, "a file is too large for a checksum of its own"),
+    ({"bytes": 9, "parts": [[0, 1]]}, "parts of a file have no checksum"),
+    ({"bytes": 9, "sha256": SHA, "parts": {}}, "its parts are no list"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[8, 2]]}, "a part of a file lies beyond its end"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[0, 2], [1, 2]]}, "the parts of a file overlap"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[2, 0]]}, "the parts of a file overlap"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[True, 1]]}, "a number is no count"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[0]]}, "it is no JSON of a manifest"),
+]
+
+
+@pytest.mark.parametrize(("facts", "what"), FACTS, ids=str)
+def test_facts_of_a_file_that_cannot_be_are_refused(facts: Any, what: str, folder: Path) -> None:
+    rewritten(folder, lambda content: content["files"].update({"_METADATA": facts}))
+    with damaged(folder, what):
+        sw.restore(folder, state())
+
+
 @pytest.mark.parametrize("key", [["a/b"], ["a.b"], ["..", "x"], [""], [], [1], ["a", None]], ids=str)
 def test_a_key_that_orbax_could_read_as_another_is_refused(key: Any, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=key, buffer=None))

@@ -17,7 +17,7 @@ import numpy as np
 
 from statewise import _compat
 from statewise.checkpoint.checksums import sums_of
-from statewise.checkpoint.handler import sha256_of
+from statewise.checkpoint.files import sha256_of
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.parsing import is_plain_file
@@ -39,7 +39,7 @@ def damaged_files(folder: Any, manifest: Manifest) -> list[str]:
                 wrong.append(f"{name} is no file")
             elif size != facts["bytes"]:
                 wrong.append(f"{name} has {size} bytes, not {facts['bytes']}")
-            elif "sha256" in facts and sha256_of(path) != facts["sha256"]:
+            elif "sha256" in facts and sha256_of(path, facts.get("parts")) != facts["sha256"]:
                 wrong.append(f"{name} is not what was written")
         except FileNotFoundError:
             wrong.append(f"{name} is missing")

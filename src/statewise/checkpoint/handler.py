@@ -12,7 +12,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import datetime
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from statewise import _compat
 from statewise.checkpoint.checksums import Sums, held, is_spread, sums_of, sums_of_runs
+from statewise.checkpoint.files import files_of
 from statewise.checkpoint.laying import LaidOut, lay_out
 from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, leaves_text, write_manifest
 from statewise.checkpoint.writing import writing_handler
@@ -29,11 +29,6 @@ from statewise.filters import as_code
 from statewise.state import State
 
 __all__ = ["Saving", "StateHandler"]
-
-# Files up to this size have a checksum of their own; the arrays in larger ones have theirs.
-SMALL_FILE = 1024 * 1024
-# Where a state is all of a checkpoint, Orbax keeps the times of its commit beside it, and writes them last.
-_OF_ORBAX = "_CHECKPOINT_METADATA"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,24 +169,3 @@ def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
     }
     written = _compat.versions() | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     return Manifest(written, saving.layout, kinds, laid.records, laid.buffers, saving.base)
-
-
-def files_of(directory: Any) -> dict[str, dict[str, Any]]:
-    """Every file below a directory but the manifest and what changes later: its size and, if small, its SHA-256."""
-    found: dict[str, dict[str, Any]] = {}
-    folders = [(directory, "")]
-    while folders:
-        folder, prefix = folders.pop()
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-            name = f"{prefix}{entry.name}"
-            if entry.is_dir():
-                folders.append((entry, f"{name}/"))
-            elif name not in (NAME, _OF_ORBAX):
-                size = entry.stat().length
-                found[name] = {"bytes": size} | ({"sha256": sha256_of(entry)} if size <= SMALL_FILE else {})
-    return found
-
-
-def sha256_of(path: Any) -> str:
-    """The SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

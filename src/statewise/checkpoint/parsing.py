@@ -20,6 +20,7 @@ import numpy as np
 from statewise import _compat
 from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.devices import EACH
+from statewise.checkpoint.files import HASHED
 from statewise.checkpoint.keys import decode_path, dtype_of, encode_path
 from statewise.checkpoint.manifest import (
     FORMAT,
@@ -306,8 +307,14 @@ def _file(name: str, value: Any) -> dict[str, Any]:
     parts = name.split("/")
     _need(not ({"", ".", ".."} & set(parts) or set("\\\0:") & set(name)), "a file lies outside")
     name.encode()  # or it is no name of a file
-    _need(set(facts) <= {"bytes", "sha256"} and "bytes" in facts, "a file has other fields")
-    _count(facts["bytes"], "the size of a file")
+    _need(set(facts) <= {"bytes", "sha256", "parts"} and "bytes" in facts, "a file has other fields")
+    size = _count(facts["bytes"], "the size of a file")
     _need(isinstance(facts.get("sha256", ""), str), "a file's checksum is no text")
-    _need("sha256" not in facts or facts["bytes"] <= LARGEST, "a file is too large for a checksum of its own")
+    hashed, end = (size, size) if "parts" not in facts else (0, 0)
+    for start, length in map(_place, _list(facts.get("parts", []), "parts")):
+        _need(start >= end and length > 0, "the parts of a file overlap")
+        hashed, end = hashed + length, start + length
+    _need(end <= size, "a part of a file lies beyond its end")
+    _need("sha256" in facts or "parts" not in facts, "parts of a file have no checksum")
+    _need("sha256" not in facts or hashed <= HASHED, "a file is too large for a checksum of its own")
     return facts

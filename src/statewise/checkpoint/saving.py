@@ -133,7 +133,8 @@ def _final(path: Any) -> FilePath:
     except (FileNotFoundError, NotADirectoryError):
         there = False
     except (OSError, ValueError) as error:
-        raise SaveError(f"{text!r} cannot be a path: {error}.", mend="sw.save('run/step_100', state)") from error
+        why = "it has a null byte" if "\0" in text else error
+        raise SaveError(f"{text!r} cannot be a path: {why}.", mend="sw.save('run/step_100', state)") from error
     if there:
         raise SaveError(
             f"There is something at {final} already, and nothing is written over.",

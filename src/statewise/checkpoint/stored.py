@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
+from statewise.checkpoint.files import database
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.writing import tree_handler
 
@@ -112,9 +113,7 @@ def opened(future: Any, shape: tuple[int, ...]) -> Any:
 
 def open_stored(folder: Any, key: Sequence[str], context: Any) -> Any:
     """An array as TensorStore's future: Orbax stores each as zarr, within one database for all of them (OCDBT)."""
-    text = str(folder if folder.is_absolute() else folder.absolute())  # TensorStore takes no other
-    base = text if "://" in text else f"file://{text}"
-    place = {"driver": "ocdbt", "base": f"{base}/", "path": f"{'.'.join(key)}/"}
+    place = {"driver": "ocdbt", "base": database(folder), "path": f"{'.'.join(key)}/"}
     return _compat.tensorstore().open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context)
 
 
