@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,10 @@ import pytest
 import statewise as sw
 from checkpoint_models import assert_identical, batches, number_of, numbered, train, trained
 from refusals import refused
+
+
+# The thread of Orbax's that waits for all others of a save.
+OF_ORBAX = "write_metadata_after_commits"
 
 
 @pytest.fixture(params=[True, False], ids=["async", "sync"])
@@ -215,3 +221,26 @@ def test_a_write_that_fails_at_once_leaves_nothing_to_wait_for(
         checkpoints.wait(progress=lambda written, total: told.append((written, total)))
         assert told == [(28, 28)]
         assert checkpoints.steps == ()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_it(
+    tmp_path: pathlib.Path, asynchronous: bool
+) -> None:
+    """Such a thread waits for five minutes, and keeps the process from ending."""
+    checkpoints = sw.Checkpoints(tmp_path / "run", asynchronous=asynchronous)
+    checkpoints.save(1, numbered(1))
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("in the way")
+    with refused(
+        sw.SaveError,
+        f"A step could not be written to {tmp_path / 'run'}: Not a directory. Earlier steps are whole.",
+        mend="free some space, or choose a directory that can be written to",
+    ):
+        checkpoints.save(2, numbered(2))
+    checkpoints.close()
+    writing = [thread for thread in threading.enumerate() if thread.name in ("statewise-arrays", OF_ORBAX)]
+    for thread in writing:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in writing)

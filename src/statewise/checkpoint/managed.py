@@ -117,6 +117,9 @@ class Checkpoints:
                 [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
             ),
             enable_async_checkpointing=asynchronous,
+            # On a local disk that takes no time. In the background, where it fails what waits for it waits for minutes,
+            # and keeps the process from ending for as long.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously="://" in str(directory)),
             create=True,
         )
         try:
