@@ -15,6 +15,8 @@ import statewise as sw
 from checkpoint_models import assert_identical, batches, copied, number_of, numbered, taken, train, trained
 from refusals import refused
 
+SAVE_ALONE = "a directory for each step: sw.save(f'run/{step}', state, only=('lora', 'optimizer'), base='base')"
+
 
 @pytest.fixture(params=[True, False], ids=["async", "sync"])
 def checkpoints(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[sw.Checkpoints]:
@@ -143,7 +145,8 @@ def test_two_objects_read_one_directory(tmp_path: pathlib.Path) -> None:
         writer.save(2, numbered(2), metrics={"loss": 0.5})
         writer.wait()
         assert reader.restore(numbered(0), extra=["metrics"]).extra == {"metrics": {"loss": 0.5}}
-        with refused(sw.SaveError, f"There is a step 2 already in {tmp_path}.", mend="another step"):
+        mend = "another step; checkpoints.manager.delete(2) removes one that is damaged"
+        with refused(sw.SaveError, f"There is a step 2 already in {tmp_path}.", mend=mend):
             reader.save(2, numbered(3))
         assert reader.save(3, numbered(3))
         reader.wait()
@@ -238,6 +241,24 @@ def test_a_restore_waits_for_what_is_being_written(checkpoints: sw.Checkpoints) 
     for step in range(3):
         checkpoints.save(step, numbered(step))
     assert checkpoints.restore(numbered(9)).step == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "mend"),
+    [
+        ("only", "sw.save", SAVE_ALONE),
+        ("base", "sw.save", SAVE_ALONE),
+        ("layout", "sw.Checkpoints", "sw.Checkpoints(directory, layout='packed')"),
+        ("cast", "checkpoints.restore", "checkpoints.restore(target, cast=True)"),
+    ],
+)
+def test_an_option_of_another_function_is_no_extra_item(tmp_path: pathlib.Path, name: str, of: str, mend: str) -> None:
+    """It would be written as one, beside a whole state, and nobody would know."""
+    message = f"An extra item cannot be called {name!r}: that is an option of {of}, and none of a step's."
+    with sw.Checkpoints(tmp_path) as checkpoints:
+        with refused(sw.SaveError, message, mend=mend):
+            checkpoints.save(1, numbered(1), **{name: ("params",)})
+        assert checkpoints.steps == ()
 
 
 def test_an_extra_item_does_not_take_the_state_s_place(checkpoints: sw.Checkpoints) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import statewise as sw
 from checkpoint_models import assert_identical, batches, number_of, numbered, train, trained
 from refusals import refused
 
-
+DELETE_1 = "checkpoints.manager.delete(1)"
 # The thread of Orbax's that waits for all others of a save.
 OF_ORBAX = "write_metadata_after_commits"
 
@@ -53,10 +54,60 @@ def test_a_step_is_not_written_over_neither_while_it_is_written_nor_after(checkp
     message = f"There is a step 1 already in {checkpoints.directory}."
     checkpoints.save(1, numbered(1))
     for force in (False, True):
-        with refused(sw.SaveError, message, mend="another step"):
+        with refused(sw.SaveError, message, mend=f"another step; {DELETE_1} removes one that is damaged"):
             checkpoints.save(1, numbered(2), force=force)
         checkpoints.wait()
     assert number_of(checkpoints.restore(numbered(0)).state) == 1
+
+
+def test_a_run_goes_on_from_before_a_step_that_is_damaged(checkpoints: sw.Checkpoints) -> None:
+    """By the words of the errors alone: the newest step is removed, and saved again."""
+    for step in range(2):
+        checkpoints.save(step, numbered(step))
+    checkpoints.wait()
+    (checkpoints.directory / "1/state/_METADATA").write_text("{}")
+    with pytest.raises(sw.DamagedError):
+        checkpoints.restore(numbered(0))
+    state = checkpoints.restore(numbered(0), step=0).state
+    with pytest.raises(sw.SaveError, match="removes one that is damaged"):
+        checkpoints.save(1, state)
+    eval(DELETE_1)
+    assert checkpoints.save(1, state)
+    checkpoints.wait()
+    assert number_of(checkpoints.restore(numbered(5)).state) == 0
+
+
+def test_what_is_left_of_a_step_is_no_step_and_is_named_where_it_is_in_the_way(checkpoints: sw.Checkpoints) -> None:
+    for step in range(2):
+        checkpoints.save(step, numbered(step))
+    checkpoints.wait()
+    (checkpoints.directory / "1/state/statewise.json").unlink()
+    assert checkpoints.latest == 0
+    message = f"What there is of step 1 in {checkpoints.directory} is no whole checkpoint."
+    with refused(sw.SaveError, message, mend=DELETE_1):
+        checkpoints.save(1, numbered(2))
+    eval(DELETE_1)
+    assert checkpoints.save(1, numbered(2))
+    checkpoints.wait()
+    assert number_of(checkpoints.restore(numbered(0)).state) == 2
+
+
+def test_a_step_that_another_process_removes_meanwhile_is_in_nobody_s_way(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orbax's manager looks at each step that it has seen, and says that there is no such file."""
+    plain, tried = ocp.CheckpointManager, []
+
+    def racing(*args: Any, **options: Any) -> Any:
+        tried.append(args)
+        if len(tried) < 4:
+            raise FileNotFoundError(2, "No such file or directory")
+        return plain(*args, **options)
+
+    monkeypatch.setattr(ocp, "CheckpointManager", racing)
+    with sw.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == ()
+    assert len(tried) == 4
 
 
 def test_a_step_older_than_the_newest_is_not_silently_left_out(checkpoints: sw.Checkpoints) -> None:

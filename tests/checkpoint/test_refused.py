@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -169,9 +170,24 @@ def test_an_abstract_target_has_nothing_to_keep(tmp_path: pathlib.Path) -> None:
         saved,
         saved.plan.abstract(),
         "s: BatchStat(2, 3) float32  kind=stats  (not asked for, and the target is abstract: it has no value to keep)",
-        mend=WITH_VALUES,
+        mend="restore into a state with values: sw.restore(path, plan.take(model), only='params')",
         only="params",
     )
+
+
+def test_the_mend_for_several_kinds_declares_all_of_them_at_once(tmp_path: pathlib.Path) -> None:
+    """A line for each would undo the one before."""
+    sw.save(tmp_path / "run", state_of(w=nnx.Param(ONES)))
+    target = state_of(w=nnx.Param(ONES), v=nnx.Param(ONES), s=nnx.BatchStat(ONES), n=nnx.Variable(ONES))
+    with pytest.raises(sw.RestoreError) as caught:
+        sw.restore(tmp_path / "run", target)
+    words, code = caught.value.mend.split(": ", 1)
+    assert words == "to keep the target's values, declare it"
+    names = {"plan": target.plan, "dataclasses": dataclasses}
+    exec(code, names)
+    assert {name for name, kind in names["kinds"].items() if kind.missing == "keep"} == {"params", "stats", "variables"}
+    mended = state_of(names["kinds"], w=nnx.Param(ONES), v=nnx.Param(ONES), s=nnx.BatchStat(ONES), n=nnx.Variable(ONES))
+    assert sw.preview(tmp_path / "run", mended).ok
 
 
 def test_an_ephemeral_kind_without_restart_cannot_start(tmp_path: pathlib.Path) -> None:
@@ -323,10 +339,10 @@ def test_a_spent_target_has_nothing_to_keep(tmp_path: pathlib.Path) -> None:
             sw.RestoreError,
             f"{tmp_path}/run does not fit the target: 1 leaf differs. Nothing was read or changed.",
             leaves=[f"w: Param(2, 3) float32  kind=params  {note}"],
-            mend=WITH_VALUES,
+            mend="restore into a state with values: sw.restore(path, plan.take(model), only='stats', cast=True)",
         ),
     ):
-        sw.restore(tmp_path / "run", spent(w=nnx.Param(ONES), s=nnx.BatchStat(ONES)), only="stats")
+        sw.restore(tmp_path / "run", spent(w=nnx.Param(ONES), s=nnx.BatchStat(ONES)), only="stats", cast=True)
 
 
 def test_a_spent_packed_target_is_restored_into(tmp_path: pathlib.Path) -> None:

@@ -19,6 +19,16 @@ __all__ = ["ITEM", "bytes_in", "check_counts", "check_metrics", "extra_item", "m
 ITEM = "state"
 
 
+# What an extra item is not: the options of other functions, each with the way to what was probably meant.
+_ALONE = "a directory for each step: sw.save(f'run/{step}', state, only=('lora', 'optimizer'), base='base')"
+_OPTIONS = {
+    "only": ("sw.save", _ALONE),
+    "base": ("sw.save", _ALONE),
+    "layout": ("sw.Checkpoints", "sw.Checkpoints(directory, layout='packed')"),
+    "cast": ("checkpoints.restore", "checkpoints.restore(target, cast=True)"),
+}
+
+
 def check_counts(max_to_keep: int | None, every: int) -> None:
     """Raises where a count of steps is none."""
     for name, count in (("max_to_keep", max_to_keep), ("every", every)):
@@ -30,6 +40,11 @@ def extra_item(name: str, given: Any) -> Any:
     """An extra item for Orbax; what goes into JSON as it is now, since it may be changed while it is being written."""
     if name == ITEM:
         raise SaveError(f"An extra item cannot be called {ITEM!r}: the state is.", mend="another name")
+    if name in _OPTIONS:
+        raise SaveError(
+            f"An extra item cannot be called {name!r}: that is an option of {_OPTIONS[name][0]}, and none of a step's.",
+            mend=_OPTIONS[name][1],
+        )
     if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
         raise SaveError(f"An extra item cannot be called {name!r}: it is a folder of the step.", mend="another name")
     if isinstance(given, ocp.args.CheckpointArgs):

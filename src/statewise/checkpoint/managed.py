@@ -6,6 +6,7 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import contextlib
 import errno
 import operator
 import os
@@ -125,12 +126,19 @@ class Checkpoints:
         try:
             if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
-            self._manager = ocp.CheckpointManager(self._directory, options=self._options)
+            self._manager = self._opened()
         except OSError as error:
             raise SaveError(
                 f"{self._directory} cannot be used: {error.strerror or error}.",
                 mend="a directory that can be written to",
             ) from error
+
+    def _opened(self) -> Any:
+        """Orbax's manager.  It looks at each step, and another process may be removing one of them: then once more."""
+        for _ in range(10):
+            with contextlib.suppress(FileNotFoundError):
+                return ocp.CheckpointManager(self._directory, options=self._options)
+        return ocp.CheckpointManager(self._directory, options=self._options)
 
     @property
     def directory(self) -> Any:
@@ -224,7 +232,11 @@ class Checkpoints:
             raise SaveError(f"{given!r} is no number of a step.", mend="checkpoints.save(100, state)")
         known = {*self.steps, *self._manager.all_steps()}
         if step in known:
-            raise SaveError(f"There is a step {step} already in {self._directory}.", mend="another step")
+            remove = f"checkpoints.manager.delete({step})"
+            if step in self.steps or self._manager.is_saving_in_progress():
+                mend = f"another step; {remove} removes one that is damaged"
+                raise SaveError(f"There is a step {step} already in {self._directory}.", mend=mend)
+            raise SaveError(f"What there is of step {step} in {self._directory} is no whole checkpoint.", mend=remove)
         newer = sorted(one for one in known if one > step)
         if newer and not force:
             raise SaveError(

@@ -77,7 +77,9 @@ class _Matcher:
         self.cast = cast
         self.saved = [manifest.by_id() for manifest in manifests]
         self.done: list[RestoredLeaf] = []
-        self.mends: dict[str, None] = {}
+        self.only = only
+        # Mends in words; and those that declare something, with the kinds and what is declared of each.
+        self.mends: dict[str, dict[str, str]] = {}
         self.wide: dict[str, bool] = {}
         self.sources: list[Source] = []
         self.restarted: list[Placed] = []
@@ -88,8 +90,17 @@ class _Matcher:
 
     def say(self, record: LeafRecord, outcome: Outcome, why: str = "", mends: Iterable[str] = ()) -> None:
         self.done.append(RestoredLeaf(record.leaf(), outcome, why))
-        if mends:
-            self.mends |= dict.fromkeys(mends)
+        for mend in mends:
+            self.mends.setdefault(mend, {})
+
+    def declare(self, why: str, kind: str, treatment: str) -> None:
+        """A mend that declares something; of all kinds at once, as a line for each would undo the one before."""
+        self.mends.setdefault(why, {})[kind] = treatment
+
+    def with_values(self) -> str:
+        """The mend for a target that has to have values."""
+        options = ("" if self.only is None else f", only={self.only!r}") + (", cast=True" if self.cast else "")
+        return f"restore into a state with values: sw.restore(path, plan.take(model){options})"
 
     def run(self) -> None:
         seen: set[PathId] = set()
@@ -143,10 +154,9 @@ class _Matcher:
             self.say(record, "restarted", why)
             self.restarted.append(placed)
         else:
-            mends = [_WITH_VALUES]
+            self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
             if not kind.saved:
-                mends.append(f"or declare how it starts: {_declared(record.kind, 'restart=jnp.zeros_like')}")
-            self.say(record, "problem", f"{why}, and {lost}", mends)
+                self.declare("or declare how it starts", record.kind, "restart=jnp.zeros_like")
 
     def lost(self, placed: Placed) -> str:
         """Why a leaf of the target has no value to keep; empty if it has one."""
@@ -171,11 +181,12 @@ class _Matcher:
         elif other is not None:
             self.say(record, "problem", f"tied to {format_path(other.path)} in the checkpoint", [_TIE])
         elif lost:
-            self.say(record, "problem", f"{why}, and {lost}", [_WITH_VALUES])
+            self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
         else:
             averages = self.plan.kinds[record.kind].of is EMA
             do, how = ("begin with what is restored", _ANEW) if averages else ("keep the target's values", _KEEP)
-            self.say(record, "problem", why, [f"to {do}, declare it: {_declared(record.kind, how)}"])
+            self.say(record, "problem", why)
+            self.declare(f"to {do}, declare it", record.kind, how)
 
     def extra(self, leaves: Sequence[LeafRecord]) -> None:
         """Leaves that the checkpoint alone has."""
@@ -244,11 +255,11 @@ _ANEW = "missing='restart'"
 _SIZES = "build the model with the sizes that it was saved with"
 _TIE = "tie the same leaves in the model before planning it, as they were when it was saved"
 _UNTIE = "untie the leaves in the model before planning it, as they were when it was saved"
-_WITH_VALUES = "restore into a state with values: sw.restore(path, plan.take(model))"
 
 
-def _declared(kind: str, treatment: str) -> str:
-    return f"kinds = plan.kinds.replace({kind}=dataclasses.replace(plan.kinds[{kind!r}], {treatment}))"
+def _mend(words: str, declared: Mapping[str, str]) -> str:
+    changes = (f"{kind}=dataclasses.replace(plan.kinds[{kind!r}], {what})" for kind, what in declared.items())
+    return f"{words}: kinds = plan.kinds.replace({', '.join(changes)})" if declared else words
 
 
 def _is_alike(record: LeafRecord, there: LeafRecord) -> bool:
@@ -321,5 +332,6 @@ def match(path: Any, manifests: Sequence[Manifest], state: State, only: str | Se
     matcher = _Matcher(state, manifests, only, cast)
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
-    report = RestoreReport(str(path), tuple(matcher.done), tuple(matcher.mends), dict(written))
+    mends = tuple(_mend(words, declared) for words, declared in matcher.mends.items())
+    report = RestoreReport(str(path), tuple(matcher.done), mends, dict(written))
     return Match(report, tuple(matcher.sources), tuple(matcher.restarted))
