@@ -47,6 +47,18 @@ def test_a_batch_on_another_mesh_is_named(compiled: bool) -> None:
     run(state, x)  # nothing has happened to it
 
 
+def test_a_state_that_was_restored_onto_one_device_goes_to_the_batch_s_mesh() -> None:
+    state = jax.device_put(state_on(FOUR), jax.devices()[0])
+    with refused(
+        sw.PlacementError,
+        "run got arrays that lie on different devices; the state lies on device 0. "
+        "Of its arguments x on devices 0, 1, 2, 3, 4, 5, 6, 7.",
+        mend="state = jax.device_put(state, plan.shardings(mesh))  # or restored there: plan.abstract(mesh)",
+    ):
+        run(state, on(EIGHT, jnp.ones((4, 3))))
+    state, _ = run(jax.device_put(state, state.plan.shardings(EIGHT)), on(EIGHT, jnp.ones((4, 3))))
+
+
 def test_an_argument_by_name_is_named_too() -> None:
     with refused(
         sw.PlacementError,

@@ -255,7 +255,11 @@ class Entry:
         if not leaves and not given:
             return
         arguments = f" Of its arguments {'; '.join(given[:10])}." if given else ""
-        mends = ["x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))  # the state's mesh"] if given else []
+        mends = []
+        if given and len(where) == 1:
+            mends = ["state = jax.device_put(state, plan.shardings(mesh))  # or restored there: plan.abstract(mesh)"]
+        elif given:
+            mends = ["x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))  # the state's mesh"]
         if leaves:
             mends.append("state = jax.device_put(state, plan.shardings(mesh))  # all of it on one mesh")
         raise PlacementError(
