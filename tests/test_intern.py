@@ -115,6 +115,17 @@ def test_metadata_that_cannot_be_compared_makes_plans_apart() -> None:
     assert np.array_equal(plan.build(state).w.get_metadata("mask"), mask)
 
 
+@pytest.mark.parametrize("keys", [(0, False), (1, 1.0), ((1,), (True,)), (0.0, -0.0), (0, np.int64(0))], ids=str)
+def test_paths_that_python_takes_for_equal_are_of_two_plans(keys: tuple[Any, Any]) -> None:
+    """Else the second model would have the first one's paths, in errors and on disk."""
+    models = [Node(d=nnx.data({key: nnx.Param(jnp.ones(3))})) for key in keys]
+    plans = [sw.plan(model) for model in models]
+    assert plans[0] is not plans[1]
+    for key, model, plan in zip(keys, models, plans, strict=True):
+        assert [repr(leaf.path) for leaf in plan.leaves] == [repr(("d", key))]
+        assert sw.plan(nnx.clone(model)) is plan
+
+
 def test_a_plan_that_nobody_uses_is_gone() -> None:
     model = Node(a=nnx.Param(jnp.ones(7)), b=nnx.Variable(jnp.ones(11)))
     plan = sw.plan(model, optimizers={"params": optax.adam(0.1)})

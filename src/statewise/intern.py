@@ -13,6 +13,7 @@ from typing import Any
 
 from statewise.derived import Derived
 from statewise.kinds import Kinds
+from statewise.paths import Path
 from statewise.rows import Row
 
 __all__ = ["intern", "same_graph"]
@@ -38,10 +39,19 @@ class _Identity:
             and self.kinds == other.kinds
             and self.derived == other.derived
             and self.rows == other.rows
+            and all(_same_keys(mine.path, theirs.path) for mine, theirs in zip(self.rows, other.rows, strict=True))
             and self.stored == other.stored
             and self.static_types == other.static_types
             and _equal(self.graphdef, other.graphdef)
         )
+
+
+def _same_keys(one: Path, other: Path) -> bool:
+    """Whether two equal paths are of the same keys: to Python `0`, `0.0` and `False` are equal."""
+    for mine, theirs in zip(one, other, strict=True):
+        if type(mine) is not type(theirs) or (type(mine) not in (str, int) and repr(mine) != repr(theirs)):
+            return False
+    return True
 
 
 def same_graph(one: Any, other: Any) -> bool:

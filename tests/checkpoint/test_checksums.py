@@ -115,6 +115,20 @@ def test_the_sums_do_not_depend_on_the_order_in_memory() -> None:
         assert sums_of(other) == sums_of(array)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_what_is_held_of_numpy_is_nobody_else_s(order: str) -> None:
+    """Whoever has the array that a read-only view is of can write to it while it is being saved."""
+    base = np.arange(6.0).reshape(2, 3, order=order)
+    view = base.view()
+    view.flags.writeable = False
+    for array in (base, view, np.broadcast_to(base, (4, 2, 3)), base[:, 1:], base.T):
+        assert not np.shares_memory(checksums.held(array), base)
+        assert np.array_equal(checksums.held(array), array)
+    own = np.concatenate([base, base])
+    own.flags.writeable = False
+    assert checksums.held(own) is own  # it owns what it holds, and nobody writes to it
+
+
 # --- many at once ------------------------------------------------------------------------------------------------
 
 

@@ -195,6 +195,12 @@ def test_a_key_that_orbax_could_read_as_another_is_refused(key: Any, folder: Pat
         sw.restore(folder, state())
 
 
+def test_a_key_that_is_no_text_is_refused(folder: Path) -> None:
+    rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=["a\ud800"], buffer=None))
+    with damaged(folder, "it is no JSON of a manifest"):
+        sw.restore(folder, state())
+
+
 @pytest.mark.parametrize("key", [["nowhere"], ["layers"], ["layers", "0"]], ids=str)
 def test_an_array_that_orbax_does_not_have_is_named(key: list[str], folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=key, buffer=None))

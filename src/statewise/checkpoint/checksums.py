@@ -68,8 +68,8 @@ def sums_of_runs(flat: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[Sums
     found: list[Sums] = []
     for first, lengths in _neighbours(runs):
         size = sum(lengths)
-        if not size:
-            found.append((0, 0))
+        if len(lengths) == 1:
+            found.append(_on_host(flat[first : first + size]))
             continue
         words = _words(flat[first : first + size]).astype(np.uint64)
         starts = each * np.cumsum([0, *lengths[:-1]], dtype=np.int64)
@@ -84,12 +84,13 @@ def sums_of_runs(flat: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[Sums
 def _neighbours(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
     """Runs that follow each other, some cache's worth of them: where the first begins, and their lengths.
 
-    One without elements is alone.
+    One without elements is alone, as is one that is larger than that.
     """
+    most = 4 * _CHUNK
     first, end = 0, -1
     lengths: list[int] = []
     for start, length in runs:
-        if start != end or not length or end == first or end - first >= 4 * _CHUNK:
+        if start != end or not length or end == first or end - first >= most or length > most:
             if lengths:
                 yield first, lengths
             first, lengths = start, []
@@ -119,11 +120,14 @@ class Pieces(NamedTuple):
 def held(array: Any) -> "np.ndarray | Pieces":
     """What an array of this process is now, whatever becomes of it: as one, or in pieces where devices share it.
 
-    Of JAX's it is views: whoever donates the array gets a copy of it instead.  NumPy's can be written at any time.
+    Of JAX's it is views: whoever donates the array gets a copy of it instead.  NumPy's can be written at any time, also
+    one that is read-only, if it is a view of another.
     """
-    if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+    if not isinstance(array, jax.Array):
         host = np.asarray(array)
-        return host.copy() if host.flags.writeable and host.size else host
+        return host.copy() if host.size and (host.flags.writeable or host.base is not None) else host
+    if len(array.sharding.device_set) == 1:
+        return np.asarray(array)
     if array.is_fully_replicated:
         return np.asarray(array.addressable_shards[0].data)
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]

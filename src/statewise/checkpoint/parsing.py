@@ -172,6 +172,7 @@ def _key(value: Any) -> tuple[str, ...]:
     _need(
         bool(key) and all(isinstance(part, str) and part and not set("/.") & set(part) for part in key), "a key is none"
     )
+    "".join(key).encode()  # or it is no text for TensorStore
     return key
 
 
