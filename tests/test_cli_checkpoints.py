@@ -167,6 +167,16 @@ def test_checkpoints_that_differ_are_a_finding(run: Run) -> None:
     assert (status, [leaf["path"] for leaf in json.loads(out)["leaves"]]) == (1, ["kernel"])
 
 
+def test_a_damaged_checkpoint_is_neither_equal_nor_different(run: Run) -> None:
+    """As with diff(1), a script tells trouble from a difference by the exit status."""
+    sw.save("second", state())
+    (Path("second") / "_METADATA").write_text("{}")
+    for argv in (["diff", "first", "second"], ["diff", "second", MAKE], ["diff", "first", "second", "--json"]):
+        status, out, err = run(*argv)
+        assert status == 2
+        assert "is damaged: _METADATA has 2 bytes" in (out or err)
+
+
 # --- wrong usage ---------------------------------------------------------------------------------------------
 
 

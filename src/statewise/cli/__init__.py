@@ -122,7 +122,7 @@ def _add_checkpoints(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     convert.add_argument("--cast", action="store_true", help="allow other dtypes")
     convert.add_argument("--dry-run", action="store_true", help="only show what would be done")
-    diff = add("diff", "compare two checkpoints of Statewise, leaf by leaf; exit status 1 where they differ")
+    diff = add("diff", "compare two checkpoints, leaf by leaf; exit status 1 where they differ, 2 for trouble")
     for name in ("first", "second"):
         diff.add_argument(
             name,
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments, without the program's name; those of the process if None.
 
     Returns:
-      the exit status: 0 fine, 1 findings, 2 wrong usage.
+      the exit status: 0 fine, 1 findings, 2 wrong usage; of `diff` also 2 where a checkpoint is damaged.
 
     Raises:
       SystemExit: after `--help`, and where the arguments cannot be parsed.

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(_error_dict(error), indent=2))
         else:
             print(f"statewise: {error}", file=sys.stderr)
-        return 1
+        # As of diff(1): what cannot be compared is neither equal nor different.
+        return 2 if args.command == "diff" else 1
 
 
 def _error_dict(error: StatewiseError) -> dict[str, Any]:
