@@ -1,4 +1,4 @@
-"""Making many small objects at once, without the garbage collector looking at all of the process for each thousand.
+"""Many things at once: in groups of bounded size, and without the garbage collector looking at all of the process.
 
 A manifest of some thousand leaves is some ten thousand dicts and lists, none of them in a cycle.  Python's collector
 counts how many there are, takes them for a reason to go through every object of the process, and finds nothing: with
@@ -9,9 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-__all__ = ["no_collection"]
+__all__ = ["grouped", "no_collection"]
+
+T = TypeVar("T")
+
+
+def grouped(things: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Things in their order, in groups of at most that many bytes; what is larger is a group by itself."""
+    group: list[T] = []
+    size = 0
+    for thing in things:
+        more = size_of(thing)
+        if group and size + more > most:
+            yield group
+            group, size = [], 0
+        group.append(thing)
+        size += more
+    if group:
+        yield group
 
 
 @contextlib.contextmanager

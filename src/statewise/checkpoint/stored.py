@@ -10,7 +10,7 @@ together is read by Orbax, which knows which of them wants which part of it.
 import collections
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
+from statewise.checkpoint.bulk import grouped
 from statewise.checkpoint.files import database
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.writing import tree_handler
@@ -70,27 +71,14 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored]) -> Iterator[tuple[Key
         yield from _read_by_orbax(folder, spread).items()
     context = _compat.tensorstore().Context()
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
-    for group in _groups((key, stored) for key, stored in wanted.items() if not stored.is_spread):
+    alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
+    for group in grouped(alone, lambda one: _size(one[1]), _AT_ONCE):
         opening = [(key, stored, open_stored(folder, key, context)) for key, stored in group]
         ahead = [(key, opened(future, stored.shape).read()) for key, stored, future in opening]
         # One group is on its way while what came before it is looked at.
         yield from _arrived(coming)
         coming.extend(ahead)
     yield from _arrived(coming)
-
-
-def _groups(wanted: Iterable[tuple[Key, Stored]]) -> Iterator[list[tuple[Key, Stored]]]:
-    group: list[tuple[Key, Stored]] = []
-    size = 0
-    for key, stored in wanted:
-        more = _size(stored)
-        if group and size + more > _AT_ONCE:
-            yield group
-            group, size = [], 0
-        group.append((key, stored))
-        size += more
-    if group:
-        yield group
 
 
 def _arrived(coming: collections.deque[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from statewise import _compat
+from statewise.checkpoint.bulk import grouped
 from statewise.checkpoint.checksums import Pieces, held
 
 __all__ = ["tree_handler", "writing_handler"]
@@ -108,24 +109,11 @@ async def _begin(
 
     async def write() -> None:
         await infos[0].await_path_creation()  # one for all of them
-        for group in _groups(small):
+        for group in grouped(small, lambda array: array.nbytes, _AT_ONCE):
             _write_together(group)
         finish()
 
     return [*begun, ocp.future.CommitFutureAwaitingContractedSignals(write(), name="statewise-arrays")]
-
-
-def _groups(arrays: Sequence[_Array]) -> Iterator[list[_Array]]:
-    group: list[_Array] = []
-    size = 0
-    for array in arrays:
-        group.append(array)
-        size += array.nbytes
-        if size >= _AT_ONCE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _write_together(arrays: Sequence[_Array]) -> None:
@@ -150,16 +138,21 @@ def _write_together(arrays: Sequence[_Array]) -> None:
 def _specs(arrays: Sequence[_Array]) -> Iterator[dict[str, Any]]:
     """TensorStore's specification of each array: Orbax's, made once for all arrays that differ in their name alone."""
     made: dict[Any, dict[str, Any]] = {}
-    for info, arg, host in arrays:
-        parts = _Array(info, arg, host).parts()
-        shape, dtype = parts[0][1].shape, parts[0][1].dtype
-        key = (host.shape, shape, dtype)
+    for array in arrays:
+        whole, (_, part) = array.host.shape, array.parts()[0]
+        key = (whole, part.shape, part.dtype)
         if key not in made:
             made[key] = ocp.type_handlers.get_json_tspec_write(
-                info, use_ocdbt=True, global_shape=host.shape, local_shape=shape, dtype=dtype, process_index=0, arg=arg
+                array.info,
+                use_ocdbt=True,
+                global_shape=whole,
+                local_shape=part.shape,
+                dtype=part.dtype,
+                process_index=0,
+                arg=array.arg,
             )
         spec = made[key]
-        yield spec | {"kvstore": spec["kvstore"] | {"path": info.name}}
+        yield spec | {"kvstore": spec["kvstore"] | {"path": array.info.name}}
 
 
 def _write_shardings(folder: Any, shardings: Mapping[str, jax.sharding.Sharding]) -> None:
