@@ -364,7 +364,7 @@ def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
     name = describe_placement(function)
     try:
         answer = function(path, shape)
-    except Exception as error:
+    except Exception as error:  # a user's function raises what it likes
         text = (str(error).splitlines() or [""])[0]
         raise _Fault(
             f"{name} raised {type(error).__name__}: {text}", f"{name}(path, shape) must know every leaf"

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from statewise.checkpoint.bulk import grouped
 from statewise.checkpoint.differences import Diff, LeafDiff
 from statewise.checkpoint.keys import path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
@@ -224,26 +225,12 @@ def _values(pairs: Sequence[Pair], first: Side, second: Side) -> Iterator[_Value
     """For each pair how the values differ; None where that cannot be told."""
     comparable = [pair for pair in pairs if pair.is_comparable]
     changes: list[_Values | None] = []
-    for batch in _batches(comparable):
+    for batch in grouped(comparable, lambda pair: pair.both[0].leaf().nbytes, BATCH):
         ours = first.read([pair.both[0] for pair in batch])
         theirs = second.read([pair.both[1] for pair in batch])
         changes += map(_compared, batch, ours, theirs)
     found = iter(changes)
     return iter([next(found) if pair.is_comparable else None for pair in pairs])
-
-
-def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    batch: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        more = pair.both[0].leaf().nbytes
-        if batch and size + more > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(pair)
-        size += more
-    if batch:
-        yield batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

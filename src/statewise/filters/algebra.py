@@ -259,7 +259,7 @@ def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: An
         return function(path, leaf)
     except FilterError:
         raise
-    except Exception as error:
+    except Exception as error:  # a user's function raises what it likes
         raise FilterError(
             f"{_describe(filter)} raised {reason(error)}.",
             leaves=[row(path, leaf)],

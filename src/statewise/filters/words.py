@@ -182,7 +182,7 @@ class Meta(Ours):
             return False
         try:
             return same(found, self.value)
-        except Exception as error:
+        except Exception as error:  # metadata is anything, and compares as it likes
             raise FilterError(
                 f"{self!r} cannot be compared with the leaf's {shown(found)}: {reason(error)}.",
                 leaves=[row(path, leaf)],
