@@ -28,6 +28,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "transformer": (1, 1),
     "mesh": (8, 1),
     "decode": (1, 2),
+    "decode_wide": (1, 2),
     "rl": (1, 1),
     "noop": (1, 1),
     "scan": (1, 2),

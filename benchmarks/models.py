@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-__all__ = ["Chain", "Gates", "Mlp", "Policy", "ResNet", "Transformer", "Vectors", "cross_entropy", "mse"]
+__all__ = [
+    "Chain",
+    "Gates",
+    "Mlp",
+    "Policy",
+    "ResNet",
+    "ScaledDecoder",
+    "Transformer",
+    "Vectors",
+    "cross_entropy",
+    "mse",
+]
 
 
 def mse(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -113,12 +124,12 @@ class ResNet(nnx.Module):
 class Layer(nnx.Module):
     """One transformer layer: causal attention, then two dense layers."""
 
-    def __init__(self, width: int, heads: int, dropout: float, rngs: nnx.Rngs) -> None:
-        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(heads, width, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+    def __init__(self, width: int, heads: int, dropout: float, rngs: nnx.Rngs, dtype: Any = None) -> None:
+        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads, width, dtype=dtype, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: jax.Array, decode: bool) -> jax.Array:
@@ -130,7 +141,8 @@ class Layer(nnx.Module):
 class Transformer(nnx.Module):
     """A small transformer over token numbers of shape (batch, length), with dropout.
 
-    With `cache`, its attention layers have caches for so many tokens.
+    With `cache`, its attention layers have caches for so many tokens.  `dtype` is that of the layers' arithmetic; the
+    parameters are float32.
     """
 
     def __init__(
@@ -141,13 +153,14 @@ class Transformer(nnx.Module):
         vocabulary: int = 64,
         dropout: float = 0.1,
         cache: tuple[int, int] | None = None,
+        dtype: Any = None,
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.layers = nnx.List([Layer(width, heads, dropout, rngs) for _ in range(depth)])
-        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+        self.embed = nnx.Embed(vocabulary, width, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Layer(width, heads, dropout, rngs, dtype) for _ in range(depth)])
+        self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, dtype=dtype, rngs=rngs)
         for layer in self.layers if cache else ():
             layer.attention.init_cache((*cache, width))
 
@@ -156,6 +169,64 @@ class Transformer(nnx.Module):
         for layer in self.layers:
             x = layer(x, decode)
         return self.head(self.norm(x))
+
+
+class ScaledDense(nnx.Module):
+    """A dense layer as serving code keeps quantized ones: sixteen Variables, of which one is large."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        small = nnx.initializers.normal(0.1)
+        self.kernel = nnx.Param(small(rngs.params(), (width, width)))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale = nnx.Param(jnp.ones(width))
+        self.zero_point = nnx.Param(jnp.zeros(width))
+        self.group_scales = nnx.List([nnx.Param(jnp.ones(())) for _ in range(12)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale[...]
+        for group in self.group_scales:
+            scale = scale * group[...]
+        return x @ ((self.kernel[...] - self.zero_point[...]) * scale) + self.bias[...]
+
+
+class ScaledLayer(nnx.Module):
+    """One decoder layer of 119 Variables, three of them its cache."""
+
+    def __init__(self, width: int, length: int, rngs: nnx.Rngs) -> None:
+        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        for name in ("query", "key", "value", "out", "gate", "up", "down"):
+            setattr(self, name, ScaledDense(width, rngs))
+        self.cached_key = nnx.Cache(jnp.zeros((length, width)))
+        self.cached_value = nnx.Cache(jnp.zeros((length, width)))
+        self.cache_index = nnx.Cache(jnp.array(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h, index = self.norm1(x), self.cache_index[...]
+        length = self.cached_key.shape[0]
+        place = index % length  # a benchmark decodes for ever
+        self.cached_key[...] = self.cached_key[...].at[place].set(self.key(h)[0])
+        self.cached_value[...] = self.cached_value[...].at[place].set(self.value(h)[0])
+        self.cache_index[...] = index + 1
+        scores = self.query(h) @ self.cached_key[...].T / length**0.5
+        seen = (jnp.arange(length) <= index)[None, :]
+        x = x + self.out(jax.nn.softmax(jnp.where(seen, scores, -1e9)) @ self.cached_value[...])
+        h = self.norm2(x)
+        return x + self.down(nnx.silu(self.gate(h)) * self.up(h))
+
+
+class ScaledDecoder(nnx.Module):
+    """A decoder of many small Variables: about 7,600 of them in 64 layers, the shape of tpu-inference#2607."""
+
+    def __init__(self, width: int, depth: int, length: int, vocabulary: int = 64, *, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.layers = nnx.List([ScaledLayer(width, length, rngs) for _ in range(depth)])
+        self.head = nnx.Linear(width, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
 
 
 class Vectors(nnx.Module):

@@ -96,6 +96,8 @@ def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
         ("compiled step", "compiled_bytes", lambda row: amount(row["compiled_bytes"])),
         ("times the first", "ratio", lambda row: times(row["ratio"]) + _spread(row)),
         ("first call", "first_call_s", lambda row: seconds(row["first_call_s"])),
+        ("rate", "gigabytes_per_s", lambda row: f"{row['gigabytes_per_s']:.2f} GB/s"),
+        ("arithmetic", "teraflops_per_s", lambda row: f"{row['teraflops_per_s']:.0f} TFLOP/s"),
     ]
 
     def cell(number: str, render: Any) -> Any:

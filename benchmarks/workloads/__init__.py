@@ -30,6 +30,7 @@ WORKLOADS = {
     "transformer": Workload(train.transformer, "A train step of a small transformer, with Dropout"),
     "mesh": Workload(train.mesh, "Many small leaves on a mesh of eight devices"),
     "decode": Workload(serve.decode, "A decode step with a KV cache"),
+    "decode_wide": Workload(serve.decode_wide, "A decode step of a model of many small Variables"),
     "rl": Workload(serve.rl, "A loop of acting and learning, in tiny steps"),
     "noop": Workload(serve.noop, "A step that does nothing, on many leaves"),
     "scan": Workload(loops.scan, "Sixteen train steps in one call"),

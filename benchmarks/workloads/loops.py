@@ -27,8 +27,8 @@ LABELS = {
 }
 
 
-def scan(settings: Settings, steps: int = 16) -> list[dict[str, Any]]:
-    case = many_small_case(12 if settings.quick else 160)
+def scan(settings: Settings, steps: int = 16, blocks: int | None = None) -> list[dict[str, Any]]:
+    case = many_small_case(blocks or (12 if settings.quick else 160))
     copy = fresh(case)
     x = jax.random.normal(jax.random.key(2), (steps, 8, 8))
     batches = (x, jnp.sin(x))

@@ -19,7 +19,7 @@ from benchmarks.styles.by_hand import ByHand
 from benchmarks.styles.ours import Ours
 from benchmarks.twins import twin
 
-__all__ = ["decode", "decode_case", "noop", "rl"]
+__all__ = ["decode", "decode_case", "decode_wide", "decode_wide_case", "noop", "rl"]
 
 Tables = list[dict[str, Any]]
 
@@ -52,6 +52,29 @@ def decode(settings: Settings) -> Tables:
     case = decode_case(16, 1) if settings.quick else decode_case(64, 4)
     one = compare(case, settings, key="decode", title="One conversation", per="token")
     return [one, many_caches(case, settings)]
+
+
+def decode_wide_case(depth: int, width: int = 16, length: int = 32) -> Case:
+    """One token through a decoder of 119 Variables a layer; every layer's cache is written."""
+
+    def loop(program: Any) -> Call:
+        step = program("decode")
+        tokens = jnp.ones(1, int)
+        return lambda: step(tokens)
+
+    return Case(
+        lambda: models.ScaledDecoder(width, depth, length, rngs=nnx.Rngs(0)),
+        {"decode": Program(lambda model, tokens: model(tokens), writes="cache")},
+        loop,
+        tiny=lambda: decode_wide_case(1, width, length),
+    )
+
+
+def decode_wide(settings: Settings) -> Tables:
+    """The shape of tpu-inference#2607: thousands of small Variables, read in every step."""
+    depth = 4 if settings.quick else 64
+    title = f"{depth} layers of 119 Variables"
+    return [compare(decode_wide_case(depth), settings, key="decode_wide", title=title, per="token")]
 
 
 def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[str, Any]:
