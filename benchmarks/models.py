@@ -177,9 +177,9 @@ class ScaledDense(nnx.Module):
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
         small = nnx.initializers.normal(0.1)
         self.kernel = nnx.Param(small(rngs.params(), (width, width)))
-        self.bias = nnx.Param(jnp.zeros(width))
-        self.scale = nnx.Param(jnp.ones(width))
-        self.zero_point = nnx.Param(jnp.zeros(width))
+        self.bias = nnx.Param(jnp.zeros((1, width)))
+        self.scale = nnx.Param(jnp.ones((1, width)))
+        self.zero_point = nnx.Param(jnp.zeros((1, width)))
         self.group_scales = nnx.List([nnx.Param(jnp.ones(())) for _ in range(12)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
