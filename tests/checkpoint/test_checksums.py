@@ -196,3 +196,18 @@ def test_zeros_of_two_signs_and_two_nans_have_different_sums() -> None:
 
 def test_an_empty_array_sums_to_nothing() -> None:
     assert sums_of(np.zeros((0, 3), np.float32)) == (0, 0)
+
+
+def test_what_an_accelerator_holds_is_summed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no accelerator here: a CPU device stands for one."""
+    array = jnp.arange(1000.0)
+    expected = sums_of(array)
+    monkeypatch.setattr(checksums, "_is_far", lambda array: True)
+    with jax.transfer_guard_device_to_host("allow"):  # the two sums come back
+        monkeypatch.setattr(checksums, "held", lambda array: pytest.fail("brought to the host"))
+        assert sums_of(array) == expected
+
+
+def test_small_arrays_and_a_cpu_s_are_summed_on_the_host() -> None:
+    assert not checksums._is_far(jnp.zeros(1 << 23))
+    assert checksums._FAR > 1 << 20

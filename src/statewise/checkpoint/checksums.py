@@ -26,6 +26,8 @@ __all__ = ["Pieces", "Sums", "held", "is_spread", "sums_of", "sums_of_runs"]
 Sums = tuple[int, int]
 
 _MODULUS = 1 << 32
+# From how many bytes on an accelerator sums up an array of its own: compiling that takes as long as the host does.
+_FAR = 1 << 25
 # Words at a time: what fits a core's cache.  2**32 * 2**16 * 2**15 stays below 2**64.
 _CHUNK = 1 << 16
 _PLACES = np.arange(1, _CHUNK + 1, dtype=np.uint64)
@@ -43,7 +45,7 @@ def sums_of(array: Any) -> Sums:
     """
     if isinstance(array, Pieces):
         return _of_pieces(array)
-    if isinstance(array, jax.Array) and is_spread(array):
+    if isinstance(array, jax.Array) and (is_spread(array) or _is_far(array)):
         plain, placed = _on_devices(array)
         return int(plain), int(placed)
     if isinstance(array, jax.Array):
@@ -103,6 +105,11 @@ def _neighbours(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int
 def is_spread(array: Any) -> bool:
     """Whether only several processes together hold an array."""
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
+
+
+def _is_far(array: jax.Array) -> bool:
+    """Whether an array is summed up where it is: to bring it to the host takes longer than to read it did."""
+    return array.nbytes >= _FAR and all(device.platform != "cpu" for device in array.devices())
 
 
 class Pieces(NamedTuple):
