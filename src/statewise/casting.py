@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise.errors import KindError
+from statewise.inside import where_inside
 from statewise.placement import with_copies
 from statewise.plan import Plan
 from statewise.scan import Spec
@@ -27,6 +28,7 @@ def can_cast(theirs: Any, ours: Any) -> bool:
         return False
 
 
+@where_inside
 def cast(state: State, dtypes: Mapping[str, Any]) -> State:
     """See `State.cast`."""
     plan = state._plan

@@ -19,8 +19,10 @@ from typing import Any
 
 import jax
 
+from statewise.batches import batch_of
 from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
+from statewise.members import Membered
 from statewise.paths import Leaf, format_path, format_shape
 from statewise.places import UNKNOWN, Places, places_of
 from statewise.plan import Plan
@@ -61,7 +63,7 @@ class Part:
         return self.lie
 
 
-class State:
+class State(Membered):
     """A plan with its arrays: a pytree that every JAX transform takes as it is.
 
     Made by `plan.take`; never changed in place.
@@ -133,7 +135,8 @@ class State:
                 count = len(self._plan._specs[kind])
                 packed = f" in {len(part.arrays)}" if kind in self._plan._packing else ""
                 shown.append(f"{kind}: {count} arrays{packed}" + (" (spent)" if part.spent else ""))
-        return f"State({', '.join(shown)})"
+        many = "" if self._plan.members is None else f"an ensemble of {self._plan.members}: "
+        return f"State({many}{', '.join(shown)})"
 
     def part(self, kind: str) -> Part:
         """One kind's part.  For other rooms."""
@@ -311,10 +314,7 @@ def _unflatten(plan: Plan, children: Iterable[Any]) -> State:
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
 
 
-_ONE_OF_A_BATCH = (
-    "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
-    "for other dtypes: state.cast(params='bfloat16')"
-)
+_OTHERS = "state.plan.abstract() has the shapes that the plan has; for other dtypes: state.cast(params='bfloat16')"
 
 
 # --- what can be wrong with a state ----------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def is_deleted(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
 
 
-def check_fits(state: State, kinds: Iterable[str], mend: str = _ONE_OF_A_BATCH) -> None:
+def check_fits(state: State, kinds: Iterable[str], mend: str = _OTHERS) -> None:
     """Raises where a kind's arrays have not the shapes and dtypes of the plan (as inside `jax.vmap`, or after it)."""
     plan = state._plan
     odd = []
@@ -363,6 +363,9 @@ def check_fits(state: State, kinds: Iterable[str], mend: str = _ONE_OF_A_BATCH) 
                 note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
                 odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
     if odd:
+        batch = batch_of(plan, {kind: state.part(kind).arrays for kind in plan.kinds}) if mend is _OTHERS else None
+        if batch is not None:
+            raise batch
         raise StructureError(
             "The state's arrays are not as its plan has them.",
             leaves=odd,
