@@ -51,6 +51,7 @@ ROOMS = (
     "census",
     "lies",
     "meshes",
+    "members_placed",
     "placement",
     "memory",
     "views",

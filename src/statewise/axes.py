@@ -34,7 +34,7 @@ def axes(plan: Plan, given: Mapping[str, Any]) -> State:
     if plan._members is not None:
         if given:
             raise KindError(
-                f"The axes of an ensemble's plan were said where it was made: {', '.join(given)} cannot have others here.",
+                f"The axes of an ensemble's plan are those it was made with: {', '.join(given)} cannot have others.",
                 kind=next(iter(given)),
                 mend="plan.axes()  # on the plan of the ensemble, without arguments",
             )

@@ -65,7 +65,9 @@ def batch_of(plan: Plan, parts: Parts) -> StructureError | None:
 
 
 def _fits(plan: Plan, kind: str, part: Sequence[Any]) -> bool:
-    return all(getattr(array, "shape", None) == spec.shape for array, spec in zip(part, plan._stored[kind], strict=True))
+    return all(
+        getattr(array, "shape", None) == spec.shape for array, spec in zip(part, plan._stored[kind], strict=True)
+    )
 
 
 def _axes(plan: Plan, parts: Parts, count: int) -> dict[str, list[Axis]] | None:

@@ -19,7 +19,7 @@ from statewise import _compat
 from statewise.copies import Copies, spread
 from statewise.errors import StructureError
 from statewise.folding import refuse_copies
-from statewise.inside import as_ensemble, begun, single_of
+from statewise.inside import as_ensemble, begun, holds_one_member, single_of
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, Path, format_path, format_shape
@@ -43,7 +43,7 @@ def take(
 ) -> State:
     """See `Plan.take`; `inside` allows the traced objects of one member for the plan of an ensemble."""
     plan = plan._plain
-    if plan._members is not None and inside and _is_one_member(plan, objects):
+    if plan._members is not None and inside and holds_one_member(plan, objects):
         return as_ensemble(plan._members, take(single_of(plan), objects, mesh=mesh, copy=copy, pack=pack))
     if mesh is not None:
         check_devices(mesh)
@@ -97,15 +97,6 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
 
     there = plan.shardings(mesh)
     return jax.jit(made, out_shardings=there)()
-
-
-def _is_one_member(plan: Plan, objects: Sequence[Any]) -> bool:
-    """Whether these are the traced objects of one member, as inside of `jax.vmap`."""
-    found = scan(objects)
-    live = dict(zip(found.paths, found.leaves, strict=True))
-    pairs = [(row, live[row.path]) for row in single_of(plan)._rows if row.path in live]
-    traced = any(isinstance(array, _compat.Tracer) for _, leaf in pairs for array in arrays_of(raw_value(leaf))[0])
-    return traced and len(pairs) == len(plan._rows) and not any(_difference(row, leaf) for row, leaf in pairs)
 
 
 def _spread(plan: Plan, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
@@ -326,8 +317,10 @@ def _matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list
         raise StructureError(
             f"The model is not what was planned: {differ}.",
             leaves=problems,
-            mend=_TAKE if verb == "take" and plan.members is None
-            else _STACKED.format(plan.members) if verb == "take"
+            mend=_TAKE
+            if verb == "take" and plan.members is None
+            else _STACKED.format(plan.members)
+            if verb == "take"
             else "put the state into a model of the planned structure, or plan.build(state)",
         )
     return leaves

@@ -158,7 +158,8 @@ def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[P
     if whole._members is not None:
         slots = dict(zip(target.kinds, slot_shardings(target, copies.mesh), strict=True))
         return jax.jit(
-            for_each_member(whole, folded_parts, kinds, kinds, target), out_shardings=[tuple(slots[kind]) for kind in kinds]
+            for_each_member(whole, folded_parts, kinds, kinds, target),
+            out_shardings=[tuple(slots[kind]) for kind in kinds],
         )
     there = [
         tuple(

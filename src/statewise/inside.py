@@ -11,12 +11,24 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from statewise.derived import Derived
 from statewise.members import Members
 from statewise.plan import Plan
+from statewise.scan import arrays_of, raw_value, scan, spec_of
 from statewise.state import State, make_state
 
-__all__ = ["as_ensemble", "as_one", "begun", "for_each_member", "is_of_one_member", "single_of", "where_inside"]
+__all__ = [
+    "as_ensemble",
+    "as_one",
+    "begun",
+    "for_each_member",
+    "holds_one_member",
+    "is_of_one_member",
+    "single_of",
+    "where_inside",
+]
 
 
 def single_of(plan: Plan) -> Plan:
@@ -33,6 +45,15 @@ def is_of_one_member(state: State) -> bool:
         for array, one, axis in zip(state.part(kind).arrays, specs, plan._slot_axes[kind], strict=True)
         if axis is not None
     )
+
+
+def holds_one_member(plan: Plan, objects: Sequence[Any]) -> bool:
+    """Whether these are the traced objects of one member of a plan's ensemble, as inside of `jax.vmap`."""
+    found = scan(objects)
+    live = {path: arrays_of(raw_value(leaf))[0] for path, leaf in zip(found.paths, found.leaves, strict=True)}
+    rows = single_of(plan)._rows
+    fit = all(row.path in live and tuple(map(spec_of, live[row.path])) == row.specs for row in rows)
+    return fit and any(isinstance(array, jax.core.Tracer) for row in rows for array in live[row.path])
 
 
 def as_one(state: State) -> State:

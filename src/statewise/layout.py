@@ -125,9 +125,12 @@ class Layout:
     def _stored(self) -> dict[str, tuple[Spec, ...]]:
         """Shape and dtype of what stands in each slot of each kind's part."""
         if self._members is not None:
-            count, axes, single = self._members.count, self._slot_axes, self._members.single
+            count, axes, single = self._members.number, self._slot_axes, self._members.single
             return {
-                kind: tuple(Spec(grown(spec.shape, axis, count), spec.dtype) for spec, axis in zip(specs, axes[kind], strict=True))
+                kind: tuple(
+                    Spec(grown(spec.shape, axis, count), spec.dtype)
+                    for spec, axis in zip(specs, axes[kind], strict=True)
+                )
                 for kind, specs in single._stored.items()
             }
         stored = {}
@@ -214,7 +217,9 @@ class Layout:
         members = self._members
         if packing is None or members is None:
             return pack(packing, arrays) if packing else arrays
-        return tuple(members.each(lambda arrays: pack(packing, arrays), arrays, members.of(kind), self._slot_axes[kind]))
+        return tuple(
+            members.each(lambda arrays: pack(packing, arrays), arrays, members.of(kind), self._slot_axes[kind])
+        )
 
     def _params_of(self, group: Derived) -> list[tuple[str, int]]:
         """Kind and position of each array that something is derived from, in its order."""

@@ -7,7 +7,7 @@ An axis counts in the array as a state of one member holds it, the axis of `PerD
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,13 @@ class Members(NamedTuple):
 
     Attributes:
       single: the plan of one member.
-      count: how many there are.
+      number: how many there are.
       axes: for each kind the axis of each of its arrays, in the order of the plan.
       over: the mesh axis that the members are split over; None where each device has all of them.
     """
 
     single: Any
-    count: int
+    number: int
     axes: tuple[tuple[str, tuple[Axis, ...]], ...]
     over: str | None = None
 
@@ -47,11 +47,13 @@ class Members(NamedTuple):
         """The same of some of a kind's arrays, from a position on."""
         axes = self.of(kind)[start : start + len(specs)]
         pairs = zip(specs, axes, strict=True)
-        return tuple(Spec(grown(spec.shape, axis, self.count), spec.dtype) for spec, axis in pairs)
+        return tuple(Spec(grown(spec.shape, axis, self.number), spec.dtype) for spec, axis in pairs)
 
     def shrunk(self, kind: str, specs: Sequence[Spec]) -> tuple[Spec, ...]:
         """A kind's shapes and dtypes without the axis: the inverse of `grown`."""
-        return tuple(Spec(shrunk(spec.shape, axis), spec.dtype) for spec, axis in zip(specs, self.of(kind), strict=True))
+        return tuple(
+            Spec(shrunk(spec.shape, axis), spec.dtype) for spec, axis in zip(specs, self.of(kind), strict=True)
+        )
 
     def each(self, fn: Callable[..., Any], arrays: Any, ins: Any, outs: Any) -> Any:
         """Calls a function of one member's arrays for each member.
@@ -64,7 +66,7 @@ class Members(NamedTuple):
         """
         # One argument that is mapped in any case: of arrays that all members share `jax.vmap` alone would make nothing.
         called: Any = jax.vmap(lambda _, arrays: fn(arrays), in_axes=(0, ins), out_axes=outs)
-        return called(jnp.arange(self.count), arrays)
+        return called(jnp.arange(self.number), arrays)
 
 
 def place_of(axis: int, rank: int) -> int:
@@ -119,4 +121,4 @@ class Membered:
         """
         from statewise.stacking import member
 
-        return member(self, index)
+        return member(cast(Any, self), index)

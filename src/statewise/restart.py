@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.errors import KindError, StructureError
-from statewise.inside import for_each_member, single_of, where_inside
+from statewise.inside import single_of, where_inside
 from statewise.kinds import Kind
 from statewise.paths import Leaf, format_shape
 from statewise.places import Places
@@ -140,7 +140,7 @@ def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
     """
     given = where if isinstance(where, jax.Array) else np.asarray(where)
     if plan._members is not None:
-        if given.ndim == 2 and given.dtype == bool and given.shape[0] == plan._members.count:
+        if given.ndim == 2 and given.dtype == bool and given.shape[0] == plan._members.number:
             _refuse_shared_kinds(plan, kinds)
             _slots(plan._members.single, kinds, np.zeros(given.shape[1], bool))  # as many slots as there are
             return given

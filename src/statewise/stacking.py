@@ -99,17 +99,31 @@ def _relabelled(plan: Plan, batch: State) -> State:
             mend=found.mend if found is not None else "plan.stack([state, ...])  # a state for each member",
         )
     target = batch._plan._with_members(members)
-    made = make_state(target, list(batch._parts))
+    made = make_state(target, [_with_own_counts(target, kind, batch.part(kind)) for kind in target.kinds])
     check_unspent(made, target.kinds)
     if target is not batch._plan:
-        check_fits(made, target.kinds, mend=f"a state for each of the {members.count}: ensemble.stack([state, ...])")
+        check_fits(made, target.kinds, mend=f"a state for each of the {members.number}: ensemble.stack([state, ...])")
+    return made
+
+
+def _with_own_counts(plan: Plan, kind: str, part: Part) -> Part:
+    """A part in which each member has the counts of averages that `plan.axes` has once for all."""
+    if not any(one.into == kind for one in plan._averages):
+        return part
+    arrays = list(part.arrays)
+    for slot, (spec, axis) in enumerate(zip(plan._stored[kind], plan._slot_axes[kind], strict=True)):
+        if axis is not None and len(spec.shape) == 1 and getattr(arrays[slot], "shape", None) == ():
+            arrays[slot] = jnp.broadcast_to(arrays[slot], spec.shape)
+    made = Part(tuple(arrays))
+    made.spent = part.spent
     return made
 
 
 def _check_states(plan: Plan, members: Members, states: Sequence[State]) -> None:
-    if len(states) != members.count:
+    if len(states) != members.number:
         raise StructureError(
-            f"The plan is of an ensemble of {members.count}, and {len(states)} {'state is' if len(states) == 1 else 'states are'} given.",
+            f"The plan is of an ensemble of {members.number}, and {len(states)} "
+            f"{'state is' if len(states) == 1 else 'states are'} given.",
             mend=f"plan.stacked({len(states)}).stack(states)  # plan: of one model, with the same axes",
         )
     for number, state in enumerate(states):
@@ -130,7 +144,7 @@ def _check_states(plan: Plan, members: Members, states: Sequence[State]) -> None
     if any(abstract) and not all(abstract):
         raise StructureError(
             f"State {abstract.index(True)} is abstract: it has shapes, and others have values.",
-            mend="restore into it, or plan.take(model), before it is stacked; plan.stacked(8).abstract() has shapes alone",
+            mend="restore into it, or plan.take(model), before it is stacked; plan.stacked(8).abstract() has shapes",
         )
 
 
@@ -149,7 +163,7 @@ def _mesh_of(state: State) -> Any:
 
 def _stacked_part(plan: Plan, kind: str, parts: Sequence[Sequence[Any]], *, shared: Sequence[int]) -> list[Any]:
     """A kind's slots, from those of each member."""
-    made = []
+    made: list[Any] = []
     for slot, axis in enumerate(plan._slot_axes[kind]):
         arrays = [part[slot] for part in parts]
         if isinstance(arrays[0], jax.ShapeDtypeStruct):
@@ -218,7 +232,7 @@ def member(state: State, index: Any) -> State:
             "This state is of one model, not of an ensemble.",
             mend="state  # it is its only member; plan.stack([state, ...]) makes an ensemble",
         )
-    chosen = _index(index, members.count)
+    chosen = _index(index, members.number)
     check_unspent(state, plan.kinds)
     check_fits(state, plan.kinds)
     given = [part.arrays for part in state._parts]
@@ -293,4 +307,6 @@ def _without(sharding: jax.NamedSharding, shape: tuple[int, ...], axis: int) -> 
     """The sharding of what is left without the axis."""
     spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     del spec[place_of(axis, len(shape))]
+    while spec and spec[-1] is None:
+        spec.pop()
     return jax.NamedSharding(sharding.mesh, jax.P(*spec), memory_kind=sharding.memory_kind)

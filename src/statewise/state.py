@@ -27,7 +27,7 @@ from statewise.paths import Leaf, format_path, format_shape
 from statewise.places import UNKNOWN, Places, places_of
 from statewise.plan import Plan
 from statewise.scan import spec_of
-from statewise.views import arrays_for, view
+from statewise.views import packed_for, unpacked_of, view
 
 __all__ = ["Part", "State"]
 
@@ -112,7 +112,7 @@ class State(Membered):
         part = self.part(kind)
         check_unspent(self, [kind])
         if part._view is None:
-            part._view = view(self._plan, kind, self._plan._unpacked(kind, part.arrays))
+            part._view = view(self._plan, kind, unpacked_of(self._plan, kind, part.arrays))
         return part._view
 
     def __iter__(self) -> Any:
@@ -173,8 +173,8 @@ class State(Membered):
         """
         made = list(self._parts)
         for kind, given in parts.items():
-            self.part(kind)
-            made[self._plan._index[kind]] = Part(self._plan._packed(kind, arrays_for(self._plan, kind, given)))
+            now = self.part(kind).arrays
+            made[self._plan._index[kind]] = Part(packed_for(self._plan, kind, given, now))
         state = make_state(self._plan, made)
         refuse_shared(state)
         return state

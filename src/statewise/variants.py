@@ -95,7 +95,7 @@ class Variants(Layout):
     @property
     def members(self) -> int | None:
         """How many members the plan of an ensemble has; None for a plan of one model."""
-        return None if self._members is None else self._members.count
+        return None if self._members is None else self._members.number
 
     def _with_members(self, members: Members) -> Plan:
         """The plan of as many members, each as this plan has it, along the same axes."""
@@ -108,9 +108,7 @@ class Variants(Layout):
             dataclasses.replace(one, overridden=members.grown_at(one.into, start, one.layout.specs))
             for one, (start, _) in zip(self._derived, self._derived_spans, strict=True)
         ]
-        made = type(self)(
-            **self._parts | {"rows": tuple(rows), "derived": tuple(derived), "members": members}
-        )
+        made = type(self)(**self._parts | {"rows": tuple(rows), "derived": tuple(derived), "members": members})
         return cast(Plan, intern(made))
 
     def stacked(self, count: int | Any, /, *, over: str | None = None, **axes: Any) -> Plan:
@@ -129,8 +127,8 @@ class Variants(Layout):
             follow what they are of.
 
         Raises:
-          KindError: a kind that is not there; something that is not an axis, or not a number of members; no kind with an
-            axis.
+          KindError: a kind that is not there; something that is not an axis, or not a number of members; no kind with
+            an axis.
           StructureError: leaves of too few dimensions for their axis, all of them; a plan of an ensemble.
 
         Example:
@@ -150,15 +148,15 @@ class Variants(Layout):
         """Makes a state of an ensemble from a state of each member, in their order.
 
         Args:
-          states: a state of the single plan for each member; on the plan of one model, any number of them, and all kinds
-            are stacked.  Or one state whose arrays are stacked already, as `jax.vmap` over `plan.take` makes it.
+          states: a state of the single plan for each member; on the plan of one model, any number of them, and all
+            kinds are stacked.  Or one state whose arrays are stacked already, as `jax.vmap` of `plan.take` makes it.
 
         Returns:
           a state of the ensemble's plan; the given ones stay as they are.
 
         Raises:
-          StructureError: another number of states; states of other plans, or spent ones; leaves of a kind that all members
-            share and that are not the same in each, all of them.
+          StructureError: another number of states; states of other plans, or spent ones; leaves of a kind that all
+            members share and that are not the same in each, all of them.
 
         Example:
           >>> from flax import nnx
