@@ -66,6 +66,7 @@ ROOMS = (
     "restart",
     "exchange",
     "moving",
+    "counterparts",
     "transfer",
     "effects",
     "varying",

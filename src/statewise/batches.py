@@ -1,7 +1,7 @@
 """Batches of states: what `jax.vmap` makes of a state under the plan of one model.
 
-To JAX such a batch is a tree like any other, and a mapped step takes it.  But its plan says nothing of the axis that its
-arrays have more, so it can be neither saved nor counted; `plan.stacked(...)` has a plan that does.
+To JAX such a batch is a tree like any other, and a mapped step takes it.  But its plan says nothing of the additional
+axis of its arrays, so it can be neither saved nor counted; `plan.stacked(...)` is a plan that does.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 
 from statewise.copies import Copies
 from statewise.errors import KindError, StructureError
-from statewise.inside import for_each_member, single_of, where_inside
+from statewise.inside import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise.kinds import Kinds
 from statewise.lies import Lies
 from statewise.paths import Leaf, format_shape
@@ -31,9 +31,10 @@ __all__ = ["fold", "refuse_copies"]
 How = str | Callable[[Any], Any]
 
 
-@where_inside
 def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
     """See `State.fold`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, fold(as_one(state), kinds, how))
     plan = state._plan
     for kind in kinds:
         state.part(kind)

@@ -1,13 +1,12 @@
 """A state of an ensemble, seen from inside of `jax.vmap`: the arrays of one member under the plan of all.
 
-JAX rebuilds a state with the plan that it has outside.  So inside of the map the plan is of the ensemble, and the arrays
-are of one member: there a verb does what it does for one, and gives back a state of the ensemble's plan, which the map
-stacks again.  Outside of it a compiled verb maps its program over the members by itself.
+JAX rebuilds a state with the plan that it has outside.  So inside of the map the plan is of the ensemble, and the
+arrays are of one member: there a verb does what it does for one, and gives back a state of the ensemble's plan, which
+the map stacks again.  Outside of it a compiled verb maps its program over the members by itself.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ __all__ = [
     "holds_one_member",
     "is_of_one_member",
     "single_of",
-    "where_inside",
 ]
 
 
@@ -64,18 +62,6 @@ def as_one(state: State) -> State:
 def as_ensemble(members: Members | None, state: State) -> State:
     """The same state under the plan of an ensemble of its plan, which may be another than that of the members."""
     return state if members is None else make_state(state._plan._with_members(members), list(state._parts))
-
-
-def where_inside(verb: Callable[..., State]) -> Callable[..., Any]:
-    """Makes a verb of a state into one that takes the arrays of one member too, under the plan of an ensemble."""
-
-    @functools.wraps(verb)
-    def called(state: State, *args: Any) -> State:
-        if state._plan._members is None or not is_of_one_member(state):
-            return verb(state, *args)
-        return as_ensemble(state._plan._members, verb(as_one(state), *args))
-
-    return called
 
 
 def for_each_member(

@@ -115,7 +115,7 @@ class Layout:
 
     @functools.cached_property
     def _held(self) -> dict[str, tuple[Spec, ...]]:
-        """The same as a state holds them: what lies per device has a leading axis, and members have theirs before it."""
+        """The same as a state holds them: what lies per device has a leading axis, members have theirs before it."""
         if self._members is not None:
             return {kind: self._members.grown(kind, specs) for kind, specs in self._members.single._held.items()}
         copies = self._copies

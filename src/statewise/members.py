@@ -99,8 +99,8 @@ class Membered:
         """Returns the state of one member of an ensemble, in arrays of its own.
 
         Args:
-          index: which member: a whole number, from the end where it is negative; or a traced one, which `jax.jit` cannot
-            check (one past the end then gives the last member).
+          index: which member: a whole number, from the end where it is negative; or a traced one, which cannot be
+            checked (one past the end then gives the last member).
 
         Returns:
           a state of the single plan; every step takes it, and `plan.build` makes a model of it.

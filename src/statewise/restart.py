@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.errors import KindError, StructureError
-from statewise.inside import single_of, where_inside
+from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.kinds import Kind
 from statewise.paths import Leaf, format_shape
 from statewise.places import Places
@@ -37,9 +37,10 @@ from statewise.using import averages_in, begun_again
 __all__ = ["restart"]
 
 
-@where_inside
 def restart(state: State, kinds: Sequence[str], where: Any) -> State:
     """See `State.restart`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, restart(as_one(state), kinds, where))
     plan = state._plan
     chosen = tuple(dict.fromkeys(kinds)) or _restartable(plan)
     averages = tuple(name for name in chosen if averages_in(plan, name))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise.errors import KindError
-from statewise.inside import for_each_member, single_of, where_inside
+from statewise.inside import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise.places import Places
 from statewise.plan import Plan
 from statewise.shadows import Average
@@ -30,9 +30,10 @@ def averages_in(plan: Plan, name: str) -> list[tuple[Average, int]]:
     return [(one, start) for one, (start, _) in zip(plan._averages, spans, strict=True) if one.into == name]
 
 
-@where_inside
 def using(state: State, name: str) -> State:
     """See `State.using`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, using(as_one(state), name))
     plan = state._plan
     averages = averages_in(plan, name)
     if not averages:

@@ -114,17 +114,17 @@ class Variants(Layout):
     def stacked(self, count: int | Any, /, *, over: str | None = None, **axes: Any) -> Plan:
         """Returns the plan of an ensemble: the same leaves, each with an axis for its members.
 
-        It is a plan like others: it is saved, restored, counted, placed and compared.  A state of it is made by `stack`, by
-        `take` of objects with stacked arrays (`nnx.vmap` makes them), or by a restore; a step runs on it under `jax.vmap`:
-        `jax.vmap(train, in_axes=(plan.axes(), 0, None), out_axes=(plan.axes(), 0))`.
+        It is a plan like others: its states are saved, restored, counted, placed and compared.  They are made by
+        `stack`, by `take` of objects with stacked arrays (as `nnx.vmap` makes them), or by a restore.  A step runs on
+        them under `jax.vmap`: `jax.vmap(train, in_axes=(plan.axes(), 0, None), out_axes=(plan.axes(), 0))`.
 
         Args:
           count: how many members.
-          over: a mesh axis that the members are split over, where the plan is placed on a mesh; a kind's placement says
-            how one member's arrays lie.
-          **axes: the axis of each kind's arrays, None for a kind that all members share, or a function of a leaf's path and
-            shape that gives one of these.  Kinds that are not named have the first axis, 0; optimizer state and averages
-            follow what they are of.
+          over: a mesh axis that the members are split over, where the plan is placed on a mesh; a kind's placement
+            says how one member's arrays lie.
+          **axes: the axis of each kind's arrays, None for a kind that all members share, or a function of a leaf's path
+            and shape that gives one of these.  Kinds that are not named have the first axis, 0; optimizer state and
+            averages follow what they are of.
 
         Raises:
           KindError: a kind that is not there; something that is not an axis, or not a number of members; no kind with

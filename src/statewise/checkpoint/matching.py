@@ -215,7 +215,6 @@ class _Matcher:
         words = _differences(record, there)
         changes = self.changed(record, there)
         words += [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized | Regrouped)]
-        words += self.lacking(placed, changes)
         if wide:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
@@ -230,6 +229,10 @@ class _Matcher:
         if words:
             why = ", ".join(word for word, _ in words)
             self.say(record, "problem", f"is {why} in the checkpoint{end}", [mend for _, mend in words])
+            return
+        lacking = self.lacking(placed, changes)
+        if lacking:
+            self.say(record, "problem", lacking, [self.with_values()])
             return
         onto = list(dict.fromkeys(one.words for one in changes if one is not None))
         if onto:
@@ -257,18 +260,13 @@ class _Matcher:
             for pair in zip(record.arrays, there.arrays, strict=True)
         ]
 
-    def lacking(self, placed: Placed, changes: Sequence[Any]) -> list[tuple[str, str]]:
-        """What is in the way where members that the checkpoint lacks are to keep values, and there are none."""
-        record = placed.record
-        lacks = [one for one in changes if isinstance(one, Regrouped) and one.lacks]
-        if not lacks or self.plan.kinds[record.kind].missing == "restart":
-            return []
+    def lacking(self, placed: Placed, changes: Sequence[Any]) -> str:
+        """What is in the way where members that the checkpoint lacks are to keep values, and have none."""
+        lacks = [one.lacks for one in changes if isinstance(one, Regrouped) and one.lacks]
+        if not lacks or self.plan.kinds[placed.record.kind].missing == "restart":
+            return ""
         lost = self.lost(placed)
-        return (
-            [(f"without members {', '.join(map(str, lacks[0].lacks))}, and {lost}: so it", self.with_values())]
-            if lost
-            else []
-        )
+        return lost and f"members {', '.join(map(str, lacks[0]))} are not in the checkpoint, and {lost}"
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"

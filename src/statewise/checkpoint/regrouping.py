@@ -137,7 +137,7 @@ def _declared(
             f"or into all, the random streams apart: sw.restore(path, state, members=[0] * {many}, only=('params',))",
         )
     if here[0] == there[0]:
-        mend = f"plan.stacked({many}, {record.kind}={there[1]}), as it was saved"
+        mend = f"the axis that it was saved with: plan.stacked({many}, {_owner(plan, record)}={there[1]})"
         return f"an ensemble along axis {there[1]}", mend
     if here[0] > there[0] and plan.kinds[record.kind].missing != "error":
         chosen = tuple(at if at < there[0] else None for at in range(here[0]))
@@ -147,6 +147,12 @@ def _declared(
     if here[0] > there[0]:
         mend += "  # None: the target's own member, which has to have values"
     return f"an ensemble of {there[0]}", mend
+
+
+def _owner(plan: Plan, record: LeafRecord) -> str:
+    """The kind whose axes an array follows: of optimizer state and averages that which they are of."""
+    derived = {one.into: one.kinds for one in plan._derived}
+    return derived.get(record.kind, (record.kind,))[0]
 
 
 def _of_one(
@@ -171,8 +177,8 @@ def _of_many(
     numbers = [one for one in asked if one is not None]
     if ours.prng is not None and len(set(numbers)) < len(numbers):
         return (
-            "one random stream, which several members would draw the same noise from: it",
-            "restore the kinds without random streams into a state that has its own: only=('params', 'stats')",
+            "one random stream for several members, which would draw the same noise,",
+            "restore the kinds without random streams, into a state that has its own: only=('params', 'stats')",
         )
     known = there[0] if there else 1
     axis = None if there is None else there[1]

@@ -51,9 +51,9 @@ def restore(
       only: the kinds to restore, `("params",)` say; by default all that are `saved`.
       cast: allows other dtypes, floating-point to floating-point and integer to integer; the report lists them.
       base: where the checkpoint's base is, if it was moved since.
-      members: which members of an ensemble: of the target's plan for each member the number of the checkpoint's, or None
-        where it gets none (it is then kept, or restarted where the kind says `missing="restart"`); into one model the
-        number of one.  A checkpoint of one model has the member 0.
+      members: which members of an ensemble: for each member of the target the number of the checkpoint's, or None where
+        it gets none (it is then kept, or restarted where the kind says `missing="restart"`); into one model the number
+        of one.  A checkpoint of one model has the member 0.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
