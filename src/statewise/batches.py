@@ -6,18 +6,28 @@ axis of its arrays, so it can be neither saved nor counted; `plan.stacked(...)` 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from statewise.errors import StructureError
 from statewise.layout import OPTIMIZER
 from statewise.members import Axis, grown
+from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan
+from statewise.scan import spec_of
 
-__all__ = ["batch_of", "refuse_batch"]
+__all__ = ["mend_of_batch", "misfits", "refuse_batch", "unfitting"]
 
 # What the arrays of a state are called here: by kind, in the order of their slots.
 Parts = Mapping[str, Sequence[Any]]
+
+
+_MESSAGE = "The state's arrays are not as its plan has them."
+_OTHERS = (
+    "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
+    "for other dtypes: state.cast(params='bfloat16')"
+)
 
 
 def refuse_batch(state: Any) -> None:
@@ -27,40 +37,54 @@ def refuse_batch(state: Any) -> None:
       StructureError: it is one; the hint is the plan that fits it.
     """
     plan = state.plan
-    found = batch_of(plan, {kind: state.part(kind).arrays for kind in plan.kinds})
-    if found is not None:
-        raise found
+    parts = {kind: state.part(kind).arrays for kind in plan.kinds}
+    if mend_of_batch(plan, parts) is not None:
+        raise unfitting(plan, parts, misfits(plan, parts))
 
 
-def batch_of(plan: Plan, parts: Parts) -> StructureError | None:
-    """The error for a batch; None where the arrays are none, or not all of one."""
+def misfits(plan: Plan, parts: Parts) -> list[Leaf]:
+    """The leaves whose arrays have not the shapes and dtypes of the plan."""
+    odd = []
+    for kind, part in parts.items():
+        for position, (spec, array) in enumerate(zip(plan._stored[kind], part, strict=True)):
+            if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
+                found = spec_of(array)
+                note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
+                odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
+    return odd
+
+
+def unfitting(plan: Plan, parts: Parts, odd: Sequence[Leaf], mend: str | None = None) -> StructureError:
+    """The error for arrays that are not as the plan has them.
+
+    Args:
+      plan: the plan.
+      parts: all arrays of the state.
+      odd: the leaves that do not fit.
+      mend: a hint of the caller's own; by default what a batch of states can become, and how one gets one of them.
+    """
+    if mend is None:
+        batch = mend_of_batch(plan, parts)
+        mend = _OTHERS if batch is None else f"{batch}\n{_OTHERS}"
+    return StructureError(_MESSAGE, leaves=odd, mend=mend)
+
+
+def mend_of_batch(plan: Plan, parts: Parts) -> str | None:
+    """What a batch of states can become, as code; None where the arrays are none, or not all of one."""
     if plan._members is not None:
         single = plan._members.single
         if _axes(single, parts, 0) is None or all(_fits(plan, kind, part) for kind, part in parts.items()):
             return None
-        return StructureError(
-            f"The plan is of an ensemble of {plan.members}, and these are the arrays of one member.",
-            mend="one = state.member(0)  # of the ensemble: a state of the single plan",
-        )
+        return "one member of an ensemble: one = ensemble.member(0)  # a state of the single plan"
     shapes = [getattr(array, "shape", None) for part in parts.values() for array in part]
     specs = [spec for kind in parts for spec in plan._stored[kind]]
-    larger = [
-        (shape, spec.shape)
-        for shape, spec in zip(shapes, specs, strict=True)
-        if shape is not None and len(shape) == len(spec.shape) + 1
-    ]
-    for count in dict.fromkeys(size for shape, _ in larger for size in shape):
+    pairs = zip(shapes, specs, strict=True)
+    larger = [shape for shape, spec in pairs if shape is not None and len(shape) == len(spec.shape) + 1]
+    for count in dict.fromkeys(size for shape in larger for size in shape):
         axes = _axes(plan, parts, count)
-        if axes is not None and any(axis is not None for part in axes.values() for axis in part):
-            kinds = [kind for kind, part in axes.items() if any(axis is not None for axis in part)]
-            return StructureError(
-                f"This is a batch of {count} states, as jax.vmap makes it, under the plan of one: the arrays of "
-                f"{', '.join(kinds)} have one axis more than the plan says.",
-                kind=kinds[0] if len(kinds) == 1 else None,
-                mend=f"ensemble = plan.stacked({', '.join([str(count), *_said(plan, axes)])})\n"
-                "state = ensemble.stack(state)  # a state of the ensemble's plan\n"
-                "or one of them: one = ensemble.stack(state).member(0)",
-            )
+        if axes is not None:
+            said = ", ".join([str(count), *_said(plan, axes)])
+            return f"all of them as one ensemble: state = plan.stacked({said}).stack(states)"
     return None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from statewise.axes import axes_of_members
-from statewise.batches import batch_of, refuse_batch
+from statewise.batches import mend_of_batch, refuse_batch
 from statewise.errors import KindError, StructureError
 from statewise.inside import single_of
 from statewise.members import Axis, Members, place_of
@@ -91,12 +91,12 @@ def _relabelled(plan: Plan, batch: State) -> State:
     if batch._plan is plan:
         return batch
     if members is None or batch._plan._plain is not single._plain:
-        found = batch_of(batch._plan, {kind: batch.part(kind).arrays for kind in batch._plan.kinds})
+        mend = mend_of_batch(batch._plan, {kind: batch.part(kind).arrays for kind in batch._plan.kinds})
         raise StructureError(
-            "plan.stack wants a state of each member; of a batch of states it has to be told the axes."
+            "plan.stack wants a state of each member, and of a batch of states the plan of an ensemble."
             if members is None
             else f"This state is of another plan: {batch._plan!r}, not {single!r}.",
-            mend=found.mend if found is not None else "plan.stack([state, ...])  # a state for each member",
+            mend=mend or "plan.stack([state, ...])  # a state for each member",
         )
     target = batch._plan._with_members(members)
     made = make_state(target, [_with_own_counts(target, kind, batch.part(kind)) for kind in target.kinds])

@@ -12,21 +12,19 @@ everything when a step is traced with it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
-from statewise.batches import batch_of
+from statewise.batches import misfits, unfitting
 from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
 from statewise.members import Membered
-from statewise.paths import Leaf, format_path, format_shape
+from statewise.paths import Leaf, format_path
 from statewise.places import UNKNOWN, Places, places_of
 from statewise.plan import Plan
-from statewise.scan import spec_of
 from statewise.views import packed_for, unpacked_of, view
 
 __all__ = ["Part", "State"]
@@ -314,9 +312,6 @@ def _unflatten(plan: Plan, children: Iterable[Any]) -> State:
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
 
 
-_OTHERS = "state.plan.abstract() has the shapes that the plan has; for other dtypes: state.cast(params='bfloat16')"
-
-
 # --- what can be wrong with a state ----------------------------------------------------------------------------
 
 
@@ -352,25 +347,11 @@ def is_deleted(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
 
 
-def check_fits(state: State, kinds: Iterable[str], mend: str = _OTHERS) -> None:
+def check_fits(state: State, kinds: Iterable[str], mend: str | None = None) -> None:
     """Raises where a kind's arrays have not the shapes and dtypes of the plan (as inside `jax.vmap`, or after it)."""
-    plan = state._plan
-    odd = []
-    for kind in kinds:
-        for position, (spec, array) in enumerate(zip(plan._stored[kind], state.part(kind).arrays, strict=True)):
-            if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
-                found = spec_of(array)
-                note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
-                odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
+    odd = misfits(state._plan, {kind: state.part(kind).arrays for kind in kinds})
     if odd:
-        batch = batch_of(plan, {kind: state.part(kind).arrays for kind in plan.kinds}) if mend is _OTHERS else None
-        if batch is not None:
-            raise batch
-        raise StructureError(
-            "The state's arrays are not as its plan has them.",
-            leaves=odd,
-            mend=mend,
-        )
+        raise unfitting(state._plan, {kind: state.part(kind).arrays for kind in state._plan.kinds}, odd, mend)
 
 
 def refuse_shared(state: State) -> None:
