@@ -231,10 +231,10 @@ def test_heads_of_their_own_on_a_shared_trunk() -> None:
     kinds = sw.Kinds(trunk=sw.Kind(nnx.Param & sw.Path("dense/*")), rest=sw.Kind(...))
     plan = kinds.plan(make(KEYS[0]), optimizers={"trunk": optax.sgd(0.1, momentum=0.9)})
     assert set(axes_of(plan.axes(rest=0), "optimizer")) == {None}
-    assert set(axes_of(plan.axes(trunk=0), "optimizer")) == {0}
-    assert set(axes_of(plan.axes(trunk=0, optimizer=None), "optimizer")) == {None}
+    assert set(axes_of(plan.axes(trunk=0, rest=None), "optimizer")) == {0}
+    assert set(axes_of(plan.axes(trunk=0, rest=None, optimizer=None), "optimizer")) == {None}
     joint = sw.plan(make(KEYS[0]), optimizers={"params": optax.adam(0.1)})
-    axes = joint.axes(params=lambda path, shape: 0 if path[0] == "out" else None)
+    axes = joint.axes(params=lambda path, shape: 0 if path[0] == "out" else None, rng=None)
     assert set(axes_of(axes, "optimizer")) == {0}
     assert axes["params"]["out"]["kernel"] == 0
     assert axes["params"]["dense"]["kernel"] is None
@@ -282,7 +282,7 @@ def test_a_function_that_gives_no_axis_is_refused() -> None:
         kind="stats",
         mend="plan.axes(stats=lambda path, shape: 0 if path[0] == 'head' else None)",
     ):
-        PLAN.axes(stats=lambda path, shape: path[-1])
+        PLAN.axes(stats=lambda path, shape: path[-1], rng=0)
 
 
 def test_arrays_packed_together_have_one_axis() -> None:
@@ -303,3 +303,32 @@ def test_paths_given_to_a_function_are_those_of_its_object() -> None:
     seen = []
     plan.axes(params=lambda path, shape: seen.append((path, shape)))
     assert seen == [(("a",), (2,)), (("b",), (3,))]
+
+
+def test_random_streams_have_to_be_told() -> None:
+    streams = [
+        "drop/rngs/count: RngCount() uint32  kind=rng",
+        "drop/rngs/key: RngKey() key<fry>  kind=rng",
+    ]
+    message = "The model has random streams in rng, and plan.axes is not given what becomes of them."
+    for given, said in (({}, ""), ({"params": 0, "stats": None}, "params=0, stats=None, ")):
+        mend = (
+            f"plan.axes({said}rng=0)  # each member draws noise of its own\n"
+            f"or plan.axes({said}rng=None)  # the same noise in all of them"
+        )
+        with refused(sw.KindError, message, leaves=streams, kind="rng", mend=mend):
+            PLAN.axes(**given)
+        for line in mend.splitlines():
+            axes = eval(line.removeprefix("or ").partition("#")[0], {"plan": PLAN})
+            assert axes.plan is PLAN
+
+
+@pytest.mark.parametrize("variable", [nnx.RngKey(jax.random.key(0), tag="own"), nnx.Variable(jax.random.key(0))])
+def test_streams_are_found_in_whichever_kind(variable: nnx.Variable) -> None:
+    kinds = sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))
+    plan = kinds.plan(nnx.Dict(w=nnx.Param(jnp.ones(2)), key=variable))
+    with pytest.raises(sw.KindError, match="The model has random streams in rest") as caught:
+        plan.axes(params=0)
+    assert [leaf.path for leaf in caught.value.leaves] == [("key",)]
+    assert plan.axes(params=0, rest=None)["rest"]["key"] is None
+    assert plan.axes(rest=lambda path, shape: 0)["rest"]["key"] == 0

@@ -275,6 +275,7 @@ def test_arrays_that_do_not_fit_the_plan() -> None:
     ]
     message = "The state's arrays are not as its plan has them."
     mend = (
+        "all of them as one ensemble: state = plan.stacked(2).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')"
     )

@@ -12,45 +12,131 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.layout import OPTIMIZER
+from statewise.members import Axis
 from statewise.paths import Leaf
 from statewise.plan import Plan
 from statewise.scan import Spec
 from statewise.shadows import Average
 from statewise.state import State
 
-__all__ = ["axes"]
-
-Axis = int | None
+__all__ = ["axes", "axes_of_members", "is_stream"]
 
 
 def axes(plan: Plan, given: Mapping[str, Any]) -> State:
     """See `Plan.axes`."""
-    for kind, axis in given.items():
-        if kind not in plan.kinds:
-            raise unknown_kind(kind, plan.kinds)
-        if not (callable(axis) or _is_axis(axis)):
-            raise KindError(f"{kind}={axis!r} is no axis.", kind=kind, mend=f"plan.axes({kind}=0)")
-    found = {kind: _each(plan, kind, given.get(kind)) for kind in plan.kinds}
-    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
-        if isinstance(one, Average) and one.into not in given:
-            # Each as what it is the average of; the count of a schedule is one for all.
-            of = [found[kind][at] for kind, at in plan._params_of(one)]
-            found[one.into][start : start + len(of)] = of
-    follows = OPTIMIZER in plan.kinds and OPTIMIZER not in given
-    if follows:
-        found[OPTIMIZER] = _followed(plan, found)
+    if plan._members is not None:
+        if given:
+            raise KindError(
+                f"The axes of an ensemble's plan are those it was made with: {', '.join(given)} cannot have others.",
+                kind=next(iter(given)),
+                mend="plan.axes()  # on the plan of the ensemble, without arguments",
+            )
+        return State.of(plan, plan._slot_axes.values())
+    _check_given(plan, given, "plan.axes({})")
+    _refuse_untold(plan, given)
+    found, follows = _found(plan, given, None)
     slots = _in_slots(plan, found)
     if follows:
         # A count has no second axis: it is mapped along the first.
         specs = plan._stored[OPTIMIZER]
         slots[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(slots[OPTIMIZER], specs, strict=True)]
-    _check_ranks(plan, slots)
+    _check_ranks(plan._stored, plan._leaf_of_slot, slots)
     return State.of(plan, slots.values())
+
+
+def axes_of_members(plan: Plan, given: Mapping[str, Any]) -> tuple[tuple[str, tuple[Axis, ...]], ...]:
+    """For each kind the axis of each of its arrays in an ensemble: the first, where nothing else is said.
+
+    Raises:
+      KindError: a kind that is not there; something that is not an axis; averages apart from what they are of.
+      StructureError: leaves of too few dimensions for their axis, arrays of several axes in one buffer; all of them.
+    """
+    _check_given(plan, given, "plan.stacked(8, {})")
+    found, follows = _found(plan, given, 0)
+    _refuse_averages(plan, found, given)
+    if follows:
+        specs = plan._held[OPTIMIZER]
+        found[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(found[OPTIMIZER], specs, strict=True)]
+    _check_ranks(plan._held, plan._row_of_array, found)
+    _in_slots(plan, found)
+    return tuple((kind, tuple(part)) for kind, part in found.items())
+
+
+def _check_given(plan: Plan, given: Mapping[str, Any], call: str) -> None:
+    for kind, axis in given.items():
+        if kind not in plan.kinds:
+            raise unknown_kind(kind, plan.kinds)
+        if not (callable(axis) or _is_axis(axis)):
+            raise KindError(f"{kind}={axis!r} is no axis.", kind=kind, mend=call.format(f"{kind}=0"))
+
+
+def _found(plan: Plan, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:
+    """The axis of each array of each kind, and whether those of optimizer state follow what it is of."""
+    found = {kind: _each(plan, kind, given.get(kind, default)) for kind in plan.kinds}
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        if isinstance(one, Average) and one.into not in given:
+            # Each as what it is the average of; the count of a schedule is one for all, or each member's own.
+            of = [found[kind][at] for kind, at in plan._params_of(one)]
+            found[one.into][start : start + len(of)] = of
+            if default is not None and len(one.layout.specs) > len(of):
+                found[one.into][start + len(of)] = 0 if _first(of) is not None else None
+    follows = OPTIMIZER in plan.kinds and OPTIMIZER not in given
+    if follows:
+        found[OPTIMIZER] = _followed(plan, found)
+    return found, follows
+
+
+def _refuse_averages(plan: Plan, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
+    """An average is read in the place of what it is of, so each member has the one where it has the other."""
+    odd = []
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        if not isinstance(one, Average):
+            continue
+        for at, (kind, position) in enumerate(plan._params_of(one), start):
+            if found[one.into][at] != found[kind][position]:
+                note = f"axis {found[one.into][at]}, an average of what has axis {found[kind][position]}"
+                odd.append(_noted(plan._row_of_array[one.into][at], note))
+    if odd:
+        rest = ", ".join(f"{kind}={axis!r}" for kind, axis in given.items() if kind != odd[0].kind and _is_axis(axis))
+        raise KindError(
+            "Averages have the axes of what they are of.",
+            leaves=odd,
+            kind=odd[0].kind,
+            mend=f"plan.stacked(8{', ' * bool(rest)}{rest})  # without {odd[0].kind}=",
+        )
+
+
+def is_stream(leaf: Leaf, specs: Sequence[Spec]) -> bool:
+    """Whether a leaf is a random stream: one of NNX's, or whatever else holds a typed key."""
+    keys = any(jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) for spec in specs)
+    return keys or (isinstance(leaf.type, type) and issubclass(leaf.type, nnx.RngState))
+
+
+def _refuse_untold(plan: Plan, given: Mapping[str, Any]) -> None:
+    """Raises where nothing says whether the members share their random streams.
+
+    By the default, one for all, each would draw the same noise, and nothing would show it.
+    """
+    rows = zip(plan._rows, plan.leaves, strict=False)
+    untold = [leaf for row, leaf in rows if row.kind not in given and is_stream(leaf, row.specs)]
+    if untold:
+        kinds = list(dict.fromkeys(str(leaf.kind) for leaf in untold))
+        said = [f"{kind}={axis!r}" for kind, axis in given.items() if _is_axis(axis)]
+        own, same = (", ".join([*said, *(f"{kind}={axis}" for kind in kinds)]) for axis in (0, None))
+        raise KindError(
+            f"The model has random streams in {', '.join(kinds)}, and plan.axes is not given what becomes of them.",
+            leaves=untold,
+            kind=kinds[0] if len(kinds) == 1 else None,
+            mend=f"plan.axes({own})  # each member draws noise of its own\n"
+            f"or plan.axes({same})  # the same noise in all of them",
+        )
 
 
 def _is_axis(axis: Any) -> bool:
@@ -128,11 +214,13 @@ def _in_slots(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> dict[str, list
     return slots
 
 
-def _check_ranks(plan: Plan, slots: Mapping[str, Sequence[Axis]]) -> None:
+def _check_ranks(
+    specs: Mapping[str, Sequence[Spec]], leaves: Mapping[str, Sequence[Leaf]], found: Mapping[str, Sequence[Axis]]
+) -> None:
     odd = [
         _noted(leaf, f"with another axis it has {len(spec.shape) + 1}; axis {axis} is not one of them")
-        for kind, part in slots.items()
-        for leaf, spec, axis in zip(plan._leaf_of_slot[kind], plan._stored[kind], part, strict=True)
+        for kind, part in found.items()
+        for leaf, spec, axis in zip(leaves[kind], specs[kind], part, strict=True)
         if not _has(spec, axis)
     ]
     if odd:

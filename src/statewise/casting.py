@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise.errors import KindError
+from statewise.inside import as_ensemble, as_one, is_of_one_member
 from statewise.placement import with_copies
 from statewise.plan import Plan
 from statewise.scan import Spec
@@ -29,6 +30,8 @@ def can_cast(theirs: Any, ours: Any) -> bool:
 
 def cast(state: State, dtypes: Mapping[str, Any]) -> State:
     """See `State.cast`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, cast(as_one(state), dtypes))
     plan = state._plan
     specs, made = {}, {}
     for kind, given in dtypes.items():

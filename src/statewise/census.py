@@ -14,6 +14,7 @@ from typing import Any
 
 from flax import nnx
 
+from statewise.batches import refuse_batch
 from statewise.claims import claim
 from statewise.errors import KindError
 from statewise.kinds import Kinds, unknown_kind
@@ -31,6 +32,7 @@ class Census(Shown):
 
     Attributes:
       counts: one `KindCount` for each kind, in the order of the kinds.
+      members: of an ensemble how many members are counted; None for one model.
 
     Example:
       >>> from flax import nnx
@@ -43,6 +45,7 @@ class Census(Shown):
     """
 
     counts: tuple[KindCount, ...]
+    members: int | None = None
 
     def __getitem__(self, kind: str) -> KindCount:
         by_name = {count.name: count for count in self.counts}
@@ -66,11 +69,18 @@ class Census(Shown):
 
     def table(self) -> Table:
         """The census as a table: one line for each kind."""
-        return kinds_table("census", self.counts)
+        return kinds_table(
+            "census" if self.members is None else f"census of an ensemble of {self.members}", self.counts
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """The census as plain data: `kinds`, a list in order, and `total`."""
-        return {"kinds": [dataclasses.asdict(count) for count in self.counts], "total": dataclasses.asdict(self.total)}
+        """The census as plain data: `kinds`, a list in order, and `total`; of an ensemble also `members`."""
+        many = {} if self.members is None else {"members": self.members}
+        return {
+            "kinds": [dataclasses.asdict(count) for count in self.counts],
+            "total": dataclasses.asdict(self.total),
+            **many,
+        }
 
     def to_json(self) -> str:
         """The census as JSON."""
@@ -92,7 +102,7 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
       UnclaimedError: leaves that no kind claims, all of them.
       ContestedError: leaves that several kinds claim, all of them.
       KindError: kinds that are none, or kinds beside a plan.
-      StructureError: the model is none.
+      StructureError: the model is none; a batch of states under the plan of one.
 
     Example:
       >>> from flax import nnx
@@ -113,7 +123,9 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
     if plan is not None:
         if kinds is not None and kinds != plan.kinds:
             raise KindError("A plan is counted by its own kinds.", mend="sw.census(model, kinds)  # the planned model")
-        return Census(count_kinds((*plan.leaves, *plan.dropped), plan.kinds))
+        if plan is not model:
+            refuse_batch(model)
+        return Census(count_kinds((*plan.leaves, *plan.dropped), plan.kinds), plan.members)
     found = look(model)
     declared = Kinds.standard() if kinds is None else kinds
     claims = claim(declared, found)

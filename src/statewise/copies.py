@@ -52,14 +52,18 @@ class Copies(NamedTuple):
         )
 
 
-def spread(array: Any, count: int, sharding: Any = None) -> Any:
+def spread(array: Any, count: int, sharding: Any = None, axis: int | None = None) -> Any:
     """An array for each device, one after the other: its value; of keys, one folded in with the device's number.
 
     Args:
       array: the model's.
       count: how many devices.
       sharding: where the devices are; None leaves that to XLA, as under `jax.jit`.
+      axis: the axis of an ensemble's members, each of which is spread by itself; None where there are none.
     """
+    if axis is not None:
+        made = jax.vmap(lambda one: spread(one, count), in_axes=axis, out_axes=axis)(jnp.asarray(array))
+        return made if sharding is None else jax.device_put(made, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
         made = jax.vmap(lambda number: _folded_in(array, number))(jnp.arange(count))
         return made if sharding is None else jax.device_put(made, sharding)

@@ -48,7 +48,7 @@ class Derived(abc.ABC):
     Attributes:
       kinds: the names of the kinds.
       rows: path, shapes and structure of the leaves, in the order of the plan.
-      overridden: shapes and dtypes of what was cast, where they differ from what `init` makes.
+      overridden: shapes and dtypes of what was cast, or is of an ensemble, where they differ from what `init` makes.
     """
 
     kinds: tuple[str, ...]

@@ -19,6 +19,7 @@ from statewise import _compat
 from statewise.copies import Copies, spread
 from statewise.errors import StructureError
 from statewise.folding import refuse_copies
+from statewise.inside import as_ensemble, begun, holds_one_member, single_of
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, Path, format_path, format_shape
@@ -31,9 +32,19 @@ from statewise.state import State, check_fits, check_unspent, is_deleted
 __all__ = ["build", "init", "put", "take", "values_of"]
 
 
-def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: bool | str | Sequence[str]) -> State:
-    """See `Plan.take`."""
+def take(
+    plan: Plan,
+    objects: Sequence[Any],
+    *,
+    mesh: Any,
+    copy: bool,
+    pack: bool | str | Sequence[str],
+    inside: bool = True,
+) -> State:
+    """See `Plan.take`; `inside` allows the traced objects of one member for the plan of an ensemble."""
     plan = plan._plain
+    if plan._members is not None and inside and holds_one_member(plan, objects):
+        return as_ensemble(plan._members, take(single_of(plan), objects, mesh=mesh, copy=copy, pack=pack))
     if mesh is not None:
         check_devices(mesh)
     copies = None if mesh is None else copies_on(plan, mesh)
@@ -48,8 +59,8 @@ def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: boo
         for array in arrays_of(raw_value(leaf))[0]:
             # Each is placed before the next is copied: a device holds one whole array at a time, never all.
             parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
-    for one in plan._derived:
-        for array in one.init([parts[kind][at] for kind, at in plan._params_of(one)]):
+    for number, one in enumerate(plan._derived):
+        for array in begun(plan, number, [parts[kind][at] for kind, at in plan._params_of(one)]):
             parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
     return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
@@ -67,7 +78,7 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
         objects = make_model()
         objects = tuple(objects) if plan._several and isinstance(objects, tuple | list) else (objects,)
         try:
-            taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan._packing))
+            taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan._packing), inside=False)
         except StructureError as error:
             raw = [leaf for leaf in error.leaves if leaf.type is jax.Array and leaf.note == "missing"]
             if not raw:
@@ -80,15 +91,20 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
         # Its plan is the same in all but what was chosen to be packed, and that nothing is per device.
         parts = zip(plan.kinds, (part.arrays for part in taken._parts), strict=True)
         copies = there.plan._copies
-        return State.of(there.plan, [part if copies is None else _spread(copies, kind, part) for kind, part in parts])
+        return State.of(
+            there.plan, [part if copies is None else _spread(there.plan, copies, kind, part) for kind, part in parts]
+        )
 
     there = plan.shardings(mesh)
     return jax.jit(made, out_shardings=there)()
 
 
-def _spread(copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
+def _spread(plan: Plan, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
     mine = copies.of(kind)  # never a packed kind, so slots are positions
-    return [spread(array, copies.devices) if at in mine else array for at, array in enumerate(part)]
+    return [
+        spread(array, copies.devices, axis=plan._axis(kind, at)) if at in mine else array
+        for at, array in enumerate(part)
+    ]
 
 
 class _Places:
@@ -117,7 +133,7 @@ class _Places:
             return array
         copies = self._plan._copies
         if copies and position in copies.of(kind):
-            return spread(array, copies.devices, self._arrays[kind][position])
+            return spread(array, copies.devices, self._arrays[kind][position], self._plan._axis(kind, position))
         return jax.device_put(array, self._arrays[kind][position])
 
     def derived(self, kind: str, position: int, array: Any) -> Any:
@@ -301,11 +317,20 @@ def _matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list
         raise StructureError(
             f"The model is not what was planned: {differ}.",
             leaves=problems,
-            mend="plan = kinds.plan(model)  # plan the model as it is now"
+            mend=_TAKE
+            if verb == "take" and plan.members is None
+            else _STACKED.format(plan.members)
             if verb == "take"
             else "put the state into a model of the planned structure, or plan.build(state)",
         )
     return leaves
+
+
+_TAKE = "plan = kinds.plan(model)  # plan the model as it is now"
+_STACKED = (
+    "the plan is of an ensemble of {}: objects with stacked arrays, nnx.vmap(make_model)(keys)\n"
+    "or a state for each member: plan.stack([single.take(model) for model in models])  # single: the plan of one"
+)
 
 
 def _names(plan: Plan) -> list[str]:

@@ -16,10 +16,11 @@ from jax.sharding import AxisType
 
 from statewise.copies import Copies
 from statewise.errors import KindError, StructureError
+from statewise.inside import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise.kinds import Kinds
 from statewise.lies import Lies
 from statewise.paths import Leaf, format_shape
-from statewise.placement import on_mesh
+from statewise.placement import on_mesh, slot_shardings
 from statewise.placements import folded
 from statewise.places import Places
 from statewise.plan import Plan
@@ -32,6 +33,8 @@ How = str | Callable[[Any], Any]
 
 def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
     """See `State.fold`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, fold(as_one(state), kinds, how))
     plan = state._plan
     for kind in kinds:
         state.part(kind)
@@ -66,7 +69,7 @@ def fold(state: State, kinds: Sequence[str], how: How | Any) -> State:
     parts = [state.part(kind).arrays for kind in touched]
     places = tuple(state.part(kind).places() for kind in touched)
     made = list(state._parts)
-    for kind, arrays in zip(touched, _program(plan, folds, how, places)(parts), strict=True):
+    for kind, arrays in zip(touched, _program(plan, target, folds, how, places)(parts), strict=True):
         made[plan._index[kind]] = Part(tuple(arrays))
     return make_state(target, made)
 
@@ -139,8 +142,9 @@ def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(plan: Plan, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
+def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
     kinds = [kind for kind, _ in copies.positions]
+    whole, plan = plan, single_of(plan)
 
     def folded_parts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         made = [
@@ -151,7 +155,13 @@ def _program(plan: Plan, copies: Copies, how: How, places: tuple[Places | None, 
         return made
 
     if not all(places):
-        return jax.jit(folded_parts)
+        return jax.jit(for_each_member(whole, folded_parts, kinds, kinds, target))
+    if whole._members is not None:
+        slots = dict(zip(target.kinds, slot_shardings(target, copies.mesh), strict=True))
+        return jax.jit(
+            for_each_member(whole, folded_parts, kinds, kinds, target),
+            out_shardings=[tuple(slots[kind]) for kind in kinds],
+        )
     there = [
         tuple(
             Lies((), sharding.memory_kind).sharding(sharding.mesh) if at in copies.of(kind) else sharding

@@ -83,7 +83,7 @@ def intern(plan: Any) -> Any:
         plan._rows,
         plan._derived,
         plan._graphdef,
-        (plan._packing, plan._copies),
+        (plan._packing, plan._copies, plan._members),
         _types_of_statics(plan._graphdef),
     )
     with _plans_lock:

@@ -19,6 +19,7 @@ from flax import nnx
 
 from statewise.claims import claim
 from statewise.errors import StructureError
+from statewise.inside import as_ensemble, as_one
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan, make_plan
@@ -68,6 +69,13 @@ def scan_layers(
       >>> print(sw.scan_layers(run, layers, jnp.array(1.0)), layers.calls[...])
       24.0 [1 1 1]
     """
+    if isinstance(layers, State) and layers._plan._members is not None:
+        # The layers are the members of an ensemble: one of them is a state of the single plan.
+        axes = layers._plan._slot_axes
+        common = [kind for kind, part in axes.items() if part and set(part) == {None}]
+        names = tuple(dict.fromkeys([*_names(layers, shared), *common]))
+        after, x = _scan_state(fn, as_one(layers), x, names, reverse, unroll)
+        return as_ensemble(layers._plan._members, after), x
     if isinstance(layers, State):
         return _scan_state(fn, layers, x, _names(layers, shared), reverse, unroll)
     return _scan_module(fn, layers, x, shared, reverse, unroll)

@@ -18,6 +18,7 @@ from statewise.aliases import aliases_of
 from statewise.copies import Copies
 from statewise.derived import Derived
 from statewise.kinds import Kinds
+from statewise.members import Axis, Members, grown
 from statewise.moments import OPTIMIZER, Group
 from statewise.packing import Buffer, Packing, pack, unpack
 from statewise.paths import Leaf, format_path
@@ -38,6 +39,7 @@ class Layout:
     _derived: tuple[Derived, ...]  # the optimizers first
     _packing: Mapping[str, Packing]
     _copies: Copies | None
+    _members: Members | None
 
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -113,13 +115,24 @@ class Layout:
 
     @functools.cached_property
     def _held(self) -> dict[str, tuple[Spec, ...]]:
-        """The same as a state holds them: what lies per device has a leading axis."""
+        """The same as a state holds them: what lies per device has a leading axis, members have theirs before it."""
+        if self._members is not None:
+            return {kind: self._members.grown(kind, specs) for kind, specs in self._members.single._held.items()}
         copies = self._copies
         return {kind: copies.held(kind, specs) if copies else specs for kind, specs in self._specs.items()}
 
     @functools.cached_property
     def _stored(self) -> dict[str, tuple[Spec, ...]]:
         """Shape and dtype of what stands in each slot of each kind's part."""
+        if self._members is not None:
+            count, axes, single = self._members.number, self._slot_axes, self._members.single
+            return {
+                kind: tuple(
+                    Spec(grown(spec.shape, axis, count), spec.dtype)
+                    for spec, axis in zip(specs, axes[kind], strict=True)
+                )
+                for kind, specs in single._stored.items()
+            }
         stored = {}
         for kind, specs in self._held.items():
             packing = self._packing.get(kind)
@@ -136,6 +149,21 @@ class Layout:
             packing = self._packing.get(kind)
             slots.append((*packing.loose, *packing.buffers) if packing else tuple(range(len(specs))))
         return tuple(slots)
+
+    @functools.cached_property
+    def _slot_axes(self) -> dict[str, tuple[Axis, ...]]:
+        """For each kind the axis of the members in each slot of its part; all None where the plan is of one model."""
+        members = self._members
+        if members is None:
+            return {kind: (None,) * size for kind, size in zip(self.kinds, self._sizes, strict=True)}
+        return {
+            kind: tuple(members.of(kind)[slot if isinstance(slot, int) else slot.positions[0]] for slot in here)
+            for kind, here in zip(self.kinds, self._slots, strict=True)
+        }
+
+    def _axis(self, kind: str, position: int) -> Axis:
+        """The axis of the members in one array; None where there is none."""
+        return None if self._members is None else self._members.of(kind)[position]
 
     @functools.cached_property
     def _offsets(self) -> tuple[int, ...]:
@@ -176,12 +204,22 @@ class Layout:
     def _unpacked(self, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
         """A kind's arrays in order, from what stands in the slots of its part."""
         packing = self._packing.get(kind)
-        return unpack(packing, part) if packing else part
+        members = self._members
+        if packing is None or members is None or not all(hasattr(array, "dtype") for array in part):
+            return unpack(packing, part) if packing else part
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in part):
+            return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self._held[kind])
+        return tuple(members.each(lambda part: unpack(packing, part), part, self._slot_axes[kind], members.of(kind)))
 
     def _packed(self, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """What stands in the slots of a kind's part, from its arrays in order."""
         packing = self._packing.get(kind)
-        return pack(packing, arrays) if packing else arrays
+        members = self._members
+        if packing is None or members is None:
+            return pack(packing, arrays) if packing else arrays
+        return tuple(
+            members.each(lambda arrays: pack(packing, arrays), arrays, members.of(kind), self._slot_axes[kind])
+        )
 
     def _params_of(self, group: Derived) -> list[tuple[str, int]]:
         """Kind and position of each array that something is derived from, in its order."""

@@ -24,24 +24,42 @@ class Lies(NamedTuple):
       axes: for each axis of the array the mesh axes that it is split over.
       memory: the kind of memory; None for the devices' own.
       each: the mesh axes along which each device has a value of its own; they are a leading axis of what lies there.
+      before: for each axis that stands before that one, as an ensemble's members do, the same as for `axes`.
     """
 
     axes: tuple[tuple[str, ...], ...] = ()
     memory: str | None = None
     each: tuple[str, ...] = ()
+    before: tuple[tuple[str, ...], ...] = ()
 
     @property
     def split(self) -> bool:
         """Whether the devices hold different parts."""
-        return any(self.axes) or bool(self.each)
+        return any(self.axes) or bool(self.each) or any(self.before)
 
     def parts(self, sizes: Mapping[str, int]) -> int:
         """Into how many parts one value of the array is split."""
-        return int(np.prod([sizes[name] for names in self.axes for name in names], dtype=np.int64))
+        return int(np.prod([sizes[name] for names in (*self.axes, *self.before) for name in names], dtype=np.int64))
+
+    def grown(self, axis: int | None, rank: int, over: tuple[str, ...]) -> "Lies":
+        """The same with the axis of an ensemble's members, split over these mesh axes.
+
+        Args:
+          axis: which; None where all members share the array.
+          rank: of how many dimensions a member's array is, without that of `each`.
+          over: the mesh axes.
+        """
+        if axis is None:
+            return self
+        at = axis % (rank + bool(self.each) + 1) - bool(self.each)
+        if at < 0:
+            return self._replace(before=(over,))
+        axes = (*self.axes, *[()] * (rank - len(self.axes)))
+        return self._replace(axes=(*axes[:at], over, *axes[at:]))
 
     def sharding(self, mesh: Any) -> jax.NamedSharding:
         """The sharding that JAX takes."""
-        axes = (self.each, *self.axes) if self.each else self.axes
+        axes = (*self.before, self.each, *self.axes) if self.each else self.axes
         spec = [names[0] if len(names) == 1 else names or None for names in axes]
         while spec and spec[-1] is None:
             spec.pop()

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from statewise.batches import refuse_batch
 from statewise.errors import KindError, PlacementError
 from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, format_path
@@ -193,9 +194,10 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
       optimizer/params/0/count      optimizer         4 B
     """
     if not isinstance(plan, Plan):
-        plan = getattr(plan, "plan", None)
+        state, plan = plan, getattr(plan, "plan", None)
         if not isinstance(plan, Plan):
             raise KindError("Memory is counted by a plan.", mend="sw.memory(sw.plan(model), {'data': 8})")
+        refuse_batch(state)
     mesh = _abstract(mesh) if isinstance(mesh, Mapping) else mesh
     sizes = axis_sizes(mesh)
     placed = resolve(plan, mesh)

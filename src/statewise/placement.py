@@ -22,6 +22,7 @@ from statewise.derived import Derived, keys_within
 from statewise.errors import PlacementError
 from statewise.layout import OPTIMIZER
 from statewise.lies import Lies, Owners, follow
+from statewise.members_placed import of_all_members, resolved_members
 from statewise.meshes import axis_sizes, check_devices, describe_mesh, memories
 from statewise.paths import Leaf, Path, format_path
 from statewise.placements import (
@@ -58,16 +59,22 @@ Placed = Mapping[str, Sequence[Lies]]
 
 def slot_shardings(plan: Plan, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
     """For each kind the sharding of what stands in each slot of its part; see `Plan.shardings`."""
+    members = plan._members
+    if members is not None:
+        placed = resolve(members.single, mesh)
     placed = resolve(plan, mesh) if placed is None else placed
     known: dict[Lies, jax.NamedSharding] = {}
     slots = []
     for kind, here in zip(plan.kinds, plan._slots, strict=True):
         packing = plan._packing.get(kind)
         if packing:
-            _check_packed(plan, kind, placed[kind])
+            _check_packed(plan if members is None else members.single, kind, placed[kind])
         lies = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in here]
         # A buffer has one axis, whatever its arrays have.
         lies = [one if isinstance(slot, int) else Lies((), one.memory) for one, slot in zip(lies, here, strict=True)]
+        if members is not None:
+            specs = members.single._stored[kind]
+            lies = [of_all_members(members, *each) for each in zip(lies, plan._slot_axes[kind], specs, strict=True)]
         slots.append([_known(known, one, mesh) for one in lies])
     return slots
 
@@ -139,6 +146,8 @@ def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
     Raises:
       PlacementError: leaves that cannot be placed as declared, all of them; something that is no mesh.
     """
+    if plan._members is not None:
+        return resolved_members(plan, resolve(plan._members.single, mesh), axis_sizes(mesh))
     resolver = _Resolver(plan, axis_sizes(mesh), memories(mesh))
     placed = resolver.rows()
     for kind, lies in resolver.derived():

@@ -25,6 +25,7 @@ from statewise.errors import KindError, StructureError
 from statewise.intern import intern
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.layout import OPTIMIZER
+from statewise.members import Members
 from statewise.moments import check_optimizers
 from statewise.packing import Packing
 from statewise.paths import Leaf
@@ -139,6 +140,7 @@ class Plan(Variants, Shown):
         dropped: tuple[Leaf, ...] = (),
         packing: Mapping[str, Packing] | None = None,
         copies: Copies | None = None,
+        members: Members | None = None,
     ) -> None:
         self.kinds = kinds
         self.dropped = dropped
@@ -149,6 +151,7 @@ class Plan(Variants, Shown):
         self._several = objects > 1
         self._packing = dict(packing or {})
         self._copies = copies
+        self._members = members
 
     # --- looking ---------------------------------------------------------------------------------------------
 
@@ -178,11 +181,12 @@ class Plan(Variants, Shown):
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}={len(specs)}" for kind, specs in self._specs.items() if specs)
-        return f"Plan({counts})"
+        return f"Plan({'' if self.members is None else f'an ensemble of {self.members}: '}{counts})"
 
     def table(self) -> Table:
         """The plan as a table: one line for each leaf."""
-        return leaves_table("plan", self.leaves, self.kinds)
+        title = "plan" if self.members is None else f"plan of an ensemble of {self.members}"
+        return leaves_table(title, self.leaves, self.kinds)
 
     # Identity is equality: `make_plan` gives out one object for equal plans.
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.errors import KindError, StructureError
+from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.kinds import Kind
 from statewise.paths import Leaf, format_shape
 from statewise.places import Places
@@ -38,6 +39,8 @@ __all__ = ["restart"]
 
 def restart(state: State, kinds: Sequence[str], where: Any) -> State:
     """See `State.restart`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, restart(as_one(state), kinds, where))
     plan = state._plan
     chosen = tuple(dict.fromkeys(kinds)) or _restartable(plan)
     averages = tuple(name for name in chosen if averages_in(plan, name))
@@ -132,8 +135,17 @@ def _check_kind(plan: Plan, name: str, kind: Kind, by_slot: bool) -> None:
 
 
 def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
-    """The slots as booleans, one for each; every leaf that has no such axis, or another length, is listed."""
+    """The slots as booleans, one for each; every leaf that has no such axis, or another length, is listed.
+
+    Of an ensemble they may have a row for each member.
+    """
     given = where if isinstance(where, jax.Array) else np.asarray(where)
+    if plan._members is not None:
+        if given.ndim == 2 and given.dtype == bool and given.shape[0] == plan._members.number:
+            _refuse_shared_kinds(plan, kinds)
+            _slots(plan._members.single, kinds, np.zeros(given.shape[1], bool))  # as many slots as there are
+            return given
+        plan = plan._members.single
     if given.ndim != 1 or not (given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0):
         raise StructureError(
             f"where must be booleans or slot numbers in one dimension, not {given.dtype}{list(given.shape)}.",
@@ -173,6 +185,22 @@ def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
     return jnp.zeros(count, bool).at[given.astype(int)].set(True)
 
 
+def _refuse_shared_kinds(plan: Plan, kinds: Sequence[str]) -> None:
+    shared = [
+        dataclasses.replace(leaf, note="shared by all members")
+        for kind in kinds
+        for leaf, axis in zip(plan._leaf_of_slot[kind], plan._slot_axes[kind], strict=True)
+        if axis is None
+    ]
+    if shared:
+        raise StructureError(
+            "where has a row for each member, and the members share these leaves.",
+            leaves=shared,
+            kind=shared[0].kind,
+            mend="where= in one dimension: the slots that restart for all of them",
+        )
+
+
 @functools.lru_cache(maxsize=256)
 def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
     """How many slots each array has along its batch axis, on all devices, with its leaf; -1 where it has none."""
@@ -189,6 +217,8 @@ def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
 
 @functools.lru_cache(maxsize=256)
 def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Places | None, ...]) -> Any:
+    whole, plan = plan, single_of(plan)
+
     def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
         parts = [plan._unpacked(name, tuple(part)) for name, part in zip(kinds, parts, strict=True)]
         each = [plan._copies.of(name) if plan._copies else frozenset() for name in kinds]
@@ -213,7 +243,23 @@ def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Pl
     # Fresh values depend on nothing that lies anywhere: XLA would put them all on every device.
     there = [None if lie is None else lie.shardings for lie in places]
     options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
-    return jax.jit(fresh_values, donate_argnums=0, keep_unused=True, **options)
+    return jax.jit(_on_members(whole, kinds, fresh_values), donate_argnums=0, keep_unused=True, **options)
+
+
+def _on_members(plan: Plan, kinds: tuple[str, ...], fresh_values: Any) -> Any:
+    """The same for each member of an ensemble; the slots are chosen alike in all, or each has a row of its own."""
+    members = plan._members
+    if members is None:
+        return fresh_values
+    axes = [plan._slot_axes[kind] for kind in kinds]
+
+    def of_all(parts: list[tuple[Any, ...]], slots: Any) -> Any:
+        by_member = slots is not None and slots.ndim == 2
+        given = (parts, slots if by_member else None)
+        ins = (axes, 0 if by_member else None)
+        return members.each(lambda both: fresh_values(both[0], both[1] if by_member else slots), given, ins, axes)
+
+    return of_all
 
 
 def _call(kind: Kind, array: Any, each: bool) -> Any:

@@ -12,20 +12,20 @@ everything when a step is traced with it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
+from statewise.batches import misfits, unfitting
 from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
-from statewise.paths import Leaf, format_path, format_shape
+from statewise.members import Membered
+from statewise.paths import Leaf, format_path
 from statewise.places import UNKNOWN, Places, places_of
 from statewise.plan import Plan
-from statewise.scan import spec_of
-from statewise.views import arrays_for, view
+from statewise.views import packed_for, unpacked_of, view
 
 __all__ = ["Part", "State"]
 
@@ -61,7 +61,7 @@ class Part:
         return self.lie
 
 
-class State:
+class State(Membered):
     """A plan with its arrays: a pytree that every JAX transform takes as it is.
 
     Made by `plan.take`; never changed in place.
@@ -110,7 +110,7 @@ class State:
         part = self.part(kind)
         check_unspent(self, [kind])
         if part._view is None:
-            part._view = view(self._plan, kind, self._plan._unpacked(kind, part.arrays))
+            part._view = view(self._plan, kind, unpacked_of(self._plan, kind, part.arrays))
         return part._view
 
     def __iter__(self) -> Any:
@@ -133,7 +133,8 @@ class State:
                 count = len(self._plan._specs[kind])
                 packed = f" in {len(part.arrays)}" if kind in self._plan._packing else ""
                 shown.append(f"{kind}: {count} arrays{packed}" + (" (spent)" if part.spent else ""))
-        return f"State({', '.join(shown)})"
+        many = "" if self._plan.members is None else f"an ensemble of {self._plan.members}: "
+        return f"State({many}{', '.join(shown)})"
 
     def part(self, kind: str) -> Part:
         """One kind's part.  For other rooms."""
@@ -170,8 +171,8 @@ class State:
         """
         made = list(self._parts)
         for kind, given in parts.items():
-            self.part(kind)
-            made[self._plan._index[kind]] = Part(self._plan._packed(kind, arrays_for(self._plan, kind, given)))
+            now = self.part(kind).arrays
+            made[self._plan._index[kind]] = Part(packed_for(self._plan, kind, given, now))
         state = make_state(self._plan, made)
         refuse_shared(state)
         return state
@@ -311,12 +312,6 @@ def _unflatten(plan: Plan, children: Iterable[Any]) -> State:
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
 
 
-_ONE_OF_A_BATCH = (
-    "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
-    "for other dtypes: state.cast(params='bfloat16')"
-)
-
-
 # --- what can be wrong with a state ----------------------------------------------------------------------------
 
 
@@ -352,22 +347,11 @@ def is_deleted(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
 
 
-def check_fits(state: State, kinds: Iterable[str], mend: str = _ONE_OF_A_BATCH) -> None:
+def check_fits(state: State, kinds: Iterable[str], mend: str | None = None) -> None:
     """Raises where a kind's arrays have not the shapes and dtypes of the plan (as inside `jax.vmap`, or after it)."""
-    plan = state._plan
-    odd = []
-    for kind in kinds:
-        for position, (spec, array) in enumerate(zip(plan._stored[kind], state.part(kind).arrays, strict=True)):
-            if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
-                found = spec_of(array)
-                note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
-                odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
+    odd = misfits(state._plan, {kind: state.part(kind).arrays for kind in kinds})
     if odd:
-        raise StructureError(
-            "The state's arrays are not as its plan has them.",
-            leaves=odd,
-            mend=mend,
-        )
+        raise unfitting(state._plan, {kind: state.part(kind).arrays for kind in state._plan.kinds}, odd, mend)
 
 
 def refuse_shared(state: State) -> None:

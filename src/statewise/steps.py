@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from statewise import _compat
 from statewise.arguments import Arguments, merged
@@ -28,10 +29,12 @@ from statewise.capture import Capture
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
+from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.lowered import Lowered, no_state
 from statewise.perdevice import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
 from statewise.plan import Plan
 from statewise.programs import program_of
+from statewise.scan import is_array
 from statewise.state import State
 from statewise.tracing import Eager, Traced, refuse_writes, trace
 
@@ -133,6 +136,10 @@ def train_step(
     )
 
 
+def _is_shape(thing: Any) -> bool:
+    return isinstance(thing, tuple) and all(isinstance(size, int) for size in thing)
+
+
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
@@ -188,6 +195,8 @@ class Step:
         if type(state) is not State:
             raise no_state(self._name, state)
         plan = state._plan
+        if plan._members is not None:
+            return self._call_on_member(state, args, kwargs)
         entry = self._only.get(plan)
         if entry is None and plan in self._recent:
             entry = self._recent[plan].get(args_key(args, kwargs, self._arguments, plan))
@@ -211,10 +220,39 @@ class Step:
         """
         if type(state) is not State:
             raise no_state(self._name, state)
+        if state._plan._members is not None:
+            raise self._not_mapped(state, args, "jax.jit({}).lower(state{})")
         with self._lock:
             entry = self._entry(state, args, kwargs)
             with entry.tracing():
                 return Lowered(entry, entry.lower(state, args, kwargs))
+
+    # --- ensembles ---------------------------------------------------------------------------------------------
+
+    def _call_on_member(self, state: State, args: Any, kwargs: Any) -> Any:
+        """Inside of `jax.vmap` the arrays are of one member, under the plan of the ensemble; what comes back too."""
+        if not is_of_one_member(state):
+            raise self._not_mapped(state, args, "{}(state{})")
+        one = as_one(state)
+        result = self(one, *args, **kwargs)
+        if not self._contract_of(one._plan, self._name).returns_state:
+            return result
+        after, out = result
+        return as_ensemble(state._plan._members, after), out
+
+    def _not_mapped(self, state: State, args: Any, call: str) -> StructureError:
+        single, count = single_of(state._plan), state._plan.members
+        names = [self._arguments.name_of(place, single._objects) for place in range(len(args))]
+        shapes = [jax.tree.leaves(jax.tree.map(jnp.shape, arg, is_leaf=is_array), is_leaf=_is_shape) for arg in args]
+        axes = [str(0 if of and all(shape[:1] == (count,) for shape in of) else None) for of in shapes]
+        gives = "(axes, 0)" if self._contract_of(single, self._name).returns_state else "0"
+        mapped = f"jax.vmap({self._name}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={gives})"
+        return StructureError(
+            f"{self._name} is a step of one model, and this state is of an ensemble of {count}.",
+            mend="axes = state.plan.axes()\n"
+            + call.format(mapped, "".join(f", {name}" for name in names))
+            + f"\nwhere an argument has an axis of {count}, one for each member, 0 in the place of its None",
+        )
 
     # --- a signature not seen before ---------------------------------------------------------------------------
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from statewise.casting import can_cast
+from statewise.batches import refuse_batch
 from statewise.copies import spread
+from statewise.counterparts import Found, difference, leaves_of
 from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
+from statewise.members import Axis
 from statewise.moving import moved
-from statewise.paths import Leaf, Path, format_path, format_shape
+from statewise.paths import Leaf, Path
 from statewise.placement import array_shardings, check_devices, copies_on, on_mesh, with_copies
 from statewise.plan import Plan
-from statewise.scan import ONE, Spec
+from statewise.scan import Spec
 from statewise.state import Part, State, check_fits, check_unspent, make_state
 
 __all__ = ["transfer"]
@@ -79,6 +81,8 @@ def transfer(
         mesh = _own_mesh(src._plan, plan)
     if mesh is not None:
         plan = _on_mesh(plan, into, mesh)
+    if into is not None:
+        refuse_batch(into)
     moves = _matched(src._plan, plan, names, cast is not False)
     devices = plan._copies.devices if plan._copies is not None else 0
     used = tuple(kind for kind in src._plan.kinds if any(move.kind == kind for move in moves))
@@ -90,7 +94,8 @@ def transfer(
     parts: dict[str, list[Any]] = {kind: [] for kind in names}
     for move in moves:
         place = places[move.to][len(parts[move.to])] if move.to in places else None
-        parts[move.to].append(_moved(taken[move.kind][move.position], move.spec, place, devices if move.spreads else 0))
+        count, axis = devices if move.spreads else 0, plan._axis(move.to, len(parts[move.to]))
+        parts[move.to].append(_moved(taken[move.kind][move.position], move.spec, place, count, axis))
     return _made(plan, into, parts, places)
 
 
@@ -174,30 +179,6 @@ def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) ->
 # --- what comes from where ---------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Found:
-    """A leaf, where its arrays stand, and how many values there are of each: one for each device, or 0."""
-
-    leaf: Leaf
-    specs: tuple[Spec, ...]
-    structure: Any
-    start: int
-    devices: int
-
-
-def _leaves(plan: Plan) -> Iterator[Found]:
-    """Every leaf of a plan, what is derived after those of its objects."""
-    copies = plan._copies
-    for row, span, leaf in zip(plan._rows, plan._spans, plan.leaves, strict=False):
-        each = copies is not None and not copies.of(row.kind).isdisjoint(range(span.start, span.stop))
-        yield Found(leaf, row.specs, row.structure, span.start, copies.devices if copies and each else 0)
-    derived = iter(plan.leaves[len(plan._rows) :])
-    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
-        for position, spec in enumerate(one.layout.specs, start):
-            each = copies is not None and position in copies.of(one.into)
-            yield Found(next(derived), (spec,), ONE, position, copies.devices if copies and each else 0)
-
-
 def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Move]:
     """The move of each array of these kinds, in the order of the target's parts.
 
@@ -205,9 +186,9 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
       StructureError: everything that does not fit, at once.
     """
     have: dict[Path, Found] = {}
-    for found in _leaves(src):
+    for found in leaves_of(src):
         have |= dict.fromkeys((found.leaf.path, *found.leaf.aliases), found)
-    wanted = [one for one in _leaves(plan) if one.leaf.kind in names]
+    wanted = [one for one in leaves_of(plan) if one.leaf.kind in names]
     numbered = _renumbering(src, plan, wanted, have)
     moves: dict[str, list[Move]] = {name: [] for name in names}
     odd: list[Leaf] = []
@@ -215,7 +196,7 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
     for one in wanted:
         paths = [numbered(path) for path in (one.leaf.path, *one.leaf.aliases)]
         sources = {id(have[path]): have[path] for path in paths if path in have}
-        note, mend = _difference(one, list(sources.values()), cast)
+        note, mend = difference(one, list(sources.values()), cast)
         if note:
             odd.append(dataclasses.replace(one.leaf, note=note))
             mends[mend] = None
@@ -270,41 +251,6 @@ def _object_of(src: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -
     return best
 
 
-_OTHER = "the models differ: plan the target's model as the source's was made"
-_CAST = "sw.transfer(src, target, cast=True)  # or a dtype"
-_MISSING = "name the kinds that the source has: sw.transfer(src, state, kinds=('params', 'stats'))"
-_TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
-
-
-def _difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, str]:
-    """What is in the way of one leaf, and the mend; nothing if nothing is."""
-    if not sources:
-        return "not in the source", _MISSING
-    if len(sources) > 1:
-        names = " and ".join(format_path(found.leaf.path) for found in sources)
-        return f"tied here, apart in the source as {names}", _TIED
-    (found,) = sources
-    if found.leaf.type is not one.leaf.type:
-        return f"is a {found.leaf.type.__name__} in the source", _OTHER
-    if found.structure != one.structure:
-        return "holds a value of another structure in the source", _OTHER
-    if found.devices and found.devices != one.devices:
-        has_mean = all(jnp.issubdtype(spec.dtype, jnp.inexact) for spec in found.specs)
-        how = "how='mean'), ...)  # or how='first'" if has_mean else "how='first'), ...)"
-        note = f"has a value of each of {found.devices} devices in the source"
-        return note, f"sw.transfer(src.fold({found.leaf.kind!r}, {how}"
-    pairs = list(zip(found.specs, one.specs, strict=True))
-    for theirs, ours in pairs:
-        if theirs.shape != ours.shape:
-            return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", _OTHER
-    for theirs, ours in pairs:
-        if theirs.dtype != ours.dtype and not can_cast(theirs.dtype, ours.dtype):
-            return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", _OTHER
-        if theirs.dtype != ours.dtype and not cast:
-            return f"is {theirs.dtype} in the source", _CAST
-    return "", ""
-
-
 def _refuse_abstract(src: State, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in src.part(kind).arrays):
         raise StructureError(
@@ -336,17 +282,17 @@ def _places(plan: Plan, into: State | None, names: Sequence[str], mesh: Any) -> 
     return places
 
 
-def _moved(array: Any, spec: Spec, place: Any, devices: int) -> Any:
+def _moved(array: Any, spec: Spec, place: Any, devices: int, axis: Axis) -> Any:
     """An array in another dtype and place, in memory of its own; one value for each device where there are some."""
     if isinstance(array, jax.core.Tracer):
         array = _as(array, spec.dtype)
-        array = spread(array, devices) if devices else array
+        array = spread(array, devices, axis=axis) if devices else array
         return array if place is None else jax.device_put(array, place)
     given = array = array if isinstance(array, jax.Array) else jnp.array(array)  # somebody mapped it to NumPy
     if spec.dtype.itemsize < array.dtype.itemsize:
         array = _as(array, spec.dtype)
     if devices:
-        array = spread(array, devices, place)
+        array = spread(array, devices, place, axis)
     elif place is not None:
         array = moved(array, place)
     array = _as(array, spec.dtype)

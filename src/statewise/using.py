@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise.errors import KindError
+from statewise.inside import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise.places import Places
 from statewise.plan import Plan
 from statewise.shadows import Average
@@ -31,6 +32,8 @@ def averages_in(plan: Plan, name: str) -> list[tuple[Average, int]]:
 
 def using(state: State, name: str) -> State:
     """See `State.using`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, using(as_one(state), name))
     plan = state._plan
     averages = averages_in(plan, name)
     if not averages:
@@ -68,6 +71,7 @@ def _replaced(state: State, from_: Sequence[str], into: Sequence[str], program: 
 @functools.lru_cache(maxsize=64)
 def _values(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
     """From the averages to the kinds that they are of."""
+    whole, plan = plan, single_of(plan)
 
     def values(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         shadows = plan._unpacked(name, tuple(parts[0]))
@@ -78,12 +82,14 @@ def _values(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
             made.append(plan._packed(average.kind, tuple(arrays)))
         return made
 
-    return _compiled(values, places)
+    outs = [average.kind for average, _ in averages_in(plan, name)]
+    return _compiled(for_each_member(whole, values, [name], outs), places)
 
 
 @functools.lru_cache(maxsize=64)
 def _starts(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
     """From the kinds that are averaged to fresh averages."""
+    whole, plan = plan, single_of(plan)
 
     def starts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         fresh: list[Any] = []
@@ -91,7 +97,8 @@ def _starts(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
             fresh += average.init(plan._unpacked(average.kind, tuple(part)))
         return [plan._packed(name, tuple(fresh))]
 
-    return _compiled(starts, places)
+    ins = [average.kind for average, _ in averages_in(plan, name)]
+    return _compiled(for_each_member(whole, starts, ins, [name]), places)
 
 
 def _compiled(fn: Any, places: tuple[Places | None, ...]) -> Any:

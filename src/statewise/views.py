@@ -22,7 +22,7 @@ from statewise.plan import Plan
 from statewise.scan import Spec, raw_value, spec_of, value_of
 from statewise.shadows import Average
 
-__all__ = ["arrays_for", "view"]
+__all__ = ["arrays_for", "packed_for", "unpacked_of", "view"]
 
 
 def view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
@@ -43,6 +43,37 @@ def view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
         for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True)
     }
     return {"objects": objects, **views} if flat else views
+
+
+def unpacked_of(plan: Plan, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A kind's arrays in the order of the plan, of an ensemble or, inside of `jax.vmap`, of one member."""
+    members = plan._members
+    return (plan if members is None or not _of_one(plan, kind, part) else members.single)._unpacked(kind, part)
+
+
+def _of_one(plan: Plan, kind: str, part: Sequence[Any]) -> bool:
+    """Whether a part of an ensemble's plan holds the arrays of one member."""
+    assert plan._members is not None, "asked of an ensemble"
+    ones = plan._members.single._stored[kind]
+    pairs = zip(part, ones, plan._slot_axes[kind], strict=True)
+    return any(getattr(array, "shape", None) == one.shape for array, one, axis in pairs if axis is not None)
+
+
+def packed_for(plan: Plan, kind: str, given: Any, part: Sequence[Any]) -> tuple[Any, ...]:
+    """What stands in the slots of a kind's part, of what is given in the place of its view.
+
+    Args:
+      plan: the plan.
+      kind: the kind.
+      given: what is given.
+      part: what stands there now; inside of `jax.vmap` it is of one member, and so is what replaces it.
+
+    Raises:
+      StructureError: leaves missing, left over, of another shape or dtype, or donated; all are listed.
+    """
+    if plan._members is not None and _of_one(plan, kind, part):
+        plan = plan._members.single
+    return plan._packed(kind, arrays_for(plan, kind, given))
 
 
 def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:

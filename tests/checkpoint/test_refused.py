@@ -129,7 +129,8 @@ def test_a_target_that_is_a_batch_of_states(tmp_path: pathlib.Path) -> None:
         sw.StructureError,
         "The state's arrays are not as its plan has them.",
         leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) float32)"],
-        mend="take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
+        mend="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
+        "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')",
     ):
         sw.restore(tmp_path / "run", jax.tree.map(lambda array: jnp.stack([array] * 4), state))

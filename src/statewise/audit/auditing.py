@@ -20,6 +20,7 @@ from statewise.audit.rows import Audit, LeafAudit
 from statewise.averaging import averagings
 from statewise.contracts import Contract
 from statewise.errors import StructureError, UndeclaredWriteError
+from statewise.inside import as_one, is_of_one_member
 from statewise.kinds import Kinds
 from statewise.lowered import no_state
 from statewise.packing import Buffer
@@ -42,7 +43,8 @@ def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: A
 
     Args:
       step: what `sw.step` or `sw.train_step` made; or a plain function of objects, as people write under `nnx.jit`.
-      state: a state, or an abstract one (`plan.abstract()`).  For a plain function also a model, or a tuple or list of
+      state: a state, or an abstract one (`plan.abstract()`); of an ensemble, where the step sees one member and its
+        arguments.  For a plain function also a model, or a tuple or list of
         objects: they are planned by `Kinds.standard()`, and left as they are.
       *args: the step's other arguments; `jax.ShapeDtypeStruct` will do for arrays.
       **kwargs: the same by name.
@@ -70,6 +72,8 @@ def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: A
       params       4     4        4               4              -        4        4  yes    -
       stats        2     2        2               -              -        2        2  yes    -
     """
+    if type(state) is State and state._plan._members is not None:
+        state = as_one(state) if is_of_one_member(state) else state._plan._members.single.abstract()
     if isinstance(step, Step):
         if type(state) is not State:
             raise no_state(step._name, state)

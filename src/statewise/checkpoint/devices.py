@@ -9,18 +9,33 @@ to each.
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from statewise.averages import EMA
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.copies import spread
+from statewise.members import Axis, Members, place_of, shrunk
 from statewise.paths import Path
 from statewise.placements import PLACEMENTS, PerDevice
 from statewise.plan import Plan
 
-__all__ = ["EACH", "Resized", "devices_of", "resize", "resized", "shape_of_one"]
+__all__ = [
+    "EACH",
+    "MEMBERS",
+    "Resized",
+    "devices_of",
+    "members_of",
+    "placement_of",
+    "resize",
+    "resized",
+    "shape_of_member",
+    "shape_of_one",
+]
 
 EACH = "per_device"
+# Of an ensemble's array: {"number": 8, "axis": 0}, and per_device in there.
+MEMBERS = "members"
 
 
 class Resized(NamedTuple):
@@ -37,14 +52,43 @@ class Resized(NamedTuple):
     words: str
 
 
+def members_of(array: ArrayRecord) -> tuple[int, int] | None:
+    """How many members of an ensemble an array holds, and along which axis; None where it holds one value for all."""
+    found = array.placement.get(MEMBERS) if array.placement else None
+    return None if found is None else (int(found["number"]), int(found["axis"]))
+
+
 def devices_of(array: ArrayRecord) -> int:
     """How many devices have a value of their own; 0 where there is one value for all."""
-    return int(array.placement[EACH]) if array.placement and EACH in array.placement else 0
+    where = (array.placement or {}).get(MEMBERS, array.placement)
+    return int(where[EACH]) if where and EACH in where else 0
+
+
+def shape_of_member(array: ArrayRecord) -> tuple[int, ...]:
+    """The shape of one member's array; of one model's that of the array itself."""
+    found = members_of(array)
+    return shrunk(array.shape, None if found is None else found[1])
 
 
 def shape_of_one(array: ArrayRecord) -> tuple[int, ...]:
-    """The shape of one device's value."""
-    return array.shape[1:] if devices_of(array) else array.shape
+    """The shape of one device's value, in an ensemble of one member's."""
+    shape = shape_of_member(array)
+    return shape[1:] if devices_of(array) else shape
+
+
+def placement_of(devices: int, members: Members | None, axis: Axis, rank: int) -> dict[str, Any] | None:
+    """What a manifest says of an array's leading axes; None where it has none.
+
+    Args:
+      devices: how many devices have a value of their own, or 0.
+      members: the members, where the plan is of an ensemble.
+      axis: of the members in the array.
+      rank: of how many dimensions the array is.
+    """
+    each = {EACH: devices} if devices else {}
+    if members is None or axis is None:
+        return each or None
+    return {MEMBERS: {"number": members.number, "axis": place_of(axis, rank), **each}}
 
 
 def resize(plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord) -> Resized | tuple[str, str] | None:
@@ -90,8 +134,11 @@ def _declared(plan: Plan, record: LeafRecord, ours: ArrayRecord) -> str:
     return placement.resize if isinstance(placement, PerDevice) else "error"
 
 
-def resized(array: Any, change: Resized, sharding: Any) -> Any:
-    """The array on its new devices."""
+def resized(array: Any, change: Resized, sharding: Any, axis: Axis = None) -> Any:
+    """The array on its new devices; of an ensemble for each member, along this axis."""
+    if axis is not None:
+        made = jax.vmap(lambda one: resized(one, change, None), in_axes=axis, out_axes=axis)(jnp.asarray(array))
+        return made if sharding is None else jax.device_put(made, sharding)
     if change.how == "mean":
         array = jnp.mean(jnp.asarray(array), axis=0)
     elif change.how == "first":

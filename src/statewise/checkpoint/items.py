@@ -15,6 +15,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from statewise import _compat
+from statewise.batches import refuse_batch
 from statewise.checkpoint.handler import Saving, StateHandler
 from statewise.checkpoint.report import RestoreReport
 from statewise.checkpoint.restoring import restore
@@ -36,6 +37,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
       cast: whether a restore may change dtypes.
       layout: `named` or `packed`.
       report: what the last restore did; None before.
+      members: which members of an ensemble a restore takes; None for all, as they are.
 
     Example:
       >>> from flax import nnx
@@ -51,6 +53,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
     cast: bool = False
     layout: str = "named"
     report: RestoreReport | None = None
+    members: Any = None
 
     @property
     def saving(self) -> Saving:
@@ -59,7 +62,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
     def restored(self, directory: Any) -> State:
         """Restores into `state` and gives it back.  For Orbax's handler."""
-        self.state, self.report = restore(directory, self.state, only=self.only, cast=self.cast)
+        self.state, self.report = restore(directory, self.state, only=self.only, cast=self.cast, members=self.members)
         return self.state
 
     # --- Orbax's newer interface: an object that saves and loads itself ----------------------------------------
@@ -92,6 +95,7 @@ def checkpointable(
     only: str | Sequence[str] | None = None,
     cast: bool = False,
     layout: str = "named",
+    members: int | Sequence[int | None] | Any = None,
 ) -> Checkpointable:
     """A state as an item inside Orbax's own managers, to save it there or to restore into it.
 
@@ -100,13 +104,14 @@ def checkpointable(
       only: the kinds; by default all that are `saved`.
       cast: whether a restore may change dtypes.
       layout: `"named"` or `"packed"`.
+      members: to restore: which members of an ensemble, as `sw.restore` takes it.
 
     Returns:
       what stands for the state in `ocp.args.Composite(...)`, or among the checkpointables of `orbax.checkpoint.v1`.
       After a restore its `state` and `report` tell what came back.
 
     Raises:
-      StructureError: it is no state.
+      StructureError: it is no state, or a batch of states under the plan of one.
       KindError: `only` names a kind that is not there, or one that is never saved.
 
     Example:
@@ -131,6 +136,7 @@ def checkpointable(
             f"sw.checkpointable wants a state, not {type(state).__name__}.",
             mend="sw.checkpointable(plan.take(model))",
         )
+    refuse_batch(state)
     check_layout(layout)
     names = None if only is None else kinds_to_save(state, only)
-    return Checkpointable(state, names, cast, layout)
+    return Checkpointable(state, names, cast, layout, members=members)

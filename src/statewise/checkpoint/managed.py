@@ -254,6 +254,7 @@ class Checkpoints:
         only: str | Sequence[str] | None = None,
         cast: bool = False,
         extra: str | Sequence[str] | Mapping[str, Any] = (),
+        members: int | Sequence[int | None] | Any = None,
     ) -> Restored:
         """Restores a step into a new state, as `sw.restore` does; waits for a step that is still being written.
 
@@ -264,6 +265,7 @@ class Checkpoints:
           cast: allows other dtypes.
           extra: names of extra items that were saved as JSON; or, by name, the `ocp.args.CheckpointArgs` to restore
             them with.
+          members: which members of an ensemble, as `sw.restore` takes it.
 
         Raises:
           RestoreError: there is no such step or item, or target and checkpoint disagree.
@@ -282,15 +284,22 @@ class Checkpoints:
                 f"Step {step} has no item {missing[0]!r}.",
                 mend="one of: " + ", ".join(sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())),
             )
-        state, report = restore(path, target, only=only, cast=cast)
+        state, report = restore(path, target, only=only, cast=cast, members=members)
         items = dict(self._manager.restore(step, args=ocp.args.Composite(**asked)).items()) if asked else {}
         return Restored(state, report, step, items)
 
     def preview(
-        self, target: State | Any, /, *, step: int | None = None, only: Any = None, cast: bool = False
+        self,
+        target: State | Any,
+        /,
+        *,
+        step: int | None = None,
+        only: Any = None,
+        cast: bool = False,
+        members: Any = None,
     ) -> RestoreReport:
         """What `restore` would do; see `sw.preview`."""
-        return preview(self.path(step), target, only=only, cast=cast)
+        return preview(self.path(step), target, only=only, cast=cast, members=members)
 
     def inspect(self, step: int | None = None) -> Census:
         """The census of a step; see `sw.inspect`."""

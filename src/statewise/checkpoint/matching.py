@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from statewise.averages import EMA
 from statewise.casting import can_cast
 from statewise.checkpoint.bulk import no_collection
-from statewise.checkpoint.devices import Resized, devices_of, resize, shape_of_one
+from statewise.checkpoint.devices import Resized, devices_of, members_of, resize, shape_of_one
 from statewise.checkpoint.keys import PathId, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
+from statewise.checkpoint.regrouping import Regrouped, asked_members, regroup
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
 from statewise.paths import Path, format_path, format_shape
 from statewise.state import State, is_deleted
@@ -33,13 +34,13 @@ def _ids(paths: Collection[Path]) -> set[PathId]:
 class Source(NamedTuple):
     """A leaf of the target and the record of it in a checkpoint: the own one's (0) or its base (1).
 
-    `changes` tells of each of its arrays what becomes of it on another number of devices.
+    `changes` tells of each of its arrays what becomes of it on another number of devices, or of members.
     """
 
     placed: Placed
     record: LeafRecord
     checkpoint: int
-    changes: tuple[Resized | None, ...] = ()
+    changes: tuple[Resized | Regrouped | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +69,14 @@ def kinds_to_restore(state: State, only: str | Sequence[str] | Any) -> tuple[str
 
 
 class _Matcher:
-    def __init__(self, state: State, manifests: Sequence[Manifest], only: Any, cast: bool) -> None:
+    def __init__(self, state: State, manifests: Sequence[Manifest], only: Any, cast: bool, members: Any) -> None:
         self.plan = state.plan
         self.state = state
         self.manifests = manifests
         self.kinds = kinds_to_restore(state, only)
         self.all = only is None
         self.cast = cast
+        self.members = asked_members(self.plan, manifests, members)
         self.saved = [manifest.by_id() for manifest in manifests]
         self.done: list[RestoredLeaf] = []
         self.only = only
@@ -100,6 +102,8 @@ class _Matcher:
     def with_values(self) -> str:
         """The mend for a target that has to have values."""
         options = ("" if self.only is None else f", only={self.only!r}") + (", cast=True" if self.cast else "")
+        if self.members is not None:
+            options += f", members={self.members if isinstance(self.members, int) else list(self.members)}"
         return f"restore into a state with values: sw.restore(path, plan.take(model){options})"
 
     def run(self) -> None:
@@ -202,13 +206,15 @@ class _Matcher:
     def compare(self, placed: Placed, there: LeafRecord, checkpoint: int) -> None:
         record = placed.record
         wide = [ours.dtype for ours in record.arrays if ours.prng is None and self.is_too_wide(ours.dtype)]
-        if not wide and _is_alike(record, there):  # as nearly all are: what follows looks for the difference
+        if (
+            not wide and self.members is None and _is_alike(record, there)
+        ):  # as nearly all are: what follows looks for the difference
             self.say(record, "restored", "from the base" if checkpoint else "")
             self.sources.append(Source(placed, there, checkpoint, (None,) * len(record.arrays)))
             return
         words = _differences(record, there)
-        changes = self.resize(record, there)
-        words += [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized)]
+        changes = self.changed(record, there)
+        words += [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized | Regrouped)]
         if wide:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
@@ -224,9 +230,14 @@ class _Matcher:
             why = ", ".join(word for word, _ in words)
             self.say(record, "problem", f"is {why} in the checkpoint{end}", [mend for _, mend in words])
             return
-        onto = list(dict.fromkeys(one.words for one in changes if isinstance(one, Resized)))
+        lacking = self.lacking(placed, changes)
+        if lacking:
+            self.say(record, "problem", lacking, [self.with_values()])
+            return
+        onto = list(dict.fromkeys(one.words for one in changes if one is not None))
         if onto:
-            self.say(record, "resized", ", ".join([*onto, *["from the base"] * checkpoint]))
+            outcome: Outcome = "resized" if any(isinstance(one, Resized) for one in changes) else "regrouped"
+            self.say(record, outcome, ", ".join([*onto, *["from the base"] * checkpoint]))
         elif recast:
             casts = dict.fromkeys(f"from {theirs.dtype} to {ours.dtype}" for ours, theirs in recast)
             self.say(record, "cast", ", ".join([*casts, *["from the base"] * checkpoint]))
@@ -240,11 +251,22 @@ class _Matcher:
             self.wide[dtype] = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) != jnp.dtype(dtype)
         return self.wide[dtype]
 
-    def resize(self, record: LeafRecord, there: LeafRecord) -> list[Any]:
-        """What becomes of each array on another number of devices; words where nothing can."""
+    def changed(self, record: LeafRecord, there: LeafRecord) -> list[Any]:
+        """What becomes of each array on another number of devices, or of members; words where nothing can."""
         if not _same_structure(record, there):
             return [None] * len(record.arrays)
-        return [resize(self.plan, record, *pair) for pair in zip(record.arrays, there.arrays, strict=True)]
+        return [
+            regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
+            for pair in zip(record.arrays, there.arrays, strict=True)
+        ]
+
+    def lacking(self, placed: Placed, changes: Sequence[Any]) -> str:
+        """What is in the way where members that the checkpoint lacks are to keep values, and have none."""
+        lacks = [one.lacks for one in changes if isinstance(one, Regrouped) and one.lacks]
+        if not lacks or self.plan.kinds[placed.record.kind].missing == "restart":
+            return ""
+        lost = self.lost(placed)
+        return lost and f"members {', '.join(map(str, lacks[0]))} are not in the checkpoint, and {lost}"
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
@@ -274,6 +296,7 @@ def _is_alike(record: LeafRecord, there: LeafRecord) -> bool:
         and ours.prng == theirs.prng
         and ours.within == theirs.within
         and devices_of(ours) == devices_of(theirs)
+        and members_of(ours) == members_of(theirs)
         for ours, theirs in zip(record.arrays, there.arrays, strict=True)
     )
 
@@ -327,9 +350,16 @@ def _recast(record: LeafRecord, there: LeafRecord) -> list[tuple[ArrayRecord, Ar
 
 
 @no_collection()
-def match(path: Any, manifests: Sequence[Manifest], state: State, only: str | Sequence[str] | Any, cast: bool) -> Match:
+def match(
+    path: Any,
+    manifests: Sequence[Manifest],
+    state: State,
+    only: str | Sequence[str] | Any,
+    cast: bool,
+    members: Any = None,
+) -> Match:
     """Compares a target with a checkpoint, and its base if it has one."""
-    matcher = _Matcher(state, manifests, only, cast)
+    matcher = _Matcher(state, manifests, only, cast, members)
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
     mends = tuple(_mend(words, declared) for words, declared in matcher.mends.items())

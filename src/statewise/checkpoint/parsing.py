@@ -19,7 +19,7 @@ import numpy as np
 
 from statewise import _compat
 from statewise.checkpoint.bulk import no_collection
-from statewise.checkpoint.devices import EACH
+from statewise.checkpoint.devices import EACH, MEMBERS
 from statewise.checkpoint.files import HASHED
 from statewise.checkpoint.keys import decode_path, dtype_of, encode_path
 from statewise.checkpoint.manifest import (
@@ -34,6 +34,7 @@ from statewise.checkpoint.manifest import (
     content_text,
 )
 from statewise.errors import DamagedError
+from statewise.members import shrunk
 from statewise.paths import Path
 
 __all__ = ["is_plain_file", "read_manifest"]
@@ -264,11 +265,23 @@ def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
         _need(isinstance(placement, dict), "a placement is none")
         each = placement.get(EACH)
         _need(EACH not in placement or (type(each) is int and shape[:1] == (each,)), _NOT_EACH)
+        _need(MEMBERS not in placement or (EACH not in placement and _has_members(placement[MEMBERS], shape)), _NOT_ALL)
     within = _path(one["within"]) if one["within"] != [] else ()
     return ArrayRecord(within, shape, dtype, prng, stored, key, buffer, _place(one["sums"]), placement)
 
 
 _NOT_EACH = "an array has not a value for each device"
+_NOT_ALL = "an array has not a value for each member"
+
+
+def _has_members(members: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape may hold these members."""
+    if not isinstance(members, dict) or not {"number", "axis"} <= set(members) <= {"number", "axis", EACH}:
+        return False
+    if not all(type(value) is int for value in members.values()) or not 0 <= members["axis"] < len(shape):
+        return False
+    one = shrunk(shape, members["axis"])
+    return shape[members["axis"]] == members["number"] > 0 and (EACH not in members or one[:1] == (members[EACH],))
 
 
 def _shape(value: Any) -> tuple[int, ...]:

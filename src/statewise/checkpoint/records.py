@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from statewise.checkpoint.devices import EACH
+from statewise.checkpoint.devices import placement_of
 from statewise.checkpoint.keys import dtype_name, prng_of, type_name
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.derived import keys_within
@@ -44,7 +44,8 @@ _known: weakref.WeakKeyDictionary[Plan, tuple[Placed, ...]] = weakref.WeakKeyDic
 def records_of(plan: Plan) -> tuple[Placed, ...]:
     """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored.
 
-    What lies per device has the shape that a state holds, and says for how many devices.
+    What lies per device has the shape that a state holds, and says for how many devices; so with the members of an
+    ensemble.
     """
     plan = with_copies(plan._plain, plan._copies)
     found = _known.get(plan)
@@ -61,7 +62,7 @@ def _records(plan: Plan) -> list[Placed]:
         specs = plan._held[span.kind][span.start : span.stop]
         each = plan._copies.of(span.kind) if plan._copies else ()
         arrays = tuple(
-            _record(within, spec, plan._copies.devices if plan._copies and at in each else 0)
+            _record(plan, span.kind, at, within, spec, plan._copies.devices if plan._copies and at in each else 0)
             for at, (within, spec) in enumerate(
                 zip(keys_within(row.structure, len(specs)), specs, strict=True), span.start
             )
@@ -74,12 +75,12 @@ def _records(plan: Plan) -> list[Placed]:
             leaf = next(leaves)
             copies = plan._copies
             devices = copies.devices if copies and position in copies.of(one.into) else 0
-            array = _record((), plan._held[one.into][position], devices)
+            array = _record(plan, one.into, position, (), plan._held[one.into][position], devices)
             placed.append(Placed(LeafRecord(leaf.path, one.into, type_name(jax.Array), None, (array,)), position))
     return placed
 
 
-def _record(within: Path, spec: Spec, devices: int = 0) -> ArrayRecord:
+def _record(plan: Plan, kind: str, position: int, within: Path, spec: Spec, devices: int) -> ArrayRecord:
     prng = prng_of(spec.dtype)
     stored: tuple[tuple[int, ...], str] | None = None
     if prng is not None:
@@ -87,7 +88,7 @@ def _record(within: Path, spec: Spec, devices: int = 0) -> ArrayRecord:
         stored = (words.shape, str(words.dtype))
     elif str(spec.dtype) not in _STORABLE:
         stored = (spec.shape, "uint8")
-    placement = {EACH: devices} if devices else None
+    placement = placement_of(devices, plan._members, plan._axis(kind, position), len(spec.shape))
     return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored, placement=placement)
 
 

@@ -15,7 +15,7 @@ from statewise.tables import Shown, Table, leaf_dict
 
 __all__ = ["Outcome", "RestoreReport", "RestoredLeaf"]
 
-Outcome = Literal["restored", "cast", "resized", "kept", "restarted", "problem"]
+Outcome = Literal["restored", "cast", "resized", "regrouped", "kept", "restarted", "problem"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class RestoredLeaf:
     Attributes:
       leaf: the leaf, of the target; of the checkpoint where the target has none.
       outcome: `restored`; `cast`, restored into another dtype; `resized`, per device and onto other devices;
-        `kept`, the target's own value; `restarted`, a fresh one; `problem`, which no restore gets past.
+        `regrouped`, of other members of an ensemble; `kept`, the target's own value; `restarted`, a fresh one;
+        `problem`, which no restore gets past.
       why: what there is to say of it; empty for what was simply restored.
 
     Example:

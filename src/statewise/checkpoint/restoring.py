@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise.averages import EMA
 from statewise.census import Census
-from statewise.checkpoint.devices import resized
+from statewise.checkpoint.beginning import begin_averages, fresh_values, own_arrays, own_members
+from statewise.checkpoint.devices import Resized, members_of, resized
 from statewise.checkpoint.finding import as_path, find, find_with_base
 from statewise.checkpoint.foreign import foreign_leaves, is_foreign
 from statewise.checkpoint.keys import dtype_of
@@ -23,15 +23,14 @@ from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
 from statewise.checkpoint.parsing import read_manifest
 from statewise.checkpoint.reading import read_arrays
-from statewise.checkpoint.records import unpacked
+from statewise.checkpoint.regrouping import regrouped
 from statewise.checkpoint.report import RestoreReport
 from statewise.errors import RestoreError, StructureError
-from statewise.paths import Leaf, format_shape
-from statewise.state import State, check_fits, is_deleted
+from statewise.paths import Leaf
+from statewise.state import State, check_fits
 from statewise.tables import count_leaves
-from statewise.using import averages_in
 
-__all__ = ["inspect", "leaves_on_disk", "preview", "restore"]
+__all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
 
 
 def restore(
@@ -41,6 +40,7 @@ def restore(
     only: str | Sequence[str] | Any = None,
     cast: bool = False,
     base: Any = None,
+    members: int | Sequence[int | None] | Any = None,
 ) -> tuple[State, RestoreReport]:
     """Reads a checkpoint into a new state, exactly, or says why not.
 
@@ -51,6 +51,9 @@ def restore(
       only: the kinds to restore, `("params",)` say; by default all that are `saved`.
       cast: allows other dtypes, floating-point to floating-point and integer to integer; the report lists them.
       base: where the checkpoint's base is, if it was moved since.
+      members: which members of an ensemble: for each member of the target the number of the checkpoint's, or None where
+        it gets none (it is then kept, or restarted where the kind says `missing="restart"`); into one model the number
+        of one.  A checkpoint of one model has the member 0.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
@@ -72,11 +75,12 @@ def restore(
       >>> print(report.table().title.split()[0], report.ok, state["params"]["kernel"].shape)
       restore True (2, 3)
     """
-    folders, manifests, found = _matched(path, target, only, cast, base)
+    folders, manifests, found = _matched(path, target, only, cast, base, members)
     found.report.raise_problems()
-    fresh = _fresh(found, target)
+    fresh = fresh_values(found.restarted, target)
+    own = own_members(found, target)
     arrays = _read(folders, manifests, found, target)
-    return _state(found, target, arrays, fresh), found.report
+    return _state(found, target, arrays, fresh, own), found.report
 
 
 def preview(
@@ -86,6 +90,7 @@ def preview(
     only: str | Sequence[str] | Any = None,
     cast: bool = False,
     base: Any = None,
+    members: int | Sequence[int | None] | Any = None,
 ) -> RestoreReport:
     """What `sw.restore` would do with the same arguments; reads no array, and raises for no disagreement.
 
@@ -107,7 +112,7 @@ def preview(
       >>> [str(leaf) for leaf in sw.preview(f"{folder}/first", sw.plan(wider).abstract()).problems][1]
       'kernel: Param(2, 4) float32  kind=params  (is (2, 3) in the checkpoint)'
     """
-    return _matched(path, target, only, cast, base)[2].report
+    return _matched(path, target, only, cast, base, members)[2].report
 
 
 def inspect(path: Any) -> Census:
@@ -126,7 +131,7 @@ def inspect(path: Any) -> Census:
       >>> sw.inspect(f"{folder}/first")["params"].elements
       9
     """
-    return Census(count_leaves(*leaves_on_disk(path)))
+    return Census(count_leaves(*leaves_on_disk(path)), members_on_disk(path))
 
 
 def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
@@ -141,6 +146,15 @@ def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
         for name, kind in manifest.kinds.items()
     }
     return list(map(_as_in_models, manifest.leaves)), treatments
+
+
+def members_on_disk(path: Any) -> int | None:
+    """How many members the ensemble of a checkpoint has; None for one of one model, or of another format."""
+    path = as_path(path)
+    if is_foreign(path):
+        return None
+    found = (members_of(array) for _, array in read_manifest(find(path)).arrays())
+    return next((one[0] for one in found if one is not None), None)
 
 
 def _as_in_models(record: LeafRecord) -> Leaf:
@@ -159,7 +173,7 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 
 
 def _matched(
-    path: Any, target: State | Any, only: str | Sequence[str] | Any, cast: bool, base: Any
+    path: Any, target: State | Any, only: str | Sequence[str] | Any, cast: bool, base: Any, members: Any
 ) -> tuple[list[Any], list[Manifest], Match]:
     if not isinstance(target, State):
         raise StructureError(
@@ -173,7 +187,7 @@ def _matched(
         )
     check_fits(target, target.plan.kinds)
     folders, manifests = find_with_base(path, base)
-    return folders, manifests, match(path, manifests, target, only, cast)
+    return folders, manifests, match(path, manifests, target, only, cast, members)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -211,64 +225,10 @@ def _default_sharding() -> Any:
 # --- the new state -----------------------------------------------------------------------------------------------
 
 
-def _own(target: State, kind: str) -> tuple[Any, ...]:
-    """The target's arrays, in the order of the plan; shapes in the place of those that share a donated buffer."""
-    if kind in target.plan._packing and any(map(is_deleted, target.part(kind).arrays)):
-        return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in target.plan._specs[kind])
-    return unpacked(target, kind)
-
-
-def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
-    """Fresh values, by kind and position, of the leaves that are restarted."""
-    fresh = {}
-    odd = []
-    own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in found.restarted}}
-    for placed in found.restarted:
-        record = placed.record
-        if target.plan.kinds[record.kind].of is EMA:
-            continue  # averages begin as what is restored
-        restart = target.plan.kinds[record.kind].restart
-        current = own[record.kind]
-        for position in range(placed.start, placed.start + len(record.arrays)):
-            value = current[position]
-            sharding = getattr(value, "sharding", None)
-            if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
-                value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
-            each = target.plan._copies is not None and position in target.plan._copies.of(record.kind)
-            made = jnp.asarray(jax.vmap(restart)(value) if each else restart(value))
-            if (made.shape, made.dtype) != (value.shape, value.dtype):
-                odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
-            else:
-                # A copy: `restart` may give back the target's own array, or the same for several leaves.
-                fresh[record.kind, position] = jax.device_put(jnp.array(made, dtype=value.dtype), sharding)
-    if odd:
-        kinds = ", ".join(repr(kind) for kind in dict.fromkeys(leaf.kind for leaf in odd))
-        raise RestoreError(
-            f"The restart of kind {kinds} changes shapes or dtypes.",
-            leaves=odd,
-            kind=odd[0].kind,
-            mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
-        )
-    return fresh
-
-
-def _begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) -> None:
-    """Averages that are restarted begin as copies of what they are of, as it was restored."""
-    plan = target.plan
-    wanted = [placed for placed in found.restarted if plan.kinds[placed.record.kind].of is EMA]
-    own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in wanted}}
-    for placed in wanted:
-        kind, position = placed.record.kind, placed.start
-        average, start = next(
-            (one, start) for one, start in averages_in(plan, kind) if position - start < len(one.layout.specs)
-        )
-        spec, of = plan._specs[kind][position], plan._params_of(average)[position - start : position - start + 1]
-        value = jnp.zeros(spec.shape, spec.dtype)  # of nothing: a count
-        for source, at in of:
-            there = new.get(source, {})
-            value = jnp.array(there[at] if at in there else _own(target, source)[at], dtype=spec.dtype)
-        sharding = getattr(own[kind][position], "sharding", None)
-        new.setdefault(kind, {})[position] = jax.device_put(value, sharding)
+def _sharding_at(target: State, kind: str, position: int) -> Any:
+    """Where an array of the target lies; of one that is packed nobody can tell."""
+    packed = kind in target.plan._packing
+    return None if packed else getattr(target.part(kind).arrays[position], "sharding", None)
 
 
 def _fits(array: Any, made: Any) -> bool:
@@ -281,7 +241,13 @@ def _fits(array: Any, made: Any) -> bool:
     return not bool(jnp.any(jnp.isfinite(array) & ~jnp.isfinite(made)))
 
 
-def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: Mapping[tuple[str, int], Any]) -> State:
+def _state(
+    found: Match,
+    target: State,
+    arrays: Sequence[Sequence[Any]],
+    fresh: Mapping[tuple[str, int], Any],
+    own_members: Mapping[tuple[str, int], Any],
+) -> State:
     plan = target.plan
     new: dict[str, dict[int, Any]] = {}
     lost: list[Leaf] = []
@@ -294,8 +260,10 @@ def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: 
                     lost.append(source.placed.record.leaf(f"{array.dtype} numbers that have no place in {ours.dtype}"))
                 array = made
             at, change = source.placed.start + offset, source.changes[offset]
-            if change is not None:
-                array = resized(array, change, getattr(target.part(kind).arrays[at], "sharding", None))
+            if isinstance(change, Resized):
+                array = resized(array, change, _sharding_at(target, kind, at), plan._axis(kind, at))
+            elif change is not None:
+                array = regrouped(array, change, own_members.get((kind, at)), _sharding_at(target, kind, at))
             new.setdefault(kind, {})[at] = array
     if lost:
         raise RestoreError(
@@ -305,11 +273,11 @@ def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: 
         )
     for (kind, position), array in fresh.items():
         new.setdefault(kind, {})[position] = array
-    _begin_averages(found, target, new)
+    begin_averages(found, target, new)
     parts = []
     for kind in plan.kinds:
         made, count = new.get(kind, {}), len(plan._specs[kind])
-        own = _own(target, kind) if len(made) < count else ()
+        own = own_arrays(target, kind) if len(made) < count else ()
         # What keeps its value is copied: a later step on one of the two states must not spend the other.
         values = [made[at] if at in made else jnp.copy(own[at]) for at in range(count)]
         parts.append(plan._packed(kind, tuple(values)))

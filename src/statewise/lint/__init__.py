@@ -5,7 +5,7 @@ every checkpoint.  Each trap is one small function with a name and a reason; `TR
 or traced, apart from the layout of an optimizer's state; arrays are read in few calls (`reading`).
 
 The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the traps by theme:
-`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`.
+`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`, `members` (of an ensemble).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from statewise.errors import KindError
 from statewise.kinds import Kinds
-from statewise.lint import arrays, declared, leaf_types, modes, optimizing, values
+from statewise.lint import arrays, declared, leaf_types, members, modes, optimizing, values
 from statewise.lint.finding import Finding, Findings, Trap
 from statewise.lint.subject import look
 
@@ -28,6 +28,7 @@ TRAPS: tuple[Trap, ...] = (
     *declared.TRAPS,
     *optimizing.TRAPS,
     *modes.TRAPS,
+    *members.TRAPS,
 )
 
 
@@ -41,7 +42,8 @@ def lint(
 
     Args:
       *objects: a module, or several objects (a model, its `nnx.Optimizer`, an `nnx.EMA`), concrete or abstract; or one
-        plan or one state, with the kinds and optimizers that it has.  Kinds are also taken as the second argument.
+        plan or one state, with the kinds and optimizers that it has (of an ensemble each member is looked at).  Kinds
+        are also taken as the second argument.
       kinds: the kinds that the program declares, `Kinds.standard()` if None; a plan and a state have their own.
       ignore: the codes of traps that are not looked for, one or several.
       decode_length: how many tokens are to be decoded, for caches that are too small for them.
@@ -73,5 +75,10 @@ def lint(
     codes = [trap.code for trap in TRAPS]
     for code in sorted(left_out.difference(codes)):
         raise KindError(f"There is no trap {code!r}.", mend=f"one of: {', '.join(codes)}")
+    traps = [trap for trap in TRAPS if trap.code not in left_out]
+    if len(objects) == 1 and members.is_ensemble(objects[0]) and kinds is None:
+        found = members.each_member(objects[0], lambda one: lint(one, ignore=left_out, decode_length=decode_length))
+        own = [finding for trap in members.TRAPS if trap in traps for finding in members.findings(trap, objects[0])]
+        return Findings([*own, *found])
     subject = look(objects, kinds, decode_length)
-    return Findings(finding for trap in TRAPS if trap.code not in left_out for finding in trap.findings(subject))
+    return Findings(finding for trap in traps for finding in trap.findings(subject))

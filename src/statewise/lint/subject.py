@@ -17,6 +17,7 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.aliases import aliases_of
+from statewise.batches import refuse_batch
 from statewise.claims import claim, claimants
 from statewise.errors import ContestedError, KindError, UnclaimedError
 from statewise.kinds import Kinds
@@ -53,6 +54,7 @@ def look(objects: Sequence[Any], kinds: Any, decode_length: int | None) -> Subje
     plan = state.plan
     if kinds is not None and kinds != plan.kinds:
         raise KindError("A plan is looked at by its own kinds.", mend="sw.lint(model, kinds=kinds)")
+    refuse_batch(state)
     if plan._copies:
         state = _first_of_each(state)
     built = state.plan.build(state, copy=False)

@@ -13,7 +13,7 @@ import jax
 from statewise import _compat
 from statewise.census import Census, census
 from statewise.checkpoint import Diff, diff
-from statewise.checkpoint.restoring import leaves_on_disk
+from statewise.checkpoint.restoring import leaves_on_disk, members_on_disk
 from statewise.checkpoint.sides import is_path
 from statewise.errors import KindError
 from statewise.kinds import Kinds
@@ -76,6 +76,8 @@ class Report(Shown):
             differ = _counted(len(self.diff.leaves), "leaf differs", "leaves differ")
             words.append(f"{differ} from {self.diff.second}")
         table = self.census.table()
+        if self.census.members is not None:
+            words.insert(0, f"an ensemble of {self.census.members}")
         return dataclasses.replace(table, title=printable(f"report of {self.title}: {', '.join(words)}"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def _of_checkpoint(path: Any, mesh: Any) -> Report:
             mend="sw.report(plan, path, mesh=mesh)",
         )
     leaves, treatments = leaves_on_disk(path)
-    counted = Census(count_leaves(leaves, treatments))
+    counted = Census(count_leaves(leaves, treatments), members_on_disk(path))
     return Report(str(os.fspath(path)), "checkpoint", counted, tuple(map(ReportedLeaf, leaves)))
 
 
