@@ -34,6 +34,7 @@ class Layout:
     kinds: Kinds
     _graphdef: Any
     _several: bool
+    _names: tuple[str, ...]  # of the objects, if they have any
     _rows: tuple[Row, ...]
     _derived: tuple[Derived, ...]  # the optimizers first
     _packing: Mapping[str, Packing]
@@ -42,7 +43,7 @@ class Layout:
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """The rows, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
-        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several)
+        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several, self._names)
         mine = [
             make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
             for row in self._rows
@@ -53,6 +54,10 @@ class Layout:
             for path, spec in zip(one.leaf_paths, one.layout.specs, strict=True)
         ]
         return tuple(mine + derived)
+
+    def _relative(self, path: Path) -> Path:
+        """A leaf's path as filters, and functions of a path, see it: relative to its object, if that has no name."""
+        return path[1:] if self._several and not self._names else path
 
     @functools.cached_property
     def _groups(self) -> tuple[Group, ...]:

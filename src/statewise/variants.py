@@ -33,6 +33,7 @@ class Variants(Layout):
             "rows": self._rows,
             "derived": self._derived,
             "objects": self._objects,
+            "names": self._names,
             "dropped": self.dropped,
             "packing": self._packing,
             "copies": self._copies,

@@ -255,6 +255,7 @@ def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: An
     Raises:
       FilterError: the function raised something else than that.
     """
+    path = tuple(path)  # a user's function gets a plain one
     try:
         return function(path, leaf)
     except FilterError:

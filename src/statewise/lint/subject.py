@@ -150,7 +150,7 @@ class Subject:
         # Looking for them takes as long as flattening, and few models have any; the graph says whether.
         if not any(type(node).__name__ == "NodeRef" for node in self.found.graphdef.nodes):
             return {}
-        return aliases_of(self.found.graphdef, self.found.paths, self.found.several)
+        return aliases_of(self.found.graphdef, self.found.paths, self.found.several, self.found.names)
 
     def row(self, number: int, note: str = "") -> Leaf:
         """A leaf as data."""

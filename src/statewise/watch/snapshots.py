@@ -78,7 +78,7 @@ def _snapshot_of(objects: Sequence[Any], kinds: Kinds) -> Snapshot:
     if isinstance(objects[0], State):
         return _of_state(objects[0])
     found = scan(objects)
-    aliases = aliases_of(found.graphdef, found.paths, found.several)
+    aliases = aliases_of(found.graphdef, found.paths, found.several, found.names)
     claims = _claims(kinds, found, aliases)
     leaves = []
     for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True):
