@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from statewise.derived import Derived
 from statewise.kinds import Kinds
 from statewise.moments import OPTIMIZER, Group
 from statewise.packing import Buffer, Packing, pack, unpack
-from statewise.paths import Leaf, format_path
+from statewise.paths import Leaf, Path, format_path
 from statewise.rows import Row, Span
 from statewise.scan import ONE, Spec, make_leaf
 from statewise.shadows import Average
@@ -33,6 +33,7 @@ class Layout:
 
     kinds: Kinds
     _graphdef: Any
+    _objects: int
     _several: bool
     _names: tuple[str, ...]  # of the objects, if they have any
     _rows: tuple[Row, ...]
@@ -54,6 +55,11 @@ class Layout:
             for path, spec in zip(one.leaf_paths, one.layout.specs, strict=True)
         ]
         return tuple(mine + derived)
+
+    @property
+    def _calls(self) -> Sequence[Any]:
+        """What each object is called in paths: its name or its position."""
+        return self._names or range(self._objects)
 
     def _relative(self, path: Path) -> Path:
         """A leaf's path as filters, and functions of a path, see it: relative to its object, if that has no name."""

@@ -27,7 +27,7 @@ from statewise.kinds import Kind, Kinds
 from statewise.paths import Leaf, Path, format_path, format_type
 from statewise.scan import Scan, row_of
 
-__all__ = ["Reading", "Spelled", "check_claimed", "corrected", "nearest", "spelled"]
+__all__ = ["Reading", "Spelled", "check_claimed", "corrected", "corrected_kind", "nearest", "spelled"]
 
 _SHOWN = 3
 
@@ -262,7 +262,7 @@ def check_claimed(kinds: Kinds, reading: Reading, claimed: set[str], unclaimed: 
             continue
         empty.append(name)
         facts.append(_fact(name, kind, name in claimed, lost, reading))
-        mends.append(_mend(name, kind, lost, reading))
+        mends.append(corrected_kind(name, kind, lost, reading))
     if not empty:
         return
     if unclaimed:
@@ -292,7 +292,15 @@ def _fact(name: str, kind: Kind, claims: bool, lost: Sequence[Any], reading: Rea
     return f"Kind {name!r} claims no leaf: {describe(kind.of)} matches none, though its paths are there: {shown}{more}."
 
 
-def _mend(name: str, kind: Kind, lost: Sequence[Any], reading: Reading) -> str:
+def corrected_kind(name: str, kind: Kind, lost: Sequence[Any], reading: Reading) -> str:
+    """Code that gives a kind the paths which are nearest to those that match nothing, or says that they may.
+
+    Args:
+      name: the kind's name.
+      kind: the kind.
+      lost: the parts of its filter that match nothing.
+      reading: the leaves.
+    """
     optional = f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], optional=True))"
     fixes = [(filter, corrected(reading, filter)) for filter in lost]
     if not fixes or any(fixed is None for _, fixed in fixes):

@@ -22,7 +22,6 @@ __all__ = ["Variants"]
 class Variants(Layout):
     """What makes other plans of a plan; a base of `Plan`, which takes the parts named here."""
 
-    _objects: int
     dropped: tuple[Leaf, ...]
 
     def _like(self, **changed: Any) -> Plan:

@@ -18,6 +18,7 @@ from statewise.kinds import Kinds
 from statewise.lint import arrays, declared, leaf_types, modes, optimizing, values
 from statewise.lint.finding import Finding, Findings, Trap
 from statewise.lint.subject import look
+from statewise.naming import given
 
 __all__ = ["TRAPS", "Finding", "Findings", "Trap", "lint"]
 
@@ -36,6 +37,7 @@ def lint(
     kinds: Kinds | Any = None,
     ignore: str | Iterable[str] = (),
     decode_length: int | None = None,
+    **named: Any,
 ) -> Findings:
     """Looks for the known traps in a model; `docs/lint.md` explains each.
 
@@ -45,13 +47,16 @@ def lint(
       kinds: the kinds that the program declares, `Kinds.standard()` if None; a plan and a state have their own.
       ignore: the codes of traps that are not looked for, one or several.
       decode_length: how many tokens are to be decoded, for caches that are too small for them.
+      **named: the objects by name, instead of by position.
 
     Returns:
       a list of findings, empty when all is well; it prints as a table.  What only values tell is not found in what is
       abstract.
 
     Raises:
-      KindError: kinds that are none, kinds beside a plan, or a code that is no trap's.
+      KindError: kinds that are none, kinds beside a plan, or a code that is no trap's; objects given by position and by
+        name.
+      FilterError: a path in a kind that could mean one leaf or another.
       StructureError: what is given is no model, or a spent state.
 
     Example:
@@ -73,5 +78,6 @@ def lint(
     codes = [trap.code for trap in TRAPS]
     for code in sorted(left_out.difference(codes)):
         raise KindError(f"There is no trap {code!r}.", mend=f"one of: {', '.join(codes)}")
-    subject = look(objects, kinds, decode_length)
+    objects, names = given(objects, named, "sw.lint")
+    subject = look(objects, kinds, decode_length, names)
     return Findings(finding for trap in TRAPS if trap.code not in left_out for finding in trap.findings(subject))
