@@ -77,9 +77,7 @@ def claim(kinds: Kinds, found: Scan, *, there: bool = True) -> list[str]:
         claims.append(names)
     if reading is not None and there and all(len(names) < 2 for names in claims):
         unclaimed = [
-            row_of(path, leaf)
-            for path, leaf, names in zip(found.paths, found.leaves, claims, strict=True)
-            if not names
+            row_of(path, leaf) for path, leaf, names in zip(found.paths, found.leaves, claims, strict=True) if not names
         ]
         check_claimed(kinds, reading, {name for names in claims for name in names}, unclaimed)
     if any(len(names) != 1 for names in claims):

@@ -67,9 +67,7 @@ def check_name(name: str, call: str = "kinds.plan") -> None:
     if not name.isidentifier() or keyword.iskeyword(name):
         fixed = "".join(char if char.isalnum() else "_" for char in name).strip("_")
         fixed = fixed if fixed.isidentifier() and not keyword.iskeyword(fixed) else f"object_{fixed}"
-        raise KindError(
-            f"{name!r} cannot name an object: it is not a Python identifier.", mend=f"{call}({fixed}=...)"
-        )
+        raise KindError(f"{name!r} cannot name an object: it is not a Python identifier.", mend=f"{call}({fixed}=...)")
     if name in TAKEN:
         raise KindError(f"{name!r} cannot name an object: it is an argument's name.", mend=f"{call}({name}_object=...)")
 
@@ -106,7 +104,5 @@ def in_order(plan: Plan, objects: Sequence[Any], named: Mapping[str, Any], verb:
         odd = [name for name in named if name not in plan._names]
         words = [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
         words += [f"{', '.join(odd)} {'is' if len(odd) == 1 else 'are'} not among them"] if odd else []
-        raise StructureError(
-            f"The plan is of the objects {', '.join(plan._names)}: {' and '.join(words)}.", mend=mend
-        )
+        raise StructureError(f"The plan is of the objects {', '.join(plan._names)}: {' and '.join(words)}.", mend=mend)
     return tuple(named[name] for name in plan._names)

@@ -91,9 +91,9 @@ def make_plan(
             mend=f"put it into a dict: {{'{name.lower()}': ...}}",
         )
     if not found.leaves:
-        names = " and ".join(type(thing).__name__ for thing in objects)
+        types = " and ".join(type(thing).__name__ for thing in objects)
         raise StructureError(
-            f"There are no leaves: no Variable and no array anywhere in {names}.",
+            f"There are no leaves: no Variable and no array anywhere in {types}.",
             mend="assign the model's Variables before planning it",
         )
     claims = claim(kinds, found)

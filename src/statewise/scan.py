@@ -106,7 +106,7 @@ def named(path: Path, names: Sequence[str]) -> Path:
 
 def numbered(path: Path, names: Sequence[str]) -> Path:
     """The inverse of `named`: the path as NNX has it in the tuple of the objects."""
-    return (names.index(path[0]), *path[1:]) if names and path else path  # type: ignore[arg-type]
+    return (names.index(path[0]), *path[1:]) if names and path else path
 
 
 def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:

@@ -128,7 +128,7 @@ class Reading:
             self.matched(one.filter)
 
     def _twofold(self, filter: Glob, relative: Mapping[int, Any], printed: Mapping[int, Any]) -> FilterError:
-        notes = {number: "by the path as it is printed" for number in printed}
+        notes = dict.fromkeys(printed, "by the path as it is printed")
         for number in relative:
             within = f"by the path within object {self.found.paths[number][0]}"
             notes[number] = f"{notes[number]}, and {within}" if number in notes else within
@@ -214,7 +214,9 @@ def corrected(reading: Reading, filter: Any) -> Any | None:
     """The filter with each key that no path has replaced by the nearest; None where that matches nothing either."""
     if type(filter) is nnx.PathContains:
         near = difflib.get_close_matches(str(filter.key), reading.keys, n=1)
-        return nnx.PathContains(near[0], filter.exact) if near and _matches(reading, nnx.PathContains(near[0])) else None
+        return (
+            nnx.PathContains(near[0], filter.exact) if near and _matches(reading, nnx.PathContains(near[0])) else None
+        )
     if not isinstance(filter, Glob):
         return None
     segments = filter.pattern.split("/")
@@ -279,8 +281,10 @@ def _fact(name: str, kind: Kind, claims: bool, lost: Sequence[Any], reading: Rea
             f"{describe(filter)} matches no path, the nearest are {', '.join(nearest(reading, filter))}"
             for filter in lost
         )
-        return f"Kind {name!r} spells a path that is not there: {shown}." if claims else (
-            f"Kind {name!r} claims no leaf: {shown}."
+        return (
+            f"Kind {name!r} spells a path that is not there: {shown}."
+            if claims
+            else (f"Kind {name!r} claims no leaf: {shown}.")
         )
     numbers = sorted({number for one in spelled(kind.of) if not one.negated for number in reading.matched(one.filter)})
     found = reading.found

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from statewise.casting import can_cast
 from statewise.copies import spread
-from statewise.errors import StructureError
+from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.moving import moved
 from statewise.paths import Leaf, Path, format_path, format_shape
@@ -160,6 +160,8 @@ def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) ->
     for name in names:
         if name not in plan.kinds:
             raise unknown_kind(name, plan.kinds)
+    if names and not set(names) & set(filled):
+        raise KindError(f"kinds={kinds!r} names no kind that has leaves.", mend=f"those that have: {', '.join(filled)}")
     left = [kind for kind in filled if kind not in names] if into is None else []
     if left:
         raise StructureError(

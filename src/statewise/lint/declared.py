@@ -32,7 +32,7 @@ def _contested(subject: Subject) -> Iterator[Found]:
 
 
 def _path_lost(subject: Subject) -> Iterator[Found]:
-    """Paths that are spelled and not there: in kinds, in what kinds leave out, and in what an `nnx.Optimizer` updates."""
+    """Paths that are spelled and not there: by kinds, claimed or left out, and by an `nnx.Optimizer`."""
     if isinstance(subject.refused, KindError):
         yield Found(subject.refused.message, subject.refused.leaves, subject.refused.mend or "")
     asked = {name: kind for name, kind in subject.kinds.items() if not kind.optional and not kind.rest}
@@ -40,15 +40,15 @@ def _path_lost(subject: Subject) -> Iterator[Found]:
     for name, kind in asked.items():
         for one in spelled(kind.of):
             if one.negated and not subject.reading.matched(one.filter):
-                near = ", ".join(nearest(subject.reading, one.filter))
+                path, near = describe(one.filter), ", ".join(nearest(subject.reading, one.filter))
                 yield Found(
-                    f"The kind {name!r} leaves out {describe(one.filter)}, which matches no path; the nearest are {near}.",
+                    f"The kind {name!r} leaves out {path}, which matches no path; the nearest are {near}.",
                     (),
                     corrected_kind(name, kind, [one.filter], subject.reading),
                 )
-    for path, node in subject.nodes if subject.has(nnx.Optimizer) else ():
+    for at, node in subject.nodes if subject.has(nnx.Optimizer) else ():
         if isinstance(node, nnx.Optimizer):
-            yield from _lost_by_optimizer(subject, path, node)
+            yield from _lost_by_optimizer(subject, at, node)
 
 
 def _lost_by_optimizer(subject: Subject, at: Path, optimizer: Any) -> Iterator[Found]:

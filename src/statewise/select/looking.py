@@ -204,9 +204,7 @@ def explain(model: Any, filter: Filter) -> Explanation:
     """
     text = describe(filter)
     found = look(model)
-    answers = [
-        explain_leaf(filter, seen, leaf) for seen, leaf in zip(_seen(found, filter), found.leaves, strict=True)
-    ]
+    answers = [explain_leaf(filter, seen, leaf) for seen, leaf in zip(_seen(found, filter), found.leaves, strict=True)]
     return Explanation(
         filter=text,
         leaves=tuple(row_of(path, leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)),

@@ -49,8 +49,8 @@ def watch(
       a `Seen`, to be used in a `with` statement.
 
     Raises:
-      KindError: kinds that are none, that spell a path which is not there, or beside a state; `expect` names a kind that
-        is not there or has no leaves; objects given by position and by name.
+      KindError: kinds that are none, that spell a path which is not there, or that are given beside a state; `expect`
+        names a kind that is not there or has no leaves; objects given by position and by name.
       FilterError: a path in a kind that could mean one leaf or another.
       StructureError: nothing to watch, no model, an abstract or a spent one; inside `jax.jit`, where there are no
         values.
