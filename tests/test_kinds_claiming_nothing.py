@@ -13,6 +13,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 
 import statewise as sw
 
@@ -153,6 +155,29 @@ def test_what_spells_no_path_may_claim_nothing(filter: Any) -> None:
     plan = kinds_of(filter).plan(Model())
     assert plan["part"] == ()
     assert len(plan["rest"]) == 4
+
+
+WORDS = st.text("abcde_", min_size=1, max_size=6)
+
+
+@given(st.sets(WORDS, min_size=2, max_size=5), st.sets(WORDS, min_size=1, max_size=3), st.booleans())
+def test_a_plan_is_made_if_and_only_if_every_spelled_path_is_there(
+    keys: set[str], asked: set[str], union: bool
+) -> None:
+    model = nnx.Dict({key: nnx.Dict(w=nnx.Param(jnp.ones(()))) for key in keys})
+    filters = [sw.Path(f"{key}/**") if union else nnx.PathContains(key) for key in sorted(asked)]
+    kinds = kinds_of(tuple(filters), frozen=True)
+    if asked <= keys:
+        assert len(kinds.plan(model)["part"]) == len(keys & asked)
+        return
+    error = refused(lambda: kinds.plan(model))
+    for key in asked - keys:
+        assert key in error.message
+    near = error.message.rpartition("the nearest are ")[2].rstrip(".").split(", ")
+    assert set(near) <= {f"{key}/w" for key in keys}
+    for made in mended(error, kinds):
+        assert made.plan(model).kinds["part"].frozen
+    assert len(kinds_of(tuple(filters), optional=True).plan(model)["part"]) == len(keys & asked)
 
 
 def test_optional_is_part_of_a_kind() -> None:

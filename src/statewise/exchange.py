@@ -79,7 +79,7 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
     def made() -> State:
         objects = make_model()
         if plan._names and isinstance(objects, dict):
-            objects = in_order(plan, (), objects, "take")
+            objects = in_order(plan._names, (), objects, "take")
         else:
             objects = tuple(objects) if plan._objects > 1 and isinstance(objects, tuple | list) else (objects,)
         try:

@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from statewise.errors import KindError, StructureError
-
-if TYPE_CHECKING:
-    from statewise.plan import Plan
-else:
-    Plan = Any  # made by a later room
 
 __all__ = ["given", "in_order"]
 
@@ -72,11 +67,11 @@ def check_name(name: str, call: str = "kinds.plan") -> None:
         raise KindError(f"{name!r} cannot name an object: it is an argument's name.", mend=f"{call}({name}_object=...)")
 
 
-def in_order(plan: Plan, objects: Sequence[Any], named: Mapping[str, Any], verb: str) -> tuple[Any, ...]:
-    """The objects in the order of the plan, given by position or by name.
+def in_order(names: Sequence[str], objects: Sequence[Any], named: Mapping[str, Any], verb: str) -> tuple[Any, ...]:
+    """The objects in the order of a plan, given by position or by name.
 
     Args:
-      plan: the plan.
+      names: the names of the planned objects; none where they have none.
       objects: those given by position.
       named: those given by name.
       verb: the plan's method that is called.
@@ -88,21 +83,21 @@ def in_order(plan: Plan, objects: Sequence[Any], named: Mapping[str, Any], verb:
     if not named:
         return tuple(objects)
     first = "" if verb == "take" else "state, "
-    if not plan._names:
+    if not names:
         raise StructureError(
             f"The plan's objects have no names, but {', '.join(named)} {'is' if len(named) == 1 else 'are'} given.",
             mend=f"plan.{verb}({first}{', '.join(named)})  # in the order in which they were planned\n"
             f"or, to plan them by name: plan = kinds.plan({', '.join(map(_shown, named))})",
         )
-    mend = f"plan.{verb}({first}{', '.join(map(_shown, plan._names))})"
+    mend = f"plan.{verb}({first}{', '.join(map(_shown, names))})"
     if objects:
         raise KindError(
             f"Objects are given by position or by name, not both: {len(objects)} and {', '.join(named)}.", mend=mend
         )
-    if set(named) != set(plan._names):
-        missing = [name for name in plan._names if name not in named]
-        odd = [name for name in named if name not in plan._names]
+    if set(named) != set(names):
+        missing = [name for name in names if name not in named]
+        odd = [name for name in named if name not in names]
         words = [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
         words += [f"{', '.join(odd)} {'is' if len(odd) == 1 else 'are'} not among them"] if odd else []
-        raise StructureError(f"The plan is of the objects {', '.join(plan._names)}: {' and '.join(words)}.", mend=mend)
-    return tuple(named[name] for name in plan._names)
+        raise StructureError(f"The plan is of the objects {', '.join(names)}: {' and '.join(words)}.", mend=mend)
+    return tuple(named[name] for name in names)

@@ -242,7 +242,7 @@ class Plan(Variants, Shown):
         """
         from statewise.exchange import take
 
-        return take(self, in_order(self, objects, named, "take"), mesh=mesh, copy=copy, pack=pack)
+        return take(self, in_order(self._names, objects, named, "take"), mesh=mesh, copy=copy, pack=pack)
 
     def init(self, make_model: Any, mesh: Any) -> statewise.state.State:
         """Makes a model's state where it is to lie, inside `jax.jit`: no device ever holds a full copy.
@@ -293,7 +293,7 @@ class Plan(Variants, Shown):
         """
         from statewise.exchange import put
 
-        put(self, state, in_order(self, objects, named, "put"), copy=copy)
+        put(self, state, in_order(self._names, objects, named, "put"), copy=copy)
 
     def build(self, state: statewise.state.State | Any, *, copy: bool = True) -> Any:
         """Makes new objects with a state's arrays.

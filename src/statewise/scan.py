@@ -121,11 +121,11 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
     """
     if not objects:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
-    for position, thing in enumerate(objects):
-        _check_object(position, thing)
+    for place, thing in zip(names or range(len(objects)), objects, strict=True):
+        _check_object(place, thing)
         if hasattr(type(thing), "_plan"):  # of the type: an nnx.Rngs has any attribute that one asks it for
             raise ModelError(
-                f"Object {position} is a {type(thing).__name__}, not a model.",
+                f"Object {place} is a {type(thing).__name__}, not a model.",
                 mend="state['params'] gives a kind's arrays, sw.census(state) counts them, plan.build(state) a model",
             )
     several = len(objects) > 1 or bool(names)
@@ -138,25 +138,25 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
         ) from error
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
-            place: Any = path[0] if several else 0
-            _refuse_bare(place, objects[place])
+            position: Any = path[0] if several else 0
+            _refuse_bare(names[position] if names else position, objects[position])
     paths = tuple(named(path, names) for path in flat.paths) if names else tuple(flat.paths)
     return Scan(graphdef, paths, tuple(flat.leaves), several, tuple(names))
 
 
-def _check_object(position: int, thing: Any) -> None:
+def _check_object(place: int | str, thing: Any) -> None:
     if isinstance(thing, type):
         raise ModelError(
-            f"Object {position} is the class {thing.__name__}, not an instance of it.",
+            f"Object {place} is the class {thing.__name__}, not an instance of it.",
             mend=f"model = {thing.__name__}(..., rngs=nnx.Rngs(0))",
         )
     if is_array(thing) or isinstance(thing, _BARE):
-        _refuse_bare(position, thing)
+        _refuse_bare(place, thing)
 
 
-def _refuse_bare(position: int, thing: Any) -> None:
+def _refuse_bare(place: int | str, thing: Any) -> None:
     raise ModelError(
-        f"Object {position} is {type(thing).__name__}, which holds no leaves at paths.",
+        f"Object {place} is {type(thing).__name__}, which holds no leaves at paths.",
         mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
     )
 

@@ -150,22 +150,20 @@ class Reading:
             for path in paths:
                 if format_path(path if whole else found.relative(path)) == filter.pattern:
                     exact.setdefault(path[0] if found.several else None, []).append(number)
-        if not exact:
-            return
-        literal = not set("*?") & set(filter.pattern)
-        odd = [numbers for numbers in exact.values() if len(set(numbers)) > 1]
-        if literal and not odd:
-            return
-        (first, *_), *_ = odd or exact.values()
-        # Without stars only leaves that are written alike can be meant.
-        others = [number for number in (odd[0] if odd else matched) if number != first]
+        alike = next((list(dict.fromkeys(numbers)) for numbers in exact.values() if len(set(numbers)) > 1), None)
+        own = {number for numbers in exact.values() for number in numbers}
+        if alike:
+            first, *others = alike
+        elif own and set("*?") & set(filter.pattern):
+            first, others = min(own), [number for number in matched if number not in own]
+        else:
+            return  # without stars nothing else can be meant
         if not others:
             return
         one, other = found.relative(found.paths[first]), found.relative(found.paths[others[0]])
-        alike = " are written alike" if odd else ""
         raise FilterError(
             f"{filter!r} could mean the leaf at {found.paths[first]!r} or that at {found.paths[others[0]]!r}"
-            f"{', which' + alike if alike else ''}.",
+            f"{', which are written alike' if alike else ''}.",
             leaves=self._rows({number: f"its keys are {found.paths[number]!r}" for number in (first, *others)}),
             mend=f"sw.Where(lambda path, leaf: path == {one!r})  # or {other!r}",
         )
@@ -226,6 +224,8 @@ def corrected(reading: Reading, filter: Any) -> Any | None:
         near = [] if wild or segment in reading.keys else difflib.get_close_matches(segment, reading.keys, n=1)
         fixed.append(near[0] if near and not set("[]{}/") & set(near[0]) and near[0] else segment)
     named = [str(name) for name in reading.found.names]
+    if all(set("*?") & set(segment) for segment in fixed):
+        return None  # what is all stars would match too much one level down
     for candidate in (fixed, ["**", *fixed], *([name, *fixed] for name in named)):
         made = Glob("/".join(candidate))
         if made != filter and _matches(reading, made):

@@ -255,9 +255,8 @@ def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: An
     Raises:
       FilterError: the function raised something else than that.
     """
-    path = tuple(path)  # a user's function gets a plain one
     try:
-        return function(path, leaf)
+        return function(tuple(path), leaf)  # a plain one, whatever our own filters get
     except FilterError:
         raise
     except Exception as error:  # a user's function raises what it likes
