@@ -8,16 +8,26 @@ from typing import Any
 from flax import nnx
 
 from statewise.paths import Path
-from statewise.scan import rebuild
+from statewise.scan import named, rebuild
 
 __all__ = ["aliases_of"]
 
 
-def aliases_of(graphdef: Any, paths: Sequence[Path], several: bool) -> dict[Path, tuple[Path, ...]]:
-    """The other paths of each leaf that has several: its own, and those of modules that are shared above it."""
+def aliases_of(
+    graphdef: Any, paths: Sequence[Path], several: bool, names: Sequence[str] = ()
+) -> dict[Path, tuple[Path, ...]]:
+    """The other paths of each leaf that has several: its own, and those of modules that are shared above it.
+
+    Args:
+      graphdef: the graph definition.
+      paths: the leaves' first paths.
+      several: whether it is of a tuple of objects.
+      names: the objects' names, with which the paths then begin.
+    """
     objects = rebuild(graphdef, [None] * len(paths), several)
     found_twice = nnx.find_duplicates(objects if several else objects[0])
-    shared = [group for group in ([tuple(path) for path in ways] for ways in found_twice) if not _cyclic(group)]
+    groups = ([named(tuple(path), names) for path in ways] for ways in found_twice)
+    shared = [group for group in groups if not _cyclic(group)]
     if not shared:
         return {}
     found: dict[Path, tuple[Path, ...]] = {}

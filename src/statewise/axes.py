@@ -151,7 +151,7 @@ def _each(plan: Plan, kind: str, given: Any) -> list[Axis]:
     found, odd = [], []
     derived = frozenset(plan.leaves[len(plan._rows) :])
     for leaf, spec in zip(plan._row_of_array[kind], specs, strict=True):
-        path = leaf.path if leaf in derived else leaf.path[plan._several :]
+        path = leaf.path if leaf in derived else plan._relative(leaf.path)
         axis = given(path, spec.shape)
         found.append(axis)
         if not _is_axis(axis):

@@ -19,7 +19,7 @@ from statewise.filters import predicate, type_only
 from statewise.kinds import Kinds, unknown_kind
 from statewise.paths import Path
 from statewise.plan import Plan
-from statewise.scan import raw_value
+from statewise.scan import named, raw_value
 
 __all__ = ["Capture"]
 
@@ -66,8 +66,7 @@ class Capture:
 
     def claims(self, plan: Plan, path: Path, leaf: Any) -> bool:
         """Whether a new leaf belongs to a captured kind."""
-        relative = path[1:] if plan._several else path
-        return bool(self.names) and self._claimants(relative, leaf)[:1] in {(name,) for name in self.names}
+        return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
 
     def collect(self, plan: Plan, live: Mapping[Path, Any], out: Any, sown: Sequence[tuple[int, Any]]) -> Any:
         """The step's output: as it is, or (output, captured)."""
@@ -77,10 +76,10 @@ class Capture:
         planned = {row.path for row in plan._rows}
         for path, leaf in live.items():
             if path not in planned:
-                flat[self._claimants(path[1:] if plan._several else path, leaf)[0]].append((path, raw_value(leaf)))
+                flat[self._claimants(path, leaf)[0]].append((path, raw_value(leaf)))
         for position, state in sown:
             for path, leaf in nnx.to_flat_state(state):
-                full = (position, *path) if plan._several else path
+                full = named((position, *path), plan._names) if plan._several else path
                 flat[self._claimants(path, leaf)[0]].append((full, raw_value(leaf)))
         states = {name: nnx.from_flat_state(leaves) for name, leaves in flat.items()}
         return out, states[self.names[0]] if self.single else states

@@ -91,8 +91,8 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
     """Counts a model kind by kind: leaves, elements, bytes, dtypes and types, and how each kind is treated.
 
     Args:
-      model: a module, or a tuple or list of objects, concrete, abstract or traced; or a plan, or a state.  Of a
-        plan, the optimizers' state is counted too, and what an earlier `sow` left in the model.
+      model: a module, a tuple or list of objects, or a dict of them by name, concrete, abstract or traced; or a plan,
+        or a state.  Of a plan, the optimizers' state is counted too, and what an earlier `sow` left in the model.
       kinds: the kinds to count by, `Kinds.standard()` if None; a plan and a state have their own.
 
     Returns:
@@ -101,7 +101,7 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
     Raises:
       UnclaimedError: leaves that no kind claims, all of them.
       ContestedError: leaves that several kinds claim, all of them.
-      KindError: kinds that are none, or kinds beside a plan.
+      KindError: kinds that are none, that spell a path which is not there, or that stand beside a plan.
       StructureError: the model is none; a batch of states under the plan of one.
 
     Example:

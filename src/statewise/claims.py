@@ -12,6 +12,7 @@ from statewise.filters import Exactly, as_code, predicate, type_key, type_only
 from statewise.kinds import Kind, Kinds
 from statewise.paths import Leaf, Path, format_path, format_type
 from statewise.scan import Scan, row_of
+from statewise.spelled import Reading, check_claimed, spelled
 
 __all__ = ["claim", "claimants"]
 
@@ -43,26 +44,42 @@ def claimants(kinds: Kinds) -> Claimants:
     return claims_of
 
 
-def claim(kinds: Kinds, found: Scan) -> list[str]:
+def claim(kinds: Kinds, found: Scan, *, there: bool = True) -> list[str]:
     """The kind of each leaf.
+
+    Args:
+      kinds: the declaration.
+      found: the objects, flattened.
+      there: whether the paths that kinds spell have to be there.
 
     Raises:
       ContestedError: leaves that several kinds claim, all of them.
       UnclaimedError: leaves that no kind claims, all of them.
+      KindError: kinds that spell a path which matches nothing, or that spell one and claim nothing; all of them.
+      FilterError: a path that could mean one leaf or another.
     """
     claims_of = claimants(kinds)
     # A filter that looks at the path sees every path of a tied leaf: it claims the leaf by any of them.
     by_path = any(not kind.rest and not type_only(kind.of) for kind in kinds.values())
-    aliases = aliases_of(found.graphdef, found.paths, found.several) if by_path else {}
+    aliases = aliases_of(found.graphdef, found.paths, found.several, found.names) if by_path else {}
+    reading = Reading(found, aliases) if by_path else None
+    if reading is not None:
+        for kind in kinds.values():
+            reading.check(kind.of)
     claims = []
     for path, leaf in zip(found.paths, found.leaves, strict=True):
-        names = claims_of(found.relative(path), leaf)
+        names = claims_of(found.ways(path), leaf)
         for alias in aliases.get(path, ()):
-            more = claims_of(found.relative(alias), leaf)
+            more = claims_of(found.ways(alias), leaf)
             # What the rest kind would get by one path belongs to whoever claims it by another.
             named = [name for name in (*names, *more) if not kinds[name].rest]
             names = tuple(dict.fromkeys(named)) or names
         claims.append(names)
+    if reading is not None and there and all(len(names) < 2 for names in claims):
+        unclaimed = [
+            row_of(path, leaf) for path, leaf, names in zip(found.paths, found.leaves, claims, strict=True) if not names
+        ]
+        check_claimed(kinds, reading, {name for names in claims for name in names}, unclaimed)
     if any(len(names) != 1 for names in claims):
         _refuse(kinds, found, claims, aliases)
     return [names[0] for names in claims]
@@ -87,7 +104,12 @@ def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]], aliase
         raise ContestedError(
             f"{_counted(contested)} claimed by more than one kind.{also}",
             leaves=contested + unclaimed,
-            mend=_mend_contested(kinds, {names: found_types for names, found_types in types.items() if names}, tied),
+            mend=_mend_contested(
+                kinds,
+                {names: found_types for names, found_types in types.items() if names},
+                tied,
+                {names[0] for names in claims if len(names) == 1},
+            ),
         )
     raise UnclaimedError(
         f"{_counted(unclaimed)} claimed by no kind.", leaves=unclaimed, mend=_mend_unclaimed(kinds, types[()])
@@ -120,7 +142,10 @@ def _free_name(kinds: Kinds, name: str) -> str:
 
 
 def _mend_contested(
-    kinds: Kinds, types: dict[tuple[str, ...], list[type]], tied: dict[tuple[str, ...], list[Path]]
+    kinds: Kinds,
+    types: dict[tuple[str, ...], list[type]],
+    tied: dict[tuple[str, ...], list[Path]],
+    claimed: set[str],
 ) -> str:
     """Leaves each contested leaf to one kind, the most special one that claims it; the treatments stay.
 
@@ -139,7 +164,10 @@ def _mend_contested(
         nots = ", ".join(f"nnx.Not({other})" for other in others)
         of = f"nnx.All({as_code(kinds[name].of)}, {nots})"
         plain = kinds[name] == Kind(kinds[name].of)
-        kind = f"sw.Kind({of})" if plain else f"dataclasses.replace(kinds[{name!r}], of={of})"
+        # A kind that spells a path may then claim nothing, which it has to say.
+        empty = name not in claimed and not kinds[name].optional and not type_only(kinds[name].of)
+        optional = ", optional=True" if empty and any(not one.negated for one in spelled(kinds[name].of)) else ""
+        kind = f"sw.Kind({of}{optional})" if plain else f"dataclasses.replace(kinds[{name!r}], of={of}{optional})"
         lines.append(f"kinds = kinds.replace({name}={kind})")
     return "\n".join(lines)
 

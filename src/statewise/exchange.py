@@ -22,11 +22,24 @@ from statewise.folding import refuse_copies
 from statewise.inside import as_ensemble, begun, holds_one_member, single_of
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
+from statewise.naming import in_order
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
 from statewise.rows import Row, is_sown
-from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.scan import (
+    ONE,
+    Scan,
+    arrays_of,
+    make_leaf,
+    named,
+    raw_value,
+    rebuild,
+    row_of,
+    scan,
+    spec_of,
+    value_of,
+)
 from statewise.state import State, check_fits, check_unspent, is_deleted
 
 __all__ = ["build", "init", "put", "take", "values_of"]
@@ -50,7 +63,7 @@ def take(
     copies = None if mesh is None else copies_on(plan, mesh)
     made = plan._pack(_kinds_to_pack(plan, pack, copies)) if pack else plan
     place = _Places(with_copies(made, copies), mesh)
-    found = scan(objects)
+    found = scan(objects, _names_for(plan, objects))
     leaves = _matched(plan, found, objects, "take")
     _check_statics(plan, found, objects)
     _check_arrays(plan, leaves)
@@ -76,7 +89,10 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
 
     def made() -> State:
         objects = make_model()
-        objects = tuple(objects) if plan._several and isinstance(objects, tuple | list) else (objects,)
+        if plan._names and isinstance(objects, dict):
+            objects = in_order(plan._names, (), objects, "take")
+        else:
+            objects = tuple(objects) if plan._objects > 1 and isinstance(objects, tuple | list) else (objects,)
         try:
             taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan._packing), inside=False)
         except StructureError as error:
@@ -218,7 +234,7 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
             "This state is abstract: putting it would cost the model its values.",
             mend="plan.build(state) makes an abstract model",
         )
-    found = scan(objects)
+    found = scan(objects, _names_for(plan, objects))
     leaves = _matched(plan, found, objects, "put")
     values = [_ready(value, copy) for value in values]
     raw: list[Any] = []
@@ -226,7 +242,7 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
         if isinstance(leaf, nnx.Variable):
             leaf.set_raw_value(value)
         else:
-            raw.append((row.path, value))
+            raw.append((found.numbered(row.path), value))
     if raw:
         nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
 
@@ -235,7 +251,7 @@ def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:
     """See `Plan.build`."""
     values = [_ready(value, copy) for value in values_of(plan, state, "build")]
     objects = rebuild(plan._graphdef, values, plan._several)
-    return objects if plan._several else objects[0]
+    return objects if plan._objects > 1 else objects[0]
 
 
 def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
@@ -293,12 +309,17 @@ def _ready(value: Any, copy: bool) -> Any:
 # --- does it fit? ----------------------------------------------------------------------------------------------
 
 
+def _names_for(plan: Plan, objects: Sequence[Any]) -> tuple[str, ...]:
+    """The names of the planned objects, if so many are given; `_matched` refuses another number."""
+    return plan._names if len(objects) == plan._objects else ()
+
+
 def _matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
     """The live leaf of each row; every difference between the objects and the plan is listed."""
     if len(objects) != plan._objects:
         raise StructureError(
             f"The plan is of {plan._objects} object{'s' * (plan._objects > 1)}, but {len(objects)} are given.",
-            mend=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(_names(plan))})",
+            mend=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(plan._names or _names(plan))})",
         )
     live = dict(zip(found.paths, found.leaves, strict=True))
     problems: list[Leaf] = []
@@ -374,7 +395,7 @@ def _check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
         before, now = _plain_attributes(ours), _plain_attributes(theirs)
         for path, value in before.items():
             if path in now and not _same_static(now[path], value):
-                prefix: Path = (position,) if plan._several else ()
+                prefix = named((position,), plan._names) if plan._several else ()
                 differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
     if differing:
         raise StructureError(

@@ -20,6 +20,7 @@ from statewise.errors import FilterError, StructureError
 from statewise.filters import describe, predicate
 from statewise.paths import Path
 from statewise.scan import Scan, arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.spelled import Reading, nearest, spelled
 
 __all__ = ["grad", "value_and_grad"]
 
@@ -148,8 +149,17 @@ def _named_like(made: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..
 
 def _check_chosen(found: Scan, chosen: Sequence[bool], wrt: Any) -> None:
     if not any(chosen):
+        # Of the model alone: other objects among the arguments are not differentiated.
+        model = [number for number, path in enumerate(found.paths) if _of_model(found, path)]
+        own = found._replace(
+            paths=tuple(found.relative(found.paths[number]) for number in model),
+            leaves=tuple(found.leaves[number] for number in model),
+            several=False,
+        )
+        near = [text for one in spelled(wrt) if not one.negated for text in nearest(Reading(own, {}), one.filter)]
+        also = f"  The nearest paths are {', '.join(dict.fromkeys(near))}." if near else ""
         raise FilterError(
-            f"wrt={describe(wrt)} matches no leaf of the model, so there is nothing to differentiate.",
+            f"wrt={describe(wrt)} matches no leaf of the model, so there is nothing to differentiate.{also}",
             mend="sw.explain(model, wrt) shows what it matches",
         )
     unfit = [

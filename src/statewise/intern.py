@@ -24,6 +24,7 @@ class _Identity:
     """What makes two plans equal.  Graph definitions are compared, never hashed: metadata may not be hashable."""
 
     kinds: Kinds
+    names: tuple[str, ...]
     rows: tuple[Row, ...]
     derived: tuple[Derived, ...]
     graphdef: Any
@@ -37,6 +38,7 @@ class _Identity:
         return (
             isinstance(other, _Identity)
             and self.kinds == other.kinds
+            and self.names == other.names
             and self.derived == other.derived
             and self.rows == other.rows
             and all(_same_keys(mine.path, theirs.path) for mine, theirs in zip(self.rows, other.rows, strict=True))
@@ -80,6 +82,7 @@ def intern(plan: Any) -> Any:
     """The one plan that is equal to this one: an older one, or this one from now on."""
     identity = _Identity(
         plan.kinds,
+        plan._names,
         plan._rows,
         plan._derived,
         plan._graphdef,

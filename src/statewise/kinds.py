@@ -12,7 +12,8 @@ The treatments, one line each; the pipeline that reads it in brackets:
 - `missing` [checkpoints]: what a restore does for a leaf that the checkpoint lacks;
 - `restart` [State.restart]: how a fresh value is made from the current one;
 - `batch_axis` [State.restart]: which axis holds independent slots;
-- `placement` [placement]: how it lies on a mesh.
+- `placement` [placement]: how it lies on a mesh;
+- `optional` [claims]: a path that its filter spells need not be in the model.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class Kind:
       placement: how it lies on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`, or a
         function of (path, shape) that returns one.  None replicates; the kind `optimizer` then follows the leaves
         that it updates, and averages (`sw.Kind(sw.EMA)`) what they are of.
+      optional: a kind that spells a path (`sw.Path`, `nnx.PathContains`) has to find it in the model; True says that it
+        need not be there.  A kind of types may claim nothing as it is.
 
     Raises:
       FilterError: `of` is no filter.
@@ -87,6 +90,7 @@ class Kind:
     restart: Callable[[Any], Any] | Any = None
     batch_axis: int | Any = None
     placement: Any = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "of", normalise(self.of))
@@ -135,6 +139,8 @@ class Kind:
             words.append(f"batch_axis={self.batch_axis}")
         if self.placement is not None:
             words.append(f"placement={describe_placement(self.placement)}")
+        if self.optional:
+            words.append("optional")
         return ", ".join(words) or "-"
 
 
@@ -250,9 +256,11 @@ class Kinds(Mapping[str, Kind]):
 
     def plan(
         self,
+        /,
         *objects: Any,
         optimizers: Mapping[Any, Any] | Any = None,
         averages: Mapping[Any, Any] | Any = None,
+        **named: Any,
     ) -> Plan:
         """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
 
@@ -261,6 +269,8 @@ class Kinds(Mapping[str, Kind]):
           optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
           averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them: each becomes a kind of its own,
             which follows these kinds wherever a train step updates them.
+          **named: the objects by name instead, `policy=policy, reference=reference`: the name is then the first segment
+            of their paths, for filters as in print.  Steps get them in this order.
 
         Returns:
           the plan; equal plans are one object.
@@ -269,7 +279,9 @@ class Kinds(Mapping[str, Kind]):
           UnclaimedError: leaves that no kind claims, all of them.
           ContestedError: leaves that several kinds claim, all of them.
           KindError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats; two
-            optimizers for one kind, two averages of one name.
+            optimizers for one kind, two averages of one name; a kind that spells a path which is not there; objects
+            given by position and by name.
+          FilterError: a path that could mean one leaf or another.
           StructureError: no objects, no leaves, a class instead of an instance.
 
         Example:
@@ -283,7 +295,7 @@ class Kinds(Mapping[str, Kind]):
         """
         from statewise.plan import make_plan
 
-        return make_plan(self, objects, optimizers, averages)
+        return make_plan(self, objects, optimizers, averages, named)
 
 
 def _check_name(name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from statewise.kinds import Kinds
 from statewise.members import Axis, Members, grown
 from statewise.moments import OPTIMIZER, Group
 from statewise.packing import Buffer, Packing, pack, unpack
-from statewise.paths import Leaf, format_path
+from statewise.paths import Leaf, Path, format_path
 from statewise.rows import Row, Span
 from statewise.scan import ONE, Spec, make_leaf
 from statewise.shadows import Average
@@ -34,7 +34,9 @@ class Layout:
 
     kinds: Kinds
     _graphdef: Any
+    _objects: int
     _several: bool
+    _names: tuple[str, ...]  # of the objects, if they have any
     _rows: tuple[Row, ...]
     _derived: tuple[Derived, ...]  # the optimizers first
     _packing: Mapping[str, Packing]
@@ -44,7 +46,7 @@ class Layout:
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """The rows, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
-        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several)
+        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several, self._names)
         mine = [
             make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
             for row in self._rows
@@ -55,6 +57,15 @@ class Layout:
             for path, spec in zip(one.leaf_paths, one.layout.specs, strict=True)
         ]
         return tuple(mine + derived)
+
+    @property
+    def _calls(self) -> Sequence[Any]:
+        """What each object is called in paths: its name or its position."""
+        return self._names or range(self._objects)
+
+    def _relative(self, path: Path) -> Path:
+        """A leaf's path as filters, and functions of a path, see it: relative to its object, if that has no name."""
+        return path[1:] if self._several and not self._names else path
 
     @functools.cached_property
     def _groups(self) -> tuple[Group, ...]:

@@ -10,9 +10,31 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
-__all__ = ["Leaf", "Path", "format_dtype", "format_path", "format_shape", "format_type"]
+__all__ = ["Leaf", "Path", "Ways", "format_dtype", "format_path", "format_shape", "format_type"]
 
 Path = tuple[Hashable, ...]
+
+
+class Ways(tuple[Hashable, ...]):
+    """A leaf's path as filters see it, together with the other ways in which that leaf is written.
+
+    To any filter it is the first of `relative`, an ordinary tuple of keys.  `sw.Path` alone looks at the rest, so that
+    what a table prints as a path means that leaf.
+
+    Attributes:
+      relative: the leaf's paths relative to its object, its own first.
+      printed: the same paths as they are printed, beginning with the object's position.
+    """
+
+    relative: tuple[Path, ...]
+    printed: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, relative: tuple[Path, ...], printed: tuple[Path, ...] = ()) -> "Ways":
+        """Makes one of the leaf's paths."""
+        made = cls(relative[0])
+        made.relative, made.printed = relative, printed
+        return made
 
 
 def format_path(path: Path) -> str:

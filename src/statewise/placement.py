@@ -191,20 +191,21 @@ class _Resolver:
         """How the model's own arrays lie."""
         plan = self.plan
         found: dict[int, list[Lies]] = {}
-        several = plan._several
         numbered = list(enumerate(zip(plan._rows, plan.leaves[: len(plan._rows)], strict=True)))
         # Optimizers come last: what they follow must be known.
         for number, (row, leaf) in sorted(numbered, key=lambda one: _is_moment(one[1][0])):
             placement = plan.kinds[row.kind].placement
             found[number] = []
             for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
-                paths = [path[several:] + keys for path in (row.path, *leaf.aliases)]
+                paths = [plan._relative(path) + keys for path in (row.path, *leaf.aliases)]
+                # An optimizer among the objects knows paths in its own model: without the object's name or position.
+                bare = row.path[plan._several :] + keys
                 if placement is None and _is_moment(row):
-                    found[number].append(follow(paths[0], spec.shape, self.owners))
+                    found[number].append(follow(bare, spec.shape, self.owners))
                 else:
                     lies = self.place(placement, paths, spec, leaf, number)
                     found[number].append(lies)
-                    self.owners.setdefault(paths[0], []).append((spec.shape, lies))
+                    self.owners.setdefault(bare, []).append((spec.shape, lies))
                     self.owners_in_groups[row.path + keys] = [(spec.shape, lies)]
         placed: dict[str, list[Lies]] = {kind: [] for kind in plan.kinds}
         for number, (row, _) in numbered:

@@ -12,6 +12,7 @@ which kind make up each leaf, and so how to go from one to the other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,6 +28,7 @@ from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.layout import OPTIMIZER
 from statewise.members import Members
 from statewise.moments import check_optimizers
+from statewise.naming import check_name, given, in_order
 from statewise.packing import Packing
 from statewise.paths import Leaf
 from statewise.rows import Row, drop_sown, rows_of
@@ -41,13 +43,16 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "make_plan", "plan"]
 
 
-def plan(*objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Mapping[Any, Any] | Any = None) -> Plan:
+def plan(
+    *objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Mapping[Any, Any] | Any = None, **named: Any
+) -> Plan:
     """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
 
     Args:
       *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
       optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
       averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them.
+      **named: the objects by name, instead of by position: paths then begin with the name.
 
     Returns:
       the plan.
@@ -65,14 +70,21 @@ def plan(*objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Ma
       >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
       [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
     """
-    return make_plan(Kinds.standard(), objects, optimizers, averages)
+    return make_plan(Kinds.standard(), objects, optimizers, averages, named)
 
 
-def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Any, averages: Any = None) -> Plan:
+def make_plan(
+    kinds: Kinds,
+    objects: Sequence[Any],
+    optimizers: Any,
+    averages: Any = None,
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
     """Resolves kinds against objects; see `Kinds.plan`."""
     _check_keys("optimizers", optimizers, "updates", "{'params': optax.adamw(3e-4)}")
     _check_keys("averages", averages, "is of", "{'params': sw.EMA(0.999)}")
-    found = scan(objects)
+    objects, names = given(objects, named, "kinds.plan")
+    found = scan(objects, names)
     if () in found.paths:
         name = type(objects[0]).__name__
         raise StructureError(
@@ -80,9 +92,9 @@ def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Any, averages: A
             mend=f"put it into a dict: {{'{name.lower()}': ...}}",
         )
     if not found.leaves:
-        names = " and ".join(type(thing).__name__ for thing in objects)
+        types = " and ".join(type(thing).__name__ for thing in objects)
         raise StructureError(
-            f"There are no leaves: no Variable and no array anywhere in {names}.",
+            f"There are no leaves: no Variable and no array anywhere in {types}.",
             mend="assign the model's Variables before planning it",
         )
     claims = claim(kinds, found)
@@ -98,14 +110,16 @@ def make_plan(kinds: Kinds, objects: Sequence[Any], optimizers: Any, averages: A
     if groups and OPTIMIZER not in kinds:
         kinds = kinds | Kinds(**{OPTIMIZER: Kind(nnx.OptState)})
     kinds, shadows = check_averages(kinds, rows, averages or {})
-    return intern(Plan(kinds, found.graphdef, rows, (*groups, *shadows), len(objects), dropped))
+    return intern(Plan(kinds, found.graphdef, rows, (*groups, *shadows), len(objects), dropped, names=names))
 
 
-def _check_keys(what: str, given: Any, does: str, example: str) -> None:
+def _check_keys(what: str, asked: Any, does: str, example: str) -> None:
     mend = f"{what}={example}"
-    if given is not None and not isinstance(given, Mapping):
-        raise KindError(f"{what}={type(given).__name__}(...) does not say which kinds it {does}.", mend=mend)
-    for key in given or ():
+    if asked is not None and not isinstance(asked, Mapping):
+        if isinstance(asked, nnx.Pytree):
+            check_name(what)
+        raise KindError(f"{what}={type(asked).__name__}(...) does not say which kinds it {does}.", mend=mend)
+    for key in asked or ():
         if not all(isinstance(name, str) for name in (key if isinstance(key, tuple) else (key,))):
             raise KindError(f"{key!r} names no kind, and is no tuple of names.", mend=mend)
 
@@ -141,6 +155,7 @@ class Plan(Variants, Shown):
         packing: Mapping[str, Packing] | None = None,
         copies: Copies | None = None,
         members: Members | None = None,
+        names: tuple[str, ...] = (),
     ) -> None:
         self.kinds = kinds
         self.dropped = dropped
@@ -148,7 +163,8 @@ class Plan(Variants, Shown):
         self._rows = rows
         self._derived = derived
         self._objects = objects
-        self._several = objects > 1
+        self._several = objects > 1 or bool(names)
+        self._names = names
         self._packing = dict(packing or {})
         self._copies = copies
         self._members = members
@@ -198,7 +214,9 @@ class Plan(Variants, Shown):
 
     # --- making states ---------------------------------------------------------------------------------------
 
-    def take(self, *objects: Any, mesh: Any = None, copy: bool = True, pack: Any = False) -> statewise.state.State:
+    def take(
+        self, /, *objects: Any, mesh: Any = None, copy: bool = True, pack: Any = False, **named: Any
+    ) -> statewise.state.State:
         """Takes the arrays out of the objects into a state.
 
         Args:
@@ -208,6 +226,7 @@ class Plan(Variants, Shown):
             them, for models that fill the device; two leaves that share one array are told apart all the same.
           pack: experimental: small arrays travel as few buffers, which is what `jax.tree.map` then sees; True for all
             kinds, or the names of some.  Steps on many small leaves are several times as fast.
+          **named: the objects by name instead of by position, where they were planned so.
 
         Returns:
           a state of this plan, with fresh optimizer state; if packed, `state.plan` says so and `plan.put` takes it.
@@ -227,14 +246,14 @@ class Plan(Variants, Shown):
         """
         from statewise.exchange import take
 
-        return take(self, objects, mesh=mesh, copy=copy, pack=pack)
+        return take(self, in_order(self._names, objects, named, "take"), mesh=mesh, copy=copy, pack=pack)
 
     def init(self, make_model: Any, mesh: Any) -> statewise.state.State:
         """Makes a model's state where it is to lie, inside `jax.jit`: no device ever holds a full copy.
 
         Args:
-          make_model: a function without arguments that makes what was planned (a tuple of several objects); it is
-            traced, so its arrays must stand in `nnx.Variable`s.
+          make_model: a function without arguments that makes what was planned (a tuple of several objects, or a dict by
+            their names); it is traced, so its arrays must stand in `nnx.Variable`s.
           mesh: the mesh.
 
         Returns:
@@ -257,13 +276,14 @@ class Plan(Variants, Shown):
 
         return init(self, make_model, mesh)
 
-    def put(self, state: statewise.state.State | Any, *objects: Any, copy: bool = True) -> None:
+    def put(self, state: statewise.state.State | Any, /, *objects: Any, copy: bool = True, **named: Any) -> None:
         """Puts a state's arrays back into the objects.
 
         Args:
           state: a state of this plan.
           *objects: the objects that were planned, or others of the same structure.
           copy: copies each array, so that a later step, which donates the state's, leaves the objects whole.
+          **named: the objects by name instead of by position, where they were planned so.
 
         Raises:
           StructureError: another plan's state, a spent one, or objects that do not fit; nothing was put then.
@@ -277,7 +297,7 @@ class Plan(Variants, Shown):
         """
         from statewise.exchange import put
 
-        put(self, state, objects, copy=copy)
+        put(self, state, in_order(self._names, objects, named, "put"), copy=copy)
 
     def build(self, state: statewise.state.State | Any, *, copy: bool = True) -> Any:
         """Makes new objects with a state's arrays.
@@ -287,7 +307,7 @@ class Plan(Variants, Shown):
           copy: copies each array, so that a later step leaves the objects whole.
 
         Returns:
-          the object, or a tuple of them where several were planned.
+          the object, or a tuple of them where several were planned, in that order.
 
         Raises:
           StructureError: another plan's state, or a spent one.

@@ -15,7 +15,7 @@ from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path
-from statewise.scan import ONE, Scan, Spec, arrays_of, raw_value, rebuild, row_of, scan, spec_of
+from statewise.scan import ONE, Scan, Spec, arrays_of, named, raw_value, rebuild, row_of, scan, spec_of
 
 __all__ = ["Row", "Span", "drop_sown", "is_sown", "rows_of"]
 
@@ -91,9 +91,10 @@ def drop_sown(
     )
     copies = rebuild(found.graphdef, [raw_value(leaf) for leaf in found.leaves], found.several)
     while paths:  # what other paths reach too is still there, at the next of them
-        nnx.pop(copies if found.several else copies[0], lambda path, _, paths=paths: tuple(path) in paths)
-        found = scan(copies)
-        claims = claim(kinds, found)
+        sown = frozenset(map(found.numbered, paths))
+        nnx.pop(copies if found.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
+        found = scan(copies, found.names)
+        claims = claim(kinds, found, there=False)  # a kind all of whose leaves were sown has claimed them before
         paths = _sown(kinds, found, claims, copies)
     return found, claims, dropped
 
@@ -109,5 +110,5 @@ def _sown(kinds: Kinds, found: Scan, claims: Sequence[str], objects: Sequence[An
     if not paths:
         return frozenset()
     root: Any = tuple(objects) if found.several else objects[0]
-    modules = {tuple(path) for path, _ in nnx.iter_modules(root)}
+    modules = {named(tuple(path), found.names) for path, _ in nnx.iter_modules(root)}
     return frozenset(path for path in paths if path[:-1] in modules)

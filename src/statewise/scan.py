@@ -17,9 +17,22 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.errors import StructureError
-from statewise.paths import Leaf, Path
+from statewise.paths import Leaf, Path, Ways
 
-__all__ = ["ModelError", "Scan", "Spec", "arrays_of", "is_array", "rebuild", "row_of", "scan", "spec_of", "value_of"]
+__all__ = [
+    "ModelError",
+    "Scan",
+    "Spec",
+    "arrays_of",
+    "is_array",
+    "named",
+    "numbered",
+    "rebuild",
+    "row_of",
+    "scan",
+    "spec_of",
+    "value_of",
+]
 
 # The structure of a value that is one array: by far the most frequent, and told apart by identity.
 ONE: Any = jax.tree.structure(0)
@@ -54,41 +67,68 @@ class Scan(NamedTuple):
 
     Attributes:
       graphdef: NNX's graph definition; of a tuple where there are several objects.
-      paths: each leaf's first path, prefixed by the object's position where there are several.
+      paths: each leaf's first path, prefixed by the object's name, or by its position where there are several.
       leaves: the live Variables, or raw arrays.
-      several: whether there are several objects.
+      several: whether there are several objects, or one with a name.
+      names: the objects' names, in their order; empty where they have none.
     """
 
     graphdef: Any
     paths: tuple[Path, ...]
     leaves: tuple[Any, ...]
     several: bool
+    names: tuple[str, ...] = ()
 
     def relative(self, path: Path) -> Path:
-        """The path as filters see it: relative to its object."""
-        return path[1:] if self.several else path
+        """The path as filters see it: relative to its object; with the object's name, where it has one."""
+        return path[1:] if self.several and not self.names else path
+
+    def ways(self, *paths: Path) -> Path:
+        """The paths of one leaf as filters see them: `relative`, and what `sw.Path` knows besides."""
+        first, *others = map(self.relative, paths)
+        if self.several and not self.names:
+            return Ways.of((first, *others), paths)
+        return Ways.of((first, *others)) if others else first
+
+    def numbered(self, path: Path) -> Path:
+        """The path as NNX has it in the tuple of the objects."""
+        return numbered(path, self.names)
 
 
 # None, and what JAX would warn about before it is refused as a leaf.
 _BARE = (type(None), bool, int, float, complex, str, bytes, Iterator)
 
 
-def scan(objects: Sequence[Any]) -> Scan:
+def named(path: Path, names: Sequence[str]) -> Path:
+    """A path in the tuple of the objects, with the object's name in the place of its position."""
+    return (names[path[0]], *path[1:]) if names and path else path  # type: ignore[call-overload]
+
+
+def numbered(path: Path, names: Sequence[str]) -> Path:
+    """The inverse of `named`: the path as NNX has it in the tuple of the objects."""
+    return (names.index(path[0]), *path[1:]) if names and path else path
+
+
+def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
     """Flattens one object, or several together.
+
+    Args:
+      objects: the objects.
+      names: their names, if they have any; paths then begin with them.
 
     Raises:
       ModelError: no object, a class, something without parts, or something that NNX cannot flatten.
     """
     if not objects:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
-    for position, thing in enumerate(objects):
-        _check_object(position, thing)
+    for place, thing in zip(names or range(len(objects)), objects, strict=True):
+        _check_object(place, thing)
         if hasattr(type(thing), "_plan"):  # of the type: an nnx.Rngs has any attribute that one asks it for
             raise ModelError(
-                f"Object {position} is a {type(thing).__name__}, not a model.",
+                f"Object {place} is a {type(thing).__name__}, not a model.",
                 mend="state['params'] gives a kind's arrays, sw.census(state) counts them, plan.build(state) a model",
             )
-    several = len(objects) > 1
+    several = len(objects) > 1 or bool(names)
     try:
         graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0])
     except (TypeError, ValueError) as error:
@@ -98,24 +138,25 @@ def scan(objects: Sequence[Any]) -> Scan:
         ) from error
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
-            place: Any = path[0] if several else 0
-            _refuse_bare(place, objects[place])
-    return Scan(graphdef, tuple(flat.paths), tuple(flat.leaves), several)
+            position: Any = path[0] if several else 0
+            _refuse_bare(names[position] if names else position, objects[position])
+    paths = tuple(named(path, names) for path in flat.paths) if names else tuple(flat.paths)
+    return Scan(graphdef, paths, tuple(flat.leaves), several, tuple(names))
 
 
-def _check_object(position: int, thing: Any) -> None:
+def _check_object(place: int | str, thing: Any) -> None:
     if isinstance(thing, type):
         raise ModelError(
-            f"Object {position} is the class {thing.__name__}, not an instance of it.",
+            f"Object {place} is the class {thing.__name__}, not an instance of it.",
             mend=f"model = {thing.__name__}(..., rngs=nnx.Rngs(0))",
         )
     if is_array(thing) or isinstance(thing, _BARE):
-        _refuse_bare(position, thing)
+        _refuse_bare(place, thing)
 
 
-def _refuse_bare(position: int, thing: Any) -> None:
+def _refuse_bare(place: int | str, thing: Any) -> None:
     raise ModelError(
-        f"Object {position} is {type(thing).__name__}, which holds no leaves at paths.",
+        f"Object {place} is {type(thing).__name__}, which holds no leaves at paths.",
         mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
     )
 

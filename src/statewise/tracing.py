@@ -10,7 +10,6 @@ is checked here, before anything is compiled, so that it costs nothing in the co
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +25,19 @@ from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise.plan import Plan
-from statewise.scan import ONE, arrays_of, is_array, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.scan import (
+    ONE,
+    arrays_of,
+    is_array,
+    make_leaf,
+    numbered,
+    raw_value,
+    rebuild,
+    row_of,
+    scan,
+    spec_of,
+    value_of,
+)
 from statewise.state import State, check_fits
 
 __all__ = ["Eager", "Traced", "call_once", "refuse_writes", "trace"]
@@ -158,12 +169,16 @@ def call_once(
     by_kind = dict(zip(plan.kinds, parts, strict=True))
     values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
     objects = rebuild(plan._graphdef, values, plan._several)
-    before = scan(objects)
+    before = scan(objects, plan._names)
     out, sown = capture.call(fn, objects, args, kwargs)
     _refuse_model(out, before.leaves, name)
-    after = scan(objects)
+    after = scan(objects, plan._names)
     live = dict(zip(after.paths, after.leaves, strict=True))
-    bridged = functools.partial(_is_bridged, objects if plan._several else objects[0])
+    root = objects if plan._several else objects[0]
+
+    def bridged(path: Path) -> bool:
+        return _is_bridged(root, numbered(path, plan._names))
+
     _check_structure(plan, before.leaves, live, capture, name, bridged)
     captured = capture.collect(plan, live, out, sown)
     return captured, _arrays_after(plan, parts, live, name)
@@ -343,7 +358,7 @@ def _owners(plan: Plan) -> dict[Path, str]:
     for row in plan._rows:
         thing, at = (objects if plan._several else objects[0]), 0
         owner = type(thing).__name__
-        for depth, key in enumerate(row.path[:-1], start=1):
+        for depth, key in enumerate(numbered(row.path, plan._names)[:-1], start=1):
             thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
             first = plan._several and depth == 1  # one of several objects, which need not be a module
             if first or (isinstance(thing, nnx.Module) and not isinstance(thing, (nnx.Rngs, nnx.RngStream))):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from statewise.batches import refuse_batch
 from statewise.copies import spread
 from statewise.counterparts import Found, difference, leaves_of
-from statewise.errors import StructureError
+from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
 from statewise.members import Axis
 from statewise.moving import moved
@@ -165,6 +165,8 @@ def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) ->
     for name in names:
         if name not in plan.kinds:
             raise unknown_kind(name, plan.kinds)
+    if names and not set(names) & set(filled):
+        raise KindError(f"kinds={kinds!r} names no kind that has leaves.", mend=f"those that have: {', '.join(filled)}")
     left = [kind for kind in filled if kind not in names] if into is None else []
     if left:
         raise StructureError(
@@ -217,36 +219,47 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
 
 
 def _renumbering(src: Plan, plan: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
-    """From a path in the target to that in the source, where only one of them is of several objects.
+    """From a path in the target to that in the source, where their objects are not called alike.
 
     A learner's plan is often of a model and its optimizer, an actor's of the model alone: the one object is then that
-    of the several which has most of the leaves.
+    of the several which has most of the leaves.  Objects with names are those without in the order of the names.
     """
     paths = [one.leaf.path for one in wanted]
-    if src._several == plan._several:
+    if src._several and plan._several:
+        if bool(src._names) == bool(plan._names):
+            return lambda path: path
+        calls = dict(zip(plan._calls, src._calls, strict=False))
+        return lambda path: _recalled(path, calls, have)
+    if not src._several and not plan._several:
         return lambda path: path
     if src._several:
         best = _object_of(src, wanted, have)
         return lambda path: (best, *path)
-    best = max(range(plan._objects), key=lambda at: sum(path[0] == at and path[1:] in have for path in paths))
+    best = max(plan._calls, key=lambda at: sum(path[0] == at and path[1:] in have for path in paths))
     return lambda path: path[1:] if path[0] == best else (None, *path)
 
 
-def _object_of(src: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> int:
-    """The object of the source that the target is; of a model and its teacher nothing but a kind tells which."""
-    theirs = [[(one, have.get((at, *one.leaf.path))) for one in wanted] for at in range(src._objects)]
+def _recalled(path: Path, calls: Mapping[Any, Any], have: Mapping[Path, Found]) -> Path:
+    """A path with the other plan's name for its object: the first key, and of what is derived one further in."""
+    ways = [(*path[:at], calls[key], *path[at + 1 :]) for at, key in enumerate(path) if key in calls]
+    return next((way for way in ways if way in have), path if path in have else (ways or [path])[0])
 
-    def score(at: int) -> tuple[int, int, int]:
+
+def _object_of(src: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
+    """The object of the source that the target is; of a model and its teacher nothing but a kind tells which."""
+    theirs = {at: [(one, have.get((at, *one.leaf.path))) for one in wanted] for at in src._calls}
+
+    def score(at: Any) -> tuple[int, int, int]:
         pairs = [(one, found) for one, found in theirs[at] if found is not None]
         fit = [one.leaf.type is found.leaf.type and one.leaf.shape == found.leaf.shape for one, found in pairs]
         return sum(fit), sum(one.leaf.kind == found.leaf.kind for one, found in pairs), len(pairs)
 
-    best = max(range(src._objects), key=score)
-    equal = [at for at in range(src._objects) if score(at) == score(best)]
+    best = max(theirs, key=score)
+    equal = [at for at in theirs if score(at) == score(best)]
     if score(best)[0] and len({tuple(id(found) for _, found in theirs[at]) for at in equal}) > 1:
         raise StructureError(
             f"The target may be any of the source's objects {', '.join(map(str, equal))}: they fit alike.",
-            mend=f"one = src.plan.build(src)[{best}]\nsw.transfer(sw.plan(one).take(one), target)",
+            mend=f"one = src.plan.build(src)[{list(theirs).index(best)}]\nsw.transfer(sw.plan(one).take(one), target)",
         )
     return best
 

@@ -29,7 +29,6 @@ __all__ = ["Variants"]
 class Variants(Layout):
     """What makes other plans of a plan; a base of `Plan`, which takes the parts named here."""
 
-    _objects: int
     dropped: tuple[Leaf, ...]
 
     def _like(self, **changed: Any) -> Plan:
@@ -47,6 +46,7 @@ class Variants(Layout):
             "rows": self._rows,
             "derived": self._derived,
             "objects": self._objects,
+            "names": self._names,
             "dropped": self.dropped,
             "packing": self._packing,
             "copies": self._copies,

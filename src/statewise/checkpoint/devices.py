@@ -129,8 +129,8 @@ def _declared(plan: Plan, record: LeafRecord, ours: ArrayRecord) -> str:
     kind, path = _owner(plan, record)
     placement = plan.kinds[kind].placement
     if placement is not None and not isinstance(placement, PLACEMENTS):
-        # As it was asked when the state was taken: of several objects relative to each, with the keys within a value.
-        placement = placement(path[plan._several :] + ours.within, shape_of_one(ours))
+        # As it was asked when the state was taken, with the keys within a value.
+        placement = placement(plan._relative(path) + ours.within, shape_of_one(ours))
     return placement.resize if isinstance(placement, PerDevice) else "error"
 
 

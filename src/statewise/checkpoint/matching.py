@@ -22,6 +22,7 @@ from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.regrouping import Regrouped, asked_members, regroup
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
 from statewise.paths import Path, format_path, format_shape
+from statewise.plan import Plan
 from statewise.state import State, is_deleted
 
 __all__ = ["Match", "kinds_to_restore", "match"]
@@ -349,6 +350,32 @@ def _recast(record: LeafRecord, there: LeafRecord) -> list[tuple[ArrayRecord, Ar
     return [(ours, theirs) for ours, theirs in pairs if ours.dtype != theirs.dtype and ours.prng == theirs.prng]
 
 
+def _renamed(plan: Plan, manifest: Manifest) -> str:
+    """What to do where the plan's objects have names and the checkpoint's do not, or the reverse; else nothing.
+
+    So it is where no leaf of the objects is in the checkpoint under its own path, and one that begins otherwise is.
+    """
+    saved = {leaf.path for leaf in manifest.leaves}
+    mine = [row.path for row in plan._rows]
+    if not plan._several or not saved.isdisjoint(mine):
+        return ""
+    theirs = {path[1:]: path[0] for path in saved if type(path[0]) is (int if plan._names else str)}
+    found = {path[0]: theirs[path[1:]] for path in mine if path[1:] in theirs}
+    if not found:
+        return ""
+    if plan._names:
+        return (
+            f"the checkpoint's objects have no names: plan them by position, kinds.plan({', '.join(plan._names)}), and "
+            "restore; sw.transfer(restored, plan) then names them"
+        )
+    names = dict.fromkeys(path[0] for path in sorted(saved, key=str) if path[1:] in {way[1:] for way in mine})
+    given = ", ".join(f"{name}={name}" for name in names)
+    return (
+        f"the checkpoint's objects have names: plan them so, in the order in which you give them here, "
+        f"kinds.plan({given}), and restore; sw.transfer(restored, plan) then counts them"
+    )
+
+
 @no_collection()
 def match(
     path: Any,
@@ -363,5 +390,7 @@ def match(
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
     mends = tuple(_mend(words, declared) for words, declared in matcher.mends.items())
+    if mends and (renamed := _renamed(state.plan, manifests[0])):
+        mends = (renamed,)  # what else could be said of each leaf follows from that
     report = RestoreReport(str(path), tuple(matcher.done), mends, dict(written))
     return Match(report, tuple(matcher.sources), tuple(matcher.restarted))

@@ -140,7 +140,7 @@ def kinds_of(state: State, only: Any, what: str, mend: str) -> tuple[str, ...]:
       mend: what to do about it, with `{name}` for the kind's.
 
     Raises:
-      KindError: a kind that is not there, or is never saved.
+      KindError: a kind that is not there, or is never saved; kinds none of which has a leaf.
     """
     kinds = state.plan.kinds
     if only is None:
@@ -151,4 +151,11 @@ def kinds_of(state: State, only: Any, what: str, mend: str) -> tuple[str, ...]:
             raise unknown_kind(name, kinds)
         if not kinds[name].saved:
             raise KindError(f"The kind {name!r} is declared ephemeral{what}.", kind=name, mend=mend.format(name=name))
+    filled = [name for name, specs in state.plan._specs.items() if specs]
+    if names and not set(names) & set(filled):
+        raise KindError(
+            f"only={only!r} names no kind that has leaves in this model.",
+            kind=names[0] if len(names) == 1 else None,
+            mend=f"those that have: {', '.join(filled)}",
+        )
     return tuple(name for name in kinds if name in names)

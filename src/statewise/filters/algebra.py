@@ -256,7 +256,7 @@ def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: An
       FilterError: the function raised something else than that.
     """
     try:
-        return function(path, leaf)
+        return function(tuple(path), leaf)  # a plain one, whatever our own filters get
     except FilterError:
         raise
     except Exception as error:  # a user's function raises what it likes

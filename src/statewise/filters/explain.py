@@ -145,6 +145,10 @@ def _as_code(filter: Filter) -> str:
         return f"sw.Exactly({', '.join(map(_as_code, filter.types))})"
     if isinstance(filter, Ours):
         return f"sw.{filter!r}"
+    if type(filter) is nnx.PathContains:
+        return f"nnx.{filter!r}"
+    if type(filter) is nnx.filterlib.PathIn:
+        return f"nnx.filterlib.PathIn({', '.join(sorted(map(repr, filter.paths)))})"
     cls = filter.type if type(filter) is nnx.OfType else filter
     if isinstance(cls, type):
         name = paths.format_type(cls)

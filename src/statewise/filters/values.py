@@ -56,7 +56,9 @@ def reason(error: Exception) -> str:
 
 
 def row(path: paths.Path, leaf: Any) -> paths.Leaf:
-    """Describes a leaf for an error."""
+    """Describes a leaf for an error, under its path as it is printed."""
+    if isinstance(path, paths.Ways):
+        path = (path.printed or path.relative)[0]
     variable = isinstance(leaf, nnx.Variable)
     value = leaf.get_raw_value() if variable else leaf
     cls = leaf.var_type if variable else jax.Array if isinstance(leaf, jax.Array) else type(leaf)

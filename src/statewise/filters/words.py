@@ -87,7 +87,9 @@ class Path(Ours):
       pattern: segments with slashes between.  `*` is any one segment or, inside a segment, any run of
         characters (`layer_*`); `?` is any one character; `**` is any number of segments, none included.
         Upper and lower case differ.  A key's text is what counts: the integer `0` and the string `"0"`
-        are both `0`.
+        are both `0`.  Of several objects without names, a pattern is read relative to each of them; one that
+        begins with a position (`1/kernel`, `1/**`) is also read as paths are printed.  Statewise's own
+        functions refuse a pattern that could mean two leaves.
 
     Raises:
       FilterError: the pattern is no text, has an empty segment, `**` inside a segment, or one of `[]{}`,
@@ -112,6 +114,18 @@ class Path(Ours):
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
         """Whether the path matches."""
+        if type(path) is not paths.Ways:
+            return self.matches(path)
+        return any(map(self.matches, path.relative)) or (self.positional and any(map(self.matches, path.printed)))
+
+    @property
+    def positional(self) -> bool:
+        """Whether the pattern begins with an object's position, and so may be a path as it is printed."""
+        first = self.pattern.partition("/")[0]
+        return first.isascii() and first.isdecimal()
+
+    def matches(self, path: paths.Path) -> bool:
+        """Whether this very path matches."""
         if not path:  # no segments: only `**` matches it, and `.`, as which it prints
             return self.pattern in ("**", ".")
         return self._glob.fullmatch(paths.format_path(path) + "/") is not None

@@ -18,6 +18,7 @@ from statewise.kinds import Kinds
 from statewise.lint import arrays, declared, leaf_types, members, modes, optimizing, values
 from statewise.lint.finding import Finding, Findings, Trap
 from statewise.lint.subject import look
+from statewise.naming import given
 
 __all__ = ["TRAPS", "Finding", "Findings", "Trap", "lint"]
 
@@ -37,6 +38,7 @@ def lint(
     kinds: Kinds | Any = None,
     ignore: str | Iterable[str] = (),
     decode_length: int | None = None,
+    **named: Any,
 ) -> Findings:
     """Looks for the known traps in a model; `docs/lint.md` explains each.
 
@@ -47,13 +49,16 @@ def lint(
       kinds: the kinds that the program declares, `Kinds.standard()` if None; a plan and a state have their own.
       ignore: the codes of traps that are not looked for, one or several.
       decode_length: how many tokens are to be decoded, for caches that are too small for them.
+      **named: the objects by name, instead of by position.
 
     Returns:
       a list of findings, empty when all is well; it prints as a table.  What only values tell is not found in what is
       abstract.
 
     Raises:
-      KindError: kinds that are none, kinds beside a plan, or a code that is no trap's.
+      KindError: kinds that are none, kinds beside a plan, or a code that is no trap's; objects given by position and by
+        name.
+      FilterError: a path in a kind that could mean one leaf or another.
       StructureError: what is given is no model, or a spent state.
 
     Example:
@@ -75,10 +80,11 @@ def lint(
     codes = [trap.code for trap in TRAPS]
     for code in sorted(left_out.difference(codes)):
         raise KindError(f"There is no trap {code!r}.", mend=f"one of: {', '.join(codes)}")
+    objects, names = given(objects, named, "sw.lint")
     traps = [trap for trap in TRAPS if trap.code not in left_out]
     if len(objects) == 1 and members.is_ensemble(objects[0]) and kinds is None:
         found = members.each_member(objects[0], lambda one: lint(one, ignore=left_out, decode_length=decode_length))
         own = [finding for trap in members.TRAPS if trap in traps for finding in members.findings(trap, objects[0])]
         return Findings([*own, *found])
-    subject = look(objects, kinds, decode_length)
+    subject = look(objects, kinds, decode_length, names)
     return Findings(finding for trap in traps for finding in trap.findings(subject))

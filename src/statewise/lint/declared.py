@@ -8,13 +8,15 @@ from typing import Any
 
 from flax import nnx
 
-from statewise.errors import ContestedError, FilterError, UnclaimedError
-from statewise.filters import Exactly, as_code, predicate, type_only
+from statewise.errors import ContestedError, FilterError, KindError, UnclaimedError
+from statewise.filters import Exactly, as_code, describe, predicate, type_only
 from statewise.filters.algebra import compound, normalise
 from statewise.kinds import Kind, Kinds
 from statewise.lint.finding import Found, Trap
 from statewise.lint.subject import Subject
 from statewise.lint.training import trainings
+from statewise.paths import Path, format_path
+from statewise.spelled import corrected_kind, nearest, spelled
 
 __all__ = ["TRAPS"]
 
@@ -27,6 +29,61 @@ def _unclaimed(subject: Subject) -> Iterator[Found]:
 def _contested(subject: Subject) -> Iterator[Found]:
     if isinstance(subject.refused, ContestedError):
         yield Found(subject.refused.message, subject.refused.leaves, subject.refused.mend or "")
+
+
+def _path_lost(subject: Subject) -> Iterator[Found]:
+    """Paths that are spelled and not there: by kinds, claimed or left out, and by an `nnx.Optimizer`."""
+    if isinstance(subject.refused, KindError):
+        yield Found(subject.refused.message, subject.refused.leaves, subject.refused.mend or "")
+    asked = {name: kind for name, kind in subject.kinds.items() if not kind.optional and not kind.rest}
+    asked = {name: kind for name, kind in asked.items() if subject.declared and not type_only(kind.of)}
+    for name, kind in asked.items():
+        for one in spelled(kind.of):
+            if one.negated and not subject.reading.matched(one.filter):
+                path, near = describe(one.filter), ", ".join(nearest(subject.reading, one.filter))
+                yield Found(
+                    f"The kind {name!r} leaves out {path}, which matches no path; the nearest are {near}.",
+                    (),
+                    corrected_kind(name, kind, [one.filter], subject.reading),
+                )
+    for at, node in subject.nodes if subject.has(nnx.Optimizer) else ():
+        if isinstance(node, nnx.Optimizer):
+            yield from _lost_by_optimizer(subject, at, node)
+
+
+def _lost_by_optimizer(subject: Subject, at: Path, optimizer: Any) -> Iterator[Found]:
+    """Paths that its `wrt` spells.  It knows them in its own model, so any end of a path may be what is meant."""
+    found = subject.found
+    for one in spelled(optimizer.wrt):
+        ends = (
+            (path[start:], leaf)
+            for path, leaf in zip(found.paths, found.leaves, strict=True)
+            for start in range(len(path))
+        )
+        if not any(one.filter(end, leaf) for end, leaf in ends):
+            label = f"The nnx.Optimizer at {format_path(at)}" if at else "The nnx.Optimizer"
+            near = ", ".join(nearest(subject.reading, one.filter))
+            yield Found(
+                f"{label} has wrt={describe(optimizer.wrt)}, of which {describe(one.filter)} matches no path; "
+                f"the nearest are {near}.",
+                (),
+                "nnx.Optimizer(model, tx, wrt=filter)  # print(sw.explain(model, filter)) shows what it matches",
+            )
+
+
+def _frozen_empty(subject: Subject) -> Iterator[Found]:
+    if not subject.declared or subject.refused is not None:
+        return
+    claimed = set(subject.claims)
+    for name, kind in subject.kinds.items():
+        if kind.frozen and not kind.optional and name not in claimed:
+            yield Found(
+                f"The kind {name!r} is frozen, and claims no leaf.",
+                (),
+                f"print(sw.explain(model, kinds[{name!r}].of))  # what its filter makes of each leaf\n"
+                f"or, if there need not be any: "
+                f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], optional=True))",
+            )
 
 
 def _overlapping(subject: Subject) -> Iterator[Found]:
@@ -140,6 +197,12 @@ def _trained_lost(subject: Subject) -> Iterator[Found]:
 TRAPS = (
     Trap("unclaimed-leaf", "no plan can be made of this model by these kinds", _unclaimed),
     Trap("contested-leaf", "no plan can be made of this model by these kinds", _contested),
+    Trap(
+        "path-matches-nothing",
+        "what the path was spelled for (a kind that is frozen, say) reaches none of the leaves that are meant",
+        _path_lost,
+    ),
+    Trap("frozen-kind-empty", "what was to stay as it is falls to another kind, and is trained", _frozen_empty),
     Trap(
         "overlapping-kinds",
         "the first leaf of that type is contested; a type filter means every subclass (LoRAParam is a Param)",

@@ -24,14 +24,15 @@ from statewise.kinds import Kinds
 from statewise.lint.reading import Facts, is_readable, read
 from statewise.paths import Leaf, Path
 from statewise.plan import Plan
-from statewise.scan import ModelError, Scan, Spec, arrays_of, raw_value, row_of, scan
+from statewise.scan import ModelError, Scan, Spec, arrays_of, named, raw_value, row_of, scan
 from statewise.select import check_kinds
+from statewise.spelled import Reading
 from statewise.state import State, check_unspent
 
 __all__ = ["Subject", "look"]
 
 
-def look(objects: Sequence[Any], kinds: Any, decode_length: int | None) -> Subject:
+def look(objects: Sequence[Any], kinds: Any, decode_length: int | None, names: tuple[str, ...] = ()) -> Subject:
     """Makes a subject of what was given to `statewise.lint`.
 
     Raises:
@@ -40,7 +41,7 @@ def look(objects: Sequence[Any], kinds: Any, decode_length: int | None) -> Subje
     """
     if kinds is not None:
         check_kinds(kinds)
-    if len(objects) == 1 and isinstance(objects[0], tuple | list):
+    if len(objects) == 1 and isinstance(objects[0], tuple | list) and not names:
         objects = tuple(objects[0])
     planned = [thing for thing in objects if isinstance(thing, Plan | State)]
     if planned and len(objects) > 1:
@@ -49,7 +50,7 @@ def look(objects: Sequence[Any], kinds: Any, decode_length: int | None) -> Subje
             mend="sw.lint(plan)",
         )
     if not planned:
-        return Subject(tuple(objects), kinds or Kinds.standard(), kinds is not None, None, decode_length)
+        return Subject(tuple(objects), kinds or Kinds.standard(), kinds is not None, None, decode_length, names)
     state = planned[0] if isinstance(planned[0], State) else planned[0].abstract()
     plan = state.plan
     if kinds is not None and kinds != plan.kinds:
@@ -58,7 +59,8 @@ def look(objects: Sequence[Any], kinds: Any, decode_length: int | None) -> Subje
     if plan._copies:
         state = _first_of_each(state)
     built = state.plan.build(state, copy=False)
-    return Subject(built if plan._several else (built,), plan.kinds, True, plan, decode_length)
+    objects = built if plan._objects > 1 else (built,)
+    return Subject(objects, plan.kinds, True, plan, decode_length, plan._names)
 
 
 def _first_of_each(state: State) -> State:
@@ -93,6 +95,7 @@ class Subject:
       declared: whether somebody chose the kinds: they were given, or are a plan's.
       plan: the plan, where there is one.
       decode_length: how many tokens are to be decoded, where it was said.
+      names: the objects' names, where they have any.
     """
 
     objects: tuple[Any, ...]
@@ -100,6 +103,7 @@ class Subject:
     declared: bool
     plan: Plan | None
     decode_length: int | None
+    names: tuple[str, ...] = ()
     trainings: Any = None  # what `training.trainings` found, once it was asked
 
     # --- leaves ------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ class Subject:
     @functools.cached_property
     def found(self) -> Scan:
         """The objects, flattened."""
-        return scan(self.objects)
+        return scan(self.objects, self.names)
 
     @functools.cached_property
     def types(self) -> tuple[type, ...]:
@@ -125,13 +129,14 @@ class Subject:
         return {path: number for number, path in enumerate(self.found.paths)}
 
     @functools.cached_property
-    def _claims(self) -> tuple[list[str | None], ContestedError | UnclaimedError | None]:
+    def _claims(self) -> tuple[list[str | None], ContestedError | UnclaimedError | KindError | None]:
         try:
-            return list(claim(self.kinds, self.found)), None
-        except (ContestedError, UnclaimedError) as error:
+            # What a plan has been made of fits; but for what an earlier `sow` left, which the plan drops.
+            return list(claim(self.kinds, self.found, there=self.plan is None)), None
+        except (ContestedError, UnclaimedError, KindError) as error:
             claims_of = claimants(self.kinds)
             names = [
-                claims_of(self.found.relative(path), leaf)
+                claims_of(self.found.ways(path), leaf)
                 for path, leaf in zip(self.found.paths, self.found.leaves, strict=True)
             ]
             return [name[0] if len(name) == 1 else None for name in names], error
@@ -142,7 +147,7 @@ class Subject:
         return self._claims[0]
 
     @property
-    def refused(self) -> ContestedError | UnclaimedError | None:
+    def refused(self) -> ContestedError | UnclaimedError | KindError | None:
         """Why the kinds do not fit the leaves, where they do not."""
         return self._claims[1]
 
@@ -152,7 +157,12 @@ class Subject:
         # Looking for them takes as long as flattening, and few models have any; the graph says whether.
         if not any(type(node).__name__ == "NodeRef" for node in self.found.graphdef.nodes):
             return {}
-        return aliases_of(self.found.graphdef, self.found.paths, self.found.several)
+        return aliases_of(self.found.graphdef, self.found.paths, self.found.several, self.found.names)
+
+    @functools.cached_property
+    def reading(self) -> Reading:
+        """The leaves as filters that look at paths see them."""
+        return Reading(self.found, self.aliases)
 
     def row(self, number: int, note: str = "") -> Leaf:
         """A leaf as data."""
@@ -221,7 +231,11 @@ class Subject:
     def nodes(self) -> tuple[tuple[Path, Any], ...]:
         """The modules, optimizers and metrics, each with the first path that reaches it."""
         root = self.objects if self.found.several else self.objects[0]
-        return tuple((tuple(path), node) for path, node in nnx.iter_graph(root) if isinstance(node, nnx.Pytree))
+        return tuple(
+            (named(tuple(path), self.names), node)
+            for path, node in nnx.iter_graph(root)
+            if isinstance(node, nnx.Pytree)
+        )
 
     def below(self, path: Path) -> list[int]:
         """The leaves below a path."""

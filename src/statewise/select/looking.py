@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
 from statewise.errors import KindError
-from statewise.filters import Filter, describe, explain_leaf, predicate
+from statewise.filters import Filter, describe, explain_leaf, predicate, type_only
 from statewise.kinds import Kinds
-from statewise.paths import Leaf, format_dtype, format_path, format_shape, format_type
+from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise.scan import ModelError, Scan, row_of, scan
+from statewise.spelled import Reading
 from statewise.tables import Shown, Table, leaf_dict
 
 __all__ = ["Explanation", "check_kinds", "count", "explain", "look", "select"]
@@ -46,18 +48,28 @@ def _named(thing: Any) -> str:
     return f"a single {format_type(thing.var_type)}" if isinstance(thing, nnx.Variable) else type(thing).__name__
 
 
+def _seen(found: Scan, *filters: Filter) -> Sequence[Path]:
+    """Each leaf's path as these filters see it; a path in them that could mean one leaf or another is refused."""
+    if all(map(type_only, filters)):
+        return [found.relative(path) for path in found.paths]
+    reading = Reading(found)
+    for filter in filters:
+        reading.check(filter)
+    return reading.ways
+
+
 def select(model: Any, filter: Filter) -> nnx.State:
     """The leaves that a filter means, by path: live Variables, as `nnx.state` gives them.
 
     Args:
-      model: a module, or a tuple or list of objects; concrete, abstract or traced.
+      model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
       filter: any NNX filter, or one of ours.
 
     Returns:
       an `nnx.State` of the matching leaves, empty if there are none.
 
     Raises:
-      FilterError: the filter is none.
+      FilterError: the filter is none, or spells a path that could mean one leaf or another.
       StructureError: the model is none.
 
     Example:
@@ -71,8 +83,8 @@ def select(model: Any, filter: Filter) -> nnx.State:
     found = look(model)
     chosen: list[Any] = [
         (path, leaf)
-        for path, leaf in zip(found.paths, found.leaves, strict=True)
-        if matches(found.relative(path), leaf)
+        for path, seen, leaf in zip(found.paths, _seen(found, filter), found.leaves, strict=True)
+        if matches(seen, leaf)
     ]
     return nnx.from_flat_state(chosen)
 
@@ -81,14 +93,14 @@ def count(model: Any, *filters: Filter) -> int | tuple[int, ...]:
     """How many leaves each filter means.  A tied leaf counts once; a raw array is a leaf.
 
     Args:
-      model: a module, or a tuple or list of objects; concrete, abstract or traced.
+      model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
       *filters: each is counted by itself: a leaf that two of them mean counts in both.
 
     Returns:
       the number of leaves for one filter, a tuple of numbers for several, that of all leaves for none.
 
     Raises:
-      FilterError: a filter is none.
+      FilterError: a filter is none, or spells a path that could mean one leaf or another.
       StructureError: the model is none.
 
     Example:
@@ -102,7 +114,7 @@ def count(model: Any, *filters: Filter) -> int | tuple[int, ...]:
     found = look(model)
     if not matchers:
         return len(found.leaves)
-    keyed = [(found.relative(path), leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)]
+    keyed = list(zip(_seen(found, *filters), found.leaves, strict=True))
     counts = tuple(sum(matches(path, leaf) for path, leaf in keyed) for matches in matchers)
     return counts if len(counts) > 1 else counts[0]
 
@@ -174,14 +186,14 @@ def explain(model: Any, filter: Filter) -> Explanation:
     """Tells for every leaf whether a filter means it, and which part of the filter decided that.
 
     Args:
-      model: a module, or a tuple or list of objects; concrete, abstract or traced.
+      model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
       filter: any NNX filter, or one of ours.
 
     Returns:
       an `Explanation`, which prints as a table.
 
     Raises:
-      FilterError: the filter is none.
+      FilterError: the filter is none, or spells a path that could mean one leaf or another.
       StructureError: the model is none.
 
     Example:
@@ -192,9 +204,7 @@ def explain(model: Any, filter: Filter) -> Explanation:
     """
     text = describe(filter)
     found = look(model)
-    answers = [
-        explain_leaf(filter, found.relative(path), leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)
-    ]
+    answers = [explain_leaf(filter, seen, leaf) for seen, leaf in zip(_seen(found, filter), found.leaves, strict=True)]
     return Explanation(
         filter=text,
         leaves=tuple(row_of(path, leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)),

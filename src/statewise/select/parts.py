@@ -81,7 +81,7 @@ def split(model: Any, kinds: Kinds | Any) -> tuple[nnx.GraphDef[Any], dict[str, 
     """Splits a model into its graph definition and one part for each kind; each leaf is in exactly one part.
 
     Args:
-      model: a module, or a tuple or list of objects; concrete, abstract or traced.
+      model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
       kinds: the declaration.
 
     Returns:
@@ -91,7 +91,7 @@ def split(model: Any, kinds: Kinds | Any) -> tuple[nnx.GraphDef[Any], dict[str, 
     Raises:
       ContestedError: leaves that several kinds claim, all of them.
       UnclaimedError: leaves that no kind claims, all of them.
-      KindError: the kinds are none.
+      KindError: the kinds are none, or spell a path that is not there.
       StructureError: the model is none.
 
     Example:
@@ -295,7 +295,7 @@ def update(model: Any, state: Any) -> None:
     Only values are put: a Variable's type and metadata stay as they are in the model.
 
     Args:
-      model: a module, or a tuple or list of objects; concrete, abstract or traced.
+      model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
       state: an `nnx.State`, a nested dict, or a flat dict from paths (tuples) to leaves; of Variables or of raw
         arrays.  It may hold some of the model's leaves only.
 

@@ -16,9 +16,11 @@ from statewise import _compat
 from statewise.aliases import aliases_of
 from statewise.claims import claimants
 from statewise.errors import StructureError
+from statewise.filters import type_only
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path
-from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, scan, spec_of
+from statewise.scan import ONE, Scan, arrays_of, make_leaf, named, raw_value, scan, spec_of
+from statewise.spelled import Reading, check_claimed
 from statewise.state import State, check_unspent, is_deleted
 from statewise.watch.fingerprints import fingerprints
 
@@ -62,24 +64,31 @@ class Snapshot:
     statics: Mapping[Path, Any]
 
 
-def snapshot_of(objects: Sequence[Any], kinds: Kinds) -> Snapshot:
+def snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str] = (), there: bool = True) -> Snapshot:
     """The snapshot of a state, or of one or several objects.
 
+    Args:
+      objects: the state, or the objects.
+      kinds: the kinds to tell the leaves apart by.
+      names: the objects' names, if they have any.
+      there: whether the paths that kinds spell have to be there.
+
     Raises:
+      KindError: a kind that spells a path which is not there.
       StructureError: what is given is no model, is being traced, or is abstract; a spent state.
     """
     with jax.transfer_guard("allow"):  # a fingerprint has to come to the host, whatever the program forbids itself
-        return _snapshot_of(objects, kinds)
+        return _snapshot_of(objects, kinds, names, there)
 
 
-def _snapshot_of(objects: Sequence[Any], kinds: Kinds) -> Snapshot:
+def _snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str], there: bool) -> Snapshot:
     if isinstance(jnp.zeros(()), _compat.Tracer):
         raise _traced()
     if isinstance(objects[0], State):
         return _of_state(objects[0])
-    found = scan(objects)
-    aliases = aliases_of(found.graphdef, found.paths, found.several)
-    claims = _claims(kinds, found, aliases)
+    found = scan(objects, names)
+    aliases = aliases_of(found.graphdef, found.paths, found.several, found.names)
+    claims = _claims(kinds, found, aliases, there)
     leaves = []
     for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True):
         arrays, structure = arrays_of(raw_value(leaf))
@@ -88,7 +97,7 @@ def _snapshot_of(objects: Sequence[Any], kinds: Kinds) -> Snapshot:
         own = make_leaf(path, type_, specs, structure is ONE, kind, aliases.get(path, ()))
         leaves.append((own, kind, arrays, structure))
     first = {alias: path for path, others in aliases.items() for alias in others}
-    return Snapshot(_printed(leaves), first, _statics(objects))
+    return Snapshot(_printed(leaves), first, _statics(objects, names))
 
 
 def _of_state(state: State) -> Snapshot:
@@ -103,16 +112,23 @@ def _of_state(state: State) -> Snapshot:
     return Snapshot(_printed(leaves), first, {})
 
 
-def _claims(kinds: Kinds, found: Scan, aliases: Mapping[Path, Sequence[Path]]) -> list[str]:
+def _claims(kinds: Kinds, found: Scan, aliases: Mapping[Path, tuple[Path, ...]], there: bool) -> list[str]:
     """The kind of each leaf; unlike a plan it refuses none that no kind claims, or that two do."""
     claims_of = claimants(kinds)
     claims = []
+    claimed: set[str] = set()
     for path, leaf in zip(found.paths, found.leaves, strict=True):
         ways = (path, *aliases.get(path, ()))
-        names = dict.fromkeys(name for way in ways for name in claims_of(found.relative(way), leaf))
+        names = dict.fromkeys(name for way in ways for name in claims_of(found.ways(way), leaf))
+        claimed.update(names)
         # What the rest kind would get by one path belongs to whoever claims it by another.
-        named = [name for name in names if not kinds[name].rest] or list(names)
-        claims.append(" and ".join(named) or NO_KIND)
+        own = [name for name in names if not kinds[name].rest] or list(names)
+        claims.append(" and ".join(own) or NO_KIND)
+    if there and not all(kind.rest or type_only(kind.of) for kind in kinds.values()):
+        reading = Reading(found, aliases)
+        for kind in kinds.values():
+            reading.check(kind.of)
+        check_claimed(kinds, reading, claimed, ())
     return claims
 
 
@@ -147,10 +163,10 @@ def _as_jax_sees_it(array: Any) -> Any:
         return np.asarray(array).astype(spec.dtype)
 
 
-def _statics(objects: Sequence[Any]) -> dict[Path, Any]:
-    several = len(objects) > 1
+def _statics(objects: Sequence[Any], names: Sequence[str]) -> dict[Path, Any]:
+    several = len(objects) > 1 or bool(names)
     return {
-        ((position,) if several else ()) + (*path, name): value
+        (named((position,), names) if several else ()) + (*path, name): value
         for position, thing in enumerate(objects)
         for path, module in nnx.iter_modules(thing)
         for name, value in vars(module).items()

@@ -14,6 +14,7 @@ from typing import Any
 
 from statewise.errors import KindError, StructureError, WatchError
 from statewise.kinds import Kinds, unknown_kind
+from statewise.naming import given
 from statewise.paths import Leaf, format_path
 from statewise.select import check_kinds
 from statewise.state import State, check_unspent
@@ -23,8 +24,13 @@ from statewise.watch.snapshots import Snapshot, snapshot_of
 
 __all__ = ["Seen", "watch"]
 
+# In the place of a model that is not given.
+NOTHING: Any = object()
 
-def watch(model: Any, kinds: Kinds | Any = None, *, expect: str | Sequence[str] | Any = None) -> Seen:
+
+def watch(
+    model: Any = NOTHING, /, kinds: Kinds | Any = None, *, expect: str | Sequence[str] | Any = None, **named: Any
+) -> Seen:
     """Watches a model while a block of any code runs: `nnx.jit`, plain `jax.jit`, a trainer of somebody else's.
 
     Use it as `with sw.watch(model) as seen:`.  After the block `seen.changed` says which kinds changed, and in which
@@ -37,12 +43,15 @@ def watch(model: Any, kinds: Kinds | Any = None, *, expect: str | Sequence[str] 
         kind claims are watched too, under `(no kind)`.
       expect: kinds that have to change.  If given, the end of the block raises where no leaf of such a kind did, and
         where a leaf of a frozen kind did; `()` asks for the second alone.
+      **named: several objects by name, instead of a tuple: `sw.watch(policy=policy, reference=reference)`.
 
     Returns:
       a `Seen`, to be used in a `with` statement.
 
     Raises:
-      KindError: kinds that are none, or beside a state; `expect` names a kind that is not there or has no leaves.
+      KindError: kinds that are none, that spell a path which is not there, or that are given beside a state; `expect`
+        names a kind that is not there or has no leaves; objects given by position and by name.
+      FilterError: a path in a kind that could mean one leaf or another.
       StructureError: nothing to watch, no model, an abstract or a spent one; inside `jax.jit`, where there are no
         values.
       WatchError: where the block ends, and only with `expect`: an expected kind did not change, or a frozen one did.
@@ -65,14 +74,15 @@ def watch(model: Any, kinds: Kinds | Any = None, *, expect: str | Sequence[str] 
     """
     if kinds is not None:
         check_kinds(kinds)
-    if isinstance(model, (tuple, list)) and not model:
+    objects = () if model is NOTHING else tuple(model) if isinstance(model, (tuple, list)) else (model,)
+    objects, names = given(objects, named, "sw.watch")
+    if not objects:
         raise StructureError("There is nothing to watch.", mend="with sw.watch(model) as seen:")
     if isinstance(model, State):
         if kinds is not None and kinds != model.plan.kinds:
             raise KindError("A state is watched by its own kinds.", mend="sw.watch(state)")
         kinds = model.plan.kinds
-    objects = tuple(model) if isinstance(model, (tuple, list)) else (model,)
-    return Seen(objects, Kinds.standard() if kinds is None else kinds, _names(expect))
+    return Seen(objects, Kinds.standard() if kinds is None else kinds, _names(expect), names)
 
 
 def _names(expect: Any) -> tuple[str, ...] | None:
@@ -106,8 +116,11 @@ class Seen(Shown):
       {'stats': ['mean']}
     """
 
-    def __init__(self, objects: tuple[Any, ...], kinds: Kinds, expect: tuple[str, ...] | None) -> None:
+    def __init__(
+        self, objects: tuple[Any, ...], kinds: Kinds, expect: tuple[str, ...] | None, names: tuple[str, ...] = ()
+    ) -> None:
         self.kinds = kinds
+        self._names = names
         self.expect = expect
         self._objects: tuple[Any, ...] = objects
         self._given: tuple[Any, ...] | None = None
@@ -128,7 +141,7 @@ class Seen(Shown):
             raise StructureError(
                 "This watch has been used.", mend="with sw.watch(model) as seen:  # one for each block"
             )
-        self._before = snapshot_of(self._objects, self.kinds)
+        self._before = snapshot_of(self._objects, self.kinds, self._names)
         held = {row.kind for row in self._before.prints.values()}
         for name in self.expect or ():
             if name not in self.kinds:
@@ -146,12 +159,12 @@ class Seen(Shown):
     def __exit__(
         self, cls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        given, self._given = self._given, None
+        now, self._given = self._given, None
         refs, self._refs = self._refs, ()
         before = self._before
         if cls is not None or before is None:
             return
-        after = snapshot_of(_alive(refs) if given is None else given, self.kinds)
+        after = snapshot_of(_alive(refs) if now is None else now, self.kinds, self._names, there=False)
         self._leaves = changes_between(before, after)
         self._static = {
             format_path(path): (value, after.statics[path])
@@ -162,14 +175,16 @@ class Seen(Shown):
         if self.expect is not None:
             self.check()
 
-    def now(self, *objects: Any) -> None:
+    def now(self, /, *objects: Any, **named: Any) -> None:
         """Hands over what is to be compared at the end of the block, in the place of the objects watched.
 
         Args:
           *objects: the state or model that the code returned; as many as are watched.
+          **named: the same by name, where objects are watched by name.
 
         Raises:
-          StructureError: another number of objects.
+          StructureError: another number of objects, or other names.
+          KindError: some by position and some by name.
 
         Example:
           >>> import jax
@@ -183,6 +198,15 @@ class Seen(Shown):
           >>> list(seen.changed)
           ['params']
         """
+        objects, names = given(objects, named, "seen.now")
+        if names:
+            if set(names) != set(self._names):
+                raise StructureError(
+                    f"Watched are {', '.join(self._names) or 'objects without names'}, "
+                    f"but handed over are {', '.join(names)}.",
+                    mend=f"seen.now({', '.join(f'{name}={name}' for name in self._names) or 'model'})",
+                )
+            objects = tuple(named[name] for name in self._names)
         if len(objects) != len(self._refs):
             raise StructureError(
                 f"{len(self._refs)} objects are watched, but {len(objects)} are handed over.",
