@@ -18,6 +18,7 @@ from statewise.copies import Copies
 from statewise.errors import KindError, StructureError
 from statewise.kinds import Kinds
 from statewise.lies import Lies
+from statewise.narrowing import WIDE, as_jax, refuse
 from statewise.paths import Leaf, format_shape
 from statewise.placement import on_mesh
 from statewise.placements import folded
@@ -143,11 +144,16 @@ def _program(plan: Plan, copies: Copies, how: How, places: tuple[Places | None, 
     kinds = [kind for kind, _ in copies.positions]
 
     def folded_parts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        lost: list[Leaf] = []
         made = [
-            tuple(_one(array, how) if at in copies.of(kind) else array for at, array in enumerate(part))
+            tuple(
+                _one(leaf, array, how, lost) if at in copies.of(kind) else array
+                for at, (leaf, array) in enumerate(zip(plan._row_of_array[kind], part, strict=True))
+            )
             for kind, part in zip(kinds, parts, strict=True)
         ]
         _check_shapes(plan, kinds, made)
+        refuse(lost, StructureError, WIDE)
         return made
 
     if not all(places):
@@ -162,11 +168,11 @@ def _program(plan: Plan, copies: Copies, how: How, places: tuple[Places | None, 
     return jax.jit(folded_parts, out_shardings=there)
 
 
-def _one(array: Any, how: How) -> Any:
+def _one(leaf: Leaf, array: Any, how: How, lost: list[Leaf]) -> Any:
     array = _with_whole_axis(array)
     if how == "first":
         return array[0]
-    return array.mean(axis=0) if isinstance(how, str) else jnp.asarray(how(array))
+    return array.mean(axis=0) if isinstance(how, str) else as_jax(leaf, how(array), lost)
 
 
 def _with_whole_axis(array: Any) -> Any:

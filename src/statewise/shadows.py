@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise.averages import EMA
-from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, unfit
+from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, refuse_lost, unfit
 from statewise.errors import KindError
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.moments import OPTIMIZER
@@ -77,6 +77,7 @@ class Average(Derived):
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """The averages at the start: copies of the values, and no update."""
         specs = self.layout.specs
+        refuse_lost(self.leaf_paths, self.into, arrays, specs)
         copies = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(arrays, specs, strict=False)]
         return [*copies, jnp.zeros(_COUNT.shape, _COUNT.dtype)] if self.ema.schedule else copies
 

@@ -7,6 +7,7 @@ files; read the arrays; check their sums.  Only then is a state made; the target
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise.averages import EMA
+from statewise.casting import WIDER
 from statewise.census import Census
 from statewise.checkpoint.devices import resized
 from statewise.checkpoint.finding import as_path, find, find_with_base
@@ -26,6 +28,7 @@ from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.records import unpacked
 from statewise.checkpoint.report import RestoreReport
 from statewise.errors import RestoreError, StructureError
+from statewise.narrowing import WIDE, Casts, as_jax, refuse
 from statewise.paths import Leaf, format_shape
 from statewise.state import State, check_fits, is_deleted
 from statewise.tables import count_leaves
@@ -221,7 +224,8 @@ def _own(target: State, kind: str) -> tuple[Any, ...]:
 def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
     """Fresh values, by kind and position, of the leaves that are restarted."""
     fresh = {}
-    odd = []
+    odd: list[Leaf] = []
+    lost: list[Leaf] = []
     own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in found.restarted}}
     for placed in found.restarted:
         record = placed.record
@@ -235,7 +239,8 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
             each = target.plan._copies is not None and position in target.plan._copies.of(record.kind)
-            made = jnp.asarray(jax.vmap(restart)(value) if each else restart(value))
+            fresh_value = functools.partial(_call, restart, record.leaf(), lost)
+            made = jax.vmap(fresh_value)(value) if each else fresh_value(value)
             if (made.shape, made.dtype) != (value.shape, value.dtype):
                 odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
             else:
@@ -249,7 +254,12 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
             kind=odd[0].kind,
             mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
         )
+    refuse(lost, RestoreError, WIDE)
     return fresh
+
+
+def _call(restart: Any, leaf: Leaf, lost: list[Leaf], value: Any) -> Any:
+    return as_jax(leaf, restart(value), lost)
 
 
 def _begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) -> None:
@@ -271,38 +281,38 @@ def _begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]])
         new.setdefault(kind, {})[position] = jax.device_put(value, sharding)
 
 
-def _fits(array: Any, made: Any) -> bool:
-    """Whether every number has a place in the new dtype: rounding is one, overflow is none."""
-    if not array.size:
-        return True
-    if jnp.issubdtype(made.dtype, jnp.integer):
-        limits = jnp.iinfo(made.dtype)
-        return int(array.min()) >= int(limits.min) and int(array.max()) <= int(limits.max)
-    return not bool(jnp.any(jnp.isfinite(array) & ~jnp.isfinite(made)))
+def _check_casts(found: Match, arrays: Sequence[Sequence[Any]]) -> None:
+    """Refuses casts that lose numbers."""
+    floats, others = Casts(), Casts()
+    for source, read in zip(found.sources, arrays, strict=True):
+        for array, ours in zip(read, source.placed.record.arrays, strict=True):
+            if ours.prng is None and array.dtype != dtype_of(ours.dtype):
+                casts = floats if jnp.issubdtype(array.dtype, jnp.floating) else others
+                casts.add(source.placed.record.leaf(), array, dtype_of(ours.dtype))
+    lossy, rest = floats.lost(), others.lost()
+    held = floats.holding(WIDER) if lossy else None
+    kinds = ", ".join(f"{kind}={held!r}" for kind in dict.fromkeys(leaf.kind for leaf in lossy))
+    mends = [f"sw.restore(path, target.cast({kinds}), cast=True)"] if held else []
+    if rest or (lossy and not held):
+        mends += ["plan the model with the dtype that was saved", WIDE]
+    refuse([*lossy, *rest], RestoreError, "\n".join(mends))
 
 
 def _state(found: Match, target: State, arrays: Sequence[Sequence[Any]], fresh: Mapping[tuple[str, int], Any]) -> State:
     plan = target.plan
     new: dict[str, dict[int, Any]] = {}
-    lost: list[Leaf] = []
+    _check_casts(found, arrays)
     for source, read in zip(found.sources, arrays, strict=True):
         kind = source.placed.record.kind
         for offset, (array, ours) in enumerate(zip(read, source.placed.record.arrays, strict=True)):
             if ours.prng is None and array.dtype != dtype_of(ours.dtype):
-                made = array.astype(ours.dtype)
-                if not _fits(array, made):
-                    lost.append(source.placed.record.leaf(f"{array.dtype} numbers that have no place in {ours.dtype}"))
-                array = made
+                array = array.astype(ours.dtype)
             at, change = source.placed.start + offset, source.changes[offset]
             if change is not None:
                 array = resized(array, change, getattr(target.part(kind).arrays[at], "sharding", None))
+            elif not isinstance(array, jax.Array):  # of a dtype that JAX did not have
+                array = jax.device_put(array, _shardings(source, target)[offset])
             new.setdefault(kind, {})[at] = array
-    if lost:
-        raise RestoreError(
-            "Casting would lose numbers: they are too large for the target's dtype.",
-            leaves=lost,
-            mend="plan the model with the dtype that was saved",
-        )
     for (kind, position), array in fresh.items():
         new.setdefault(kind, {})[position] = array
     _begin_averages(found, target, new)
