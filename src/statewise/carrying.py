@@ -23,9 +23,20 @@ from statewise.narrowing import WIDE, Casts, refuse
 from statewise.placement import array_shardings
 from statewise.plan import Plan
 from statewise.scan import Spec
-from statewise.state import Part, State, make_state
+from statewise.shadows import Average
+from statewise.state import Part, State, check_unspent, make_state
+from statewise.using import averages_in
 
-__all__ = ["Move", "arrays_in_order", "arrived", "carried", "check_casts", "places_for"]
+__all__ = [
+    "Move",
+    "arrays_in_order",
+    "arrived",
+    "averages_of",
+    "begun_averages",
+    "carried",
+    "check_casts",
+    "places_for",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +124,39 @@ def arrays_in_order(plan: Plan, kind: str, part: tuple[Any, ...]) -> Sequence[An
 def _on_device(plan: Plan, kind: str, pack: bool) -> Any:
     """Packs or unpacks a kind's arrays without a way through the host, which is the quickest for a few calls."""
     return jax.jit(lambda arrays: (plan._packed if pack else plan._unpacked)(kind, tuple(arrays)))
+
+
+def averages_of(plan: Plan, names: Sequence[str]) -> dict[str, list[tuple[Average, int]]]:
+    """Returns the averages of these kinds that do not move themselves, each with where it begins, by their kind."""
+    found: dict[str, list[tuple[Average, int]]] = {}
+    for name in dict.fromkeys(one.into for one in plan._averages if one.into not in names):
+        if any(one.kind in names for one, _ in averages_in(plan, name)):
+            found[name] = averages_in(plan, name)
+    return found
+
+
+def begun_averages(
+    plan: Plan, into: State | None, parts: Mapping[str, Sequence[Any]], mesh: Any
+) -> dict[str, list[Any]]:
+    """Returns the averages of what has moved, as copies of it; those of other kinds are the target's own."""
+    made = {}
+    for name, averages in averages_of(plan, tuple(parts)).items():
+        if all(one.kind in parts for one, _ in averages) or into is None:
+            kept: Sequence[Any] = [None] * len(plan._specs[name])
+        else:
+            check_unspent(into, [name])
+            kept = arrays_in_order(into._plan, name, into.part(name).arrays)
+        places = places_for(plan, into, [name], mesh).get(name) or [None] * len(kept)
+        arrays = list(kept)
+        for one, start in averages:
+            if one.kind in parts:
+                fresh = one.init(parts[one.kind])
+                arrays[start : start + len(fresh)] = [
+                    array if place is None else jax.device_put(array, place)
+                    for array, place in zip(fresh, places[start:], strict=False)
+                ]
+        made[name] = arrays
+    return made
 
 
 def arrived(plan: Plan, into: State | None, arrays: Mapping[str, Sequence[Any]], places: Mapping[str, Any]) -> State:

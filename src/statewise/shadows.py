@@ -22,7 +22,7 @@ from statewise.moments import OPTIMIZER
 from statewise.paths import Path
 from statewise.scan import Spec
 
-__all__ = ["Average", "check_averages"]
+__all__ = ["Average", "averaged_kind", "check_averages"]
 
 # Where the counts of a schedule stand among the averages: no kind can have this name.
 COUNTS = "_counts"
@@ -80,6 +80,11 @@ class Average(Derived):
         refuse_lost(self.leaf_paths, self.into, arrays, specs)
         copies = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(arrays, specs, strict=False)]
         return [*copies, jnp.zeros(_COUNT.shape, _COUNT.dtype)] if self.ema.schedule else copies
+
+
+def averaged_kind(path: Path) -> str:
+    """Returns the kind that an average is of, from the path of its leaf: `ema/params/kernel`, `ema/_counts/params`."""
+    return str(path[2] if path[1] == COUNTS else path[1])
 
 
 def check_averages(kinds: Kinds, rows: Sequence[Any], averages: Mapping[Any, Any]) -> tuple[Kinds, tuple[Average, ...]]:

@@ -14,7 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise.carrying import Move, arrays_in_order, arrived, carried, check_casts, places_for
+from statewise.carrying import (
+    Move,
+    arrays_in_order,
+    arrived,
+    averages_of,
+    begun_averages,
+    carried,
+    check_casts,
+    places_for,
+)
 from statewise.casting import can_cast
 from statewise.errors import StructureError
 from statewise.kinds import unknown_kind
@@ -46,6 +55,9 @@ def transfer(
         floating-point dtype makes that the dtype of the target's floating-point numbers in these kinds.
       mesh: where the values go to lie, as the target's `shardings` says; by default where the target's own arrays lie,
         or, for a plan, where the source's do.
+
+    Averages (`sw.EMA`) of a kind that moves begin again, as copies of what has moved, unless they move as well.  The
+    target's optimizer keeps its state.  Inside `jax.jit` no value is known: there a cast may lose numbers.
 
     Returns:
       a state of the target's plan; with `cast=dtype`, of that plan in this dtype.
@@ -93,6 +105,7 @@ def transfer(
         parts[move.to].append(
             carried(taken[move.kind][move.position], move.spec, place, devices if move.spreads else 0)
         )
+    parts |= begun_averages(plan, into, parts, mesh)
     return arrived(plan, into, parts, places)
 
 
@@ -143,7 +156,9 @@ def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) ->
     for name in names:
         if name not in plan.kinds:
             raise unknown_kind(name, plan.kinds)
-    left = [kind for kind in filled if kind not in names] if into is None else []
+    # Averages of what moves begin with it.
+    begun = [kind for kind, ones in averages_of(plan, names).items() if all(one.kind in names for one, _ in ones)]
+    left = [kind for kind in filled if kind not in (*names, *begun)] if into is None else []
     if left:
         raise StructureError(
             f"A plan has no values of its own, and nothing gives any for {', '.join(left)}.",

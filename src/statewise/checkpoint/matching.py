@@ -6,6 +6,7 @@ it is known that the restore goes through.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
 from statewise.paths import Path, format_path, format_shape
+from statewise.shadows import averaged_kind
 from statewise.state import State, is_deleted
 
 __all__ = ["Match", "kinds_to_restore", "match"]
@@ -148,7 +150,9 @@ class _Matcher:
         record, lost = placed.record, self.lost(placed)
         kind = self.plan.kinds[record.kind]
         why = "not asked for" if kind.saved else "ephemeral, never saved"
-        if not lost:
+        if self.follows(record):
+            self.begin(placed, why)
+        elif not lost:
             self.say(record, "kept", why)
         elif not kind.saved and (kind.restart is not None or kind.of is EMA):
             self.say(record, "restarted", why)
@@ -157,6 +161,28 @@ class _Matcher:
             self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
             if not kind.saved:
                 self.declare("or declare how it starts", record.kind, "restart=jnp.zeros_like")
+
+    def follows(self, record: LeafRecord) -> bool:
+        """Whether a leaf is an average of a kind of which this restore replaces anything.
+
+        It would be of other weights, so it begins again, unless it comes from the checkpoint itself.  What is derived
+        stands after the leaves that it is of: those have been compared when this is asked.
+        """
+        if self.plan.kinds[record.kind].of is not EMA:
+            return False
+        return averaged_kind(record.path) in self.replaced
+
+    def begin(self, placed: Placed, why: str) -> None:
+        """An average that begins as a copy of what it is of."""
+        of = averaged_kind(placed.record.path)
+        self.say(placed.record, "restarted", f"{why}, and of {of}, which is restored")
+        self.restarted.append(placed)
+
+    @functools.cached_property
+    def replaced(self) -> set[str]:
+        """The kinds of which something is restored, cast, resized or restarted."""
+        placed = [*(source.placed for source in self.sources), *self.restarted]
+        return {one.record.kind for one in placed if self.plan.kinds[one.record.kind].of is not EMA}
 
     def lost(self, placed: Placed) -> str:
         """Why a leaf of the target has no value to keep; empty if it has one."""
@@ -176,6 +202,8 @@ class _Matcher:
         if treatment == "restart":
             self.say(record, "restarted", why)
             self.restarted.append(placed)
+        elif treatment == "keep" and self.follows(record):
+            self.begin(placed, why)
         elif treatment == "keep" and not lost:
             self.say(record, "kept", why)
         elif other is not None:

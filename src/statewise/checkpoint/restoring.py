@@ -266,6 +266,7 @@ def _begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]])
     """Averages that are restarted begin as copies of what they are of, as it was restored."""
     plan = target.plan
     wanted = [placed for placed in found.restarted if plan.kinds[placed.record.kind].of is EMA]
+    casts = Casts()
     own = {kind: _own(target, kind) for kind in {placed.record.kind for placed in wanted}}
     for placed in wanted:
         kind, position = placed.record.kind, placed.start
@@ -276,9 +277,12 @@ def _begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]])
         value = jnp.zeros(spec.shape, spec.dtype)  # of nothing: a count
         for source, at in of:
             there = new.get(source, {})
-            value = jnp.array(there[at] if at in there else _own(target, source)[at], dtype=spec.dtype)
+            given = there[at] if at in there else _own(target, source)[at]
+            casts.add(placed.record.leaf(), given, spec.dtype)
+            value = jnp.array(given, dtype=spec.dtype)
         sharding = getattr(own[kind][position], "sharding", None)
         new.setdefault(kind, {})[position] = jax.device_put(value, sharding)
+    casts.check(RestoreError, "averages={'params': sw.EMA(0.999, dtype=jnp.float32)}")
 
 
 def _check_casts(found: Match, arrays: Sequence[Sequence[Any]]) -> None:
