@@ -159,8 +159,8 @@ def convert(
       keep the target's values; others that are missing only where their kind declares `missing="keep"`.
 
     Raises:
-      RestoreError: leaves missing, of another shape or dtype, or that the format cannot hold: all are listed, and
-        nothing was written.  Also for a source that is nothing known here.
+      RestoreError: leaves missing, of another shape or dtype, or that the format cannot hold, and casts that would lose
+        numbers: all are listed, and nothing was written.  Also for a source that is nothing known here.
       DamagedError: a source that is not what was written.
       SaveError: there is something at `dst` already, or it cannot be written.
       StructureError: a target that is no state, or that is needed and not there.

@@ -21,7 +21,9 @@ from statewise.checkpoint.keys import PathId, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
+from statewise.moments import OPTIMIZER
 from statewise.paths import Path, format_path, format_shape
+from statewise.plan import Plan
 from statewise.shadows import averaged_kind
 from statewise.state import State, is_deleted
 
@@ -153,7 +155,9 @@ class _Matcher:
         if self.follows(record):
             self.begin(placed, why)
         elif not lost:
-            self.say(record, "kept", why)
+            of = [name for name in optimized_kinds(self.plan, record.path) if name in self.replaced]
+            also = f", though of {', '.join(of)}, which {'is' if len(of) == 1 else 'are'} restored" if of else ""
+            self.say(record, "kept", why + also)
         elif not kind.saved and (kind.restart is not None or kind.of is EMA):
             self.say(record, "restarted", why)
             self.restarted.append(placed)
@@ -273,6 +277,11 @@ class _Matcher:
         if not _same_structure(record, there):
             return [None] * len(record.arrays)
         return [resize(self.plan, record, *pair) for pair in zip(record.arrays, there.arrays, strict=True)]
+
+
+def optimized_kinds(plan: Plan, path: Path) -> tuple[str, ...]:
+    """The kinds that an optimizer's state is of, from the path of one of its leaves; none for any other leaf."""
+    return next((one.kinds for one in plan._groups if path[:2] == (OPTIMIZER, one.label)), ())
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"

@@ -50,7 +50,8 @@ def restore(
     Args:
       path: what `sw.save` wrote, or a step's item that an Orbax manager wrote of `sw.checkpointable`.
       target: a state, or an abstract one (`plan.abstract()`): it says which leaves there are to be, of which shape and
-        dtype, and on which devices.  It stays as it is; leaves that are not restored keep its values.
+        dtype, and on which devices.  It stays as it is; leaves that are not restored keep its values, but for averages
+        (`sw.EMA`) of a kind that is: they begin again as copies of it.
       only: the kinds to restore, `("params",)` say; by default all that are `saved`.
       cast: allows other dtypes, floating-point to floating-point and integer to integer; the report lists them.
       base: where the checkpoint's base is, if it was moved since.
@@ -60,7 +61,8 @@ def restore(
 
     Raises:
       RestoreError: target and checkpoint disagree: leaves missing, left over, of another kind, type, shape, dtype or
-        structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was read then.
+        structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was read then.  A cast
+        that would lose numbers: rounding is fine, overflow is not.
       DamagedError: files or arrays that are not what was written; each is named.
       KindError: `only` names a kind that is not there, or one that is never saved.
 
