@@ -156,7 +156,8 @@ class State:
         Raises:
           KindError: a kind that is not there.
           StructureError: a part with leaves missing, left over, or of another shape or dtype, or with numbers of NumPy
-            that JAX would lose (all are listed); an array that an earlier step donated; an array that the state already holds elsewhere.
+            that JAX would lose (all are listed); an array that an earlier step donated, or that the state already holds
+            elsewhere.
 
         Example:
           >>> import jax, jax.numpy as jnp
