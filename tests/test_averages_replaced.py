@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import statewise as sw
@@ -243,6 +243,7 @@ def test_replace_and_put_keep_the_averages() -> None:
     same(state["ema"], kept)
 
 
+@settings(max_examples=20)
 @given(st.sets(st.sampled_from(["params", "stats", "ema", "optimizer"]), min_size=1), st.booleans())
 def test_an_average_is_never_of_other_weights(only: set[str], ephemeral: bool) -> None:
     """It comes from where its kind comes from, or is a copy of it; or both are asked for one by one."""
