@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise.errors import KindError
+from statewise.errors import KindError, StructureError
 from statewise.inside import as_ensemble, as_one, is_of_one_member
+from statewise.narrowing import Casts, refuse
 from statewise.placement import with_copies
 from statewise.plan import Plan
 from statewise.scan import Spec
 from statewise.state import Part, State, check_unspent, make_state
 
-__all__ = ["can_cast", "cast", "recast"]
+__all__ = ["WIDER", "can_cast", "cast", "recast"]
 
 _FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
 
@@ -33,19 +34,41 @@ def cast(state: State, dtypes: Mapping[str, Any]) -> State:
     if is_of_one_member(state):
         return as_ensemble(state._plan._members, cast(as_one(state), dtypes))
     plan = state._plan
+    for kind in dtypes:
+        state.part(kind)
+    wanted = {kind: _floating(kind, given) for kind, given in dtypes.items()}
+    check_unspent(state, wanted)
+    parts = {kind: plan._unpacked(kind, state.part(kind).arrays) for kind in wanted}
+    # A float may become another float; complex numbers would lose a half.
+    floats = {kind: [jnp.issubdtype(spec.dtype, jnp.floating) for spec in plan._specs[kind]] for kind in wanted}
+    _check(plan, wanted, parts, floats)
     specs, made = {}, {}
-    for kind, given in dtypes.items():
-        part = state.part(kind)
-        dtype = _floating(kind, given)
-        check_unspent(state, [kind])
-        # A float may become another float; complex numbers would lose a half.
+    for kind, dtype in wanted.items():
         arrays = tuple(
-            _cast(array, dtype) if jnp.issubdtype(spec.dtype, jnp.floating) else array
-            for array, spec in zip(plan._unpacked(kind, part.arrays), plan._specs[kind], strict=True)
+            _cast(array, dtype) if is_float else array
+            for array, is_float in zip(parts[kind], floats[kind], strict=True)
         )
         specs[kind] = [Spec(spec.shape, array.dtype) for spec, array in zip(plan._specs[kind], arrays, strict=True)]
         made[kind] = arrays
     return recast(state, with_copies(plan._with_specs(specs), plan._copies), made)
+
+
+def _check(plan: Plan, wanted: Mapping[str, Any], parts: Mapping[str, Any], floats: Mapping[str, Any]) -> None:
+    """Refuses a cast that loses numbers."""
+    casts = {kind: Casts() for kind in wanted}
+    for kind, dtype in wanted.items():
+        for leaf, array, is_float in zip(plan._row_of_array[kind], parts[kind], floats[kind], strict=True):
+            if is_float:
+                casts[kind].add(leaf, array, dtype)
+    lost = {kind: one.lost() for kind, one in casts.items()}
+    held = {kind: casts[kind].holding(WIDER) if leaves else wanted[kind] for kind, leaves in lost.items()}
+    shown = ", ".join(f"{kind}={str(dtype)!r}" for kind, dtype in held.items() if dtype is not None)
+    mend = f"state.cast({shown})" if shown else "leave the kind out: its numbers are of its own dtype alone"
+    refuse([leaf for leaves in lost.values() for leaf in leaves], StructureError, mend)
+
+
+# What may hold the numbers that another dtype does not, the smallest first.
+WIDER = ("bfloat16", "float32", "float64")
 
 
 def _cast(array: Any, dtype: Any) -> Any:

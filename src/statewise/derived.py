@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise.errors import StructureError
+from statewise.narrowing import Casts
 from statewise.paths import Leaf, Path
 from statewise.scan import ONE, Spec, make_leaf, value_of
 
-__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "keys_within", "plain_key", "unfit"]
+__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "keys_within", "plain_key", "refuse_lost", "unfit"]
 
 WITHOUT_INTEGERS = (
     "claim them by a kind of their own: "
@@ -94,6 +96,22 @@ class Derived(abc.ABC):
         # Where it is what `init` would make, it is as good as new, and its plan the same.
         as_made = plain.layout.specs == tuple(own)
         return plain if as_made else dataclasses.replace(plain, overridden=tuple(own))
+
+
+def refuse_lost(paths: Sequence[Path], into: str, arrays: Sequence[Any], specs: Sequence[Spec]) -> None:
+    """Refuses to begin with numbers that the dtype of what is derived does not have.
+
+    Raises:
+      StructureError: all the leaves.
+    """
+    casts = Casts()
+    for path, array, spec in zip(paths, arrays, specs, strict=False):
+        if getattr(array, "dtype", None) != spec.dtype:
+            casts.add(make_leaf(path, jax.Array, [spec], True, into), array, spec.dtype)
+    casts.check(StructureError, _WIDER)
+
+
+_WIDER = "a wider dtype: averages={'params': sw.EMA(0.999, dtype=jnp.float32)}; of an optimizer, another state.cast"
 
 
 def keys_within(structure: Any, count: int) -> list[Path]:

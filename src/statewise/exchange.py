@@ -23,6 +23,7 @@ from statewise.inside import as_ensemble, begun, holds_one_member, single_of
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
 from statewise.naming import in_order
+from statewise.narrowing import check_given
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
@@ -172,14 +173,17 @@ def _kinds_to_pack(plan: Plan, pack: bool | str | Sequence[str], copies: Copies 
 
 
 def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
-    """Refuses leaves without values: abstract ones, and those whose arrays a step has donated."""
-    abstract, donated = [], []
+    """Refuses leaves without values (abstract, or donated by a step), and numbers that JAX would narrow."""
+    abstract, donated, given = [], [], []
     for row, leaf in zip(plan._rows, leaves, strict=True):
         arrays = arrays_of(raw_value(leaf))[0]
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
             abstract.append(_leaf_of(row))
         elif any(map(is_deleted, arrays)):
             donated.append(_leaf_of(row))
+        for array, spec in zip(arrays, row.specs, strict=True):
+            if not isinstance(array, jax.Array):
+                given.append((_leaf_of(row), array, spec.dtype))
     if abstract:
         raise StructureError(
             "The model is abstract: it has shapes but no values.",
@@ -192,6 +196,7 @@ def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
             leaves=donated,
             mend="plan.put(state, model) gives it those of now; without copy=False a model stays whole",
         )
+    check_given(given)
 
 
 def _leaf_of(row: Row, note: str = "") -> Leaf:
@@ -236,6 +241,7 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
         )
     found = scan(objects, _names_for(plan, objects))
     leaves = _matched(plan, found, objects, "put")
+    _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
     raw: list[Any] = []
     for row, leaf, value in zip(plan._rows, leaves, values, strict=True):
@@ -249,7 +255,9 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
 
 def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:
     """See `Plan.build`."""
-    values = [_ready(value, copy) for value in values_of(plan, state, "build")]
+    values = values_of(plan, state, "build")
+    _check_narrow(plan, values)
+    values = [_ready(value, copy) for value in values]
     objects = rebuild(plan._graphdef, values, plan._several)
     return objects if plan._objects > 1 else objects[0]
 
@@ -291,6 +299,16 @@ def _plan_differences(plan: Plan, other: Plan) -> list[Leaf]:
         elif there != leaf:
             differing.append(dataclasses.replace(leaf, note=f"in the state {str(there).partition(': ')[2]}"))
     return differing + [dataclasses.replace(leaf, note="not in the plan") for leaf in theirs.values()]
+
+
+def _check_narrow(plan: Plan, values: Sequence[Any]) -> None:
+    """Refuses 64-bit arrays of NumPy, to which somebody mapped the state, where JAX has none."""
+    check_given(
+        (_leaf_of(row), array, spec.dtype)
+        for row, value in zip(plan._rows, values, strict=True)
+        for array, spec in zip(arrays_of(value)[0], row.specs, strict=True)
+        if not isinstance(array, jax.Array)
+    )
 
 
 def _ready(value: Any, copy: bool) -> Any:

@@ -19,6 +19,7 @@ from statewise.errors import KindError, StructureError
 from statewise.inside import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise.kinds import Kinds
 from statewise.lies import Lies
+from statewise.narrowing import WIDE, as_jax, refuse
 from statewise.paths import Leaf, format_shape
 from statewise.placement import on_mesh, slot_shardings
 from statewise.placements import folded
@@ -147,11 +148,16 @@ def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[P
     whole, plan = plan, single_of(plan)
 
     def folded_parts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        lost: list[Leaf] = []
         made = [
-            tuple(_one(array, how) if at in copies.of(kind) else array for at, array in enumerate(part))
+            tuple(
+                _one(leaf, array, how, lost) if at in copies.of(kind) else array
+                for at, (leaf, array) in enumerate(zip(plan._row_of_array[kind], part, strict=True))
+            )
             for kind, part in zip(kinds, parts, strict=True)
         ]
         _check_shapes(plan, kinds, made)
+        refuse(lost, StructureError, WIDE)
         return made
 
     if not all(places):
@@ -172,11 +178,11 @@ def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[P
     return jax.jit(folded_parts, out_shardings=there)
 
 
-def _one(array: Any, how: How) -> Any:
+def _one(leaf: Leaf, array: Any, how: How, lost: list[Leaf]) -> Any:
     array = _with_whole_axis(array)
     if how == "first":
         return array[0]
-    return array.mean(axis=0) if isinstance(how, str) else jnp.asarray(how(array))
+    return array.mean(axis=0) if isinstance(how, str) else as_jax(leaf, how(array), lost)
 
 
 def _with_whole_axis(array: Any) -> Any:

@@ -21,6 +21,7 @@ from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.inside import as_ensemble, as_one
 from statewise.kinds import Kind, Kinds, unknown_kind
+from statewise.narrowing import check_given
 from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan, make_plan
 from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
@@ -228,6 +229,12 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
     plan = make_plan(kinds, rebuild(found.graphdef, one, several=False), None)
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
     by_path = dict(zip(found.paths, held, strict=True))
+    check_given(
+        (row_of(row.path, array), array, spec.dtype)
+        for row in plan._rows
+        for array, spec in zip(by_path[row.path][0], row.specs, strict=True)
+        if not isinstance(array, jax.Array)
+    )
     for row in plan._rows:
         parts[row.kind] += [jnp.asarray(array) for array in by_path[row.path][0]]
     before = State.of(plan, parts.values())

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, plain_key, unfit
+from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, plain_key, refuse_lost, unfit
 from statewise.errors import KindError
 from statewise.kinds import Kinds, unknown_kind
 from statewise.paths import Path
@@ -95,6 +95,7 @@ class Group(Derived):
         rate), and steps donate what a state holds.
         """
         leaves = self.layout.structure.flatten_up_to(self.tx.init(self.params(arrays)))
+        refuse_lost(self.leaf_paths, self.into, leaves, self.layout.specs)
         leaves.reverse()
         # Each original is let go before the next copy is made: large moments are not held twice.
         return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]

@@ -232,7 +232,8 @@ class Plan(Variants, Shown):
           a state of this plan, with fresh optimizer state; if packed, `state.plan` says so and `plan.put` takes it.
 
         Raises:
-          StructureError: the objects are not what was planned; every difference is listed.
+          StructureError: the objects are not what was planned; every difference is listed.  Or numbers of
+            NumPy and Python that JAX would lose.
           KindError: `pack` names a kind that is not there.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 
@@ -277,7 +278,7 @@ class Plan(Variants, Shown):
         return init(self, make_model, mesh)
 
     def put(self, state: statewise.state.State | Any, /, *objects: Any, copy: bool = True, **named: Any) -> None:
-        """Puts a state's arrays back into the objects.
+        """Puts a state's arrays back into the objects; the state, averages included, stays as it is.
 
         Args:
           state: a state of this plan.

@@ -19,6 +19,7 @@ import numpy as np
 from statewise.errors import KindError, StructureError
 from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.kinds import Kind
+from statewise.narrowing import WIDE, as_jax, refuse
 from statewise.paths import Leaf, format_shape
 from statewise.places import Places
 from statewise.plan import Plan
@@ -222,11 +223,16 @@ def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Pl
     def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
         parts = [plan._unpacked(name, tuple(part)) for name, part in zip(kinds, parts, strict=True)]
         each = [plan._copies.of(name) if plan._copies else frozenset() for name in kinds]
+        lost: list[Leaf] = []
         fresh = [
-            [_call(plan.kinds[name], array, at in mine) for at, array in enumerate(part)]
+            [
+                _call(plan.kinds[name], plan._row_of_array[name][at], array, at in mine, lost)
+                for at, array in enumerate(part)
+            ]
             for name, part, mine in zip(kinds, parts, each, strict=True)
         ]
         _check_fresh(plan, kinds, parts, fresh)
+        refuse(lost, StructureError, WIDE)
         if slots is None:
             return [plan._packed(name, tuple(part)) for name, part in zip(kinds, fresh, strict=True)]
         return [
@@ -262,10 +268,15 @@ def _on_members(plan: Plan, kinds: tuple[str, ...], fresh_values: Any) -> Any:
     return of_all
 
 
-def _call(kind: Kind, array: Any, each: bool) -> Any:
+def _call(kind: Kind, leaf: Leaf, array: Any, each: bool, lost: list[Leaf]) -> Any:
     """A fresh value; `each` where the array has a leading axis, one value for each device."""
-    assert kind.restart is not None
-    return jnp.asarray((jax.vmap(kind.restart) if each else kind.restart)(array))
+    restart = kind.restart
+    assert restart is not None
+
+    def made(array: Any) -> Any:
+        return as_jax(leaf, restart(array), lost)
+
+    return jax.vmap(made)(array) if each else made(array)
 
 
 def _check_fresh(plan: Plan, kinds: Sequence[str], old: Sequence[Any], fresh: Sequence[Any]) -> None:

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from statewise.averages import EMA
-from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, unfit
+from statewise.derived import WITHOUT_INTEGERS, Derived, Layout, refuse_lost, unfit
 from statewise.errors import KindError
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.moments import OPTIMIZER
 from statewise.paths import Path
 from statewise.scan import Spec
 
-__all__ = ["Average", "check_averages"]
+__all__ = ["Average", "averaged_kind", "check_averages"]
 
 # Where the counts of a schedule stand among the averages: no kind can have this name.
 COUNTS = "_counts"
@@ -77,8 +77,14 @@ class Average(Derived):
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """The averages at the start: copies of the values, and no update."""
         specs = self.layout.specs
+        refuse_lost(self.leaf_paths, self.into, arrays, specs)
         copies = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(arrays, specs, strict=False)]
         return [*copies, jnp.zeros(_COUNT.shape, _COUNT.dtype)] if self.ema.schedule else copies
+
+
+def averaged_kind(path: Path) -> str:
+    """Returns the kind that an average is of, from the path of its leaf: `ema/params/kernel`, `ema/_counts/params`."""
+    return str(path[2] if path[1] == COUNTS else path[1])
 
 
 def check_averages(kinds: Kinds, rows: Sequence[Any], averages: Mapping[Any, Any]) -> tuple[Kinds, tuple[Average, ...]]:

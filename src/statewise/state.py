@@ -146,7 +146,7 @@ class State(Membered):
     # --- making other states -----------------------------------------------------------------------------------
 
     def replace(self, /, **parts: Any) -> State:
-        """This state with the parts of some kinds swapped.
+        """This state with the parts of some kinds swapped; averages of them, and optimizer state, stay.
 
         Args:
           **parts: by kind, what `state[kind]` gives: of this state, of another, or computed from one.
@@ -156,8 +156,9 @@ class State(Membered):
 
         Raises:
           KindError: a kind that is not there.
-          StructureError: a part with leaves missing, left over, or of another shape or dtype (all are listed); an
-            array that an earlier step donated; an array that the state already holds elsewhere.
+          StructureError: a part with leaves missing, left over, or of another shape or dtype, or with numbers of NumPy
+            that JAX would lose (all are listed); an array that an earlier step donated, or that the state already holds
+            elsewhere.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -270,6 +271,7 @@ class State(Membered):
 
         Raises:
           KindError: a kind that is not there, or a dtype that is no floating-point dtype.
+          StructureError: a cast that would lose numbers; rounding is fine.  Inside `jax.jit` values are not known.
 
         Example:
           >>> from flax import nnx

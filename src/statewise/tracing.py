@@ -23,6 +23,7 @@ from statewise.capture import Capture
 from statewise.claims import claimants
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError, UndeclaredWriteError
+from statewise.narrowing import check_given
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise.plan import Plan
 from statewise.scan import (
@@ -186,7 +187,8 @@ def call_once(
 
 def _arrays_after(plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], name: str) -> list[list[Any]]:
     after = [list(part) for part in parts]
-    odd = []
+    values: dict[tuple[str, int], Sequence[Any]] = {}
+    odd, given = [], []
     for row, span in zip(plan._rows, plan._spans, strict=True):
         arrays, structure = arrays_of(raw_value(live[row.path]))
         specs = tuple(map(spec_of, arrays))
@@ -196,13 +198,18 @@ def _arrays_after(plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, A
             was = [f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs]
             odd.append(_leaf_of(row, "becomes " + ", ".join(was)))
         else:
-            after[plan._index[span.kind]][span.start : span.stop] = map(jnp.asarray, arrays)
+            pairs = zip(arrays, row.specs, strict=True)
+            given += [(_leaf_of(row, ""), one, spec.dtype) for one, spec in pairs if not isinstance(one, jax.Array)]
+            values[span.kind, span.start] = arrays
     if odd:
         raise StructureError(
             f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.",
             leaves=odd,
             mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)",
         )
+    check_given(given, before=f"{name} assigns numbers that JAX does not have. ")
+    for (kind, start), made in values.items():
+        after[plan._index[kind]][start : start + len(made)] = map(jnp.asarray, made)
     return after
 
 

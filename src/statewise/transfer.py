@@ -8,25 +8,29 @@ it smaller, cast where it arrives if it grows.  The source stays as it is, and s
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from statewise.batches import refuse_batch
-from statewise.copies import spread
+from statewise.carrying import (
+    Move,
+    arrays_in_order,
+    arrived,
+    averages_of,
+    begun_averages,
+    carried,
+    check_casts,
+    places_for,
+)
 from statewise.counterparts import Found, difference, leaves_of
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
-from statewise.members import Axis
-from statewise.moving import moved
 from statewise.paths import Leaf, Path
-from statewise.placement import array_shardings, check_devices, copies_on, on_mesh, with_copies
+from statewise.placement import check_devices, copies_on, on_mesh, with_copies
 from statewise.plan import Plan
-from statewise.scan import Spec
-from statewise.state import Part, State, check_fits, check_unspent, make_state
+from statewise.state import State, check_fits, check_unspent
 
 __all__ = ["transfer"]
 
@@ -51,12 +55,16 @@ def transfer(
       mesh: where the values go to lie, as the target's `shardings` says; by default where the target's own arrays lie,
         or, for a plan, where the source's do.
 
+    Averages (`sw.EMA`) of a kind that moves begin again, as copies of what has moved, unless they move as well.  The
+    target's optimizer keeps its state.  Inside `jax.jit` no value is known: there a cast may lose numbers.
+
     Returns:
       a state of the target's plan; with `cast=dtype`, of that plan in this dtype.
 
     Raises:
       StructureError: leaves that the source does not have, or has of another type, shape or dtype, or tied otherwise;
-        all are listed, and nothing has moved.  Values of each device where one is wanted; a spent or abstract source.
+        all are listed, and nothing has moved.  Values of each device where one is wanted; a spent or abstract source;
+        a cast that would lose numbers.
       KindError: a kind that is not there; a cast that is no floating-point dtype.
       PlacementError: leaves that cannot be placed on the mesh, all of them.
 
@@ -89,33 +97,16 @@ def transfer(
     check_unspent(src, used)
     check_fits(src, used)
     _refuse_abstract(src, used)
-    places = _places(plan, into, names, mesh)
-    taken = {kind: _unpacked(src._plan, kind, src.part(kind).arrays) for kind in used}
+    places = places_for(plan, into, names, mesh)
+    taken = {kind: arrays_in_order(src._plan, kind, src.part(kind).arrays) for kind in used}
+    check_casts(plan, moves, taken)
     parts: dict[str, list[Any]] = {kind: [] for kind in names}
     for move in moves:
         place = places[move.to][len(parts[move.to])] if move.to in places else None
         count, axis = devices if move.spreads else 0, plan._axis(move.to, len(parts[move.to]))
-        parts[move.to].append(_moved(taken[move.kind][move.position], move.spec, place, count, axis))
-    return _made(plan, into, parts, places)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Move:
-    """One array of the target, and where it comes from.
-
-    Attributes:
-      to: the target's kind.
-      kind: the source's kind.
-      position: which of that kind's arrays.
-      spec: shape and dtype in the target's model.
-      spreads: whether one value becomes one for each device.
-    """
-
-    to: str
-    kind: str
-    position: int
-    spec: Spec
-    spreads: bool
+        parts[move.to].append(carried(taken[move.kind][move.position], move.spec, place, count, axis))
+    parts |= begun_averages(plan, into, parts, mesh)
+    return arrived(plan, into, parts, places)
 
 
 def _target(src: Any, target: Any) -> tuple[Plan, State | None]:
@@ -167,7 +158,9 @@ def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) ->
             raise unknown_kind(name, plan.kinds)
     if names and not set(names) & set(filled):
         raise KindError(f"kinds={kinds!r} names no kind that has leaves.", mend=f"those that have: {', '.join(filled)}")
-    left = [kind for kind in filled if kind not in names] if into is None else []
+    # Averages of what moves begin with it.
+    begun = [kind for kind, ones in averages_of(plan, names).items() if all(one.kind in names for one, _ in ones)]
+    left = [kind for kind in filled if kind not in (*names, *begun)] if into is None else []
     if left:
         raise StructureError(
             f"A plan has no values of its own, and nothing gives any for {', '.join(left)}.",
@@ -271,76 +264,3 @@ def _refuse_abstract(src: State, kinds: Sequence[str]) -> None:
             kind=kinds[0],
             mend="src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
         )
-
-
-# --- moving ------------------------------------------------------------------------------------------------------
-
-
-def _places(plan: Plan, into: State | None, names: Sequence[str], mesh: Any) -> dict[str, list[Any]]:
-    """For each kind where each of its arrays goes to lie; nothing where they stay where they are."""
-    if mesh is not None:
-        plan.shardings(mesh)  # refuses packed kinds that would be split
-        shardings = array_shardings(plan, mesh)
-        return {kind: shardings[kind] for kind in names}
-    if into is None:
-        return {}
-    places: dict[str, list[Any]] = {}
-    for kind in names:
-        found: list[Any] = [None] * len(plan._specs[kind])
-        for slot, array in zip(into._plan._slots[into._plan._index[kind]], into.part(kind).arrays, strict=True):
-            sharding = None if isinstance(array, jax.core.Tracer) else getattr(array, "sharding", None)
-            for position in (slot,) if isinstance(slot, int) else slot.positions:
-                found[position] = sharding
-        places[kind] = found
-    return places
-
-
-def _moved(array: Any, spec: Spec, place: Any, devices: int, axis: Axis) -> Any:
-    """An array in another dtype and place, in memory of its own; one value for each device where there are some."""
-    if isinstance(array, jax.core.Tracer):
-        array = _as(array, spec.dtype)
-        array = spread(array, devices, axis=axis) if devices else array
-        return array if place is None else jax.device_put(array, place)
-    given = array = array if isinstance(array, jax.Array) else jnp.array(array)  # somebody mapped it to NumPy
-    if spec.dtype.itemsize < array.dtype.itemsize:
-        array = _as(array, spec.dtype)
-    if devices:
-        array = spread(array, devices, place, axis)
-    elif place is not None:
-        array = moved(array, place)
-    array = _as(array, spec.dtype)
-    return jnp.copy(array) if array is given else array
-
-
-def _as(array: Any, dtype: Any) -> Any:
-    return array if array.dtype == dtype else jax.lax.convert_element_type(array, dtype)
-
-
-def _unpacked(plan: Plan, kind: str, part: tuple[Any, ...]) -> Sequence[Any]:
-    return _on_device(plan, kind, False)(part) if kind in plan._packing else part
-
-
-@functools.lru_cache(maxsize=256)
-def _on_device(plan: Plan, kind: str, pack: bool) -> Any:
-    """Packs or unpacks a kind's arrays without a way through the host, which is the quickest for a few calls."""
-    return jax.jit(lambda arrays: (plan._packed if pack else plan._unpacked)(kind, tuple(arrays)))
-
-
-def _made(plan: Plan, into: State | None, arrays: Mapping[str, Sequence[Any]], places: Mapping[str, Any]) -> State:
-    """The state of the arrays that have moved, and of what the target keeps."""
-    parts = []
-    for kind in plan.kinds:
-        packing = plan._packing.get(kind)
-        if kind in arrays:
-            part = tuple(arrays[kind])
-            if packing:
-                part = _on_device(plan, kind, True)(part)
-            parts.append(Part(part))
-        elif into is None:
-            parts.append(Part(()))
-        elif packing == into._plan._packing.get(kind):
-            parts.append(into.part(kind))
-        else:  # a cast has changed which arrays go together
-            kept = _unpacked(into._plan, kind, into.part(kind).arrays)
-            parts.append(Part(_on_device(plan, kind, True)(kept) if packing else tuple(kept)))
-    return make_state(plan, parts)

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise.errors import KindError
+from statewise.errors import KindError, StructureError
 from statewise.inside import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
+from statewise.narrowing import Casts, may_lose
 from statewise.places import Places
 from statewise.plan import Plan
 from statewise.shadows import Average
@@ -45,12 +46,53 @@ def using(state: State, name: str) -> State:
             if known
             else f"kinds.plan(model, ..., averages={{'params': sw.EMA(0.999, name={name!r})}})",
         )
+    _check_casts(state, _narrowed_values(plan, name))
     return _replaced(state, [name], [one.kind for one, _ in averages], _values, name)
 
 
 def begun_again(state: State, name: str) -> State:
     """This state with the averages of a name as they are at the start: copies of the values."""
+    _check_casts(state, _narrowed_starts(state._plan, name))
     return _replaced(state, [one.kind for one, _ in averages_in(state._plan, name)], [name], _starts, name)
+
+
+Narrowed = tuple[tuple[str, int, Any], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _narrowed_values(plan: Plan, name: str) -> Narrowed:
+    """The slots of the averages, by kind and number, that take another dtype as values, and which."""
+    wanted: dict[int, Any] = {}
+    for one, start in averages_in(plan, name):
+        wanted |= {start + at: spec.dtype for at, spec in enumerate(plan._specs[one.kind])}
+    return _narrowed(plan, name, wanted)
+
+
+@functools.lru_cache(maxsize=64)
+def _narrowed_starts(plan: Plan, name: str) -> Narrowed:
+    """The same of the slots of values that take another dtype as averages."""
+    made: Narrowed = ()
+    for one, _ in averages_in(plan, name):
+        made += _narrowed(plan, one.kind, {at: spec.dtype for at, spec in enumerate(one.layout.specs)})
+    return made
+
+
+def _narrowed(plan: Plan, kind: str, wanted: dict[int, Any]) -> Narrowed:
+    found: dict[tuple[str, int, Any], None] = {}
+    for slot, content in enumerate(plan._slots[plan._index[kind]]):
+        for at in (content,) if isinstance(content, int) else content.positions:
+            if at in wanted and may_lose(plan._specs[kind][at].dtype, wanted[at]):
+                found[kind, slot, wanted[at]] = None
+    return tuple(found)
+
+
+def _check_casts(state: State, narrowed: Narrowed) -> None:
+    """Refuses values or averages that the dtype of the other cannot hold; looks at those alone that could be."""
+    check_unspent(state, dict.fromkeys(kind for kind, _, _ in narrowed))
+    casts = Casts()
+    for kind, slot, dtype in narrowed:
+        casts.add(state._plan._leaf_of_slot[kind][slot], state.part(kind).arrays[slot], dtype)
+    casts.check(StructureError, "averages and what they are of in a wider dtype: state.cast(params='float32')")
 
 
 def _replaced(state: State, from_: Sequence[str], into: Sequence[str], program: Any, name: str) -> State:

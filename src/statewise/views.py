@@ -17,6 +17,7 @@ from flax import nnx
 
 from statewise.derived import plain_key
 from statewise.errors import StructureError
+from statewise.narrowing import check_given
 from statewise.paths import Leaf, Path
 from statewise.plan import Plan
 from statewise.scan import Spec, raw_value, spec_of, value_of
@@ -80,7 +81,8 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
     """The arrays, in the order of the plan, of what is given in the place of a view.
 
     Raises:
-      StructureError: leaves missing, left over, of another shape or dtype, or donated; all are listed.
+      StructureError: leaves missing, left over, of another shape or dtype, or donated; 64-bit numbers of NumPy that
+        JAX would lose; all are listed.
     """
     structure, slots = _layout(plan, kind)
     specs = plan._held[kind]
@@ -108,6 +110,12 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
             kind=kind,
             mend=f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
         )
+    leaves = plan._row_of_array[kind]
+    check_given(
+        (leaf, array, spec.dtype)
+        for leaf, array, spec in zip(leaves, arrays, specs, strict=True)
+        if not isinstance(array, jax.Array)
+    )
     return tuple(map(_as_array, arrays))
 
 

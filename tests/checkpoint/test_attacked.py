@@ -15,6 +15,7 @@ from flax import nnx
 import statewise as sw
 from checkpoint_models import numbered
 from refusals import refused
+from statewise.narrowing import WIDE
 from strategies import Node
 
 
@@ -63,11 +64,18 @@ def test_a_cast_loses_no_number(tmp_path: pathlib.Path, value: list[float], to: 
     from_ = "float32" if to == "float16" else "int32"
     sw.save(tmp_path / "run", state_of(a=jnp.array(value, from_)))
     target = state_of(a=jnp.zeros(2, to))
+    wider = to == "float16"
     with refused(
         sw.RestoreError,
-        "Casting would lose numbers: they are too large for the target's dtype.",
-        leaves=[f"a: Param(2,) {to}  kind=params  ({from_} numbers that have no place in {to})"],
-        mend="plan the model with the dtype that was saved",
+        "Casting would lose numbers: 1 leaf has some that the new dtype does not. Nothing was changed.",
+        leaves=[
+            f"a: Param(2,) {to}  kind=params  "
+            f"({from_} numbers, one of magnitude {abs(value[0]):.3g}, that have no place in {to})"
+        ],
+        kind="params",
+        mend="sw.restore(path, target.cast(params='bfloat16'), cast=True)"
+        if wider
+        else f"plan the model with the dtype that was saved\n{WIDE}",
     ):
         sw.restore(tmp_path / "run", target, cast=True)
     assert np.array_equal(target["params"]["a"], np.zeros(2))

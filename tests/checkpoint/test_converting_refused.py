@@ -93,8 +93,13 @@ def test_a_cast_never_loses_a_number(tmp_path: Path, given: Any, wanted: Any) ->
     dtype = jnp.dtype(wanted).name
     with refused(
         sw.RestoreError,
-        f"the mapping does not become {tmp_path / 'out'} (statewise): numbers would be lost. Nothing was written.",
-        leaves=[f"w: Param({len(given)},) {dtype}  kind=params  (holds numbers that {dtype} does not have)"],
+        f"the mapping does not become {tmp_path / 'out'} (statewise). "
+        "Casting would lose numbers: 1 leaf has some that the new dtype does not. Nothing was written.",
+        leaves=[
+            f"w: Param({len(given)},) {dtype}  kind=params  ({given.dtype} numbers, one of magnitude "
+            f"{float(abs(given).max()):.3g}, that have no place in {dtype})"
+        ],
+        kind="params",
         mend="plan the model with the dtype of the source",
     ):
         convert({"w": given}, tmp_path / "out", target=taken(w=jnp.zeros(len(given), wanted)), cast=True)

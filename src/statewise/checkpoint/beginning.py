@@ -13,7 +13,8 @@ from statewise.checkpoint.matching import Match, Source
 from statewise.checkpoint.records import Placed, unpacked
 from statewise.checkpoint.regrouping import Regrouped
 from statewise.errors import RestoreError
-from statewise.paths import format_shape
+from statewise.narrowing import WIDE, Casts, as_jax, refuse
+from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan
 from statewise.state import State, is_deleted
 from statewise.using import averages_in
@@ -47,21 +48,27 @@ def own_members(found: Match, target: State) -> dict[tuple[str, int], Any]:
     return values
 
 
-def _restarted(plan: Plan, kind: str, position: int, value: Any) -> Any:
+def _restarted(plan: Plan, leaf: Leaf, position: int, value: Any, lost: list[Leaf]) -> Any:
     """A fresh value; of each device, and of each member of an ensemble, from its own."""
-    fn: Any = plan.kinds[kind].restart
+    kind = leaf.kind or ""
+    restart: Any = plan.kinds[kind].restart
+
+    def fn(value: Any) -> Any:
+        return as_jax(leaf, restart(value), lost)
+
     if plan._copies is not None and position in plan._copies.of(kind):
         fn = jax.vmap(fn)
     axis = plan._axis(kind, position)
     if axis is not None:
         fn = jax.vmap(fn, in_axes=axis, out_axes=axis)
-    return jnp.asarray(fn(value))
+    return fn(value)
 
 
 def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, int], Any]:
     """Fresh values, by kind and position, of the leaves that are restarted."""
     fresh = {}
-    odd = []
+    odd: list[Leaf] = []
+    lost: list[Leaf] = []
     own = {kind: own_arrays(target, kind) for kind in {placed.record.kind for placed in restarted}}
     for placed in restarted:
         record = placed.record
@@ -73,7 +80,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, 
             sharding = getattr(value, "sharding", None)
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
-            made = _restarted(target.plan, record.kind, position, value)
+            made = _restarted(target.plan, record.leaf(), position, value, lost)
             if (made.shape, made.dtype) != (value.shape, value.dtype):
                 odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
             else:
@@ -87,6 +94,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, 
             kind=odd[0].kind,
             mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
         )
+    refuse(lost, RestoreError, WIDE)
     return fresh
 
 
@@ -94,6 +102,7 @@ def begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) 
     """Averages that are restarted begin as copies of what they are of, as it was restored."""
     plan = target.plan
     wanted = [placed for placed in found.restarted if plan.kinds[placed.record.kind].of is EMA]
+    casts = Casts()
     own = {kind: own_arrays(target, kind) for kind in {placed.record.kind for placed in wanted}}
     for placed in wanted:
         kind, position = placed.record.kind, placed.start
@@ -101,14 +110,17 @@ def begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) 
         value = jnp.zeros(spec.shape, spec.dtype)  # of nothing: a count
         for of_kind, at in of:
             there = new.get(of_kind, {})
-            value = jnp.array(there[at] if at in there else own_arrays(target, of_kind)[at], dtype=spec.dtype)
+            given = there[at] if at in there else own_arrays(target, of_kind)[at]
+            casts.add(placed.record.leaf(), given, spec.dtype)
+            value = jnp.array(given, dtype=spec.dtype)
         sharding = getattr(own[kind][position], "sharding", None)
         new.setdefault(kind, {})[position] = jax.device_put(value, sharding)
     for one in found.sources:
-        _begin_members(one, target, new)
+        _begin_members(one, target, new, casts)
+    casts.check(RestoreError, "averages={'params': sw.EMA(0.999, dtype=jnp.float32)}")
 
 
-def _begin_members(source: Source, target: State, new: dict[str, dict[int, Any]]) -> None:
+def _begin_members(source: Source, target: State, new: dict[str, dict[int, Any]], casts: Casts) -> None:
     """The same for averages of members that the checkpoint lacks."""
     (kind, position), plan = (source.placed.record.kind, source.placed.start), target.plan
     change = source.changes[0] if source.changes else None
@@ -120,7 +132,9 @@ def _begin_members(source: Source, target: State, new: dict[str, dict[int, Any]]
     fresh = jnp.zeros(value.shape, value.dtype)
     for of_kind, at in of:
         there = new.get(of_kind, {})
-        fresh = jnp.array(there[at] if at in there else own_arrays(target, of_kind)[at], dtype=value.dtype)
+        given = there[at] if at in there else own_arrays(target, of_kind)[at]
+        casts.add(source.placed.record.leaf(), given, value.dtype)
+        fresh = jnp.array(given, dtype=value.dtype)
     axis = change.ours or 0
     begins = jnp.isin(jnp.arange(value.shape[axis]), jnp.array(change.lacks))
     begins = begins.reshape([-1 if at == axis else 1 for at in range(value.ndim)])

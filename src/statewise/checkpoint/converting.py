@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.checkpoint.exporting import FORMATS, Piece, destination, export
-from statewise.checkpoint.fitting import Fit, cast_exactly, fit, fit_alone
+from statewise.checkpoint.fitting import Fit, fit, fit_alone
 from statewise.checkpoint.opening import open_any
 from statewise.checkpoint.records import unpacked
 from statewise.checkpoint.saving import save
 from statewise.checkpoint.sources import Source, open_mapping
 from statewise.errors import RestoreError, SaveError, StructureError
+from statewise.narrowing import Casts
 from statewise.paths import Leaf, format_dtype, format_path, format_shape
 from statewise.state import State, check_unspent
 from statewise.tables import Shown, Table, leaf_dict
@@ -158,8 +159,8 @@ def convert(
       keep the target's values; others that are missing only where their kind declares `missing="keep"`.
 
     Raises:
-      RestoreError: leaves missing, of another shape or dtype, or that the format cannot hold: all are listed, and
-        nothing was written.  Also for a source that is nothing known here.
+      RestoreError: leaves missing, of another shape or dtype, or that the format cannot hold, and casts that would lose
+        numbers: all are listed, and nothing was written.  Also for a source that is nothing known here.
       DamagedError: a source that is not what was written.
       SaveError: there is something at `dst` already, or it cannot be written.
       StructureError: a target that is no state, or that is needed and not there.
@@ -249,22 +250,22 @@ def _arrays(source: Source, fitted: Fit, target: State | None, conversion: Conve
     """The array of each piece, as it is written: of PRNG keys their words."""
     read = source.read([piece.source for piece in fitted.pieces if piece.source is not None])
     kept = {} if target is None else _kept(fitted, target)
-    arrays, lossy = [], []
-    for piece in fitted.pieces:
-        array = read[piece.source] if piece.source is not None else _own(piece, kept)
+    arrays = [read[piece.source] if piece.source is not None else _own(piece, kept) for piece in fitted.pieces]
+    casts = Casts(jax=False)
+    for piece, array in zip(fitted.pieces, arrays, strict=True):
         if str(array.dtype) != piece.dtype:
-            array, exact = cast_exactly(array, piece.dtype)
-            if not exact:
-                lossy.append(dataclasses.replace(piece.leaf, note=f"holds numbers that {piece.dtype} does not have"))
-        arrays.append(array)
-    if lossy:
-        raise RestoreError(
-            f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}): numbers would be lost. "
-            "Nothing was written.",
-            leaves=lossy,
-            mend="plan the model with the dtype of the source",
-        )
-    return arrays
+            casts.add(piece.leaf, array, piece.dtype)
+    casts.check(
+        RestoreError,
+        "plan the model with the dtype of the source",
+        before=f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}). ",
+        after="written",
+    )
+    with np.errstate(all="ignore"):
+        return [
+            array if str(array.dtype) == piece.dtype else array.astype(jnp.dtype(piece.dtype))
+            for piece, array in zip(fitted.pieces, arrays, strict=True)
+        ]
 
 
 def _kept(fitted: Fit, target: State) -> dict[str, tuple[Any, ...]]:

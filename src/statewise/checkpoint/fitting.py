@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from statewise import _compat
@@ -30,7 +28,7 @@ from statewise.layout import OPTIMIZER
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.state import State
 
-__all__ = ["Fit", "cast_exactly", "fit", "fit_alone"]
+__all__ = ["Fit", "fit", "fit_alone"]
 
 CAST = "sw.convert(src, dst, ..., cast=True)"
 RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's left_over"
@@ -309,15 +307,3 @@ def _is_of_run(leaf: Leaf) -> bool:
     """Whether a leaf belongs to a training run rather than to a model, so that files of weights do not have it."""
     types = (nnx.RngState, nnx.OptState, _compat.MetricState)
     return leaf.kind == OPTIMIZER or (isinstance(leaf.type, type) and issubclass(leaf.type, types))
-
-
-def cast_exactly(array: np.ndarray, to: str) -> tuple[np.ndarray, bool]:
-    """An array in another dtype, and whether every number has a place there: rounding is one, overflow is none."""
-    dtype = jnp.dtype(to)
-    if jnp.issubdtype(dtype, jnp.integer):
-        limits = jnp.iinfo(dtype)
-        fits = not array.size or (int(array.min()) >= int(limits.min) and int(array.max()) <= int(limits.max))
-        return array.astype(dtype), fits
-    with np.errstate(over="ignore", invalid="ignore"):
-        made = array.astype(dtype)
-    return made, not bool(np.any(np.isfinite(array) & ~np.isfinite(made)))

@@ -6,6 +6,7 @@ it is known that the restore goes through.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.regrouping import Regrouped, asked_members, regroup
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
+from statewise.moments import OPTIMIZER
 from statewise.paths import Path, format_path, format_shape
 from statewise.plan import Plan
+from statewise.shadows import averaged_kind
 from statewise.state import State, is_deleted
 
 __all__ = ["Match", "kinds_to_restore", "match"]
@@ -153,8 +156,12 @@ class _Matcher:
         record, lost = placed.record, self.lost(placed)
         kind = self.plan.kinds[record.kind]
         why = "not asked for" if kind.saved else "ephemeral, never saved"
-        if not lost:
-            self.say(record, "kept", why)
+        if self.follows(record):
+            self.begin(placed, why)
+        elif not lost:
+            of = [name for name in optimized_kinds(self.plan, record.path) if name in self.replaced]
+            also = f", though of {', '.join(of)}, which {'is' if len(of) == 1 else 'are'} restored" if of else ""
+            self.say(record, "kept", why + also)
         elif not kind.saved and (kind.restart is not None or kind.of is EMA):
             self.say(record, "restarted", why)
             self.restarted.append(placed)
@@ -162,6 +169,28 @@ class _Matcher:
             self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
             if not kind.saved:
                 self.declare("or declare how it starts", record.kind, "restart=jnp.zeros_like")
+
+    def follows(self, record: LeafRecord) -> bool:
+        """Whether a leaf is an average of a kind of which this restore replaces anything.
+
+        It would be of other weights, so it begins again, unless it comes from the checkpoint itself.  What is derived
+        stands after the leaves that it is of: those have been compared when this is asked.
+        """
+        if self.plan.kinds[record.kind].of is not EMA:
+            return False
+        return averaged_kind(record.path) in self.replaced
+
+    def begin(self, placed: Placed, why: str) -> None:
+        """An average that begins as a copy of what it is of."""
+        of = averaged_kind(placed.record.path)
+        self.say(placed.record, "restarted", f"{why}, and of {of}, which is restored")
+        self.restarted.append(placed)
+
+    @functools.cached_property
+    def replaced(self) -> set[str]:
+        """The kinds of which something is restored, cast, resized or restarted."""
+        placed = [*(source.placed for source in self.sources), *self.restarted]
+        return {one.record.kind for one in placed if self.plan.kinds[one.record.kind].of is not EMA}
 
     def lost(self, placed: Placed) -> str:
         """Why a leaf of the target has no value to keep; empty if it has one."""
@@ -181,6 +210,8 @@ class _Matcher:
         if treatment == "restart":
             self.say(record, "restarted", why)
             self.restarted.append(placed)
+        elif treatment == "keep" and self.follows(record):
+            self.begin(placed, why)
         elif treatment == "keep" and not lost:
             self.say(record, "kept", why)
         elif other is not None:
@@ -268,6 +299,11 @@ class _Matcher:
             return ""
         lost = self.lost(placed)
         return lost and f"members {', '.join(map(str, lacks[0]))} are not in the checkpoint, and {lost}"
+
+
+def optimized_kinds(plan: Plan, path: Path) -> tuple[str, ...]:
+    """The kinds that an optimizer's state is of, from the path of one of its leaves; none for any other leaf."""
+    return next((one.kinds for one in plan._groups if path[:2] == (OPTIMIZER, one.label)), ())
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"

@@ -146,7 +146,9 @@ def _delivered(waiting: Sequence[tuple[_Place, Any]]) -> list[Any]:
     away = [
         at
         for at, (place, _) in enumerate(waiting)
-        if not isinstance(arrays[at], jax.Array) and (place.sharding is not None or place.record.prng is not None)
+        if not isinstance(arrays[at], jax.Array)
+        and (place.sharding is not None or place.record.prng is not None)
+        and jax.dtypes.canonicalize_dtype(arrays[at].dtype) == arrays[at].dtype  # JAX would make it narrower
     ]
     if away:
         shardings = [waiting[at][0].sharding for at in away]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statewise.casting import WIDER
 from statewise.census import Census
 from statewise.checkpoint.beginning import begin_averages, fresh_values, own_arrays, own_members
 from statewise.checkpoint.devices import Resized, members_of, resized
@@ -26,6 +27,7 @@ from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.regrouping import regrouped
 from statewise.checkpoint.report import RestoreReport
 from statewise.errors import RestoreError, StructureError
+from statewise.narrowing import WIDE, Casts, refuse
 from statewise.paths import Leaf
 from statewise.state import State, check_fits
 from statewise.tables import count_leaves
@@ -47,7 +49,8 @@ def restore(
     Args:
       path: what `sw.save` wrote, or a step's item that an Orbax manager wrote of `sw.checkpointable`.
       target: a state, or an abstract one (`plan.abstract()`): it says which leaves there are to be, of which shape and
-        dtype, and on which devices.  It stays as it is; leaves that are not restored keep its values.
+        dtype, and on which devices.  It stays as it is; leaves that are not restored keep its values, but for averages
+        (`sw.EMA`) of a kind that is: they begin again as copies of it.
       only: the kinds to restore, `("params",)` say; by default all that are `saved`.
       cast: allows other dtypes, floating-point to floating-point and integer to integer; the report lists them.
       base: where the checkpoint's base is, if it was moved since.
@@ -60,7 +63,8 @@ def restore(
 
     Raises:
       RestoreError: target and checkpoint disagree: leaves missing, left over, of another kind, type, shape, dtype or
-        structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was read then.
+        structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was read then.  A cast
+        that would lose numbers: rounding is fine, overflow is not.
       DamagedError: files or arrays that are not what was written; each is named.
       KindError: `only` names a kind that is not there, or one that is never saved.
 
@@ -231,14 +235,21 @@ def _sharding_at(target: State, kind: str, position: int) -> Any:
     return None if packed else getattr(target.part(kind).arrays[position], "sharding", None)
 
 
-def _fits(array: Any, made: Any) -> bool:
-    """Whether every number has a place in the new dtype: rounding is one, overflow is none."""
-    if not array.size:
-        return True
-    if jnp.issubdtype(made.dtype, jnp.integer):
-        limits = jnp.iinfo(made.dtype)
-        return int(array.min()) >= int(limits.min) and int(array.max()) <= int(limits.max)
-    return not bool(jnp.any(jnp.isfinite(array) & ~jnp.isfinite(made)))
+def _check_casts(found: Match, arrays: Sequence[Sequence[Any]]) -> None:
+    """Refuses casts that lose numbers."""
+    floats, others = Casts(), Casts()
+    for source, read in zip(found.sources, arrays, strict=True):
+        for array, ours in zip(read, source.placed.record.arrays, strict=True):
+            if ours.prng is None and array.dtype != dtype_of(ours.dtype):
+                casts = floats if jnp.issubdtype(array.dtype, jnp.floating) else others
+                casts.add(source.placed.record.leaf(), array, dtype_of(ours.dtype))
+    lossy, rest = floats.lost(), others.lost()
+    held = floats.holding(WIDER) if lossy else None
+    kinds = ", ".join(f"{kind}={held!r}" for kind in dict.fromkeys(leaf.kind for leaf in lossy))
+    mends = [f"sw.restore(path, target.cast({kinds}), cast=True)"] if held else []
+    if rest or (lossy and not held):
+        mends += ["plan the model with the dtype that was saved", WIDE]
+    refuse([*lossy, *rest], RestoreError, "\n".join(mends))
 
 
 def _state(
@@ -250,27 +261,20 @@ def _state(
 ) -> State:
     plan = target.plan
     new: dict[str, dict[int, Any]] = {}
-    lost: list[Leaf] = []
+    _check_casts(found, arrays)
     for source, read in zip(found.sources, arrays, strict=True):
         kind = source.placed.record.kind
         for offset, (array, ours) in enumerate(zip(read, source.placed.record.arrays, strict=True)):
             if ours.prng is None and array.dtype != dtype_of(ours.dtype):
-                made = array.astype(ours.dtype)
-                if not _fits(array, made):
-                    lost.append(source.placed.record.leaf(f"{array.dtype} numbers that have no place in {ours.dtype}"))
-                array = made
+                array = array.astype(ours.dtype)
             at, change = source.placed.start + offset, source.changes[offset]
             if isinstance(change, Resized):
                 array = resized(array, change, _sharding_at(target, kind, at), plan._axis(kind, at))
             elif change is not None:
                 array = regrouped(array, change, own_members.get((kind, at)), _sharding_at(target, kind, at))
+            elif not isinstance(array, jax.Array):  # of a dtype that JAX did not have
+                array = jax.device_put(array, _shardings(source, target)[offset])
             new.setdefault(kind, {})[at] = array
-    if lost:
-        raise RestoreError(
-            "Casting would lose numbers: they are too large for the target's dtype.",
-            leaves=lost,
-            mend="plan the model with the dtype that was saved",
-        )
     for (kind, position), array in fresh.items():
         new.setdefault(kind, {})[position] = array
     begin_averages(found, target, new)

@@ -22,6 +22,8 @@ from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.records import records_of, unpacked
 from statewise.errors import StructureError
 from statewise.kinds import Kinds
+from statewise.narrowing import as_jax
+from statewise.paths import Leaf
 from statewise.plan import Plan
 from statewise.scan import arrays_of, raw_value, scan
 from statewise.state import State, check_fits, check_unspent, is_deleted
@@ -167,11 +169,18 @@ def _of_model(model: Any, kinds: Kinds) -> Side:
         values = _values(live[record.path])
         if any(isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)) for value in values):
             return None
-        return [_on_host(jnp.asarray(value)) for value in values]
+        return list(map(_as_taken, values))
 
     names = " and ".join(type(thing).__name__ for thing in objects)
     records = {record.id: record for record, _ in records_of(plan)}
     return Side(f"a model ({names})", records, _held(plan), False, lambda asked: list(map(arrays, asked)))
+
+
+def _as_taken(value: Any) -> np.ndarray:
+    """A value as a state would have it; as it is, where JAX would lose numbers of it."""
+    lost: list[Leaf] = []
+    made = as_jax(Leaf((), None, type(value), None, None), value, lost)
+    return np.asarray(value) if lost else _on_host(made)
 
 
 def _values(leaf: Any) -> list[Any]:

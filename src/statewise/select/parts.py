@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -26,7 +25,8 @@ from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
-from statewise.scan import ONE, ModelError, Scan, Spec, arrays_of, make_leaf, raw_value, row_of, spec_of, value_of
+from statewise.scan import ONE, ModelError, Scan, Spec, arrays_of, make_leaf, raw_value, row_of, spec_of
+from statewise.select.fresh import fresh_values
 from statewise.select.looking import check_kinds, look
 
 __all__ = ["merge", "split", "update"]
@@ -300,8 +300,8 @@ def update(model: Any, state: Any) -> None:
         arrays.  It may hold some of the model's leaves only.
 
     Raises:
-      StructureError: leaves that the model does not have, or has with another type, shape or dtype; all of them.
-        Nothing of the model is changed then.
+      StructureError: leaves that the model does not have, or has with another type, shape or dtype; numbers that its
+        dtype would lose; all of them.  Nothing of the model is changed then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -330,7 +330,7 @@ def update(model: Any, state: Any) -> None:
     if problems:
         mend = "print(sw.explain(model, ...))  # every path, type, shape and dtype of the model"
         raise _error("The state does not fit the model", problems, mend)
-    _write(model, [(path, live[path], _fresh(raw_value(leaf), raw_value(live[path]))) for path, leaf in given.items()])
+    _write(model, list(fresh_values(given, live)))
 
 
 def _is_abstract(leaf: Any) -> bool:
@@ -354,19 +354,6 @@ def _item(thing: Any, key: Any) -> Any:
         return thing[key]
     except (TypeError, KeyError, IndexError):
         return None
-
-
-def _fresh(value: Any, current: Any) -> Any:
-    """The value to put: a NumPy array or a number becomes a JAX array where the model holds one."""
-    arrays, structure = arrays_of(value)
-    had = arrays_of(current)[0]
-    return value_of(
-        [
-            jnp.asarray(new, dtype=old.dtype) if isinstance(old, jax.Array) and not isinstance(new, jax.Array) else new
-            for new, old in zip(arrays, had, strict=True)
-        ],
-        structure,
-    )
 
 
 def _write(model: Any, writes: Iterable[tuple[Path, Any, Any]]) -> None:
