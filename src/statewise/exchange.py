@@ -24,6 +24,7 @@ from statewise.kinds import unknown_kind
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
+from statewise.putting import put_values
 from statewise.rows import Row, is_sown
 from statewise.scan import ONE, Scan, arrays_of, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import State, check_fits, check_unspent, is_deleted
@@ -205,14 +206,8 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
     found = scan(objects)
     leaves = _matched(plan, found, objects, "put")
     values = [_ready(value, copy) for value in values]
-    raw: list[Any] = []
-    for row, leaf, value in zip(plan._rows, leaves, values, strict=True):
-        if isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
-        else:
-            raw.append((row.path, value))
-    if raw:
-        nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
+    writes = [(row.path, leaf, value) for row, leaf, value in zip(plan._rows, leaves, values, strict=True)]
+    put_values(tuple(objects) if found.several else objects[0], found.leaves, writes)
 
 
 def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:

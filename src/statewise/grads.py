@@ -19,6 +19,7 @@ from flax import nnx
 from statewise.errors import FilterError, StructureError
 from statewise.filters import describe, predicate
 from statewise.paths import Path
+from statewise.putting import put_values
 from statewise.scan import Scan, arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 
 __all__ = ["grad", "value_and_grad"]
@@ -215,15 +216,11 @@ class _Made:
 
 
 def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], made: Sequence[_Made]) -> None:
-    raw: list[tuple[Any, Any]] = [(each.path, each.leaf) for each in made]
-    for position, value in changed.items():
-        leaf = found.leaves[position]
-        if isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
-        else:
-            raw.append((found.paths[position], value))
-    if raw:
-        nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
+    root = tuple(objects) if found.several else objects[0]
+    put_values(root, found.leaves, [(found.paths[at], found.leaves[at], value) for at, value in changed.items()])
+    if made:
+        new: list[tuple[Any, Any]] = [(each.path, each.leaf) for each in made]
+        nnx.update(root, nnx.from_flat_state(new))
 
 
 def _gradients(found: Scan, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:

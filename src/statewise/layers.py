@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan, make_plan
+from statewise.putting import put_values
 from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import Part, State, check_unspent, make_state
 from statewise.steps import step
@@ -236,15 +236,10 @@ def _slice(array: Any) -> jax.ShapeDtypeStruct:
 
 def _write(plan: Plan, before: State, after: State, module: Any, leaves: dict[Any, Any]) -> None:
     """Puts what was written back into the module."""
-    raw: list[Any] = []
+    writes = []
     for row, span in zip(plan._rows, plan._spans, strict=True):
         was, now = (state.part(span.kind).arrays[span.start : span.stop] for state in (before, after))
         if all(map(_same, was, now)):
             continue
-        leaf, value = leaves[row.path], value_of(now, span.structure)
-        if isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
-        else:
-            raw.append((row.path, value))
-    if raw:
-        nnx.update(module, nnx.from_flat_state(raw))
+        writes.append((row.path, leaves[row.path], value_of(now, span.structure)))
+    put_values(module, leaves.values(), writes)
