@@ -50,6 +50,7 @@ ROOMS = (
     "census",
     "lies",
     "meshes",
+    "explicit",
     "annotations",
     "placement",
     "memory",

@@ -18,6 +18,7 @@ from flax import nnx
 from statewise import _compat
 from statewise.copies import Copies, spread
 from statewise.errors import StructureError
+from statewise.explicit import explained
 from statewise.folding import refuse_copies
 from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
@@ -50,7 +51,9 @@ def take(plan: Plan, objects: Sequence[Any], *, mesh: Any, copy: bool, pack: boo
             # Each is placed before the next is copied: a device holds one whole array at a time, never all.
             parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
     for one in plan._derived:
-        for array in one.init([parts[kind][at] for kind, at in plan._params_of(one)]):
+        with explained("plan.take", mesh, parts):
+            fresh = one.init([parts[kind][at] for kind, at in plan._params_of(one)])
+        for array in fresh:
             parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
     return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
@@ -84,7 +87,8 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
         return State.of(there.plan, [part if copies is None else _spread(copies, kind, part) for kind, part in parts])
 
     there = plan.shardings(mesh)
-    return jax.jit(made, out_shardings=there)()
+    with explained("plan.init", mesh):
+        return jax.jit(made, out_shardings=there)()
 
 
 def _spread(copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise.errors import FilterError, StructureError
+from statewise.explicit import explained
 from statewise.filters import describe, predicate
 from statewise.paths import Path
 from statewise.putting import put_values
@@ -77,7 +78,8 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
             loss, aux = _loss_of(out, has_aux)
             return loss, (aux, *_changes(found, values, scan(objects)))
 
-        (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
+        with explained(getattr(fn, "__name__", type(fn).__name__), diff, flat, args, kwargs):
+            (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
         _write_back((model, *others), found, changed, made)
         state = _gradients(found, chosen, flat, grads)
         return ((loss, aux) if has_aux else loss), state

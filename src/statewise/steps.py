@@ -28,6 +28,7 @@ from statewise.capture import Capture
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
+from statewise.explicit import explained
 from statewise.lowered import Lowered, no_state
 from statewise.perdevice import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
 from statewise.plan import Plan
@@ -211,7 +212,7 @@ class Step:
         """
         if type(state) is not State:
             raise no_state(self._name, state)
-        with self._lock:
+        with self._lock, explained(self._name, state, args, kwargs):
             entry = self._entry(state, args, kwargs)
             with entry.tracing():
                 return Lowered(entry, entry.lower(state, args, kwargs))
@@ -220,8 +221,9 @@ class Step:
 
     def _call_anew(self, state: State, args: Any, kwargs: Any) -> Any:
         if _compat.jit_is_disabled():
-            return self._call_eagerly(state, args, kwargs)
-        with self._lock:
+            with explained(self._name, state, args, kwargs):
+                return self._call_eagerly(state, args, kwargs)
+        with self._lock, explained(self._name, state, args, kwargs):
             entry = self._entry(state, args, kwargs)
             if entry.ready:
                 try:
