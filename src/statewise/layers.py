@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statewise._compat import is_variable
 from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.kinds import Kind, Kinds, unknown_kind
@@ -214,8 +215,8 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
         None,
     )
     one = [
-        value_of([_slice(array) if many else array for array in arrays], structure)
-        for (arrays, structure), many in zip(held, stacked, strict=True)
+        value_of([_slice(array, is_variable(leaf)) if many else array for array in arrays], structure)
+        for leaf, (arrays, structure), many in zip(found.leaves, held, stacked, strict=True)
     ]
     plan = make_plan(kinds, rebuild(found.graphdef, one, several=False), None)
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
@@ -229,9 +230,12 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
     return x
 
 
-def _slice(array: Any) -> jax.ShapeDtypeStruct:
+def _slice(array: Any, in_variable: bool) -> Any:
     """One layer's part of an array, by shape and dtype."""
-    return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    if in_variable or not array.shape[0]:
+        return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    # In a list, a dict or a tuple NNX takes a mere shape for something static: the layers would see it, and no array.
+    return jnp.asarray(array)[0]
 
 
 def _write(plan: Plan, before: State, after: State, module: Any, leaves: dict[Any, Any]) -> None:

@@ -150,7 +150,7 @@ def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
             f"{describe_mesh(resolver.sizes)}.",
             leaves=leaves,
             kind=kinds.pop() if len(kinds) == 1 else None,
-            mend="\n".join(dict.fromkeys(mend for _, mend in resolver.faults)),
+            mend="\n".join(dict.fromkeys(line for _, mend in resolver.faults for line in mend.splitlines())),
         )
     return {kind: tuple(placed[kind]) for kind in plan.kinds}
 
