@@ -73,7 +73,7 @@ def test_a_function_may_leave_some_leaves_to_their_metadata() -> None:
     def place(path: Any, shape: Any) -> Any:
         return sw.FromMetadata() if path == ("w",) else sw.Sharded("data")
 
-    model = nnx.Dict(w=weights(out_sharding=("model",)).w, v=nnx.Param(jnp.zeros(8)))
+    model = nnx.Dict(w=weights(out_sharding=("model", None)).w, v=nnx.Param(jnp.zeros(8)))
     assert specs(model, place) == {"params/v": jax.P("data"), "params/w": jax.P("model")}
 
 

@@ -107,14 +107,17 @@ def test_a_number_given_as_text_is_another_key_and_no_tie() -> None:
     }
 
 
-def test_a_write_that_fails_is_taken_back(model: Model) -> None:
-    bias = model.first.bias.get_raw_value()
-    raw = model.raw
-    with pytest.raises(StructureError, match="cannot be changed in place") as caught:
-        update(model, {"first": {"bias": jnp.ones(4)}, "raw": jnp.zeros(2), "pair": {0: jnp.ones(1)}})
-    assert notes(caught.value) == {"pair/0": "stands in something immutable"}
+def test_arrays_in_a_tuple_are_written_too_or_nothing_is(model: Model) -> None:
+    bias, raw, pair = model.first.bias.get_raw_value(), model.raw, model.pair
+    with pytest.raises(StructureError, match="1 reshaped"):
+        update(model, {"first": {"bias": jnp.ones(4)}, "raw": jnp.zeros(2), "pair": {0: jnp.ones(7)}})
     assert model.first.bias.get_raw_value() is bias
     assert model.raw is raw
+    assert model.pair is pair
+    update(model, {"first": {"bias": jnp.ones(4)}, "raw": jnp.zeros(2), "pair": {0: jnp.full(1, 3.0)}})
+    assert isinstance(model.pair, tuple)
+    assert model.pair[0] == 3
+    assert model.pair[1] is pair[1]
 
 
 def test_update_of_several_objects() -> None:

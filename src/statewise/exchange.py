@@ -18,6 +18,7 @@ from flax import nnx
 from statewise import _compat
 from statewise.copies import Copies, spread
 from statewise.errors import StructureError
+from statewise.explicit import explained
 from statewise.folding import refuse_copies
 from statewise.inside import as_ensemble, begun, holds_one_member, single_of
 from statewise.intern import same_graph
@@ -27,6 +28,7 @@ from statewise.narrowing import check_given
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
+from statewise.putting import put_values
 from statewise.rows import Row, is_sown
 from statewise.scan import (
     ONE,
@@ -74,7 +76,9 @@ def take(
             # Each is placed before the next is copied: a device holds one whole array at a time, never all.
             parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
     for number, one in enumerate(plan._derived):
-        for array in begun(plan, number, [parts[kind][at] for kind, at in plan._params_of(one)]):
+        with explained("plan.take", mesh, parts):
+            fresh = list(begun(plan, number, [parts[kind][at] for kind, at in plan._params_of(one)]))
+        for array in fresh:
             parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
     return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
@@ -113,7 +117,8 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
         )
 
     there = plan.shardings(mesh)
-    return jax.jit(made, out_shardings=there)()
+    with explained("plan.init", mesh):
+        return jax.jit(made, out_shardings=there)()
 
 
 def _spread(plan: Plan, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
@@ -243,14 +248,9 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
     leaves = _matched(plan, found, objects, "put")
     _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
-    raw: list[Any] = []
-    for row, leaf, value in zip(plan._rows, leaves, values, strict=True):
-        if isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
-        else:
-            raw.append((found.numbered(row.path), value))
-    if raw:
-        nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
+    writes = [(row.path, leaf, value) for row, leaf, value in zip(plan._rows, leaves, values, strict=True)]
+    root: Any = dict(zip(found.names, objects, strict=True)) if found.names else tuple(objects)
+    put_values(root if found.several else objects[0], found.leaves, writes)
 
 
 def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:

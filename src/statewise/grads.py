@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise.errors import FilterError, StructureError
+from statewise.explicit import explained
 from statewise.filters import describe, predicate
 from statewise.paths import Path
+from statewise.putting import put_values
 from statewise.scan import Scan, arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.spelled import Reading, nearest, spelled
 
@@ -77,7 +79,8 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
             loss, aux = _loss_of(out, has_aux)
             return loss, (aux, *_changes(found, values, scan(objects)))
 
-        (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
+        with explained(getattr(fn, "__name__", type(fn).__name__), diff, flat, args, kwargs):
+            (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
         _write_back((model, *others), found, changed, made)
         state = _gradients(found, chosen, flat, grads)
         return ((loss, aux) if has_aux else loss), state
@@ -225,15 +228,11 @@ class _Made:
 
 
 def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], made: Sequence[_Made]) -> None:
-    raw: list[tuple[Any, Any]] = [(each.path, each.leaf) for each in made]
-    for position, value in changed.items():
-        leaf = found.leaves[position]
-        if isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
-        else:
-            raw.append((found.paths[position], value))
-    if raw:
-        nnx.update(tuple(objects) if found.several else objects[0], nnx.from_flat_state(raw))
+    root = tuple(objects) if found.several else objects[0]
+    put_values(root, found.leaves, [(found.paths[at], found.leaves[at], value) for at, value in changed.items()])
+    if made:
+        new: list[tuple[Any, Any]] = [(each.path, each.leaf) for each in made]
+        nnx.update(root, nnx.from_flat_state(new))
 
 
 def _gradients(found: Scan, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from statewise._compat import is_variable
 from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.inside import as_ensemble, as_one
@@ -24,6 +24,7 @@ from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.narrowing import check_given
 from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan, make_plan
+from statewise.putting import put_values
 from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import Part, State, check_unspent, make_state
 from statewise.steps import step
@@ -223,8 +224,8 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
         None,
     )
     one = [
-        value_of([_slice(array) if many else array for array in arrays], structure)
-        for (arrays, structure), many in zip(held, stacked, strict=True)
+        value_of([_slice(array, is_variable(leaf)) if many else array for array in arrays], structure)
+        for leaf, (arrays, structure), many in zip(found.leaves, held, stacked, strict=True)
     ]
     plan = make_plan(kinds, rebuild(found.graphdef, one, several=False), None)
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
@@ -244,22 +245,20 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
     return x
 
 
-def _slice(array: Any) -> jax.ShapeDtypeStruct:
+def _slice(array: Any, in_variable: bool) -> Any:
     """One layer's part of an array, by shape and dtype."""
-    return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    if in_variable or not array.shape[0]:
+        return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
+    # In a list, a dict or a tuple NNX takes a mere shape for something static: the layers would see it, and no array.
+    return jnp.asarray(array)[0]
 
 
 def _write(plan: Plan, before: State, after: State, module: Any, leaves: dict[Any, Any]) -> None:
     """Puts what was written back into the module."""
-    raw: list[Any] = []
+    writes = []
     for row, span in zip(plan._rows, plan._spans, strict=True):
         was, now = (state.part(span.kind).arrays[span.start : span.stop] for state in (before, after))
         if all(map(_same, was, now)):
             continue
-        leaf, value = leaves[row.path], value_of(now, span.structure)
-        if isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
-        else:
-            raw.append((row.path, value))
-    if raw:
-        nnx.update(module, nnx.from_flat_state(raw))
+        writes.append((row.path, leaves[row.path], value_of(now, span.structure)))
+    put_values(module, leaves.values(), writes)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise import _compat
+from statewise.annotations import annotated, metadata_of
 from statewise.copies import Copies
 from statewise.derived import Derived, keys_within
 from statewise.errors import PlacementError
@@ -33,10 +33,9 @@ from statewise.placements import (
     Sharded,
     axes_of,
     describe_placement,
-    merged_rules,
 )
 from statewise.plan import Plan
-from statewise.scan import Spec, rebuild, scan
+from statewise.scan import Spec
 from statewise.shadows import Average
 
 __all__ = [
@@ -160,7 +159,7 @@ def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
             f"{describe_mesh(resolver.sizes)}.",
             leaves=leaves,
             kind=kinds.pop() if len(kinds) == 1 else None,
-            mend="\n".join(dict.fromkeys(mend for _, mend in resolver.faults)),
+            mend="\n".join(dict.fromkeys(line for _, mend in resolver.faults for line in mend.splitlines())),
         )
     return {kind: tuple(placed[kind]) for kind in plan.kinds}
 
@@ -181,9 +180,10 @@ class _Resolver:
 
     def __init__(self, plan: Plan, sizes: dict[str, int], memories: set[str] | None) -> None:
         self.plan, self.sizes, self.memories = plan, sizes, memories
-        self.faults: list[tuple[Leaf, str]] = []
+        self.faults: dict[tuple[Leaf, str], None] = {}  # what several placements ask of one leaf is one fault
         self.updated = {kind for group in plan._groups for kind in group.kinds}
         self.each: tuple[str, ...] = ()  # the axes of all that lies per device
+        self.owned: dict[Path, list[tuple[int, Leaf, Spec]]] = {}  # likewise: what a moment may be of
         self.owners: Owners = {}  # by path, as the objects' own optimizers see it
         self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position where there are several
 
@@ -202,11 +202,15 @@ class _Resolver:
                 bare = row.path[plan._several :] + keys
                 if placement is None and _is_moment(row):
                     found[number].append(follow(bare, spec.shape, self.owners))
+                    continue
+                if isinstance(placement, FromMetadata) and _is_moment(row):
+                    lies = self._moment(placement, [bare], spec, leaf, number)
                 else:
                     lies = self.place(placement, paths, spec, leaf, number)
-                    found[number].append(lies)
-                    self.owners.setdefault(bare, []).append((spec.shape, lies))
-                    self.owners_in_groups[row.path + keys] = [(spec.shape, lies)]
+                    self.owned.setdefault(bare, []).append((number, leaf, spec))
+                found[number].append(lies)
+                self.owners.setdefault(bare, []).append((spec.shape, lies))
+                self.owners_in_groups[row.path + keys] = [(spec.shape, lies)]
         placed: dict[str, list[Lies]] = {kind: [] for kind in plan.kinds}
         for number, (row, _) in numbered:
             placed[row.kind].extend(found[number])
@@ -228,10 +232,22 @@ class _Resolver:
                 elif as_owner.each:
                     note = "an average of what lies per device, placed otherwise"
                     mend = f"{one.into}=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
-                    self.faults.append((dataclasses.replace(leaf, note=note), mend))
+                    self.faults[dataclasses.replace(leaf, note=note), mend] = None
                     yield one.into, Lies()
                 else:
                     yield one.into, self.place(placement, [leaf.path], spec, leaf)
+
+    def _moment(self, placement: FromMetadata, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int) -> Lies:
+        """How a moment lies by metadata: NNX gives it that of its parameter, which a factored one has not the axes of."""
+        path = paths[0]
+        for start in range(len(path)):
+            owned = self.owned.get(path[start:], ())
+            if any(of.shape == spec.shape for _, _, of in owned):
+                break
+            if owned:
+                owners = [(of.shape, self.place(placement, [path[start:]], of, own, at)) for at, own, of in owned]
+                return follow(path, spec.shape, {path[start:]: owners})
+        return self.place(placement, paths, spec, leaf, number)
 
     def _annotated_owners(self, placement: FromMetadata, kinds: Sequence[str]) -> Owners:
         """The leaves of these kinds as this placement would have them."""
@@ -245,10 +261,9 @@ class _Resolver:
         return owners
 
     @functools.cached_property
-    def metadata(self) -> list[dict[str, Any]]:
-        """The metadata of each row's Variable; of a raw array none."""
-        objects = rebuild(self.plan._graphdef, [None] * len(self.plan._rows), self.plan._several)
-        return [leaf.get_metadata() if _compat.is_variable(leaf) else {} for leaf in scan(objects).leaves]
+    def metadata(self) -> dict[Path, Mapping[str, Any]]:
+        """The metadata of each leaf's Variable, by the leaf's path."""
+        return metadata_of(self.plan)
 
     def place(self, placement: Any, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int | None = None) -> Lies:
         """How one array lies, by the placement of its kind; by any of its paths, and the number of its row."""
@@ -259,7 +274,7 @@ class _Resolver:
             return lies
         except _Fault as fault:
             shape = leaf.shape if leaf.shape is not None else spec.shape
-            self.faults.append((dataclasses.replace(leaf, shape=shape, note=fault.note), fault.mend))
+            self.faults[dataclasses.replace(leaf, shape=shape, note=fault.note), fault.mend] = None
             return Lies()
 
     def _place(self, placement: Any, paths: Sequence[Path], spec: Spec, number: int | None) -> Lies:
@@ -273,7 +288,7 @@ class _Resolver:
                     )
             placement = answers[0]
         if isinstance(placement, FromMetadata):
-            placement = None if number is None else _annotated(placement, self.metadata[number])
+            placement = None if number is None else self._annotated(placement, number, spec)
         if placement is None:
             return Lies()
         if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
@@ -283,6 +298,13 @@ class _Resolver:
             return self._each(placement)
         axes = placement.axes if isinstance(placement, Sharded) else ()
         return Lies(self._fit(axes, spec.shape), placement.memory)
+
+    def _annotated(self, placement: FromMetadata, number: int, spec: Spec) -> Sharded | None:
+        """What the metadata of a row says of an array in it."""
+        try:
+            return annotated(placement, self.metadata[self.plan._rows[number].path], spec.shape)
+        except PlacementError as error:
+            raise _Fault(error.message.rstrip("."), error.mend or "") from error
 
     def _each(self, placement: PerDevice) -> Lies:
         """One value for each device."""
@@ -336,32 +358,6 @@ def _as_owner(one: Derived, at: int, owners: Owners) -> Lies:
         return follow(one.layout.paths[at], one.layout.specs[at].shape, owners)
     owner = owners.get(one.paths[at]) if at < len(one.paths) else None
     return owner[0][1] if owner else Lies()
-
-
-def _annotated(placement: FromMetadata, metadata: Mapping[str, Any]) -> Sharded | None:
-    """What a Variable's metadata says."""
-    names, own = metadata.get("out_sharding"), metadata.get("sharding_rules") or ()
-    names = names.spec if isinstance(names, jax.NamedSharding) else names
-    if names is None:
-        return None
-    if not isinstance(names, tuple | list | jax.P):
-        raise _Fault(f"out_sharding is {names!r}", "out_sharding=('embed', None)  # a name for each axis, or None")
-    try:
-        rules = merged_rules(placement.rules or (), own)
-        unruled = [
-            name for axis in names for name in axes_of(axis) if placement.rules is not None and name not in rules
-        ]
-        if unruled:
-            listed = [(name, None) for name in dict.fromkeys(unruled)]
-            raise _Fault(f"no rule for {', '.join(map(repr, dict.fromkeys(unruled)))}", f"a rule each: {listed}")
-        return Sharded(*(_ruled(axis, rules) for axis in names))
-    except PlacementError as error:
-        raise _Fault(error.message.rstrip("."), error.mend or "") from error
-
-
-def _ruled(axis: Any, rules: Mapping[str, Any]) -> Any:
-    found = tuple(one for name in axes_of(axis) for one in axes_of(rules.get(name, name)))
-    return found[0] if len(found) == 1 else found or None
 
 
 def _is_moment(row: Any) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from statewise.averaging import Averaging, averagings
+from statewise.explicit import as_it_came
 from statewise.moments import Group
 from statewise.plan import Plan
 from statewise.routes import Routes, numbers_of, routes_of
@@ -36,7 +37,7 @@ def program_of(
     written = set(numbers_of(plan, traced.written))
     if not groups:
         routes = routes_of(plan, read, written)
-        return _forward(plan, traced, routes), routes
+        return _as_they_came(_forward(plan, traced, routes)), routes
     updates = [Update.of(plan, group, written) for group in groups]
     whole = set()
     for update in updates:
@@ -49,7 +50,21 @@ def program_of(
         written |= average.writes
         whole |= average.whole
     routes = routes_of(plan, read, written, whole)
-    return _train(plan, traced, routes, updates, averages, axes), routes
+    return _as_they_came(_train(plan, traced, routes, updates, averages, axes)), routes
+
+
+def _as_they_came(run: Program) -> Program:
+    """The program, which gives back what it writes with the types that it came with: on Explicit axes, split alike."""
+
+    def program(donated: Any, kept: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        written, out = run(donated, kept, args, kwargs)
+        held = [
+            tuple(as_it_came(new, old) for new, old in zip(*both, strict=True))
+            for both in zip(written, donated, strict=True)
+        ]
+        return tuple(held), out
+
+    return program
 
 
 def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:

@@ -29,6 +29,7 @@ from statewise.capture import Capture
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
+from statewise.explicit import explained
 from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.lowered import Lowered, no_state
 from statewise.perdevice import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
@@ -222,7 +223,7 @@ class Step:
             raise no_state(self._name, state)
         if state._plan._members is not None:
             raise self._not_mapped(state, args, "jax.jit({}).lower(state{})")
-        with self._lock:
+        with self._lock, explained(self._name, state, args, kwargs):
             entry = self._entry(state, args, kwargs)
             with entry.tracing():
                 return Lowered(entry, entry.lower(state, args, kwargs))
@@ -258,8 +259,9 @@ class Step:
 
     def _call_anew(self, state: State, args: Any, kwargs: Any) -> Any:
         if _compat.jit_is_disabled():
-            return self._call_eagerly(state, args, kwargs)
-        with self._lock:
+            with explained(self._name, state, args, kwargs):
+                return self._call_eagerly(state, args, kwargs)
+        with self._lock, explained(self._name, state, args, kwargs):
             entry = self._entry(state, args, kwargs)
             if entry.ready:
                 try:

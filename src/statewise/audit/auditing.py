@@ -20,6 +20,7 @@ from statewise.audit.rows import Audit, LeafAudit
 from statewise.averaging import averagings
 from statewise.contracts import Contract
 from statewise.errors import StructureError, UndeclaredWriteError
+from statewise.explicit import explained, sharding_of_type
 from statewise.inside import as_one, is_of_one_member
 from statewise.kinds import Kinds
 from statewise.lowered import no_state
@@ -143,7 +144,8 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
     # As in a first call, but for the refusal: an instrument shows what it sees.
     lenient = copy.copy(step)
     lenient._contract_of = lambda *_: dataclasses.replace(contract, allowed=frozenset(plan.kinds))
-    with jax.disable_jit(False):  # under disable_jit a loop unrolls, and everything in it looks written
+    # Under disable_jit a loop unrolls, and everything in it looks written.
+    with jax.disable_jit(False), explained(name, state, args, kwargs):
         traced, *_ = lenient._trace(state, args, kwargs)
         touched = _Touched(step, plan, traced, contract)
         zero = _zero_gradients(plan, traced, contract)
@@ -245,7 +247,7 @@ def _zero_gradients(plan: Plan, traced: Traced, contract: Contract) -> set[int]:
     differentiated = {number for group in contract.groups for number in numbers_of(plan, plan._params_of(group))}
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     shapes = {
-        number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=sharding_of_type(var.aval))
         for number, var in zip(read, traced.effects.jaxpr.invars, strict=True)
     }
     wrt = {number: shape for number, shape in shapes.items() if number in differentiated}

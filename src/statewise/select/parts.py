@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
+from statewise.putting import put_values
 from statewise.scan import ONE, ModelError, Scan, Spec, arrays_of, make_leaf, raw_value, row_of, spec_of
 from statewise.select.fresh import fresh_values
 from statewise.select.looking import check_kinds, look
@@ -330,7 +331,7 @@ def update(model: Any, state: Any) -> None:
     if problems:
         mend = "print(sw.explain(model, ...))  # every path, type, shape and dtype of the model"
         raise _error("The state does not fit the model", problems, mend)
-    _write(model, list(fresh_values(given, live)))
+    put_values(model, found.leaves, list(fresh_values(given, live)))
 
 
 def _is_abstract(leaf: Any) -> bool:
@@ -354,34 +355,3 @@ def _item(thing: Any, key: Any) -> Any:
         return thing[key]
     except (TypeError, KeyError, IndexError):
         return None
-
-
-def _write(model: Any, writes: Iterable[tuple[Path, Any, Any]]) -> None:
-    """Writes all values, or takes back those written so far and fails."""
-    done: list[tuple[Path, Any, Any]] = []
-    for path, leaf, value in writes:
-        before = raw_value(leaf)
-        if before is value:
-            continue
-        try:
-            _write_one(model, path, leaf, value)
-        except BaseException as error:
-            for undone, old_leaf, old in reversed(done):
-                _write_one(model, undone, old_leaf, old)
-            if isinstance(error, ValueError) and not isinstance(leaf, nnx.Variable):
-                # A raw array in a tuple, say.
-                raise StructureError(
-                    f"A leaf cannot be changed in place: {error}.",
-                    leaves=[row_of(path, leaf, note="stands in something immutable")],
-                    mend="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
-                ) from error
-            raise
-        done.append((path, leaf, before))
-
-
-def _write_one(model: Any, path: Path, leaf: Any, value: Any) -> None:
-    if isinstance(leaf, nnx.Variable):
-        leaf.set_raw_value(value)
-    else:
-        flat: list[Any] = [(path, value)]
-        nnx.update(model, nnx.from_flat_state(flat))
