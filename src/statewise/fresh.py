@@ -1,0 +1,162 @@
+"""Fresh values: what a kind's `restart` takes, and how it is called.
+
+A restart is a function of one array, and, where its signature has parameters of these names, of `key=` and `path=`.
+
+- Without `key` it sees the array as it is, batch axis and all: `jnp.zeros_like`.
+- With `key` it sees one slot at a time, without the batch axis: an initializer that reckons with the shape (its fan-in)
+  would otherwise take the slots for one more dimension of the weight.  Each slot's key is the given one with the leaf's
+  path and the slot's number folded in.  No position is: what is planned beside a leaf does not change its numbers, nor
+  do the other slots that are restarted with one.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statewise.errors import KindError
+from statewise.paths import Path
+
+__all__ = ["Takes", "check_key", "check_restart", "fresh_value", "key_of", "takes"]
+
+
+class Takes(NamedTuple):
+    """What a restart takes beside the array.
+
+    Attributes:
+      key: whether it takes a PRNG key.
+      path: whether it takes the leaf's path.
+    """
+
+    key: bool
+    path: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def takes(restart: Any) -> Takes:
+    """What a restart takes beside the array; of None, and of a function without a signature, nothing."""
+    signature = _signature(restart)
+    if signature is None:
+        return Takes(False, False)
+    # What a partial has bound is not asked for again.  The first parameter is the array, whatever its name.
+    bound = frozenset(restart.keywords) if isinstance(restart, functools.partial) else frozenset()
+    named = {
+        name
+        for at, (name, parameter) in enumerate(signature.parameters.items())
+        if parameter.kind is parameter.KEYWORD_ONLY or (at > 0 and parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+    } - bound
+    return Takes("key" in named, "path" in named)
+
+
+def _signature(restart: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(restart) if callable(restart) else None
+    except (ValueError, TypeError):  # written in C: it has none
+        return None
+
+
+def check_restart(restart: Any, kind: str) -> None:
+    """Raises where a function cannot be called with one array, and with key and path if it takes them.
+
+    Args:
+      restart: the function.
+      kind: the filter of its kind, as code.
+
+    Raises:
+      KindError: it cannot; the initializers of `jax.nn` are told how to.
+    """
+    signature = _signature(restart)
+    if signature is None:
+        return
+    wants = takes(restart)
+    try:
+        signature.bind(None, **{name: None for name in wants._fields if getattr(wants, name)})
+    except TypeError as error:
+        name = getattr(restart, "__name__", type(restart).__name__)
+        parameters = list(signature.parameters)
+        if parameters[:2] == ["key", "shape"]:  # as jax.nn.initializers make them
+            made = f"lambda array, key: {name if name.isidentifier() else 'init'}(key, array.shape, array.dtype)"
+            message = f"restart={name} is an initializer, of (key, shape, dtype), not a function of one array."
+        else:
+            made = "lambda array, key, path: ...  # key and path where they are needed"
+            message = f"restart={name} cannot be called with one array, and key= and path= by name: {error}."
+        raise KindError(message, mend=f"sw.Kind({kind}, restart={made})") from None
+
+
+def check_key(key: Any) -> Any:
+    """The key that restarts draw from, or an error for anything that is not one PRNG key.
+
+    Raises:
+      KindError: something else than a key, or several.
+    """
+    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        return key
+    words = isinstance(key, jax.Array | np.ndarray) and dtype == jnp.uint32
+    if words and shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape:
+        return key
+    given = f"{dtype}{list(shape)}" if shape is not None else type(key).__name__
+    raise KindError(
+        f"key= must be one PRNG key, from which each leaf and each slot gets its own, not {given}.",
+        mend="key=jax.random.key(0)",
+    )
+
+
+def fresh_value(
+    restart: Callable[..., Any], array: Any, path: Path, key: Any = None, axis: int | None = None, each: bool = False
+) -> Any:
+    """A fresh value of one array.
+
+    Args:
+      restart: the kind's function.
+      array: the value of now.
+      path: the path of its leaf.
+      key: the array's own key; None where the function takes none.
+      axis: the axis of the slots, where the array has one.
+      each: whether there is a leading axis, one value for each device.
+    """
+    wants = takes(restart)
+    function = functools.partial(restart, path=path) if wants.path else restart
+    if not wants.key:
+        return jnp.asarray((jax.vmap(function) if each else function)(array))
+    on_device = functools.partial(_on_device, function, axis)
+    if not each:
+        return on_device(array, key, 0)
+    return jax.vmap(on_device, (0, None, 0))(array, key, jnp.arange(array.shape[0], dtype=jnp.uint32))
+
+
+def _on_device(function: Callable[..., Any], axis: int | None, array: Any, key: Any, device: Any) -> Any:
+    """What one device gets; slots are numbered from device to device."""
+    if axis is None:
+        return jnp.asarray(function(array, key=jax.random.fold_in(key, device)))
+    axis %= array.ndim
+    count = array.shape[axis]
+    numbers = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(device) * jnp.uint32(count)
+
+    def on_slot(array: Any, number: Any) -> Any:
+        return jnp.asarray(function(array, key=jax.random.fold_in(key, number)))
+
+    made = jax.vmap(on_slot, (axis, 0))(array, numbers)
+    # Of another rank it is refused anyway, and has perhaps no such axis.
+    return jnp.moveaxis(made, 0, axis) if made.ndim == array.ndim else made
+
+
+def key_of(key: Any, path: Path) -> Any:
+    """The key of an array: the given one, with the array's path folded in."""
+    # Two words: by one of 32 bits, two of 20,000 leaves would have the same in one plan of twenty.
+    for word in _words_of(path):
+        key = jax.random.fold_in(key, np.uint32(word))
+    return key
+
+
+def _words_of(path: Path) -> tuple[int, ...]:
+    # By type as well: the key 0 of a list and the attribute "0" are two.
+    spelled = "".join(f"{type(key).__name__}:{len(str(key))}:{key}/" for key in path)
+    digest = hashlib.blake2b(spelled.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
