@@ -13,7 +13,7 @@ A restart is a function of one array, and, where its signature has parameters of
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 from statewise.errors import KindError
 from statewise.paths import Path
 
-__all__ = ["Takes", "check_key", "check_restart", "fresh_value", "key_of", "takes"]
+__all__ = ["Takes", "check_key", "check_restart", "drawn_value", "fresh_value", "keys_of", "takes"]
 
 
 class Takes(NamedTuple):
@@ -81,12 +81,12 @@ def check_restart(restart: Any, kind: str) -> None:
         name = getattr(restart, "__name__", type(restart).__name__)
         parameters = list(signature.parameters)
         if parameters[:2] == ["key", "shape"]:  # as jax.nn.initializers make them
-            made = f"lambda array, key: {name if name.isidentifier() else 'init'}(key, array.shape, array.dtype)"
+            made, hint = f"lambda array, key: {name if name.isidentifier() else 'init'}(key, array.shape, array.dtype)", ""
             message = f"restart={name} is an initializer, of (key, shape, dtype), not a function of one array."
         else:
-            made = "lambda array, key, path: ...  # key and path where they are needed"
+            made, hint = "lambda array, key, path: ...", "  # key, path: where needed"
             message = f"restart={name} cannot be called with one array, and key= and path= by name: {error}."
-        raise KindError(message, mend=f"sw.Kind({kind}, restart={made})") from None
+        raise KindError(message, mend=f"sw.Kind({kind}, restart={made}){hint}") from None
 
 
 def check_key(key: Any) -> Any:
@@ -108,54 +108,77 @@ def check_key(key: Any) -> Any:
     )
 
 
-def fresh_value(
-    restart: Callable[..., Any], array: Any, path: Path, key: Any = None, axis: int | None = None, each: bool = False
-) -> Any:
-    """A fresh value of one array.
+def fresh_value(restart: Callable[..., Any], array: Any, path: Path, each: bool = False) -> Any:
+    """A fresh value of one array, by a restart that takes no key.
 
     Args:
       restart: the kind's function.
       array: the value of now.
       path: the path of its leaf.
-      key: the array's own key; None where the function takes none.
-      axis: the axis of the slots, where the array has one.
       each: whether there is a leading axis, one value for each device.
     """
-    wants = takes(restart)
-    function = functools.partial(restart, path=path) if wants.path else restart
-    if not wants.key:
-        return jnp.asarray((jax.vmap(function) if each else function)(array))
-    on_device = functools.partial(_on_device, function, axis)
+    function = _told(restart, path)
+    return jnp.asarray((jax.vmap(function) if each else function)(array))
+
+
+def _told(restart: Callable[..., Any], path: Path) -> Callable[..., Any]:
+    return functools.partial(restart, path=path) if takes(restart).path else restart
+
+
+def drawn_value(
+    restart: Callable[..., Any], array: Any, path: Path, keys: Any, axis: int | None = None, each: bool = False
+) -> Any:
+    """A fresh value of one array, by a restart that takes a key: slot by slot.
+
+    Args:
+      restart: the kind's function.
+      array: the value of now.
+      path: the path of its leaf.
+      keys: the array's keys, one for each slot, those of the first device first.
+      axis: the axis of the slots; None where the array is one.
+      each: whether there is a leading axis, one value for each device.
+    """
+    function = _told(restart, path)
+
+    def on_slot(array: Any, key: Any) -> Any:
+        return jnp.asarray(function(array, key=key))
+
+    def on_device(array: Any, keys: Any) -> Any:
+        if axis is None:
+            return on_slot(array, keys[0])
+        made = jax.vmap(on_slot, (axis % array.ndim, 0))(array, keys)
+        # Of another rank it is refused anyway, and has perhaps no such axis.
+        return jnp.moveaxis(made, 0, axis) if made.ndim == array.ndim else made
+
     if not each:
-        return on_device(array, key, 0)
-    return jax.vmap(on_device, (0, None, 0))(array, key, jnp.arange(array.shape[0], dtype=jnp.uint32))
+        return on_device(array, keys)
+    return jax.vmap(on_device)(array, keys.reshape(array.shape[0], -1, *keys.shape[1:]))
 
 
-def _on_device(function: Callable[..., Any], axis: int | None, array: Any, key: Any, device: Any) -> Any:
-    """What one device gets; slots are numbered from device to device."""
-    if axis is None:
-        return jnp.asarray(function(array, key=jax.random.fold_in(key, device)))
-    axis %= array.ndim
-    count = array.shape[axis]
-    numbers = jnp.arange(count, dtype=jnp.uint32) + jnp.uint32(device) * jnp.uint32(count)
+def keys_of(key: Any, paths: Sequence[Path], slots: int) -> Any:
+    """A key for each array and slot: the given one, with the array's path and the slot's number folded in.
 
-    def on_slot(array: Any, number: Any) -> Any:
-        return jnp.asarray(function(array, key=jax.random.fold_in(key, number)))
+    Args:
+      key: the given one, typed or of the old make; those that come back are like it.
+      paths: the path of each array.
+      slots: the largest number of slots.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    base = key if typed else jax.random.wrap_key_data(jnp.asarray(key))
+    # All at once: hundreds of single folds would take minutes to compile.  Where JAX draws for a batch from its first
+    # key (unsafe_rbg), a fold would depend on what it is batched with: there it is one after the other.
+    each: Any = jax.lax.map if "urbg" in str(base.dtype) else lambda fold, over: jax.vmap(fold)(over)
 
-    made = jax.vmap(on_slot, (axis, 0))(array, numbers)
-    # Of another rank it is refused anyway, and has perhaps no such axis.
-    return jnp.moveaxis(made, 0, axis) if made.ndim == array.ndim else made
+    def of_path(words: Any) -> Any:
+        # Two words: by one of 32 bits, two of 20,000 leaves would have the same in one plan of twenty.
+        own = jax.random.fold_in(jax.random.fold_in(base, words[0]), words[1])
+        return each(lambda number: jax.random.fold_in(own, number), jnp.arange(slots, dtype=jnp.uint32))
+
+    made = each(of_path, np.array([_words_of(path) for path in paths], np.uint32).reshape(-1, 2))
+    return made if typed else jax.random.key_data(made)
 
 
-def key_of(key: Any, path: Path) -> Any:
-    """The key of an array: the given one, with the array's path folded in."""
-    # Two words: by one of 32 bits, two of 20,000 leaves would have the same in one plan of twenty.
-    for word in _words_of(path):
-        key = jax.random.fold_in(key, np.uint32(word))
-    return key
-
-
-def _words_of(path: Path) -> tuple[int, ...]:
+def _words_of(path: Path) -> tuple[int, int]:
     # By type as well: the key 0 of a list and the attribute "0" are two.
     spelled = "".join(f"{type(key).__name__}:{len(str(key))}:{key}/" for key in path)
     digest = hashlib.blake2b(spelled.encode("utf-8", "surrogatepass"), digest_size=8).digest()

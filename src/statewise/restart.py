@@ -19,12 +19,13 @@ import jax
 from statewise.chosen import Chosen, choose
 from statewise.derived import keys_within
 from statewise.errors import KindError, StructureError
-from statewise.fresh import fresh_value, key_of, takes
+from statewise.fresh import drawn_value, fresh_value, keys_of, takes
 from statewise.layout import OPTIMIZER
 from statewise.moments import Group
 from statewise.paths import Path, format_shape
 from statewise.places import Places
 from statewise.plan import Plan
+from statewise.scan import Spec
 from statewise.slots import only_where, slots_of
 from statewise.state import (
     Part,
@@ -150,18 +151,31 @@ def _per_device(plan: Plan, kind: str) -> frozenset[int]:
 def _called(chosen: Chosen, name: str, old: Sequence[Any], key: Any) -> dict[int, Any]:
     """Fresh values by the kind's function, by position."""
     plan, each = chosen.plan, _per_device(chosen.plan, name)
-    function, axis = plan.kinds[name].restart, chosen.axis(name)
+    function, positions = plan.kinds[name].restart, sorted(chosen.positions(name))
     assert function is not None
-    wants_key = takes(function).key
-    paths = _array_paths(plan, name) if wants_key else ()
-    fresh = {}
-    for at in sorted(chosen.positions(name)):
-        spec, leaf = plan._specs[name][at], plan._row_of_array[name][at]
-        has_slots = axis is not None and -len(spec.shape) <= axis < len(spec.shape)
-        own = key_of(key, paths[at]) if wants_key else None
-        fresh[at] = fresh_value(function, old[at], leaf.path, own, axis if has_slots else None, at in each)
+    leaves = plan._row_of_array[name]
+    if not takes(function).key:
+        fresh = {at: fresh_value(function, old[at], leaves[at].path, at in each) for at in positions}
+    else:
+        axes = {at: _slot_axis(plan._specs[name][at], chosen.axis(name)) for at in positions}
+        devices = {at: plan._copies.devices if plan._copies and at in each else 1 for at in positions}
+        slots = {
+            at: devices[at] * (1 if (axis := axes[at]) is None else plan._specs[name][at].shape[axis])
+            for at in positions
+        }
+        paths = _array_paths(plan, name)
+        keys = keys_of(key, [paths[at] for at in positions], max(slots.values()))
+        fresh = {
+            at: drawn_value(function, old[at], leaves[at].path, keys[row, : slots[at]], axes[at], at in each)
+            for row, at in enumerate(positions)
+        }
     _check_fresh(plan, name, old, fresh)
     return fresh
+
+
+def _slot_axis(spec: Spec, axis: int | None) -> int | None:
+    """The axis of the slots, where an array has it."""
+    return axis if axis is not None and -len(spec.shape) <= axis < len(spec.shape) else None
 
 
 def _array_paths(plan: Plan, kind: str) -> list[Path]:

@@ -83,22 +83,45 @@ def _mend(chosen: Chosen, odd: Sequence[Leaf]) -> str:
     """What to declare: an optimizer for each slot, or a kind apart for leaves that all slots share."""
     plan = chosen.plan
     derived = frozenset(leaf.path for leaf in plan.leaves[len(plan._rows) :])
-    mends = []
-    groups = [plan._groups[number] for number in chosen.groups]
-    theirs = [group for group in groups if set(group.leaf_paths).intersection(leaf.path for leaf in odd)]
-    if OPTIMIZER in chosen.kinds and theirs:
-        each = ", ".join(f"{group.kinds if len(group.kinds) > 1 else group.kinds[0]!r}: per_slot" for group in theirs)
-        mends.append(
-            "per_slot = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))  # tx: the optimizer of one\n"
-            f"kinds.plan(model, optimizers={{{each}}})"
-        )
+    mends = _for_optimizers(chosen, frozenset(leaf.path for leaf in odd)) if OPTIMIZER in chosen.kinds else []
     for name in dict.fromkeys(leaf.kind or "" for leaf in odd if leaf.path not in derived):
-        paths = list(dict.fromkeys(leaf.path for leaf in odd if leaf.kind == name))
-        if len(paths) < len(plan[name]):  # a kind of which nothing is left has no slots to tell apart
+        paths = list(dict.fromkeys(leaf.path for leaf in odd if leaf.kind == name and leaf.path not in derived))
+        if name == OPTIMIZER and any(path[-1] != "step" for path in paths):
+            mends.append(f"{_PER_SLOT}\nnnx.Optimizer(model, per_slot, wrt=...)")
+            paths = [path for path in paths if path[-1] == "step"]  # NNX's own count of its calls
+        if 0 < len(paths) < len(plan[name]):  # a kind of which nothing is left has no slots to tell apart
             mends.append(_apart(plan, name, paths))
     whole = f"state.restart({', '.join(map(repr, chosen.kinds))})"
     mends.append(f"or restart them whole: {whole}" if mends else whole)
     return "\n".join(mends)
+
+
+_PER_SLOT = "per_slot = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))"
+
+
+def _for_optimizers(chosen: Chosen, odd: frozenset[Path]) -> list[str]:
+    """An optimizer for each slot, in the place of one whose state is not made of slots."""
+    plan, mends, made = chosen.plan, [], []
+    for group in (plan._groups[number] for number in chosen.groups):
+        axes = {plan.kinds[name].batch_axis for name in group.kinds}
+        if not odd.intersection(group.leaf_paths) or len(axes) > 1 or None in axes:
+            continue
+        (axis,) = axes
+        mapped = f", in_axes=({axis}, 0, {axis}), out_axes=({axis}, 0)" if axis else ""
+        name = f"per_slot{len(made) or ''}"
+        mends.append(
+            f"tx = plan.optimizers[{group.kinds!r}]\n"
+            f"{name} = optax.GradientTransformation(jax.vmap(tx.init{f', in_axes={axis}' if axis else ''}), "
+            f"jax.vmap(tx.update{mapped}))"
+        )
+        made.append(f"{group.kinds!r}: {name}")
+    if made:
+        mends.append(f"plan = plan.kinds.plan(model, optimizers={{**plan.optimizers, {', '.join(made)}}})")
+    others = [name for number in chosen.groups for name in plan._groups[number].kinds]
+    slotted = [name for name in others if plan.kinds[name].batch_axis is not None]
+    if chosen.whole and 0 < len(slotted) < len(others):
+        mends.append(f"state.restart({', '.join(map(repr, [*slotted, OPTIMIZER]))}, where=where)  # theirs alone")
+    return mends
 
 
 def _apart(plan: Plan, name: str, paths: Sequence[Path]) -> str:

@@ -20,6 +20,7 @@ from statewise.checkpoint.keys import PathId, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
+from statewise.fresh import takes
 from statewise.paths import Path, format_path, format_shape
 from statewise.state import State, is_deleted
 
@@ -150,6 +151,11 @@ class _Matcher:
         why = "not asked for" if kind.saved else "ephemeral, never saved"
         if not lost:
             self.say(record, "kept", why)
+        elif not kind.saved and takes(kind.restart).key:
+            # Whatever is drawn is drawn by `state.restart(..., key=key)`, from a key that the program knows.
+            why = f"{why}, and its restart takes a key, which a restore does not have"
+            draw = f"state.restart({record.kind!r}, key=jax.random.key(0))"
+            self.say(record, "problem", why, [f"{self.with_values()}, and then: {draw}"])
         elif not kind.saved and (kind.restart is not None or kind.of is EMA):
             self.say(record, "restarted", why)
             self.restarted.append(placed)

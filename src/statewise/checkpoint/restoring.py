@@ -26,6 +26,7 @@ from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.records import unpacked
 from statewise.checkpoint.report import RestoreReport
 from statewise.errors import RestoreError, StructureError
+from statewise.fresh import fresh_value
 from statewise.paths import Leaf, format_shape
 from statewise.state import State, check_fits, is_deleted
 from statewise.tables import count_leaves
@@ -235,7 +236,7 @@ def _fresh(found: Match, target: State) -> dict[tuple[str, int], Any]:
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
             each = target.plan._copies is not None and position in target.plan._copies.of(record.kind)
-            made = jnp.asarray(jax.vmap(restart)(value) if each else restart(value))
+            made = fresh_value(restart, value, target.plan._row_of_array[record.kind][position].path, each=each)
             if (made.shape, made.dtype) != (value.shape, value.dtype):
                 odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
             else:
