@@ -2,10 +2,10 @@
 
 Most of them are calls that succeed: a variance that starts at zero, a base that trains under its adapter, a cache in
 every checkpoint.  Each trap is one small function with a name and a reason; `TRAPS` is the list of all.  Nothing is run
-or traced, apart from the layout of an optimizer's state; arrays are read in few calls (`reading`).
+or traced, apart from the layout of an optimizer's state and the functions that make fresh values; arrays are read in few calls (`reading`).
 
 The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the traps by theme:
-`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`.
+`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`, `restarting`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from statewise.errors import KindError
 from statewise.kinds import Kinds
-from statewise.lint import arrays, declared, leaf_types, modes, optimizing, values
+from statewise.lint import arrays, declared, leaf_types, modes, optimizing, restarting, values
 from statewise.lint.finding import Finding, Findings, Trap
 from statewise.lint.subject import look
 
@@ -28,6 +28,7 @@ TRAPS: tuple[Trap, ...] = (
     *declared.TRAPS,
     *optimizing.TRAPS,
     *modes.TRAPS,
+    *restarting.TRAPS,
 )
 
 
