@@ -42,7 +42,7 @@ def adapters(slots: int = SLOTS, layers: int = 2) -> Node:
         layers=nnx.List(
             [
                 Node(
-                    lora_a=nnx.LoRAParam(jnp.full((slots, 6, 2), 5.0)), lora_b=nnx.LoRAParam(jnp.full((slots, 2, 6), 5.0))
+                    lora_a=nnx.LoRAParam(5 * jnp.ones((slots, 6, 2))), lora_b=nnx.LoRAParam(5 * jnp.ones((slots, 2, 6)))
                 )
                 for _ in range(layers)
             ]
@@ -84,7 +84,7 @@ def by_slot(array: Any, axis: int) -> np.ndarray:
     return np.moveaxis(np.asarray(array, np.float32), axis, 0)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(slotted(), st.booleans(), st.integers(0, 2**32 - 1))
 def test_every_leaf_and_every_slot_draws_its_own_and_the_others_stay(
     made: tuple[Node, int, list[int]], pack: bool, seed: int
@@ -193,13 +193,15 @@ def test_legacy_keys(make: Any) -> None:
 
 
 def test_leaves_that_are_keys() -> None:
-    streams = Node(keys=nnx.RngKey(jax.random.split(key(1), SLOTS), tag="a"), count=nnx.RngCount(jnp.zeros(SLOTS), tag="a"))
+    streams = Node(
+        keys=nnx.RngKey(jax.random.split(key(1), SLOTS), tag="a"), count=nnx.RngCount(jnp.zeros(SLOTS), tag="a")
+    )
     plan = sw.Kinds(
         key=sw.Kind(nnx.RngKey, restart=lambda array, key: key, batch_axis=0),
         rest=sw.Kind(...),
     ).plan(streams)
     state = plan.take(streams)
-    before = jax.random.key_data(jax.tree.leaves(state["key"])[0])
+    before = np.array(jax.random.key_data(jax.tree.leaves(state["key"])[0]))  # a copy: the buffer is given away
     after = jax.random.key_data(jax.tree.leaves(state.restart("key", where=[2], key=key(9))["key"])[0])
     assert np.array_equal(np.delete(before, 2, 0), np.delete(after, 2, 0))
     assert not np.array_equal(before[2], after[2])

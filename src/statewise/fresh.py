@@ -81,7 +81,10 @@ def check_restart(restart: Any, kind: str) -> None:
         name = getattr(restart, "__name__", type(restart).__name__)
         parameters = list(signature.parameters)
         if parameters[:2] == ["key", "shape"]:  # as jax.nn.initializers make them
-            made, hint = f"lambda array, key: {name if name.isidentifier() else 'init'}(key, array.shape, array.dtype)", ""
+            made, hint = (
+                f"lambda array, key: {name if name.isidentifier() else 'init'}(key, array.shape, array.dtype)",
+                "",
+            )
             message = f"restart={name} is an initializer, of (key, shape, dtype), not a function of one array."
         else:
             made, hint = "lambda array, key, path: ...", "  # key, path: where needed"
@@ -95,13 +98,13 @@ def check_key(key: Any) -> Any:
     Raises:
       KindError: something else than a key, or several.
     """
-    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+    # Asked of its type first: an nnx.Rngs has any attribute that one asks it for.
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
-    words = isinstance(key, jax.Array | np.ndarray) and dtype == jnp.uint32
-    if words and shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape:
+    if is_array and key.dtype == jnp.uint32 and key.shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape:
         return key
-    given = f"{dtype}{list(shape)}" if shape is not None else type(key).__name__
+    given = f"{key.dtype}{list(key.shape)}" if is_array else type(key).__name__
     raise KindError(
         f"key= must be one PRNG key, from which each leaf and each slot gets its own, not {given}.",
         mend="key=jax.random.key(0)",
@@ -146,13 +149,23 @@ def drawn_value(
     def on_device(array: Any, keys: Any) -> Any:
         if axis is None:
             return on_slot(array, keys[0])
-        made = jax.vmap(on_slot, (axis % array.ndim, 0))(array, keys)
+        made = jax.vmap(on_slot, (axis % array.ndim, 0))(array, _laid_along(keys, array, axis % array.ndim))
         # Of another rank it is refused anyway, and has perhaps no such axis.
         return jnp.moveaxis(made, 0, axis) if made.ndim == array.ndim else made
 
     if not each:
         return on_device(array, keys)
-    return jax.vmap(on_device)(array, keys.reshape(array.shape[0], -1, *keys.shape[1:]))
+    return jax.vmap(on_device)(array, _laid_along(keys.reshape(array.shape[0], -1, *keys.shape[1:]), array, 0))
+
+
+def _laid_along(keys: Any, array: Any, axis: int) -> Any:
+    """Keys split over the devices as an axis of an array is: `jax.vmap` asks for it where mesh axes are explicit."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    spec = sharding.spec if isinstance(sharding, jax.NamedSharding) else ()
+    if axis >= len(spec) or spec[axis] is None:
+        return keys
+    assert isinstance(sharding, jax.NamedSharding)
+    return jax.reshard(keys, jax.NamedSharding(sharding.mesh, jax.P(spec[axis])))
 
 
 def keys_of(key: Any, paths: Sequence[Path], slots: int) -> Any:

@@ -39,9 +39,7 @@ def _static_row(path: Path, value: Any, note: str = "") -> Leaf:
 def _turned_static(subject: Subject) -> Iterator[Found]:
     # A scalar of NumPy is a number like Python's: nothing that is traced makes one.
     rows = tuple(
-        _static_row(path, value)
-        for path, value in subject.statics(is_array)
-        if not isinstance(value, np.generic)
+        _static_row(path, value) for path, value in subject.statics(is_array) if not isinstance(value, np.generic)
     )
     if rows:
         yield Found(

@@ -99,7 +99,9 @@ def _is_zero(closed: Any) -> bool:
     return all(_zero_var(jaxpr, dict(zip(jaxpr.constvars, closed.consts, strict=True)), var) for var in jaxpr.outvars)
 
 
-_MOVES = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "copy", "copy_p", "transpose", "squeeze", "neg"})
+_MOVES = frozenset(
+    {"broadcast_in_dim", "convert_element_type", "reshape", "copy", "copy_p", "transpose", "squeeze", "neg"}
+)
 
 
 def _zero_var(jaxpr: Any, known: dict[Any, Any], var: Any) -> bool:
@@ -121,8 +123,7 @@ def _zero_var(jaxpr: Any, known: dict[Any, Any], var: Any) -> bool:
     if name in ("jit", "pjit", "closed_call", "core_call") and inner is not None:
         body = _compat.inner_jaxpr(inner)
         given = {
-            inside: _zero_var(jaxpr, known, outside)
-            for inside, outside in zip(body.invars, eqn.invars, strict=True)
+            inside: _zero_var(jaxpr, known, outside) for inside, outside in zip(body.invars, eqn.invars, strict=True)
         }
         given |= dict(zip(body.constvars, getattr(inner, "consts", ()), strict=False))
         return _zero_var(body, given, body.outvars[eqn.outvars.index(var)])

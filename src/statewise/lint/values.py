@@ -55,7 +55,8 @@ def _not_finite(subject: Subject) -> Iterator[Found]:
     wrong = [
         number
         for number in subject.of_type(nnx.Param, nnx.BatchStat)
-        if (how := subject.broken.get(number)) is not None and (how == "nan" or not _is_bound(subject.found.paths[number]))
+        if (how := subject.broken.get(number)) is not None
+        and (how == "nan" or not _is_bound(subject.found.paths[number]))
     ]
     if wrong:
         have = counted(len(wrong), "leaf has", "leaves have")
