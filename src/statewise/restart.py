@@ -202,7 +202,8 @@ def _check_fresh(plan: Plan, name: str, old: Sequence[Any], fresh: Mapping[int, 
 
 def _begun(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]:
     """Optimizer state as `init` makes it of the parameters as they are by now, by position."""
-    plan, fresh = chosen.plan, {}
+    plan = chosen.plan
+    fresh: dict[int, Any] = {}
     for number in chosen.groups:
         group, (start, _) = plan._groups[number], plan._moment_spans[number]
         params = [(at in _per_device(plan, kind), now[kind][at]) for kind, at in plan._params_of(group)]

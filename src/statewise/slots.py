@@ -101,7 +101,9 @@ _PER_SLOT = "per_slot = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap
 
 def _for_optimizers(chosen: Chosen, odd: frozenset[Path]) -> list[str]:
     """An optimizer for each slot, in the place of one whose state is not made of slots."""
-    plan, mends, made = chosen.plan, [], []
+    plan = chosen.plan
+    mends: list[str] = []
+    made: list[str] = []
     for group in (plan._groups[number] for number in chosen.groups):
         axes = {plan.kinds[name].batch_axis for name in group.kinds}
         if not odd.intersection(group.leaf_paths) or len(axes) > 1 or None in axes:

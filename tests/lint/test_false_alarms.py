@@ -280,3 +280,18 @@ def test_models_without_a_fault(make: Any) -> None:
     plan = sw.plan(*objects)
     clean(plan)
     clean(plan.take(*objects))
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        (lambda: nnx.Dict(layers=nnx.List([jnp.ones(2)])), "self.layers[0]"),
+        (lambda: nnx.List([jnp.ones(2)]), "model[0]"),
+        (lambda: nnx.Dict(table={("a", 1): jnp.ones(2)}), "self.table[('a', 1)]"),
+        (lambda: nnx.Dict(inner=nnx.Dict(raw=jnp.ones(2))), "self.raw"),
+    ],
+)
+def test_where_a_hint_assigns(make: Any, target: str) -> None:
+    assert [found.mend for found in sw.lint(make())] == [
+        f"{target} = nnx.Variable(...)  # or a subclass of it that says what it is"
+    ]

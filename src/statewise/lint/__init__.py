@@ -2,7 +2,8 @@
 
 Most of them are calls that succeed: a variance that starts at zero, a base that trains under its adapter, a cache in
 every checkpoint.  Each trap is one small function with a name and a reason; `TRAPS` is the list of all.  Nothing is run
-or traced, apart from the layout of an optimizer's state and the functions that make fresh values; arrays are read in few calls (`reading`).
+or traced, but the layout of an optimizer's state and the functions that make fresh values; arrays are read in few
+calls (`reading`).
 
 The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the traps by theme:
 `values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`, `restarting`.

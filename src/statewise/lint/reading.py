@@ -43,11 +43,16 @@ def read(arrays: Mapping[Any, Any]) -> dict[Any, Facts]:
     large = {key: _probe(array) for key, array in readable.items() if array.size > _LARGE and _numeric(array)}
     small = {key: _words(array) for key, array in readable.items() if key not in large}
     fetched_large, fetched_small = jax.device_get((list(large.values()), list(small.values())))
-    facts = {key: Facts(*map(bool, bits), None) for key, bits in zip(large, fetched_large, strict=True)}
+    facts = {key: _facts(bits, None) for key, bits in zip(large, fetched_large, strict=True)}
     for key, value in zip(small, fetched_small, strict=True):
         array = np.asarray(value)
-        facts[key] = Facts(*map(bool, _bits(np, array)), array)
+        facts[key] = _facts(_bits(np, array), array)
     return facts
+
+
+def _facts(bits: Any, value: Any) -> Facts:
+    finite, nan, infinite, zero = map(bool, bits)
+    return Facts(finite, nan, infinite, zero, value)
 
 
 def is_readable(array: Any) -> bool:

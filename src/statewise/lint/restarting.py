@@ -52,7 +52,7 @@ def _zeroed(subject: Subject) -> Iterator[Found]:
         yield Found(
             "Every factor of an adapter is zero.",
             subject.rows(are),
-            f"{subject.target(are[0])} = nnx.LoRAParam(nnx.initializers.he_uniform()(key, shape, dtype))  # all but one",
+            f"{subject.target(are[0])} = nnx.LoRAParam(nnx.initializers.he_uniform()(key, shape, dtype))  # but one",
         )
 
 
@@ -145,7 +145,7 @@ def _declared(subject: Subject, name: str, restart: str) -> str:
 
 def _alike(subject: Subject) -> Iterator[Found]:
     """Restarts that draw without a key: what they draw from is the same each time."""
-    for name, kind in subject.kinds.items():
+    for name in subject.kinds:
         numbers = [number for number, claim in enumerate(subject.claims) if claim == name]
         drawing = [number for number in numbers if _draws_alike(subject, number)]
         if drawing:
@@ -178,7 +178,7 @@ def _draws(jaxpr: Any) -> bool:
 TRAPS = (
     Trap(
         "adapter-of-zeros",
-        "the gradient of each factor is a product with the other: where all are zero, the adapter learns nothing for ever",
+        "the gradient of each factor is a product with the other: where all are zero, the adapter never learns",
         _zeroed,
     ),
     Trap(

@@ -193,9 +193,12 @@ class Subject:
         return str(self.found.paths[number][-1])
 
     def target(self, number: int) -> str:
-        """What code assigns a leaf to, seen from the object that holds it: `self.kernel`, `self[0]`."""
-        key = self.found.paths[number][-1]
-        return f"self.{key}" if isinstance(key, str) and key.isidentifier() else f"self[{key!r}]"
+        """What code assigns a leaf to, seen from the module that holds it: `self.kernel`, `self.layers[0]`."""
+        keys = self.found.relative(self.found.paths[number])
+        named = [at for at, key in enumerate(keys) if isinstance(key, str) and key.isidentifier()]
+        start = named[-1] if named else -1
+        holder = f"self.{keys[start]}" if named else "model"
+        return holder + "".join(f"[{key!r}]" for key in keys[start + 1 :])
 
     # --- values ------------------------------------------------------------------------------------------------
 
