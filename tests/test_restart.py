@@ -214,6 +214,7 @@ def test_leaves_without_the_axis_or_of_another_length(where: Any) -> None:
         both=nnx.Cache({"x": jnp.ones(2), "y": jnp.ones(SLOTS)}),
     )
     state = sw.Kinds(cache=KINDS["cache"]).plan(thing).take(thing)
+    odd = "sw.Path('both') | sw.Path('index') | sw.Path('small')"
     with refused(
         sw.StructureError,
         "Not every leaf of cache has 4 slots along its batch axis.",
@@ -223,7 +224,11 @@ def test_leaves_without_the_axis_or_of_another_length(where: Any) -> None:
             "index: Cache() int32  kind=cache  (has no such axis)",
             "small: Cache(2, 2) float32  kind=cache  (2 slots)",
         ],
-        mend="claim these leaves by a kind of their own, or restart the whole kind: state.restart(...)",
+        mend="kinds = plan.kinds.replace(cache=dataclasses.replace(plan.kinds['cache'], "
+        f"of=nnx.All(plan.kinds['cache'].of, nnx.Not({odd})))) | "
+        "sw.Kinds(cache_of_all=dataclasses.replace(plan.kinds['cache'], "
+        f"of=nnx.All(plan.kinds['cache'].of, {odd}), batch_axis=None))  # a kind apart\n"
+        "or restart them whole: state.restart('cache')",
     ):
         state.restart("cache", where=where)
     assert not any(bool(array.any()) for array in jax.tree.leaves(state.restart("cache")))
@@ -237,7 +242,7 @@ def test_no_leaf_has_the_axis() -> None:
         "Not every leaf of cache has its batch axis.",
         kind="cache",
         leaves=["index: Cache() int32  kind=cache  (has no such axis)"],
-        mend="claim these leaves by a kind of their own, or restart the whole kind: state.restart(...)",
+        mend="state.restart('cache')",
     ):
         state.restart("cache", where=[0])
 

@@ -10,7 +10,7 @@ The treatments, one line each; the pipeline that reads it in brackets:
 - `saved` [steps, checkpoints]: persisted; what is not saved is *ephemeral*, and a train step does not write
   it unless told to;
 - `missing` [checkpoints]: what a restore does for a leaf that the checkpoint lacks;
-- `restart` [State.restart]: how a fresh value is made from the current one;
+- `restart` [State.restart]: how a fresh value is made from the current one, and from a key and the path;
 - `batch_axis` [State.restart]: which axis holds independent slots;
 - `placement` [placement]: how it lies on a mesh;
 - `optional` [claims]: a path that its filter spells need not be in the model.
@@ -31,6 +31,7 @@ from statewise import _compat
 from statewise.averages import EMA
 from statewise.errors import FilterError, KindError
 from statewise.filters import as_code, describe, normalise
+from statewise.fresh import check_restart, takes
 from statewise.placements import PLACEMENTS, describe_placement
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ class Kind:
       saved: it is persisted; False declares it ephemeral.
       missing: what a restore does for a leaf that the checkpoint lacks: `"error"`, `"keep"` (the value that the
         target has) or `"restart"`; averages then begin with what is restored.
-      restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.
+      restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.  It may
+        also take `path`, the leaf's path as a tuple, and `key`, a PRNG key for each leaf and slot: it is then called
+        for each slot, with the slot's own array: `lambda array, key: init(key, array.shape, array.dtype)`.  The kind
+        `optimizer` needs none: it restarts by the `init` of the plan's optimizers.
       batch_axis: the axis of this kind's arrays that holds independent slots (0 for the first), so that slots
         can be restarted one by one.
       placement: how it lies on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`, or a
@@ -87,7 +91,7 @@ class Kind:
     frozen: bool = False
     saved: bool = True
     missing: Missing | Any = "error"
-    restart: Callable[[Any], Any] | Any = None
+    restart: Callable[..., Any] | Any = None
     batch_axis: int | Any = None
     placement: Any = None
     optional: bool = False
@@ -114,6 +118,14 @@ class Kind:
             raise KindError(
                 f"restart={type(self.restart).__name__}(...) cannot be hashed, as every part of a declaration must be.",
                 mend=f"sw.Kind({as_code(self.of)}, restart=lambda array: ...)",
+            )
+        if self.restart is not None:
+            check_restart(self.restart, _shown(self.of))
+        if self.missing == "restart" and takes(self.restart).key:
+            raise KindError(
+                "missing='restart' calls restart without a key, and this one takes a key.",
+                mend=f"sw.Kind({_shown(self.of)}, missing='keep', restart=...)\n"
+                "and after the restore: state.restart(..., key=jax.random.key(0))",
             )
         if self.batch_axis is not None and (isinstance(self.batch_axis, bool) or not isinstance(self.batch_axis, int)):
             raise KindError(f"batch_axis={self.batch_axis!r} is no axis.", mend="batch_axis=0")

@@ -3,26 +3,33 @@
 The compiled function takes the arrays donated and gives fresh ones into the same buffers; arrays that a
 `restart` only looks at by shape (`jnp.zeros_like`) are kept as arguments all the same, so that their buffers
 can be used.  It is compiled once for each plan, set of kinds, and way of choosing slots.
+
+What is renewed, and why it cannot be, is in `chosen`; how a fresh value is made, in `fresh`; slots are in `slots`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from statewise.chosen import Chosen, choose
+from statewise.derived import keys_within
 from statewise.errors import KindError, StructureError
+from statewise.fresh import drawn_value, fresh_value, keys_of, takes
 from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
-from statewise.kinds import Kind
+from statewise.layout import OPTIMIZER
+from statewise.moments import Group
 from statewise.narrowing import WIDE, as_jax, refuse
-from statewise.paths import Leaf, format_shape
+from statewise.paths import Leaf, Path, format_shape
 from statewise.places import Places
 from statewise.plan import Plan
+from statewise.scan import Spec
+from statewise.slots import only_where, slots_of
 from statewise.state import (
     Part,
     State,
@@ -38,36 +45,35 @@ from statewise.using import averages_in, begun_again
 __all__ = ["restart"]
 
 
-def restart(state: State, kinds: Sequence[str], where: Any) -> State:
+def restart(state: State, kinds: Sequence[str], where: Any, key: Any) -> State:
     """See `State.restart`."""
     if is_of_one_member(state):
-        return as_ensemble(state._plan._members, restart(as_one(state), kinds, where))
+        return as_ensemble(state._plan._members, restart(as_one(state), kinds, where, key))
     plan = state._plan
-    chosen = tuple(dict.fromkeys(kinds)) or _restartable(plan)
-    averages = tuple(name for name in chosen if averages_in(plan, name))
-    if averages:
-        return _begun_again(state, averages, tuple(name for name in chosen if name not in averages), where)
-    for name in chosen:
+    for name in kinds:
         state.part(name)
-        _check_kind(plan, name, plan.kinds[name], where is not None)
-    check_unspent(state, chosen)
-    _refuse_abstract(state, chosen)
-    slots = None
-    if where is not None:
-        check_fits(state, chosen)
-        slots = _slots(plan, chosen, where)
-    old = [state.part(name).arrays for name in chosen]
-    places = tuple(state.part(name).places() for name in chosen)
+    averages = tuple(name for name in dict.fromkeys(kinds) if averages_in(plan, name))
+    if averages:
+        return _begun_again(state, averages, tuple(name for name in kinds if name not in averages), where, key)
+    chosen = choose(single_of(plan), kinds, by_slot=where is not None, key=key)
+    read = (*chosen.kinds, *chosen.needed)
+    check_unspent(state, read)
+    _refuse_abstract(state, read)
+    if where is not None or chosen.by_init:
+        check_fits(state, read)
+    slots = None if where is None else _slots(plan, chosen, where)
+    old, others = ([state.part(name).arrays for name in names] for names in (chosen.kinds, chosen.needed))
+    places = tuple(state.part(name).places() for name in chosen.kinds)
     try:
-        fresh = _program(plan, chosen, slots is not None, places)(old, slots)
+        fresh = _program(plan, chosen, slots is not None, places)(old, others, slots, _beside(key, places))
     except (RuntimeError, ValueError) as error:
-        deleted = [name for name in deleted_kinds(state) if name in chosen]
+        deleted = [name for name in deleted_kinds(state) if name in read]
         if deleted:
             raise spent_error(state, deleted) from error
         refuse_shared(state)
         raise
     made = list(state._parts)
-    for name, arrays in zip(chosen, fresh, strict=True):
+    for name, arrays in zip(chosen.kinds, fresh, strict=True):
         part = state.part(name)
         if not any(isinstance(array, jax.core.Tracer) for array in arrays):
             part.spent = f"restart({name!r})"
@@ -75,7 +81,7 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
     return make_state(plan, made)
 
 
-def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], where: Any) -> State:
+def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], where: Any, key: Any) -> State:
     """Averages begin as copies of what they are of, after whatever else is restarted."""
     if where is not None:
         raise KindError(
@@ -83,9 +89,15 @@ def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], w
             kind=averages[0],
             mend=f"state.restart({', '.join(map(repr, averages))})",
         )
+    if key is not None and not others:
+        raise KindError(
+            f"key= would do nothing: the averages {averages[0]!r} begin as copies.",
+            kind=averages[0],
+            mend=f"state.restart({', '.join(map(repr, averages))})",
+        )
     check_unspent(state, [one.kind for name in averages for one, _ in averages_in(state._plan, name)])
     if others:
-        state = restart(state, others, None)
+        state = restart(state, others, None, key)
     for name in averages:
         state = begun_again(state, name)
     return state
@@ -100,96 +112,25 @@ def _refuse_abstract(state: State, kinds: Sequence[str]) -> None:
         )
 
 
-def _restartable(plan: Plan) -> tuple[str, ...]:
-    names = tuple(
-        name for name, kind in plan.kinds.items() if kind.restart is not None and not kind.frozen and plan._specs[name]
-    )
-    if not names:
-        raise KindError(
-            "There is nothing to restart: no kind that has leaves declares how a fresh value is made.",
-            mend="cache=sw.Kind(nnx.Cache, restart=jnp.zeros_like)",
-        )
-    return names
+def _beside(key: Any, places: Sequence[Places | None]) -> Any:
+    """The key where the state's arrays are: one that was put on a single device fits no mesh."""
+    if not isinstance(key, jax.Array) or isinstance(key, jax.core.Tracer) or not key.committed:
+        return key
+    meshes = [place.mesh for lie in places if lie is not None for place in lie.shardings if place is not None]
+    if not meshes or key.sharding.device_set == set(meshes[0].devices.flat):
+        return key
+    return jax.device_put(key, jax.NamedSharding(meshes[0], jax.P()))
 
 
-def _check_kind(plan: Plan, name: str, kind: Kind, by_slot: bool) -> None:
-    if kind.frozen:
-        raise KindError(f"Kind {name!r} is frozen and cannot be restarted.", kind=name, mend="frozen=False")
-    if kind.restart is None:
-        raise KindError(
-            f"Kind {name!r} does not declare how a fresh value is made.",
-            kind=name,
-            mend=f"{name}=sw.Kind(..., restart=jnp.zeros_like)",
-        )
-    if not plan._specs[name]:
-        raise KindError(
-            f"Kind {name!r} has no leaves in this model, so there is nothing to restart.",
-            kind=name,
-            mend="make the leaves before the plan is made: model.init_cache(...), say",
-        )
-    if by_slot and kind.batch_axis is None:
-        raise KindError(
-            f"Kind {name!r} declares no batch_axis, so its slots cannot be told apart.",
-            kind=name,
-            mend=f"{name}=sw.Kind(..., restart=jnp.zeros_like, batch_axis=0)",
-        )
-
-
-def _slots(plan: Plan, kinds: Sequence[str], where: Any) -> Any:
-    """The slots as booleans, one for each; every leaf that has no such axis, or another length, is listed.
-
-    Of an ensemble they may have a row for each member.
-    """
+def _slots(plan: Plan, chosen: Chosen, where: Any) -> Any:
+    """The slots as booleans; of an ensemble they may have a row for each member."""
     given = where if isinstance(where, jax.Array) else np.asarray(where)
-    if plan._members is not None:
-        if given.ndim == 2 and given.dtype == bool and given.shape[0] == plan._members.number:
-            _refuse_shared_kinds(plan, kinds)
-            _slots(plan._members.single, kinds, np.zeros(given.shape[1], bool))  # as many slots as there are
-            return given
-        plan = plan._members.single
-    if given.ndim != 1 or not (given.dtype == bool or jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0):
-        raise StructureError(
-            f"where must be booleans or slot numbers in one dimension, not {given.dtype}{list(given.shape)}.",
-            mend="where=jnp.array([True, False]) or where=[0]",
-        )
-    sizes = _slot_counts(plan, tuple(kinds))
-    is_mask = given.dtype == bool
-    count = given.shape[0] if is_mask else max(size for _, size in sizes)
-    odd = [
-        dataclasses.replace(leaf, note=f"{size} slots" if size >= 0 else "has no such axis")
-        for leaf, size in sizes
-        if size < 0 or size != count
-    ]
-    found = {size for _, size in sizes}
-    if is_mask and len(found) == 1 and found != {count} and min(found) >= 0:
-        raise StructureError(
-            f"where has {count} entries, but {', '.join(kinds)} has {min(found)} slots.",
-            kind=kinds[0],
-            mend=f"a boolean for each of the {min(found)} slots, or slot numbers",
-        )
-    if odd:
-        slots = f"{count} slots along its batch axis" if count >= 0 else "its batch axis"
-        raise StructureError(
-            f"Not every leaf of {', '.join(kinds)} has {slots}.",
-            leaves=odd,
-            kind=kinds[0],
-            mend="claim these leaves by a kind of their own, or restart the whole kind: state.restart(...)",
-        )
-    if is_mask:
-        return given
-    if not isinstance(given, jax.core.Tracer) and given.size:
-        outside = [slot for slot in np.asarray(given).tolist() if not -count <= slot < count]
-        if outside:
-            raise StructureError(
-                f"There is no slot {outside[0]}: there are {count}.", kind=kinds[0], mend=f"slots 0 to {count - 1}"
-            )
-    return jnp.zeros(count, bool).at[given.astype(int)].set(True)
-
-
-def _refuse_shared_kinds(plan: Plan, kinds: Sequence[str]) -> None:
+    members = plan._members
+    if members is None or given.ndim != 2 or given.dtype != bool or given.shape[0] != members.number:
+        return slots_of(chosen, where)
     shared = [
         dataclasses.replace(leaf, note="shared by all members")
-        for kind in kinds
+        for kind in chosen.kinds
         for leaf, axis in zip(plan._leaf_of_slot[kind], plan._slot_axes[kind], strict=True)
         if axis is None
     ]
@@ -200,104 +141,138 @@ def _refuse_shared_kinds(plan: Plan, kinds: Sequence[str]) -> None:
             kind=shared[0].kind,
             mend="where= in one dimension: the slots that restart for all of them",
         )
+    slots_of(chosen, np.zeros(given.shape[1], bool))  # as many slots as there are
+    return given
 
 
 @functools.lru_cache(maxsize=256)
-def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
-    """How many slots each array has along its batch axis, on all devices, with its leaf; -1 where it has none."""
-    counts = []
-    for name in kinds:
-        axis = plan.kinds[name].batch_axis or 0
-        for at, (leaf, spec) in enumerate(zip(plan._row_of_array[name], plan._specs[name], strict=True)):
-            here = spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1
-            copies = plan._copies
-            each = copies.devices if copies and at in copies.of(name) else 1
-            counts.append((leaf, here * each if here >= 0 else here))
-    return counts
+def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...]) -> Any:
+    plan = chosen.plan
+    # A kind that all members of an ensemble share draws once; the members draw from keys of their own.
+    apart = {name for name in chosen.kinds if any(axis is not None for axis in whole._slot_axes[name])}
 
-
-@functools.lru_cache(maxsize=256)
-def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Places | None, ...]) -> Any:
-    whole, plan = plan, single_of(plan)
-
-    def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
-        parts = [plan._unpacked(name, tuple(part)) for name, part in zip(kinds, parts, strict=True)]
-        each = [plan._copies.of(name) if plan._copies else frozenset() for name in kinds]
+    def fresh_values(parts: Any, others: Any, slots: Any, key: Any, own: Any) -> list[tuple[Any, ...]]:
         lost: list[Leaf] = []
-        fresh = [
-            [
-                _call(plan.kinds[name], plan._row_of_array[name][at], array, at in mine, lost)
-                for at, array in enumerate(part)
-            ]
-            for name, part, mine in zip(kinds, parts, each, strict=True)
-        ]
-        _check_fresh(plan, kinds, parts, fresh)
+        names = (*chosen.kinds, *chosen.needed)
+        now = {name: plan._unpacked(name, tuple(part)) for name, part in zip(names, (*parts, *others), strict=True)}
+        for name in chosen.kinds:
+            old = now[name]
+            if name == OPTIMIZER and chosen.by_init:
+                fresh = _begun(chosen, now)
+            else:
+                fresh = _called(chosen, name, old, own if name in apart else key, lost)
+            if by_slot:
+                axis, each = chosen.axis(name) or 0, _per_device(plan, name)
+                for at in fresh:
+                    fresh[at] = only_where(axis, slots, fresh[at], old[at], at in each)
+            now[name] = tuple(fresh.get(at, array) for at, array in enumerate(old))
         refuse(lost, StructureError, WIDE)
-        if slots is None:
-            return [plan._packed(name, tuple(part)) for name, part in zip(kinds, fresh, strict=True)]
-        return [
-            plan._packed(
-                name,
-                tuple(
-                    _where(plan.kinds[name], slots, *both, at in mine)
-                    for at, both in enumerate(zip(new, old, strict=True))
-                ),
-            )
-            for name, new, old, mine in zip(kinds, fresh, parts, each, strict=True)
-        ]
+        return [plan._packed(name, now[name]) for name in chosen.kinds]
 
     # Fresh values depend on nothing that lies anywhere: XLA would put them all on every device.
     there = [None if lie is None else lie.shardings for lie in places]
     options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
-    return jax.jit(_on_members(whole, kinds, fresh_values), donate_argnums=0, keep_unused=True, **options)
+    return jax.jit(_on_members(whole, chosen, fresh_values), donate_argnums=0, keep_unused=True, **options)
 
 
-def _on_members(plan: Plan, kinds: tuple[str, ...], fresh_values: Any) -> Any:
+def _on_members(whole: Plan, chosen: Chosen, fresh_values: Any) -> Any:
     """The same for each member of an ensemble; the slots are chosen alike in all, or each has a row of its own."""
-    members = plan._members
+    members = whole._members
     if members is None:
-        return fresh_values
-    axes = [plan._slot_axes[kind] for kind in kinds]
+        return lambda parts, others, slots, key: fresh_values(parts, others, slots, key, key)
+    axes, read = ([whole._slot_axes[kind] for kind in kinds] for kinds in (chosen.kinds, chosen.needed))
 
-    def of_all(parts: list[tuple[Any, ...]], slots: Any) -> Any:
+    def of_all(parts: list[Any], others: list[Any], slots: Any, key: Any) -> Any:
         by_member = slots is not None and slots.ndim == 2
-        given = (parts, slots if by_member else None)
-        ins = (axes, 0 if by_member else None)
-        return members.each(lambda both: fresh_values(both[0], both[1] if by_member else slots), given, ins, axes)
+        own = None if key is None else jax.random.split(key, members.number)
+        given = (parts, others, slots if by_member else None, own)
+        ins = (axes, read, 0 if by_member else None, None if key is None else 0)
+
+        def of_one(one: Any) -> Any:
+            mine = one[2] if by_member else slots
+            return fresh_values(one[0], one[1], mine, key, one[3])
+
+        return members.each(of_one, given, ins, axes)
 
     return of_all
 
 
-def _call(kind: Kind, leaf: Leaf, array: Any, each: bool, lost: list[Leaf]) -> Any:
-    """A fresh value; `each` where the array has a leading axis, one value for each device."""
-    restart = kind.restart
-    assert restart is not None
-
-    def made(array: Any) -> Any:
-        return as_jax(leaf, restart(array), lost)
-
-    return jax.vmap(made)(array) if each else made(array)
+def _per_device(plan: Plan, kind: str) -> frozenset[int]:
+    """Which of a kind's arrays have a leading axis, one value for each device."""
+    return plan._copies.of(kind) if plan._copies else frozenset()
 
 
-def _check_fresh(plan: Plan, kinds: Sequence[str], old: Sequence[Any], fresh: Sequence[Any]) -> None:
-    for name, part, new in zip(kinds, old, fresh, strict=True):
-        odd = [
-            dataclasses.replace(leaf, note=f"would become {format_shape(now.shape)} {now.dtype}")
-            for leaf, was, now in zip(plan._row_of_array[name], part, new, strict=True)
-            if (was.shape, was.dtype) != (now.shape, now.dtype)
-        ]
-        if odd:
-            raise StructureError(
-                f"The restart of kind {name!r} changes shapes or dtypes.",
-                leaves=odd,
-                kind=name,
-                mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+def _called(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: list[Leaf]) -> dict[int, Any]:
+    """Fresh values by the kind's function, by position."""
+    plan, each = chosen.plan, _per_device(chosen.plan, name)
+    function, positions = plan.kinds[name].restart, sorted(chosen.positions(name))
+    assert function is not None
+    leaves = plan._row_of_array[name]
+    as_array = [functools.partial(as_jax, leaf, lost=lost) for leaf in leaves]
+    if not takes(function).key:
+        fresh = {at: fresh_value(function, old[at], leaves[at].path, at in each, as_array[at]) for at in positions}
+    else:
+        axes = {at: _slot_axis(plan._specs[name][at], chosen.axis(name)) for at in positions}
+        devices = {at: plan._copies.devices if plan._copies and at in each else 1 for at in positions}
+        slots = {
+            at: devices[at] * (1 if (axis := axes[at]) is None else plan._specs[name][at].shape[axis])
+            for at in positions
+        }
+        paths = _array_paths(plan, name)
+        keys = keys_of(key, [paths[at] for at in positions], max(slots.values()))
+        fresh = {
+            at: drawn_value(
+                function, old[at], leaves[at].path, keys[row, : slots[at]], axes[at], at in each, as_array[at]
             )
+            for row, at in enumerate(positions)
+        }
+    _check_fresh(plan, name, old, fresh)
+    return fresh
 
 
-def _where(kind: Kind, slots: Any, fresh: Any, old: Any, each: bool) -> Any:
-    if each:  # the slots of the first device come first
-        by_device = slots.reshape(old.shape[0], -1)
-        return jax.vmap(lambda slots, fresh, old: _where(kind, slots, fresh, old, False))(by_device, fresh, old)
-    axis = (kind.batch_axis or 0) % old.ndim
-    return jnp.where(slots.reshape([-1 if at == axis else 1 for at in range(old.ndim)]), fresh, old)
+def _slot_axis(spec: Spec, axis: int | None) -> int | None:
+    """The axis of the slots, where an array has it."""
+    return axis if axis is not None and -len(spec.shape) <= axis < len(spec.shape) else None
+
+
+def _array_paths(plan: Plan, kind: str) -> list[Path]:
+    """The path of each of a kind's arrays: its leaf's, and, where a Variable holds several, the keys within."""
+    mine = (row for row in plan._rows if row.kind == kind)
+    paths = [row.path + keys for row in mine for keys in keys_within(row.structure, len(row.specs))]
+    return paths + [path for one in plan._derived if one.into == kind for path in one.leaf_paths]
+
+
+def _check_fresh(plan: Plan, name: str, old: Sequence[Any], fresh: Mapping[int, Any]) -> None:
+    odd = [
+        dataclasses.replace(plan._row_of_array[name][at], note=f"would become {format_shape(now.shape)} {now.dtype}")
+        for at, now in fresh.items()
+        if (old[at].shape, old[at].dtype) != (now.shape, now.dtype)
+    ]
+    if odd:
+        raise StructureError(
+            f"The restart of kind {name!r} changes shapes or dtypes.",
+            leaves=odd,
+            kind=name,
+            mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+        )
+
+
+def _begun(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]:
+    """Optimizer state as `init` makes it of the parameters as they are by now, by position."""
+    plan = chosen.plan
+    fresh: dict[int, Any] = {}
+    for number in chosen.groups:
+        group, (start, _) = plan._groups[number], plan._moment_spans[number]
+        params = [(at in _per_device(plan, kind), now[kind][at]) for kind, at in plan._params_of(group)]
+        made = _init(plan, group, [array for _, array in params], [0 if each else None for each, _ in params], start)
+        fresh.update(enumerate(made, start))
+    return fresh
+
+
+def _init(plan: Plan, group: Group, params: Sequence[Any], axes: Sequence[int | None], start: int) -> list[Any]:
+    mine = _per_device(plan, OPTIMIZER)
+    if plan._copies is None or not (mine or any(axis is not None for axis in axes)):
+        return group.init(params)
+    # On each device of its own parameters; what is not kept for each, is alike on all.
+    made = jax.vmap(group.init, (list(axes),), axis_size=plan._copies.devices)(list(params))
+    return [array if at in mine else array[0] for at, array in enumerate(made, start)]

@@ -178,22 +178,24 @@ class State(Membered):
         refuse_shared(state)
         return state
 
-    def restart(self, *kinds: str, where: Any = None) -> State:
-        """Fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
+    def restart(self, *kinds: str, where: Any = None, key: Any = None) -> State:
+        """Makes fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
 
-        Averages begin again as copies of what they are of; their old buffers are not donated.
+        Averages begin again as copies of what they are of (not donated), optimizer state by the optimizer's own `init`:
+        that of the kinds restarted with it, `state.restart("lora", "optimizer")`, or of all if it stands alone.
 
         Args:
           *kinds: the kinds to restart; by default all that declare `restart`.
           where: which slots along each kind's `batch_axis`: booleans, one for each slot, or slot numbers.  None
             restarts everything.
+          key: a PRNG key, where a `restart` takes one: each leaf and each slot gets its own, folded from it.
 
         Returns:
           the new state; this one is spent as far as these kinds go.
 
         Raises:
           KindError: a kind that is not there, is frozen, declares no `restart`, has no leaves, or, with `where`, no
-            `batch_axis`.
+            `batch_axis`; a key that is missing, or that no `restart` takes.
           StructureError: leaves without that axis, or with another number of slots; a spent state; a `restart` that
             changes a shape or dtype.
 
@@ -210,7 +212,7 @@ class State(Membered):
         """
         from statewise.restart import restart
 
-        return restart(self, kinds, where)
+        return restart(self, kinds, where, key)
 
     def using(self, name: str) -> State:
         """This state with averages in the place of what they are of, for evaluation: `evaluate(state.using("ema"), x)`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from statewise.checkpoint.matching import Match, Source
 from statewise.checkpoint.records import Placed, unpacked
 from statewise.checkpoint.regrouping import Regrouped
 from statewise.errors import RestoreError
+from statewise.fresh import fresh_value
 from statewise.narrowing import WIDE, Casts, as_jax, refuse
 from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan
@@ -52,12 +54,12 @@ def _restarted(plan: Plan, leaf: Leaf, position: int, value: Any, lost: list[Lea
     """A fresh value; of each device, and of each member of an ensemble, from its own."""
     kind = leaf.kind or ""
     restart: Any = plan.kinds[kind].restart
+    path = plan._row_of_array[kind][position].path
+    each = plan._copies is not None and position in plan._copies.of(kind)
 
     def fn(value: Any) -> Any:
-        return as_jax(leaf, restart(value), lost)
+        return fresh_value(restart, value, path, each, functools.partial(as_jax, leaf, lost=lost))
 
-    if plan._copies is not None and position in plan._copies.of(kind):
-        fn = jax.vmap(fn)
     axis = plan._axis(kind, position)
     if axis is not None:
         fn = jax.vmap(fn, in_axes=axis, out_axes=axis)

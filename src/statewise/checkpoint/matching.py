@@ -22,6 +22,7 @@ from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.regrouping import Regrouped, asked_members, regroup
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
+from statewise.fresh import takes
 from statewise.moments import OPTIMIZER
 from statewise.paths import Path, format_path, format_shape
 from statewise.plan import Plan
@@ -162,6 +163,11 @@ class _Matcher:
             of = [name for name in optimized_kinds(self.plan, record.path) if name in self.replaced]
             also = f", though of {', '.join(of)}, which {'is' if len(of) == 1 else 'are'} restored" if of else ""
             self.say(record, "kept", why + also)
+        elif not kind.saved and takes(kind.restart).key:
+            # Whatever is drawn is drawn by `state.restart(..., key=key)`, from a key that the program knows.
+            why = f"{why}, and its restart takes a key, which a restore does not have"
+            draw = f"state.restart({record.kind!r}, key=jax.random.key(0))"
+            self.say(record, "problem", why, [f"{self.with_values()}, and then: {draw}"])
         elif not kind.saved and (kind.restart is not None or kind.of is EMA):
             self.say(record, "restarted", why)
             self.restarted.append(placed)

@@ -2,10 +2,11 @@
 
 Most of them are calls that succeed: a variance that starts at zero, a base that trains under its adapter, a cache in
 every checkpoint.  Each trap is one small function with a name and a reason; `TRAPS` is the list of all.  Nothing is run
-or traced, apart from the layout of an optimizer's state; arrays are read in few calls (`reading`).
+or traced, but the layout of an optimizer's state and the functions that make fresh values; arrays are read in few
+calls (`reading`).
 
 The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the traps by theme:
-`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`, `members` (of an ensemble).
+`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`, `restarting`, `members` (ensembles).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from statewise.errors import KindError
 from statewise.kinds import Kinds
-from statewise.lint import arrays, declared, leaf_types, members, modes, optimizing, values
+from statewise.lint import arrays, declared, leaf_types, members, modes, optimizing, restarting, values
 from statewise.lint.finding import Finding, Findings, Trap
 from statewise.lint.subject import look
 from statewise.naming import given
@@ -29,6 +30,7 @@ TRAPS: tuple[Trap, ...] = (
     *declared.TRAPS,
     *optimizing.TRAPS,
     *modes.TRAPS,
+    *restarting.TRAPS,
     *members.TRAPS,
 )
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from statewise import _compat
 from statewise.lint.finding import Found, Trap, counted
@@ -35,7 +37,10 @@ def _static_row(path: Path, value: Any, note: str = "") -> Leaf:
 
 
 def _turned_static(subject: Subject) -> Iterator[Found]:
-    rows = tuple(_static_row(path, value) for path, value in subject.statics(is_array))
+    # A scalar of NumPy is a number like Python's: nothing that is traced makes one.
+    rows = tuple(
+        _static_row(path, value) for path, value in subject.statics(is_array) if not isinstance(value, np.generic)
+    )
     if rows:
         yield Found(
             f"{counted(len(rows), 'array', 'arrays')} of a module made under tracing became part of its graph.",
@@ -75,25 +80,35 @@ def _arrays_in(value: Any) -> Iterator[tuple[str, Any]]:
     else:
         held = {f"an object of type {type(value).__name__}": tuple(getattr(value, "__dict__", {}).values())}
     for where, things in held.items():
-        yield from ((where, thing) for thing in things if is_array(thing) and getattr(thing.dtype, "kind", "") != "O")
+        yield from ((where, thing) for thing in things if is_array(thing) and not _is_number(thing))
+
+
+def _is_number(array: Any) -> bool:
+    """Whether an array is a constant like Python's numbers (a scale, an epsilon), or none that JAX could take."""
+    if getattr(array.dtype, "kind", "") == "O":
+        return True
+    concrete = isinstance(array, np.generic | np.ndarray | jax.Array) and not isinstance(array, jax.core.Tracer)
+    # A key is no constant: what draws from it draws the same numbers each time.
+    return array.shape == () and concrete and not jnp.issubdtype(array.dtype, jax.dtypes.extended)
 
 
 def _wide(subject: Subject) -> Iterator[Found]:
-    wide = [
-        number
-        for number, value in enumerate(subject.values)
-        if any(
-            isinstance(array, np.ndarray | np.generic)
-            and array.dtype.kind in "iufc"
-            and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
-            for array in (arrays_of(value)[0] if value is not None else ())
-        )
-    ]
+    wide: dict[int, list[str]] = {}
+    for number, value in enumerate(subject.values):
+        for array in arrays_of(value)[0] if value is not None else ():
+            if (
+                isinstance(array, np.ndarray | np.generic)
+                and array.dtype.kind in "iufc"
+                and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype
+            ):
+                wide.setdefault(number, []).append(str(array.dtype))
     if wide:
-        dtype = arrays_of(subject.values[wide[0]])[0][0].dtype
         yield Found(
             f"{counted(len(wide), 'leaf', 'leaves')} of 64-bit numbers of NumPy, which JAX takes as 32-bit ones.",
-            subject.rows(wide, note=f"{dtype} in NumPy"),
+            tuple(
+                subject.row(number, note=f"{' and '.join(dict.fromkeys(dtypes))} in NumPy")
+                for number, dtypes in wide.items()
+            ),
             "nnx.Variable(jnp.asarray(value))  # the dtype that it will have anyway\n"
             "or, for 64 bits: jax.config.update('jax_enable_x64', True)  # before any array is made",
         )
@@ -137,7 +152,12 @@ def _deleted(subject: Subject) -> Iterator[Found]:
 def _tied(subject: Subject) -> Iterator[Found]:
     if subject.plan is not None:  # a state holds a tied leaf once
         return
-    tied = [number for number, path in enumerate(subject.found.paths) if path in subject.aliases]
+    # Streams that modules share are no weights: an Rngs is made to be handed on.
+    tied = [
+        number
+        for number, path in enumerate(subject.found.paths)
+        if path in subject.aliases and not issubclass(subject.types[number], nnx.RngState)
+    ]
     if tied:
         yield Found(
             f"{counted(len(tied), 'leaf is', 'leaves are')} reached by several paths.",

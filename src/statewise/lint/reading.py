@@ -1,7 +1,7 @@
 """The values that traps look at, read in few calls.
 
-Small arrays are fetched as they are, all of them in one `jax.device_get`.  Of a large one only two bits leave its
-device: whether it is all finite, and whether it is all zeros; the program that finds them is compiled once for each
+Small arrays are fetched as they are, all of them in one `jax.device_get`.  Of a large one only four bits leave
+its device: whether it is finite, holds NaN, is infinite, is zero; the program that finds them is compiled once for each
 shape.  Values that cannot be read are left out without a word: abstract and traced ones, donated ones, and arrays
 of which this process holds a part only.
 """
@@ -24,11 +24,15 @@ class Facts(NamedTuple):
 
     Attributes:
       finite: no element is NaN or infinite.
+      nan: some element is NaN.
+      infinite: every element is infinite.
       zero: every element is zero.
       value: the array itself, where it is small; a key's words.
     """
 
     finite: bool
+    nan: bool
+    infinite: bool
     zero: bool
     value: Any
 
@@ -39,12 +43,16 @@ def read(arrays: Mapping[Any, Any]) -> dict[Any, Facts]:
     large = {key: _probe(array) for key, array in readable.items() if array.size > _LARGE and _numeric(array)}
     small = {key: _words(array) for key, array in readable.items() if key not in large}
     fetched_large, fetched_small = jax.device_get((list(large.values()), list(small.values())))
-    facts = {key: Facts(bool(bits[0]), bool(bits[1]), None) for key, bits in zip(large, fetched_large, strict=True)}
+    facts = {key: _facts(bits, None) for key, bits in zip(large, fetched_large, strict=True)}
     for key, value in zip(small, fetched_small, strict=True):
         array = np.asarray(value)
-        inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-        facts[key] = Facts(bool(np.isfinite(array).all()) if inexact else True, not array.any(), array)
+        facts[key] = _facts(_bits(np, array), array)
     return facts
+
+
+def _facts(bits: Any, value: Any) -> Facts:
+    finite, nan, infinite, zero = map(bool, bits)
+    return Facts(finite, nan, infinite, zero, value)
 
 
 def is_readable(array: Any) -> bool:
@@ -67,5 +75,13 @@ def _words(array: Any) -> Any:
 
 @jax.jit
 def _probe(array: jax.Array) -> jax.Array:
-    finite = jnp.isfinite(array).all() if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.array(True)
-    return jnp.stack([finite, jnp.logical_not((array != 0).any())])
+    return jnp.stack([jnp.asarray(bit) for bit in _bits(jnp, array)])
+
+
+def _bits(numpy: Any, array: Any) -> tuple[Any, Any, Any, Any]:
+    """Finite, NaN, infinite and zero, of an array of JAX or of NumPy."""
+    zero = numpy.logical_not((array != 0).any())
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return True, False, False, zero
+    infinite = numpy.isinf(array)
+    return numpy.isfinite(array).all(), numpy.isnan(array).any(), infinite.all() if array.size else False, zero

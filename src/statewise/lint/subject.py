@@ -110,8 +110,19 @@ class Subject:
 
     @functools.cached_property
     def found(self) -> Scan:
-        """The objects, flattened."""
-        return scan(self.objects, self.names)
+        """The objects, flattened; of a plan the leaves that it knows."""
+        found = scan(self.objects, self.names)
+        if self.plan is None:
+            return found
+        # Of abstract objects NNX takes shapes in containers (a tuple of raw arrays) for something static.
+        known = dict(zip(found.paths, found.leaves, strict=True))
+        rows = self.plan._rows
+        leaves = tuple(
+            known[row.path] if row.path in known else jax.ShapeDtypeStruct(row.specs[0].shape, row.specs[0].dtype)
+            for row in rows
+        )
+        paths = tuple(row.path for row in rows)
+        return Scan(self.plan._graphdef, paths, leaves, self.plan._several, self.names)
 
     @functools.cached_property
     def types(self) -> tuple[type, ...]:
@@ -195,9 +206,12 @@ class Subject:
         return str(self.found.paths[number][-1])
 
     def target(self, number: int) -> str:
-        """What code assigns a leaf to, seen from the object that holds it: `self.kernel`, `self[0]`."""
-        key = self.found.paths[number][-1]
-        return f"self.{key}" if isinstance(key, str) and key.isidentifier() else f"self[{key!r}]"
+        """What code assigns a leaf to, seen from the module that holds it: `self.kernel`, `self.layers[0]`."""
+        keys = self.found.relative(self.found.paths[number])
+        named = [at for at, key in enumerate(keys) if isinstance(key, str) and key.isidentifier()]
+        start = named[-1] if named else -1
+        holder = f"self.{keys[start]}" if named else "model"
+        return holder + "".join(f"[{key!r}]" for key in keys[start + 1 :])
 
     # --- values ------------------------------------------------------------------------------------------------
 
@@ -212,18 +226,26 @@ class Subject:
         return read({number: value for number, value in enumerate(self.values) if number not in untold})
 
     @functools.cached_property
-    def finite(self) -> dict[int, bool]:
-        """Of leaves with several arrays too, whether all that can be read is finite."""
-        found = {number: facts.finite for number, facts in self.facts.items()}
+    def broken(self) -> dict[int, str]:
+        """The leaves that hold NaN (`"nan"`), or infinite elements beside finite ones (`"infinite"`).
+
+        What is infinite throughout is meant so: a bound that does not bind, a best value before there is one.
+        """
+        facts = list(self.facts.items())
         several = {
             (number, at): array
             for number, value in enumerate(self.values)
             if isinstance(value, dict | list | tuple)
             for at, array in enumerate(arrays_of(value)[0])
         }
-        for (number, _), facts in read(several).items():
-            found[number] = found.get(number, True) and facts.finite
-        return found
+        facts += [(number, found) for (number, _), found in read(several).items()]
+        broken: dict[int, str] = {}
+        for number, found in facts:
+            if found.nan or broken.get(number) == "nan":
+                broken[number] = "nan"
+            elif not (found.finite or found.infinite):
+                broken[number] = "infinite"
+        return broken
 
     # --- modules -----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,15 @@ __all__ = ["TRAPS"]
 _SPREAD = re.compile(r"(?:^|_)(?:var|variance|std|stddev)(?:_|$|\d)", re.IGNORECASE)
 # A logarithm of zero is a variance of one; a count, a sum or a mask of variances may well start at zero.
 _NO_SPREAD = re.compile(r"(?:^|_)log|(?:^|_)(?:counts?|mask|num|index|grad)(?:_|$)", re.IGNORECASE)
+_BOUND = re.compile(
+    r"(?:^|_)(?:min|max|minimum|maximum|clip|bounds?|limits?|low|high|lo|hi|lower|upper|floor|ceil|range|best)(?:_|$|\d)",
+    re.IGNORECASE,
+)
+_COPY = re.compile(
+    r"(?:^|_)(?:ema|averaged?|averages|avg|shadow|polyak|swa|slow|target|teacher|reference|ref|old|previous|frozen|copy|clone)"
+    r"(?:_|$|\d)",
+    re.IGNORECASE,
+)
 _COUNTER = re.compile(
     r"(?:^|_)(?<!per_)(?:count|counter|counts|step|steps|iteration|iterations|epoch|epochs)"
     r"(?!_(?:sizes?|length|scale|rate|per|decay|ema|loss|factor|time|fraction)(?:_|$))(?:_|$)",  # steps_per_epoch
@@ -43,7 +52,12 @@ def _zero(subject: Subject) -> Iterator[Found]:
 
 
 def _not_finite(subject: Subject) -> Iterator[Found]:
-    wrong = [number for number in subject.of_type(nnx.Param, nnx.BatchStat) if not subject.finite.get(number, True)]
+    wrong = [
+        number
+        for number in subject.of_type(nnx.Param, nnx.BatchStat)
+        if (how := subject.broken.get(number)) is not None
+        and (how == "nan" or not _is_bound(subject.found.paths[number]))
+    ]
     if wrong:
         have = counted(len(wrong), "leaf has", "leaves have")
         yield Found(
@@ -52,6 +66,24 @@ def _not_finite(subject: Subject) -> Iterator[Found]:
             "jax.config.update('jax_debug_nans', True)  # stops where the first NaN is made\n"
             "or go back: state, report = sw.restore(path, state)",
         )
+
+
+def _is_bound(path: Path) -> bool:
+    """Whether a leaf is called a bound, which some channels may be without: `clip_max`, `bounds/low`."""
+    return any(_BOUND.search(str(key)) for key in path[-2:])
+
+
+def _is_copy(subject: Subject, one: Path, other: Path) -> bool:
+    """Whether one of two streams is the copy that an average, or a target network, has of the other."""
+    while one and other and one[-1] == other[-1]:
+        one, other = one[:-1], other[:-1]
+    if any(_COPY.search(str(key)) for key in (*one, *other)):
+        return True
+    if not (subject.found.several and len(one) == len(other) == 1):
+        return False
+    # Two whole objects of one class: a copy has all streams where the first has them.
+    whole = dict(subject.nodes)
+    return one in whole and other in whole and type(whole[one]) is type(whole[other])
 
 
 def _same_keys(subject: Subject) -> Iterator[Found]:
@@ -69,9 +101,10 @@ def _same_keys(subject: Subject) -> Iterator[Found]:
         count = subject.position.get((*subject.found.paths[number][:-1], "count"))
         drawn = subject.facts.get(count) if count is not None else None
         at = None if drawn is None or drawn.value is None else drawn.value.tobytes()
-        streams.setdefault((str(subject.dtype(number)), facts.value.shape, facts.value.tobytes(), at), []).append(
-            number
-        )
+        same = streams.setdefault((str(subject.dtype(number)), facts.value.shape, facts.value.tobytes(), at), [])
+        path = subject.found.paths[number]
+        if not any(_is_copy(subject, subject.found.paths[other], path) for other in same):
+            same.append(number)
     groups = [group for group in streams.values() if len(group) > 1]
     if groups:
         rows = tuple(

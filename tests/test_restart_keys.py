@@ -1,0 +1,484 @@
+"""Restarts that draw: a key for each leaf and each slot, the path, and every way in which a key is wrong."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+
+import statewise as sw
+from comparing import same
+from meshes import mesh_of
+from refusals import refused
+from strategies import Node, OwnStat
+
+SLOTS = 4
+INIT = nnx.initializers.he_uniform()
+
+
+def noise(array: Any, key: Any) -> Any:
+    return jax.random.uniform(key, array.shape, array.dtype)  # compiles faster than a noise one
+
+
+def adapter(array: Any, *, key: Any, path: tuple[Any, ...]) -> Any:
+    return jnp.zeros_like(array) if path[-1] == "lora_b" else INIT(key, array.shape, array.dtype)
+
+
+def drawn(restart: Any = noise, axis: int | None = 0, **options: Any) -> sw.Kinds:
+    return sw.Kinds(lora=sw.Kind(nnx.Param, restart=restart, batch_axis=axis, **options), rest=sw.Kind(...))
+
+
+def adapters(slots: int = SLOTS, layers: int = 2) -> Node:
+    return Node(
+        layers=nnx.List(
+            [
+                Node(
+                    lora_a=nnx.LoRAParam(5 * jnp.ones((slots, 6, 2))), lora_b=nnx.LoRAParam(5 * jnp.ones((slots, 2, 6)))
+                )
+                for _ in range(layers)
+            ]
+        ),
+        w=nnx.BatchStat(jnp.ones(3)),
+    )
+
+
+def values(state: sw.State, kind: str = "lora") -> list[np.ndarray]:
+    return [np.asarray(array, np.float32) for array in jax.tree.leaves(state[kind])]
+
+
+def key(seed: int = 0) -> jax.Array:
+    return jax.random.key(seed)
+
+
+# --- the law -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def slotted(draw: st.DrawFn) -> tuple[Node, int, list[int]]:
+    """A model whose leaves have an axis of slots, where it stands in them, and the slots to restart."""
+    slots, axis = draw(st.integers(1, 5)), draw(st.sampled_from([0, 1, -1]))
+    leaves = {}
+    for name in draw(st.lists(st.sampled_from(["a", "b", "kernel", "x_y"]), min_size=1, max_size=2, unique=True)):
+        # Of one shape, so that only the key can make two of them differ.
+        shape = [3, 8]
+        shape.insert(axis if axis >= 0 else 2, slots)
+        dtype = draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
+        value: Any = jnp.full(shape, 9.0, dtype)
+        if draw(st.booleans()):
+            value = {"in": value, "out": (jnp.full(shape, 9.0, dtype),)}
+        leaves[name] = nnx.Param(value)
+    model = Node(deep=nnx.List([Node(**leaves)]), z=nnx.Param(jnp.full(leaves and shape, 9.0)))
+    return model, axis, draw(st.lists(st.integers(0, slots - 1), unique=True))
+
+
+def by_slot(array: Any, axis: int) -> np.ndarray:
+    return np.moveaxis(np.asarray(array, np.float32), axis, 0)
+
+
+@settings(max_examples=6)
+@given(slotted(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_every_leaf_and_every_slot_draws_its_own_and_the_others_stay(
+    made: tuple[Node, int, list[int]], pack: bool, seed: int
+) -> None:
+    model, axis, chosen = made
+    plan = drawn(axis=axis).plan(model)
+    before = jax.tree.leaves(plan.take(model)["lora"])
+    after = jax.tree.leaves(plan.take(model, pack=pack).restart("lora", where=chosen, key=key(seed))["lora"])
+    whole = jax.tree.leaves(plan.take(model).restart("lora", key=key(seed))["lora"])
+    seen: list[bytes] = []
+    for old, new, full in zip(before, after, whole, strict=True):
+        assert new.dtype == old.dtype
+        old_slots, new_slots, full_slots = (by_slot(array, axis) for array in (old, new, full))
+        for slot in range(len(old_slots)):
+            if slot in chosen:
+                # Whichever others are restarted with it, or all.
+                assert new_slots[slot].tobytes() == full_slots[slot].tobytes()
+                seen.append(np.asarray(jnp.asarray(new_slots[slot], jnp.bfloat16)).tobytes())
+            else:
+                assert new_slots[slot].tobytes() == old_slots[slot].tobytes()
+    assert len(set(seen)) == len(seen), "two leaves or slots have the same numbers"
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_of_any_implementation_of_keys(impl: str) -> None:
+    plan, model = drawn().plan(adapters()), adapters()
+    whole = values(plan.take(model).restart("lora", key=jax.random.key(3, impl=impl)))
+    some = values(plan.take(model).restart("lora", where=[2], key=jax.random.key(3, impl=impl)))
+    assert all(np.array_equal(one[2], other[2]) for one, other in zip(some, whole, strict=True))
+    assert len({array[slot].tobytes() for array in whole for slot in range(SLOTS)}) == len(whole) * SLOTS
+
+
+def test_the_numbers_are_the_leafs_not_its_neighbours() -> None:
+    """What is planned beside a leaf changes its position, and nothing else."""
+    few, many = adapters(layers=1), adapters(layers=3)
+    many.aaa = nnx.Param(jnp.zeros((SLOTS, 2)))
+    one = drawn().plan(few).take(few).restart("lora", where=[1], key=key())["lora"]["layers"][0]
+    other = drawn().plan(many).take(many).restart("lora", key=key())["lora"]["layers"][0]
+    assert np.array_equal(one["lora_a"][1], other["lora_a"][1])
+    more = adapters(slots=9, layers=1)
+    wide = drawn().plan(more).take(more).restart("lora", key=key())["lora"]["layers"][0]
+    assert np.array_equal(wide["lora_a"][:SLOTS], other["lora_a"])
+
+
+def test_two_objects_draw_apart() -> None:
+    one, other = adapters(), adapters()
+    state = drawn().plan(one, other).take(one, other).restart("lora", key=key())
+    assert len({array.tobytes() for array in values(state)}) == 8
+
+
+def test_an_integer_key_and_its_text_are_two_leaves() -> None:
+    numbers = Node(d=nnx.List([nnx.Param(jnp.ones((2, 8)))]))
+    names = Node(d=nnx.Dict({"0": nnx.Param(jnp.ones((2, 8)))}))
+    drawn_by = [values(drawn().plan(m).take(m).restart("lora", key=key()))[0] for m in (numbers, names)]
+    assert not np.array_equal(*drawn_by)
+
+
+def test_a_slot_is_what_its_own_key_says() -> None:
+    """By JAX alone: the initializer sees one slot, so that its fan-in is not the server's number of slots."""
+    model = Node(a=nnx.Param(jnp.zeros((64, 16, 32))))
+    state = drawn(lambda array, key: INIT(key, array.shape, array.dtype)).plan(model).take(model)
+    after = state.restart("lora", key=key())["lora"]["a"]
+    bound = np.sqrt(6 / 16)
+    assert 0.95 * bound < float(jnp.abs(after).max()) <= bound
+    assert np.isclose(float(after.std()), bound / np.sqrt(3), rtol=0.02)
+
+
+def test_the_array_and_the_path_that_a_restart_sees() -> None:
+    seen: list[Any] = []
+
+    def note(array: Any, *, key: Any, path: Any) -> Any:
+        seen.append((path, array.shape, key.shape, key.dtype))
+        return array
+
+    def whole(array: Any, path: Any) -> Any:
+        seen.append((path, array.shape))
+        return array + len(path)
+
+    model = Node(
+        a=nnx.Param({"x": jnp.ones((3, SLOTS)), "y": jnp.ones((2, SLOTS))}),
+        b=nnx.Param(jnp.ones(SLOTS, jnp.bfloat16)),
+        c=OwnStat(jnp.ones((SLOTS, 2))),
+    )
+    kinds = drawn(note, axis=-1) | sw.Kinds(own=sw.Kind(OwnStat, restart=whole, batch_axis=0))
+    state = kinds.plan(model).take(model).restart("lora", "own", where=[1], key=key())
+    typed = key().dtype
+    assert seen == [
+        (("a",), (3,), (), typed),
+        (("a",), (2,), (), typed),
+        (("b",), (), (), typed),
+        (("c",), (SLOTS, 2)),  # without a key: the array as it is, batch axis and all
+    ]
+    assert state["own"]["c"].tolist() == [[1, 1], [2, 2], [1, 1], [1, 1]]
+
+
+# --- keys, functions and states of every make --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [jax.random.PRNGKey, lambda seed: np.asarray(jax.random.PRNGKey(seed))])
+def test_legacy_keys(make: Any) -> None:
+    model = adapters()
+    plan = drawn(adapter).plan(model)
+    old = plan.take(model).restart("lora", where=[1], key=make(5))
+    new = plan.take(model).restart("lora", where=[1], key=key(5))
+    assert same(old["lora"], new["lora"])
+
+
+def test_leaves_that_are_keys() -> None:
+    streams = Node(
+        keys=nnx.RngKey(jax.random.split(key(1), SLOTS), tag="a"), count=nnx.RngCount(jnp.zeros(SLOTS), tag="a")
+    )
+    plan = sw.Kinds(
+        key=sw.Kind(nnx.RngKey, restart=lambda array, key: key, batch_axis=0),
+        rest=sw.Kind(...),
+    ).plan(streams)
+    state = plan.take(streams)
+    before = np.array(jax.random.key_data(jax.tree.leaves(state["key"])[0]))  # a copy: the buffer is given away
+    after = jax.random.key_data(jax.tree.leaves(state.restart("key", where=[2], key=key(9))["key"])[0])
+    assert np.array_equal(np.delete(before, 2, 0), np.delete(after, 2, 0))
+    assert not np.array_equal(before[2], after[2])
+
+
+def test_no_slots_at_all_and_leaves_of_no_elements() -> None:
+    model = Node(a=nnx.Param(jnp.ones((0, 3))), b=nnx.Param(jnp.ones((0, 3, 0))))
+    state = drawn().plan(model).take(model).restart("lora", where=jnp.zeros(0, bool), key=key())
+    assert [array.shape for array in values(state)] == [(0, 3), (0, 3, 0)]
+    assert [array.shape for array in values(state.restart("lora", key=key()))] == [(0, 3), (0, 3, 0)]
+
+
+def test_a_whole_kind_with_leaves_that_have_no_slots() -> None:
+    model = Node(a=nnx.Param(jnp.ones((SLOTS, 3))), scale=nnx.Param(jnp.ones(())), scale2=nnx.Param(jnp.ones(())))
+    state = drawn().plan(model).take(model).restart("lora", key=key())
+    assert state["lora"]["scale"].shape == ()
+    assert state["lora"]["scale"] != state["lora"]["scale2"]
+    plain = drawn(axis=None).plan(model).take(model).restart("lora", key=key())
+    assert plain["lora"]["a"].shape == (SLOTS, 3)
+
+
+def test_inside_the_users_own_programs_and_compiled_once() -> None:
+    model, calls = adapters(), []
+
+    def counted(array: Any, key: Any) -> Any:
+        calls.append(array.shape)
+        return noise(array, key)
+
+    plan = drawn(counted).plan(model)
+    state = plan.take(model)
+    for slot in range(3):
+        state = state.restart("lora", where=[slot], key=key(slot))
+    assert calls == [(6, 2), (2, 6)] * 2
+    expected = plan.take(model).restart("lora", where=[1, 3], key=key(4))
+    jitted = jax.jit(lambda state, where, key: state.restart("lora", where=where, key=key))
+    assert same(jitted(plan.take(model), jnp.array([1, 3]), key(4)), expected)
+    mask = jnp.array([False, True, False, True])
+    assert same(jitted(plan.take(model), mask, key(4)), expected)
+    carried, _ = jax.lax.scan(
+        lambda state, turn: (state.restart("lora", where=turn[0], key=turn[1]), None),
+        plan.take(model),
+        (jnp.eye(SLOTS) > 0, jax.random.split(key(), SLOTS)),
+    )
+    assert len({array[slot].tobytes() for array in values(carried) for slot in range(SLOTS)}) == 16
+
+
+def test_the_old_buffers_are_donated() -> None:
+    model = adapters()
+    state = drawn(adapter).plan(model).take(model)
+    old = jax.tree.leaves(state["lora"])
+    state.restart("lora", where=[0], key=key())
+    assert all(array.is_deleted() for array in old)
+    with pytest.raises(sw.StructureError, match=r"^This state is spent: restart\('lora'\) has donated its lora\."):
+        state.restart("lora", key=key())
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [("data",), (None, "data"), ()])
+def test_on_a_mesh_the_numbers_are_the_same(spec: Any, axis_type: Any) -> None:
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    model = adapters()
+    plan = drawn(adapter, placement=sw.Sharded(*spec)).plan(model)
+    expected = plan.take(model).restart("lora", where=[1, 2], key=key(3))
+    state = plan.take(model, mesh=mesh)
+    there = [array.sharding for array in jax.tree.leaves(state["lora"])]
+    somewhere = jax.device_put(key(3), jax.devices()[1])  # committed to one device of another set
+    after = state.restart("lora", where=[1, 2], key=somewhere)
+    assert [array.sharding for array in jax.tree.leaves(after["lora"])] == there
+    assert all(np.array_equal(*both) for both in zip(values(after), values(expected), strict=True))
+
+
+def test_each_device_and_each_of_its_slots_draws_its_own() -> None:
+    model = Node(a=nnx.Param(jnp.ones((2, 6))), w=OwnStat(jnp.ones(3)))
+    kinds = sw.Kinds(
+        lora=sw.Kind(nnx.Param, restart=noise, batch_axis=0, placement=sw.PerDevice("data")),
+        own=sw.Kind(OwnStat, restart=noise, placement=sw.PerDevice("data")),
+    )
+    state = kinds.plan(model).take(model, mesh=mesh_of(data=4))
+    before = np.asarray(state["lora"]["a"])
+    state = state.restart("lora", where=[1, 6], key=key())  # of eight: two on each device
+    after = np.asarray(state["lora"]["a"])
+    changed = (after != before).any(-1).reshape(-1)
+    assert changed.tolist() == [False, True, False, False, False, False, True, False]
+    full = state.restart("lora", "own", key=key())
+    assert np.array_equal(np.asarray(full["lora"]["a"]).reshape(8, 6)[[1, 6]], after.reshape(8, 6)[[1, 6]])
+    assert len({row.tobytes() for row in np.asarray(full["lora"]["a"]).reshape(8, 6)}) == 8
+    assert len({row.tobytes() for row in np.asarray(full["own"]["w"])}) == 4
+
+
+# --- what cannot be ----------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_is_missing() -> None:
+    model = adapters()
+    state = drawn().plan(model).take(model)
+    for kinds, where, shown in (
+        (("lora",), None, "'lora', "),
+        ((), None, ""),
+        (("lora",), [1], "'lora', where=where, "),
+    ):
+        with refused(
+            sw.KindError,
+            "The restart of lora takes a key, and none was given.",
+            kind="lora",
+            mend=f"state.restart({shown}key=jax.random.key(0))  # another key each time",
+        ) as caught:
+            state.restart(*kinds, where=where)
+        followed = eval(str(caught.value.mend), {"state": drawn().plan(model).take(model), "jax": jax, "where": where})
+        assert not same(followed["lora"], state["lora"])
+    assert same(state, drawn().plan(model).take(model))
+
+
+@pytest.mark.parametrize("restart", [jnp.zeros_like, lambda array, path: array, functools.partial(noise, key=key())])
+def test_a_key_that_nothing_takes(restart: Any) -> None:
+    model = adapters()
+    state = drawn(restart).plan(model).take(model)
+    with refused(
+        sw.KindError,
+        "key= would do nothing: the restart of lora takes no key.",
+        kind="lora",
+        mend="leave key= out, or take it: restart=lambda array, key: jax.random.normal(key, array.shape, array.dtype)",
+    ):
+        state.restart("lora", key=key())
+    state.restart("lora")
+
+
+def test_averages_take_no_key() -> None:
+    model = adapters()
+    plan = drawn().plan(model, averages={"lora": sw.EMA(0.9)})
+    with refused(
+        sw.KindError,
+        "key= would do nothing: the averages 'ema' begin as copies.",
+        kind="ema",
+        mend="state.restart('ema')",
+    ):
+        plan.take(model).restart("ema", key=key())
+    state = plan.take(model).restart("lora", "ema", key=key())
+    assert same(jax.tree.leaves(state["ema"]), jax.tree.leaves(state["lora"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [
+        (0, "int"),
+        (jax.random.split(jax.random.key(0), 3), "key<fry>[3]"),
+        (jax.random.split(jax.random.PRNGKey(0), 3), "uint32[3, 2]"),
+        (jnp.zeros(2), "float32[2]"),
+        (nnx.Rngs(0), "Rngs"),
+        ("key", "str"),
+    ],
+)
+def test_what_is_not_one_key(wrong: Any, shown: str) -> None:
+    model = adapters()
+    state = drawn().plan(model).take(model)
+    with refused(
+        sw.KindError,
+        f"key= must be one PRNG key, from which each leaf and each slot gets its own, not {shown}.",
+        mend="key=jax.random.key(0)",
+    ):
+        state.restart("lora", key=wrong)
+    assert same(state, drawn().plan(model).take(model))
+
+
+def test_an_initializer_is_not_a_restart() -> None:
+    with refused(
+        sw.KindError,
+        "restart=init is an initializer, of (key, shape, dtype), not a function of one array.",
+        mend="sw.Kind(nnx.Param, restart=lambda array, key: init(key, array.shape, array.dtype))",
+    ) as caught:
+        sw.Kind(nnx.Param, restart=INIT)
+    model = adapters()
+    kind = eval(str(caught.value.mend), {"sw": sw, "nnx": nnx, "init": INIT})
+    assert sw.Kinds(lora=kind, rest=sw.Kind(...)).plan(model).take(model).restart("lora", key=key())
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda: 0, lambda array, other: array, lambda array, key, /: array, lambda *, key: key]
+)
+def test_a_function_that_cannot_be_called_so(wrong: Any) -> None:
+    with pytest.raises(
+        sw.KindError, match=r"^restart=<lambda> cannot be called with one array, and key= and path= by name: "
+    ) as caught:
+        sw.Kind(nnx.Param, restart=wrong)
+    assert caught.value.mend == "sw.Kind(nnx.Param, restart=lambda array, key, path: ...)  # key, path: where needed"
+    assert eval(str(caught.value.mend), {"sw": sw, "nnx": nnx}).restart
+
+
+class Drawing:
+    """A callable of one's own."""
+
+    def __call__(self, array: Any, *, key: Any) -> Any:
+        return noise(array, key)
+
+
+@pytest.mark.parametrize(
+    "restart",
+    [
+        noise,
+        Drawing(),
+        Drawing().__call__,
+        functools.partial(lambda scale, array, key: scale * noise(array, key), 2.0),
+        jax.jit(noise),
+        functools.wraps(noise)(lambda *args, **kwargs: noise(*args, **kwargs)),
+        lambda *args, key: noise(*args, key),
+    ],
+)
+def test_callables_of_every_make(restart: Any) -> None:
+    model = adapters()
+    state = drawn(restart).plan(model).take(model).restart("lora", where=[0], key=key())
+    assert len({array[0].tobytes() for array in values(state)}) == 4
+    assert all((array[1:] == 5).all() for array in values(state))
+
+
+@pytest.mark.parametrize("changed", [lambda array, key: key, lambda array, key: array[0], lambda array, key: 0.0])
+def test_a_restart_that_changes_a_slot(changed: Any) -> None:
+    model = Node(a=nnx.Param(jnp.ones((3, SLOTS))))
+    state = drawn(changed, axis=1).plan(model).take(model)
+    with pytest.raises(sw.StructureError, match=r"^The restart of kind 'lora' changes shapes or dtypes\."):
+        state.restart("lora", where=[0], key=key())
+    assert state["lora"]["a"].all()
+
+
+def test_hints_for_leaves_without_slots_can_be_followed() -> None:
+    model = Node(
+        blocks=nnx.List([Node(k=nnx.Cache(jnp.ones((SLOTS, 2))), index=nnx.Cache(jnp.array(3))) for _ in range(2)]),
+        odd=Node(k=nnx.Cache(jnp.ones(2))),
+        w=nnx.Param(jnp.ones(2)),
+    )
+    for rest in (False, True):
+        cache = sw.Kind(... if rest else nnx.Cache, saved=False, restart=jnp.zeros_like, batch_axis=0)
+        others = {"params": sw.Kind(nnx.Param)} if rest else {"rest": sw.Kind(...)}
+        plan = sw.Kinds(cache=cache, **others).plan(model)
+        with pytest.raises(sw.StructureError, match=r"^Not every leaf of cache has 4 slots") as caught:
+            plan.take(model).restart("cache", where=[1])
+        names: dict[str, Any] = {"plan": plan, "sw": sw, "nnx": nnx, "dataclasses": __import__("dataclasses")}
+        first, last = str(caught.value.mend).split("\n")
+        assert last == "or restart them whole: state.restart('cache')"
+        exec(first, names)
+        state = names["kinds"].plan(model).take(model).restart("cache", where=[1])
+        assert state["cache"]["blocks"][0]["k"].tolist() == [[1, 1], [0, 0], [1, 1], [1, 1]]
+        assert [leaf.kind for leaf in names["kinds"].plan(model).leaves].count("cache_of_all") == 3
+        assert names["kinds"]["cache_of_all"].saved is False
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_missing_restart_takes_no_key() -> None:
+    with refused(
+        sw.KindError,
+        "missing='restart' calls restart without a key, and this one takes a key.",
+        mend="sw.Kind(nnx.Param, missing='keep', restart=...)\n"
+        "and after the restore: state.restart(..., key=jax.random.key(0))",
+    ):
+        sw.Kind(nnx.Param, missing="restart", restart=noise)
+
+
+def test_a_restore_tells_the_path_and_keeps_what_would_be_drawn(tmp_path: pathlib.Path) -> None:
+    model = adapters()
+    small = Node(w=nnx.BatchStat(jnp.zeros(3)))
+    sw.save(tmp_path / "a", drawn().plan(small).take(small))
+
+    def by_path(array: Any, path: tuple[Any, ...]) -> Any:
+        return jnp.full_like(array, len(str(path[-1])) if path[-1] == "lora_b" else path[1])
+
+    plan = drawn(by_path, missing="restart").plan(model)
+    state, report = sw.restore(tmp_path / "a", plan.abstract())
+    assert report.counts["lora"] == {"restarted": 4}
+    assert [array.flat[0] for array in values(state)] == [0, 6, 1, 6]
+
+    unsaved = drawn(saved=False).plan(model)
+    kept, report = sw.restore(tmp_path / "a", unsaved.take(model))
+    assert report.counts["lora"] == {"kept": 4}
+    assert same(kept["lora"], unsaved.take(model)["lora"])
+    with pytest.raises(sw.RestoreError, match="its restart takes a key, which a restore does not have") as caught:
+        sw.restore(tmp_path / "a", unsaved.abstract())
+    assert caught.value.mend == (
+        "restore into a state with values: sw.restore(path, plan.take(model)), "
+        "and then: state.restart('lora', key=jax.random.key(0))"
+    )
