@@ -191,7 +191,7 @@ def convert(
             "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
             mend="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
         )
-    final = None if dst is None else destination(dst)
+    final = None if dst is None else destination(dst, to)
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
     fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
     conversion = _conversion(source, final, to, fitted)

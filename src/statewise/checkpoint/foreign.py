@@ -18,8 +18,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from statewise import _compat
 from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.locating import check_usable, place_of
 from statewise.checkpoint.manifest import NAME
 from statewise.checkpoint.sources import Entry, Source, is_linen
 from statewise.checkpoint.writing import tree_handler
@@ -29,7 +29,6 @@ from statewise.paths import Leaf, format_path
 
 __all__ = [
     "SAFETENSORS_DTYPES",
-    "absolute",
     "foreign_leaves",
     "is_foreign",
     "items_with",
@@ -69,16 +68,10 @@ def is_foreign(path: Any) -> bool:
     """Whether something stands at a path that is no checkpoint of Statewise, but that `open_path` may read."""
     if not isinstance(path, (str, os.PathLike)):
         return False
-    folder = absolute(path)
+    folder = place_of(path)
     return folder.is_file() or (
         folder.is_dir() and not items_with(folder, NAME) and bool(items_with(folder, ORBAX_FILE))
     )
-
-
-def absolute(path: Any) -> Any:
-    """A path as Orbax wants it: a local one from the root."""
-    text = os.fspath(path)
-    return _compat.epath(text if "://" in text else os.path.abspath(text))
 
 
 def open_path(path: Any) -> Source:
@@ -88,7 +81,7 @@ def open_path(path: Any) -> Source:
       RestoreError: there is nothing, or nothing that is known here.
       DamagedError: it is not what was written.
     """
-    folder = absolute(path)
+    folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     if not folder.exists():
         raise RestoreError(
             f"There is nothing at {folder}.", mend="the path of a checkpoint's directory, or of a .safetensors file"
@@ -218,6 +211,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _open_orbax(folder: Any) -> Source:
+    check_usable(folder)
     handler = tree_handler()
     try:
         tree = handler.metadata(folder)

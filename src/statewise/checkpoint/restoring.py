@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from statewise.averages import EMA
 from statewise.census import Census
 from statewise.checkpoint.devices import resized
-from statewise.checkpoint.finding import as_path, find, find_with_base
+from statewise.checkpoint.finding import find, find_with_base
 from statewise.checkpoint.foreign import foreign_leaves, is_foreign
 from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.locating import place_of
 from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
 from statewise.checkpoint.parsing import read_manifest
@@ -131,7 +132,7 @@ def inspect(path: Any) -> Census:
 
 def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
     """The leaves of what `inspect` counts, and the treatment of each kind in words; reads no array."""
-    path = as_path(path)
+    path = place_of(path)
     if is_foreign(path):
         leaves = foreign_leaves(path)
         return leaves, dict.fromkeys((leaf.kind or "" for leaf in leaves), "-")
