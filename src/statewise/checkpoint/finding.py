@@ -10,6 +10,7 @@ from typing import Any
 from statewise.checkpoint.locating import check_usable, place_of
 from statewise.checkpoint.manifest import NAME, Manifest
 from statewise.checkpoint.parsing import read_manifest
+from statewise.checkpoint.recognizing import recognized, within
 from statewise.errors import DamagedError, RestoreError
 
 __all__ = ["find", "find_with_base"]
@@ -19,7 +20,7 @@ def find(path: Any) -> Any:
     """The folder of a checkpoint; of a step, that of its one item which is a state.
 
     Raises:
-      RestoreError: there is nothing, or this is no path.
+      RestoreError: there is nothing, this is no path, or it is that of a file of another format.
       DamagedError: what is there is none of ours.
     """
     folder = place_of(path)
@@ -28,15 +29,22 @@ def find(path: Any) -> Any:
             f"There is nothing at {folder}.",
             mend="sw.save(path, state) writes a checkpoint; look for it beside this path",
         )
+    if folder.is_file():
+        found = recognized(folder)
+        raise RestoreError(f"{folder} is not a checkpoint of Statewise, but {found.what}.", mend=found.mend)
     if not (folder / NAME).exists():
         items = _items(folder)
         if len(items) == 1 and items[0].parent == folder:  # a step of a run: its one item that is a state
             check_usable(items[0])
             return items[0]
+        inside = None if items else within(folder)
         raise DamagedError(
-            f"{folder} is no checkpoint of Statewise: it has no {NAME}.",
+            f"{folder} is no checkpoint of Statewise: it has no {NAME}"
+            + (f", but it {inside.what}." if inside else "."),
             mend=f"one of its items is: {str(items[0])!r}"
             if items
+            else inside.mend
+            if inside
             else f"sw.convert({str(folder)!r}, ...) reads a plain Orbax checkpoint",
         )
     check_usable(folder)

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from statewise.checkpoint.keys import dtype_of
 from statewise.checkpoint.locating import check_usable, place_of
 from statewise.checkpoint.manifest import NAME
+from statewise.checkpoint.recognizing import recognized, within
 from statewise.checkpoint.sources import Entry, Source, is_linen
 from statewise.checkpoint.writing import tree_handler
 from statewise.derived import plain_key
@@ -99,9 +100,11 @@ def open_path(path: Any) -> Source:
     steps = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and items_with(entry, ORBAX_FILE)]
     if steps:
         raise RestoreError(f"{folder} holds several steps.", mend=f"the path of one of them: {str(steps[-1])!r}")
+    inside = within(folder)
     raise RestoreError(
-        f"{folder} is no checkpoint that is known here: it has neither {NAME} nor Orbax's {ORBAX_FILE}.",
-        mend="a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
+        f"{folder} is no checkpoint that is known here: it has neither {NAME} nor Orbax's {ORBAX_FILE}"
+        + (f", but it {inside.what}." if inside else "."),
+        mend=inside.mend if inside else "a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
     )
 
 
@@ -155,6 +158,7 @@ def _open_safetensors(path: FilePath) -> Source:
             (length,) = struct.unpack("<Q", raw.read(8))
             header = json.loads(raw.read(length))
     except (package.SafetensorError, OSError, ValueError) as error:
+        _refuse_other(path)
         raise DamagedError(
             f"{path} is damaged, or no safetensors file: {_first_line(error)}.",
             mend="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
@@ -188,6 +192,16 @@ def _open_safetensors(path: FilePath) -> Source:
         return arrays
 
     return Source(str(path), "safetensors", tuple(entries), read)
+
+
+def _refuse_other(path: FilePath) -> None:
+    """Raises where a file is of another format: then it is not damaged."""
+    try:
+        found = recognized(path)
+    except OSError:
+        return  # which is what is said of it then
+    if found.certain or not (path.name.endswith(".safetensors") or found.what == "a safetensors file"):
+        raise RestoreError(f"{path} is not a checkpoint, but {found.what}.", mend=found.mend)
 
 
 def _told(text: str | None) -> dict[str, dict[str, Any]]:
