@@ -116,7 +116,7 @@ def _literal_path() -> Any:
 
     local: Any = type(epath.Path("/"))
 
-    class LiteralPath(local):  # type: ignore[misc]
+    class LiteralPath(local):
         """A local path whose names are what they are, for Orbax to join with patterns and to look into.
 
         Its base class takes brackets and stars in the path itself for a pattern too, so that Orbax finds nothing below
