@@ -25,7 +25,7 @@ from flax import nnx
 from statewise import _compat
 from statewise.checkpoint.foreign import SAFETENSORS_DTYPES, safetensors_package
 from statewise.checkpoint.keys import OrbaxKeys, type_name
-from statewise.checkpoint.locating import new_place, short_name
+from statewise.checkpoint.locating import make_folder, new_place, short_name
 from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import _STORABLE
 from statewise.checkpoint.saving import flush
@@ -243,7 +243,8 @@ def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePa
     folder = final.parent / f".{short_name(final.name)}.tmp-{secrets.token_hex(4)}"
     place = folder / "converted"  # a name that leaves room for what Orbax adds to it
     try:
-        folder.mkdir(parents=True)
+        make_folder(folder.parent)
+        folder.mkdir()
         with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [folder]):
             yield place
         flush(place)

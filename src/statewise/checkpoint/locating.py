@@ -17,7 +17,17 @@ from typing import Any
 from statewise import _compat
 from statewise.errors import RestoreError, SaveError
 
-__all__ = ["check_usable", "is_url", "new_place", "obstacle", "place_of", "short_name", "spec_of", "steps_in"]
+__all__ = [
+    "check_usable",
+    "is_url",
+    "make_folder",
+    "new_place",
+    "obstacle",
+    "place_of",
+    "short_name",
+    "spec_of",
+    "steps_in",
+]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 # What TensorStore calls an object store, by the beginning of its URLs.
@@ -165,6 +175,13 @@ def steps_in(directory: Any) -> Any:
     place = FilePath(_absolute(text))
     check_usable(place, writing=True)
     return place
+
+
+def make_folder(folder: FilePath) -> None:
+    """Makes a directory and those above it, however many: `mkdir(parents=True)` calls itself for each."""
+    for one in reversed((folder, *folder.parents)):
+        if not one.is_dir():
+            one.mkdir(exist_ok=True)
 
 
 def short_name(name: str) -> str:

@@ -24,7 +24,7 @@ from statewise import _compat
 from statewise.census import Census
 from statewise.checkpoint.extras import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
 from statewise.checkpoint.items import checkpointable
-from statewise.checkpoint.locating import is_url, steps_in
+from statewise.checkpoint.locating import is_url, make_folder, steps_in
 from statewise.checkpoint.manifest import NAME
 from statewise.checkpoint.progress import LARGE, bar
 from statewise.checkpoint.records import check_savable
@@ -128,6 +128,8 @@ class Checkpoints:
         try:
             if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
+            if isinstance(self._directory, FilePath) and self._options.create:
+                make_folder(self._directory)
             self._manager = self._opened()
         except OSError as error:
             raise SaveError(
@@ -186,7 +188,7 @@ class Checkpoints:
             step_format_fixed_length=self._options.step_format_fixed_length,
         )
 
-    def save(self, step: int | Any, state: State | Any, /, *, force: bool = False, **extra: Any) -> bool:
+    def save(self, step: int | Any, state: State | Any, /, *, force: bool | Any = False, **extra: Any) -> bool:
         """Saves a step.
 
         Args:

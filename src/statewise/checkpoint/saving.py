@@ -25,7 +25,7 @@ from statewise.checkpoint.checksums import sums_of
 from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
 from statewise.checkpoint.laying import lay_out
-from statewise.checkpoint.locating import new_place, short_name
+from statewise.checkpoint.locating import make_folder, new_place, short_name
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
 from statewise.checkpoint.progress import growing
@@ -124,7 +124,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
     first = jax.process_index() == 0
     try:
         if first:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(final.parent)
             _clear_abandoned(final)
             temporary.mkdir()
         _sync("begun")
