@@ -71,6 +71,27 @@ def test_inspect_counts_what_others_wrote(run: Run) -> None:
     assert (status, json.loads(out)["total"]["bytes"]) == (0, 12)
 
 
+@pytest.mark.parametrize("name", ["run#3", "lr%3D0.1", "-run", "a b\nc", "[a]*", "caf\u00e9", "a:b"])
+def test_a_path_may_have_any_letter(run: Run, name: str) -> None:
+    Path("first").rename(name)
+    status, out, _ = run("inspect", "--", name)
+    assert (status, out) == (0, f"{sw.inspect(name)}\n")
+    assert run("diff", "--", name, name)[0] == 0
+    assert run("convert", "--to", "orbax", "--", name, f"{name}.plain")[0] == 0
+    assert run("convert", "--", f"{name}.plain", f"{name}.safetensors")[0] == 0
+    assert sw.inspect(f"{name}.safetensors").total.elements == sw.inspect(name)["params"].elements
+
+
+def test_what_a_terminal_cannot_show_is_shown_escaped(run: Run) -> None:
+    safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, "\udcff.safetensors")
+    status, out, _ = run("convert", "--dry-run", "--to", "orbax", "\udcff.safetensors", "made")
+    assert status == 0
+    assert "\\udcff.safetensors to " in out
+    status, _, err = run("convert", "\udcff.safetensors", "a\udcff", "--to", "orbax")
+    assert status != 0
+    assert "it is not UTF-8, and TensorStore takes text alone" in err
+
+
 def test_damage_is_a_finding(run: Run) -> None:
     Path("broken.safetensors").write_bytes(b"x" * 20)
     status, out, err = run("inspect", "broken.safetensors")

@@ -24,28 +24,6 @@ def state_of(**values: Any) -> sw.State:
     return sw.plan(model).take(model)
 
 
-BRACKETS = "a path without [ and ]"
-
-
-def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "run[lr=0.1]"
-    message = f"There are brackets in {path}, which Orbax takes for a pattern."
-    with refused(sw.SaveError, message, mend=BRACKETS):
-        sw.save(path, state_of(a=jnp.ones(2)))
-    with refused(sw.SaveError, message, mend=BRACKETS):
-        sw.Checkpoints(path)
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_manager_of_orbax_s_on_such_a_path_fails_aloud(tmp_path: pathlib.Path) -> None:
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with (
-        ocp.CheckpointManager(tmp_path / "run[1]", options=options) as manager,
-        pytest.raises(sw.SaveError, match="are there brackets in its path"),
-    ):
-        manager.save(1, args=ocp.args.Composite(state=sw.checkpointable(state_of(a=jnp.ones(2)))))
-
-
 def test_numbers_of_64_bits_are_not_cut_where_there_are_none(tmp_path: pathlib.Path) -> None:
     with jax.enable_x64(True):
         wide = state_of(a=jnp.arange(3, dtype="int64") * 2**33)

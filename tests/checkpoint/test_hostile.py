@@ -159,11 +159,12 @@ def test_a_file_that_lies_outside_is_refused(name: str, folder: Path) -> None:
 
 def test_a_file_whose_name_is_no_text_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["files"].update({"a\ud800": {"bytes": 3}}))
-    with damaged(folder, "it is no JSON of a manifest"):
+    with damaged(folder, "the name of a file is not UTF-8"):
         sw.restore(folder, state())
 
 
 SHA = "0" * 64
+PAIR = "a pair of numbers is not a list of two"
 FACTS: list[tuple[dict[str, Any], str]] = [
     ({}, "a file has other fields"),
     ({"bytes": 9, "size": 9}, "a file has other fields"),
@@ -177,7 +178,7 @@ FACTS: list[tuple[dict[str, Any], str]] = [
     ({"bytes": 9, "sha256": SHA, "parts": [[0, 2], [1, 2]]}, "the parts of a file overlap"),
     ({"bytes": 9, "sha256": SHA, "parts": [[2, 0]]}, "the parts of a file overlap"),
     ({"bytes": 9, "sha256": SHA, "parts": [[True, 1]]}, "a number is no count"),
-    ({"bytes": 9, "sha256": SHA, "parts": [[0]]}, "it is no JSON of a manifest"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[0]]}, PAIR),
 ]
 
 
@@ -197,7 +198,24 @@ def test_a_key_that_orbax_could_read_as_another_is_refused(key: Any, folder: Pat
 
 def test_a_key_that_is_no_text_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=["a\ud800"], buffer=None))
-    with damaged(folder, "it is no JSON of a manifest"):
+    with damaged(folder, "a key is not UTF-8"):
+        sw.restore(folder, state())
+
+
+@pytest.mark.parametrize("sums", [[], [1], [1, 2, 3], "12", None, {"a": 1, "b": 2}], ids=str)
+@pytest.mark.parametrize("field", ["sums", "buffer", "stored"])
+def test_a_pair_that_is_none_is_named(sums: Any, field: str, folder: Path) -> None:
+    if field != "sums" and sums is None:
+        return  # which says that there is none
+    rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update({field: sums}))
+    with damaged(folder, "a stored array is not a list of two" if field == "stored" else PAIR):
+        sw.restore(folder, state())
+
+
+@pytest.mark.parametrize("path", [[{"float": "x"}], [{"bytes": "x"}]], ids=str)
+def test_a_path_that_no_key_is_made_of_is_named(path: Any, folder: Path) -> None:
+    rewritten(folder, lambda content: content["leaves"][0].update(path=path))
+    with damaged(folder, "a path is none"):
         sw.restore(folder, state())
 
 

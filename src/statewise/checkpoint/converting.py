@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise.checkpoint.exporting import FORMATS, Piece, destination, export
-from statewise.checkpoint.fitting import Fit, fit, fit_alone
+from statewise.checkpoint.fitting import Fit, compare_tied, fit, fit_alone
 from statewise.checkpoint.opening import open_any
 from statewise.checkpoint.records import unpacked
 from statewise.checkpoint.saving import save
@@ -151,7 +151,8 @@ def convert(
         by default what the end of `dst` tells, `.safetensors` or not.
       rename: from names in the source to the paths of leaves, `layers/0/kernel`, as a mapping or a function; None
         leaves a name out.  A mapping leaves names that it does not have as they are.
-      dry_run: reads no array, writes nothing, and raises for no disagreement.
+      dry_run: writes nothing, raises for no disagreement, and reads no array but those that a source has of a tied
+        leaf under several of its names: they have to be equal.
       cast: allows other dtypes, floating-point to floating-point and integer to integer.
 
     Returns:
@@ -192,9 +193,10 @@ def convert(
             "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
             mend="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
         )
-    final = None if dst is None else destination(dst)
+    final = None if dst is None else destination(dst, to)
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
     fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
+    compare_tied(source, fitted)
     conversion = _conversion(source, final, to, fitted)
     if dry_run:
         return conversion

@@ -25,6 +25,7 @@ from flax import nnx
 from statewise import _compat
 from statewise.checkpoint.foreign import SAFETENSORS_DTYPES, safetensors_package
 from statewise.checkpoint.keys import OrbaxKeys, type_name
+from statewise.checkpoint.locating import make_folder, new_place, short_name
 from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import _STORABLE
 from statewise.checkpoint.saving import flush
@@ -127,6 +128,9 @@ def obstacles(to: str, pieces: Sequence[Piece]) -> tuple[list[Leaf], list[str]]:
                 f"hold it in an nnx.Variable, or leave it out: rename={{{piece.source!r}: None}}",
             )
             continue
+        if not _is_utf8("".join(key)):
+            say(piece, "has a name that is not UTF-8", _RENAME_ONE)
+            continue
         other = first.setdefault(".".join(key), piece)  # which is how Orbax writes a key
         if other is not piece:
             say(piece, f"would have the same name as {format_path(other.path)}", _RENAME)
@@ -137,7 +141,12 @@ def obstacles(to: str, pieces: Sequence[Piece]) -> tuple[list[Leaf], list[str]]:
     return wrong, list(mends)
 
 
+_RENAME_ONE = "give it another name: rename={'name in the source': 'another/path'}"
 _RENAME = "give them names that differ: rename={'name in the source': 'another/path'}"
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def keys_of(to: str, pieces: Sequence[Piece]) -> list[tuple[str, ...] | None]:
@@ -162,25 +171,18 @@ def safetensors_name(path: Path) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def destination(path: Any) -> FilePath:
+def destination(path: Any, to: str = "orbax") -> FilePath:
     """Where to write.
 
     Raises:
-      SaveError: there is something already, or it is no place to write to.
+      SaveError: there is something already, or it cannot be written to.
     """
-    try:
-        text = os.fspath(path)
-    except TypeError:
-        raise SaveError(f"{type(path).__name__} is no path.", mend="sw.convert(src, 'run/converted')") from None
-    if "://" in text:
-        raise SaveError(
-            f"{text} is on an object store, which cannot rename a directory at once.",
-            mend="convert to a local path, and copy what is there then",
-        )
-    final = FilePath(text).absolute()
-    if final.exists() or final.is_symlink():
-        raise SaveError(f"There is something at {final} already, and nothing is written over.", mend="another path")
-    return final
+    return new_place(
+        path,
+        arrays=to != "safetensors",
+        example="sw.convert(src, 'run/converted')",
+        store="convert to a local path, and copy what is there then",
+    )
 
 
 def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> Any:
@@ -238,10 +240,11 @@ def _told(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 @contextlib.contextmanager
 def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePath]:
     """A place to write arrays to, which has the final name when all went well, and is gone when not."""
-    folder = final.parent / f".{final.name}.tmp-{secrets.token_hex(4)}"
-    place = folder / final.name
+    folder = final.parent / f".{short_name(final.name)}.tmp-{secrets.token_hex(4)}"
+    place = folder / "converted"  # a name that leaves room for what Orbax adds to it
     try:
-        folder.mkdir(parents=True)
+        make_folder(folder.parent)
+        folder.mkdir()
         with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [folder]):
             yield place
         flush(place)

@@ -11,6 +11,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from statewise.checkpoint.locating import obstacle
+from statewise.checkpoint.manifest import NAME
 from statewise.errors import SaveError
 
 __all__ = ["ITEM", "bytes_in", "check_counts", "check_metrics", "extra_item", "metrics_of"]
@@ -29,6 +31,12 @@ _OPTIONS = {
 }
 
 
+# What Orbax and Statewise put into a step themselves, or make of such a name.
+_TAKEN = ("_CHECKPOINT_METADATA", "commit_success.txt", "default", "self", NAME)
+# A name may have 255 bytes, and Orbax adds some to it while it writes.
+_LONGEST = 200
+
+
 def check_counts(max_to_keep: int | None, every: int) -> None:
     """Raises where a count of steps is none."""
     for name, count in (("max_to_keep", max_to_keep), ("every", every)):
@@ -45,8 +53,9 @@ def extra_item(name: str, given: Any) -> Any:
             f"An extra item cannot be called {name!r}: that is an option of {_OPTIONS[name][0]}, and none of a step's.",
             mend=_OPTIONS[name][1],
         )
-    if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
-        raise SaveError(f"An extra item cannot be called {name!r}: it is a folder of the step.", mend="another name")
+    why = _unusable(name)
+    if why:
+        raise SaveError(f"An extra item cannot be called {name!r}: {why}.", mend="another name")
     if isinstance(given, ocp.args.CheckpointArgs):
         return given
     try:
@@ -57,6 +66,19 @@ def extra_item(name: str, given: Any) -> Any:
             mend="numbers as Python has them, float(loss) say; or an ocp.args.CheckpointArgs, such as "
             "ocp.args.PyTreeSave(...)",
         ) from error
+
+
+def _unusable(name: str) -> str:
+    """Why a folder of a step cannot have this name; empty if it can."""
+    if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        return "it is a folder of the step"
+    if name in _TAKEN:
+        return "that name is taken by Orbax or Statewise"
+    why, _ = obstacle(name)
+    if why:
+        return why
+    size = len(os.fsencode(name))
+    return f"it has {size} bytes, and may have {_LONGEST}" if size > _LONGEST else ""
 
 
 def _number(value: Any) -> Any:

@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from statewise import _compat
+from statewise.checkpoint.locating import spec_of
 from statewise.checkpoint.manifest import NAME
 
-__all__ = ["HASHED", "database", "files_of", "sha256_of"]
+__all__ = ["HASHED", "files_of", "sha256_of"]
 
 # Files up to this size have a SHA-256 of all their bytes.
 SMALL_FILE = 1024 * 1024
@@ -27,12 +28,6 @@ _OF_ORBAX = "_CHECKPOINT_METADATA"
 _VALUE = re.compile(r"value:([^:]*):([^:]*):([0-9]+):([0-9]+)")
 
 Parts = Sequence[Sequence[int]]
-
-
-def database(directory: Any) -> str:
-    """The address by which TensorStore finds a directory."""
-    text = str(directory if directory.is_absolute() else directory.absolute())  # TensorStore takes no other
-    return f"{text}/" if "://" in text else f"file://{text}/"
 
 
 def files_of(directory: Any) -> dict[str, dict[str, Any]]:
@@ -102,7 +97,7 @@ def _values(directory: Any, names: Collection[str]) -> Iterator[tuple[str, int, 
     if not (directory / "manifest.ocdbt").exists():
         return
     ts = _compat.tensorstore()
-    store = ts.KvStore.open(database(directory)).result()
+    store = ts.KvStore.open(spec_of(directory)).result()
     versions = ts.ocdbt.dump(store).result()["versions"]
     nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []
     while nodes:

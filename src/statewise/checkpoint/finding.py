@@ -3,53 +3,51 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Mapping
-from pathlib import Path as FilePath
 from typing import Any
 
-from statewise import _compat
+from statewise.checkpoint.locating import check_usable, place_of
 from statewise.checkpoint.manifest import NAME, Manifest
 from statewise.checkpoint.parsing import read_manifest
+from statewise.checkpoint.recognizing import recognized, within
 from statewise.errors import DamagedError, RestoreError
 
-__all__ = ["as_path", "find", "find_with_base"]
-
-
-def as_path(path: Any) -> Any:
-    """A path on whatever file system Orbax can read.
-
-    Raises:
-      RestoreError: this is no path.
-    """
-    try:
-        return _compat.epath(os.fspath(path))
-    except TypeError:
-        raise RestoreError(f"{type(path).__name__} is no path.", mend="sw.restore('run/step_100', target)") from None
+__all__ = ["find", "find_with_base"]
 
 
 def find(path: Any) -> Any:
     """The folder of a checkpoint; of a step, that of its one item which is a state.
 
     Raises:
-      RestoreError: there is nothing, or this is no path.
+      RestoreError: there is nothing, this is no path, or it is that of a file of another format.
       DamagedError: what is there is none of ours.
     """
-    folder = as_path(path)
+    folder = place_of(path)
     if not folder.exists():
         raise RestoreError(
             f"There is nothing at {folder}.",
             mend="sw.save(path, state) writes a checkpoint; look for it beside this path",
         )
+    if folder.is_file():
+        found = recognized(folder)
+        raise RestoreError(f"{folder} is not a checkpoint of Statewise, but {found.what}.", mend=found.mend)
     if not (folder / NAME).exists():
         items = _items(folder)
         if len(items) == 1 and items[0].parent == folder:  # a step of a run: its one item that is a state
+            check_usable(items[0])
             return items[0]
+        inside = None if items else within(folder)
         raise DamagedError(
-            f"{folder} is no checkpoint of Statewise: it has no {NAME}.",
+            f"{folder} is no checkpoint of Statewise: it has no {NAME}"
+            + (f", but it {inside.what}." if inside else "."),
             mend=f"one of its items is: {str(items[0])!r}"
             if items
+            else inside.mend
+            if inside
             else f"sw.convert({str(folder)!r}, ...) reads a plain Orbax checkpoint",
         )
+    check_usable(folder)
     return folder
 
 
@@ -94,16 +92,24 @@ def find_with_base(path: Any, base: Any = None) -> tuple[list[Any], list[Manifes
 
 
 def _base_of(folder: Any, recorded: Mapping[str, str], given: Any) -> Any:
-    where = (
-        os.fspath(as_path(given)) if given is not None else FilePath(str(folder)).absolute().parent / recorded["path"]
-    )
-    place = _compat.epath(os.path.normpath(where))
+    places = [place_of(given)] if given is not None else _recorded(folder, recorded["path"])
+    place = next((place for place in places if (place / NAME).exists()), places[0])
     if not (place / NAME).exists():
         raise RestoreError(
             f"{folder} was saved over another checkpoint, which is not at {place}.",
             mend="say where it is now: sw.restore(path, target, base=...)",
         )
+    check_usable(place)
     return place
+
+
+def _recorded(folder: Any, path: str) -> list[Any]:
+    """Where a checkpoint says that its base is, from where it is itself: where links lead, and as its path has it."""
+    scheme, slashes, own = str(folder).rpartition("://")
+    if slashes:
+        return [place_of(f"{scheme}://{posixpath.normpath(posixpath.join(posixpath.dirname(own), path))}")]
+    parents = dict.fromkeys([os.path.dirname(os.path.realpath(own)), os.path.dirname(own)])
+    return [place_of(os.path.normpath(os.path.join(parent, path))) for parent in parents]
 
 
 def _checked(place: Any, recorded: Mapping[str, str]) -> Manifest:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from statewise import _compat
@@ -21,14 +22,15 @@ from statewise.casting import can_cast
 from statewise.checkpoint.exporting import Piece, collection_of, obstacles
 from statewise.checkpoint.keys import OrbaxKeys
 from statewise.checkpoint.manifest import ArrayRecord
+from statewise.checkpoint.moved import arguments, objects
 from statewise.checkpoint.records import Placed, records_of
 from statewise.checkpoint.sources import ARRAY, Entry, Source, is_linen, known_collection
-from statewise.errors import RestoreError
+from statewise.errors import RestoreError, StructureError
 from statewise.layout import OPTIMIZER
 from statewise.paths import Leaf, Path, format_path, format_shape
 from statewise.state import State
 
-__all__ = ["Fit", "fit", "fit_alone"]
+__all__ = ["Fit", "compare_tied", "fit", "fit_alone"]
 
 CAST = "sw.convert(src, dst, ..., cast=True)"
 RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's left_over"
@@ -44,6 +46,8 @@ class Fit:
     problems: list[Leaf] = dataclasses.field(default_factory=list)
     left_over: list[str] = dataclasses.field(default_factory=list)
     mends: dict[str, None] = dataclasses.field(default_factory=dict)
+    # Tied leaves that the source has under more than one of their paths: the leaf, what it is made of, another.
+    tied: list[tuple[Leaf, Entry, Entry]] = dataclasses.field(default_factory=list)
 
     def problem(self, leaf: Leaf, note: str, mend: str) -> None:
         """Notes what is in the way of one leaf."""
@@ -57,9 +61,34 @@ class Fit:
         self.problems = list(dict.fromkeys([*self.problems, *wrong]))
         self.missing, self.kept = list(dict.fromkeys(self.missing)), list(dict.fromkeys(self.kept))
         self.mends |= dict.fromkeys(mends)
-        used = {piece.source for piece in self.pieces}
+        used = {piece.source for piece in self.pieces} | {other.name for _, _, other in self.tied}
         self.left_over = [entry.name for entry in source.entries if entry.name not in used] + list(source.others)
         return self
+
+
+def compare_tied(source: Source, fitted: Fit) -> None:
+    """Notes as problems the tied leaves that have different values in a source: of one leaf only one can be kept.
+
+    These alone are read for it, also for a dry run; a source without values has none to compare.
+    """
+    alike = [(leaf, one, other) for leaf, one, other in fitted.tied if one.shape == other.shape]
+    try:
+        arrays = source.read({entry.name for _, *entries in alike for entry in entries}) if alike else {}
+    except StructureError:
+        alike = []
+    for leaf, one, other in fitted.tied:
+        is_alike = (leaf, one, other) in alike
+        if one.shape == other.shape and (not is_alike or same_values(arrays[one.name], arrays[other.name])):
+            continue
+        mend = f"untie the leaves in the model before planning it, or leave one out: rename={{{other.name!r}: None}}"
+        fitted.problem(leaf, f"is tied, and has two different values in the source: {one.name} and {other.name}", mend)
+
+
+def same_values(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays hold the same numbers, whatever their dtypes."""
+    if one.dtype != other.dtype:
+        one, other = (array.astype(np.result_type(array.dtype, np.float64)) for array in (one, other))
+    return one.tobytes() == other.tobytes() or bool(np.array_equal(one, other))
 
 
 def _renamed(source: Source, rename: Mapping[str, str | None] | Callable[[str], str | None] | Any) -> dict[str, Any]:
@@ -147,13 +176,14 @@ def fit(source: Source, to: str, target: State, rename: Any, cast: bool) -> Fit:
 
 @dataclasses.dataclass
 class _Wanted:
-    """An array of the target, and the entry that it is found in."""
+    """An array of the target, and the entry that it is found in; of a tied leaf also those of its other paths."""
 
     placed: Placed
     leaf: Leaf
     array: ArrayRecord
     position: int
     entry: Entry | None
+    others: tuple[Entry, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -197,7 +227,7 @@ class _Fitter:
 
     def run(self, to: str) -> Fit:
         wanted = [
-            _Wanted(placed, leaf, array, placed.start + at, self.find(leaf, array))
+            self.wanted(placed, leaf, array, placed.start + at)
             for placed, leaf in zip(records_of(self.target.plan), self.target.plan.leaves, strict=True)
             if self.target.plan.kinds[placed.record.kind].saved
             and not (to == "linen" and collection_of(leaf.type) is None and self.is_derived(leaf))
@@ -208,14 +238,20 @@ class _Fitter:
         for one in wanted:
             if one.entry is not None:
                 self.compare(one, one.entry)
+                self.made.tied += [(one.leaf, one.entry, other) for other in one.others]
             elif 0 in one.stored[0]:
                 self.keep(one, "has no elements: there is nothing to read")
             else:
                 self.absent(one, there)
         return self.made.finished(self.source, to)
 
-    def find(self, leaf: Leaf, array: ArrayRecord) -> Entry | None:
-        """The entry that a leaf is found in, under its first path or another."""
+    def wanted(self, placed: Placed, leaf: Leaf, array: ArrayRecord, position: int) -> _Wanted:
+        entries = self.find(leaf, array)
+        return _Wanted(placed, leaf, array, position, entries[0] if entries else None, tuple(entries[1:]))
+
+    def find(self, leaf: Leaf, array: ArrayRecord) -> list[Entry]:
+        """The entries that a leaf is found in, under its first path and others."""
+        found: dict[str, Entry] = {}
         collection = collection_of(leaf.type)
         for path in (leaf.path, *leaf.aliases):
             text = format_path(path + array.within)
@@ -226,8 +262,9 @@ class _Fitter:
             for candidate in tries:
                 entry = self.by_text.get(self.plain(candidate))
                 if entry is not None:
-                    return entry
-        return None
+                    found.setdefault(entry.name, entry)
+                    break  # the next names are for where this one is not there
+        return list(found.values())
 
     def refuse_doubles(self, wanted: list[_Wanted]) -> None:
         """Two leaves whose paths only look alike (`0` and `"0"`, `a.b` and `a/b`) would get one array."""
@@ -266,7 +303,11 @@ class _Fitter:
         else:
             self.made.mends[RENAME] = None
             keep = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], missing='keep'))"
-            self.made.mends[f"or, to keep the target's values: {keep}"] = None
+            own = f"or, to keep the target's values: {keep}"
+            # An abstract target has none.
+            plan = f"kinds.plan({arguments(self.target.plan)}).take({objects(self.target.plan)})"
+            others = f"or, to begin with a model's values: kinds = {keep}; target = {plan}"
+            self.made.mends[own if self.has_values[kind] else others] = None
 
     def where(self, one: _Wanted) -> str:
         """That it is missing, and where something of its path is instead."""

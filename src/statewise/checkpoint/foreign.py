@@ -18,9 +18,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from statewise import _compat
 from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.locating import check_usable, place_of
 from statewise.checkpoint.manifest import NAME
+from statewise.checkpoint.recognizing import recognized, within
 from statewise.checkpoint.sources import Entry, Source, is_linen
 from statewise.checkpoint.writing import tree_handler
 from statewise.derived import plain_key
@@ -29,7 +30,6 @@ from statewise.paths import Leaf, format_path
 
 __all__ = [
     "SAFETENSORS_DTYPES",
-    "absolute",
     "foreign_leaves",
     "is_foreign",
     "items_with",
@@ -69,16 +69,10 @@ def is_foreign(path: Any) -> bool:
     """Whether something stands at a path that is no checkpoint of Statewise, but that `open_path` may read."""
     if not isinstance(path, (str, os.PathLike)):
         return False
-    folder = absolute(path)
+    folder = place_of(path)
     return folder.is_file() or (
         folder.is_dir() and not items_with(folder, NAME) and bool(items_with(folder, ORBAX_FILE))
     )
-
-
-def absolute(path: Any) -> Any:
-    """A path as Orbax wants it: a local one from the root."""
-    text = os.fspath(path)
-    return _compat.epath(text if "://" in text else os.path.abspath(text))
 
 
 def open_path(path: Any) -> Source:
@@ -88,7 +82,7 @@ def open_path(path: Any) -> Source:
       RestoreError: there is nothing, or nothing that is known here.
       DamagedError: it is not what was written.
     """
-    folder = absolute(path)
+    folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     if not folder.exists():
         raise RestoreError(
             f"There is nothing at {folder}.", mend="the path of a checkpoint's directory, or of a .safetensors file"
@@ -106,9 +100,11 @@ def open_path(path: Any) -> Source:
     steps = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and items_with(entry, ORBAX_FILE)]
     if steps:
         raise RestoreError(f"{folder} holds several steps.", mend=f"the path of one of them: {str(steps[-1])!r}")
+    inside = within(folder)
     raise RestoreError(
-        f"{folder} is no checkpoint that is known here: it has neither {NAME} nor Orbax's {ORBAX_FILE}.",
-        mend="a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
+        f"{folder} is no checkpoint that is known here: it has neither {NAME} nor Orbax's {ORBAX_FILE}"
+        + (f", but it {inside.what}." if inside else "."),
+        mend=inside.mend if inside else "a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
     )
 
 
@@ -162,6 +158,7 @@ def _open_safetensors(path: FilePath) -> Source:
             (length,) = struct.unpack("<Q", raw.read(8))
             header = json.loads(raw.read(length))
     except (package.SafetensorError, OSError, ValueError) as error:
+        _refuse_other(path)
         raise DamagedError(
             f"{path} is damaged, or no safetensors file: {_first_line(error)}.",
             mend="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
@@ -197,6 +194,16 @@ def _open_safetensors(path: FilePath) -> Source:
     return Source(str(path), "safetensors", tuple(entries), read)
 
 
+def _refuse_other(path: FilePath) -> None:
+    """Raises where a file is of another format: then it is not damaged."""
+    try:
+        found = recognized(path)
+    except OSError:
+        return  # which is what is said of it then
+    if found.certain or not (path.name.endswith(".safetensors") or found.what == "a safetensors file"):
+        raise RestoreError(f"{path} is not a checkpoint, but {found.what}.", mend=found.mend)
+
+
 def _told(text: str | None) -> dict[str, dict[str, Any]]:
     """What a file that Statewise wrote says of its leaves: kind, type, PRNG.  Nothing where it is odd."""
     try:
@@ -218,6 +225,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _open_orbax(folder: Any) -> Source:
+    check_usable(folder)
     handler = tree_handler()
     try:
         tree = handler.metadata(folder)

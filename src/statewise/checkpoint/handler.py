@@ -22,6 +22,7 @@ from statewise import _compat
 from statewise.checkpoint.checksums import Sums, held, is_spread, sums_of, sums_of_runs
 from statewise.checkpoint.files import files_of
 from statewise.checkpoint.laying import LaidOut, lay_out
+from statewise.checkpoint.locating import check_usable
 from statewise.checkpoint.manifest import NAME, KindRecord, Manifest, leaves_text, write_manifest
 from statewise.checkpoint.writing import writing_handler
 from statewise.errors import SaveError
@@ -55,6 +56,8 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     async def begin(self, directory: Any, saving: Saving) -> list[Any]:
         """As `async_save`, for other rooms."""
+        check_usable(directory, writing=True)  # by an Orbax manager of the user's own, too
+        directory = _compat.epath(directory)
         laid = lay_out(saving.state, saving.kinds, saving.layout)
         self._manifest = _manifest(saving, laid)
         text = _leaves_text(laid)
@@ -78,11 +81,11 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         leaves = self._leaves.result()
         if any(array.key or array.buffer for leaf in self._manifest.leaves for array in leaf.arrays):
             self._tree.finalize(directory)
-            # Orbax takes brackets in a path for a pattern, merges nothing, and says so in a log alone.
+            # Where Orbax finds nothing to merge, it says so in a log alone.
             if not (directory / "manifest.ocdbt").exists():
                 raise SaveError(
-                    f"Orbax could not put the checkpoint in {directory} together: are there brackets in its path?",
-                    mend="a path without [ and ]",
+                    f"Orbax could not put the checkpoint in {directory} together: it found nothing of its own there.",
+                    mend="a path of plain letters: 'run/step_100'",
                 )
         data = write_manifest(dataclasses.replace(self._manifest, files=files_of(directory)), leaves)
         self._manifest = self._leaves = None
@@ -100,7 +103,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def metadata(self, directory: Any) -> Any:
         """What Orbax knows of the tree."""
-        return self._tree.metadata(directory)
+        return self._tree.metadata(_compat.epath(directory))
 
     def close(self) -> None:
         """Lets Orbax's handler go."""

@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from statewise import _compat
 from statewise.census import Census
 from statewise.checkpoint.extras import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
 from statewise.checkpoint.items import checkpointable
+from statewise.checkpoint.locating import is_url, make_folder, steps_in
 from statewise.checkpoint.manifest import NAME
 from statewise.checkpoint.progress import LARGE, bar
 from statewise.checkpoint.records import check_savable
 from statewise.checkpoint.report import RestoreReport
 from statewise.checkpoint.restoring import inspect, preview, restore
-from statewise.checkpoint.saving import check_brackets, check_layout, kinds_to_save, reason_of
+from statewise.checkpoint.saving import check_layout, kinds_to_save, reason_of
 from statewise.errors import RestoreError, SaveError, StatewiseError
 from statewise.state import State
 
@@ -106,11 +109,10 @@ class Checkpoints:
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
-        check_brackets(directory)
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False
-        self._directory = FilePath(os.fspath(directory)).absolute() if "://" not in str(directory) else directory
+        self._directory = steps_in(directory)
         self._options = options or ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             # Not `save_interval_steps`: with that, Orbax saves the first step whatever its number.
@@ -120,12 +122,14 @@ class Checkpoints:
             enable_async_checkpointing=asynchronous,
             # On a local disk that takes no time. In the background, where it fails what waits for it waits for minutes,
             # and keeps the process from ending for as long.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously="://" in str(directory)),
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=is_url(directory)),
             create=True,
         )
         try:
             if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
+            if isinstance(self._directory, FilePath) and self._options.create:
+                make_folder(self._directory)
             self._manager = self._opened()
         except OSError as error:
             raise SaveError(
@@ -137,8 +141,8 @@ class Checkpoints:
         """Orbax's manager.  It looks at each step, and another process may be removing one of them: then once more."""
         for _ in range(10):
             with contextlib.suppress(FileNotFoundError):
-                return ocp.CheckpointManager(self._directory, options=self._options)
-        return ocp.CheckpointManager(self._directory, options=self._options)
+                return ocp.CheckpointManager(_compat.epath(self._directory), options=self._options)
+        return ocp.CheckpointManager(_compat.epath(self._directory), options=self._options)
 
     @property
     def directory(self) -> Any:
@@ -184,7 +188,7 @@ class Checkpoints:
             step_format_fixed_length=self._options.step_format_fixed_length,
         )
 
-    def save(self, step: int | Any, state: State | Any, /, *, force: bool = False, **extra: Any) -> bool:
+    def save(self, step: int | Any, state: State | Any, /, *, force: bool | Any = False, **extra: Any) -> bool:
         """Saves a step.
 
         Args:
@@ -206,6 +210,8 @@ class Checkpoints:
             raise SaveError(
                 f"Checkpoints({str(self._directory)!r}) is closed.", mend="save within its `with`, or before close()"
             )
+        if not isinstance(force, (bool, np.bool_)):
+            raise SaveError(f"force={force!r} is neither True nor False.", mend="another name, for an extra item")
         item = checkpointable(state, layout=self._layout)
         # Before Orbax begins: a save of its that fails halfway is in progress for ever.
         check_savable(item.state, kinds_to_save(item.state, None))
@@ -278,12 +284,10 @@ class Checkpoints:
         assert step is not None, "path has found one"
         names = (extra,) if isinstance(extra, str) else extra
         asked = dict(names) if isinstance(names, Mapping) else {name: ocp.args.JsonRestore() for name in names}
-        missing = [name for name in asked if not (path.parent / name).exists()]
+        there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        missing = [name for name in asked if name not in there]
         if missing:
-            raise RestoreError(
-                f"Step {step} has no item {missing[0]!r}.",
-                mend="one of: " + ", ".join(sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())),
-            )
+            raise RestoreError(f"Step {step} has no item {missing[0]!r}.", mend="one of: " + ", ".join(there))
         state, report = restore(path, target, only=only, cast=cast, members=members)
         items = dict(self._manager.restore(step, args=ocp.args.Composite(**asked)).items()) if asked else {}
         return Restored(state, report, step, items)
@@ -352,9 +356,10 @@ class Checkpoints:
             self._manager.close()
 
     def _failed(self, error: Exception) -> SaveError:
+        known = error.mend if isinstance(error, StatewiseError) else None
         return SaveError(
             f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are whole.",
-            mend="free some space, or choose a directory that can be written to",
+            mend=known or "free some space, or choose a directory that can be written to",
         )
 
     def __iter__(self) -> Iterator[int]:

@@ -19,6 +19,7 @@ from statewise.checkpoint.bulk import no_collection
 from statewise.checkpoint.devices import Resized, devices_of, members_of, resize, shape_of_one
 from statewise.checkpoint.keys import PathId, path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
+from statewise.checkpoint.moved import arguments, moved, objects
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.regrouping import Regrouped, asked_members, regroup
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
@@ -90,6 +91,7 @@ class _Matcher:
         self.wide: dict[str, bool] = {}
         self.sources: list[Source] = []
         self.restarted: list[Placed] = []
+        self.lacking: list[LeafRecord] = []
         # Under which leaf a path stands in the checkpoint that is another leaf's alias there.
         self.aliases = {
             path_id(alias): leaf for manifest in manifests for leaf in manifest.leaves for alias in leaf.aliases
@@ -131,7 +133,18 @@ class _Matcher:
             if leaf.id in tied:
                 why = f"a leaf of its own in the checkpoint, tied to {format_path(tied[leaf.id].path)} in the target"
                 self.say(leaf, "problem", why, [_UNTIE])
-        self.extra([leaf for leaf in left if leaf.id not in tied])
+        alone = [leaf for leaf in left if leaf.id not in tied]
+        self.extra(alone)
+        both = {leaf.kind for leaf in alone}
+        for words, declared in list(self.mends.items()):
+            # Where a kind has leaves on either side alone, to keep one side's would lead to the other's error.
+            kinds = {kind: how for kind, how in declared.items() if kind not in both}
+            self.mends[words] = kinds
+            if declared and not kinds:
+                del self.mends[words]
+        why = moved(self.lacking, alone, self.plan)
+        if why:
+            self.mends = {why: {}} | self.mends
 
     def find(self, record: LeafRecord) -> tuple[LeafRecord, int] | None:
         """The record of a leaf, in the checkpoint (0) or, of a kind that this leaves to its base, there (1)."""
@@ -225,10 +238,17 @@ class _Matcher:
         elif lost:
             self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
         else:
-            averages = self.plan.kinds[record.kind].of is EMA
-            do, how = ("begin with what is restored", _ANEW) if averages else ("keep the target's values", _KEEP)
+            self.lacking.append(record)
             self.say(record, "problem", why)
-            self.declare(f"to {do}, declare it", record.kind, how)
+            kind = self.plan.kinds[record.kind]
+            if kind.of is EMA:
+                self.declare("to begin with what is restored, declare it", record.kind, _ANEW)
+            elif not self.lost(placed):
+                self.declare("to keep the target's values, declare it", record.kind, _KEEP)
+            elif kind.restart is not None:
+                self.declare("to begin with fresh values, declare it", record.kind, _ANEW)
+            else:  # there is nothing to keep before there are values
+                self.declare(_VALUES, record.kind, _KEEP)
 
     def extra(self, leaves: Sequence[LeafRecord]) -> None:
         """Leaves that the checkpoint alone has."""
@@ -237,7 +257,9 @@ class _Matcher:
         whole = tuple(kind for kind in self.kinds if kind in there - too_many)
         mend = "plan what was saved, optimizers included"
         if whole:
-            mend += f"; or ask for the kinds you want: sw.restore(path, target, only={whole!r})"
+            kept = [placed for placed in records_of(self.plan) if placed.record.kind not in whole]
+            target = "plan.take(model)" if any(map(self.lost, kept)) else "target"
+            mend += f"; or ask for the kinds you want: sw.restore(path, {target}, only={whole!r})"
         for leaf in leaves:
             self.say(leaf, "problem", "in the checkpoint only", [mend])
 
@@ -322,9 +344,17 @@ _TIE = "tie the same leaves in the model before planning it, as they were when i
 _UNTIE = "untie the leaves in the model before planning it, as they were when it was saved"
 
 
-def _mend(words: str, declared: Mapping[str, str]) -> str:
+_VALUES = "to begin with a model's values, declare it, and restore into a state that has them"
+
+
+def _mend(words: str, declared: Mapping[str, str], plan: Plan) -> str:
+    if not declared:
+        return words
     changes = (f"{kind}=dataclasses.replace(plan.kinds[{kind!r}], {what})" for kind, what in declared.items())
-    return f"{words}: kinds = plan.kinds.replace({', '.join(changes)})" if declared else words
+    code = f"kinds = plan.kinds.replace({', '.join(changes)})"
+    if words == _VALUES:
+        code += f"; target = kinds.plan({arguments(plan)}).take({objects(plan)})"
+    return f"{words}: {code}"
 
 
 def _is_alike(record: LeafRecord, there: LeafRecord) -> bool:
@@ -431,7 +461,7 @@ def match(
     matcher = _Matcher(state, manifests, only, cast, members)
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
-    mends = tuple(_mend(words, declared) for words, declared in matcher.mends.items())
+    mends = tuple(_mend(words, declared, state.plan) for words, declared in matcher.mends.items())
     if mends and (renamed := _renamed(state.plan, manifests[0])):
         mends = (renamed,)  # what else could be said of each leaf follows from that
     report = RestoreReport(str(path), tuple(matcher.done), mends, dict(written))

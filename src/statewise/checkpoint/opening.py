@@ -12,7 +12,8 @@ import numpy as np
 
 from statewise.averages import EMA
 from statewise.checkpoint.finding import find_with_base
-from statewise.checkpoint.foreign import absolute, items_with, open_path
+from statewise.checkpoint.foreign import items_with, open_path
+from statewise.checkpoint.locating import place_of
 from statewise.checkpoint.manifest import NAME, ArrayRecord, LeafRecord, Manifest
 from statewise.checkpoint.reading import read_arrays
 from statewise.checkpoint.sources import Entry, Source
@@ -37,7 +38,7 @@ def open_any(path: Any) -> Source:
             f"{type(path).__name__} is neither a path nor a mapping.",
             mend="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first",
         ) from None
-    folder = absolute(path)
+    folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     items = items_with(folder, NAME) if folder.is_dir() else []
     if not items:
         return open_path(path)

@@ -77,7 +77,7 @@ def read_manifest(directory: Any) -> Manifest:
     except _Wrong as wrong:
         raise DamagedError(f"{path} is damaged: {wrong}.", mend="restore another checkpoint") from wrong
     except (RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else "it is no JSON of a manifest"
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else "one of its fields is another"
         raise DamagedError(f"{path} is damaged: {what}.", mend="restore another checkpoint") from error
 
 
@@ -111,9 +111,13 @@ def _parse(data: bytes) -> Manifest:
         raise _Wrong("it is not whole")
     digest = hashlib.sha256(whole[2]).hexdigest()
     _need(digest == whole[1].decode(), "its checksum is another")
-    content = json.loads(whole[2].decode("ascii"))
+    try:
+        content = json.loads(whole[2].decode("ascii"))
+        text = content_text(content).encode()
+    except ValueError as error:
+        raise _Wrong("it is no JSON of a manifest") from error
     # A key that is there twice would be another value to another reader.
-    _need(content_text(content).encode() == whole[2], "it is not written as Statewise writes it")
+    _need(text == whole[2], "it is not written as Statewise writes it")
     fields = {"written", "layout", "kinds", "leaves", "buffers", "base", "files"}
     _need(isinstance(content, dict) and set(content) == fields, "its fields are others")
     _need(content["layout"] in ("named", "packed"), "its layout is unknown")
@@ -149,6 +153,16 @@ def _list(value: Any, name: str) -> list[Any]:
     return value
 
 
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _two(value: Any, name: str) -> tuple[Any, Any]:
+    if isinstance(value, list) and len(value) == 2:
+        return value[0], value[1]
+    raise _Wrong(f"{name} is not a list of two")
+
+
 def _texts(value: Any, name: str) -> dict[str, str]:
     texts = _dict(value, name)
     _need(all(isinstance(text, str) for text in texts.values()), f"its {name} are no texts")
@@ -173,7 +187,7 @@ def _key(value: Any) -> tuple[str, ...]:
     _need(
         bool(key) and all(isinstance(part, str) and part and not set("/.") & set(part) for part in key), "a key is none"
     )
-    "".join(key).encode()  # or it is no text for TensorStore
+    _need(_is_utf8("".join(key)), "a key is not UTF-8")  # and no text for TensorStore
     return key
 
 
@@ -188,7 +202,10 @@ def _path(value: Any) -> Path:
     if all(type(key) is str or type(key) is int for key in keys):
         return tuple(keys)
     _need(all(_is_path_key(key) for key in keys), "a path is none")
-    path = decode_path(keys)
+    try:
+        path = decode_path(keys)
+    except ValueError:  # of what float and bytes are made of
+        raise _Wrong("a path is none") from None
     _need(encode_path(path) == value, "a path is none")
     return path
 
@@ -241,7 +258,7 @@ def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
     shape, dtype, prng = _shape(one["shape"]), one["dtype"], one["prng"]
     on_disk, stored = (shape, dtype), None
     if one["stored"] is not None:
-        inner, name = _list(one["stored"], "stored arrays")
+        inner, name = _two(one["stored"], "a stored array")
         on_disk = stored = (_shape(inner), _dtype(name))
     if prng is not None:
         _need(isinstance(prng, str) and dtype == "key", "a PRNG key is none")
@@ -310,7 +327,7 @@ def _is_dtype(name: str) -> bool:
 
 
 def _place(value: Any) -> tuple[int, int]:
-    first, second = _list(value, "numbers")
+    first, second = _two(value, "a pair of numbers")
     if type(first) is int and type(second) is int and 0 <= first < _MOST and 0 <= second < _MOST:
         return first, second
     raise _Wrong("a number is no count")
@@ -320,7 +337,7 @@ def _file(name: str, value: Any) -> dict[str, Any]:
     facts = _dict(value, "files")
     parts = name.split("/")
     _need(not ({"", ".", ".."} & set(parts) or set("\\\0:") & set(name)), "a file lies outside")
-    name.encode()  # or it is no name of a file
+    _need(_is_utf8(name), "the name of a file is not UTF-8")
     _need(set(facts) <= {"bytes", "sha256", "parts"} and "bytes" in facts, "a file has other fields")
     size = _count(facts["bytes"], "the size of a file")
     _need(isinstance(facts.get("sha256", ""), str), "a file's checksum is no text")

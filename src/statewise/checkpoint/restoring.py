@@ -17,9 +17,10 @@ from statewise.casting import WIDER
 from statewise.census import Census
 from statewise.checkpoint.beginning import begin_averages, fresh_values, own_arrays, own_members
 from statewise.checkpoint.devices import Resized, members_of, resized
-from statewise.checkpoint.finding import as_path, find, find_with_base
+from statewise.checkpoint.finding import find, find_with_base
 from statewise.checkpoint.foreign import foreign_leaves, is_foreign
 from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.locating import place_of
 from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.checkpoint.matching import Match, Source, match
 from statewise.checkpoint.parsing import read_manifest
@@ -140,7 +141,7 @@ def inspect(path: Any) -> Census:
 
 def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
     """The leaves of what `inspect` counts, and the treatment of each kind in words; reads no array."""
-    path = as_path(path)
+    path = place_of(path)
     if is_foreign(path):
         leaves = foreign_leaves(path)
         return leaves, dict.fromkeys((leaf.kind or "" for leaf in leaves), "-")
@@ -154,7 +155,7 @@ def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
 
 def members_on_disk(path: Any) -> int | None:
     """How many members the ensemble of a checkpoint has; None for one of one model, or of another format."""
-    path = as_path(path)
+    path = place_of(path)
     if is_foreign(path):
         return None
     found = (members_of(array) for _, array in read_manifest(find(path)).arrays())

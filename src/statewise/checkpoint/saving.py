@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import glob
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -26,11 +25,12 @@ from statewise.checkpoint.checksums import sums_of
 from statewise.checkpoint.finding import find
 from statewise.checkpoint.handler import Saving, StateHandler, run
 from statewise.checkpoint.laying import lay_out
+from statewise.checkpoint.locating import make_folder, new_place, short_name
 from statewise.checkpoint.manifest import Manifest
 from statewise.checkpoint.parsing import read_manifest
 from statewise.checkpoint.progress import growing
 from statewise.checkpoint.records import kinds_of
-from statewise.errors import SaveError, StructureError
+from statewise.errors import SaveError, StatewiseError, StructureError
 from statewise.paths import Leaf
 from statewise.state import State
 
@@ -84,7 +84,12 @@ def save(
         )
     kinds = kinds_to_save(state, only)
     check_layout(layout)
-    final = _final(path)
+    final = new_place(
+        path,
+        example="sw.save('run/step_100', state)",
+        store="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
+        "state=sw.checkpointable(state)))",
+    )
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
     first = jax.process_index() == 0  # it shows how far all of them are
     size = sum(leaf.nbytes for leaf in state.plan.leaves if leaf.kind in kinds) if first else 0
@@ -111,55 +116,15 @@ def kinds_to_save(state: State, only: str | Sequence[str] | Any) -> tuple[str, .
     return kinds_of(state, only, ", and is never saved", mend)
 
 
-def _final(path: Any) -> FilePath:
-    try:
-        text = os.fspath(path)
-    except TypeError:
-        text = None
-    if not isinstance(text, str) or not text:
-        shown = repr(text) if text == "" else type(path).__name__
-        raise SaveError(f"{shown} is no path.", mend="sw.save('run/step_100', state)") from None
-    if "://" in text:
-        raise SaveError(
-            f"{text} is on an object store, which cannot rename a directory at once.",
-            mend="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
-            "state=sw.checkpointable(state)))",
-        )
-    final = FilePath(text).absolute()
-    check_brackets(final)
-    try:
-        os.lstat(final)
-        there = True
-    except (FileNotFoundError, NotADirectoryError):
-        there = False
-    except (OSError, ValueError) as error:
-        why = "it has a null byte" if "\0" in text else error
-        raise SaveError(f"{text!r} cannot be a path: {why}.", mend="sw.save('run/step_100', state)") from error
-    if there:
-        raise SaveError(
-            f"There is something at {final} already, and nothing is written over.",
-            mend="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
-        )
-    return final
-
-
-def check_brackets(path: Any) -> None:
-    """Raises for a path that Orbax would take for a pattern; it would lose the checkpoint, and not say so."""
-    if re.search(r"\[.*\]", str(path)):
-        raise SaveError(
-            f"There are brackets in {path}, which Orbax takes for a pattern.", mend="a path without [ and ]"
-        )
-
-
 @contextlib.contextmanager
 def _committed(final: FilePath) -> Iterator[FilePath]:
     """A directory to write into, which has the final name when all went well, and is gone when not."""
     token = _agreed(secrets.token_hex(4))
-    temporary = final.parent / f".{final.name}.tmp-{_host()}-{_agreed_number(os.getpid())}-{token}"
+    temporary = final.parent / f".{short_name(final.name)}.tmp-{_host()}-{_agreed_number(os.getpid())}-{token}"
     first = jax.process_index() == 0
     try:
         if first:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(final.parent)
             _clear_abandoned(final)
             temporary.mkdir()
         _sync("begun")
@@ -169,10 +134,12 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
             temporary.rename(final)
             _flush_one(final.parent)
         first = False  # nothing is left to remove
+    except StatewiseError:  # which has said all
+        raise
     except OSError as error:
         raise _failed(final, error) from error
     except ValueError as error:  # how TensorStore reports what the file system refuses
-        if not isinstance(error, (SaveError, StructureError)) and _is_of_disk(error):
+        if _is_of_disk(error):
             raise _failed(final, error) from error
         raise
     finally:
@@ -195,9 +162,12 @@ def _failed(final: FilePath, error: Exception) -> SaveError:
 
 def reason_of(error: Exception) -> str:
     """What the system said, in its own words."""
+    if isinstance(error, StatewiseError):
+        return error.message.rstrip(".")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).split(" [")[0].rsplit(": ", 1)[-1]  # TensorStore says first where it was
+    *first, last = str(error).split(" [")[0].split(": ")  # TensorStore says first where it was
+    return f"{first[-1]}: {last}" if first and last.startswith('"') else last
 
 
 def _remove(folder: FilePath) -> None:
@@ -218,7 +188,7 @@ def _host() -> str:
 
 def _clear_abandoned(final: FilePath) -> None:
     """Removes what processes of this machine have left that died while they wrote this very path."""
-    start = f".{final.name}.tmp-{_host()}-"
+    start = f".{short_name(final.name)}.tmp-{_host()}-"
     for folder in final.parent.glob(f"{glob.escape(start)}*"):
         pid = folder.name.removeprefix(start).partition("-")[0]
         if pid.isdigit() and jax.process_count() == 1 and not _is_alive(int(pid)):
@@ -282,7 +252,7 @@ def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> d
     """What the manifest says of the base: where it is, and the digest by which it is known again."""
     if base is None:
         return None
-    folder = FilePath(os.fspath(find(base))).absolute()
+    folder = FilePath(os.fspath(find(base)))
     manifest = read_manifest(folder)
     rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
     if not rest:
@@ -295,7 +265,9 @@ def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> d
             mend=f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in differing))!r}; "
             "or a new base first: sw.save(base, state)",
         )
-    return {"path": os.path.relpath(folder, final.parent), "digest": manifest.digest}
+    # Where links lead: a link called `latest` will lead elsewhere when this is read.
+    path = os.path.relpath(os.path.realpath(folder), os.path.realpath(final.parent))
+    return {"path": path, "digest": manifest.digest}
 
 
 def _differences(state: State, kinds: tuple[str, ...], manifest: Manifest) -> list[Leaf]:

@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 
 from statewise import _compat
 from statewise.checkpoint.bulk import grouped
-from statewise.checkpoint.files import database
 from statewise.checkpoint.keys import dtype_of
+from statewise.checkpoint.locating import spec_of
 from statewise.checkpoint.writing import tree_handler
 
 __all__ = ["Key", "Stored", "open_stored", "opened", "read_stored"]
@@ -101,7 +101,7 @@ def opened(future: Any, shape: tuple[int, ...]) -> Any:
 
 def open_stored(folder: Any, key: Sequence[str], context: Any) -> Any:
     """An array as TensorStore's future: Orbax stores each as zarr, within one database for all of them (OCDBT)."""
-    place = {"driver": "ocdbt", "base": database(folder), "path": f"{'.'.join(key)}/"}
+    place = {"driver": "ocdbt", "base": spec_of(folder), "path": f"{'.'.join(key)}/"}
     return _compat.tensorstore().open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context)
 
 

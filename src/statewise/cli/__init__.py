@@ -12,6 +12,7 @@ each command does), `checkpoints` (the same for those on checkpoints), `memory` 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -153,6 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A name of a file may have bytes, or letters, that a terminal's encoding does not: they are shown escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if args.version:
             from statewise import __version__
