@@ -29,7 +29,7 @@ from statewise.plan import Plan
 from statewise.scan import ONE, arrays_of, is_array, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import State, check_fits
 
-__all__ = ["Eager", "Traced", "call_once", "refuse_writes", "trace"]
+__all__ = ["Eager", "Traced", "call_once", "check_output", "refuse_model", "refuse_writes", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def trace(
     def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any]]:
         out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
         leaves, box["out_tree"] = jax.tree.flatten(out)
-        _check_output(leaves, name)
+        check_output(leaves, name)
         return leaves, [array for part in after for array in part]
 
     closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
@@ -160,7 +160,7 @@ def call_once(
     objects = rebuild(plan._graphdef, values, plan._several)
     before = scan(objects)
     out, sown = capture.call(fn, objects, args, kwargs)
-    _refuse_model(out, before.leaves, name)
+    refuse_model(out, before.leaves, name)
     after = scan(objects)
     live = dict(zip(after.paths, after.leaves, strict=True))
     bridged = functools.partial(_is_bridged, objects if plan._several else objects[0])
@@ -250,7 +250,7 @@ def _structure_mend(plan: Plan, made: Sequence[Leaf]) -> str:
     return "assign values, not Variables: self.count[...] = self.count[...] + 1"
 
 
-def _refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
+def refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
     """Refuses an output that holds the model itself, or one of its Variables."""
     mine = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
 
@@ -275,7 +275,8 @@ def _refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
         )
 
 
-def _check_output(leaves: Sequence[Any], name: str) -> None:
+def check_output(leaves: Sequence[Any], name: str) -> None:
+    """Refuses an output of which a part is neither an array nor a number."""
     for leaf in leaves:
         if spec_of(leaf) is None:
             raise StructureError(
