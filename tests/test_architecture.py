@@ -66,6 +66,7 @@ ROOMS = (
     "effects",
     "varying",
     "capture",
+    "changes",
     "tracing",
     "contracts",
     "routes",

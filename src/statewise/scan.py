@@ -19,10 +19,28 @@ from statewise import _compat
 from statewise.errors import StructureError
 from statewise.paths import Leaf, Path
 
-__all__ = ["ModelError", "Scan", "Spec", "arrays_of", "is_array", "rebuild", "row_of", "scan", "spec_of", "value_of"]
+__all__ = [
+    "ModelError",
+    "Scan",
+    "Spec",
+    "arrays_of",
+    "is_array",
+    "rebuild",
+    "row_of",
+    "scan",
+    "spec_of",
+    "value_of",
+]
 
 # The structure of a value that is one array: by far the most frequent, and told apart by identity.
 ONE: Any = jax.tree.structure(0)
+
+
+# How a model of references becomes one of plain Variables.
+_TO_PLAIN = (
+    "model = nnx.with_vars(model, hijax=False, ref=False, allow_duplicates=True)  # a copy, of plain Variables\n"
+    "or, for all that is made from then on: nnx.var_defaults(hijax=False, ref=False)"
+)
 
 
 class ModelError(StructureError, TypeError):
@@ -100,6 +118,7 @@ def scan(objects: Sequence[Any]) -> Scan:
         if len(path) == several and not isinstance(leaf, nnx.Variable):
             place: Any = path[0] if several else 0
             _refuse_bare(place, objects[place])
+    _refuse_references(flat.paths, flat.leaves)
     return Scan(graphdef, tuple(flat.paths), tuple(flat.leaves), several)
 
 
@@ -118,6 +137,21 @@ def _refuse_bare(position: int, thing: Any) -> None:
         f"Object {position} is {type(thing).__name__}, which holds no leaves at paths.",
         mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
     )
+
+
+def _refuse_references(paths: Sequence[Any], leaves: Sequence[Any]) -> None:
+    """Refuses what changes behind a state's back: references, and Variables of JAX's own (hijax)."""
+    rows = [
+        row_of(tuple(path), leaf, note=note)
+        for path, leaf in zip(paths, leaves, strict=True)
+        if (note := _compat.reference(leaf))
+    ]
+    if rows:
+        raise ModelError(
+            "Variables that are references, or hijax Variables, cannot be planned, filtered or differentiated here.",
+            leaves=rows,
+            mend=_TO_PLAIN,
+        )
 
 
 def rebuild(graphdef: Any, values: list[Any], several: bool) -> tuple[Any, ...]:

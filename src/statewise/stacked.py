@@ -8,9 +8,8 @@ it is stacked, and put into the module where the layer put it, as `nnx.scan` doe
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -209,7 +208,9 @@ class _Layer:
     def carried(self, stack: _Stack) -> list[int]:
         """The numbers of the arrays that go from layer to layer: shared ones that are written."""
         number = iter(range(sum(map(len, stack.arrays))))
-        shared = {next(number) for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays if not of}
+        shared = {
+            next(number) for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays if not of
+        }
         return [slot.before for slot in self.slots if slot.after is not None and slot.before in shared]
 
 
@@ -256,7 +257,9 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
 
 def _after(before: Scan, after: Scan, structures: Sequence[Any]) -> _After:
     variables = {id(leaf): number for number, leaf in enumerate(before.leaves) if isinstance(leaf, nnx.Variable)}
-    raw = {path: number for number, path in enumerate(before.paths) if not isinstance(before.leaves[number], nnx.Variable)}
+    raw = {
+        path: number for number, path in enumerate(before.paths) if not isinstance(before.leaves[number], nnx.Variable)
+    }
     origins = tuple(
         variables.get(id(leaf)) if isinstance(leaf, nnx.Variable) else raw.get(path)
         for path, leaf in zip(after.paths, after.leaves, strict=True)

@@ -52,7 +52,8 @@ def step(
     Args:
       fn: the function; it gets the planned objects, made anew in every trace, and the other arguments.
       writes: the kinds that it may write: one name, or several.
-      capture: kinds of new leaves (what the function sows) to hand out; the output is then `(out, captured)`.
+      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+        then `(out, captured)`.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
     Returns:
@@ -101,7 +102,8 @@ def train_step(
       writes: kinds that the function itself may write, besides those that it may by default: every kind that is
         neither frozen, nor ephemeral (`saved=False`), nor holds `nnx.Param`.  `()` allows it none at all.
       has_aux: whether the function returns `(loss, aux)`.
-      capture: kinds of new leaves (what the function sows) to hand out; the output is then `(out, captured)`.
+      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+        then `(out, captured)`.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
     Returns:

@@ -10,7 +10,6 @@ is checked here, before anything is compiled, so that it costs nothing in the co
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,12 +20,12 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.capture import Capture
-from statewise.claims import claimants
+from statewise.changes import assigned, leaf_of
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise.plan import Plan
-from statewise.scan import ONE, arrays_of, is_array, make_leaf, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import State, check_fits
 
 __all__ = ["Eager", "Traced", "call_once", "check_output", "refuse_model", "refuse_writes", "trace"]
@@ -159,95 +158,45 @@ def call_once(
     values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
     objects = rebuild(plan._graphdef, values, plan._several)
     before = scan(objects)
-    out, sown = capture.call(fn, objects, args, kwargs)
+    # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
+    with nnx.var_defaults(hijax=False, ref=False):
+        out, sown = capture.call(fn, objects, args, kwargs)
     refuse_model(out, before.leaves, name)
     after = scan(objects)
     live = dict(zip(after.paths, after.leaves, strict=True))
-    bridged = functools.partial(_is_bridged, objects if plan._several else objects[0])
-    _check_structure(plan, before.leaves, live, capture, name, bridged)
-    captured = capture.collect(plan, live, out, sown)
-    return captured, _arrays_after(plan, parts, live, name)
+    handed_out = assigned(plan, objects, before.leaves, live, capture, name)
+    captured = capture.collect(plan, live, handed_out, out, sown)
+    return captured, _arrays_after(plan, parts, live, handed_out, name)
 
 
-def _arrays_after(plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], name: str) -> list[list[Any]]:
+def _arrays_after(
+    plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], handed_out: frozenset[Path], name: str
+) -> list[list[Any]]:
     after = [list(part) for part in parts]
     odd = []
     for row, span in zip(plan._rows, plan._spans, strict=True):
+        if row.path in handed_out:
+            continue
         arrays, structure = arrays_of(raw_value(live[row.path]))
         specs = tuple(map(spec_of, arrays))
         if structure != row.structure:
-            odd.append(_leaf_of(row, "becomes a value of another structure"))
+            odd.append(leaf_of(row, "becomes a value of another structure"))
         elif specs != row.specs:
             was = [f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs]
-            odd.append(_leaf_of(row, "becomes " + ", ".join(was)))
+            odd.append(leaf_of(row, "becomes " + ", ".join(was)))
         else:
             after[plan._index[span.kind]][span.start : span.stop] = map(jnp.asarray, arrays)
     if odd:
+        mend = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
+        sown = [leaf.kind for leaf in odd if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
+        if sown:  # `sow` adds to what an earlier call left there
+            mend = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {mend}"
         raise StructureError(
             f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.",
             leaves=odd,
-            mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)",
+            mend=mend,
         )
     return after
-
-
-def _leaf_of(row: Any, note: str) -> Leaf:
-    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
-
-
-def _check_structure(
-    plan: Plan,
-    before: Sequence[Any],
-    live: dict[Path, Any],
-    capture: Capture,
-    name: str,
-    bridged: Callable[[Path], bool],
-) -> None:
-    """Refuses Variables that the function made (and nobody captures), removed or (unless bridged) replaced."""
-    problems = []
-    for row, was in zip(plan._rows, before, strict=True):
-        now = live.get(row.path)
-        if now is None:
-            problems.append(_leaf_of(row, "removed"))
-        elif isinstance(was, nnx.Variable) and now is not was:
-            if type(now) is not type(was) or not bridged(row.path):
-                problems.append(_leaf_of(row, "replaced by another Variable"))
-        elif not isinstance(now, nnx.Variable) and not is_array(now):
-            problems.append(_leaf_of(row, f"replaced by {type(now).__name__}"))
-    planned = {row.path for row in plan._rows}
-    for path, leaf in live.items():
-        if path not in planned and not capture.claims(plan, path, leaf):
-            problems.append(row_of(path, leaf, note="made by the function"))
-    if problems:
-        made = [leaf for leaf in problems if leaf.note == "made by the function"]
-        raise StructureError(
-            f"{name} changes which Variables the model has; new ones cannot enter a state.",
-            leaves=problems,
-            mend=_structure_mend(plan, made),
-        )
-
-
-def _is_bridged(objects: Any, path: Path) -> bool:
-    """Whether a leaf belongs to a Linen module, wrapped by `nnx.bridge.ToNNX`, which writes by replacing Variables."""
-    thing = objects
-    for key in path:
-        if isinstance(thing, nnx.bridge.ToNNX):
-            return True
-        thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
-    return False
-
-
-def _structure_mend(plan: Plan, made: Sequence[Leaf]) -> str:
-    if any(issubclass(leaf.type, nnx.Intermediate) for leaf in made):
-        claims_of = claimants(plan.kinds)
-        sown = next(leaf for leaf in made if issubclass(leaf.type, nnx.Intermediate))
-        kinds = claims_of(sown.path, object.__new__(sown.type))
-        if not kinds or plan.kinds[kinds[0]].rest:
-            return "kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\nand capture='sown'"
-        return f"capture={kinds[0]!r} in the step's decorator: what is sown then comes back beside the output"
-    if made:
-        return "make the Variable before the plan is made (model.init_cache(...), say)"
-    return "assign values, not Variables: self.count[...] = self.count[...] + 1"
 
 
 def refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
