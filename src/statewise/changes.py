@@ -89,6 +89,8 @@ def _mends(plan: Plan, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> li
     mends = []
     new = [dataclasses.replace(leaf, type=_compat.variable_type(live[leaf.path])) for leaf in made + replaced]
     for_a_call = next((leaf for leaf in new if _is_for_a_call(leaf.type)), None)
+    if any(plan.kinds[leaf.kind or ""].saved for leaf in replaced):
+        mends.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
     if for_a_call:
         mends.append(_captured(plan, for_a_call))
     if made and not all(_is_for_a_call(leaf.type) for leaf in made):
@@ -99,7 +101,7 @@ def _mends(plan: Plan, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> li
             f"nnx.pop(model, {as_code(Exactly(gone.type))})  "
             "# before the plan is made: left there by an earlier call, and made in each"
         )
-    if not mends or any(not _is_for_a_call(leaf.type) for leaf in replaced):
+    if not mends:
         mends.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
     return mends
 

@@ -207,11 +207,9 @@ class _Layer:
 
     def carried(self, stack: _Stack) -> list[int]:
         """The numbers of the arrays that go from layer to layer: shared ones that are written."""
-        number = iter(range(sum(map(len, stack.arrays))))
-        shared = {
-            next(number) for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays if not of
-        }
-        return [slot.before for slot in self.slots if slot.after is not None and slot.before in shared]
+        many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
+        written = [slot.before for slot in self.slots if slot.after is not None and slot.before is not None]
+        return [number for number in written if not many[number]]
 
 
 def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]:

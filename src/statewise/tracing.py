@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from statewise.plan import Plan
 from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import State, check_fits
 
-__all__ = ["Eager", "Traced", "call_once", "check_output", "refuse_model", "refuse_writes", "trace"]
+__all__ = ["Eager", "Traced", "call_once", "check_output", "evaluating", "refuse_model", "refuse_writes", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -246,6 +246,7 @@ def refuse_writes(
     why: dict[str, str],
     name: str,
     mend: str,
+    evaluated: Callable[[], Traced],
 ) -> None:
     """Raises where the function writes a kind that it may not.
 
@@ -257,6 +258,7 @@ def refuse_writes(
       why: for some kinds, why they may not be.
       name: the step's name.
       mend: the decorator as it would have to stand, with `{kinds}` in the place of the kinds.
+      evaluated: traces the same call after `model.eval()`; asked only where there is something to refuse.
     """
     odd = [(kind, position) for kind, position in traced.written if kind not in allowed]
     if not odd:
@@ -276,14 +278,49 @@ def refuse_writes(
         # As nnx.SpectralNorm and nnx.WeightNorm do; the update then goes on top of what the function wrote.
         also = mend.format(kinds=repr(tuple(sorted({*named, *trained}, key=order))))
         lines.append(f"where a layer normalises its own weights: {also}")
-    if any(not issubclass(leaf.type, nnx.Cache | nnx.OptState | _compat.MetricState) for leaf in leaves.values()):
-        lines.append("where the function only evaluates: model.eval() as its first line")
+    lines += _eval_mend(plan, odd, evaluated, mend, named, why)
     raise UndeclaredWriteError(
         f"{name} writes {', '.join(kinds)}, which it does not declare.",
         leaves=leaves.values(),
         kind=kinds[0],
         mend="\nor, ".join(lines),
     )
+
+
+_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _eval_mend(
+    plan: Plan,
+    odd: Sequence[tuple[str, int]],
+    evaluated: Callable[[], Traced],
+    mend: str,
+    named: Sequence[str],
+    why: Mapping[str, str],
+) -> list[str]:
+    """The hint to evaluate, where the function then writes less that is undeclared; and what is left to declare."""
+    try:
+        written = set(evaluated().written)
+    except _RAISED:  # with other flags the user's function does not run: then they are no help
+        return []
+    left = {kind for kind, position in odd if (kind, position) in written}
+    if left & set(why) or all(spot in written for spot in odd):
+        return []
+    line = "where the function only evaluates: model.eval() as its first line"
+    kinds = tuple(sorted({*named, *left}, key=list(plan.kinds).index))
+    return [f"{line}, and {mend.format(kinds=repr(kinds))}" if left else line]
+
+
+def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
+    """The function with `model.eval()` as its first line."""
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        for thing in args[:objects]:
+            if isinstance(thing, nnx.Module):
+                thing.eval()
+        return fn(*args, **kwargs)
+
+    return evaluated
 
 
 def _owners(plan: Plan) -> dict[Path, str]:
