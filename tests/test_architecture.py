@@ -80,6 +80,7 @@ ROOMS = (
     "steps",
     "stacked",
     "layers",
+    "leftbehind",
     "grads",
     "audit",
     "watch",
