@@ -28,7 +28,7 @@ def may_be_position(type_: type) -> bool:
 
 
 def restart_mend(kinds: Kinds, kind: str | None, path: Path, cache: str) -> str:
-    """The declaration under which such a leaf restarts with its cache, as code; and the type under which it always does.
+    """The declaration under which such a leaf restarts with its cache; and the type with which it would, both as code.
 
     Args:
       kinds: the declaration.

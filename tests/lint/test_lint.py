@@ -202,7 +202,7 @@ def test_a_path_with_odd_characters_stays_on_one_line() -> None:
     findings = sw.lint(model)
     assert "\\n\\x1b[31m" in str(findings[0])
     assert "\x1b" not in str(findings)
-    assert findings[0].mend == "self['var_\\n\\x1b[31m'] = BatchStat(jnp.ones(...))"
+    assert findings[0].mend == "model['var_\\n\\x1b[31m'] = BatchStat(jnp.ones(...))"
 
 
 def test_values_are_fetched_together(monkeypatch: pytest.MonkeyPatch) -> None:

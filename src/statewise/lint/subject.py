@@ -19,6 +19,7 @@ from statewise import _compat
 from statewise.aliases import aliases_of
 from statewise.claims import claim, claimants
 from statewise.errors import ContestedError, KindError, UnclaimedError
+from statewise.filters import is_python
 from statewise.kinds import Kinds
 from statewise.lint.reading import Facts, is_readable, read
 from statewise.paths import Leaf, Path
@@ -183,9 +184,13 @@ class Subject:
         return str(self.found.paths[number][-1])
 
     def target(self, number: int) -> str:
-        """What code assigns a leaf to, seen from the object that holds it: `self.kernel`, `self[0]`."""
-        key = self.found.paths[number][-1]
-        return f"self.{key}" if isinstance(key, str) and key.isidentifier() else f"self[{key!r}]"
+        """What code assigns a leaf to, seen from the module whose attribute it stands in: `self.kernel`, `self.w[0]`."""
+        path = self.found.relative(self.found.paths[number])
+        named = [at for at, key in enumerate(path) if isinstance(key, str) and key.isidentifier()]
+        start = named[-1] if named else 0
+        items = "".join(f"[{key!r}]" for key in path[start + bool(named) :])
+        text = f"self.{path[start]}{items}" if named else f"model{items}"
+        return text if is_python(text) else "leaf"  # the keys of a user's dict may be anything, and read as no code
 
     # --- values ------------------------------------------------------------------------------------------------
 
