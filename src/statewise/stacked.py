@@ -202,7 +202,7 @@ class _Layer:
                 f"{self.name} removes leaves of its layer, or changes what all layers share.",
                 leaves=problems,
                 mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
-                "what a layer removes has to go from all of them: nnx.pop(layers, filter), before the scan",
+                "what a layer removes has to go from all of them: nnx.pop(layers, filter)  # before the scan",
             )
 
     def carried(self, stack: _Stack) -> list[int]:

@@ -184,7 +184,7 @@ class Subject:
         return str(self.found.paths[number][-1])
 
     def target(self, number: int) -> str:
-        """What code assigns a leaf to, seen from the module whose attribute it stands in: `self.kernel`, `self.w[0]`."""
+        """What code assigns a leaf to, seen from the module that has it: `self.kernel`, `self.w[0]`."""
         path = self.found.relative(self.found.paths[number])
         named = [at for at, key in enumerate(path) if isinstance(key, str) and key.isidentifier()]
         start = named[-1] if named else 0
