@@ -77,7 +77,7 @@ class Capture:
                 f"The function pops leaves of what is captured ({names}); nnx.capture does not let them go.",
                 kind=self.names[0],
                 mend="take capture= out of the step's decorator: what a function pops itself needs none\n"
-                "or read the Variables instead: model.loss.get_value()",
+                "or, read the Variables instead: model.loss.get_value()",
             ) from error
         return sown.value, sown.sown
 
