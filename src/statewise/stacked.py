@@ -66,10 +66,12 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, revers
         unroll=unroll,
     )
     new, last = iter(given), dict(zip(carried, carry[0], strict=True))
-    after = [
-        flat[slot.before] if slot.after is None else last[slot.before] if slot.before in last else next(new)
-        for slot in layer.slots
-    ]
+    after = []
+    for slot in layer.slots:
+        if slot.after is None and slot.before is not None:
+            after.append(flat[slot.before])
+        else:
+            after.append(last[slot.before] if slot.before in last else next(new))
     _write(stack, layer, after)
     return carry[1]
 
