@@ -1,4 +1,4 @@
-"""What a function assigns is captured as what it sows; what no state keeps is refused with the declaration that helps."""
+"""What a function assigns is captured as what it sows is; uncaptured it is refused, with the hint that helps."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ REPLACED = "assign values, not Variables: self.count[...] = self.count[...] + 1"
             sw.Kinds(all=sw.Kind(nnx.Variable)),
             "kl_loss: Loss() float32  kind=all  (replaced by another Variable)",
             f"{REPLACED}\n"
-            "or, kinds = kinds.replace(all=dataclasses.replace(kinds['all'], of=nnx.All(kinds['all'].of, nnx.Not(Loss))))"
+            "or, kinds = kinds.replace(all=dataclasses.replace(kinds['all'], "
+            "of=nnx.All(kinds['all'].of, nnx.Not(Loss))))"
             " | sw.Kinds(loss=sw.Kind(Loss, saved=False))\ncapture='loss'  # in the step's decorator",
         ),
     ],

@@ -293,7 +293,8 @@ def test_uncaptured_the_refusal_names_the_path_in_the_model() -> None:
             sw.StructureError,
             "<lambda> changes which Variables the model has; new ones cannot enter a state.",
             leaves=["layers/a: Intermediate- -  (made by the function)"],
-            mend="capture='intermediates'  # in the step's decorator: what is sown or assigned comes back beside the output",
+            mend="capture='intermediates'  # in the step's decorator: "
+            "what is sown or assigned comes back beside the output",
         ) as caught,
     ):
         sw.step(lambda model, x: model(x), writes="cache")(state, X[0])
