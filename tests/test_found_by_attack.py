@@ -110,7 +110,7 @@ def test_what_is_sown_unasked_names_the_kind_that_would_catch_it() -> None:
 
     params, inter = sw.Kind(nnx.Param), sw.Kind(nnx.Intermediate, saved=False)
     for kinds, mend in (
-        (sw.Kinds(params=params, inter=inter), "capture='inter' in the step's decorator: "),
+        (sw.Kinds(params=params, inter=inter), "capture='inter'  # in the step's decorator: "),
         (
             sw.Kinds(params=params),
             "kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))",

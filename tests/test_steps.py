@@ -236,7 +236,8 @@ def test_variables_added_removed_and_replaced() -> None:
             "extra: Cache(1,) float32  (made by the function)",
             "inner/more/x: Param(1, 2) float32  (made by the function)",
         ],
-        mend="make the Variable before the plan is made (model.init_cache(...), say)",
+        mend="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
+        "or, make the Variable before the plan is made (model.init_cache(...), say)",
     )
 
 
@@ -248,7 +249,9 @@ def test_a_variable_that_is_replaced_alone() -> None:
         lambda: sw.step(swap, writes="stats"),
         message="swap changes which Variables the model has; new ones cannot enter a state.",
         leaves=["inner/stat: OwnStat(3,) float32  kind=stats  (replaced by another Variable)"],
-        mend="assign values, not Variables: self.count[...] = self.count[...] + 1",
+        mend="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
+        "or, kinds = kinds.replace(stats=dataclasses.replace(kinds['stats'], saved=False))\n"
+        "capture='stats'  # in the step's decorator",
     )
 
 
@@ -260,7 +263,8 @@ def test_what_is_sown_without_capture() -> None:
         lambda: sw.step(sow),
         message="sow changes which Variables the model has; new ones cannot enter a state.",
         leaves=["seen: Intermediate(2, 3) float32  (made by the function)"],
-        mend="kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\nand capture='sown'",
+        mend="kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\n"
+        "capture='sown'  # in the step's decorator",
     )
 
 

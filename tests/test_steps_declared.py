@@ -165,8 +165,7 @@ def test_what_a_train_step_writes_by_default_and_what_it_refuses() -> None:
             "seen: Variable(2,) float32  kind=tagged  (written in Node)",
         ],
         mend="@sw.train_step(writes=('lora', 'tagged'))\n"
-        "or, where a layer normalises its own weights: @sw.train_step(writes=('params',))\n"
-        "or, where the function only evaluates: model.eval() as its first line",
+        "or, where a layer normalises its own weights: @sw.train_step(writes=('params',))",
     ):
         train(state)
     assert same(state, KINDS.plan(model(), optimizers={"params": SGD}).take(model()))

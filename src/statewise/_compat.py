@@ -31,6 +31,7 @@ __all__ = [
     "inner_jaxpr",
     "is_variable",
     "jit_is_disabled",
+    "reference",
     "scan_counts",
     "tensorstore",
     "variable_type",
@@ -95,6 +96,27 @@ def is_variable(leaf: Any) -> bool:
     if known is None:
         known = _variables[type(leaf)] = isinstance(leaf, nnx.Variable)
     return known
+
+
+_plain: dict[type, bool] = {}
+
+
+def reference(leaf: Any) -> str:
+    """What makes a leaf another thing than a plain Variable or array: it is a reference, or hijax's; else nothing.
+
+    `isinstance` and the metadata are slow to ask, so that of a plain Variable only `ref` is asked.
+    """
+    cls = type(leaf)
+    plain = _plain.get(cls)
+    if plain is None:
+        plain = _plain[cls] = issubclass(cls, nnx.Variable)
+    if plain:
+        return "ref=True" if leaf.ref else ""
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+        return ""
+    if isinstance(leaf, nnx.Variable):  # of another class, which answers for one
+        return "hijax=True, ref=True" if leaf.ref else "hijax=True"
+    return "a reference, in no Variable" if isinstance(leaf, jax.Ref) else ""
 
 
 def versions() -> dict[str, str]:

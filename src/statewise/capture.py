@@ -1,27 +1,33 @@
-"""Collecting what a function sows, without letting it into the state.
+"""Collecting what a function sows or assigns, without letting it into the state.
 
 Flax records sown values in two ways: inside `nnx.capture` in a place apart, and, outside of it, as new
 Variables of the module (which newer versions warn about).  `Capture` serves both: it runs the function under
-`nnx.capture` for the Variable types that the captured kinds claim, and gathers new Variables of these kinds.
+`nnx.capture` for the Variable types that the captured kinds claim, and gathers new Variables of these kinds, which a
+function may as well assign itself (`self.kl_loss = Loss(...)`).
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from statewise.claims import claimants
-from statewise.errors import KindError
+from statewise.errors import KindError, StructureError
 from statewise.filters import predicate, type_only
 from statewise.kinds import Kinds, unknown_kind
 from statewise.paths import Path
 from statewise.plan import Plan
-from statewise.scan import named, raw_value
+from statewise.rows import Row
+from statewise.scan import named, raw_value, row_of
 
 __all__ = ["Capture"]
+
+# What nnx.pop says of the tuple in which nnx.capture keeps what is sown.
+_POPPED = re.compile(r"Cannot pop key .* from node of type tuple")
 
 
 class Capture:
@@ -61,27 +67,76 @@ class Capture:
         for position, thing in enumerate(objects):
             if isinstance(thing, nnx.Module):
                 run = _capturing(run, thing, position, types)
-        sown = _Sown.of(run())
+        try:
+            sown = _Sown.of(run())
+        except ValueError as error:
+            if not _POPPED.match(str(error)):
+                raise
+            names = ", ".join(map(repr, self.names))
+            raise StructureError(
+                f"The function pops leaves of what is captured ({names}); nnx.capture does not let them go.",
+                kind=self.names[0],
+                mend="take capture= out of the step's decorator: what a function pops itself needs none\n"
+                "or, read the Variables instead: model.loss.get_value()",
+            ) from error
         return sown.value, sown.sown
 
     def claims(self, plan: Plan, path: Path, leaf: Any) -> bool:
         """Whether a new leaf belongs to a captured kind."""
         return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
 
-    def collect(self, plan: Plan, live: Mapping[Path, Any], out: Any, sown: Sequence[tuple[int, Any]]) -> Any:
-        """The step's output: as it is, or (output, captured)."""
+    def takes(self, plan: Plan, row: Row, now: Any) -> bool:
+        """Whether what a function did to a leaf of an earlier call is for this to hand out.
+
+        Args:
+          plan: the plan.
+          row: the leaf.
+          now: the Variable that the function put in its place; None if it took the leaf away.
+        """
+        return row.kind in self.names if now is None else self.claims(plan, row.path, now)
+
+    def collect(
+        self,
+        plan: Plan,
+        live: Mapping[Path, Any],
+        assigned: frozenset[Path],
+        out: Any,
+        sown: Sequence[tuple[int, Any]],
+    ) -> Any:
+        """The step's output: as it is, or (output, captured).
+
+        Args:
+          plan: the plan.
+          live: all leaves after the call, by path.
+          assigned: those that were planned, and replaced.
+          out: what the function returned.
+          sown: what `nnx.capture` found: (object's position, state).
+
+        Raises:
+          StructureError: a name that the function both assigns and sows.
+        """
         if not self.names:
             return out
-        flat: dict[str, list[tuple[Any, Any]]] = {name: [] for name in self.names}
-        planned = {row.path for row in plan._rows}
+        flat: dict[str, dict[Any, Any]] = {name: {} for name in self.names}
+        planned = {row.path for row in plan._rows} - assigned
         for path, leaf in live.items():
             if path not in planned:
-                flat[self._claimants(path, leaf)[0]].append((path, raw_value(leaf)))
+                flat[self._claimants(path, leaf)[0]][path] = raw_value(leaf)
+        twice = []
         for position, state in sown:
             for path, leaf in nnx.to_flat_state(state):
                 full = named((position, *path), plan._names) if plan._several else path
-                flat[self._claimants(path, leaf)[0]].append((full, raw_value(leaf)))
-        states = {name: nnx.from_flat_state(leaves) for name, leaves in flat.items()}
+                values = flat[self._claimants(path, leaf)[0]]
+                if full in values:
+                    twice.append(row_of(full, leaf))
+                values[full] = raw_value(leaf)
+        if twice:
+            raise StructureError(
+                "The function sows under a name that it also assigns a Variable to.",
+                leaves=twice,
+                mend="self.sow(nnx.Intermediate, 'another_name', value)",
+            )
+        states = {name: nnx.from_flat_state(list(leaves.items())) for name, leaves in flat.items()}
         return out, states[self.names[0]] if self.single else states
 
     def _types(self) -> tuple[type, ...]:

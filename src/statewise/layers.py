@@ -9,25 +9,17 @@ very arrays that it does not write.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from statewise._compat import is_variable
-from statewise.claims import claim
 from statewise.errors import StructureError
 from statewise.inside import as_ensemble, as_one
-from statewise.kinds import Kind, Kinds, unknown_kind
-from statewise.narrowing import check_given
-from statewise.paths import Leaf, format_shape
-from statewise.plan import Plan, make_plan
-from statewise.putting import put_values
-from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise.kinds import unknown_kind
+from statewise.stacked import count_layers, scan_module
 from statewise.state import Part, State, check_unspent, make_state
-from statewise.steps import step
+from statewise.steps import Step
 
 __all__ = ["scan_layers"]
 
@@ -42,7 +34,9 @@ def scan_layers(
 
     Args:
       fn: of a module: a function `(layer, x) -> x`, which may write the layer's Variables.  Of a state: a step, or any
-        function of a state of one layer, `(layer, x) -> (layer, x)`, or `-> x` where it writes nothing.
+        function of a state of one layer, `(layer, x) -> (layer, x)`, or `-> x` where it writes nothing.  What a layer
+        makes, `sow` above all, comes out with a first axis for the layers: in the module, where `nnx.scan` puts it, so
+        that `nnx.capture` and a step's `capture=` find it there; of a state, from a step with `capture=`.
       layers: a module whose leaves have a first axis more than its layers have, as `nnx.vmap` makes it; or a state
         whose arrays have it, as `jax.vmap` over `plan.take` makes it.
       x: what the first layer gets; of the shapes and dtypes that each layer gives.
@@ -52,10 +46,12 @@ def scan_layers(
       unroll: how many layers stand in one turn of the compiled loop.
 
     Returns:
-      what the last layer gives, and the module's Variables are written; of a state, `(state, x)`.
+      what the last layer gives, and the module's Variables are written; of a state, `(state, x)`, or
+      `(state, (x, captured))` of a step with `capture=`.
 
     Raises:
-      StructureError: leaves without the axis, or with another number of layers; all of them.
+      StructureError: leaves without the axis, or with another number of layers; leaves that a layer removes, or
+        shared ones to which it gives another shape or dtype; all of them.
       KindError: `shared` names a kind that is not there.
 
     Example:
@@ -80,7 +76,7 @@ def scan_layers(
         return as_ensemble(layers._plan._members, after), x
     if isinstance(layers, State):
         return _scan_state(fn, layers, x, _names(layers, shared), reverse, unroll)
-    return _scan_module(fn, layers, x, shared, reverse, unroll)
+    return scan_module(fn, layers, x, shared, reverse, unroll)
 
 
 # --- a state -----------------------------------------------------------------------------------------------------
@@ -103,15 +99,18 @@ def _scan_state(
     stacked = [kind not in shared for kind, specs in plan._stored.items() for _ in specs]
     leaves = [leaf for kind in plan.kinds for leaf in plan._leaf_of_slot[kind]]
     specs = [spec for part in plan._stored.values() for spec in part]
-    layers = _count(list(zip(leaves, arrays, stacked, strict=True)), [spec.shape for spec in specs])
+    layers = count_layers(list(zip(leaves, arrays, stacked, strict=True)), [spec.shape for spec in specs])
 
     def layer_of(values: Sequence[Any]) -> State:
         return jax.tree.unflatten(jax.tree.structure(state), values)
 
-    def run(values: Sequence[Any], x: Any) -> tuple[list[Any], Any]:
+    captures = isinstance(fn, Step) and bool(fn._capture)
+
+    def run(values: Sequence[Any], x: Any) -> tuple[list[Any], Any, Any]:
         layer = layer_of(values)
         after, x = _result(fn(layer, x), layer)
-        return [array for part in after._parts for array in part.arrays], x
+        x, captured = x if captures else (x, None)
+        return [array for part in after._parts for array in part.arrays], x, captured
 
     written: list[bool] = []
 
@@ -127,10 +126,10 @@ def _scan_state(
         values, rest, sliced = [], iter(carry[0]), iter(slices)
         for array, many, goes_on in zip(arrays, stacked, carried, strict=True):
             values.append(next(sliced) if many else next(rest) if goes_on else array)
-        after, x = run(values, carry[1])
-        return (_chosen(after, carried), x), _chosen(after, given_out)
+        after, x, captured = run(values, carry[1])
+        return (_chosen(after, carried), x), (_chosen(after, given_out), captured)
 
-    carry, out = jax.lax.scan(
+    carry, (out, captured) = jax.lax.scan(
         turn,
         (_chosen(arrays, carried), x),
         _chosen(arrays, stacked),
@@ -143,7 +142,7 @@ def _scan_state(
         next(new) if gives else next(last) if goes else array
         for array, gives, goes in zip(arrays, given_out, carried, strict=True)
     ]
-    return _with_arrays(state, made), carry[1]
+    return _with_arrays(state, made), (carry[1], captured) if captures else carry[1]
 
 
 def _chosen(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
@@ -172,93 +171,3 @@ def _with_arrays(state: State, arrays: Sequence[Any]) -> State:
 
 def _same(one: Any, other: Any) -> bool:
     return one is other
-
-
-def _count(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[int, ...]] | None) -> int:
-    """How many layers there are; every leaf that has another number, or no axis for them, is listed.
-
-    Args:
-      rows: each array with its leaf, and whether it is stacked.
-      shapes: the shape of each in one layer; None if that is not known.
-    """
-    counts: list[int] = []
-    odd: list[Leaf] = []
-    for number, (leaf, array, many) in enumerate(rows):
-        spec = spec_of(array)
-        shape = spec.shape if spec else ()
-        own = None if shapes is None else shapes[number]
-        if many and (not shape or (own is not None and shape[1:] != own)):
-            odd.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, without an axis for the layers"))
-        elif not many and own is not None and shape != own:
-            odd.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, but shared by the layers"))
-        elif many:
-            counts.append(shape[0])
-            if shape[0] != counts[0]:
-                odd.append(dataclasses.replace(leaf, note=f"{shape[0]} layers, others have {counts[0]}"))
-    if odd:
-        raise StructureError(
-            "Not every leaf has one slice for each layer.",
-            leaves=list(dict.fromkeys(odd)),
-            mend="stack them: layers = nnx.vmap(make_layer)(keys), or jax.vmap(lambda key: plan.take(...))(keys)\n"
-            "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)",
-        )
-    if not counts:
-        raise StructureError(
-            "There is nothing that tells how many layers there are: every leaf is shared.",
-            mend="x = jax.lax.fori_loop(0, layers, lambda _, x: fn(layer, x), x)",
-        )
-    return counts[0]
-
-
-# --- a module ----------------------------------------------------------------------------------------------------
-
-
-def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, reverse: bool, unroll: int) -> Any:
-    kinds = Kinds(layers=Kind(...)) if shared is None else Kinds(layers=Kind(...), shared=Kind(shared))
-    found = scan((module,))
-    stacked = [kind == "layers" for kind in claim(kinds, found)]
-    held = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
-    rows = [row_of(path, leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)]
-    _count(
-        [(row, array, many) for row, (arrays, _), many in zip(rows, held, stacked, strict=True) for array in arrays],
-        None,
-    )
-    one = [
-        value_of([_slice(array, is_variable(leaf)) if many else array for array in arrays], structure)
-        for leaf, (arrays, structure), many in zip(found.leaves, held, stacked, strict=True)
-    ]
-    plan = make_plan(kinds, rebuild(found.graphdef, one, several=False), None)
-    parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
-    by_path = dict(zip(found.paths, held, strict=True))
-    check_given(
-        (row_of(row.path, array), array, spec.dtype)
-        for row in plan._rows
-        for array, spec in zip(by_path[row.path][0], row.specs, strict=True)
-        if not isinstance(array, jax.Array)
-    )
-    for row in plan._rows:
-        parts[row.kind] += [jnp.asarray(array) for array in by_path[row.path][0]]
-    before = State.of(plan, parts.values())
-    layer = step(fn, writes=[kind for kind in plan.kinds if plan._specs[kind]])
-    after, x = _scan_state(layer, before, x, _names(before, ["shared"] if shared is not None else ()), reverse, unroll)
-    _write(plan, before, after, module, dict(zip(found.paths, found.leaves, strict=True)))
-    return x
-
-
-def _slice(array: Any, in_variable: bool) -> Any:
-    """One layer's part of an array, by shape and dtype."""
-    if in_variable or not array.shape[0]:
-        return jax.ShapeDtypeStruct(array.shape[1:], array.dtype)
-    # In a list, a dict or a tuple NNX takes a mere shape for something static: the layers would see it, and no array.
-    return jnp.asarray(array)[0]
-
-
-def _write(plan: Plan, before: State, after: State, module: Any, leaves: dict[Any, Any]) -> None:
-    """Puts what was written back into the module."""
-    writes = []
-    for row, span in zip(plan._rows, plan._spans, strict=True):
-        was, now = (state.part(span.kind).arrays[span.start : span.stop] for state in (before, after))
-        if all(map(_same, was, now)):
-            continue
-        writes.append((row.path, leaves[row.path], value_of(now, span.structure)))
-    put_values(module, leaves.values(), writes)

@@ -38,6 +38,13 @@ __all__ = [
 ONE: Any = jax.tree.structure(0)
 
 
+# How a model of references becomes one of plain Variables.
+_TO_PLAIN = (
+    "model = nnx.with_vars(model, hijax=False, ref=False, allow_duplicates=True)  # a copy, of plain Variables\n"
+    "or, for all that is made from then on: nnx.var_defaults(hijax=False, ref=False)"
+)
+
+
 class ModelError(StructureError, TypeError):
     """What was given is no model: a class instead of an instance, a number, a module full of strings."""
 
@@ -138,9 +145,10 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
         ) from error
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
-            position: Any = path[0] if several else 0
-            _refuse_bare(names[position] if names else position, objects[position])
+            place: Any = path[0] if several else 0
+            _refuse_bare(names[place] if names else place, objects[place])
     paths = tuple(named(path, names) for path in flat.paths) if names else tuple(flat.paths)
+    _refuse_references(paths, flat.leaves)
     return Scan(graphdef, paths, tuple(flat.leaves), several, tuple(names))
 
 
@@ -159,6 +167,21 @@ def _refuse_bare(place: int | str, thing: Any) -> None:
         f"Object {place} is {type(thing).__name__}, which holds no leaves at paths.",
         mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
     )
+
+
+def _refuse_references(paths: Sequence[Any], leaves: Sequence[Any]) -> None:
+    """Refuses what changes behind a state's back: references, and Variables of JAX's own (hijax)."""
+    rows = [
+        row_of(tuple(path), leaf, note=note)
+        for path, leaf in zip(paths, leaves, strict=True)
+        if (note := _compat.reference(leaf))
+    ]
+    if rows:
+        raise ModelError(
+            "Variables that are references, or hijax Variables, cannot be planned, filtered or differentiated here.",
+            leaves=rows,
+            mend=_TO_PLAIN,
+        )
 
 
 def rebuild(graphdef: Any, values: list[Any], several: bool) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ from statewise.plan import Plan
 from statewise.programs import program_of
 from statewise.scan import is_array
 from statewise.state import State
-from statewise.tracing import Eager, Traced, refuse_writes, trace
+from statewise.tracing import Eager, Traced, evaluating, refuse_writes, trace
 
 __all__ = ["Step", "step", "train_step"]
 
@@ -56,7 +56,8 @@ def step(
     Args:
       fn: the function; it gets the planned objects, made anew in every trace, and the other arguments.
       writes: the kinds that it may write: one name, or several.
-      capture: kinds of new leaves (what the function sows) to hand out; the output is then `(out, captured)`.
+      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+        then `(out, captured)`.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
     Returns:
@@ -105,7 +106,8 @@ def train_step(
       writes: kinds that the function itself may write, besides those that it may by default: every kind that is
         neither frozen, nor ephemeral (`saved=False`), nor holds `nnx.Param`.  `()` allows it none at all.
       has_aux: whether the function returns `(loss, aux)`.
-      capture: kinds of new leaves (what the function sows) to hand out; the output is then `(out, captured)`.
+      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+        then `(out, captured)`.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
     Returns:
@@ -303,24 +305,42 @@ class Step:
 
     def _trace(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
         """One call traced and checked; where it runs on each device, also how the arguments are split among them."""
-        plan, copies, specs = state._plan, state._plan._copies, ()
+        plan = state._plan
         contract = self._contract_of(plan, self._name)
+        traced, specs = self._traced(state, args, kwargs)
+        self._refuse_writes(traced, contract, state, args, kwargs)
+        if contract.trains:
+            check_loss(traced, contract, bool(self._capture), self._name)
+        return traced, contract, specs
+
+    def _traced(self, state: State, args: Any, kwargs: Any, *, evaluated: bool = False) -> tuple[Traced, Any]:
+        """One call traced, with `model.eval()` before it or not; and how the arguments are split among devices."""
+        plan, copies = state._plan, state._plan._copies
         capture = Capture(plan.kinds, self._capture)
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)
         bound = self._bound(split.static, plan._objects)
+        if evaluated:
+            bound = evaluating(bound, plan._objects)
         if copies is None:
-            traced = trace(plan, bound, state, *dynamic, capture, self._name)
-        else:
-            specs = specs_of(copies, jax.tree.leaves(dynamic))
-            name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
-            local = local_arguments(copies, *dynamic, specs, name_of, self._name)
-            traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name))
-        named, why_not = contract.named, contract.why_not
-        refuse_writes(plan, traced, contract.allowed, named, why_not, self._name, contract.mend)
-        if contract.trains:
-            check_loss(traced, contract, bool(capture), self._name)
-        return traced, contract, specs
+            return trace(plan, bound, state, *dynamic, capture, self._name), ()
+        specs = specs_of(copies, jax.tree.leaves(dynamic))
+        name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
+        local = local_arguments(copies, *dynamic, specs, name_of, self._name)
+        return traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name)), specs
+
+    def _refuse_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
+        """Raises where the function writes what its contract does not allow."""
+        refuse_writes(
+            state._plan,
+            traced,
+            contract.allowed,
+            contract.named,
+            contract.why_not,
+            self._name,
+            contract.mend,
+            lambda: self._traced(state, args, kwargs, evaluated=True)[0],
+        )
 
     def _bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
         """The user's function with the static arguments in their places, after so many objects."""

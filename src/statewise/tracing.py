@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,28 +20,16 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.capture import Capture
-from statewise.claims import claimants
+from statewise.changes import assigned, leaf_of
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.narrowing import check_given
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise.plan import Plan
-from statewise.scan import (
-    ONE,
-    arrays_of,
-    is_array,
-    make_leaf,
-    numbered,
-    raw_value,
-    rebuild,
-    row_of,
-    scan,
-    spec_of,
-    value_of,
-)
+from statewise.scan import arrays_of, numbered, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import State, check_fits
 
-__all__ = ["Eager", "Traced", "call_once", "refuse_writes", "trace"]
+__all__ = ["Eager", "Traced", "call_once", "check_output", "evaluating", "refuse_model", "refuse_writes", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -140,7 +128,7 @@ def trace(
     def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any]]:
         out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
         leaves, box["out_tree"] = jax.tree.flatten(out)
-        _check_output(leaves, name)
+        check_output(leaves, name)
         return leaves, [array for part in after for array in part]
 
     closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
@@ -171,41 +159,46 @@ def call_once(
     values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
     objects = rebuild(plan._graphdef, values, plan._several)
     before = scan(objects, plan._names)
-    out, sown = capture.call(fn, objects, args, kwargs)
-    _refuse_model(out, before.leaves, name)
+    # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
+    with nnx.var_defaults(hijax=False, ref=False):
+        out, sown = capture.call(fn, objects, args, kwargs)
+    refuse_model(out, before.leaves, name)
     after = scan(objects, plan._names)
     live = dict(zip(after.paths, after.leaves, strict=True))
-    root = objects if plan._several else objects[0]
-
-    def bridged(path: Path) -> bool:
-        return _is_bridged(root, numbered(path, plan._names))
-
-    _check_structure(plan, before.leaves, live, capture, name, bridged)
-    captured = capture.collect(plan, live, out, sown)
-    return captured, _arrays_after(plan, parts, live, name)
+    handed_out = assigned(plan, objects, before.leaves, live, capture, name)
+    captured = capture.collect(plan, live, handed_out, out, sown)
+    return captured, _arrays_after(plan, parts, live, handed_out, name)
 
 
-def _arrays_after(plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], name: str) -> list[list[Any]]:
+def _arrays_after(
+    plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], handed_out: frozenset[Path], name: str
+) -> list[list[Any]]:
     after = [list(part) for part in parts]
     values: dict[tuple[str, int], Sequence[Any]] = {}
     odd, given = [], []
     for row, span in zip(plan._rows, plan._spans, strict=True):
+        if row.path in handed_out:
+            continue
         arrays, structure = arrays_of(raw_value(live[row.path]))
         specs = tuple(map(spec_of, arrays))
         if structure != row.structure:
-            odd.append(_leaf_of(row, "becomes a value of another structure"))
+            odd.append(leaf_of(row, "becomes a value of another structure"))
         elif specs != row.specs:
             was = [f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs]
-            odd.append(_leaf_of(row, "becomes " + ", ".join(was)))
+            odd.append(leaf_of(row, "becomes " + ", ".join(was)))
         else:
             pairs = zip(arrays, row.specs, strict=True)
-            given += [(_leaf_of(row, ""), one, spec.dtype) for one, spec in pairs if not isinstance(one, jax.Array)]
+            given += [(leaf_of(row, ""), one, spec.dtype) for one, spec in pairs if not isinstance(one, jax.Array)]
             values[span.kind, span.start] = arrays
     if odd:
+        mend = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
+        sown = [leaf.kind for leaf in odd if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
+        if sown:  # `sow` adds to what an earlier call left there
+            mend = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {mend}"
         raise StructureError(
             f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.",
             leaves=odd,
-            mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)",
+            mend=mend,
         )
     check_given(given, before=f"{name} assigns numbers that JAX does not have. ")
     for (kind, start), made in values.items():
@@ -213,66 +206,7 @@ def _arrays_after(plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, A
     return after
 
 
-def _leaf_of(row: Any, note: str) -> Leaf:
-    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
-
-
-def _check_structure(
-    plan: Plan,
-    before: Sequence[Any],
-    live: dict[Path, Any],
-    capture: Capture,
-    name: str,
-    bridged: Callable[[Path], bool],
-) -> None:
-    """Refuses Variables that the function made (and nobody captures), removed or (unless bridged) replaced."""
-    problems = []
-    for row, was in zip(plan._rows, before, strict=True):
-        now = live.get(row.path)
-        if now is None:
-            problems.append(_leaf_of(row, "removed"))
-        elif isinstance(was, nnx.Variable) and now is not was:
-            if type(now) is not type(was) or not bridged(row.path):
-                problems.append(_leaf_of(row, "replaced by another Variable"))
-        elif not isinstance(now, nnx.Variable) and not is_array(now):
-            problems.append(_leaf_of(row, f"replaced by {type(now).__name__}"))
-    planned = {row.path for row in plan._rows}
-    for path, leaf in live.items():
-        if path not in planned and not capture.claims(plan, path, leaf):
-            problems.append(row_of(path, leaf, note="made by the function"))
-    if problems:
-        made = [leaf for leaf in problems if leaf.note == "made by the function"]
-        raise StructureError(
-            f"{name} changes which Variables the model has; new ones cannot enter a state.",
-            leaves=problems,
-            mend=_structure_mend(plan, made),
-        )
-
-
-def _is_bridged(objects: Any, path: Path) -> bool:
-    """Whether a leaf belongs to a Linen module, wrapped by `nnx.bridge.ToNNX`, which writes by replacing Variables."""
-    thing = objects
-    for key in path:
-        if isinstance(thing, nnx.bridge.ToNNX):
-            return True
-        thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
-    return False
-
-
-def _structure_mend(plan: Plan, made: Sequence[Leaf]) -> str:
-    if any(issubclass(leaf.type, nnx.Intermediate) for leaf in made):
-        claims_of = claimants(plan.kinds)
-        sown = next(leaf for leaf in made if issubclass(leaf.type, nnx.Intermediate))
-        kinds = claims_of(sown.path, object.__new__(sown.type))
-        if not kinds or plan.kinds[kinds[0]].rest:
-            return "kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\nand capture='sown'"
-        return f"capture={kinds[0]!r} in the step's decorator: what is sown then comes back beside the output"
-    if made:
-        return "make the Variable before the plan is made (model.init_cache(...), say)"
-    return "assign values, not Variables: self.count[...] = self.count[...] + 1"
-
-
-def _refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
+def refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
     """Refuses an output that holds the model itself, or one of its Variables."""
     mine = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
 
@@ -297,7 +231,8 @@ def _refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
         )
 
 
-def _check_output(leaves: Sequence[Any], name: str) -> None:
+def check_output(leaves: Sequence[Any], name: str) -> None:
+    """Refuses an output of which a part is neither an array nor a number."""
     for leaf in leaves:
         if spec_of(leaf) is None:
             raise StructureError(
@@ -318,6 +253,7 @@ def refuse_writes(
     why: dict[str, str],
     name: str,
     mend: str,
+    evaluated: Callable[[], Traced],
 ) -> None:
     """Raises where the function writes a kind that it may not.
 
@@ -329,6 +265,7 @@ def refuse_writes(
       why: for some kinds, why they may not be.
       name: the step's name.
       mend: the decorator as it would have to stand, with `{kinds}` in the place of the kinds.
+      evaluated: traces the same call after `model.eval()`; asked only where there is something to refuse.
     """
     odd = [(kind, position) for kind, position in traced.written if kind not in allowed]
     if not odd:
@@ -348,14 +285,49 @@ def refuse_writes(
         # As nnx.SpectralNorm and nnx.WeightNorm do; the update then goes on top of what the function wrote.
         also = mend.format(kinds=repr(tuple(sorted({*named, *trained}, key=order))))
         lines.append(f"where a layer normalises its own weights: {also}")
-    if any(not issubclass(leaf.type, nnx.Cache | nnx.OptState | _compat.MetricState) for leaf in leaves.values()):
-        lines.append("where the function only evaluates: model.eval() as its first line")
+    lines += _eval_mend(plan, odd, evaluated, mend, named, why)
     raise UndeclaredWriteError(
         f"{name} writes {', '.join(kinds)}, which it does not declare.",
         leaves=leaves.values(),
         kind=kinds[0],
         mend="\nor, ".join(lines),
     )
+
+
+_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _eval_mend(
+    plan: Plan,
+    odd: Sequence[tuple[str, int]],
+    evaluated: Callable[[], Traced],
+    mend: str,
+    named: Sequence[str],
+    why: Mapping[str, str],
+) -> list[str]:
+    """The hint to evaluate, where the function then writes less that is undeclared; and what is left to declare."""
+    try:
+        written = set(evaluated().written)
+    except _RAISED:  # with other flags the user's function does not run: then they are no help
+        return []
+    left = {kind for kind, position in odd if (kind, position) in written}
+    if left & set(why) or all(spot in written for spot in odd):
+        return []
+    line = "where the function only evaluates: model.eval() as its first line"
+    kinds = tuple(sorted({*named, *left}, key=list(plan.kinds).index))
+    return [f"{line}, and {mend.format(kinds=repr(kinds))}" if left else line]
+
+
+def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
+    """The function with `model.eval()` as its first line."""
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        for thing in args[:objects]:
+            if isinstance(thing, nnx.Module):
+                thing.eval()
+        return fn(*args, **kwargs)
+
+    return evaluated
 
 
 def _owners(plan: Plan) -> dict[Path, str]:

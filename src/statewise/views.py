@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise import _compat
 from statewise.derived import plain_key
 from statewise.errors import StructureError
 from statewise.narrowing import check_given
@@ -143,7 +144,7 @@ def _misfit(array: Any, spec: Spec) -> str:
     if array is None:
         return "missing"
     found = spec_of(array)
-    if found is None:
+    if found is None or _compat.reference(array):
         return f"given as {type(array).__name__}"
     if found != spec:
         return f"given as {found.shape} {found.dtype}"

@@ -31,7 +31,7 @@ from statewise.plan import Plan
 from statewise.routes import Route, numbers_of
 from statewise.state import State
 from statewise.steps import Step
-from statewise.tracing import Traced, refuse_writes
+from statewise.tracing import Traced
 
 __all__ = ["audit"]
 
@@ -151,7 +151,8 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
         zero = _zero_gradients(plan, traced, contract)
     error = None
     try:
-        refuse_writes(plan, traced, contract.allowed, contract.named, contract.why_not, name, contract.mend)
+        with jax.disable_jit(False):
+            step._refuse_writes(traced, contract, state, args, kwargs)
     except UndeclaredWriteError as refusal:
         error = refusal.with_traceback(None)
     rows = tuple(_row(plan, leaf, numbers, touched, zero) for leaf, numbers in _numbers_of_leaves(plan))

@@ -8,8 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from statewise.errors import UndeclaredWriteError
 from statewise.kinds import Kinds, unknown_kind
+from statewise.leftbehind import WHY, may_be_position, restart_mend
 from statewise.paths import Leaf, Path, format_path, format_shape, format_type
 from statewise.tables import Shown, Table, format_count, leaf_dict
 
@@ -196,6 +199,34 @@ class Audit(Shown):
         """The leaves that the step writes and no checkpoint holds: after a restart of the program they are lost."""
         return self._where("lost")
 
+    @property
+    def left_behind(self) -> tuple[LeafAudit, ...]:
+        """Whole numbers that the step writes together with a kind that restarts, in one module, and that do not.
+
+        Positions in a cache, most often: after `state.restart("cache")` they still point behind the old text.
+        `left_behind_mend` is the declaration under which they restart too.
+        """
+        restarting = {row.path[:-1] for row in self.leaves if row.written and row.restarts}
+        return tuple(
+            row
+            for row in self.leaves
+            if row.written
+            and not row.restarts
+            and row.path[:-1] in restarting
+            and row.leaf.shape == ()
+            and jnp.issubdtype(row.leaf.dtype, jnp.integer)
+            and may_be_position(row.leaf.type)
+        )
+
+    @property
+    def left_behind_mend(self) -> str | None:
+        """What makes the first leaf of `left_behind` restart with its cache, as code; None where there is none."""
+        for row in self.left_behind:
+            beside = (other for other in self.leaves if other.path[:-1] == row.path[:-1])
+            cache = next(str(other.kind) for other in beside if other.written and other.restarts)
+            return restart_mend(self.kinds, row.kind, row.path, cache)
+        return None
+
     def _where(self, flag: str) -> tuple[LeafAudit, ...]:
         return tuple(row for row in self.leaves if getattr(row, flag))
 
@@ -248,8 +279,11 @@ class Audit(Shown):
             ("written, not declared", self.undeclared),
             ("gradient always zero", self.untrained),
             ("written, lost on save", self.ephemeral_writes),
+            (f"left behind by restart(): {WHY}", self.left_behind),
         )
         lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in found for row in rows]
+        mend = self.left_behind_mend
+        lines += [("", "", f"mend: {line}") for line in mend.splitlines()] if mend else []
         return Table("to look at", ("path", "kind", "fact"), tuple(lines)) if lines else None
 
     def to_dict(self) -> dict[str, Any]:

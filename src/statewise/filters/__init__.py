@@ -20,7 +20,7 @@ joined), `words` (the four), `explain` (what can be said of a filter and a leaf)
 """
 
 from statewise.filters.algebra import Filter, Predicate, describe, normalise, predicate
-from statewise.filters.explain import as_code, explain_leaf, type_key, type_only
+from statewise.filters.explain import as_code, explain_leaf, is_python, type_key, type_only
 from statewise.filters.words import Exactly, Meta, Path, Where
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "as_code",
     "describe",
     "explain_leaf",
+    "is_python",
     "normalise",
     "predicate",
     "type_key",

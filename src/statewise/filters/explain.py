@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import ast
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -11,9 +13,10 @@ from flax import nnx
 
 from statewise import _compat, paths
 from statewise.filters.algebra import And, Filter, Not, Or, Ours, compound, describe, normalise, predicate
-from statewise.filters.words import Exactly
+from statewise.filters.values import ById
+from statewise.filters.words import Exactly, Meta, Where
 
-__all__ = ["as_code", "explain_leaf", "type_key", "type_only"]
+__all__ = ["as_code", "explain_leaf", "is_python", "type_key", "type_only"]
 
 
 def explain_leaf(filter: Filter, path: paths.Path, leaf: Any) -> tuple[bool, str]:
@@ -119,7 +122,7 @@ def type_key(leaf: Any) -> Hashable:
 def as_code(filter: Filter) -> str:
     """Writes a filter as code, for an error's mend: `nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`.
 
-    What has no name that code could use (a lambda, a type of the user's own) is written as `describe` does.
+    It is Python in any case: a function is written by its name, a lambda as `lambda path, leaf: ...`.
 
     Raises:
       FilterError: the filter, or a part of it, is no filter.
@@ -143,10 +146,14 @@ def _as_code(filter: Filter) -> str:
         return f"{name}({inner}{',' if sign == '|' and len(parts) == 1 else ''})"
     if isinstance(filter, Exactly):
         return f"sw.Exactly({', '.join(map(_as_code, filter.types))})"
+    if isinstance(filter, Where):
+        return f"sw.Where({_name_of(filter.predicate)})"
+    if isinstance(filter, Meta) and not is_python(repr(filter)):
+        return f"sw.Meta({filter.name!r}, ...)"
     if isinstance(filter, Ours):
         return f"sw.{filter!r}"
-    if type(filter) is nnx.PathContains:
-        return f"nnx.{filter!r}"
+    if isinstance(filter, nnx.PathContains):
+        return f"nnx.{describe(filter)}"
     if type(filter) is nnx.filterlib.PathIn:
         return f"nnx.filterlib.PathIn({', '.join(sorted(map(repr, filter.paths)))})"
     cls = filter.type if type(filter) is nnx.OfType else filter
@@ -154,4 +161,26 @@ def _as_code(filter: Filter) -> str:
         name = paths.format_type(cls)
         home = next((home for home in (nnx, jax) if getattr(home, name.rpartition(".")[2], None) is cls), None)
         return f"{home.__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}" if home else name
-    return describe(filter)
+    return describe(filter) if filter is None or filter is ... or isinstance(filter, bool | str) else _name_of(filter)
+
+
+def _name_of(function: Any) -> str:
+    """The name by which code calls a function; `lambda path, leaf: ...` where it has none."""
+    if isinstance(function, ById):
+        return _name_of(function.function)
+    if isinstance(function, functools.partial):
+        return f"functools.partial({_name_of(function.func)}, ...)"
+    text = describe(function)
+    if not is_python(text):
+        named = getattr(function, "__qualname__", None)
+        text = (named or f"{type(function).__qualname__}(...)").rpartition("<locals>.")[2]
+    return text if is_python(text) else "lambda path, leaf: ..."
+
+
+def is_python(text: str) -> bool:
+    """Whether a text is an expression of Python."""
+    try:
+        ast.parse(text, mode="eval")
+    except SyntaxError:
+        return False
+    return True

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from statewise.errors import ContestedError, FilterError, KindError, UnclaimedError
 from statewise.filters import Exactly, as_code, describe, predicate, type_only
 from statewise.filters.algebra import compound, normalise
 from statewise.kinds import Kind, Kinds
-from statewise.lint.finding import Found, Trap
+from statewise.leftbehind import WHY, may_be_position, restart_mend
+from statewise.lint.finding import Found, Trap, counted
 from statewise.lint.subject import Subject
 from statewise.lint.training import trainings
 from statewise.paths import Path, format_path
@@ -100,6 +103,40 @@ def _overlapping(subject: Subject) -> Iterator[Found]:
             f"The kinds {wide!r} and {narrow!r} both claim every {cls.__name__}; this model has none yet.",
             (),
             f"kinds = kinds.replace({wide}={_with(subject.kinds[wide], of, wide)})",
+        )
+
+
+_POSITION = re.compile(
+    r"(?:^|_)(?:idx|ind|index|pos|position|cur|current|cursor|len|length|offset|step|ptr|pointer|end|filled)(?:_|$|\d)",
+    re.IGNORECASE,
+)
+
+
+def _left_behind(subject: Subject) -> Iterator[Found]:
+    restarting: dict[Any, str] = {}
+    for number in subject.of_type(nnx.Cache):
+        kind = subject.claims[number]
+        if kind is not None and subject.kinds[kind].restart is not None:
+            restarting.setdefault(subject.found.paths[number][:-1], kind)
+    left = [
+        number
+        for number, path in enumerate(subject.found.paths)
+        if path[:-1] in restarting
+        and may_be_position(subject.types[number])
+        and _POSITION.search(subject.name(number))
+        and getattr(subject.values[number], "shape", None) == ()
+        and jnp.issubdtype(subject.dtype(number), jnp.integer)
+        and (kind := subject.claims[number]) is not None
+        and subject.kinds[kind].restart is None
+    ]
+    if left:
+        positions = counted(len(left), "position in a cache does", "positions in caches do")
+        yield Found(
+            f"{positions} not restart with it.",
+            subject.rows(left),
+            restart_mend(
+                subject.kinds, subject.claims[left[0]], path := subject.found.paths[left[0]], restarting[path[:-1]]
+            ),
         )
 
 
@@ -213,6 +250,7 @@ TRAPS = (
         "checkpoints carry the last request's tokens, grow with batch and length, and fit no other batch size",
         _cache_saved,
     ),
+    Trap("position-left-behind", WHY, _left_behind),
     Trap("rng-not-saved", "a resumed run draws again the numbers that the first one drew", _rng_lost),
     Trap(
         "statistics-not-saved",

@@ -20,6 +20,7 @@ from statewise.aliases import aliases_of
 from statewise.batches import refuse_batch
 from statewise.claims import claim, claimants
 from statewise.errors import ContestedError, KindError, UnclaimedError
+from statewise.filters import is_python
 from statewise.kinds import Kinds
 from statewise.lint.reading import Facts, is_readable, read
 from statewise.paths import Leaf, Path
@@ -206,12 +207,13 @@ class Subject:
         return str(self.found.paths[number][-1])
 
     def target(self, number: int) -> str:
-        """What code assigns a leaf to, seen from the module that holds it: `self.kernel`, `self.layers[0]`."""
-        keys = self.found.relative(self.found.paths[number])
-        named = [at for at, key in enumerate(keys) if isinstance(key, str) and key.isidentifier()]
-        start = named[-1] if named else -1
-        holder = f"self.{keys[start]}" if named else "model"
-        return holder + "".join(f"[{key!r}]" for key in keys[start + 1 :])
+        """What code assigns a leaf to, seen from the module that has it: `self.kernel`, `self.w[0]`."""
+        path = self.found.relative(self.found.paths[number])
+        named = [at for at, key in enumerate(path) if isinstance(key, str) and key.isidentifier()]
+        start = named[-1] if named else 0
+        items = "".join(f"[{key!r}]" for key in path[start + bool(named) :])
+        text = f"self.{path[start]}{items}" if named else f"model{items}"
+        return text if is_python(text) else "leaf"  # the keys of a user's dict may be anything, and read as no code
 
     # --- values ------------------------------------------------------------------------------------------------
 

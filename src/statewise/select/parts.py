@@ -246,7 +246,7 @@ def _problems(slot: Slot | None, path: Path, leaf: Any, known: Mapping[Path, Slo
     if any(isinstance(array, jax.Array) and not _traced(array) and array.is_deleted() for array in arrays):
         yield "spent", make_leaf(path, _compat.variable_type(leaf), [], False, None, note="its array was donated")
         return
-    words = _differences(slot, leaf, arrays, structure)
+    words = ["a reference"] if _compat.reference(leaf) else _differences(slot, leaf, arrays, structure)
     if words:
         yield " and ".join(words), row_of(path, leaf, note=f"{' and '.join(words)}: the model has {slot}")
 
