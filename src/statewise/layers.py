@@ -18,13 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise.claims import claim
+from statewise.contracts import plain_contract
 from statewise.errors import StructureError
+from statewise.functions import check_function
 from statewise.kinds import Kind, Kinds, unknown_kind
 from statewise.paths import Leaf, format_shape
 from statewise.plan import Plan, make_plan
 from statewise.scan import arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise.state import Part, State, check_unspent, make_state
-from statewise.steps import step
+from statewise.steps import Step
 
 __all__ = ["scan_layers"]
 
@@ -204,6 +206,7 @@ def _count(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[int, .
 
 
 def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, reverse: bool, unroll: int) -> Any:
+    check_function(fn, "scan_layers")
     kinds = Kinds(layers=Kind(...)) if shared is None else Kinds(layers=Kind(...), shared=Kind(shared))
     found = scan((module,))
     stacked = [kind == "layers" for kind in claim(kinds, found)]
@@ -223,7 +226,9 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
     for row in plan._rows:
         parts[row.kind] += [jnp.asarray(array) for array in by_path[row.path][0]]
     before = State.of(plan, parts.values())
-    layer = step(fn, writes=[kind for kind in plan.kinds if plan._specs[kind]])
+    writes = [kind for kind in plan.kinds if plan._specs[kind]]
+    # A layer may write everything, and need not: nothing is declared.
+    layer = Step(fn, lambda plan, name: dataclasses.replace(plain_contract(plan, name, writes), named=()), "scan_layers", None, {})
     after, x = _scan_state(layer, before, x, _names(before, ["shared"] if shared is not None else ()), reverse, unroll)
     _write(plan, before, after, module, dict(zip(found.paths, found.leaves, strict=True)))
     return x

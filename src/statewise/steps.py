@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +26,14 @@ import jax
 from statewise import _compat
 from statewise.arguments import Arguments, merged
 from statewise.capture import Capture
+from statewise.cautions import cautions_of, objects_of, refuse_untrained
+from statewise.closures import Bound
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
-from statewise.errors import StructureError
+from statewise.functions import check_capacity, check_function, kind_names
 from statewise.lowered import Lowered, no_state
+from statewise.outside import refuse_baked, refuse_written_arguments
+from statewise.passed import refuse_foreign
 from statewise.perdevice import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
 from statewise.plan import Plan
 from statewise.programs import program_of
@@ -80,7 +85,8 @@ def step(
     """
     if fn is None:
         return functools.partial(step, writes=writes, capture=capture, **jit_options)
-    names = _names(writes)
+    check_function(fn, "step")
+    names = kind_names(writes, "writes", "step")
     return Step(fn, lambda plan, name: plain_contract(plan, name, names), "step", capture, jit_options)
 
 
@@ -127,14 +133,18 @@ def train_step(
     """
     if fn is None:
         return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
-    of, may_write = (None if names is None else _names(names) for names in (wrt, writes))
+    check_function(fn, "train_step")
+    of, may_write = (
+        None if names is None else kind_names(names, option, "train_step")
+        for option, names in (("wrt", wrt), ("writes", writes))
+    )
     return Step(
         fn, lambda plan, name: train_contract(plan, name, of, may_write, has_aux), "train_step", capture, jit_options
     )
 
 
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _kinds_captured(names: Any, decorator: str) -> str | tuple[str, ...]:
+    return names if isinstance(names, str) else kind_names(names, "capture", decorator)
 
 
 class Step:
@@ -164,7 +174,7 @@ class Step:
         jit_options: dict[str, Any],
     ) -> None:
         if not callable(fn):
-            raise StructureError(f"{fn!r} is no function.", mend=f"@sw.{decorator}\ndef f(model, x): ...")
+            check_function(fn, decorator)
         # Not its annotations: they are of another call, with the model in the place of the state.
         functools.update_wrapper(self, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
         del self.__dict__["__wrapped__"]
@@ -172,7 +182,7 @@ class Step:
         self._name = getattr(fn, "__name__", type(fn).__name__)
         self._decorator = decorator
         self._contract_of = contract_of
-        self._capture = capture
+        self._capture = None if capture is None else _kinds_captured(capture, decorator)
         self._arguments = Arguments(fn, jit_options)
         self._lock = threading.RLock()
         # By plan: every entry by its full key; the latest for each key of the arguments; the one, if there is one.
@@ -256,6 +266,7 @@ class Step:
         if not anew and key in entries:
             return entries[key]
         traced, contract, specs = self._trace(state, args, kwargs)
+        self._judge(state._plan, traced, contract)
         entry = self._make(state._plan, traced, contract, specs)
         if not entry.closes_over_tracers:  # else it belongs to the caller's own trace, and ends with it
             entries[key] = entry
@@ -269,29 +280,42 @@ class Step:
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)
         bound = self._bound(split.static, plan._objects)
+        name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
+        self._check_arguments(plan, args, dynamic, name_of)
         if copies is None:
             traced = trace(plan, bound, state, *dynamic, capture, self._name)
         else:
             specs = specs_of(copies, jax.tree.leaves(dynamic))
-            name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
             local = local_arguments(copies, *dynamic, specs, name_of, self._name)
             traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name))
+        trains = bool(plan._groups)
+        refuse_written_arguments(traced.passed, bound, plan._objects, name_of, self._name, trains)
+        refuse_baked(traced.effects, bound, self._name)
         named, why_not = contract.named, contract.why_not
         refuse_writes(plan, traced, contract.allowed, named, why_not, self._name, contract.mend)
         if contract.trains:
             check_loss(traced, contract, bool(capture), self._name)
         return traced, contract, specs
 
+    def _check_arguments(self, plan: Plan, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
+        """Refuses arguments that the function does not take, and objects that JAX cannot pass."""
+        types = lambda: [type(thing) for thing in objects_of(plan)]  # noqa: E731
+        check_capacity(self.fn, plan._objects, args, self._name, types)
+        named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
+        refuse_foreign(named, self._name)
+
+    def _judge(self, plan: Plan, traced: Traced, contract: Contract) -> None:
+        """Refuses a train step that trains nothing, and warns of what is probably not meant."""
+        refuse_untrained(plan, traced, contract, self.fn, self._name)
+        for caution in cautions_of(plan, traced, contract, self.fn, self._name):
+            warnings.warn(caution, stacklevel=5)  # where the step is called
+
     def _bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
         """The user's function with the static arguments in their places, after so many objects."""
         if not static:
             return self.fn
-
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            full_args, full_kwargs = merged(args[objects:], kwargs, static)
-            return self.fn(*args[:objects], *full_args, **full_kwargs)
-
-        return bound
+        names = {place: self._arguments.name_of(place, objects) for place in static}
+        return Bound(self.fn, static, objects, names)
 
     def _make(self, plan: Plan, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
         copies = plan._copies
@@ -325,6 +349,7 @@ class Step:
                 return self(state, *args, **kwargs)
         with jax.disable_jit(False):
             traced, contract, _ = self._trace(state, args, kwargs)
+            self._judge(plan, traced, contract)
         capture = Capture(plan.kinds, self._capture)
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from statewise.errors import UndeclaredWriteError
+from statewise.errors import StatewiseError, StatewiseWarning
 from statewise.kinds import Kinds, unknown_kind
 from statewise.paths import Leaf, Path, format_path, format_shape, format_type
 from statewise.tables import Shown, Table, format_count, leaf_dict
@@ -138,7 +138,9 @@ class Audit(Shown):
       trains: whether it differentiates.
       leaves: one `LeafAudit` for each leaf of the state, kind by kind.
       kinds: the declaration.
-      error: what calling the step would raise because it writes undeclared kinds; None where it does not.
+      error: what calling the step would raise because it writes undeclared kinds or trains nothing; else None.
+      warnings: what calling the step would warn of, a `StatewiseWarning` each: kinds that it names in `writes` and does
+        not write, writes that are lost under a plain `jax.jit` or `jax.checkpoint`, kinds that it does not train.
 
     Example:
       >>> import jax, optax
@@ -155,7 +157,8 @@ class Audit(Shown):
     trains: bool
     leaves: tuple[LeafAudit, ...]
     kinds: Kinds
-    error: UndeclaredWriteError | None = None
+    error: StatewiseError | None = None
+    warnings: tuple[StatewiseWarning, ...] = ()
 
     def __getitem__(self, kind: str) -> tuple[LeafAudit, ...]:
         if kind not in self.kinds:
@@ -250,14 +253,22 @@ class Audit(Shown):
             ("written, lost on save", self.ephemeral_writes),
         )
         lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in found for row in rows]
+        for one in self.warnings:
+            fact = one.message.removeprefix(f"{self.step} ").rstrip(".")
+            paths = [(format_path(leaf.path), leaf.kind or "-") for leaf in one.leaves]
+            lines += [(*path, fact) for path in paths or [("-", one.kind or "-")]]
         return Table("to look at", ("path", "kind", "fact"), tuple(lines)) if lines else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The audit as plain data: `step`, `trains`, `error` (its text), `kinds` and `leaves`, lists in order."""
+        """The audit as plain data: `step`, `trains`, `error` (its text), `warnings`, `kinds`, `leaves`, lists in order."""
         return {
             "step": self.step,
             "trains": self.trains,
             "error": None if self.error is None else str(self.error),
+            "warnings": [
+                {"message": one.message, "kind": one.kind, "leaves": [leaf_dict(leaf) for leaf in one.leaves]}
+                for one in self.warnings
+            ],
             "kinds": [dataclasses.asdict(count) for count in self.counts.values()],
             "leaves": [row.to_dict() for row in self.leaves],
         }
