@@ -107,7 +107,18 @@ def by_jit() -> tuple[Callable[..., Any], str]:
     return lambda m, x: jax.jit(lambda x: model(x))(x).mean(), "`model`, a variable of its closure"
 
 
-WAYS = [by_closure, by_global, by_attribute, by_container, by_default, by_partial, by_method, by_callable, by_helper, by_jit]
+WAYS = [
+    by_closure,
+    by_global,
+    by_attribute,
+    by_container,
+    by_default,
+    by_partial,
+    by_method,
+    by_callable,
+    by_helper,
+    by_jit,
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -160,7 +171,9 @@ UNREACHED = {
     "rounding": lambda m, x: jnp.round(m(x)).sum() + jnp.floor(m(x)).sum() + jnp.sign(m(x)).sum(),
     "a comparison": lambda m, x: (m(x) > 0).mean(),
     "zero": lambda m, x: (0.0 * m(x)).sum(),
-    "in a scan": lambda m, x: jax.lax.scan(lambda c, _: (c + jax.lax.stop_gradient(m(x)).sum(), None), 0.0, length=3)[0],
+    "in a scan": lambda m, x: jax.lax.scan(lambda c, _: (c + jax.lax.stop_gradient(m(x)).sum(), None), 0.0, length=3)[
+        0
+    ],
     "in a branch": lambda m, x: jax.lax.cond(x.sum() > 0, lambda: jnp.argmax(m(x)) * 1.0, lambda: 0.0),
 }
 

@@ -144,7 +144,8 @@ def _dropped(plan: Plan, traced: Traced, contract: Contract, name: str) -> list[
     kinds = list(dict.fromkeys(leaf.kind for leaf in leaves))
     return [
         StatewiseWarning(
-            f"{name} writes {', '.join(map(str, kinds))} under a plain jax.jit or jax.checkpoint, and the write is lost.",
+            f"{name} writes {', '.join(map(str, kinds))} under a plain jax.jit or jax.checkpoint, and the write is "
+            "lost.",
             leaves=leaves,
             kind=kinds[0],
             mend="nnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint",
@@ -167,7 +168,8 @@ def _kinds_untrained(plan: Plan, traced: Traced, contract: Contract, name: str) 
         mend = f"@sw.train_step(wrt={others!r})" if len(group.kinds) == 1 else "an optimizer of its own for each kind"
         found.append(
             StatewiseWarning(
-                f"{name} differentiates {kind}, of which no leaf reaches the loss: its optimizer sees nothing but zeros.",
+                f"{name} differentiates {kind}, of which no leaf reaches the loss: its optimizer sees nothing but "
+                "zeros.",
                 leaves=list(dict.fromkeys(plan._row_of_array[kind][position] for _, position in kinds[kind])),
                 kind=kind,
                 mend=f"where this step is not to train it: {mend}",
@@ -176,9 +178,7 @@ def _kinds_untrained(plan: Plan, traced: Traced, contract: Contract, name: str) 
     return found
 
 
-def _all_from_outside(
-    plan: Plan, traced: Traced, contract: Contract, fn: Any, name: str
-) -> list[StatewiseWarning]:
+def _all_from_outside(plan: Plan, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
     """Where a step that does not train uses nothing of its state, but an object that it brings along."""
     if contract.trains or traced.written or any(traced.effects.read[: traced.inputs]):
         return []
@@ -188,7 +188,8 @@ def _all_from_outside(
         if own:
             found.append(
                 StatewiseWarning(
-                    f"{name} reads nothing of its state; it reads {one}, whose arrays are constants of the compiled step.",
+                    f"{name} reads nothing of its state; it reads {one}, whose arrays are constants of the compiled "
+                    "step.",
                     mend=f"use `{own}`, which the step is given, in the place of `{one.name}`",
                 )
             )

@@ -66,7 +66,18 @@ class Brought:
 
 
 # What these packages hold is theirs, and large.
-_LIBRARIES = {"flax", "jax", "jaxlib", "numpy", "optax", "orbax", "scipy", "statewise", "torch", *sys.stdlib_module_names}
+_LIBRARIES = {
+    "flax",
+    "jax",
+    "jaxlib",
+    "numpy",
+    "optax",
+    "orbax",
+    "scipy",
+    "statewise",
+    "torch",
+    *sys.stdlib_module_names,
+}
 _LIBRARIES -= {"__main__"}
 STATIC = "a static argument"
 _DEEPEST = 5

@@ -79,7 +79,9 @@ def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from statewise.dependence import differentiably_reached
-      >>> closed = jax.make_jaxpr(lambda x: (x * 2, jnp.round(x), jnp.argmax(x), x.astype(int) * 1.5))(jnp.ones(3))
+      >>> closed = jax.make_jaxpr(lambda x: (x * 2, jnp.round(x), jnp.argmax(x), x.astype(int) * 1.5))(
+      ...     jnp.ones(3)
+      ... )
       >>> differentiably_reached(closed, [True])
       (True, False, False, False)
     """

@@ -228,7 +228,13 @@ def _scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, rever
     before = State.of(plan, parts.values())
     writes = [kind for kind in plan.kinds if plan._specs[kind]]
     # A layer may write everything, and need not: nothing is declared.
-    layer = Step(fn, lambda plan, name: dataclasses.replace(plain_contract(plan, name, writes), named=()), "scan_layers", None, {})
+    layer = Step(
+        fn,
+        lambda plan, name: dataclasses.replace(plain_contract(plan, name, writes), named=()),
+        "scan_layers",
+        None,
+        {},
+    )
     after, x = _scan_state(layer, before, x, _names(before, ["shared"] if shared is not None else ()), reverse, unroll)
     _write(plan, before, after, module, dict(zip(found.paths, found.leaves, strict=True)))
     return x

@@ -48,8 +48,8 @@ ContractOf = Callable[[Plan, str], Contract]
 def step(
     fn: Callable[..., Any] | Any = None,
     *,
-    writes: str | Sequence[str] = (),
-    capture: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | Any = (),
+    capture: str | Sequence[str] | Any = None,
     **jit_options: Any,
 ) -> Any:
     """Makes a function of the planned objects into a compiled step on a state.
@@ -66,8 +66,13 @@ def step(
 
     Raises:
       UndeclaredWriteError: the function writes a kind that is not declared; when it is first traced.
-      KindError: `writes` names a kind that is not there, or is frozen.
-      StructureError: the function returns the model; makes, removes or reshapes Variables; the state is spent.
+      KindError: `writes` names a kind that is not there, or is frozen; or it does not name kinds.
+      StructureError: the function returns the model; makes, removes or reshapes Variables; writes an object that it was
+        not given, or that is an argument; the state is spent.  At once: it is a model, or under a `jax.jit`.
+
+    Warns:
+      StatewiseWarning: nothing is written of a kind in `writes`; a write is lost under a plain `jax.jit` or
+        `jax.checkpoint`; once a trace.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,20 +88,20 @@ def step(
       >>> int(state["variables"]["hits"]), int(tenfold)
       (2, 20)
     """
+    names = kind_names(writes, "writes", "step")
     if fn is None:
         return functools.partial(step, writes=writes, capture=capture, **jit_options)
     check_function(fn, "step")
-    names = kind_names(writes, "writes", "step")
     return Step(fn, lambda plan, name: plain_contract(plan, name, names), "step", capture, jit_options)
 
 
 def train_step(
     fn: Callable[..., Any] | Any = None,
     *,
-    wrt: str | Sequence[str] | None = None,
-    writes: str | Sequence[str] | None = None,
+    wrt: str | Sequence[str] | Any = None,
+    writes: str | Sequence[str] | Any = None,
     has_aux: bool = False,
-    capture: str | Sequence[str] | None = None,
+    capture: str | Sequence[str] | Any = None,
     **jit_options: Any,
 ) -> Any:
     """Makes a loss function of the planned objects into a compiled training step on a state.
@@ -116,7 +121,11 @@ def train_step(
     Raises:
       UndeclaredWriteError: the function writes a kind that it may not; when it is first traced.
       KindError: a kind without optimizer in `wrt`, or one that is not there.
-      StructureError: the loss is no real scalar; and whatever `step` raises it for.
+      StructureError: the loss is no real scalar; no leaf that is differentiated reaches it; and whatever `step` raises
+        it for.
+
+    Warns:
+      StatewiseWarning: no leaf of some kind that is differentiated reaches the loss; and whatever `step` warns of.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -131,13 +140,13 @@ def train_step(
       >>> float(loss), float(state["params"]["kernel"][0, 0])
       (1.0, 0.0)
     """
-    if fn is None:
-        return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
-    check_function(fn, "train_step")
     of, may_write = (
         None if names is None else kind_names(names, option, "train_step")
         for option, names in (("wrt", wrt), ("writes", writes))
     )
+    if fn is None:
+        return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
+    check_function(fn, "train_step")
     return Step(
         fn, lambda plan, name: train_contract(plan, name, of, may_write, has_aux), "train_step", capture, jit_options
     )
@@ -170,7 +179,7 @@ class Step:
         fn: Callable[..., Any] | Any,
         contract_of: ContractOf,
         decorator: str,
-        capture: str | Sequence[str] | None,
+        capture: str | Sequence[str] | Any,
         jit_options: dict[str, Any],
     ) -> None:
         if not callable(fn):

@@ -260,7 +260,7 @@ class Audit(Shown):
         return Table("to look at", ("path", "kind", "fact"), tuple(lines)) if lines else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The audit as plain data: `step`, `trains`, `error` (its text), `warnings`, `kinds`, `leaves`, lists in order."""
+        """The audit as plain data: `step`, `trains`, `error` (its text), `warnings`, `kinds` and `leaves`, in order."""
         return {
             "step": self.step,
             "trains": self.trains,
