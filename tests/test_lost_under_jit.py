@@ -267,7 +267,7 @@ def test_a_kind_without_leaves_is_nothing_to_write() -> None:
 
 def test_a_function_that_does_not_write_under_a_jit_is_not_warned_of() -> None:
     def forward(model: Any, x: Any) -> Any:
-        unused = model.kernel[...] * 2  # computed for nothing, but nothing that functions write
+        _ = model.kernel[...] * 2  # computed for nothing, but nothing that functions write
         return jax.jit(lambda m, x: m.cache[...] * m.kernel[...][None] + x.sum())(model, x)
 
     step, state = sw.step(forward), state_of(Cached())

@@ -334,7 +334,7 @@ def test_leaves_without_elements_are_no_reason() -> None:
         def __init__(self) -> None:
             self.w = nnx.Param(jnp.ones((0, 3)))
 
-    state, loss = sw.train_step(lambda m, x: (x**2).sum())(state_of(Empty()), X)
+    _, loss = sw.train_step(lambda m, x: (x**2).sum())(state_of(Empty()), X)
     assert float(loss) == 6.0
 
 
@@ -450,8 +450,8 @@ def test_a_method_is_written_with_its_name() -> None:
     model = Coder()
     with refused(
         sw.StructureError,
-        "sw.step is given a method of a model, Coder, which brings its own arrays along; a step's function is given the "
-        "planned objects.",
+        "sw.step is given a method of a model, Coder, which brings its own arrays along; a step's function is given "
+        "the planned objects.",
         mend="@sw.step\ndef f(model, x):\n    return model.encode(x)",
     ):
         sw.step(model.encode)

@@ -196,7 +196,7 @@ def test_what_is_read_is_fresh_at_every_call_as_under_nnx_jit() -> None:
 
 def test_reading_under_nnx_jit_and_remat_is_no_write() -> None:
     def f(model: Any, x: Any, other: Any) -> Any:
-        other.kernel[...] = other.kernel[...]  # noqa: PLW0127 - the same value is no write
+        other.kernel[...] = other.kernel[...]  # the same value is no write
         return nnx.jit(lambda m, x: m(x))(other, x) + nnx.remat(lambda m, x: m(x))(other, x)
 
     other = linear()

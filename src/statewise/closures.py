@@ -75,7 +75,6 @@ _LIBRARIES = {
     "orbax",
     "scipy",
     "statewise",
-    "torch",
     *sys.stdlib_module_names,
 }
 _LIBRARIES -= {"__main__"}
@@ -167,7 +166,7 @@ class _Search:
             for layer in layers_of(value):
                 if isinstance(layer, types.FunctionType):
                     self.function(layer, f"{value.__name__}'s", depth + 1)
-        elif isinstance(value, functools.partial) or isinstance(value, types.MethodType):
+        elif isinstance(value, (functools.partial, types.MethodType)):
             self.seen.add(id(value))
             owner = value.__self__ if isinstance(value, types.MethodType) else (value.func, value.args, value.keywords)
             self.value(owner, name, where, depth + 1)

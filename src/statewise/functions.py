@@ -139,7 +139,7 @@ def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
         if option == "wrt":
             mend += "\nor leave wrt out: all kinds that have an optimizer in the plan"
     raise KindError(
-        f"sw.{decorator}({option}=...) takes names of kinds, not {_shown(odd)}: which leaves a kind has, its plan says.",
+        f"sw.{decorator}({option}=...) takes names of kinds, not {_shown(odd)}: the plan says which leaves a kind has.",
         mend=mend,
     )
 

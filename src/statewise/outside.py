@@ -75,8 +75,8 @@ def refuse_written_arguments(
         leaves.append(_moved(one.leaf, path))
     listed = ", ".join(f"`{expression}` ({cls})" for expression, cls in shown.items())
     raise StructureError(
-        f"{name} writes to its argument{'s' * (len(shown) > 1)} {listed}, and what it writes would be lost: it is given "
-        "a copy.",
+        f"{name} writes to its argument{'s' * (len(shown) > 1)} {listed}, and what it writes would be lost: it is "
+        "given a copy.",
         leaves=leaves,
         mend=_with_more(fn, objects, list(more.items()), name, optimizers),
     )
