@@ -1,8 +1,8 @@
 """Writes that a function makes under a plain `jax.jit` or `jax.checkpoint`, and that never come back out.
 
 A model that goes through one of these as an argument is taken apart and put together again for the inner trace.  What
-is written there is written to that copy, and dropped with it.  The program shows it: the new value was computed from the
-leaf, element by element (`count + 1`, `0.99 * mean + 0.01 * batch_mean`), and nobody uses it.
+is written there is written to that copy, and dropped with it.  The program shows it: the new value was computed from
+the leaf, element by element (`count + 1`, `0.99 * mean + 0.01 * batch_mean`), and nobody uses it.
 
 A new value that is used as well (a cache that attention reads at once) cannot be told from one that was not meant to
 stay.  So what is found was dropped; what is not found may have been.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from statewise.claims import claimants
 from statewise.closures import arrays_in, layers_of
 from statewise.errors import KindError, StructureError
 from statewise.filters import as_code
@@ -149,9 +150,10 @@ def _kind_of(thing: Any) -> str | None:
     if isinstance(thing, str):
         return thing
     if isinstance(thing, type) and issubclass(thing, nnx.Variable):
+        # The standard filters look at nothing but the type, and can be asked about an instance that holds nothing.
         kinds = Kinds.standard()
-        exact = [name for name, kind in kinds.items() if kind.of is thing]
-        return exact[0] if exact else "params" if thing is nnx.Param else None
+        claims = claimants(kinds)((), object.__new__(thing))
+        return claims[0] if claims and not kinds[claims[0]].rest else None
     return None
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise.claims import claim
-from statewise.contracts import Contract, plain_contract
+from statewise.contracts import plain_contract
 from statewise.errors import StructureError
 from statewise.functions import check_function
 from statewise.kinds import Kind, Kinds, unknown_kind
