@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import statewise as sw
-from statewise.audit.dependence import reached, zero_gradients
+from statewise.dependence import reached, zero_gradients
 
 A, B, C = (jax.random.normal(jax.random.key(seed), (3,)) for seed in range(3))
 

@@ -19,6 +19,7 @@ LEAVES = (
     sw.Leaf(("count",), None, nnx.Variable, (), jnp.dtype("int32")),
 )
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)]
+BASES = (sw.StatewiseError, sw.StatewiseWarning)
 
 
 def make(cls: type[sw.StatewiseError] = sw.StructureError) -> sw.StatewiseError:
@@ -71,7 +72,8 @@ def test_errors_are_pickled_and_copied_whole(cls: type[sw.StatewiseError]) -> No
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
 def test_all_derive_from_one_and_are_public(cls: type[sw.StatewiseError]) -> None:
-    assert issubclass(cls, sw.StatewiseError)
+    assert issubclass(cls, BASES)
+    assert issubclass(cls, UserWarning) == (cls is sw.StatewiseWarning)
     assert getattr(sw, cls.__name__) is cls
     assert inspect.getdoc(cls)
 

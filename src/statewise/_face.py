@@ -80,6 +80,7 @@ ROOMS = {
         "RestoreError",
         "SaveError",
         "StatewiseError",
+        "StatewiseWarning",
         "StructureError",
         "UnclaimedError",
         "UndeclaredWriteError",

@@ -1,4 +1,4 @@
-"""Every exception that Statewise raises.
+"""Every exception that Statewise raises, and the one category of its warnings.
 
 Most damaging failures in state handling are calls that succeed, so Statewise refuses early and in full:
 an error collects *every* leaf concerned before it is raised, and its text always has the same three
@@ -27,6 +27,7 @@ __all__ = [
     "RestoreError",
     "SaveError",
     "StatewiseError",
+    "StatewiseWarning",
     "StructureError",
     "UnclaimedError",
     "UndeclaredWriteError",
@@ -70,23 +71,76 @@ class StatewiseError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        lines = [self.message]
-        lines += [f"  {leaf}" for leaf in self.leaves[:_SHOWN]]
-        if len(self.leaves) > _SHOWN:
-            lines.append(f"  ... and {len(self.leaves) - _SHOWN} more (all in .leaves)")
-        if self.mend:
-            first, *rest = self.mend.splitlines()
-            lines.append(f"  mend: {first}")
-            lines += [f"        {line}" for line in rest]
-        return "\n".join(lines)
+        return _text(self.message, self.leaves, self.mend)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.leaves, self.kind, self.mend)
 
 
+class StatewiseWarning(UserWarning):
+    """A step that is not refused, and probably does not do what it says; its text has the parts of an error.
+
+    Attributes:
+      message: the fact, one sentence.
+      leaves: the leaves concerned, as in an error.
+      kind: the name of the kind concerned, where there is just one.
+      mend: what to change, as code where code is the mend.
+
+    Example:
+      >>> import warnings
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Dict(hits=nnx.Variable(jnp.array(0)))
+      >>> def count(model):
+      ...     model.hits[...] += 1
+      >>> step = sw.step(lambda model: jax.jit(count)(model), writes="variables")
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     _ = step(sw.plan(model).take(model))
+      >>> print(caught[0].message.message, caught[0].message.kind)
+      <lambda> declares that it writes variables, and writes nothing of it. variables
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        leaves: Iterable[Any] = (),
+        kind: str | None = None,
+        mend: str | None = None,
+    ) -> None:
+        self.message = message
+        self.leaves = tuple(leaves)
+        self.kind = kind
+        self.mend = mend
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return _text(self.message, self.leaves, self.mend)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.mend)
+
+
+def _text(message: str, leaves: tuple[Any, ...], mend: str | None) -> str:
+    lines = [message]
+    lines += [f"  {leaf}" for leaf in leaves[:_SHOWN]]
+    if len(leaves) > _SHOWN:
+        lines.append(f"  ... and {len(leaves) - _SHOWN} more (all in .leaves)")
+    if mend:
+        first, *rest = mend.splitlines()
+        lines.append(f"  mend: {first}")
+        lines += [f"        {line}" for line in rest]
+    return "\n".join(lines)
+
+
 def _rebuild(
-    cls: type[StatewiseError], message: str, leaves: tuple[Any, ...], kind: str | None, mend: str | None
-) -> StatewiseError:
+    cls: type[StatewiseError] | type[StatewiseWarning],
+    message: str,
+    leaves: tuple[Any, ...],
+    kind: str | None,
+    mend: str | None,
+) -> StatewiseError | StatewiseWarning:
     return cls(message, leaves=leaves, kind=kind, mend=mend)
 
 

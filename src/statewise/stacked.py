@@ -20,6 +20,7 @@ from statewise import _compat
 from statewise.claims import claim
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError
+from statewise.functions import check_function
 from statewise.grafting import graft
 from statewise.kinds import Kind, Kinds
 from statewise.narrowing import check_given
@@ -33,6 +34,7 @@ __all__ = ["count_layers", "scan_module"]
 
 def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, reverse: bool, unroll: int) -> Any:
     """See `scan_layers`."""
+    check_function(fn, "scan_layers")
     stack = _Stack.of(module, shared)
     layers = stack.count()
     layer, x = _traced(fn, stack, x)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,12 +27,17 @@ import jax.numpy as jnp
 from statewise import _compat
 from statewise.arguments import Arguments, merged
 from statewise.capture import Capture
+from statewise.cautions import cautions_of, objects_of, refuse_untrained
+from statewise.closures import Bound
 from statewise.contracts import Contract, check_loss, plain_contract, train_contract
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
 from statewise.explicit import explained
+from statewise.functions import check_capacity, check_function, kind_names
 from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.lowered import Lowered, no_state
+from statewise.outside import refuse_baked, refuse_written_arguments
+from statewise.passed import refuse_foreign
 from statewise.perdevice import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
 from statewise.plan import Plan
 from statewise.programs import program_of
@@ -47,8 +53,8 @@ ContractOf = Callable[[Plan, str], Contract]
 def step(
     fn: Callable[..., Any] | Any = None,
     *,
-    writes: str | Sequence[str] = (),
-    capture: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | Any = (),
+    capture: str | Sequence[str] | Any = None,
     **jit_options: Any,
 ) -> Any:
     """Makes a function of the planned objects into a compiled step on a state.
@@ -66,8 +72,13 @@ def step(
 
     Raises:
       UndeclaredWriteError: the function writes a kind that is not declared; when it is first traced.
-      KindError: `writes` names a kind that is not there, or is frozen.
-      StructureError: the function returns the model; makes, removes or reshapes Variables; the state is spent.
+      KindError: `writes` names a kind that is not there, or is frozen; or it does not name kinds.
+      StructureError: the function returns the model; makes, removes or reshapes Variables; writes an object that it was
+        not given, or that is an argument; the state is spent.  At once: it is a model, or under a `jax.jit`.
+
+    Warns:
+      StatewiseWarning: nothing is written of a kind in `writes`; a write is lost under a plain `jax.jit` or
+        `jax.checkpoint`; once a trace.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,19 +94,20 @@ def step(
       >>> int(state["variables"]["hits"]), int(tenfold)
       (2, 20)
     """
+    names = kind_names(writes, "writes", "step")
     if fn is None:
         return functools.partial(step, writes=writes, capture=capture, **jit_options)
-    names = _names(writes)
+    check_function(fn, "step")
     return Step(fn, lambda plan, name: plain_contract(plan, name, names), "step", capture, jit_options)
 
 
 def train_step(
     fn: Callable[..., Any] | Any = None,
     *,
-    wrt: str | Sequence[str] | None = None,
-    writes: str | Sequence[str] | None = None,
+    wrt: str | Sequence[str] | Any = None,
+    writes: str | Sequence[str] | Any = None,
     has_aux: bool = False,
-    capture: str | Sequence[str] | None = None,
+    capture: str | Sequence[str] | Any = None,
     **jit_options: Any,
 ) -> Any:
     """Makes a loss function of the planned objects into a compiled training step on a state.
@@ -116,7 +128,11 @@ def train_step(
     Raises:
       UndeclaredWriteError: the function writes a kind that it may not; when it is first traced.
       KindError: a kind without optimizer in `wrt`, or one that is not there.
-      StructureError: the loss is no real scalar; and whatever `step` raises it for.
+      StructureError: the loss is no real scalar; no leaf that is differentiated reaches it; and whatever `step` raises
+        it for.
+
+    Warns:
+      StatewiseWarning: no leaf of some kind that is differentiated reaches the loss; and whatever `step` warns of.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -131,9 +147,13 @@ def train_step(
       >>> float(loss), float(state["params"]["kernel"][0, 0])
       (1.0, 0.0)
     """
+    of, may_write = (
+        None if names is None else kind_names(names, option, "train_step")
+        for option, names in (("wrt", wrt), ("writes", writes))
+    )
     if fn is None:
         return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
-    of, may_write = (None if names is None else _names(names) for names in (wrt, writes))
+    check_function(fn, "train_step")
     return Step(
         fn, lambda plan, name: train_contract(plan, name, of, may_write, has_aux), "train_step", capture, jit_options
     )
@@ -143,8 +163,8 @@ def _is_shape(thing: Any) -> bool:
     return isinstance(thing, tuple) and all(isinstance(size, int) for size in thing)
 
 
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
+def _kinds_captured(names: Any, decorator: str) -> str | tuple[str, ...]:
+    return names if isinstance(names, str) else kind_names(names, "capture", decorator)
 
 
 class Step:
@@ -170,11 +190,11 @@ class Step:
         fn: Callable[..., Any] | Any,
         contract_of: ContractOf,
         decorator: str,
-        capture: str | Sequence[str] | None,
+        capture: str | Sequence[str] | Any,
         jit_options: dict[str, Any],
     ) -> None:
         if not callable(fn):
-            raise StructureError(f"{fn!r} is no function.", mend=f"@sw.{decorator}\ndef f(model, x): ...")
+            check_function(fn, decorator)
         # Not its annotations: they are of another call, with the model in the place of the state.
         functools.update_wrapper(self, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
         del self.__dict__["__wrapped__"]
@@ -182,7 +202,7 @@ class Step:
         self._name = getattr(fn, "__name__", type(fn).__name__)
         self._decorator = decorator
         self._contract_of = contract_of
-        self._capture = capture
+        self._capture = None if capture is None else _kinds_captured(capture, decorator)
         self._arguments = Arguments(fn, jit_options)
         self._lock = threading.RLock()
         # By plan: every entry by its full key; the latest for each key of the arguments; the one, if there is one.
@@ -298,6 +318,7 @@ class Step:
         if not anew and key in entries:
             return entries[key]
         traced, contract, specs = self._trace(state, args, kwargs)
+        self._judge(state._plan, traced, contract)
         entry = self._make(state._plan, traced, contract, specs)
         if not entry.closes_over_tracers:  # else it belongs to the caller's own trace, and ends with it
             entries[key] = entry
@@ -322,12 +343,18 @@ class Step:
         bound = self._bound(split.static, plan._objects)
         if evaluated:
             bound = evaluating(bound, plan._objects)
-        if copies is None:
-            return trace(plan, bound, state, *dynamic, capture, self._name), ()
-        specs = specs_of(copies, jax.tree.leaves(dynamic))
         name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
-        local = local_arguments(copies, *dynamic, specs, name_of, self._name)
-        return traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name)), specs
+        self._check_arguments(plan, args, dynamic, name_of)
+        specs: Any = ()
+        if copies is None:
+            traced = trace(plan, bound, state, *dynamic, capture, self._name)
+        else:
+            specs = specs_of(copies, jax.tree.leaves(dynamic))
+            local = local_arguments(copies, *dynamic, specs, name_of, self._name)
+            traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name))
+        refuse_written_arguments(traced.passed, bound, plan._objects, name_of, self._name, bool(plan._groups))
+        refuse_baked(traced.effects, bound, self._name)
+        return traced, specs
 
     def _refuse_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
         """Raises where the function writes what its contract does not allow."""
@@ -342,16 +369,25 @@ class Step:
             lambda: self._traced(state, args, kwargs, evaluated=True)[0],
         )
 
+    def _check_arguments(self, plan: Plan, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
+        """Refuses arguments that the function does not take, and objects that JAX cannot pass."""
+        types = lambda: [type(thing) for thing in objects_of(plan)]  # noqa: E731
+        check_capacity(self.fn, plan._objects, args, self._name, types)
+        named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
+        refuse_foreign(named, self._name)
+
+    def _judge(self, plan: Plan, traced: Traced, contract: Contract) -> None:
+        """Refuses a train step that trains nothing, and warns of what is probably not meant."""
+        refuse_untrained(plan, traced, contract, self.fn, self._name)
+        for caution in cautions_of(plan, traced, contract, self.fn, self._name):
+            warnings.warn(caution, stacklevel=5)  # where the step is called
+
     def _bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
         """The user's function with the static arguments in their places, after so many objects."""
         if not static:
             return self.fn
-
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            full_args, full_kwargs = merged(args[objects:], kwargs, static)
-            return self.fn(*args[:objects], *full_args, **full_kwargs)
-
-        return bound
+        names = {place: self._arguments.name_of(place, objects) for place in static}
+        return Bound(self.fn, static, objects, names)
 
     def _make(self, plan: Plan, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
         copies = plan._copies
@@ -385,6 +421,7 @@ class Step:
                 return self(state, *args, **kwargs)
         with jax.disable_jit(False):
             traced, contract, _ = self._trace(state, args, kwargs)
+            self._judge(plan, traced, contract)
         capture = Capture(plan.kinds, self._capture)
         split = self._arguments.split(args, kwargs, plan._objects)
         dynamic = merged(split.args, split.kwargs, split.given)

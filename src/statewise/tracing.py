@@ -17,13 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 
 from statewise import _compat
 from statewise.capture import Capture
 from statewise.changes import assigned, leaf_of
+from statewise.dropped import dropped_inputs
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError, UndeclaredWriteError
 from statewise.narrowing import check_given
+from statewise.outside import written_outside
+from statewise.passed import Passed, WrittenArgument
 from statewise.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise.plan import Plan
 from statewise.scan import arrays_of, numbered, raw_value, rebuild, row_of, scan, spec_of, value_of
@@ -44,6 +48,8 @@ class Traced:
       outputs: how many arrays the output has.
       written: (kind, position) of each array written, in the order in which the jaxpr returns them.
       closes_over_tracers: whether the function used a tracer of somebody else's trace, not as an argument.
+      dropped: (kind, position) of each array written where the write is lost, and nowhere else.
+      passed: what is written to objects among the arguments.
     """
 
     effects: Effects
@@ -52,6 +58,8 @@ class Traced:
     outputs: int
     written: tuple[tuple[str, int], ...]
     closes_over_tracers: bool
+    dropped: tuple[tuple[str, int], ...] = ()
+    passed: tuple[WrittenArgument, ...] = ()
 
     def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """The outputs and the written arrays, from the values of all inputs (None for those not read)."""
@@ -125,24 +133,48 @@ def trace(
     parts = [_logical(plan, kind, part.arrays) for kind, part in zip(plan.kinds, state._parts, strict=True)]
     box: dict[str, Any] = {}
 
-    def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any]]:
-        out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
+    def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        passed = box["passed"] = Passed(args, kwargs)
+        out, after = call_once(plan, fn, parts, args, kwargs, capture, name, passed)
         leaves, box["out_tree"] = jax.tree.flatten(out)
         check_output(leaves, name)
-        return leaves, [array for part in after for array in part]
+        return leaves, [array for part in after for array in part], passed.after(out)
 
     closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
     where = [(kind, position) for kind, part in zip(plan.kinds, parts, strict=True) for position in range(len(part))]
     outputs = box["out_tree"].num_leaves
-    effects = effects_of(closed, [(outputs + index, index) for index in range(len(where))])
+    asked = [number for _, number in box["passed"].asked]
+    sources = [*range(len(where)), *(len(where) + number for number in asked)]
+    effects = effects_of(closed, [(outputs + index, source) for index, source in enumerate(sources)])
+    written = effects.written[: len(where)]
     return Traced(
         effects=effects,
         inputs=len(where),
         out_tree=box["out_tree"],
         outputs=outputs,
-        written=tuple(spot for spot, is_written in zip(where, effects.written, strict=True) if is_written),
+        written=tuple(spot for spot, is_written in zip(where, written, strict=True) if is_written),
         closes_over_tracers=any(isinstance(const, _compat.Tracer) for const in effects.consts),
+        dropped=_dropped(plan, closed, where, written),
+        passed=box["passed"].told(effects.written[len(where) :]),
     )
+
+
+def _dropped(
+    plan: Plan, closed: Any, where: Sequence[tuple[str, int]], written: Sequence[bool]
+) -> tuple[tuple[str, int], ...]:
+    """The arrays that get a new value where it is lost; not of parameters, which optimizers write."""
+    numbers = [
+        number
+        for number, (kind, position) in enumerate(where)
+        if not written[number] and not issubclass(_type_at(plan, kind, position), nnx.Param)
+    ]
+    found = dropped_inputs(closed, numbers) if numbers else frozenset()
+    return tuple(spot for number, spot in enumerate(where) if number in found)
+
+
+def _type_at(plan: Plan, kind: str, position: int) -> type:
+    found: type = plan._row_of_array[kind][position].type
+    return found
 
 
 def call_once(
@@ -153,15 +185,23 @@ def call_once(
     kwargs: Any,
     capture: Capture,
     name: str,
+    passed: Passed | None = None,
 ) -> tuple[Any, list[list[Any]]]:
     """Calls the function on fresh objects that hold these arrays; returns its output and the arrays afterwards."""
     by_kind = dict(zip(plan.kinds, parts, strict=True))
     values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
     objects = rebuild(plan._graphdef, values, plan._several)
     before = scan(objects, plan._names)
-    # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
-    with nnx.var_defaults(hijax=False, ref=False):
-        out, sown = capture.call(fn, objects, args, kwargs)
+    try:
+        # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
+        with nnx.var_defaults(hijax=False, ref=False):
+            out, sown = capture.call(fn, objects, args, kwargs)
+    except TraceContextError as error:
+        known = Passed((), {}) if passed is None else passed
+        refusal = written_outside(error, fn, objects, before, known, name, bool(plan._groups))
+        if refusal is None:
+            raise
+        raise refusal from error
     refuse_model(out, before.leaves, name)
     after = scan(objects, plan._names)
     live = dict(zip(after.paths, after.leaves, strict=True))

@@ -1,7 +1,6 @@
 """What a step will do to a state, told before it runs.
 
-The files: `dependence` (which outputs of a jaxpr depend on which inputs, and so which gradients are zero whatever the
-numbers), `rows` (the report: one row for each leaf, counts for each kind), `auditing` (`audit` itself).
+The files: `rows` (the report: one row for each leaf, counts for each kind), `auditing` (`audit` itself).
 """
 
 from statewise.audit.auditing import audit

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from statewise.audit.dependence import zero_gradients
 from statewise.audit.rows import Audit, LeafAudit
 from statewise.averaging import averagings
+from statewise.cautions import cautions_of, refuse_untrained
 from statewise.contracts import Contract
-from statewise.errors import StructureError, UndeclaredWriteError
+from statewise.dependence import zero_gradients
+from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
 from statewise.explicit import explained, sharding_of_type
 from statewise.inside import as_one, is_of_one_member
 from statewise.kinds import Kinds
@@ -39,8 +40,9 @@ __all__ = ["audit"]
 def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: Any) -> Audit:
     """Tells what a step does to a state, without running it: it is traced, not compiled, and nothing is donated.
 
-    A step that writes what it does not declare is reported too (`audit.error` is what a call would raise); whatever
-    else a call would refuse while it traces is refused here.
+    A step that writes what it does not declare, or trains nothing, is reported too (`audit.error` is what a call would
+    raise), and so is what a call would warn of (`audit.warnings`); whatever else a call would refuse while it traces is
+    refused here.
 
     Args:
       step: what `sw.step` or `sw.train_step` made; or a plain function of objects, as people write under `nnx.jit`.
@@ -149,14 +151,16 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
         traced, *_ = lenient._trace(state, args, kwargs)
         touched = _Touched(step, plan, traced, contract)
         zero = _zero_gradients(plan, traced, contract)
-    error = None
+    error: StatewiseError | None = None
     try:
         with jax.disable_jit(False):
             step._refuse_writes(traced, contract, state, args, kwargs)
-    except UndeclaredWriteError as refusal:
+        refuse_untrained(plan, traced, contract, step.fn, name)
+    except (UndeclaredWriteError, StructureError) as refusal:
         error = refusal.with_traceback(None)
+    warnings = tuple(cautions_of(plan, traced, contract, step.fn, name))
     rows = tuple(_row(plan, leaf, numbers, touched, zero) for leaf, numbers in _numbers_of_leaves(plan))
-    return Audit(name, contract.trains, rows, plan.kinds, error)
+    return Audit(name, contract.trains, rows, plan.kinds, error, warnings)
 
 
 class _Touched:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from statewise.errors import UndeclaredWriteError
+from statewise.errors import StatewiseError, StatewiseWarning
 from statewise.kinds import Kinds, unknown_kind
 from statewise.leftbehind import WHY, may_be_position, restart_mend
 from statewise.paths import Leaf, Path, format_path, format_shape, format_type
@@ -141,7 +141,9 @@ class Audit(Shown):
       trains: whether it differentiates.
       leaves: one `LeafAudit` for each leaf of the state, kind by kind.
       kinds: the declaration.
-      error: what calling the step would raise because it writes undeclared kinds; None where it does not.
+      error: what calling the step would raise because it writes undeclared kinds or trains nothing; else None.
+      warnings: what calling the step would warn of, a `StatewiseWarning` each: kinds that it names in `writes` and does
+        not write, writes that are lost under a plain `jax.jit` or `jax.checkpoint`, kinds that it does not train.
 
     Example:
       >>> import jax, optax
@@ -158,7 +160,8 @@ class Audit(Shown):
     trains: bool
     leaves: tuple[LeafAudit, ...]
     kinds: Kinds
-    error: UndeclaredWriteError | None = None
+    error: StatewiseError | None = None
+    warnings: tuple[StatewiseWarning, ...] = ()
 
     def __getitem__(self, kind: str) -> tuple[LeafAudit, ...]:
         if kind not in self.kinds:
@@ -282,16 +285,24 @@ class Audit(Shown):
             (f"left behind by restart(): {WHY}", self.left_behind),
         )
         lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in found for row in rows]
+        for one in self.warnings:
+            fact = one.message.removeprefix(f"{self.step} ").rstrip(".")
+            paths = [(format_path(leaf.path), leaf.kind or "-") for leaf in one.leaves]
+            lines += [(*path, fact) for path in paths or [("-", one.kind or "-")]]
         mend = self.left_behind_mend
         lines += [("", "", f"mend: {line}") for line in mend.splitlines()] if mend else []
         return Table("to look at", ("path", "kind", "fact"), tuple(lines)) if lines else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The audit as plain data: `step`, `trains`, `error` (its text), `kinds` and `leaves`, lists in order."""
+        """The audit as plain data: `step`, `trains`, `error` (its text), `warnings`, `kinds` and `leaves`, in order."""
         return {
             "step": self.step,
             "trains": self.trains,
             "error": None if self.error is None else str(self.error),
+            "warnings": [
+                {"message": one.message, "kind": one.kind, "leaves": [leaf_dict(leaf) for leaf in one.leaves]}
+                for one in self.warnings
+            ],
             "kinds": [dataclasses.asdict(count) for count in self.counts.values()],
             "leaves": [row.to_dict() for row in self.leaves],
         }

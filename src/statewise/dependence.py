@@ -22,7 +22,7 @@ import numpy as np
 from statewise import _compat
 from statewise.effects import body_of
 
-__all__ = ["reached", "zero_gradients"]
+__all__ = ["differentiably_reached", "reached", "zero_gradients"]
 
 _Flags = tuple[bool, ...]
 
@@ -39,7 +39,7 @@ def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from statewise.audit.dependence import zero_gradients
+      >>> from statewise.dependence import zero_gradients
       >>> zero_gradients(lambda x: x[0] * jax.lax.stop_gradient(x[1]), [jnp.ones(()), jnp.ones(())])
       [False, True]
     """
@@ -64,6 +64,28 @@ def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
       inputs: for each input, whether it is chosen.
     """
     return _Walk().outputs(closed, tuple(inputs))
+
+
+def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
+    """Says for each output of a jaxpr whether a gradient may pass from it to one of the chosen inputs.
+
+    It is asked of the program as it stands, which costs one walk, where `zero_gradients` traces its gradient.  So it
+    errs to one side: what it says is not reached has a gradient of zero, whatever the values.
+
+    Args:
+      closed: a closed or open jaxpr.
+      inputs: for each input, whether it is chosen.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from statewise.dependence import differentiably_reached
+      >>> closed = jax.make_jaxpr(lambda x: (x * 2, jnp.round(x), jnp.argmax(x), x.astype(int) * 1.5))(
+      ...     jnp.ones(3)
+      ... )
+      >>> differentiably_reached(closed, [True])
+      (True, False, False, False)
+    """
+    return _Tangents().outputs(closed, tuple(inputs))
 
 
 class _Walk:
@@ -134,6 +156,28 @@ class _Walk:
                 break
             flags = grown
         return results
+
+
+# Their derivatives are zero everywhere.
+_FLAT = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})  # a complex sign's is not
+# Their gradients are what their author says, whatever stands in their bodies.
+_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
+
+
+class _Tangents(_Walk):
+    """Follows derivatives forward: only numbers with fractions have any."""
+
+    def through(self, eqn: Any, flags: _Flags) -> _Flags:
+        name = eqn.primitive.name
+        if name in _FLAT and not (name == "sign" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)):
+            return (False,) * len(eqn.outvars)
+        found = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, flags)
+        return tuple(flag and _is_inexact(var) for var, flag in zip(eqn.outvars, found, strict=True))
+
+
+def _is_inexact(var: Any) -> bool:
+    dtype = getattr(var.aval, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _is_in(touched: set[Any], var: Any) -> bool:

@@ -1,0 +1,163 @@
+"""What a step's function brings along: an object that it writes is named, a model or its method is no function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import statewise as sw
+from refusals import refused
+
+X = jnp.ones((2, 3))
+
+
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        self.linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
+def state_of(model: Any) -> sw.State:
+    return sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+
+
+# --- what the function writes, and was not given ---------------------------------------------------------------------
+
+
+def written_by_closure(metric: Any) -> Callable[..., Any]:
+    def f(m: Any, x: Any) -> Any:
+        metric.update(values=x)
+        return m(x).mean()
+
+    return f
+
+
+def test_a_closed_over_object_that_is_written_is_named() -> None:
+    metric = nnx.metrics.Average()
+    for make in (sw.step, sw.train_step):
+        with refused(
+            sw.StructureError,
+            "f writes to `metric`, a variable of its closure: a step writes only what it is given.",
+            leaves=["metric/total: MetricState() float32  (written)"],
+            mend="plan = kinds.plan(m, metric, optimizers=optimizers)\nstate = plan.take(m, metric)\n"
+            "def f(m, metric, x): ...",
+        ):
+            make(written_by_closure(metric))(state_of(Net()), X)
+    assert float(metric.total[...]) == 0.0
+
+
+def test_its_hint_goes_through() -> None:
+    kinds, m, metric = sw.Kinds.standard(), Net(), nnx.metrics.Average()
+    plan = kinds.plan(m, metric, optimizers={"params": optax.sgd(0.1)})
+    state = plan.take(m, metric)
+
+    @sw.train_step
+    def f(m: Any, metric: Any, x: Any) -> Any:
+        metric.update(values=x)
+        return m(x).mean()
+
+    state, _ = f(state, X)
+    state, _ = f(state, X)
+    _, metric = plan.build(state)
+    assert float(metric.compute()) == 1.0
+    assert int(metric.count[...]) == 12
+
+
+def test_the_model_itself_written_by_closure_is_told_from_the_parameter() -> None:
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with pytest.raises(sw.StructureError) as caught:
+        sw.train_step(lambda m, x: model(x).mean())(state_of(model), X)
+    assert "writes to `model`, a variable of its closure" in caught.value.message
+    assert str(caught.value.mend).startswith("use `m`, which the step is given, in the place of `model`")
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap], ids=lambda one: one.__name__)
+def test_the_planned_model_written_under_a_transform_by_closure(transform: Any) -> None:
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with refused(
+        sw.StructureError,
+        "f writes to the model inside a function that JAX traces by itself (under jax.jit, jax.checkpoint, jax.grad, "
+        "jax.vmap, jax.lax.scan ...), and that reaches the model by its closure.",
+        leaves=["mean: BatchStat(3,) float32  (written)"],
+        mend="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., with it as an argument of the function",
+    ):
+
+        def f(m: Any, x: Any) -> Any:
+            return transform(lambda x: m(x))(x).mean()
+
+        sw.train_step(f)(state_of(model), X)
+
+
+def test_a_step_that_evaluates_another_model_than_its_own_is_warned_of() -> None:
+    model = Net()
+    step = sw.step(lambda m, x: model(x))
+    with pytest.warns(sw.StatewiseWarning, match="reads nothing of its state; it reads `model`"):
+        step(state_of(model), X)
+    audit = sw.audit(step, state_of(model), X)
+    assert len(audit.warnings) == 1
+    assert "reads nothing of its state" in str(audit)
+
+
+# --- refused where they are written ----------------------------------------------------------------------------------
+
+
+def test_a_model_and_its_methods_are_no_steps() -> None:
+    model = Net()
+    given_: list[Any] = [
+        model,
+        model.__call__,
+        functools.partial(model.__call__),
+        functools.partial(model),
+        jax.jit(model),
+        jax.jit(model.__call__),
+        nnx.jit(model),
+        functools.partial(jax.jit(model.__call__)),
+    ]
+    for make, form in ((sw.step, "def f(model, x):\n    return model(x)"), (sw.train_step, "return loss(model(x), y)")):
+        for fn in given_:
+            with pytest.raises(sw.StructureError, match="which brings its own arrays along") as caught:
+                make(fn)
+            assert form in str(caught.value.mend)
+            with pytest.raises(sw.StructureError, match="which brings its own arrays along"):
+                make()(fn)
+
+
+def test_a_method_is_written_with_its_name() -> None:
+    class Coder(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.ones(2))
+
+        def encode(self, x: Any) -> Any:
+            return x * self.w[...]
+
+    model = Coder()
+    with refused(
+        sw.StructureError,
+        "sw.step is given a method of a model, Coder, which brings its own arrays along; a step's function is given "
+        "the planned objects.",
+        mend="@sw.step\ndef f(model, x):\n    return model.encode(x)",
+    ):
+        sw.step(model.encode)
+    assert sw.step(Coder.encode)(sw.plan(model).take(model), jnp.ones(2)).tolist() == [1.0, 1.0]
+
+
+def test_an_object_without_arrays_may_be_the_function() -> None:
+    class Squared(nnx.Module):
+        def __call__(self, model: Any, x: Any) -> Any:
+            return (model(x) ** 2).mean()
+
+        def loss(self, model: Any, x: Any) -> Any:
+            return self(model, x)
+
+    for fn in (Squared(), Squared().loss):
+        _, loss = sw.train_step(fn)(state_of(Net()), X)
+        assert loss.shape == ()
