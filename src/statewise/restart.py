@@ -58,7 +58,9 @@ def restart(state: State, kinds: Sequence[str], where: Any) -> State:
     old = [state.part(name).arrays for name in chosen]
     places = tuple(state.part(name).places() for name in chosen)
     try:
-        fresh = _program(plan, chosen, slots is not None, places)(old, slots)
+        # Inside of a transform it is the transform that owns the arrays.
+        donate = not any(isinstance(array, jax.core.Tracer) for part in old for array in part)
+        fresh = _program(plan, chosen, slots is not None, places, donate)(old, slots)
     except (RuntimeError, ValueError) as error:
         deleted = [name for name in deleted_kinds(state) if name in chosen]
         if deleted:
@@ -216,7 +218,9 @@ def _slot_counts(plan: Plan, kinds: tuple[str, ...]) -> list[tuple[Leaf, int]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Places | None, ...]) -> Any:
+def _program(
+    plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Places | None, ...], donate: bool = True
+) -> Any:
     whole, plan = plan, single_of(plan)
 
     def fresh_values(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
@@ -243,7 +247,9 @@ def _program(plan: Plan, kinds: tuple[str, ...], by_slot: bool, places: tuple[Pl
     # Fresh values depend on nothing that lies anywhere: XLA would put them all on every device.
     there = [None if lie is None else lie.shardings for lie in places]
     options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
-    return jax.jit(_on_members(whole, kinds, fresh_values), donate_argnums=0, keep_unused=True, **options)
+    if donate:
+        options["donate_argnums"] = 0
+    return jax.jit(_on_members(whole, kinds, fresh_values), keep_unused=True, **options)
 
 
 def _on_members(plan: Plan, kinds: tuple[str, ...], fresh_values: Any) -> Any:
