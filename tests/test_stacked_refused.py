@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ def small(value: float = 1.0, count: int = 0) -> sw.State:
     return SMALL.take(nnx.Dict(w=nnx.Param(jnp.full(2, value)), n=nnx.Variable(jnp.array(count))))
 
 
+@functools.cache
 def batch() -> sw.State:
     axes = PLAN.axes(params=0, stats=0, rng=0, cache=0, variables=0)
     made: sw.State = jax.vmap(lambda key: PLAN.take(make(key)), out_axes=axes)(keys(3))
@@ -316,6 +318,8 @@ def test_square_arrays_along_another_axis_are_not_taken_for_the_same(tmp_path: P
     sw.save(tmp_path / "a", states)
     with pytest.raises(sw.RestoreError):
         sw.restore(tmp_path / "a", other.abstract())
+    (one,) = sw.diff(tmp_path / "a", other.abstract()).leaves
+    assert (one.what, one.why) == (("reshaped",), "members along axis 0 to 1")
 
 
 def test_optimizers_stay_those_of_one_member() -> None:

@@ -65,7 +65,10 @@ def restart(state: State, kinds: Sequence[str], where: Any, key: Any) -> State:
     old, others = ([state.part(name).arrays for name in names] for names in (chosen.kinds, chosen.needed))
     places = tuple(state.part(name).places() for name in chosen.kinds)
     try:
-        fresh = _program(plan, chosen, slots is not None, places)(old, others, slots, _beside(key, places))
+        # Inside of a transform it is the transform that owns the arrays.
+        donate = not any(isinstance(array, jax.core.Tracer) for part in old for array in part)
+        program = _program(plan, chosen, slots is not None, places, donate)
+        fresh = program(old, others, slots, _beside(key, places))
     except (RuntimeError, ValueError) as error:
         deleted = [name for name in deleted_kinds(state) if name in read]
         if deleted:
@@ -146,7 +149,9 @@ def _slots(plan: Plan, chosen: Chosen, where: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...]) -> Any:
+def _program(
+    whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...], donate: bool = True
+) -> Any:
     plan = chosen.plan
     # A kind that all members of an ensemble share draws once; the members draw from keys of their own.
     apart = {name for name in chosen.kinds if any(axis is not None for axis in whole._slot_axes[name])}
@@ -172,7 +177,9 @@ def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | 
     # Fresh values depend on nothing that lies anywhere: XLA would put them all on every device.
     there = [None if lie is None else lie.shardings for lie in places]
     options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
-    return jax.jit(_on_members(whole, chosen, fresh_values), donate_argnums=0, keep_unused=True, **options)
+    if donate:
+        options["donate_argnums"] = 0
+    return jax.jit(_on_members(whole, chosen, fresh_values), keep_unused=True, **options)
 
 
 def _on_members(whole: Plan, chosen: Chosen, fresh_values: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise.batches import refuse_batch
 from statewise.checkpoint.exporting import FORMATS, Piece, destination, export
 from statewise.checkpoint.fitting import Fit, compare_tied, fit, fit_alone
 from statewise.checkpoint.opening import open_any
@@ -188,6 +189,8 @@ def convert(
             f"The target of a conversion is a state, not {type(target).__name__}.",
             mend="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
         )
+    if target is not None:
+        refuse_batch(target)
     if to == "statewise" and target is None:
         raise StructureError(
             "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",

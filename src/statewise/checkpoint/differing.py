@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from statewise.checkpoint.bulk import grouped
+from statewise.checkpoint.devices import members_of
 from statewise.checkpoint.differences import Diff, LeafDiff
 from statewise.checkpoint.keys import path_id, same_type
 from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
@@ -149,13 +150,19 @@ class Pair:
             return False
         here, there = self.both
         return _structure(here) == _structure(there) and all(
-            (ours.shape, ours.prng) == (theirs.shape, theirs.prng)
+            (ours.shape, ours.prng) == (theirs.shape, theirs.prng) and not _apart(ours, theirs)
             for ours, theirs in zip(here.arrays, there.arrays, strict=True)
         )
 
 
 def _structure(record: LeafRecord) -> Any:
     return record.structure, [array.within for array in record.arrays]
+
+
+def _apart(ours: ArrayRecord, theirs: ArrayRecord) -> bool:
+    """Whether two arrays are of ensembles whose members lie along different axes."""
+    here, there = members_of(ours), members_of(theirs)
+    return None not in (here, there) and here != there
 
 
 def _left_out(pairs: Sequence[Pair], first: Side, second: Side) -> set[str]:
@@ -194,6 +201,9 @@ def _described(pair: Pair, first: Side, second: Side) -> dict[str, str]:
     else:
         for ours, theirs in zip(here.arrays, there.arrays, strict=True):
             within = f" at {format_path(ours.within)}" if ours.within else ""
+            here_at, there_at = members_of(ours), members_of(theirs)
+            if here_at and there_at and ours.shape == theirs.shape and here_at != there_at:
+                words[f"members along axis {here_at[1]} to {there_at[1]}{within}"] = "reshaped"
             if ours.shape != theirs.shape:
                 words[f"{format_shape(ours.shape)} to {format_shape(theirs.shape)}{within}"] = "reshaped"
             if _dtype(ours) != _dtype(theirs):
