@@ -106,9 +106,12 @@ def leaves_(draw: st.DrawFn) -> Any:
     if sort == "none":
         return nnx.Param(None, mark=seed)
     if sort == "tree":
-        return nnx.Param({"u": array, 't': (array + 1, None)}, out_sharding=("x",) * min(1, len(shape)) + (None,) * (
-            len(shape) - 1
-        ), eager_sharding=False, mark=seed)
+        return nnx.Param(
+            {"u": array, "t": (array + 1, None)},
+            out_sharding=("x",) * min(1, len(shape)) + (None,) * (len(shape) - 1),
+            eager_sharding=False,
+            mark=seed,
+        )
     if sort == "tuple":
         return (array, None, (array,))
     if sort == "frozen":
@@ -148,7 +151,10 @@ def _spec_said(leaf: Any) -> tuple[Any, ...]:
 @given(mixed_models(), st.booleans())
 def test_each_leaf_is_what_its_own_variable_says(model: Node, two: bool) -> None:
     """By path NNX gives the leaf; sharding, axes, shapes, values and metadata in a plan are that leaf's."""
-    objects = (model, Node(raw=nnx.data(jnp.ones(5)), w=nnx.Param(jnp.ones(4), out_sharding=("y",), eager_sharding=False)))
+    objects = (
+        model,
+        Node(raw=nnx.data(jnp.ones(5)), w=nnx.Param(jnp.ones(4), out_sharding=("y",), eager_sharding=False)),
+    )
     objects = objects if two else objects[:1]
     plan = KINDS.plan(*objects)
     graph, flat = nnx.flatten(objects if two else objects[0])

@@ -85,7 +85,11 @@ CONTAINERS: dict[str, Callable[[], Any]] = {
     "an nnx.Dict": lambda: nnx.Dict(a=nnx.data(ones(2)), b=nnx.data(Pair(ones(1), ones(2)))),
     "a state": lambda: nnx.State({"a": ones(2), "b": {"c": ones(1)}}),
     "deeply nested": lambda: ([Pair((ones(1), {3: Frozen(ones(2), (ones(1),))}), ones(3))], ones(2)),
-    "beside Variables and modules": lambda: (nnx.Param(ones(2)), ones(2), Node(w=nnx.Param(ones(1)), r=nnx.data(ones(3)))),
+    "beside Variables and modules": lambda: (
+        nnx.Param(ones(2)),
+        ones(2),
+        Node(w=nnx.Param(ones(1)), r=nnx.data(ones(3))),
+    ),
     "with None in it": lambda: (None, ones(2), Pair(None, ones(1))),
     "a tuple in a Variable": lambda: nnx.Variable((ones(2), {"a": ones(1)})),
 }
@@ -104,9 +108,15 @@ def containers(thing: Any) -> Any:
     if isinstance(thing, nnx.Pytree):
         return type(thing), [(name, containers(value)) for name, value in vars(thing).items() if name[:8] != "_pytree_"]
     children, _ = jax.tree_util.tree_flatten_with_path(thing, is_leaf=lambda each: each is not thing)
-    return type(thing), getattr(thing, "count", None) if isinstance(thing, Struct) else None, [
-        containers(child) for _, child in children if child is not thing and not isinstance(child, nnx.Variable | jax.Array)
-    ]
+    return (
+        type(thing),
+        getattr(thing, "count", None) if isinstance(thing, Struct) else None,
+        [
+            containers(child)
+            for _, child in children
+            if child is not thing and not isinstance(child, nnx.Variable | jax.Array)
+        ],
+    )
 
 
 # --- it works ----------------------------------------------------------------------------------------------------
@@ -196,7 +206,12 @@ class Bits:
 
     def now(self) -> Any:
         found = [
-            (tuple(path), id(leaf), id(raw_value(leaf)), leaf.get_metadata() if isinstance(leaf, nnx.Variable) else None)
+            (
+                tuple(path),
+                id(leaf),
+                id(raw_value(leaf)),
+                leaf.get_metadata() if isinstance(leaf, nnx.Variable) else None,
+            )
             for path, leaf in self.leaves()
         ]
         attributes = [
@@ -395,7 +410,9 @@ def test_one_list_by_two_paths_cannot_hold_two_arrays() -> None:
     position = next(at for at, leaf in enumerate(plan["variables"]) if leaf.path == ("a", 0))
     arrays = list(plan.take(model).part("variables").arrays)
     arrays[position] = arrays[position] * 2
-    state = jax.tree.unflatten(jax.tree.structure(plan.take(model)), [plan.take(model).part("params").arrays[0], *arrays])
+    state = jax.tree.unflatten(
+        jax.tree.structure(plan.take(model)), [plan.take(model).part("params").arrays[0], *arrays]
+    )
     bits = Bits(model)
     with refused(
         sw.StructureError,
@@ -444,7 +461,9 @@ def refused_call(objects: list[Any], second: Any, reason: str, taking: bool) -> 
         "spent": lambda: plan.put(state, *objects),
         "abstract": lambda: plan.put(plan.abstract(), *objects),
         "order": lambda: plan.put(state, objects[0]),
-        "update": lambda: sw.update(second, nnx.to_pure_dict(nnx.state(second)) | {"last": ones(7), "nothing": ones(2)}),
+        "update": lambda: sw.update(
+            second, nnx.to_pure_dict(nnx.state(second)) | {"last": ones(7), "nothing": ones(2)}
+        ),
     }
     return odd[reason]
 

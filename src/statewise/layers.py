@@ -41,7 +41,8 @@ def scan_layers(
     Args:
       fn: of a module: a function `(layer, x) -> x`, which may write the layer's Variables.  Of a state: a step, or any
         function of a state of one layer, `(layer, x) -> (layer, x)`, or `-> x` where it writes nothing.
-      layers: a module whose leaves have a first axis more than its layers have, as `nnx.vmap` makes it; or a state
+      layers: a module whose leaves have a first axis more than its layers have, as `nnx.vmap` makes it
+        (with `transform_metadata={nnx.PARTITION_NAME: None}` where Variables say how they are split); or a state
         whose arrays have it, as `jax.vmap` over `plan.take` makes it.
       x: what the first layer gets; of the shapes and dtypes that each layer gives.
       shared: leaves without that axis, one for all layers; where a layer writes them, the next one sees it.  A filter
@@ -190,7 +191,7 @@ def _count(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[int, .
         raise StructureError(
             "Not every leaf has one slice for each layer.",
             leaves=list(dict.fromkeys(odd)),
-            mend="stack them: layers = nnx.vmap(make_layer)(keys), or jax.vmap(lambda key: plan.take(...))(keys)\n"
+            mend="stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys), or jax.vmap(lambda key: plan.take(...))(keys)\n"
             "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)",
         )
     if not counts:

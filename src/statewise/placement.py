@@ -227,9 +227,7 @@ class _Resolver:
                 else:
                     yield one.into, self.place(placement, [leaf.path], spec, leaf)
 
-    def _moment(
-        self, placement: FromMetadata, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int
-    ) -> Lies:
+    def _moment(self, placement: FromMetadata, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int) -> Lies:
         """How a moment lies by metadata: NNX gives it that of its parameter, which a factored one has not the axes of."""
         path = paths[0]
         for start in range(len(path)):

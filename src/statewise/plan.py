@@ -254,7 +254,9 @@ class Plan(Variants, Shown):
         return init(self, make_model, mesh)
 
     def put(self, state: statewise.state.State | Any, *objects: Any, copy: bool = True) -> None:
-        """Puts a state's arrays back into the objects.
+        """Puts a state's arrays back into the objects: all of them, or none if anything is refused or interrupted.
+
+        A raw array in a tuple, a named tuple or a frozen dataclass is put by building that anew, in the same place.
 
         Args:
           state: a state of this plan.
@@ -262,7 +264,8 @@ class Plan(Variants, Shown):
           copy: copies each array, so that a later step, which donates the state's, leaves the objects whole.
 
         Raises:
-          StructureError: another plan's state, a spent one, or objects that do not fit; nothing was put then.
+          StructureError: another plan's state, a spent one, objects that do not fit, or an array in something that
+            cannot be built anew; nothing was put then.
 
         Example:
           >>> from flax import nnx
