@@ -97,4 +97,5 @@ def _explicit_mesh(given: Any) -> Any:
 def _is_about_sharding(error: Exception, axes: tuple[str, ...]) -> bool:
     # A loop whose carry changes its type says so by the types: float32[16@model].
     split = re.search(r"@\(?['\"]?(" + "|".join(map(re.escape, axes)) + r")\b", str(error))
-    return type(error).__name__ == "ShardingTypeError" or bool(split) or "out_sharding" in str(error)
+    named = any(word in str(error) for word in ("out_sharding", "Explicit"))
+    return type(error).__name__ == "ShardingTypeError" or bool(split) or named

@@ -37,7 +37,8 @@ def scan_layers(
         function of a state of one layer, `(layer, x) -> (layer, x)`, or `-> x` where it writes nothing.  What a layer
         makes, `sow` above all, comes out with a first axis for the layers: in the module, where `nnx.scan` puts it, so
         that `nnx.capture` and a step's `capture=` find it there; of a state, from a step with `capture=`.
-      layers: a module whose leaves have a first axis more than its layers have, as `nnx.vmap` makes it; or a state
+      layers: a module whose leaves have a first axis more than its layers have, as `nnx.vmap` makes it
+        (with `transform_metadata={nnx.PARTITION_NAME: None}` where Variables say how they are split); or a state
         whose arrays have it, as `jax.vmap` over `plan.take` makes it.
       x: what the first layer gets; of the shapes and dtypes that each layer gives.
       shared: leaves without that axis, one for all layers; where a layer writes them, the next one sees it.  A filter

@@ -278,7 +278,10 @@ class Plan(Variants, Shown):
         return init(self, make_model, mesh)
 
     def put(self, state: statewise.state.State | Any, /, *objects: Any, copy: bool = True, **named: Any) -> None:
-        """Puts a state's arrays back into the objects; the state, averages included, stays as it is.
+        """Puts a state's arrays back into the objects: all of them, or none if anything is refused or interrupted.
+
+        A raw array in a tuple, a named tuple or a frozen dataclass is put by rebuilding that in the same place.  The
+        state, averages included, stays as it is.
 
         Args:
           state: a state of this plan.
@@ -287,7 +290,8 @@ class Plan(Variants, Shown):
           **named: the objects by name instead of by position, where they were planned so.
 
         Raises:
-          StructureError: another plan's state, a spent one, or objects that do not fit; nothing was put then.
+          StructureError: another plan's state, a spent one, objects that do not fit, or an array in something that
+            cannot be built anew; nothing was put then.
 
         Example:
           >>> from flax import nnx
