@@ -173,21 +173,6 @@ def test_on_a_mesh(spec: Any) -> None:
     np.testing.assert_allclose(np.asarray(state["lora"]["lora_a"])[1], wanted["lora_a"], atol=1e-6, rtol=1e-5)
 
 
-def test_each_device_has_its_own_moments() -> None:
-    model = Tenants()
-    kinds = kinds_of(placement=sw.PerDevice("data"))
-    plan = kinds.plan(model, optimizers={"lora": per_slot(optax.adagrad(0.1, initial_accumulator_value=0.3))})
-    state = plan.take(model, mesh=mesh_of(data=2))
-    moved = jax.tree.map(lambda array: array + 1, state["optimizer"])
-    state = state.replace(optimizer=moved).restart("lora", "optimizer", where=[4], key=jax.random.key(7))
-    moments = [np.asarray(array) for array in jax.tree.leaves(state["optimizer"])]
-    if all(array.shape[0] == 2 for array in moments):
-        slots = [array.reshape(2 * TENANTS, -1) for array in moments]
-        assert all(np.allclose(array[4], 0.3) and np.allclose(np.delete(array, 4, 0), 1.3) for array in slots)
-    else:
-        raise AssertionError([array.shape for array in moments])
-
-
 # --- which optimizers begin again --------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from statewise.paths import Leaf, Path
 from statewise.plan import Plan
 
 __all__ = ["only_where", "slots_of"]
+
+_NO_AXIS = "has no such axis"
 
 
 def slots_of(chosen: Chosen, where: Any) -> Any:
@@ -37,7 +39,7 @@ def slots_of(chosen: Chosen, where: Any) -> Any:
     is_mask = given.dtype == bool
     count = given.shape[0] if is_mask else max(size for _, size in sizes)
     odd = [
-        dataclasses.replace(leaf, note=f"{size} slots" if size >= 0 else "has no such axis")
+        dataclasses.replace(leaf, note=f"{size} slots" if size >= 0 else _NO_AXIS)
         for leaf, size in sizes
         if size < 0 or size != count
     ]
@@ -83,7 +85,7 @@ def _mend(chosen: Chosen, odd: Sequence[Leaf]) -> str:
     """What to declare: an optimizer for each slot, or a kind apart for leaves that all slots share."""
     plan = chosen.plan
     derived = frozenset(leaf.path for leaf in plan.leaves[len(plan._rows) :])
-    mends = _for_optimizers(chosen, frozenset(leaf.path for leaf in odd)) if OPTIMIZER in chosen.kinds else []
+    mends = _for_optimizers(chosen, {leaf.path: leaf.note for leaf in odd}) if OPTIMIZER in chosen.kinds else []
     for name in dict.fromkeys(leaf.kind or "" for leaf in odd if leaf.path not in derived):
         paths = list(dict.fromkeys(leaf.path for leaf in odd if leaf.kind == name and leaf.path not in derived))
         if name == OPTIMIZER and any(path[-1] != "step" for path in paths):
@@ -99,14 +101,17 @@ def _mend(chosen: Chosen, odd: Sequence[Leaf]) -> str:
 _PER_SLOT = "per_slot = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))"
 
 
-def _for_optimizers(chosen: Chosen, odd: frozenset[Path]) -> list[str]:
+def _for_optimizers(chosen: Chosen, odd: Mapping[Path, str]) -> list[str]:
     """An optimizer for each slot, in the place of one whose state is not made of slots."""
     plan = chosen.plan
     mends: list[str] = []
     made: list[str] = []
     for group in (plan._groups[number] for number in chosen.groups):
         axes = {plan.kinds[name].batch_axis for name in group.kinds}
-        if not odd.intersection(group.leaf_paths) or len(axes) > 1 or None in axes:
+        sizes = {odd.get(path, "") for path in group.leaf_paths}
+        if len(sizes) == 1 and _NO_AXIS not in sizes:  # made of slots already, if of another number than the others
+            continue
+        if len(axes) > 1 or None in axes:
             continue
         (axis,) = axes
         mapped = f", in_axes=({axis}, 0, {axis}), out_axes=({axis}, 0)" if axis else ""
