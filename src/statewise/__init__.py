@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         restore,
         save,
     )
+    from statewise.decorators import step, train_step
     from statewise.errors import (
         ContestedError,
         DamagedError,
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     )
     from statewise.select import Explanation, count, explain, merge, select, split, update
     from statewise.state import State
-    from statewise.steps import Step, step, train_step
+    from statewise.steps import Step
     from statewise.tables import KindCount
     from statewise.transfer import transfer
     from statewise.watch import (

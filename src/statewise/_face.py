@@ -33,7 +33,8 @@ ROOMS = {
     "state": ("State",),
     "transfer": ("transfer",),
     "lowered": ("Compiled", "Lowered"),
-    "steps": ("Step", "step", "train_step"),
+    "steps": ("Step",),
+    "decorators": ("step", "train_step"),
     "layers": ("scan_layers",),
     "grads": ("grad", "value_and_grad"),
     "audit": (

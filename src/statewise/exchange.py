@@ -7,7 +7,6 @@ shape or dtype is an error that lists every leaf, and then nothing has changed.
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,32 +14,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise import _compat
 from statewise.copies import Copies, spread
 from statewise.errors import StructureError
 from statewise.explicit import explained
 from statewise.folding import refuse_copies
 from statewise.inside import as_ensemble, begun, holds_one_member, single_of
-from statewise.intern import same_graph
 from statewise.kinds import unknown_kind
 from statewise.naming import in_order
 from statewise.narrowing import check_given
-from statewise.paths import Leaf, Path, format_path, format_shape
+from statewise.paths import Leaf
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
+from statewise.planned import check_statics, leaf_of_row, matched, names_for
 from statewise.putting import put_values
-from statewise.rows import Row, is_sown
 from statewise.scan import (
-    ONE,
-    Scan,
     arrays_of,
-    make_leaf,
-    named,
     raw_value,
     rebuild,
-    row_of,
     scan,
-    spec_of,
     value_of,
 )
 from statewise.state import State, check_fits, check_unspent, is_deleted
@@ -66,9 +57,9 @@ def take(
     copies = None if mesh is None else copies_on(plan, mesh)
     made = plan._pack(_kinds_to_pack(plan, pack, copies)) if pack else plan
     place = _Places(with_copies(made, copies), mesh)
-    found = scan(objects, _names_for(plan, objects))
-    leaves = _matched(plan, found, objects, "take")
-    _check_statics(plan, found, objects)
+    found = scan(objects, names_for(plan, objects))
+    leaves = matched(plan, found, objects, "take")
+    check_statics(plan, found, objects)
     _check_arrays(plan, leaves)
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
     for row, leaf in zip(plan._rows, leaves, strict=True):
@@ -183,12 +174,12 @@ def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
     for row, leaf in zip(plan._rows, leaves, strict=True):
         arrays = arrays_of(raw_value(leaf))[0]
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-            abstract.append(_leaf_of(row))
+            abstract.append(leaf_of_row(row))
         elif any(map(is_deleted, arrays)):
-            donated.append(_leaf_of(row))
+            donated.append(leaf_of_row(row))
         for array, spec in zip(arrays, row.specs, strict=True):
             if not isinstance(array, jax.Array):
-                given.append((_leaf_of(row), array, spec.dtype))
+                given.append((leaf_of_row(row), array, spec.dtype))
     if abstract:
         raise StructureError(
             "The model is abstract: it has shapes but no values.",
@@ -202,10 +193,6 @@ def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
             mend="plan.put(state, model) gives it those of now; without copy=False a model stays whole",
         )
     check_given(given)
-
-
-def _leaf_of(row: Row, note: str = "") -> Leaf:
-    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 
 
 def _taken(array: Any, copy: bool, seen: set[Any]) -> Any:
@@ -244,8 +231,8 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
             "This state is abstract: putting it would cost the model its values.",
             mend="plan.build(state) makes an abstract model",
         )
-    found = scan(objects, _names_for(plan, objects))
-    leaves = _matched(plan, found, objects, "put")
+    found = scan(objects, names_for(plan, objects))
+    leaves = matched(plan, found, objects, "put")
     _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
     writes = [(row.path, leaf, value) for row, leaf, value in zip(plan._rows, leaves, values, strict=True)]
@@ -304,7 +291,7 @@ def _plan_differences(plan: Plan, other: Plan) -> list[Leaf]:
 def _check_narrow(plan: Plan, values: Sequence[Any]) -> None:
     """Refuses 64-bit arrays of NumPy, to which somebody mapped the state, where JAX has none."""
     check_given(
-        (_leaf_of(row), array, spec.dtype)
+        (leaf_of_row(row), array, spec.dtype)
         for row, value in zip(plan._rows, values, strict=True)
         for array, spec in zip(arrays_of(value)[0], row.specs, strict=True)
         if not isinstance(array, jax.Array)
@@ -322,115 +309,3 @@ def _ready(value: Any, copy: bool) -> Any:
         return jnp.array(array)  # somebody mapped the state to NumPy
 
     return jax.tree.map(ready, value)
-
-
-# --- does it fit? ----------------------------------------------------------------------------------------------
-
-
-def _names_for(plan: Plan, objects: Sequence[Any]) -> tuple[str, ...]:
-    """The names of the planned objects, if so many are given; `_matched` refuses another number."""
-    return plan._names if len(objects) == plan._objects else ()
-
-
-def _matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
-    """The live leaf of each row; every difference between the objects and the plan is listed."""
-    if len(objects) != plan._objects:
-        raise StructureError(
-            f"The plan is of {plan._objects} object{'s' * (plan._objects > 1)}, but {len(objects)} are given.",
-            mend=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(plan._names or _names(plan))})",
-        )
-    live = dict(zip(found.paths, found.leaves, strict=True))
-    problems: list[Leaf] = []
-    leaves = []
-    for row in plan._rows:
-        leaf = live.pop(row.path, None)
-        note = "missing" if leaf is None else _difference(row, leaf)
-        if note:
-            problems.append(_leaf_of(row, note))
-        leaves.append(leaf)
-    for path, leaf in live.items():
-        if not is_sown(_compat.variable_type(leaf)):
-            problems.append(row_of(path, leaf, note="not in the plan"))
-    if problems:
-        differ = "1 leaf differs" if len(problems) == 1 else f"{len(problems)} leaves differ"
-        raise StructureError(
-            f"The model is not what was planned: {differ}.",
-            leaves=problems,
-            mend=_TAKE
-            if verb == "take" and plan.members is None
-            else _STACKED.format(plan.members)
-            if verb == "take"
-            else "put the state into a model of the planned structure, or plan.build(state)",
-        )
-    return leaves
-
-
-_TAKE = "plan = kinds.plan(model)  # plan the model as it is now"
-_STACKED = (
-    "the plan is of an ensemble of {}: objects with stacked arrays, nnx.vmap(make_model)(keys)\n"
-    "or a state for each member: plan.stack([single.take(model) for model in models])  # single: the plan of one"
-)
-
-
-def _names(plan: Plan) -> list[str]:
-    """The planned objects by the names of their types, for code."""
-    objects = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
-    return [type(thing).__name__.lower() for thing in objects]
-
-
-def _difference(row: Row, leaf: Any) -> str:
-    type_ = _compat.variable_type(leaf)
-    if type_ is not row.type:
-        return f"is a {type_.__name__} in the model"
-    arrays, structure = arrays_of(raw_value(leaf))
-    if structure != row.structure:
-        return "holds a value of another structure in the model"
-    for array, spec in zip(arrays, row.specs, strict=True):
-        found = spec_of(array)
-        if found != spec:
-            return (
-                f"is {format_shape(found.shape)} {found.dtype} in the model"
-                if found
-                else f"is {type(array).__name__} in the model"
-            )
-    return ""
-
-
-_PLAIN = (bool, int, float, str, type(None), enum.Enum)
-
-
-def _check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
-    """Refuses a model whose plain attributes (`deterministic`, `use_running_average`) are not as planned.
-
-    A step rebuilds the module from the plan, so it would quietly run in the planned mode.  Functions and other
-    objects among the attributes are left alone: they may differ from instance to instance.
-    """
-    if same_graph(found.graphdef, plan._graphdef):
-        return
-    planned = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
-    differing = []
-    for position, (ours, theirs) in enumerate(zip(planned, objects, strict=True)):
-        before, now = _plain_attributes(ours), _plain_attributes(theirs)
-        for path, value in before.items():
-            if path in now and not _same_static(now[path], value):
-                prefix = named((position,), plan._names) if plan._several else ()
-                differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
-    if differing:
-        raise StructureError(
-            "The model's static attributes have changed since it was planned:\n  " + "\n  ".join(differing),
-            mend="plan = kinds.plan(model)  # or model.train() / model.eval() back to what was planned",
-        )
-
-
-def _same_static(one: Any, other: Any) -> bool:
-    # 1 == True, and nan != nan: neither is meant.
-    return type(one) is type(other) and (one == other or repr(one) == repr(other))
-
-
-def _plain_attributes(thing: Any) -> dict[Path, Any]:
-    return {
-        (*path, name): value
-        for path, module in nnx.iter_modules(thing)
-        for name, value in vars(module).items()
-        if isinstance(value, _PLAIN) and not name.startswith("_")
-    }

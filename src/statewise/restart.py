@@ -149,9 +149,7 @@ def _slots(plan: Plan, chosen: Chosen, where: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(
-    whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...], donate: bool = True
-) -> Any:
+def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...], donate: bool = True) -> Any:
     plan = chosen.plan
     # A kind that all members of an ensemble share draws once; the members draw from keys of their own.
     apart = {name for name in chosen.kinds if any(axis is not None for axis in whole._slot_axes[name])}

@@ -128,7 +128,8 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
     """
     if not objects:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
-    for place, thing in zip(names or range(len(objects)), objects, strict=True):
+    places: Sequence[int | str] = names or range(len(objects))
+    for place, thing in zip(places, objects, strict=True):
         _check_object(place, thing)
         if hasattr(type(thing), "_plan"):  # of the type: an nnx.Rngs has any attribute that one asks it for
             raise ModelError(
@@ -145,8 +146,8 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
         ) from error
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
-            place: Any = path[0] if several else 0
-            _refuse_bare(names[place] if names else place, objects[place])
+            position: Any = path[0] if several else 0
+            _refuse_bare(names[position] if names else position, objects[position])
     paths = tuple(named(path, names) for path in flat.paths) if names else tuple(flat.paths)
     _refuse_references(paths, flat.leaves)
     return Scan(graphdef, paths, tuple(flat.leaves), several, tuple(names))

@@ -7,7 +7,7 @@ it is known that the restore goes through.
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,25 +16,22 @@ import jax.numpy as jnp
 from statewise.averages import EMA
 from statewise.casting import can_cast
 from statewise.checkpoint.bulk import no_collection
-from statewise.checkpoint.devices import Resized, devices_of, members_of, resize, shape_of_one
-from statewise.checkpoint.keys import PathId, path_id, same_type
-from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, Manifest
-from statewise.checkpoint.moved import arguments, moved, objects
+from statewise.checkpoint.comparing import TIE, UNTIE, differences, is_alike, recast_arrays, same_structure
+from statewise.checkpoint.devices import Resized, resize
+from statewise.checkpoint.keys import PathId, path_id
+from statewise.checkpoint.manifest import LeafRecord, Manifest
+from statewise.checkpoint.moved import arguments, moved, objects, renamed
 from statewise.checkpoint.records import Placed, kinds_of, records_of
 from statewise.checkpoint.regrouping import Regrouped, asked_members, regroup
 from statewise.checkpoint.report import Outcome, RestoredLeaf, RestoreReport
 from statewise.fresh import takes
 from statewise.moments import OPTIMIZER
-from statewise.paths import Path, format_path, format_shape
+from statewise.paths import Path, format_path
 from statewise.plan import Plan
 from statewise.shadows import averaged_kind
 from statewise.state import State, is_deleted
 
 __all__ = ["Match", "kinds_to_restore", "match"]
-
-
-def _ids(paths: Collection[Path]) -> set[PathId]:
-    return {path_id(path) for path in paths}
 
 
 class Source(NamedTuple):
@@ -132,7 +129,7 @@ class _Matcher:
         for leaf in left:
             if leaf.id in tied:
                 why = f"a leaf of its own in the checkpoint, tied to {format_path(tied[leaf.id].path)} in the target"
-                self.say(leaf, "problem", why, [_UNTIE])
+                self.say(leaf, "problem", why, [UNTIE])
         alone = [leaf for leaf in left if leaf.id not in tied]
         self.extra(alone)
         both = {leaf.kind for leaf in alone}
@@ -234,7 +231,7 @@ class _Matcher:
         elif treatment == "keep" and not lost:
             self.say(record, "kept", why)
         elif other is not None:
-            self.say(record, "problem", f"tied to {format_path(other.path)} in the checkpoint", [_TIE])
+            self.say(record, "problem", f"tied to {format_path(other.path)} in the checkpoint", [TIE])
         elif lost:
             self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
         else:
@@ -267,18 +264,18 @@ class _Matcher:
         record = placed.record
         wide = [ours.dtype for ours in record.arrays if ours.prng is None and self.is_too_wide(ours.dtype)]
         if (
-            not wide and self.members is None and _is_alike(record, there)
+            not wide and self.members is None and is_alike(record, there)
         ):  # as nearly all are: what follows looks for the difference
             self.say(record, "restored", "from the base" if checkpoint else "")
             self.sources.append(Source(placed, there, checkpoint, (None,) * len(record.arrays)))
             return
-        words = _differences(record, there)
+        words = differences(record, there)
         changes = self.changed(record, there)
         words += [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized | Regrouped)]
         if wide:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
-        recast = _recast(record, there)
+        recast = recast_arrays(record, there)
         castable = all(can_cast(theirs.dtype, ours.dtype) for ours, theirs in recast)
         end = ""
         if recast and not (self.cast and castable):
@@ -290,9 +287,9 @@ class _Matcher:
             why = ", ".join(word for word, _ in words)
             self.say(record, "problem", f"is {why} in the checkpoint{end}", [mend for _, mend in words])
             return
-        lacking = self.lacking(placed, changes)
-        if lacking:
-            self.say(record, "problem", lacking, [self.with_values()])
+        lacks = self.lacking_members(placed, changes)
+        if lacks:
+            self.say(record, "problem", lacks, [self.with_values()])
             return
         onto = list(dict.fromkeys(one.words for one in changes if one is not None))
         if onto:
@@ -313,14 +310,14 @@ class _Matcher:
 
     def changed(self, record: LeafRecord, there: LeafRecord) -> list[Any]:
         """What becomes of each array on another number of devices, or of members; words where nothing can."""
-        if not _same_structure(record, there):
+        if not same_structure(record, there):
             return [None] * len(record.arrays)
         return [
             regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
             for pair in zip(record.arrays, there.arrays, strict=True)
         ]
 
-    def lacking(self, placed: Placed, changes: Sequence[Any]) -> str:
+    def lacking_members(self, placed: Placed, changes: Sequence[Any]) -> str:
         """What is in the way where members that the checkpoint lacks are to keep values, and have none."""
         lacks = [one.lacks for one in changes if isinstance(one, Regrouped) and one.lacks]
         if not lacks or self.plan.kinds[placed.record.kind].missing == "restart":
@@ -339,9 +336,6 @@ _CAST = "sw.restore(path, target, cast=True)"
 _RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
 _KEEP = "missing='keep'"
 _ANEW = "missing='restart'"
-_SIZES = "build the model with the sizes that it was saved with"
-_TIE = "tie the same leaves in the model before planning it, as they were when it was saved"
-_UNTIE = "untie the leaves in the model before planning it, as they were when it was saved"
 
 
 _VALUES = "to begin with a model's values, declare it, and restore into a state that has them"
@@ -355,97 +349,6 @@ def _mend(words: str, declared: Mapping[str, str], plan: Plan) -> str:
     if words == _VALUES:
         code += f"; target = kinds.plan({arguments(plan)}).take({objects(plan)})"
     return f"{words}: {code}"
-
-
-def _is_alike(record: LeafRecord, there: LeafRecord) -> bool:
-    """Whether a leaf, tied to no other, is in the checkpoint what it is in the target, to the letter."""
-    if record.kind != there.kind or record.type != there.type or record.aliases or there.aliases:
-        return False
-    if record.structure != there.structure or len(record.arrays) != len(there.arrays):
-        return False
-    return all(
-        ours.shape == theirs.shape
-        and ours.dtype == theirs.dtype
-        and ours.prng == theirs.prng
-        and ours.within == theirs.within
-        and devices_of(ours) == devices_of(theirs)
-        and members_of(ours) == members_of(theirs)
-        for ours, theirs in zip(record.arrays, there.arrays, strict=True)
-    )
-
-
-def _differences(record: LeafRecord, there: LeafRecord) -> list[tuple[str, str]]:
-    """Everything in the way of restoring one leaf, dtypes apart: what it is in the checkpoint, and the mend."""
-    words = []
-    if there.kind != record.kind:
-        mend = f"declare it as it was saved, of kind {there.kind!r}; then sw.transfer(restored, plan) into other kinds"
-        words.append((f"of kind {there.kind!r}", mend))
-    if not same_type(record.type, there.type):
-        words.append((f"a {there.type.replace(':', '.')}", _mend_type(record.type, there.type)))
-    if not _same_structure(record, there):
-        words.append(("a value of another structure", "give the Variable a value of the saved structure"))
-    else:
-        for ours, theirs in zip(record.arrays, there.arrays, strict=True):
-            within = f" at {format_path(ours.within)}" if ours.within else ""
-            if ours.prng != theirs.prng:
-                is_ = f"a PRNG key of {theirs.prng}" if theirs.prng else f"no PRNG key but {theirs.dtype}"
-                make = f"make it a key: jax.random.key(0, impl={theirs.prng!r})"
-                words.append((is_ + within, make if theirs.prng else _MAKE_DATA))
-            elif ours.shape != theirs.shape and shape_of_one(ours) != shape_of_one(theirs):
-                words.append((format_shape(theirs.shape) + within, _SIZES))
-    here, gone = _ids(record.aliases), _ids(there.aliases)
-    if here != gone:
-        tied = ", ".join(map(format_path, there.aliases)) or "nothing"
-        words.append((f"tied to {tied}", _TIE if gone - here else _UNTIE))
-    return words
-
-
-_MAKE_DATA = "give the Variable the key's words: jax.random.key_data(key)"
-
-
-def _mend_type(ours: str, theirs: str) -> str:
-    (_, name), (home, other) = ours.rsplit(":", 1), theirs.rsplit(":", 1)
-    moved = f"; if the class only moved, say where it was: {name}.__module__ = {home!r}"
-    return f"give the leaf the type that it was saved with: {other}" + (moved if name == other else "")
-
-
-def _same_structure(record: LeafRecord, there: LeafRecord) -> bool:
-    within = [[array.within for array in one.arrays] for one in (record, there)]
-    return record.structure == there.structure and within[0] == within[1]
-
-
-def _recast(record: LeafRecord, there: LeafRecord) -> list[tuple[ArrayRecord, ArrayRecord]]:
-    """The arrays that have another dtype in the checkpoint; whether one is a PRNG key is no matter of dtype."""
-    if not _same_structure(record, there):
-        return []
-    pairs = zip(record.arrays, there.arrays, strict=True)
-    return [(ours, theirs) for ours, theirs in pairs if ours.dtype != theirs.dtype and ours.prng == theirs.prng]
-
-
-def _renamed(plan: Plan, manifest: Manifest) -> str:
-    """What to do where the plan's objects have names and the checkpoint's do not, or the reverse; else nothing.
-
-    So it is where no leaf of the objects is in the checkpoint under its own path, and one that begins otherwise is.
-    """
-    saved = {leaf.path for leaf in manifest.leaves}
-    mine = [row.path for row in plan._rows]
-    if not plan._several or not saved.isdisjoint(mine):
-        return ""
-    theirs = {path[1:]: path[0] for path in saved if type(path[0]) is (int if plan._names else str)}
-    found = {path[0]: theirs[path[1:]] for path in mine if path[1:] in theirs}
-    if not found:
-        return ""
-    if plan._names:
-        return (
-            f"the checkpoint's objects have no names: plan them by position, kinds.plan({', '.join(plan._names)}), and "
-            "restore; sw.transfer(restored, plan) then names them"
-        )
-    names = dict.fromkeys(path[0] for path in sorted(saved, key=str) if path[1:] in {way[1:] for way in mine})
-    given = ", ".join(f"{name}={name}" for name in names)
-    return (
-        f"the checkpoint's objects have names: plan them so, in the order in which you give them here, "
-        f"kinds.plan({given}), and restore; sw.transfer(restored, plan) then counts them"
-    )
 
 
 @no_collection()
@@ -462,7 +365,7 @@ def match(
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
     mends = tuple(_mend(words, declared, state.plan) for words, declared in matcher.mends.items())
-    if mends and (renamed := _renamed(state.plan, manifests[0])):
-        mends = (renamed,)  # what else could be said of each leaf follows from that
+    if mends and (names := renamed(state.plan, manifests[0])):
+        mends = (names,)  # what else could be said of each leaf follows from that
     report = RestoreReport(str(path), tuple(matcher.done), mends, dict(written))
     return Match(report, tuple(matcher.sources), tuple(matcher.restarted))

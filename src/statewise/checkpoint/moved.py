@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from statewise.checkpoint.keys import path_id
-from statewise.checkpoint.manifest import LeafRecord
+from statewise.checkpoint.manifest import LeafRecord, Manifest
 from statewise.layout import OPTIMIZER
 from statewise.paths import format_path
 from statewise.plan import Plan
 
-__all__ = ["arguments", "moved", "objects"]
+__all__ = ["arguments", "moved", "objects", "renamed"]
 
 
 def objects(plan: Plan) -> str:
@@ -77,3 +77,29 @@ def _deeper(some: Sequence[LeafRecord], others: Sequence[LeafRecord]) -> tuple[L
     ((first, count),) = Counter(one.path[0] for one, _ in pairs).most_common(1)
     one, other = next(pair for pair in pairs if pair[0].path[0] == first)
     return (one, other, first) if 2 * count >= len(known) else None
+
+
+def renamed(plan: Plan, manifest: Manifest) -> str:
+    """What to do where the plan's objects have names and the checkpoint's do not, or the reverse; else nothing.
+
+    So it is where no leaf of the objects is in the checkpoint under its own path, and one that begins otherwise is.
+    """
+    saved = {leaf.path for leaf in manifest.leaves}
+    mine = [row.path for row in plan._rows]
+    if not plan._several or not saved.isdisjoint(mine):
+        return ""
+    theirs = {path[1:]: path[0] for path in saved if type(path[0]) is (int if plan._names else str)}
+    found = {path[0]: theirs[path[1:]] for path in mine if path[1:] in theirs}
+    if not found:
+        return ""
+    if plan._names:
+        return (
+            f"the checkpoint's objects have no names: plan them by position, kinds.plan({', '.join(plan._names)}), and "
+            "restore; sw.transfer(restored, plan) then names them"
+        )
+    names = dict.fromkeys(path[0] for path in sorted(saved, key=str) if path[1:] in {way[1:] for way in mine})
+    given = ", ".join(f"{name}={name}" for name in names)
+    return (
+        f"the checkpoint's objects have names: plan them so, in the order in which you give them here, "
+        f"kinds.plan({given}), and restore; sw.transfer(restored, plan) then counts them"
+    )
