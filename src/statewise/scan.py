@@ -121,7 +121,8 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
     """
     if not objects:
         raise ModelError("There is no object to look at.", mend="kinds.plan(model)")
-    for place, thing in zip(names or range(len(objects)), objects, strict=True):
+    places: Sequence[Any] = names or range(len(objects))
+    for place, thing in zip(places, objects, strict=True):
         _check_object(place, thing)
         if hasattr(type(thing), "_plan"):  # of the type: an nnx.Rngs has any attribute that one asks it for
             raise ModelError(
