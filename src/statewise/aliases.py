@@ -24,6 +24,9 @@ def aliases_of(
       several: whether it is of a tuple of objects.
       names: the objects' names, with which the paths then begin.
     """
+    # Looking for them takes as long as flattening, and few models have any; the graph says whether.
+    if not any(type(node).__name__ == "NodeRef" for node in graphdef.nodes):
+        return {}
     objects = rebuild(graphdef, [None] * len(paths), several)
     found_twice = nnx.find_duplicates(objects if several else objects[0])
     groups = ([named(tuple(path), names) for path in ways] for ways in found_twice)

@@ -66,9 +66,10 @@ def claim(kinds: Kinds, found: Scan, *, there: bool = True) -> list[str]:
     if reading is not None:
         for kind in kinds.values():
             reading.check(kind.of)
+    seen = found.ways if by_path else found.relative
     claims = []
     for path, leaf in zip(found.paths, found.leaves, strict=True):
-        names = claims_of(found.ways(path), leaf)
+        names = claims_of(seen(path), leaf)
         for alias in aliases.get(path, ()):
             more = claims_of(found.ways(alias), leaf)
             # What the rest kind would get by one path belongs to whoever claims it by another.

@@ -232,8 +232,7 @@ class Plan(Variants, Shown):
           a state of this plan, with fresh optimizer state; if packed, `state.plan` says so and `plan.put` takes it.
 
         Raises:
-          StructureError: the objects are not what was planned; every difference is listed.  Or numbers of
-            NumPy and Python that JAX would lose.
+          StructureError: objects that are not what was planned, every difference is listed; numbers that JAX would lose.
           KindError: `pack` names a kind that is not there.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 

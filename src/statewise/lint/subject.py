@@ -166,9 +166,6 @@ class Subject:
     @functools.cached_property
     def aliases(self) -> dict[Path, tuple[Path, ...]]:
         """The other paths of leaves that several paths reach."""
-        # Looking for them takes as long as flattening, and few models have any; the graph says whether.
-        if not any(type(node).__name__ == "NodeRef" for node in self.found.graphdef.nodes):
-            return {}
         return aliases_of(self.found.graphdef, self.found.paths, self.found.several, self.found.names)
 
     @functools.cached_property
