@@ -228,7 +228,7 @@ class _Resolver:
                     yield one.into, self.place(placement, [leaf.path], spec, leaf)
 
     def _moment(self, placement: FromMetadata, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int) -> Lies:
-        """How a moment lies by metadata: NNX gives it that of its parameter, which a factored one has not the axes of."""
+        """How a moment lies by metadata: NNX gives it that of its parameter, of which a factored one lacks an axis."""
         path = paths[0]
         for start in range(len(path)):
             owned = self.owned.get(path[start:], ())

@@ -94,8 +94,8 @@ class Sharded:
 class FromMetadata:
     """As the Variables say themselves: the `out_sharding` that NNX layers carry; replicated where there is none.
 
-    Where it names an axis it must have an entry for each.  Layers that `nnx.vmap` stacks have one more axis, and an entry
-    for it only with `transform_metadata={nnx.PARTITION_NAME: None}`; without one they are refused.
+    Where it names an axis it must have an entry for each.  Layers that `nnx.vmap` stacks have one more axis, and an
+    entry for it only with `transform_metadata={nnx.PARTITION_NAME: None}`; without one they are refused.
 
     Args:
       rules: from a logical name to a mesh axis, a tuple of them, or None, as `nnx.logical_axis_rules` takes them; a
