@@ -117,8 +117,9 @@ def test_layers_that_are_stacked_by_jax_or_twice() -> None:
         by_jax = jax.vmap(Block)(keys())
         twice = nnx.vmap(nnx.vmap(Block))(keys(8).reshape(2, 4))
     check_refused(lambda: kinds_of().plan(by_jax).shardings(MESH))
-    error = pytest.raises(sw.PlacementError, kinds_of().plan(twice).shardings, MESH).value
-    assert [leaf.note for leaf in error.leaves] == [
+    with pytest.raises(sw.PlacementError) as caught:
+        kinds_of().plan(twice).shardings(MESH)
+    assert [leaf.note for leaf in caught.value.leaves] == [
         "out_sharding=('mlp',) has 1 entry, the array 3 axes",
         "out_sharding=('embed', 'mlp') has 2 entries, the array 4 axes",
     ]

@@ -330,7 +330,8 @@ def test_raw_arrays_and_values_of_several_arrays() -> None:
 # --- what can be wrong -----------------------------------------------------------------------------------------------
 
 MEND = (
-    "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys), or jax.vmap(lambda key: plan.take(...))(keys)\n"
+    "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
+    "or jax.vmap(lambda key: plan.take(...))(keys)\n"
     "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)"
 )
 

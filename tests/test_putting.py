@@ -266,11 +266,16 @@ def test_a_setter_that_raises_or_an_interruption_midway(door: str, error: BaseEx
     state = other(plan.take(*objects))
     model.fails = raising(error, on)
     bits = Bits(*objects)
-    with pytest.raises(type(error)) as caught:
+    values = {"a": ones(2) * 3, "b": {0: ones(2) * 3}, "c": ones(3) * 3, "d": ones(2) * 3}
+
+    def write() -> None:
         if door == "update":
-            sw.update(model, {"a": ones(2) * 3, "b": {0: ones(2) * 3}, "c": ones(3) * 3, "d": ones(2) * 3})
+            sw.update(model, values)
         else:
             plan.put(state, *objects, copy=door != "put without copies")
+
+    with pytest.raises(type(error)) as caught:
+        write()
     assert caught.value is error
     bits.check()
     model.fails = None

@@ -238,7 +238,7 @@ class _Resolver:
                     yield one.into, self.place(placement, [leaf.path], spec, leaf)
 
     def _moment(self, placement: FromMetadata, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int) -> Lies:
-        """How a moment is placed by metadata: it has its parameter's, but a factored one lacks some of its axes."""
+        """How a moment lies by metadata: NNX gives it that of its parameter, of which a factored one lacks an axis."""
         path = paths[0]
         for start in range(len(path)):
             owned = self.owned.get(path[start:], ())

@@ -224,15 +224,15 @@ class Plan(Variants, Shown):
           mesh: puts each array where its kind's placement has it on this mesh, as `shardings` says.
           copy: copies each array, so that the objects stay usable.  False shares the arrays until a step donates
             them, for models that fill the device; two leaves that share one array are told apart all the same.
-          pack: experimental: small arrays travel as few buffers, which is what `jax.tree.map` then sees; True for all
-            kinds, or the names of some.  Steps on many small leaves are several times as fast.
+          pack: experimental: small arrays travel as few buffers, which is what `jax.tree.map` then sees, and steps are
+            several times as fast; True for all kinds, or the names of some.
           **named: the objects by name instead of by position, where they were planned so.
 
         Returns:
           a state of this plan, with fresh optimizer state; if packed, `state.plan` says so and `plan.put` takes it.
 
         Raises:
-          StructureError: objects that are not what was planned, every difference is listed; numbers that JAX would lose.
+          StructureError: objects that are not what was planned (all is listed); numbers that JAX would lose.
           KindError: `pack` names a kind that is not there.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 
