@@ -1,12 +1,9 @@
 """The plan: kinds resolved against one model, each leaf in exactly one kind.
 
-This is the only place that matches filters to leaves; everything after it reads plans.  A plan is all static:
-the graph definition, one row for each leaf (path, kind, type, shapes and dtypes), and the optimizers.  It
-holds no array, is hashable, and equal plans are one object, so that a state can carry its plan as the static
-part of a pytree and JAX compares two of them by identity.
-
-The rows come in the order of NNX's flat leaves.  A state groups arrays by kind; `spans` says which arrays of
-which kind make up each leaf, and so how to go from one to the other.
+Everything after it reads plans.  A plan is all static: the graph definition, one row for each leaf (path, kind, type,
+shapes and dtypes), and the optimizers.  It holds no array, is hashable, and equal plans are one object, so that JAX
+compares the static parts of two states by identity.  The rows come in the order of NNX's flat leaves; a state groups
+arrays by kind, and `spans` says which arrays of which kind make up each leaf.
 """
 
 from __future__ import annotations
@@ -360,8 +357,7 @@ class Plan(Variants, Shown):
           mesh: a `jax.sharding.Mesh`, or an abstract one.
 
         Returns:
-          for each array where its kind's `placement` puts it.  Optimizer state follows the leaves that it is for,
-          unless the kind `optimizer` has a placement of its own.
+          where each kind's `placement` puts its arrays; optimizer state follows its leaves unless its kind has its own.
 
         Raises:
           PlacementError: leaves that cannot be placed so, all of them; a packed kind that would be split.
