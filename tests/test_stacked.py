@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
@@ -61,13 +61,10 @@ def drawn(model: Any, pack: bool, axes: list[int | None], members: int) -> tuple
     return plan.stacked(members, **along), [other(number) for number in range(members)]
 
 
-def has_arrays(model: Any) -> bool:
-    return any(sw.plan(model)._specs.values())
-
-
-@given(plannable(max_leaves=4).filter(has_arrays), st.booleans(), AXES, st.integers(1, 3))
+@given(plannable(max_leaves=4), st.booleans(), AXES, st.integers(1, 3))
 @settings(max_examples=20)
 def test_a_member_of_stacked_states_is_the_state(model: Any, pack: bool, axes: list[int | None], members: int) -> None:
+    assume(any(sw.plan(model)._specs.values()))  # a Variable may hold None
     plan, states = drawn(model, pack, axes, members)
     ensemble = plan.stack(states)
     assert ensemble.plan._plain is plan

@@ -88,7 +88,9 @@ def _relabelled(plan: Plan, batch: State) -> State:
     """The state of a batch that `jax.vmap` has made, under the plan of an ensemble."""
     members = plan._members
     single = single_of(plan)
-    if batch._plan is plan:
+    if batch._plan is plan and members is not None:
+        check_unspent(batch, plan.kinds)
+        check_fits(batch, plan.kinds)
         return batch
     if members is None or batch._plan._plain is not single._plain:
         mend = mend_of_batch(batch._plan, {kind: batch.part(kind).arrays for kind in batch._plan.kinds})
