@@ -145,8 +145,9 @@ def _told_apart(made: Sequence[_Assignment]) -> list[_Assignment]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    mine, theirs = jax.tree.flatten(one), jax.tree.flatten(other)
-    return mine[1] == theirs[1] and all(map(_same_bits, mine[0], theirs[0]))
+    mine: Any = jax.tree.flatten(one)
+    theirs: Any = jax.tree.flatten(other)
+    return bool(mine[1] == theirs[1]) and all(map(_same_bits, mine[0], theirs[0]))
 
 
 def _same_bits(one: Any, other: Any) -> bool:
