@@ -32,7 +32,8 @@ X = jax.random.normal(jax.random.key(0), (3, 4))
 class Vae(nnx.Module):
     def __init__(self, cls: Any = Loss) -> None:
         self.encoder = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-        self.by_name, self.by_place, self.held = nnx.Dict(), nnx.List(), nnx.data({})
+        # No nnx.List: flax 0.12.8 sorts its keys with what nnx.capture puts there, and fails under nnx.remat.
+        self.by_name, self.by_place, self.held = nnx.Dict(), nnx.data([]), nnx.data({})
         self.cls = cls
 
     def __call__(self, x: Any) -> Any:

@@ -227,6 +227,7 @@ def test_a_step_captures_them(scan: Scan, called_before: bool) -> None:
     same(state["stats"]["outers"]["cells"]["norm"]["mean"], plain.outers.cells.norm.mean[...])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_train_step_differentiates_through_them() -> None:
     """The loss is made of what the layers sowed and assigned alone."""
 
