@@ -217,7 +217,7 @@ class Checkpoints:
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
         check_metrics(self._options.best_fn, metrics_of(items))
-        step = self._new_step(step, force)
+        step = self._new_step(step, bool(force))
         self._bytes = sum(leaf.nbytes for leaf in item.state.plan.leaves)
         self._writing = False
         try:
