@@ -315,7 +315,7 @@ def test_a_header_of_any_length_takes_no_memory(tmp_path: Path) -> None:
 def test_a_text_file_is_no_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("hello, this is no checkpoint")
-    with pytest.raises(sw.DamagedError, match=r"no safetensors file: .*header too large"):
+    with pytest.raises(sw.RestoreError, match=r"notes.txt is not a checkpoint, but a text file"):
         sw.inspect(path)
 
 

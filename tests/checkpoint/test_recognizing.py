@@ -142,7 +142,8 @@ def target_of() -> sw.State:
 def done(code: str, target: sw.State, monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path) -> sw.State:
     """Runs a hint whose last line converts and restores, and gives what came back."""
     monkeypatch.chdir(folder)
-    scope = {"sw": sw, "np": np, "json": json, "os": os, "flax": flax, "safetensors": safetensors, "target": target}
+    modules = {"np": np, "json": json, "os": os, "pathlib": pathlib, "flax": flax, "safetensors": safetensors}
+    scope = {"sw": sw, "target": target, **modules}
     exec(code, scope)
     return sw.restore("converted", target)[0]
 

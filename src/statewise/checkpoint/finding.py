@@ -92,13 +92,19 @@ def find_with_base(path: Any, base: Any = None) -> tuple[list[Any], list[Manifes
 
 
 def _base_of(folder: Any, recorded: Mapping[str, str], given: Any) -> Any:
-    places = [place_of(given)] if given is not None else _recorded(folder, recorded["path"])
-    place = next((place for place in places if (place / NAME).exists()), places[0])
-    if not (place / NAME).exists():
+    there: Any = recorded["path"]
+    try:
+        places = _recorded(folder, recorded["path"]) if given is None else [place_of(given)]
+        there = next((place for place in places if (place / NAME).exists()), places[0])
+    except RestoreError:
+        if given is not None:
+            raise
+    if isinstance(there, str) or not (there / NAME).exists():
         raise RestoreError(
-            f"{folder} was saved over another checkpoint, which is not at {place}.",
+            f"{folder} was saved over another checkpoint, which is not at {there}.",
             mend="say where it is now: sw.restore(path, target, base=...)",
         )
+    place = there
     check_usable(place)
     return place
 

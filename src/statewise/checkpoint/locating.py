@@ -8,6 +8,7 @@ Orbax cannot be given at all; `obstacle` knows them, so that they are refused be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -181,7 +182,9 @@ def make_folder(folder: FilePath) -> None:
     """Makes a directory and those above it, however many: `mkdir(parents=True)` calls itself for each."""
     for one in reversed((folder, *folder.parents)):
         if not one.is_dir():
-            one.mkdir(exist_ok=True)
+            if one.exists():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            one.mkdir(exist_ok=True)  # another process may be at it too
 
 
 def short_name(name: str) -> str:

@@ -75,7 +75,7 @@ def recognized(path: Any) -> Recognized:
         if found is not None:
             return found
     if file.name.endswith(".msgpack"):
-        loaded = f"flax.serialization.msgpack_restore(open({text!r}, 'rb').read())"
+        loaded = f"flax.serialization.msgpack_restore(pathlib.Path({text!r}).read_bytes())"
         return Recognized("a msgpack file", _then_restored(loaded), False)
     if not head:
         return Recognized("an empty file", _READ, False)
@@ -120,8 +120,8 @@ def _json(file: FilePath) -> Recognized | None:
 def _in_parts(index: FilePath) -> str:
     """How the files that an index names are read: as one dict, whose keys are paths."""
     return (
-        "what it names, all at once (`import json, os, safetensors.flax`):\n"
-        f"names = {{*json.load(open({str(index)!r}))['weight_map'].values()}}\n"
+        "what it names, all at once (`import json, os, pathlib, safetensors.flax`):\n"
+        f"names = {{*json.loads(pathlib.Path({str(index)!r}).read_text())['weight_map'].values()}}\n"
         f"parts = [safetensors.flax.load_file(os.path.join({str(index.parent)!r}, name)) for name in names]\n"
         "arrays = {name.replace('.', '/'): array for part in parts for name, array in part.items()}\n"
         "sw.convert(arrays, 'converted', target=target); sw.restore('converted', target)"
