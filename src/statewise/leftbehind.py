@@ -7,6 +7,10 @@ and the mask reaches, as if the old text were still there.
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import jax.numpy as jnp
 from flax import nnx
 
 from statewise import _compat
@@ -14,7 +18,7 @@ from statewise.filters import as_code
 from statewise.kinds import Kinds
 from statewise.paths import Path
 
-__all__ = ["WHY", "may_be_position", "restart_mend"]
+__all__ = ["WHY", "is_named_position", "may_be_position", "restart_mend"]
 
 WHY = "after restart() the cache is empty, and written and masked as if the old text still stood in it"
 
@@ -22,9 +26,26 @@ WHY = "after restart() the cache is empty, and written and masked as if the old 
 _OTHER = (nnx.Param, nnx.BatchStat, nnx.RngState, nnx.OptState, nnx.Intermediate, nnx.Cache, _compat.MetricState)
 
 
-def may_be_position(type_: type) -> bool:
-    """Whether a Variable of this type may hold a position in a cache: it is a plain one, or of a type of the user's."""
-    return issubclass(type_, nnx.Variable) and not issubclass(type_, _OTHER)
+_POSITION = re.compile(
+    r"(?:^|_)(?:idx|ind|index|pos|position|cur|current|cursor|len|length|offset|step|ptr|pointer|start|end|filled)(?:_|$|\d)",
+    re.IGNORECASE,
+)
+
+
+def may_be_position(type_: type, shape: tuple[int, ...] | None, dtype: Any, name: str) -> bool:
+    """Returns whether a Variable may hold a position in a cache, or one for each of its slots.
+
+    It is a plain Variable, or of a type of the user's, and a whole number; of several only where its name says so, as
+    they may as well be tokens.
+    """
+    if not issubclass(type_, nnx.Variable) or issubclass(type_, _OTHER) or shape is None:
+        return False
+    return jnp.issubdtype(dtype, jnp.integer) and (shape == () or (len(shape) == 1 and is_named_position(name)))
+
+
+def is_named_position(name: str) -> bool:
+    """Returns whether a name is that of a position: `cur_ind`, `cache_index`, `pos`."""
+    return bool(_POSITION.search(name))
 
 
 def restart_mend(kinds: Kinds, kind: str | None, path: Path, cache: str) -> str:
@@ -46,7 +67,8 @@ def restart_mend(kinds: Kinds, kind: str | None, path: Path, cache: str) -> str:
         others = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], of={of}))"
     target = f"self.{name}" if name.isidentifier() else "self.position"
     return (
-        f"kinds = {others} | sw.Kinds({own}=sw.Kind({pattern}, saved=False, restart=jnp.zeros_like))\n"
+        f"kinds = {others} | sw.Kinds({own}=sw.Kind({pattern}, saved=False, restart=jnp.zeros_like))"
+        "  # or a function that gives what it starts with\n"
         f"state = state.restart({cache!r}, {own!r})\n"
         f"or, where the model makes it: {target} = nnx.Cache(jnp.array(0))"
     )

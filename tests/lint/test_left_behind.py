@@ -37,7 +37,8 @@ class Position(nnx.Variable):
 
 def mend(name: str, others: str = "kinds") -> str:
     return (
-        f"kinds = {others} | sw.Kinds(positions=sw.Kind(sw.Path('**/{name}'), saved=False, restart=jnp.zeros_like))\n"
+        f"kinds = {others} | sw.Kinds(positions=sw.Kind(sw.Path('**/{name}'), saved=False, restart=jnp.zeros_like))"
+        "  # or a function that gives what it starts with\n"
         "state = state.restart('cache', 'positions')\n"
         f"or, where the model makes it: self.{name} = nnx.Cache(jnp.array(0))"
     )
@@ -98,7 +99,7 @@ def test_what_is_no_such_position() -> None:
     clean(nnx.Dict(step=nnx.Variable(jnp.array(0)), w=nnx.Param(jnp.ones(2))))
     clean(Layer("positive"))
     clean(Layer("index", value=jnp.zeros(())))
-    clean(Layer("index", value=jnp.zeros(3, int)))
+    clean(Layer("tokens", value=jnp.zeros(3, int)))
     clean(Layer(), kinds=kept)  # nothing restarts, so nothing is left behind
     assert codes(Layer(), kinds=sw.Kinds.standard()) == ["position-left-behind"]
 
@@ -127,3 +128,29 @@ def test_audit_says_nothing_of_flax_layers() -> None:
     state = sw.plan(attention).take(attention)
     step = sw.step(lambda model, x: model(x), writes=("cache", "rng"))
     assert sw.audit(step, state, jnp.ones((1, 1, 4))).left_behind == ()
+
+
+class LayerCache(nnx.Module):
+    """As in jax-ml/bonsai: a start for each sequence of the batch, and one position for all."""
+
+    def __init__(self) -> None:
+        self.k_cache = nnx.Cache(jnp.zeros((2, 8)))
+        self.start_ind = nnx.Variable(-jnp.ones(2, jnp.int32))
+        self.cur_ind = nnx.Variable(jnp.array(0))
+        self.tokens = nnx.Variable(jnp.zeros(8, jnp.int32))
+
+    def __call__(self, token: Any) -> Any:
+        self.start_ind[...] = jnp.where(self.start_ind[...] < 0, 1, self.start_ind[...])
+        self.k_cache[...] = self.k_cache[...].at[:, self.cur_ind[...]].set(token)
+        self.tokens[...] = self.tokens[...].at[self.cur_ind[...]].set(3)
+        self.cur_ind[...] += 1
+        return self.k_cache[...].sum()
+
+
+def test_a_position_for_each_slot_and_no_tokens() -> None:
+    model = LayerCache()
+    (found,) = sw.lint(model)
+    assert [sw.format_path(leaf.path) for leaf in found.leaves] == ["cur_ind", "start_ind"]
+    decode = sw.step(lambda model, token: model(token), writes=("cache", "variables"))
+    audit = sw.audit(decode, sw.plan(model).take(model), TOKEN)
+    assert [sw.format_path(row.path) for row in audit.left_behind] == ["cur_ind", "start_ind"]

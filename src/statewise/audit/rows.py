@@ -8,8 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from statewise.errors import StatewiseError, StatewiseWarning
 from statewise.kinds import Kinds, unknown_kind
 from statewise.leftbehind import WHY, may_be_position, restart_mend
@@ -216,9 +214,7 @@ class Audit(Shown):
             if row.written
             and not row.restarts
             and row.path[:-1] in restarting
-            and row.leaf.shape == ()
-            and jnp.issubdtype(row.leaf.dtype, jnp.integer)
-            and may_be_position(row.leaf.type)
+            and may_be_position(row.leaf.type, row.leaf.shape, row.leaf.dtype, str(row.path[-1]))
         )
 
     @property

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from statewise.errors import ContestedError, FilterError, KindError, UnclaimedError
 from statewise.filters import Exactly, as_code, describe, predicate, type_only
 from statewise.filters.algebra import compound, normalise
 from statewise.kinds import Kind, Kinds
-from statewise.leftbehind import WHY, may_be_position, restart_mend
+from statewise.leftbehind import WHY, is_named_position, may_be_position, restart_mend
 from statewise.lint.finding import Found, Trap, counted
 from statewise.lint.subject import Subject
 from statewise.lint.training import trainings
@@ -106,12 +104,6 @@ def _overlapping(subject: Subject) -> Iterator[Found]:
         )
 
 
-_POSITION = re.compile(
-    r"(?:^|_)(?:idx|ind|index|pos|position|cur|current|cursor|len|length|offset|step|ptr|pointer|end|filled)(?:_|$|\d)",
-    re.IGNORECASE,
-)
-
-
 def _left_behind(subject: Subject) -> Iterator[Found]:
     restarting: dict[Any, str] = {}
     for number in subject.of_type(nnx.Cache):
@@ -122,10 +114,13 @@ def _left_behind(subject: Subject) -> Iterator[Found]:
         number
         for number, path in enumerate(subject.found.paths)
         if path[:-1] in restarting
-        and may_be_position(subject.types[number])
-        and _POSITION.search(subject.name(number))
-        and getattr(subject.values[number], "shape", None) == ()
-        and jnp.issubdtype(subject.dtype(number), jnp.integer)
+        and is_named_position(subject.name(number))
+        and may_be_position(
+            subject.types[number],
+            getattr(subject.values[number], "shape", None),
+            subject.dtype(number),
+            subject.name(number),
+        )
         and (kind := subject.claims[number]) is not None
         and subject.kinds[kind].restart is None
     ]
