@@ -166,3 +166,36 @@ def test_metadata_that_does_not_fit(metadata: Any, rules: Any, note: str, mend: 
         mend=mend,
     ):
         specs(weights(**metadata), sw.FromMetadata(rules))
+
+
+def _all(params: Any) -> Any:
+    return jax.tree.map(lambda _: True, params)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9), optax.masked(optax.adam(0.1), _all)])
+def test_a_moment_follows_its_own_parameter_where_another_s_path_ends_like_its_own(tx: Any, several: bool) -> None:
+    """The first moment of `kernel` stands at `mu/kernel`, which is the path of another parameter."""
+
+    class Inner(nnx.Module):
+        def __init__(self) -> None:
+            self.kernel = nnx.Param(jnp.ones((8, 8)), out_sharding=("x", None), eager_sharding=False)
+
+    class Model(nnx.Module):
+        def __init__(self) -> None:
+            self.mu = self.trace = Inner()
+            self.nu = Inner()
+            self.kernel = nnx.Param(jnp.ones((8, 8)), out_sharding=(None, "x"), eager_sharding=False)
+
+    objects = (Model(), nnx.Dict(kernel=nnx.Variable(jnp.ones(1)))) if several else (Model(),)
+    kinds = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.FromMetadata()), rest=sw.Kind(...))
+    plan = kinds.plan(*objects, optimizers={"params": tx})
+    found = plan.shardings(jax.sharding.AbstractMesh((4,), ("x",)))["optimizer"]
+    specs = {}
+    for keys, sharding in jax.tree_util.tree_flatten_with_path(found)[0]:
+        names = jax.tree_util.keystr(keys)
+        if "kernel" in names:
+            own = any(f"['{name}']['kernel']" in names for name in ("mu", "nu", "trace"))
+            specs[names] = sharding.spec == (jax.P("x") if own else jax.P(None, "x"))
+    assert len(specs) >= 3
+    assert all(specs.values()), specs

@@ -36,11 +36,13 @@ class Layout(NamedTuple):
       structure: their structure as a pytree.
       paths: the path of each within it.
       specs: shape and dtype of each.
+      roots: how many keys of each path come before the path of the leaf that it is for; None where that is not known.
     """
 
     structure: Any
     paths: tuple[Path, ...]
     specs: tuple[Spec, ...]
+    roots: tuple[int | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -86,7 +86,7 @@ class Group(Derived):
         keyed, structure = jax.tree_util.tree_flatten_with_path(state)
         paths = tuple(tuple(map(plain_key, keys)) for keys, _ in keyed)
         specs = tuple(spec for spec in (spec_of(leaf) for _, leaf in keyed) if spec is not None)
-        return Layout(structure, paths, self.overridden or specs)
+        return Layout(structure, paths, self.overridden or specs, _roots(state))
 
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """Fresh optimizer state for these parameters, as its arrays in order.
@@ -99,6 +99,18 @@ class Group(Derived):
         leaves.reverse()
         # Each original is let go before the next copy is made: large moments are not held twice.
         return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]
+
+
+def _roots(state: Any) -> tuple[int | None, ...]:
+    """How many keys of each array's path lead to what is nested as the parameters are.
+
+    Optax is given the parameters as an `nnx.State`, and what it makes of each of them comes back in one.
+    """
+    roots: list[int | None] = []
+    for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.State))[0]:
+        is_nested = isinstance(node, nnx.State)
+        roots += [len(keys) if is_nested else None] * (len(jax.tree.leaves(node)) if is_nested else 1)
+    return tuple(roots)
 
 
 def check_optimizers(kinds: Kinds, rows: Sequence[Any], optimizers: Mapping[Any, Any]) -> tuple[Group, ...]:

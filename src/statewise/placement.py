@@ -355,7 +355,10 @@ class _Resolver:
 def _as_owner(one: Derived, at: int, owners: Owners) -> Lies:
     """How an array lies that follows what it is derived from."""
     if not isinstance(one, Average):
-        return follow(one.layout.paths[at], one.layout.specs[at].shape, owners)
+        # By the path within the parameters: of `mu/kernel` and `kernel` the second's first moment ends like the first.
+        path, root = one.layout.paths[at], one.layout.roots[at] if one.layout.roots else None
+        owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
+        return follow(path, one.layout.specs[at].shape, owned)
     owner = owners.get(one.paths[at]) if at < len(one.paths) else None
     return owner[0][1] if owner else Lies()
 
