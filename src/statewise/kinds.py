@@ -324,11 +324,8 @@ def _check_name(name: str) -> None:
 
 def _names_axes(entry: Any) -> bool:
     """Whether an entry of a PartitionSpec, or of a tuple that is meant as one, is what `sw.Sharded` takes."""
-    return (
-        entry is None
-        or isinstance(entry, str)
-        or (isinstance(entry, tuple) and all(isinstance(name, str) for name in entry))
-    )
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return entry is None or all(isinstance(name, str) for name in names)
 
 
 def _check_placement(placement: Any) -> None:
