@@ -320,5 +320,5 @@ def test_a_kind_that_is_not_there() -> None:
 
 
 def test_a_kind_that_is_not_there_and_none_is() -> None:
-    with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="one of: none"):
+    with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="kinds = sw.Kinds.standard()"):
         sw.Kinds()["gates"]

@@ -351,8 +351,8 @@ def _check_placement(placement: Any) -> None:
 
 def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> KindError:
     """The error for a kind that is not there."""
-    known = ", ".join(kinds) or "none"
-    return KindError(f"There is no kind {name!r}.", kind=str(name), mend=f"one of: {known}")
+    known = f"one of: {', '.join(kinds)}" if kinds else "kinds = sw.Kinds.standard()"
+    return KindError(f"There is no kind {name!r}.", kind=str(name), mend=known)
 
 
 def _shown(thing: Any) -> str:
