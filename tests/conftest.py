@@ -1,4 +1,5 @@
-"""The test room: eight fake CPU devices, no rank promotion, types checked at run time, warnings are errors.
+"""The test room: eight fake CPU devices, no rank promotion, types checked at run time, warnings are errors, hints that
+are code are Python.
 
 (That warnings are errors stands in pyproject.toml, so that it holds while test files are imported too.)
 """
@@ -22,7 +23,15 @@ import jax
 import pytest
 from hypothesis import settings
 
+from hints import check_hints_of
+from statewise.errors import StatewiseError, StatewiseWarning
+from statewise.lint.finding import Finding
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A hint that looks like code and is not Python fails the test that meets it.
+for made in (StatewiseError, StatewiseWarning, Finding):
+    check_hints_of(made)
 
 # Compilation makes the first example of a property slow and the next ones fast: a deadline would only flicker.
 # CI draws the same examples every time; elsewhere each run looks at new ones.

@@ -38,7 +38,7 @@ HERE = __name__
         (jnp.ones(3), "Array(3,) float32 is no filter.", GENERIC),
         (Called(), "an object of type Called is an object of a model, not a filter.", GENERIC),
         (Node(), "an object of type Node is no filter.", GENERIC),
-        (nnx.Param(jnp.ones(2)), "Param(2,) float32 is an object of a model, not a filter.", "Param"),
+        (nnx.Param(jnp.ones(2)), "Param(2,) float32 is an object of a model, not a filter.", "nnx.Param"),
         ({"a": 1}, "an object of type dict is no filter.", GENERIC),
         ({nnx.Param}, "an object of type set is no filter.", "(nnx.Param, nnx.Cache)  # a tuple"),
         (iter([]), "an object of type list_iterator is no filter.", "(nnx.Param, nnx.Cache)  # a tuple"),
@@ -47,7 +47,7 @@ HERE = __name__
         (nnx.Any([Called()]), "(at filter.predicates[0].predicates[0]).", GENERIC),
         (nnx.Everything, "Everything is a class of filters, not a filter.", "Everything(...)"),
         (sw.Path, "Path is a class of filters, not a filter.", "Path(...)"),
-        (nnx.Param[int], "Param[int] is a generic alias, not a type.", "Param"),
+        (nnx.Param[int], "Param[int] is a generic alias, not a type.", "nnx.Param"),
         (nnx.Param | list[int], "list[int] is a generic alias, not a type (at filter[1]).", GENERIC),
         (typing.TypedDict("T", {"a": int}), "T is a type that isinstance does not take.", GENERIC),
         (lambda path: True, f"{HERE}:<lambda> cannot be called with (path, leaf).", LAMBDA),
@@ -80,7 +80,7 @@ def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
         (
             lambda: sw.Exactly(nnx.Param(jnp.ones(2))),
             "Exactly takes types, not Param(2,) float32.",
-            "sw.Exactly(Param)  # the type, not an object of it",
+            "sw.Exactly(nnx.Param)  # the type, not an object of it",
         ),
         (lambda: sw.Path(3), "Path takes a glob, not 3.", "sw.Path('layers/**')"),
         (lambda: sw.Path(("a", 0)), "Path takes a glob, not ('a', 0).", "sw.Path('layers/**')"),
@@ -104,7 +104,7 @@ def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
         (
             lambda: sw.Where(nnx.Param),
             "Where takes a function of (path, leaf): Param is a type, which is a filter as it is.",
-            "Param",
+            "nnx.Param",
         ),
         (
             lambda: sw.Where(len),

@@ -257,6 +257,21 @@ def test_two_kinds_claim_the_rest() -> None:
             "placement=sw.Sharded('data', None)",
         ),
         (
+            {"placement": "fsdp"},
+            "placement='fsdp' is no placement, nor a function that returns one.",
+            "placement=sw.Sharded('fsdp')",
+        ),
+        (
+            {"placement": (None, ("data", "model"))},
+            "placement=tuple is no placement, nor a function that returns one.",
+            "placement=sw.Sharded(None, ('data', 'model'))",
+        ),
+        (
+            {"placement": (1, 2)},
+            "placement=tuple is no placement, nor a function that returns one.",
+            "placement=sw.Sharded('data')",
+        ),
+        (
             {"placement": jnp.ones(3)},
             f"placement={type(jnp.ones(3)).__name__} is no placement, nor a function that returns one.",
             "placement=sw.Sharded('data')",
@@ -305,5 +320,5 @@ def test_a_kind_that_is_not_there() -> None:
 
 
 def test_a_kind_that_is_not_there_and_none_is() -> None:
-    with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="one of: none"):
+    with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="kinds = sw.Kinds.standard()"):
         sw.Kinds()["gates"]

@@ -281,7 +281,7 @@ def test_no_state(given: Any, use: Any) -> None:
     with refused(
         sw.StructureError,
         f"<lambda> is a step: its first argument is a state, not {type(given).__name__}.",
-        mend="state = plan.take(model)\n<lambda>(state, ...)",
+        mend="state = plan.take(model)\nstep(state, ...)",
     ):
         use(run, given)
 
@@ -306,7 +306,7 @@ def test_a_state_of_another_plan_where_a_step_was_compiled_ahead() -> None:
     with refused(
         sw.StructureError,
         "<lambda> was compiled for another plan than this state's.",
-        mend="<lambda>.lower(state, ...).compile()",
+        mend="step.lower(state, ...).compile()",
     ):
         compiled(other)
     assert float(compiled(taken())) == float(run(other)) == 6
@@ -326,6 +326,6 @@ def test_no_state_where_a_step_was_compiled_ahead() -> None:
     with refused(
         sw.StructureError,
         "<lambda> is a step: its first argument is a state, not Node.",
-        mend="state = plan.take(model)\n<lambda>(state, ...)",
+        mend="state = plan.take(model)\nstep(state, ...)",
     ):
         compiled(model())

@@ -377,7 +377,7 @@ def test_an_abstract_state_is_no_state_to_run_on(before: int) -> None:
         sw.StructureError,
         "This state is abstract: <lambda> would need its values.",
         mend="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
-        "ahead of time: <lambda>.lower(state, ...).compile()",
+        "ahead of time: step.lower(state, ...).compile()",
     ):
         look(plan.abstract())
     assert look(plan.take(model())) == 2

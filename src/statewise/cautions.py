@@ -13,6 +13,7 @@ from statewise.closures import brought, read_by
 from statewise.contracts import Contract
 from statewise.dependence import differentiably_reached
 from statewise.errors import StatewiseWarning, StructureError
+from statewise.functions import called_as
 from statewise.outside import own_name
 from statewise.paths import Leaf
 from statewise.plan import Plan
@@ -77,7 +78,7 @@ def refuse_untrained(plan: Plan, traced: Traced, contract: Contract, fn: Any, na
     if any_read:
         lines.append(
             "jax.lax.stop_gradient, argmax, rounding, comparisons and integers let no gradient pass: "
-            f"sw.audit({name if name.isidentifier() else 'step'}, state, ...)"
+            f"sw.audit({called_as(name)}, state, ...)"
         )
     if not lines:
         lines.append("compute the loss from the objects that the function is given: return loss(model(x), y)")

@@ -21,6 +21,7 @@ from jax.extend.core import get_opaque_trace_state
 from statewise import _compat
 from statewise.arguments import Arguments, merged
 from statewise.errors import PlacementError, StatewiseError, StructureError
+from statewise.functions import called_as
 from statewise.perdevice import specs_of
 from statewise.places import UNKNOWN, Places, lies_on_one_device
 from statewise.plan import Plan
@@ -202,7 +203,7 @@ class Entry:
             raise StructureError(
                 f"This state is abstract: {self.name} would need its values.",
                 mend="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
-                f"ahead of time: {self.name}.lower(state, ...).compile()",
+                f"ahead of time: {called_as(self.name)}.lower(state, ...).compile()",
             ) from error
         gone = deleted_kinds(state)
         if "incompatible devices" in str(error):

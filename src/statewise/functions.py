@@ -18,7 +18,12 @@ from statewise.errors import KindError, StructureError
 from statewise.filters import as_code
 from statewise.kinds import Kinds
 
-__all__ = ["check_capacity", "check_function", "kind_names", "parameters_of"]
+__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "parameters_of"]
+
+
+def called_as(name: str, otherwise: str = "step") -> str:
+    """Returns a function's name as code may have it: one that is made of a lambda has none there."""
+    return name if name.isidentifier() else otherwise
 
 
 def check_function(fn: Any, decorator: str) -> None:
@@ -66,7 +71,7 @@ def _refuse_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
 
 def _refuse_transform(fn: Any, transform: str, decorator: str) -> None:
     name = getattr(fn, "__name__", type(fn).__name__)
-    name = name if name.isidentifier() else "f"
+    name = called_as(name, "f")
     given = "layer, x" if decorator == "scan_layers" else "model, x"
     if transform == "jax.jit":
         mend = f"sw.{decorator}({name}), where {name} is the function itself: a step compiles by itself"
@@ -199,7 +204,7 @@ def check_capacity(
     more = f", and {len(args)} more" if args else ""
     firsts = _object_names(types_of(), own[0] if len(own) > len(args) else None, rest)
     others = [rest[at] if at < len(rest) else f"x{at}" if at else "x" for at in range(len(args))]
-    called = name if name.isidentifier() else "f"
+    called = called_as(name, "f")
     raise StructureError(
         f"{name} takes {len(own)} argument{'s' * (len(own) != 1)} by position; the plan has {words}, which it is given "
         f"first{more}.",

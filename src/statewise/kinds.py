@@ -322,6 +322,12 @@ def _check_name(name: str) -> None:
         raise KindError(f"{name!r} is reserved and cannot name a kind.", kind=name, mend=mend)
 
 
+def _names_axes(entry: Any) -> bool:
+    """Whether an entry of a PartitionSpec, or of a tuple that is meant as one, is what `sw.Sharded` takes."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return entry is None or all(isinstance(name, str) for name in names)
+
+
 def _check_placement(placement: Any) -> None:
     if placement is None or isinstance(placement, PLACEMENTS):
         return
@@ -331,7 +337,9 @@ def _check_placement(placement: Any) -> None:
         mend = "placement=sw.Sharded('data')"
         if isinstance(placement, type) and placement in PLACEMENTS:
             mend = f"placement=sw.{shown}()"
-        elif isinstance(placement, jax.P):
+        elif isinstance(placement, str):
+            mend = f"placement=sw.Sharded({placement!r})"
+        elif isinstance(placement, (jax.P, tuple, list)) and all(map(_names_axes, placement)):
             mend = f"placement=sw.Sharded({', '.join(map(repr, placement))})"
         raise KindError(f"placement={shown} is no placement, nor a function that returns one.", mend=mend)
     if not isinstance(placement, Hashable):
@@ -343,8 +351,8 @@ def _check_placement(placement: Any) -> None:
 
 def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> KindError:
     """The error for a kind that is not there."""
-    known = ", ".join(kinds) or "none"
-    return KindError(f"There is no kind {name!r}.", kind=str(name), mend=f"one of: {known}")
+    known = f"one of: {', '.join(kinds)}" if kinds else "kinds = sw.Kinds.standard()"
+    return KindError(f"There is no kind {name!r}.", kind=str(name), mend=known)
 
 
 def _shown(thing: Any) -> str:

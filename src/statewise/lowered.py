@@ -8,6 +8,7 @@ import jax
 
 from statewise.dispatch import Entry
 from statewise.errors import StructureError
+from statewise.functions import called_as
 from statewise.state import State
 
 __all__ = ["Compiled", "Lowered", "no_state"]
@@ -77,7 +78,7 @@ class Compiled:
         if state._plan is not self._entry.plan:
             raise StructureError(
                 f"{self._entry.name} was compiled for another plan than this state's.",
-                mend=f"{self._entry.name}.lower(state, ...).compile()",
+                mend=f"{called_as(self._entry.name)}.lower(state, ...).compile()",
             )
         return self._entry.run(state, args, kwargs, self._compiled)
 
@@ -86,5 +87,5 @@ def no_state(name: str, given: Any) -> StructureError:
     """The error for a step that is called with something else than a state."""
     return StructureError(
         f"{name} is a step: its first argument is a state, not {type(given).__name__}.",
-        mend=f"state = plan.take(model)\n{name}(state, ...)",
+        mend=f"state = plan.take(model)\n{called_as(name)}(state, ...)",
     )

@@ -12,7 +12,7 @@ from flax import nnx
 from statewise.closures import STATIC, Bound, Brought, brought, holder_of, parts_of, read_by
 from statewise.effects import Effects
 from statewise.errors import StructureError
-from statewise.functions import parameters_of
+from statewise.functions import called_as, parameters_of
 from statewise.passed import Passed, WrittenArgument
 from statewise.paths import Leaf, Path
 from statewise.scan import Scan, row_of
@@ -39,7 +39,7 @@ def _with_more(fn: Any, objects: int, more: Sequence[tuple[str, str]], name: str
     return (
         f"plan = kinds.plan({expressions}{', optimizers=optimizers' if optimizers else ''})\n"
         f"state = plan.take({expressions})\n"
-        f"def {name if name.isidentifier() else 'f'}({signature}): ..."
+        f"def {called_as(name, 'f')}({signature}): ..."
     )
 
 

@@ -33,7 +33,7 @@ from statewise.contracts import Contract, check_loss
 from statewise.dispatch import Entry, NewSignature, args_key, full_key
 from statewise.errors import StructureError
 from statewise.explicit import explained
-from statewise.functions import check_capacity, check_function, kind_names
+from statewise.functions import called_as, check_capacity, check_function, kind_names
 from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.lowered import Lowered, no_state
 from statewise.outside import refuse_baked, refuse_written_arguments
@@ -160,7 +160,8 @@ class Step:
         shapes = [jax.tree.leaves(jax.tree.map(jnp.shape, arg, is_leaf=is_array), is_leaf=_is_shape) for arg in args]
         axes = [str(0 if of and all(shape[:1] == (count,) for shape in of) else None) for of in shapes]
         gives = "(axes, 0)" if self._contract_of(single, self._name).returns_state else "0"
-        mapped = f"jax.vmap({self._name}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={gives})"
+        step = called_as(self._name)
+        mapped = f"jax.vmap({step}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={gives})"
         return StructureError(
             f"{self._name} is a step of one model, and this state is of an ensemble of {count}.",
             mend="axes = state.plan.axes()\n"

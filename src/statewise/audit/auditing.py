@@ -22,6 +22,7 @@ from statewise.contracts import Contract
 from statewise.dependence import zero_gradients
 from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
 from statewise.explicit import explained, sharding_of_type
+from statewise.functions import called_as
 from statewise.inside import as_one, is_of_one_member
 from statewise.kinds import Kinds
 from statewise.lowered import no_state
@@ -101,14 +102,15 @@ def _plain_step(fn: Any, state: State, args: Any, kwargs: Any) -> tuple[Step, li
     leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     objects = [type(leaf).__name__ for leaf in leaves if _is_object(leaf)]
     name = getattr(fn, "__name__", type(fn).__name__)
+    said = called_as(name, "f")
     if objects:
         raise StructureError(
             f"{name} is given {objects[0]} as an argument; what it does to an object is told of those before them.",
-            mend=f"sw.audit({name}, (model, {objects[0].lower()}), ...)",
+            mend=f"sw.audit({said}, (model, {objects[0].lower()}), ...)",
         )
     own = getattr(fn, "__self__", fn)
     if isinstance(own, nnx.Pytree):
-        called = "model" if own is fn else f"model.{name}"
+        called = "model" if own is fn else f"model.{said}"
         raise StructureError(
             f"{called} brings its {type(own).__name__} along; what it does to an object is told of those that it is "
             "given.",

@@ -106,7 +106,7 @@ def _renamed(source: Source, rename: Mapping[str, str | None] | Callable[[str], 
             near = difflib.get_close_matches(str(unknown[0]), names, n=3, cutoff=0.3) or names[:3]
             raise RestoreError(
                 f"rename names what the source does not have: {', '.join(map(repr, unknown[:5]))}.",
-                mend=f"its names are like: {', '.join(map(repr, near))}",
+                mend=f"its names are like: {', '.join(map(repr, near))}" if near else "leave rename out",
             )
         made = dict(rename)
     elif callable(rename):

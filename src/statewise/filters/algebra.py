@@ -19,7 +19,7 @@ from flax import nnx
 
 from statewise import paths
 from statewise.errors import FilterError
-from statewise.filters.values import describe_callable, fault_of_callable, hashable, reason, row, shown
+from statewise.filters.values import describe_callable, fault_of_callable, hashable, reason, row, shown, type_as_code
 
 __all__ = ["And", "Filter", "Not", "Or", "Ours", "Predicate", "ask", "compound", "describe", "normalise", "predicate"]
 
@@ -193,10 +193,10 @@ def _mend(filter: Any) -> str:
     if isinstance(filter, type) and issubclass(filter, _CLASSES):
         return f"{filter.__name__}(...)"
     if isinstance(filter, nnx.Variable):
-        return paths.format_type(filter.var_type)
+        return type_as_code(filter.var_type)
     origin = typing.get_origin(filter)
     if isinstance(origin, type) and issubclass(origin, nnx.Variable):
-        return paths.format_type(origin)
+        return type_as_code(origin)
     if isinstance(filter, (Set, Iterator)):
         return "(nnx.Param, nnx.Cache)  # a tuple"
     if callable(filter) and origin is None and not isinstance(filter, (type, nnx.Pytree)):

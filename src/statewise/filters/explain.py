@@ -13,7 +13,7 @@ from flax import nnx
 
 from statewise import _compat, paths
 from statewise.filters.algebra import And, Filter, Not, Or, Ours, compound, describe, normalise, predicate
-from statewise.filters.values import ById
+from statewise.filters.values import ById, type_as_code
 from statewise.filters.words import Exactly, Meta, Where
 
 __all__ = ["as_code", "explain_leaf", "is_python", "type_key", "type_only"]
@@ -158,9 +158,7 @@ def _as_code(filter: Filter) -> str:
         return f"nnx.filterlib.PathIn({', '.join(sorted(map(repr, filter.paths)))})"
     cls = filter.type if type(filter) is nnx.OfType else filter
     if isinstance(cls, type):
-        name = paths.format_type(cls)
-        home = next((home for home in (nnx, jax) if getattr(home, name.rpartition(".")[2], None) is cls), None)
-        return f"{home.__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}" if home else name
+        return type_as_code(cls)
     return describe(filter) if filter is None or filter is ... or isinstance(filter, bool | str) else _name_of(filter)
 
 

@@ -18,7 +18,25 @@ from flax import nnx
 
 from statewise import paths
 
-__all__ = ["ById", "describe_callable", "fault_of_callable", "hashable", "own_copy", "reason", "row", "same", "shown"]
+__all__ = [
+    "ById",
+    "describe_callable",
+    "fault_of_callable",
+    "hashable",
+    "own_copy",
+    "reason",
+    "row",
+    "same",
+    "shown",
+    "type_as_code",
+]
+
+
+def type_as_code(cls: type) -> str:
+    """Returns a type as code has it: `nnx.Param` where it is one of NNX or JAX, else by its name."""
+    name = paths.format_type(cls)
+    home = next((home for home in (nnx, jax) if getattr(home, name.rpartition(".")[2], None) is cls), None)
+    return f"{home.__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}" if home else name
 
 
 def shown(thing: Any) -> str:

@@ -14,7 +14,17 @@ from flax import nnx
 from statewise import paths
 from statewise.errors import FilterError
 from statewise.filters.algebra import Ours, Predicate, ask
-from statewise.filters.values import describe_callable, fault_of_callable, hashable, own_copy, reason, row, same, shown
+from statewise.filters.values import (
+    describe_callable,
+    fault_of_callable,
+    hashable,
+    own_copy,
+    reason,
+    row,
+    same,
+    shown,
+    type_as_code,
+)
 
 __all__ = ["Exactly", "Meta", "Path", "Where"]
 
@@ -59,7 +69,7 @@ class Exactly(Ours):
     def __init__(self, *types: type | Any) -> None:
         for given in types:
             if not isinstance(given, type):
-                mend = f"sw.Exactly({paths.format_type(type(given))})  # the type, not an object of it"
+                mend = f"sw.Exactly({type_as_code(type(given))})  # the type, not an object of it"
                 mend = mend if isinstance(given, nnx.Variable) else "sw.Exactly(nnx.Variable, nnx.Param)"
                 raise FilterError(f"Exactly takes types, not {shown(given)}.", mend=mend)
         if not types:
@@ -247,7 +257,7 @@ class Where(Ours):
         given, mend = self.predicate, "sw.Where(lambda path, leaf: ...)"
         fault = fault_of_callable(given)
         if isinstance(given, type):
-            fault, mend = "is a type, which is a filter as it is", paths.format_type(given)
+            fault, mend = "is a type, which is a filter as it is", type_as_code(given)
         if fault:
             raise FilterError(f"Where takes a function of (path, leaf): {shown(given)} {fault}.", mend=mend)
         object.__setattr__(self, "predicate", hashable(given))
