@@ -73,6 +73,7 @@ ROOMS = (
     "stacking",
     "chosen",
     "slots",
+    "following",
     "restart",
     "planned",
     "exchange",

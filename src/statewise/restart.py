@@ -20,6 +20,7 @@ import numpy as np
 from statewise.chosen import Chosen, choose
 from statewise.derived import keys_within
 from statewise.errors import KindError, StructureError
+from statewise.following import followed, followers
 from statewise.fresh import drawn_value, fresh_value, keys_of, takes
 from statewise.inside import as_ensemble, as_one, is_of_one_member, single_of
 from statewise.layout import OPTIMIZER
@@ -57,7 +58,7 @@ def restart(state: State, kinds: Sequence[str], where: Any, key: Any) -> State:
         return _begun_again(state, averages, tuple(name for name in kinds if name not in averages), where, key)
     chosen = choose(single_of(plan), kinds, by_slot=where is not None, key=key)
     read = (*chosen.kinds, *chosen.needed)
-    check_unspent(state, read)
+    check_unspent(state, (*read, *followers(plan, chosen.kinds)))
     _refuse_abstract(state, read)
     if where is not None or chosen.by_init:
         check_fits(state, read)
@@ -81,16 +82,20 @@ def restart(state: State, kinds: Sequence[str], where: Any, key: Any) -> State:
         if not any(isinstance(array, jax.core.Tracer) for array in arrays):
             part.spent = f"restart({name!r})"
         made[plan._index[name]] = Part(tuple(arrays))
-    return make_state(plan, made)
+    return followed(make_state(plan, made), chosen, slots)
 
 
 def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], where: Any, key: Any) -> State:
     """Averages begin as copies of what they are of, after whatever else is restarted."""
     if where is not None:
+        of = {one.kind for name in averages for one, _ in averages_in(state._plan, name)}
+        given = f"{', '.join(map(repr, others))}, where=where{'' if key is None else ', key=key'}"
         raise KindError(
-            f"The averages {averages[0]!r} have no slots: they begin again as a whole.",
+            f"The averages {averages[0]!r} have no slots: they begin again as a whole, or with slots of what they are of.",
             kind=averages[0],
-            mend=f"state.restart({', '.join(map(repr, averages))})",
+            mend=f"state.restart({given})  # averages follow what is restarted"
+            if of.intersection(others)
+            else f"state.restart({', '.join(map(repr, averages))})",
         )
     if key is not None and not others:
         raise KindError(

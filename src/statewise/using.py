@@ -22,7 +22,7 @@ from statewise.plan import Plan
 from statewise.shadows import Average
 from statewise.state import Part, State, check_fits, check_unspent, make_state
 
-__all__ = ["averages_in", "begun_again", "using"]
+__all__ = ["averages_in", "begun_again", "check_starts", "using"]
 
 
 def averages_in(plan: Plan, name: str) -> list[tuple[Average, int]]:
@@ -52,8 +52,17 @@ def using(state: State, name: str) -> State:
 
 def begun_again(state: State, name: str) -> State:
     """This state with the averages of a name as they are at the start: copies of the values."""
-    _check_casts(state, _narrowed_starts(state._plan, name))
+    check_starts(state, name)
     return _replaced(state, [one.kind for one, _ in averages_in(state._plan, name)], [name], _starts, name)
+
+
+def check_starts(state: State, name: str) -> None:
+    """Refuses values that the dtype of their averages cannot hold.
+
+    Raises:
+      StructureError: their leaves.
+    """
+    _check_casts(state, _narrowed_starts(state._plan, name))
 
 
 Narrowed = tuple[tuple[str, int, Any], ...]
