@@ -57,6 +57,22 @@ def test_the_order_of_the_names_is_part_of_a_plan_and_of_nothing_else() -> None:
     assert np.array_equal(first(swapped.take(policy=policy, reference=reference), X), reference(X))
 
 
+def test_members_with_names_are_taken_inside_of_a_map() -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    for names in (("policy",), ("policy", "reference")):
+        made = [{name: nnx.Linear(2, 3, rngs=nnx.Rngs(key)) for name in names} for key in keys]
+        ensemble = sw.plan(**made[0]).stacked(3)
+        inside = jax.vmap(
+            lambda key, ensemble=ensemble, names=names: ensemble.take(
+                **{name: nnx.Linear(2, 3, rngs=nnx.Rngs(key)) for name in names}
+            ),
+            out_axes=ensemble.axes(),
+        )(keys)
+        assert inside.plan is ensemble
+        outside = ensemble.stack([sw.plan(**made[0]).take(**each) for each in made])
+        assert jax.tree.all(jax.tree.map(np.allclose, jax.tree.leaves(inside), jax.tree.leaves(outside)))
+
+
 def test_one_object_may_have_a_name() -> None:
     model = linear(0)
     plan = sw.plan(model=model)

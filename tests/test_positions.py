@@ -87,6 +87,19 @@ def test_several_objects_with_raw_arrays() -> None:
         assert [found[f"params/{number}/{name}"] for name in "bcd"] == [jax.P("x"), jax.P(), jax.P(None, "y")]
 
 
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_objects_with_names_lie_as_those_without(names: tuple[str, ...]) -> None:
+    objects = {name: Neighbors((jnp.ones(2), jnp.ones(2))) for name in names}
+    plan = KINDS.plan(**objects, optimizers={"params": optax.sgd(1.0, 0.9)}, averages={"params": sw.EMA(0.9)})
+    found = placed(plan)
+    for name in names:
+        assert [found[f"params/{name}/{leaf}"] for leaf in "bcd"] == [jax.P("x"), jax.P(), jax.P(None, "y")]
+        assert found[f"optimizer/params/0/trace/{name}/b"] == found[f"ema/params/{name}/b"] == jax.P("x")
+    counted, other = (sw.memory(each, {"x": 2, "y": 2}) for each in (plan, KINDS.plan(*objects.values())))
+    assert counted["params"].per_device == other["params"].per_device
+    assert placed(plan.stacked(3))[f"params/{names[0]}/b"] == jax.P(None, "x")
+
+
 # --- the law -----------------------------------------------------------------------------------------------------
 
 

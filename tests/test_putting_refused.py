@@ -189,6 +189,15 @@ def test_what_nothing_holds_cannot_be_replaced() -> None:
     with pytest.raises(sw.StructureError, match=r"1/0: .*stands in a tuple that nothing holds"):
         both.put(other(both.take(first, (ones(2),))), first, (ones(2),))
     bits.check()
+    # The same of objects with names, which only the caller holds.
+    named = sw.plan(first=first, second=(ones(2),))
+    state = other(named.take(first=first, second=(ones(2),)))
+    held = (ones(2),)
+    bits, own = Bits(first), Bits(held)
+    with pytest.raises(sw.StructureError, match=r"second/0: .*stands in a tuple that nothing holds"):
+        named.put(state, first=first, second=held)
+    bits.check()
+    own.check()
     # The mend: an nnx.List can be assigned to.
     better = nnx.List([Node(w=nnx.Param(ones(1))), nnx.data(ones(2))])
     plan = sw.plan(better)

@@ -27,7 +27,7 @@ def metadata_of(plan: Plan) -> dict[Path, Mapping[str, Any]]:
     """Returns the metadata of each leaf's Variable by the leaf's path; of a raw array none."""
     # Of raw leaves NNX counts only what is an array, so that None in the place of one would not be found again.
     values = [np.zeros(()) if row.type is jax.Array else None for row in plan._rows]
-    found = scan(rebuild(plan._graphdef, values, plan._several))
+    found = scan(rebuild(plan._graphdef, values, plan._several), plan._names)
     return {
         path: leaf.get_metadata() if _compat.is_variable(leaf) else {}
         for path, leaf in zip(found.paths, found.leaves, strict=True)

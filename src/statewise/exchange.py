@@ -26,7 +26,7 @@ from statewise.paths import Leaf
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
 from statewise.plan import Plan
 from statewise.planned import check_statics, leaf_of_row, matched, names_for
-from statewise.putting import put_values
+from statewise.putting import Objects, put_values
 from statewise.scan import (
     arrays_of,
     raw_value,
@@ -236,7 +236,7 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
     _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
     writes = [(row.path, leaf, value) for row, leaf, value in zip(plan._rows, leaves, values, strict=True)]
-    root: Any = dict(zip(found.names, objects, strict=True)) if found.names else tuple(objects)
+    root: Any = Objects(zip(found.names, objects, strict=True)) if found.names else tuple(objects)
     put_values(root if found.several else objects[0], found.leaves, writes)
 
 

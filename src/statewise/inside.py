@@ -15,6 +15,7 @@ import jax
 from statewise.derived import Derived
 from statewise.members import Members
 from statewise.plan import Plan
+from statewise.planned import names_for
 from statewise.scan import arrays_of, raw_value, scan, spec_of
 from statewise.state import State, make_state
 
@@ -47,7 +48,7 @@ def is_of_one_member(state: State) -> bool:
 
 def holds_one_member(plan: Plan, objects: Sequence[Any]) -> bool:
     """Whether these are the traced objects of one member of a plan's ensemble, as inside of `jax.vmap`."""
-    found = scan(objects)
+    found = scan(objects, names_for(plan, objects))
     live = {path: arrays_of(raw_value(leaf))[0] for path, leaf in zip(found.paths, found.leaves, strict=True)}
     rows = single_of(plan)._rows
     fit = all(row.path in live and tuple(map(spec_of, live[row.path])) == row.specs for row in rows)

@@ -24,16 +24,20 @@ from statewise.errors import StructureError
 from statewise.paths import Leaf, Path, format_path
 from statewise.scan import is_array, raw_value, row_of
 
-__all__ = ["put_values"]
+__all__ = ["Objects", "put_values"]
 
 _MEND = "hold it in an nnx.Variable, or in an nnx.List or nnx.Dict"
+
+
+class Objects(dict[Any, Any]):
+    """Several objects by name, which only the caller holds: what stands in their places is not to be replaced."""
 
 
 def put_values(root: Any, leaves: Iterable[Any], writes: Sequence[tuple[Path, Any, Any]]) -> None:
     """Writes values into live objects, all of them or none.
 
     Args:
-      root: what the paths begin at: an object, or the tuple of several.
+      root: what the paths begin at: an object, or several: a tuple of them, or `Objects` by name.
       leaves: the live leaves of all there is; Variables among them are as before if anything fails.
       writes: the path, the live leaf, and its new value.
 
@@ -108,6 +112,8 @@ def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path,
                 new[key] = value
         if not new:
             return node
+        if isinstance(node, Objects):
+            return Objects(node | new)
         if _is_assigned_to(node, new, children):
             made.extend(_Assignment(node, key, value, _values(tree[key])) for key, value in new.items())
             return node
@@ -119,7 +125,7 @@ def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path,
 
     if replaced(root, wanted) is not root:
         outermost = [path for path, _ in raw if _is_immutable_throughout(root, path)]
-        stuck.update((path, f"stands in a {_outermost(root, path)} that nothing holds") for path in outermost)
+        stuck.update((path, f"{_outermost(root, path)} that nothing holds") for path in outermost)
     if stuck:
         rows = [row_of(path, leaf, note=stuck[path]) for path, leaf in raw if path in stuck]
         raise StructureError("Arrays cannot be replaced where they stand.", leaves=rows, mend=_MEND)
@@ -172,16 +178,18 @@ def _values(branch: Any) -> tuple[_Value, ...]:
 def _is_immutable_throughout(root: Any, path: Path) -> bool:
     node = root
     for key in path:
-        if isinstance(node, nnx.Pytree | list | MutableMapping):
+        if isinstance(node, nnx.Pytree | list | MutableMapping) and not isinstance(node, Objects):
             return False
         node = _children(node)[key]
     return True
 
 
 def _outermost(root: Any, path: Path) -> str:
-    """The type of the outermost container that the user made: several objects come in a tuple of ours."""
+    """The outermost container that the user made: several objects come in one of ours."""
     below = _children(root)[path[0]]
-    return type(root if is_array(below) else below).__name__
+    if is_array(below) and isinstance(root, Objects):
+        return "is an object of its own"
+    return f"stands in a {type(root if is_array(below) else below).__name__}"
 
 
 def _children(node: Any) -> dict[Any, Any]:
