@@ -291,7 +291,7 @@ def test_models_without_a_fault(make: Any) -> None:
     [
         (lambda: nnx.Dict(layers=nnx.List([jnp.ones(2)])), "self.layers[0]"),
         (lambda: nnx.List([jnp.ones(2)]), "model[0]"),
-        (lambda: nnx.Dict(table={("a", 1): jnp.ones(2)}), "self.table[('a', 1)]"),
+        (lambda: nnx.Dict(table=nnx.data({("a", 1): jnp.ones(2)})), "self.table[('a', 1)]"),
         (lambda: nnx.Dict(inner=nnx.Dict(raw=jnp.ones(2))), "self.raw"),
     ],
 )
