@@ -96,7 +96,7 @@ def test_a_decorator_to_write_keeps_its_other_options() -> None:
         run(plan.take(model), x, n=2)
     hint = caught.value.mend.splitlines()[0]
     assert hint == "@sw.step(writes=('rng', 'variables'), capture='intermediates', static_argnames='n')"
-    state, (_, captured) = eval(hint[1:], SPACE)(run.fn)(plan.take(model), x, n=2)
+    _, (_, captured) = eval(hint[1:], SPACE)(run.fn)(plan.take(model), x, n=2)
     assert captured["h"].shape == (3, 4, 2)
 
     @sw.train_step(wrt="lora", writes=(), has_aux=True, capture="intermediates", compiler_options={})
@@ -145,5 +145,5 @@ def test_a_body_that_updates_its_own_optimizer_is_a_step() -> None:
     first, second = caught.value.mend.splitlines()
     assert second.startswith("or, where it returns the loss alone: plan = kinds.plan(model, optimizers=")
     step = eval(first.partition("  #")[0][1:], SPACE)(body)
-    state, loss = step(plan.take(model, optimizer), jnp.ones((1, 2)))
+    state, _ = step(plan.take(model, optimizer), jnp.ones((1, 2)))
     assert all(array.any() for array in jax.tree.leaves(state["params"]))

@@ -80,4 +80,5 @@ def _program(whole: Plan, chosen: Chosen, name: str, places: Places | None) -> A
         done: tuple[Any, ...] = members.each(lambda one: begin(*one), given, (axes, rows), axes[0])
         return done
 
-    return jax.jit(begin_all, **({} if places is None else {"out_shardings": places.shardings}))
+    options: dict[str, Any] = {} if places is None else {"out_shardings": places.shardings}
+    return jax.jit(begin_all, **options)

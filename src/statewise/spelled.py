@@ -12,8 +12,8 @@ keys may hold slashes and stars, and the keys `0` and `"0"` are written alike.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import difflib
-import keyword
 import functools
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
