@@ -81,7 +81,7 @@ def alone(tx: Any, state: Any, slot: int, steps: Any, axis: int = 0) -> dict[str
     moments = tx.init(params)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
-        out = x @ base["kernel"] + base["bias"] + x @ params["lora_a"] @ params["lora_b"]
+        out = x @ base["kernel"] + base["bias"][None] + x @ params["lora_a"] @ params["lora_b"]
         return jnp.square(out - y).mean()
 
     for seed in steps:
