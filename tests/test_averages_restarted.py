@@ -1,4 +1,4 @@
-"""Averages follow a restart of what they are of: as a whole, slot by slot, in ensembles, packed and per device."""
+"""Averages follow a restart of what they are of: as a whole, slot by slot, in ensembles and packed."""
 
 from __future__ import annotations
 

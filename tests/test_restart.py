@@ -276,13 +276,13 @@ def test_slots_of_stacked_states_are_not_guessed() -> None:
             "rest",
             {},
             "Kind 'rest' does not declare how a fresh value is made.",
-            "rest=sw.Kind(..., restart=jnp.zeros_like)",
+            "kinds = plan.kinds.replace(rest=dataclasses.replace(plan.kinds['rest'], restart=jnp.zeros_like))",
         ),
         (
             "whole",
             {"where": [0]},
             "Kind 'whole' declares no batch_axis, so its slots cannot be told apart.",
-            "whole=sw.Kind(..., restart=jnp.zeros_like, batch_axis=0)",
+            "kinds = plan.kinds.replace(whole=dataclasses.replace(plan.kinds['whole'], batch_axis=0))",
         ),
     ],
 )

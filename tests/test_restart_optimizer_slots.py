@@ -81,7 +81,7 @@ def alone(tx: Any, state: Any, slot: int, steps: Any, axis: int = 0) -> dict[str
     moments = tx.init(params)
 
     def loss(params: Any, x: Any, y: Any) -> Any:
-        out = x @ base["kernel"] + base["bias"] + x @ params["lora_a"] @ params["lora_b"]
+        out = x @ base["kernel"] + base["bias"][None] + x @ params["lora_a"] @ params["lora_b"]
         return jnp.square(out - y).mean()
 
     for seed in steps:
@@ -292,7 +292,8 @@ def test_an_optimizer_of_nnx_in_the_model() -> None:
         sw.KindError,
         "Kind 'optimizer' does not declare how a fresh value is made.",
         kind="optimizer",
-        mend="optimizer=sw.Kind(..., restart=jnp.zeros_like)",
+        mend="kinds = plan.kinds.replace("
+        "optimizer=dataclasses.replace(plan.kinds['optimizer'], restart=jnp.zeros_like))",
     ):
         kinds.plan(model, optimizer).take(model, optimizer).restart("optimizer")
     kinds = kinds.replace(optimizer=sw.Kind(nnx.OptState, restart=jnp.zeros_like, batch_axis=0))

@@ -11,6 +11,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
 from statewise.errors import KindError
 from statewise.fresh import check_key, takes
 from statewise.layout import OPTIMIZER
@@ -142,7 +146,7 @@ def _check_kind(chosen: Chosen, name: str, by_slot: bool) -> None:
         raise KindError(
             f"Kind {name!r} does not declare how a fresh value is made.",
             kind=name,
-            mend=f"{name}=sw.Kind(..., restart=jnp.zeros_like)",
+            mend=_declared(name, f"restart={_fresh(plan, name)}"),
         )
     if not plan._specs[name]:
         raise KindError(
@@ -151,12 +155,46 @@ def _check_kind(chosen: Chosen, name: str, by_slot: bool) -> None:
             mend="make the leaves before the plan is made: model.init_cache(...), say",
         )
     if by_slot and chosen.axis(name) is None:
-        restart = "" if begins else "restart=jnp.zeros_like, "
+        _refuse_slots(chosen, name, bool(begins))
+
+
+def _refuse_slots(chosen: Chosen, name: str, begins: bool) -> None:
+    plan = chosen.plan
+    if not begins and not any(spec.shape for spec in plan._specs[name]):
+        others = [repr(other) for other in chosen.kinds if chosen.axis(other) is not None]
         raise KindError(
-            f"Kind {name!r} declares no batch_axis, so its slots cannot be told apart.",
+            f"Kind {name!r} has one value for all slots, so it does not restart slot by slot.",
+            leaves=plan[name],
             kind=name,
-            mend=f"{name}=sw.Kind({'nnx.OptState' if begins else '...'}, {restart}batch_axis=0)",
+            mend=(
+                f"state.restart({', '.join(others)}, where=where)  # and {name!r} goes on as it is\n" if others else ""
+            )
+            + f"{'or ' if others else ''}all slots: state.restart({', '.join(map(repr, chosen.kinds))})",
         )
+    raise KindError(
+        f"Kind {name!r} declares no batch_axis, so its slots cannot be told apart.",
+        kind=name,
+        mend=f"{name}=sw.Kind(nnx.OptState, batch_axis=0)" if begins else _declared(name, "batch_axis=0"),
+    )
+
+
+def _fresh(plan: Plan, name: str) -> str:
+    """A function that gives fresh values, as code: zeros, where zeros are no trap."""
+    if any(jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) for spec in plan._specs[name]):
+        return (
+            "lambda array, key: jax.random.split(key, array.shape) "
+            "if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else jnp.zeros_like(array)"
+        )
+    if any(issubclass(leaf.type, nnx.LoRAParam) for leaf in plan[name]):  # both factors at zero would never learn
+        return (
+            f"lambda array, key, path: jnp.zeros_like(array) if path[-1] == {plan[name][-1].path[-1]!r} else "
+            "nnx.initializers.he_uniform()(key, array.shape, array.dtype)"
+        )
+    return "jnp.zeros_like"
+
+
+def _declared(name: str, treatment: str) -> str:
+    return f"kinds = plan.kinds.replace({name}=dataclasses.replace(plan.kinds[{name!r}], {treatment}))"
 
 
 def _check_key(chosen: Chosen, named: Sequence[str], by_slot: bool, key: Any) -> None:

@@ -7,6 +7,7 @@ differentiates are written by their optimizers alone.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -49,8 +50,8 @@ class Contract:
     mend: str
 
 
-def plain_contract(plan: Plan, name: str, writes: Sequence[str]) -> Contract:
-    """The contract of `@sw.step(writes=...)`."""
+def plain_contract(plan: Plan, name: str, writes: Sequence[str], options: str = "") -> Contract:
+    """The contract of `@sw.step(writes=...)`; the decorator's other options as `describe_options` gives them."""
     _check_writable(plan, name, writes)
     return Contract(
         allowed=frozenset(writes),
@@ -60,14 +61,19 @@ def plain_contract(plan: Plan, name: str, writes: Sequence[str]) -> Contract:
         trains=False,
         has_aux=False,
         returns_state=bool(writes),
-        mend="@sw.step(writes={kinds})",
+        mend=f"@sw.step(writes={{kinds}}{options})",
     )
 
 
 def train_contract(
-    plan: Plan, name: str, wrt: Sequence[str] | None, writes: Sequence[str] | None, has_aux: bool
+    plan: Plan,
+    name: str,
+    wrt: Sequence[str] | None,
+    writes: Sequence[str] | None,
+    has_aux: bool,
+    options: str = "",
 ) -> Contract:
-    """The contract of `@sw.train_step(wrt=..., writes=...)`."""
+    """The contract of `@sw.train_step(wrt=..., writes=...)`; other options as `describe_options` gives them."""
     groups = _groups(plan, name, wrt)
     trained = [kind for group in groups for kind in group.kinds if kind not in (writes or ())]
     if writes is None or writes:
@@ -84,7 +90,7 @@ def train_contract(
         trains=True,
         has_aux=has_aux,
         returns_state=True,
-        mend="@sw.train_step(writes={kinds})",
+        mend=f"@sw.train_step(writes={{kinds}}{describe_options(wrt=wrt, has_aux=has_aux)}{options})",
     )
 
 
@@ -113,10 +119,12 @@ def _check_writable(plan: Plan, name: str, writes: Sequence[str]) -> None:
 def _groups(plan: Plan, name: str, wrt: Sequence[str] | None) -> tuple[Group, ...]:
     """The optimizers of the kinds to differentiate; a joint update needs all of its kinds."""
     if not plan._groups:
-        raise KindError(
-            f"{name} trains, but the plan has no optimizer.",
-            mend="plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})",
-        )
+        own = "plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})"
+        if any(issubclass(row.type, nnx.OptState) for row in plan._rows):
+            moving = tuple(kind for kind, one in plan.kinds.items() if plan[kind] and one.saved and not one.frozen)
+            body = f"@sw.step(writes={moving!r})  # where it updates the planned nnx.Optimizer itself"
+            own = f"{body}\nor, where it returns the loss alone: {own}"
+        raise KindError(f"{name} trains, but the plan has no optimizer.", mend=own)
     if wrt is None:
         return plan._groups
     for kind in wrt:
@@ -165,5 +173,20 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) ->
 
 
 def describe_options(**options: Any) -> str:
-    """The options of a decorator that differ from their defaults, as code."""
-    return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, False, ()))
+    """The options of a decorator besides `writes` that differ from their defaults, as code to stand behind it.
+
+    Braces are doubled, for what it stands in is filled in by `format`.  What is no code by its repr is an ellipsis.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    shown = "".join(f", {name}={_as_code(value)}" for name, value in given.items())
+    return shown.replace("{", "{{").replace("}", "}}")
+
+
+def _as_code(value: Any) -> str:
+    if isinstance(value, tuple | list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    try:
+        ast.literal_eval(repr(value))
+    except (SyntaxError, ValueError):
+        return "..."
+    return repr(value)

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from statewise.contracts import plain_contract, train_contract
+from statewise.contracts import Contract, describe_options, plain_contract, train_contract
 from statewise.functions import check_function, kind_names
+from statewise.plan import Plan
 from statewise.steps import Step
 
 __all__ = ["step", "train_step"]
@@ -61,7 +62,8 @@ def step(
     if fn is None:
         return functools.partial(step, writes=writes, capture=capture, **jit_options)
     check_function(fn, "step")
-    return Step(fn, lambda plan, name: plain_contract(plan, name, names), "step", capture, jit_options)
+    options = describe_options(capture=capture, **jit_options)
+    return Step(fn, lambda plan, name: plain_contract(plan, name, names, options), "step", capture, jit_options)
 
 
 def train_step(
@@ -117,6 +119,9 @@ def train_step(
     if fn is None:
         return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
     check_function(fn, "train_step")
-    return Step(
-        fn, lambda plan, name: train_contract(plan, name, of, may_write, has_aux), "train_step", capture, jit_options
-    )
+    options = describe_options(capture=capture, **jit_options)
+
+    def contract(plan: Plan, name: str) -> Contract:
+        return train_contract(plan, name, of, may_write, has_aux, options)
+
+    return Step(fn, contract, "train_step", capture, jit_options)

@@ -13,6 +13,7 @@ keys may hold slashes and stars, and the keys `0` and `"0"` are written alike.
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import difflib
 import functools
+import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -208,6 +209,11 @@ def _text(filter: Any) -> str:
     return str(filter.key) if type(filter) is nnx.PathContains else format_path(next(iter(filter.paths)))
 
 
+def _first(filter: Any) -> str:
+    """The first segment of a pattern of at least two, which may be meant as an object's name."""
+    return str(filter.pattern).split("/")[0] if isinstance(filter, Glob) and "/" in filter.pattern else ""
+
+
 def corrected(reading: Reading, filter: Any) -> Any | None:
     """The filter with each key that no path has replaced by the nearest; None where that matches nothing either."""
     if type(filter) is nnx.PathContains:
@@ -255,7 +261,7 @@ def check_claimed(kinds: Kinds, reading: Reading, claimed: set[str], unclaimed: 
     Raises:
       KindError: there are such kinds; all of them are told.
     """
-    facts, mends, empty = [], [], []
+    facts, mends, empty, segments = [], [], [], []
     for name, kind in kinds.items():
         paths = [] if kind.optional or kind.rest or type_only(kind.of) else spelled(kind.of)
         wanted = [one.filter for one in paths if not one.negated]
@@ -265,8 +271,17 @@ def check_claimed(kinds: Kinds, reading: Reading, claimed: set[str], unclaimed: 
         empty.append(name)
         facts.append(_fact(name, kind, name in claimed, lost, reading))
         mends.append(corrected_kind(name, kind, lost, reading))
+        segments += [_first(filter) for filter in lost if corrected(reading, filter) is None]
     if not empty:
         return
+    objects = [name for name in dict.fromkeys(segments) if name.isidentifier() and not keyword.iskeyword(name)]
+    if objects and reading.found.several and not reading.found.names:
+        given = ", ".join(f"{name}={name}" for name in objects)
+        mends = [
+            f"kinds.plan({given})  # all objects by name: paths then begin with the name",
+            "or, as they are:",
+            *mends,
+        ]
     if unclaimed:
         count = "1 leaf is" if len(unclaimed) == 1 else f"{len(unclaimed)} leaves are"
         facts.append(f"{count} claimed by no kind.")
