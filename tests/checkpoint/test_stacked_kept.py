@@ -118,6 +118,8 @@ def test_over_explicit_axes_what_restarts_restarts_too(tmp_path: Path) -> None:
     back, report = sw.restore(tmp_path / "a", states.plan.abstract(mesh))
     assert {one.outcome for one in report["cache"]} == {"restarted"}
     same(kept(back), kept(states))
+    again = states.restart("cache")
+    same(again["cache"], back["cache"])
 
 
 # --- other members, by declaration -------------------------------------------------------------------------------
