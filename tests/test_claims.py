@@ -219,6 +219,23 @@ def test_the_wider_kind_gives_way_in_whatever_order(order: tuple[str, str]) -> N
     assert [leaf.kind for leaf in mended(kinds, caught.value).plan(model).leaves] == ["special", "general"]
 
 
+@pytest.mark.parametrize("order", [("reference", "params", "rng"), ("params", "rng", "reference")])
+def test_types_give_way_to_a_kind_that_spells_a_path(order: tuple[str, ...]) -> None:
+    """The other way round the hint would have a model trained that is declared frozen."""
+    of = {
+        "reference": sw.Kind(sw.Path("reference/**"), frozen=True),
+        "params": sw.Kind(nnx.Param),
+        "rng": sw.Kind(nnx.RngState),
+    }
+    kinds = sw.Kinds(**{name: of[name] for name in order})
+    objects = {name: Node(w=nnx.Param(jnp.ones(1)), r=nnx.Rngs(0)) for name in ("policy", "reference")}
+    with pytest.raises(sw.ContestedError) as caught:
+        kinds.plan(**objects)
+    plan = mended(kinds, caught.value).plan(**objects)
+    assert {leaf.kind for leaf in plan.leaves if leaf.path[0] == "reference"} == {"reference"}
+    assert {leaf.kind for leaf in plan.leaves if leaf.path[0] == "policy"} == {"params", "rng"}
+
+
 def test_three_kinds_claim_one_leaf() -> None:
     kinds = sw.Kinds(all=sw.Kind(nnx.Variable), params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam, saved=False))
     model = Node(a=nnx.LoRAParam(jnp.ones(1)), b=nnx.Param(jnp.ones(1)), c=nnx.Cache(jnp.ones(1)))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import statewise as sw
@@ -60,3 +61,20 @@ def test_one_object_given_twice_is_one() -> None:
     )
     found: Any = sw.transfer(src, sw.plan(Net(0.0)))
     np.testing.assert_array_equal(found["params"]["weight"], [1.0, 1.0])
+
+
+def test_the_hint_names_the_kinds_that_the_source_has() -> None:
+    """It named kinds that the target need not have."""
+    kinds = sw.Kinds(weights=sw.Kind(nnx.Param), seen=sw.Kind(nnx.BatchStat))
+    model = nnx.Dict(w=nnx.Param(jnp.ones(2)), s=nnx.BatchStat(jnp.ones(2)))
+    plain = nnx.Dict(w=nnx.Param(jnp.zeros(2)))
+    state = kinds.plan(model, averages={"weights": sw.EMA(0.9)}).take(model)
+    src = kinds.plan(plain).take(plain)
+    with pytest.raises(sw.StructureError) as caught:
+        sw.transfer(src, state)
+    mend = "name the kinds that the source has: sw.transfer(src, state, kinds=('weights',))"
+    assert caught.value.mend == mend
+    moved = eval(mend.partition(": ")[2], {"sw": sw, "src": src, "state": state})
+    assert np.array_equal(moved["weights"]["w"], jnp.zeros(2))
+    with pytest.raises(sw.KindError, match="no floating-point dtype"):
+        sw.transfer(src, state, kinds="weights", cast={"weights": "float16"})

@@ -49,7 +49,8 @@ def misfits(plan: Plan, parts: Parts) -> list[Leaf]:
         for position, (spec, array) in enumerate(zip(plan._stored[kind], part, strict=True)):
             if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
                 found = spec_of(array)
-                note = f"is {format_shape(found.shape)} {found.dtype}" if found else f"is {type(array).__name__}"
+                dtype = getattr(array, "dtype", found and found.dtype)  # of NumPy, which has more than JAX
+                note = f"is {format_shape(found.shape)} {dtype}" if found else f"is {type(array).__name__}"
                 odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
     return odd
 

@@ -93,7 +93,7 @@ def recast(state: State, plan: Plan, arrays: Mapping[str, tuple[Any, ...]]) -> S
 def _floating(kind: str, given: Any) -> Any:
     try:
         dtype = None if given is None else jnp.dtype(given)
-    except TypeError:
+    except (TypeError, ValueError):  # a dict is a dtype of fields to NumPy
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise KindError(

@@ -9,6 +9,7 @@ from statewise import _compat
 from statewise.aliases import aliases_of
 from statewise.errors import ContestedError, UnclaimedError
 from statewise.filters import Exactly, as_code, predicate, type_key, type_only
+from statewise.filters import Path as Glob
 from statewise.kinds import Kind, Kinds
 from statewise.paths import Leaf, Path, format_path, format_type
 from statewise.scan import Scan, row_of
@@ -174,8 +175,14 @@ def _mend_contested(
 
 
 def _breadth(kinds: Kinds, name: str, types: Sequence[type]) -> int:
-    """How far a kind's own type stands above the contested leaf's: the wider filter gives way. 0 if unknown."""
+    """How far a kind's own type stands above the contested leaf's: the wider filter gives way. 0 if unknown.
+
+    What spells a path was written for these very leaves, and types give way to it: a model that is frozen by its path
+    would train, if the hint gave its parameters to the kind of all parameters.
+    """
     of = kinds[name].of
+    if not type_only(of) and spelled(of):
+        return 1 if isinstance(of, Glob) else 2
     if isinstance(of, type) and of in types[0].__mro__:
         return -types[0].__mro__.index(of)
     return 0

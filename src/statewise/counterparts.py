@@ -14,7 +14,7 @@ from statewise.paths import Leaf, format_path, format_shape
 from statewise.plan import Plan
 from statewise.scan import ONE, Spec
 
-__all__ = ["Found", "difference", "leaves_of"]
+__all__ = ["OTHER", "Found", "difference", "leaves_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ def _axis(plan: Plan, kind: str, position: int) -> Axis:
     return axis if axis is None else place_of(axis, len(plan._specs[kind][position].shape))
 
 
-_OTHER = "the models differ: plan the target's model as the source's was made"
+OTHER = "the models differ: plan the target's model as the source's was made"
 _CAST = "sw.transfer(src, target, cast=True)  # or a dtype"
-_MISSING = "name the kinds that the source has: sw.transfer(src, state, kinds=('params', 'stats'))"
+_MISSING = ""  # what the source has is told of all leaves together
 _TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
 
 
@@ -74,9 +74,9 @@ def difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, s
         return f"tied here, apart in the source as {names}", _TIED
     (found,) = sources
     if found.leaf.type is not one.leaf.type:
-        return f"is a {found.leaf.type.__name__} in the source", _OTHER
+        return f"is a {found.leaf.type.__name__} in the source", OTHER
     if found.structure != one.structure:
-        return "holds a value of another structure in the source", _OTHER
+        return "holds a value of another structure in the source", OTHER
     if found.devices and found.devices != one.devices:
         has_mean = all(jnp.issubdtype(spec.dtype, jnp.inexact) for spec in found.specs)
         how = "how='mean'), ...)  # or how='first'" if has_mean else "how='first'), ...)"
@@ -89,10 +89,10 @@ def difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, s
             return other
     for theirs, ours in pairs:
         if theirs.shape != ours.shape:
-            return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", _OTHER
+            return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", OTHER
     for theirs, ours in pairs:
         if theirs.dtype != ours.dtype and not can_cast(theirs.dtype, ours.dtype):
-            return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", _OTHER
+            return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", OTHER
         if theirs.dtype != ours.dtype and not cast:
             return f"is {theirs.dtype} in the source", _CAST
     return "", ""

@@ -20,7 +20,7 @@ from statewise.explicit import explained
 from statewise.folding import refuse_copies
 from statewise.inside import as_ensemble, begun, holds_one_member, single_of
 from statewise.kinds import unknown_kind
-from statewise.naming import in_order
+from statewise.naming import in_order, names_given
 from statewise.narrowing import check_given
 from statewise.paths import Leaf
 from statewise.placement import array_shardings, check_devices, copies_on, with_copies
@@ -45,7 +45,7 @@ def take(
     *,
     mesh: Any,
     copy: bool,
-    pack: bool | str | Sequence[str],
+    pack: Any,
     inside: bool = True,
 ) -> State:
     """See `Plan.take`; `inside` allows the traced objects of one member for the plan of an ensemble."""
@@ -159,8 +159,8 @@ class _Places:
         return state if self._arrays is None or not self._plan._packing else jax.device_put(state, self._slots)
 
 
-def _kinds_to_pack(plan: Plan, pack: bool | str | Sequence[str], copies: Copies | None) -> tuple[str, ...]:
-    names = tuple(plan.kinds) if pack is True else (pack,) if isinstance(pack, str) else tuple(pack)  # type: ignore[arg-type]
+def _kinds_to_pack(plan: Plan, pack: Any, copies: Copies | None) -> tuple[str, ...]:
+    names = tuple(plan.kinds) if pack is True else names_given(pack, "pack")
     for name in names:
         if name not in plan.kinds:
             raise unknown_kind(name, plan.kinds)

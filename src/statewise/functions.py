@@ -132,7 +132,8 @@ def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         return (names,)
-    many = tuple(names) if isinstance(names, Collection) and not isinstance(names, type) else (names,)
+    several = isinstance(names, Collection) and not isinstance(names, type | dict)
+    many = tuple(names) if several else (names,)
     if all(isinstance(name, str) for name in many):
         return many
     odd = next(name for name in many if not isinstance(name, str))

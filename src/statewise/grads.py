@@ -19,6 +19,7 @@ from flax import nnx
 from statewise.errors import FilterError, StructureError
 from statewise.explicit import explained
 from statewise.filters import describe, predicate
+from statewise.narrowing import check_given
 from statewise.paths import Path
 from statewise.putting import put_values
 from statewise.scan import Scan, arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
@@ -42,7 +43,8 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
 
     Raises:
       FilterError: `wrt` is no filter, or matches no leaf.
-      StructureError: a matched leaf is not made of floating-point numbers; the loss is no real scalar.
+      StructureError: a matched leaf is not made of floating-point numbers; the loss is no real scalar;
+        the model has numbers of NumPy that JAX would lose.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,6 +68,12 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
         _check_chosen(found, chosen, wrt)
         flat = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
         diff = [arrays for (arrays, _), is_chosen in zip(flat, chosen, strict=True) if is_chosen]
+        check_given(
+            (row_of(found.relative(path), leaf), array, spec.dtype)
+            for path, leaf, (arrays, _) in zip(found.paths, found.leaves, flat, strict=True)
+            for array, spec in zip(arrays, map(spec_of, arrays), strict=True)
+            if spec is not None and not isinstance(array, jax.Array)
+        )
 
         def pure(diff: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
             given = iter(diff)

@@ -17,6 +17,7 @@ import jax
 from statewise.errors import StructureError
 from statewise.inside import as_ensemble, as_one
 from statewise.kinds import unknown_kind
+from statewise.naming import names_given
 from statewise.stacked import count_layers, scan_module
 from statewise.state import Part, State, check_unspent, make_state
 from statewise.steps import Step
@@ -84,7 +85,7 @@ def scan_layers(
 
 
 def _names(state: State, shared: Any) -> tuple[str, ...]:
-    names = (shared,) if isinstance(shared, str) else tuple(shared or ())
+    names = names_given(() if shared is None else shared, "shared")
     for name in names:
         if name not in state._plan.kinds:
             raise unknown_kind(name, state._plan.kinds)

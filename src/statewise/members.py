@@ -64,6 +64,8 @@ class Members(NamedTuple):
           ins: for each of them its axis, in the same structure.
           outs: for each array that comes back the axis that it is to have.
         """
+        if jax.tree.leaves(ins):
+            return jax.vmap(fn, in_axes=(ins,), out_axes=outs)(arrays)
         # One argument that is mapped in any case: of arrays that all members share `jax.vmap` alone would make nothing.
         called: Any = jax.vmap(lambda _, arrays: fn(arrays), in_axes=(0, ins), out_axes=outs)
         return called(jnp.arange(self.number), arrays)

@@ -8,12 +8,12 @@ only printed.  The order in which the names are given is that in which a step's 
 from __future__ import annotations
 
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from statewise.errors import KindError, StructureError
 
-__all__ = ["given", "in_order"]
+__all__ = ["given", "in_order", "names_given"]
 
 # What the functions that take named objects call their own arguments.
 TAKEN = ("averages", "copy", "decode_length", "expect", "ignore", "kinds", "mesh", "optimizers", "pack")
@@ -101,3 +101,17 @@ def in_order(names: Sequence[str], objects: Sequence[Any], named: Mapping[str, A
         words += [f"{', '.join(odd)} {'is' if len(odd) == 1 else 'are'} not among them"] if odd else []
         raise StructureError(f"The plan is of the objects {', '.join(names)}: {' and '.join(words)}.", mend=mend)
     return tuple(named[name] for name in names)
+
+
+def names_given(names: Any, option: str, noun: str = "kinds") -> tuple[str, ...]:
+    """The names that an option was given: one, or several in whatever holds them.
+
+    Raises:
+      KindError: something else than names; or a dict, of which nobody knows what its values were to say.
+    """
+    several = isinstance(names, Iterable) and not isinstance(names, str | bytes | dict)
+    found = tuple(names) if several else (names,)
+    if not all(isinstance(name, str) for name in found):
+        example = {"kinds": "params", "traps": "tied-weights"}[noun]
+        raise KindError(f"{option}={names!r} names no {noun}.", mend=f"{option}=({example!r},)")
+    return found

@@ -8,7 +8,7 @@ it smaller, cast where it arrives if it grows.  The source stays as it is, and s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,10 @@ from statewise.carrying import (
     check_casts,
     places_for,
 )
-from statewise.counterparts import Found, difference, leaves_of
+from statewise.counterparts import OTHER, Found, difference, leaves_of
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
+from statewise.naming import names_given
 from statewise.paths import Leaf, Path
 from statewise.placement import check_devices, copies_on, on_mesh, with_copies
 from statewise.plan import Plan
@@ -39,7 +40,7 @@ def transfer(
     src: State | Any,
     target: Plan | State | Any,
     *,
-    kinds: str | Sequence[str] | None = None,
+    kinds: str | Iterable[str] | Any = None,
     cast: Any = False,
     mesh: Any = None,
 ) -> State:
@@ -147,12 +148,12 @@ def _on_mesh(plan: Plan, into: State | None, mesh: Any) -> Plan:
     return there
 
 
-def _kinds(plan: Plan, into: State | None, kinds: str | Sequence[str] | None) -> tuple[str, ...]:
+def _kinds(plan: Plan, into: State | None, kinds: Any) -> tuple[str, ...]:
     """The kinds to fill, in the order of the target."""
     filled = tuple(kind for kind, specs in plan._specs.items() if specs)
     if kinds is None:
         return filled
-    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    names = names_given(kinds, "kinds")
     for name in names:
         if name not in plan.kinds:
             raise unknown_kind(name, plan.kinds)
@@ -202,6 +203,9 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
         moves[to] += [Move(to, kind, found.start + at, spec, spreads) for at, spec in enumerate(one.specs)]
     if odd:
         kinds = {leaf.kind for leaf in odd}
+        if "" in mends:
+            del mends[""]
+            mends[_mend_missing([kind for kind in names if kind not in kinds])] = None
         raise StructureError(
             f"The source is not what the target wants: {len(odd)} lea{'f differs' if len(odd) == 1 else 'ves differ'}.",
             leaves=odd,
@@ -209,6 +213,13 @@ def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Mo
             mend="\n".join(mends),
         )
     return [move for part in moves.values() for move in part]
+
+
+def _mend_missing(whole: Sequence[str]) -> str:
+    """The kinds of which the source has all leaves, as code; where there are none the models differ."""
+    return (
+        OTHER if not whole else f"name the kinds that the source has: sw.transfer(src, state, kinds={tuple(whole)!r})"
+    )
 
 
 def _renumbering(src: Plan, plan: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:

@@ -111,6 +111,17 @@ def test_an_ensemble_on_a_mesh_comes_back_onto_it(tmp_path: Path, devices: list[
     np.testing.assert_array_equal(fewer["stats"]["norm"]["mean"][:, 0], states["stats"]["norm"]["mean"].mean(1))
 
 
+def test_over_explicit_axes_what_restarts_restarts_too(tmp_path: Path) -> None:
+    mesh = jax.make_mesh((2, 4), ("members", "model"), axis_types=(AxisType.Explicit,) * 2)
+    states = PLAN.stacked(4, over="members").stack([PLAN.take(make(key), mesh=mesh) for key in keys(4)])
+    sw.save(tmp_path / "a", states)
+    back, report = sw.restore(tmp_path / "a", states.plan.abstract(mesh))
+    assert {one.outcome for one in report["cache"]} == {"restarted"}
+    same(kept(back), kept(states))
+    again = states.restart("cache")
+    same(again["cache"], back["cache"])
+
+
 # --- other members, by declaration -------------------------------------------------------------------------------
 
 
@@ -127,6 +138,16 @@ def test_some_members_into_a_smaller_ensemble_and_into_one_model(tmp_path: Path)
     half = PLAN.take(make(keys(1)[0])).cast(params="bfloat16")
     cast, _ = sw.restore(tmp_path / "a", half, members=2, cast=True, only="params")
     same(cast["params"], states.member(2).cast(params="bfloat16")["params"])
+
+
+@pytest.mark.parametrize("members", [{0: 2, 1: 0}, {2, 0}, {2: 0, 0: 1}.keys()], ids=str)
+def test_members_come_in_an_order(tmp_path: Path, members: Any) -> None:
+    """Of a dict the keys would be taken for members, and of a set whatever comes first."""
+    sw.save(tmp_path / "a", ensemble_of(4))
+    for into in (PLAN.stacked(2).abstract(), PLAN.abstract()):
+        with pytest.raises(sw.RestoreError, match=r"members=.* has no order") as caught:
+            sw.restore(tmp_path / "a", into, members=members)
+        assert "members=" in (caught.value.mend or "")
 
 
 def test_into_a_larger_ensemble_the_rest_is_kept_where_it_is_said(tmp_path: Path) -> None:

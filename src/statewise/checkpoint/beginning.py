@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from statewise.averages import EMA
 from statewise.checkpoint.matching import Match, Source
@@ -63,6 +64,9 @@ def _restarted(plan: Plan, leaf: Leaf, position: int, value: Any, lost: list[Lea
     axis = plan._axis(kind, position)
     if axis is not None:
         fn = jax.vmap(fn, in_axes=axis, out_axes=axis)
+        lies = value.sharding
+        if isinstance(lies, jax.NamedSharding) and AxisType.Explicit in lies.mesh.axis_types:
+            fn = jax.jit(fn, out_shardings=lies)  # or JAX asks where the result lies
     return fn(value)
 
 

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import re
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from statewise.checkpoint.manifest import ArrayRecord, LeafRecord
 from statewise.derived import keys_within
 from statewise.errors import KindError, StructureError
 from statewise.kinds import unknown_kind
+from statewise.naming import names_given
 from statewise.paths import Path
 from statewise.placement import with_copies
 from statewise.plan import Plan
@@ -118,18 +119,6 @@ def check_savable(state: State, kinds: Collection[str]) -> None:
         )
 
 
-def names_of(only: Any) -> tuple[str, ...]:
-    """The names in `only=`.
-
-    Raises:
-      KindError: they are none.
-    """
-    names = (only,) if isinstance(only, str) else tuple(only) if isinstance(only, Iterable) else (only,)
-    if not all(isinstance(name, str) for name in names):
-        raise KindError(f"only={only!r} names no kinds.", mend="only=('params',)")
-    return names
-
-
 def kinds_of(state: State, only: Any, what: str, mend: str) -> tuple[str, ...]:
     """The kinds that a save or a restore is about: those named in `only`, by default all that are saved.
 
@@ -145,7 +134,7 @@ def kinds_of(state: State, only: Any, what: str, mend: str) -> tuple[str, ...]:
     kinds = state.plan.kinds
     if only is None:
         return tuple(name for name, kind in kinds.items() if kind.saved)
-    names = names_of(only)
+    names = names_given(only, "only")
     for name in names:
         if name not in kinds:
             raise unknown_kind(name, kinds)

@@ -8,7 +8,7 @@ that the checkpoint lacks, the kind's `missing`.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -58,10 +58,15 @@ def asked_members(plan: Plan, manifests: Sequence[Manifest], members: Any) -> As
         return None
     have = _members_in(manifests)
     known = have or 1
-    several = isinstance(members, Iterable) and not isinstance(members, str)
+    several = isinstance(members, Iterable) and not isinstance(members, str | bytes)
     given = list(members) if several else [members]
     example = ", ".join(str(at) if at < known else "None" for at in range(plan.members or 1))
     mend = f"members=[{example}]" if plan.members else "members=0"
+    if isinstance(members, Mapping | Set):
+        raise RestoreError(
+            f"members={members!r} has no order: nobody knows which member goes where.",
+            mend=f"{mend}  # for each member of the target that of the checkpoint, or None" if plan.members else mend,
+        )
     if several is (plan.members is None):
         what = "one model" if plan.members is None else f"an ensemble of {plan.members}"
         raise RestoreError(f"members={_shown(members)} does not fit a target that is {what}.", mend=mend)

@@ -19,7 +19,7 @@ from statewise.kinds import Kinds
 from statewise.lint import arrays, declared, leaf_types, members, modes, optimizing, restarting, values
 from statewise.lint.finding import Finding, Findings, Trap
 from statewise.lint.subject import look
-from statewise.naming import given
+from statewise.naming import given, names_given
 
 __all__ = ["TRAPS", "Finding", "Findings", "Trap", "lint"]
 
@@ -38,7 +38,7 @@ TRAPS: tuple[Trap, ...] = (
 def lint(
     *objects: Any,
     kinds: Kinds | Any = None,
-    ignore: str | Iterable[str] = (),
+    ignore: str | Iterable[str] | Any = (),
     decode_length: int | None = None,
     **named: Any,
 ) -> Findings:
@@ -78,7 +78,7 @@ def lint(
     if kinds is None and len(objects) > 1 and isinstance(objects[-1], Kinds):
         *objects_, kinds = objects
         objects = tuple(objects_)
-    left_out = {ignore} if isinstance(ignore, str) else set(ignore)
+    left_out = set(names_given(ignore, "ignore", "traps"))
     codes = [trap.code for trap in TRAPS]
     for code in sorted(left_out.difference(codes)):
         raise KindError(f"There is no trap {code!r}.", mend=f"one of: {', '.join(codes)}")

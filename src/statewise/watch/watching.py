@@ -88,7 +88,7 @@ def watch(
 def _names(expect: Any) -> tuple[str, ...] | None:
     if expect is None or isinstance(expect, str):
         return None if expect is None else (expect,)
-    names = tuple(expect) if isinstance(expect, Iterable) else (expect,)
+    names = tuple(expect) if isinstance(expect, Iterable) and not isinstance(expect, dict) else (expect,)
     if not all(isinstance(name, str) for name in names):
         raise KindError(
             f"expect={expect!r} does not name kinds.", mend="expect='params', or expect=('params', 'stats')"
