@@ -117,7 +117,7 @@ def test_a_step_on_a_state_of_all_says_how_it_is_mapped() -> None:
     forward = sw.step(lambda model, *, x: model.out.bias[...].sum() + x)
     with pytest.raises(sw.StructureError) as caught:
         forward.lower(PLAN.stacked(4).abstract())
-    assert "jax.jit(jax.vmap(<lambda>, in_axes=(axes,), out_axes=0)).lower(state)" in (caught.value.mend or "")
+    assert "jax.jit(jax.vmap(step, in_axes=(axes,), out_axes=0)).lower(state)" in (caught.value.mend or "")
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------

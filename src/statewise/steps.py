@@ -156,11 +156,12 @@ class Step:
 
     def _not_mapped(self, state: State, args: Any, call: str) -> StructureError:
         single, count = single_of(state._plan), state._plan.members
+        name = self._name if self._name.isidentifier() else "step"  # <lambda> is no code
         names = [self._arguments.name_of(place, single._objects) for place in range(len(args))]
         shapes = [jax.tree.leaves(jax.tree.map(jnp.shape, arg, is_leaf=is_array), is_leaf=_is_shape) for arg in args]
         axes = [str(0 if of and all(shape[:1] == (count,) for shape in of) else None) for of in shapes]
         gives = "(axes, 0)" if self._contract_of(single, self._name).returns_state else "0"
-        mapped = f"jax.vmap({self._name}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={gives})"
+        mapped = f"jax.vmap({name}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={gives})"
         return StructureError(
             f"{self._name} is a step of one model, and this state is of an ensemble of {count}.",
             mend="axes = state.plan.axes()\n"
