@@ -111,7 +111,7 @@ class Variants(Layout):
         made = type(self)(**self._parts | {"rows": tuple(rows), "derived": tuple(derived), "members": members})
         return cast(Plan, intern(made))
 
-    def stacked(self, count: int | Any, /, *, over: str | None = None, **axes: Any) -> Plan:
+    def stacked(self, count: int | Any, /, *, over: str | Any = None, **axes: Any) -> Plan:
         """Returns the plan of an ensemble: the same leaves, each with an axis for its members.
 
         It is a plan like others: its states are saved, restored, counted, placed and compared.  They are made by
