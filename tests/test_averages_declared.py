@@ -258,7 +258,7 @@ def test_slots_of_averages_are_refused() -> None:
     state = plan({"params": sw.EMA(0.9)}).take(model)
     with refused(
         sw.KindError,
-        "The averages 'ema' have no slots: they begin again as a whole, or with slots of what they are of.",
+        "The averages 'ema' have no slots: they begin again as a whole, or with what they are of.",
         kind="ema",
         mend="state.restart('ema')",
     ):

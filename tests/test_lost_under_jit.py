@@ -287,6 +287,27 @@ def test_a_function_that_does_not_write_under_a_jit_is_not_warned_of() -> None:
     assert sw.audit(step, state, X).warnings == ()
 
 
+def test_a_stream_that_is_forked_for_nobody_is_not_written() -> None:
+    """`nnx.RNN` makes a carry of zeros with a stream of its own, whose keys nobody uses; its count is written."""
+    model = nnx.RNN(nnx.LSTMCell(3, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(carry=1))
+    step = sw.step(lambda model, x: nnx.remat(run)(model, x), writes="rng")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(state_of(model), jnp.ones((2, 4, 3)))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "scan"])
+def test_what_is_lost_under_other_transforms_is_named_in_the_hint(transform: str) -> None:
+    def decode(model: Any, x: Any) -> Any:
+        if transform == "vmap":
+            return jax.vmap(run, in_axes=(None, 0))(model, x[None])
+        return jax.lax.scan(lambda model, x: (model, model(x)), model, x[None])[1]
+
+    with pytest.warns(sw.StatewiseWarning, match="declares that it writes cache") as caught:
+        sw.step(decode, writes="cache")(state_of(Cached()), X)
+    assert f"nnx.{transform}" in str(caught[0].message)
+
+
 def test_dropped_values_are_told_from_those_that_come_back() -> None:
     @jax.jit
     def body(count: Any, mean: Any, other: Any, x: Any) -> Any:

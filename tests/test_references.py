@@ -140,3 +140,38 @@ def test_what_is_sown_is_captured_where_hijax_is_the_default() -> None:
     with nnx.var_defaults(hijax=True):
         _, captured = sw.step(lambda model, x: model(x), capture="intermediates")(state, jnp.ones(2))
     assert captured["h"][0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("options", [{"hijax": True}, {"hijax": True, "ref": True}], ids=str)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_hijax_variable_among_the_arguments_is_refused_and_the_hint_helps(
+    options: dict[str, bool], deep: bool
+) -> None:
+    model = Model(hijax=False)
+    state = sw.plan(model).take(model)
+    v: Any = nnx.Variable(jnp.ones(()), **options)
+    v = {"one": [v]} if deep else v
+
+    def read(model: Any, v: Any) -> Any:
+        return jax.tree.leaves(v)[0] + 1
+
+    step = sw.step(read)
+    with pytest.raises(sw.StructureError, match="The argument v of read holds a hijax Variable") as caught:
+        step(state, v)
+    scope = {"nnx": nnx, "v": v}
+    exec(str(caught.value.mend), scope)
+    assert float(step(state, scope["v"])) == 2.0
+
+
+def test_a_reference_among_the_arguments_is_written_as_under_nnx_jit() -> None:
+    model = Model(hijax=False)
+    v = nnx.Variable(jnp.ones(()), ref=True)
+
+    def count(model: Any, v: Any) -> Any:
+        v[...] += 1
+        return v[...] * 10
+
+    step = sw.step(count)
+    state = sw.plan(model).take(model)
+    assert [float(step(state, v)) for _ in range(2)] == [20.0, 30.0]
+    assert float(v[...]) == 3.0

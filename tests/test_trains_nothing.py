@@ -336,3 +336,47 @@ def test_leaves_without_elements_are_no_reason() -> None:
 
     _, loss = sw.train_step(lambda m, x: (x**2).sum())(state_of(Empty()), X)
     assert float(loss) == 6.0
+
+
+def stored(m: Any, x: Any) -> Any:
+    cell = jax.new_ref(jnp.zeros(()))
+    cell[...] = m(x).mean()
+    return cell[...] ** 2
+
+
+def stored_in_a_loop(m: Any, x: Any) -> Any:
+    cell = jax.new_ref(jnp.zeros(()))
+
+    def body(_: Any, carry: Any) -> Any:
+        cell[...] += m(x).mean()
+        return carry
+
+    jax.lax.fori_loop(0, 3, body, 0)
+    return cell[...] ** 2
+
+
+def stored_by_another(m: Any, x: Any) -> Any:
+    cell = jax.new_ref(jnp.zeros(()))
+    jax.jit(lambda cell, value: cell.__setitem__(..., value))(cell, m(x).mean())
+    return cell[...] ** 2
+
+
+@pytest.mark.parametrize("loss", [stored, stored_in_a_loop, stored_by_another])
+def test_a_loss_that_goes_through_a_reference_trains(loss: Callable[..., Any]) -> None:
+    state, _ = sw.train_step(loss)(state_of(Net()), X)
+    model = Net()
+    gradient = nnx.grad(loss)(model, X)["linear"]["kernel"][...]
+    assert jnp.abs(gradient).max() > 0
+    np.testing.assert_allclose(
+        state["params"]["linear"]["kernel"], model.linear.kernel[...] - 0.1 * gradient, rtol=1e-6
+    )
+
+
+def test_a_reference_that_holds_something_else_is_no_way_to_the_loss() -> None:
+    def loss(m: Any, x: Any) -> Any:
+        cell = jax.new_ref(jnp.zeros(()))
+        cell[...] = x.mean()
+        return cell[...] + jax.lax.stop_gradient(m(x).mean())
+
+    with pytest.raises(sw.StructureError, match="trains nothing"):
+        sw.train_step(loss)(state_of(Net()), X)

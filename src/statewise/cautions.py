@@ -106,7 +106,8 @@ def cautions_of(plan: Plan, traced: Traced, contract: Contract, fn: Any, name: s
 
 _LOST = (
     "where it writes under a plain jax.jit or jax.checkpoint (of the model, in the step; or on a method of the model), "
-    "the write is lost:\nnnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint"
+    "the write is lost:\nnnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint\n"
+    "likewise where the model is given to jax.vmap, jax.lax.scan, jax.lax.cond ...: nnx.vmap, nnx.scan, nnx.cond ..."
 )
 
 

@@ -109,6 +109,7 @@ class _Walk:
                 elif any(flags):
                     through = self.through(eqn, flags)
                     touched.update(var for var, flag in zip(eqn.outvars, through, strict=True) if flag)
+                    touched.update(_through_references(eqn))
                 elif eqn.primitive.name in _SHAPED and _is_zero(zeros, eqn.invars[0]):
                     zeros.update(eqn.outvars)
             self.known[key] = tuple(_is_in(touched, var) for var in jaxpr.outvars)
@@ -173,6 +174,19 @@ class _Tangents(_Walk):
             return (False,) * len(eqn.outvars)
         found = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, flags)
         return tuple(flag and _is_inexact(var) for var, flag in zip(eqn.outvars, found, strict=True))
+
+
+def _through_references(eqn: Any) -> list[Any]:
+    """What else an equation may hand on where it is given a reference (`jax.new_ref`): it may be written to, and read.
+
+    Which of several is written, and what of it is read again, is not asked: all may be.
+    """
+    references = [var for var in eqn.invars if _is_reference(var)]
+    return [var for var in (*references, *eqn.outvars) if _is_inexact(var)] if references else []
+
+
+def _is_reference(var: Any) -> bool:
+    return not isinstance(var, _compat.Literal) and hasattr(var.aval, "inner_aval")
 
 
 def _is_inexact(var: Any) -> bool:

@@ -328,6 +328,8 @@ def _leaf_key(leaf: Any) -> Any:
         type_ = jax.typeof(leaf)
     except TypeError:
         return type(leaf)  # JAX says so too, when it is traced
+    if not hasattr(type_, "shape"):
+        return type_  # no array: a hijax Variable, which is refused
     return type_.shape, type_.dtype, getattr(type_, "weak_type", False)
 
 

@@ -123,6 +123,8 @@ def _through(eqn: Any, operands: _Tags, found: set[int], inside: bool) -> _Tags:
     body = body_of(eqn)
     if body is not None:
         return _in_body(eqn, body, operands, found, inside or name in _COPIES)
+    if name.startswith("random_"):
+        return none  # a key is drawn from: what comes of it is another key, not a new value of the stream
     # Element by element: the result has the shape that the leaf has.
     changed = name not in _MOVES
     tag = next((one for one in operands if one is not None), None)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from statewise import _compat
 from statewise.errors import StructureError
 from statewise.paths import Leaf, Path
 from statewise.scan import arrays_of, is_array, raw_value, row_of, spec_of
@@ -146,9 +147,17 @@ def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -
 
 
 def refuse_foreign(named: Iterator[tuple[str, Any]], step: str) -> None:
-    """Raises for arguments that hold NNX objects which JAX cannot take apart (`pytree=False`)."""
+    """Raises for arguments that hold NNX objects which JAX cannot take apart: of `pytree=False`, or hijax Variables."""
     for name, value in named:
         for leaf in jax.tree.leaves(value):
+            if _compat.reference(leaf).startswith("hijax"):
+                raise StructureError(
+                    f"The argument {name} of {step} holds a hijax Variable, and each version of Flax writes these "
+                    "otherwise.",
+                    mend=f"{name if name.isidentifier() else 'argument'} = "
+                    f"nnx.with_vars({name if name.isidentifier() else 'argument'}, hijax=False, ref=False)"
+                    "  # a copy, of plain Variables",
+                )
             if isinstance(leaf, nnx.Pytree):
                 raise StructureError(
                     f"The argument {name} of {step} holds a {type(leaf).__name__}, which is not a pytree: JAX cannot "

@@ -91,8 +91,7 @@ def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], w
         of = {one.kind for name in averages for one, _ in averages_in(state._plan, name)}
         given = f"{', '.join(map(repr, others))}, where=where{'' if key is None else ', key=key'}"
         raise KindError(
-            f"The averages {averages[0]!r} have no slots: they begin again as a whole, or with slots of what they are "
-            "of.",
+            f"The averages {averages[0]!r} have no slots: they begin again as a whole, or with what they are of.",
             kind=averages[0],
             mend=f"state.restart({given})  # averages follow what is restarted"
             if of.intersection(others)
