@@ -53,8 +53,8 @@ def spelled(filter: Any) -> tuple[Spelled, ...]:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> from statewise.spelled import spelled
-      >>> spelled(nnx.Param & sw.Path("head/**") & ~nnx.PathContains("bias"))
-      (Spelled(filter=Path('head/**'), negated=False), Spelled(filter=PathContains('bias', exact=True), negated=True))
+      >>> [one.negated for one in spelled(nnx.Param & sw.Path("head/**") & ~nnx.PathContains("bias"))]
+      [False, True]
     """
     return tuple(_spelled(normalise(filter), False))
 

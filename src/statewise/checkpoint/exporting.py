@@ -182,6 +182,7 @@ def destination(path: Any, to: str = "orbax") -> FilePath:
         arrays=to != "safetensors",
         example="sw.convert(src, 'run/converted')",
         store="convert to a local path, and copy what is there then",
+        taken="another path",
     )
 
 

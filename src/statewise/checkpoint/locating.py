@@ -118,7 +118,14 @@ def place_of(path: Any, example: str = "sw.restore('run/step_100', target)") -> 
     return _compat.epath(text)
 
 
-def new_place(path: Any, *, arrays: bool = True, example: str, store: str) -> FilePath:
+def new_place(
+    path: Any,
+    *,
+    arrays: bool = True,
+    example: str,
+    store: str,
+    taken: str = "another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
+) -> FilePath:
     """A local path to write to, where there is nothing yet.
 
     Args:
@@ -126,6 +133,7 @@ def new_place(path: Any, *, arrays: bool = True, example: str, store: str) -> Fi
       arrays: whether Orbax writes there, and not a file of another format.
       example: code for the hint where this is not a path.
       store: the hint for an object store.
+      taken: the hint where there is something already.
 
     Raises:
       SaveError: it is not a path, there is something already, or it cannot be written to.
@@ -152,7 +160,7 @@ def new_place(path: Any, *, arrays: bool = True, example: str, store: str) -> Fi
         raise SaveError(f"{text!r} cannot be a path: {why}.", mend=example)
     raise SaveError(
         f"There is something at {final} already, and nothing is written over.",
-        mend="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
+        mend=taken,
     )
 
 
