@@ -183,10 +183,10 @@ def test_the_other_hints_help_too() -> None:
     assert error.mend == (
         f"{HINT}  # in the nnx.vmap that stacks the layers: theirs is the first axis, and has no entry\n"
         "or, where nothing is stacked, an entry for each axis: out_sharding=('mlp', None)\n"
-        "or, where nothing else reaches the metadata (jax.vmap, graph=False): "
+        "or, where nothing else reaches the metadata (as under jax.vmap): "
         "leaf.set_metadata(out_sharding=(None, 'mlp'))\n"
         "or, where nothing is stacked, an entry for each axis: out_sharding=('embed', 'mlp', None)\n"
-        "or, where nothing else reaches the metadata (jax.vmap, graph=False): "
+        "or, where nothing else reaches the metadata (as under jax.vmap): "
         "leaf.set_metadata(out_sharding=(None, 'embed', 'mlp'))"
     )
     model = stacked(graph=False)

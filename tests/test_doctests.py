@@ -58,8 +58,10 @@ def source_examples() -> list[object]:
 def run_doctest(text: str, globs: dict[str, object], name: str, file: Path, line: int) -> None:
     runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
     report: list[str] = []
-    runner.run(PARSER.get_doctest(text, globs, name, str(file), line), out=report.append)
+    test = PARSER.get_doctest(text, globs, name, str(file), line)
+    runner.run(test, out=report.append, clear_globs=False)
     assert runner.failures == 0, "".join(report)
+    globs.update(test.globs)  # what a block defines, the blocks after it may use
 
 
 @pytest.mark.parametrize(("file", "name", "text", "line"), source_examples())
@@ -109,9 +111,10 @@ def test_markdown_blocks_share_one_namespace_and_fail_loudly(tmp_path: Path) -> 
     file = tmp_path / "page.md"
     file.write_text(
         "# Page\n```python\nx = 1\n```\n1. item\n   ```python\n   x += 1\n   ```\n"
-        "```bash\nfalse\n```\n```python no-run\nraise SystemExit\n```\n```python\n>>> x\n2\n```\n"
+        "```bash\nfalse\n```\n```python no-run\nraise SystemExit\n```\n```python\n>>> x\n2\n>>> y = x\n```\n"
     )
-    assert run_markdown(file, types.ModuleType("page")) == 3
+    assert run_markdown(file, page := types.ModuleType("page")) == 3
+    assert page.y == 2
     file.write_text(file.read_text().replace(">>> x\n2", ">>> x\n3"))
     with pytest.raises(AssertionError, match=r"line 16(.*\n)+.*Expected:\s+3\s+Got:\s+2"):
         run_markdown(file, types.ModuleType("page"))

@@ -75,7 +75,7 @@ def _check_rank(names: tuple[Any, ...], shape: tuple[int, ...]) -> None:
             mend="transform_metadata={nnx.PARTITION_NAME: None}"
             "  # in the nnx.vmap that stacks the layers: theirs is the first axis, and has no entry\n"
             f"or, where nothing is stacked, an entry for each axis: out_sharding={_filled(names, shape)!r}\n"
-            f"or, where nothing else reaches the metadata (jax.vmap, graph=False): "
+            f"or, where nothing else reaches the metadata (as under jax.vmap): "
             f"leaf.set_metadata(out_sharding={((None,) * (len(shape) - len(names)) + names)!r})",
         )
 

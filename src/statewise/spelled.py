@@ -53,7 +53,7 @@ def spelled(filter: Any) -> tuple[Spelled, ...]:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> from statewise.spelled import spelled
-      >>> [one.negated for one in spelled(nnx.Param & sw.Path("head/**") & ~nnx.PathContains("bias"))]
+      >>> [one.negated for one in spelled(nnx.Param & sw.Path("head/**") & ~sw.Path("head/bias"))]
       [False, True]
     """
     return tuple(_spelled(normalise(filter), False))

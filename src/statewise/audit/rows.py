@@ -283,8 +283,7 @@ class Audit(Shown):
         lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in found for row in rows]
         for one in self.warnings:
             fact = one.message.removeprefix(f"{self.step} ").rstrip(".")
-            paths = [(format_path(leaf.path), leaf.kind or "-") for leaf in one.leaves]
-            lines += [(*path, fact) for path in paths or [("-", one.kind or "-")]]
+            lines += _by_kind(one, fact)
         mend = self.left_behind_mend
         lines += [("", "", f"mend: {line}") for line in mend.splitlines()] if mend else []
         return Table("to look at", ("path", "kind", "fact"), tuple(lines)) if lines else None
@@ -323,3 +322,13 @@ _COUNTED = {
 }
 _ALWAYS = frozenset({"leaves", "read", "written", "crosses", "donated"})
 _TRAINING = frozenset({"differentiated", "zero_gradient"})
+
+
+def _by_kind(warning: StatewiseWarning, fact: str) -> list[tuple[str, str, str]]:
+    """Returns a line for each kind of what a call warns of: its first leaf, how many more, and what becomes of them."""
+    lines = []
+    for kind in dict.fromkeys(leaf.kind for leaf in warning.leaves):
+        first, *more = (leaf for leaf in warning.leaves if leaf.kind == kind)
+        path = format_path(first.path) + (f" and {len(more)} more" if more else "")
+        lines.append((path, kind or "-", first.note or fact))
+    return lines or [("-", warning.kind or "-", fact)]
