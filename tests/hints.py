@@ -213,7 +213,8 @@ def _walked(text: str, start: int, depth: int) -> Iterator[tuple[int, str, int]]
     while at < len(text):
         char = text[at]
         # An apostrophe within a word ("the model's") opens no string; nor does one that is never closed.
-        if char in "'\"" and not text[at - 1 : at].isalnum() and (end := text.find(char, at + 1)) > 0:
+        begins = not text[at - 1 : at].isalnum() or re.search(r"(?<![\w'])[fFrRbBuU]$", text[:at])
+        if char in "'\"" and begins and (end := text.find(char, at + 1)) > 0:
             at = end + 1
             continue
         yield at, char, depth

@@ -338,8 +338,9 @@ def test_a_cast_to_no_dtype() -> None:
 def test_a_kind_that_cannot_restart() -> None:
     model = nnx.Dict(c=nnx.Cache(jnp.ones(2)))
     kinds = sw.Kinds(cache=sw.Kind(nnx.Cache))
-    code = hint_of(sw.KindError, lambda: kinds.plan(model).take(model).restart("cache"))
-    fixed = sw.Kinds(**options(code)).plan(model)
+    plan = kinds.plan(model)
+    code = hint_of(sw.KindError, lambda: plan.take(model).restart("cache"))
+    fixed = sw.Kinds(**options(code, plan=plan)).plan(model)
     np.testing.assert_array_equal(fixed.take(model).restart("cache")["cache"]["c"], 0)
 
 

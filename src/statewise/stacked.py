@@ -340,7 +340,7 @@ def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[
             "Not every leaf has one slice for each layer.",
             leaves=list(dict.fromkeys(odd)),
             mend="stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
-            "or, of states: jax.vmap(lambda key: plan.take(...))(keys)\n"
+            "or jax.vmap(lambda key: plan.take(...))(keys)\n"
             "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)",
         )
     if not counts:

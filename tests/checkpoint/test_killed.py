@@ -182,7 +182,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_and_loses_nothing(tmp_path:
 def test_a_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     final = tmp_path / "file" / "step"
-    message = f"{final} could not be written: File exists. Nothing of it was left."
+    message = f"{final} could not be written: Not a directory. Nothing of it was left."
     with refused(sw.SaveError, message, mend=SAYS_WHERE):
         sw.save(final, state())
     with pytest.raises(sw.SaveError, match="cannot be used"):

@@ -178,7 +178,9 @@ def test_what_is_closed_saves_no_more_but_can_be_read(tmp_path: pathlib.Path) ->
     with sw.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, numbered(1))
     with refused(
-        sw.SaveError, f"Checkpoints({str(tmp_path)!r}) is closed.", mend="save within its `with`, or before close()"
+        sw.SaveError,
+        f"Checkpoints({str(tmp_path)!r}) is closed.",
+        mend="save inside the block of its with statement, or before checkpoints.close()",
     ):
         checkpoints.save(2, numbered(2))
     assert checkpoints.steps == (1,)

@@ -208,7 +208,8 @@ class Checkpoints:
         """
         if self._closed:
             raise SaveError(
-                f"Checkpoints({str(self._directory)!r}) is closed.", mend="save within its `with`, or before close()"
+                f"Checkpoints({str(self._directory)!r}) is closed.",
+                mend="save inside the block of its with statement, or before checkpoints.close()",
             )
         if not isinstance(force, (bool, np.bool_)):
             raise SaveError(f"force={force!r} is neither True nor False.", mend="another name, for an extra item")
