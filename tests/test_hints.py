@@ -13,7 +13,7 @@ from hints import NotCodeError, as_python, code_in, code_of, parses
 
 # A hint -> the code that it has.
 CODE = {
-    "a directory for each step: sw.save(f'run/{step}', state)": ("sw.save(f'run/{step}', state)",),
+    "a directory for each step: sw.save(f'run/{step}', state)": ["sw.save(f'run/{step}', state)"],
     "state = plan.take(model)": ["state = plan.take(model)"],
     "@sw.step(writes=('stats',))\nor, where the function only evaluates: model.eval() as its first line": [
         "@sw.step(writes=('stats',))",

@@ -340,7 +340,7 @@ def test_a_kind_that_cannot_restart() -> None:
     kinds = sw.Kinds(cache=sw.Kind(nnx.Cache))
     plan = kinds.plan(model)
     code = hint_of(sw.KindError, lambda: plan.take(model).restart("cache"))
-    fixed = sw.Kinds(**options(code, plan=plan)).plan(model)
+    fixed = run(code, plan=plan)["kinds"].plan(model)
     np.testing.assert_array_equal(fixed.take(model).restart("cache")["cache"]["c"], 0)
 
 

@@ -180,7 +180,7 @@ def test_what_is_closed_saves_no_more_but_can_be_read(tmp_path: pathlib.Path) ->
     with refused(
         sw.SaveError,
         f"Checkpoints({str(tmp_path)!r}) is closed.",
-        mend="save inside the block of its with statement, or before checkpoints.close()",
+        mend="save inside its with block, or before checkpoints.close()",
     ):
         checkpoints.save(2, numbered(2))
     assert checkpoints.steps == (1,)

@@ -209,7 +209,7 @@ class Checkpoints:
         if self._closed:
             raise SaveError(
                 f"Checkpoints({str(self._directory)!r}) is closed.",
-                mend="save inside the block of its with statement, or before checkpoints.close()",
+                mend="save inside its with block, or before checkpoints.close()",
             )
         if not isinstance(force, (bool, np.bool_)):
             raise SaveError(f"force={force!r} is neither True nor False.", mend="another name, for an extra item")
