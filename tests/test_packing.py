@@ -151,7 +151,7 @@ def test_a_packed_state_under_scan_and_vmap() -> None:
         ends.append(state)
     assert_same(*ends, 2e-5)
     packed = plan.take(model, pack=True)
-    axes = packed.plan.axes(cache=0)
+    axes = packed.plan.axes(cache=0, rng=None)
     many = jax.tree.map(jnp.copy, packed)
     look = sw.step(lambda model, x: model.wide.sum() + model.cache[0].sum() + x)
     index = packed.plan._index["cache"]

@@ -126,6 +126,7 @@ def test_gradients_feed_an_optimizer_of_the_same_filter() -> None:
     assert_same_flat(leaves_of(model), leaves_of(rival))
 
 
+@pytest.mark.filterwarnings("ignore:cross_entropy declares that it writes everything:statewise.StatewiseWarning")
 @pytest.mark.parametrize("name", ["batchnorm_dropout", "scanned", "tied", "own_type"])
 def test_inside_a_step(name: str) -> None:
     make, loss, batch, wrt = CASES[name]
