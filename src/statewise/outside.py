@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,6 +93,7 @@ def _identifier(expression: str, cls: type, taken: dict[str, str]) -> str:
     """A name for a parameter: the last name in an expression."""
     words: list[str] = re.findall(r"[A-Za-z_]\w*", expression)
     name = words[-1] if words else cls.__name__.lower()
+    name += "_" * keyword.iskeyword(name)
     free = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
     return next(one for one in free if one not in taken.values())
 

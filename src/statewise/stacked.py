@@ -20,10 +20,12 @@ from statewise import _compat
 from statewise.claims import claim
 from statewise.effects import Effects, effects_of
 from statewise.errors import StructureError
-from statewise.functions import check_function
+from statewise.functions import check_function, parameters_of
 from statewise.grafting import graft
 from statewise.kinds import Kind, Kinds
 from statewise.narrowing import check_given
+from statewise.outside import refuse_written_arguments
+from statewise.passed import Passed
 from statewise.paths import Leaf, Path, format_dtype, format_shape
 from statewise.rows import is_sown
 from statewise.scan import ONE, Scan, Spec, arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
@@ -226,6 +228,7 @@ class _Layer:
 def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]:
     """One layer's program; and x, which takes on the dtype that the layer gives where its own was but assumed."""
     name = getattr(fn, "__name__", type(fn).__name__)
+    _refuse_written_x(fn, stack, x, name)
     box: dict[str, Any] = {}
 
     def call(values: Sequence[Any], x: Any) -> list[Any]:
@@ -262,6 +265,26 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
     used = [number not in unwritten for number in range(outputs + len(slots))]
     slots = [slot if used[outputs + at] else dataclasses.replace(slot, after=None) for at, slot in enumerate(slots)]
     return _Layer(name, call, effects, used, box["out_tree"], after, slots), x
+
+
+def _refuse_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -> None:
+    """Raises where a layer writes to NNX objects in `x` and does not hand them on: what it writes would be lost."""
+    if not Passed((x,), {}).objects:
+        return
+    box: dict[str, Passed] = {}
+
+    def call(values: Sequence[Any], x: Any) -> list[Any]:
+        (layer,) = rebuild(stack.found.graphdef, stack.values(values), several=False)
+        passed = box["passed"] = Passed((x,), {})
+        return passed.after(fn(layer, x))
+
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(call)(stack.one(), x)
+    passed, before = box["passed"], sum(map(len, stack.arrays))
+    effects = effects_of(closed, [(at, before + number) for at, (_, number) in enumerate(passed.asked)])
+    names = [one.name for one in parameters_of(fn) or ()]
+    shown = names[1] if len(names) > 1 else "x"
+    refuse_written_arguments(passed.told(effects.written), fn, 1, lambda place: shown, name, False)
 
 
 def _after(before: Scan, after: Scan, structures: Sequence[Any]) -> _After:
