@@ -96,6 +96,7 @@ class StatewiseWarning(UserWarning):
       ...     model.hits[...] += 1
       >>> step = sw.step(lambda model: jax.jit(count)(model), writes="variables")
       >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
       ...     _ = step(sw.plan(model).take(model))
       >>> print(caught[0].message.message, caught[0].message.kind)
       <lambda> declares that it writes variables, and writes nothing of it. variables
