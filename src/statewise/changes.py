@@ -15,11 +15,10 @@ from flax import nnx
 
 from statewise import _compat
 from statewise.capture import Capture
-from statewise.claims import claimants
+from statewise.claims import claimants, free_name
 from statewise.errors import StructureError
 from statewise.filters import Exactly, as_code
 from statewise.grafting import at
-from statewise.kinds import Kinds
 from statewise.paths import Leaf, Path, format_type
 from statewise.plan import Plan
 from statewise.rows import Row
@@ -119,7 +118,7 @@ def _captured(plan: Plan, leaf: Leaf) -> str:
         return f"capture={only!r}  # in the step's decorator: what is sown or assigned comes back beside the output"
     sown = issubclass(leaf.type, nnx.Intermediate)
     of = nnx.Intermediate if sown else leaf.type
-    name, type_ = _free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)
+    name, type_ = free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)
     if only is None or plan.kinds[only].rest:
         line = f"kinds = kinds | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
     elif all(issubclass(row.type, of) for row in plan._rows if row.kind == only):
@@ -128,9 +127,3 @@ def _captured(plan: Plan, leaf: Leaf) -> str:
         rest = f"dataclasses.replace(kinds[{only!r}], of=nnx.All(kinds[{only!r}].of, nnx.Not({type_})))"
         line = f"kinds = kinds.replace({only}={rest}) | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
     return f"{line}\ncapture={name!r}  # in the step's decorator"
-
-
-def _free_name(kinds: Kinds, name: str) -> str:
-    return next(
-        free for free in (name, *(f"{name}_{number}" for number in range(2, len(kinds) + 3))) if free not in kinds
-    )

@@ -15,7 +15,7 @@ from statewise.paths import Leaf, Path, format_path, format_type
 from statewise.scan import Scan, row_of
 from statewise.spelled import Reading, check_claimed, spelled
 
-__all__ = ["claim", "claimants"]
+__all__ = ["claim", "claimants", "free_name"]
 
 Claimants = Callable[[Any, Any], tuple[str, ...]]
 
@@ -131,13 +131,13 @@ def _mend_unclaimed(kinds: Kinds, types: Sequence[type]) -> str:
     """One kind for each type that is left over, or the rest kind for all of them."""
     lines = []
     for cls in dict.fromkeys(types):
-        name = _free_name(kinds, format_type(cls).strip("_").lower() + "_kind")
+        name = free_name(kinds, format_type(cls).strip("_").lower() + "_kind")
         lines.append(f"kinds = kinds | sw.Kinds({name}=sw.Kind({as_code(Exactly(cls))}))")
-    lines.append(f"or, for all of them at once: kinds = kinds | sw.Kinds({_free_name(kinds, 'rest')}=sw.Kind(...))")
+    lines.append(f"or, for all of them at once: kinds = kinds | sw.Kinds({free_name(kinds, 'rest')}=sw.Kind(...))")
     return "\n".join(lines)
 
 
-def _free_name(kinds: Kinds, name: str) -> str:
+def free_name(kinds: Kinds, name: str) -> str:
     """A name that no kind has: a mend must not push out what is declared."""
     taken = [name, *(f"{name}_{number}" for number in range(2, len(kinds) + 2))]
     return next(free for free in taken if free not in kinds)
