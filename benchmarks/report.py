@@ -116,16 +116,16 @@ def cells(table: Result) -> tuple[list[str], list[list[str]], list[str]]:
     shown = [row for row in rows if "skipped" not in row]
     columns = _columns(shown)
     lines = [[row["label"], *(render(row) for _, render in columns)] for row in shown]
-    left_out = [f"{row['label']}: {row['skipped']}" for row in rows if "skipped" in row]
-    return [f"for one {table['per']}", *(name for name, _ in columns)], lines, left_out
+    not_saved = [f"{row['label']}: {row['skipped']}" for row in rows if "skipped" in row]
+    return [f"for one {table['per']}", *(name for name, _ in columns)], lines, not_saved
 
 
 def markdown(table: Result) -> str:
     """A table in Markdown."""
-    header, lines, left_out = cells(table)
+    header, lines, not_saved = cells(table)
     text = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
     text += [f"| {' | '.join(line)} |" for line in lines]
-    text += [f"\nLeft out: {'; '.join(left_out)}."] * bool(left_out)
+    text += [f"\nLeft out: {'; '.join(not_saved)}."] * bool(not_saved)
     return "\n".join(text)
 
 
@@ -133,13 +133,13 @@ def show(result: Result) -> str:
     """A result for the terminal."""
     text = []
     for table in result["tables"]:
-        header, lines, left_out = cells(table)
+        header, lines, not_saved = cells(table)
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
         text.append(f"  {table['title']}")
         for line in (header, *lines):
             first, *others = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
             text.append("    " + "  ".join((first, *others)).rstrip())
-        text += [f"    left out: {reason}" for reason in left_out]
+        text += [f"    left out: {reason}" for reason in not_saved]
     return "\n".join(text)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 import statewise as sw
-from statewise.scan import raw_value
+from statewise._src.common.nnx_graph import raw_value
 from strategies import Node, leaves_of, models
 
 

@@ -24,8 +24,8 @@ import pytest
 from hypothesis import settings
 
 from hints import check_hints_of
+from statewise._src.inspect.lint.finding import Finding
 from statewise.errors import StatewiseError, StatewiseWarning
-from statewise.lint.finding import Finding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

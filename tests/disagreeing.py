@@ -13,7 +13,7 @@ import pytest
 import statewise as sw
 from checkpoint_models import contents
 from refusals import refused
-from statewise.checkpoint import reading
+from statewise._src.checkpoint.format import load as reading
 from strategies import Node
 
 CAST = "sw.restore(path, target, cast=True)"
@@ -53,20 +53,20 @@ def nothing_read() -> Iterator[None]:
 
 
 def check_refused(
-    path: pathlib.Path, saved: sw.State, target: sw.State, *lines: str, mend: str, **options: Any
-) -> sw.RestoreReport:
-    """A restore lists exactly these leaves and mends, a preview the same; the target stays as it is."""
+    path: pathlib.Path, saved: sw.State, target: sw.State, *lines: str, hint: str, **options: Any
+) -> sw.results.RestoreReport:
+    """A restore lists exactly these leaves and hints, a preview the same; the target stays as it is."""
     if not path.exists():
         sw.save(path, saved)
     before = contents(target)
     differ = "1 leaf differs" if len(lines) == 1 else f"{len(lines)} leaves differ"
     message = f"{path} does not fit the target: {differ}. Nothing was read or changed."
     with nothing_read():
-        with refused(sw.RestoreError, message, leaves=lines, mend=mend):
+        with refused(sw.RestoreError, message, leaves=lines, hint=hint):
             sw.restore(path, target, **options)
         report = sw.preview(path, target, **options)
     assert not report.ok
     assert [str(leaf) for leaf in report.problems] == list(lines)
-    assert "\n".join(report.mends) == mend
+    assert "\n".join(report.hints) == hint
     assert contents(target) == before
     return report

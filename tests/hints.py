@@ -49,7 +49,7 @@ def parses(hint: str | None) -> tuple[str, ...]:
 
 def code_of(thing: object, having: str = "") -> str:
     """The first fragment of the hint of an error, a warning or a finding, of those that hold the words `having`."""
-    found = [code for code in parses(getattr(thing, "mend")) if having in code]  # noqa: B009 (any of three classes)
+    found = [code for code in parses(getattr(thing, "hint")) if having in code]  # noqa: B009 (any of three classes)
     assert found, f"no code with {having!r} in: {thing}"
     return found[0]
 
@@ -61,8 +61,8 @@ def check_hints_of(made: type[Any]) -> None:
     @wraps(init)
     def checked(self: Any, *args: Any, **named: Any) -> None:
         init(self, *args, **named)
-        if self.mend:
-            code_in(self.mend)
+        if self.hint:
+            code_in(self.hint)
 
     made.__init__ = checked  # type: ignore[misc]  # a test room of its own: nothing else puts one in its place
 

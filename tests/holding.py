@@ -15,7 +15,7 @@ from flax import nnx
 
 import statewise as sw
 from comparing import data
-from statewise.scan import raw_value
+from statewise._src.common.nnx_graph import raw_value
 from strategies import Node
 
 
@@ -113,7 +113,7 @@ class Bits:
     def arrays(self) -> list[Any]:
         return [array for _, leaf in self.leaves() for array in jax.tree.leaves(raw_value(leaf))]
 
-    def now(self) -> Any:
+    def compare(self) -> Any:
         found = [
             (
                 tuple(path),

@@ -8,15 +8,15 @@ from typing import Any
 import statewise as sw
 
 
-def finds(code: str, message: str, leaves: Sequence[str], mend: str, *objects: Any, **options: Any) -> None:
-    """Asserts that this is the one finding: its fact, every leaf's line and the mend; and that it can be ignored."""
+def finds(code: str, message: str, leaves: Sequence[str], hint: str, *objects: Any, **options: Any) -> None:
+    """Asserts that this is the one finding: its fact, every leaf's line and the hint; and that it can be ignored."""
     ignore = options.pop("ignore", ())
     findings = sw.lint(*objects, **options, ignore=ignore)
     assert [found.code for found in findings] == [code]
     found = findings[0]
     assert found.message == message
     assert [str(leaf) for leaf in found.leaves] == list(leaves)
-    assert found.mend == mend
+    assert found.hint == hint
     assert str(found).startswith(f"{code}: {message}")
     assert "\n" not in str(found)
     assert sw.lint(*objects, **options, ignore=(code, *ignore)) == []

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.core.kinds import Kinds
 from statewise.errors import StatewiseError
-from statewise.kinds import Kinds
 
 STANDARD = Kinds.standard()
 

@@ -15,11 +15,11 @@ def refused(
     cls: type[sw.StatewiseError],
     message: str,
     *,
-    mend: str | None,
+    hint: str | None,
     leaves: Sequence[str] = (),
     kind: str | None = None,
 ) -> Iterator[pytest.ExceptionInfo[sw.StatewiseError]]:
-    """Asserts class, fact, every leaf's line (path, type, shape, dtype, kind, note), kind and mend, all exactly."""
+    """Asserts class, fact, every leaf's line (path, type, shape, dtype, kind, note), kind and hint, all exactly."""
     with pytest.raises(cls) as caught:
         yield caught
     error = caught.value
@@ -27,8 +27,8 @@ def refused(
     assert error.message == message
     assert [str(leaf) for leaf in error.leaves] == list(leaves)
     assert error.kind == kind
-    assert error.mend == mend
+    assert error.hint == hint
     shown = str(error)
     assert shown.startswith(message)
     assert all(line in shown for line in leaves[:50])
-    assert mend is None or mend.splitlines()[-1] in shown
+    assert hint is None or hint.splitlines()[-1] in shown

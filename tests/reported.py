@@ -53,7 +53,7 @@ def many(leaves: int) -> nnx.Module:
     return nnx.Dict(layers=nnx.List(layers))
 
 
-def hostile() -> sw.Report:
+def hostile() -> sw.results.Report:
     """A report in which every text that a user can choose is an attack."""
     cls = type(HOSTILE, (nnx.Variable,), {})
     model = nnx.Dict({HOSTILE: nnx.Dict({HOSTILE: cls(jnp.zeros(3))}), "var": nnx.BatchStat(jnp.zeros(4))})

@@ -15,7 +15,7 @@ from typing import Any
 import statewise as sw
 from damaging import state
 from refusals import refused
-from statewise.checkpoint.manifest import FORMAT, NAME
+from statewise._src.checkpoint.format.manifest import FORMAT, NAME
 
 LAYOUTS = ("named", "packed")
 AGAIN = "restore another checkpoint"
@@ -46,8 +46,8 @@ def rewritten(folder: Path, change: Callable[[Any], object]) -> None:
     (folder / NAME).write_bytes(signed(content))
 
 
-def damaged(folder: Path, what: str) -> Any:
-    return refused(sw.DamagedError, f"{folder / NAME} is damaged: {what}.", mend=AGAIN)
+def corrupted(folder: Path, what: str) -> Any:
+    return refused(sw.CorruptedError, f"{folder / NAME} is corrupted: {what}.", hint=AGAIN)
 
 
 class little_memory:

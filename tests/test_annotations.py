@@ -73,7 +73,7 @@ def check_refused(attempt: Callable[[], Any], listed: list[str] = LISTED) -> sw.
     with pytest.raises(sw.PlacementError, match=r"cannot be placed on the mesh") as caught:
         attempt()
     assert [str(leaf) for leaf in caught.value.leaves] == listed
-    assert (caught.value.mend or "").startswith(HINT)
+    assert (caught.value.hint or "").startswith(HINT)
     assert caught.value.kind == "params"
     return caught.value
 
@@ -180,7 +180,7 @@ def test_a_stack_that_is_placed_so_trains_as_an_unplaced_one() -> None:
 
 def test_the_other_hints_help_too() -> None:
     error = check_refused(lambda: kinds_of().plan(stacked()).shardings(MESH))
-    assert error.mend == (
+    assert error.hint == (
         f"{HINT}  # in the nnx.vmap that stacks the layers: theirs is the first axis, and has no entry\n"
         "or, where nothing is stacked, an entry for each axis: out_sharding=('mlp', None)\n"
         "or, where nothing else reaches the metadata (as under jax.vmap): "
@@ -221,7 +221,7 @@ def test_a_layer_out_of_a_stack_has_an_entry_too_many() -> None:
         "up/kernel: Param(8, 16) float32  kind=params  "
         "(out_sharding=(None, 'embed', 'mlp') has 3 entries, the array 2 axes)",
     ]
-    assert "leaf.set_metadata(out_sharding=('mlp',))" in (caught.value.mend or "")
+    assert "leaf.set_metadata(out_sharding=('mlp',))" in (caught.value.hint or "")
     one.shift.set_metadata(out_sharding=(None,))
     one.up.bias.set_metadata(out_sharding=("mlp",))
     one.up.kernel.set_metadata(out_sharding=("embed", "mlp"))

@@ -83,7 +83,7 @@ ROOMS = (
     "transfer",
     "effects",
     "dependence",
-    "dropped",
+    "excluded",
     "varying",
     "capture",
     "changes",
@@ -121,8 +121,8 @@ ROOMS = (
 )
 
 # A method that is only the way on (`kinds.plan(model)`, `plan.take(model)`) imports the next room when it is called.
-# Its annotations name that room in full under TYPE_CHECKING (`import statewise.plan`; `-> statewise.plan.Plan`), which
-# the run-time type checker can follow.  No other import goes against the flow.
+# Its annotations name that room in full under TYPE_CHECKING (`import statewise._src.core.plan`; `->
+# statewise._src.core.plan.Plan`), which the run-time type checker can follow.  No other import goes against the flow.
 FORWARDS = {
     ("kinds", "plan"),
     ("members", "stacking"),

@@ -44,11 +44,11 @@ def planned(model: Any, **optimizers: Any) -> sw.Plan:
     return sw.plan(model, optimizers=optimizers or None)
 
 
-def where(rows: tuple[sw.LeafAudit, ...], flag: str | None = None) -> list[str]:
+def where(rows: tuple[sw.results.LeafAudit, ...], flag: str | None = None) -> list[str]:
     return [sw.format_path(row.path) for row in rows if flag is None or getattr(row, flag)]
 
 
-def audit_of(step: Any, *args: Any, **optimizers: Any) -> sw.Audit:
+def audit_of(step: Any, *args: Any, **optimizers: Any) -> sw.results.Audit:
     return sw.audit(step, planned(Net(nnx.Rngs(0)), **optimizers).abstract(), *args)
 
 
@@ -68,8 +68,14 @@ def test_a_train_step_is_told_leaf_by_leaf() -> None:
     assert where(audit["variables"], "written") == ["hits"]
     # The cache is overwritten whole: what was in it is not needed, yet its buffer is.
     (cache,) = audit["cache"]
-    assert (cache.read, cache.written, cache.crosses, cache.donated, cache.returned) == (False, True, True, True, True)
-    assert (cache.saved, cache.lost, cache.restarts) == (False, True, True)
+    assert (cache.read, cache.written, cache.passed_to_jit, cache.donated, cache.returned) == (
+        False,
+        True,
+        True,
+        True,
+        True,
+    )
+    assert (cache.saved, cache.written_but_not_saved, cache.restarts) == (False, True, True)
     assert all(row.updated and row.read and row.written for row in audit["optimizer"])
     assert (audit.trains, audit.error, audit.step) == (True, None, "loss_of")
 
@@ -166,7 +172,7 @@ def test_of_two_optimizers_the_one_that_does_not_run_is_not_read() -> None:
     mine = [row for row in audit["optimizer"] if row.path[1] == "lora"]
     others = [row for row in audit["optimizer"] if row.path[1] == "params"]
     assert all(row.updated and row.read for row in mine)
-    assert not any(row.read or row.written or row.crosses for row in others)
+    assert not any(row.read or row.written or row.passed_to_jit for row in others)
     assert where(audit.untrained) == []
 
 
@@ -189,7 +195,7 @@ def test_training_a_packed_state_writes_the_same_leaves() -> None:
     plan, step = planned(model, params=optax.adam(1e-3)), sw.train_step(loss_of, writes="cache")
     facts = ("read", "written", "updated", "differentiated", "zero_gradient", "undeclared", "lost")
 
-    def told(audit: sw.Audit) -> list[Any]:
+    def told(audit: sw.results.Audit) -> list[Any]:
         return [(row.path, *(getattr(row, fact) for fact in facts)) for row in audit.leaves]
 
     packed = sw.audit(step, plan.take(model, pack=True), X)
@@ -273,7 +279,7 @@ def test_a_step_wants_a_state() -> None:
     with refused(
         sw.StructureError,
         "loss_of is a step: its first argument is a state, not Net.",
-        mend="state = plan.take(model)\nloss_of(state, ...)",
+        hint="state = plan.take(model)\nloss_of(state, ...)",
     ):
         sw.audit(sw.step(loss_of), Net(nnx.Rngs(0)), X)
 
@@ -282,7 +288,7 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
     with refused(
         sw.StructureError,
         "The loss of <lambda> is no scalar: its shape is (4, 2).",
-        mend="return loss.mean()",
+        hint="return loss.mean()",
     ):
         audit_of(sw.train_step(lambda model, x: model.dense(x)), X, params=optax.sgd(0.1))
 
@@ -290,7 +296,7 @@ def test_a_loss_that_is_no_scalar_is_refused() -> None:
 def test_a_kind_that_is_not_there_is_refused() -> None:
     audit = audit_of(sw.step(lambda model, x: x), X)
     names = "params, lora, stats, cache, rng, intermediates, metrics, optimizer, variables"
-    with refused(sw.KindError, "There is no kind 'weights'.", kind="weights", mend=f"one of: {names}"):
+    with refused(sw.DeclarationError, "There is no kind 'weights'.", kind="weights", hint=f"one of: {names}"):
         audit["weights"]
     assert "params" in audit
     assert "weights" not in audit
@@ -330,7 +336,7 @@ def test_it_shows_itself() -> None:
         "last    cache      written, lost on save",
     ]
     assert lines[3].startswith("hits    variables  left behind by restart()")  # it counts beside a cache
-    assert all(line.strip().startswith("mend: ") for line in lines[4:])
+    assert all(line.strip().startswith("hint: ") for line in lines[4:])
     assert "<table>" in audit._repr_html_()
     assert repr(audit) == "Audit(step='loss_of', leaves=11)"
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import statewise as sw
-from statewise.dependence import reached, zero_gradients
+from statewise._src.step.dependence import reached, zero_gradients
 
 A, B, C = (jax.random.normal(jax.random.key(seed), (3,)) for seed in range(3))
 
@@ -223,13 +223,13 @@ class Net(nnx.Module):
         self.attend = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
         self.rnn = nnx.RNN(nnx.GRUCell(4, 3, rngs=rngs))
         self.embed = nnx.Embed(5, 4, rngs=rngs)
-        self.dropped = nnx.Linear(4, 4, rngs=rngs)
+        self.excluded = nnx.Linear(4, 4, rngs=rngs)
         self.gate = nnx.Param(jnp.ones(4))
 
     def __call__(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         h = self.norm(self.conv(x)) + self.embed(tokens)
         h = self.attend(h) * (self.gate[...] > 0)[None, None]
-        return self.rnn(h + jax.lax.stop_gradient(self.dropped(h)))
+        return self.rnn(h + jax.lax.stop_gradient(self.excluded(h)))
 
 
 def test_a_model_of_layers_has_the_zeros_of_nnx_grad() -> None:
@@ -244,5 +244,5 @@ def test_a_model_of_layers_has_the_zeros_of_nnx_grad() -> None:
     grads = dict(nnx.to_flat_state(nnx.jit(nnx.grad(loss_of))(model, x, tokens)))
     zero = {path for path, grad in grads.items() if not np.any(np.asarray(grad[...]))}
     assert {row.path for row in audit.untrained} == zero
-    assert {row.path[0] for row in audit.untrained} == {"dropped", "gate"}
+    assert {row.path[0] for row in audit.untrained} == {"excluded", "gate"}
     assert len(audit["params"]) == len(grads)

@@ -16,7 +16,7 @@ import statewise as sw
 X = jax.random.normal(jax.random.key(0), (2, 5, 4))
 
 
-def paths(rows: tuple[sw.LeafAudit, ...], flag: str) -> set[str]:
+def paths(rows: tuple[sw.results.LeafAudit, ...], flag: str) -> set[str]:
     return {sw.format_path(row.path) for row in rows if getattr(row, flag)}
 
 
@@ -24,7 +24,7 @@ def changed_by(step: Any, state: sw.State, *args: Any) -> set[str]:
     """The leaves that a real call changes in value."""
     with sw.watch(state) as seen:
         out = step(jax.tree.map(jnp.copy, state), *args)
-        seen.now(out[0])
+        seen.compare(out[0])
     return {sw.format_path(change.path) for changes in seen.changed.values() for change in changes}
 
 

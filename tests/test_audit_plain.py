@@ -56,12 +56,12 @@ def test_a_plain_function_takes_a_state_of_other_kinds_and_flags_as_they_are() -
 def test_a_model_or_a_method_of_one_is_not_taken_for_a_function_of_it() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     told = "brings its Linear along; what it does to an object is told of those that it is given."
-    with refused(sw.StructureError, f"model {told}", mend="sw.audit(lambda model, *args: model(*args), model, ...)"):
+    with refused(sw.StructureError, f"model {told}", hint="sw.audit(lambda model, *args: model(*args), model, ...)"):
         sw.audit(model, model, X)
     with refused(
         sw.StructureError,
         f"model.__call__ {told}",
-        mend="sw.audit(lambda model, *args: model.__call__(*args), model, ...)",
+        hint="sw.audit(lambda model, *args: model.__call__(*args), model, ...)",
     ):
         sw.audit(model.__call__, model, X)
 
@@ -70,7 +70,7 @@ def test_a_plain_function_with_an_object_among_its_arguments_is_refused() -> Non
     with refused(
         sw.StructureError,
         "nnx_train is given Optimizer as an argument; what it does to an object is told of those before them.",
-        mend="sw.audit(nnx_train, (model, optimizer), ...)",
+        hint="sw.audit(nnx_train, (model, optimizer), ...)",
     ):
         model = Net(nnx.Rngs(0))
         sw.audit(nnx_train, model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param), X)

@@ -1,4 +1,4 @@
-"""Averages: declared beside the optimizers, moved by every train step, used by `state.using`.
+"""Averages: declared beside the optimizers, moved by every train step, used by `state.with_averages`.
 
 What they should be is told by programs that we did not write (`optax.ema`, `optax.incremental_update`, `nnx.EMA`) and
 by a loop in NumPy.
@@ -106,7 +106,7 @@ def test_an_average_of_decay_0_is_the_parameters(seed: int, pack: bool, steps: i
     for number in range(steps):
         state, _ = train(state, batch(seed + number))
     for kind in ("params", "stats"):
-        for ours, theirs in zip(*map(jax.tree.leaves, (state.using("ema")[kind], state[kind])), strict=True):
+        for ours, theirs in zip(*map(jax.tree.leaves, (state.with_averages("ema")[kind], state[kind])), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -133,7 +133,7 @@ def test_a_plain_step_never_touches_averages() -> None:
     kept = state["ema"]
     after, _ = sw.step(writes=("params", "stats"))(_doubled)(state, batch(0))
     assert after["ema"] is kept
-    assert not np.array_equal(after["stats"]["norm"]["mean"], state.using("ema")["stats"]["norm"]["mean"])
+    assert not np.array_equal(after["stats"]["norm"]["mean"], state.with_averages("ema")["stats"]["norm"]["mean"])
 
 
 def _doubled(model: Net, x: jax.Array) -> jax.Array:
@@ -228,8 +228,8 @@ def test_averages_have_a_dtype_of_their_own(dtype: Any, given: Any, expected: An
     state, _ = sw.train_step(lambda model: jnp.abs(model["w"][...]).astype(jnp.float32).sum())(plan.take(model))
     assert state["ema"]["params"]["w"].dtype == expected
     np.testing.assert_array_equal(np.asarray(state["ema"]["params"]["w"], np.complex64), np.full(4, 0.875))
-    assert state.using("ema")["params"]["w"].dtype == dtype
-    assert state.using("ema").plan is plan
+    assert state.with_averages("ema")["params"]["w"].dtype == dtype
+    assert state.with_averages("ema").plan is plan
 
 
 def test_an_average_of_half_precision_parameters_moves() -> None:
@@ -248,7 +248,7 @@ def test_a_cast_of_the_parameters_leaves_the_averages() -> None:
     assert state["ema"]["params"]["last"]["bias"].dtype == jnp.float32
     half = state.cast(ema="bfloat16")
     assert half["ema"]["params"]["last"]["bias"].dtype == jnp.bfloat16
-    assert train(half, batch(0))[0].using("ema")["params"]["last"]["bias"].dtype == jnp.bfloat16
+    assert train(half, batch(0))[0].with_averages("ema")["params"]["last"]["bias"].dtype == jnp.bfloat16
 
 
 def test_a_packed_state_that_is_cast_is_averaged_on() -> None:
@@ -278,7 +278,7 @@ def test_a_variable_of_several_arrays_is_averaged_array_by_array() -> None:
     plan = sw.plan(model, optimizers={"params": optax.sgd(1.0)}, averages={"params": sw.EMA(0.5)})
     step = sw.train_step(lambda model: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(model["w"].get_value())))
     state, _ = step(plan.take(model))
-    used = state.using("ema")["params"]["w"]
+    used = state.with_averages("ema")["params"]["w"]
     np.testing.assert_array_equal(used["b"][0], np.full(3, 0.5))
     assert [sw.format_path(leaf.path) for leaf in plan["ema"]][-1] == "ema/params/w/b/1"
 

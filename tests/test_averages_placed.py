@@ -59,7 +59,7 @@ def test_averages_lie_as_what_they_are_of() -> None:
     for _ in range(2):
         split = jax.NamedSharding(DATA, jax.P("data"))
         assert state["ema"]["params"]["first"]["kernel"].sharding == split
-        assert state.using("ema")["params"]["first"]["kernel"].sharding == split
+        assert state.with_averages("ema")["params"]["first"]["kernel"].sharding == split
         assert state.restart("ema")["ema"]["params"]["first"]["kernel"].sharding == split
         state, _ = square(state, jnp.ones((8, 4)))
     assert plan.abstract(DATA)["ema"]["params"]["first"]["kernel"].sharding == split
@@ -75,7 +75,7 @@ def test_on_a_mesh_averages_are_those_of_one_device() -> None:
         one, _ = square(one, x)
         many, _ = square(many, x)
     assert_close(many["ema"], one["ema"])
-    assert_close(many.using("ema")["params"], one.using("ema")["params"])
+    assert_close(many.with_averages("ema")["params"], one.with_averages("ema")["params"])
 
 
 def test_averages_may_be_placed_otherwise() -> None:
@@ -85,7 +85,7 @@ def test_averages_may_be_placed_otherwise() -> None:
     state = plan.take(model, mesh=DATA)
     state, _ = square(state, jnp.ones((8, 4)))
     assert state["ema"]["params"]["first"]["kernel"].sharding.spec == jax.P(None, "data")
-    assert state.using("ema")["params"]["first"]["kernel"].sharding.spec == jax.P()
+    assert state.with_averages("ema")["params"]["first"]["kernel"].sharding.spec == jax.P()
 
 
 def test_a_leaf_called_as_its_kind_does_not_mislead_them() -> None:
@@ -137,7 +137,7 @@ def test_averages_of_what_lies_per_device_lie_per_device() -> None:
     var = state["ema"]["stats"]["norm"]["var"]
     assert var.shape == (4, 8)
     assert var.sharding == jax.NamedSharding(DATA, jax.P("data"))
-    assert_close(state.using("ema")["stats"], state["ema"]["stats"])
+    assert_close(state.with_averages("ema")["stats"], state["ema"]["stats"])
     made = plan.init(lambda: ResNet(nnx.Rngs(0), None), DATA)
     assert made["ema"]["stats"]["norm"]["var"].shape == (4, 8)
 
@@ -146,9 +146,14 @@ def test_a_fold_folds_averages_with_what_they_are_of() -> None:
     model, plan = resnet(EACH)
     state, _ = train(plan.take(model, mesh=DATA), *batch(0))
     mean = np.asarray(state["ema"]["stats"]["norm"]["mean"]).mean(0)
-    for folded in (state.fold("stats"), state.fold("ema"), state.fold("stats", "ema"), state.fold()):
+    for folded in (
+        state.reduce_devices("stats"),
+        state.reduce_devices("ema"),
+        state.reduce_devices("stats", "ema"),
+        state.reduce_devices(),
+    ):
         np.testing.assert_allclose(folded["ema"]["stats"]["norm"]["mean"], mean, rtol=1e-5, atol=1e-6)
-        assert folded.using("ema")["stats"]["norm"]["mean"].shape == (8,)
+        assert folded.with_averages("ema")["stats"]["norm"]["mean"].shape == (8,)
         assert folded.plan.kinds["stats"].placement == sw.Replicated()
     with refused(
         sw.StructureError,
@@ -160,7 +165,7 @@ def test_a_fold_folds_averages_with_what_they_are_of() -> None:
             for path in (f"{start}{norm}/{stat}" for norm in ("again", "norm") for stat in ("mean", "var"))
         ],
         kind="stats",
-        mend="one = state.fold('stats', 'ema', how='mean')  # or how='first'\none.plan.build(one)",
+        hint="one = state.reduce_devices('stats', 'ema', how='mean')  # or how='first'\none.plan.build(one)",
     ):
         plan.build(state)
 
@@ -171,13 +176,13 @@ def test_averages_of_what_lies_per_device_may_not_be_placed_otherwise() -> None:
         plan.shardings(DATA)
     assert {leaf.note for leaf in caught.value.leaves} == {"an average of what lies per device, placed otherwise"}
     assert {leaf.kind for leaf in caught.value.leaves} == {"ema"}
-    assert caught.value.mend == "ema=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
+    assert caught.value.hint == "ema=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
 
 
 def test_a_transfer_moves_averages_and_fills_parameters_with_them() -> None:
     model, plan = plain_plan(sharded())
     state, _ = square(plan.take(model, mesh=DATA), jnp.ones((8, 4)))
-    actor = sw.transfer(state.using("ema"), sw.Kinds(params=sw.Kind(nnx.Param)).plan(model), cast=jnp.bfloat16)
+    actor = sw.transfer(state.with_averages("ema"), sw.Kinds(params=sw.Kind(nnx.Param)).plan(model), cast=jnp.bfloat16)
     assert actor["params"]["first"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(actor["params"]["first"]["kernel"], np.float32), state["ema"]["params"]["first"]["kernel"], rtol=1e-2

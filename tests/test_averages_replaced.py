@@ -56,8 +56,8 @@ def same(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def with_ema(**treatment: Any) -> sw.Kinds:
-    return sw.Kinds.standard() | sw.Kinds(ema=sw.Kind(sw.EMA, **treatment))
+def with_ema(**handling: Any) -> sw.Kinds:
+    return sw.Kinds.standard() | sw.Kinds(ema=sw.Kind(sw.EMA, **handling))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_evaluation_by_the_averages_is_that_of_what_was_restored(pretrained: Any
     target = trained(planned(), steps=steps, pack=pack)
     before = jax.tree.map(jnp.copy, target["params"])
     state, report = sw.restore(path, target, only=("params", "stats"))
-    same(evaluate(state.using("ema"), X), evaluate(old, X))
+    same(evaluate(state.with_averages("ema"), X), evaluate(old, X))
     same(state["ema"]["params"], old["params"])
     assert state["ema"]["_counts"]["params"] == 0
     assert {(one.outcome, one.why) for one in report["ema"]} == {
@@ -98,19 +98,19 @@ def test_optimizer_state_is_kept_and_the_report_says_of_what_it_is(pretrained: A
     same(sw.transfer(trained(planned(), 7), target, kinds="params")["optimizer"], target["optimizer"])
 
 
-@pytest.mark.parametrize("treatment", [{"saved": False}, {"missing": "keep"}, {"missing": "restart"}])
+@pytest.mark.parametrize("handling", [{"saved": False}, {"missing": "keep"}, {"missing": "restart"}])
 def test_averages_that_the_checkpoint_lacks_follow_however_they_are_declared(
-    pretrained: Any, treatment: dict[str, Any]
+    pretrained: Any, handling: dict[str, Any]
 ) -> None:
     path, old = pretrained
-    state, report = sw.restore(path, trained(planned(kinds=with_ema(**treatment))))
+    state, report = sw.restore(path, trained(planned(kinds=with_ema(**handling))))
     same(state["ema"]["params"], old["params"])
     assert report.counts["ema"] == {"restarted": 5}
 
 
-@pytest.mark.parametrize("treatment", [{"saved": False}, {"missing": "keep"}, {}])
-def test_averages_of_what_keeps_its_values_are_kept(pretrained: Any, treatment: dict[str, Any]) -> None:
-    target = trained(planned(kinds=with_ema(**treatment)))
+@pytest.mark.parametrize("handling", [{"saved": False}, {"missing": "keep"}, {}])
+def test_averages_of_what_keeps_its_values_are_kept(pretrained: Any, handling: dict[str, Any]) -> None:
+    target = trained(planned(kinds=with_ema(**handling)))
     state, report = sw.restore(pretrained[0], target, only="stats")
     same(state["ema"], target["ema"])
     assert report.counts["ema"] == {"kept": 5}
@@ -223,9 +223,9 @@ def test_a_transfer_into_a_plan_begins_them_where_they_lie(devices: list[jax.Dev
     state = sw.transfer(sw.plan(model).take(model), plan, kinds="params", mesh=mesh)
     same(state["ema"]["params"], state["params"])
     assert state["ema"]["params"]["w"].sharding == plan.shardings(mesh)["ema"]["params"]["w"]
-    spent = plan.take(model)
-    jax.tree.map(lambda array: array.delete(), spent["ema"])
-    same(sw.transfer(state, spent, kinds="params")["ema"]["params"], state["params"])
+    donated = plan.take(model)
+    jax.tree.map(lambda array: array.delete(), donated["ema"])
+    same(sw.transfer(state, donated, kinds="params")["ema"]["params"], state["params"])
 
 
 def test_under_jit_a_transfer_begins_them_too() -> None:

@@ -254,7 +254,7 @@ def test_a_leaf_of_too_few_dimensions_is_named() -> None:
             "mean: BatchStat(3,) float32  kind=stats  (with another axis it has 2; axis 2 is not one of them)",
             "var: BatchStat(3,) float32  kind=stats  (with another axis it has 2; axis 2 is not one of them)",
         ],
-        mend="the first axis, which every array can have: plan.axes(params=0, stats=0)\n"
+        hint="the first axis, which every array can have: plan.axes(params=0, stats=0)\n"
         "or one for each: plan.axes(params=lambda path, shape: 1 if len(shape) > 1 else 0)",
     ):
         plan.axes(params=-3, stats=2)
@@ -265,7 +265,7 @@ def test_a_leaf_of_too_few_dimensions_is_named() -> None:
         "1 leaf has no such axis.",
         leaves=["count: Variable() int32  kind=variables  (with another axis it has 1; axis 1 is not one of them)"],
         kind="variables",
-        mend="the first axis, which every array can have: plan.axes(variables=0)\n"
+        hint="the first axis, which every array can have: plan.axes(variables=0)\n"
         "or one for each: plan.axes(variables=lambda path, shape: 1 if len(shape) > 1 else 0)",
     ):
         sw.plan(thing).axes(variables=1)
@@ -273,14 +273,14 @@ def test_a_leaf_of_too_few_dimensions_is_named() -> None:
 
 def test_a_function_that_gives_no_axis_is_refused() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The function of kind 'stats' gives something else than axes.",
         leaves=[
             "norm/mean: BatchStat(4,) float32  kind=stats  (given 'mean')",
             "norm/var: BatchStat(4,) float32  kind=stats  (given 'var')",
         ],
         kind="stats",
-        mend="plan.axes(stats=lambda path, shape: 0 if path[0] == 'head' else None)",
+        hint="plan.axes(stats=lambda path, shape: 0 if path[0] == 'head' else None)",
     ):
         PLAN.axes(stats=lambda path, shape: path[-1], rng=0)
 
@@ -293,7 +293,7 @@ def test_arrays_packed_together_have_one_axis() -> None:
         "Arrays that are packed into one buffer have one axis.",
         leaves=["3: Variable(2,) float32  kind=variables  (axis 0, packed with others of axis None)"],
         kind="variables",
-        mend="one axis for the whole kind, or take the state without pack=",
+        hint="one axis for the whole kind, or take the state without pack=",
     ):
         plan.axes(variables=lambda path, shape: 0 if path == (3,) else None)
 
@@ -312,13 +312,13 @@ def test_random_streams_have_to_be_told() -> None:
     ]
     message = "The model has random streams in rng, and plan.axes is not given what becomes of them."
     for given, said in (({}, ""), ({"params": 0, "stats": None}, "params=0, stats=None, ")):
-        mend = (
+        hint = (
             f"plan.axes({said}rng=0)  # each member draws noise of its own\n"
             f"or plan.axes({said}rng=None)  # the same noise in all of them"
         )
-        with refused(sw.KindError, message, leaves=streams, kind="rng", mend=mend):
+        with refused(sw.DeclarationError, message, leaves=streams, kind="rng", hint=hint):
             PLAN.axes(**given)
-        for line in mend.splitlines():
+        for line in hint.splitlines():
             axes = eval(line.removeprefix("or ").partition("#")[0], {"plan": PLAN})
             assert axes.plan is PLAN
 
@@ -327,7 +327,7 @@ def test_random_streams_have_to_be_told() -> None:
 def test_streams_are_found_in_whichever_kind(variable: nnx.Variable) -> None:
     kinds = sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))
     plan = kinds.plan(nnx.Dict(w=nnx.Param(jnp.ones(2)), key=variable))
-    with pytest.raises(sw.KindError, match="The model has random streams in rest") as caught:
+    with pytest.raises(sw.DeclarationError, match="The model has random streams in rest") as caught:
         plan.axes(params=0)
     assert [leaf.path for leaf in caught.value.leaves] == [("key",)]
     assert plan.axes(params=0, rest=None)["rest"]["key"] is None

@@ -48,7 +48,7 @@ def test_a_closed_over_object_that_is_written_is_named() -> None:
             sw.StructureError,
             "f writes to `metric`, a variable of its closure: a step writes only what it is given.",
             leaves=["metric/total: MetricState() float32  (written)"],
-            mend="plan = kinds.plan(m, metric, optimizers=optimizers)\nstate = plan.take(m, metric)\n"
+            hint="plan = kinds.plan(m, metric, optimizers=optimizers)\nstate = plan.take(m, metric)\n"
             "def f(m, metric, x): ...",
         ):
             make(written_by_closure(metric))(state_of(Net()), X)
@@ -77,7 +77,7 @@ def test_the_model_itself_written_by_closure_is_told_from_the_parameter() -> Non
     with pytest.raises(sw.StructureError) as caught:
         sw.train_step(lambda m, x: model(x).mean())(state_of(model), X)
     assert "writes to `model`, a variable of its closure" in caught.value.message
-    assert str(caught.value.mend).startswith("use `m`, which the step is given, in the place of `model`")
+    assert str(caught.value.hint).startswith("use `m`, which the step is given, in the place of `model`")
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap], ids=lambda one: one.__name__)
@@ -88,7 +88,7 @@ def test_the_planned_model_written_under_a_transform_by_closure(transform: Any) 
         "f writes to the model inside a function that JAX traces by itself (under jax.jit, jax.checkpoint, jax.grad, "
         "jax.vmap, jax.lax.scan ...), and that reaches the model by its closure.",
         leaves=["mean: BatchStat(3,) float32  (written)"],
-        mend="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., with it as an argument of the function",
+        hint="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., with it as an argument of the function",
     ):
 
         def f(m: Any, x: Any) -> Any:
@@ -126,7 +126,7 @@ def test_a_model_and_its_methods_are_no_steps() -> None:
         for fn in given_:
             with pytest.raises(sw.StructureError, match="which brings its own arrays along") as caught:
                 make(fn)
-            assert form in str(caught.value.mend)
+            assert form in str(caught.value.hint)
             with pytest.raises(sw.StructureError, match="which brings its own arrays along"):
                 make()(fn)
 
@@ -144,7 +144,7 @@ def test_a_method_is_written_with_its_name() -> None:
         sw.StructureError,
         "sw.step is given a method of a model, Coder, which brings its own arrays along; a step's function is given "
         "the planned objects.",
-        mend="@sw.step\ndef f(model, x):\n    return model.encode(x)",
+        hint="@sw.step\ndef f(model, x):\n    return model.encode(x)",
     ):
         sw.step(model.encode)
     assert sw.step(Coder.encode)(sw.plan(model).take(model), jnp.ones(2)).tolist() == [1.0, 1.0]

@@ -143,7 +143,7 @@ REPLACED = "assign values, not Variables: self.count[...] = self.count[...] + 1"
 
 
 @pytest.mark.parametrize(
-    ("make", "kinds", "leaf", "mend"),
+    ("make", "kinds", "leaf", "hint"),
     [
         (Small, KINDS, "kl_loss: Loss() float32  (made by the function)", CAPTURE),
         (
@@ -184,15 +184,15 @@ REPLACED = "assign values, not Variables: self.count[...] = self.count[...] + 1"
     ],
 )
 def test_uncaptured_the_hint_is_the_declaration_that_lets_it_through(
-    make: Any, kinds: sw.Kinds, leaf: str, mend: str
+    make: Any, kinds: sw.Kinds, leaf: str, hint: str
 ) -> None:
     model = make()
-    with refused(sw.StructureError, MESSAGE, leaves=[leaf], mend=mend) as caught:
+    with refused(sw.StructureError, MESSAGE, leaves=[leaf], hint=hint) as caught:
         sw.step(run)(kinds.plan(model).take(model))
-    assert caught.value.mend
-    parses(caught.value.mend)
+    assert caught.value.hint
+    parses(caught.value.hint)
     scope: dict[str, Any] = {"sw": sw, "nnx": nnx, "dataclasses": dataclasses, "kinds": kinds, "Loss": Loss}
-    for line in mend.splitlines():
+    for line in hint.splitlines():
         if not line.startswith("assign"):
             exec(line.removeprefix("or, "), scope)
     _, captured = sw.step(run, capture=scope["capture"])(scope["kinds"].plan(model).take(model))
@@ -210,7 +210,7 @@ def test_popped_by_the_function_it_needs_no_capture() -> None:
         sw.StructureError,
         "The function pops leaves of what is captured ('losses'); nnx.capture does not let them go.",
         kind="losses",
-        mend="take capture= out of the step's decorator: what a function pops itself needs none\n"
+        hint="take capture= out of the step's decorator: what a function pops itself needs none\n"
         "or, read the Variables instead: model.loss.get_value()",
     ):
         sw.train_step(loss, capture="losses")(state)
@@ -221,8 +221,8 @@ def test_popped_by_the_function_it_needs_no_capture() -> None:
     plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
     with pytest.raises(sw.StructureError, match=r"kl_loss: .*\(removed\)") as caught:
         sw.train_step(loss)(plan.take(model))
-    parses(caught.value.mend)
-    exec(caught.value.mend or "", {"nnx": nnx, "sw": sw, "Loss": Loss, "model": model})
+    parses(caught.value.hint)
+    exec(caught.value.hint or "", {"nnx": nnx, "sw": sw, "Loss": Loss, "model": model})
     plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
     assert float(sw.train_step(loss)(plan.take(model))[1]) == 2.0
 
@@ -236,7 +236,7 @@ def test_one_name_both_sown_and_assigned() -> None:
         sw.StructureError,
         "The function sows under a name that it also assigns a Variable to.",
         leaves=["x: Aux- -"],
-        mend="self.sow(nnx.Intermediate, 'another_name', value)",
+        hint="self.sow(nnx.Intermediate, 'another_name', value)",
     ):
         sw.step(both, capture="intermediates")(sw.plan(Small()).take(Small()))
 
@@ -254,7 +254,7 @@ def test_sown_onto_what_an_earlier_call_left() -> None:
     state = KINDS.plan(model).take(model)
     with pytest.raises(sw.StructureError, match="changes the shape or dtype of leaves") as caught:
         sw.step(run)(state)
-    assert (caught.value.mend or "").startswith("capture='losses'  # in the step's decorator, where it is sown\nor, ")
+    assert (caught.value.hint or "").startswith("capture='losses'  # in the step's decorator, where it is sown\nor, ")
     _, captured = sw.step(run, capture="losses")(state)
     assert float(captured["loss"][0]) == 2.0
 
@@ -265,8 +265,8 @@ def test_sown_onto_what_an_earlier_call_left() -> None:
 def refusal(fn: Any, model: Any, *args: Any, **options: Any) -> str:
     with pytest.raises(sw.UndeclaredWriteError) as caught:
         sw.step(fn, **options)(sw.plan(model).take(model), *args)
-    parses(caught.value.mend)
-    return caught.value.mend or ""
+    parses(caught.value.hint)
+    return caught.value.hint or ""
 
 
 def test_eval_is_offered_where_it_helps_and_nowhere_else() -> None:

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from rich.console import Console
 
 import strategies
-from statewise.census import census
-from statewise.errors import ContestedError, KindError, StructureError, UnclaimedError
-from statewise.filters import Path
-from statewise.kinds import Kind, Kinds
-from statewise.plan import plan
-from statewise.select import count
+from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import plan
+from statewise._src.filters.primitives import Path
+from statewise._src.inspect.census import census
+from statewise._src.inspect.select.select import count
+from statewise._src.plan.kind import Kind
+from statewise.errors import DeclarationError, OverlapError, StructureError, UnclaimedError
 
 
 class Buffer(nnx.Variable):
@@ -69,7 +70,7 @@ def test_counts_of_every_kind(model: Model) -> None:
     assert found["variables"].types == {"Buffer": 1, "Variable": 3, "Array": 1}
     assert found["variables"].dtypes == {"float32": 2, "several": 1, "-": 1, "bfloat16": 1}
     assert found["variables"].elements == 0 + 5 + 0 + 1 + 2
-    assert found["cache"].treatment == "not saved, restart=zeros_like"
+    assert found["cache"].handling == "not saved, restart=zeros_like"
     assert found.total.leaves == count(model) == 13
     assert found.total.bytes == sum(found[kind].bytes for kind in found)
 
@@ -117,13 +118,13 @@ def test_own_kinds(model: Model) -> None:
     kinds = Kinds(head=Kind(Path("head/**") | Path("embed/**"), frozen=True), rest=Kind(...), none=Kind("tag"))
     found = census(model, kinds)
     assert (found["head"].leaves, found["rest"].leaves, found["none"].leaves) == (1, 12, 0)
-    assert found["head"].treatment == "frozen"
+    assert found["head"].handling == "frozen"
     with pytest.raises(UnclaimedError) as unclaimed:
         census(model, Kinds(params=Kind(nnx.Param)))
     assert len(unclaimed.value.leaves) == 10
-    with pytest.raises(ContestedError):
+    with pytest.raises(OverlapError):
         census(model, Kinds(params=Kind(nnx.Param), all=Kind(nnx.Variable), rest=Kind(...)))
-    with pytest.raises(KindError, match="Param is no Kinds"):
+    with pytest.raises(DeclarationError, match="Param is no Kinds"):
         census(model, nnx.Param)
 
 
@@ -137,7 +138,7 @@ def test_a_plan_counts_its_optimizers_and_what_was_sown(model: Model) -> None:
     assert found["optimizer"].elements == 1 + 2 * found["params"].elements
     assert found["params"] == census(model)["params"]
     assert census(model)["intermediates"] == found["intermediates"]
-    with pytest.raises(KindError, match="its own kinds"):
+    with pytest.raises(DeclarationError, match="its own kinds"):
         census(planned, Kinds(rest=Kind(...)))
     assert census(planned, planned.kinds) == found
 
@@ -198,7 +199,7 @@ def test_access() -> None:
     assert "params" in found
     assert "param" not in found
     assert len(found) == 9
-    with pytest.raises(KindError, match="'param'"):
+    with pytest.raises(DeclarationError, match="'param'"):
         found["param"]
 
 

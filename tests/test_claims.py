@@ -1,4 +1,4 @@
-"""Each leaf in exactly one kind, or every problem at once, with a mend that runs."""
+"""Each leaf in exactly one kind, or every problem at once, with a hint that runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import given
 import statewise as sw
 from comparing import plannable
 from refusals import refused
-from statewise.claims import claimants
-from statewise.filters import predicate
+from statewise._src.filters.combinators import predicate
+from statewise._src.plan.match import claimants
 from strategies import Constrained, Node, OwnBatchStat, OwnStat, filters, leaves_of
 
 
@@ -23,12 +23,12 @@ class _Hidden(nnx.Variable):
     """A type whose name starts as no kind's may."""
 
 
-def mended(kinds: sw.Kinds, error: sw.StatewiseError) -> sw.Kinds:
-    """The declaration after the mend's code lines have run."""
-    assert error.mend
+def fixed(kinds: sw.Kinds, error: sw.StatewiseError) -> sw.Kinds:
+    """The declaration after the hint's code lines have run."""
+    assert error.hint
     space: dict[str, Any] = {"sw": sw, "nnx": nnx, "jax": jax, "dataclasses": dataclasses, "kinds": kinds}
     space |= {cls.__name__: cls for cls in (OwnStat, OwnBatchStat, Constrained, _Hidden)}
-    for line in error.mend.splitlines():
+    for line in error.hint.splitlines():
         if line.startswith("kinds = "):
             exec(line, space)
     return space["kinds"]
@@ -59,7 +59,7 @@ def test_the_standard_kinds_claim_each_leaf_once(model: Node) -> None:
     assert sum(len(plan[kind]) for kind in plan) == len(plan.leaves)
     # An Intermediate that is an attribute of a module was sown there: it is dropped, at whatever path it has.
     sown = {path for path, leaf in leaves_of(model) if isinstance(leaf, nnx.Intermediate) and is_attribute(path)}
-    assert {leaf.path for leaf in plan.dropped} == sown
+    assert {leaf.path for leaf in plan.excluded} == sown
     assert {leaf.path for leaf in plan.leaves} >= {path for path, _ in leaves_of(model)} - sown
     assert len(plan.leaves) + len(sown) >= len(leaves_of(model))
 
@@ -68,7 +68,7 @@ def test_the_standard_kinds_claim_each_leaf_once(model: Node) -> None:
 def test_any_declaration_claims_each_leaf_once_or_says_which_not(model: Node, one: Any, other: Any) -> None:
     try:
         kinds = sw.Kinds(one=sw.Kind(one, optional=True), other=sw.Kind(other, optional=True))
-    except sw.KindError:
+    except sw.DeclarationError:
         return  # an empty filter, or `...` twice
     matches = {name: predicate(kind.of) for name, kind in kinds.items()}
     ways = {path: ways_to(model, path) for path, _ in leaves_of(model)}  # a tied leaf is claimed by any of its paths
@@ -80,9 +80,9 @@ def test_any_declaration_claims_each_leaf_once_or_says_which_not(model: Node, on
     odd = {path for path, names in claims.items() if len(names) != 1}
     try:
         plan = kinds.plan(model)
-    except (sw.UnclaimedError, sw.ContestedError) as error:
+    except (sw.UnclaimedError, sw.OverlapError) as error:
         assert {leaf.path for leaf in error.leaves} == odd  # noqa: PT017 - which one is raised depends on the draw
-        assert isinstance(error, sw.ContestedError) == any(len(names) > 1 for names in claims.values())  # noqa: PT017
+        assert isinstance(error, sw.OverlapError) == any(len(names) > 1 for names in claims.values())  # noqa: PT017
         return
     assert not odd
     assert {leaf.path: [leaf.kind] for leaf in plan.leaves} == claims
@@ -94,7 +94,7 @@ def test_mends_of_unclaimed_leaves_run(model: Node) -> None:
     try:
         kinds.plan(model)
     except sw.UnclaimedError as error:
-        assert len(mended(kinds, error).plan(model).leaves) == len(leaves_of(model))  # noqa: PT017
+        assert len(fixed(kinds, error).plan(model).leaves) == len(leaves_of(model))  # noqa: PT017
 
 
 # --- no kind -----------------------------------------------------------------------------------------------------
@@ -119,14 +119,14 @@ def test_every_unclaimed_leaf_is_listed() -> None:
             "mean: OwnStat(3,) bfloat16",
             "raw: Array(0, 2) int32",
         ],
-        mend="kinds = kinds | sw.Kinds(hidden_kind=sw.Kind(sw.Exactly(_Hidden)))\n"
+        hint="kinds = kinds | sw.Kinds(hidden_kind=sw.Kind(sw.Exactly(_Hidden)))\n"
         "kinds = kinds | sw.Kinds(variable_kind=sw.Kind(sw.Exactly(nnx.Variable)))\n"
         "kinds = kinds | sw.Kinds(ownstat_kind=sw.Kind(sw.Exactly(OwnStat)))\n"
         "kinds = kinds | sw.Kinds(array_kind=sw.Kind(sw.Exactly(jax.Array)))\n"
         "or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))",
     ) as caught:
         kinds.plan(model)
-    plan = mended(kinds, caught.value).plan(model)
+    plan = fixed(kinds, caught.value).plan(model)
     assert [(leaf.kind, sw.format_path(leaf.path)) for leaf in plan.leaves] == [
         ("hidden_kind", "both"),
         ("variable_kind", "deep/key"),
@@ -142,17 +142,17 @@ def test_one_unclaimed_leaf_of_several_objects() -> None:
         sw.UnclaimedError,
         "1 leaf is claimed by no kind.",
         leaves=["1/a: Cache(1,) float32"],
-        mend="kinds = kinds | sw.Kinds(cache_kind=sw.Kind(sw.Exactly(nnx.Cache)))\n"
+        hint="kinds = kinds | sw.Kinds(cache_kind=sw.Kind(sw.Exactly(nnx.Cache)))\n"
         "or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))",
     ):
         sw.Kinds(params=sw.Kind(nnx.Param)).plan(Node(a=nnx.Param(jnp.ones(1))), Node(a=nnx.Cache(jnp.ones(1))))
 
 
-def test_a_mend_pushes_out_no_kind_of_the_declaration() -> None:
+def test_a_hint_pushes_out_no_kind_of_the_declaration() -> None:
     kinds = sw.Kinds(cache_kind=sw.Kind(nnx.Param), rest=sw.Kind("tag"))
     with pytest.raises(sw.UnclaimedError) as caught:
         kinds.plan(Node(a=nnx.Param(jnp.ones(1)), b=nnx.Cache(jnp.ones(1))))
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "kinds = kinds | sw.Kinds(cache_kind_2=sw.Kind(sw.Exactly(nnx.Cache)))\n"
         "or, for all of them at once: kinds = kinds | sw.Kinds(rest_2=sw.Kind(...))"
     )
@@ -166,7 +166,7 @@ def test_an_empty_declaration_claims_nothing() -> None:
 # --- several kinds -----------------------------------------------------------------------------------------------
 
 
-def test_every_contested_leaf_is_listed_and_the_mend_keeps_the_treatment() -> None:
+def test_every_contested_leaf_is_listed_and_the_hint_keeps_the_treatment() -> None:
     model = Node(
         kernel=nnx.Param(jnp.ones((2, 3))),
         lora=nnx.LoRAParam(jnp.ones((2, 1))),
@@ -181,18 +181,18 @@ def test_every_contested_leaf_is_listed_and_the_mend_keeps_the_treatment() -> No
         other=sw.Kind(OwnStat),
     )
     with refused(
-        sw.ContestedError,
+        sw.OverlapError,
         "2 leaves are claimed by more than one kind.  1 leaf is claimed by none: alone.",
         leaves=[
             "free: Constrained(1,) float32  (claimed by base and free)",
             "lora: LoRAParam(2, 1) float32  (claimed by base and lora)",
             "alone: Cache(4,) float32",
         ],
-        mend="kinds = kinds.replace(base=dataclasses.replace(kinds['base'], "
+        hint="kinds = kinds.replace(base=dataclasses.replace(kinds['base'], "
         "of=nnx.All(nnx.Param, nnx.Not(Constrained), nnx.Not(nnx.LoRAParam))))",
     ) as caught:
         kinds.plan(model)
-    after = mended(kinds, caught.value)
+    after = fixed(kinds, caught.value)
     assert after["base"].frozen
     plan = (after | sw.Kinds(rest=sw.Kind(...))).plan(model)
     assert {sw.format_path(leaf.path): leaf.kind for leaf in plan.leaves} == {
@@ -210,13 +210,13 @@ def test_the_wider_kind_gives_way_in_whatever_order(order: tuple[str, str]) -> N
     kinds = sw.Kinds(**{name: of[name] for name in order})
     model = Node(a=nnx.BatchStat(jnp.ones(1)), b=nnx.Param(jnp.ones(1)))
     with refused(
-        sw.ContestedError,
+        sw.OverlapError,
         "1 leaf is claimed by more than one kind.",
         leaves=[f"a: BatchStat(1,) float32  (claimed by {order[0]} and {order[1]})"],
-        mend="kinds = kinds.replace(general=sw.Kind(nnx.All(nnx.Variable, nnx.Not(nnx.BatchStat))))",
+        hint="kinds = kinds.replace(general=sw.Kind(nnx.All(nnx.Variable, nnx.Not(nnx.BatchStat))))",
     ) as caught:
         kinds.plan(model)
-    assert [leaf.kind for leaf in mended(kinds, caught.value).plan(model).leaves] == ["special", "general"]
+    assert [leaf.kind for leaf in fixed(kinds, caught.value).plan(model).leaves] == ["special", "general"]
 
 
 @pytest.mark.parametrize("order", [("reference", "params", "rng"), ("params", "rng", "reference")])
@@ -229,9 +229,9 @@ def test_types_give_way_to_a_kind_that_spells_a_path(order: tuple[str, ...]) -> 
     }
     kinds = sw.Kinds(**{name: of[name] for name in order})
     objects = {name: Node(w=nnx.Param(jnp.ones(1)), r=nnx.Rngs(0)) for name in ("policy", "reference")}
-    with pytest.raises(sw.ContestedError) as caught:
+    with pytest.raises(sw.OverlapError) as caught:
         kinds.plan(**objects)
-    plan = mended(kinds, caught.value).plan(**objects)
+    plan = fixed(kinds, caught.value).plan(**objects)
     assert {leaf.kind for leaf in plan.leaves if leaf.path[0] == "reference"} == {"reference"}
     assert {leaf.kind for leaf in plan.leaves if leaf.path[0] == "policy"} == {"params", "rng"}
 
@@ -239,13 +239,13 @@ def test_types_give_way_to_a_kind_that_spells_a_path(order: tuple[str, ...]) -> 
 def test_three_kinds_claim_one_leaf() -> None:
     kinds = sw.Kinds(all=sw.Kind(nnx.Variable), params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam, saved=False))
     model = Node(a=nnx.LoRAParam(jnp.ones(1)), b=nnx.Param(jnp.ones(1)), c=nnx.Cache(jnp.ones(1)))
-    with pytest.raises(sw.ContestedError) as caught:
+    with pytest.raises(sw.OverlapError) as caught:
         kinds.plan(model)
     assert [leaf.note for leaf in caught.value.leaves] == [
         "claimed by all and params and lora",
         "claimed by all and params",
     ]
-    assert [leaf.kind for leaf in mended(kinds, caught.value).plan(model).leaves] == ["lora", "params", "all"]
+    assert [leaf.kind for leaf in fixed(kinds, caught.value).plan(model).leaves] == ["lora", "params", "all"]
 
 
 def test_a_tied_leaf_claimed_by_each_of_its_paths() -> None:
@@ -253,14 +253,14 @@ def test_a_tied_leaf_claimed_by_each_of_its_paths() -> None:
     model = Node(embed=shared, head=shared, bias=nnx.Param(jnp.ones(3)))
     kinds = sw.Kinds(first=sw.Kind(sw.Path("embed")), second=sw.Kind(sw.Path("head")), rest=sw.Kind(...))
     with refused(
-        sw.ContestedError,
+        sw.OverlapError,
         "1 leaf is claimed by more than one kind.",
         leaves=["embed: Param(2, 3) float32  (claimed by first and second)"],
-        mend="kinds = kinds.replace(first=sw.Kind(nnx.All(sw.Path('embed'), nnx.Not(sw.Path('head')), "
+        hint="kinds = kinds.replace(first=sw.Kind(nnx.All(sw.Path('embed'), nnx.Not(sw.Path('head')), "
         "nnx.Not(sw.Path('embed'))), optional=True))",
     ) as caught:
         kinds.plan(model)
-    plan = mended(kinds, caught.value).plan(model)
+    plan = fixed(kinds, caught.value).plan(model)
     assert {sw.format_path(leaf.path): leaf.kind for leaf in plan.leaves} == {"embed": "second", "bias": "rest"}
 
 
@@ -268,7 +268,7 @@ def test_a_type_of_two_standard_kinds() -> None:
     class Both(nnx.BatchStat, nnx.Cache):
         pass
 
-    with pytest.raises(sw.ContestedError, match=r"a: Both\(1,\) float32  \(claimed by stats and cache\)"):
+    with pytest.raises(sw.OverlapError, match=r"a: Both\(1,\) float32  \(claimed by stats and cache\)"):
         sw.plan(Node(a=Both(jnp.ones(1))))
 
 
@@ -287,7 +287,7 @@ def test_a_filter_of_types_is_asked_once_for_each_type(monkeypatch: pytest.Monke
         original = predicate(filter)
         return matches
 
-    monkeypatch.setattr("statewise.claims.predicate", counting)
+    monkeypatch.setattr("statewise._src.plan.match.predicate", counting)
     types = (nnx.Param, nnx.BatchStat, nnx.Variable)
     value = jnp.ones(())
     model = nnx.List([types[number % 3](value) for number in range(10_000)])

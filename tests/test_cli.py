@@ -106,7 +106,7 @@ def test_census(run: Run, target: str) -> None:
         "bytes": 52,
         "dtypes": None,
         "types": None,
-        "treatment": "-",
+        "handling": "-",
     }
 
 
@@ -132,7 +132,7 @@ def test_plan(run: Run) -> None:
     status, out, _ = run("plan", "models_of_user:make_pair", "--json")
     data = json.loads(out)
     assert [leaf["path"] for leaf in data["leaves"]][-2:] == ["1/bias", "1/kernel"]
-    assert (data["total"]["leaves"], data["dropped"]) == (10, [])
+    assert (data["total"]["leaves"], data["excluded"]) == (10, [])
     assert run("plan", "models_of_user:planned")[0] == 0
 
 
@@ -149,10 +149,10 @@ def test_leaves_that_do_not_fit_are_findings(run: Run, command: str) -> None:
     assert (status, out) == (1, "")
     assert "4 leaves are claimed by no kind." in err
     assert "buffer: Buffer(2,) float32" in err
-    assert "mend: " in err
+    assert "hint: " in err
     status, out, _ = run(*target, "models_of_user:double_kinds", "--json")
     data = json.loads(out)
-    assert (status, data["error"], len(data["leaves"])) == (1, "ContestedError", 4)
+    assert (status, data["error"], len(data["leaves"])) == (1, "OverlapError", 4)
     assert data["leaves"][0]["note"]
 
 

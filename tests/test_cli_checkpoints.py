@@ -96,10 +96,10 @@ def test_damage_is_a_finding(run: Run) -> None:
     Path("broken.safetensors").write_bytes(b"x" * 20)
     status, out, err = run("inspect", "broken.safetensors")
     assert (status, out) == (1, "")
-    assert "is damaged, or no safetensors file" in err
+    assert "is corrupted, or no safetensors file" in err
     Path("first/statewise.json").write_text("{}")
     status, out, _ = run("inspect", "first", "--json")
-    assert (status, json.loads(out)["error"]) == (1, "DamagedError")
+    assert (status, json.loads(out)["error"]) == (1, "CorruptedError")
 
 
 # --- convert -------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_renames_and_casts(run: Run) -> None:
     assert run(*command)[0] == 1
     status, out, _ = run(*command, "--cast", "--json")
     data = json.loads(out)
-    assert (status, data["left_over"]) == (0, ["odd"])
+    assert (status, data["unexpected"]) == (0, ["odd"])
     assert {one["note"] for one in data["matched"]} == {"from float64 to float32"}
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_neither_equal_nor_different(run: Run) -> None:
     for argv in (["diff", "first", "second"], ["diff", "second", MAKE], ["diff", "first", "second", "--json"]):
         status, out, err = run(*argv)
         assert status == 2
-        assert "is damaged: _METADATA has 2 bytes" in (out or err)
+        assert "is corrupted: _METADATA has 2 bytes" in (out or err)
 
 
 # --- wrong usage ---------------------------------------------------------------------------------------------

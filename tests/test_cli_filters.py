@@ -6,11 +6,12 @@ import jax
 import pytest
 from flax import nnx
 
+from statewise._src.filters.combinators import describe
+from statewise._src.filters.primitives import Exactly
 from statewise.cli.expressions import parse_filter
 from statewise.cli.targets import UsageError
 from statewise.errors import FilterError
 from statewise.examples import multi_state
-from statewise.filters import Exactly, describe
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def loss(model: Model, x: jax.Array, y: jax.Array) -> jax.Array:
     return ((model(x) - y) ** 2).mean()
 
 
-def crossing(step: sw.Step, state: sw.State, *args: Any) -> tuple[set[str], set[str]]:
+def crossing(step: sw.results.Step, state: sw.State, *args: Any) -> tuple[set[str], set[str]]:
     """The leaves whose arrays go into the compiled function: those donated, and those only read."""
     plan, routes = state.plan, step._entry(state, args, {}).routes
     rows = [plan._row_of_array[kind] for kind in plan.kinds]
@@ -102,7 +102,7 @@ STATS = both("norm/mean", "norm/var")
 # --- an undeclared write ---------------------------------------------------------------------------------------------
 
 
-def test_an_undeclared_write_names_leaf_module_and_mend(state: sw.State) -> None:
+def test_an_undeclared_write_names_leaf_module_and_hint(state: sw.State) -> None:
     with pytest.raises(sw.UndeclaredWriteError) as caught:
         sw.step(forward)(state, X)
     assert str(caught.value) == "\n".join(
@@ -115,7 +115,7 @@ def test_an_undeclared_write_names_leaf_module_and_mend(state: sw.State) -> None
             "  layers/0/drop/rngs/count: RngCount() uint32  kind=rng  (written in Dropout layers/0/drop)",
             "  layers/1/drop/rngs/count: RngCount() uint32  kind=rng  (written in Dropout layers/1/drop)",
             "  calls: Count() int32  kind=counts  (written in Model)",
-            "  mend: @sw.step(writes=('stats', 'rng', 'counts'))",
+            "  hint: @sw.step(writes=('stats', 'rng', 'counts'))",
             "        or, where the function only evaluates: model.eval() as its first line,"
             " and @sw.step(writes=('counts',))",
         ]
@@ -125,19 +125,19 @@ def test_an_undeclared_write_names_leaf_module_and_mend(state: sw.State) -> None
     assert isinstance(caught.value, ValueError)
 
 
-def test_declared_kinds_stay_in_the_mend(state: sw.State) -> None:
+def test_declared_kinds_stay_in_the_hint(state: sw.State) -> None:
     step = sw.step(forward, writes=("counts", "stats"))
     with pytest.raises(sw.UndeclaredWriteError) as caught:
         step(state, X)
     assert caught.value.message == "forward writes rng, which it does not declare."
-    assert (caught.value.mend or "").startswith("@sw.step(writes=('stats', 'rng', 'counts'))")
+    assert (caught.value.hint or "").startswith("@sw.step(writes=('stats', 'rng', 'counts'))")
     # Nothing has happened: the state is whole, and is refused again.
     assert not any(array.is_deleted() for array in jax.tree.leaves(state))
     with pytest.raises(sw.UndeclaredWriteError):
         step(state, X)
 
 
-def test_the_mend_mends(state: sw.State, plan: sw.Plan, model: Model) -> None:
+def test_the_hint_hints(state: sw.State, plan: sw.Plan, model: Model) -> None:
     def evaluate(model: Model, x: jax.Array) -> jax.Array:
         model.eval()
         return model.layers[0](x)
@@ -163,23 +163,23 @@ def test_a_frozen_kind_is_never_written(state: sw.State) -> None:
             "unmask writes mask, cache, which it does not declare.",
             "  mask: Count(2,) float32  kind=mask  (written in Model; the kind is frozen)",
             "  hits: Cache(2,) float32  kind=cache  (written in Model)",
-            "  mend: @sw.step(writes=('cache',))",
+            "  hint: @sw.step(writes=('cache',))",
         ]
     )
-    with pytest.raises(sw.KindError) as refused:
+    with pytest.raises(sw.DeclarationError) as refused:
         sw.step(unmask, writes=("cache", "mask"))(state)
     assert str(refused.value) == "\n".join(
         [
             "unmask declares that it writes 'mask', which is frozen.",
-            "  mend: take 'mask' out of writes, or declare the kind with frozen=False",
+            "  hint: take 'mask' out of writes, or declare the kind with frozen=False",
         ]
     )
 
 
 def test_an_unknown_kind_in_writes(state: sw.State) -> None:
-    with pytest.raises(sw.KindError, match=re.escape("There is no kind 'stat'.")) as caught:
+    with pytest.raises(sw.DeclarationError, match=re.escape("There is no kind 'stat'.")) as caught:
         sw.step(forward, writes="stat")(state, X)
-    assert caught.value.mend == "one of: params, stats, rng, mask, counts, cache, optimizer"
+    assert caught.value.hint == "one of: params, stats, rng, mask, counts, cache, optimizer"
 
 
 def test_several_objects_are_told_apart() -> None:
@@ -213,7 +213,7 @@ def test_training_does_not_write_the_ephemeral_unless_named(state: sw.State) -> 
     with pytest.raises(sw.UndeclaredWriteError) as caught:
         sw.train_step(cached)(state, X, Y)
     assert [leaf.path for leaf in caught.value.leaves] == [("hits",)]
-    assert re.match(r"@sw\.train_step\(writes=\(.*'cache'", caught.value.mend or "")
+    assert re.match(r"@sw\.train_step\(writes=\(.*'cache'", caught.value.hint or "")
     after, _ = sw.train_step(cached, writes="cache")(state, X, Y)
     assert after["cache"]["hits"].tolist() == [1.0, 1.0]
     assert int(after["counts"]["calls"]) == 1  # what it may by default, it still may
@@ -243,7 +243,7 @@ def test_trained_kinds_are_written_by_their_optimizer_alone_unless_named(state: 
             "meddling writes params, which it does not declare.",
             "  layers/0/dense/bias: Param(2,) float32  kind=params"
             "  (written in Linear layers/0/dense; written by its optimizer alone)",
-            "  mend: where a layer normalises its own weights: @sw.train_step(writes=('params',))",
+            "  hint: where a layer normalises its own weights: @sw.train_step(writes=('params',))",
         ]
     )
     after, _ = sw.train_step(meddling, writes="params")(state, X, Y)
@@ -292,7 +292,7 @@ def test_what_is_overwritten_unread_is_donated(state: sw.State) -> None:
     assert crossing(step, state) == ({"hits"}, set())
     after, _ = step(state)
     assert after["cache"]["hits"].tolist() == [3.0, 3.0]
-    with pytest.raises(sw.StructureError, match="This state is spent: reset has donated its cache"):
+    with pytest.raises(sw.StructureError, match="This state was donated: reset has donated its cache"):
         step(state)
     assert after.part("params") is state.part("params")
 
@@ -308,7 +308,7 @@ def test_part_of_a_kind(state: sw.State) -> None:
     after, _ = step(state, X)
     assert after["stats"]["layers"][1]["norm"]["mean"] is kept
     assert repr(state) != repr(after)
-    assert "stats: 4 arrays (spent)" in repr(state)
+    assert "stats: 4 arrays (donated)" in repr(state)
 
 
 def test_what_training_takes_along(state: sw.State) -> None:

@@ -37,7 +37,9 @@ def fresh() -> sw.State:
     return PLAN.take(MODEL)
 
 
-def counted(decorator: Callable[..., Any], fn: Callable[..., Any], **options: Any) -> tuple[sw.Step, list[None]]:
+def counted(
+    decorator: Callable[..., Any], fn: Callable[..., Any], **options: Any
+) -> tuple[sw.results.Step, list[None]]:
     """A new step, and a list that grows by one with each trace of it."""
     traces: list[None] = []
 
@@ -191,7 +193,7 @@ def test_sharded_outputs() -> None:
     ],
 )
 def test_options_that_do_not_exist(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(sw.KindError) as caught:
+    with pytest.raises(sw.DeclarationError) as caught:
         sw.step(dense, **options)
     assert caught.value.message == text
 
@@ -298,7 +300,7 @@ def test_a_step_that_fails_midway_says_what_is_lost() -> None:
     with pytest.raises(Exception, match="the disk is full") as caught:  # each version of JAX has its own class
         jax.block_until_ready(step(state, X))
     assert "body had already taken the state's variables: this state is lost." in caught.value.__notes__
-    with pytest.raises(sw.StructureError, match="This state is spent"):
+    with pytest.raises(sw.StructureError, match="This state was donated"):
         step(state, X)
 
 

@@ -1,4 +1,4 @@
-"""Arrays that lie on different devices: JAX names an argument of ours, we name the user's, the leaf, and the mend."""
+"""Arrays that lie on different devices: JAX names an argument of ours, we name the user's, the leaf, and the hint."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_batch_on_another_mesh_is_named(compiled: bool) -> None:
         sw.PlacementError,
         "run got arrays that lie on different devices; the state lies on devices 0, 1, 2, 3, 4, 5, 6, 7. "
         "Of its arguments x on devices 0, 1, 2, 3.",
-        mend=SPLIT,
+        hint=SPLIT,
     ):
         run(state, on(FOUR, x))
     run(state, x)  # nothing has happened to it
@@ -53,7 +53,7 @@ def test_a_state_that_was_restored_onto_one_device_goes_to_the_batch_s_mesh() ->
         sw.PlacementError,
         "run got arrays that lie on different devices; the state lies on device 0. "
         "Of its arguments x on devices 0, 1, 2, 3, 4, 5, 6, 7.",
-        mend="state = jax.device_put(state, plan.shardings(mesh))  # or restored there: plan.abstract(mesh)",
+        hint="state = jax.device_put(state, plan.shardings(mesh))  # or restored there: plan.abstract(mesh)",
     ):
         run(state, on(EIGHT, jnp.ones((4, 3))))
     state, _ = run(jax.device_put(state, state.plan.shardings(EIGHT)), on(EIGHT, jnp.ones((4, 3))))
@@ -64,7 +64,7 @@ def test_an_argument_by_name_is_named_too() -> None:
         sw.PlacementError,
         "run got arrays that lie on different devices; the state lies on devices 0, 1, 2, 3. "
         "Of its arguments scale on devices 0, 1, 2, 3, 4, 5, 6, 7.",
-        mend=SPLIT,
+        hint=SPLIT,
     ):
         run(state_on(FOUR), jnp.ones((4, 3)), scale=on(EIGHT, jnp.ones(())))
 
@@ -80,7 +80,7 @@ def test_kinds_on_different_meshes_are_listed_leaf_by_leaf() -> None:
             f"var: BatchStat(3,) float32  kind=stats  {where}",
         ],
         kind="stats",
-        mend=ONE_MESH,
+        hint=ONE_MESH,
     ):
         run(mixed, jnp.ones((4, 3)))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from statewise.effects import effects_of, forwarded
+from statewise._src.step.effects import effects_of, forwarded
 
 X = jnp.arange(6.0).reshape(2, 3)
 MESH = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statewise.effects import effects_of, forwarded
+from statewise._src.step.effects import effects_of, forwarded
 
 Leaves = dict[str, jax.Array]
 Body = Callable[[Leaves], Leaves]

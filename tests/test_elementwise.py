@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from statewise.elementwise import PARAM, Elementwise, prove_elementwise
-from statewise.moments import Group
+from statewise._src.plan.elementwise import PARAM, Elementwise, prove_elementwise
+from statewise._src.plan.optimizer_state import Group
 
 
 class Net(nnx.Module):

@@ -15,7 +15,7 @@ from hypothesis import given
 import statewise as sw
 from comparing import data, leaves, plannable, same, zeros
 from refusals import refused
-from statewise.scan import raw_value
+from statewise._src.common.nnx_graph import raw_value
 from strategies import Node, OwnStat
 
 
@@ -50,7 +50,7 @@ def test_building_gives_the_model_that_was_taken(thing: Node) -> None:
     assert sw.plan(built) is plan
     planned = {leaf.path for leaf in plan.leaves}
     assert (
-        same({path: value for path, value in leaves(thing).items() if path in planned}, leaves(built)) or plan.dropped
+        same({path: value for path, value in leaves(thing).items() if path in planned}, leaves(built)) or plan.excluded
     )
     assert same(plan.take(built), state)
 
@@ -155,10 +155,10 @@ def test_without_copying_the_model_shares_until_a_step_donates() -> None:
     train = sw.train_step(lambda model: (model.a[...] * model.b[...]).sum())
     state, _ = train(state)
     assert array.is_deleted()
-    mend = "plan.put(state, model) gives it those of now; without copy=False a model stays whole"
+    hint = "plan.put(state, model) gives it those of now; without copy=False a model stays whole"
     message = "The model's arrays are gone: they were taken with copy=False, and a step has donated them."
     gone = ["a: Param(2,) float32  kind=params", "b: Param(2,) float32  kind=params"]
-    with refused(sw.StructureError, message, leaves=gone, mend=mend):
+    with refused(sw.StructureError, message, leaves=gone, hint=hint):
         plan.take(thing)
     plan.put(state, thing)
     assert np.array_equal(thing.a[...], [0.5, 0.5])

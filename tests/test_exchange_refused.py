@@ -14,7 +14,7 @@ from flax import nnx
 import statewise as sw
 from comparing import leaves, same
 from refusals import refused
-from statewise.scan import ModelError, raw_value
+from statewise._src.common.nnx_graph import ModelError, raw_value
 from strategies import Node, OwnStat
 
 REPLAN = "plan = kinds.plan(model)  # plan the model as it is now"
@@ -40,9 +40,9 @@ def model(fill: float = 1.0) -> Node:
 def check_untouched(plan: sw.Plan, state: sw.State, other: Any, *, cls: Any, message: str, leaves_: list[str]) -> None:
     """The same differences, whichever way; neither the model nor the state has changed."""
     before, kept = leaves(other), jax.tree.leaves(state)
-    with refused(cls, message, leaves=leaves_, mend=REPLAN):
+    with refused(cls, message, leaves=leaves_, hint=REPLAN):
         plan.take(other)
-    with refused(cls, message, leaves=leaves_, mend=REBUILD):
+    with refused(cls, message, leaves=leaves_, hint=REBUILD):
         plan.put(state, other)
     after = leaves(other)
     assert before.keys() == after.keys()
@@ -95,9 +95,9 @@ def test_another_number_of_objects(given: tuple[Any, ...]) -> None:
     plan = sw.plan(thing)
     if given:
         message = "The plan is of 1 object, but 2 are given."
-        with refused(sw.StructureError, message, mend="plan.take(node)"):
+        with refused(sw.StructureError, message, hint="plan.take(node)"):
             plan.take(*given)
-        with refused(sw.StructureError, message, mend="plan.put(state, node)"):
+        with refused(sw.StructureError, message, hint="plan.put(state, node)"):
             plan.put(plan.take(thing), *given)
     else:
         with pytest.raises(ModelError, match=r"^There is no object to look at\."):
@@ -120,7 +120,7 @@ def test_an_abstract_model_has_nothing_to_take() -> None:
         sw.StructureError,
         "The model is abstract: it has shapes but no values.",
         leaves=[str(leaf) for leaf in plan.leaves],
-        mend="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
+        hint="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
     ):
         plan.take(nnx.eval_shape(model))
 
@@ -131,7 +131,7 @@ def test_an_abstract_state_takes_no_model_s_values() -> None:
     with refused(
         sw.StructureError,
         "This state is abstract: putting it would cost the model its values.",
-        mend="plan.build(state) makes an abstract model",
+        hint="plan.build(state) makes an abstract model",
     ):
         plan.put(plan.abstract(), thing)
     assert same(thing, model())
@@ -139,7 +139,7 @@ def test_an_abstract_state_takes_no_model_s_values() -> None:
 
 
 def test_a_mesh_that_is_none() -> None:
-    with refused(sw.PlacementError, "A tuple is no mesh.", mend="mesh = jax.make_mesh((8,), ('data',))"):
+    with refused(sw.PlacementError, "A tuple is no mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
         sw.plan(model()).take(model(), mesh=(8, "data"))
 
 
@@ -170,7 +170,7 @@ def test_a_model_in_another_mode() -> None:
         "The model's static attributes have changed since it was planned:\n"
         "  drop/deterministic: False in the plan, True in the model\n"
         "  norm/use_running_average: False in the plan, True in the model",
-        mend=STATICS,
+        hint=STATICS,
     ):
         plan.take(thing)
     sw.plan(thing).take(thing)
@@ -191,7 +191,7 @@ def test_a_plain_attribute_that_changed(name: str, value: Any, shown: str) -> No
     with refused(
         sw.StructureError,
         f"The model's static attributes have changed since it was planned:\n  1/0/{name}: {shown}",
-        mend=STATICS,
+        hint=STATICS,
     ):
         sw.plan(Node(a=nnx.Param(jnp.ones(1))), [Modes()]).take(
             Node(a=nnx.Param(jnp.ones(1))), [Modes(**{name: value})]
@@ -227,9 +227,9 @@ def test_a_state_of_another_plan_lists_the_differences() -> None:
         "extra: Cache(1,) float32  kind=cache  (not in the plan)",
     ]
     message = "This state is of another plan: Plan(params=1, cache=1, variables=1), not Plan(params=1, variables=4)."
-    with refused(sw.StructureError, message, leaves=differences, mend="state.plan.put(state, model)"):
+    with refused(sw.StructureError, message, leaves=differences, hint="state.plan.put(state, model)"):
         plan.put(state, target)
-    with refused(sw.StructureError, message, leaves=differences, mend="state.plan.build(state)"):
+    with refused(sw.StructureError, message, leaves=differences, hint="state.plan.build(state)"):
         plan.build(state)
     assert same(target, model())
     assert same(theirs.build(state), other)
@@ -239,7 +239,7 @@ def test_a_state_of_another_plan_with_the_same_leaves() -> None:
     plan = sw.plan(model(), optimizers={"params": optax.sgd(0.1)})
     state = sw.plan(model()).take(model())
     message = "This state is of another plan: Plan(params=1, variables=4), not Plan(params=1, variables=4)."
-    with refused(sw.StructureError, message, mend="state.plan.build(state)"):
+    with refused(sw.StructureError, message, hint="state.plan.build(state)"):
         plan.build(state)
 
 
@@ -248,10 +248,10 @@ def test_no_state(given: Any) -> None:
     plan = sw.plan(model())
     name = type(given).__name__
     message = f"plan.put wants a state, not {name}."
-    with refused(sw.StructureError, message, mend="plan.put(state, model)"):
+    with refused(sw.StructureError, message, hint="plan.put(state, model)"):
         plan.put(given, model())
     message = f"plan.build wants a state, not {name}."
-    with refused(sw.StructureError, message, mend="model = plan.build(state)"):
+    with refused(sw.StructureError, message, hint="model = plan.build(state)"):
         plan.build(given)
 
 
@@ -274,14 +274,14 @@ def test_arrays_that_do_not_fit_the_plan() -> None:
         "two: Variable- -  kind=variables  (is (2,) float32)",
     ]
     message = "The state's arrays are not as its plan has them."
-    mend = (
+    hint = (
         "all of them as one ensemble: state = plan.stacked(2).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')"
     )
-    with refused(sw.StructureError, message, leaves=expected, mend=mend):
+    with refused(sw.StructureError, message, leaves=expected, hint=hint):
         plan.put(stacked, thing)
-    with refused(sw.StructureError, message, leaves=expected, mend=mend):
+    with refused(sw.StructureError, message, leaves=expected, hint=hint):
         plan.build(stacked)
     assert same(thing, model())
     with pytest.raises(sw.StructureError, match=r"kernel: .*\(is str\)"):
@@ -291,7 +291,7 @@ def test_arrays_that_do_not_fit_the_plan() -> None:
     plan.put(jax.tree.map(lambda array: array[0], stacked), thing)
 
 
-# --- spent states ------------------------------------------------------------------------------------------------
+# --- donated states ------------------------------------------------------------------------------------------------
 
 
 def spend_by_a_step(state: sw.State) -> str:
@@ -300,31 +300,31 @@ def spend_by_a_step(state: sw.State) -> str:
         model.kernel[...] *= 2
 
     double(state)
-    return "This state is spent: double has donated its params."
+    return "This state was donated: double has donated its params."
 
 
 def spend_by_the_user(state: sw.State) -> str:
     jax.jit(lambda state: jax.tree.map(lambda array: array + 1, state), donate_argnums=0)(state)
-    return "This state is spent: a step has donated its params, variables."
+    return "This state was donated: a step has donated its params, variables."
 
 
 def spend_a_copy_of_the_tree(state: sw.State) -> str:
     spend_by_a_step(jax.tree.map(lambda array: array, state))
-    return "This state is spent: a step has donated its params."
+    return "This state was donated: a step has donated its params."
 
 
-@pytest.mark.parametrize("spend", [spend_by_a_step, spend_by_the_user, spend_a_copy_of_the_tree])
-def test_a_spent_state(spend: Any) -> None:
+@pytest.mark.parametrize("donate", [spend_by_a_step, spend_by_the_user, spend_a_copy_of_the_tree])
+def test_a_spent_state(donate: Any) -> None:
     thing = model()
     plan = sw.plan(thing)
     state = plan.take(thing)
-    message = spend(state)
+    message = donate(state)
     for attempt in (
         lambda: plan.put(state, thing),
         lambda: plan.put(state, thing, copy=False),
         lambda: plan.build(state),
         lambda: plan.build(state, copy=False),
     ):
-        with refused(sw.StructureError, message, kind="params", mend=SPENT):
+        with refused(sw.StructureError, message, kind="params", hint=SPENT):
             attempt()
     assert same(thing, model())

@@ -87,7 +87,7 @@ def test_whatever_places_keeps_and_moves_arrays_works(placement: Any, tmp_path: 
     assert same(sw.transfer(state, plan.take(model), kinds="params"), state)
     plan.put(state, model)
     assert same(plan.take(model, mesh=mesh), state)
-    assert same(state.using("ema")["params"], state["params"])
+    assert same(state.with_averages("ema")["params"], state["params"])
     assert state.cast(params="bfloat16")["params"]["up"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -154,12 +154,12 @@ def test_where_jax_cannot_tell_how_a_result_is_split_the_axes_are_named(door: st
         DOORS[door](state, mesh)
     assert STEP in caught.value.message
     assert type(caught.value.__cause__).__name__ == "ShardingTypeError"
-    lines = (caught.value.mend or "").splitlines()
+    lines = (caught.value.hint or "").splitlines()
     assert lines == [
         f"mesh = jax.make_mesh((4, 2), ('data', 'model'), {HINT}",
         "or, where JAX asks: jnp.dot(x, w, out_sharding=jax.P(...)), jax.reshard(x, jax.P(...))",
     ]
-    # Nothing is spent, and what the hint says works.
+    # Nothing was donated, and what the hint says works.
     for array, before in zip(jax.tree.leaves(state), kept, strict=True):
         assert np.array_equal(number(array), before)
     names: dict[str, Any] = {"jax": jax}

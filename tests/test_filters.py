@@ -20,7 +20,8 @@ from flax import nnx
 import statewise as sw
 from hints import parses
 from ids import named
-from statewise.filters import as_code, describe, explain_leaf, normalise, predicate, type_key, type_only
+from statewise._src.filters.combinators import describe, normalise, predicate
+from statewise._src.filters.explain import as_code, explain_leaf, type_key, type_only
 from strategies import Constrained, Node, OwnStat, is_matrix, leaves_of
 
 

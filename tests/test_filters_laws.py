@@ -11,7 +11,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statewise.filters import describe, explain_leaf, normalise, predicate, type_key, type_only
+from statewise._src.filters.combinators import describe, normalise, predicate
+from statewise._src.filters.explain import explain_leaf, type_key, type_only
 from strategies import filters, leaves_of, models, our_filters
 
 FEW = settings(max_examples=100)

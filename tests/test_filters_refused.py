@@ -12,7 +12,8 @@ from flax import nnx
 
 import statewise as sw
 from ids import named
-from statewise.filters import as_code, describe, explain_leaf, normalise, predicate, type_only
+from statewise._src.filters.combinators import describe, normalise, predicate
+from statewise._src.filters.explain import as_code, explain_leaf, type_only
 from strategies import Node
 
 
@@ -29,7 +30,7 @@ HERE = __name__
 
 
 @pytest.mark.parametrize(
-    ("filter", "message", "mend"),
+    ("filter", "message", "hint"),
     [
         (3, "3 is no filter.", GENERIC),
         (2.5, "2.5 is no filter.", GENERIC),
@@ -56,12 +57,12 @@ HERE = __name__
     ],
     ids=named,
 )
-def test_no_filter(filter: Any, message: str, mend: str) -> None:
+def test_no_filter(filter: Any, message: str, hint: str) -> None:
     for ask in (normalise, predicate, describe, as_code, type_only, lambda f: explain_leaf(f, (), None)):
         with pytest.raises(sw.FilterError) as caught:
             ask(filter)
         assert caught.value.message.endswith(message)
-        assert caught.value.mend == mend
+        assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize("bad", [3, jnp.ones(3), np.ones(3), nnx.Param(jnp.ones(2)), {nnx.Param}], ids=named)
@@ -73,7 +74,7 @@ def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message", "mend"),
+    ("make", "message", "hint"),
     [
         (lambda: sw.Exactly(), "Exactly() names no type.", "sw.Exactly(nnx.Variable)"),
         (lambda: sw.Exactly(3), "Exactly takes types, not 3.", "sw.Exactly(nnx.Variable, nnx.Param)"),
@@ -113,11 +114,11 @@ def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
         ),
     ],
 )
-def test_not_made(make: Any, message: str, mend: str) -> None:
+def test_not_made(make: Any, message: str, hint: str) -> None:
     with pytest.raises(sw.FilterError) as caught:
         make()
     assert caught.value.message == message
-    assert caught.value.mend == mend
+    assert caught.value.hint == hint
 
 
 def divide(path: Any, leaf: Any) -> Any:
@@ -166,7 +167,7 @@ def test_fails_at_a_leaf(filter: Any, message: str | None, cause: type | None) -
         error = caught.value
         assert message is None or message in error.message
         assert str(error.leaves[0]) == "a: Param(2,) float32"
-        assert "lambda path, leaf: " in error.mend
+        assert "lambda path, leaf: " in error.hint
         assert type(error.__cause__) is (cause or type(None))
 
 

@@ -53,7 +53,7 @@ def different() -> sw.State:
 def test_the_mean_is_that_of_numpy_and_lies_on_every_device() -> None:
     state = different()
     held = np.asarray(state["stats"]["mean"])
-    one = state.fold("stats")
+    one = state.reduce_devices("stats")
     np.testing.assert_allclose(one["stats"]["mean"], held.mean(axis=0))
     assert one["stats"]["mean"].sharding == jax.NamedSharding(MESH, jax.P())
     assert (one["stats"]["half"].dtype, float(one["stats"]["half"][0])) == (jnp.bfloat16, 1.5)
@@ -63,7 +63,7 @@ def test_the_mean_is_that_of_numpy_and_lies_on_every_device() -> None:
 
 def test_the_first_is_the_first_of_anything() -> None:
     state = different()
-    one = state.fold(how="first")
+    one = state.reduce_devices(how="first")
     for key, array in by_key(one).items():
         held = number(by_key(state)[key])
         np.testing.assert_array_equal(number(array), held if key.startswith("params") else held[0])
@@ -81,7 +81,7 @@ def _replicated(kind: sw.Kind) -> sw.Kind:
 
 def test_a_function_folds_what_has_the_leading_axis() -> None:
     state = different()
-    one = state.fold("cache", how=functools.partial(jnp.max, axis=0))
+    one = state.reduce_devices("cache", how=functools.partial(jnp.max, axis=0))
     assert int(one["cache"]["count"]) == 3
     assert one["stats"]["mean"] is state["stats"]["mean"]
     np.testing.assert_array_equal(one["params"]["weight"], state["params"]["weight"])
@@ -91,7 +91,7 @@ def test_a_function_folds_what_has_the_leading_axis() -> None:
 def test_a_mesh_of_explicit_axes_folds_too(how: Any) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     kinds = sw.Kinds.standard().replace(stats=sw.Kind(nnx.BatchStat, placement=EACH))
-    one = kinds.plan(Own()).take(Own(), mesh=mesh).fold("stats", how=how)
+    one = kinds.plan(Own()).take(Own(), mesh=mesh).reduce_devices("stats", how=how)
     assert one["stats"]["mean"].sharding.is_fully_replicated
     np.testing.assert_array_equal(one["stats"]["mean"], np.zeros(2))
 
@@ -100,22 +100,22 @@ def test_folding_equal_values_is_the_identity() -> None:
     state = PLAN.take(Own(), mesh=MESH)
     alone = PLAN.take(Own())
     for how in ("mean", "first"):
-        one = state.fold("stats", how=how)
+        one = state.reduce_devices("stats", how=how)
         np.testing.assert_array_equal(one["stats"]["mean"], alone["stats"]["mean"])
 
 
 def test_folding_by_kind_and_all_at_once_are_the_same() -> None:
     state = different()
-    together, apart = state.fold(how="first"), state
+    together, apart = state.reduce_devices(how="first"), state
     for kind in ("stats", "rng", "cache"):
-        apart = apart.fold(kind, how="first")
+        apart = apart.reduce_devices(kind, how="first")
     assert together.plan is apart.plan
     for key, array in by_key(together).items():
         np.testing.assert_array_equal(number(array), number(by_key(apart)[key]))
 
 
 def test_a_folded_state_goes_on_training_on_the_mesh_and_off_it() -> None:
-    one = different().fold(how="first")
+    one = different().reduce_devices(how="first")
     out = sw.step(lambda model, x: x + model.mean[...][None])(one, jnp.ones((8, 2)))
     assert out.shape == (8, 2)
     one.plan.build(one)
@@ -129,16 +129,16 @@ def test_a_placement_that_is_a_function_is_folded_leaf_by_leaf() -> None:
     plan = kinds.plan(Own())
     state = plan.take(Own(), mesh=MESH)
     assert (state["stats"]["mean"].shape, state["stats"]["half"].shape) == ((4, 2), (2,))
-    one = state.fold("stats")
+    one = state.reduce_devices("stats")
     assert (one["stats"]["mean"].shape, one["stats"]["half"].shape) == ((2,), (2,))
-    assert one.plan.kinds["stats"].treatment() == "placement=some, folded"
+    assert one.plan.kinds["stats"].handling() == "placement=some, folded"
     assert one.plan.take(Own(), mesh=MESH).plan is one.plan
 
 
 def test_folding_works_while_it_is_traced() -> None:
     state = different()
-    one = jax.jit(lambda state: state.fold("stats")["stats"]["mean"])(state)
-    np.testing.assert_allclose(one, state.fold("stats")["stats"]["mean"])
+    one = jax.jit(lambda state: state.reduce_devices("stats")["stats"]["mean"])(state)
+    np.testing.assert_allclose(one, state.reduce_devices("stats")["stats"]["mean"])
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
@@ -154,9 +154,9 @@ def test_whole_numbers_and_keys_have_no_mean() -> None:
             "drop/rngs/key: RngKey() key<fry>  kind=rng  (has no mean)",
         ],
         kind="cache",
-        mend="state.fold('cache', 'rng', how='first')",
+        hint="state.reduce_devices('cache', 'rng', how='first')",
     ):
-        different().fold("cache", "rng")
+        different().reduce_devices("cache", "rng")
 
 
 def test_a_function_that_keeps_the_axis_is_refused() -> None:
@@ -165,20 +165,20 @@ def test_a_function_that_keeps_the_axis_is_refused() -> None:
         "What folds these values changes the shape or dtype of the leaf.",
         leaves=["count: Cache() int32  kind=cache  (would become (4,) int32)"],
         kind="cache",
-        mend="a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
+        hint="a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
     ):
-        different().fold("cache", how=lambda array: array)
+        different().reduce_devices("cache", how=lambda array: array)
 
 
 @pytest.mark.parametrize(
-    "kinds, how, message, kind, mend",
+    "kinds, how, message, kind, hint",
     [
         (
             ("params",),
             "mean",
             "Kind 'params' holds one value of each leaf: there is nothing to fold.",
             "params",
-            "state.fold('stats', 'cache', 'rng')",
+            "state.reduce_devices('stats', 'cache', 'rng')",
         ),
         (
             ("stats",),
@@ -196,19 +196,19 @@ def test_a_function_that_keeps_the_axis_is_refused() -> None:
         ),
     ],
 )
-def test_what_cannot_be_folded_is_said(kinds: Any, how: Any, message: str, kind: Any, mend: str) -> None:
-    with refused(sw.KindError, message, kind=kind, mend=mend):
-        PLAN.take(Own(), mesh=MESH).fold(*kinds, how=how)
+def test_what_cannot_be_folded_is_said(kinds: Any, how: Any, message: str, kind: Any, hint: str) -> None:
+    with refused(sw.DeclarationError, message, kind=kind, hint=hint):
+        PLAN.take(Own(), mesh=MESH).reduce_devices(*kinds, how=how)
 
 
 def test_a_state_with_one_value_of_everything_has_nothing_to_fold() -> None:
     message = "This state holds one value of each leaf: there is nothing to fold."
-    with refused(sw.KindError, message, mend="it can be used as it is"):
-        PLAN.take(Own()).fold()
+    with refused(sw.DeclarationError, message, hint="it can be used as it is"):
+        PLAN.take(Own()).reduce_devices()
 
 
 def test_an_abstract_state_has_nothing_to_fold() -> None:
     message = "This state is abstract: it has shapes, but no values to fold."
-    mend = "state, report = sw.restore(path, state)  # then fold what comes out of it"
-    with refused(sw.StructureError, message, kind="stats", mend=mend):
-        PLAN.abstract(MESH).fold("stats", how="mean")
+    hint = "state, report = sw.restore(path, state)  # then fold what comes out of it"
+    with refused(sw.StructureError, message, kind="stats", hint=hint):
+        PLAN.abstract(MESH).reduce_devices("stats", how="mean")

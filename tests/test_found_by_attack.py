@@ -28,7 +28,7 @@ def test_a_frozen_kind_claims_a_tied_leaf_by_any_of_its_paths() -> None:
 
 def test_kinds_that_claim_a_tied_leaf_by_different_paths_contest_it() -> None:
     kinds = sw.Kinds(one=sw.Kind(sw.Path("enc/**")), two=sw.Kind(sw.Path("dec")))
-    with pytest.raises(sw.ContestedError) as caught:
+    with pytest.raises(sw.OverlapError) as caught:
         kinds.plan(Tied())
     assert [leaf.path for leaf in caught.value.leaves] == [("dec",)]
     assert caught.value.leaves[0].note == "claimed by two and one"
@@ -84,7 +84,7 @@ def test_a_batch_of_packed_states_says_what_it_is() -> None:
     with pytest.raises(sw.StructureError) as caught:
         batch["params"]
     assert caught.value.message == "A buffer of packed arrays is (2, 48), not (48,)."
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)"
     )
 
@@ -95,7 +95,7 @@ def test_a_state_is_no_model(look: Any) -> None:
     with pytest.raises(TypeError) as caught:
         look(sw.plan(model).take(model), nnx.Param)
     assert str(caught.value) == (
-        "Object 0 is a State, not a model.\n  mend: state['params'] gives a kind's arrays, "
+        "Object 0 is a State, not a model.\n  hint: state['params'] gives a kind's arrays, "
         "sw.census(state) counts them, plan.build(state) a model"
     )
 
@@ -109,7 +109,7 @@ def test_what_is_sown_unasked_names_the_kind_that_would_catch_it() -> None:
         model.seen = nnx.Intermediate((model.w[...],))
 
     params, inter = sw.Kind(nnx.Param), sw.Kind(nnx.Intermediate, saved=False)
-    for kinds, mend in (
+    for kinds, hint in (
         (sw.Kinds(params=params, inter=inter), "capture='inter'  # in the step's decorator: "),
         (
             sw.Kinds(params=params),
@@ -118,7 +118,7 @@ def test_what_is_sown_unasked_names_the_kind_that_would_catch_it() -> None:
     ):
         with pytest.raises(sw.StructureError) as caught:
             sw.step(sow)(kinds.plan(Sowing()).take(Sowing()))
-        assert (caught.value.mend or "").startswith(mend)
+        assert (caught.value.hint or "").startswith(hint)
 
 
 def test_the_parts_of_a_spent_state_cannot_be_read() -> None:
@@ -128,7 +128,7 @@ def test_the_parts_of_a_spent_state_cannot_be_read() -> None:
     assert state["params"]["w"].shape == (2,)
     with pytest.raises(sw.StructureError) as caught:
         state["cache"]
-    assert caught.value.message == "This state is spent: restart('cache') has donated its cache."
+    assert caught.value.message == "This state was donated: restart('cache') has donated its cache."
 
 
 def test_a_mask_of_another_length_is_told_from_leaves_of_another_length() -> None:
@@ -137,5 +137,5 @@ def test_a_mask_of_another_length_is_told_from_leaves_of_another_length() -> Non
     with pytest.raises(sw.StructureError) as caught:
         kinds.plan(model).take(model).restart("cache", where=[True, False])
     assert str(caught.value) == (
-        "where has 2 entries, but cache has 3 slots.\n  mend: a boolean for each of the 3 slots, or slot numbers"
+        "where has 2 entries, but cache has 3 slots.\n  hint: a boolean for each of the 3 slots, or slot numbers"
     )

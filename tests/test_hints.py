@@ -125,8 +125,8 @@ def test_any_call_is_found_among_words_and_refused_without_its_last_bracket(call
 def test_an_error_and_a_warning_are_asked_where_they_are_made() -> None:
     for made in (sw.StatewiseError, sw.StructureError, sw.StatewiseWarning):
         with pytest.raises(NotCodeError):
-            made("It is so.", mend="sw.Where(__main__:<lambda>)")
-        assert code_of(made("It is so.", mend="one of them: sw.step, or sw.step(f)"), "(") == "sw.step(f)"
+            made("It is so.", hint="sw.Where(__main__:<lambda>)")
+        assert code_of(made("It is so.", hint="one of them: sw.step, or sw.step(f)"), "(") == "sw.step(f)"
 
 
 def test_the_check_itself_reads_python_alone() -> None:

@@ -90,37 +90,37 @@ def test_leaves_that_no_kind_claims() -> None:
 def test_leaves_that_two_kinds_claim() -> None:
     kinds = sw.Kinds(params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam))
     model = nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0))
-    scope = run(hint_of(sw.ContestedError, lambda: kinds.plan(model)), kinds=kinds)
+    scope = run(hint_of(sw.OverlapError, lambda: kinds.plan(model)), kinds=kinds)
     assert [leaf.kind for leaf in scope["kinds"].plan(model).leaves] == ["lora", "lora"]
 
 
 def test_a_kind_that_restarts_without_a_way_to() -> None:
-    fixed = value(hint_of(sw.KindError, lambda: sw.Kind(nnx.Cache, missing="restart")))
+    fixed = value(hint_of(sw.DeclarationError, lambda: sw.Kind(nnx.Cache, missing="restart")))
     state = sw.Kinds(cache=fixed).plan(model := nnx.Dict(c=nnx.Cache(jnp.ones(2)))).take(model)
     np.testing.assert_array_equal(state.restart("cache")["cache"]["c"], 0)
 
 
 def test_missing_is_none_of_its_words() -> None:
     given: dict[str, Any] = {"missing": "maybe"}
-    given |= options(hint_of(sw.KindError, lambda: sw.Kind(nnx.Param, **given)))
+    given |= options(hint_of(sw.DeclarationError, lambda: sw.Kind(nnx.Param, **given)))
     assert sw.Kind(nnx.Param, **given) == sw.Kind(nnx.Param)
 
 
 def test_a_filter_where_a_kind_belongs() -> None:
-    fixed = value(hint_of(sw.KindError, lambda: sw.Kinds(params=nnx.Param)))  # type: ignore[arg-type]
+    fixed = value(hint_of(sw.DeclarationError, lambda: sw.Kinds(params=nnx.Param)))  # type: ignore[arg-type]
     assert [leaf.kind for leaf in fixed.plan(linear()).leaves] == ["params", "params"]
 
 
 def test_a_placement_that_is_a_tuple() -> None:
     given: dict[str, Any] = {"placement": (None, "data")}
-    given |= options(hint_of(sw.KindError, lambda: sw.Kind(nnx.Param, **given)))
+    given |= options(hint_of(sw.DeclarationError, lambda: sw.Kind(nnx.Param, **given)))
     assert given["placement"] == sw.Sharded(None, "data")
 
 
 def test_a_path_that_is_nearly_there() -> None:
     kinds = sw.Kinds(heads=sw.Kind(sw.Path("hed/**")), rest=sw.Kind(...))
     model = nnx.Dict(head=linear())
-    code = hint_of(sw.KindError, lambda: kinds.plan(model))
+    code = hint_of(sw.DeclarationError, lambda: kinds.plan(model))
     plan = run(code, kinds=kinds)["kinds"].plan(model)
     assert {leaf.kind for leaf in plan.leaves} == {"heads"}
 
@@ -137,7 +137,7 @@ def test_a_model_of_another_shape() -> None:
 
 def test_an_optimizer_for_no_kind() -> None:
     given: Any = ADAM
-    code = hint_of(sw.KindError, lambda: sw.plan(linear(), optimizers={0: given}))  # type: ignore[dict-item]
+    code = hint_of(sw.DeclarationError, lambda: sw.plan(linear(), optimizers={0: given}))  # type: ignore[dict-item]
     assert list(sw.plan(linear(), **options(code)).kinds) == list(PLAN.kinds)
 
 
@@ -233,18 +233,18 @@ def test_has_aux_without_it() -> None:
 
 def test_wrt_is_a_type() -> None:
     given: dict[str, Any] = {"wrt": nnx.Param}
-    given |= options(hint_of(sw.KindError, lambda: sw.train_step(loss_of, **given), "wrt"))
+    given |= options(hint_of(sw.DeclarationError, lambda: sw.train_step(loss_of, **given), "wrt"))
     is_trained(sw.train_step(loss_of, **given), PLAN)
 
 
 def test_wrt_is_empty() -> None:
-    code = hint_of(sw.KindError, lambda: sw.train_step(loss_of, wrt=())(PLAN.take(linear()), X, Y), "wrt")
+    code = hint_of(sw.DeclarationError, lambda: sw.train_step(loss_of, wrt=())(PLAN.take(linear()), X, Y), "wrt")
     is_trained(sw.train_step(loss_of, **options(code)), PLAN)
 
 
 def test_a_plan_without_an_optimizer() -> None:
     train, model = sw.train_step(loss_of), linear()
-    code = hint_of(sw.KindError, lambda: train(sw.plan(model).take(model), X, Y))
+    code = hint_of(sw.DeclarationError, lambda: train(sw.plan(model).take(model), X, Y))
     plan = run(code.replace("adamw(3e-4)", "adam(1e-2)"), kinds=sw.Kinds.standard(), model=model)["plan"]
     is_trained(train, plan)
 
@@ -316,22 +316,22 @@ def test_a_copy_is_kept_of_a_state() -> None:
 
 def test_an_average_that_decays_by_nothing() -> None:
     for wrong in (1.5, "0.9", lambda n: "x"):
-        code = hint_of(sw.KindError, lambda wrong=wrong: sw.plan(linear(), averages={"params": sw.EMA(wrong)}))  # type: ignore[misc]
+        code = hint_of(sw.DeclarationError, lambda wrong=wrong: sw.plan(linear(), averages={"params": sw.EMA(wrong)}))  # type: ignore[misc]
         plan = sw.plan(linear(), averages={"params": value(code)})
         assert "ema" in plan.kinds
 
 
 def test_an_average_by_another_name() -> None:
     plan = sw.plan(linear(), averages={"params": sw.EMA(0.9)})
-    with pytest.raises(sw.KindError) as caught:
-        plan.take(linear()).using("average")
-    used = plan.take(linear()).using((caught.value.mend or "").removeprefix("one of: "))
+    with pytest.raises(sw.DeclarationError) as caught:
+        plan.take(linear()).with_averages("average")
+    used = plan.take(linear()).with_averages((caught.value.hint or "").removeprefix("one of: "))
     np.testing.assert_array_equal(used["params"]["kernel"], linear().kernel[...])
 
 
 def test_a_cast_to_no_dtype() -> None:
     state = sw.plan(linear()).take(linear())
-    code = hint_of(sw.KindError, lambda: state.cast(params="bfloat17"))
+    code = hint_of(sw.DeclarationError, lambda: state.cast(params="bfloat17"))
     assert eval(f"state.{code}", {"state": state})["params"]["kernel"].dtype == jnp.bfloat16
 
 
@@ -339,7 +339,7 @@ def test_a_kind_that_cannot_restart() -> None:
     model = nnx.Dict(c=nnx.Cache(jnp.ones(2)))
     kinds = sw.Kinds(cache=sw.Kind(nnx.Cache))
     plan = kinds.plan(model)
-    code = hint_of(sw.KindError, lambda: plan.take(model).restart("cache"))
+    code = hint_of(sw.DeclarationError, lambda: plan.take(model).restart("cache"))
     fixed = run(code, plan=plan)["kinds"].plan(model)
     np.testing.assert_array_equal(fixed.take(model).restart("cache")["cache"]["c"], 0)
 
@@ -348,6 +348,6 @@ def test_a_restart_without_its_key() -> None:
     kind = sw.Kind(nnx.Param, restart=lambda array, key: jax.random.normal(key, array.shape, array.dtype))
     model = nnx.Dict(w=nnx.Param(jnp.ones(2)))
     state = sw.Kinds(params=kind).plan(model).take(model)
-    code = hint_of(sw.KindError, lambda: state.restart("params"), "key")
+    code = hint_of(sw.DeclarationError, lambda: state.restart("params"), "key")
     again = value(code.replace("...", "'params'"), state=state)
     assert jnp.all(again["params"]["w"] != 1)

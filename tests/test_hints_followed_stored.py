@@ -63,7 +63,7 @@ def test_a_layout_of_another_name(tmp_path: Path) -> None:
 
 def test_only_of_nothing(tmp_path: Path) -> None:
     given: dict[str, Any] = {"only": 3}
-    given |= options(hint_of(sw.KindError, lambda: sw.save(tmp_path / "kept", state_of(), **given)))
+    given |= options(hint_of(sw.DeclarationError, lambda: sw.save(tmp_path / "kept", state_of(), **given)))
     sw.save(tmp_path / "kept", state_of(), **given)
     same(sw.restore(tmp_path / "kept", PLAN.abstract())[0])
 
@@ -165,7 +165,7 @@ def test_a_mesh_whose_axes_are_explicit() -> None:
 
 
 def test_an_ensemble_of_a_text() -> None:
-    code = hint_of(sw.KindError, lambda: PLAN.stacked("8"))  # type: ignore[arg-type]
+    code = hint_of(sw.DeclarationError, lambda: PLAN.stacked("8"))  # type: ignore[arg-type]
     assert value(code, plan=PLAN).abstract()["params"]["kernel"].shape == (8, 2, 3)
 
 
@@ -220,7 +220,7 @@ def test_a_watch_that_is_printed_too_early() -> None:
 
 def test_expect_is_no_kind() -> None:
     given: dict[str, Any] = {"expect": 3}
-    given |= options(hint_of(sw.KindError, lambda: sw.watch(linear(), **given), "'params'"))
+    given |= options(hint_of(sw.DeclarationError, lambda: sw.watch(linear(), **given), "'params'"))
     model = linear()
     with sw.watch(model, **given):
         model.kernel[...] += 1
@@ -231,9 +231,9 @@ def test_lint_of_a_cache_that_is_saved(kinds: sw.Kinds) -> None:
     model = nnx.Dict(w=nnx.Param(jnp.ones(2)), hits=nnx.Cache(jnp.zeros(2)))
     kinds = sw.Kinds(params=sw.Kind(nnx.Param)) | kinds
     (found,) = [one for one in sw.lint(model, kinds=kinds) if one.code == "cache-saved"]
-    mended = run(code_of(found), kinds=kinds)["kinds"]
-    assert "cache-saved" not in {one.code for one in sw.lint(model, kinds=mended)}
-    assert not mended["cache"].saved
+    fixed = run(code_of(found), kinds=kinds)["kinds"]
+    assert "cache-saved" not in {one.code for one in sw.lint(model, kinds=fixed)}
+    assert not fixed["cache"].saved
 
 
 def test_lint_of_statistics_that_start_at_zero() -> None:

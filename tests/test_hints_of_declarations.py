@@ -1,4 +1,4 @@
-"""Hints that say what to declare keep what was declared: pasted, they lead on, and to no second trap."""
+"""Hints that say what to declare keep what was declared: pasted, they lead on, and to no second rule."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def pasted(hint: str, **names: Any) -> dict[str, Any]:
 
 def test_a_restart_to_declare_makes_no_adapter_of_zeros() -> None:
     plan = sw.plan(Adapter())
-    with pytest.raises(sw.KindError) as caught:
+    with pytest.raises(sw.DeclarationError) as caught:
         plan.take(Adapter()).restart("lora", key=KEY)
-    plan = pasted(caught.value.mend, plan=plan)["kinds"].plan(Adapter())
-    with pytest.raises(sw.KindError, match="declares no batch_axis") as caught:
+    plan = pasted(caught.value.hint, plan=plan)["kinds"].plan(Adapter())
+    with pytest.raises(sw.DeclarationError, match="declares no batch_axis") as caught:
         plan.take(Adapter()).restart("lora", where=[1], key=KEY)
-    plan = pasted(caught.value.mend, plan=plan)["kinds"].plan(Adapter())
+    plan = pasted(caught.value.hint, plan=plan)["kinds"].plan(Adapter())
     state = plan.take(Adapter()).restart("lora", where=[1], key=KEY)
     assert state["lora"]["down"][1].any()
     assert not sw.lint(plan)
@@ -55,9 +55,9 @@ def test_a_restart_to_declare_makes_no_adapter_of_zeros() -> None:
 def test_a_restart_to_declare_of_random_streams_and_of_others() -> None:
     plan = sw.plan(Adapter())
     for kind, given in (("rng", {"key": KEY}), ("variables", {})):
-        with pytest.raises(sw.KindError) as caught:
+        with pytest.raises(sw.DeclarationError) as caught:
             plan.take(Adapter()).restart(kind, **given)
-        plan = pasted(caught.value.mend, plan=plan)["kinds"].plan(Adapter())
+        plan = pasted(caught.value.hint, plan=plan)["kinds"].plan(Adapter())
         old = sw.plan(Adapter()).take(Adapter())["rng"]["drop"]["rngs"]
         state = plan.take(Adapter()).restart(kind, **given)
         fresh = state["rng"]["drop"]["rngs"]
@@ -71,16 +71,16 @@ def test_one_value_for_all_slots_is_not_given_a_batch_axis() -> None:
         counts=sw.Kind(sw.Path("calls"), restart=jnp.zeros_like),
     )
     state, x = kinds.plan(Adapter()).take(Adapter()), [1]
-    with pytest.raises(sw.KindError, match="one value for all slots") as caught:
+    with pytest.raises(sw.DeclarationError, match="one value for all slots") as caught:
         state.restart("lora", "counts", where=x, key=KEY)
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "state.restart('lora', where=where)  # and 'counts' goes on as it is\n"
         "or all slots: state.restart('lora', 'counts')"
     )
     assert [leaf.path for leaf in caught.value.leaves] == [("calls",)]
-    with pytest.raises(sw.KindError, match="one value for all slots") as caught:
+    with pytest.raises(sw.DeclarationError, match="one value for all slots") as caught:
         state.restart("counts", where=x)
-    assert caught.value.mend == "all slots: state.restart('counts')"
+    assert caught.value.hint == "all slots: state.restart('counts')"
 
 
 def test_a_decorator_to_write_keeps_its_other_options() -> None:
@@ -94,7 +94,7 @@ def test_a_decorator_to_write_keeps_its_other_options() -> None:
 
     with pytest.raises(sw.UndeclaredWriteError) as caught:
         run(plan.take(model), x, n=2)
-    hint = caught.value.mend.splitlines()[0]
+    hint = caught.value.hint.splitlines()[0]
     assert hint == "@sw.step(writes=('rng', 'variables'), capture='intermediates', static_argnames='n')"
     _, (_, captured) = eval(hint[1:], SPACE)(run.fn)(plan.take(model), x, n=2)
     assert captured["h"].shape == (3, 4, 2)
@@ -105,7 +105,7 @@ def test_a_decorator_to_write_keeps_its_other_options() -> None:
 
     with pytest.raises(sw.UndeclaredWriteError) as caught:
         train(plan.take(model), x)
-    hint = caught.value.mend.splitlines()[0]
+    hint = caught.value.hint.splitlines()[0]
     assert hint == (
         "@sw.train_step(writes=('rng', 'variables'), wrt='lora', has_aux=True, capture='intermediates', "
         "compiler_options={})"
@@ -120,9 +120,9 @@ def test_objects_that_kinds_call_by_name_are_to_be_named() -> None:
         reference=sw.Kind(nnx.Param & sw.Path("reference/**"), frozen=True),
     )
     policy, reference = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1))
-    with pytest.raises(sw.KindError) as caught:
+    with pytest.raises(sw.DeclarationError) as caught:
         kinds.plan(policy, reference)
-    line = caught.value.mend.splitlines()[0]
+    line = caught.value.hint.splitlines()[0]
     assert (
         line == "kinds.plan(policy=policy, reference=reference)  # all objects by name: paths then begin with the name"
     )
@@ -140,9 +140,9 @@ def test_a_body_that_updates_its_own_optimizer_is_a_step() -> None:
         return loss
 
     plan = sw.plan(model, optimizer)
-    with pytest.raises(sw.KindError, match="the plan has no optimizer") as caught:
+    with pytest.raises(sw.DeclarationError, match="the plan has no optimizer") as caught:
         sw.train_step(body)(plan.take(model, optimizer), jnp.ones((1, 2)))
-    first, second = caught.value.mend.splitlines()
+    first, second = caught.value.hint.splitlines()
     assert second.startswith("or, where it returns the loss alone: plan = kinds.plan(model, optimizers=")
     step = eval(first.partition("  #")[0][1:], SPACE)(body)
     state, _ = step(plan.take(model, optimizer), jnp.ones((1, 2)))

@@ -90,7 +90,7 @@ def test_a_declaration_is_a_mapping_and_survives_copies(kinds: sw.Kinds) -> None
 def test_a_kind_of_any_filter_is_a_value(filter: Any) -> None:
     try:
         kind = sw.Kind(filter)
-    except sw.KindError as error:
+    except sw.DeclarationError as error:
         assert "can never claim a leaf" in error.message  # noqa: PT017 - some drawn filters are empty
         return
     assert kind == sw.Kind(filter)
@@ -115,7 +115,7 @@ def test_a_declaration_shows_its_filters() -> None:
     ],
 )
 def test_a_treatment_in_a_few_words(kind: sw.Kind, text: str) -> None:
-    assert kind.treatment() == text
+    assert kind.handling() == text
 
 
 def test_functions_in_a_kind_compare_by_identity() -> None:
@@ -127,7 +127,7 @@ def test_functions_in_a_kind_compare_by_identity() -> None:
 def test_the_standard_kinds_are_those_of_the_design() -> None:
     kinds = sw.Kinds.standard()
     assert kinds is sw.Kinds.standard()
-    assert [(name, kind.treatment()) for name, kind in kinds.items()] == [
+    assert [(name, kind.handling()) for name, kind in kinds.items()] == [
         ("params", "-"),
         ("lora", "-"),
         ("stats", "-"),
@@ -147,16 +147,16 @@ def test_the_standard_kinds_are_those_of_the_design() -> None:
 @pytest.mark.parametrize("name", ["", "a b", "1st", "a-b", "a/b", "class", "None", "lambda"])
 def test_a_name_that_is_no_identifier(name: str) -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         f"{name!r} cannot name a kind: it is no Python identifier.",
         kind=name,
-        mend="a name of letters, digits and underscores, such as 'params'",
+        hint="a name of letters, digits and underscores, such as 'params'",
     ):
         sw.Kinds(**{name: sw.Kind(nnx.Param)})
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         ("self", "self_kind"),
         ("objects", "objects_kind"),
@@ -166,10 +166,10 @@ def test_a_name_that_is_no_identifier(name: str) -> None:
         ("__", "my_kind"),
     ],
 )
-def test_a_name_that_is_reserved(name: str, mend: str) -> None:
-    with refused(sw.KindError, f"{name!r} is reserved and cannot name a kind.", kind=name, mend=mend):
+def test_a_name_that_is_reserved(name: str, hint: str) -> None:
+    with refused(sw.DeclarationError, f"{name!r} is reserved and cannot name a kind.", kind=name, hint=hint):
         sw.Kinds(**{name: sw.Kind(nnx.Param)})
-    sw.Kinds(**{mend: sw.Kind(nnx.Param)})
+    sw.Kinds(**{hint: sw.Kind(nnx.Param)})
 
 
 def test_names_in_any_script_stand() -> None:
@@ -191,7 +191,9 @@ def test_names_in_any_script_stand() -> None:
     ],
 )
 def test_a_filter_in_the_place_of_a_kind(given_: Any, shown: str) -> None:
-    with refused(sw.KindError, f"params={shown} is no Kind.", kind="params", mend=f"sw.Kinds(params=sw.Kind({shown}))"):
+    with refused(
+        sw.DeclarationError, f"params={shown} is no Kind.", kind="params", hint=f"sw.Kinds(params=sw.Kind({shown}))"
+    ):
         sw.Kinds(params=given_)
 
 
@@ -208,7 +210,7 @@ def test_a_filter_in_the_place_of_a_kind(given_: Any, shown: str) -> None:
 )
 def test_a_kind_of_nothing(of: Any, shown: str) -> None:
     with refused(
-        sw.KindError, f"A kind of {shown} can never claim a leaf.", mend="leave the kind out of the declaration"
+        sw.DeclarationError, f"A kind of {shown} can never claim a leaf.", hint="leave the kind out of the declaration"
     ):
         sw.Kind(of)
 
@@ -221,15 +223,15 @@ def test_a_kind_of_no_filter(of: Any) -> None:
 
 def test_two_kinds_claim_the_rest() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The kinds rest, others all claim the rest (`...`); only one can.",
-        mend="give others a filter of its own",
+        hint="give others a filter of its own",
     ):
         sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...), others=sw.Kind(...))
 
 
 @pytest.mark.parametrize(
-    ("options", "message", "mend"),
+    ("options", "message", "hint"),
     [
         ({"missing": "never"}, "missing='never' is none of 'error', 'keep', 'restart'.", "missing='error'"),
         (
@@ -288,8 +290,8 @@ def test_two_kinds_claim_the_rest() -> None:
         ),
     ],
 )
-def test_a_treatment_that_cannot_stand(options: dict[str, Any], message: str, mend: str) -> None:
-    with refused(sw.KindError, message, mend=mend):
+def test_a_treatment_that_cannot_stand(options: dict[str, Any], message: str, hint: str) -> None:
+    with refused(sw.DeclarationError, message, hint=hint):
         sw.Kind(nnx.Cache, **options)
 
 
@@ -312,7 +314,7 @@ def test_a_kind_that_is_not_there() -> None:
         lambda: sw.step(capture="gates")(lambda model: None)(state),
     ]
     for attempt in attempts:
-        with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="one of: params, rest"):
+        with refused(sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint="one of: params, rest"):
             attempt()
     with pytest.raises(KeyError):
         kinds["gates"]
@@ -320,5 +322,5 @@ def test_a_kind_that_is_not_there() -> None:
 
 
 def test_a_kind_that_is_not_there_and_none_is() -> None:
-    with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="kinds = sw.Kinds.standard()"):
+    with refused(sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint="kinds = sw.Kinds.standard()"):
         sw.Kinds()["gates"]

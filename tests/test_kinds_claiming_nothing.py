@@ -1,4 +1,4 @@
-"""A kind that spells a path has to find it: a treatment is never lost because a path was mistyped."""
+"""A kind that spells a path has to find it: a handling is never lost because a path was mistyped."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class Model(nnx.Module):
         return self.head(self.backbone(x))
 
 
-def kinds_of(filter: Any, **treatment: Any) -> sw.Kinds:
-    return sw.Kinds(part=sw.Kind(filter, **treatment), rest=sw.Kind(...))
+def kinds_of(filter: Any, **handling: Any) -> sw.Kinds:
+    return sw.Kinds(part=sw.Kind(filter, **handling), rest=sw.Kind(...))
 
 
-def refused(make: Callable[[], Any], error: type[sw.StatewiseError] = sw.KindError) -> sw.StatewiseError:
+def refused(make: Callable[[], Any], error: type[sw.StatewiseError] = sw.DeclarationError) -> sw.StatewiseError:
     with pytest.raises(error) as caught:
         make()
     return caught.value
 
 
-def mended(error: sw.StatewiseError, kinds: sw.Kinds) -> list[sw.Kinds]:
+def fixed(error: sw.StatewiseError, kinds: sw.Kinds) -> list[sw.Kinds]:
     """What each of the hint's lines makes of the kinds."""
-    assert error.mend is not None
+    assert error.hint is not None
     made = []
-    for line in error.mend.splitlines():
+    for line in error.hint.splitlines():
         code = line.removeprefix("or, if there need not be any: ")
         scope: dict[str, Any] = {"kinds": kinds, "sw": sw, "nnx": nnx, "dataclasses": dataclasses}
         exec(code, scope)
@@ -70,7 +70,7 @@ def test_a_path_that_is_not_there_is_an_error_that_names_the_nearest_and_both_hi
     assert error.message.startswith("Kind 'part' claims no leaf: ")
     assert error.message.endswith(f" matches no path, the nearest are {near}.")
     assert error.kind == "part"
-    corrected, optional = mended(error, kinds)
+    corrected, optional = fixed(error, kinds)
     plan = corrected.plan(Model())
     assert [sw.format_path(leaf.path) for leaf in plan["part"]] == near.split(", ")
     assert plan.kinds["part"].frozen
@@ -87,7 +87,7 @@ def test_where_nothing_is_near_the_nearest_are_named_and_the_hint_declares_it_op
     kinds = kinds_of(filter)
     error = refused(lambda: kinds.plan(Model()))
     assert "the nearest are " in error.message
-    (optional,) = mended(error, kinds)
+    (optional,) = fixed(error, kinds)
     assert optional.plan(Model())["part"] == ()
 
 
@@ -133,7 +133,7 @@ def test_paths_that_are_there_but_of_other_types() -> None:
         "Kind 'part' claims no leaf: BatchStat & Path('backbone/**') matches none, though its paths are there: "
         "backbone/bias (Param), backbone/kernel (Param)."
     )
-    (optional,) = mended(error, kinds)
+    (optional,) = fixed(error, kinds)
     assert optional.plan(Model())["part"] == ()
 
 
@@ -175,14 +175,14 @@ def test_a_plan_is_made_if_and_only_if_every_spelled_path_is_there(
         assert key in error.message
     near = error.message.rpartition("the nearest are ")[2].rstrip(".").split(", ")
     assert set(near) <= {f"{key}/w" for key in keys}
-    for made in mended(error, kinds):
+    for made in fixed(error, kinds):
         assert made.plan(model).kinds["part"].frozen
     assert len(kinds_of(tuple(filters), optional=True).plan(model)["part"]) == len(keys & asked)
 
 
 def test_optional_is_part_of_a_kind() -> None:
     kind = sw.Kind(sw.Path("adapter/**"), saved=False, optional=True)
-    assert kind.treatment() == "not saved, optional"
+    assert kind.handling() == "not saved, optional"
     assert kind == pickle.loads(pickle.dumps(kind))
     assert kind != sw.Kind(sw.Path("adapter/**"), saved=False)
     assert hash(kind) != hash(sw.Kind(sw.Path("adapter/**"), saved=False))
@@ -230,7 +230,7 @@ def test_a_kind_of_what_was_sown_has_claimed_it() -> None:
     model.seen = nnx.Intermediate((jnp.ones(2),))
     plan = kinds.plan(model)
     assert plan["seen"] == ()
-    assert [sw.format_path(leaf.path) for leaf in plan.dropped] == ["seen"]
+    assert [sw.format_path(leaf.path) for leaf in plan.excluded] == ["seen"]
     assert sw.lint(plan) == []
 
 
@@ -243,8 +243,8 @@ def test_a_tied_leaf_is_found_by_any_of_its_paths() -> None:
 
 def test_a_contested_kind_that_gives_way_wholly_is_written_as_optional() -> None:
     kinds = sw.Kinds(wide=sw.Kind(nnx.Param & sw.Path("head/*")), narrow=sw.Kind(sw.Path("head/**")), rest=sw.Kind(...))
-    error = refused(lambda: kinds.plan(Model()), sw.ContestedError)
-    (made,) = mended(error, kinds)
+    error = refused(lambda: kinds.plan(Model()), sw.OverlapError)
+    (made,) = fixed(error, kinds)
     plan = made.plan(Model())
     assert sorted(len(plan[kind]) for kind in ("wide", "narrow")) == [0, 2]
 
@@ -263,10 +263,10 @@ def test_kinds_without_leaves_are_not_restored_saved_or_transferred(tmp_path: An
     ):
         error = refused(door)
         assert "names no kind that has leaves in this model." in error.message
-        assert error.mend == "those that have: params"
+        assert error.hint == "those that have: params"
     assert not (tmp_path / "none").exists()
     error = refused(lambda: sw.transfer(state, state, kinds="lora"))
-    assert (error.message, error.mend) == ("kinds='lora' names no kind that has leaves.", "those that have: params")
+    assert (error.message, error.hint) == ("kinds='lora' names no kind that has leaves.", "those that have: params")
     restored, report = sw.restore(tmp_path / "all", state, only=("params", "stats"))  # one of them has
     assert [leaf.outcome for leaf in report.leaves] == ["restored"] * 4
     assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
@@ -304,8 +304,8 @@ def test_lint_finds_a_path_that_is_left_out_and_not_there() -> None:
             "The kind 'params' leaves out Path('back_bone/**'), which matches no path; the nearest are backbone/bias, "
             "backbone/kernel."
         )
-    error = sw.KindError(finding.message, mend=finding.mend)
-    corrected, optional = mended(error, kinds)
+    error = sw.DeclarationError(finding.message, hint=finding.hint)
+    corrected, optional = fixed(error, kinds)
     assert len(corrected.plan(Model())["params"]) == 2
     assert codes(Model(), kinds=corrected) == []
     assert codes(Model(), kinds=optional) == []

@@ -345,7 +345,7 @@ def test_leaves_without_a_slice_for_each_layer_are_listed() -> None:
             "b: Variable() float32  (is (), without an axis for the layers)",
             "c: Param(4, 2) float32  (4 layers, others have 3)",
         ],
-        mend=MEND,
+        hint=MEND,
     ):
         sw.scan_layers(lambda layer, x: x, layers, X)
     plan = sw.plan(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
@@ -358,7 +358,7 @@ def test_leaves_without_a_slice_for_each_layer_are_listed() -> None:
             "mean: BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)",
             "var: BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)",
         ],
-        mend=MEND,
+        hint=MEND,
     ):
         sw.scan_layers(block, given, X, shared="stats")
     with refused(
@@ -370,7 +370,7 @@ def test_leaves_without_a_slice_for_each_layer_are_listed() -> None:
             "mean: BatchStat(4,) float32  kind=stats  (is (4,), without an axis for the layers)",
             "var: BatchStat(4,) float32  kind=stats  (is (4,), without an axis for the layers)",
         ],
-        mend=MEND,
+        hint=MEND,
     ):
         sw.scan_layers(block, state, X)
 
@@ -379,7 +379,7 @@ def test_something_must_tell_how_many_layers_there_are() -> None:
     with refused(
         sw.StructureError,
         "There is nothing that tells how many layers there are: every leaf is shared.",
-        mend="x = jax.lax.fori_loop(0, layers, lambda _, x: fn(layer, x), x)",
+        hint="x = jax.lax.fori_loop(0, layers, lambda _, x: fn(layer, x), x)",
     ):
         sw.scan_layers(lambda layer, x: x, nnx.Dict(a=nnx.Param(jnp.ones(2))), X, shared=nnx.Param)
 
@@ -389,11 +389,11 @@ def test_a_function_that_gives_back_another_state_is_refused() -> None:
     with refused(
         sw.StructureError,
         "The function gives back a state of another plan than its layer's.",
-        mend="return the layer that came back from the step: layer, x = step(layer, x)",
+        hint="return the layer that came back from the step: layer, x = step(layer, x)",
     ):
         sw.scan_layers(lambda layer, x: (other, x), states(), X)
 
 
 def test_a_shared_kind_that_is_not_there() -> None:
-    with pytest.raises(sw.KindError, match="There is no kind 'weights'"):
+    with pytest.raises(sw.DeclarationError, match="There is no kind 'weights'"):
         sw.scan_layers(block, states(), X, shared="weights")

@@ -294,12 +294,12 @@ def test_uncaptured_the_refusal_names_the_path_in_the_model() -> None:
             sw.StructureError,
             "<lambda> changes which Variables the model has; new ones cannot enter a state.",
             leaves=["layers/a: Intermediate- -  (made by the function)"],
-            mend="capture='intermediates'  # in the step's decorator: "
+            hint="capture='intermediates'  # in the step's decorator: "
             "what is sown or assigned comes back beside the output",
         ) as caught,
     ):
         sw.step(lambda model, x: model(x), writes="cache")(state, X[0])
-    parses(caught.value.mend)
+    parses(caught.value.hint)
 
 
 # --- shared by all layers --------------------------------------------------------------------------------------------
@@ -358,11 +358,11 @@ def test_shared_leaves_that_become_something_else_and_removed_ones_are_refused()
             "scale: Param(2,) float32  (removed)",
             "total: Variable() float32  (becomes (3,) float32)",
         ],
-        mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
+        hint="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
         "what a layer removes has to go from all of them: nnx.pop(layers, filter)  # before the scan",
     ) as caught:
         sw.scan_layers(Breaks.__call__, model, X[0], shared=sw.Exactly(nnx.Variable))
-    parses(caught.value.mend)
+    parses(caught.value.hint)
     assert all(leaves(model)[path][1] is value for path, (_, value) in before.items())
 
 

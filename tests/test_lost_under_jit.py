@@ -17,7 +17,7 @@ from flax import nnx
 
 import statewise as sw
 from refusals import refused
-from statewise.dropped import dropped_inputs
+from statewise._src.step.lost_writes import dropped_inputs
 
 X = jnp.ones((2, 3))
 
@@ -95,14 +95,14 @@ def run(model: Any, x: Any) -> Any:
 def test_a_function_under_a_transform_of_jax_is_refused(transform: Any, name: str, wrap: Any, make: Any) -> None:
     with pytest.raises(sw.StructureError, match=f"is given run under {name}, through which what it writes") as caught:
         make(wrap(transform(run)))
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_what_the_refusal_of_a_jit_says() -> None:
     with refused(
         sw.StructureError,
         "sw.step is given run under jax.jit, through which what it writes to the model is lost.",
-        mend="sw.step(run), where run is the function itself: a step compiles by itself\n"
+        hint="sw.step(run), where run is the function itself: a step compiles by itself\n"
         "its options go to the step: static_argnames=, donate_argnames=, out_shardings= ...",
     ):
         sw.step(jax.jit(run))
@@ -182,7 +182,7 @@ def test_a_kind_that_is_named_and_not_written_is_warned_of_once_a_trace(name: st
         "index: Cache() int32  kind=cache  (written under a plain jax.jit or jax.checkpoint)"
     ]
     assert {sw.format_path(leaf.path) for leaf in warning.leaves} <= {"cache", "index"}
-    assert str(warning.mend).startswith("where it writes under a plain jax.jit or jax.checkpoint")
+    assert str(warning.hint).startswith("where it writes under a plain jax.jit or jax.checkpoint")
     assert int(state["cache"]["index"]) == 0  # it is so
     state, _ = step(state, X)  # and no word more, for nothing is traced
     with pytest.warns(sw.StatewiseWarning):
@@ -201,7 +201,7 @@ def test_without_a_declaration_it_is_warned_of_as_well(name: str) -> None:
     assert lines[0] == "decode writes cache under a plain jax.jit or jax.checkpoint, and the write is lost."
     assert lines[-2:] == [
         "  index: Cache() int32  kind=cache  (written under a plain jax.jit or jax.checkpoint)",
-        "  mend: nnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint",
+        "  hint: nnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint",
     ]
 
 
@@ -325,7 +325,7 @@ def test_dropped_values_are_told_from_those_that_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "shown", "mend"),
+    ("make", "shown", "hint"),
     [
         (
             lambda: sw.train_step(run, wrt=nnx.Param),
@@ -346,11 +346,11 @@ def test_dropped_values_are_told_from_those_that_come_back() -> None:
         (lambda: sw.step(run, writes=True), "not True", "writes='params'"),
     ],
 )
-def test_names_of_kinds_are_asked_for_where_something_else_is_given(make: Any, shown: str, mend: str) -> None:
-    with pytest.raises(sw.KindError) as caught:
+def test_names_of_kinds_are_asked_for_where_something_else_is_given(make: Any, shown: str, hint: str) -> None:
+    with pytest.raises(sw.DeclarationError) as caught:
         make()
     assert shown in caught.value.message
-    assert mend in str(caught.value.mend)
+    assert hint in str(caught.value.hint)
 
 
 def test_the_hint_for_nnx_param_trains() -> None:
@@ -365,7 +365,7 @@ def test_a_function_of_fewer_objects_than_were_planned() -> None:
     with refused(
         sw.StructureError,
         "f takes 2 arguments by position; the plan has 2 objects, which it is given first, and 1 more.",
-        mend="def f(model, rngs, x): ...",
+        hint="def f(model, rngs, x): ...",
     ):
 
         def f(model: Any, x: Any) -> Any:
@@ -375,7 +375,7 @@ def test_a_function_of_fewer_objects_than_were_planned() -> None:
     with refused(
         sw.StructureError,
         "<lambda> takes 0 arguments by position; the plan has 1 object, which it is given first.",
-        mend="def f(model): ...",
+        hint="def f(model): ...",
     ):
         sw.step(lambda: 0)(state_of(linear))
     assert sw.step(lambda model, rngs, x: model(x))(state, X).shape == (2, 1)

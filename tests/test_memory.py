@@ -239,24 +239,24 @@ def test_axes_that_are_none(mesh: Any) -> None:
     with refused(
         sw.PlacementError,
         f"{mesh!r} is no mesh: the name of each axis, and how many devices it has.",
-        mend="{'data': 16, 'model': 8}",
+        hint="{'data': 16, 'model': 8}",
     ):
         sw.memory(sw.plan(linear()), mesh)
 
 
 def test_a_mesh_in_words_is_none() -> None:
-    with refused(sw.PlacementError, "A str is no mesh.", mend="mesh = jax.make_mesh((8,), ('data',))"):
+    with refused(sw.PlacementError, "A str is no mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
         sw.memory(sw.plan(linear()), "data=8")
 
 
 def test_a_model_is_no_plan() -> None:
-    with refused(sw.KindError, "Memory is counted by a plan.", mend="sw.memory(sw.plan(model), {'data': 8})"):
+    with refused(sw.DeclarationError, "Memory is counted by a plan.", hint="sw.memory(sw.plan(model), {'data': 8})"):
         sw.memory(linear(), {"data": 8})
 
 
 def test_a_kind_that_is_not_there() -> None:
     counted = sw.memory(sw.Kinds(params=sw.Kind(nnx.Param)).plan(linear()), {"data": 8})
-    with refused(sw.KindError, "There is no kind 'cache'.", kind="cache", mend="one of: params"):
+    with refused(sw.DeclarationError, "There is no kind 'cache'.", kind="cache", hint="one of: params"):
         counted["cache"]
 
 
@@ -266,7 +266,7 @@ def test_what_does_not_fit_the_mesh_is_listed() -> None:
         "1 leaf cannot be placed on the mesh (data=7).",
         leaves=["kernel: Param(16, 64) float32  kind=params  (axis 0 of 16 does not divide by (data=7))"],
         kind="params",
-        mend="place by shape: placement=lambda path, shape: sw.Sharded('data') "
+        hint="place by shape: placement=lambda path, shape: sw.Sharded('data') "
         "if len(shape) > 0 and shape[0] % 7 == 0 else sw.Replicated()",
     ):
         sw.memory(kinds_of(sw.Sharded("data")).plan(linear(use_bias=False)), {"data": 7})

@@ -45,38 +45,38 @@ def planned(optimizers: Any) -> sw.Plan:
 
 
 def test_optimizers_of_a_kind_that_is_not_there() -> None:
-    mend = "one of: params, lora, base, cache, rest"
+    hint = "one of: params, lora, base, cache, rest"
     for key in ("gates", ("params", "gates")):
-        with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend=mend):
+        with refused(sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint=hint):
             planned({key: optax.sgd(0.1)})
 
 
 def test_an_optimizer_of_a_frozen_kind() -> None:
     for key in ("base", ("params", "base")):
         with refused(
-            sw.KindError,
+            sw.DeclarationError,
             "The kind 'base' is frozen, and so no optimizer may touch it.",
             kind="base",
-            mend="declare it trainable, or leave it out: optimizers without 'base'",
+            hint="declare it trainable, or leave it out: optimizers without 'base'",
         ):
             planned({key: optax.sgd(0.1)})
 
 
 def test_two_optimizers_of_one_kind() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The kind 'lora' has two optimizers: under ('params', 'lora') and once more.",
         kind="lora",
-        mend="one optimizer for 'lora'; optax.chain joins transformations",
+        hint="one optimizer for 'lora'; optax.chain joins transformations",
     ):
         planned({("params", "lora"): optax.sgd(0.1), "lora": optax.sgd(0.2)})
-    with pytest.raises(sw.KindError, match=r"^The kind 'lora' has two optimizers"):
+    with pytest.raises(sw.DeclarationError, match=r"^The kind 'lora' has two optimizers"):
         planned({("lora", "lora"): optax.sgd(0.1)})
 
 
 def test_an_optimizer_of_leaves_that_no_gradient_updates() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The optimizer of params, rest would update leaves that are not made of floating-point numbers.",
         kind="params",
         leaves=[
@@ -84,7 +84,7 @@ def test_an_optimizer_of_leaves_that_no_gradient_updates() -> None:
             "key: Variable() key<fry>  kind=rest  (no gradient updates it)",
             "on: Array() bool  kind=rest  (no gradient updates it)",
         ],
-        mend="claim them by a kind of their own: "
+        hint="claim them by a kind of their own: "
         "sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))",
     ):
         planned({("params", "rest"): optax.sgd(0.1)})
@@ -93,19 +93,19 @@ def test_an_optimizer_of_leaves_that_no_gradient_updates() -> None:
 def test_an_optimizer_of_a_kind_without_leaves() -> None:
     for key in ("cache", ("params", "cache")):
         with refused(
-            sw.KindError,
+            sw.DeclarationError,
             "An optimizer is given for 'cache', which claims no leaf of this model.",
             kind="cache",
-            mend="leave that optimizer out, or correct the kind's filter",
+            hint="leave that optimizer out, or correct the kind's filter",
         ):
             planned({key: optax.sgd(0.1)})
 
 
 def test_an_optimizer_of_no_kind() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "An optimizer is given for no kind, which claims no leaf of this model.",
-        mend="leave that optimizer out, or correct the kind's filter",
+        hint="leave that optimizer out, or correct the kind's filter",
     ):
         planned({(): optax.sgd(0.1)})
 
@@ -113,10 +113,10 @@ def test_an_optimizer_of_no_kind() -> None:
 @pytest.mark.parametrize("given", [None, 0.1, optax.sgd, nnx.Param, "adam"], ids=named)
 def test_no_optimizer(given: Any) -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         f"The optimizer of 'params' is {type(given).__name__}, not an optax.GradientTransformation.",
         kind="params",
-        mend="optimizers={'params': optax.adamw(3e-4)}",
+        hint="optimizers={'params': optax.adamw(3e-4)}",
     ):
         planned({"params": given})
 
@@ -124,21 +124,21 @@ def test_no_optimizer(given: Any) -> None:
 @pytest.mark.parametrize("given", [optax.sgd(0.1), optax.sgd, [("params", optax.sgd(0.1))], 0.1], ids=named)
 def test_no_mapping_of_optimizers(given: Any) -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         f"optimizers={type(given).__name__}(...) does not say which kinds it updates.",
-        mend="optimizers={'params': optax.adamw(3e-4)}",
+        hint="optimizers={'params': optax.adamw(3e-4)}",
     ):
         planned(given)
-    with pytest.raises(sw.KindError, match=r"does not say which kinds it updates"):
+    with pytest.raises(sw.DeclarationError, match=r"does not say which kinds it updates"):
         sw.plan(model(), optimizers=given)
 
 
 @pytest.mark.parametrize("key", [3, None, nnx.Param, ("params", 3)])
 def test_a_key_that_names_no_kinds(key: Any) -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         f"{key!r} names no kind, and is no tuple of names.",
-        mend="optimizers={'params': optax.adamw(3e-4)}",
+        hint="optimizers={'params': optax.adamw(3e-4)}",
     ):
         planned({key: optax.sgd(0.1)})
 
@@ -146,10 +146,10 @@ def test_a_key_that_names_no_kinds(key: Any) -> None:
 def test_a_frozen_optimizer() -> None:
     kinds = KINDS | sw.Kinds(optimizer=sw.Kind(nnx.OptState, frozen=True))
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The kind 'optimizer' is frozen, but its leaves change in every update.",
         kind="optimizer",
-        mend="kinds.replace(optimizer=sw.Kind(nnx.OptState))",
+        hint="kinds.replace(optimizer=sw.Kind(nnx.OptState))",
     ):
         kinds.plan(model(), optimizers={"params": optax.adam(0.1)})
     kinds.plan(model())
@@ -276,16 +276,16 @@ def test_labels_of_another_structure_than_the_parameters_are_refused() -> None:
     tx = optax.multi_transform({"fast": optax.sgd(1.0), "slow": optax.adam(1.0)}, labels)
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The optimizer of params cannot be set up for these leaves: pytree structure error: different types at key "
         "path tree_map tree At that key path, the prefix pytree tree_map tree has a subtree of type <class 'dict'> but "
         "at the same key path the full pytree has a subtree of different type <class 'flax.nnx.statelib.State'>.",
         kind="params",
-        mend="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
+        hint="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
         "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",
     ):
         sw.plan(model, optimizers={"params": tx}).take(model)
-    # As the mend says:
+    # As the hint says:
     by_path = optax.multi_transform(
         {"fast": optax.sgd(1.0), "slow": optax.adam(1.0)},
         lambda params: jax.tree.map_with_path(lambda path, _: labels[path[-1].key], params),

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 
 from comparing import data
-from statewise.moving import moved
+from statewise._src.sharding.device_put import moved
 
 P = jax.P
 

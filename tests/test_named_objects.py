@@ -143,7 +143,7 @@ def test_what_a_call_sows_stands_under_the_name() -> None:
     with_sown = Sows()
     with_sown.seen = nnx.Intermediate((jnp.ones(2),))
     plan = sw.plan(first=with_sown, second=model)
-    assert paths_of(plan.dropped) == ["first/seen"]
+    assert paths_of(plan.excluded) == ["first/seen"]
     step = sw.step(capture="intermediates")(lambda first, second, x: second(x))
     _, captured = step(plan.take(first=with_sown, second=model), jnp.ones(2))
     assert list(captured) == ["second"]
@@ -180,12 +180,12 @@ def test_named_objects_are_watched_and_linted() -> None:
         policy.bias[...] += 1
     assert paths_of(seen.changed["params"]) == ["policy/bias"]
     with sw.watch(policy=policy, reference=reference) as seen:
-        seen.now(reference=policy, policy=reference)
+        seen.compare(reference=policy, policy=reference)
     assert len(seen.changed["params"]) == 4
     with sw.watch(policy=policy, reference=reference) as seen:
-        error = refused(lambda: seen.now(policy=policy, other=reference), sw.StructureError)
+        error = refused(lambda: seen.compare(policy=policy, other=reference), sw.StructureError)
     assert error.message == "Watched are policy, reference, but handed over are policy, other."
-    assert error.mend == "seen.now(policy=policy, reference=reference)"
+    assert error.hint == "seen.compare(policy=policy, reference=reference)"
     zeros = nnx.Dict(running_var=nnx.BatchStat(jnp.zeros(2)))
     (finding,) = sw.lint(policy=policy, statistics=zeros)
     assert paths_of(finding.leaves) == ["statistics/running_var"]
@@ -200,23 +200,23 @@ def test_an_argument_cannot_name_an_object(name: str) -> None:
     else:
         error = refused(lambda: sw.Kinds.standard().plan(**{"model": linear(0), name: linear(1)}))
     assert error.message == f"{name!r} cannot name an object: it is an argument's name."
-    assert error.mend == f"kinds.plan({name}_object=...)"
+    assert error.hint == f"kinds.plan({name}_object=...)"
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"), [("a b", "a_b"), ("class", "object_class"), ("1st", "object_1st"), ("", "object_")]
+    ("name", "hint"), [("a b", "a_b"), ("class", "object_class"), ("1st", "object_1st"), ("", "object_")]
 )
-def test_a_name_is_an_identifier(name: str, mend: str) -> None:
+def test_a_name_is_an_identifier(name: str, hint: str) -> None:
     error = refused(lambda: sw.plan(**{name: linear(0)}))
     assert error.message == f"{name!r} cannot name an object: it is not a Python identifier."
-    assert error.mend == f"kinds.plan({mend}=...)"
+    assert error.hint == f"kinds.plan({hint}=...)"
 
 
 def test_positions_and_names_do_not_mix() -> None:
     first, second = linear(0), linear(1)
     plan = sw.plan(policy=first, reference=second)
     state = plan.take(first, second)
-    for door, mend in (
+    for door, hint in (
         (lambda: sw.plan(first, reference=second), "kinds.plan(model=..., reference=reference)"),
         (lambda: sw.lint(first, reference=second), "sw.lint(model=..., reference=reference)"),
         (lambda: sw.watch(first, reference=second), "sw.watch(model=..., reference=reference)"),
@@ -225,22 +225,22 @@ def test_positions_and_names_do_not_mix() -> None:
     ):
         error = refused(door)
         assert error.message == "Objects are given by position or by name, not both: 1 and reference."
-        assert error.mend == mend
+        assert error.hint == hint
 
 
 def test_names_that_the_plan_does_not_have() -> None:
     first, second = linear(0), linear(1)
     plan = sw.plan(policy=first, reference=second)
-    mend = "plan.take(policy=policy, reference=reference)"
+    hint = "plan.take(policy=policy, reference=reference)"
     for named, words in (
         ({"policy": first}, "reference is missing"),
         ({"policy": first, "ref": second}, "reference is missing and ref is not among them"),
         ({"policy": first, "reference": second, "a": second, "b": first}, "a, b are not among them"),
     ):
         error = refused(lambda named=named: plan.take(**named), sw.StructureError)
-        assert (error.message, error.mend) == (f"The plan is of the objects policy, reference: {words}.", mend)
+        assert (error.message, error.hint) == (f"The plan is of the objects policy, reference: {words}.", hint)
     error = refused(lambda: plan.take(first), sw.StructureError)
-    assert (error.message, error.mend) == ("The plan is of 2 objects, but 1 are given.", "plan.take(policy, reference)")
+    assert (error.message, error.hint) == ("The plan is of 2 objects, but 1 are given.", "plan.take(policy, reference)")
     error = refused(lambda: sw.plan(first, second).take(policy=first, reference=second), sw.StructureError)
     assert error.message == "The plan's objects have no names, but policy, reference are given."
     with pytest.raises(sw.StructureError, match="is not what was planned"):
@@ -281,14 +281,14 @@ def test_a_checkpoint_of_objects_with_names_and_a_plan_without_and_the_reverse(t
     plan, other = trained(not named)
     sw.save(tmp_path / "run", state)
     error = refused(lambda: sw.restore(tmp_path / "run", plan.abstract()), sw.RestoreError)
-    assert error.mend is not None
-    assert len(error.mend.splitlines()) == 1
+    assert error.hint is not None
+    assert len(error.hint.splitlines()) == 1
     begins = "the checkpoint's objects have names: plan them so" if named else "the checkpoint's objects have no names"
-    assert error.mend.startswith(begins)
+    assert error.hint.startswith(begins)
     assert (
         "kinds.plan(policy=policy, reference=reference)" if named else "kinds.plan(policy, reference)"
-    ) in error.mend
-    assert "sw.transfer(restored, plan)" in error.mend
+    ) in error.hint
+    assert "sw.transfer(restored, plan)" in error.hint
     restored, _ = sw.restore(tmp_path / "run", saved_plan.abstract())  # as the hint says
     moved = sw.transfer(restored, plan)
     assert moved.plan is plan

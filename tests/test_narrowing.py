@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as npst
 
 import statewise as sw
 from refusals import refused
-from statewise import narrowing
+from statewise._src.common import narrowing
 
 LOST = "Casting would lose numbers: 1 leaf has some that the new dtype does not. Nothing was changed."
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -139,11 +139,11 @@ def test_what_a_64_bit_process_wrote_is_not_narrowed(tmp_path: Path, value: Any,
             f"({dtype} numbers, one of magnitude {abs(float(value)):.3g}, that have no place in {narrow})"
         ],
         kind="params",
-        mend=f"plan the model with the dtype that was saved\n{narrowing.WIDE}",
+        hint=f"plan the model with the dtype that was saved\n{narrowing.WIDE}",
     ):
         sw.restore(tmp_path / "run", target, cast=True)
     assert not target["params"]["b"].any()
-    with jax.enable_x64(True):  # what the mend says
+    with jax.enable_x64(True):  # what the hint says
         wide = state_of(a=jnp.zeros(2, dtype), b=jnp.zeros(2))
         assert sw.restore(tmp_path / "run", wide)[0]["params"]["a"][1] == value
 
@@ -166,7 +166,7 @@ def test_a_restore_of_floats_says_which_dtype_holds_them(tmp_path: Path) -> None
     target = state_of(a=jnp.zeros(2, "float16"))
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(tmp_path / "run", target, cast=True)
-    assert caught.value.mend == "sw.restore(path, target.cast(params='bfloat16'), cast=True)"
+    assert caught.value.hint == "sw.restore(path, target.cast(params='bfloat16'), cast=True)"
     state, _ = sw.restore(tmp_path / "run", target.cast(params="bfloat16"), cast=True)
     assert state["params"]["a"].tolist() == [jnp.bfloat16(1e6), 1.0]
 
@@ -194,7 +194,7 @@ def test_a_transfer_refuses_all_leaves_at_once_and_says_what_holds_them() -> Non
             "c: Param(1,) uint8  kind=params  (int32 numbers, one of magnitude 1, that have no place in uint8)",
         ],
         kind="params",
-        mend=f"build the target's model with the dtype of the source\n{narrowing.WIDE}",
+        hint=f"build the target's model with the dtype of the source\n{narrowing.WIDE}",
     ):
         sw.transfer(src, target, cast=True)
 
@@ -203,12 +203,12 @@ def test_the_dtype_that_a_cast_names_instead_holds_the_numbers() -> None:
     state = state_of(a=jnp.array([1e30, 1.0]), b=jnp.ones(2))
     with pytest.raises(sw.StructureError) as caught:
         state.cast(params="float16")
-    assert caught.value.mend == "state.cast(params='bfloat16')"
+    assert caught.value.hint == "state.cast(params='bfloat16')"
     assert [leaf.path for leaf in caught.value.leaves] == [("a",)]
     assert state.cast(params="bfloat16")["params"]["a"][0] == jnp.bfloat16(1e30)
     with pytest.raises(sw.StructureError) as caught:
         sw.transfer(state, state, cast="float16")
-    assert caught.value.mend == "sw.transfer(src, target, cast='bfloat16')"
+    assert caught.value.hint == "sw.transfer(src, target, cast='bfloat16')"
     assert sw.transfer(state, state, cast="bfloat16")["params"]["a"][0] == jnp.bfloat16(1e30)
 
 
@@ -249,7 +249,7 @@ def test_a_step_that_assigns_numpys_numbers_is_refused() -> None:
             "a: Param(2,) int32  kind=params  (int64 numbers, one of magnitude 1.1e+12, that have no place in int32)"
         ],
         kind="params",
-        mend=narrowing.WIDE,
+        hint=narrowing.WIDE,
     ):
         write(sw.plan(model).take(model))
 
@@ -278,7 +278,7 @@ def test_a_fold_that_gives_numpys_numbers_is_refused() -> None:
     model = model_of(a=jnp.array([1, 1]))
     state = kinds.plan(model).take(model, mesh=_mesh())
     with pytest.raises(sw.StructureError, match="Casting would lose numbers"):
-        state.fold("params", how=lambda array: np.array([1, 2**40]))
+        state.reduce_devices("params", how=lambda array: np.array([1, 2**40]))
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -306,7 +306,7 @@ def test_using_checks_what_the_values_cannot_hold() -> None:
     state = plan.take(model)
     state = state.replace(ema=jax.tree.map(lambda array: array * 1e6, state["ema"]))
     with pytest.raises(sw.StructureError, match=r"one of magnitude 1e\+06, that have no place in float16"):
-        state.using("ema")
+        state.with_averages("ema")
 
 
 def test_put_and_build_refuse_what_somebody_mapped_to_numpy_of_64_bits() -> None:
@@ -386,4 +386,4 @@ def test_where_no_dtype_changes_nothing_is_looked_at(tmp_path: Path, monkeypatch
     monkeypatch.setattr(narrowing, "_worst_of", never)
     sw.transfer(half, state, kinds="params", cast=True)  # to more bits
     plan.put(state.replace(params=state["params"]), model)
-    state.using("ema").restart("ema")
+    state.with_averages("ema").restart("ema")

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from statewise import packing
-from statewise.packing import Buffer, Packing, pack, unpack
-from statewise.scan import Spec
+from statewise._src.common.nnx_graph import Spec
+from statewise._src.plan import packing
+from statewise._src.plan.packing import Buffer, Packing, pack, unpack
 
 
 class Model(nnx.Module):
@@ -127,7 +127,7 @@ def test_only_the_kinds_named_are_packed() -> None:
     state = sw.plan(model).take(model, pack=("cache",))
     assert set(state.plan._packing) == {"cache"}
     assert "cache: 4 arrays in 1" in repr(state)
-    with pytest.raises(sw.KindError) as caught:
+    with pytest.raises(sw.DeclarationError) as caught:
         sw.plan(model).take(model, pack="caches")
     assert caught.value.message == "There is no kind 'caches'."
 

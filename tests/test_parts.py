@@ -14,10 +14,12 @@ from hypothesis import given, settings
 
 import strategies
 from parts_model import STANDARD, Model, assert_same, flat, notes
-from statewise.errors import ContestedError, KindError, StructureError, UnclaimedError
-from statewise.filters import Path
-from statewise.kinds import Kind, Kinds
-from statewise.select import count, merge, split, update
+from statewise._src.core.kinds import Kinds
+from statewise._src.filters.primitives import Path
+from statewise._src.inspect.select.parts import merge, split, update
+from statewise._src.inspect.select.select import count
+from statewise._src.plan.kind import Kind
+from statewise.errors import DeclarationError, OverlapError, StructureError, UnclaimedError
 
 TWO = Kinds(params=Kind(nnx.Param), rest=Kind(...))
 
@@ -62,10 +64,10 @@ def test_split_refuses_what_plan_refuses(model: Model) -> None:
     with pytest.raises(UnclaimedError) as unclaimed:
         split(model, Kinds(params=Kind(nnx.Param)))
     assert len(unclaimed.value.leaves) == count(model) - count(model, nnx.Param)
-    with pytest.raises(ContestedError, match="params and first"):
+    with pytest.raises(OverlapError, match="params and first"):
         split(model, Kinds(params=Kind(nnx.Param), first=Kind(Path("first/*")), rest=Kind(...)))
     for bad in (nnx.Param, None, {"params": Kind(nnx.Param)}):
-        with pytest.raises(KindError, match="is no Kinds"):
+        with pytest.raises(DeclarationError, match="is no Kinds"):
             split(model, bad)
     with pytest.raises(StructureError, match="class Model"):
         split(Model, STANDARD)
@@ -231,7 +233,7 @@ def test_spent_arrays_are_refused(model: Model) -> None:
     graphdef, parts = split(model, STANDARD)
     parts["params"]["first"]["kernel"][...].delete()
     for fails in (lambda: merge(graphdef, parts), lambda: update(Model(), parts["params"])):
-        with pytest.raises(StructureError, match="1 spent") as caught:
+        with pytest.raises(StructureError, match="1 donated") as caught:
             fails()
         assert notes(caught.value) == {"first/kernel": "its array was donated"}
 

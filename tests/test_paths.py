@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import statewise as sw
-from statewise.paths import format_dtype, format_shape, format_type
+from statewise._src.common.paths import format_dtype, format_shape, format_type
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_the_text_has_one_segment_for_each_key(path: tuple[Any, ...]) -> None:
 
 def test_an_integer_and_its_text_are_written_alike_and_stay_apart() -> None:
     assert sw.format_path((0,)) == sw.format_path(("0",))
-    leaf = sw.Leaf((0,), "params", nnx.Param, (), None)
+    leaf = sw.results.Leaf((0,), "params", nnx.Param, (), None)
     assert leaf != dataclasses.replace(leaf, path=("0",))
 
 
 def test_a_leaf_is_a_value() -> None:
-    leaf = sw.Leaf(("a",), "params", nnx.Param, (2,), jnp.dtype("float32"), (("b",),), 2, 8)
+    leaf = sw.results.Leaf(("a",), "params", nnx.Param, (2,), jnp.dtype("float32"), (("b",),), 2, 8)
     assert leaf == dataclasses.replace(leaf)
     assert hash(leaf) == hash(dataclasses.replace(leaf))
     assert pickle.loads(pickle.dumps(leaf)) == leaf
@@ -83,10 +83,10 @@ def test_a_leaf_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("leaf", "text"),
     [
-        (sw.Leaf(("a", 0), None, nnx.Param, (2,), jnp.dtype("float32")), "a/0: Param(2,) float32"),
-        (sw.Leaf((), "rest", jax.Array, (), jnp.dtype("int32")), ".: Array() int32  kind=rest"),
-        (sw.Leaf(("a",), None, nnx.Cache, None, None, note="odd"), "a: Cache- -  (odd)"),
+        (sw.results.Leaf(("a", 0), None, nnx.Param, (2,), jnp.dtype("float32")), "a/0: Param(2,) float32"),
+        (sw.results.Leaf((), "rest", jax.Array, (), jnp.dtype("int32")), ".: Array() int32  kind=rest"),
+        (sw.results.Leaf(("a",), None, nnx.Cache, None, None, note="odd"), "a: Cache- -  (odd)"),
     ],
 )
-def test_a_leaf_is_written_in_one_line(leaf: sw.Leaf, text: str) -> None:
+def test_a_leaf_is_written_in_one_line(leaf: sw.results.Leaf, text: str) -> None:
     assert str(leaf) == text

@@ -147,7 +147,7 @@ def test_evaluation_uses_each_devices_own_statistics() -> None:
     x = images()[0]
     logits = evaluate(state, x)
     stats = jax.tree.map(np.asarray, nnx.to_pure_dict(state["stats"]))
-    one = state.fold("stats", how="first")
+    one = state.reduce_devices("stats", how="first")
     for device in range(4):
         model = one.plan.build(one)
         nnx.update(model, nnx.State(jax.tree.map(lambda leaf, device=device: leaf[device], stats)))
@@ -166,7 +166,7 @@ def test_synchronised_statistics_train_as_one_device_does(mesh: Any) -> None:
     np.testing.assert_allclose(losses, losses_of_one, rtol=1e-5)
     for row in np.asarray(state["stats"]["again"]["var"]):
         np.testing.assert_allclose(row, expected["stats"]["again"]["var"], rtol=1e-4)
-    assert_close(state.fold("stats"), expected)
+    assert_close(state.reduce_devices("stats"), expected)
 
 
 @pytest.mark.parametrize("pack", [False, True])

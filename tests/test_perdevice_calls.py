@@ -105,7 +105,7 @@ def test_an_array_that_does_not_divide_is_named() -> None:
         sw.PlacementError,
         "<lambda> runs on 4 devices along 'data', and cannot split among them "
         "x: axis 0 of (6, 3); batch['mask']: axis 0 of (7,).",
-        mend="an axis that is a multiple of 4\n"
+        hint="an axis that is a multiple of 4\n"
         "or the whole on each device: jax.device_put(x, jax.NamedSharding(mesh, jax.P()))",
     ):
         step(fresh(), jnp.ones((6, 3)), {"mask": jnp.ones(7), "number": 3, "good": jnp.ones(4)})
@@ -220,7 +220,7 @@ def test_a_kind_is_replaced_and_cast_with_its_leading_axis() -> None:
         "What replaces kind 'stats' does not fit the plan.",
         leaves=["seen: BatchStat() float32  kind=stats  (given as () float32)"],
         kind="stats",
-        mend="jax.tree.map(function, state['stats']) keeps the structure",
+        hint="jax.tree.map(function, state['stats']) keeps the structure",
     ):
         fresh().replace(stats={"seen": jnp.zeros(())})
 
@@ -247,7 +247,7 @@ def test_a_write_that_differs_to_what_all_hold_alike_is_refused() -> None:
         "step would write another value on each device to variables, which every device holds alike.",
         leaves=["total: Variable() float32  kind=variables  (differs from device to device)"],
         kind="variables",
-        mend="a value for each device: variables=sw.Kind(..., placement=sw.PerDevice('data'))\n"
+        hint="a value for each device: variables=sw.Kind(..., placement=sw.PerDevice('data'))\n"
         "or one for all: jax.lax.pmean(value, 'data') before it is written",
     ):
         step(fresh(), X)
@@ -272,7 +272,7 @@ def test_a_model_cannot_take_the_values_of_all_devices(verb: str) -> None:
         f"plan.{verb} would have to choose.",
         leaves=["seen: BatchStat() float32  kind=stats"],
         kind="stats",
-        mend="one = state.fold('stats', how='mean')  # or how='first'\none.plan.build(one)",
+        hint="one = state.reduce_devices('stats', how='mean')  # or how='first'\none.plan.build(one)",
     ):
         PLAN.put(state, Net()) if verb == "put" else PLAN.build(state)
 
@@ -289,7 +289,7 @@ def test_what_an_optimizer_updates_cannot_lie_per_device() -> None:
             f"dense/kernel: Param(3, 2) float32  kind=params  ({note})",
         ],
         kind="params",
-        mend=alike,
+        hint=alike,
     ):
         plan.plan(Net(), optimizers={"params": optax.sgd(0.1)}).take(Net(), mesh=MESH)
     assert plan.plan(Net()).take(Net(), mesh=MESH)["params"]["dense"]["bias"].shape == (4, 2)
@@ -307,7 +307,7 @@ def test_all_that_lies_per_device_does_so_over_the_same_axes() -> None:
             "seen: BatchStat() float32  kind=stats  (PerDevice('data'), where others have PerDevice('model'))",
             "total: Variable() float32  kind=variables  (the mesh has no axis 'pipe')",
         ],
-        mend="the same axes for all that is PerDevice\nan axis of the mesh: data, model",
+        hint="the same axes for all that is PerDevice\nan axis of the mesh: data, model",
     ):
         kinds.plan(Net()).shardings(BOTH)
 

@@ -96,11 +96,11 @@ def test_rules_are_data() -> None:
     assert one == other
     assert hash(one) == hash(other)
     assert one != sw.FromMetadata()
-    assert sw.Kind(nnx.Param, placement=one).treatment() == "placement=FromMetadata([('a', 'x'), ('b', ('y',))])"
+    assert sw.Kind(nnx.Param, placement=one).handling() == "placement=FromMetadata([('a', 'x'), ('b', ('y',))])"
 
 
 @pytest.mark.parametrize(
-    "rules, message, mend",
+    "rules, message, hint",
     [
         ([("a", "x"), ("a", None)], "Two rules for 'a' disagree: 'x' and None.", "one rule for 'a'"),
         ("ab", "A str is no list of rules.", "sw.FromMetadata([('embed', 'data'), ('heads', None)])"),
@@ -117,13 +117,13 @@ def test_rules_are_data() -> None:
         ),
     ],
 )
-def test_rules_that_cannot_stand(rules: Any, message: str, mend: str) -> None:
-    with refused(sw.PlacementError, message, mend=mend):
+def test_rules_that_cannot_stand(rules: Any, message: str, hint: str) -> None:
+    with refused(sw.PlacementError, message, hint=hint):
         sw.FromMetadata(rules)
 
 
 @pytest.mark.parametrize(
-    "metadata, rules, note, mend",
+    "metadata, rules, note, hint",
     [
         (
             {"out_sharding": ("embed", "mlp")},
@@ -157,13 +157,13 @@ def test_rules_that_cannot_stand(rules: Any, message: str, mend: str) -> None:
         ),
     ],
 )
-def test_metadata_that_does_not_fit(metadata: Any, rules: Any, note: str, mend: str) -> None:
+def test_metadata_that_does_not_fit(metadata: Any, rules: Any, note: str, hint: str) -> None:
     with refused(
         sw.PlacementError,
         "1 leaf cannot be placed on the mesh (data=4, model=2).",
         leaves=[f"w: Param(8, 16) float32  kind=params  ({note})"],
         kind="params",
-        mend=mend,
+        hint=hint,
     ):
         specs(weights(**metadata), sw.FromMetadata(rules))
 

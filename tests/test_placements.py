@@ -82,11 +82,11 @@ def by_rank(path: Any, shape: Any) -> Any:
     ],
 )
 def test_the_treatment_names_the_placement(placement: Any, words: str) -> None:
-    assert sw.Kind(nnx.Param, placement=placement).treatment() == words
+    assert sw.Kind(nnx.Param, placement=placement).handling() == words
 
 
 @pytest.mark.parametrize(
-    "make, message, mend",
+    "make, message, hint",
     [
         (lambda: sw.Sharded(0), "0 is no name of a mesh axis.", "sw.Sharded('data', None)"),
         (lambda: sw.Sharded(("a", 1)), "1 is no name of a mesh axis.", "sw.Sharded('data', None)"),
@@ -115,18 +115,18 @@ def test_the_treatment_names_the_placement(placement: Any, words: str) -> None:
         ),
     ],
 )
-def test_a_placement_that_cannot_stand(make: Any, message: str, mend: str) -> None:
-    with refused(sw.PlacementError, message, mend=mend):
+def test_a_placement_that_cannot_stand(make: Any, message: str, hint: str) -> None:
+    with refused(sw.PlacementError, message, hint=hint):
         make()
 
 
-def fault(placement: Any, note: str, mend: str, *, model: Any = None, leaf: str = "w: Param(6,) float32") -> None:
+def fault(placement: Any, note: str, hint: str, *, model: Any = None, leaf: str = "w: Param(6,) float32") -> None:
     with refused(
         sw.PlacementError,
         "1 leaf cannot be placed on the mesh (data=4, model=2).",
         leaves=[f"{leaf}  kind=params  ({note})"],
         kind="params",
-        mend=mend,
+        hint=hint,
     ):
         plan_of(placement, vector() if model is None else model).shardings(MESH)
 
@@ -150,7 +150,7 @@ def test_a_dimension_that_does_not_divide(axis: Any, size: int, by: str) -> None
     )
 
 
-def test_the_mend_for_a_dimension_that_does_not_divide_is_one() -> None:
+def test_the_hint_for_a_dimension_that_does_not_divide_is_one() -> None:
     placement = eval(
         "lambda path, shape: sw.Sharded('data') if len(shape) > 0 and shape[0] % 4 == 0 else sw.Replicated()",
         {"sw": sw},
@@ -168,8 +168,8 @@ def test_a_function_that_returns_no_placement() -> None:
     def forgets(path: Any, shape: Any) -> None:
         return None
 
-    mend = "forgets(path, shape) returns a placement for every leaf: sw.Replicated() or sw.Sharded('data', None)"
-    fault(forgets, "forgets returned NoneType", mend)
+    hint = "forgets(path, shape) returns a placement for every leaf: sw.Replicated() or sw.Sharded('data', None)"
+    fault(forgets, "forgets returned NoneType", hint)
 
 
 def test_a_function_that_raises() -> None:
@@ -201,7 +201,7 @@ def test_memory_that_the_devices_have_not() -> None:
         "1 leaf cannot be placed on the mesh (data=8).",
         leaves=["w: Param(6,) float32  kind=params  (the devices have no memory 'drum')"],
         kind="params",
-        mend=f"a memory that is there: {known}",
+        hint=f"a memory that is there: {known}",
     ):
         plan_of(sw.Replicated(memory="drum"), vector()).shardings(mesh)
 
@@ -218,7 +218,7 @@ def test_all_faults_are_listed_at_once() -> None:
             "mean: BatchStat(3,) float32  kind=stats  (the mesh has no axis 'x')",
             "var: BatchStat(3,) float32  kind=stats  (the mesh has no axis 'x')",
         ],
-        mend="place by shape: placement=lambda path, shape: sw.Sharded('data') "
+        hint="place by shape: placement=lambda path, shape: sw.Sharded('data') "
         "if len(shape) > 0 and shape[0] % 4 == 0 else sw.Replicated()\nan axis of the mesh: data, model",
     ):
         kinds.plan(nnx.BatchNorm(3, use_scale=False, rngs=nnx.Rngs(0))).shardings(MESH)
@@ -235,7 +235,7 @@ def test_a_moment_that_cannot_be_split_as_its_kind_declares() -> None:
             "(Sharded('data') is of 1, the array of 0 dimensions)"
         ],
         kind="optimizer",
-        mend="place by the number of axes: placement=lambda path, shape: "
+        hint="place by the number of axes: placement=lambda path, shape: "
         "sw.Sharded('data') if len(shape) >= 1 else sw.Replicated()",
     ):
         plan.shardings(MESH)
@@ -243,14 +243,14 @@ def test_a_moment_that_cannot_be_split_as_its_kind_declares() -> None:
 
 @pytest.mark.parametrize("mesh, name", [({"data": 8}, "dict"), (None, "NoneType"), (8, "int")])
 def test_what_is_no_mesh(mesh: Any, name: str) -> None:
-    with refused(sw.PlacementError, f"A {name} is no mesh.", mend="mesh = jax.make_mesh((8,), ('data',))"):
+    with refused(sw.PlacementError, f"A {name} is no mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
         plan_of(None, vector()).shardings(mesh)
 
 
 def test_an_abstract_mesh_holds_no_arrays() -> None:
-    mend = "mesh = jax.make_mesh((8,), ('data',))  # plan.abstract(mesh) takes an abstract one"
+    hint = "mesh = jax.make_mesh((8,), ('data',))  # plan.abstract(mesh) takes an abstract one"
     for put in (lambda plan: plan.take(vector(), mesh=MESH), lambda plan: plan.init(vector, MESH)):
-        with refused(sw.PlacementError, "An abstract mesh has no devices to put arrays on.", mend=mend):
+        with refused(sw.PlacementError, "An abstract mesh has no devices to put arrays on.", hint=hint):
             put(plan_of(None, vector()))
 
 
@@ -259,7 +259,7 @@ def test_init_wants_a_function() -> None:
     with refused(
         sw.StructureError,
         "plan.init wants a function that makes the model, not Linear.",
-        mend="plan.init(lambda: Model(rngs=nnx.Rngs(0)), mesh)  # or plan.take(model, mesh=mesh)",
+        hint="plan.init(lambda: Model(rngs=nnx.Rngs(0)), mesh)  # or plan.take(model, mesh=mesh)",
     ):
         sw.plan(model).init(model, jax.make_mesh((8,), ("data",)))
 
@@ -278,7 +278,7 @@ def test_init_cannot_see_arrays_outside_of_variables() -> None:
         sw.StructureError,
         "Arrays outside of Variables are static to NNX where a model is made inside jax.jit.",
         leaves=["table: Array(3,) float32  kind=variables  (missing)"],
-        mend="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
+        hint="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
     ):
         sw.plan(Raw()).init(Raw, mesh)
     state = sw.plan(Raw(nnx.data)).init(lambda: Raw(nnx.data), mesh)
@@ -287,8 +287,8 @@ def test_init_cannot_see_arrays_outside_of_variables() -> None:
 
 def test_init_makes_as_many_objects_as_were_planned() -> None:
     plan = sw.plan(Raw(), nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    mend = "plan.take(raw, linear)"
-    with refused(sw.StructureError, "The plan is of 2 objects, but 1 are given.", mend=mend):
+    hint = "plan.take(raw, linear)"
+    with refused(sw.StructureError, "The plan is of 2 objects, but 1 are given.", hint=hint):
         plan.init(Raw, jax.make_mesh((8,), ("data",)))
 
 
@@ -298,7 +298,7 @@ def test_init_wants_the_model_that_was_planned() -> None:
         sw.StructureError,
         "The model is not what was planned: 1 leaf differs.",
         leaves=["kernel: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the model)"],
-        mend="plan = kinds.plan(model)  # plan the model as it is now",
+        hint="plan = kinds.plan(model)  # plan the model as it is now",
     ):
         plan.init(lambda: nnx.Linear(2, 4, use_bias=False, rngs=nnx.Rngs(0)), jax.make_mesh((8,), ("data",)))
 
@@ -311,6 +311,6 @@ def test_packed_leaves_are_not_split() -> None:
         "Kind 'params' is packed into buffers, which are not split: pack and placement do not go together.",
         leaves=[f"{name}: Param(8,) float32  kind=params  (packed, and split over the mesh)" for name in "abcd"],
         kind="params",
-        mend="leave params out of pack: plan.take(model, mesh=mesh, pack=())",
+        hint="leave params out of pack: plan.take(model, mesh=mesh, pack=())",
     ):
         plan.take(model, mesh=jax.make_mesh((4, 2), ("data", "model")), pack=True)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 import statewise as sw
 from meshes import ResNet, Transformer, assert_close, by_key, compilations, images, loss_of, mesh_of, number, tokens
-from statewise.places import places_of
+from statewise._src.sharding.part_shardings import places_of
 
 MESH = mesh_of(data=4, model=2)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
@@ -159,7 +159,7 @@ def test_the_numbers_are_those_of_a_hand_written_program_with_out_shardings(plac
 # --- one trace, one compilation --------------------------------------------------------------------------------------
 
 
-def counted() -> tuple[sw.Step, list[None]]:
+def counted() -> tuple[sw.results.Step, list[None]]:
     traces: list[None] = []
 
     def body(model: Any, x: Any, labels: Any) -> Any:
@@ -220,7 +220,7 @@ def test_a_call_looks_at_no_array_of_a_part_that_a_step_has_made(monkeypatch: py
         looked.append(len(arrays))
         return places_of(arrays)
 
-    monkeypatch.setattr("statewise.state.places_of", counting)
+    monkeypatch.setattr("statewise._src.core.state.places_of", counting)
     for mesh in (None, MESH):
         state = state_of("resnet", fsdp, mesh=mesh)
         batch = MODELS["resnet"][1]() if mesh is None else split_batch("resnet")

@@ -38,11 +38,11 @@ class Empty(nnx.Module):
 
 
 def test_a_model_without_leaves() -> None:
-    mend = "assign the model's Variables before planning it"
-    with refused(sw.StructureError, "There are no leaves: no Variable and no array anywhere in Empty.", mend=mend):
+    hint = "assign the model's Variables before planning it"
+    with refused(sw.StructureError, "There are no leaves: no Variable and no array anywhere in Empty.", hint=hint):
         sw.plan(Empty())
     message = "There are no leaves: no Variable and no array anywhere in Empty and dict."
-    with refused(sw.StructureError, message, mend=mend):
+    with refused(sw.StructureError, message, hint=hint):
         sw.Kinds().plan(Empty(), {})
     assert len(sw.plan(Empty(), model()).leaves) == len(sw.plan(model()).leaves), "one object may have none"
 
@@ -51,7 +51,7 @@ def test_a_variable_on_its_own() -> None:
     with refused(
         sw.StructureError,
         "Object 0 is a Param on its own, which has no path.",
-        mend="put it into a dict: {'param': ...}",
+        hint="put it into a dict: {'param': ...}",
     ):
         sw.plan(nnx.Param(jnp.ones(1)))
     variable = nnx.Param(jnp.ones(1))
@@ -150,7 +150,7 @@ def test_axes_map_whole_kinds() -> None:
 @pytest.mark.parametrize("axis", ["0", True, 0.0])
 def test_no_axis(axis: Any) -> None:
     plan = sw.plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-    with refused(sw.KindError, f"stats={axis!r} is no axis.", kind="stats", mend="plan.axes(stats=0)"):
+    with refused(sw.DeclarationError, f"stats={axis!r} is no axis.", kind="stats", hint="plan.axes(stats=0)"):
         plan.axes(stats=axis)
 
 

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from statewise.scan import raw_value
+from statewise._src.common.nnx_graph import raw_value
 from strategies import Constrained, Node, OwnBatchStat, OwnStat
 
 
@@ -118,7 +118,7 @@ def test_a_layer_is_planned_taken_put_and_built(name: str) -> None:
         k: n for k, n in expected.items() if n
     }
     assert not expected or set(counts) == {kind for kind, count in expected.items() if count}
-    assert plan.dropped == ()
+    assert plan.excluded == ()
 
     before = {tuple(path): raw_value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
     assert {leaf.path for leaf in plan.leaves} == set(before)

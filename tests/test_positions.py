@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh
 
 import statewise as sw
 from comparing import data
-from statewise.annotations import metadata_of
-from statewise.scan import raw_value
+from statewise._src.common.nnx_graph import raw_value
+from statewise._src.sharding.annotations import metadata_of
 from strategies import Node, OwnStat
 
 MESH = AbstractMesh((2, 2), ("x", "y"))

@@ -75,8 +75,8 @@ def test_what_could_mean_two_leaves_is_refused_and_names_both() -> None:
             "0/kernel: Param(2, 2) float32  (by the path as it is printed)",
             "1/0/kernel: Param(2, 2) float32  (by the path within object 1)",
         ]
-        assert error.mend is not None
-        assert error.mend.startswith("kinds.plan(first=..., second=...)")
+        assert error.hint is not None
+        assert error.hint.startswith("kinds.plan(first=..., second=...)")
     assert matched(objects, sw.Path("1/0/kernel")) == ["1/0/kernel"]
     named = sw.Kinds(part=sw.Kind(sw.Path("first/kernel")), rest=sw.Kind(...))
     assert paths_of(named.plan(first=objects[0], second=objects[1])["part"]) == ["first/kernel"]
@@ -99,8 +99,8 @@ def test_keys_that_are_written_alike_are_refused_with_a_filter_that_helps() -> N
     assert (
         error.message == "Path('a/b') could mean the leaf at ('a', 'b') or that at ('a/b',), which are written alike."
     )
-    assert error.mend is not None
-    assert sw.count(model, eval(error.mend)) == 1
+    assert error.hint is not None
+    assert sw.count(model, eval(error.hint)) == 1
     stars = {"w*": nnx.Param(jnp.ones(2)), "w1": nnx.Param(jnp.ones(3))}
     error = refused(lambda: REST.plan(stars) and kinds_with("w*").plan(stars), sw.FilterError)
     assert error.message == "Path('w*') could mean the leaf at ('w*',) or that at ('w1',)."
@@ -157,7 +157,7 @@ def test_every_printed_path_means_its_leaf_or_is_refused(trees: list[Any]) -> No
                 chosen = matched(objects, pattern)
                 part = kinds_with(printed).plan(*objects)["part"]
             except sw.FilterError as error:
-                assert error.mend  # noqa: PT017
+                assert error.hint  # noqa: PT017
                 # Only where keys are written like positions, patterns or several keys.
                 assert odd
                 continue

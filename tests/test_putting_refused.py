@@ -17,8 +17,8 @@ import statewise as sw
 from comparing import plannable, same
 from holding import CONTAINERS, Bits, Own, model_of, ones, other
 from refusals import refused
-from statewise.putting import put_values
-from statewise.scan import raw_value
+from statewise._src.common.nnx_graph import raw_value
+from statewise._src.common.write_values import put_values
 from strategies import Node
 
 
@@ -91,7 +91,7 @@ def test_a_setter_that_stores_something_else() -> None:
         sw.StructureError,
         "A setter of the model stored something else than the array that it was given.",
         leaves=["c: Array(3,) float32"],
-        mend="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
+        hint="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
     ):
         plan.put(other(plan.take(model)), model)
     bits.check()
@@ -165,7 +165,7 @@ def test_containers_that_cannot_be_built_anew_are_listed_before_anything_is_writ
             "c/0: Array(2,) float32  (stands in a Doubling, which makes something else of its items)",
             "c/1: Array(3,) float32  (stands in a Doubling, which makes something else of its items)",
         ],
-        mend="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
+        hint="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
     ):
         plan.put(state, model)
     bits.check()
@@ -179,7 +179,7 @@ def test_what_nothing_holds_cannot_be_replaced() -> None:
         sw.StructureError,
         "Arrays cannot be replaced where they stand.",
         leaves=["1: Array(2,) float32  (stands in a tuple that nothing holds)"],
-        mend="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
+        hint="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
     ):
         plan.put(other(plan.take(held)), held)
     bits.check()
@@ -198,7 +198,7 @@ def test_what_nothing_holds_cannot_be_replaced() -> None:
         named.put(state, first=first, second=held)
     bits.check()
     own.check()
-    # The mend: an nnx.List can be assigned to.
+    # The hint: an nnx.List can be assigned to.
     better = nnx.List([Node(w=nnx.Param(ones(1))), nnx.data(ones(2))])
     plan = sw.plan(better)
     plan.put(other(plan.take(better)), better)
@@ -222,7 +222,7 @@ def test_one_list_by_two_paths_cannot_hold_two_arrays() -> None:
         sw.StructureError,
         "A container is reached by several paths, and would have to hold another array for each.",
         leaves=["b/0: Array(2,) float32  (the same place as a/0)"],
-        mend="hold the array in an nnx.Variable, which is one leaf however many paths lead to it",
+        hint="hold the array in an nnx.Variable, which is one leaf however many paths lead to it",
     ):
         plan.put(state, model)
     bits.check()
@@ -245,7 +245,7 @@ def test_a_model_of_an_outer_trace_stays_as_it_is() -> None:
 # --- the law: whatever is refused has changed nothing ------------------------------------------------------------
 
 
-REASONS = ("shape", "type", "extra", "state", "plan", "spent", "abstract", "order", "update")
+REASONS = ("shape", "type", "extra", "state", "plan", "donated", "abstract", "order", "update")
 
 
 def refused_call(objects: list[Any], second: Any, reason: str, taking: bool) -> Callable[[], Any]:
@@ -256,13 +256,13 @@ def refused_call(objects: list[Any], second: Any, reason: str, taking: bool) -> 
     if reason in changes:
         setattr(second, "more" if reason == "extra" else "last", changes[reason])
         return lambda: plan.take(*objects, copy=False) if taking else plan.put(state, *objects)
-    if reason == "spent":
+    if reason == "donated":
         for array in jax.tree.leaves(state):
             array.delete()
     odd = {
         "state": lambda: plan.put(jax.tree.map(lambda shape: shape.update(shape=(9, 9)), plan.abstract()), *objects),
         "plan": lambda: plan.put(sw.plan(second).take(second), *objects),
-        "spent": lambda: plan.put(state, *objects),
+        "donated": lambda: plan.put(state, *objects),
         "abstract": lambda: plan.put(plan.abstract(), *objects),
         "order": lambda: plan.put(state, objects[0]),
         "update": lambda: sw.update(
@@ -292,11 +292,11 @@ def test_refused_parts_leave_both_models_equal_to_the_bit(model: Node, drawing: 
     graphdef, parts = sw.split(model, kinds)
     bits.check()
     left = drawing.draw(st.sampled_from([name for name, part in parts.items() if len(part)]))
-    wrong = drawing.draw(st.sampled_from(("missing", "twice", "left over")))
+    wrong = drawing.draw(st.sampled_from(("missing", "twice", "unexpected")))
     given_parts: Any = {name: part for name, part in parts.items() if name != left or wrong != "missing"}
     if wrong == "twice":
         given_parts["again"] = parts[left]
-    elif wrong == "left over":
+    elif wrong == "unexpected":
         given_parts["more"] = nnx.State({"nobody": nnx.Param(ones(1))})
     with pytest.raises(sw.StructureError):
         sw.merge(graphdef, given_parts)

@@ -74,8 +74,8 @@ def test_every_verb_refuses_them(verb: Callable[[Any], Any], options: dict[str, 
         f": Variable() int32  ({note})"
     ]
     assert len(error.leaves) == 2
-    assert error.mend == MEND
-    parses(error.mend)
+    assert error.hint == MEND
+    parses(error.hint)
     assert int(model.count[...]) == 0
 
 
@@ -159,7 +159,7 @@ def test_a_hijax_variable_among_the_arguments_is_refused_and_the_hint_helps(
     with pytest.raises(sw.StructureError, match="The argument v of read holds a hijax Variable") as caught:
         step(state, v)
     scope = {"nnx": nnx, "v": v}
-    exec(str(caught.value.mend), scope)
+    exec(str(caught.value.hint), scope)
     assert float(step(state, scope["v"])) == 2.0
 
 

@@ -77,13 +77,13 @@ def test_the_buffers_are_donated_and_the_old_state_says_so() -> None:
     after = state.restart("cache")
     assert all(array.is_deleted() for array in old if array.size)
     assert not kept.is_deleted()
-    message = "This state is spent: restart('cache') has donated its cache."
-    mend = (
+    message = "This state was donated: restart('cache') has donated its cache."
+    hint = (
         "use the state that came back: state, out = step(state, ...)\n"
         "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)"
     )
     for attempt in (lambda: state.restart("cache"), lambda: state.plan.build(state), lambda: state.restart()):
-        with refused(sw.StructureError, message, kind="cache", mend=mend):
+        with refused(sw.StructureError, message, kind="cache", hint=hint):
             attempt()
     assert (state.restart("last")["last"]["last"] == 7).all(), "the other kinds are as they were"
     assert not after["cache"]["k"].any()
@@ -92,7 +92,7 @@ def test_the_buffers_are_donated_and_the_old_state_says_so() -> None:
 def test_a_state_donated_by_the_user_s_own_jit() -> None:
     state = taken()
     jax.jit(lambda state: jax.tree.map(lambda array: array + 1, state), donate_argnums=0)(state)
-    with pytest.raises(sw.StructureError, match=r"^This state is spent: a step has donated its cache\."):
+    with pytest.raises(sw.StructureError, match=r"^This state was donated: a step has donated its cache\."):
         state.restart("cache")
 
 
@@ -179,7 +179,7 @@ def test_where_is_neither_booleans_nor_numbers(where: Any, shown: str) -> None:
     with refused(
         sw.StructureError,
         f"where must be booleans or slot numbers in one dimension, not {shown}.",
-        mend="where=jnp.array([True, False]) or where=[0]",
+        hint="where=jnp.array([True, False]) or where=[0]",
     ):
         state.restart("cache", where=where)
     assert same(state, taken())
@@ -188,7 +188,7 @@ def test_where_is_neither_booleans_nor_numbers(where: Any, shown: str) -> None:
 @pytest.mark.parametrize("slot", [SLOTS, -SLOTS - 1, 99])
 def test_a_slot_that_is_not_there(slot: int) -> None:
     state = taken()
-    with refused(sw.StructureError, f"There is no slot {slot}: there are 4.", kind="cache", mend="slots 0 to 3"):
+    with refused(sw.StructureError, f"There is no slot {slot}: there are 4.", kind="cache", hint="slots 0 to 3"):
         state.restart("cache", where=[0, slot])
     assert same(state, taken())
 
@@ -199,7 +199,7 @@ def test_a_mask_of_another_length() -> None:
         sw.StructureError,
         "where has 3 entries, but cache has 4 slots.",
         kind="cache",
-        mend="a boolean for each of the 4 slots, or slot numbers",
+        hint="a boolean for each of the 4 slots, or slot numbers",
     ):
         state.restart("cache", where=[True, False, True])
     assert same(state, taken())
@@ -224,7 +224,7 @@ def test_leaves_without_the_axis_or_of_another_length(where: Any) -> None:
             "index: Cache() int32  kind=cache  (has no such axis)",
             "small: Cache(2, 2) float32  kind=cache  (2 slots)",
         ],
-        mend="kinds = plan.kinds.replace(cache=dataclasses.replace(plan.kinds['cache'], "
+        hint="kinds = plan.kinds.replace(cache=dataclasses.replace(plan.kinds['cache'], "
         f"of=nnx.All(plan.kinds['cache'].of, nnx.Not({odd})))) | "
         "sw.Kinds(cache_of_all=dataclasses.replace(plan.kinds['cache'], "
         f"of=nnx.All(plan.kinds['cache'].of, {odd}), batch_axis=None))  # a kind apart\n"
@@ -242,7 +242,7 @@ def test_no_leaf_has_the_axis() -> None:
         "Not every leaf of cache has its batch axis.",
         kind="cache",
         leaves=["index: Cache() int32  kind=cache  (has no such axis)"],
-        mend="state.restart('cache')",
+        hint="state.restart('cache')",
     ):
         state.restart("cache", where=[0])
 
@@ -269,7 +269,7 @@ def test_slots_of_stacked_states_are_not_guessed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message", "mend"),
+    ("kind", "options", "message", "hint"),
     [
         ("base", {}, "Kind 'base' is frozen and cannot be restarted.", "frozen=False"),
         (
@@ -286,9 +286,9 @@ def test_slots_of_stacked_states_are_not_guessed() -> None:
         ),
     ],
 )
-def test_a_kind_that_cannot_be_restarted(kind: str, options: Any, message: str, mend: str) -> None:
+def test_a_kind_that_cannot_be_restarted(kind: str, options: Any, message: str, hint: str) -> None:
     state = taken()
-    with refused(sw.KindError, message, kind=kind, mend=mend):
+    with refused(sw.DeclarationError, message, kind=kind, hint=hint):
         state.restart("cache", kind, **options)
     assert same(state, taken()), "nothing of the others is restarted either"
 
@@ -297,16 +297,16 @@ def test_a_kind_without_leaves() -> None:
     thing = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
     state = sw.plan(thing).take(thing)
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "Kind 'cache' has no leaves in this model, so there is nothing to restart.",
         kind="cache",
-        mend="make the leaves before the plan is made: model.init_cache(...), say",
+        hint="make the leaves before the plan is made: model.init_cache(...), say",
     ):
         state.restart("cache")
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "There is nothing to restart: no kind that has leaves declares how a fresh value is made.",
-        mend="cache=sw.Kind(nnx.Cache, restart=jnp.zeros_like)",
+        hint="cache=sw.Kind(nnx.Cache, restart=jnp.zeros_like)",
     ):
         state.restart()
 
@@ -327,7 +327,7 @@ def test_a_restart_that_changes_shape_or_dtype(fresh: Any, note: str) -> None:
         "The restart of kind 'cache' changes shapes or dtypes.",
         kind="cache",
         leaves=[f"a: Cache(4,) float32  kind=cache  ({note})", f"b: Cache(4,) float32  kind=cache  ({note})"],
-        mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+        hint="restart=jnp.zeros_like, or any function that keeps shape and dtype",
     ):
         state.restart("cache")
     assert state["cache"]["a"].all()
@@ -335,8 +335,8 @@ def test_a_restart_that_changes_shape_or_dtype(fresh: Any, note: str) -> None:
 
 def test_an_abstract_state_has_nothing_to_restart() -> None:
     message = "This state is abstract: it has shapes, but no arrays to restart."
-    mend = "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)"
-    with refused(sw.StructureError, message, kind="cache", mend=mend):
+    hint = "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)"
+    with refused(sw.StructureError, message, kind="cache", hint=hint):
         KINDS.plan(model()).abstract().restart("cache")
 
 
@@ -359,6 +359,6 @@ def test_one_array_in_two_leaves_of_a_state_made_by_hand() -> None:
         "a and b share one array; a step could not write them apart.",
         kind="cache",
         leaves=["a: Cache(4,) float32  kind=cache", "b: Cache(4,) float32  kind=cache"],
-        mend="give one of them a copy: jax.tree.map(jnp.copy, part)",
+        hint="give one of them a copy: jax.tree.map(jnp.copy, part)",
     ):
         state.restart("cache")

@@ -214,7 +214,7 @@ def test_the_old_buffers_are_donated() -> None:
     old = jax.tree.leaves(state["lora"])
     state.restart("lora", where=[0], key=key())
     assert all(array.is_deleted() for array in old)
-    with pytest.raises(sw.StructureError, match=r"^This state is spent: restart\('lora'\) has donated its lora\."):
+    with pytest.raises(sw.StructureError, match=r"^This state was donated: restart\('lora'\) has donated its lora\."):
         state.restart("lora", key=key())
 
 

@@ -29,13 +29,13 @@ def test_a_key_that_is_missing() -> None:
         (("lora",), [1], "'lora', where=where, "),
     ):
         with refused(
-            sw.KindError,
+            sw.DeclarationError,
             "The restart of lora takes a key, and none was given.",
             kind="lora",
-            mend=f"state.restart({shown}key=jax.random.key(0))  # another key each time",
+            hint=f"state.restart({shown}key=jax.random.key(0))  # another key each time",
         ) as caught:
             state.restart(*kinds, where=where)
-        followed = eval(str(caught.value.mend), {"state": drawn().plan(model).take(model), "jax": jax, "where": where})
+        followed = eval(str(caught.value.hint), {"state": drawn().plan(model).take(model), "jax": jax, "where": where})
         assert not same(followed["lora"], state["lora"])
     assert same(state, drawn().plan(model).take(model))
 
@@ -45,10 +45,10 @@ def test_a_key_that_nothing_takes(restart: Any) -> None:
     model = adapters()
     state = drawn(restart).plan(model).take(model)
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "key= would do nothing: the restart of lora takes no key.",
         kind="lora",
-        mend="leave key= out, or take it: restart=lambda array, key: jax.random.normal(key, array.shape, array.dtype)",
+        hint="leave key= out, or take it: restart=lambda array, key: jax.random.normal(key, array.shape, array.dtype)",
     ):
         state.restart("lora", key=key())
     state.restart("lora")
@@ -58,10 +58,10 @@ def test_averages_take_no_key() -> None:
     model = adapters()
     plan = drawn().plan(model, averages={"lora": sw.EMA(0.9)})
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "key= would do nothing: the averages 'ema' begin as copies.",
         kind="ema",
-        mend="state.restart('ema')",
+        hint="state.restart('ema')",
     ):
         plan.take(model).restart("ema", key=key())
     state = plan.take(model).restart("lora", "ema", key=key())
@@ -83,9 +83,9 @@ def test_what_is_not_one_key(wrong: Any, shown: str) -> None:
     model = adapters()
     state = drawn().plan(model).take(model)
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         f"key= must be one PRNG key, from which each leaf and each slot gets its own, not {shown}.",
-        mend="key=jax.random.key(0)",
+        hint="key=jax.random.key(0)",
     ):
         state.restart("lora", key=wrong)
     assert same(state, drawn().plan(model).take(model))
@@ -93,13 +93,13 @@ def test_what_is_not_one_key(wrong: Any, shown: str) -> None:
 
 def test_an_initializer_is_not_a_restart() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "restart=init is an initializer, of (key, shape, dtype), not a function of one array.",
-        mend="sw.Kind(nnx.Param, restart=lambda array, key: init(key, array.shape, array.dtype))",
+        hint="sw.Kind(nnx.Param, restart=lambda array, key: init(key, array.shape, array.dtype))",
     ) as caught:
         sw.Kind(nnx.Param, restart=INIT)
     model = adapters()
-    kind = eval(str(caught.value.mend), {"sw": sw, "nnx": nnx, "init": INIT})
+    kind = eval(str(caught.value.hint), {"sw": sw, "nnx": nnx, "init": INIT})
     assert sw.Kinds(lora=kind, rest=sw.Kind(...)).plan(model).take(model).restart("lora", key=key())
 
 
@@ -108,11 +108,11 @@ def test_an_initializer_is_not_a_restart() -> None:
 )
 def test_a_function_that_cannot_be_called_so(wrong: Any) -> None:
     with pytest.raises(
-        sw.KindError, match=r"^restart=<lambda> cannot be called with one array, and key= and path= by name: "
+        sw.DeclarationError, match=r"^restart=<lambda> cannot be called with one array, and key= and path= by name: "
     ) as caught:
         sw.Kind(nnx.Param, restart=wrong)
-    assert caught.value.mend == "sw.Kind(nnx.Param, restart=lambda array, key, path: ...)  # key, path: where needed"
-    assert eval(str(caught.value.mend), {"sw": sw, "nnx": nnx}).restart
+    assert caught.value.hint == "sw.Kind(nnx.Param, restart=lambda array, key, path: ...)  # key, path: where needed"
+    assert eval(str(caught.value.hint), {"sw": sw, "nnx": nnx}).restart
 
 
 class Drawing:
@@ -163,7 +163,7 @@ def test_hints_for_leaves_without_slots_can_be_followed() -> None:
         with pytest.raises(sw.StructureError, match=r"^Not every leaf of cache has 4 slots") as caught:
             plan.take(model).restart("cache", where=[1])
         names: dict[str, Any] = {"plan": plan, "sw": sw, "nnx": nnx, "dataclasses": __import__("dataclasses")}
-        first, last = str(caught.value.mend).split("\n")
+        first, last = str(caught.value.hint).split("\n")
         assert last == "or restart them whole: state.restart('cache')"
         exec(first, names)
         state = names["kinds"].plan(model).take(model).restart("cache", where=[1])
@@ -177,9 +177,9 @@ def test_hints_for_leaves_without_slots_can_be_followed() -> None:
 
 def test_missing_restart_takes_no_key() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "missing='restart' calls restart without a key, and this one takes a key.",
-        mend="sw.Kind(nnx.Param, missing='keep', restart=...)\n"
+        hint="sw.Kind(nnx.Param, missing='keep', restart=...)\n"
         "and after the restore: state.restart(..., key=jax.random.key(0))",
     ):
         sw.Kind(nnx.Param, missing="restart", restart=noise)
@@ -204,7 +204,7 @@ def test_a_restore_tells_the_path_and_keeps_what_would_be_drawn(tmp_path: pathli
     assert same(kept["lora"], unsaved.take(model)["lora"])
     with pytest.raises(sw.RestoreError, match="its restart takes a key, which a restore does not have") as caught:
         sw.restore(tmp_path / "a", unsaved.abstract())
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "restore into a state with values: sw.restore(path, plan.take(model)), "
         "and then: state.restart('lora', key=jax.random.key(0))"
     )

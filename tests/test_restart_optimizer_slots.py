@@ -139,10 +139,10 @@ def test_slots_along_another_axis() -> None:
     kinds = kinds_of(1)
     plan = kinds.plan(model, optimizers={"lora": per_slot(tx, 1)})
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "Kind 'optimizer' declares no batch_axis, so its slots cannot be told apart.",
         kind="optimizer",
-        mend="optimizer=sw.Kind(nnx.OptState, batch_axis=0)",
+        hint="optimizer=sw.Kind(nnx.OptState, batch_axis=0)",
     ):
         plan.take(model).restart("lora", "optimizer", where=[1], key=jax.random.key(7))
     kinds = kinds.replace(optimizer=sw.Kind(nnx.OptState, batch_axis=0))
@@ -220,11 +220,11 @@ def test_a_joint_optimizer_is_not_restarted_by_half() -> None:
     plan = kinds_of().plan(model, optimizers={("params", "lora"): optax.adam(1e-2)})
     state = plan.take(model)
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "The optimizer of params+lora is a joint one: with lora the moments of params would begin again too.",
         kind="optimizer",
         leaves=["base/bias: Param(4,) float32  kind=params", "base/kernel: Param(4, 4) float32  kind=params"],
-        mend="an optimizer for each: kinds.plan(model, optimizers={'params': tx, 'lora': tx})\n"
+        hint="an optimizer for each: kinds.plan(model, optimizers={'params': tx, 'lora': tx})\n"
         "or, if that is meant, the optimizer by itself: state.restart('optimizer')",
     ):
         state.restart("lora", "optimizer", key=jax.random.key(0))
@@ -251,7 +251,7 @@ def test_the_hint_for_a_shared_count_can_be_followed(axis: int) -> None:
     with pytest.raises(sw.StructureError) as caught:
         state.restart("lora", "optimizer", where=[1], key=jax.random.key(7))
     assert "optimizer/lora/0/count: Array() int32  kind=optimizer  (has no such axis)" in map(str, caught.value.leaves)
-    *code, last = str(caught.value.mend).split("\n")
+    *code, last = str(caught.value.hint).split("\n")
     assert last == "or restart them whole: state.restart('lora', 'optimizer')"
     if axis == 0:
         assert code == [
@@ -277,7 +277,7 @@ def test_the_hint_where_other_optimizers_have_no_slots() -> None:
     plan = kinds.plan(model, optimizers={"lora": per_slot(optax.adam(1e-2)), "params": optax.adam(1e-2)})
     with pytest.raises(sw.StructureError) as caught:
         plan.take(model).restart("optimizer", where=[1])
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "state.restart('lora', 'optimizer', where=where)  # theirs alone\n"
         "or restart them whole: state.restart('optimizer')"
     )
@@ -289,10 +289,10 @@ def test_an_optimizer_of_nnx_in_the_model() -> None:
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.LoRAParam)
     kinds = kinds_of()
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "Kind 'optimizer' does not declare how a fresh value is made.",
         kind="optimizer",
-        mend="kinds = plan.kinds.replace("
+        hint="kinds = plan.kinds.replace("
         "optimizer=dataclasses.replace(plan.kinds['optimizer'], restart=jnp.zeros_like))",
     ):
         kinds.plan(model, optimizer).take(model, optimizer).restart("optimizer")
@@ -300,7 +300,7 @@ def test_an_optimizer_of_nnx_in_the_model() -> None:
     plan = kinds.plan(model, optimizer)
     with pytest.raises(sw.StructureError) as caught:
         plan.take(model, optimizer).restart("optimizer", where=[1])
-    first, second, apart, _ = str(caught.value.mend).split("\n")
+    first, second, apart, _ = str(caught.value.hint).split("\n")
     assert first == "per_slot = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))"
     assert second == "nnx.Optimizer(model, per_slot, wrt=...)"
     optimizer = nnx.Optimizer(model, per_slot(optax.adam(1e-2)), wrt=nnx.LoRAParam)
@@ -324,7 +324,7 @@ def test_the_parameters_that_it_begins_with_must_be_there() -> None:
     plan = kinds_of().plan(model, optimizers={"lora": per_slot(optax.adam(1e-2))})
     state = plan.take(model)
     state.restart("lora", key=jax.random.key(0))
-    with pytest.raises(sw.StructureError, match=r"^This state is spent: restart\('lora'\) has donated its lora\."):
+    with pytest.raises(sw.StructureError, match=r"^This state was donated: restart\('lora'\) has donated its lora\."):
         state.restart("optimizer")
     fine = plan.take(model)
     again = fine.restart("optimizer")

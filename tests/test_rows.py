@@ -52,7 +52,7 @@ def test_leaves_that_hold_something_else_are_all_listed() -> None:
             "names: BatchStat- -  kind=stats  (holds ndarray)",
             "text: Variable- -  kind=variables  (holds str)",
         ],
-        mend="keep it as a plain attribute of the module: self.name = value, without nnx.Variable or nnx.data",
+        hint="keep it as a plain attribute of the module: self.name = value, without nnx.Variable or nnx.data",
     ):
         sw.plan(model)
 
@@ -105,7 +105,7 @@ def test_what_an_earlier_sow_left_is_dropped() -> None:
 def test_dropped_leaves_are_told() -> None:
     kinds = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, frozen=True))  # a plan of its own
     plan = kinds.plan(Node(inner=sown()))
-    assert [str(leaf) for leaf in plan.dropped] == ["inner/seen: Intermediate- -  kind=intermediates"]
+    assert [str(leaf) for leaf in plan.excluded] == ["inner/seen: Intermediate- -  kind=intermediates"]
 
 
 def test_of_several_objects_too() -> None:
@@ -136,7 +136,7 @@ def test_a_kind_that_is_saved_keeps_what_was_sown() -> None:
     kinds = sw.Kinds(seen=sw.Kind(nnx.Intermediate), rest=sw.Kind(...))
     plan = kinds.plan(sown())
     assert [leaf.kind for leaf in plan.leaves] == ["seen", "rest"]
-    assert plan.dropped == ()
+    assert plan.excluded == ()
 
 
 def test_a_model_of_nothing_but_what_was_sown() -> None:
@@ -144,6 +144,6 @@ def test_a_model_of_nothing_but_what_was_sown() -> None:
         sw.StructureError,
         "There are no leaves but those that an earlier `sow` left.",
         leaves=["a: Intermediate(1,) float32  kind=intermediates"],
-        mend="assign the model's Variables before planning it",
+        hint="assign the model's Variables before planning it",
     ):
         sw.plan(Node(a=nnx.Intermediate(jnp.ones(1))))

@@ -13,7 +13,7 @@ from hypothesis import given
 
 import statewise as sw
 from refusals import refused
-from statewise.scan import (
+from statewise._src.common.nnx_graph import (
     ONE,
     ModelError,
     Spec,
@@ -32,15 +32,15 @@ NO_MODEL = "pass a module, an nnx.Optimizer, a metric, or a list or dict of them
 
 
 def test_no_object() -> None:
-    with refused(ModelError, "There is no object to look at.", mend="kinds.plan(model)"):
+    with refused(ModelError, "There is no object to look at.", hint="kinds.plan(model)"):
         sw.plan()
 
 
 def test_a_class_instead_of_an_instance() -> None:
-    mend = "model = Linear(..., rngs=nnx.Rngs(0))"
-    with refused(ModelError, "Object 0 is the class Linear, not an instance of it.", mend=mend):
+    hint = "model = Linear(..., rngs=nnx.Rngs(0))"
+    with refused(ModelError, "Object 0 is the class Linear, not an instance of it.", hint=hint):
         sw.plan(nnx.Linear)
-    with refused(ModelError, "Object 1 is the class Linear, not an instance of it.", mend=mend):
+    with refused(ModelError, "Object 1 is the class Linear, not an instance of it.", hint=hint):
         sw.plan(Node(a=nnx.Param(jnp.ones(1))), nnx.Linear)
 
 
@@ -64,7 +64,7 @@ def test_a_class_instead_of_an_instance() -> None:
     ],
 )
 def test_what_is_no_model(thing: Any, name: str) -> None:
-    with refused(ModelError, f"Object 0 is {name}, which holds no leaves at paths.", mend=NO_MODEL):
+    with refused(ModelError, f"Object 0 is {name}, which holds no leaves at paths.", hint=NO_MODEL):
         sw.plan(thing)
 
 

@@ -14,9 +14,9 @@ from flax import nnx
 from hypothesis import given, settings
 
 import strategies
+from statewise._src.filters.primitives import Exactly, Path
+from statewise._src.inspect.select.select import count, explain, select
 from statewise.errors import FilterError, StructureError
-from statewise.filters import Exactly, Path
-from statewise.select import count, explain, select
 
 
 class Tied(nnx.Module):
@@ -115,7 +115,7 @@ def test_what_is_no_model_is_refused(bad: Any) -> None:
     for ask in (select, count, explain):
         with pytest.raises(StructureError) as caught:
             ask(bad, nnx.Param)
-        assert caught.value.mend
+        assert caught.value.hint
 
 
 def test_a_class_among_objects_is_refused() -> None:

@@ -199,7 +199,7 @@ def test_scan_jit_and_donation() -> None:
         states, _ = jitted(states, X, Y)
     close(states, wanted)
     assert all(array.is_deleted() for array in given_away.part("params").arrays)
-    with pytest.raises(sw.StructureError, match="This state is spent"):
+    with pytest.raises(sw.StructureError, match="This state was donated"):
         given_away.member(0)
 
 
@@ -257,7 +257,7 @@ def test_verbs_do_to_each_member_what_they_do_to_one(pack: bool) -> None:
 
     before = [fresh().member(number) for number in range(4)]
     verbs: dict[str, Any] = {
-        "using": lambda state: state.using("ema"),
+        "using": lambda state: state.with_averages("ema"),
         "cast": lambda state: state.cast(params="bfloat16"),
         "restart": lambda state: state.restart("cache"),
         "averages": lambda state: state.restart("ema"),
@@ -348,12 +348,12 @@ def test_members_over_a_mesh_axis_and_the_rest_as_the_kinds_say(devices: list[ja
     mapped = jax.vmap(forward, in_axes=(axes, None), out_axes=(axes, 0))
     after, out = jax.jit(mapped, out_shardings=(states.plan.shardings(mesh), None))(states, X.reshape(20, 3))
     assert tuple(after["stats"]["norm"]["mean"].sharding.spec) == ("members", "model")
-    folded = after.fold("stats")
+    folded = after.reduce_devices("stats")
     for number, state in enumerate(alone):
         state, one = forward(state, X.reshape(20, 3))
         close(out[number], one)
         close(after.member(number), state)
-        close(folded.member(number), state.fold("stats"))
+        close(folded.member(number), state.reduce_devices("stats"))
     fits = sw.memory(ensemble, {"members": 4, "model": 2})
     whole = sw.memory(plan, {"members": 4, "model": 2})
     assert fits["params"].per_device == whole["params"].per_device

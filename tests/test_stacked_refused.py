@@ -63,7 +63,7 @@ def test_a_batch_of_states_is_told_the_plan_that_fits_it(tmp_path: Path, door: s
         DOORS[door](tmp_path, states)
     assert caught.value.message == "The state's arrays are not as its plan has them."
     assert "dense/kernel: Param(3, 4) float32  kind=params  (is (3, 3, 4) float32)" in map(str, caught.value.leaves)
-    first, *_ = (caught.value.mend or "").splitlines()
+    first, *_ = (caught.value.hint or "").splitlines()
     assert first == "all of them as one ensemble: state = plan.stacked(3, optimizer=0).stack(states)"
     scope: dict[str, Any] = {"plan": PLAN, "states": states}
     exec(first.partition(": ")[2], scope)
@@ -84,14 +84,14 @@ def test_the_hint_has_the_axes_of_the_batch(axes: dict[str, Any], said: str) -> 
     states = jax.tree.unflatten(jax.tree.structure(small()), jax.tree.leaves(states))
     with pytest.raises(sw.StructureError) as caught:
         sw.census(states)
-    assert f"state = {said}.stack(states)\n" in (caught.value.mend or "")
+    assert f"state = {said}.stack(states)\n" in (caught.value.hint or "")
 
 
 def test_one_member_under_the_plan_of_all() -> None:
     one = jax.tree.map(lambda array: array[0], PLAN.stacked(3).stack(states_of(3)))
     with pytest.raises(sw.StructureError) as caught:
         sw.census(one)
-    assert (caught.value.mend or "").startswith("one member of an ensemble: one = ensemble.member(0)")
+    assert (caught.value.hint or "").startswith("one member of an ensemble: one = ensemble.member(0)")
 
 
 # --- a step without its map --------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_one_member_under_the_plan_of_all() -> None:
 
 def test_a_step_on_a_state_of_all_says_how_it_is_mapped() -> None:
     states = PLAN.stacked(4).stack(states_of(4))
-    mend = (
+    hint = (
         "axes = state.plan.axes()\n"
         "jax.vmap(train, in_axes=(axes, 0, None), out_axes=(axes, 0))(state, x, y)\n"
         "where an argument has an axis of 4, one for each member, 0 in the place of its None"
@@ -107,17 +107,17 @@ def test_a_step_on_a_state_of_all_says_how_it_is_mapped() -> None:
     with refused(
         sw.StructureError,
         "loss_of is a step of one model, and this state is of an ensemble of 4.",
-        mend=mend.replace("(train,", "(loss_of,"),
+        hint=hint.replace("(train,", "(loss_of,"),
     ):
         train(states, X, Y[0])
     scope = {"jax": jax, "state": states, "train": train, "x": X, "y": Y[0]}
-    lines = mend.splitlines()
+    lines = hint.splitlines()
     exec(f"{lines[0]}\nafter, losses = {lines[1]}", scope)
     assert scope["losses"].shape == (4,)  # type: ignore[attr-defined]
     forward = sw.step(lambda model, *, x: model.out.bias[...].sum() + x)
     with pytest.raises(sw.StructureError) as caught:
         forward.lower(PLAN.stacked(4).abstract())
-    assert "jax.jit(jax.vmap(step, in_axes=(axes,), out_axes=0)).lower(state)" in (caught.value.mend or "")
+    assert "jax.jit(jax.vmap(step, in_axes=(axes,), out_axes=0)).lower(state)" in (caught.value.hint or "")
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -126,28 +126,28 @@ def test_a_step_on_a_state_of_all_says_how_it_is_mapped() -> None:
 @pytest.mark.parametrize("count", [0, -1, True, 2.5, "8", None])
 def test_a_number_of_members_that_is_none(count: Any) -> None:
     shown = repr(count) if count is not None else "'NoneType'"
-    with refused(sw.KindError, f"{shown} is not a number of members.", mend="plan.stacked(8)"):
+    with refused(sw.DeclarationError, f"{shown} is not a number of members.", hint="plan.stacked(8)"):
         SMALL.stacked(count)
 
 
 def test_axes_that_are_none() -> None:
-    with refused(sw.KindError, "params='0' is no axis.", kind="params", mend="plan.stacked(8, params=0)"):
+    with refused(sw.DeclarationError, "params='0' is no axis.", kind="params", hint="plan.stacked(8, params=0)"):
         SMALL.stacked(3, params="0")
-    with pytest.raises(sw.KindError, match="There is no kind 'gates'"):
+    with pytest.raises(sw.DeclarationError, match="There is no kind 'gates'"):
         SMALL.stacked(3, gates=0)
     with pytest.raises(sw.StructureError, match="1 leaf has no such axis") as caught:
         SMALL.stacked(3, params=1, variables=1)
     assert [leaf.path for leaf in caught.value.leaves] == [("n",)]
-    with pytest.raises(sw.KindError, match="Averages have the axes of what they are of") as refusal:
+    with pytest.raises(sw.DeclarationError, match="Averages have the axes of what they are of") as refusal:
         PLAN.stacked(3, params=0, ema=None)
-    assert refusal.value.mend == "plan.stacked(8, params=0)  # without ema="
-    with pytest.raises(sw.KindError, match="over=0 is not the name of a mesh axis"):
+    assert refusal.value.hint == "plan.stacked(8, params=0)  # without ema="
+    with pytest.raises(sw.DeclarationError, match="over=0 is not the name of a mesh axis"):
         SMALL.stacked(3, over=0)
-    with pytest.raises(sw.KindError, match="Nothing in this ensemble has an axis"):
+    with pytest.raises(sw.DeclarationError, match="Nothing in this ensemble has an axis"):
         SMALL.stacked(3, params=None, variables=None)
     with pytest.raises(sw.StructureError, match="This plan is of an ensemble of 3 already"):
         SMALL.stacked(3).stacked(2)
-    with pytest.raises(sw.KindError, match="The axes of an ensemble's plan are those it was made with"):
+    with pytest.raises(sw.DeclarationError, match="The axes of an ensemble's plan are those it was made with"):
         SMALL.stacked(3).axes(params=None)
 
 
@@ -158,13 +158,13 @@ def test_members_that_cannot_be_placed(devices: list[jax.Device]) -> None:
     with refused(
         sw.PlacementError,
         "The members are to be split over 'x', and the mesh (members=4, model=2) has no such axis.",
-        mend="plan.stacked(4, over='members')  # one of: members, model",
+        hint="plan.stacked(4, over='members')  # one of: members, model",
     ):
         plan.stacked(4, over="x").shardings(mesh)
     with refused(
         sw.PlacementError,
         "3 members do not divide by members=4 of the mesh (members=4, model=2).",
-        mend="plan.stacked(3)  # without over=: each device then has all of them\n"
+        hint="plan.stacked(3)  # without over=: each device then has all of them\n"
         "or as many as divide: plan.stacked(4, over='members')",
     ):
         plan.stacked(3, over="members").shardings(mesh)
@@ -181,7 +181,7 @@ def test_states_that_do_not_stack() -> None:
     with refused(
         sw.StructureError,
         "The plan is of an ensemble of 3, and 2 states are given.",
-        mend="plan.stacked(2).stack(states)  # plan: of one model, with the same axes",
+        hint="plan.stacked(2).stack(states)  # plan: of one model, with the same axes",
     ):
         plan.stack([small(), small()])
     for given, shown in (([], "nothing"), ([small(), 1, small()], "int"), ("abc", "str"), (3, "int")):
@@ -196,10 +196,10 @@ def test_states_that_do_not_stack() -> None:
         plan.stack([small(), SMALL.abstract(), small()])
     with pytest.raises(sw.StructureError, match="is packed, or lies per device, otherwise than state 0"):
         PLAN.stack([states_of(1)[0], states_of(1, pack=True)[0]])
-    spent = states_of(1)[0]
-    train(spent, X[0], Y[0])
-    with pytest.raises(sw.StructureError, match="This state is spent"):
-        PLAN.stack([spent, states_of(1)[0]])
+    donated = states_of(1)[0]
+    train(donated, X[0], Y[0])
+    with pytest.raises(sw.StructureError, match="This state was donated"):
+        PLAN.stack([donated, states_of(1)[0]])
     with pytest.raises(sw.StructureError, match="and of a batch of states the plan of an ensemble"):
         PLAN.stack(batch())
     with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them"):
@@ -214,7 +214,7 @@ def test_what_all_share_is_the_same_in_each() -> None:
         "All members share the kind 'variables', which is not the same in each state.",
         leaves=["n: Variable() int32  kind=variables  (another in state 2 than in state 0)"],
         kind="variables",
-        mend="give each member its own: plan.stacked(3, variables=0)\n"
+        hint="give each member its own: plan.stacked(3, variables=0)\n"
         "or make them alike first: state.replace(variables=states[0]['variables'])",
     ):
         plan.stack([small(1.0, 5), small(2.0, 5), small(3.0, 6)])
@@ -222,7 +222,7 @@ def test_what_all_share_is_the_same_in_each() -> None:
     states = [state.replace(variables=jax.tree.map(jnp.copy, states[0]["variables"])) for state in states]
     ensemble = plan.stack(states)
     same(ensemble.member(2), states[2])
-    # Nothing is shared with what was given: a step on the one would spend the other.
+    # Nothing is shared with what was given: a step on the one would donate the other.
     given = {id(array) for state in states for array in jax.tree.leaves(state)}
     assert not given & {id(array) for array in jax.tree.leaves(ensemble)}
     assert not {id(array) for array in jax.tree.leaves(ensemble.member(0))} & {
@@ -244,7 +244,7 @@ def test_a_member_that_is_not_there(index: int) -> None:
     with refused(
         sw.StructureError,
         f"There is no member {index}: the ensemble has 3.",
-        mend="state.member(2)  # the last",
+        hint="state.member(2)  # the last",
     ):
         states.member(index)
 
@@ -265,7 +265,7 @@ def test_objects_of_one_model_are_not_an_ensemble() -> None:
     ensemble = PLAN.stacked(3)
     with pytest.raises(sw.StructureError, match="The model is not what was planned") as caught:
         ensemble.take(make(keys(1)[0]))
-    assert "nnx.vmap(make_model)(keys)" in (caught.value.mend or "")
+    assert "nnx.vmap(make_model)(keys)" in (caught.value.hint or "")
     states = ensemble.stack(states_of(3))
     with pytest.raises(sw.StructureError, match="The model is not what was planned"):
         ensemble.put(states, make(keys(1)[0]))
@@ -286,7 +286,7 @@ def test_slots_of_shared_kinds_are_the_same_for_all() -> None:
 def test_transfers_between_other_ensembles() -> None:
     states = PLAN.stacked(3).stack(states_of(3))
     plan = sw.plan(make(keys(1)[0]))
-    for target, note, mend in (
+    for target, note, hint in (
         (plan, "of an ensemble of 3 in the source", "one of its members: sw.transfer(src.member(0), ...)"),
         (
             plan.stacked(2),
@@ -303,7 +303,7 @@ def test_transfers_between_other_ensembles() -> None:
             sw.transfer(states, target)
         assert caught.value.leaves[0].note in (note, "of an ensemble of 3 in the source")
         assert note in {leaf.note for leaf in caught.value.leaves}
-        assert mend in (caught.value.mend or "")
+        assert hint in (caught.value.hint or "")
     with pytest.raises(sw.StructureError) as caught:
         sw.transfer(states.member(0), plan.stacked(3))
     assert {leaf.note for leaf in caught.value.leaves} == {"of one model in the source"}

@@ -135,7 +135,7 @@ def test_orbax_keeps_a_state_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_state_is_made_by_a_plan() -> None:
-    with refused(sw.StructureError, "A state is made by a plan.", mend="state = plan.take(model)"):
+    with refused(sw.StructureError, "A state is made by a plan.", hint="state = plan.take(model)"):
         sw.State()
 
 
@@ -158,7 +158,7 @@ def test_a_state_maps_kinds_to_their_parts() -> None:
 def test_a_spent_kind_is_seen() -> None:
     state = taken()
     sw.step(writes="stats")(lambda model, x: model.norm(x))(state, jnp.ones((2, 3)))
-    assert "stats: 2 arrays (spent)" in repr(state)
+    assert "stats: 2 arrays (donated)" in repr(state)
     assert "params: 4 arrays," in repr(state)
 
 
@@ -238,7 +238,7 @@ def test_every_misfit_is_listed() -> None:
             "norm/scale: Param(3,) float32  kind=params  (missing)",
             "extra/w: Array(1,) float32  kind=params  (not in the plan)",
         ],
-        mend="jax.tree.map(function, state['params']) keeps the structure",
+        hint="jax.tree.map(function, state['params']) keeps the structure",
     ):
         state.replace(params=part)
     assert all(one is two for one, two in zip(before, jax.tree.leaves(state), strict=True))
@@ -256,7 +256,7 @@ def test_a_part_that_was_donated() -> None:
             "norm/mean: BatchStat(3,) float32  kind=stats  (donated by an earlier step)",
             "norm/var: BatchStat(3,) float32  kind=stats  (donated by an earlier step)",
         ],
-        mend="jax.tree.map(function, state['stats']) keeps the structure",
+        hint="jax.tree.map(function, state['stats']) keeps the structure",
     ):
         second.replace(stats=part)
 
@@ -266,13 +266,13 @@ def test_one_array_in_two_leaves() -> None:
     bias = state["params"]["layer"]["bias"]
     part = nnx.to_pure_dict(state["params"])
     part["norm"]["bias"] = bias
-    mend = "give one of them a copy: jax.tree.map(jnp.copy, part)"
+    hint = "give one of them a copy: jax.tree.map(jnp.copy, part)"
     with refused(
         sw.StructureError,
         "layer/bias and norm/bias share one array; a step could not write them apart.",
         kind="params",
         leaves=["layer/bias: Param(3,) float32  kind=params", "norm/bias: Param(3,) float32  kind=params"],
-        mend=mend,
+        hint=hint,
     ):
         state.replace(params=part)
     with refused(
@@ -280,7 +280,7 @@ def test_one_array_in_two_leaves() -> None:
         "layer/bias and norm/mean share one array; a step could not write them apart.",
         kind="stats",
         leaves=["layer/bias: Param(3,) float32  kind=params", "norm/mean: BatchStat(3,) float32  kind=stats"],
-        mend=mend,
+        hint=hint,
     ):
         state.replace(stats={"norm": {"mean": bias, "var": jnp.ones(3)}})
 
@@ -338,10 +338,10 @@ def test_moments_can_be_cast_and_train_on() -> None:
 def test_a_cast_to_what_is_no_float(given: Any, shown: str | None) -> None:
     state = taken()
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         f"Kind 'params' cannot be cast to {shown or repr(given)}: no floating-point dtype.",
         kind="params",
-        mend="cast(params='bfloat16')",
+        hint="cast(params='bfloat16')",
     ):
         state.cast(params=given)
     assert same(state, taken())
@@ -349,18 +349,18 @@ def test_a_cast_to_what_is_no_float(given: Any, shown: str | None) -> None:
 
 def test_a_cast_to_what_this_process_does_not_have() -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "Kind 'params' cannot be cast to float64: this process has no 64-bit numbers.",
         kind="params",
-        mend="jax.config.update('jax_enable_x64', True)  # before any array is made",
+        hint="jax.config.update('jax_enable_x64', True)  # before any array is made",
     ):
         taken().cast(params="float64")
 
 
-def test_a_cast_of_what_is_spent() -> None:
+def test_a_cast_of_what_is_donated() -> None:
     state = taken()
     sw.step(writes="stats")(lambda model, x: model.norm(x))(state, jnp.ones((2, 3)))
-    with pytest.raises(sw.StructureError, match=r"^This state is spent: <lambda> has donated its stats\."):
+    with pytest.raises(sw.StructureError, match=r"^This state was donated: <lambda> has donated its stats\."):
         state.cast(stats="bfloat16")
     state.cast(params="bfloat16")
 

@@ -58,7 +58,7 @@ def refuses(make: Callable[..., Any], *args: Any, **expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "message", "mend"),
+    ("loss", "message", "hint"),
     [
         (lambda m: m.w[...].sum(0), "The loss of loss is no scalar: its shape is (3,).", "return loss.mean()"),
         (lambda m: m.w[0:1, 0], "The loss of loss is no scalar: its shape is (1,).", "return loss.mean()"),
@@ -86,9 +86,9 @@ def refuses(make: Callable[..., Any], *args: Any, **expected: Any) -> None:
         (lambda m: [m.w[...].sum()], "loss returns PyTreeDef([*]), not a loss.", "return the loss"),
     ],
 )
-def test_what_is_no_loss(loss: Callable[..., Any], message: str, mend: str) -> None:
+def test_what_is_no_loss(loss: Callable[..., Any], message: str, hint: str) -> None:
     loss.__name__ = "loss"
-    refuses(lambda: sw.train_step(loss), message=message, mend=mend)
+    refuses(lambda: sw.train_step(loss), message=message, hint=hint)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_no_aux_where_it_is_announced(out: Callable[..., Any]) -> None:
     refuses(
         lambda: sw.train_step(loss, has_aux=True),
         message="loss has_aux, but does not return (loss, aux).",
-        mend="return loss, {'logits': logits}",
+        hint="return loss, {'logits': logits}",
     )
 
 
@@ -153,7 +153,7 @@ def test_a_function_that_returns_the_model(decorate: Any, out: Callable[..., Any
         lambda: decorate(leak),
         message="leak returns the model, or Variables of it; they exist only inside the step.",
         leaves=leaves,
-        mend="return arrays: model.kernel[...]; the state comes back by itself",
+        hint="return arrays: model.kernel[...]; the state comes back by itself",
     )
 
 
@@ -162,7 +162,7 @@ def test_a_module_without_leaves_is_no_output_either() -> None:
         lambda: sw.step(lambda model: nnx.Dict()),
         message="<lambda> returns the model, or Variables of it; they exist only inside the step.",
         leaves=[".: Dict- -  (a module)"],
-        mend="return arrays: model.kernel[...]; the state comes back by itself",
+        hint="return arrays: model.kernel[...]; the state comes back by itself",
     )
 
 
@@ -173,7 +173,7 @@ def test_an_output_that_is_no_array(thing: Any, name: str) -> None:
     refuses(
         lambda: sw.step(lambda model: {"a": model.w[...], "b": thing}),
         message=f"<lambda> returns {name}, which is no array.",
-        mend="return arrays, numbers, or tuples, lists and dicts of them",
+        hint="return arrays, numbers, or tuples, lists and dicts of them",
     )
 
 
@@ -202,7 +202,7 @@ def test_leaves_that_change_shape_dtype_or_structure() -> None:
             "inner/stat: OwnStat(3,) float32  kind=stats  (becomes (5,) float32)",
             "raw: Array(2,) float32  kind=rest  (becomes (2, 2) float32)",
         ],
-        mend="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)",
+        hint="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)",
     )
 
 
@@ -239,7 +239,7 @@ def test_variables_added_removed_and_replaced() -> None:
             "extra: Cache(1,) float32  (made by the function)",
             "inner/more/x: Param(1, 2) float32  (made by the function)",
         ],
-        mend="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
+        hint="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
         "or, make the Variable before the plan is made (model.init_cache(...), say)",
     )
 
@@ -252,7 +252,7 @@ def test_a_variable_that_is_replaced_alone() -> None:
         lambda: sw.step(swap, writes="stats"),
         message="swap changes which Variables the model has; new ones cannot enter a state.",
         leaves=["inner/stat: OwnStat(3,) float32  kind=stats  (replaced by another Variable)"],
-        mend="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
+        hint="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
         "or, kinds = kinds.replace(stats=dataclasses.replace(kinds['stats'], saved=False))\n"
         "capture='stats'  # in the step's decorator",
     )
@@ -266,7 +266,7 @@ def test_what_is_sown_without_capture() -> None:
         lambda: sw.step(sow),
         message="sow changes which Variables the model has; new ones cannot enter a state.",
         leaves=["seen: Intermediate(2, 3) float32  (made by the function)"],
-        mend="kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\n"
+        hint="kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\n"
         "capture='sown'  # in the step's decorator",
     )
 
@@ -281,7 +281,7 @@ def test_no_state(given: Any, use: Any) -> None:
     with refused(
         sw.StructureError,
         f"<lambda> is a step: its first argument is a state, not {type(given).__name__}.",
-        mend="state = plan.take(model)\nstep(state, ...)",
+        hint="state = plan.take(model)\nstep(state, ...)",
     ):
         use(run, given)
 
@@ -296,7 +296,7 @@ def test_a_model_in_the_place_of_a_state() -> None:
 def test_no_function(name: str, given: Any) -> None:
     with pytest.raises(sw.StructureError, match="is no function") as caught:
         getattr(sw, name)(given)
-    assert caught.value.mend == f"@sw.{name}\ndef f(model, x): ..."
+    assert caught.value.hint == f"@sw.{name}\ndef f(model, x): ..."
 
 
 def test_a_state_of_another_plan_where_a_step_was_compiled_ahead() -> None:
@@ -306,7 +306,7 @@ def test_a_state_of_another_plan_where_a_step_was_compiled_ahead() -> None:
     with refused(
         sw.StructureError,
         "<lambda> was compiled for another plan than this state's.",
-        mend="step.lower(state, ...).compile()",
+        hint="step.lower(state, ...).compile()",
     ):
         compiled(other)
     assert float(compiled(taken())) == float(run(other)) == 6
@@ -318,7 +318,7 @@ def test_a_state_whose_arrays_do_not_fit_its_plan() -> None:
         sw.step(lambda model: model.w[...].sum())(state)
     assert caught.value.message == "The state's arrays are not as its plan has them."
     assert len(caught.value.leaves) == len(jax.tree.leaves(state))
-    assert "jax.vmap(step, in_axes=(plan.axes(params=0), ...))" in (caught.value.mend or "")
+    assert "jax.vmap(step, in_axes=(plan.axes(params=0), ...))" in (caught.value.hint or "")
 
 
 def test_no_state_where_a_step_was_compiled_ahead() -> None:
@@ -326,6 +326,6 @@ def test_no_state_where_a_step_was_compiled_ahead() -> None:
     with refused(
         sw.StructureError,
         "<lambda> is a step: its first argument is a state, not Node.",
-        mend="state = plan.take(model)\nstep(state, ...)",
+        hint="state = plan.take(model)\nstep(state, ...)",
     ):
         compiled(model())

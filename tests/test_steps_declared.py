@@ -38,11 +38,11 @@ def loss(model: Any) -> Any:
     return (model.w[...] * model.a[...]).sum()
 
 
-def refuses(step: Any, message: str, *, mend: str, kind: str | None = None, optimizers: Any = None) -> None:
+def refuses(step: Any, message: str, *, hint: str, kind: str | None = None, optimizers: Any = None) -> None:
     """Refused by a call and by lowering, again and again; the state is as it was."""
     state = KINDS.plan(model(), optimizers=optimizers).take(model())
     for use in (step, step, step.lower):
-        with refused(sw.KindError, message, kind=kind, mend=mend):
+        with refused(sw.DeclarationError, message, kind=kind, hint=hint):
             use(state)
     assert same(state, KINDS.plan(model(), optimizers=optimizers).take(model()))
     assert float(sw.step(loss)(state)) == 2
@@ -55,7 +55,7 @@ def test_a_frozen_kind_in_writes(decorate: Any, writes: Any) -> None:
         decorate(loss, writes=writes),
         "loss declares that it writes 'base', which is frozen.",
         kind="base",
-        mend="take 'base' out of writes, or declare the kind with frozen=False",
+        hint="take 'base' out of writes, or declare the kind with frozen=False",
         optimizers={"params": SGD},
     )
 
@@ -78,7 +78,7 @@ def test_a_kind_that_is_not_there(step: Any) -> None:
         step,
         "There is no kind 'gates'.",
         kind="gates",
-        mend="one of: params, lora, base, tagged, rest, optimizer",
+        hint="one of: params, lora, base, tagged, rest, optimizer",
         optimizers={"params": SGD},
     )
 
@@ -88,7 +88,7 @@ def test_training_without_an_optimizer() -> None:
         refuses(
             step,
             "loss trains, but the plan has no optimizer.",
-            mend="plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})",
+            hint="plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})",
         )
 
 
@@ -99,7 +99,7 @@ def test_training_what_has_no_optimizer(wrt: Any) -> None:
         sw.train_step(loss, wrt=wrt),
         f"loss differentiates {kind!r}, which has no optimizer in the plan.",
         kind=kind,
-        mend=f"optimizers={{{kind!r}: optax.adamw(3e-4)}}; for gradients alone: sw.value_and_grad",
+        hint=f"optimizers={{{kind!r}: optax.adamw(3e-4)}}; for gradients alone: sw.value_and_grad",
         optimizers={"params": SGD},
     )
 
@@ -109,7 +109,7 @@ def test_half_of_a_joint_update() -> None:
         sw.train_step(loss, wrt="lora"),
         "params, lora are updated jointly; loss names only some of them in wrt.",
         kind="params",
-        mend="wrt=('params', 'lora'), or optimizers of their own",
+        hint="wrt=('params', 'lora'), or optimizers of their own",
         optimizers={("params", "lora"): SGD},
     )
 
@@ -118,7 +118,7 @@ def test_training_nothing() -> None:
     refuses(
         sw.train_step(loss, wrt=()),
         "loss differentiates nothing: wrt is empty.",
-        mend="wrt='params', or @sw.step",
+        hint="wrt='params', or @sw.step",
         optimizers={"params": SGD},
     )
 
@@ -128,18 +128,18 @@ def test_capturing_by_more_than_the_type() -> None:
         sw.step(loss, capture="tagged"),
         "Kind 'tagged' cannot be captured: its filter looks at more than the type.",
         kind="tagged",
-        mend="tagged=sw.Kind(nnx.Intermediate, saved=False)",
+        hint="tagged=sw.Kind(nnx.Intermediate, saved=False)",
     )
 
 
 def test_an_option_that_jit_does_not_have() -> None:
-    with pytest.raises(sw.KindError, match=r"^A step takes no option 'donate'\.\n  mend: one of: backend, "):
+    with pytest.raises(sw.DeclarationError, match=r"^A step takes no option 'donate'\.\n  hint: one of: backend, "):
         sw.step(loss, donate=True)
 
 
 def test_a_parameter_that_the_function_does_not_have() -> None:
     for options in ({"static_argnames": "mode"}, {"donate_argnames": ("mode",)}):
-        with pytest.raises(sw.KindError, match=r"has no parameter mode\.\n  mend: one of: model$"):
+        with pytest.raises(sw.DeclarationError, match=r"has no parameter mode\.\n  hint: one of: model$"):
             sw.step(loss, **options)
 
 
@@ -164,7 +164,7 @@ def test_what_a_train_step_writes_by_default_and_what_it_refuses() -> None:
             "base: BatchStat(2,) float32  kind=base  (written in Node; the kind is frozen)",
             "seen: Variable(2,) float32  kind=tagged  (written in Node)",
         ],
-        mend="@sw.train_step(writes=('lora', 'tagged'))\n"
+        hint="@sw.train_step(writes=('lora', 'tagged'))\n"
         "or, where a layer normalises its own weights: @sw.train_step(writes=('params',))",
     ):
         train(state)

@@ -48,7 +48,7 @@ def read(model: Any) -> Any:
     return model.a[...].sum() + model.b[...].sum()
 
 
-# --- spent states ------------------------------------------------------------------------------------------------
+# --- donated states ------------------------------------------------------------------------------------------------
 
 
 def by_a_step(state: sw.State) -> str:
@@ -82,7 +82,7 @@ def by_a_state_that_shares_the_part(state: sw.State) -> str:
 
 
 @pytest.mark.parametrize(
-    "spend",
+    "donate",
     [
         by_a_step,
         by_a_step_compiled_ahead,
@@ -93,13 +93,13 @@ def by_a_state_that_shares_the_part(state: sw.State) -> str:
     ],
 )
 @pytest.mark.parametrize("use", [double, read], ids=["writes", "reads"])
-def test_a_step_on_a_spent_state(spend: Callable[[sw.State], str], use: Any) -> None:
+def test_a_step_on_a_spent_state(donate: Callable[[sw.State], str], use: Any) -> None:
     kinds = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, restart=jnp.zeros_like))
     state = kinds.plan(model()).take(model())
     use(jax.tree.map(jnp.copy, state))  # compiled already
-    message = f"This state is spent: {spend(state)}."
+    message = f"This state was donated: {donate(state)}."
     for _ in range(2):
-        with refused(sw.StructureError, message, kind="params", mend=SPENT):
+        with refused(sw.StructureError, message, kind="params", hint=SPENT):
             use(state)
 
 
@@ -108,7 +108,9 @@ def test_a_spent_state_is_refused_by_a_step_not_seen_before(use: Any) -> None:
     fresh = sw.step(use.fn, writes="params" if use is double else ())
     state = taken()
     double(state)
-    with refused(sw.StructureError, "This state is spent: double has donated its params.", kind="params", mend=SPENT):
+    with refused(
+        sw.StructureError, "This state was donated: double has donated its params.", kind="params", hint=SPENT
+    ):
         fresh(state)
 
 
@@ -147,7 +149,7 @@ def test_a_donated_array_as_an_argument() -> None:
         with refused(
             sw.StructureError,
             "An argument of <lambda>, float32[2], was donated by an earlier step.",
-            mend="copy it before that step: kept = jnp.copy(array)",
+            hint="copy it before that step: kept = jnp.copy(array)",
         ):
             add(state, old)
     assert np.array_equal(add(state, jnp.ones(2)), [3, 3])
@@ -161,7 +163,7 @@ def test_a_donated_argument_given_again() -> None:
     with refused(
         sw.StructureError,
         "An argument of <lambda>, float32[2], was donated by an earlier step.",
-        mend="copy it before that step: kept = jnp.copy(array)",
+        hint="copy it before that step: kept = jnp.copy(array)",
     ):
         keep(state, x)
     assert same(state, taken())
@@ -182,7 +184,7 @@ def test_an_argument_that_is_an_array_of_the_state() -> None:
             "An argument of move is an array of the state, which the step donates.",
             leaves=["a: Param(2,) float32  kind=params"],
             kind="params",
-            mend="pass a copy: jnp.copy(array)",
+            hint="pass a copy: jnp.copy(array)",
         ):
             move(state, state["params"]["a"])
         assert same(state, taken())
@@ -210,7 +212,7 @@ def test_one_array_in_two_leaves_of_a_state_made_by_hand() -> None:
             "a and b share one array; a step could not write them apart.",
             leaves=["a: Param(2,) float32  kind=params", "b: Param(2,) float32  kind=params"],
             kind="params",
-            mend="give one of them a copy: jax.tree.map(jnp.copy, part)",
+            hint="give one of them a copy: jax.tree.map(jnp.copy, part)",
         ):
             both(state)
         assert not array.is_deleted()
@@ -328,7 +330,7 @@ def test_an_exception_at_run_time_of_a_step_that_writes() -> None:
     with pytest.raises(Exception, match="on the way"):
         jax.block_until_ready(call(state))
     if any(array.is_deleted() for array in state.part("params").arrays):
-        with pytest.raises(sw.StructureError, match=r"^This state is spent: .* has donated its params\."):
+        with pytest.raises(sw.StructureError, match=r"^This state was donated: .* has donated its params\."):
             double(state)
     else:
         assert float(read(state)) == 4
@@ -357,7 +359,7 @@ def test_nan_checking_of_a_step_that_writes_names_what_is_lost() -> None:
         with pytest.raises(FloatingPointError):
             divide(state, jnp.full(2, jnp.nan))
         if state["params"]["a"].is_deleted():
-            with pytest.raises(sw.StructureError, match=r"^This state is spent: .* has donated its params\."):
+            with pytest.raises(sw.StructureError, match=r"^This state was donated: .* has donated its params\."):
                 divide(state, jnp.ones(2))
         else:
             divide(state, jnp.ones(2))
@@ -376,7 +378,7 @@ def test_an_abstract_state_is_no_state_to_run_on(before: int) -> None:
     with refused(
         sw.StructureError,
         "This state is abstract: <lambda> would need its values.",
-        mend="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
+        hint="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
         "ahead of time: step.lower(state, ...).compile()",
     ):
         look(plan.abstract())

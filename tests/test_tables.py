@@ -16,10 +16,9 @@ from flax import nnx
 from rich.console import Console
 
 import statewise as sw
-import statewise.tables
-from statewise.kinds import Kind, Kinds
-from statewise.paths import Leaf
-from statewise.tables import (
+import statewise._src.common.tables
+from statewise._src.common.paths import Leaf
+from statewise._src.common.tables import (
     Table,
     count_kinds,
     format_bytes,
@@ -29,6 +28,8 @@ from statewise.tables import (
     leaves_table,
     total_of,
 )
+from statewise._src.core.kinds import Kinds
+from statewise._src.plan.kind import Kind
 
 F32 = jnp.dtype("float32")
 LONG = tuple(f"a_rather_long_segment_{i}" for i in range(12))
@@ -103,7 +104,7 @@ def test_everything_that_is_shown_fits_a_terminal_and_keeps_its_words(width: int
 
 def test_in_a_terminal_of_80_columns_no_word_is_broken() -> None:
     for thing in shown_things():
-        if not isinstance(thing, sw.Findings | sw.Audit):  # sentences, and more columns than that
+        if not isinstance(thing, sw.results.Findings | sw.results.Audit):  # sentences, and more columns than that
             known = set(re.findall(r"[\w.]+", str(thing)))
             words = set(re.findall(r"[\w.]+", rendered(thing, 80)))
             assert words <= known, type(thing)
@@ -125,7 +126,7 @@ def test_in_a_notebook_everything_is_escaped_and_takes_the_notebooks_colours() -
 
 
 def test_code_in_a_notebook_keeps_its_indentation() -> None:
-    assert "white-space:pre-wrap" in Table("", ("mend",), (("    indented",),))._repr_html_()
+    assert "white-space:pre-wrap" in Table("", ("hint",), (("    indented",),))._repr_html_()
 
 
 def test_no_color_means_no_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +251,7 @@ def test_a_thousand_rows_are_quick_enough_to_print() -> None:
 
 
 def test_rich_is_imported_only_to_print() -> None:
-    tree = ast.parse(Path(statewise.tables.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(statewise._src.common.tables.__file__).read_text(encoding="utf-8"))
     assert not [
         node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) and "rich" in ast.dump(node)
     ]

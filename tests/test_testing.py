@@ -38,7 +38,7 @@ def loss(model: Model, x: jax.Array) -> jax.Array:
 def test_a_sound_train_step_is_traced_once_and_leaves_the_state_alone() -> None:
     state, train = state_of(), sw.train_step(loss)
     testing.assert_no_retrace(train, state, jnp.ones((2, 4)))
-    train(state, jnp.ones((2, 4)))  # it is not spent
+    train(state, jnp.ones((2, 4)))  # it is not donated
 
 
 def test_a_step_that_is_traced_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

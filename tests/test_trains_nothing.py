@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import statewise as sw
 from refusals import refused
-from statewise.dependence import differentiably_reached, zero_gradients
+from statewise._src.step.dependence import differentiably_reached, zero_gradients
 
 X = jnp.ones((2, 3))
 
@@ -130,7 +130,7 @@ def test_the_object_that_stands_in_the_place_of_the_model_is_named(way: Any) -> 
     assert f"The function reads {named}." in caught.value.message
     assert [sw.format_path(leaf.path) for leaf in caught.value.leaves] == ["linear/bias", "linear/kernel", "spare"]
     expression = named.split("`")[1]
-    assert caught.value.mend == f"use `m`, which the step is given, in the place of `{expression}`"
+    assert caught.value.hint == f"use `m`, which the step is given, in the place of `{expression}`"
 
 
 def test_all_that_the_error_says() -> None:
@@ -144,7 +144,7 @@ def test_all_that_the_error_says() -> None:
         "loss trains nothing: no leaf that it differentiates reaches the loss. The function reads `model`, a variable "
         "of its closure.",
         leaves=["kernel: Param(3, 1) float32  kind=params  (not read)"],
-        mend="use `m`, which the step is given, in the place of `model`",
+        hint="use `m`, which the step is given, in the place of `model`",
     ):
         sw.train_step(loss)(state_of(model), X)
 
@@ -154,7 +154,7 @@ def test_nothing_is_touched_by_the_refusal_and_the_hint_trains() -> None:
     state = state_of(model)
     with pytest.raises(sw.StructureError, match="use `m`"):
         sw.train_step(lambda m, x: model(x).mean())(state, X)
-    state, _ = sw.train_step(lambda m, x: m(x).mean())(state, X)  # the state was not spent
+    state, _ = sw.train_step(lambda m, x: m(x).mean())(state, X)  # the state was not donated
     expected, optimizer = Net(), optax.sgd(0.1)
     params = nnx.state(expected, nnx.Param)
     grads = nnx.grad(lambda m: m(X).mean())(expected)
@@ -299,7 +299,7 @@ def test_one_kind_of_two_that_reaches_nothing_is_a_warning_once_a_trace() -> Non
     assert str(warning) == (
         "only_lora differentiates params, of which no leaf reaches the loss: its optimizer sees nothing but zeros.\n"
         "  base: Param(3,) float32  kind=params\n"
-        "  mend: where this step is not to train it: @sw.train_step(wrt=('lora',))"
+        "  hint: where this step is not to train it: @sw.train_step(wrt=('lora',))"
     )
     assert warning.kind == "params"
     state, _ = step(state)  # no word: nothing is traced
@@ -326,7 +326,7 @@ def test_kinds_updated_jointly_are_named_too() -> None:
         sw.train_step(only_lora)(state)
     warning = caught[0].message
     assert isinstance(warning, sw.StatewiseWarning)
-    assert warning.mend == "where this step is not to train it: an optimizer of its own for each kind"
+    assert warning.hint == "where this step is not to train it: an optimizer of its own for each kind"
 
 
 def test_leaves_without_elements_are_no_reason() -> None:

@@ -164,7 +164,7 @@ def test_tied_leaves() -> None:
         "The source is not what the target wants: 1 leaf differs.",
         leaves=["a: Param(3,) float32  kind=params  (tied here, apart in the source as a and b)"],
         kind="params",
-        mend="tie them in the target as they are in the source: assign the same nnx.Variable, or two",
+        hint="tie them in the target as they are in the source: assign the same nnx.Variable, or two",
     ):
         sw.transfer(found, src.plan)
 
@@ -232,7 +232,7 @@ def test_another_dtype_wants_to_be_allowed() -> None:
             "out/kernel: Param(4, 8) bfloat16  kind=params  (is float32 in the source)",
         ],
         kind="params",
-        mend="sw.transfer(src, target, cast=True)  # or a dtype",
+        hint="sw.transfer(src, target, cast=True)  # or a dtype",
     ):
         sw.transfer(src, half)
     found = sw.transfer(src, half, cast=True)
@@ -250,10 +250,10 @@ def test_a_dtype_makes_the_targets_numbers_so() -> None:
     assert {array.dtype for array in jax.tree.leaves(found["params"])} == {jnp.dtype(jnp.bfloat16)}
     assert {array.dtype for array in jax.tree.leaves(found["stats"])} == {jnp.dtype(jnp.float32)}
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "Kind 'params' cannot be cast to 'int32': no floating-point dtype.",
         kind="params",
-        mend="cast(params='bfloat16')",
+        hint="cast(params='bfloat16')",
     ):
         sw.transfer(src, plan, cast="int32")
 
@@ -278,7 +278,7 @@ def test_floats_become_no_integers() -> None:
         "The source is not what the target wants: 1 leaf differs.",
         leaves=["a: Variable(3,) int32  kind=variables  (is float32 in the source, which does not become int32)"],
         kind="variables",
-        mend="the models differ: plan the target's model as the source's was made",
+        hint="the models differ: plan the target's model as the source's was made",
     ):
         sw.transfer(src, plan, cast=True)
 
@@ -324,7 +324,7 @@ def test_everything_that_differs_is_listed() -> None:
             "c: Param- -  kind=params  (holds a value of another structure in the source)",
             "d: BatchStat(2,) float32  kind=stats  (not in the source)",
         ],
-        mend="the models differ: plan the target's model as the source's was made",
+        hint="the models differ: plan the target's model as the source's was made",
     ):
         sw.transfer(src.abstract(), sw.plan(wanted))
 
@@ -335,13 +335,13 @@ def test_a_plan_has_no_values_of_its_own() -> None:
         "A plan has no values of its own, and nothing gives any for cache.",
         leaves=["seen: Cache(2, 4) float32  kind=cache"],
         kind="cache",
-        mend="sw.transfer(src, plan.take(model), kinds=('params', 'stats', 'rng'))  # keeps the state's other kinds",
+        hint="sw.transfer(src, plan.take(model), kinds=('params', 'stats', 'rng'))  # keeps the state's other kinds",
     ):
         sw.transfer(learner(), sw.plan(Model(nnx.Rngs(0))), kinds=BIG)
 
 
 def test_a_kind_that_is_not_there() -> None:
-    with pytest.raises(sw.KindError, match="There is no kind 'weights'"):
+    with pytest.raises(sw.DeclarationError, match="There is no kind 'weights'"):
         sw.transfer(learner(), sw.plan(Model(nnx.Rngs(0))), kinds="weights")
 
 
@@ -352,11 +352,13 @@ def test_a_source_without_values() -> None:
         sw.StructureError,
         "The source is abstract: it has shapes but no values.",
         kind="params",
-        mend="src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
+        hint="src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
     ):
         sw.transfer(src.plan.abstract(), plan)
     train(src, TOKENS)
-    with pytest.raises(sw.StructureError, match="This state is spent: train has donated its params, stats, cache, rng"):
+    with pytest.raises(
+        sw.StructureError, match="This state was donated: train has donated its params, stats, cache, rng"
+    ):
         sw.transfer(src, plan)
 
 
@@ -365,13 +367,13 @@ def test_what_is_no_state_and_no_plan() -> None:
     with refused(
         sw.StructureError,
         "sw.transfer moves out of a state, not Model.",
-        mend="sw.transfer(plan.take(model), target)",
+        hint="sw.transfer(plan.take(model), target)",
     ):
         sw.transfer(Model(nnx.Rngs(0)), src.plan)
     with refused(
         sw.StructureError,
         "sw.transfer moves into a plan or a state, not Model.",
-        mend="sw.transfer(src, plan), or sw.transfer(src, plan.take(model), kinds='params')",
+        hint="sw.transfer(src, plan), or sw.transfer(src, plan.take(model), kinds='params')",
     ):
         sw.transfer(src, Model(nnx.Rngs(0)))
 
@@ -391,7 +393,7 @@ def test_one_of_many_has_to_be_taken_out_first() -> None:
     many = jax.tree.map(lambda array: jnp.stack([array] * 2), src)
     with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them") as caught:
         sw.transfer(many, sw.plan(Model(nnx.Rngs(1))))
-    assert "jax.tree.map(lambda array: array[0], states)" in (caught.value.mend or "")
+    assert "jax.tree.map(lambda array: array[0], states)" in (caught.value.hint or "")
     assert same(sw.transfer(jax.tree.map(lambda array: array[0], many), src.plan), src)
 
 

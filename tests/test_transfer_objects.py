@@ -27,7 +27,7 @@ def test_of_two_that_fit_alike_none_is_guessed() -> None:
     with refused(
         sw.StructureError,
         "The target may be any of the source's objects 0, 1: they fit alike.",
-        mend="one = src.plan.build(src)[0]\nsw.transfer(sw.plan(one).take(one), target)",
+        hint="one = src.plan.build(src)[0]\nsw.transfer(sw.plan(one).take(one), target)",
     ):
         sw.transfer(src, sw.plan(Net(0.0)))
     one = src.plan.build(src)[1]
@@ -72,9 +72,9 @@ def test_the_hint_names_the_kinds_that_the_source_has() -> None:
     src = kinds.plan(plain).take(plain)
     with pytest.raises(sw.StructureError) as caught:
         sw.transfer(src, state)
-    mend = "name the kinds that the source has: sw.transfer(src, state, kinds=('weights',))"
-    assert caught.value.mend == mend
-    moved = eval(mend.partition(": ")[2], {"sw": sw, "src": src, "state": state})
+    hint = "name the kinds that the source has: sw.transfer(src, state, kinds=('weights',))"
+    assert caught.value.hint == hint
+    moved = eval(hint.partition(": ")[2], {"sw": sw, "src": src, "state": state})
     assert np.array_equal(moved["weights"]["w"], jnp.zeros(2))
-    with pytest.raises(sw.KindError, match="no floating-point dtype"):
+    with pytest.raises(sw.DeclarationError, match="no floating-point dtype"):
         sw.transfer(src, state, kinds="weights", cast={"weights": "float16"})

@@ -83,11 +83,11 @@ def test_many_values_become_one_by_folding_alone() -> None:
             "norm/var: BatchStat(3,) float32  kind=stats  (has a value of each of 4 devices in the source)",
         ],
         kind="stats",
-        mend="sw.transfer(src.fold('stats', how='mean'), ...)  # or how='first'",
+        hint="sw.transfer(src.reduce_devices('stats', how='mean'), ...)  # or how='first'",
     ):
         sw.transfer(src, plan.take(Model()), kinds=("params", "stats"))
     many: Any = data(src["stats"]["norm"]["mean"])
-    found = sw.transfer(src.fold("stats", how="mean"), plan.take(Model()), kinds=("params", "stats"))
+    found = sw.transfer(src.reduce_devices("stats", how="mean"), plan.take(Model()), kinds=("params", "stats"))
     np.testing.assert_allclose(found["stats"]["norm"]["mean"], many.mean(0), rtol=1e-6)
 
 
@@ -102,11 +102,12 @@ def test_keys_and_counts_have_no_mean_to_become_one_by() -> None:
             f"drop/rngs/key: RngKey() key<fry>  kind=rng  ({note})",
         ],
         kind="rng",
-        mend="sw.transfer(src.fold('rng', how='first'), ...)",
+        hint="sw.transfer(src.reduce_devices('rng', how='first'), ...)",
     ):
         sw.transfer(src, actor, kinds="rng")
     assert same(
-        sw.transfer(src.fold("rng", how="first"), actor, kinds="rng")["rng"], src.fold("rng", how="first")["rng"]
+        sw.transfer(src.reduce_devices("rng", how="first"), actor, kinds="rng")["rng"],
+        src.reduce_devices("rng", how="first")["rng"],
     )
 
 
@@ -116,6 +117,6 @@ def test_a_target_whose_kept_kinds_lie_per_device_takes_no_other_mesh() -> None:
         sw.StructureError,
         "The state that is the target has kinds that lie per device, or would have on this mesh: they cannot stay "
         "where they are.",
-        mend="sw.transfer(src, kinds.plan(model), mesh=mesh)  # all of it, into the plan",
+        hint="sw.transfer(src, kinds.plan(model), mesh=mesh)  # all of it, into the plan",
     ):
         sw.transfer(src, KINDS.plan(Model()).take(Model()), kinds="params", mesh=MESH)

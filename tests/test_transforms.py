@@ -358,7 +358,7 @@ def test_inside_a_transform_nothing_is_given_away(transform: Any) -> None:
     assert not any(array.is_deleted() for array in jax.tree.leaves(state))
     after, _ = train(state, X)
     assert int(after["variables"]["calls"]) == 1
-    with pytest.raises(sw.StructureError, match="This state is spent: train has donated its params"):
+    with pytest.raises(sw.StructureError, match="This state was donated: train has donated its params"):
         train(state, X)
 
 

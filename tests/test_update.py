@@ -14,8 +14,8 @@ from hypothesis import given, settings
 
 import strategies
 from parts_model import STANDARD, Model, flat, notes
+from statewise._src.inspect.select.parts import merge, split, update
 from statewise.errors import StructureError
-from statewise.select import merge, split, update
 
 
 @pytest.fixture

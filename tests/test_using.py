@@ -1,4 +1,4 @@
-"""Averages read: `state.using`, on one device, packed, under transforms; and begun again."""
+"""Averages read: `state.with_averages`, on one device, packed, under transforms; and begun again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from refusals import refused
 def test_using_evaluates_the_averages_and_leaves_the_state_whole(pack: bool) -> None:
     model, plan = planned({("params", "stats"): sw.EMA(0.5)})
     state, _ = train(plan.take(model, pack=pack), batch(0))
-    average = state.using("ema")
+    average = state.with_averages("ema")
     assert average.plan is state.plan
     evaluate = sw.step(lambda model, x: (model.eval(), model(x))[1])
     expected = plan.build(plan.take(model).replace(**{kind: state["ema"][kind] for kind in ("params", "stats")}))
@@ -30,14 +30,14 @@ def test_using_evaluates_the_averages_and_leaves_the_state_whole(pack: bool) -> 
 def test_training_on_averages_starts_from_them_and_spends_what_is_shared() -> None:
     model, plan = planned({"params": sw.EMA(0.5)}, {"params": optax.sgd(0.1, momentum=0.9)})
     state, _ = train(plan.take(model), batch(0))
-    after, _ = train(state.using("ema"), batch(1))
+    after, _ = train(state.with_averages("ema"), batch(1))
     assert after["params"]["last"]["bias"].shape == (2,)
     assert state["params"]["last"]["bias"].shape == (2,)
     with refused(
         sw.StructureError,
-        "This state is spent: loss_of has donated its stats, optimizer, ema.",
+        "This state was donated: loss_of has donated its stats, optimizer, ema.",
         kind="stats",
-        mend="use the state that came back: state, out = step(state, ...)\n"
+        hint="use the state that came back: state, out = step(state, ...)\n"
         "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)",
     ):
         train(state, batch(1))
@@ -46,9 +46,9 @@ def test_training_on_averages_starts_from_them_and_spends_what_is_shared() -> No
 def test_using_works_under_jit_and_on_shapes() -> None:
     model, plan = planned({"params": sw.EMA(0.5)})
     state, _ = train(plan.take(model), batch(0))
-    close(jax.jit(lambda state: state.using("ema"))(state)["params"], state.using("ema")["params"])
-    assert jax.eval_shape(lambda state: state.using("ema"), state).plan is plan
-    assert plan.abstract().using("ema")["params"]["last"]["bias"] == jax.ShapeDtypeStruct((2,), jnp.float32)
+    close(jax.jit(lambda state: state.with_averages("ema"))(state)["params"], state.with_averages("ema")["params"])
+    assert jax.eval_shape(lambda state: state.with_averages("ema"), state).plan is plan
+    assert plan.abstract().with_averages("ema")["params"]["last"]["bias"] == jax.ShapeDtypeStruct((2,), jnp.float32)
 
 
 def test_using_an_ensemble_replaces_each_one() -> None:
@@ -61,8 +61,8 @@ def test_using_an_ensemble_replaces_each_one() -> None:
     states, _ = jax.vmap(train, in_axes=(axes, None), out_axes=(axes, 0))(states, batch(0))
     for number, key in enumerate(keys):
         one, _ = train(plan.take(Net(nnx.Rngs(key))), batch(0))
-        mine = jax.tree.map(lambda array, number=number: array[number], states.using("ema")["params"])
-        close(mine, one.using("ema")["params"])
+        mine = jax.tree.map(lambda array, number=number: array[number], states.with_averages("ema")["params"])
+        close(mine, one.with_averages("ema")["params"])
 
 
 def test_only_some_replicas_of_a_kind_are_mapped_with_their_averages() -> None:
@@ -84,13 +84,13 @@ def test_a_restart_begins_averages_again() -> None:
 
 def test_an_unknown_average_is_refused_with_the_known_ones() -> None:
     model, plan = planned({"params": [sw.EMA(0.5), sw.EMA(0.9, name="slow")]})
-    with refused(sw.KindError, "There are no averages 'fast'.", kind="fast", mend="one of: ema, slow"):
-        plan.take(model).using("fast")
+    with refused(sw.DeclarationError, "There are no averages 'fast'.", kind="fast", hint="one of: ema, slow"):
+        plan.take(model).with_averages("fast")
     model, plan = planned(None)
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "There are no averages 'ema'.",
         kind="ema",
-        mend="kinds.plan(model, ..., averages={'params': sw.EMA(0.999, name='ema')})",
+        hint="kinds.plan(model, ..., averages={'params': sw.EMA(0.999, name='ema')})",
     ):
-        plan.take(model).using("ema")
+        plan.take(model).with_averages("ema")

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from meshes import mesh_of
-from statewise.varying import varying
+from statewise._src.step.replication import varying
 
 MESH = mesh_of(data=4, model=2)
 AXES = frozenset({"data"})

@@ -14,7 +14,7 @@ from flax import nnx
 
 import statewise as sw
 from refusals import refused
-from statewise.watch import LeafChange
+from statewise._src.inspect.watch.result import LeafChange
 
 X, Y = jax.random.normal(jax.random.key(0), (4, 3)), jnp.ones((4, 2))
 FROZEN = sw.Kinds(
@@ -51,7 +51,7 @@ def paths(changes: dict[str, tuple[LeafChange, ...]]) -> dict[str, list[str]]:
     return {kind: [sw.format_path(change.path) for change in rows] for kind, rows in changes.items()}
 
 
-def hows(seen: sw.Seen) -> dict[str, str]:
+def hows(seen: sw.results.Watch) -> dict[str, str]:
     return {sw.format_path(change.path): change.how for change in seen.leaves}
 
 
@@ -110,9 +110,9 @@ def test_the_dropped_update_of_a_plain_jit_is_found() -> None:
     with sw.watch(model) as seen:
         dropped(model, optimizer, X, Y)
     assert seen.changed == {}
-    mend = (
+    hint = (
         "nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-        "or, seen.now(model) at the end of the block, where the code returns a new model"
+        "or, seen.compare(model) at the end of the block, where the code returns a new model"
     )
     with (
         refused(
@@ -126,7 +126,7 @@ def test_the_dropped_update_of_a_plain_jit_is_found() -> None:
                 "norm/mean: BatchStat(2,) float32  kind=stats  (did not change)",
                 "norm/var: BatchStat(2,) float32  kind=stats  (did not change)",
             ],
-            mend=mend,
+            hint=hint,
         ),
         sw.watch(model, expect=("params", "stats")) as seen,
     ):
@@ -171,7 +171,7 @@ def test_a_changed_frozen_base_is_found() -> None:
                 "base_module/kernel: Param(3, 2) float32  kind=base  (frozen, but changed)",
             ],
             kind="base",
-            mend="nnx.Optimizer(model, tx, wrt=filter) with a filter that leaves them out",
+            hint="nnx.Optimizer(model, tx, wrt=filter) with a filter that leaves them out",
         ),
         sw.watch(model, FROZEN, expect="lora"),
     ):
@@ -226,7 +226,7 @@ def test_leaves_added_removed_retyped_reshaped_and_recast_are_told_apart() -> No
     model: Any = nnx.Dict({name: nnx.Param(jnp.ones((2, 3))) for name in ("cast", "kept", "lost", "shape", "type")})
     with sw.watch(model) as seen:
         model.cast.set_value(model.cast[...].astype(jnp.bfloat16))
-        del model.lost
+        del model.written_but_not_saved
         model.shape.set_value(jnp.ones((3, 2)))
         model.type = nnx.BatchStat(jnp.ones((2, 3)))
         model.new = nnx.Cache(jnp.zeros(2))
@@ -361,8 +361,8 @@ def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:
                 f"kernel: Param(3, 2) float32  kind=params  ({gone})",
             ],
             kind="params",
-            mend="nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-            "or, seen.now(model) at the end of the block, where the code returns a new model",
+            hint="nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
+            "or, seen.compare(model) at the end of the block, where the code returns a new model",
         ),
         sw.watch(model, expect="params") as seen,
     ):

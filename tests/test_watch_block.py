@@ -45,7 +45,7 @@ def test_a_state_is_watched_by_what_comes_back() -> None:
     step = sw.train_step(lambda model, x, y: ((model(x) - y) ** 2).mean())
     with sw.watch(state, expect=("params", "optimizer")) as seen:
         state, _ = step(state, X, Y)
-        seen.now(state)
+        seen.compare(state)
     assert list(seen.changed) == ["params", "stats", "rng", "optimizer", "variables"]
     assert hows(seen)["optimizer/params/0/count"] == "value"
 
@@ -55,7 +55,7 @@ def test_a_packed_state_is_watched_leaf_by_leaf() -> None:
     state = sw.plan(model).take(model, pack=True)
     with sw.watch(state) as seen:
         state = state.replace(stats=jax.tree.map(lambda array: array + 1, state["stats"]))
-        seen.now(state)
+        seen.compare(state)
     assert paths(seen.changed) == {"stats": ["norm/mean", "norm/var"]}
 
 
@@ -63,15 +63,15 @@ def test_a_state_that_is_not_handed_over_is_refused() -> None:
     model = Net(nnx.Rngs(0))
     state = sw.plan(model, optimizers={"params": optax.adam(1e-2)}).take(model)
     step = sw.train_step(lambda model, x, y: ((model(x) - y) ** 2).mean())
-    mend = "seen.now(state)  # at the end of the block: what the step returned"
-    spent = (
-        "This state is spent: <lambda> has donated its params, stats, rng, optimizer, variables. "
+    hint = "seen.compare(state)  # at the end of the block: what the step returned"
+    donated = (
+        "This state was donated: <lambda> has donated its params, stats, rng, optimizer, variables. "
         "What came back was not handed over."
     )
-    with refused(sw.StructureError, spent, mend=mend), sw.watch(state):
+    with refused(sw.StructureError, donated, hint=hint), sw.watch(state):
         new, _ = step(state, X, Y)
     gone = "What was watched is no longer there; the code has made another in its place."
-    with refused(sw.StructureError, gone, mend=mend), sw.watch(new):
+    with refused(sw.StructureError, gone, hint=hint), sw.watch(new):
         new, _ = step(new, X, Y)
 
 
@@ -88,7 +88,7 @@ def test_an_immutable_model_is_watched_by_what_comes_back() -> None:
     model = Immutable(jnp.ones((3, 2)), jnp.zeros(2))
     step = jax.jit(lambda model: dataclasses.replace(model, kernel=model.kernel - 0.1))
     with sw.watch({"model": model}, expect="variables") as seen:
-        seen.now({"model": step(model)})
+        seen.compare({"model": step(model)})
     assert paths(seen.changed) == {"variables": ["model/kernel"]}
     with pytest.raises(sw.WatchError, match="Nothing of variables"), sw.watch({"model": model}, expect="variables"):
         step(model)
@@ -96,13 +96,13 @@ def test_an_immutable_model_is_watched_by_what_comes_back() -> None:
 
 def test_now_wants_as_many_objects_as_are_watched_and_a_block_that_runs() -> None:
     model, optimizer = make()
-    mend = "seen.now(...)  # inside the block, with as many objects as were given to sw.watch"
+    hint = "seen.compare(...)  # inside the block, with as many objects as were given to sw.watch"
     with sw.watch((model, optimizer)) as seen:
-        with refused(sw.StructureError, "2 objects are watched, but 1 are handed over.", mend=mend):
-            seen.now(model)
-        seen.now(model, optimizer)
-    with refused(sw.StructureError, "0 objects are watched, but 1 are handed over.", mend=mend):
-        seen.now(model)
+        with refused(sw.StructureError, "2 objects are watched, but 1 are handed over.", hint=hint):
+            seen.compare(model)
+        seen.compare(model, optimizer)
+    with refused(sw.StructureError, "0 objects are watched, but 1 are handed over.", hint=hint):
+        seen.compare(model)
 
 
 def test_sharded_arrays_stay_where_they_are(devices: list[jax.Device]) -> None:
@@ -112,10 +112,10 @@ def test_sharded_arrays_stay_where_they_are(devices: list[jax.Device]) -> None:
     state = kinds.plan(model).take(model, mesh=mesh)
     with sw.watch(state) as seen, jax.transfer_guard_device_to_device("disallow"):
         moved = state.replace(params=jax.tree.map(lambda array: array * 2, state["params"]))
-        seen.now(moved)
+        seen.compare(moved)
     assert list(seen.changed) == ["params"]
     with sw.watch(state) as seen:
-        seen.now(kinds.plan(model).take(model))  # the same values on one device
+        seen.compare(kinds.plan(model).take(model))  # the same values on one device
     assert seen.changed == {}
 
 
@@ -130,7 +130,7 @@ def test_nothing_of_the_arrays_is_kept() -> None:
         state = jax.tree.map(lambda array: array, sw.plan(model).take(model))
         gc.collect()
         assert old() is None
-        seen.now(state)
+        seen.compare(state)
     assert seen.changed == {}
 
 
@@ -140,11 +140,11 @@ def test_an_exception_goes_through_and_nothing_is_known() -> None:
     with pytest.raises(RuntimeError) as caught, sw.watch(model, expect="params") as seen:
         raise error
     assert caught.value is error
-    assert repr(seen) == "<sw.Seen, the block has not ended>"
+    assert repr(seen) == "<sw.results.Watch, the block has not ended>"
     with refused(
         sw.StructureError,
         "What was seen is known when the block has ended without an error.",
-        mend="with sw.watch(model) as seen:\n    train(model, x)\nprint(seen)",
+        hint="with sw.watch(model) as seen:\n    train(model, x)\nprint(seen)",
     ):
         seen.changed
 
@@ -154,8 +154,8 @@ def test_a_watch_is_for_one_block() -> None:
     model = watch._objects[0]
     with watch:
         pass
-    mend = "with sw.watch(model) as seen:  # one for each block"
-    with refused(sw.StructureError, "This watch has been used.", mend=mend), watch:
+    hint = "with sw.watch(model) as seen:  # one for each block"
+    with refused(sw.StructureError, "This watch has been used.", hint=hint), watch:
         pass
     assert model is not None
 
@@ -173,14 +173,14 @@ def test_blocks_nest() -> None:
 def test_inside_a_trace_it_is_refused() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     message = "Inside jax.jit there are no values to watch: the code is being traced."
-    mend = "with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call"
+    hint = "with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call"
 
     def watched(model: nnx.Linear) -> None:
         with sw.watch(model):
             pass
 
     for wrapped in (nnx.jit(watched), jax.jit(watched), nnx.grad(lambda model: (watched(model), model.bias.sum())[1])):
-        with refused(sw.StructureError, message, mend=mend):
+        with refused(sw.StructureError, message, hint=hint):
             wrapped(model)
 
     @jax.jit
@@ -188,7 +188,7 @@ def test_inside_a_trace_it_is_refused() -> None:
         watched(model)  # closed over: its values are there, but what is done to them would be traced
         return x
 
-    with refused(sw.StructureError, message, mend=mend):
+    with refused(sw.StructureError, message, hint=hint):
         over(X)
 
 
@@ -199,7 +199,7 @@ def test_an_abstract_model_is_refused() -> None:
             sw.StructureError,
             "The model is abstract: it has shapes but no values to watch.",
             leaves=["kernel: Param(3, 2) float32  kind=params"],
-            mend="sw.watch(model)  # built for real, not by nnx.eval_shape",
+            hint="sw.watch(model)  # built for real, not by nnx.eval_shape",
         ),
         sw.watch(model),
     ):
@@ -210,18 +210,20 @@ def test_kinds_that_are_not_there_or_hold_nothing_cannot_be_expected() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     names = "params, lora, stats, cache, rng, intermediates, metrics, optimizer, variables"
     with (
-        refused(sw.KindError, "There is no kind 'weights'.", kind="weights", mend=f"one of: {names}"),
+        refused(sw.DeclarationError, "There is no kind 'weights'.", kind="weights", hint=f"one of: {names}"),
         sw.watch(model, expect="weights"),
     ):
         pass
-    with refused(sw.KindError, "expect=3 does not name kinds.", mend="expect='params', or expect=('params', 'stats')"):
+    with refused(
+        sw.DeclarationError, "expect=3 does not name kinds.", hint="expect='params', or expect=('params', 'stats')"
+    ):
         sw.watch(model, expect=3)
     with (
         refused(
-            sw.KindError,
+            sw.DeclarationError,
             "Kind 'stats' is expected to change, but has no leaves.",
             kind="stats",
-            mend="expect one of: params",
+            hint="expect one of: params",
         ),
         sw.watch(model, expect="stats"),
     ):
@@ -229,7 +231,7 @@ def test_kinds_that_are_not_there_or_hold_nothing_cannot_be_expected() -> None:
 
 
 def test_nothing_cannot_be_watched() -> None:
-    with refused(sw.StructureError, "There is nothing to watch.", mend="with sw.watch(model) as seen:"):
+    with refused(sw.StructureError, "There is nothing to watch.", hint="with sw.watch(model) as seen:"):
         sw.watch(())
 
 
@@ -244,7 +246,7 @@ def test_a_program_that_forbids_transfers_can_be_watched() -> None:
 def test_a_state_has_its_own_kinds() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     state = sw.plan(model).take(model)
-    with refused(sw.KindError, "A state is watched by its own kinds.", mend="sw.watch(state)"):
+    with refused(sw.DeclarationError, "A state is watched by its own kinds.", hint="sw.watch(state)"):
         sw.watch(state, FROZEN)
     sw.watch(state, sw.Kinds.standard())
 
@@ -298,7 +300,7 @@ def test_it_shows_itself() -> None:
         "tied/deterministic  -     False became True"
     )
     assert "<table>" in seen._repr_html_()
-    assert repr(seen) == "<sw.Seen, changed: base, rest>"
+    assert repr(seen) == "<sw.results.Watch, changed: base, rest>"
     data = json.loads(seen.to_json())
     assert data == seen.to_dict()
     assert (data["expect"], data["missed"]) == (["lora"], ["lora"])

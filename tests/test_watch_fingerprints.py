@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from statewise.watch import fingerprints as module
-from statewise.watch.fingerprints import fingerprints
+from statewise._src.inspect.watch import fingerprints as module
+from statewise._src.inspect.watch.fingerprints import fingerprints
 
 DTYPES = ["bool", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32", "bfloat16", "float16"]
 DTYPES += ["float32", "complex64", "float8_e4m3fn", "float8_e5m2"]

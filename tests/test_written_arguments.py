@@ -143,7 +143,7 @@ def test_an_argument_that_is_written_is_refused_at_any_depth(kind: str, deep: st
     )
     slash = "" if leaf.startswith(":") else "/"
     assert f"{expression}{slash}{leaf}" in map(str, caught.value.leaves)
-    assert f"kinds.plan(model, {expression}" in str(caught.value.mend)
+    assert f"kinds.plan(model, {expression}" in str(caught.value.hint)
     if before is not None:  # it is as it was
         jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(thing)))
 
@@ -162,7 +162,7 @@ def test_all_written_arguments_are_named_at_once() -> None:
             "metric/count: MetricState() int32  (written)",
             "metric/total: MetricState() float32  (written)",
         ],
-        mend="plan = kinds.plan(model, rngs, metric)\nstate = plan.take(model, rngs, metric)\n"
+        hint="plan = kinds.plan(model, rngs, metric)\nstate = plan.take(model, rngs, metric)\n"
         "def f(model, rngs, metric, x): ...",
     ):
         sw.step(f)(state_of(linear()), X, nnx.Rngs(noise=0), nnx.metrics.Average())
@@ -177,7 +177,7 @@ def test_a_static_argument_is_no_way_around() -> None:
         sw.StructureError,
         "<lambda> reads Variables of `other`, a static argument: they would be constants of the compiled step.",
         leaves=["other/bias: Param(2,) float32", "other/kernel: Param(3, 2) float32"],
-        mend="take 'other' out of static_argnames: Variables that are only read may be passed",
+        hint="take 'other' out of static_argnames: Variables that are only read may be passed",
     ):
         step(state_of(linear()), X, linear())
 
@@ -233,7 +233,7 @@ def test_an_object_that_is_no_pytree_is_refused_in_words() -> None:
     with refused(
         sw.StructureError,
         "The argument extra of f holds a Opaque, which is not a pytree: JAX cannot pass it.",
-        mend="plan = kinds.plan(model, extra)  # as one more object",
+        hint="plan = kinds.plan(model, extra)  # as one more object",
     ):
 
         def f(model: Any, extra: Any) -> Any:
@@ -273,7 +273,7 @@ def test_flax_s_train_step_is_refused_with_the_hint_that_makes_it_equal_nnx_jit(
     assert caught.value.message.startswith(
         "flax_train_step writes to its arguments `optimizer` (Optimizer), `metrics` (MultiMetric), `rngs` (Rngs)"
     )
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "plan = kinds.plan(model, optimizer, metrics, rngs)\nstate = plan.take(model, optimizer, metrics, rngs)\n"
         "def flax_train_step(model, optimizer, metrics, rngs, batch): ..."
     )

@@ -30,7 +30,7 @@ def matched(model: Any, filter: Any) -> list[str]:
     return chosen
 
 
-def refused(make: Callable[[], Any], error: type[sw.StatewiseError] = sw.KindError) -> sw.StatewiseError:
+def refused(make: Callable[[], Any], error: type[sw.StatewiseError] = sw.DeclarationError) -> sw.StatewiseError:
     with pytest.raises(error) as caught:
         make()
     return caught.value

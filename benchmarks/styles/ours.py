@@ -31,7 +31,7 @@ class Ours:
         if sharding is not None:
             self.state = jax.device_put(self.state, sharding)
 
-    def step(self, name: str) -> sw.Step:
+    def step(self, name: str) -> sw.results.Step:
         """The step, not bound to a state."""
         program = self.case.programs[name]
         if program.trains:

@@ -81,7 +81,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Mends links and the languages of code blocks, page by page."""
+    """Hints links and the languages of code blocks, page by page."""
     markdown = FENCE.sub(
         lambda match: f"{match['fence']}{'pycon' if match['prompt'] else 'python'}\n{match['prompt'] or ''}", markdown
     )

@@ -6,9 +6,9 @@ parts, in this order:
 
 1. the fact, in one sentence;
 2. the leaves, one a line: path, kind, type, shape and dtype (never an array's values);
-3. the mend, as code where code is the mend.
+3. the hint, as code where code is the hint.
 
-Each part is an attribute too (`message`, `leaves`, `kind`, `mend`), so that a program can act on an error
+Each part is an attribute too (`message`, `leaves`, `kind`, `hint`), so that a program can act on an error
 without parsing its text.  All errors derive from `StatewiseError`; where a caller would reach for a
 builtin (`ValueError`, `TypeError`, `KeyError`), the class derives from that as well.
 """
@@ -19,10 +19,10 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
-    "ContestedError",
-    "DamagedError",
+    "CorruptedError",
+    "DeclarationError",
     "FilterError",
-    "KindError",
+    "OverlapError",
     "PlacementError",
     "RestoreError",
     "SaveError",
@@ -44,14 +44,14 @@ class StatewiseError(Exception):
       message: the fact, one sentence.
       leaves: the leaves concerned, each with `path`, `kind`, `type`, `shape` and `dtype`.
       kind: the name of the kind concerned, where there is just one.
-      mend: what to change, as code where code is the mend.
+      hint: what to change, as code where code is the hint.
 
     Example:
       >>> import statewise as sw
-      >>> error = sw.StatewiseError("The cache is full.", kind="cache", mend="state.restart('cache')")
+      >>> error = sw.StatewiseError("The cache is full.", kind="cache", hint="state.restart('cache')")
       >>> print(error)
       The cache is full.
-        mend: state.restart('cache')
+        hint: state.restart('cache')
       >>> error.kind
       'cache'
     """
@@ -62,19 +62,19 @@ class StatewiseError(Exception):
         *,
         leaves: Iterable[Any] = (),
         kind: str | None = None,
-        mend: str | None = None,
+        hint: str | None = None,
     ) -> None:
         self.message = message
         self.leaves = tuple(leaves)
         self.kind = kind
-        self.mend = mend
+        self.hint = hint
         super().__init__(message)
 
     def __str__(self) -> str:
-        return _text(self.message, self.leaves, self.mend)
+        return _text(self.message, self.leaves, self.hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.mend)
+        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.hint)
 
 
 class StatewiseWarning(UserWarning):
@@ -84,7 +84,7 @@ class StatewiseWarning(UserWarning):
       message: the fact, one sentence.
       leaves: the leaves concerned, as in an error.
       kind: the name of the kind concerned, where there is just one.
-      mend: what to change, as code where code is the mend.
+      hint: what to change, as code where code is the hint.
 
     Example:
       >>> import warnings
@@ -108,29 +108,29 @@ class StatewiseWarning(UserWarning):
         *,
         leaves: Iterable[Any] = (),
         kind: str | None = None,
-        mend: str | None = None,
+        hint: str | None = None,
     ) -> None:
         self.message = message
         self.leaves = tuple(leaves)
         self.kind = kind
-        self.mend = mend
+        self.hint = hint
         super().__init__(message)
 
     def __str__(self) -> str:
-        return _text(self.message, self.leaves, self.mend)
+        return _text(self.message, self.leaves, self.hint)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.mend)
+        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.hint)
 
 
-def _text(message: str, leaves: tuple[Any, ...], mend: str | None) -> str:
+def _text(message: str, leaves: tuple[Any, ...], hint: str | None) -> str:
     lines = [message]
     lines += [f"  {leaf}" for leaf in leaves[:_SHOWN]]
     if len(leaves) > _SHOWN:
         lines.append(f"  ... and {len(leaves) - _SHOWN} more (all in .leaves)")
-    if mend:
-        first, *rest = mend.splitlines()
-        lines.append(f"  mend: {first}")
+    if hint:
+        first, *rest = hint.splitlines()
+        lines.append(f"  hint: {first}")
         lines += [f"        {line}" for line in rest]
     return "\n".join(lines)
 
@@ -140,9 +140,9 @@ def _rebuild(
     message: str,
     leaves: tuple[Any, ...],
     kind: str | None,
-    mend: str | None,
+    hint: str | None,
 ) -> StatewiseError | StatewiseWarning:
-    return cls(message, leaves=leaves, kind=kind, mend=mend)
+    return cls(message, leaves=leaves, kind=kind, hint=hint)
 
 
 class FilterError(StatewiseError, TypeError):
@@ -155,18 +155,18 @@ class FilterError(StatewiseError, TypeError):
       ... except sw.FilterError as error:
       ...     print(error)
       Path('layers//kernel') has an empty segment.
-        mend: sw.Path('layers/kernel')
+        hint: sw.Path('layers/kernel')
     """
 
 
-class KindError(StatewiseError, ValueError, KeyError):
+class DeclarationError(StatewiseError, ValueError, KeyError):
     """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind.
 
     Example:
       >>> import statewise as sw
       >>> try:
       ...     sw.Kinds.standard()["gates"]
-      ... except sw.KindError as error:
+      ... except sw.DeclarationError as error:
       ...     print(error.message, error.kind)
       There is no kind 'gates'. gates
     """
@@ -185,12 +185,12 @@ class UnclaimedError(StatewiseError, ValueError):
       2 leaves are claimed by no kind.
         bias: Param(3,) float32
         scale: Param(3,) float32
-        mend: kinds = kinds | sw.Kinds(param_kind=sw.Kind(sw.Exactly(nnx.Param)))
+        hint: kinds = kinds | sw.Kinds(param_kind=sw.Kind(sw.Exactly(nnx.Param)))
               or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))
     """
 
 
-class ContestedError(StatewiseError, ValueError):
+class OverlapError(StatewiseError, ValueError):
     """Leaves that more than one kind claims.
 
     Example:
@@ -199,17 +199,17 @@ class ContestedError(StatewiseError, ValueError):
       >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), lora=sw.Kind(nnx.LoRAParam))
       >>> try:
       ...     kinds.plan(nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0)))
-      ... except sw.ContestedError as error:
+      ... except sw.OverlapError as error:
       ...     print(error)
       2 leaves are claimed by more than one kind.
         lora_a: LoRAParam(2, 1) float32  (claimed by params and lora)
         lora_b: LoRAParam(1, 3) float32  (claimed by params and lora)
-        mend: kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+        hint: kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
     """
 
 
 class StructureError(StatewiseError, ValueError):
-    """Leaves that do not fit: missing, left over, of another shape or dtype, spent, or of another plan.
+    """Leaves that do not fit: missing, left over, of another shape or dtype, donated, or of another plan.
 
     Example:
       >>> from flax import nnx
@@ -221,7 +221,7 @@ class StructureError(StatewiseError, ValueError):
       ...     print(error)
       The model is not what was planned: 1 leaf differs.
         kernel: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the model)
-        mend: plan = kinds.plan(model)  # plan the model as it is now
+        hint: plan = kinds.plan(model)  # plan the model as it is now
     """
 
 
@@ -241,7 +241,7 @@ class UndeclaredWriteError(StatewiseError, ValueError):
       <lambda> writes stats, which it does not declare.
         mean: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
         var: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
-        mend: @sw.step(writes=('stats',))
+        hint: @sw.step(writes=('stats',))
               or, where the function only evaluates: model.eval() as its first line
     """
 
@@ -275,7 +275,7 @@ class SaveError(StatewiseError, OSError):
       >>> try:
       ...     sw.save(tempfile.gettempdir(), sw.plan(model).take(model))
       ... except sw.SaveError as error:
-      ...     print(error.mend)
+      ...     print(error.hint)
       another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step
     """
 
@@ -290,12 +290,12 @@ class RestoreError(StatewiseError, ValueError):
     """
 
 
-class DamagedError(StatewiseError, ValueError):
+class CorruptedError(StatewiseError, ValueError):
     """A checkpoint on disk that is not what was written.
 
     Example:
       >>> import statewise as sw
-      >>> issubclass(sw.DamagedError, ValueError)
+      >>> issubclass(sw.CorruptedError, ValueError)
       True
     """
 
@@ -318,6 +318,6 @@ class WatchError(StatewiseError, AssertionError):
       ...     print(error)
       Nothing of params changed, though that was expected.
         kernel: Param(2, 3) float32  kind=params  (did not change)
-        mend: nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped
-              or, seen.now(model) at the end of the block, where the code returns a new model
+        hint: nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped
+              or, seen.compare(model) at the end of the block, where the code returns a new model
     """

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise.checkpoint.differing import diff
-from statewise.checkpoint.restoring import restore
-from statewise.checkpoint.saving import save
-from statewise.paths import format_path
-from statewise.state import State
-from statewise.steps import Step
+from statewise._src.checkpoint.diff.diff import diff
+from statewise._src.checkpoint.restore import restore
+from statewise._src.checkpoint.save import save
+from statewise._src.common.paths import format_path
+from statewise._src.core.state import State
+from statewise._src.step.step import Step
 
 __all__ = ["assert_no_retrace", "assert_round_trip", "assert_same", "assert_same_placement", "count_traces"]
 

@@ -15,7 +15,7 @@ from flax import nnx
 import statewise as sw
 from checkpoint_models import numbered
 from refusals import refused
-from statewise.narrowing import WIDE
+from statewise._src.common.narrowing import WIDE
 from strategies import Node
 
 
@@ -32,7 +32,7 @@ def test_numbers_of_64_bits_are_not_cut_where_there_are_none(tmp_path: pathlib.P
         sw.RestoreError,
         f"{tmp_path / 'wide'} does not fit the target: 1 leaf differs. Nothing was read or changed.",
         leaves=["a: Param(3,) int64  kind=params  (is int64, and this process has no 64-bit numbers)"],
-        mend="jax.config.update('jax_enable_x64', True)  # before any array is made",
+        hint="jax.config.update('jax_enable_x64', True)  # before any array is made",
     ):
         sw.restore(tmp_path / "wide", wide.plan.abstract())
 
@@ -51,7 +51,7 @@ def test_a_cast_loses_no_number(tmp_path: pathlib.Path, value: list[float], to: 
             f"({from_} numbers, one of magnitude {abs(value[0]):.3g}, that have no place in {to})"
         ],
         kind="params",
-        mend="sw.restore(path, target.cast(params='bfloat16'), cast=True)"
+        hint="sw.restore(path, target.cast(params='bfloat16'), cast=True)"
         if wider
         else f"plan the model with the dtype that was saved\n{WIDE}",
     ):
@@ -85,7 +85,7 @@ def test_metrics_that_best_fn_cannot_judge_are_refused_and_the_run_goes_on(tmp_p
         with refused(
             sw.SaveError,
             "best_fn cannot judge these metrics: KeyError: 'loss'.",
-            mend="give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})",
+            hint="give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})",
         ):
             checkpoints.save(1, numbered(1), metrics={})
         checkpoints.save(2, numbered(2), metrics={"loss": 0.0})
@@ -98,7 +98,7 @@ def test_only_names_kinds(tmp_path: pathlib.Path, only: Any) -> None:
     state = state_of(a=jnp.ones(2))
     sw.save(tmp_path / "run", state)
     for call in (sw.save, sw.restore, sw.preview):
-        with refused(sw.KindError, f"only={only!r} names no kinds.", mend="only=('params',)"):
+        with refused(sw.DeclarationError, f"only={only!r} names no kinds.", hint="only=('params',)"):
             call(tmp_path / "run", state, only=only)
 
 
@@ -111,7 +111,7 @@ def test_only_names_kinds(tmp_path: pathlib.Path, only: Any) -> None:
     ],
 )
 def test_what_is_no_path(path: Any, message: str) -> None:
-    with refused(sw.SaveError, message, mend="sw.save('run/step_100', state)"):
+    with refused(sw.SaveError, message, hint="sw.save('run/step_100', state)"):
         sw.save(path, state_of(a=jnp.ones(2)))
 
 

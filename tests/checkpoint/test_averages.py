@@ -64,7 +64,7 @@ def test_inspect_and_diff_show_averages(tmp_path: Path) -> None:
     assert set(sw.diff(tmp_path / "run", later).changed) == {"params", "optimizer", "ema"}
 
 
-def test_a_checkpoint_without_averages_is_refused_with_the_mend(tmp_path: Path) -> None:
+def test_a_checkpoint_without_averages_is_refused_with_the_hint(tmp_path: Path) -> None:
     sw.save(tmp_path / "run", trained(planned(None)))
     target = planned().take(make())
     kinds = "dataclasses.replace(plan.kinds['ema'], missing='restart')"
@@ -134,8 +134,8 @@ def test_onto_other_devices_averages_become_what_their_leaves_become(tmp_path: P
         with pytest.raises(sw.RestoreError) as caught:
             sw.restore(tmp_path / "run", plan.abstract(meshes[1]))
         assert {leaf.kind for leaf in caught.value.leaves} == {"stats", "ema"}
-        assert str(caught.value.mend).count("stats=sw.Kind(") == 1
-        assert "ema=" not in str(caught.value.mend)
+        assert str(caught.value.hint).count("stats=sw.Kind(") == 1
+        assert "ema=" not in str(caught.value.hint)
         return
     restored, _ = sw.restore(tmp_path / "run", plan.abstract(meshes[1]))
     mean = np.asarray(state["ema"]["stats"]["mean"]).mean(0)
@@ -162,6 +162,6 @@ def test_a_leaf_of_the_model_at_the_place_of_an_average_is_refused(tmp_path: Pat
         sw.StructureError,
         "Two leaves have one path, by which a restore could not tell them apart.",
         leaves=["ema/params/w: Variable(2,) float32  kind=variables", "ema/params/w: Array(2,) float32  kind=ema"],
-        mend="give the model's attribute 'ema' another name: the plan keeps what it derives there",
+        hint="give the model's attribute 'ema' another name: the plan keeps what it derives there",
     ):
         sw.save(tmp_path / "run", plan.take(model))

@@ -83,16 +83,16 @@ def test_a_base_that_was_moved_is_asked_for(saved: pathlib.Path) -> None:
         with refused(
             sw.RestoreError,
             f"{saved}/adapter was saved over another checkpoint, which is not at {saved}/base.",
-            mend=ELSEWHERE,
+            hint=ELSEWHERE,
         ):
             look(saved / "adapter", state_with(5, 5))
         with refused(
             sw.RestoreError,
             f"{saved}/adapter was saved over another checkpoint, which is not at {saved}/nowhere.",
-            mend=ELSEWHERE,
+            hint=ELSEWHERE,
         ):
             look(saved / "adapter", state_with(5, 5), base=saved / "nowhere")
-        with refused(sw.RestoreError, "int is no path.", mend="sw.restore('run/step_100', target)"):
+        with refused(sw.RestoreError, "int is no path.", hint="sw.restore('run/step_100', target)"):
             look(saved / "adapter", state_with(5, 5), base=3)
     state, report = sw.restore(saved / "adapter", state_with(5, 5), base=os.fspath(saved / "elsewhere"))
     assert contents(state) == contents(state_with(1, 7))
@@ -106,7 +106,7 @@ def test_another_checkpoint_in_its_place_is_not_believed(saved: pathlib.Path) ->
         with refused(
             sw.RestoreError,
             f"{saved}/base is another checkpoint than the one that this was saved over.",
-            mend=ANOTHER,
+            hint=ANOTHER,
         ):
             look(saved / "adapter", state_with(5, 5))
 
@@ -115,7 +115,7 @@ def test_a_base_where_there_is_none(saved: pathlib.Path) -> None:
     with refused(
         sw.RestoreError,
         f"{saved}/base was not saved over another checkpoint.",
-        mend="leave base out; to save over one: sw.save(path, state, only=..., base=base)",
+        hint="leave base out; to save over one: sw.save(path, state, only=..., base=base)",
     ):
         sw.restore(saved / "base", state_with(5, 5), base=saved / "adapter")
 
@@ -127,15 +127,15 @@ def test_a_damaged_base_is_named(saved: pathlib.Path) -> None:
     whole = manifest.read_bytes()
     manifest.write_bytes(whole.replace(b"kernel", b"kernal"))
     with refused(
-        sw.DamagedError, f"{manifest} is damaged: its checksum is another.", mend="restore another checkpoint"
+        sw.CorruptedError, f"{manifest} is corrupted: its checksum is another.", hint="restore another checkpoint"
     ):
         sw.restore(saved / "adapter", target)
     manifest.write_bytes(whole)
     (broken,) = [file for file in (saved / "base").iterdir() if file.name == "manifest.ocdbt"]
     broken.unlink()
-    with pytest.raises(sw.DamagedError) as caught:
+    with pytest.raises(sw.CorruptedError) as caught:
         sw.restore(saved / "adapter", target)
-    assert caught.value.message.startswith(f"{saved}/base is damaged: manifest.ocdbt is missing")
+    assert caught.value.message.startswith(f"{saved}/base is corrupted: manifest.ocdbt is missing")
     assert {leaf.path for leaf in caught.value.leaves} <= {("kernel",), ("mean",)}
     assert contents(target) == before
 
@@ -153,7 +153,7 @@ def test_a_base_with_other_values_is_refused(tmp_path: pathlib.Path) -> None:
             "kernel: Param(2, 3) float32  kind=params  (has other values in the base)",
             "mean: BatchStat(3,) float32  kind=stats  (has other values in the base)",
         ],
-        mend=DIFFERENT,
+        hint=DIFFERENT,
     ):
         sw.save(tmp_path / "adapter", state_with(1.5, 7), only="lora", base=tmp_path / "base")
     assert not (tmp_path / "adapter").exists()
@@ -170,7 +170,7 @@ def test_a_base_of_other_leaves_is_refused(tmp_path: pathlib.Path) -> None:
             "kernel: Param(2, 3) float32  kind=params  (has another shape or dtype in the base)",
             "mean: BatchStat(3,) float32  kind=stats  (not in the base)",
         ],
-        mend=DIFFERENT,
+        hint=DIFFERENT,
     ):
         sw.save(tmp_path / "adapter", state_with(1, 7), only="lora", base=tmp_path / "base")
     assert sorted(tmp_path.iterdir()) == [tmp_path / "base"]
@@ -193,7 +193,7 @@ def test_of_a_kind_that_the_adapter_has_nothing_is_taken_from_the_base(tmp_path:
         made("one"),
         made("one", "two"),
         "two: LoRAParam(2,) float32  kind=lora  (missing from the checkpoint)",
-        mend=keep("lora"),
+        hint=keep("lora"),
     )
 
 
@@ -209,7 +209,7 @@ def test_disagreements_with_the_base_are_listed_with_the_adapter_s(saved: pathli
         "kernel: Param(2, 4) float32  kind=params  (is (2, 3) in the checkpoint)",
         "lora: LoRAParam(3,) float32  kind=lora  (is (2,) in the checkpoint)",
         "mean: BatchStat(3,) bfloat16  kind=stats  (is float32 in the checkpoint)",
-        mend="build the model with the sizes that it was saved with\nsw.restore(path, target, cast=True)",
+        hint="build the model with the sizes that it was saved with\nsw.restore(path, target, cast=True)",
     )
 
 
@@ -227,7 +227,7 @@ def test_leaves_that_are_tied_in_the_base(tmp_path: pathlib.Path) -> None:
         made(False),
         "a: Param(2, 3) float32  kind=params  (is tied to b in the checkpoint)",
         "b: Param(2, 3) float32  kind=params  (tied to a in the checkpoint)",
-        mend=TIE,
+        hint=TIE,
     )
 
 
@@ -251,6 +251,6 @@ def test_a_base_that_is_not_there_is_refused_at_save(tmp_path: pathlib.Path) -> 
     with refused(
         sw.RestoreError,
         f"There is nothing at {tmp_path / 'nowhere'}.",
-        mend="sw.save(path, state) writes a checkpoint; look for it beside this path",
+        hint="sw.save(path, state) writes a checkpoint; look for it beside this path",
     ):
         sw.save(tmp_path / "adapter", state_with(1, 7), only="lora", base=tmp_path / "nowhere")

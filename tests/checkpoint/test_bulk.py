@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statewise.checkpoint.bulk import grouped, no_collection
+from statewise._src.checkpoint.orbax.batching import grouped, no_collection
 
 
 @given(st.lists(st.integers(0, 12)), st.integers(1, 20))

@@ -20,7 +20,7 @@ def test_a_leaf_of_another_dtype(tmp_path: pathlib.Path) -> None:
         state_of(w=nnx.Param(ONES)),
         state_of(w=nnx.Param(ONES.astype("bfloat16"))),
         "w: Param(2, 3) bfloat16  kind=params  (is float32 in the checkpoint)",
-        mend=CAST,
+        hint=CAST,
     )
 
 
@@ -64,7 +64,7 @@ def test_cast_makes_no_other_number_of_one(tmp_path: pathlib.Path, there: str, h
         state_of(w=nnx.Variable(jnp.ones(2, there))),
         state_of(w=nnx.Variable(jnp.ones(2, here))),
         f"w: Variable(2,) {here}  kind=variables  (is {there} in the checkpoint, which does not become {here})",
-        mend=RECAST,
+        hint=RECAST,
         cast=True,
     )
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from checkpoint_models import DTYPES, one_of
-from statewise.checkpoint import checksums
-from statewise.checkpoint.checksums import sums_of, sums_of_runs
+from statewise._src.checkpoint.format import checksums
+from statewise._src.checkpoint.format.checksums import sums_of, sums_of_runs
 
 
 def on_devices(array: Any) -> tuple[int, int]:

@@ -24,8 +24,8 @@ import statewise as sw
 from checkpoint_models import ADAM, ALL_SAVED, assert_identical, train, trained
 from comparing import plannable
 from foreign_models import LinenNet, Net, Odd, X, equal, linen, odd, state_of
-from statewise.checkpoint.converting import convert
-from statewise.checkpoint.exporting import collection_of
+from statewise._src.checkpoint.interop.convert import convert
+from statewise._src.checkpoint.interop.export import collection_of
 
 # --- Linen -----------------------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ from statewise.checkpoint.exporting import collection_of
 def test_a_linen_model_gives_the_same_outputs_in_nnx(tmp_path: Path) -> None:
     variables = linen()
     conversion = convert(variables, tmp_path / "imported", target=state_of().plan.abstract())
-    assert (len(conversion.matched), conversion.left_over) == (8, ())
+    assert (len(conversion.matched), conversion.unexpected) == (8, ())
     state, _ = sw.restore(tmp_path / "imported", state_of())
     assert np.array_equal(state.plan.build(state)(X), LinenNet().apply(variables, X))
 
@@ -64,7 +64,7 @@ def test_a_train_state_of_linen_gives_its_parameters(tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "linen", variables | {"step": 3, "opt_state": [{"mu": jnp.ones(2)}]})
     conversion = convert(tmp_path / "linen", tmp_path / "imported", target=state_of())
-    assert sorted(conversion.left_over) == ["opt_state/0/mu", "step"]
+    assert sorted(conversion.unexpected) == ["opt_state/0/mu", "step"]
     state, _ = sw.restore(tmp_path / "imported", state_of())
     assert np.array_equal(state.plan.build(state)(X), LinenNet().apply(variables, X))
 
@@ -183,7 +183,7 @@ def test_there_and_back_is_the_identity_for_any_model(model: Any, to: str) -> No
     with tempfile.TemporaryDirectory() as folder:
         sw.save(f"{folder}/first", state)
         convert(f"{folder}/first", f"{folder}/other", to=to)
-        assert convert(f"{folder}/other", f"{folder}/back", target=state.plan.abstract()).left_over == ()
+        assert convert(f"{folder}/other", f"{folder}/back", target=state.plan.abstract()).unexpected == ()
         assert_identical(sw.restore(f"{folder}/back", state)[0], state)
 
 
@@ -194,7 +194,7 @@ def test_there_and_back_is_the_identity(tmp_path: Path, name: str, layout: str) 
     sw.save(tmp_path / "first", state, layout=layout)
     convert(tmp_path / "first", tmp_path / name, to="safetensors" if "." in name else "orbax")
     conversion = convert(tmp_path / name, tmp_path / "back", target=state.plan.abstract())
-    assert conversion.left_over == ()
+    assert conversion.unexpected == ()
     assert_identical(sw.restore(tmp_path / "back", odd(1, params=ADAM))[0], state)
 
 
@@ -228,7 +228,7 @@ def test_weights_of_others_are_renamed_into_a_model(tmp_path: Path) -> None:
         return "/".join(words.get(word, word) for word in name.split(".")[1:])
 
     made = convert(tmp_path / "other.safetensors", tmp_path / "imported", target=state_of(), rename=rename)
-    assert made.left_over == ("model.bn.num_batches_tracked",)
+    assert made.unexpected == ("model.bn.num_batches_tracked",)
     state, _ = sw.restore(tmp_path / "imported", state_of())
     assert np.array_equal(state.plan.build(state)(X), LinenNet().apply(variables, X))
 
@@ -256,7 +256,7 @@ def test_what_people_save_of_an_nnx_model_is_taken(tmp_path: Path, as_state: boo
         checkpointer.save(tmp_path / "plain", split if as_state else nnx.to_pure_dict(split))
     state = sw.plan(model).take(model)
     conversion = convert(tmp_path / "plain", tmp_path / "back", target=state.plan.abstract())
-    assert conversion.left_over == ()
+    assert conversion.unexpected == ()
     assert_identical(sw.restore(tmp_path / "back", state)[0], state)
 
 
@@ -266,7 +266,7 @@ def test_a_step_of_checkpoints_is_taken_and_metrics_are_not_asked_for(tmp_path: 
         checkpoints.save(4, state, metrics={"loss": 0.5})
         checkpoints.wait()
     made = convert(tmp_path / "run" / "4", tmp_path / "net.safetensors")
-    assert (made.read_as, len(made.matched)) == ("statewise", 8)
+    assert (made.source_format, len(made.matched)) == ("statewise", 8)
 
 
 def test_keys_with_dots_and_slashes_come_back(tmp_path: Path) -> None:

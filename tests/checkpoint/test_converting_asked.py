@@ -11,7 +11,7 @@ from flax import nnx
 
 import statewise as sw
 from refusals import refused
-from statewise.checkpoint.converting import convert
+from statewise._src.checkpoint.interop.convert import convert
 
 
 def taken(**values: Any) -> sw.State:
@@ -29,14 +29,14 @@ def test_a_checkpoint_of_statewise_needs_a_target(tmp_path: Path) -> None:
     with refused(
         sw.StructureError,
         "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
-        mend=A_STATE,
+        hint=A_STATE,
     ):
         convert({"w": jnp.ones(1)}, tmp_path / "out")
 
 
 def test_a_target_is_a_state(tmp_path: Path) -> None:
     model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    with refused(sw.StructureError, "The target of a conversion is a state, not Linear.", mend=A_STATE):
+    with refused(sw.StructureError, "The target of a conversion is a state, not Linear.", hint=A_STATE):
         convert({"w": jnp.ones(1)}, tmp_path / "out", target=model)
 
 
@@ -45,13 +45,13 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_text("precious") if "." in name else path.mkdir()
         message = f"There is something at {path} already, and nothing is written over."
-        with refused(sw.SaveError, message, mend="another path"):
+        with refused(sw.SaveError, message, hint="another path"):
             convert({"params": {"w": jnp.ones(1)}}, path, to="safetensors", dry_run=True)
     assert (tmp_path / "a.safetensors").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
-    ("dst", "options", "message", "mend"),
+    ("dst", "options", "message", "hint"),
     [
         ("out", {"to": "zip"}, "to='zip' is no format.", "one of: 'statewise', 'orbax', 'safetensors', 'linen'"),
         (
@@ -75,13 +75,13 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_destination_that_is_none_is_refused(dst: Any, options: dict[str, Any], message: str, mend: str) -> None:
-    with refused(sw.SaveError, message, mend=mend):
+def test_a_destination_that_is_none_is_refused(dst: Any, options: dict[str, Any], message: str, hint: str) -> None:
+    with refused(sw.SaveError, message, hint=hint):
         convert({"w": jnp.ones(1)}, dst, **options)
 
 
 @pytest.mark.parametrize(
-    ("rename", "message", "mend"),
+    ("rename", "message", "hint"),
     [
         (
             {"kernal": "w", "zzz": None},
@@ -102,8 +102,8 @@ def test_a_destination_that_is_none_is_refused(dst: Any, options: dict[str, Any]
         (lambda name: None, "the mapping has no arrays to convert.", "another source, or a rename that keeps some"),
     ],
 )
-def test_a_rename_that_is_none_is_refused(rename: Any, message: str, mend: str) -> None:
-    with refused(sw.RestoreError, message, mend=mend):
+def test_a_rename_that_is_none_is_refused(rename: Any, message: str, hint: str) -> None:
+    with refused(sw.RestoreError, message, hint=hint):
         convert({"bias": jnp.ones(1), "kernel": jnp.ones(1)}, None, to="orbax", rename=rename)
 
 
@@ -111,7 +111,7 @@ def test_orbax_stores_nothing_where_no_array_has_elements(tmp_path: Path) -> Non
     with refused(
         sw.SaveError,
         f"There is nothing to write to {tmp_path / 'plain'}: no array has elements, and Orbax stores no others.",
-        mend="sw.convert(src, 'run/converted.safetensors')",
+        hint="sw.convert(src, 'run/converted.safetensors')",
     ):
         convert({"w": jnp.zeros((0, 2))}, tmp_path / "plain", to="orbax")
 
@@ -120,7 +120,7 @@ def test_a_source_that_is_neither_path_nor_mapping_is_refused(tmp_path: Path) ->
     with refused(
         sw.RestoreError,
         "State is neither a path nor a mapping.",
-        mend="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first",
+        hint="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first",
     ):
         convert(taken(w=jnp.ones(1)), tmp_path / "a.safetensors")
 
@@ -131,6 +131,6 @@ def test_several_checkpoints_in_one_folder_are_refused(tmp_path: Path) -> None:
     with refused(
         sw.RestoreError,
         f"{tmp_path / 'step'} holds several items: one, two.",
-        mend=f"the path of one of them: {str(tmp_path / 'step' / 'one')!r}",
+        hint=f"the path of one of them: {str(tmp_path / 'step' / 'one')!r}",
     ):
         convert(tmp_path / "step", tmp_path / "a.safetensors")

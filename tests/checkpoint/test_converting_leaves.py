@@ -18,7 +18,7 @@ from flax import nnx
 import statewise as sw
 from checkpoint_models import assert_identical, spread, train, trained
 from foreign_models import Net, equal, linen, odd, state_of
-from statewise.checkpoint.converting import convert
+from statewise._src.checkpoint.interop.convert import convert
 
 # --- which leaves ----------------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def test_an_ephemeral_kind_is_neither_asked_for_nor_written(tmp_path: Path) -> N
     conversion = convert(
         {"params": {"w": jnp.zeros(2)}, "cache": {"seen": jnp.zeros(3)}}, tmp_path / "a", target=target
     )
-    assert (len(conversion.matched), conversion.left_over) == (1, ("cache/seen",))
+    assert (len(conversion.matched), conversion.unexpected) == (1, ("cache/seen",))
 
 
 def test_a_checkpoint_over_a_base_goes_over_whole(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_spent_target_has_nothing_to_keep(tmp_path: Path) -> None:
     sw.save(tmp_path / "first", state, only=("params", "stats", "variables"))
     convert(tmp_path / "first", tmp_path / "weights.safetensors")
     train(state, jnp.ones((5, 3)))
-    with pytest.raises(sw.StructureError, match="This state is spent"):
+    with pytest.raises(sw.StructureError, match="This state was donated"):
         convert(tmp_path / "weights.safetensors", tmp_path / "back", target=state)
 
 
@@ -127,7 +127,7 @@ def test_renames_go_into_what_is_written(tmp_path: Path) -> None:
     sw.save(tmp_path / "first", state_of())
     rename = {"dense/kernel": "fc/weight", "dense/bias": None}
     conversion = convert(tmp_path / "first", tmp_path / "net.safetensors", rename=rename)
-    assert conversion.left_over == ("dense/bias",)
+    assert conversion.unexpected == ("dense/bias",)
     names = set(safetensors.numpy.load_file(tmp_path / "net.safetensors"))
     assert "fc.weight" in names
     assert not any(name.startswith("dense") for name in names)
@@ -170,7 +170,7 @@ def test_a_conversion_is_shown_as_text_html_and_json(tmp_path: Path) -> None:
     assert "<td" in told._repr_html_()
     assert told.__rich__() is not None
     data = json.loads(told.to_json())
-    assert (data["ok"], data["left_over"], data["missing"][0]["path"]) == (False, ["params/more"], "bias")
+    assert (data["ok"], data["unexpected"], data["missing"][0]["path"]) == (False, ["params/more"], "bias")
     assert data["matched"][0] | {"type": None} == {
         "source": "params/kernel",
         "path": "kernel",

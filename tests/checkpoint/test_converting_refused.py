@@ -17,10 +17,10 @@ from flax import nnx
 import statewise as sw
 from foreign_models import linen, state_of
 from refusals import refused
-from statewise.checkpoint import exporting
-from statewise.checkpoint.converting import convert
+from statewise._src.checkpoint.interop import export as exporting
+from statewise._src.checkpoint.interop.convert import convert
 
-RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's left_over"
+RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's unexpected"
 APART = "give them names that differ: rename={'name in the source': 'another/path'}"
 
 
@@ -50,7 +50,7 @@ def test_all_that_is_in_the_way_is_one_error(tmp_path: Path) -> None:
             "key: Variable() key<fry>  kind=variables  (is a PRNG key of rbg in the source)",
             "w: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the source)",
         ],
-        mend=f"{RENAME}\n"
+        hint=f"{RENAME}\n"
         "or, to keep the target's values: kinds.replace(params=dataclasses.replace(kinds['params'], missing='keep'))\n"
         "sw.convert(src, dst, ..., cast=True)\n"
         "make the key with jax.random.key(seed, impl='rbg')\n"
@@ -74,7 +74,7 @@ def test_a_cast_never_makes_other_numbers(tmp_path: Path, given: Any, wanted: An
         f"the mapping does not become {tmp_path / 'out'} (statewise): 1 leaf is in the way. "
         "Nothing was read or written.",
         leaves=[f"w: Param(2,) {wanted.dtype}  kind=params  ({note})"],
-        mend="plan the model with the dtype of the source",
+        hint="plan the model with the dtype of the source",
     ):
         convert({"w": given}, tmp_path / "out", target=taken(w=wanted), cast=True)
 
@@ -100,7 +100,7 @@ def test_a_cast_never_loses_a_number(tmp_path: Path, given: Any, wanted: Any) ->
             f"{float(abs(given).max()):.3g}, that have no place in {dtype})"
         ],
         kind="params",
-        mend="plan the model with the dtype of the source",
+        hint="plan the model with the dtype of the source",
     ):
         convert({"w": given}, tmp_path / "out", target=taken(w=jnp.zeros(len(given), wanted)), cast=True)
     assert listed(tmp_path) == []
@@ -135,7 +135,7 @@ def test_an_abstract_target_has_nothing_to_keep(tmp_path: Path) -> None:
             "rngs/default/count: RngCount() uint32  kind=rng  (the source has no rng)",
             "rngs/default/key: RngKey() key<fry>  kind=rng  (the source has no rng)",
         ],
-        mend="a target with values, which are kept: target=plan.take(model)",
+        hint="a target with values, which are kept: target=plan.take(model)",
     ):
         convert({"w": jnp.ones(2)}, tmp_path / "out", target=sw.plan(model).abstract())
 
@@ -165,7 +165,7 @@ def test_dtypes_that_safetensors_lacks_are_listed(tmp_path: Path) -> None:
             "a: Param(2,) int4  kind=params  (safetensors has no int4)",
             "c: Param(1,) float8_e4m3b11fnuz  kind=params  (safetensors has no float8_e4m3b11fnuz)",
         ],
-        mend="state.cast(...) to a dtype that it has, or leave it out: rename={'a': None}\n"
+        hint="state.cast(...) to a dtype that it has, or leave it out: rename={'a': None}\n"
         "state.cast(...) to a dtype that it has, or leave it out: rename={'c': None}",
     ):
         convert(source, tmp_path / "a.safetensors")
@@ -187,7 +187,7 @@ def test_names_that_would_be_one_are_refused(tmp_path: Path) -> None:
         f"{source} does not become {tmp_path / 'a.safetensors'} (safetensors): 1 leaf is in the way. "
         "Nothing was read or written.",
         leaves=["a.b: Param(2,) float32  kind=params  (would have the same name as a/b)"],
-        mend=APART,
+        hint=APART,
     ):
         convert(source, tmp_path / "a.safetensors")
     with pytest.raises(sw.RestoreError) as caught:
@@ -203,7 +203,7 @@ def test_a_name_of_the_source_becomes_one_leaf_only(tmp_path: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         convert(tmp_path / "a.safetensors", tmp_path / "out", target=sw.plan(model).take(model))
     assert [leaf.note for leaf in caught.value.leaves] == ["its name in the source is also that of a/b"]
-    assert caught.value.mend == RENAME
+    assert caught.value.hint == RENAME
 
 
 def test_two_names_of_the_source_for_one_path_are_refused(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_keys_that_only_look_alike_are_refused(tmp_path: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         convert({"w": {0: jnp.ones(1), "0": jnp.zeros(1)}}, tmp_path / "plain", to="orbax")
     assert [leaf.note for leaf in caught.value.leaves] == ["has the same name as another in the source"]
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "keys that only look alike (0 and '0') cannot be told apart in another format: change one of them"
     )
 
@@ -226,7 +226,7 @@ def test_a_leaf_where_others_hang_below_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         convert({"w": jnp.ones(1), "v": {"part": jnp.ones(1)}}, tmp_path / "plain", to="orbax", rename=rename)
     assert [leaf.note for leaf in caught.value.leaves] == ["would stand where v/part/whole hangs below"]
-    assert caught.value.mend == APART
+    assert caught.value.hint == APART
 
 
 def test_the_name_that_safetensors_keeps_for_itself_is_refused(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_array_outside_of_variables_has_no_collection(tmp_path: Path) -> None
         sw.RestoreError,
         f"{source} does not become variables (linen): 1 leaf is in the way. Nothing was read or written.",
         leaves=["raw: Array(2,) float32  kind=variables  (is no Variable, so that it belongs to no Linen collection)"],
-        mend="hold it in an nnx.Variable, or leave it out: rename={'raw': None}",
+        hint="hold it in an nnx.Variable, or leave it out: rename={'raw': None}",
     ):
         convert(source, None, to="linen")
     assert list(convert(source, None, to="linen", rename={"raw": None}).tree) == ["params"]
@@ -252,7 +252,7 @@ def test_without_types_there_are_no_collections(tmp_path: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         convert({"w": jnp.ones(1), "layer": {"v": jnp.ones(1)}}, None, to="linen")
     assert [leaf.note for leaf in caught.value.leaves] == ["is in no collection that NNX knows"] * 2
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "say which type each leaf has: sw.convert(src, dst, to='linen', target=plan.abstract()); "
         "or register the collection: nnx.register_variable_name(name, Type)"
     )
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_writes_nothing(tmp_path: Path) -> None:
     source = saved(tmp_path, taken(w=jnp.ones(100)))
     for file in source.rglob("d/*"):
         file.write_bytes(bytes(len(file.read_bytes())))
-    with pytest.raises(sw.DamagedError, match="is damaged"):
+    with pytest.raises(sw.CorruptedError, match="is corrupted"):
         convert(source, tmp_path / "a.safetensors")
     assert listed(tmp_path) == ["first"]
 
@@ -303,7 +303,7 @@ def test_a_full_disk_leaves_nothing(
     with refused(
         sw.SaveError,
         f"{tmp_path / name} could not be written: {reason}. Nothing of it was left.",
-        mend="free some space, or choose a directory that can be written to",
+        hint="free some space, or choose a directory that can be written to",
     ):
         convert({"w": jnp.ones(1)}, tmp_path / name, to="safetensors" if "." in name else "orbax")
     assert listed(tmp_path) == []
@@ -324,7 +324,7 @@ def test_of_two_writers_the_first_stays(tmp_path: Path, monkeypatch: pytest.Monk
     with refused(
         sw.SaveError,
         f"Another writer has written {final} meanwhile; that one is whole, this one was dropped.",
-        mend="another path for each writer",
+        hint="another path for each writer",
     ):
         convert({"w": jnp.ones(1)}, final, to="safetensors" if "." in name else "orbax")
     assert final.read_text() == "of another"
@@ -346,6 +346,6 @@ def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
     with refused(
         sw.SaveError,
         f"{path} could not be written: Not a directory. Nothing of it was left.",
-        mend="free some space, or choose a directory that can be written to",
+        hint="free some space, or choose a directory that can be written to",
     ):
         convert({"w": jnp.ones(1)}, path)

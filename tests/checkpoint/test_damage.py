@@ -16,7 +16,7 @@ from flax import nnx
 import statewise as sw
 from damaging import files, plan, state, words
 from refusals import refused
-from statewise.checkpoint import files as on_disk
+from statewise._src.checkpoint.format import files as on_disk
 from strategies import Node
 
 LAYOUTS = ("named", "packed")
@@ -59,7 +59,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_the_file_is_named(layout: str,
         data = path.read_bytes()
         for offset, bit in some_offsets(len(data), name):
             flipped(path, offset, bit)
-            with pytest.raises(sw.DamagedError) as caught:
+            with pytest.raises(sw.CorruptedError) as caught:
                 sw.restore(folder, target, only="stats")
             assert name in caught.value.message, (name, offset, bit)
             path.write_bytes(data)
@@ -86,7 +86,7 @@ def test_a_file_that_is_no_longer_whole_is_named(layout: str, harm: str, whole: 
         folder = tmp_path / str(number)
         shutil.copytree(whole / layout, folder)
         HARM[harm](folder / name)
-        with pytest.raises(sw.DamagedError) as caught:
+        with pytest.raises(sw.CorruptedError) as caught:
             sw.restore(folder, target)
         assert name in caught.value.message
     assert words(target) == before
@@ -97,12 +97,12 @@ def test_the_error_for_a_flipped_bit_names_the_file_and_says_what_to_do(whole: P
     shutil.copytree(whole / "packed", folder)
     flipped(folder / "_METADATA", 5, 0)
     (folder / "manifest.ocdbt").unlink()
-    message = f"{folder} is damaged: _METADATA is not what was written; manifest.ocdbt is missing."
+    message = f"{folder} is corrupted: _METADATA is not what was written; manifest.ocdbt is missing."
     leaves = [
         "layers/1/mean: BatchStat(2,) float32  kind=stats  (cannot be read)",
         "layers/1/var: BatchStat(2,) float32  kind=stats  (cannot be read)",
     ]
-    with refused(sw.DamagedError, message, leaves=leaves, mend=AGAIN):
+    with refused(sw.CorruptedError, message, leaves=leaves, hint=AGAIN):
         sw.restore(folder, state(), only="stats")
 
 
@@ -110,7 +110,7 @@ def test_leaves_that_a_damaged_file_does_not_concern_are_not_named(whole: Path, 
     folder = tmp_path / "copy"
     shutil.copytree(whole / "named", folder)
     flipped(folder / "_sharding", 5, 0)
-    with refused(sw.DamagedError, f"{folder} is damaged: _sharding is not what was written.", mend=AGAIN):
+    with refused(sw.CorruptedError, f"{folder} is corrupted: _sharding is not what was written.", hint=AGAIN):
         sw.restore(folder, state())
 
 
@@ -118,9 +118,9 @@ def test_a_manifest_that_is_damaged_is_named_and_said_to_be(whole: Path, tmp_pat
     folder = tmp_path / "copy"
     shutil.copytree(whole / "named", folder)
     flipped(folder / "statewise.json", 1000, 0)
-    message = f"{folder / 'statewise.json'} is damaged: its checksum is another."
+    message = f"{folder / 'statewise.json'} is corrupted: its checksum is another."
     for reading in (sw.inspect, lambda path: sw.preview(path, state()), lambda path: sw.restore(path, state())):
-        with refused(sw.DamagedError, message, mend=AGAIN):
+        with refused(sw.CorruptedError, message, hint=AGAIN):
             reading(folder)
 
 
@@ -128,7 +128,7 @@ def test_a_folder_without_a_manifest_is_none_of_ours(whole: Path, tmp_path: Path
     folder = tmp_path / "copy"
     shutil.copytree(whole / "named", folder)
     (folder / "statewise.json").unlink()
-    with pytest.raises(sw.DamagedError, match=r"has no statewise\.json"):
+    with pytest.raises(sw.CorruptedError, match=r"has no statewise\.json"):
         sw.restore(folder, state())
 
 
@@ -138,9 +138,9 @@ def test_damage_of_the_base_is_found_through_the_adapter(tmp_path: Path) -> None
     assert words(sw.restore(tmp_path / "adapter", state(7))[0]) == words(state())
     name = next(name for name in files(tmp_path / "base") if name.startswith("d/"))
     flipped(tmp_path / "base" / name, 30, 0)
-    with pytest.raises(sw.DamagedError) as caught:
+    with pytest.raises(sw.CorruptedError) as caught:
         sw.restore(tmp_path / "adapter", state(7))
-    assert f"{tmp_path / 'base'} is damaged: {name}" in caught.value.message
+    assert f"{tmp_path / 'base'} is corrupted: {name}" in caught.value.message
 
 
 # --- files too large for a checksum of their own -------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_one_flipped_bit_in_a_large_file_names_the_leaf_or_the_file(
         ]
         for offset, bit in [*inside, *behind]:
             flipped(path, offset, bit)
-            with pytest.raises(sw.DamagedError) as caught:
+            with pytest.raises(sw.CorruptedError) as caught:
                 sw.restore(folder, target)
             leaves = caught.value.leaves
             assert len(leaves) <= 1
@@ -209,9 +209,9 @@ def test_a_large_file_that_is_shorter_or_missing_names_file_and_leaves(
         if kept is not None:
             (folder / largest).write_bytes(kept)
         wrong = "is missing" if kept is None else f"has {len(kept)} bytes, not {len(data)}"
-        with pytest.raises(sw.DamagedError) as caught:
+        with pytest.raises(sw.CorruptedError) as caught:
             sw.restore(folder, target)
-        assert caught.value.message == f"{folder} is damaged: {largest} {wrong}."
+        assert caught.value.message == f"{folder} is corrupted: {largest} {wrong}."
         assert {leaf.note for leaf in caught.value.leaves} == {"cannot be read"}
         assert caught.value.leaves
         (folder / largest).write_bytes(data)

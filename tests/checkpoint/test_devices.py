@@ -16,7 +16,7 @@ import statewise as sw
 from checkpoint.test_meshes import assert_same, bits
 from disagreeing import check_refused
 from meshes import by_key
-from signing import content_of, damaged, rewritten
+from signing import content_of, corrupted, rewritten
 
 
 class Net(nnx.Module):
@@ -106,7 +106,7 @@ def test_onto_other_devices_each_gets_what_was_declared(
     restored, report = sw.restore(folder, target)
     assert report.counts["stats"] == {"resized": 2}
     assert report["stats"][0].why == f"the {how} of 4 devices' values, on each of {devices}"
-    folded = trained.fold("stats", how=how)
+    folded = trained.reduce_devices("stats", how=how)
     for name in ("mean", "var"):
         found = restored["stats"]["norm"][name]
         one = np.asarray(folded["stats"]["norm"][name])
@@ -158,7 +158,7 @@ def test_without_a_declaration_other_devices_are_refused(folder: Path, trained: 
         plan_of(rng="first").take(Net(), mesh=mesh_of(2)),
         f"norm/mean: BatchStat(2, 3) float32  kind=stats  {why}",
         f"norm/var: BatchStat(2, 3) float32  kind=stats  {why}",
-        mend="declare what becomes of them: stats=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))",
+        hint="declare what becomes of them: stats=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))",
     )
 
 
@@ -170,13 +170,13 @@ def test_what_has_no_mean_is_refused(folder: Path, trained: sw.State) -> None:
         plan_of("mean", "mean").take(Net(), mesh=mesh_of(2)),
         f"drop/rngs/count: RngCount(2,) uint32  kind=rng  {why}",
         f"drop/rngs/key: RngKey(2,) key<threefry2x32>  kind=rng  {why}",
-        mend="sw.PerDevice('data', resize='first')",
+        hint="sw.PerDevice('data', resize='first')",
     )
 
 
 def test_one_value_cannot_be_made_of_several_by_itself(folder: Path, trained: sw.State) -> None:
     why = "(is one value for each of 4 devices in the checkpoint)"
-    how = "with placement=sw.PerDevice(...): sw.restore(path, plan.abstract(mesh)), then state.fold({!r})"
+    how = "with placement=sw.PerDevice(...): sw.restore(path, plan.abstract(mesh)), then state.reduce_devices({!r})"
     check_refused(
         folder,
         trained,
@@ -185,7 +185,7 @@ def test_one_value_cannot_be_made_of_several_by_itself(folder: Path, trained: sw
         f"drop/rngs/key: RngKey() key<threefry2x32>  kind=rng  {why}",
         f"norm/mean: BatchStat(3,) float32  kind=stats  {why}",
         f"norm/var: BatchStat(3,) float32  kind=stats  {why}",
-        mend=f"{how.format('rng')}\n{how.format('stats')}",
+        hint=f"{how.format('rng')}\n{how.format('stats')}",
     )
 
 
@@ -212,19 +212,19 @@ def test_a_manifest_that_lies_about_its_devices_is_refused(tmp_path: Path, train
                 leaf["arrays"][0]["placement"]["per_device"] = devices
 
     rewritten(tmp_path / "saved", change)
-    with damaged(tmp_path / "saved", "an array has not a value for each device"):
+    with corrupted(tmp_path / "saved", "an array has not a value for each device"):
         sw.restore(tmp_path / "saved", trained)
 
 
 def test_a_diff_shows_the_devices(trained: sw.State) -> None:
-    folded = trained.fold("stats", how="mean")
+    folded = trained.reduce_devices("stats", how="mean")
     assert [line.split()[:6] for line in str(sw.diff(trained, folded)).splitlines() if "norm/mean" in line] == [
         ["norm/mean", "stats", "reshaped", "(4,", "3)", "to"]
     ]
 
 
 def test_a_folded_state_is_saved_as_any_other(tmp_path: Path, trained: sw.State) -> None:
-    folded = trained.fold("stats", how="mean").fold("rng", how="first")
+    folded = trained.reduce_devices("stats", how="mean").reduce_devices("rng", how="first")
     sw.save(tmp_path / "folded", folded)
     restored, _ = sw.restore(tmp_path / "folded", folded)
     assert_same(restored, folded)

@@ -21,7 +21,7 @@ from checkpoint_models import ALL_SAVED, spread, trained
 from comparing import plannable
 from disagreeing import ONES, state_of
 from refusals import refused
-from statewise.checkpoint.differing import diff
+from statewise._src.checkpoint.diff.diff import diff
 from strategies import Node, OwnStat
 
 
@@ -103,7 +103,7 @@ def test_every_sort_of_difference_between_two_states() -> None:
     assert sorted(lines(found)) == sorted(EXPECTED)
     assert found
     assert found.same == {"params": 1}
-    assert (found.uncompared, found.left_out) == ({}, ())
+    assert (found.not_compared, found.not_saved) == ({}, ())
     assert {kind: [one.leaf.path for one in some] for kind, some in found.added.items()} == {
         "params": [("tied",)],
         "lora": [("new",)],
@@ -282,12 +282,12 @@ def test_an_abstract_side_is_compared_in_shape_alone() -> None:
     for one, other in itertools.permutations((state, state.plan.abstract()), 2):
         found = diff(one, other)
         assert not found
-        assert (found.same, sum(found.uncompared.values())) == ({}, len(state.plan.leaves))
+        assert (found.same, sum(found.not_compared.values())) == ({}, len(state.plan.leaves))
     assert str(diff(state_of(w=nnx.Param(ONES)).plan, nnx.eval_shape(lambda: Node(w=nnx.Param(ONES))))) == (
         "a plan and a model (Node): no leaf differs; the values of 1 were not compared\n"
         "kind    leaves  outcome\n"
         "----------------------------\n"
-        "params       1  uncompared 1"
+        "params       1  not_compared 1"
     )
 
 
@@ -302,18 +302,18 @@ def test_a_checkpoint_misses_no_kind_that_it_was_not_meant_to_hold(tmp_path: pat
     sw.save(tmp_path / "params", state, only="params")
     found = diff(tmp_path / "all", state)
     assert not found
-    assert (found.same, found.left_out) == ({"params": 1, "stats": 1}, ("cache",))
+    assert (found.same, found.not_saved) == ({"params": 1, "stats": 1}, ("cache",))
     assert str(diff(state, tmp_path / "params")).splitlines()[0] == (
         f"a state and {tmp_path}/params: no leaf differs; left out: stats, cache"
     )
-    assert diff(tmp_path / "params", tmp_path / "all").left_out == ("stats",)
+    assert diff(tmp_path / "params", tmp_path / "all").not_saved == ("stats",)
     assert diff(state, state_of(w=nnx.Param(ONES), s=nnx.BatchStat(ONES))).removed.keys() == {"cache"}
 
 
 def test_an_ephemeral_kind_that_the_checkpoint_does_not_know_is_left_out(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "run", state_of(sw.Kinds(params=sw.Kind(nnx.Param)), w=nnx.Param(ONES)))
     found = diff(tmp_path / "run", state_of(w=nnx.Param(ONES), c=nnx.Cache(ONES), s=nnx.BatchStat(ONES)))
-    assert found.left_out == ("cache",)
+    assert found.not_saved == ("cache",)
     assert found.added.keys() == {"stats"}
 
 
@@ -337,7 +337,7 @@ def test_an_adapter_is_compared_with_its_base(tmp_path: pathlib.Path) -> None:
     with refused(
         sw.RestoreError,
         f"{tmp_path}/adapter was saved over another checkpoint, which is not at {tmp_path}/base.",
-        mend="say where it is now: sw.restore(path, target, base=...)",
+        hint="say where it is now: sw.restore(path, target, base=...)",
     ):
         diff(tmp_path / "adapter", state)
 
@@ -369,9 +369,11 @@ def test_kinds_are_for_models(tmp_path: pathlib.Path) -> None:
     assert diff(tmp_path / "run", model, kinds=kinds).same == {"gates": 1, "rest": 1}
     assert [one.what for one in diff(tmp_path / "run", model).leaves] == [("rekinded",), ("rekinded",)]
     message = "Only a model is planned by kinds; states and checkpoints have theirs."
-    with refused(sw.KindError, message, mend="sw.diff(a, b)"):
+    with refused(sw.DeclarationError, message, hint="sw.diff(a, b)"):
         diff(tmp_path / "run", tmp_path / "run", kinds=kinds)
-    with refused(sw.KindError, "dict is no Kinds.", mend="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"):
+    with refused(
+        sw.DeclarationError, "dict is no Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"
+    ):
         diff(model, model, kinds={"params": nnx.Param})
 
 
@@ -383,7 +385,7 @@ def test_a_model_does_not_differ_from_its_state(model: Any) -> None:
     state = sw.plan(model).take(model)
     found = diff(model, state)
     assert not found, str(found)
-    assert (sum(found.same.values()), found.uncompared) == (len(state.plan.leaves), {})
+    assert (sum(found.same.values()), found.not_compared) == (len(state.plan.leaves), {})
 
 
 def test_where_arrays_lie_is_no_difference(devices: list[jax.Device]) -> None:

@@ -16,9 +16,10 @@ import statewise as sw
 from checkpoint_models import contents, trained
 from disagreeing import ONES, nothing_read, state_of
 from refusals import refused
-from statewise.checkpoint import differing, reading
-from statewise.checkpoint.differing import Diff, diff
-from statewise.scan import ModelError
+from statewise._src.checkpoint.diff import diff as differing
+from statewise._src.checkpoint.diff.diff import Diff, diff
+from statewise._src.checkpoint.format import load as reading
+from statewise._src.common.nnx_graph import ModelError
 from strategies import Node
 
 
@@ -79,11 +80,11 @@ def test_in_a_notebook_it_is_html(found: Diff) -> None:
 def test_as_json_it_is_plain_data(found: Diff) -> None:
     data = json.loads(found.to_json())
     assert data == found.to_dict()
-    assert {name: data[name] for name in ("first", "second", "differ", "left_out", "counts")} == {
+    assert {name: data[name] for name in ("first", "second", "differ", "not_saved", "counts")} == {
         "first": "a state",
         "second": "a model (Node)",
         "differ": True,
-        "left_out": [],
+        "not_saved": [],
         "counts": {
             "params": {"same": 1, "changed": 1, "added": 1},
             "cache": {"same": 1},
@@ -106,7 +107,7 @@ def test_as_json_it_is_plain_data(found: Diff) -> None:
 def test_a_kind_s_leaves(found: Diff) -> None:
     assert [one.leaf.path for one in found["params"]] == [("b",), ("more",)]
     assert found["cache"] == ()
-    with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend="one of: params, cache, stats"):
+    with refused(sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint="one of: params, cache, stats"):
         found["gates"]
 
 
@@ -122,14 +123,14 @@ def test_a_few_leaves_are_read_at_a_time(tmp_path: pathlib.Path, monkeypatch: py
 
     read: list[list[str]] = []
     plain, checked = reading.read_arrays, []
-    damaged_files = reading.damaged_files
+    corrupted_files = reading.corrupted_files
 
     def noted(folder: Any, manifest: Any, wanted: Any, **options: Any) -> Any:
         read.append([record.path[0] for record, _ in wanted])
         return plain(folder, manifest, wanted, **options)
 
-    monkeypatch.setattr("statewise.checkpoint.sides.read_arrays", noted)
-    monkeypatch.setattr(reading, "damaged_files", lambda *args: checked.append(args) or damaged_files(*args))
+    monkeypatch.setattr("statewise._src.checkpoint.diff.sources.read_arrays", noted)
+    monkeypatch.setattr(reading, "corrupted_files", lambda *args: checked.append(args) or corrupted_files(*args))
     monkeypatch.setattr(differing, "BATCH", 4 * 64 * 4)
     sw.save(tmp_path / "one", state(1), layout=layout)
     sw.save(tmp_path / "two", state(2), layout=layout)
@@ -174,14 +175,14 @@ def check_either(cls: type[sw.StatewiseError], message: str, thing: Any, **said:
 
 
 def test_a_path_where_nothing_is(tmp_path: pathlib.Path) -> None:
-    mend = "sw.save(path, state) writes a checkpoint; look for it beside this path"
-    check_either(sw.RestoreError, f"There is nothing at {tmp_path}/run.", str(tmp_path / "run"), mend=mend)
+    hint = "sw.save(path, state) writes a checkpoint; look for it beside this path"
+    check_either(sw.RestoreError, f"There is nothing at {tmp_path}/run.", str(tmp_path / "run"), hint=hint)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: pathlib.Path) -> None:
     message = f"{tmp_path} is no checkpoint of Statewise: it has no statewise.json."
-    mend = f"sw.convert('{tmp_path}', ...) reads a plain Orbax checkpoint"
-    check_either(sw.DamagedError, message, tmp_path, mend=mend)
+    hint = f"sw.convert('{tmp_path}', ...) reads a plain Orbax checkpoint"
+    check_either(sw.CorruptedError, message, tmp_path, hint=hint)
 
 
 def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
@@ -189,9 +190,9 @@ def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run" / "_METADATA").unlink()
     good = state_of(w=nnx.Param(ONES))
     with refused(
-        sw.DamagedError,
-        f"{tmp_path}/run is damaged: _METADATA is missing.",
-        mend="restore another checkpoint",
+        sw.CorruptedError,
+        f"{tmp_path}/run is corrupted: _METADATA is missing.",
+        hint="restore another checkpoint",
     ):
         diff(tmp_path / "run", good)
 
@@ -200,7 +201,7 @@ def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
 def test_what_holds_no_leaves(thing: Any) -> None:
     message = f"Object 0 is {type(thing).__name__}, which holds no leaves at paths."
     check_either(
-        ModelError, message, thing, mend="pass a module, an nnx.Optimizer, a metric, or a list or dict of them"
+        ModelError, message, thing, hint="pass a module, an nnx.Optimizer, a metric, or a list or dict of them"
     )
 
 
@@ -210,10 +211,10 @@ def test_a_spent_state() -> None:
     state.restart()
     check_either(
         sw.StructureError,
-        "This state is spent: restart('params') has donated its params.",
+        "This state was donated: restart('params') has donated its params.",
         state,
         kind="params",
-        mend="use the state that came back: state, out = step(state, ...)\n"
+        hint="use the state that came back: state, out = step(state, ...)\n"
         "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)",
     )
 
@@ -222,7 +223,7 @@ def test_a_state_inside_jit() -> None:
     with refused(
         sw.StructureError,
         "This state is being traced: inside jax.jit there are no values to compare.",
-        mend="return the state from the function, and compare what comes back",
+        hint="return the state from the function, and compare what comes back",
     ):
         jax.jit(lambda state: len(diff(state, state).leaves))(state_of(w=nnx.Param(ONES)))
 
@@ -233,7 +234,7 @@ def test_a_batch_of_states() -> None:
         "The state's arrays are not as its plan has them.",
         jax.tree.map(lambda array: jnp.stack([array] * 4), state_of(w=nnx.Param(ONES))),
         leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) float32)"],
-        mend="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
+        hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')",
     )
@@ -248,7 +249,7 @@ def test_a_model_whose_arrays_are_gone() -> None:
         "The model's arrays are gone: they were taken with copy=False, and a step has donated them.",
         model,
         leaves=["w: Param(2, 3) float32  kind=params"],
-        mend="plan.put(state, model) gives it those of now; or compare the state",
+        hint="plan.put(state, model) gives it those of now; or compare the state",
     )
 
 
@@ -257,7 +258,7 @@ def test_a_model_with_leaves_of_no_kind() -> None:
         sw.UnclaimedError,
         "1 leaf is claimed by no kind.",
         leaves=["s: BatchStat(2, 3) float32"],
-        mend="kinds = kinds | sw.Kinds(batchstat_kind=sw.Kind(sw.Exactly(nnx.BatchStat)))\n"
+        hint="kinds = kinds | sw.Kinds(batchstat_kind=sw.Kind(sw.Exactly(nnx.BatchStat)))\n"
         "or, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))",
     ):
         diff(Node(s=nnx.BatchStat(ONES)), Node(s=nnx.BatchStat(ONES)), kinds=sw.Kinds(params=sw.Kind(nnx.Param)))

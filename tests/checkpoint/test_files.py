@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import statewise as sw
 from checkpoint_models import spread, taken
-from statewise.checkpoint import files, writing
+from statewise._src.checkpoint.format import files
+from statewise._src.checkpoint.orbax import write as writing
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What others wrote: opened by its metadata alone, read exactly, and refused in words where it is damaged."""
+"""What others wrote: opened by its metadata alone, read exactly, and refused in words where it is corrupted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from orbax.checkpoint.experimental import v1 as ocp_v1
 
 import statewise as sw
 from refusals import refused
-from statewise.checkpoint.foreign import is_foreign, open_path
-from statewise.checkpoint.sources import open_mapping
+from statewise._src.checkpoint.interop.foreign import is_foreign, open_path
+from statewise._src.checkpoint.interop.sources import open_mapping
 
 TREE = {
     "layers": {"0": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3, jnp.bfloat16)}},
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_statewise_is_not_foreign(tmp_path: Path) -> None:
 def test_a_folder_of_steps_is_refused_with_the_newest(tmp_path: Path) -> None:
     folder = by_manager(tmp_path).parent
     with refused(
-        sw.RestoreError, f"{folder} holds several steps.", mend=f"the path of one of them: {str(folder / '3')!r}"
+        sw.RestoreError, f"{folder} holds several steps.", hint=f"the path of one of them: {str(folder / '3')!r}"
     ):
         open_path(folder)
 
@@ -168,7 +168,7 @@ def test_a_step_of_several_trees_is_refused_with_their_names(tmp_path: Path) -> 
     with refused(
         sw.RestoreError,
         f"{folder} holds several items: one, two.",
-        mend=f"the path of one of them: {str(folder / 'one')!r}",
+        hint=f"the path of one of them: {str(folder / 'one')!r}",
     ):
         open_path(folder)
 
@@ -178,13 +178,13 @@ def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
     with refused(
         sw.RestoreError,
         f"{tmp_path} is no checkpoint that is known here: it has neither statewise.json nor Orbax's _METADATA.",
-        mend="a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
+        hint="a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
     ):
         open_path(tmp_path)
 
 
 def test_what_is_no_path_is_refused() -> None:
-    with refused(sw.RestoreError, "int is no path.", mend="sw.restore('run/step_100', target)"):
+    with refused(sw.RestoreError, "int is no path.", hint="sw.restore('run/step_100', target)"):
         sw.inspect(3)
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_refused(tmp_path: Path) -> None:
     with refused(
         sw.RestoreError,
         f"There is nothing at {tmp_path / 'nothing'}.",
-        mend="the path of a checkpoint's directory, or of a .safetensors file",
+        hint="the path of a checkpoint's directory, or of a .safetensors file",
     ):
         open_path(tmp_path / "nothing")
 
@@ -208,10 +208,10 @@ def test_orbax_metadata_that_is_none_is_damage(tmp_path: Path, text: str) -> Non
     path = by_standard_checkpointer(tmp_path)
     (path / "_METADATA").write_text(text)
     for look in (open_path, sw.inspect):
-        with pytest.raises(sw.DamagedError) as caught:
+        with pytest.raises(sw.CorruptedError) as caught:
             look(path)
-        assert caught.value.message.startswith(f"{path} is damaged: Orbax cannot read its metadata: ")
-        assert caught.value.mend == "convert another checkpoint"
+        assert caught.value.message.startswith(f"{path} is corrupted: Orbax cannot read its metadata: ")
+        assert caught.value.hint == "convert another checkpoint"
 
 
 def test_orbax_arrays_that_are_gone_are_damage(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_orbax_arrays_that_are_gone_are_damage(tmp_path: Path) -> None:
     source = open_path(path)
     for file in path.rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(sw.DamagedError) as caught:
+    with pytest.raises(sw.CorruptedError) as caught:
         source.read(["layers/0/kernel"])  # of several, Orbax would leave those behind that it still waits for
-    assert caught.value.message.startswith(f"{path} is damaged: Orbax cannot read its arrays: ")
+    assert caught.value.message.startswith(f"{path} is corrupted: Orbax cannot read its arrays: ")
     assert "\n" not in caught.value.message
 
 
@@ -270,9 +270,9 @@ def test_a_file_cut_off_anywhere_is_damage(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(sw.DamagedError) as caught:
+        with pytest.raises(sw.CorruptedError) as caught:
             open_path(path)
-        assert caught.value.message.startswith(f"{path} is damaged, or no safetensors file: ")
+        assert caught.value.message.startswith(f"{path} is corrupted, or no safetensors file: ")
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -297,18 +297,18 @@ ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_a_header_that_lies_is_damage(tmp_path: Path, header: Any, data: bytes, says: str) -> None:
     path = file_of(tmp_path / "made.safetensors", header, data)
     for look in (open_path, sw.inspect):
-        with pytest.raises(sw.DamagedError) as caught:
+        with pytest.raises(sw.CorruptedError) as caught:
             look(path)
-        assert caught.value.message.startswith(f"{path} is damaged, or no safetensors file: ")
+        assert caught.value.message.startswith(f"{path} is corrupted, or no safetensors file: ")
         assert says in caught.value.message
-        assert caught.value.mend == (
+        assert caught.value.hint == (
             "fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files"
         )
 
 
 def test_a_header_of_any_length_takes_no_memory(tmp_path: Path) -> None:
     path = file_of(tmp_path / "made.safetensors", {}, length=1 << 62)
-    with pytest.raises(sw.DamagedError, match="header too large"):
+    with pytest.raises(sw.CorruptedError, match="header too large"):
         open_path(path)
 
 
@@ -323,7 +323,7 @@ def test_a_file_that_became_shorter_is_damage(tmp_path: Path) -> None:
     path = file_of(tmp_path / "made.safetensors", {"a": ONE}, bytes(8))
     source = open_path(path)
     path.write_bytes(path.read_bytes()[:-4])
-    with refused(sw.DamagedError, f"{path} is damaged: it has become shorter.", mend="fetch or write it again"):
+    with refused(sw.CorruptedError, f"{path} is corrupted: it has become shorter.", hint="fetch or write it again"):
         source.read(["a"])
 
 
@@ -348,7 +348,7 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path: Path, monk
     with refused(
         sw.StatewiseError,
         "safetensors files need the package safetensors, which is not installed.",
-        mend="pip install 'statewise[safetensors]'",
+        hint="pip install 'statewise[safetensors]'",
     ):
         open_path(path)
 
@@ -374,7 +374,7 @@ def test_what_is_no_array_is_refused() -> None:
         sw.StructureError,
         "Only arrays and numbers can be converted.",
         leaves=["a/b: str- -  (holds str)", "c: object- -  (holds object)"],
-        mend="take it out of the dict: rename={name: None} leaves out arrays only",
+        hint="take it out of the dict: rename={name: None} leaves out arrays only",
     ):
         open_mapping({"a": {"b": "text"}, "c": object()})
 
@@ -385,6 +385,6 @@ def test_shapes_have_no_values_to_read() -> None:
         sw.StructureError,
         "The source is abstract: it has shapes but no values.",
         leaves=["a: Array(2,) float32  (has no values)"],
-        mend="sw.convert(..., dry_run=True), or variables with values",
+        hint="sw.convert(..., dry_run=True), or variables with values",
     ):
         source.read(["a", "b"])

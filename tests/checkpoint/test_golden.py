@@ -1,4 +1,4 @@
-"""What earlier versions wrote, this one reads: each golden checkpoint restores to the bit, or says what is damaged.
+"""What earlier versions wrote, this one reads: each golden checkpoint restores to the bit, or says what is corrupted.
 
 `tests/golden/make.py` made them; no test writes there.
 """
@@ -73,7 +73,7 @@ def test_a_golden_checkpoint_that_was_damaged_says_where(
         shutil.copytree(GOLDEN / golden, tmp_path / golden)
     file, change = HARM[harm]
     (tmp_path / name / file).write_bytes(change((tmp_path / name / file).read_bytes()))
-    with pytest.raises(sw.DamagedError) as caught:
+    with pytest.raises(sw.CorruptedError) as caught:
         sw.restore(tmp_path / name, make.plan().abstract())
     assert file in caught.value.message
 

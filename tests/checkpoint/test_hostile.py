@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import statewise as sw
 from damaging import plan, state, words
-from signing import LAYOUTS, NAME, content_of, damaged, little_memory, rewritten, saved, signed
-from statewise.checkpoint.manifest import content_text
+from signing import LAYOUTS, NAME, content_of, corrupted, little_memory, rewritten, saved, signed
+from statewise._src.checkpoint.format.manifest import content_text
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -137,7 +137,7 @@ def test_whatever_a_manifest_says_it_is_refused_in_words_or_the_values_are_right
             str(sw.inspect(folder))
             str(sw.preview(folder, plan().abstract()))
             restored, _ = sw.restore(folder, target)
-        except (sw.DamagedError, sw.RestoreError):
+        except (sw.CorruptedError, sw.RestoreError):
             restored = None
         assert restored is None or words(restored) == words(state())
         assert words(target) == words(state(7))
@@ -153,13 +153,13 @@ FILES = ["../statewise.json", "/etc/passwd", "a/../../b", "a//b", "./a", "", "..
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_lies_outside_is_refused(name: str, folder: Path) -> None:
     rewritten(folder, lambda content: content["files"].update({name: {"bytes": 3}}))
-    with damaged(folder, "a file lies outside"):
+    with corrupted(folder, "a file lies outside"):
         sw.restore(folder, state())
 
 
 def test_a_file_whose_name_is_no_text_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["files"].update({"a\ud800": {"bytes": 3}}))
-    with damaged(folder, "the name of a file is not UTF-8"):
+    with corrupted(folder, "the name of a file is not UTF-8"):
         sw.restore(folder, state())
 
 
@@ -185,20 +185,20 @@ FACTS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("facts", "what"), FACTS, ids=str)
 def test_facts_of_a_file_that_cannot_be_are_refused(facts: Any, what: str, folder: Path) -> None:
     rewritten(folder, lambda content: content["files"].update({"_METADATA": facts}))
-    with damaged(folder, what):
+    with corrupted(folder, what):
         sw.restore(folder, state())
 
 
 @pytest.mark.parametrize("key", [["a/b"], ["a.b"], ["..", "x"], [""], [], [1], ["a", None]], ids=str)
 def test_a_key_that_orbax_could_read_as_another_is_refused(key: Any, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=key, buffer=None))
-    with damaged(folder, "a key is none"):
+    with corrupted(folder, "a key is none"):
         sw.restore(folder, state())
 
 
 def test_a_key_that_is_no_text_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=["a\ud800"], buffer=None))
-    with damaged(folder, "a key is not UTF-8"):
+    with corrupted(folder, "a key is not UTF-8"):
         sw.restore(folder, state())
 
 
@@ -208,21 +208,21 @@ def test_a_pair_that_is_none_is_named(sums: Any, field: str, folder: Path) -> No
     if field != "sums" and sums is None:
         return  # which says that there is none
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update({field: sums}))
-    with damaged(folder, "a stored array is not a list of two" if field == "stored" else PAIR):
+    with corrupted(folder, "a stored array is not a list of two" if field == "stored" else PAIR):
         sw.restore(folder, state())
 
 
 @pytest.mark.parametrize("path", [[{"float": "x"}], [{"bytes": "x"}]], ids=str)
 def test_a_path_that_no_key_is_made_of_is_named(path: Any, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0].update(path=path))
-    with damaged(folder, "a path is none"):
+    with corrupted(folder, "a path is none"):
         sw.restore(folder, state())
 
 
 @pytest.mark.parametrize("key", [["nowhere"], ["layers"], ["layers", "0"]], ids=str)
 def test_an_array_that_orbax_does_not_have_is_named(key: list[str], folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=key, buffer=None))
-    with pytest.raises(sw.DamagedError) as caught:
+    with pytest.raises(sw.CorruptedError) as caught:
         sw.restore(folder, state())
     if "two arrays have one key" not in caught.value.message:
         assert [leaf.path for leaf in caught.value.leaves] == [("half",)]
@@ -230,7 +230,7 @@ def test_an_array_that_orbax_does_not_have_is_named(key: list[str], folder: Path
 
 def test_an_array_that_stands_nowhere_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=None, buffer=None))
-    with damaged(folder, "an array is not stored"):
+    with corrupted(folder, "an array is not stored"):
         sw.restore(folder, state())
 
 
@@ -245,7 +245,7 @@ def test_two_arrays_at_one_key_or_one_below_another_are_refused(below: list[str]
             second["key"] = [*first["key"], *below]
 
         rewritten(folder, change)
-        with damaged(folder, "two arrays have one key"):
+        with corrupted(folder, "two arrays have one key"):
             sw.restore(folder, state())
 
 
@@ -266,7 +266,7 @@ SHAPES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("shape", "what"), SHAPES, ids=str)
 def test_a_shape_that_is_none_is_refused(shape: Any, what: str, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(shape=shape))
-    with damaged(folder, what):
+    with corrupted(folder, what):
         sw.restore(folder, state())
 
 
@@ -292,7 +292,7 @@ NAMES = [
 @pytest.mark.parametrize("name", [*NAMES, "float32 ", "Float32", 32, None, ["float32"]])
 def test_a_dtype_that_is_none_of_numbers_is_refused(name: Any, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(dtype=name))
-    with damaged(folder, f"the dtype {str(name)!r} is unknown"):
+    with corrupted(folder, f"the dtype {str(name)!r} is unknown"):
         sw.restore(folder, state())
 
 
@@ -325,7 +325,7 @@ def test_a_buffer_that_lies_about_its_size_takes_no_memory() -> None:
         folder = Path(outside) / "checkpoint"
         shutil.copytree(saved("packed"), folder)
         rewritten(folder, change)
-        with pytest.raises(sw.DamagedError) as caught:
+        with pytest.raises(sw.CorruptedError) as caught:
             sw.restore(folder, state())
         assert ("half",) in [leaf.path for leaf in caught.value.leaves]
 
@@ -334,13 +334,13 @@ def test_an_array_beyond_its_buffer_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(saved("packed"), folder)
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(buffer=[0, 1]))
-    with damaged(folder, "an array stands beyond its buffer"):
+    with corrupted(folder, "an array stands beyond its buffer"):
         sw.restore(folder, state())
 
 
 def test_a_leaf_that_is_listed_twice_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"].append(content["leaves"][0] | {"arrays": []}))
-    with damaged(folder, "a leaf's value is no array"):
+    with corrupted(folder, "a leaf's value is no array"):
         sw.restore(folder, state())
     again = {"key": None, "buffer": None, "shape": [0]}
     rewritten(
@@ -349,7 +349,7 @@ def test_a_leaf_that_is_listed_twice_is_refused(folder: Path) -> None:
             -1, content["leaves"][0] | {"arrays": [content["leaves"][0]["arrays"][0] | again]}
         ),
     )
-    with damaged(folder, "it lists a leaf twice"):
+    with corrupted(folder, "it lists a leaf twice"):
         sw.restore(folder, state())
 
 
@@ -358,7 +358,7 @@ def test_a_path_that_is_nested_without_end_is_refused(folder: Path) -> None:
     for _ in range(17):
         key = {"tuple": [key]}
     rewritten(folder, lambda content: content["leaves"][0].update(path=[key]))
-    with damaged(folder, "a path is none"):
+    with corrupted(folder, "a path is none"):
         sw.restore(folder, state())
 
 
@@ -368,5 +368,5 @@ def test_a_base_is_only_looked_for(place: str, folder: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(folder, state())
     assert "was saved over another checkpoint, which is not at" in caught.value.message
-    assert caught.value.mend is not None
-    assert "base=" in caught.value.mend
+    assert caught.value.hint is not None
+    assert "base=" in caught.value.hint

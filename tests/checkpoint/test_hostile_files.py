@@ -12,8 +12,8 @@ import pytest
 import statewise as sw
 from damaging import state, words
 from refusals import refused
-from signing import LAYOUTS, damaged, little_memory, saved
-from statewise.checkpoint.manifest import LARGEST, NAME
+from signing import LAYOUTS, corrupted, little_memory, saved
+from statewise._src.checkpoint.format.manifest import LARGEST, NAME
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -57,16 +57,16 @@ def test_what_is_no_manifest_is_refused(name: str, tmp_path: Path) -> None:
     data, what = NOT_ONE[name]
     (tmp_path / NAME).write_bytes(data)
     for reading in (sw.inspect, lambda path: sw.restore(path, state())):
-        with damaged(tmp_path, what):
+        with corrupted(tmp_path, what):
             reading(tmp_path)
 
 
 def test_a_manifest_of_a_later_format_asks_for_an_update(folder: Path) -> None:
     (folder / NAME).write_bytes(b'{"statewise":2,"whatever":{}}')
     with refused(
-        sw.DamagedError,
+        sw.CorruptedError,
         f"{folder / NAME} is of format 2; this version of Statewise reads formats up to 1.",
-        mend="update Statewise: pip install --upgrade statewise",
+        hint="update Statewise: pip install --upgrade statewise",
     ):
         sw.restore(folder, state())
 
@@ -75,9 +75,9 @@ def test_a_hundred_megabytes_are_not_read(folder: Path) -> None:
     os.truncate(folder / NAME, 100_000_000)
     with (
         refused(
-            sw.DamagedError,
+            sw.CorruptedError,
             f"{folder / NAME} is no manifest: it has 100000000 bytes, and may have {LARGEST}.",
-            mend=None,
+            hint=None,
         ),
         little_memory(),
     ):
@@ -98,7 +98,7 @@ def test_a_pipe_or_a_device_is_not_read(kind: str, name: str, folder: Path) -> N
         (folder / name).mkdir()
     else:
         (folder / name).symlink_to("/dev/zero")
-    with pytest.raises(sw.DamagedError) as caught:
+    with pytest.raises(sw.CorruptedError) as caught:
         sw.restore(folder, state())
     assert size
     assert caught.value.message.endswith(f"{name} is no file.")

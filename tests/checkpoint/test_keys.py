@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import statewise as sw
 from checkpoint_models import assert_identical, one_of, round_trip
 from refusals import refused
-from statewise.checkpoint import laying
-from statewise.checkpoint.keys import (
+from statewise._src.checkpoint.format import layout as laying
+from statewise._src.checkpoint.format.keys import (
     OrbaxKeys,
     decode_path,
     dtype_name,
@@ -129,7 +129,7 @@ def test_two_leaves_with_one_path_are_refused_before_anything_is_written(tmp_pat
             "optimizer/params/0/count: Variable(2,) float32  kind=variables",
             "optimizer/params/0/count: Array() int32  kind=optimizer",
         ],
-        mend="give the model's attribute 'optimizer' another name: the plan keeps what it derives there",
+        hint="give the model's attribute 'optimizer' another name: the plan keeps what it derives there",
     ):
         sw.save(tmp_path / "saved", state)
     assert list(tmp_path.iterdir()) == []
@@ -202,7 +202,7 @@ def test_a_key_whose_text_is_an_address_is_refused() -> None:
     with refused(
         sw.StructureError,
         "A path key of type object has no text that would be the same in another process: layers/0.",
-        mend="give object a __repr__ that tells its objects apart by value",
+        hint="give object a __repr__ that tells its objects apart by value",
     ) as caught:
         encode_path(("layers", _Unnamed()))
     assert "0x" not in caught.value.message

@@ -96,7 +96,7 @@ def test_fifty_kills_lose_nothing(how: str, tmp_path: Path) -> None:
 def test_what_a_killed_save_left_is_cleared_by_the_next_to_that_path(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    from statewise.checkpoint.saving import _host
+    from statewise._src.checkpoint.save import _host
 
     theirs = tmp_path / f".step?1.tmp-{_host()}-{process.pid}-0000"
     ours = tmp_path / f".step?1.tmp-{_host()}-{os.getpid()}-0000"
@@ -138,7 +138,7 @@ for size in (0, 100, 1000, 5000):
             full(resource.RLIM_INFINITY)
             said = f"{{folder / 'full'}} could not be written: File too large. Nothing of it was left."
             assert error.message == said, error
-            assert error.mend == {mend!r}, error
+            assert error.hint == {hint!r}, error
         else:
             raise AssertionError(size)
         assert list(folder.iterdir()) == [], list(folder.iterdir())
@@ -164,7 +164,7 @@ os._exit(0)  # threads of Orbax's wait for signals that a failed save never give
 
 
 def test_a_full_disk_is_an_error_that_leaves_nothing_and_loses_nothing(tmp_path: Path) -> None:
-    program = FULL.format(folder=str(tmp_path), mend=SAYS_WHERE)
+    program = FULL.format(folder=str(tmp_path), hint=SAYS_WHERE)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=ENVIRONMENT,
@@ -183,7 +183,7 @@ def test_a_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     final = tmp_path / "file" / "step"
     message = f"{final} could not be written: Not a directory. Nothing of it was left."
-    with refused(sw.SaveError, message, mend=SAYS_WHERE):
+    with refused(sw.SaveError, message, hint=SAYS_WHERE):
         sw.save(final, state())
     with pytest.raises(sw.SaveError, match="cannot be used"):
         sw.Checkpoints(tmp_path / "file")

@@ -14,9 +14,9 @@ from flax import nnx
 
 import statewise as sw
 from checkpoint_models import assert_identical, copied, round_trip, spread, taken
-from statewise.checkpoint import laying
-from statewise.checkpoint.manifest import ArrayRecord, LeafRecord, leaves_text
-from statewise.checkpoint.parsing import read_manifest
+from statewise._src.checkpoint.format import layout as laying
+from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, leaves_text
+from statewise._src.checkpoint.format.parse import read_manifest
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from odd_paths import (
     segments,
 )
 from refusals import refused
-from statewise import _compat
-from statewise.checkpoint.locating import short_name, spec_of
+from statewise._src.checkpoint.orbax.paths import short_name, spec_of
+from statewise._src.common import compat
 from strategies import Node
 
 # --- names that become folders and keys --------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_an_extra_item_of_any_name_comes_back_or_is_refused_before_the_step_begi
 def test_an_extra_item_s_name_that_no_folder_can_have(tmp_path: pathlib.Path, name: str, why: str) -> None:
     with (
         sw.Checkpoints(tmp_path) as checkpoints,
-        refused(sw.SaveError, f"An extra item cannot be called {name!r}: {why}.", mend="another name"),
+        refused(sw.SaveError, f"An extra item cannot be called {name!r}: {why}.", hint="another name"),
     ):
         checkpoints.save(1, STATE, **{name: 1})
 
@@ -77,7 +77,7 @@ def test_an_extra_item_s_name_that_no_folder_can_have(tmp_path: pathlib.Path, na
 def test_an_extra_item_called_like_an_option_of_save_is_not_lost(tmp_path: pathlib.Path) -> None:
     with sw.Checkpoints(tmp_path) as checkpoints:
         message = "force={'loss': 1} is neither True nor False."
-        with refused(sw.SaveError, message, mend="another name, for an extra item"):
+        with refused(sw.SaveError, message, hint="another name, for an extra item"):
             checkpoints.save(1, STATE, **{"force": {"loss": 1}})
         assert not os.listdir(tmp_path)
 
@@ -88,7 +88,7 @@ def test_an_extra_item_is_asked_for_by_its_name_and_not_by_a_path(tmp_path: path
             checkpoints.save(step, STATE, metrics={"loss": step})
         checkpoints.wait()
         for name in ("../1/metrics", "metrics/", ".", ""):
-            with refused(sw.RestoreError, f"Step 2 has no item {name!r}.", mend="one of: metrics, state"):
+            with refused(sw.RestoreError, f"Step 2 has no item {name!r}.", hint="one of: metrics, state"):
                 checkpoints.restore(STATE, extra=name)
 
 
@@ -118,7 +118,7 @@ def test_a_leaf_whose_name_another_format_cannot_hold(tmp_path: pathlib.Path, to
         sw.RestoreError,
         f"{tmp_path / 'run'} does not become {place} ({to}): 1 leaf is in the way. Nothing was read or written.",
         leaves=["held/\udcff: Param(2,) float32  kind=params  (has a name that is not UTF-8)"],
-        mend="give it another name: rename={'name in the source': 'another/path'}",
+        hint="give it another name: rename={'name in the source': 'another/path'}",
     ):
         sw.convert(tmp_path / "run", place, to=to)
     sw.convert(tmp_path / "run", place, to=to, rename={"held/\udcff": "held/a"})
@@ -138,10 +138,10 @@ def test_a_leaf_whose_name_another_format_cannot_hold(tmp_path: pathlib.Path, to
     ],
 )
 def test_a_path_is_a_field_and_no_part_of_a_url(path: str, spec: dict[str, str]) -> None:
-    made = spec_of(_compat.epath(path))
+    made = spec_of(compat.epath(path))
     assert made == spec
     # TensorStore's own reading of it: the fields come back, and its URL has them escaped.
-    store = _compat.tensorstore().KvStore.Spec(made)
+    store = compat.tensorstore().KvStore.Spec(made)
     assert {name: store.to_json().get(name, "") for name in spec} == spec
     assert "#" not in store.url
     assert "?" not in store.url

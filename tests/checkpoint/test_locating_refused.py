@@ -37,11 +37,11 @@ def test_what_cannot_be_written_is_refused_and_what_is_proposed_works(
 ) -> None:
     for path, proposed in ((tmp_path / name, tmp_path / like), (tmp_path / name / "x", tmp_path / like / "x")):
         with refused(
-            sw.SaveError, f"{path} cannot be written: {why}.", mend=f"another path: {str(proposed)!r}"
+            sw.SaveError, f"{path} cannot be written: {why}.", hint=f"another path: {str(proposed)!r}"
         ) as error:
             WRITERS[write](path)
         assert not list(tmp_path.iterdir())
-        WRITERS[write](eval(error.value.mend.removeprefix("another path: ")))
+        WRITERS[write](eval(error.value.hint.removeprefix("another path: ")))
         assert proposed.is_dir()
         shutil.rmtree(tmp_path / like)
 
@@ -57,14 +57,14 @@ def test_what_cannot_be_read_is_not_called_damaged_and_a_link_to_it_works(
         (tmp_path / made).rename(tmp_path / "moved")
         path.parent.mkdir(parents=True)
         (tmp_path / "moved").rename(path)
-        mend = (
+        hint = (
             "give it another name, or a link that has one, and read that:\n"
             f"link = os.path.join(tempfile.mkdtemp(), 'checkpoint'); os.symlink({str(path)!r}, link)"
         )
-        with refused(sw.RestoreError, f"{path} cannot be read: {why}.", mend=mend):
+        with refused(sw.RestoreError, f"{path} cannot be read: {why}.", hint=hint):
             read(path)
         scope: dict[str, Any] = {"os": os, "tempfile": tempfile}
-        exec(mend.splitlines()[1], scope)
+        exec(hint.splitlines()[1], scope)
         read(scope["link"])
 
 
@@ -73,7 +73,7 @@ def test_a_folder_at_the_root_that_is_taken_for_an_object_store(first: str) -> N
     why = f"Orbax takes /{first}/ for {first}://, an object store"
     for write in WRITERS.values():
         with refused(
-            sw.SaveError, f"/{first}/run cannot be written: {why}.", mend=f"another path: '/data/{first}/run'"
+            sw.SaveError, f"/{first}/run cannot be written: {why}.", hint=f"another path: '/data/{first}/run'"
         ):
             write(f"/{first}/run")
     with pytest.raises(sw.RestoreError, match=f"/{first}/run cannot be read: {why}"):
@@ -84,11 +84,11 @@ def test_a_folder_at_the_root_that_is_taken_for_an_object_store(first: str) -> N
 def test_a_name_that_is_too_long_for_the_file_system(tmp_path: pathlib.Path, name: str) -> None:
     path = str(tmp_path / name)
     with refused(
-        sw.SaveError, f"{path!r} cannot be a path: File name too long.", mend="sw.save('run/step_100', state)"
+        sw.SaveError, f"{path!r} cannot be a path: File name too long.", hint="sw.save('run/step_100', state)"
     ):
         sw.save(path, STATE)
-    mend = "sw.convert(src, 'run/converted')"
-    with refused(sw.SaveError, f"{path!r} cannot be a path: File name too long.", mend=mend):
+    hint = "sw.convert(src, 'run/converted')"
+    with refused(sw.SaveError, f"{path!r} cannot be a path: File name too long.", hint=hint):
         sw.convert(dict(STATE["params"]), path, to="safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -102,7 +102,7 @@ def test_a_path_that_leaves_no_room_for_the_files_in_it(tmp_path: pathlib.Path) 
         "for the names of the files below it, which take up to 512."
     )
     for write in WRITERS.values():
-        with refused(sw.SaveError, message, mend="a shorter path"):
+        with refused(sw.SaveError, message, hint="a shorter path"):
             write(path)
     assert not list(tmp_path.iterdir())
     deep = str(tmp_path) + f"/{'d' * 99}" * ((room - 512) // 100)
@@ -130,17 +130,17 @@ def test_a_path_of_many_folders(tmp_path: pathlib.Path) -> None:
 def test_text_that_is_no_path(path: str) -> None:
     why = {"a\0b": "it has a null byte", "\ud800": "it has characters that no name of a file can have"}.get(path)
     message = f"{path!r} cannot be a path: {why}." if why else "'' is no path."
-    for write, mend in (
+    for write, hint in (
         (WRITERS["save"], "sw.save('run/step_100', state)"),
         (WRITERS["orbax"], "sw.convert(src, 'run/converted')"),
         (WRITERS["checkpoints"], "sw.Checkpoints('run/steps')"),
     ):
-        with refused(sw.SaveError, message, mend=mend):
+        with refused(sw.SaveError, message, hint=hint):
             write(path)
     for read in (lambda: sw.restore(path, STATE), lambda: sw.preview(path, STATE), lambda: sw.inspect(path)):
-        with refused(sw.RestoreError, message, mend="sw.restore('run/step_100', target)"):
+        with refused(sw.RestoreError, message, hint="sw.restore('run/step_100', target)"):
             read()
-    with refused(sw.RestoreError, message, mend="sw.convert('run/checkpoint', dst)"):
+    with refused(sw.RestoreError, message, hint="sw.convert('run/checkpoint', dst)"):
         sw.convert(path, None, to="linen")
 
 
@@ -149,14 +149,14 @@ def test_text_that_is_no_path(path: str) -> None:
 )
 def test_a_url_that_is_neither_a_path_nor_a_store(url: str, scheme: str, like: str) -> None:
     for write in WRITERS.values():
-        with refused(sw.SaveError, f"{url} is a URL, and {scheme}:// is not written.", mend=f"a path: {like!r}"):
+        with refused(sw.SaveError, f"{url} is a URL, and {scheme}:// is not written.", hint=f"a path: {like!r}"):
             write(url)
     for read in (
         lambda: sw.restore(url, STATE),
         lambda: sw.convert(url, None, to="linen"),
         lambda: sw.diff(url, STATE),
     ):
-        with refused(sw.RestoreError, f"{url} is a URL, and {scheme}:// is not read.", mend=f"a path: {like!r}"):
+        with refused(sw.RestoreError, f"{url} is a URL, and {scheme}:// is not read.", hint=f"a path: {like!r}"):
             read()
 
 

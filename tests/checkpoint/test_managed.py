@@ -145,8 +145,8 @@ def test_two_objects_read_one_directory(tmp_path: pathlib.Path) -> None:
         writer.save(2, numbered(2), metrics={"loss": 0.5})
         writer.wait()
         assert reader.restore(numbered(0), extra=["metrics"]).extra == {"metrics": {"loss": 0.5}}
-        mend = "another step; checkpoints.manager.delete(2) removes one that is damaged"
-        with refused(sw.SaveError, f"There is a step 2 already in {tmp_path}.", mend=mend):
+        hint = "another step; checkpoints.manager.delete(2) removes one that is corrupted"
+        with refused(sw.SaveError, f"There is a step 2 already in {tmp_path}.", hint=hint):
             reader.save(2, numbered(3))
         assert reader.save(3, numbered(3))
         reader.wait()
@@ -180,7 +180,7 @@ def test_what_is_closed_saves_no_more_but_can_be_read(tmp_path: pathlib.Path) ->
     with refused(
         sw.SaveError,
         f"Checkpoints({str(tmp_path)!r}) is closed.",
-        mend="save inside its with block, or before checkpoints.close()",
+        hint="save inside its with block, or before checkpoints.close()",
     ):
         checkpoints.save(2, numbered(2))
     assert checkpoints.steps == (1,)
@@ -226,7 +226,7 @@ def test_an_extra_item_that_json_cannot_hold_is_refused_at_the_call(checkpoints:
     with refused(
         sw.SaveError,
         "The extra item 'metrics' is nothing that JSON can hold: Object of type ArrayImpl is not JSON serializable.",
-        mend="numbers as Python has them, float(loss) say; or an ocp.args.CheckpointArgs, such as "
+        hint="numbers as Python has them, float(loss) say; or an ocp.args.CheckpointArgs, such as "
         "ocp.args.PyTreeSave(...)",
     ):
         checkpoints.save(1, numbered(1), metrics={"loss": jnp.ones(2)})
@@ -246,7 +246,7 @@ def test_a_restore_waits_for_what_is_being_written(checkpoints: sw.Checkpoints) 
 
 
 @pytest.mark.parametrize(
-    ("name", "of", "mend"),
+    ("name", "of", "hint"),
     [
         ("only", "sw.save", SAVE_ALONE),
         ("base", "sw.save", SAVE_ALONE),
@@ -254,17 +254,17 @@ def test_a_restore_waits_for_what_is_being_written(checkpoints: sw.Checkpoints) 
         ("cast", "checkpoints.restore", "checkpoints.restore(target, cast=True)"),
     ],
 )
-def test_an_option_of_another_function_is_no_extra_item(tmp_path: pathlib.Path, name: str, of: str, mend: str) -> None:
+def test_an_option_of_another_function_is_no_extra_item(tmp_path: pathlib.Path, name: str, of: str, hint: str) -> None:
     """It would be written as one, beside a whole state, and nobody would know."""
     message = f"An extra item cannot be called {name!r}: that is an option of {of}, and none of a step's."
     with sw.Checkpoints(tmp_path) as checkpoints:
-        with refused(sw.SaveError, message, mend=mend):
+        with refused(sw.SaveError, message, hint=hint):
             checkpoints.save(1, numbered(1), **{name: ("params",)})
         assert checkpoints.steps == ()
 
 
 def test_an_extra_item_does_not_take_the_state_s_place(checkpoints: sw.Checkpoints) -> None:
-    with refused(sw.SaveError, "An extra item cannot be called 'state': the state is.", mend="another name"):
+    with refused(sw.SaveError, "An extra item cannot be called 'state': the state is.", hint="another name"):
         checkpoints.save(1, numbered(1), state={"x": 1})
 
 
@@ -273,7 +273,7 @@ def test_an_extra_item_s_name_is_that_of_a_folder(tmp_path: pathlib.Path, name: 
     with (
         sw.Checkpoints(tmp_path / "run") as checkpoints,
         refused(
-            sw.SaveError, f"An extra item cannot be called {name!r}: it is a folder of the step.", mend="another name"
+            sw.SaveError, f"An extra item cannot be called {name!r}: it is a folder of the step.", hint="another name"
         ),
     ):
         checkpoints.save(1, numbered(1), **{name: 1})
@@ -285,8 +285,8 @@ def test_an_item_that_is_not_there_is_refused_before_anything_is_read(
 ) -> None:
     checkpoints.save(1, numbered(1), metrics={"loss": 0.5})
     checkpoints.wait()
-    monkeypatch.setattr("statewise.checkpoint.restoring.read_arrays", None)
-    with refused(sw.RestoreError, "Step 1 has no item 'data'.", mend="one of: metrics, state"):
+    monkeypatch.setattr("statewise._src.checkpoint.restore.read_arrays", None)
+    with refused(sw.RestoreError, "Step 1 has no item 'data'.", hint="one of: metrics, state"):
         checkpoints.restore(numbered(0), extra=["metrics", "data"])
 
 
@@ -308,7 +308,7 @@ def test_progress_is_told_in_bytes_up_to_all_of_them(checkpoints: sw.Checkpoints
 def test_a_bar_is_shown_in_a_terminal_for_large_states(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("statewise.checkpoint.managed.LARGE", 1)
+    monkeypatch.setattr("statewise._src.checkpoint.checkpoints.LARGE", 1)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with sw.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, numbered(1))

@@ -37,7 +37,7 @@ def test_a_directory_without_steps_says_so(checkpoints: sw.Checkpoints) -> None:
         with refused(
             sw.RestoreError,
             f"There is no checkpoint in {checkpoints.directory}.",
-            mend="checkpoints.save(step, state)",
+            hint="checkpoints.save(step, state)",
         ):
             ask()
 
@@ -46,7 +46,7 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(checkpoints: sw.C
     for step in range(7):
         checkpoints.save(step, numbered(step))
     checkpoints.wait()
-    with refused(sw.RestoreError, f"There is no step 9 in {checkpoints.directory}.", mend="one of: 2, 3, 4, 5, 6"):
+    with refused(sw.RestoreError, f"There is no step 9 in {checkpoints.directory}.", hint="one of: 2, 3, 4, 5, 6"):
         checkpoints.restore(numbered(0), step=9)
 
 
@@ -54,22 +54,22 @@ def test_a_step_is_not_written_over_neither_while_it_is_written_nor_after(checkp
     message = f"There is a step 1 already in {checkpoints.directory}."
     checkpoints.save(1, numbered(1))
     for force in (False, True):
-        with refused(sw.SaveError, message, mend=f"another step; {DELETE_1} removes one that is damaged"):
+        with refused(sw.SaveError, message, hint=f"another step; {DELETE_1} removes one that is corrupted"):
             checkpoints.save(1, numbered(2), force=force)
         checkpoints.wait()
     assert number_of(checkpoints.restore(numbered(0)).state) == 1
 
 
-def test_a_run_goes_on_from_before_a_step_that_is_damaged(checkpoints: sw.Checkpoints) -> None:
+def test_a_run_goes_on_from_before_a_step_that_is_corrupted(checkpoints: sw.Checkpoints) -> None:
     """By the words of the errors alone: the newest step is removed, and saved again."""
     for step in range(2):
         checkpoints.save(step, numbered(step))
     checkpoints.wait()
     (checkpoints.directory / "1/state/_METADATA").write_text("{}")
-    with pytest.raises(sw.DamagedError):
+    with pytest.raises(sw.CorruptedError):
         checkpoints.restore(numbered(0))
     state = checkpoints.restore(numbered(0), step=0).state
-    with pytest.raises(sw.SaveError, match="removes one that is damaged"):
+    with pytest.raises(sw.SaveError, match="removes one that is corrupted"):
         checkpoints.save(1, state)
     eval(DELETE_1)
     assert checkpoints.save(1, state)
@@ -84,7 +84,7 @@ def test_what_is_left_of_a_step_is_no_step_and_is_named_where_it_is_in_the_way(c
     (checkpoints.directory / "1/state/statewise.json").unlink()
     assert checkpoints.latest == 0
     message = f"What there is of step 1 in {checkpoints.directory} is no whole checkpoint."
-    with refused(sw.SaveError, message, mend=DELETE_1):
+    with refused(sw.SaveError, message, hint=DELETE_1):
         checkpoints.save(1, numbered(2))
     eval(DELETE_1)
     assert checkpoints.save(1, numbered(2))
@@ -118,7 +118,7 @@ def test_a_step_older_than_the_newest_is_not_silently_left_out(checkpoints: sw.C
     with refused(
         sw.SaveError,
         f"Step 3 is older than what {checkpoints.directory} holds: 4, 6.",
-        mend="another directory, to go on from an older step; or save(..., force=True), to save it beside them",
+        hint="another directory, to go on from an older step; or save(..., force=True), to save it beside them",
     ):
         checkpoints.save(3, numbered(3))
     assert checkpoints.save(5, numbered(5), force=True)
@@ -130,7 +130,7 @@ def test_a_step_older_than_the_newest_is_not_silently_left_out(checkpoints: sw.C
 def test_a_step_is_a_number_from_zero_on(tmp_path: pathlib.Path, step: Any) -> None:
     with (
         sw.Checkpoints(tmp_path) as checkpoints,
-        refused(sw.SaveError, f"{step!r} is no number of a step.", mend="checkpoints.save(100, state)"),
+        refused(sw.SaveError, f"{step!r} is no number of a step.", hint="checkpoints.save(100, state)"),
     ):
         checkpoints.save(step, numbered(1))
 
@@ -146,7 +146,7 @@ def test_what_is_no_state_is_refused(checkpoints: sw.Checkpoints) -> None:
     with refused(
         sw.StructureError,
         "sw.checkpointable wants a state, not dict.",
-        mend="sw.checkpointable(plan.take(model))",
+        hint="sw.checkpointable(plan.take(model))",
     ):
         checkpoints.save(1, {"a": 1})
 
@@ -154,12 +154,12 @@ def test_what_is_no_state_is_refused(checkpoints: sw.Checkpoints) -> None:
 def test_a_spent_or_abstract_state_is_refused_and_the_step_stays_free(checkpoints: sw.Checkpoints) -> None:
     state = trained()
     new, _ = train(state, batches()[0])
-    with pytest.raises(sw.StructureError, match=r"This state is spent: train has donated its .*params"):
+    with pytest.raises(sw.StructureError, match=r"This state was donated: train has donated its .*params"):
         checkpoints.save(1, state)
     with refused(
         sw.StructureError,
         "This state is abstract: it has shapes but no values to save.",
-        mend="sw.save(path, plan.take(model))",
+        hint="sw.save(path, plan.take(model))",
     ):
         checkpoints.save(1, state.plan.abstract())
     checkpoints.wait(progress=lambda written, total: None)
@@ -178,7 +178,7 @@ def test_a_state_that_is_being_traced_is_refused(checkpoints: sw.Checkpoints) ->
     with refused(
         sw.StructureError,
         "This state is being traced: inside jax.jit there are no values to save.",
-        mend="return the state from the function, and save what comes back",
+        hint="return the state from the function, and save what comes back",
     ):
         inside(numbered(1))
 
@@ -187,17 +187,17 @@ def test_a_directory_that_cannot_be_made_is_said_so_at_once(tmp_path: pathlib.Pa
     (tmp_path / "file").write_text("in the way")
     for directory in (tmp_path / "file" / "run", tmp_path / "file"):
         with refused(
-            sw.SaveError, f"{directory} cannot be used: Not a directory.", mend="a directory that can be written to"
+            sw.SaveError, f"{directory} cannot be used: Not a directory.", hint="a directory that can be written to"
         ):
             sw.Checkpoints(directory)
 
 
 def test_options_that_cannot_be_are_refused(tmp_path: pathlib.Path) -> None:
-    with refused(sw.SaveError, "every=0 is less than one step.", mend="every=1, or leave it out"):
+    with refused(sw.SaveError, "every=0 is less than one step.", hint="every=1, or leave it out"):
         sw.Checkpoints(tmp_path / "run", every=0)
-    with refused(sw.SaveError, "max_to_keep=0 is less than one step.", mend="max_to_keep=1, or leave it out"):
+    with refused(sw.SaveError, "max_to_keep=0 is less than one step.", hint="max_to_keep=1, or leave it out"):
         sw.Checkpoints(tmp_path / "run", max_to_keep=0)
-    with refused(sw.SaveError, "layout='flat' is neither 'named' nor 'packed'.", mend="layout='packed'"):
+    with refused(sw.SaveError, "layout='flat' is neither 'named' nor 'packed'.", hint="layout='packed'"):
         sw.Checkpoints(tmp_path / "run", layout="flat")
     assert not (tmp_path / "run").exists()
 
@@ -212,7 +212,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def fails(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("statewise.checkpoint.handler.write_manifest", fails)
+    monkeypatch.setattr("statewise._src.checkpoint.orbax.handler.write_manifest", fails)
     return monkeypatch
 
 
@@ -220,7 +220,7 @@ def failed(directory: Any) -> Any:
     return refused(
         sw.SaveError,
         f"A step could not be written to {directory}: No space left on device. Earlier steps are whole.",
-        mend="free some space, or choose a directory that can be written to",
+        hint="free some space, or choose a directory that can be written to",
     )
 
 
@@ -287,7 +287,7 @@ def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_i
     with refused(
         sw.SaveError,
         f"A step could not be written to {tmp_path / 'run'}: Not a directory. Earlier steps are whole.",
-        mend="free some space, or choose a directory that can be written to",
+        hint="free some space, or choose a directory that can be written to",
     ):
         checkpoints.save(2, numbered(2))
     checkpoints.close()

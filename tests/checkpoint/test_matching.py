@@ -24,7 +24,7 @@ def test_a_leaf_that_is_missing(tmp_path: pathlib.Path) -> None:
         state_of(w=nnx.Param(ONES)),
         state_of(w=nnx.Param(ONES), count=nnx.Variable(jnp.array(3))),
         "count: Variable() int32  kind=variables  (missing from the checkpoint)",
-        mend=keep("variables"),
+        hint=keep("variables"),
     )
 
 
@@ -34,7 +34,7 @@ def test_a_leaf_of_the_checkpoint_alone(tmp_path: pathlib.Path) -> None:
         state_of(w=nnx.Param(ONES), count=nnx.Variable(jnp.array(3))),
         state_of(w=nnx.Param(ONES)),
         "count: Variable() int32  kind=variables  (in the checkpoint only)",
-        mend=without("params"),
+        hint=without("params"),
     )
 
 
@@ -44,7 +44,7 @@ def test_where_no_kind_is_whole_there_is_none_to_ask_for(tmp_path: pathlib.Path)
         state_of(w=nnx.Param(ONES), b=nnx.Param(ONES)),
         state_of(w=nnx.Param(ONES)),
         "b: Param(2, 3) float32  kind=params  (in the checkpoint only)",
-        mend=without(),
+        hint=without(),
     )
 
 
@@ -54,7 +54,7 @@ def test_a_leaf_of_another_type(tmp_path: pathlib.Path) -> None:
         state_of(v=OwnStat(ONES)),
         state_of(v=nnx.Variable(ONES)),
         "v: Variable(2, 3) float32  kind=variables  (is a strategies.OwnStat in the checkpoint)",
-        mend="give the leaf the type that it was saved with: OwnStat",
+        hint="give the leaf the type that it was saved with: OwnStat",
     )
 
 
@@ -64,7 +64,7 @@ def test_a_raw_array_is_no_variable(tmp_path: pathlib.Path) -> None:
         state_of(v=nnx.data(ONES)),
         state_of(v=nnx.Variable(ONES)),
         "v: Variable(2, 3) float32  kind=variables  (is a jax.Array in the checkpoint)",
-        mend="give the leaf the type that it was saved with: Array",
+        hint="give the leaf the type that it was saved with: Array",
     )
 
 
@@ -78,7 +78,7 @@ def test_a_class_that_moved(tmp_path: pathlib.Path) -> None:
         state_of(v=own_type("old.place")(ONES)),
         state_of(v=own_type("new.place")(ONES)),
         "v: Gate(2, 3) float32  kind=variables  (is a old.place.Gate in the checkpoint)",
-        mend="give the leaf the type that it was saved with: Gate; "
+        hint="give the leaf the type that it was saved with: Gate; "
         "if the class only moved, say where it was: Gate.__module__ = 'old.place'",
     )
 
@@ -105,7 +105,7 @@ def test_a_leaf_of_another_shape(tmp_path: pathlib.Path) -> None:
         state_of(w=nnx.Param(jnp.ones((9, 9)))),
         state_of(w=nnx.Param(ONES)),
         "w: Param(2, 3) float32  kind=params  (is (9, 9) in the checkpoint)",
-        mend=SIZES,
+        hint=SIZES,
     )
 
 
@@ -115,7 +115,7 @@ def test_of_several_arrays_in_a_leaf_the_one_is_named(tmp_path: pathlib.Path) ->
         state_of(v=nnx.Variable({"a": jnp.ones(2), "b": (jnp.ones(4), jnp.ones(5))})),
         state_of(v=nnx.Variable({"a": jnp.ones(3), "b": (jnp.ones(4), jnp.ones(6))})),
         "v: Variable- -  kind=variables  (is (2,) at a, (5,) at b/1 in the checkpoint)",
-        mend=SIZES,
+        hint=SIZES,
     )
 
 
@@ -127,7 +127,7 @@ def test_a_value_of_another_structure(tmp_path: pathlib.Path, here: Any) -> None
         state_of(v=nnx.Variable({"a": jnp.ones(2)})),
         state_of(v=nnx.Variable(here)),
         f"v: Variable{shown}  kind=variables  (is a value of another structure in the checkpoint)",
-        mend=STRUCTURE,
+        hint=STRUCTURE,
     )
 
 
@@ -138,7 +138,7 @@ def test_a_leaf_of_another_kind(tmp_path: pathlib.Path) -> None:
         state_of(v=OwnStat(ONES)),
         state_of(kinds, v=OwnStat(ONES)),
         "v: OwnStat(2, 3) float32  kind=stats  (is of kind 'variables' in the checkpoint)",
-        mend="declare it as it was saved, of kind 'variables'; then sw.transfer(restored, plan) into other kinds",
+        hint="declare it as it was saved, of kind 'variables'; then sw.transfer(restored, plan) into other kinds",
     )
 
 
@@ -148,7 +148,7 @@ def test_a_key_of_another_implementation(tmp_path: pathlib.Path) -> None:
         state_of(k=nnx.RngKey(jax.random.key(0, impl="rbg"), tag="default")),
         state_of(k=nnx.RngKey(jax.random.key(0), tag="default")),
         "k: RngKey() key<threefry2x32>  kind=rng  (is a PRNG key of rbg in the checkpoint)",
-        mend="make it a key: jax.random.key(0, impl='rbg')",
+        hint="make it a key: jax.random.key(0, impl='rbg')",
     )
 
 
@@ -158,7 +158,7 @@ def test_the_words_of_a_key_are_no_key(tmp_path: pathlib.Path) -> None:
         state_of(k=nnx.Variable(jax.random.PRNGKey(0))),
         state_of(k=nnx.Variable(jax.random.key(0))),
         "k: Variable() key<threefry2x32>  kind=variables  (is no PRNG key but uint32 in the checkpoint)",
-        mend="give the Variable the key's words: jax.random.key_data(key)",
+        hint="give the Variable the key's words: jax.random.key_data(key)",
     )
 
 
@@ -168,7 +168,7 @@ def test_a_key_is_not_its_words(tmp_path: pathlib.Path) -> None:
         state_of(k=nnx.Variable(jax.random.key(0))),
         state_of(k=nnx.Variable(jax.random.PRNGKey(0))),
         "k: Variable(2,) uint32  kind=variables  (is a PRNG key of threefry2x32 in the checkpoint)",
-        mend="make it a key: jax.random.key(0, impl='threefry2x32')",
+        hint="make it a key: jax.random.key(0, impl='threefry2x32')",
         cast=True,
     )
 
@@ -188,7 +188,7 @@ def test_tied_in_the_checkpoint_alone(tmp_path: pathlib.Path) -> None:
         tied(False),
         "a: Param(2, 3) float32  kind=params  (is tied to b in the checkpoint)",
         "b: Param(2, 3) float32  kind=params  (tied to a in the checkpoint)",
-        mend=TIE,
+        hint=TIE,
     )
 
 
@@ -199,7 +199,7 @@ def test_tied_in_the_target_alone(tmp_path: pathlib.Path) -> None:
         tied(True),
         "a: Param(2, 3) float32  kind=params  (is tied to nothing in the checkpoint)",
         "b: Param(2, 3) float32  kind=params  (a leaf of its own in the checkpoint, tied to a in the target)",
-        mend=UNTIE,
+        hint=UNTIE,
     )
 
 
@@ -235,7 +235,7 @@ def many_planned() -> sw.State:
     )
 
 
-def test_everything_is_listed_at_once_with_every_mend(tmp_path: pathlib.Path) -> None:
+def test_everything_is_listed_at_once_with_every_hint(tmp_path: pathlib.Path) -> None:
     report = check_refused(
         tmp_path / "run",
         many_saved(),
@@ -249,7 +249,7 @@ def test_everything_is_listed_at_once_with_every_mend(tmp_path: pathlib.Path) ->
         "h: Param(2,) float32  kind=params  (tied to g in the checkpoint)",
         "j: LoRAParam(1,) float32  kind=lora  (missing from the checkpoint)",
         "i: Variable(1,) float32  kind=variables  (in the checkpoint only)",
-        mend="\n".join(
+        hint="\n".join(
             [
                 SIZES,
                 CAST,

@@ -201,17 +201,17 @@ def test_what_was_donated_right_after_the_call_is_saved_as_it_was(manager: Any, 
 def test_large_arrays_donated_right_after_the_call_are_saved_as_they_were(
     manager: Any, devices: list[jax.Device]
 ) -> None:
-    spend = jax.jit(lambda array: -array, donate_argnums=0)
+    donate = jax.jit(lambda array: -array, donate_argnums=0)
     for step, state in enumerate(
         (taken({"a": jnp.arange(1 << 18)}), spread(taken({"a": jnp.arange(1 << 18)}), devices))
     ):
         kept = copied(state)
         save_items(manager, step, state=sw.checkpointable(state))
-        spent = jax.tree.map(spend, state)
+        donated = jax.tree.map(donate, state)
         manager.wait_until_finished()
         target = sw.checkpointable(kept)
         assert_identical(manager.restore(step, args=ocp.args.Composite(state=target))["state"], kept)
-        assert contents(spent) != contents(kept)
+        assert contents(donated) != contents(kept)
 
 
 def test_numpy_arrays_written_right_after_the_call_are_saved_as_they_were(manager: Any) -> None:
@@ -275,7 +275,7 @@ def test_an_item_is_a_state() -> None:
     with refused(
         sw.StructureError,
         "sw.checkpointable wants a state, not Linear.",
-        mend="sw.checkpointable(plan.take(model))",
+        hint="sw.checkpointable(plan.take(model))",
     ):
         sw.checkpointable(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 
@@ -283,10 +283,10 @@ def test_an_item_is_a_state() -> None:
 def test_the_kinds_and_the_layout_of_an_item_are_checked_when_it_is_made() -> None:
     state = trained()
     with refused(
-        sw.KindError, "There is no kind 'gates'.", kind="gates", mend=f"one of: {', '.join(state.plan.kinds)}"
+        sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint=f"one of: {', '.join(state.plan.kinds)}"
     ):
         sw.checkpointable(state, only="gates")
-    with refused(sw.SaveError, "layout='flat' is neither 'named' nor 'packed'.", mend="layout='packed'"):
+    with refused(sw.SaveError, "layout='flat' is neither 'named' nor 'packed'.", hint="layout='packed'"):
         sw.checkpointable(state, layout="flat")
 
 
@@ -300,7 +300,7 @@ def test_an_item_that_does_not_fit_is_refused_and_changes_nothing(manager: Any) 
         sw.RestoreError,
         f"{folder} does not fit the target: 1 leaf differs. Nothing was read or changed.",
         leaves=["leaves/a: Variable(3,) float32  kind=variables  (is (2,) in the checkpoint)"],
-        mend="build the model with the sizes that it was saved with",
+        hint="build the model with the sizes that it was saved with",
     ):
         manager.restore(1, args=ocp.args.Composite(state=target))
     assert target.state is before

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from statewise.checkpoint import progress
+from statewise._src.checkpoint.orbax import progress
 
 
 def state_of(size: int) -> sw.State:

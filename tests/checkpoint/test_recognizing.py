@@ -23,7 +23,7 @@ from flax import nnx
 import statewise as sw
 from disagreeing import state_of
 from refusals import refused
-from statewise.checkpoint.recognizing import recognized
+from statewise._src.checkpoint.interop.recognize import recognized
 
 READ = "what is read: a checkpoint of Statewise or of Orbax (its directory), or a .safetensors file"
 AS_DICT = "read it into nested dicts of arrays, and: sw.convert(arrays, 'converted', target=target)"
@@ -91,10 +91,10 @@ FILES: list[tuple[str, Callable[[pathlib.Path], None], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "what", "mend"), FILES, ids=lambda value: value if type(value) is str else ""
+    ("name", "write", "what", "hint"), FILES, ids=lambda value: value if type(value) is str else ""
 )
-def test_a_file_of_another_format_is_called_what_it_is_and_not_damaged(
-    tmp_path: pathlib.Path, name: str, write: Callable[[pathlib.Path], None], what: str, mend: str
+def test_a_file_of_another_format_is_called_what_it_is_and_not_corrupted(
+    tmp_path: pathlib.Path, name: str, write: Callable[[pathlib.Path], None], what: str, hint: str
 ) -> None:
     path, target = tmp_path / name, state_of(w=nnx.Param(jnp.ones(2)))
     write(path)
@@ -103,7 +103,7 @@ def test_a_file_of_another_format_is_called_what_it_is_and_not_damaged(
         lambda: sw.preview(path, target),
         lambda: sw.diff(path, target),
     ):
-        with refused(sw.RestoreError, f"{path} is not a checkpoint of Statewise, but {what}.", mend=mend):
+        with refused(sw.RestoreError, f"{path} is not a checkpoint of Statewise, but {what}.", hint=hint):
             look()
     for look in (
         lambda: sw.convert(path, tmp_path / "made", target=target),
@@ -111,7 +111,7 @@ def test_a_file_of_another_format_is_called_what_it_is_and_not_damaged(
         lambda: sw.inspect(path),
         lambda: sw.report(path),
     ):
-        with refused(sw.RestoreError, f"{path} is not a checkpoint, but {what}.", mend=mend):
+        with refused(sw.RestoreError, f"{path} is not a checkpoint, but {what}.", hint=hint):
             look()
     assert os.listdir(tmp_path) == [name]
 
@@ -122,12 +122,12 @@ def test_of_a_file_in_a_checkpoint_the_directory_is_named(tmp_path: pathlib.Path
     sw.save(tmp_path / "run", state)
     path = tmp_path / "run" / name
     what = "the manifest of one" if name == "statewise.json" else "a file of an Orbax checkpoint"
-    mend = f"the directory that it is in: '{tmp_path}/run'"
-    with refused(sw.RestoreError, f"{path} is not a checkpoint of Statewise, but {what}.", mend=mend):
+    hint = f"the directory that it is in: '{tmp_path}/run'"
+    with refused(sw.RestoreError, f"{path} is not a checkpoint of Statewise, but {what}.", hint=hint):
         sw.restore(path, state)
-    with refused(sw.RestoreError, f"{path} is not a checkpoint, but {what}.", mend=mend):
+    with refused(sw.RestoreError, f"{path} is not a checkpoint, but {what}.", hint=hint):
         sw.inspect(path)
-    assert sw.restore(eval(mend.removeprefix("the directory that it is in: ")), state)[1].ok
+    assert sw.restore(eval(hint.removeprefix("the directory that it is in: ")), state)[1].ok
 
 
 # --- what is said to help, done ------------------------------------------------------------------------------------
@@ -151,10 +151,10 @@ def done(code: str, target: sw.State, monkeypatch: pytest.MonkeyPatch, folder: p
 def test_a_safetensors_file_is_converted_first(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, target = tmp_path / "model.safetensors", target_of()
     safetensors.flax.save_file(ARRAYS, path)
-    mend = f"sw.convert({str(path)!r}, 'converted', target=target); sw.restore('converted', target)"
-    with refused(sw.RestoreError, f"{path} is not a checkpoint of Statewise, but a safetensors file.", mend=mend):
+    hint = f"sw.convert({str(path)!r}, 'converted', target=target); sw.restore('converted', target)"
+    with refused(sw.RestoreError, f"{path} is not a checkpoint of Statewise, but a safetensors file.", hint=hint):
         sw.restore(path, target)
-    restored = done(mend, target, monkeypatch, tmp_path)
+    restored = done(hint, target, monkeypatch, tmp_path)
     assert np.array_equal(restored["params"]["a"]["w"], ARRAYS["a.w"])
 
 
@@ -174,8 +174,8 @@ def test_the_files_that_an_index_names_are_read_together(
     assert ("the index of a checkpoint in several" if given == "index" else f"holds {index.name}") in str(caught.value)
     with pytest.raises(sw.RestoreError) as again:
         sw.convert(path, tmp_path / "made", target=target)
-    assert again.value.mend == caught.value.mend
-    code = "\n".join((caught.value.mend or "").splitlines()[1:])
+    assert again.value.hint == caught.value.hint
+    code = "\n".join((caught.value.hint or "").splitlines()[1:])
     restored = done(code, target, monkeypatch, tmp_path)
     assert np.array_equal(restored["params"]["a"]["w"], ARRAYS["a.w"])
     assert np.array_equal(restored["params"]["a"]["b"], ARRAYS["a.b"])
@@ -183,13 +183,13 @@ def test_the_files_that_an_index_names_are_read_together(
 
 def test_a_folder_with_a_safetensors_file_names_it(tmp_path: pathlib.Path) -> None:
     safetensors.flax.save_file(ARRAYS, tmp_path / "model.safetensors")
-    mend = f"the path of that file: '{tmp_path}/model.safetensors'"
+    hint = f"the path of that file: '{tmp_path}/model.safetensors'"
     target = target_of()
     message = f"{tmp_path} is no checkpoint of Statewise: it has no statewise.json, but it holds model.safetensors."
-    with refused(sw.DamagedError, message, mend=mend):
+    with refused(sw.CorruptedError, message, hint=hint):
         sw.restore(tmp_path, target)
     message = f"{tmp_path} is no checkpoint that is known here: it has neither statewise.json nor Orbax's _METADATA"
-    with refused(sw.RestoreError, f"{message}, but it holds model.safetensors.", mend=mend):
+    with refused(sw.RestoreError, f"{message}, but it holds model.safetensors.", hint=hint):
         sw.convert(tmp_path, None, to="linen")
 
 
@@ -225,7 +225,7 @@ def test_the_arrays_of_numpy_and_of_flax_are_converted_as_dicts(
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(path, target)
     assert caught.value.message == f"{path} is not a checkpoint of Statewise, but {what}."
-    code = (caught.value.mend or "").replace("path/of/the/leaf", "a/w")
+    code = (caught.value.hint or "").replace("path/of/the/leaf", "a/w")
     restored = done(code, target, monkeypatch, tmp_path)
     assert np.array_equal(restored["params"]["a"]["w"], ARRAYS["a.w"])
 
@@ -242,11 +242,11 @@ def test_what_safetensors_wrote_is_not_taken_for_another_format(tmp_path: pathli
 
 
 def test_nothing_of_a_pickle_is_run(tmp_path: pathlib.Path) -> None:
-    class Trap:
+    class Rule:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "sprung"),)
 
-    (tmp_path / "model.pt").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Rule()))
     with pytest.raises(sw.RestoreError, match="a pickle"):
         sw.inspect(tmp_path / "model.pt")
     assert os.listdir(tmp_path) == ["model.pt"]

@@ -34,10 +34,10 @@ def starts(kind: str) -> str:
 # --- paths and targets -------------------------------------------------------------------------------------------
 
 
-def check_all(path: Any, cls: type[sw.StatewiseError], message: str, mend: str, *more: Callable[[Any], Any]) -> None:
+def check_all(path: Any, cls: type[sw.StatewiseError], message: str, hint: str, *more: Callable[[Any], Any]) -> None:
     """The same from whatever looks at a checkpoint."""
     for look in (lambda path: sw.restore(path, trained()), lambda path: sw.preview(path, trained()), *more):
-        with refused(cls, message, mend=mend):
+        with refused(cls, message, hint=hint):
             look(path)
 
 
@@ -62,7 +62,7 @@ def test_a_folder_without_a_manifest(tmp_path: pathlib.Path) -> None:
     (tmp_path / "empty").mkdir()
     check_all(
         tmp_path / "empty",
-        sw.DamagedError,
+        sw.CorruptedError,
         f"{tmp_path}/empty is no checkpoint of Statewise: it has no statewise.json.",
         f"sw.convert('{tmp_path}/empty', ...) reads a plain Orbax checkpoint",
     )
@@ -74,9 +74,9 @@ def test_a_step_stands_for_its_one_state_and_of_a_run_the_newest_is_named(tmp_pa
             items = {"state": sw.checkpointable(trained()), "metrics": ocp.args.JsonSave({"loss": 0.5})}
             manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
-    mend = f"one of its items is: '{tmp_path}/run/10/state'"
+    hint = f"one of its items is: '{tmp_path}/run/10/state'"
     message = f"{tmp_path}/run is no checkpoint of Statewise: it has no statewise.json."
-    check_all(tmp_path / "run", sw.DamagedError, message, mend, sw.inspect)
+    check_all(tmp_path / "run", sw.CorruptedError, message, hint, sw.inspect)
     assert sw.preview(tmp_path / "run" / "10" / "state", trained()).ok
     assert sw.preview(tmp_path / "run" / "10", trained()).ok
     assert sw.inspect(tmp_path / "run" / "10") == sw.inspect(tmp_path / "run" / "10" / "state")
@@ -89,7 +89,7 @@ def test_of_a_step_with_two_states_one_is_named(tmp_path: pathlib.Path) -> None:
         manager.wait_until_finished()
     check_all(
         tmp_path / "run" / "1",
-        sw.DamagedError,
+        sw.CorruptedError,
         f"{tmp_path}/run/1 is no checkpoint of Statewise: it has no statewise.json.",
         f"one of its items is: '{tmp_path}/run/1/actor'",
         sw.inspect,
@@ -105,7 +105,7 @@ def test_a_target_that_is_no_state(tmp_path: pathlib.Path, target: Any) -> None:
         with refused(
             sw.StructureError,
             f"The target of a restore is a state, not {type(target).__name__}.",
-            mend="sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)",
+            hint="sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)",
         ):
             look(tmp_path / "run", target)
 
@@ -115,7 +115,7 @@ def test_a_target_that_is_being_traced(tmp_path: pathlib.Path) -> None:
     with refused(
         sw.StructureError,
         "The target is being traced: inside jax.jit nothing can be restored into it.",
-        mend="restore before the function is called, and pass it the state",
+        hint="restore before the function is called, and pass it the state",
     ):
         jax.jit(lambda state: sw.restore(tmp_path / "run", state)[0])(state_of(w=nnx.Param(ONES)))
 
@@ -127,7 +127,7 @@ def test_a_target_that_is_a_batch_of_states(tmp_path: pathlib.Path) -> None:
         sw.StructureError,
         "The state's arrays are not as its plan has them.",
         leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) float32)"],
-        mend="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
+        hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')",
     ):
@@ -141,13 +141,13 @@ def test_only_a_kind_that_is_not_there(tmp_path: pathlib.Path) -> None:
     state = state_of(sw.Kinds(params=sw.Kind(nnx.Param), cache=CACHE), w=nnx.Param(ONES))
     sw.save(tmp_path / "run", state)
     for look in (sw.restore, sw.preview):
-        with refused(sw.KindError, "There is no kind 'stats'.", kind="stats", mend="one of: params, cache"):
+        with refused(sw.DeclarationError, "There is no kind 'stats'.", kind="stats", hint="one of: params, cache"):
             look(tmp_path / "run", state, only=("params", "stats"))
         with refused(
-            sw.KindError,
+            sw.DeclarationError,
             "The kind 'cache' is declared ephemeral: no checkpoint holds it.",
             kind="cache",
-            mend="leave it out of only; state.restart('cache') makes fresh values",
+            hint="leave it out of only; state.restart('cache') makes fresh values",
         ):
             look(tmp_path / "run", state, only="cache")
 
@@ -169,24 +169,24 @@ def test_an_abstract_target_has_nothing_to_keep(tmp_path: pathlib.Path) -> None:
         saved,
         saved.plan.abstract(),
         "s: BatchStat(2, 3) float32  kind=stats  (not asked for, and the target is abstract: it has no value to keep)",
-        mend="restore into a state with values: sw.restore(path, plan.take(model), only='params')",
+        hint="restore into a state with values: sw.restore(path, plan.take(model), only='params')",
         only="params",
     )
 
 
-def test_the_mend_for_several_kinds_declares_all_of_them_at_once(tmp_path: pathlib.Path) -> None:
+def test_the_hint_for_several_kinds_declares_all_of_them_at_once(tmp_path: pathlib.Path) -> None:
     """A line for each would undo the one before."""
     sw.save(tmp_path / "run", state_of(w=nnx.Param(ONES)))
     target = state_of(w=nnx.Param(ONES), v=nnx.Param(ONES), s=nnx.BatchStat(ONES), n=nnx.Variable(ONES))
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(tmp_path / "run", target)
-    words, code = caught.value.mend.split(": ", 1)
+    words, code = caught.value.hint.split(": ", 1)
     assert words == "to keep the target's values, declare it"
     names = {"plan": target.plan, "dataclasses": dataclasses}
     exec(code, names)
     assert {name for name, kind in names["kinds"].items() if kind.missing == "keep"} == {"params", "stats", "variables"}
-    mended = state_of(names["kinds"], w=nnx.Param(ONES), v=nnx.Param(ONES), s=nnx.BatchStat(ONES), n=nnx.Variable(ONES))
-    assert sw.preview(tmp_path / "run", mended).ok
+    fixed = state_of(names["kinds"], w=nnx.Param(ONES), v=nnx.Param(ONES), s=nnx.BatchStat(ONES), n=nnx.Variable(ONES))
+    assert sw.preview(tmp_path / "run", fixed).ok
 
 
 def test_an_ephemeral_kind_without_restart_cannot_start(tmp_path: pathlib.Path) -> None:
@@ -198,7 +198,7 @@ def test_an_ephemeral_kind_without_restart_cannot_start(tmp_path: pathlib.Path) 
         saved.plan.abstract(),
         "c: Cache(2, 3) float32  kind=cache  "
         "(ephemeral, never saved, and the target is abstract: it has no value to keep)",
-        mend=f"{WITH_VALUES}\n{starts('cache')}",
+        hint=f"{WITH_VALUES}\n{starts('cache')}",
     )
 
 
@@ -216,8 +216,8 @@ def test_an_ephemeral_kind_with_restart_starts_or_keeps_its_values(tmp_path: pat
 # --- leaves that are missing -------------------------------------------------------------------------------------
 
 
-def missing_as(treatment: str, restart: Any = None) -> sw.Kinds:
-    return sw.Kinds.standard().replace(variables=sw.Kind(..., missing=treatment, restart=restart))
+def missing_as(handling: str, restart: Any = None) -> sw.Kinds:
+    return sw.Kinds.standard().replace(variables=sw.Kind(..., missing=handling, restart=restart))
 
 
 def test_a_missing_leaf_may_keep_its_value(tmp_path: pathlib.Path) -> None:
@@ -235,7 +235,7 @@ def test_an_abstract_target_cannot_keep_what_is_missing(tmp_path: pathlib.Path) 
         state_of(missing_as("keep"), w=nnx.Param(ONES), n=nnx.Variable(jnp.array(7))).plan.abstract(),
         "n: Variable() int32  kind=variables  "
         "(missing from the checkpoint, and the target is abstract: it has no value to keep)",
-        mend=WITH_VALUES,
+        hint=WITH_VALUES,
     )
 
 
@@ -259,7 +259,7 @@ def test_a_restart_that_changes_a_shape_is_refused_before_anything_is_read(tmp_p
             "The restart of kind 'variables' changes shapes or dtypes.",
             leaves=["n: Variable() int32  kind=variables  (would become (5,) float32)"],
             kind="variables",
-            mend="restart=jnp.zeros_like, or any function that keeps shape and dtype",
+            hint="restart=jnp.zeros_like, or any function that keeps shape and dtype",
         ),
     ):
         sw.restore(tmp_path / "run", target)
@@ -296,7 +296,7 @@ def test_the_target_lasts_whatever_happens(tmp_path: pathlib.Path) -> None:
     largest = max((tmp_path / "bad").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
     largest.write_bytes(largest.read_bytes()[:-1] + b"?")
     state, _ = sw.restore(tmp_path / "run", target)
-    for path, error in (("other", sw.RestoreError), ("bad", sw.DamagedError), ("gone", sw.RestoreError)):
+    for path, error in (("other", sw.RestoreError), ("bad", sw.CorruptedError), ("gone", sw.RestoreError)):
         with pytest.raises(error):
             sw.restore(tmp_path / path, target)
     assert contents(target) == before
@@ -306,19 +306,19 @@ def test_the_target_lasts_whatever_happens(tmp_path: pathlib.Path) -> None:
     assert contents(state) == contents(trained(0))  # which the step on the target has left alone
 
 
-def spent(**leaves: Any) -> sw.State:
+def donated(**leaves: Any) -> sw.State:
     state = state_of(sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, restart=jnp.zeros_like)), **leaves)
     state.restart()
     return state
 
 
 def test_a_spent_target_is_restored_into_where_nothing_is_kept(tmp_path: pathlib.Path) -> None:
-    target = spent(w=nnx.Param(ONES), c=nnx.Cache(ONES))
+    target = donated(w=nnx.Param(ONES), c=nnx.Cache(ONES))
     with refused(
         sw.StructureError,
-        "This state is spent: restart('params') has donated its params.",
+        "This state was donated: restart('params') has donated its params.",
         kind="params",
-        mend="use the state that came back: state, out = step(state, ...)\n"
+        hint="use the state that came back: state, out = step(state, ...)\n"
         "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)",
     ):
         sw.save(tmp_path / "never", target)
@@ -331,17 +331,17 @@ def test_a_spent_target_is_restored_into_where_nothing_is_kept(tmp_path: pathlib
 
 def test_a_spent_target_has_nothing_to_keep(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "run", state_of(w=nnx.Param(ONES), s=nnx.BatchStat(ONES)))
-    note = "(not asked for, and the target is spent: its value was donated)"
+    note = "(not asked for, and the target was donated: its value was donated)"
     with (
         nothing_read(),
         refused(
             sw.RestoreError,
             f"{tmp_path}/run does not fit the target: 1 leaf differs. Nothing was read or changed.",
             leaves=[f"w: Param(2, 3) float32  kind=params  {note}"],
-            mend="restore into a state with values: sw.restore(path, plan.take(model), only='stats', cast=True)",
+            hint="restore into a state with values: sw.restore(path, plan.take(model), only='stats', cast=True)",
         ),
     ):
-        sw.restore(tmp_path / "run", spent(w=nnx.Param(ONES), s=nnx.BatchStat(ONES)), only="stats", cast=True)
+        sw.restore(tmp_path / "run", donated(w=nnx.Param(ONES), s=nnx.BatchStat(ONES)), only="stats", cast=True)
 
 
 def test_a_spent_packed_target_is_restored_into(tmp_path: pathlib.Path) -> None:
@@ -364,6 +364,6 @@ def test_a_step_that_grew_a_leaf_is_told_so(tmp_path: pathlib.Path) -> None:
         state_of(layers=nnx.List([nnx.Param(ONES), nnx.Param(ONES), nnx.Param(ONES)])),
         "layers/1: Param(2, 3) float32  kind=params  (missing from the checkpoint)",
         "layers/2: Param(2, 3) float32  kind=params  (missing from the checkpoint)",
-        mend=keep("params"),
+        hint=keep("params"),
     )
     assert report.counts == {"params": {"restored": 1, "problem": 2}}

@@ -18,7 +18,7 @@ from refusals import refused
 
 
 @pytest.fixture
-def report(tmp_path: pathlib.Path) -> sw.RestoreReport:
+def report(tmp_path: pathlib.Path) -> sw.results.RestoreReport:
     """One leaf of each outcome; two that are not there."""
     sw.save(
         tmp_path / "run",
@@ -57,7 +57,7 @@ variables       1  kept 1
 stats           2  problem 2"""
 
 
-def test_what_happens_to_each_leaf_is_data(report: sw.RestoreReport) -> None:
+def test_what_happens_to_each_leaf_is_data(report: sw.results.RestoreReport) -> None:
     assert [(sw.format_path(one.leaf.path), one.outcome, one.why) for one in report.leaves] == [
         ("b", "cast", "from float32 to bfloat16"),
         ("c", "kept", "ephemeral, never saved"),
@@ -77,7 +77,7 @@ def test_what_happens_to_each_leaf_is_data(report: sw.RestoreReport) -> None:
         "variables": {"kept": 1},
         "stats": {"problem": 2},
     }
-    assert report.mends == (
+    assert report.hints == (
         "build the model with the sizes that it was saved with",
         "plan what was saved, optimizers included; or ask for the kinds you want: "
         "sw.restore(path, target, only=('params', 'variables'))",
@@ -85,29 +85,29 @@ def test_what_happens_to_each_leaf_is_data(report: sw.RestoreReport) -> None:
     assert set(report.written) >= {"statewise", "jax", "flax", "python", "at"}
 
 
-def test_a_kind_s_leaves(report: sw.RestoreReport) -> None:
+def test_a_kind_s_leaves(report: sw.results.RestoreReport) -> None:
     assert [one.leaf.path for one in report["params"]] == [("b",), ("w",)]
     with refused(
-        sw.KindError, "There is no kind 'gates'.", kind="gates", mend="one of: params, cache, variables, stats"
+        sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint="one of: params, cache, variables, stats"
     ):
         report["gates"]
 
 
-def test_it_raises_what_is_wrong_with_it(report: sw.RestoreReport) -> None:
+def test_it_raises_what_is_wrong_with_it(report: sw.results.RestoreReport) -> None:
     with refused(
         sw.RestoreError,
         f"{report.path} does not fit the target: 2 leaves differ. Nothing was read or changed.",
         leaves=[str(leaf) for leaf in report.problems],
-        mend="\n".join(report.mends),
+        hint="\n".join(report.hints),
     ):
         report.raise_problems()
 
 
-def test_the_table_has_a_line_for_each_leaf_that_was_not_simply_restored(report: sw.RestoreReport) -> None:
+def test_the_table_has_a_line_for_each_leaf_that_was_not_simply_restored(report: sw.results.RestoreReport) -> None:
     assert str(report) == table_of(report.path)
 
 
-def test_in_a_terminal_it_is_a_rich_table(report: sw.RestoreReport) -> None:
+def test_in_a_terminal_it_is_a_rich_table(report: sw.results.RestoreReport) -> None:
     console = Console(width=300, color_system=None)
     with console.capture() as captured:
         console.print(report)
@@ -117,7 +117,7 @@ def test_in_a_terminal_it_is_a_rich_table(report: sw.RestoreReport) -> None:
     ]
 
 
-def test_in_a_notebook_it_is_html(report: sw.RestoreReport) -> None:
+def test_in_a_notebook_it_is_html(report: sw.results.RestoreReport) -> None:
     html = report._repr_html_()
     assert html.count("<table>") == 2
     assert html.count("<tr>") == 1 + 5 + 1 + 4
@@ -125,11 +125,11 @@ def test_in_a_notebook_it_is_html(report: sw.RestoreReport) -> None:
     assert '<td style="text-align:left;white-space:pre-wrap">is (2, 3) in the checkpoint</td>' in html
 
 
-def test_as_json_it_is_the_same(report: sw.RestoreReport) -> None:
+def test_as_json_it_is_the_same(report: sw.results.RestoreReport) -> None:
     data = json.loads(report.to_json())
     assert data == report.to_dict()
     assert (data["path"], data["ok"], data["counts"]) == (report.path, False, report.counts)
-    assert (data["mends"], data["written"]) == (list(report.mends), report.written)
+    assert (data["hints"], data["written"]) == (list(report.hints), report.written)
     assert data["leaves"][0] == {
         "path": "b",
         "kind": "params",
@@ -149,7 +149,7 @@ def test_where_all_was_restored_there_is_a_line_for_each_kind(tmp_path: pathlib.
     sw.save(tmp_path / "run", state)
     _, report = sw.restore(tmp_path / "run", state)
     report.raise_problems()
-    assert (report.ok, report.problems, report.mends) == (True, (), ())
+    assert (report.ok, report.problems, report.hints) == (True, (), ())
     assert str(report) == (
         f"restore of {tmp_path}/run\n"
         "kind    leaves  outcome\n"
@@ -196,14 +196,14 @@ def test_the_census_of_a_trained_state_is_that_of_its_saved_kinds(tmp_path: path
     found, census = sw.inspect(tmp_path / "run"), sw.census(state)
     assert list(found) == list(census)
     assert [found[kind] for kind in found if kind != "cache"] == [census[kind] for kind in census if kind != "cache"]
-    assert (found["cache"].leaves, found["cache"].treatment) == (0, "not saved, restart=zeros_like")
+    assert (found["cache"].leaves, found["cache"].handling) == (0, "not saved, restart=zeros_like")
 
 
 def test_the_census_says_which_kinds_were_left_out(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "run", state_of(w=nnx.Param(ONES), s=nnx.BatchStat(ONES)), only="params")
     found = sw.inspect(tmp_path / "run")
-    assert (found["params"].leaves, found["params"].treatment) == (1, "-")
-    assert (found["stats"].leaves, found["stats"].treatment) == (0, "not in this checkpoint")
+    assert (found["params"].leaves, found["params"].handling) == (1, "-")
+    assert (found["stats"].leaves, found["stats"].handling) == (0, "not in this checkpoint")
 
 
 def test_a_report_is_iterated_leaf_by_leaf(tmp_path: pathlib.Path) -> None:

@@ -22,17 +22,17 @@ def small() -> sw.State:
 @pytest.mark.parametrize("state", [nnx.Linear(2, 3, rngs=nnx.Rngs(0)), "run", None], ids=lambda x: type(x).__name__)
 def test_what_is_no_state(tmp_path: pathlib.Path, state: Any) -> None:
     message = f"sw.save wants a state, not {type(state).__name__}."
-    with refused(sw.StructureError, message, mend="sw.save(path, plan.take(model))"):
+    with refused(sw.StructureError, message, hint="sw.save(path, plan.take(model))"):
         sw.save(tmp_path / "run", state)
     message = f"sw.checkpointable wants a state, not {type(state).__name__}."
-    with refused(sw.StructureError, message, mend="sw.checkpointable(plan.take(model))"):
+    with refused(sw.StructureError, message, hint="sw.checkpointable(plan.take(model))"):
         sw.checkpointable(state)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", [None, 3, ("run",)], ids=str)
 def test_what_is_no_path(path: Any) -> None:
-    with refused(sw.SaveError, f"{type(path).__name__} is no path.", mend="sw.save('run/step_100', state)"):
+    with refused(sw.SaveError, f"{type(path).__name__} is no path.", hint="sw.save('run/step_100', state)"):
         sw.save(path, small())
 
 
@@ -40,7 +40,7 @@ def test_an_object_store() -> None:
     with refused(
         sw.SaveError,
         "gs://bucket/run is on an object store, which cannot rename a directory at once.",
-        mend="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
+        hint="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
         "state=sw.checkpointable(state)))",
     ):
         sw.save("gs://bucket/run", small())
@@ -61,7 +61,7 @@ def test_what_is_there_is_never_written_over(tmp_path: pathlib.Path, there: str)
     with refused(
         sw.SaveError,
         f"There is something at {path} already, and nothing is written over.",
-        mend="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
+        hint="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
     ):
         sw.save(path, small())
     assert sorted(tmp_path.rglob("*")) == before
@@ -72,7 +72,7 @@ def test_a_layout_that_is_not_there(tmp_path: pathlib.Path) -> None:
         lambda: sw.save(tmp_path / "run", small(), layout="zip"),
         lambda: sw.checkpointable(small(), layout="zip"),
     ):
-        with refused(sw.SaveError, "layout='zip' is neither 'named' nor 'packed'.", mend="layout='packed'"):
+        with refused(sw.SaveError, "layout='zip' is neither 'named' nor 'packed'.", hint="layout='packed'"):
             save()
     assert not list(tmp_path.iterdir())
 
@@ -84,10 +84,10 @@ def test_only_a_kind_that_is_not_there_or_is_never_saved(tmp_path: pathlib.Path)
         lambda only: sw.save(tmp_path / "run", small(), only=only),
         lambda only: sw.checkpointable(small(), only=only),
     ):
-        with refused(sw.KindError, "There is no kind 'gates'.", kind="gates", mend=known):
+        with refused(sw.DeclarationError, "There is no kind 'gates'.", kind="gates", hint=known):
             save(("params", "gates"))
         message = "The kind 'cache' is declared ephemeral, and is never saved."
-        with refused(sw.KindError, message, kind="cache", mend=ephemeral):
+        with refused(sw.DeclarationError, message, kind="cache", hint=ephemeral):
             save("cache")
     assert not list(tmp_path.iterdir())
 
@@ -98,9 +98,9 @@ def test_a_spent_state(tmp_path: pathlib.Path) -> None:
     state.restart("params")
     with refused(
         sw.StructureError,
-        "This state is spent: restart('params') has donated its params.",
+        "This state was donated: restart('params') has donated its params.",
         kind="params",
-        mend="use the state that came back: state, out = step(state, ...)\n"
+        hint="use the state that came back: state, out = step(state, ...)\n"
         "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)",
     ):
         sw.save(tmp_path / "run", state)
@@ -118,7 +118,7 @@ def test_an_abstract_state(tmp_path: pathlib.Path) -> None:
     with refused(
         sw.StructureError,
         "This state is abstract: it has shapes but no values to save.",
-        mend="sw.save(path, plan.take(model))",
+        hint="sw.save(path, plan.take(model))",
     ):
         sw.save(tmp_path / "run", small().plan.abstract())
     assert not list(tmp_path.iterdir())
@@ -128,7 +128,7 @@ def test_a_state_inside_jit(tmp_path: pathlib.Path) -> None:
     with refused(
         sw.StructureError,
         "This state is being traced: inside jax.jit there are no values to save.",
-        mend="return the state from the function, and save what comes back",
+        hint="return the state from the function, and save what comes back",
     ):
         jax.jit(lambda state: sw.save(tmp_path / "run", state))(small())
     assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ def test_a_batch_of_states(tmp_path: pathlib.Path) -> None:
         sw.StructureError,
         "The state's arrays are not as its plan has them.",
         leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) float32)"],
-        mend="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
+        hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')",
     ):

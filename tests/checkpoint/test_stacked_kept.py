@@ -147,7 +147,7 @@ def test_members_come_in_an_order(tmp_path: Path, members: Any) -> None:
     for into in (PLAN.stacked(2).abstract(), PLAN.abstract()):
         with pytest.raises(sw.RestoreError, match=r"members=.* has no order") as caught:
             sw.restore(tmp_path / "a", into, members=members)
-        assert "members=" in (caught.value.mend or "")
+        assert "members=" in (caught.value.hint or "")
 
 
 def test_into_a_larger_ensemble_the_rest_is_kept_where_it_is_said(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_objects_stacked_by_nnx_and_planned_as_one_model_are_the_same_arrays(tmp
 
 
 @pytest.mark.parametrize(
-    ("target", "options", "fact", "mend"),
+    ("target", "options", "fact", "hint"),
     [
         (PLAN, {}, "is an ensemble of 3 in the checkpoint", "one of its members: sw.restore(path, target, members=0)"),
         (
@@ -255,13 +255,13 @@ def test_objects_stacked_by_nnx_and_planned_as_one_model_are_the_same_arrays(tmp
     ],
 )
 def test_other_members_are_not_guessed(
-    tmp_path: Path, target: sw.Plan, options: dict[str, Any], fact: str, mend: str
+    tmp_path: Path, target: sw.Plan, options: dict[str, Any], fact: str, hint: str
 ) -> None:
     sw.save(tmp_path / "a", ensemble_of(3))
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(tmp_path / "a", target.abstract(), only=("params", "stats"), **options)
     assert fact in {leaf.note for leaf in caught.value.leaves if leaf.kind == "params"}
-    assert mend.replace("target", "target") in (caught.value.mend or "") or "only=" in (caught.value.mend or "")
+    assert hint.replace("target", "target") in (caught.value.hint or "") or "only=" in (caught.value.hint or "")
 
 
 def test_one_stream_does_not_go_into_several_members(tmp_path: Path) -> None:
@@ -273,13 +273,13 @@ def test_one_stream_does_not_go_into_several_members(tmp_path: Path) -> None:
         "drop/rngs/key: RngKey(2,) key<threefry2x32>  kind=rng  "
         "(is one random stream for several members, which would draw the same noise, in the checkpoint)"
     )
-    assert caught.value.mend == (
+    assert caught.value.hint == (
         "restore the kinds without random streams, into a state that has its own: only=('params', 'stats')"
     )
 
 
 @pytest.mark.parametrize(
-    ("target", "members", "message", "mend"),
+    ("target", "members", "message", "hint"),
     [
         (PLAN, [1], "members=[1] does not fit a target that is one model.", "members=0"),
         (PLAN.stacked(3), 1, "members=1 does not fit a target that is an ensemble of 3.", "members=[0, 1, 2]"),
@@ -299,17 +299,17 @@ def test_one_stream_does_not_go_into_several_members(tmp_path: Path) -> None:
         (PLAN, 0.5, "The checkpoint is of an ensemble of 3: it has no member 0.5.", "members=0"),
     ],
 )
-def test_members_that_are_none(tmp_path: Path, target: sw.Plan, members: Any, message: str, mend: str) -> None:
+def test_members_that_are_none(tmp_path: Path, target: sw.Plan, members: Any, message: str, hint: str) -> None:
     sw.save(tmp_path / "a", ensemble_of(3))
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(tmp_path / "a", target.abstract(), members=members)
-    assert (caught.value.message, caught.value.mend) == (message, mend)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
-def test_a_manifest_whose_members_do_not_fit_is_damaged(tmp_path: Path) -> None:
+def test_a_manifest_whose_members_do_not_fit_is_corrupted(tmp_path: Path) -> None:
     import hashlib
 
-    from statewise.checkpoint.manifest import content_text
+    from statewise._src.checkpoint.format.manifest import content_text
 
     sw.save(tmp_path / "a", ensemble_of(2))
     file = tmp_path / "a" / "statewise.json"
@@ -326,5 +326,5 @@ def test_a_manifest_whose_members_do_not_fit_is_damaged(tmp_path: Path) -> None:
         text = content_text(content)
         digest = hashlib.sha256(text.encode()).hexdigest()
         file.write_text(f'{{"statewise":1,"sha256":"{digest}","content":{text}}}\n')
-        with pytest.raises(sw.DamagedError, match="an array has not a value for each member"):
+        with pytest.raises(sw.CorruptedError, match="an array has not a value for each member"):
             sw.inspect(tmp_path / "a")

@@ -40,26 +40,26 @@ def test_two_values_of_one_leaf_are_refused_before_anything_is_written(tmp_path:
         before = sorted(tmp_path.rglob("*"))
         name = "the mapping" if isinstance(source, dict) else source
         made = tmp_path / "made"
-        mend = "untie the leaves in the model before planning it, or leave one out: rename={'w1': None}"
+        hint = "untie the leaves in the model before planning it, or leave one out: rename={'w1': None}"
         with refused(
             sw.RestoreError,
             f"{name} does not become {made} (statewise): 1 leaf is in the way. Nothing was read or written.",
             leaves=[
                 "w0: Param(2, 3) float32  kind=params  (is tied, and has two different values in the source: w0 and w1)"
             ],
-            mend=mend,
+            hint=hint,
         ):
             sw.convert(source, made, target=tied())
         dry = sw.convert(source, made, target=tied(), dry_run=True)
         assert not dry.ok
-        assert dry.mends == (mend,)
+        assert dry.hints == (hint,)
         assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_the_hint_leaves_out_is_left_over(tmp_path: pathlib.Path) -> None:
     for source in sources(tmp_path, arrays(1.0, 2.0)):
         conversion = sw.convert(source, None, to="linen", target=tied(), rename={"w1": None})
-        assert conversion.left_over == ("w1",)
+        assert conversion.unexpected == ("w1",)
         assert np.array_equal(conversion.tree["params"]["w0"], np.full((2, 3), 1.0))
 
 
@@ -67,7 +67,7 @@ def test_equal_values_are_one_leaf_and_nothing_is_left_over(tmp_path: pathlib.Pa
     for source in sources(tmp_path, arrays(1.0, 1.0, 1.0)):
         conversion = sw.convert(source, None, to="linen", target=tied(names=3))
         assert conversion.ok
-        assert conversion.left_over == ()
+        assert conversion.unexpected == ()
         assert [name for name, _ in conversion.matched] == ["other", "w0"]
 
 

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import statewise as sw
 from checkpoint_models import bits, one_of, taken
 from refusals import refused
-from statewise import _compat
-from statewise.checkpoint import writing
+from statewise._src.checkpoint.orbax import write as writing
+from statewise._src.common import compat
 
 DTYPES = ("bool", "int4", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64")
 
@@ -42,7 +42,7 @@ def restored(folder: Path) -> Any:
 
 
 def database(folder: Path) -> dict[bytes, bytes]:
-    store = _compat.tensorstore().KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    store = compat.tensorstore().KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
     return {key: store.read(key).result().value for key in store.list().result()}
 
 
@@ -171,6 +171,6 @@ def test_a_write_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monke
 
     monkeypatch.setattr(writing, "_write_together", full)
     said = f"{tmp_path}/first could not be written: No space left on device. Nothing of it was left."
-    with refused(sw.SaveError, said, mend="free some space, or choose a directory that can be written to"):
+    with refused(sw.SaveError, said, hint="free some space, or choose a directory that can be written to"):
         sw.save(tmp_path / "first", taken({"a": jnp.ones(3)}))
     assert list(tmp_path.iterdir()) == []

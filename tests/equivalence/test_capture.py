@@ -88,7 +88,7 @@ def test_aux_and_captured_values_come_back_from_training(names: Any) -> None:
         assert_same_flat(flat_of(mine), flat_of(theirs))
         assert len(mine["hidden"]) == 2
     plan.put(state, model)  # nothing of it stays in the model
-    assert sw.plan(model).dropped == ()
+    assert sw.plan(model).excluded == ()
 
 
 def test_captured_values_of_an_evaluation() -> None:

@@ -66,7 +66,7 @@ def test_it_learns_more_than_how_often_each_character_occurs(ran: tuple[demo.Dem
     assert result.held_out_loss < 0.9 * result.unigram_entropy < result.train_losses[0]
 
 
-def test_the_careless_evaluation_is_refused_with_every_leaf_and_the_mend(
+def test_the_careless_evaluation_is_refused_with_every_leaf_and_the_hint(
     ran: tuple[demo.DemoResult, str, int],
 ) -> None:
     result, _, _ = ran

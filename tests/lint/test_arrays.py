@@ -1,4 +1,4 @@
-"""Traps of arrays: where they stand, and what shares them."""
+"""Rules of arrays: where they stand, and what shares them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_findings_are_shown_in_full(run: Run) -> None:
         "statistic-starts-at-zero: 1 statistic of spread is all zeros.",
         "  running_var: BatchStat(3,) float32  kind=stats",
         "  why: dividing by its square root gives infinities or huge numbers until enough batches were seen",
-        "  mend: self.running_var = BatchStat(jnp.ones(...))",
+        "  hint: self.running_var = BatchStat(jnp.ones(...))",
     ]
 
 
@@ -93,7 +93,7 @@ def test_traps_that_are_ignored(run: Run) -> None:
     assert codes(run, "norm", *ignored) == []
     status, out, err = run("norm", "--ignore", "nonsense")
     assert (status, out) == (2, "")
-    assert "statewise: There is no trap 'nonsense'. (mend: one of: statistic-starts-at-zero" in err
+    assert "statewise: There is no rule 'nonsense'. (hint: one of: statistic-starts-at-zero" in err
 
 
 def test_how_much_is_to_be_decoded(run: Run) -> None:

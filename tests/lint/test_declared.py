@@ -1,4 +1,4 @@
-"""Traps of the declaration: kinds that do not fit the leaves, or that lose something."""
+"""Rules of the declaration: kinds that do not fit the leaves, or that lose something."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_leaves_that_no_kind_claims_are_a_finding_not_an_error() -> None:
         "unclaimed-leaf",
         "1 leaf is claimed by no kind.",
         ["stat: BatchStat(2,) float32"],
-        caught.value.mend or "",
+        caught.value.hint or "",
         model,
         kinds=PARAMS,
     )
@@ -43,16 +43,16 @@ def test_other_traps_are_seen_where_the_kinds_do_not_fit() -> None:
 
 def test_leaves_that_two_kinds_claim_are_a_finding_not_an_error() -> None:
     model = nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(sw.ContestedError) as caught:
+    with pytest.raises(sw.OverlapError) as caught:
         LORA.plan(model)
     finds(
-        "contested-leaf",
+        "overlapping-leaf",
         "2 leaves are claimed by more than one kind.",
         [
             "lora_a: LoRAParam(2, 1) float32  (claimed by params and lora)",
             "lora_b: LoRAParam(1, 3) float32  (claimed by params and lora)",
         ],
-        caught.value.mend or "",
+        caught.value.hint or "",
         model,
         kinds=LORA,
     )
@@ -79,7 +79,7 @@ def test_an_overlap_is_seen_in_any_order_and_form(one: Any, first: bool) -> None
     kinds = sw.Kinds(**(pair if first else dict(reversed(pair.items()))))
     (found,) = sw.lint(linear(), kinds=kinds)
     assert found.code == "overlapping-kinds"
-    assert found.mend.startswith("kinds = kinds.replace(wide=dataclasses.replace(kinds['wide'], of=nnx.All(")
+    assert found.hint.startswith("kinds = kinds.replace(wide=dataclasses.replace(kinds['wide'], of=nnx.All(")
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_the_standard_kinds_do_not_overlap() -> None:
     clean(linear(), kinds=sw.Kinds.standard())
 
 
-def test_the_mend_of_an_overlap_works() -> None:
+def test_the_hint_of_an_overlap_works() -> None:
     kinds = LORA
     (found,) = sw.lint(linear(), kinds=kinds)
     scope = {"kinds": kinds, "sw": sw, "nnx": nnx}
-    exec(found.mend, scope)
+    exec(found.hint, scope)
     clean(linear(), kinds=scope["kinds"])
 
 

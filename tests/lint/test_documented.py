@@ -1,4 +1,4 @@
-"""Each trap is explained in docs/lint.md, with a model that stands in it and one that does not."""
+"""Each rule is explained in docs/lint.md, with a model that stands in it and one that does not."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from statewise.lint import TRAPS
+from statewise._src.inspect.lint import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "lint.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^##? |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
 def test_the_page_explains_the_traps_that_there_are() -> None:
-    assert sorted(SECTIONS) == sorted(trap.code for trap in TRAPS)
+    assert sorted(SECTIONS) == sorted(rule.code for rule in RULES)
 
 
-@pytest.mark.parametrize("code", [trap.code for trap in TRAPS])
-def test_a_section_has_a_repro_and_a_mend(code: str) -> None:
+@pytest.mark.parametrize("code", [rule.code for rule in RULES])
+def test_a_section_has_a_repro_and_a_hint(code: str) -> None:
     # tests/test_doctests.py runs them.
     before, *blocks = re.split(r"^```python\n", SECTIONS[code], flags=re.MULTILINE)
     run = "".join(block.partition("\n```")[0] for block in blocks)
     assert len(before.split()) > 5
     assert f'"{code}"' in run
     assert "== []" in run
-    assert "# the mend" in run
+    assert "# the hint" in run

@@ -296,6 +296,6 @@ def test_models_without_a_fault(make: Any) -> None:
     ],
 )
 def test_where_a_hint_assigns(make: Any, target: str) -> None:
-    assert [found.mend for found in sw.lint(make())] == [
+    assert [found.hint for found in sw.lint(make())] == [
         f"{target} = nnx.Variable(...)  # or a subclass of it that says what it is"
     ]

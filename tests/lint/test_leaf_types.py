@@ -1,4 +1,4 @@
-"""Traps of types: what a leaf's type promises, and what it holds."""
+"""Rules of types: what a leaf's type promises, and what it holds."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Position(nnx.Variable):
     pass
 
 
-def mend(name: str, others: str = "kinds") -> str:
+def hint(name: str, others: str = "kinds") -> str:
     return (
         f"kinds = {others} | sw.Kinds(positions=sw.Kind(sw.Path('**/{name}'), saved=False, restart=jnp.zeros_like))"
         "  # or a function that gives what it starts with\n"
@@ -54,10 +54,10 @@ def test_a_position_by_its_name(name: str, type_: Any) -> None:
         "position-left-behind",
         "1 position in a cache does not restart with it.",
         [f"0/{name}: {type_.__name__}() int32  kind=variables"],
-        mend(name),
+        hint(name),
         model,
     )
-    parses(mend(name))
+    parses(hint(name))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_position_by_its_name(name: str, type_: Any) -> None:
 def test_the_hint_restarts_it(kinds: sw.Kinds) -> None:
     model = Layer()
     (found,) = sw.lint(model, kinds=kinds)
-    line, restart, _ = found.mend.splitlines()
+    line, restart, _ = found.hint.splitlines()
     scope: dict[str, Any] = {"sw": sw, "nnx": nnx, "jnp": jnp, "dataclasses": dataclasses, "kinds": kinds}
     exec(line, scope)
     kinds = scope["kinds"]
@@ -114,12 +114,12 @@ def test_audit_tells_it_of_a_step_that_writes_both_whatever_the_name() -> None:
 
     audit = sw.audit(sw.step(decode, writes=("cache", "variables")), state, TOKEN)
     assert [row.path for row in audit.left_behind] == [("layer", "n")]
-    assert audit.left_behind_mend == mend("n")
+    assert audit.left_behind_hint == hint("n")
     assert "left behind by restart()" in str(audit)
     assert "self.n = nnx.Cache(jnp.array(0))" in str(audit)
     reads = sw.audit(sw.step(lambda model, token: model.layer.keys[...].sum()), state, TOKEN)
     assert reads.left_behind == ()
-    assert reads.left_behind_mend is None
+    assert reads.left_behind_hint is None
 
 
 def test_audit_says_nothing_of_flax_layers() -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 import statewise as sw
 from linted import clean, codes
 from refusals import refused
-from statewise.lint import TRAPS
-from statewise.lint.reading import read
+from statewise._src.inspect.lint import RULES
+from statewise._src.inspect.lint.read_values import read
 
 
 def zeros(number: int = 1) -> nnx.Dict:
@@ -26,10 +26,10 @@ def zeros(number: int = 1) -> nnx.Dict:
 
 
 def test_there_are_many_traps_each_with_a_name_and_a_reason() -> None:
-    names = [trap.code for trap in TRAPS]
+    names = [rule.code for rule in RULES]
     assert len(names) == len(set(names)) >= 15
     assert all(name == name.lower() and " " not in name for name in names)
-    assert all(trap.why and not trap.why.endswith(".") for trap in TRAPS)
+    assert all(rule.why and not rule.why.endswith(".") for rule in RULES)
 
 
 def test_nothing_found_is_an_empty_list() -> None:
@@ -91,7 +91,7 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_kinds_of_another_plan() -> None:
-    with refused(sw.KindError, "A plan is looked at by its own kinds.", mend="sw.lint(model, kinds=kinds)"):
+    with refused(sw.DeclarationError, "A plan is looked at by its own kinds.", hint="sw.lint(model, kinds=kinds)"):
         sw.lint(sw.plan(zeros()), kinds=sw.Kinds(rest=sw.Kind(...)))
     clean(sw.plan(zeros()), kinds=sw.Kinds.standard())
 
@@ -104,7 +104,7 @@ def test_a_plan_or_a_state_among_other_objects(take: bool) -> None:
         sw.lint(given, zeros())
     name = "state" if take else "plan"
     assert caught.value.message == f"A {name} is looked at alone: it holds all of its objects."
-    assert caught.value.mend == "sw.lint(plan)"
+    assert caught.value.hint == "sw.lint(plan)"
 
 
 @pytest.mark.parametrize("given", [3, jnp.ones(2), nnx.Linear, None])
@@ -119,7 +119,9 @@ def test_no_object_at_all() -> None:
 
 
 def test_kinds_that_are_none() -> None:
-    with refused(sw.KindError, "dict is no Kinds.", mend="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"):
+    with refused(
+        sw.DeclarationError, "dict is no Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"
+    ):
         sw.lint(zeros(), kinds={})
 
 
@@ -128,7 +130,7 @@ def test_a_spent_state() -> None:
     kinds = sw.Kinds(stats=sw.Kind(nnx.BatchStat, restart=jnp.ones_like))
     state = kinds.plan(model).take(model)
     clean(state.restart())
-    with pytest.raises(sw.StructureError, match="This state is spent"):
+    with pytest.raises(sw.StructureError, match="This state was donated"):
         sw.lint(state)
 
 
@@ -137,8 +139,8 @@ def test_traps_can_be_left_out_by_name() -> None:
     assert codes(model) == ["statistic-starts-at-zero", "raw-array"]
     assert codes(model, ignore="raw-array") == ["statistic-starts-at-zero"]
     clean(model, ignore=("raw-array", "statistic-starts-at-zero"))
-    mend = f"one of: {', '.join(trap.code for trap in TRAPS)}"
-    with refused(sw.KindError, "There is no trap 'raw-arrays'.", mend=mend):
+    hint = f"one of: {', '.join(rule.code for rule in RULES)}"
+    with refused(sw.DeclarationError, "There is no rule 'raw-arrays'.", hint=hint):
         sw.lint(model, ignore="raw-arrays")
 
 
@@ -162,7 +164,7 @@ def test_a_finding_is_plain_data() -> None:
                 }
             ],
             "why": "dividing by its square root gives infinities or huge numbers until enough batches were seen",
-            "mend": "self.var_0 = BatchStat(jnp.ones(...))",
+            "hint": "self.var_0 = BatchStat(jnp.ones(...))",
         }
     ]
     assert pickle.loads(pickle.dumps(findings)) == findings
@@ -180,7 +182,7 @@ def test_a_finding_is_one_line_and_findings_are_shown_in_full() -> None:
     assert lines[-3:] == [
         "  ... and 2 more (all in .leaves)",
         "  why: dividing by its square root gives infinities or huge numbers until enough batches were seen",
-        "  mend: self.var_0 = BatchStat(jnp.ones(...))",
+        "  hint: self.var_0 = BatchStat(jnp.ones(...))",
     ]
 
 
@@ -202,7 +204,7 @@ def test_a_path_with_odd_characters_stays_on_one_line() -> None:
     findings = sw.lint(model)
     assert "\\n\\x1b[31m" in str(findings[0])
     assert "\x1b" not in str(findings)
-    assert findings[0].mend == "model['var_\\n\\x1b[31m'] = BatchStat(jnp.ones(...))"
+    assert findings[0].hint == "model['var_\\n\\x1b[31m'] = BatchStat(jnp.ones(...))"
 
 
 def test_values_are_fetched_together(monkeypatch: pytest.MonkeyPatch) -> None:

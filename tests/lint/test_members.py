@@ -47,7 +47,7 @@ def test_members_with_one_key_are_found() -> None:
     assert [str(leaf) for leaf in finding.leaves] == [
         "drop/rngs/key: RngKey(3,) key<fry>  kind=rng  (member 2 as member 0)"
     ]
-    assert "plan.stacked(3, rng=None)" in finding.mend
+    assert "plan.stacked(3, rng=None)" in finding.hint
     assert sw.lint(states, ignore="members-share-noise") == []
 
 

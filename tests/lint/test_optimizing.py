@@ -1,4 +1,4 @@
-"""Traps of training: what an optimizer updates that it should not, and what it keeps."""
+"""Rules of training: what an optimizer updates that it should not, and what it keeps."""
 
 from __future__ import annotations
 
@@ -286,11 +286,11 @@ def test_copies_of_an_average_among_what_is_trained() -> None:
     clean(model, ema, optimizer(model))
 
 
-def test_the_mend_of_trained_averages_works() -> None:
+def test_the_hint_of_trained_averages_works() -> None:
     model = linear()
     objects = (model, nnx.EMA(model, decay=0.9))
     kinds = sw.Kinds(params=sw.Kind(nnx.Param))
     (found,) = sw.lint(kinds.plan(*objects, optimizers={"params": optax.sgd(0.1)}))
     scope = {"kinds": kinds, "sw": sw, "nnx": nnx}
-    exec(found.mend, scope)
+    exec(found.hint, scope)
     clean(scope["kinds"].plan(*objects, optimizers={"params": optax.sgd(0.1)}))

@@ -56,16 +56,16 @@ def test_a_restart_that_zeroes_every_factor(restart: Any) -> None:
         "layer/lora/lora_a: LoRAParam(4, 2) float32  kind=lora",
         "layer/lora/lora_b: LoRAParam(2, 5) float32  kind=lora",
     ]
-    mend = (
+    hint = (
         "kinds = kinds.replace(lora=dataclasses.replace(kinds['lora'], restart=lambda array, key, path: "
         "jnp.zeros_like(array) if path[-1] == 'lora_b' else "
         "nnx.initializers.he_uniform()(key, array.shape, array.dtype)))"
     )
     declared = kinds(restart)
-    finds("adapter-of-zeros", message, leaves, mend, model(), kinds=declared)
-    finds("adapter-of-zeros", message, leaves, mend, declared.plan(model()))
+    finds("adapter-of-zeros", message, leaves, hint, model(), kinds=declared)
+    finds("adapter-of-zeros", message, leaves, hint, declared.plan(model()))
     names: dict[str, Any] = {"kinds": declared, "dataclasses": dataclasses, "jnp": jnp, "nnx": nnx}
-    exec(mend, names)
+    exec(hint, names)
     clean(names["kinds"].plan(model()))
     state = names["kinds"].plan(model()).take(model()).restart("lora", key=KEY)
     assert state["lora"]["alone"]["lora_a"].all()
@@ -124,7 +124,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("restart", DRAWS.values(), ids=DRAWS.keys())
 def test_a_restart_that_draws_from_a_key_of_its_own(restart: Any) -> None:
-    mend = (
+    hint = (
         "kinds = kinds.replace(lora=dataclasses.replace(kinds['lora'], restart=lambda array, key: "
         "jax.random.normal(key, array.shape, array.dtype), missing='keep'))"
     )
@@ -134,11 +134,11 @@ def test_a_restart_that_draws_from_a_key_of_its_own(restart: Any) -> None:
         "restart-draws-alike",
         "The restart of lora draws from a key of its own.",
         ["lora_a: LoRAParam(4, 2) float32  kind=lora", "lora_b: LoRAParam(2, 5) float32  kind=lora"],
-        mend,
+        hint,
         declared.plan(one),
     )
     names: dict[str, Any] = {"kinds": declared, "dataclasses": dataclasses, "jax": jax}
-    exec(mend, names)
+    exec(hint, names)
     clean(names["kinds"].plan(one))
 
 

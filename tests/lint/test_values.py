@@ -1,4 +1,4 @@
-"""Traps that only values tell."""
+"""Rules that only values tell."""
 
 from __future__ import annotations
 

@@ -33,13 +33,13 @@ def chromium() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def net() -> sw.Report:
+def net() -> sw.results.Report:
     """Of a model of several kinds."""
     return sw.report(Net())
 
 
 @pytest.fixture(scope="session")
-def ten_thousand() -> sw.Report:
+def ten_thousand() -> sw.results.Report:
     """Of a model of ten thousand leaves."""
     return sw.report(many(10_000))
 
@@ -68,7 +68,7 @@ def open_page(browser: Browser, tmp_path: Path, said: list[str]) -> Iterator[Ope
     asked: list[str] = []
     contexts = []
 
-    def open_page(report: sw.Report, *, scheme: str = "light", width: int = 1280, height: int = 900) -> Page:
+    def open_page(report: sw.results.Report, *, scheme: str = "light", width: int = 1280, height: int = 900) -> Page:
         file = tmp_path / "report.html"
         report.write(file)
         context = browser.new_context(

@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 
 import statewise as sw
 from reported import HOSTILE, Net, abstract, hostile
-from statewise.tables import format_bytes, printable
+from statewise._src.common.tables import format_bytes, printable
 
 Open = Callable[..., Page]
 
@@ -42,7 +42,7 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def report() -> sw.Report:
+def report() -> sw.results.Report:
     other = Net()
     other.layers[3].up.kernel[...] += 0.5
     return sw.report(Net(), other, mesh={"data": 4, "model": 2})
@@ -83,7 +83,7 @@ def contrast(page: Page, selector: str) -> float:
     )
 
 
-def test_the_page_opens_and_says_what_it_is_about(open_page: Open, report: sw.Report) -> None:
+def test_the_page_opens_and_says_what_it_is_about(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     assert page.title() == "Net · Statewise"
     assert page.locator("h1").inner_text() == "Net"
@@ -109,7 +109,7 @@ def test_a_part_that_there_is_not_is_not_shown(open_page: Open) -> None:
     assert texts(page, "#findings-list") == ["No findings."]
 
 
-def test_kinds_are_those_of_the_census_with_their_treatment(open_page: Open, report: sw.Report) -> None:
+def test_kinds_are_those_of_the_census_with_their_treatment(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     assert [row[:4] for row in rows(page, "#kinds-table")] == [
         [kind.name, f"{kind.leaves:,}", f"{kind.elements:,}", format_bytes(kind.bytes)] for kind in report.census.counts
@@ -124,7 +124,7 @@ def test_a_comma_within_a_treatment_parts_nothing(open_page: Open) -> None:
     assert page.locator("#kinds-table .tag").all_inner_texts() == ["frozen", "placement=Sharded('data', None)"]
 
 
-def test_memory_of_each_device_is_shown_with_what_is_not_in_it(open_page: Open, report: sw.Report) -> None:
+def test_memory_of_each_device_is_shown_with_what_is_not_in_it(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     assert "Activations are not in it" in page.locator("#memory-note").inner_text()
     assert [(row[0], row[3]) for row in rows(page, "#memory-table")] == [
@@ -135,14 +135,14 @@ def test_memory_of_each_device_is_shown_with_what_is_not_in_it(open_page: Open, 
     assert max(widths) == widths[0]
 
 
-def test_findings_say_why_and_how_to_mend_and_lead_to_their_leaves(open_page: Open, report: sw.Report) -> None:
+def test_findings_say_why_and_how_to_hint_and_lead_to_their_leaves(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     cards = page.locator(".finding")
     for finding, card in zip(report.findings, cards.all(), strict=True):
         assert card.locator("h3").inner_text() == finding.code
         assert card.locator(".fact").inner_text() == finding.message
         assert finding.why in card.inner_text()
-        assert card.locator("pre").inner_text() == finding.mend
+        assert card.locator("pre").inner_text() == finding.hint
     cards.first.get_by_role("button", name="running_var").click()
     assert texts(page, "tr.marked .path") == ["running_var"]
 
@@ -158,7 +158,7 @@ def test_a_finding_of_many_leaves_shows_more_when_asked(open_page: Open) -> None
     assert card.get_by_role("button", name="more").count() == 0
 
 
-def test_what_differs_is_shown_with_the_largest_difference(open_page: Open, report: sw.Report) -> None:
+def test_what_differs_is_shown_with_the_largest_difference(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     assert page.locator("#difference-note").inner_text().startswith("From a model (Net) to a model (Net).")
     assert page.locator("#difference .count").inner_text() == "1 leaf"
@@ -174,7 +174,7 @@ def test_two_that_are_the_same(open_page: Open) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_system_and_can_be_chosen(open_page: Open, report: sw.Report, scheme: str) -> None:
+def test_colours_follow_the_system_and_can_be_chosen(open_page: Open, report: sw.results.Report, scheme: str) -> None:
     page = open_page(report, scheme=scheme)
     other = {"light": "dark", "dark": "light"}[scheme]
     back = "getComputedStyle(document.documentElement).backgroundColor"
@@ -194,13 +194,13 @@ def test_colours_follow_the_system_and_can_be_chosen(open_page: Open, report: sw
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(open_page: Open, report: sw.Report, scheme: str) -> None:
+def test_text_can_be_read(open_page: Open, report: sw.results.Report, scheme: str) -> None:
     page = open_page(report, scheme=scheme)
     found = {selector: contrast(page, selector) for selector in TEXTS}
     assert {selector: ratio for selector, ratio in found.items() if ratio < 4.5} == {}
 
 
-def test_a_narrow_window_scrolls_in_one_direction_only(open_page: Open, report: sw.Report) -> None:
+def test_a_narrow_window_scrolls_in_one_direction_only(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report, width=360, height=640)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     wide = page.locator("#leaves .view").evaluate(
@@ -221,17 +221,17 @@ def test_names_that_are_markup_do_no_harm(open_page: Open) -> None:
     assert page.evaluate("window.harmed") is None
 
 
-def test_no_script_but_the_pages_own_can_run(open_page: Open, report: sw.Report, said: list[str]) -> None:
+def test_no_script_but_the_pages_own_can_run(open_page: Open, report: sw.results.Report, said: list[str]) -> None:
     page = open_page(report)
     page.evaluate(
         """() => {
           const script = document.createElement("script");
           script.textContent = "window.harmed = 1";
           document.body.append(script);
-          document.body.insertAdjacentHTML("beforeend", "<button id=trap onclick='window.harmed = 1'>trap</button>");
+          document.body.insertAdjacentHTML("beforeend", "<button id=rule onclick='window.harmed = 1'>rule</button>");
         }"""
     )
-    page.locator("#trap").click()
+    page.locator("#rule").click()
     assert page.evaluate("window.harmed") is None
     refused = [line for line in said if "Content Security Policy" in line]
     assert len(refused) == len(said) > 0

@@ -53,7 +53,7 @@ def test_a_cell_for_each_kind_as_large_as_it_has_bytes(open_page: Open) -> None:
     assert {name: round(15 * area / whole) for name, area in areas.items()} == {"a": 8, "b": 4, "c": 2, "d": 1}
 
 
-def test_cells_lie_side_by_side_and_fill_the_map(open_page: Open, net: sw.Report) -> None:
+def test_cells_lie_side_by_side_and_fill_the_map(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     whole = page.locator("#treemap").bounding_box()
     boxes = [one.bounding_box() for one in page.locator("#treemap > .cell").all()]
@@ -71,7 +71,7 @@ def test_cells_lie_side_by_side_and_fill_the_map(open_page: Open, net: sw.Report
             assert any(apart)
 
 
-def test_a_click_zooms_in_and_the_trail_leads_back(open_page: Open, net: sw.Report) -> None:
+def test_a_click_zooms_in_and_the_trail_leads_back(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     assert crumbs(page) == ["all"]
     cell(page, "params").click()
@@ -84,14 +84,14 @@ def test_a_click_zooms_in_and_the_trail_leads_back(open_page: Open, net: sw.Repo
     assert crumbs(page) == ["all", "params"]
 
 
-def test_what_a_click_within_a_cell_means_is_that_cell(open_page: Open, net: sw.Report) -> None:
+def test_what_a_click_within_a_cell_means_is_that_cell(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     inner = page.locator("#treemap > .cell[aria-label^='params, '] .cell .cell").first
     inner.click()
     assert crumbs(page) == ["all", "params"]
 
 
-def test_the_keyboard_alone_zooms_in_and_out(open_page: Open, net: sw.Report) -> None:
+def test_the_keyboard_alone_zooms_in_and_out(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     cell(page, "params").focus()
     page.keyboard.press("Enter")
@@ -110,7 +110,7 @@ def test_the_keyboard_alone_zooms_in_and_out(open_page: Open, net: sw.Report) ->
     assert crumbs(page) == ["all"]
 
 
-def test_the_tab_key_comes_to_one_cell_and_goes_on(open_page: Open, net: sw.Report) -> None:
+def test_the_tab_key_comes_to_one_cell_and_goes_on(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     assert page.locator("#treemap [tabindex='0']").count() == 1
     page.locator("#map-list").focus()
@@ -149,7 +149,7 @@ def test_arrow_keys_go_to_the_cell_that_lies_there(open_page: Open) -> None:
     assert focused(page) == "w0"  # there is nothing above
 
 
-def test_every_cell_can_be_reached_by_arrow_keys(open_page: Open, net: sw.Report) -> None:
+def test_every_cell_can_be_reached_by_arrow_keys(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     cell(page, "params").click()
     reached, todo = {names(page)[0]}, [names(page)[0]]
@@ -164,7 +164,7 @@ def test_every_cell_can_be_reached_by_arrow_keys(open_page: Open, net: sw.Report
     assert reached == set(names(page))
 
 
-def test_enter_on_a_leaf_shows_it_in_the_table(open_page: Open, ten_thousand: sw.Report) -> None:
+def test_enter_on_a_leaf_shows_it_in_the_table(open_page: Open, ten_thousand: sw.results.Report) -> None:
     page = open_page(ten_thousand)
     cell(page, "700").or_(page.locator("#treemap > .cell").first).first.focus()
     while page.locator("tr.marked").count() == 0:
@@ -181,7 +181,7 @@ def test_enter_on_a_leaf_shows_it_in_the_table(open_page: Open, ten_thousand: sw
     )
 
 
-def test_cells_say_what_they_are_to_those_who_do_not_see_them(open_page: Open, net: sw.Report) -> None:
+def test_cells_say_what_they_are_to_those_who_do_not_see_them(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     params = net.census["params"]
     share = 100 * params.bytes / net.census.total.bytes
@@ -192,7 +192,7 @@ def test_cells_say_what_they_are_to_those_who_do_not_see_them(open_page: Open, n
     assert page.locator("#treemap").get_attribute("aria-label").startswith("Map of all, ")
 
 
-def test_the_line_below_tells_what_the_pointer_is_on(open_page: Open, net: sw.Report) -> None:
+def test_the_line_below_tells_what_the_pointer_is_on(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     page.locator(".cell.leaf", has_text="embedding").first.hover()
     assert page.locator("#readout").inner_text().startswith("params/embed/embedding params · Param(50, 16) float32 · ")
@@ -212,7 +212,7 @@ def test_sizes_by_elements_and_by_device_are_others(open_page: Open) -> None:
         assert page.locator("#map-size [aria-pressed=true]").count() == 1
 
 
-def test_grouped_by_path_the_kinds_of_a_module_stand_together(open_page: Open, net: sw.Report) -> None:
+def test_grouped_by_path_the_kinds_of_a_module_stand_together(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     page.get_by_role("button", name="By path").click()
     assert "layers" in names(page)
@@ -228,7 +228,7 @@ def test_a_path_that_begins_with_its_kind_says_it_once(open_page: Open) -> None:
     assert any(name.startswith("optimizer/params/0") for name in names(page))
 
 
-def test_the_leaves_of_a_cell_can_be_listed(open_page: Open, net: sw.Report) -> None:
+def test_the_leaves_of_a_cell_can_be_listed(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     cell(page, "params").click()
     cell(page, "layers").click()
@@ -261,7 +261,7 @@ def test_one_path_can_be_a_leaf_and_a_group(open_page: Open, tmp_path: Path) -> 
     assert names(page) == ["a", "a"]
 
 
-def test_ten_thousand_leaves_are_few_elements(open_page: Open, ten_thousand: sw.Report) -> None:
+def test_ten_thousand_leaves_are_few_elements(open_page: Open, ten_thousand: sw.results.Report) -> None:
     page = open_page(ten_thousand)
     assert ten_thousand.census.total.leaves == 10_000
     page.get_by_role("button", name="By path").click()
@@ -298,7 +298,7 @@ def test_what_is_too_small_to_see_is_one_cell_that_opens(open_page: Open) -> Non
     assert (crumbs(page), focused(page)) == (["all"], "50 more")
 
 
-def test_the_map_follows_the_window(open_page: Open, net: sw.Report) -> None:
+def test_the_map_follows_the_window(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     wide = box(page, "params")["width"]
     page.set_viewport_size({"width": 500, "height": 900})

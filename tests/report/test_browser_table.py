@@ -38,7 +38,7 @@ def settled(page: Page) -> None:
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-def test_rows_are_the_leaves_in_their_order(open_page: Open, net: sw.Report) -> None:
+def test_rows_are_the_leaves_in_their_order(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     leaves = [one.leaf for one in net.leaves]
     assert column(page, 0) == [sw.format_path(leaf.path) for leaf in leaves][: len(rows(page))]
@@ -55,7 +55,7 @@ def test_rows_are_the_leaves_in_their_order(open_page: Open, net: sw.Report) -> 
     assert count(page) == f"{len(leaves)} leaves, {net.census.total.bytes / 1024:.1f} KiB"
 
 
-def test_a_click_on_a_heading_sorts_up_down_and_not_at_all(open_page: Open, net: sw.Report) -> None:
+def test_a_click_on_a_heading_sorts_up_down_and_not_at_all(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     before = column(page, 0)
     numbers = sorted((one.leaf.elements for one in net.leaves), reverse=True)
@@ -72,7 +72,7 @@ def test_a_click_on_a_heading_sorts_up_down_and_not_at_all(open_page: Open, net:
     assert column(page, 0) == before
 
 
-def test_one_heading_sorts_at_a_time(open_page: Open, net: sw.Report) -> None:
+def test_one_heading_sorts_at_a_time(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     head(page, "bytes").get_by_role("button").click()
     head(page, "kind").get_by_role("button").click()
@@ -81,14 +81,14 @@ def test_one_heading_sorts_at_a_time(open_page: Open, net: sw.Report) -> None:
     assert column(page, 1) == sorted(one.leaf.kind for one in net.leaves)[: len(rows(page))]
 
 
-def test_numbers_in_paths_sort_as_numbers(open_page: Open, net: sw.Report) -> None:
+def test_numbers_in_paths_sort_as_numbers(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     page.locator("#leaves input").fill("up/bias")
     head(page, "path").get_by_role("button").click()
     assert column(page, 0) == [f"layers/{at}/up/bias" for at in range(12)]
 
 
-def test_a_heading_sorts_by_keyboard_too(open_page: Open, net: sw.Report) -> None:
+def test_a_heading_sorts_by_keyboard_too(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     head(page, "path").get_by_role("button").focus()
     page.keyboard.press("Enter")
@@ -108,7 +108,7 @@ def test_a_heading_sorts_by_keyboard_too(open_page: Open, net: sw.Report) -> Non
     ],
 )
 def test_every_word_is_looked_for_in_all_that_a_leaf_says(
-    open_page: Open, net: sw.Report, text: str, found: list[str]
+    open_page: Open, net: sw.results.Report, text: str, found: list[str]
 ) -> None:
     page = open_page(net)
     page.locator("#leaves input").fill(text)
@@ -116,7 +116,7 @@ def test_every_word_is_looked_for_in_all_that_a_leaf_says(
     assert count(page).startswith(f"{len(found)} of {len(net.leaves)} leaf" if len(found) == 1 else f"{len(found)} of")
 
 
-def test_what_is_nowhere_is_said_and_escape_clears_the_search(open_page: Open, net: sw.Report) -> None:
+def test_what_is_nowhere_is_said_and_escape_clears_the_search(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     page.locator("#leaves input").fill("no such leaf")
     assert rows(page) == [["Nothing matches."]]
@@ -126,7 +126,7 @@ def test_what_is_nowhere_is_said_and_escape_clears_the_search(open_page: Open, n
     assert count(page).startswith(f"{len(net.leaves)} leaves")
 
 
-def test_a_kind_can_be_chosen(open_page: Open, net: sw.Report) -> None:
+def test_a_kind_can_be_chosen(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     select = page.locator("#leaves select")
     used = [kind.name for kind in net.census.counts if kind.leaves]
@@ -137,7 +137,9 @@ def test_a_kind_can_be_chosen(open_page: Open, net: sw.Report) -> None:
     assert column(page, 0) == ["norm/mean", "norm/var"]
 
 
-def test_a_leaf_that_is_shown_from_elsewhere_is_shown_whatever_is_searched_for(open_page: Open, net: sw.Report) -> None:
+def test_a_leaf_that_is_shown_from_elsewhere_is_shown_whatever_is_searched_for(
+    open_page: Open, net: sw.results.Report
+) -> None:
     page = open_page(net)
     page.locator("#leaves input").fill("kernel")
     page.locator(".finding .link", has_text="running_var").click()
@@ -158,7 +160,7 @@ def test_a_long_path_keeps_its_end_and_is_copied_whole(open_page: Open) -> None:
     assert end["x"] >= room["x"]
 
 
-def test_of_ten_thousand_rows_few_are_in_the_page(open_page: Open, ten_thousand: sw.Report) -> None:
+def test_of_ten_thousand_rows_few_are_in_the_page(open_page: Open, ten_thousand: sw.results.Report) -> None:
     page = open_page(ten_thousand)
     view = page.locator("#leaves .view")
     assert page.locator("#leaves table").get_attribute("aria-rowcount") == "10001"
@@ -183,7 +185,7 @@ def test_of_ten_thousand_rows_few_are_in_the_page(open_page: Open, ten_thousand:
     assert shown[-1] == paths[-1]
 
 
-def test_a_scroll_makes_no_more_rows_than_are_seen(open_page: Open, ten_thousand: sw.Report) -> None:
+def test_a_scroll_makes_no_more_rows_than_are_seen(open_page: Open, ten_thousand: sw.results.Report) -> None:
     page = open_page(ten_thousand)
     made = page.evaluate(
         """async () => {
@@ -199,7 +201,7 @@ def test_a_scroll_makes_no_more_rows_than_are_seen(open_page: Open, ten_thousand
     assert 20 <= made <= 2 * AT_ONCE
 
 
-def test_ten_thousand_rows_are_searched_and_sorted(open_page: Open, ten_thousand: sw.Report) -> None:
+def test_ten_thousand_rows_are_searched_and_sorted(open_page: Open, ten_thousand: sw.results.Report) -> None:
     page = open_page(ten_thousand)
     page.locator("#leaves input").fill("w7 (8, 13)")
     expected = [
@@ -213,7 +215,7 @@ def test_ten_thousand_rows_are_searched_and_sorted(open_page: Open, ten_thousand
     assert len(rows(page)) <= AT_ONCE
 
 
-def test_the_keyboard_scrolls_the_table(open_page: Open, ten_thousand: sw.Report) -> None:
+def test_the_keyboard_scrolls_the_table(open_page: Open, ten_thousand: sw.results.Report) -> None:
     page = open_page(ten_thousand)
     page.locator("#leaves input").focus()
     page.keyboard.press("ArrowDown")

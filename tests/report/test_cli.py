@@ -123,11 +123,11 @@ def test_a_page_that_cannot_be_written_is_wrong_usage(run: Run) -> None:
         (["@fine", "--mesh", "data"], "'data' is no mesh: write its axes and their sizes, data=16,model=8"),
         (
             ["@plan", "--kinds", "models_for_report:kinds"],
-            "Only a model is planned by kinds; plans, states and checkpoints have theirs. (mend: sw.report(target))",
+            "Only a model is planned by kinds; plans, states and checkpoints have theirs. (hint: sw.report(target))",
         ),
         (
             ["models_for_report.py", "--mesh", "data=2"],
-            "A checkpoint lies on no mesh: a plan says where its leaves go. (mend: sw.report(plan, path, mesh=mesh))",
+            "A checkpoint lies on no mesh: a plan says where its leaves go. (hint: sw.report(plan, path, mesh=mesh))",
         ),
     ],
 )

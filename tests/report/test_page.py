@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import statewise as sw
 from reported import HOSTILE, Net, hostile
-from statewise.report.page import SCRIPTS, embedded
+from statewise._src.report.page import SCRIPTS, embedded
 
 ROOT = Path(__file__).parent.parent.parent
 ASSETS = ROOT / "src" / "statewise" / "report" / "assets"

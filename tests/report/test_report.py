@@ -14,8 +14,8 @@ from flax import nnx
 import statewise as sw
 from refusals import refused
 from reported import Net, Tracker, abstract
-from statewise.lies import Lies
-from statewise.report.gathering import describe_lies
+from statewise._src.report.gather import describe_lies
+from statewise._src.sharding.array_placement import Lies
 
 MESH = {"data": 4, "model": 2}
 
@@ -69,7 +69,7 @@ def test_what_an_earlier_sow_left_is_counted_and_said() -> None:
     model = nnx.Dict(weight=nnx.Param(jnp.zeros(3)), seen=nnx.Intermediate(jnp.zeros(5)))
     plan = sw.plan(model)
     report = sw.report(plan)
-    assert len(plan.dropped) == 1
+    assert len(plan.excluded) == 1
     assert report.census.total.leaves == len(report.leaves) == 2
     assert report.leaves[-1].to_dict()["note"] == "left by an earlier sow: no part of a state"
 
@@ -225,17 +225,17 @@ def test_kinds_where_there_is_no_model_are_refused() -> None:
     model = linear()
     plan = sw.plan(model)
     message = "Only a model is planned by kinds; plans, states and checkpoints have theirs."
-    with refused(sw.KindError, message, mend="sw.report(target)"):
+    with refused(sw.DeclarationError, message, hint="sw.report(target)"):
         sw.report(plan, kinds=placed())
-    with refused(sw.KindError, message, mend="sw.report(target)"):
+    with refused(sw.DeclarationError, message, hint="sw.report(target)"):
         sw.report("run/step_1", plan, kinds=placed())
 
 
 def test_a_mesh_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with refused(
-        sw.KindError,
+        sw.DeclarationError,
         "A checkpoint lies on no mesh: a plan says where its leaves go.",
-        mend="sw.report(plan, path, mesh=mesh)",
+        hint="sw.report(plan, path, mesh=mesh)",
     ):
         sw.report(tmp_path, mesh=MESH)
 

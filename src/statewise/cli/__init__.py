@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments, without the program's name; those of the process if None.
 
     Returns:
-      the exit status: 0 fine, 1 findings, 2 wrong usage; of `diff` also 2 where a checkpoint is damaged.
+      the exit status: 0 fine, 1 findings, 2 wrong usage; of `diff` also 2 where a checkpoint is corrupted.
 
     Raises:
       SystemExit: after `--help`, and where the arguments cannot be parsed.

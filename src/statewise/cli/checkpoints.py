@@ -12,16 +12,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from statewise.census import Census
-from statewise.checkpoint.converting import Conversion, convert
-from statewise.checkpoint.differing import Diff, diff
-from statewise.checkpoint.restoring import inspect
+from statewise._src.checkpoint.diff.diff import Diff, diff
+from statewise._src.checkpoint.interop.convert import Conversion, convert
+from statewise._src.checkpoint.restore import inspect
+from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Plan
+from statewise._src.core.state import State
+from statewise._src.inspect.census import Census
+from statewise._src.report.report import Report, report
 from statewise.cli.targets import UsageError
 from statewise.errors import RestoreError
-from statewise.kinds import Kinds
-from statewise.plan import Plan
-from statewise.report import Report, report
-from statewise.state import State
 
 __all__ = ["check", "converted", "differences", "inspected", "is_checkpoint", "reported", "state_of"]
 
@@ -34,7 +34,7 @@ def _usage() -> Iterator[None]:
     except RestoreError as error:
         if error.leaves:
             raise
-        raise UsageError(f"{error.message} (mend: {error.mend})") from error
+        raise UsageError(f"{error.message} (hint: {error.hint})") from error
 
 
 def inspected(path: str) -> Census:
@@ -42,7 +42,7 @@ def inspected(path: str) -> Census:
 
     Raises:
       UsageError: there is nothing, or nothing that is known.
-      DamagedError: it is not what was written.
+      CorruptedError: it is not what was written.
     """
     with _usage():
         return inspect(path)

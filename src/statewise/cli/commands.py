@@ -11,19 +11,19 @@ from typing import Any
 
 from flax import nnx
 
-from statewise.census import census
+from statewise._src.common.nnx_graph import ModelError
+from statewise._src.common.tables import Table, leaf_dict
+from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Plan
+from statewise._src.core.state import State
+from statewise._src.inspect.census import census
+from statewise._src.inspect.lint.lint import lint
+from statewise._src.inspect.memory import memory
+from statewise._src.inspect.select.select import explain
 from statewise.cli.expressions import parse_filter, types_by_name
 from statewise.cli.memory import parse_mesh
 from statewise.cli.targets import Target, UsageError, load, one_line
-from statewise.errors import FilterError, KindError, StatewiseError
-from statewise.kinds import Kinds
-from statewise.lint import lint
-from statewise.memory import memory
-from statewise.plan import Plan
-from statewise.scan import ModelError
-from statewise.select import explain
-from statewise.state import State
-from statewise.tables import Table, leaf_dict
+from statewise.errors import DeclarationError, FilterError, StatewiseError
 
 __all__ = ["run"]
 
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     except UsageError as error:
         print(f"statewise: {error}", file=sys.stderr)
         return 2
-    except (ModelError, FilterError, KindError) as error:
-        mend = f" (mend: {one_line(error.mend)})" if error.mend else ""
-        print(f"statewise: {one_line(error.message)}{mend}", file=sys.stderr)
+    except (ModelError, FilterError, DeclarationError) as error:
+        hint = f" (hint: {one_line(error.hint)})" if error.hint else ""
+        print(f"statewise: {one_line(error.message)}{hint}", file=sys.stderr)
         return 2
     except StatewiseError as error:
         if args.json:
@@ -55,7 +55,7 @@ def _error_dict(error: StatewiseError) -> dict[str, Any]:
         "message": error.message,
         "leaves": [leaf_dict(leaf) for leaf in error.leaves],
         "kind": error.kind,
-        "mend": error.mend,
+        "hint": error.hint,
     }
 
 
@@ -72,7 +72,7 @@ def _plan(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         plan.table(),
         {
             "leaves": list(map(leaf_dict, plan.leaves)),
-            "dropped": list(map(leaf_dict, plan.dropped)),
+            "excluded": list(map(leaf_dict, plan.excluded)),
             **census(plan).to_dict(),
         },
     )

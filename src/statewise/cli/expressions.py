@@ -15,10 +15,10 @@ import jax
 from flax import nnx
 
 import statewise
+from statewise._src.common.paths import format_type
+from statewise._src.filters.primitives import Exactly, Meta, Path
 from statewise.cli.targets import UsageError
 from statewise.errors import StatewiseError
-from statewise.filters import Exactly, Meta, Path
-from statewise.paths import format_type
 
 __all__ = ["parse_filter", "types_by_name"]
 
@@ -52,7 +52,7 @@ def parse_filter(text: str, module: ModuleType, types: Mapping[str, type]) -> An
     Example:
       >>> import types
       >>> from statewise.cli.expressions import parse_filter
-      >>> from statewise.filters import describe
+      >>> from statewise._src.filters.combinators import describe
       >>> describe(parse_filter("Param & ~Path('head/**')", types.ModuleType("models"), {}))
       "Param & ~Path('head/**')"
     """

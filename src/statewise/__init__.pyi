@@ -1,0 +1,62 @@
+# The public names, and where each is defined: the only list of them.  `__init__.py` reads it, and so do editors, type
+# checkers, the API reference and the tests.  Result types are in `statewise.results`.
+
+from statewise import errors as errors
+from statewise import results as results
+from statewise import testing as testing
+from statewise._src.checkpoint.checkpointable import checkpointable as checkpointable
+from statewise._src.checkpoint.checkpoints import Checkpoints as Checkpoints
+from statewise._src.checkpoint.diff.diff import diff as diff
+from statewise._src.checkpoint.interop.convert import convert as convert
+from statewise._src.checkpoint.restore import inspect as inspect
+from statewise._src.checkpoint.restore import preview as preview
+from statewise._src.checkpoint.restore import restore as restore
+from statewise._src.checkpoint.save import save as save
+from statewise._src.common.paths import format_path as format_path
+from statewise._src.core.kinds import Kinds as Kinds
+from statewise._src.core.plan import Plan as Plan
+from statewise._src.core.plan import plan as plan
+from statewise._src.core.state import State as State
+from statewise._src.core.transfer import transfer as transfer
+from statewise._src.filters.primitives import Exactly as Exactly
+from statewise._src.filters.primitives import Meta as Meta
+from statewise._src.filters.primitives import Path as Path
+from statewise._src.filters.primitives import Where as Where
+from statewise._src.inspect.audit.audit import audit as audit
+from statewise._src.inspect.census import census as census
+from statewise._src.inspect.lint.lint import lint as lint
+from statewise._src.inspect.memory import memory as memory
+from statewise._src.inspect.select.parts import merge as merge
+from statewise._src.inspect.select.parts import split as split
+from statewise._src.inspect.select.parts import update as update
+from statewise._src.inspect.select.select import count as count
+from statewise._src.inspect.select.select import explain as explain
+from statewise._src.inspect.select.select import select as select
+from statewise._src.inspect.watch.watch import watch as watch
+from statewise._src.plan.ema import EMA as EMA
+from statewise._src.plan.kind import Kind as Kind
+from statewise._src.plan.placements import FromMetadata as FromMetadata
+from statewise._src.plan.placements import PerDevice as PerDevice
+from statewise._src.plan.placements import Replicated as Replicated
+from statewise._src.plan.placements import Sharded as Sharded
+from statewise._src.report.report import report as report
+from statewise._src.step.decorators import step as step
+from statewise._src.step.decorators import train_step as train_step
+from statewise._src.step.grad import grad as grad
+from statewise._src.step.grad import value_and_grad as value_and_grad
+from statewise._src.step.scan_layers import scan_layers as scan_layers
+from statewise.errors import CorruptedError as CorruptedError
+from statewise.errors import DeclarationError as DeclarationError
+from statewise.errors import FilterError as FilterError
+from statewise.errors import OverlapError as OverlapError
+from statewise.errors import PlacementError as PlacementError
+from statewise.errors import RestoreError as RestoreError
+from statewise.errors import SaveError as SaveError
+from statewise.errors import StatewiseError as StatewiseError
+from statewise.errors import StatewiseWarning as StatewiseWarning
+from statewise.errors import StructureError as StructureError
+from statewise.errors import UnclaimedError as UnclaimedError
+from statewise.errors import UndeclaredWriteError as UndeclaredWriteError
+from statewise.errors import WatchError as WatchError
+
+__version__: str

@@ -1,0 +1,142 @@
+"""`sw.checkpointable`: a state as an item of Orbax's own managers, beside a data iterator, metrics or whatever else.
+
+One object for both of Orbax's interfaces.  For `ocp.CheckpointManager` and the checkpointers it is an argument with a
+handler of its own, to save and to restore; for the newer `orbax.checkpoint.v1` it is an object that saves and loads
+itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from statewise._src.checkpoint.orbax.handler import Saving, StateHandler
+from statewise._src.checkpoint.restore import restore
+from statewise._src.checkpoint.restore_report import RestoreReport
+from statewise._src.checkpoint.save import check_layout, kinds_to_save
+from statewise._src.common import compat
+from statewise._src.core.batches import refuse_batch
+from statewise._src.core.state import State
+from statewise.errors import StructureError
+
+__all__ = ["Checkpointable", "checkpointable"]
+
+
+@ocp.args.register_with_handler(StateHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class Checkpointable(ocp.args.CheckpointArgs):
+    """A state as an item of an Orbax checkpoint; made by `sw.checkpointable`.
+
+    Attributes:
+      state: what is saved; what a restore goes into; after a restore, what was restored.
+      only: the kinds that are saved or restored; None for all that are `saved`.
+      cast: whether a restore may change dtypes.
+      layout: `named` or `packed`.
+      report: what the last restore did; None before.
+      members: which members of an ensemble a restore takes; None for all, as they are.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> item = sw.checkpointable(sw.plan(model).take(model), only="params")
+      >>> item.only, item.layout
+      (('params',), 'named')
+    """
+
+    state: State
+    only: tuple[str, ...] | None = None
+    cast: bool = False
+    layout: str = "named"
+    report: RestoreReport | None = None
+    members: Any = None
+
+    @property
+    def saving(self) -> Saving:
+        """What a save writes.  For Orbax's handler."""
+        return Saving(self.state, kinds_to_save(self.state, self.only), self.layout)
+
+    def restored(self, directory: Any) -> State:
+        """Restores into `state` and gives it back.  For Orbax's handler."""
+        self.state, self.report = restore(directory, self.state, only=self.only, cast=self.cast, members=self.members)
+        return self.state
+
+    # --- Orbax's newer interface: an object that saves and loads itself ----------------------------------------
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Starts to save into a directory that Orbax makes; the returned awaitable ends when all is written."""
+        folder = compat.epath(await directory.await_creation())
+        handler = StateHandler()
+        futures = await handler.begin(folder, self.saving)
+
+        async def written() -> None:
+            for future in futures:
+                await asyncio.to_thread(future.result)
+            await asyncio.to_thread(handler.finish, folder)
+
+        return written()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Starts to load; the returned awaitable ends when `state` and `report` are those restored."""
+
+        async def loaded() -> None:
+            await asyncio.to_thread(self.restored, compat.epath(directory))
+
+        return loaded()
+
+
+def checkpointable(
+    state: State | Any,
+    *,
+    only: str | Sequence[str] | None = None,
+    cast: bool = False,
+    layout: str = "named",
+    members: int | Sequence[int | None] | Any = None,
+) -> Checkpointable:
+    """A state as an item inside Orbax's own managers, to save it there or to restore into it.
+
+    Args:
+      state: to save: the state; to restore: the target, a state or an abstract one.
+      only: the kinds; by default all that are `saved`.
+      cast: whether a restore may change dtypes.
+      layout: `"named"` or `"packed"`.
+      members: to restore: which members of an ensemble, as `sw.restore` takes it.
+
+    Returns:
+      what stands for the state in `ocp.args.Composite(...)`, or among the checkpointables of `orbax.checkpoint.v1`.
+      After a restore its `state` and `report` tell what came back.
+
+    Raises:
+      StructureError: it is no state, or a batch of states under the plan of one.
+      DeclarationError: `only` names a kind that is not there, or one that is never saved.
+
+    Example:
+      >>> import tempfile
+      >>> import orbax.checkpoint as ocp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> with ocp.CheckpointManager(tempfile.mkdtemp()) as manager:
+      ...     items = ocp.args.Composite(
+      ...         state=sw.checkpointable(state), metrics=ocp.args.JsonSave({"loss": 0.5})
+      ...     )
+      ...     _ = manager.save(1, args=items)
+      ...     manager.wait_until_finished()
+      ...     back = manager.restore(1, args=ocp.args.Composite(state=sw.checkpointable(state)))
+      >>> back["state"]["params"]["kernel"].shape
+      (2, 3)
+    """
+    if not isinstance(state, State):
+        raise StructureError(
+            f"sw.checkpointable wants a state, not {type(state).__name__}.",
+            hint="sw.checkpointable(plan.take(model))",
+        )
+    refuse_batch(state)
+    check_layout(layout)
+    names = None if only is None else kinds_to_save(state, only)
+    return Checkpointable(state, names, cast, layout, members=members)

@@ -1,0 +1,384 @@
+"""`sw.Checkpoints`: a checkpoint for each step of a run, on Orbax's manager.
+
+Orbax's manager numbers, commits and deletes the steps, and writes in the background; the item called `state` in each
+of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: every step can be read with `sw.restore`,
+`sw.inspect`, or with a manager of Orbax's.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import contextlib
+import errno
+import operator
+import os
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from statewise._src.checkpoint.checkpointable import checkpointable
+from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.format.records import check_savable
+from statewise._src.checkpoint.items import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
+from statewise._src.checkpoint.orbax.paths import is_url, make_folder, steps_in
+from statewise._src.checkpoint.orbax.progress import LARGE, bar
+from statewise._src.checkpoint.restore import inspect, preview, restore
+from statewise._src.checkpoint.restore_report import RestoreReport
+from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
+from statewise._src.common import compat
+from statewise._src.core.state import State
+from statewise._src.inspect.census import Census
+from statewise.errors import RestoreError, SaveError, StatewiseError
+
+__all__ = ["Checkpoints", "RestoreResult"]
+
+
+class RestoreResult(NamedTuple):
+    """What `Checkpoints.restore` gives.
+
+    Attributes:
+      state: the state.
+      report: what happened to each leaf.
+      step: of which step.
+      extra: the extra items that were asked for, by name.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> with sw.Checkpoints(tempfile.mkdtemp()) as checkpoints:
+      ...     _ = checkpoints.save(7, state)
+      ...     checkpoints.wait()
+      ...     state, report, step, extra = checkpoints.restore(state)
+      >>> step, report.ok
+      (7, True)
+    """
+
+    state: State
+    report: RestoreReport
+    step: int
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run: a step each, written in the background, complete or not there at all.
+
+    Use it as a context manager, or call `close`: an interpreter that ends while a step is being written loses that step
+    (never an earlier one).
+
+    Args:
+      directory: where the steps go; it is made if it is not there.
+      max_to_keep: how many steps to keep, the newest; None for all.
+      every: saves only steps that are a multiple of this; `save` returns False for the others.
+      layout: `"named"` or `"packed"`, as in `sw.save`.
+      asynchronous: writes in the background; `save` returns when the arrays are copied.
+      options: an `ocp.CheckpointManagerOptions` instead, for all that Orbax can do; the three above are then its.
+
+    Raises:
+      SaveError: the directory cannot be made or written.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> with sw.Checkpoints(tempfile.mkdtemp(), max_to_keep=2) as checkpoints:
+      ...     for step in range(4):
+      ...         _ = checkpoints.save(step, state, metrics={"loss": 1 / (step + 1)})
+      ...     checkpoints.wait()
+      ...     checkpoints.steps, checkpoints.restore(state, extra=["metrics"]).extra
+      ((2, 3), {'metrics': {'loss': 0.25}})
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        max_to_keep: int | None = None,
+        every: int = 1,
+        layout: str = "named",
+        asynchronous: bool = True,
+        options: Any = None,
+    ) -> None:
+        check_layout(layout)
+        check_counts(max_to_keep, every)
+        self._layout = layout
+        self._bytes = 0
+        self._writing = self._closed = False
+        self._directory = steps_in(directory)
+        self._options = options or ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            # Not `save_interval_steps`: with that, Orbax saves the first step whatever its number.
+            save_decision_policy=policies.AnySavePolicy(
+                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+            ),
+            enable_async_checkpointing=asynchronous,
+            # On a local disk that takes no time. In the background, where it fails what waits for it waits for minutes,
+            # and keeps the process from ending for as long.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=is_url(directory)),
+            create=True,
+        )
+        try:
+            if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
+            if isinstance(self._directory, FilePath) and self._options.create:
+                make_folder(self._directory)
+            self._manager = self._opened()
+        except OSError as error:
+            raise SaveError(
+                f"{self._directory} cannot be used: {error.strerror or error}.",
+                hint="a directory that can be written to",
+            ) from error
+
+    def _opened(self) -> Any:
+        """Orbax's manager.  It looks at each step, and another process may be removing one of them: then once more."""
+        for _ in range(10):
+            with contextlib.suppress(FileNotFoundError):
+                return ocp.CheckpointManager(compat.epath(self._directory), options=self._options)
+        return ocp.CheckpointManager(compat.epath(self._directory), options=self._options)
+
+    @property
+    def directory(self) -> Any:
+        """Where the steps are."""
+        return self._directory
+
+    @property
+    def manager(self) -> Any:
+        """Orbax's `CheckpointManager`, for what it can do besides."""
+        return self._manager
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The complete steps on disk, in order, whoever wrote them."""
+        # Not by the manager's `reload`: that forgets a step which is being written, and so never deletes it later.
+        found = self._names.find_all(self._manager.directory)
+        return tuple(sorted(one.step for one in found if (one.path / ITEM / NAME).exists()))
+
+    @property
+    def latest(self) -> int | None:
+        """The newest complete step; None if there is none."""
+        return max(self.steps, default=None)
+
+    def path(self, step: int | None = None) -> Any:
+        """Where the state of a step is, for `sw.restore`, `sw.inspect` and `sw.diff`; by default of the newest.
+
+        Raises:
+          RestoreError: there is no such step.
+        """
+        known = self.steps
+        if not known:
+            raise RestoreError(f"There is no checkpoint in {self._directory}.", hint="checkpoints.save(step, state)")
+        step = known[-1] if step is None else step
+        if step not in known:
+            shown = ", ".join(map(str, known[-5:]))
+            raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
+        return self._names.find_step(self._manager.directory, step).path / ITEM
+
+    @property
+    def _names(self) -> Any:
+        return self._options.step_name_format or ocp.path.step.standard_name_format(
+            step_prefix=self._options.step_prefix,
+            step_format_fixed_length=self._options.step_format_fixed_length,
+        )
+
+    def save(self, step: int | Any, state: State | Any, /, *, force: bool | Any = False, **extra: Any) -> bool:
+        """Saves a step.
+
+        Args:
+          step: its number, larger than those of the steps that are there.
+          state: the state; it may be donated to the next step at once.
+          force: saves whatever `every` says, and beside newer steps; of these `max_to_keep` then counts the last saved.
+          **extra: more items: anything that JSON can hold, or an `ocp.args.CheckpointArgs` (a data iterator's, say).
+
+        Returns:
+          whether it was a step to save.
+
+        Raises:
+          SaveError: the step, or a newer one, is there already, an extra item cannot be written, or the step could not
+            be, or all this is closed; where the background write of an earlier step has failed, that is said here, or
+            by `wait`.
+          StructureError: the state was donated, abstract, or being traced.
+        """
+        if self._closed:
+            raise SaveError(
+                f"Checkpoints({str(self._directory)!r}) is closed.",
+                hint="save inside its with block, or before checkpoints.close()",
+            )
+        if not isinstance(force, (bool, np.bool_)):
+            raise SaveError(f"force={force!r} is neither True nor False.", hint="another name, for an extra item")
+        item = checkpointable(state, layout=self._layout)
+        # Before Orbax begins: a save of its that fails halfway is in progress for ever.
+        check_savable(item.state, kinds_to_save(item.state, None))
+        items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
+        check_metrics(self._options.best_fn, metrics_of(items))
+        step = self._new_step(step, bool(force))
+        self._bytes = sum(leaf.nbytes for leaf in item.state.plan.leaves)
+        self._writing = False
+        try:
+            self._writing = bool(
+                # The metrics once more: where the options have a `best_fn`, Orbax goes by them.
+                self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics_of(items), force=force)
+            )
+        except StatewiseError:
+            raise
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+        return self._writing
+
+    def _new_step(self, given: Any, force: bool) -> int:
+        """The number of a step that may be saved."""
+        step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
+        if step < 0:
+            raise SaveError(f"{given!r} is no number of a step.", hint="checkpoints.save(100, state)")
+        known = {*self.steps, *self._manager.all_steps()}
+        if step in known:
+            remove = f"checkpoints.manager.delete({step})"
+            if step in self.steps or self._manager.is_saving_in_progress():
+                hint = f"another step; {remove} removes one that is corrupted"
+                raise SaveError(f"There is a step {step} already in {self._directory}.", hint=hint)
+            raise SaveError(f"What there is of step {step} in {self._directory} is no whole checkpoint.", hint=remove)
+        newer = sorted(one for one in known if one > step)
+        if newer and not force:
+            raise SaveError(
+                f"Step {step} is older than what {self._directory} holds: {', '.join(map(str, newer[-5:]))}.",
+                hint="another directory, to go on from an older step; or save(..., force=True), to save it beside them",
+            )
+        return step
+
+    def restore(
+        self,
+        target: State | Any,
+        /,
+        *,
+        step: int | None = None,
+        only: str | Sequence[str] | None = None,
+        cast: bool = False,
+        extra: str | Sequence[str] | Mapping[str, Any] = (),
+        members: int | Sequence[int | None] | Any = None,
+    ) -> RestoreResult:
+        """Restores a step into a new state, as `sw.restore` does; waits for a step that is still being written.
+
+        Args:
+          target: a state, or an abstract one.
+          step: which one; by default the newest.
+          only: the kinds to restore; by default all that are `saved`.
+          cast: allows other dtypes.
+          extra: names of extra items that were saved as JSON; or, by name, the `ocp.args.CheckpointArgs` to restore
+            them with.
+          members: which members of an ensemble, as `sw.restore` takes it.
+
+        Raises:
+          RestoreError: there is no such step or item, or target and checkpoint disagree.
+          SaveError: a step that was being written could not be.
+          CorruptedError: files or arrays that are not what was written.
+        """
+        self.wait()  # what was saved a moment ago is what somebody who goes back wants
+        step = self.latest if step is None else step
+        path = self.path(step)
+        assert step is not None, "path has found one"
+        names = (extra,) if isinstance(extra, str) else extra
+        asked = dict(names) if isinstance(names, Mapping) else {name: ocp.args.JsonRestore() for name in names}
+        there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        missing = [name for name in asked if name not in there]
+        if missing:
+            raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(there))
+        state, report = restore(path, target, only=only, cast=cast, members=members)
+        items = dict(self._manager.restore(step, args=ocp.args.Composite(**asked)).items()) if asked else {}
+        return RestoreResult(state, report, step, items)
+
+    def preview(
+        self,
+        target: State | Any,
+        /,
+        *,
+        step: int | None = None,
+        only: Any = None,
+        cast: bool = False,
+        members: Any = None,
+    ) -> RestoreReport:
+        """What `restore` would do; see `sw.preview`."""
+        return preview(self.path(step), target, only=only, cast=cast, members=members)
+
+    def inspect(self, step: int | None = None) -> Census:
+        """The census of a step; see `sw.inspect`."""
+        return inspect(self.path(step))
+
+    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Waits until everything is written.
+
+        Where that is 256 MiB or more, a terminal shows a progress bar, and elsewhere the logger `statewise` gets a line
+        now and then.
+
+        Args:
+          progress: called a few times a second with the bytes written and the bytes in all, in place of the bar.
+
+        Raises:
+          SaveError: something could not be written.
+        """
+        total = self._bytes
+        try:
+            if progress is not None:
+                self._watch(progress, total)
+            elif total >= LARGE:
+                self._show(total)
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
+        """Tells how far the background write is, by the size of the files that it has made."""
+        while self._writing and self._manager.is_saving_in_progress():
+            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            time.sleep(0.1)
+        progress(total, total)
+
+    def _show(self, total: int) -> None:
+        with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+            self._watch(lambda written, _: tell(written), total)
+
+    def close(self) -> None:
+        """Waits until everything is written, and lets the directory go.
+
+        Raises:
+          SaveError: something could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._closed = True
+            self._manager.close()
+
+    def _failed(self, error: Exception) -> SaveError:
+        known = error.hint if isinstance(error, StatewiseError) else None
+        return SaveError(
+            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are whole.",
+            hint=known or "free some space, or choose a directory that can be written to",
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self._directory)!r}, steps={self.steps})"

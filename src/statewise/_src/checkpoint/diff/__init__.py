@@ -1,0 +1,1 @@
+"""Two models, states or checkpoints compared, leaf by leaf."""

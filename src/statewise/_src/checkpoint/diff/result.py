@@ -1,0 +1,214 @@
+"""What `sw.diff` finds, as data: each leaf that differs, and how many are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.tables import Shown, Table, format_count, leaf_dict
+from statewise._src.plan.kind import unknown_kind
+
+__all__ = ["Diff", "LeafDiff"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafDiff:
+    """How one leaf differs.
+
+    Attributes:
+      leaf: the leaf in the first; in the second, where only that has it.
+      other: the leaf in the second; None where only one has it.
+      what: one or more of `added`, `removed`, `retyped`, `rekinded`, `reshaped`, `recast`, `retied`, `changed`.
+      why: the same in words.
+      elements: how many elements have another value.
+      largest: the largest absolute difference of two elements; `nan` where one of the two alone is NaN; None where
+        no values differ, were compared, or can be subtracted (PRNG keys).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> one, other = ({"w": nnx.Param(jnp.array([1.0, x]))} for x in (2.0, 2.5))
+      >>> (leaf,) = sw.diff(one, other)["params"]
+      >>> leaf.what, leaf.why, leaf.largest
+      (('changed',), '1 of 2 elements by up to 0.5', 0.5)
+    """
+
+    leaf: Leaf
+    other: Leaf | None
+    what: tuple[str, ...]
+    why: str
+    elements: int = 0
+    largest: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff(Shown):
+    """How two models, states or checkpoints differ, leaf by leaf; true if they do; prints as a table.
+
+    Attributes:
+      first: what was compared, in words; of a checkpoint its path.
+      second: with what.
+      leaves: the leaves that differ, by kind; the kind in the first counts.
+      same: for each kind, how many leaves are the same.
+      not_compared: for each kind, how many leaves are the same as far as one knows without values: one side is
+        abstract.
+      not_saved: kinds that one side has, and that the other, a checkpoint, was not meant to hold.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> narrow, wide = (nnx.Linear(2, size, rngs=nnx.Rngs(0)) for size in (3, 4))
+      >>> bool(sw.diff(narrow, narrow)), bool(sw.diff(narrow, wide))
+      (False, True)
+      >>> print(sw.diff(narrow, wide))
+      a model (Linear) and a model (Linear): 2 of 2 leaves differ
+      path    kind    what      why
+      ------------------------------------------
+      bias    params  reshaped  (3,) to (4,)
+      kernel  params  reshaped  (2, 3) to (2, 4)
+      <BLANKLINE>
+      kinds
+      kind    leaves  outcome
+      --------------------------
+      params       2  reshaped 2
+    """
+
+    first: str
+    second: str
+    leaves: tuple[LeafDiff, ...]
+    same: dict[str, int]
+    not_compared: dict[str, int]
+    not_saved: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.leaves)
+
+    def __iter__(self) -> Iterator[LeafDiff]:
+        return iter(self.leaves)
+
+    def _of(self, what: str) -> dict[str, tuple[LeafDiff, ...]]:
+        found: dict[str, list[LeafDiff]] = {}
+        for one in self.leaves:
+            if what in one.what:
+                found.setdefault(one.leaf.kind or "", []).append(one)
+        return {kind: tuple(some) for kind, some in found.items()}
+
+    @property
+    def added(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves that only the second has."""
+        return self._of("added")
+
+    @property
+    def removed(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves that only the first has."""
+        return self._of("removed")
+
+    @property
+    def retyped(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves of another type."""
+        return self._of("retyped")
+
+    @property
+    def rekinded(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By the kind in the first, the leaves of another kind."""
+        return self._of("rekinded")
+
+    @property
+    def reshaped(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves of another shape, or whose value is of another structure."""
+        return self._of("reshaped")
+
+    @property
+    def recast(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves of another dtype, or PRNG implementation."""
+        return self._of("recast")
+
+    @property
+    def retied(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves that other paths reach, or no others."""
+        return self._of("retied")
+
+    @property
+    def changed(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves with other values."""
+        return self._of("changed")
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each kind how many leaves are the same, changed, and so on; one that differs in two ways counts twice."""
+        counts: dict[str, Counter[str]] = {}
+        for name, known in (("same", self.same), ("not_compared", self.not_compared)):
+            for kind, number in known.items():
+                counts.setdefault(kind, Counter())[name] += number
+        for one in self.leaves:
+            counts.setdefault(one.leaf.kind or "", Counter()).update(one.what)
+        return {kind: dict(count) for kind, count in counts.items()}
+
+    def __getitem__(self, kind: str) -> tuple[LeafDiff, ...]:
+        if kind not in self.counts:
+            raise unknown_kind(kind, self.counts)
+        return tuple(one for one in self.leaves if one.leaf.kind == kind)
+
+    @property
+    def _sizes(self) -> Counter[str]:
+        """How many leaves each kind has."""
+        of_kinds = Counter(one.leaf.kind or "" for one in self.leaves)
+        return of_kinds + Counter(self.same) + Counter(self.not_compared)
+
+    def table(self) -> Table:
+        """A line for each leaf that differs; below, a line for each kind."""
+        total, sizes = sum(self._sizes.values()), self._sizes
+        found = (
+            f"{format_count(len(self.leaves))} of {format_count(total)} leaves differ" if self else "no leaf differs"
+        )
+        title = f"{self.first} and {self.second}: {found}"
+        if self.not_compared:
+            title += f"; the values of {format_count(sum(self.not_compared.values()))} were not compared"
+        if self.not_saved:
+            title += f"; left out: {', '.join(self.not_saved)}"
+        rows = tuple(
+            (
+                kind,
+                format_count(sizes[kind]),
+                ", ".join(f"{name} {format_count(number)}" for name, number in count.items()),
+            )
+            for kind, count in self.counts.items()
+        )
+        kinds = Table("kinds" if self else title, ("kind", "leaves", "outcome"), rows, right=("leaves",))
+        if not self:
+            return kinds
+        lines = tuple(
+            (format_path(one.leaf.path), one.leaf.kind or "-", ", ".join(one.what), one.why) for one in self.leaves
+        )
+        return Table(title, ("path", "kind", "what", "why"), lines, below=kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The differences as plain data; a `largest` that JSON cannot hold is text, `nan` or `inf`."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "differ": bool(self),
+            "counts": self.counts,
+            "not_saved": list(self.not_saved),
+            "leaves": [
+                leaf_dict(one.leaf)
+                | {
+                    "other": None if one.other is None else leaf_dict(one.other),
+                    "what": list(one.what),
+                    "why": one.why,
+                    "elements_changed": one.elements,
+                    "largest": one.largest if one.largest is None or math.isfinite(one.largest) else str(one.largest),
+                }
+                for one in self.leaves
+            ],
+        }
+
+    def to_json(self) -> str:
+        """The differences as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)

@@ -1,0 +1,1 @@
+"""Statewise's own format: the manifest, keys, records and checksums."""

@@ -1,0 +1,281 @@
+"""The manifest: what a checkpoint says of itself, in one JSON file beside Orbax's.
+
+`docs/format.md` describes the file.  Here are its records as Python objects, and how they are written; `parsing` reads
+them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from statewise._src.checkpoint.format.checksums import Sums
+from statewise._src.checkpoint.format.keys import PathId, dtype_of, encode_path, path_id
+from statewise._src.checkpoint.orbax.batching import no_collection
+from statewise._src.common.paths import Leaf, Path
+from statewise.errors import StatewiseError
+
+__all__ = [
+    "ArrayRecord",
+    "Buffer",
+    "KindRecord",
+    "LeafRecord",
+    "Manifest",
+    "content_text",
+    "leaves_text",
+    "write_manifest",
+]
+
+NAME = "statewise.json"
+FORMAT = 1
+# A leaf takes about 300 bytes.  What is larger than this is no manifest, whatever it says.
+LARGEST = 64 * 1024 * 1024
+# In the place of the sums of an array, until they are known.
+_UNKNOWN = (-1, -1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayRecord:
+    """One array of a leaf's value.
+
+    Attributes:
+      within: where it stands within the value; () for a value that is one array.
+      shape: its shape; of PRNG keys the keys' shape.
+      dtype: its dtype's name; `key` for PRNG keys.
+      prng: the PRNG implementation of keys; None for all else.
+      stored: shape and dtype of what is stored, where they are not the array's own: the words of PRNG keys, the bytes
+        of a dtype that Orbax does not know.
+      key: its key in Orbax's tree; None where it stands in a buffer, or has no elements and is not stored.
+      buffer: the number of the buffer that it stands in, and at which element it begins; None elsewhere.
+      sums: its checksum.
+      placement: how it lay on the devices: `{"mesh": {"data": 8}, "spec": ["data", None]}`; None on one device.
+    """
+
+    within: Path
+    shape: tuple[int, ...]
+    dtype: str
+    prng: str | None = None
+    stored: tuple[tuple[int, ...], str] | None = None
+    key: tuple[str, ...] | None = None
+    buffer: tuple[int, int] | None = None
+    sums: Sums = (0, 0)
+    placement: Any = None
+
+    @property
+    def on_disk(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of what is stored."""
+        return self.stored or (self.shape, self.dtype)
+
+    @property
+    def elements(self) -> int:
+        """How many elements; of PRNG keys how many keys."""
+        return math.prod(self.shape)
+
+    def stored_at(self, key: tuple[str, ...] | None, buffer: tuple[int, int] | None, placement: Any) -> ArrayRecord:
+        """This array, stored there."""
+        return ArrayRecord(
+            self.within, self.shape, self.dtype, self.prng, self.stored, key, buffer, self.sums, placement
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRecord:
+    """One leaf: one Variable, or one raw array.
+
+    Attributes:
+      path: its first path.
+      kind: the name of its kind.
+      type: its type, `flax.nnx:Param`.
+      structure: the structure of its value as text; None where the value is one array.
+      arrays: the arrays in its value.
+      aliases: its other paths.
+    """
+
+    path: Path
+    kind: str
+    type: str
+    structure: str | None
+    arrays: tuple[ArrayRecord, ...]
+    aliases: tuple[Path, ...] = ()
+
+    @functools.cached_property
+    def id(self) -> PathId:
+        """What two plans find the same leaf by."""
+        return path_id(self.path)
+
+    def holding(self, arrays: tuple[ArrayRecord, ...]) -> LeafRecord:
+        """This leaf, with these records of its arrays."""
+        return LeafRecord(self.path, self.kind, self.type, self.structure, arrays, self.aliases)
+
+    def leaf(self, note: str = "") -> Leaf:
+        """The leaf as tables and errors show it."""
+        return dataclasses.replace(self._leaf, note=note) if note else self._leaf
+
+    @functools.cached_property
+    def pieces(self) -> list[str]:
+        """The leaf in a manifest, cut where the sums of its arrays stand: a run writes the same leaves many times."""
+        # Within a text there is a backslash before each quote: this is nowhere else.
+        return content_text(_leaf_json(self)).split(_sums_text(_UNKNOWN))
+
+    @functools.cached_property
+    def _leaf(self) -> Leaf:
+        one = self.arrays[0] if self.structure is None and self.arrays else None
+        dtype: Any = None if one is None else dtype_of(one.dtype) if one.prng is None else f"key<{one.prng}>"
+        return Leaf(
+            path=self.path,
+            kind=self.kind,
+            type=self.type,
+            shape=one.shape if one else None,
+            dtype=dtype,
+            aliases=self.aliases,
+            elements=sum(array.elements for array in self.arrays),
+            nbytes=sum(map(_nbytes, self.arrays)),
+        )
+
+
+def _nbytes(array: ArrayRecord) -> int:
+    shape, name = array.on_disk if array.prng else (array.shape, array.dtype)
+    dtype = dtype_of(name)
+    return math.prod(shape) * dtype.itemsize if dtype is not None else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Buffer:
+    """Several small arrays of one kind and dtype, one after the other, in one array of Orbax's tree."""
+
+    key: tuple[str, ...]
+    dtype: str
+    elements: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KindRecord:
+    """One kind of the declaration: its filter as code, its handling in words, whether it was saved."""
+
+    of: str
+    handling: str
+    saved: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+      written: versions of what wrote it, and when.
+      layout: `named` or `packed`.
+      kinds: the declaration, by name.
+      leaves: the leaves.
+      buffers: what packed arrays stand in.
+      base: another checkpoint that holds the kinds which this one leaves out: `{"path", "digest"}`.
+      files: every other file of the checkpoint, by its path within: `{"bytes", "sha256"}`, sha256 of small files only.
+      digest: the SHA-256 of all that; empty before it was written.
+    """
+
+    written: Mapping[str, str]
+    layout: str
+    kinds: Mapping[str, KindRecord]
+    leaves: tuple[LeafRecord, ...]
+    buffers: tuple[Buffer, ...] = ()
+    base: Mapping[str, str] | None = None
+    files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    digest: str = ""
+
+    def by_id(self) -> dict[PathId, LeafRecord]:
+        """The leaves by what a plan finds them by."""
+        return {leaf.id: leaf for leaf in self.leaves}
+
+    def arrays(self) -> Iterator[tuple[LeafRecord, ArrayRecord]]:
+        """Every array with its leaf."""
+        for leaf in self.leaves:
+            for array in leaf.arrays:
+                yield leaf, array
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+@no_collection()
+def leaves_text(leaves: Sequence[LeafRecord], sums: Iterable[Sums]) -> str:
+    """The leaves as a manifest's content has them.
+
+    Args:
+      leaves: all but their checksums.
+      sums: of each array in turn.
+    """
+    each = iter(sums)
+    return f"[{','.join(map(_leaf_text, leaves, itertools.repeat(each)))}]"
+
+
+def _leaf_text(leaf: LeafRecord, sums: Iterator[Sums]) -> str:
+    first, *rest = leaf.pieces
+    return first + "".join([_sums_text(one) + piece for piece, one in zip(rest, sums, strict=False)])
+
+
+def _sums_text(sums: Sums) -> str:
+    return f'"sums":[{sums[0]},{sums[1]}]'
+
+
+def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
+    return {
+        "path": encode_path(leaf.path),
+        "kind": leaf.kind,
+        "type": leaf.type,
+        "structure": leaf.structure,
+        "aliases": [encode_path(path) for path in leaf.aliases],
+        "arrays": [
+            {
+                "within": encode_path(array.within),
+                "shape": list(array.shape),
+                "dtype": array.dtype,
+                "prng": array.prng,
+                "stored": None if array.stored is None else [list(array.stored[0]), array.stored[1]],
+                "key": None if array.key is None else list(array.key),
+                "buffer": None if array.buffer is None else list(array.buffer),
+                "sums": list(_UNKNOWN),
+                "placement": array.placement,
+            }
+            for array in leaf.arrays
+        ],
+    }
+
+
+def content_text(content: Any) -> str:
+    """The text of a manifest's content, of which its digest is taken."""
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def write_manifest(manifest: Manifest, leaves: str) -> bytes:
+    """The manifest's file.
+
+    Args:
+      manifest: all but the leaves' checksums.
+      leaves: the text of the leaves, from `leaves_text`.
+
+    Raises:
+      StatewiseError: it would be larger than a manifest may be.
+    """
+    parts = {
+        "written": content_text(dict(manifest.written)),
+        "layout": content_text(manifest.layout),
+        "kinds": content_text({name: dataclasses.asdict(kind) for name, kind in manifest.kinds.items()}),
+        "leaves": leaves,
+        "buffers": content_text([dataclasses.asdict(one) for one in manifest.buffers]),
+        "base": content_text(dict(manifest.base) if manifest.base else None),
+        "files": content_text({name: dict(facts) for name, facts in sorted(manifest.files.items())}),
+    }
+    text = "{" + ",".join(f'"{name}":{part}' for name, part in parts.items()) + "}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    data = f'{{"statewise":{FORMAT},"sha256":"{digest}","content":{text}}}\n'.encode()
+    if len(data) > LARGEST:
+        raise StatewiseError(
+            f"The manifest of {len(manifest.leaves)} leaves would take {len(data)} bytes; it may take {LARGEST}.",
+            hint="save in several checkpoints: sw.save(path, state, only=('params',)), and one more for the rest",
+        )
+    return data

@@ -1,0 +1,152 @@
+"""From a plan to records, which say what each leaf is: what a save has to write, and what a restore has to find."""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import re
+import weakref
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from statewise._src.checkpoint.format.keys import dtype_name, prng_of, type_name
+from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
+from statewise._src.checkpoint.format.per_device import placement_of
+from statewise._src.common.nnx_graph import ONE, Spec
+from statewise._src.common.object_names import names_given
+from statewise._src.common.paths import Path
+from statewise._src.core.plan import Plan
+from statewise._src.core.state import State, check_fits, check_not_donated
+from statewise._src.plan.derived import keys_within
+from statewise._src.plan.kind import unknown_kind
+from statewise._src.sharding.resolve import with_copies
+from statewise.errors import DeclarationError, StructureError
+
+__all__ = ["Placed", "check_savable", "kinds_of", "records_of", "unpacked"]
+
+# What TensorStore's zarr driver writes.  Other dtypes, of one byte or less, are stored as their bytes.
+_INTEGERS = ("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
+# What a structure's text may hold of the functions in it, and what is another in each process.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_STORABLE = frozenset((*_INTEGERS, *_FLOATS))
+
+
+class Placed(NamedTuple):
+    """A leaf of a plan as a record, and where its arrays stand: positions `start` and on of the kind's part."""
+
+    record: LeafRecord
+    start: int
+
+
+_known: weakref.WeakKeyDictionary[Plan, tuple[Placed, ...]] = weakref.WeakKeyDictionary()
+
+
+def records_of(plan: Plan) -> tuple[Placed, ...]:
+    """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored.
+
+    What lies per device has the shape that a state holds, and says for how many devices; so with the members of an
+    ensemble.
+    """
+    plan = with_copies(plan._plain, plan._copies)
+    found = _known.get(plan)
+    if found is None:
+        found = _known[plan] = tuple(_records(plan))
+    return found
+
+
+def _records(plan: Plan) -> list[Placed]:
+    placed = []
+    leaves = iter(plan.leaves)
+    for row, span in zip(plan._rows, plan._spans, strict=True):
+        leaf = next(leaves)
+        specs = plan._held[span.kind][span.start : span.stop]
+        each = plan._copies.of(span.kind) if plan._copies else ()
+        arrays = tuple(
+            _record(plan, span.kind, at, within, spec, plan._copies.devices if plan._copies and at in each else 0)
+            for at, (within, spec) in enumerate(
+                zip(keys_within(row.structure, len(specs)), specs, strict=True), span.start
+            )
+        )
+        structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
+        record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
+        placed.append(Placed(record, span.start))
+    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+        for position in range(start, stop):
+            leaf = next(leaves)
+            copies = plan._copies
+            devices = copies.devices if copies and position in copies.of(one.into) else 0
+            array = _record(plan, one.into, position, (), plan._held[one.into][position], devices)
+            placed.append(Placed(LeafRecord(leaf.path, one.into, type_name(jax.Array), None, (array,)), position))
+    return placed
+
+
+def _record(plan: Plan, kind: str, position: int, within: Path, spec: Spec, devices: int) -> ArrayRecord:
+    prng = prng_of(spec.dtype)
+    stored: tuple[tuple[int, ...], str] | None = None
+    if prng is not None:
+        words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+        stored = (words.shape, str(words.dtype))
+    elif str(spec.dtype) not in _STORABLE:
+        stored = (spec.shape, "uint8")
+    placement = placement_of(devices, plan._members, plan._axis(kind, position), len(spec.shape))
+    return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored, placement=placement)
+
+
+def unpacked(state: State, kind: str) -> tuple[Any, ...]:
+    """A kind's arrays in the order of the plan, whether the state is packed or not."""
+    return state.plan._unpacked(kind, state.part(kind).arrays)
+
+
+def check_savable(state: State, kinds: Collection[str]) -> None:
+    """Raises where these kinds have no values to save.
+
+    Raises:
+      StructureError: a donated state, one whose arrays do not fit its plan, an abstract one, one that is being traced.
+    """
+    check_not_donated(state, kinds)
+    check_fits(state, kinds)
+    arrays = [array for kind in kinds for array in state.part(kind).arrays]
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        raise StructureError(
+            "This state is being traced: inside jax.jit there are no values to save.",
+            hint="return the state from the function, and save what comes back",
+        )
+    if any(not isinstance(array, (jax.Array, np.ndarray, np.generic)) for array in arrays):
+        raise StructureError(
+            "This state is abstract: it has shapes but no values to save.",
+            hint="sw.save(path, plan.take(model))",
+        )
+
+
+def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:
+    """The kinds that a save or a restore is about: those named in `only`, by default all that are saved.
+
+    Args:
+      state: of it, or into it.
+      only: names of kinds; None for all that are `saved`.
+      what: what an ephemeral kind means here, for its error.
+      hint: what to do about it, with `{name}` for the kind's.
+
+    Raises:
+      DeclarationError: a kind that is not there, or is never saved; kinds none of which has a leaf.
+    """
+    kinds = state.plan.kinds
+    if only is None:
+        return tuple(name for name, kind in kinds.items() if kind.saved)
+    names = names_given(only, "only")
+    for name in names:
+        if name not in kinds:
+            raise unknown_kind(name, kinds)
+        if not kinds[name].saved:
+            raise DeclarationError(
+                f"The kind {name!r} is declared ephemeral{what}.", kind=name, hint=hint.format(name=name)
+            )
+    filled = [name for name, specs in state.plan._specs.items() if specs]
+    if names and not set(names) & set(filled):
+        raise DeclarationError(
+            f"only={only!r} names no kind that has leaves in this model.",
+            kind=names[0] if len(names) == 1 else None,
+            hint=f"those that have: {', '.join(filled)}",
+        )
+    return tuple(name for name in kinds if name in names)

@@ -1,0 +1,304 @@
+"""`sw.convert`: a checkpoint of one format into another, leaf by leaf, or a dry run of it.
+
+In this order: open the source (metadata only); say for each leaf where it comes from and what is in its way; refuse
+with everything that is wrong; read; write.  A conversion into a state goes by the target: it says which leaves there
+are to be, and the source's names are matched with the text of their paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statewise._src.checkpoint.format.records import unpacked
+from statewise._src.checkpoint.interop.export import FORMATS, Piece, destination, export
+from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
+from statewise._src.checkpoint.interop.open import open_any
+from statewise._src.checkpoint.interop.sources import Source, open_mapping
+from statewise._src.checkpoint.save import save
+from statewise._src.common.narrowing import Casts
+from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape
+from statewise._src.common.tables import Shown, Table, leaf_dict
+from statewise._src.core.batches import refuse_batch
+from statewise._src.core.state import State, check_not_donated
+from statewise.errors import RestoreError, SaveError, StructureError
+
+__all__ = ["Conversion", "convert"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion(Shown):
+    """What a conversion did, or would do, leaf by leaf; prints as a table.
+
+    Attributes:
+      source: what was converted, in words.
+      dst: where it went; None where nothing was written.
+      source_format: the source's format: `statewise`, `orbax`, `safetensors` or `mapping`.
+      to: the format written: `statewise`, `orbax`, `safetensors` or `linen`.
+      matched: for each array its name in the source and the leaf that it becomes; the leaf's `note` tells a cast.
+      kept: leaves that have the target's own value, each with the reason in its `note`.
+      missing: leaves of the target that the source lacks, each with what is known of it in its `note`.
+      problems: leaves that are there, and do not fit, each with what is wrong in its `note`.
+      unexpected: the source's names that nothing was made of.
+      hints: for each sort of problem, how to hint it.
+      tree: the nested dict of NumPy arrays, where there was no place to write to; None otherwise.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> state = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).abstract()
+      >>> variables = {"params": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32")}}
+      >>> conversion = sw.convert(variables, "run/linear", target=state, dry_run=True)
+      >>> conversion.ok, [str(leaf) for leaf in conversion.missing]
+      (False, ['bias: Param(3,) float32  kind=params  (missing from the source)'])
+    """
+
+    source: str
+    dst: str | None
+    source_format: str
+    to: str
+    matched: tuple[tuple[str, Leaf], ...]
+    kept: tuple[Leaf, ...] = ()
+    missing: tuple[Leaf, ...] = ()
+    problems: tuple[Leaf, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    tree: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the conversion goes through."""
+        return not (self.problems or self.missing)
+
+    def raise_problems(self) -> None:
+        """Raises if something is in the way.
+
+        Raises:
+          RestoreError: with all of it.
+        """
+        wrong = (*self.missing, *self.problems)
+        if not wrong:
+            return
+        count = "1 leaf is" if len(wrong) == 1 else f"{len(wrong)} leaves are"
+        raise RestoreError(
+            f"{self.source} does not become {self.dst or 'variables'} ({self.to}): {count} in the way. "
+            "Nothing was read or written.",
+            leaves=wrong,
+            hint="\n".join(self.hints),
+        )
+
+    def table(self) -> Table:
+        """A line for each array, then one for each name that is left over."""
+        rows = [_row(name, leaf, "cast" if leaf.note.startswith("from ") else "matched") for name, leaf in self.matched]
+        rows += [_row("-", leaf, "kept") for leaf in self.kept]
+        rows += [_row("-", leaf, "missing") for leaf in self.missing]
+        rows += [_row("-", leaf, "problem") for leaf in self.problems]
+        rows += [(name, "-", "-", "-", "-", "unexpected", "-") for name in self.unexpected]
+        columns = ("source", "path", "kind", "shape", "dtype", "outcome", "why")
+        return Table(f"{self.source} to {self.dst or 'variables'} ({self.to})", columns, tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The conversion as plain data, without arrays."""
+        return {
+            "source": self.source,
+            "dst": self.dst,
+            "source_format": self.source_format,
+            "to": self.to,
+            "ok": self.ok,
+            "matched": [{"source": name} | leaf_dict(leaf) for name, leaf in self.matched],
+            "kept": list(map(leaf_dict, self.kept)),
+            "missing": list(map(leaf_dict, self.missing)),
+            "problems": list(map(leaf_dict, self.problems)),
+            "unexpected": list(self.unexpected),
+            "hints": list(self.hints),
+        }
+
+    def to_json(self) -> str:
+        """The conversion as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def _row(name: str, leaf: Leaf, outcome: str) -> tuple[str, ...]:
+    shown = (format_path(leaf.path), leaf.kind or "-", format_shape(leaf.shape), format_dtype(leaf.dtype))
+    return (name, *shown, outcome, leaf.note or "-")
+
+
+def convert(
+    src: Any,
+    dst: Any,
+    *,
+    target: State | Any = None,
+    to: str | None = None,
+    rename: Mapping[str, str | None] | Callable[[str], str | None] | Any = None,
+    dry_run: bool = False,
+    cast: bool = False,
+) -> Conversion:
+    """Converts a checkpoint: of Statewise, plain Orbax, safetensors, or Linen variables, each into each.
+
+    Args:
+      src: the path of a checkpoint of Statewise, of a plain Orbax checkpoint (also a manager's step that holds one
+        tree), or of a `.safetensors` file; or nested dicts of arrays, such as Linen's variables.
+      dst: a path where there is nothing yet; or None, to get a nested dict as the result's `tree` (of `to="orbax"` or
+        `"linen"`).
+      target: a state, or an abstract one: it says which leaves there are to be, of which kind, type, shape and dtype.
+        A checkpoint of Statewise can only be made with one; without, everything in the source goes over as it is.
+      to: `"statewise"`, `"orbax"`, `"safetensors"` or `"linen"` (a plain Orbax checkpoint of variable collections);
+        by default what the end of `dst` tells, `.safetensors` or not.
+      rename: from names in the source to the paths of leaves, `layers/0/kernel`, as a mapping or a function; None
+        leaves a name out.  A mapping leaves names that it does not have as they are.
+      dry_run: writes nothing, raises for no disagreement, and reads no array but those that a source has of a tied
+        leaf under several of its names: they have to be equal.
+      cast: allows other dtypes, floating-point to floating-point and integer to integer.
+
+    Returns:
+      what was matched, kept, missing, left over.  Leaves that a source cannot have (optimizer state, RNG, metrics)
+      keep the target's values; others that are missing only where their kind declares `missing="keep"`.
+
+    Raises:
+      RestoreError: leaves missing, of another shape or dtype, or that the format cannot hold, and casts that would lose
+        numbers: all are listed, and nothing was written.  Also for a source that is nothing known here.
+      CorruptedError: a source that is not what was written.
+      SaveError: there is something at `dst` already, or it cannot be written.
+      StructureError: a target that is no state, or that is needed and not there.
+      StatewiseError: the package safetensors is needed, and not installed.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> variables = sw.convert(state["params"], None, target=state, to="linen").tree
+      >>> variables["params"]["kernel"].shape
+      (2, 3)
+      >>> folder = tempfile.mkdtemp()
+      >>> print(sw.convert(variables, f"{folder}/linear", target=state).table().rows[0])
+      ('params/bias', 'bias', 'params', '(3,)', 'float32', 'matched', '-')
+      >>> sw.inspect(f"{folder}/linear")["params"].elements
+      9
+    """
+    to = _format(dst, to)
+    if target is not None and not isinstance(target, State):
+        raise StructureError(
+            f"The target of a conversion is a state, not {type(target).__name__}.",
+            hint="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
+        )
+    if target is not None:
+        refuse_batch(target)
+    if to == "statewise" and target is None:
+        raise StructureError(
+            "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
+            hint="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
+        )
+    final = None if dst is None else destination(dst, to)
+    source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
+    fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
+    compare_tied(source, fitted)
+    conversion = _conversion(source, final, to, fitted)
+    if dry_run:
+        return conversion
+    conversion.raise_problems()
+    arrays = _arrays(source, fitted, target, conversion)
+    if to == "statewise" and target is not None:
+        save(final, _state(target, fitted, arrays))
+        return conversion
+    return dataclasses.replace(conversion, tree=export(to, final, fitted.pieces, arrays))
+
+
+def _format(dst: Any, to: str | None) -> str:
+    if to is None and dst is not None:
+        to = "safetensors" if str(dst).endswith(".safetensors") else "statewise"
+    if to not in FORMATS:
+        raise SaveError(
+            f"to={to!r} is no format." if to else "Where nothing is written, the format is to be told.",
+            hint="one of: " + ", ".join(map(repr, FORMATS)),
+        )
+    if dst is None and to not in ("orbax", "linen"):
+        raise SaveError(f"to={to!r} needs a place to write to.", hint="sw.convert(src, 'run/converted', ...)")
+    return to
+
+
+def _conversion(source: Source, final: Any, to: str, fitted: Fit) -> Conversion:
+    return Conversion(
+        source=source.name,
+        dst=None if final is None else str(final),
+        source_format=source.format,
+        to=to,
+        matched=tuple(
+            (piece.source, dataclasses.replace(piece.leaf, note=piece.note or _unstored(piece, final, to)))
+            for piece in fitted.pieces
+            if piece.source is not None
+        ),
+        kept=tuple(fitted.kept),
+        missing=tuple(fitted.missing),
+        problems=tuple(fitted.problems),
+        unexpected=tuple(fitted.unexpected),
+        hints=tuple(fitted.hints),
+    )
+
+
+def _unstored(piece: Piece, final: Any, to: str) -> str:
+    without = 0 in piece.shape and final is not None and to in ("orbax", "linen")
+    return "has no elements, so that Orbax stores nothing" if without else ""
+
+
+# --- values ----------------------------------------------------------------------------------------------------
+
+
+def _arrays(source: Source, fitted: Fit, target: State | None, conversion: Conversion) -> list[np.ndarray]:
+    """The array of each piece, as it is written: of PRNG keys their words."""
+    read = source.read([piece.source for piece in fitted.pieces if piece.source is not None])
+    kept = {} if target is None else _kept(fitted, target)
+    arrays = [read[piece.source] if piece.source is not None else _own(piece, kept) for piece in fitted.pieces]
+    casts = Casts(jax=False)
+    for piece, array in zip(fitted.pieces, arrays, strict=True):
+        if str(array.dtype) != piece.dtype:
+            casts.add(piece.leaf, array, piece.dtype)
+    casts.check(
+        RestoreError,
+        "plan the model with the dtype of the source",
+        before=f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}). ",
+        after="written",
+    )
+    with np.errstate(all="ignore"):
+        return [
+            array if str(array.dtype) == piece.dtype else array.astype(jnp.dtype(piece.dtype))
+            for piece, array in zip(fitted.pieces, arrays, strict=True)
+        ]
+
+
+def _kept(fitted: Fit, target: State) -> dict[str, tuple[Any, ...]]:
+    """The target's arrays of the kinds of which something is kept."""
+    own = [piece for piece in fitted.pieces if piece.source is None and 0 not in piece.shape]
+    kinds = {piece.at[0] for piece in own if piece.at is not None}
+    check_not_donated(target, kinds)
+    return {kind: unpacked(target, kind) for kind in kinds}
+
+
+def _own(piece: Piece, kept: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """The target's own value, or nothing for an array without elements."""
+    if 0 in piece.shape or piece.at is None:
+        return np.zeros(piece.shape, piece.dtype)
+    kind, position = piece.at
+    array = kept[kind][position]
+    return np.asarray(array if piece.prng is None else jax.random.key_data(array))
+
+
+def _state(target: State, fitted: Fit, arrays: list[np.ndarray]) -> State:
+    """A state with these arrays; kinds that are never saved stay abstract."""
+    plan = target.plan._plain
+    parts: dict[str, list[Any]] = {
+        kind: [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs] for kind, specs in plan._specs.items()
+    }
+    for piece, array in zip(fitted.pieces, arrays, strict=True):
+        assert piece.at is not None, "with a target every piece has its place"
+        kind, position = piece.at
+        is_key = piece.prng is not None
+        parts[kind][position] = jax.random.wrap_key_data(jnp.asarray(array), impl=piece.prng) if is_key else array
+    return State.of(plan, parts.values())

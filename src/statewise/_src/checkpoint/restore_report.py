@@ -1,0 +1,152 @@
+"""What a restore does, or would do, leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.tables import Shown, Table, leaf_dict
+from statewise._src.plan.kind import unknown_kind
+from statewise.errors import RestoreError
+
+__all__ = ["LeafRestore", "Outcome", "RestoreReport"]
+
+Outcome = Literal["restored", "cast", "resized", "regrouped", "kept", "restarted", "problem"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LeafRestore:
+    """What a restore does with one leaf.
+
+    Attributes:
+      leaf: the leaf, of the target; of the checkpoint where the target has none.
+      outcome: `restored`; `cast`, restored into another dtype; `resized`, per device and onto other devices;
+        `regrouped`, of other members of an ensemble; `kept`, the target's own value; `restarted`, a fresh one;
+        `problem`, which no restore gets past.
+      why: what there is to say of it; empty for what was simply restored.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> folder = tempfile.mkdtemp()
+      >>> sw.save(f"{folder}/first", state)
+      >>> one = sw.preview(f"{folder}/first", state.cast(params="bfloat16"), cast=True)["params"][0]
+      >>> one.outcome, one.why
+      ('cast', 'from float32 to bfloat16')
+    """
+
+    leaf: Leaf
+    outcome: Outcome
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreReport(Shown):
+    """What a restore did, or would do, leaf by leaf; prints as a table.
+
+    Attributes:
+      path: the checkpoint.
+      leaves: what happens to each leaf, in the order of the target's kinds; then leaves of the checkpoint alone.
+      hints: for each sort of problem, how to hint it.
+      written: versions of what wrote the checkpoint.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> folder = tempfile.mkdtemp()
+      >>> sw.save(f"{folder}/first", state)
+      >>> report = sw.preview(f"{folder}/first", state)
+      >>> report.ok, report.counts
+      (True, {'params': {'restored': 2}})
+    """
+
+    path: str
+    leaves: tuple[LeafRestore, ...]
+    hints: tuple[str, ...] = ()
+    written: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether a restore goes through."""
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[Leaf, ...]:
+        """The leaves that no restore gets past, each with what is wrong in its `note`."""
+        return tuple(dataclasses.replace(one.leaf, note=one.why) for one in self.leaves if one.outcome == "problem")
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each kind, how many leaves had each outcome."""
+        counts: dict[str, Counter[str]] = {}
+        for one in self.leaves:
+            counts.setdefault(one.leaf.kind or "", Counter())[one.outcome] += 1
+        return {kind: dict(count) for kind, count in counts.items()}
+
+    def __getitem__(self, kind: str) -> tuple[LeafRestore, ...]:
+        found = tuple(one for one in self.leaves if one.leaf.kind == kind)
+        if not found:
+            raise unknown_kind(kind, self.counts)
+        return found
+
+    def __iter__(self) -> Iterator[LeafRestore]:
+        return iter(self.leaves)
+
+    def raise_problems(self) -> None:
+        """Raises if there are problems.
+
+        Raises:
+          RestoreError: with all of them.
+        """
+        if self.ok:
+            return
+        number = len(self.problems)
+        raise RestoreError(
+            f"{self.path} does not fit the target: {number} {'leaf differs' if number == 1 else 'leaves differ'}. "
+            "Nothing was read or changed.",
+            leaves=self.problems,
+            hint="\n".join(self.hints),
+        )
+
+    def table(self) -> Table:
+        """A line for each leaf that was not simply restored; below, a line for each kind."""
+        odd = [one for one in self.leaves if one.outcome != "restored"]
+        kinds = Table(
+            "kinds",
+            ("kind", "leaves", "outcome"),
+            tuple(
+                (kind, str(sum(count.values())), ", ".join(f"{name} {number}" for name, number in count.items()))
+                for kind, count in self.counts.items()
+            ),
+            right=("leaves",),
+        )
+        title = f"restore of {self.path}" + ("" if self.ok else ": does not go through")
+        if not odd:
+            return dataclasses.replace(kinds, title=title)
+        rows = tuple((format_path(one.leaf.path), one.leaf.kind or "-", one.outcome, one.why or "-") for one in odd)
+        return Table(title, ("path", "kind", "outcome", "why"), rows, below=kinds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "counts": self.counts,
+            "leaves": [leaf_dict(one.leaf) | {"outcome": one.outcome, "why": one.why} for one in self.leaves],
+            "hints": list(self.hints),
+            "written": dict(self.written),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)

@@ -1,0 +1,288 @@
+"""`sw.save`: a state into a directory that is complete from the moment it is there.
+
+Everything is written into a hidden directory beside the final one, which is then renamed: what has the final name is
+a whole checkpoint, and what was left behind by a process that died has another.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import glob
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+
+from statewise._src.checkpoint.format.checksums import sums_of
+from statewise._src.checkpoint.format.layout import lay_out
+from statewise._src.checkpoint.format.locate import find
+from statewise._src.checkpoint.format.manifest import Manifest
+from statewise._src.checkpoint.format.parse import read_manifest
+from statewise._src.checkpoint.format.records import kinds_of
+from statewise._src.checkpoint.orbax.handler import Saving, StateHandler, run
+from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
+from statewise._src.checkpoint.orbax.progress import growing
+from statewise._src.common import compat
+from statewise._src.common.paths import Leaf
+from statewise._src.core.state import State
+from statewise.errors import SaveError, StatewiseError, StructureError
+
+__all__ = ["flush", "kinds_to_save", "save"]
+
+
+def save(
+    path: Any,
+    state: State | Any,
+    *,
+    only: str | Sequence[str] | Any = None,
+    base: Any = None,
+    layout: str = "named",
+) -> None:
+    """Writes a state to disk: every kind but the ephemeral ones, optimizer state included.
+
+    What stands at `path` afterwards is complete; if anything goes wrong, nothing stands there.  It is also a plain
+    Orbax checkpoint, in which each leaf has its own path.  With several processes, all of them call this.
+
+    Args:
+      path: a directory that does not exist yet, on a file system that can rename; its parents are made.  Nothing is
+        ever written over: `sw.Checkpoints` keeps a directory for each step.
+      state: a state; it stays as it is.
+      only: the kinds to save, `("lora",)` say; by default all that are `saved`.
+      base: the path of a checkpoint that has the kinds which `only` leaves out, unchanged; a restore takes them from
+        there.  That they are unchanged is checked by their checksums.  A base of its own it cannot have.  Where the
+        plan has an optimizer, its state is a kind too: `only=("lora", "optimizer")`.
+      layout: `"named"`, each array under its own path, or `"packed"`: arrays of up to a mebibyte share few arrays, for
+        speed, and only Statewise tells them apart.
+
+    Raises:
+      SaveError: there is something at `path` already, or it cannot be written (a full disk, no permission).
+      StructureError: the state was donated, abstract, or being traced; `base` has other values.
+      DeclarationError: `only` names a kind that is not there, or one that is declared ephemeral.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> folder = tempfile.mkdtemp()
+      >>> sw.save(f"{folder}/first", state)
+      >>> state, report = sw.restore(f"{folder}/first", state)
+      >>> report.counts["params"]
+      {'restored': 2}
+    """
+    if not isinstance(state, State):
+        raise StructureError(
+            f"sw.save wants a state, not {type(state).__name__}.", hint="sw.save(path, plan.take(model))"
+        )
+    kinds = kinds_to_save(state, only)
+    check_layout(layout)
+    final = new_place(
+        path,
+        example="sw.save('run/step_100', state)",
+        store="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
+        "state=sw.checkpointable(state)))",
+    )
+    saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
+    first = jax.process_index() == 0  # it shows how far all of them are
+    size = sum(leaf.nbytes for leaf in state.plan.leaves if leaf.kind in kinds) if first else 0
+    with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
+        handler = StateHandler()
+        try:
+            run(handler.begin(compat.epath(temporary), saving))
+            _sync("written")
+            if jax.process_index() == 0:
+                handler.finalize(temporary)
+        finally:
+            handler.close()
+
+
+def check_layout(layout: Any) -> None:
+    """Raises where a layout is unknown."""
+    if layout not in ("named", "packed"):
+        raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", hint="layout='packed'")
+
+
+def kinds_to_save(state: State, only: str | Sequence[str] | Any) -> tuple[str, ...]:
+    """The kinds that a save writes."""
+    hint = "declare it saved: kinds.replace({name}=dataclasses.replace(kinds['{name}'], saved=True))"
+    return kinds_of(state, only, ", and is never saved", hint)
+
+
+@contextlib.contextmanager
+def _committed(final: FilePath) -> Iterator[FilePath]:
+    """A directory to write into, which has the final name when all went well, and is gone when not."""
+    token = _agreed(secrets.token_hex(4))
+    temporary = final.parent / f".{short_name(final.name)}.tmp-{_host()}-{_agreed_number(os.getpid())}-{token}"
+    first = jax.process_index() == 0
+    try:
+        if first:
+            make_folder(final.parent)
+            _clear_abandoned(final)
+            temporary.mkdir()
+        _sync("begun")
+        yield temporary
+        if first:
+            flush(temporary)
+            temporary.rename(final)
+            _flush_one(final.parent)
+        first = False  # nothing is left to remove
+    except StatewiseError:  # which has said all
+        raise
+    except OSError as error:
+        raise _failed(final, error) from error
+    except ValueError as error:  # how TensorStore reports what the file system refuses
+        if _is_of_disk(error):
+            raise _failed(final, error) from error
+        raise
+    finally:
+        if first:
+            _remove(temporary)
+    _sync("committed")
+
+
+def _failed(final: FilePath, error: Exception) -> SaveError:
+    if final.exists():
+        return SaveError(
+            f"Another writer has written {final} meanwhile; that checkpoint is whole, this one was dropped.",
+            hint="another path for each writer",
+        )
+    return SaveError(
+        f"{final} could not be written: {reason_of(error)}. Nothing of it was left.",
+        hint="free some space, or choose a directory that can be written to",
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """What the system said, in its own words."""
+    if isinstance(error, StatewiseError):
+        return error.message.rstrip(".")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    *first, last = str(error).split(" [")[0].split(": ")  # TensorStore says first where it was
+    return f"{first[-1]}: {last}" if first and last.startswith('"') else last
+
+
+def _remove(folder: FilePath) -> None:
+    """Removes what was begun; again a little later, as threads of a failed write may just be making one more file."""
+    for pause in (0.0, 0.02, 0.1, 0.5):
+        time.sleep(pause)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_of_disk(error: Exception) -> bool:
+    words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "No space left", "File too large", "Error writing", "quota")
+    return any(word in str(error) for word in words)
+
+
+def _host() -> str:
+    return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] if jax.process_count() == 1 else "many"
+
+
+def _clear_abandoned(final: FilePath) -> None:
+    """Removes what processes of this machine have left that died while they wrote this very path."""
+    start = f".{short_name(final.name)}.tmp-{_host()}-"
+    for folder in final.parent.glob(f"{glob.escape(start)}*"):
+        pid = folder.name.removeprefix(start).partition("-")[0]
+        if pid.isdigit() and jax.process_count() == 1 and not _is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def flush(place: FilePath) -> None:
+    """Asks the system to have a file, or all of a directory, on the disk before the final name appears there."""
+    below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
+    # Together: a file system with a journal then commits it once for several files.
+    with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
+        for _ in pool.map(_flush_one, below or [place]):
+            pass
+
+
+def _flush_one(path: Any) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"statewise.save.{name}")
+
+
+def _agreed_number(number: int) -> int:
+    if jax.process_count() == 1:
+        return number
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
+def _agreed(token: str) -> str:
+    return f"{_agreed_number(int(token, 16)):08x}"
+
+
+# --- over a base -----------------------------------------------------------------------------------------------
+
+
+def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> dict[str, str] | None:
+    """What the manifest says of the base: where it is, and the digest by which it is known again."""
+    if base is None:
+        return None
+    folder = FilePath(os.fspath(find(base)))
+    manifest = read_manifest(folder)
+    rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
+    if not rest:
+        return None  # nothing is left to be found there
+    differing = _differences(state, rest, manifest)
+    if differing:
+        raise StructureError(
+            f"The base {folder} has not the values of this state: without them a restore would go back to older ones.",
+            leaves=differing,
+            hint=f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in differing))!r}; "
+            "or a new base first: sw.save(base, state)",
+        )
+    # Where links lead: a link called `latest` will lead elsewhere when this is read.
+    path = os.path.relpath(os.path.realpath(folder), os.path.realpath(final.parent))
+    return {"path": path, "digest": manifest.digest}
+
+
+def _differences(state: State, kinds: tuple[str, ...], manifest: Manifest) -> list[Leaf]:
+    laid = lay_out(state, kinds, "named")
+    sources, theirs = iter(laid.sources), manifest.by_id()
+    differing = []
+    for record in laid.records:
+        there = theirs.get(record.id)
+        sums = [sums_of(next(sources)) for _ in record.arrays]
+        if there is None:
+            differing.append(record.leaf("not in the base"))
+        elif [array.shape for array in there.arrays] != [array.shape for array in record.arrays] or [
+            array.dtype for array in there.arrays
+        ] != [array.dtype for array in record.arrays]:
+            differing.append(record.leaf("has another shape or dtype in the base"))
+        elif [array.sums for array in there.arrays] != sums:
+            differing.append(record.leaf("has other values in the base"))
+    return differing

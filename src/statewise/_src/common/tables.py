@@ -1,0 +1,389 @@
+"""Tables: how leaves, and counts of them by kind, are shown to people.
+
+A `Table` is plain data: a title, columns, rows of text.  It shows itself three ways.  As text (`str`), for logs,
+pipes and doctests: ASCII lines, no colour codes, as wide as its content, so that a path is never cut and the same
+table is the same text on every machine.  As a rich table, in a terminal that is driven by rich: cells fold where
+the terminal is narrow, and where it is too narrow for columns each row stands by itself; colours follow `NO_COLOR`.
+As HTML, in a notebook, with no colours of its own, so that it is light or dark as the notebook is.
+
+`leaves_table` has a line for each leaf, and below it a line for each kind (a kind that claims nothing is seen
+there); `kinds_table` is that second part alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import html
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape, format_type
+from statewise._src.core.kinds import Kinds
+
+__all__ = [
+    "KindCount",
+    "Shown",
+    "Table",
+    "count_kinds",
+    "count_leaves",
+    "format_bytes",
+    "format_count",
+    "kinds_table",
+    "leaf_dict",
+    "leaves_table",
+    "printable",
+    "total_of",
+]
+
+
+# A word of a table is not broken up to this many letters, `restart=zeros_like`.
+_WORD = 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of text under named columns; prints as text, as a rich table, and as HTML.
+
+    Attributes:
+      title: a line above the table; empty for none.
+      columns: the columns' names.
+      rows: the cells, one tuple for each row.
+      right: the names of the columns that are aligned to the right.
+      footer: a last row, set apart; None for none.
+      below: a second table, shown under this one; None for none.
+
+    Example:
+      >>> from statewise._src.common.tables import Table
+      >>> print(Table("leaves", ("path", "elements"), (("kernel", "6"), ("bias", "3")), right=("elements",)))
+      leaves
+      path    elements
+      ----------------
+      kernel         6
+      bias           3
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: tuple[str, ...] = ()
+    footer: tuple[str, ...] | None = None
+    below: Table | None = None
+
+    def __post_init__(self) -> None:
+        # A key of a user's dict may hold anything, a line break or a terminal's escape code too.
+        object.__setattr__(self, "rows", tuple(tuple(map(printable, row)) for row in self.rows))
+
+    def __str__(self) -> str:
+        from rich.cells import cell_len, set_cell_size
+
+        lines = [*self.rows, *([self.footer] if self.footer else [])]
+        widths = [
+            max([cell_len(column), *(cell_len(line[at]) for line in lines)]) for at, column in enumerate(self.columns)
+        ]
+
+        def written(cells: Sequence[str]) -> str:
+            aligned = [
+                " " * (width - cell_len(cell)) + cell if column in self.right else set_cell_size(cell, width)
+                for column, cell, width in zip(self.columns, cells, widths, strict=True)
+            ]
+            return "  ".join(aligned).rstrip()
+
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        text = [*([self.title] if self.title else []), written(self.columns), rule, *map(written, self.rows)]
+        if self.footer:
+            text += [rule, written(self.footer)]
+        if self.below:
+            text += ["", str(self.below)]
+        return "\n".join(text)
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        # Text objects, not strings: a cell such as `[0]` is no markup.  A table's own title would be wrapped to
+        # the width of a narrow table, so it stands as a line of its own.
+        title = [Text(self.title, style="bold")] if self.title else []
+        below = [Text(""), self.below.__rich__()] if self.below else []
+        return Group(*title, _Fitting(self), *below)
+
+    def _repr_html_(self) -> str:
+        aligns = ["right" if column in self.right else "left" for column in self.columns]
+
+        def row(cells: Sequence[str], tag: str) -> str:
+            written = (
+                # Code in a cell keeps its indentation.
+                f'<{tag} style="text-align:{align};white-space:pre-wrap">{html.escape(cell)}</{tag}>'
+                for align, cell in zip(aligns, cells, strict=True)
+            )
+            return f"<tr>{''.join(written)}</tr>"
+
+        caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        foot = f"<tfoot>{row(self.footer, 'th')}</tfoot>" if self.footer else ""
+        body = "".join(row(cells, "td") for cells in self.rows)
+        head = row(self.columns, "th")
+        below = self.below._repr_html_() if self.below else ""
+        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody>{foot}</table>{below}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain data: each row as a dict from column to cell."""
+        data: dict[str, Any] = {
+            "title": self.title,
+            "columns": list(self.columns),
+            "rows": [dict(zip(self.columns, row, strict=True)) for row in self.rows],
+        }
+        if self.footer:
+            data["footer"] = dict(zip(self.columns, self.footer, strict=True))
+        if self.below:
+            data["below"] = self.below.to_dict()
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitting:
+    """The rows of a table in a terminal: as columns, or one row below the other where there is no room for columns."""
+
+    shown: Table
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield self._columns() if self._least() <= options.max_width else self._records()
+
+    def _least(self) -> int:
+        """The width that columns need: of each the longest word in it, long paths apart, and two spaces between."""
+        from rich.cells import cell_len
+
+        lines = (self.shown.columns, *self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
+        words = ([word for cell in column for word in cell.split()] for column in zip(*lines, strict=True))
+        needs = [min(max(map(cell_len, some), default=0), _WORD) for some in words]
+        return sum(needs) + 2 * (len(needs) - 1)
+
+    def _columns(self) -> Any:
+        from rich import box
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        footer = self.shown.footer
+        table = RichTable(
+            box=box.SIMPLE_HEAD, show_footer=footer is not None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        for at, column in enumerate(self.shown.columns):
+            table.add_column(
+                Text(column),
+                Text(footer[at] if footer else ""),
+                justify="right" if column in self.shown.right else "left",
+                overflow="fold",
+            )
+        for row in self.shown.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def _records(self) -> Any:
+        """Of each row the first cell, and below it the others with their names; what says nothing is left out."""
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.text import Text
+
+        rows = (*self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
+        lines: list[Any] = []
+        for first, *others in rows:
+            if first:
+                lines.append(Text(first, style="bold", overflow="fold"))
+            text = Text(overflow="fold")
+            for name, cell in zip(self.shown.columns[1:], others, strict=True):
+                if cell not in ("", "-"):
+                    text.append(" · " if text else "").append(name, style="dim").append(f" {cell}")
+            if text:
+                lines.append(Padding(text, (0, 0, 0, 2)))
+        return Group(*lines)
+
+
+class Shown(abc.ABC):
+    """Data that shows itself by a table: as text, as a rich table, as HTML in a notebook."""
+
+    @abc.abstractmethod
+    def table(self) -> Table:
+        """The data as a table."""
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def printable(cell: str) -> str:
+    """Text with escapes for all that is not to be printed: line breaks, a terminal's codes, marks of direction."""
+    if cell.isprintable():
+        return cell
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cell)
+
+
+def format_count(number: int) -> str:
+    """Writes a number with separators: `1,234,567`."""
+    return f"{number:,}"
+
+
+def format_bytes(number: int) -> str:
+    """Writes a number of bytes: exactly below a kibibyte (`512 B`), then to one decimal (`1.5 KiB`, `2.0 MiB`)."""
+    if abs(number) < 1024:
+        return f"{number} B"
+    size, units = float(number), ("KiB", "MiB", "GiB", "TiB", "PiB")
+    for unit in units:
+        size /= 1024
+        # 1023.97 KiB would be written as 1024.0 KiB, which is 1.0 MiB.
+        if abs(size) < 1023.95 or unit == units[-1]:
+            break
+    return f"{size:,.1f} {unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class KindCount:
+    """What one kind of a model amounts to.
+
+    Attributes:
+      name: the kind's name.
+      leaves: how many leaves; a tied one counts once.
+      elements: how many elements, over all its arrays.
+      bytes: how many bytes, over all its arrays.
+      dtypes: how many leaves have each dtype; `-` stands for leaves that hold no array, `several` for leaves that
+        hold a tuple or a dict of arrays.
+      types: how many leaves are of each type, by the type's name; `Array` is a raw array.
+      handling: the kind's handling in a few words, `-` by default.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> count = sw.census(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"]
+      >>> count.leaves, count.elements, count.bytes, count.dtypes, count.types
+      (2, 9, 36, {'float32': 2}, {'Param': 2})
+    """
+
+    name: str
+    leaves: int
+    elements: int
+    bytes: int
+    dtypes: dict[str, int]
+    types: dict[str, int]
+    handling: str = "-"
+
+
+def count_kinds(leaves: Iterable[Leaf], kinds: Kinds) -> tuple[KindCount, ...]:
+    """Counts leaves by kind, in the order of the kinds; a kind without leaves is counted too, with zeros."""
+    return count_leaves(leaves, {name: kind.handling() for name, kind in kinds.items()})
+
+
+def count_leaves(leaves: Iterable[Leaf], handlings: Mapping[str, str]) -> tuple[KindCount, ...]:
+    """Counts leaves by kind, where the kinds are known by name and handling only, as on disk."""
+    groups: dict[str, list[Leaf]] = {name: [] for name in handlings}
+    for leaf in leaves:
+        groups[leaf.kind or ""].append(leaf)
+    return tuple(_count(name, group, handlings[name]) for name, group in groups.items())
+
+
+def _count(name: str, leaves: Sequence[Leaf], handling: str) -> KindCount:
+    return KindCount(
+        name=name,
+        leaves=len(leaves),
+        elements=sum(leaf.elements for leaf in leaves),
+        bytes=sum(leaf.nbytes for leaf in leaves),
+        dtypes=dict(Counter(_dtype_of(leaf) for leaf in leaves)),
+        types=dict(Counter(format_type(leaf.type) for leaf in leaves)),
+        handling=handling,
+    )
+
+
+def _dtype_of(leaf: Leaf) -> str:
+    return "several" if leaf.dtype is None and leaf.elements else format_dtype(leaf.dtype)
+
+
+def total_of(counts: Sequence[KindCount]) -> KindCount:
+    """All kinds together, under the name `total`."""
+    dtypes: Counter[str] = Counter()
+    types: Counter[str] = Counter()
+    for count in counts:
+        dtypes.update(count.dtypes)
+        types.update(count.types)
+    return KindCount(
+        name="total",
+        leaves=sum(count.leaves for count in counts),
+        elements=sum(count.elements for count in counts),
+        bytes=sum(count.bytes for count in counts),
+        dtypes=dict(dtypes),
+        types=dict(types),
+        handling="",
+    )
+
+
+def kinds_table(title: str, counts: Sequence[KindCount]) -> Table:
+    """A line for each kind: leaves, elements, bytes, dtypes, types and handling; the totals at the foot."""
+
+    def row(count: KindCount, dtypes: str, types: str) -> tuple[str, ...]:
+        size = (format_count(count.leaves), format_count(count.elements), format_bytes(count.bytes))
+        return (count.name, *size, dtypes, types, count.handling)
+
+    return Table(
+        title,
+        ("kind", "leaves", "elements", "bytes", "dtypes", "types", "handling"),
+        tuple(row(count, ", ".join(count.dtypes) or "-", _tally(count.types)) for count in counts),
+        right=("leaves", "elements", "bytes"),
+        footer=row(total_of(counts), "", ""),
+    )
+
+
+def _tally(names: dict[str, int]) -> str:
+    """`Param`, where all are alike; `Buffer 2, Variable 1`, where not."""
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{name} {format_count(number)}" for name, number in names.items()) or "-"
+
+
+def leaf_dict(leaf: Leaf) -> dict[str, Any]:
+    """A leaf as plain data that JSON can hold: paths, type and dtype as text, the shape as a list."""
+    return {
+        "path": format_path(leaf.path),
+        "kind": leaf.kind,
+        "type": format_type(leaf.type),
+        "shape": None if leaf.shape is None else list(leaf.shape),
+        "dtype": None if leaf.dtype is None else format_dtype(leaf.dtype),
+        "aliases": list(map(format_path, leaf.aliases)),
+        "elements": leaf.elements,
+        "bytes": leaf.nbytes,
+    } | ({"note": leaf.note} if leaf.note else {})
+
+
+def leaves_table(title: str, leaves: Sequence[Leaf], kinds: Kinds | None = None) -> Table:
+    """A line for each leaf; below, where the kinds are given, a line for each kind.
+
+    Args:
+      title: the line above.
+      leaves: the leaves, in the order in which they are shown.
+      kinds: the kinds, for the part below; every leaf's kind must be one of them.
+
+    Returns:
+      A table with the columns path, kind (if any leaf has one), type, shape, dtype, and aliases (if any leaf has
+      some).
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> from statewise._src.common.tables import leaves_table
+      >>> print(leaves_table("", sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).leaves))
+      path    kind    type   shape   dtype
+      --------------------------------------
+      bias    params  Param  (3,)    float32
+      kernel  params  Param  (2, 3)  float32
+    """
+    columns: dict[str, list[str]] = {"path": [format_path(leaf.path) for leaf in leaves]}
+    if any(leaf.kind is not None for leaf in leaves):
+        columns["kind"] = [leaf.kind or "-" for leaf in leaves]
+    columns["type"] = [format_type(leaf.type) for leaf in leaves]
+    columns["shape"] = [format_shape(leaf.shape) for leaf in leaves]
+    columns["dtype"] = [_dtype_of(leaf) for leaf in leaves]
+    if any(leaf.aliases for leaf in leaves):
+        columns["aliases"] = [", ".join(map(format_path, leaf.aliases)) for leaf in leaves]
+    below = kinds_table("kinds", count_kinds(leaves, kinds)) if kinds is not None else None
+    return Table(title, tuple(columns), tuple(zip(*columns.values(), strict=True)), below=below)

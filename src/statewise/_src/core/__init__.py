@@ -1,0 +1,1 @@
+"""The public objects, `Kinds`, `Plan` and `State`, and what can be done with a state."""

@@ -1,0 +1,143 @@
+"""Objects against the plan that they are to fit: every difference in structure, type, shape, dtype and static parts."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+
+from statewise._src.common import compat
+from statewise._src.common.nnx_graph import (
+    ONE,
+    Scan,
+    arrays_of,
+    make_leaf,
+    named,
+    raw_value,
+    rebuild,
+    row_of,
+    spec_of,
+)
+from statewise._src.common.paths import Leaf, Path, format_path, format_shape
+from statewise._src.core.plan import Plan
+from statewise._src.plan.intern import same_graph
+from statewise._src.plan.leaf_specs import Row, is_sown
+from statewise.errors import StructureError
+
+__all__ = ["check_statics", "leaf_of_row", "matched", "names_for"]
+
+
+def leaf_of_row(row: Row, note: str = "") -> Leaf:
+    """Returns a planned leaf as data."""
+    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+
+
+def names_for(plan: Plan, objects: Sequence[Any]) -> tuple[str, ...]:
+    """The names of the planned objects, if so many are given; `_matched` refuses another number."""
+    return plan._names if len(objects) == plan._objects else ()
+
+
+def matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
+    """The live leaf of each row; every difference between the objects and the plan is listed."""
+    if len(objects) != plan._objects:
+        raise StructureError(
+            f"The plan is of {plan._objects} object{'s' * (plan._objects > 1)}, but {len(objects)} are given.",
+            hint=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(plan._names or _names(plan))})",
+        )
+    live = dict(zip(found.paths, found.leaves, strict=True))
+    problems: list[Leaf] = []
+    leaves = []
+    for row in plan._rows:
+        leaf = live.pop(row.path, None)
+        note = "missing" if leaf is None else _difference(row, leaf)
+        if note:
+            problems.append(leaf_of_row(row, note))
+        leaves.append(leaf)
+    for path, leaf in live.items():
+        if not is_sown(compat.variable_type(leaf)):
+            problems.append(row_of(path, leaf, note="not in the plan"))
+    if problems:
+        differ = "1 leaf differs" if len(problems) == 1 else f"{len(problems)} leaves differ"
+        raise StructureError(
+            f"The model is not what was planned: {differ}.",
+            leaves=problems,
+            hint=_TAKE
+            if verb == "take" and plan.members is None
+            else _STACKED.format(plan.members)
+            if verb == "take"
+            else "put the state into a model of the planned structure, or plan.build(state)",
+        )
+    return leaves
+
+
+_TAKE = "plan = kinds.plan(model)  # plan the model as it is now"
+_STACKED = (
+    "the plan is of an ensemble of {}: objects with stacked arrays, nnx.vmap(make_model)(keys)\n"
+    "or a state for each member: plan.stack([single.take(model) for model in models])  # single: the plan of one"
+)
+
+
+def _names(plan: Plan) -> list[str]:
+    """The planned objects by the names of their types, for code."""
+    objects = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    return [type(thing).__name__.lower() for thing in objects]
+
+
+def _difference(row: Row, leaf: Any) -> str:
+    type_ = compat.variable_type(leaf)
+    if type_ is not row.type:
+        return f"is a {type_.__name__} in the model"
+    arrays, structure = arrays_of(raw_value(leaf))
+    if structure != row.structure:
+        return "holds a value of another structure in the model"
+    for array, spec in zip(arrays, row.specs, strict=True):
+        found = spec_of(array)
+        if found != spec:
+            return (
+                f"is {format_shape(found.shape)} {found.dtype} in the model"
+                if found
+                else f"is {type(array).__name__} in the model"
+            )
+    return ""
+
+
+_PLAIN = (bool, int, float, str, type(None), enum.Enum)
+
+
+def check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
+    """Refuses a model whose plain attributes (`deterministic`, `use_running_average`) are not as planned.
+
+    A step rebuilds the module from the plan, so it would quietly run in the planned mode.  Functions and other
+    objects among the attributes are left alone: they may differ from instance to instance.
+    """
+    if same_graph(found.graphdef, plan._graphdef):
+        return
+    planned = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    differing = []
+    for position, (ours, theirs) in enumerate(zip(planned, objects, strict=True)):
+        before, now = _plain_attributes(ours), _plain_attributes(theirs)
+        for path, value in before.items():
+            if path in now and not _same_static(now[path], value):
+                prefix = named((position,), plan._names) if plan._several else ()
+                differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
+    if differing:
+        raise StructureError(
+            "The model's static attributes have changed since it was planned:\n  " + "\n  ".join(differing),
+            hint="plan = kinds.plan(model)  # or model.train() / model.eval() back to what was planned",
+        )
+
+
+def _same_static(one: Any, other: Any) -> bool:
+    # 1 == True, and nan != nan: neither is meant.
+    return type(one) is type(other) and (one == other or repr(one) == repr(other))
+
+
+def _plain_attributes(thing: Any) -> dict[Path, Any]:
+    return {
+        (*path, name): value
+        for path, module in nnx.iter_modules(thing)
+        for name, value in vars(module).items()
+        if isinstance(value, _PLAIN) and not name.startswith("_")
+    }

@@ -1,0 +1,311 @@
+"""Arrays into states and back: `take`, `put` and `build`.
+
+Both directions go by path, and look at everything before they touch anything: a difference in structure, type,
+shape or dtype is an error that lists every leaf, and then nothing has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise._src.common.narrowing import check_given
+from statewise._src.common.nnx_graph import (
+    arrays_of,
+    raw_value,
+    rebuild,
+    scan,
+    value_of,
+)
+from statewise._src.common.object_names import in_order, names_given
+from statewise._src.common.paths import Leaf
+from statewise._src.common.write_values import Objects, put_values
+from statewise._src.core.check_objects import check_statics, leaf_of_row, matched, names_for
+from statewise._src.core.member_view import as_ensemble, begun, holds_one_member, single_of
+from statewise._src.core.plan import Plan
+from statewise._src.core.reduce_devices import refuse_copies
+from statewise._src.core.state import State, check_fits, check_not_donated, is_deleted
+from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.per_device import Copies, spread
+from statewise._src.sharding.explicit_axes import explained
+from statewise._src.sharding.resolve import array_shardings, check_devices, copies_on, with_copies
+from statewise.errors import StructureError
+
+__all__ = ["build", "init", "put", "take", "values_of"]
+
+
+def take(
+    plan: Plan,
+    objects: Sequence[Any],
+    *,
+    mesh: Any,
+    copy: bool,
+    pack: Any,
+    inside: bool = True,
+) -> State:
+    """See `Plan.take`; `inside` allows the traced objects of one member for the plan of an ensemble."""
+    plan = plan._plain
+    if plan._members is not None and inside and holds_one_member(plan, objects):
+        return as_ensemble(plan._members, take(single_of(plan), objects, mesh=mesh, copy=copy, pack=pack))
+    if mesh is not None:
+        check_devices(mesh)
+    copies = None if mesh is None else copies_on(plan, mesh)
+    made = plan._pack(_kinds_to_pack(plan, pack, copies)) if pack else plan
+    place = _Places(with_copies(made, copies), mesh)
+    found = scan(objects, names_for(plan, objects))
+    leaves = matched(plan, found, objects, "take")
+    check_statics(plan, found, objects)
+    _check_arrays(plan, leaves)
+    parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
+    for row, leaf in zip(plan._rows, leaves, strict=True):
+        for array in arrays_of(raw_value(leaf))[0]:
+            # Each is placed before the next is copied: a device holds one whole array at a time, never all.
+            parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
+    for number, one in enumerate(plan._derived):
+        with explained("plan.take", mesh, parts):
+            fresh = list(begun(plan, number, [parts[kind][at] for kind, at in plan._params_of(one)]))
+        for array in fresh:
+            parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
+    return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
+
+
+def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
+    """See `Plan.init`."""
+    if not callable(make_model) or isinstance(make_model, nnx.Module):
+        raise StructureError(
+            f"plan.init wants a function that makes the model, not {type(make_model).__name__}.",
+            hint="plan.init(lambda: Model(rngs=nnx.Rngs(0)), mesh)  # or plan.take(model, mesh=mesh)",
+        )
+    check_devices(mesh)
+
+    def made() -> State:
+        objects = make_model()
+        if plan._names and isinstance(objects, dict):
+            objects = in_order(plan._names, (), objects, "take")
+        else:
+            objects = tuple(objects) if plan._objects > 1 and isinstance(objects, tuple | list) else (objects,)
+        try:
+            taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan._packing), inside=False)
+        except StructureError as error:
+            raw = [leaf for leaf in error.leaves if leaf.type is jax.Array and leaf.note == "missing"]
+            if not raw:
+                raise
+            raise StructureError(
+                "Arrays outside of Variables are static to NNX where a model is made inside jax.jit.",
+                leaves=raw,
+                hint="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
+            ) from error
+        # Its plan is the same in all but what was chosen to be packed, and that nothing is per device.
+        parts = zip(plan.kinds, (part.arrays for part in taken._parts), strict=True)
+        copies = there.plan._copies
+        return State.of(
+            there.plan, [part if copies is None else _spread(there.plan, copies, kind, part) for kind, part in parts]
+        )
+
+    there = plan.shardings(mesh)
+    with explained("plan.init", mesh):
+        return jax.jit(made, out_shardings=there)()
+
+
+def _spread(plan: Plan, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
+    mine = copies.of(kind)  # never a packed kind, so slots are positions
+    return [
+        spread(array, copies.devices, axis=plan._axis(kind, at)) if at in mine else array
+        for at, array in enumerate(part)
+    ]
+
+
+class _Places:
+    """Puts arrays where a plan has them on a mesh; without a mesh it leaves them where they are."""
+
+    def __init__(self, plan: Plan, mesh: Any) -> None:
+        self._plan = plan
+        self._seen: set[Any] = set()
+        self._arrays: dict[str, list[Any]] | None = None
+        if mesh is not None:
+            self._slots = plan.shardings(mesh)
+            self._arrays = array_shardings(plan, mesh)
+
+    def array(self, kind: str, position: int, array: Any, copy: bool) -> Any:
+        """An array of a model, copied or shared."""
+        if self._arrays is None:
+            return _taken(array, copy, self._seen)
+        # What JAX puts elsewhere may still share memory with what was given, so a copy is made before.
+        given = array if isinstance(array, jax.Array) and not copy else jnp.array(array)
+        placed = self.made(kind, position, given)
+        return placed if copy else _own(placed, self._seen)
+
+    def made(self, kind: str, position: int, array: Any) -> Any:
+        """An array that nobody else has."""
+        if self._arrays is None:
+            return array
+        copies = self._plan._copies
+        if copies and position in copies.of(kind):
+            return spread(array, copies.devices, self._arrays[kind][position], self._plan._axis(kind, position))
+        return jax.device_put(array, self._arrays[kind][position])
+
+    def derived(self, kind: str, position: int, array: Any) -> Any:
+        """An array that was made of placed ones: where they lie per device, so does it."""
+        return array if self._arrays is None else jax.device_put(array, self._arrays[kind][position])
+
+    def state(self, parts: Mapping[str, Sequence[Any]]) -> State:
+        """The state of these parts; packing made buffers of some arrays, which have no place yet."""
+        state = State.of(self._plan, parts.values())
+        return state if self._arrays is None or not self._plan._packing else jax.device_put(state, self._slots)
+
+
+def _kinds_to_pack(plan: Plan, pack: Any, copies: Copies | None) -> tuple[str, ...]:
+    names = tuple(plan.kinds) if pack is True else names_given(pack, "pack")
+    for name in names:
+        if name not in plan.kinds:
+            raise unknown_kind(name, plan.kinds)
+    # A buffer is the same on every device, so what lies per device stays as it is.
+    return tuple(name for name in names if not (copies and copies.of(name)))
+
+
+def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
+    """Refuses leaves without values (abstract, or donated by a step), and numbers that JAX would narrow."""
+    abstract, donated, given = [], [], []
+    for row, leaf in zip(plan._rows, leaves, strict=True):
+        arrays = arrays_of(raw_value(leaf))[0]
+        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+            abstract.append(leaf_of_row(row))
+        elif any(map(is_deleted, arrays)):
+            donated.append(leaf_of_row(row))
+        for array, spec in zip(arrays, row.specs, strict=True):
+            if not isinstance(array, jax.Array):
+                given.append((leaf_of_row(row), array, spec.dtype))
+    if abstract:
+        raise StructureError(
+            "The model is abstract: it has shapes but no values.",
+            leaves=abstract,
+            hint="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
+        )
+    if donated:
+        raise StructureError(
+            "The model's arrays are gone: they were taken with copy=False, and a step has donated them.",
+            leaves=donated,
+            hint="plan.put(state, model) gives it those of now; without copy=False a model stays whole",
+        )
+    check_given(given)
+
+
+def _taken(array: Any, copy: bool, seen: set[Any]) -> Any:
+    if not isinstance(array, jax.Array):
+        return jnp.array(array)
+    if isinstance(array, jax.core.Tracer):
+        return array
+    return jnp.copy(array) if copy else _own(array, seen)
+
+
+def _own(array: Any, seen: set[Any]) -> Any:
+    """The array itself the first time, a copy whenever it, or another array of the same buffer, comes again."""
+    if isinstance(array, jax.core.Tracer):
+        return array
+    buffer = _buffer_of(array)
+    if buffer in seen:
+        array = jnp.copy(array)
+        buffer = _buffer_of(array)
+    seen.add(buffer)
+    return array
+
+
+def _buffer_of(array: jax.Array) -> Any:
+    """What tells an array's memory from another's: `jax.device_put` may give a new array of the same memory."""
+    if not array.size or jnp.issubdtype(array.dtype, jax.dtypes.extended) or not array.addressable_shards:
+        return id(array)
+    shard = array.addressable_shards[0].data
+    return shard.device, shard.unsafe_buffer_pointer()
+
+
+def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -> None:
+    """See `Plan.put`."""
+    values = values_of(plan, state, "put")
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(state)):
+        raise StructureError(
+            "This state is abstract: putting it would cost the model its values.",
+            hint="plan.build(state) makes an abstract model",
+        )
+    found = scan(objects, names_for(plan, objects))
+    leaves = matched(plan, found, objects, "put")
+    _check_narrow(plan, values)
+    values = [_ready(value, copy) for value in values]
+    writes = [(row.path, leaf, value) for row, leaf, value in zip(plan._rows, leaves, values, strict=True)]
+    root: Any = Objects(zip(found.names, objects, strict=True)) if found.names else tuple(objects)
+    put_values(root if found.several else objects[0], found.leaves, writes)
+
+
+def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:
+    """See `Plan.build`."""
+    values = values_of(plan, state, "build")
+    _check_narrow(plan, values)
+    values = [_ready(value, copy) for value in values]
+    objects = rebuild(plan._graphdef, values, plan._several)
+    return objects if plan._objects > 1 else objects[0]
+
+
+def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
+    """The leaves' values out of a state, in the order of the plan's rows.
+
+    Raises:
+      StructureError: no state, one of another plan, a donated one, or one whose arrays do not fit the plan.
+    """
+    if not isinstance(state, State):
+        raise StructureError(
+            f"plan.{verb} wants a state, not {type(state).__name__}.",
+            hint="plan.put(state, model)" if verb == "put" else "model = plan.build(state)",
+        )
+    if state._plan._plain is not plan._plain:
+        raise StructureError(
+            f"This state is of another plan: {state._plan!r}, not {plan!r}.",
+            leaves=_plan_differences(plan, state._plan),
+            hint=f"state.plan.{verb}(state{', model' if verb == 'put' else ''})",
+        )
+    own = state._plan
+    if own._copies:
+        refuse_copies(own, f"a model holds one value of each leaf; plan.{verb} would have to choose.")
+    check_not_donated(state, plan.kinds)
+    check_fits(state, plan.kinds)
+    parts = {kind: own._unpacked(kind, part.arrays) for kind, part in zip(own.kinds, state._parts, strict=True)}
+    return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
+
+
+def _plan_differences(plan: Plan, other: Plan) -> list[Leaf]:
+    """The leaves that are not the same in two plans; none where they differ in handling or optimizers alone."""
+    theirs = {leaf.path: leaf for leaf in other.leaves}
+    differing = []
+    for leaf in plan.leaves:
+        there = theirs.pop(leaf.path, None)
+        if there is None:
+            differing.append(dataclasses.replace(leaf, note="not in the state"))
+        elif there != leaf:
+            differing.append(dataclasses.replace(leaf, note=f"in the state {str(there).partition(': ')[2]}"))
+    return differing + [dataclasses.replace(leaf, note="not in the plan") for leaf in theirs.values()]
+
+
+def _check_narrow(plan: Plan, values: Sequence[Any]) -> None:
+    """Refuses 64-bit arrays of NumPy, to which somebody mapped the state, where JAX has none."""
+    check_given(
+        (leaf_of_row(row), array, spec.dtype)
+        for row, value in zip(plan._rows, values, strict=True)
+        for array, spec in zip(arrays_of(value)[0], row.specs, strict=True)
+        if not isinstance(array, jax.Array)
+    )
+
+
+def _ready(value: Any, copy: bool) -> Any:
+    """A value that a model may keep: arrays of JAX, copied or not."""
+
+    def ready(array: Any) -> Any:
+        if isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer):
+            return array
+        if isinstance(array, jax.Array):
+            return jnp.copy(array) if copy else array
+        return jnp.array(array)  # somebody mapped the state to NumPy
+
+    return jax.tree.map(ready, value)

@@ -1,0 +1,210 @@
+"""Per-device values into one: `state.reduce_devices("stats", how="mean")`.
+
+What comes out is a state of another plan, in which the folded kinds are replicated: one value, on every device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from statewise._src.common.narrowing import WIDE, as_jax, refuse
+from statewise._src.common.paths import Leaf, format_shape
+from statewise._src.core.kinds import Kinds
+from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
+from statewise._src.core.plan import Plan
+from statewise._src.core.state import Part, State, check_fits, check_not_donated, make_state
+from statewise._src.plan.per_device import Copies
+from statewise._src.plan.placements import folded
+from statewise._src.sharding.array_placement import Lies
+from statewise._src.sharding.part_shardings import Places
+from statewise._src.sharding.resolve import on_mesh, slot_shardings
+from statewise.errors import DeclarationError, StructureError
+
+__all__ = ["reduce_devices", "refuse_copies"]
+
+How = str | Callable[[Any], Any]
+
+
+def reduce_devices(state: State, kinds: Sequence[str], how: How | Any) -> State:
+    """See `State.reduce_devices`."""
+    if is_of_one_member(state):
+        return as_ensemble(state._plan._members, reduce_devices(as_one(state), kinds, how))
+    plan = state._plan
+    for kind in kinds:
+        state.part(kind)
+    if how not in ("mean", "first") and (isinstance(how, type) or not callable(how)):
+        shown = repr(how) if isinstance(how, str) else type(how).__name__
+        raise DeclarationError(
+            f"how={shown} does not say how several values become one.",
+            hint="how='mean', how='first', or a function of the stacked values: how=lambda array: array.max(axis=0)",
+        )
+    copies = plan._copies
+    have = [kind for kind in plan.kinds if copies and copies.of(kind)]
+    # Averages lie as what they are of, so that is what is folded, and they with it.
+    of = {one.into: [other.kind for other in plan._averages if other.into == one.into] for one in plan._averages}
+    chosen = tuple(dict.fromkeys(one for kind in tuple(kinds) or have for one in _folded_for(kind, of, have)))
+    missing = [kind for kind in chosen if kind not in have]
+    if missing or copies is None:
+        what = f"Kind {missing[0]!r} holds" if missing else "This state holds"
+        raise DeclarationError(
+            f"{what} one value of each leaf: there is nothing to fold.",
+            kind=missing[0] if missing else None,
+            hint=f"state.reduce_devices({', '.join(map(repr, have))})" if have else "it can be used as it is",
+        )
+    folds = _with_averages(plan, copies, chosen)
+    touched = tuple(kind for kind, _ in folds.positions)
+    check_not_donated(state, touched)
+    check_fits(state, touched)
+    _refuse_abstract(state, touched)
+    if how == "mean":
+        _refuse_means(plan, copies, chosen)
+    kinds_after = plan.kinds.replace(**{kind: _folded_kind(plan.kinds, kind) for kind in chosen})
+    target = _target(plan, kinds_after)
+    parts = [state.part(kind).arrays for kind in touched]
+    places = tuple(state.part(kind).places() for kind in touched)
+    made = list(state._parts)
+    for kind, arrays in zip(touched, _program(plan, target, folds, how, places)(parts), strict=True):
+        made[plan._index[kind]] = Part(tuple(arrays))
+    return make_state(target, made)
+
+
+def _refuse_abstract(state: State, kinds: Sequence[str]) -> None:
+    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
+        raise StructureError(
+            "This state is abstract: it has shapes, but no values to fold.",
+            kind=kinds[0],
+            hint="state, report = sw.restore(path, state)  # then fold what comes out of it",
+        )
+
+
+def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str]) -> list[str]:
+    return [one for one in of[kind] if one in have] if kind in of and kind in have else [kind]
+
+
+def _with_averages(plan: Plan, copies: Copies, kinds: Sequence[str]) -> Copies:
+    """What is folded with these kinds: their averages lie as they do."""
+    found = {kind: set(copies.of(kind)) for kind in kinds}
+    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+        mine = copies.of(one.into).intersection(range(start, stop))
+        if mine and set(one.kinds) & set(kinds):
+            found.setdefault(one.into, set()).update(mine)
+    return copies._replace(positions=tuple((kind, frozenset(at)) for kind, at in found.items()))
+
+
+def refuse_copies(plan: Plan, why: str) -> None:
+    """Raises for a state with per-device values, where one value is wanted."""
+    assert plan._copies is not None
+    kinds = [kind for kind, _ in plan._copies.positions]
+    raise StructureError(
+        f"This state has a value of each device in {', '.join(kinds)}, but {why}",
+        leaves=_leaves(plan, plan._copies, kinds),
+        kind=kinds[0],
+        hint=f"one = state.reduce_devices({', '.join(map(repr, kinds))}, how='mean')  # or how='first'\n"
+        "one.plan.build(one)",
+    )
+
+
+def _leaves(plan: Plan, copies: Copies, kinds: Sequence[str]) -> list[Leaf]:
+    found = [plan._row_of_array[kind][at] for kind in kinds for at in sorted(copies.of(kind))]
+    return list(dict.fromkeys(found))
+
+
+def _folded_kind(kinds: Kinds, kind: str) -> Any:
+    return dataclasses.replace(kinds[kind], placement=folded(kinds[kind].placement))
+
+
+def _target(plan: Plan, kinds: Kinds) -> Plan:
+    """The plan of the folded state: of the same leaves and packing, on the same mesh."""
+    assert plan._copies is not None
+    return on_mesh(plan._like(kinds=kinds, copies=None), plan._copies.mesh)
+
+
+def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
+    odd = [
+        dataclasses.replace(plan._row_of_array[kind][at], note="has no mean")
+        for kind in kinds
+        for at in sorted(copies.of(kind))
+        if not jnp.issubdtype(plan._specs[kind][at].dtype, jnp.inexact)
+    ]
+    if odd:
+        listed = ", ".join(map(repr, dict.fromkeys(leaf.kind for leaf in odd)))
+        raise StructureError(
+            "Whole numbers, booleans and keys have no mean.",
+            leaves=odd,
+            kind=odd[0].kind,
+            hint=f"state.reduce_devices({listed}, how='first')",
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
+    kinds = [kind for kind, _ in copies.positions]
+    whole, plan = plan, single_of(plan)
+
+    def folded_parts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        lost: list[Leaf] = []
+        made = [
+            tuple(
+                _one(leaf, array, how, lost) if at in copies.of(kind) else array
+                for at, (leaf, array) in enumerate(zip(plan._row_of_array[kind], part, strict=True))
+            )
+            for kind, part in zip(kinds, parts, strict=True)
+        ]
+        _check_shapes(plan, kinds, made)
+        refuse(lost, StructureError, WIDE)
+        return made
+
+    if not all(places):
+        return jax.jit(for_each_member(whole, folded_parts, kinds, kinds, target))
+    if whole._members is not None:
+        slots = dict(zip(target.kinds, slot_shardings(target, copies.mesh), strict=True))
+        return jax.jit(
+            for_each_member(whole, folded_parts, kinds, kinds, target),
+            out_shardings=[tuple(slots[kind]) for kind in kinds],
+        )
+    there = [
+        tuple(
+            Lies((), sharding.memory_kind).sharding(sharding.mesh) if at in copies.of(kind) else sharding
+            for at, sharding in enumerate(lie.shardings if lie else ())
+        )
+        for kind, lie in zip(kinds, places, strict=True)
+    ]
+    return jax.jit(folded_parts, out_shardings=there)
+
+
+def _one(leaf: Leaf, array: Any, how: How, lost: list[Leaf]) -> Any:
+    array = _with_whole_axis(array)
+    if how == "first":
+        return array[0]
+    return array.mean(axis=0) if isinstance(how, str) else as_jax(leaf, how(array), lost)
+
+
+def _with_whole_axis(array: Any) -> Any:
+    """The array with its leading axis whole on each device, where a mesh of explicit axes would not have it indexed."""
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return array
+    return jax.reshard(array, jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec[1:])))
+
+
+def _check_shapes(plan: Plan, kinds: Sequence[str], parts: Sequence[Sequence[Any]]) -> None:
+    odd = [
+        dataclasses.replace(leaf, note=f"would become {format_shape(array.shape)} {array.dtype}")
+        for kind, part in zip(kinds, parts, strict=True)
+        for leaf, spec, array in zip(plan._row_of_array[kind], plan._specs[kind], part, strict=True)
+        if (array.shape, array.dtype) != (spec.shape, spec.dtype)
+    ]
+    if odd:
+        raise StructureError(
+            "What folds these values changes the shape or dtype of the leaf.",
+            leaves=odd,
+            kind=odd[0].kind,
+            hint="a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
+        )

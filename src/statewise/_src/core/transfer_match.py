@@ -1,0 +1,113 @@
+"""A leaf of a transfer's target, and its counterpart in the source: what each is, and what is in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from statewise._src.common.nnx_graph import ONE, Spec
+from statewise._src.common.paths import Leaf, format_path, format_shape
+from statewise._src.core.cast import can_cast
+from statewise._src.core.plan import Plan
+from statewise._src.plan.members import Axis, place_of, shrunk
+
+__all__ = ["OTHER", "Found", "difference", "leaves_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """A leaf, where its arrays stand, and how many values there are of each: one for each device, or 0.
+
+    Of an ensemble also how many members there are, or 0, and along which axis of each array.
+    """
+
+    leaf: Leaf
+    specs: tuple[Spec, ...]
+    structure: Any
+    start: int
+    devices: int
+    members: int
+    axes: tuple[Axis, ...]
+
+    @property
+    def ones(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of one member's arrays."""
+        return tuple(shrunk(spec.shape, axis) for spec, axis in zip(self.specs, self.axes, strict=True))
+
+
+def leaves_of(plan: Plan) -> Iterator[Found]:
+    """Every leaf of a plan, what is derived after those of its objects."""
+    copies, many = plan._copies, plan.members or 0
+    for row, span, leaf in zip(plan._rows, plan._spans, plan.leaves, strict=False):
+        each = copies is not None and not copies.of(row.kind).isdisjoint(range(span.start, span.stop))
+        axes = tuple(_axis(plan, row.kind, at) for at in range(span.start, span.stop))
+        yield Found(leaf, row.specs, row.structure, span.start, copies.devices if copies and each else 0, many, axes)
+    derived = iter(plan.leaves[len(plan._rows) :])
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        for position, spec in enumerate(one.layout.specs, start):
+            each = copies is not None and position in copies.of(one.into)
+            axes = (_axis(plan, one.into, position),)
+            yield Found(next(derived), (spec,), ONE, position, copies.devices if copies and each else 0, many, axes)
+
+
+def _axis(plan: Plan, kind: str, position: int) -> Axis:
+    """The axis of the members, from the front."""
+    axis = plan._axis(kind, position)
+    return axis if axis is None else place_of(axis, len(plan._specs[kind][position].shape))
+
+
+OTHER = "the models differ: plan the target's model as the source's was made"
+_CAST = "sw.transfer(src, target, cast=True)  # or a dtype"
+_MISSING = ""  # what the source has is told of all leaves together
+_TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
+
+
+def difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, str]:
+    """What is in the way of one leaf, and the hint; nothing if nothing is."""
+    if not sources:
+        return "not in the source", _MISSING
+    if len(sources) > 1:
+        names = " and ".join(format_path(found.leaf.path) for found in sources)
+        return f"tied here, apart in the source as {names}", _TIED
+    (found,) = sources
+    if found.leaf.type is not one.leaf.type:
+        return f"is a {found.leaf.type.__name__} in the source", OTHER
+    if found.structure != one.structure:
+        return "holds a value of another structure in the source", OTHER
+    if found.devices and found.devices != one.devices:
+        has_mean = all(jnp.issubdtype(spec.dtype, jnp.inexact) for spec in found.specs)
+        how = "how='mean'), ...)  # or how='first'" if has_mean else "how='first'), ...)"
+        note = f"has a value of each of {found.devices} devices in the source"
+        return note, f"sw.transfer(src.reduce_devices({found.leaf.kind!r}, {how}"
+    pairs = list(zip(found.specs, one.specs, strict=True))
+    if (found.members, found.axes) != (one.members, one.axes) and found.ones == one.ones:
+        other = _other_members(one, found)
+        if other is not None:
+            return other
+    for theirs, ours in pairs:
+        if theirs.shape != ours.shape:
+            return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", OTHER
+    for theirs, ours in pairs:
+        if theirs.dtype != ours.dtype and not can_cast(theirs.dtype, ours.dtype):
+            return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", OTHER
+        if theirs.dtype != ours.dtype and not cast:
+            return f"is {theirs.dtype} in the source", _CAST
+    return "", ""
+
+
+def _other_members(one: Found, found: Found) -> tuple[str, str] | None:
+    """What is in the way between two ensembles, or an ensemble and one model; None where the array is the same."""
+    if not one.members and found.members:
+        return f"of an ensemble of {found.members} in the source", "one of its members: sw.transfer(src.member(0), ...)"
+    if one.members and not found.members:
+        if found.axes == one.axes:
+            return None  # all members share it
+        return "of one model in the source", "src.plan.stack([src, ...])  # a state for each member"
+    if one.members != found.members:
+        several = "[src.member(number) for number in (0, 1)]"
+        return f"of an ensemble of {found.members} in the source", f"sw.transfer(plan.stack({several}), ...)"
+    axes = ", ".join(map(str, found.axes))
+    return f"of members along axis {axes} in the source", "plan.stacked(...) with the axes of the source's plan"

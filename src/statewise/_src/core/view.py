@@ -1,0 +1,153 @@
+"""One kind's arrays as a pytree, nested by path, and back.
+
+`state["cache"]` shows a part as NNX would: an `nnx.State` of plain arrays.  What a user gives instead of it
+(`state.replace(cache=...)`) is matched by path, and every disagreement is listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise._src.common import compat
+from statewise._src.common.narrowing import check_given
+from statewise._src.common.nnx_graph import Spec, raw_value, spec_of, value_of
+from statewise._src.common.paths import Leaf, Path
+from statewise._src.core.plan import Plan
+from statewise._src.plan.averages import Average
+from statewise._src.plan.derived import plain_key
+from statewise.errors import StructureError
+
+__all__ = ["arrays_for", "packed_for", "unpacked_of", "view"]
+
+
+def view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
+    """One kind's arrays, given in the order of the plan, nested by path."""
+    flat: list[Any] = [
+        (row.path, value_of(arrays[span.start : span.stop], span.structure))
+        for row, span in zip(plan._rows, plan._spans, strict=True)
+        if row.kind == kind
+    ]
+    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+        if isinstance(one, Average) and one.into == kind:
+            flat += zip(one.layout.paths, arrays[start:stop], strict=True)
+    objects = nnx.from_flat_state(flat)
+    if kind != "optimizer" or not plan._groups:
+        return objects
+    views = {
+        group.label: jax.tree.unflatten(group.layout.structure, arrays[start:stop])
+        for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True)
+    }
+    return {"objects": objects, **views} if flat else views
+
+
+def unpacked_of(plan: Plan, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A kind's arrays in the order of the plan, of an ensemble or, inside of `jax.vmap`, of one member."""
+    members = plan._members
+    return (plan if members is None or not _of_one(plan, kind, part) else members.single)._unpacked(kind, part)
+
+
+def _of_one(plan: Plan, kind: str, part: Sequence[Any]) -> bool:
+    """Whether a part of an ensemble's plan holds the arrays of one member."""
+    assert plan._members is not None, "asked of an ensemble"
+    ones = plan._members.single._stored[kind]
+    pairs = zip(part, ones, plan._slot_axes[kind], strict=True)
+    return any(getattr(array, "shape", None) == one.shape for array, one, axis in pairs if axis is not None)
+
+
+def packed_for(plan: Plan, kind: str, given: Any, part: Sequence[Any]) -> tuple[Any, ...]:
+    """What stands in the slots of a kind's part, of what is given in the place of its view.
+
+    Args:
+      plan: the plan.
+      kind: the kind.
+      given: what is given.
+      part: what stands there now; inside of `jax.vmap` it is of one member, and so is what replaces it.
+
+    Raises:
+      StructureError: leaves missing, left over, of another shape or dtype, or donated; all are listed.
+    """
+    if plan._members is not None and _of_one(plan, kind, part):
+        plan = plan._members.single
+    return plan._packed(kind, arrays_for(plan, kind, given))
+
+
+def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
+    """The arrays, in the order of the plan, of what is given in the place of a view.
+
+    Raises:
+      StructureError: leaves missing, left over, of another shape or dtype, or donated; 64-bit numbers of NumPy that
+        JAX would lose; all are listed.
+    """
+    structure, slots = _layout(plan, kind)
+    specs = plan._held[kind]
+    leaves, found = jax.tree.flatten(given)
+    if found != structure:
+        keyed = {_plain(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(_unwrapped(given))[0]}
+        leaves = [keyed.pop(keys, None) for keys, _ in slots]
+    else:
+        keyed = {}
+    arrays: list[Any] = [None] * len(specs)
+    problems = []
+    for (_, position), array in zip(slots, leaves, strict=True):
+        problem = _misfit(array, specs[position])
+        if problem:
+            problems.append(dataclasses.replace(plan._row_of_array[kind][position], note=problem))
+        arrays[position] = array
+    for keys, array in keyed.items():
+        spec = spec_of(array) or Spec((), None)
+        type_ = jax.Array if isinstance(array, jax.Array) else type(array)
+        problems.append(Leaf(keys, kind, type_, spec.shape, spec.dtype, note="not in the plan"))
+    if problems:
+        raise StructureError(
+            f"What replaces kind {kind!r} does not fit the plan.",
+            leaves=problems,
+            kind=kind,
+            hint=f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
+        )
+    leaves = plan._row_of_array[kind]
+    check_given(
+        (leaf, array, spec.dtype)
+        for leaf, array, spec in zip(leaves, arrays, specs, strict=True)
+        if not isinstance(array, jax.Array)
+    )
+    return tuple(map(_as_array, arrays))
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(plan: Plan, kind: str) -> tuple[Any, list[tuple[Path, int]]]:
+    """The structure of a view, and for each array in it its keys and its position in the part."""
+    order, structure = jax.tree_util.tree_flatten_with_path(view(plan, kind, range(len(plan._specs[kind]))))
+    return structure, [(_plain(keys), position) for keys, position in order]
+
+
+def _plain(keys: Sequence[Any]) -> Path:
+    return tuple(map(plain_key, keys))
+
+
+def _unwrapped(given: Any) -> Any:
+    """Variables give way to what they hold: `nnx.state(model, ...)` is as good as `state[kind]`."""
+    return jax.tree.map(raw_value, given, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _as_array(value: Any) -> Any:
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
+
+
+def _misfit(array: Any, spec: Spec) -> str:
+    if array is None:
+        return "missing"
+    found = spec_of(array)
+    if found is None or compat.reference(array):
+        return f"given as {type(array).__name__}"
+    if found != spec:
+        return f"given as {found.shape} {found.dtype}"
+    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+        return "donated by an earlier step"
+    return ""

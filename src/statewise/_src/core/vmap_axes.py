@@ -1,0 +1,243 @@
+"""Axes instead of arrays: what `jax.vmap` takes for a state.
+
+`plan.axes(stats=0)` is a state of the plan with an axis, or None, in the place of each array.  To JAX it is a tree
+like any other, so a state is mapped by plain `jax.vmap`: kinds that are not named are one for all, those with an axis
+are many, one for each turn.  What cannot be known here, JAX says itself, by kind and path: a kind without an axis that
+is written under the map is "at vmap out_axes['stats/norm/mean'], got axis spec None but output was batched".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.paths import Leaf
+from statewise._src.core.plan import Plan
+from statewise._src.core.state import State
+from statewise._src.plan.averages import Average
+from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.members import Axis
+from statewise._src.plan.tables import OPTIMIZER
+from statewise.errors import DeclarationError, StructureError
+
+__all__ = ["axes", "axes_of_members", "is_stream"]
+
+
+def axes(plan: Plan, given: Mapping[str, Any]) -> State:
+    """See `Plan.axes`."""
+    if plan._members is not None:
+        if given:
+            raise DeclarationError(
+                f"The axes of an ensemble's plan are those it was made with: {', '.join(given)} cannot have others.",
+                kind=next(iter(given)),
+                hint="plan.axes()  # on the plan of the ensemble, without arguments",
+            )
+        return State.of(plan, plan._slot_axes.values())
+    _check_given(plan, given, "plan.axes({})")
+    _refuse_untold(plan, given)
+    found, follows = _found(plan, given, None)
+    slots = _in_slots(plan, found)
+    if follows:
+        # A count has no second axis: it is mapped along the first.
+        specs = plan._stored[OPTIMIZER]
+        slots[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(slots[OPTIMIZER], specs, strict=True)]
+    _check_ranks(plan._stored, plan._leaf_of_slot, slots)
+    return State.of(plan, slots.values())
+
+
+def axes_of_members(plan: Plan, given: Mapping[str, Any]) -> tuple[tuple[str, tuple[Axis, ...]], ...]:
+    """For each kind the axis of each of its arrays in an ensemble: the first, where nothing else is said.
+
+    Raises:
+      DeclarationError: a kind that is not there; something that is not an axis; averages apart from what they are of.
+      StructureError: leaves of too few dimensions for their axis, arrays of several axes in one buffer; all of them.
+    """
+    _check_given(plan, given, "plan.stacked(8, {})")
+    found, follows = _found(plan, given, 0)
+    _refuse_averages(plan, found, given)
+    if follows:
+        specs = plan._held[OPTIMIZER]
+        found[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(found[OPTIMIZER], specs, strict=True)]
+    _check_ranks(plan._held, plan._row_of_array, found)
+    _in_slots(plan, found)
+    return tuple((kind, tuple(part)) for kind, part in found.items())
+
+
+def _check_given(plan: Plan, given: Mapping[str, Any], call: str) -> None:
+    for kind, axis in given.items():
+        if kind not in plan.kinds:
+            raise unknown_kind(kind, plan.kinds)
+        if not (callable(axis) or _is_axis(axis)):
+            raise DeclarationError(f"{kind}={axis!r} is no axis.", kind=kind, hint=call.format(f"{kind}=0"))
+
+
+def _found(plan: Plan, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:
+    """The axis of each array of each kind, and whether those of optimizer state follow what it is of."""
+    found = {kind: _each(plan, kind, given.get(kind, default)) for kind in plan.kinds}
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        if isinstance(one, Average) and one.into not in given:
+            # Each as what it is the average of; the count of a schedule is one for all, or each member's own.
+            of = [found[kind][at] for kind, at in plan._params_of(one)]
+            found[one.into][start : start + len(of)] = of
+            if default is not None and len(one.layout.specs) > len(of):
+                found[one.into][start + len(of)] = 0 if _first(of) is not None else None
+    follows = OPTIMIZER in plan.kinds and OPTIMIZER not in given
+    if follows:
+        found[OPTIMIZER] = _followed(plan, found)
+    return found, follows
+
+
+def _refuse_averages(plan: Plan, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
+    """An average is read in the place of what it is of, so each member has the one where it has the other."""
+    odd = []
+    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+        if not isinstance(one, Average):
+            continue
+        for at, (kind, position) in enumerate(plan._params_of(one), start):
+            if found[one.into][at] != found[kind][position]:
+                note = f"axis {found[one.into][at]}, an average of what has axis {found[kind][position]}"
+                odd.append(_noted(plan._row_of_array[one.into][at], note))
+    if odd:
+        rest = ", ".join(f"{kind}={axis!r}" for kind, axis in given.items() if kind != odd[0].kind and _is_axis(axis))
+        raise DeclarationError(
+            "Averages have the axes of what they are of.",
+            leaves=odd,
+            kind=odd[0].kind,
+            hint=f"plan.stacked(8{', ' * bool(rest)}{rest})  # without {odd[0].kind}=",
+        )
+
+
+def is_stream(leaf: Leaf, specs: Sequence[Spec]) -> bool:
+    """Whether a leaf is a random stream: one of NNX's, or whatever else holds a typed key."""
+    keys = any(jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) for spec in specs)
+    return keys or (isinstance(leaf.type, type) and issubclass(leaf.type, nnx.RngState))
+
+
+def _refuse_untold(plan: Plan, given: Mapping[str, Any]) -> None:
+    """Raises where nothing says whether the members share their random streams.
+
+    By the default, one for all, each would draw the same noise, and nothing would show it.
+    """
+    rows = zip(plan._rows, plan.leaves, strict=False)
+    untold = [leaf for row, leaf in rows if row.kind not in given and is_stream(leaf, row.specs)]
+    if untold:
+        kinds = list(dict.fromkeys(str(leaf.kind) for leaf in untold))
+        said = [f"{kind}={axis!r}" for kind, axis in given.items() if _is_axis(axis)]
+        own, same = (", ".join([*said, *(f"{kind}={axis}" for kind in kinds)]) for axis in (0, None))
+        raise DeclarationError(
+            f"The model has random streams in {', '.join(kinds)}, and plan.axes is not given what becomes of them.",
+            leaves=untold,
+            kind=kinds[0] if len(kinds) == 1 else None,
+            hint=f"plan.axes({own})  # each member draws noise of its own\n"
+            f"or plan.axes({same})  # the same noise in all of them",
+        )
+
+
+def _is_axis(axis: Any) -> bool:
+    return axis is None or (isinstance(axis, int) and not isinstance(axis, bool))
+
+
+def _each(plan: Plan, kind: str, given: Any) -> list[Axis]:
+    """The axis of each array of a kind, in the order of the plan."""
+    specs = plan._specs[kind]
+    if not callable(given):
+        return [given] * len(specs)
+    found, odd = [], []
+    derived = frozenset(plan.leaves[len(plan._rows) :])
+    for leaf, spec in zip(plan._row_of_array[kind], specs, strict=True):
+        path = leaf.path if leaf in derived else plan._relative(leaf.path)
+        axis = given(path, spec.shape)
+        found.append(axis)
+        if not _is_axis(axis):
+            odd.append(_noted(leaf, f"given {axis!r}"))
+    if odd:
+        raise DeclarationError(
+            f"The function of kind {kind!r} gives something else than axes.",
+            leaves=odd,
+            kind=kind,
+            hint=f"plan.axes({kind}=lambda path, shape: 0 if path[0] == 'head' else None)",
+        )
+    return found
+
+
+def _followed(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> list[Axis]:
+    """The axes of optimizer state: of all that one optimizer keeps as soon as something that it updates is mapped.
+
+    Even where only some of its leaves are mapped, its counts and norms come out different for each of them.
+    """
+    # Nothing tells what an `nnx.Optimizer` among the objects updates: as NNX's own default, every `nnx.Param`.
+    params = [
+        axis
+        for kind in plan.kinds
+        if kind != OPTIMIZER
+        for leaf, axis in zip(plan._row_of_array[kind], found[kind], strict=True)
+        if isinstance(leaf.type, type) and issubclass(leaf.type, nnx.Param)
+    ]
+    made = [_first(params)] * len(plan._specs[OPTIMIZER])
+    for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True):
+        made[start:stop] = [_first([found[kind][at] for kind, at in plan._params_of(group)])] * (stop - start)
+    return made
+
+
+def _first(found: Sequence[Axis]) -> Axis:
+    return next((axis for axis in found if axis is not None), None)
+
+
+def _in_slots(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> dict[str, list[Axis]]:
+    """The axis of what stands in each slot: arrays that are packed together are mapped together."""
+    slots: dict[str, list[Axis]] = {}
+    odd: list[Leaf] = []
+    for kind, here in zip(plan.kinds, plan._slots, strict=True):
+        slots[kind] = []
+        for slot in here:
+            positions = (slot,) if isinstance(slot, int) else slot.positions
+            several = [found[kind][position] for position in positions]
+            slots[kind].append(several[0])
+            odd += [
+                _noted(plan._row_of_array[kind][position], f"axis {axis}, packed with others of axis {several[0]}")
+                for position, axis in zip(positions, several, strict=True)
+                if axis != several[0]
+            ]
+    if odd:
+        raise StructureError(
+            "Arrays that are packed into one buffer have one axis.",
+            leaves=odd,
+            kind=odd[0].kind,
+            hint="one axis for the whole kind, or take the state without pack=",
+        )
+    return slots
+
+
+def _check_ranks(
+    specs: Mapping[str, Sequence[Spec]], leaves: Mapping[str, Sequence[Leaf]], found: Mapping[str, Sequence[Axis]]
+) -> None:
+    odd = [
+        _noted(leaf, f"with another axis it has {len(spec.shape) + 1}; axis {axis} is not one of them")
+        for kind, part in found.items()
+        for leaf, spec, axis in zip(leaves[kind], specs[kind], part, strict=True)
+        if not _has(spec, axis)
+    ]
+    if odd:
+        kinds = list(dict.fromkeys(leaf.kind or "" for leaf in odd))
+        raise StructureError(
+            f"{len(odd)} {'leaf has' if len(odd) == 1 else 'leaves have'} no such axis.",
+            leaves=odd,
+            kind=kinds[0] if len(kinds) == 1 else None,
+            hint=f"the first axis, which every array can have: plan.axes({', '.join(f'{kind}=0' for kind in kinds)})\n"
+            f"or one for each: plan.axes({kinds[0]}=lambda path, shape: 1 if len(shape) > 1 else 0)",
+        )
+
+
+def _has(spec: Spec, axis: Axis) -> bool:
+    rank = len(spec.shape) + 1  # the mapped axis comes on top of the leaf's own
+    return axis is None or -rank <= axis < rank
+
+
+def _noted(leaf: Leaf, note: str) -> Leaf:
+    return dataclasses.replace(leaf, note=note)

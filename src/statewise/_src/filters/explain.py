@@ -1,0 +1,184 @@
+"""What can be said of a filter: which part decides a leaf, whether types alone decide, and how it reads as code."""
+
+from __future__ import annotations
+
+import abc
+import ast
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from statewise._src.common import compat, paths
+from statewise._src.filters.combinators import And, Filter, Not, Or, Ours, compound, describe, normalise, predicate
+from statewise._src.filters.primitives import Exactly, Meta, Where
+from statewise._src.filters.values import ById, type_as_code
+
+__all__ = ["as_code", "explain_leaf", "is_python", "type_key", "type_only"]
+
+
+def explain_leaf(filter: Filter, path: paths.Path, leaf: Any) -> tuple[bool, str]:
+    """Tells whether a filter matches a leaf, and which part of the filter decided that.
+
+    What decides is the first part of an "and" that fails, or of an "or" that matches; where every part had to
+    be asked, all of them.
+
+    Args:
+      filter: any filter.
+      path: the leaf's path, a tuple of keys.
+      leaf: an `nnx.Variable` or a raw array.
+
+    Returns:
+      Matched or not, and the deciding part as `describe` writes it.
+
+    Raises:
+      FilterError: as `predicate` does.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> from statewise._src.filters.explain import explain_leaf
+      >>> base = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+      >>> explain_leaf(base, ("lora_a",), nnx.LoRAParam(jnp.ones(2)))
+      (False, '~LoRAParam')
+      >>> explain_leaf(base, ("kernel",), nnx.Param(jnp.ones(2)))
+      (True, 'Param & ~LoRAParam')
+    """
+    matched, part = _decide(normalise(filter), path, leaf)
+    return matched, describe(part)
+
+
+def _decide(filter: Filter, path: paths.Path, leaf: Any) -> tuple[bool, Filter]:
+    made_of = compound(filter)
+    if made_of is None:
+        return predicate(filter)(path, leaf), filter
+    sign, parts = made_of
+    if sign == "~":
+        matched, by = _decide(parts[0], path, leaf)
+        return not matched, by.part if isinstance(by, Not) else Not(by)
+    asked = []
+    for part in parts:
+        matched, by = _decide(part, path, leaf)
+        if matched == (sign == "|"):
+            return matched, by
+        asked.append(by)
+    return sign == "&", (And if sign == "&" else Or)(tuple(asked))
+
+
+def type_only(filter: Filter) -> bool:
+    """Whether a filter's answer depends on nothing but `type_key(leaf)`; False where that is not certain.
+
+    Raises:
+      FilterError: the filter, or a part of it, is no filter.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> from statewise._src.filters.explain import type_only
+      >>> type_only(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))), type_only(nnx.Param & sw.Path("head/**"))
+      (True, False)
+    """
+    return _type_only(normalise(filter))
+
+
+def _type_only(filter: Filter) -> bool:
+    made_of = compound(filter)
+    if made_of is not None:
+        return all(map(_type_only, made_of[1]))
+    if isinstance(filter, Ours):
+        return filter.by_type
+    if type(filter) is nnx.OfType:
+        return _type_only(filter.type)
+    if isinstance(filter, type):
+        # A metaclass may let isinstance look at the value: jaxtyping's array types, runtime protocols.
+        metaclass: Any = type(filter)
+        owner = next(cls for cls in metaclass.__mro__ if "__instancecheck__" in vars(cls))
+        return owner in (type, abc.ABCMeta, type(nnx.Variable), type(jax.Array))
+    literal = filter is None or filter is Ellipsis or isinstance(filter, bool)
+    return literal or type(filter) in (nnx.Everything, nnx.Nothing)
+
+
+def type_key(leaf: Any) -> Hashable:
+    """All that a `type_only` filter can see of a leaf: leaves with equal keys get equal answers.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> from statewise._src.filters.explain import type_key
+      >>> type_key(nnx.Param(jnp.ones(2)))
+      <class 'flax.nnx.variablelib.Param'>
+    """
+    if compat.is_variable(leaf):
+        return leaf.var_type
+    if isinstance(leaf, jax.core.Tracer):
+        # A traced value is an array or not by what it stands for, not by its class.
+        return type(leaf), isinstance(leaf, jax.Array)
+    key: Any = type(leaf)
+    return key
+
+
+def as_code(filter: Filter) -> str:
+    """Writes a filter as code, for an error's hint: `nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`.
+
+    It is Python in any case: a function is written by its name, a lambda as `lambda path, leaf: ...`.
+
+    Raises:
+      FilterError: the filter, or a part of it, is no filter.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> from statewise._src.filters.explain import as_code
+      >>> as_code(nnx.Param & ~sw.Path("head/**") | nnx.Cache)
+      "(nnx.All(nnx.Param, nnx.Not(sw.Path('head/**'))), nnx.Cache)"
+    """
+    return _as_code(normalise(filter))
+
+
+def _as_code(filter: Filter) -> str:
+    made_of = compound(filter)
+    if made_of is not None:
+        sign, parts = made_of
+        inner = ", ".join(map(_as_code, parts))
+        name = {"&": "nnx.All", "|": "", "~": "nnx.Not"}[sign]
+        return f"{name}({inner}{',' if sign == '|' and len(parts) == 1 else ''})"
+    if isinstance(filter, Exactly):
+        return f"sw.Exactly({', '.join(map(_as_code, filter.types))})"
+    if isinstance(filter, Where):
+        return f"sw.Where({_name_of(filter.predicate)})"
+    if isinstance(filter, Meta) and not is_python(repr(filter)):
+        return f"sw.Meta({filter.name!r}, ...)"
+    if isinstance(filter, Ours):
+        return f"sw.{filter!r}"
+    if isinstance(filter, nnx.PathContains):
+        return f"nnx.{describe(filter)}"
+    if type(filter) is nnx.filterlib.PathIn:
+        return f"nnx.filterlib.PathIn({', '.join(sorted(map(repr, filter.paths)))})"
+    cls = filter.type if type(filter) is nnx.OfType else filter
+    if isinstance(cls, type):
+        return type_as_code(cls)
+    return describe(filter) if filter is None or filter is ... or isinstance(filter, bool | str) else _name_of(filter)
+
+
+def _name_of(function: Any) -> str:
+    """The name by which code calls a function; `lambda path, leaf: ...` where it has none."""
+    if isinstance(function, ById):
+        return _name_of(function.function)
+    if isinstance(function, functools.partial):
+        return f"functools.partial({_name_of(function.func)}, ...)"
+    text = describe(function)
+    if not is_python(text):
+        named = getattr(function, "__qualname__", None)
+        text = (named or f"{type(function).__qualname__}(...)").rpartition("<locals>.")[2]
+    return text if is_python(text) else "lambda path, leaf: ..."
+
+
+def is_python(text: str) -> bool:
+    """Whether a text is an expression of Python."""
+    try:
+        ast.parse(text, mode="eval")
+    except SyntaxError:
+        return False
+    return True

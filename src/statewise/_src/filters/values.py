@@ -1,0 +1,149 @@
+"""Text and equality of what filters hold: functions, metadata and whatever was given by mistake.
+
+Texts are short, the same in every process, and never show an array's values.  Equality answers with one bool,
+for arrays too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from statewise._src.common import paths
+
+__all__ = [
+    "ById",
+    "describe_callable",
+    "fault_of_callable",
+    "hashable",
+    "own_copy",
+    "reason",
+    "row",
+    "same",
+    "shown",
+    "type_as_code",
+]
+
+
+def type_as_code(cls: type) -> str:
+    """Returns a type as code has it: `nnx.Param` where it is one of NNX or JAX, else by its name."""
+    name = paths.format_type(cls)
+    home = next((home for home in (nnx, jax) if getattr(home, name.rpartition(".")[2], None) is cls), None)
+    return f"{home.__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}" if home else name
+
+
+def shown(thing: Any) -> str:
+    """Writes anything in a few words, for an error's text or a table."""
+    if isinstance(thing, (bool, int, float, complex, str, bytes)) or thing is None or thing is Ellipsis:
+        text = repr(thing)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    if isinstance(thing, (nnx.Variable, jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return str(row((), thing)).partition(": ")[2]
+    if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
+        inner = ", ".join(map(shown, thing[:8])) + (", ..." if len(thing) > 8 else "")
+        return f"[{inner}]" if isinstance(thing, list) else f"({inner}{',' if len(thing) == 1 else ''})"
+    if isinstance(thing, type):
+        return paths.format_type(thing)
+    if typing.get_origin(thing) is not None:
+        return str(thing)
+    return describe_callable(thing) if hasattr(thing, "__qualname__") else f"an object of type {type(thing).__name__}"
+
+
+def describe_callable(function: Any) -> str:
+    """Writes a callable as `module:qualname`; one without a name of its own by its class, `module:Class(...)`."""
+    if isinstance(function, ById):
+        return describe_callable(function.function)
+    if isinstance(function, functools.partial):
+        return f"partial({describe_callable(function.func)})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    module = named.__module__ or "builtins"  # a method of a builtin knows no module
+    return f"{module}:{named.__qualname__}" + ("" if named is function else "(...)")
+
+
+def reason(error: Exception) -> str:
+    """Writes an exception in one line."""
+    first = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+
+
+def row(path: paths.Path, leaf: Any) -> paths.Leaf:
+    """Describes a leaf for an error, under its path as it is printed."""
+    if isinstance(path, paths.Ways):
+        path = (path.printed or path.relative)[0]
+    variable = isinstance(leaf, nnx.Variable)
+    value = leaf.get_raw_value() if variable else leaf
+    cls = leaf.var_type if variable else jax.Array if isinstance(leaf, jax.Array) else type(leaf)
+    # A dict or a module has no shape of its own; a tracer-like object may have one that is no tuple.
+    shape = value.shape if isinstance(getattr(value, "shape", None), tuple) else None
+    return paths.Leaf(path, None, cls, shape, getattr(value, "dtype", None))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Compares two values of metadata: plain `==`, also inside containers; of arrays, shape and every element."""
+    if a is b:
+        return True
+    if type(a) is type(b) and type(a) in (list, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if type(a) is type(b) is dict:
+        return a.keys() == b.keys() and all(same(item, b[key]) for key, item in a.items())
+    if getattr(a, "shape", ()) != getattr(b, "shape", ()):
+        return False
+    equal = a == b
+    return bool(equal.all()) if getattr(equal, "shape", ()) else bool(equal)
+
+
+def own_copy(value: Any) -> Any:
+    """Copies a value's containers, so that nobody changes a filter by changing the list that it was made from."""
+    if type(value) in (list, tuple, set):
+        return type(value)(map(own_copy, value))
+    if type(value) is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ById:
+    """An unhashable callable, made hashable: it equals itself alone."""
+
+    function: Any
+
+    def __call__(self, path: paths.Path, leaf: Any) -> Any:
+        """Calls the function."""
+        return self.function(path, leaf)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash((ById, id(self.function)))
+
+
+def hashable(function: Any) -> Any:
+    """The function itself, or a hashable stand-in for it."""
+    try:
+        hash(function)
+    except TypeError:
+        return ById(function)
+    return function
+
+
+def fault_of_callable(thing: Any) -> str:
+    """What keeps a thing from being called with (path, leaf), to follow its name; empty if nothing does."""
+    if not callable(thing):
+        return "is no filter"
+    if isinstance(thing, (nnx.Pytree, nnx.Variable)):
+        return "is an object of a model, not a filter"  # many can be called, so that NNX would
+    try:
+        inspect.signature(thing).bind((), None)
+    except TypeError:
+        return "cannot be called with (path, leaf)"
+    except ValueError:  # a builtin that tells no signature: only a call would show
+        return ""
+    return ""

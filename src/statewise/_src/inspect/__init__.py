@@ -1,0 +1,1 @@
+"""Looking without changing: select, census, memory, audit, watch, lint."""

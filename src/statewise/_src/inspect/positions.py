@@ -1,0 +1,74 @@
+"""Positions that a restart leaves behind: whole numbers that are kept beside caches, in a kind that does not restart.
+
+A cache is of no use without the position up to which it is filled.  Where that position is an `nnx.Variable` of another
+kind, `state.restart("cache")` makes the cache empty and leaves the position where it was: the next token is written,
+and the mask reaches, as if the old text were still there.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise._src.common import compat
+from statewise._src.common.paths import Path
+from statewise._src.core.kinds import Kinds
+from statewise._src.filters.explain import as_code
+
+__all__ = ["WHY", "is_named_position", "may_be_position", "restart_hint"]
+
+WHY = "after restart() the cache is empty, and written and masked as if the old text still stood in it"
+
+# What these hold has a life of its own, and is no position in a cache.
+_OTHER = (nnx.Param, nnx.BatchStat, nnx.RngState, nnx.OptState, nnx.Intermediate, nnx.Cache, compat.MetricState)
+
+
+_POSITION = re.compile(
+    r"(?:^|_)(?:idx|ind|index|pos|position|cur|current|cursor|len|length|offset|step|ptr|pointer|start|end|filled)(?:_|$|\d)",
+    re.IGNORECASE,
+)
+
+
+def may_be_position(type_: type, shape: tuple[int, ...] | None, dtype: Any, name: str) -> bool:
+    """Returns whether a Variable may hold a position in a cache, or one for each of its slots.
+
+    It is a plain Variable, or of a type of the user's, and a whole number; of several only where its name says so, as
+    they may as well be tokens.
+    """
+    if not issubclass(type_, nnx.Variable) or issubclass(type_, _OTHER) or shape is None:
+        return False
+    return jnp.issubdtype(dtype, jnp.integer) and (shape == () or (len(shape) == 1 and is_named_position(name)))
+
+
+def is_named_position(name: str) -> bool:
+    """Returns whether a name is that of a position: `cur_ind`, `cache_index`, `pos`."""
+    return bool(_POSITION.search(name))
+
+
+def restart_hint(kinds: Kinds, kind: str | None, path: Path, cache: str) -> str:
+    """The declaration under which such a leaf restarts with its cache; and the type with which it would, both as code.
+
+    Args:
+      kinds: the declaration.
+      kind: the leaf's kind in it.
+      path: the leaf's path.
+      cache: the kind that restarts.
+    """
+    name = str(path[-1])
+    pattern = f"sw.Path({'**/' + name!r})"
+    names = ("positions", *(f"positions_{number}" for number in range(2, len(kinds) + 3)))
+    own = next(free for free in names if free not in kinds)
+    others = "kinds"
+    if kind is not None and not kinds[kind].rest:
+        of = f"nnx.All({as_code(kinds[kind].of)}, nnx.Not({pattern}))"
+        others = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], of={of}))"
+    target = f"self.{name}" if name.isidentifier() else "self.position"
+    return (
+        f"kinds = {others} | sw.Kinds({own}=sw.Kind({pattern}, saved=False, restart=jnp.zeros_like))"
+        "  # or a function that gives what it starts with\n"
+        f"state = state.restart({cache!r}, {own!r})\n"
+        f"or, where the model makes it: {target} = nnx.Cache(jnp.array(0))"
+    )

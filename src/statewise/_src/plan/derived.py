@@ -1,0 +1,141 @@
+"""Derived arrays: what a plan keeps beside a model's own leaves, array by array made from some of them.
+
+The state of an optimizer is derived from the parameters that it updates, an average from what it is of.  Both have no
+Variable in the model: they begin when a state is taken, stand in a kind's part after whatever the model has there, and
+have paths of their own.  All that places, packs, saves, moves and shows a state reads them as `Derived`.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import abc
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise._src.common.narrowing import Casts
+from statewise._src.common.nnx_graph import ONE, Spec, make_leaf, value_of
+from statewise._src.common.paths import Leaf, Path
+from statewise.errors import StructureError
+
+__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "keys_within", "plain_key", "refuse_lost", "unfit"]
+
+WITHOUT_INTEGERS = (
+    "claim them by a kind of their own: "
+    "sw.Kind(sw.Where(lambda path, leaf: not jnp.issubdtype(leaf.dtype, jnp.inexact)))"
+)
+
+
+class Layout(NamedTuple):
+    """What derived arrays are made of.
+
+    Attributes:
+      structure: their structure as a pytree.
+      paths: the path of each within it.
+      specs: shape and dtype of each.
+      roots: how many keys of each path come before the path of the leaf that it is for; None where that is not known.
+    """
+
+    structure: Any
+    paths: tuple[Path, ...]
+    specs: tuple[Spec, ...]
+    roots: tuple[int | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derived(abc.ABC):
+    """Arrays that are made from the leaves of some kinds.
+
+    Attributes:
+      kinds: the names of the kinds.
+      rows: path, shapes and structure of the leaves, in the order of the plan.
+      overridden: shapes and dtypes of what was cast, or is of an ensemble, where they differ from what `init` makes.
+    """
+
+    kinds: tuple[str, ...]
+    rows: tuple[tuple[Path, tuple[Spec, ...], Any], ...]
+    overridden: tuple[Spec, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    @abc.abstractmethod
+    def into(self) -> str:
+        """The kind that the arrays stand in."""
+
+    @property
+    @abc.abstractmethod
+    def layout(self) -> Layout:
+        """What they are made of."""
+
+    @property
+    @abc.abstractmethod
+    def leaf_paths(self) -> tuple[Path, ...]:
+        """The path of each among the leaves of the plan."""
+
+    @abc.abstractmethod
+    def init(self, arrays: Sequence[Any]) -> list[Any]:
+        """Them, fresh, from the arrays of the leaves; all are copies, for steps donate what a state holds."""
+
+    @functools.cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The path of each array of the leaves: its leaf's, and, where a Variable holds several, the keys within."""
+        found: list[Path] = []
+        for path, specs, structure in self.rows:
+            found.extend(path + keys for keys in keys_within(structure, len(specs)))
+        return tuple(found)
+
+    def params(self, arrays: Sequence[Any]) -> Any:
+        """The leaves' arrays, in order, as an `nnx.State` of plain arrays, nested by path."""
+        flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
+        return nnx.from_flat_state(flat)
+
+    def recast(self, params: Mapping[Path, tuple[Spec, ...]], own: Sequence[Spec]) -> "Derived":
+        """The same of leaves (by path) of other shapes or dtypes, itself of these."""
+        rows = tuple((path, params[path], structure) for path, _, structure in self.rows)
+        plain = dataclasses.replace(self, rows=rows, overridden=None)
+        # Where it is what `init` would make, it is as good as new, and its plan the same.
+        as_made = plain.layout.specs == tuple(own)
+        return plain if as_made else dataclasses.replace(plain, overridden=tuple(own))
+
+
+def refuse_lost(paths: Sequence[Path], into: str, arrays: Sequence[Any], specs: Sequence[Spec]) -> None:
+    """Refuses to begin with numbers that the dtype of what is derived does not have.
+
+    Raises:
+      StructureError: all the leaves.
+    """
+    casts = Casts()
+    for path, array, spec in zip(paths, arrays, specs, strict=False):
+        if getattr(array, "dtype", None) != spec.dtype:
+            casts.add(make_leaf(path, jax.Array, [spec], True, into), array, spec.dtype)
+    casts.check(StructureError, _WIDER)
+
+
+_WIDER = "a wider dtype: averages={'params': sw.EMA(0.999, dtype=jnp.float32)}; of an optimizer, another state.cast"
+
+
+def keys_within(structure: Any, count: int) -> list[Path]:
+    """The keys of each array within the value of its leaf."""
+    if structure is ONE:
+        return [()]
+    keyed = jax.tree_util.tree_flatten_with_path(value_of(range(count), structure))[0]
+    return [tuple(map(plain_key, keys)) for keys, _ in keyed]
+
+
+def plain_key(key: Any) -> Any:
+    """A JAX key entry as a path key: an attribute's name, a dict's key, a position."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return str(key)
+
+
+def unfit(rows: Sequence[Any], note: str) -> list[Leaf]:
+    """Those of a plan's rows that are not made of floating-point numbers."""
+    return [
+        make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+        for row in rows
+        if any(not jnp.issubdtype(spec.dtype, jnp.inexact) for spec in row.specs)
+    ]

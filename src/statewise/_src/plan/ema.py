@@ -1,0 +1,110 @@
+"""Averages, declared: how a shadow copy of some leaves follows them.
+
+An `EMA` is pure data, like a `Kind`: which decay, under which name, in which dtype.  `kinds.plan(...,
+averages={"params": sw.EMA(0.999)})` says of which kinds; `shadows` resolves that against a model, `averaging` runs it
+inside a train step, and `using` puts the averages in the place of what they are of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from statewise.errors import DeclarationError
+
+__all__ = ["EMA"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA:
+    """An exponential moving average: after each update, `average = decay * average + (1 - decay) * value`.
+
+    It starts as a copy of the values.  Given as a kind's filter, `sw.Kind(sw.EMA, ...)`, it declares how the averages
+    of that name live: their placement, say, or what a restore does where the checkpoint has none.
+
+    Args:
+      decay: a number from 0 (the value itself) up to, but not, 1 (the first value for ever); or a schedule, a function
+        from the number of updates so far (int32, 0 at the first) to such a number, like Optax's.
+      name: the name of the kind that the averages stand in, and what `state.with_averages` wants.
+      dtype: the dtype of the averages of floating-point leaves.  By default the leaf's own, but float32 for those of
+        less than 32 bits: rounded to bfloat16, 0.999 times a number is the number itself.
+
+    Raises:
+      DeclarationError: a decay outside of [0, 1), a name that is no text, a dtype of no floating-point numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> plan = sw.plan(
+      ...     model,
+      ...     optimizers={"params": optax.sgd(0.1)},
+      ...     averages={"params": [sw.EMA(0.999), sw.EMA(0.5, name="fast")]},
+      ... )
+      >>> [sw.format_path(leaf.path) for leaf in plan["ema"]]
+      ['ema/params/bias', 'ema/params/kernel']
+      >>> @sw.train_step
+      ... def train(model, x):
+      ...     return model(x).sum()
+      >>> state, loss = train(plan.take(model), jnp.ones(2))
+      >>> state["params"]["bias"], state.with_averages("fast")["params"]["bias"]
+      (Array([-0.1, -0.1, -0.1], dtype=float32), Array([-0.05, -0.05, -0.05], dtype=float32))
+    """
+
+    decay: float | Callable[[Any], Any] | Any
+    _: dataclasses.KW_ONLY
+    name: str | Any = "ema"
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.decay, int | float | np.integer | np.floating) and not isinstance(self.decay, bool):
+            if not 0 <= self.decay < 1 or math.isnan(self.decay):
+                raise DeclarationError(f"decay={self.decay!r} is not in [0, 1).", hint="sw.EMA(0.999)")
+            object.__setattr__(self, "decay", float(self.decay))
+        elif isinstance(self.decay, type) or not callable(self.decay):
+            shown = repr(self.decay) if isinstance(self.decay, str | bool) else type(self.decay).__name__
+            raise DeclarationError(
+                f"decay={shown} is no number in [0, 1), nor a function of the number of updates.",
+                hint="sw.EMA(0.999), or sw.EMA(lambda n: jnp.minimum(0.999, (1 + n) / (10 + n)))",
+            )
+        elif not isinstance(self.decay, Hashable):
+            raise DeclarationError(
+                f"decay={type(self.decay).__name__}(...) cannot be hashed, as every part of a declaration must be.",
+                hint="sw.EMA(lambda n: ...)",
+            )
+        if not isinstance(self.name, str):
+            raise DeclarationError(
+                f"name={type(self.name).__name__}(...) is no text.", hint="sw.EMA(0.999, name='ema')"
+            )
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", _floating(self.dtype))
+
+    @property
+    def schedule(self) -> Callable[[Any], Any] | None:
+        """The decay, if it is a function of the number of updates."""
+        return self.decay if callable(self.decay) else None
+
+    def dtype_of(self, dtype: Any) -> Any:
+        """The dtype of the average of a leaf of this dtype."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return dtype  # complex numbers would lose a half
+        if self.dtype is not None:
+            return self.dtype
+        return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
+
+
+def _floating(given: Any) -> Any:
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        shown = repr(given) if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
+        raise DeclarationError(f"dtype={shown} is no floating-point dtype.", hint="sw.EMA(0.999, dtype=jnp.float32)")
+    return dtype

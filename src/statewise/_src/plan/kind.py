@@ -1,0 +1,193 @@
+"""One kind of state: which leaves, and how they live.
+
+A `Kind` is a filter with its handling.  It is pure data: equal by value, hashable, and nothing happens when one is
+made.  Everything else reads it through a plan, which resolves it against a model.
+
+The handlings, one line each; the pipeline that reads it in brackets:
+
+- `frozen` [steps]: no step writes it, no optimizer touches it;
+- `saved` [steps, checkpoints]: persisted; what is not saved is *ephemeral*, and a train step does not write
+  it unless told to;
+- `missing` [checkpoints]: what a restore does for a leaf that the checkpoint lacks;
+- `restart` [State.restart]: how a fresh value is made from the current one, and from a key and the path;
+- `batch_axis` [State.restart]: which axis holds independent slots;
+- `placement` [placement]: how it lies on a mesh;
+- `optional` [claims]: a path that its filter spells need not be in the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+from statewise._src.filters.combinators import describe, normalise
+from statewise._src.filters.explain import as_code
+from statewise._src.plan.ema import EMA
+from statewise._src.plan.fresh_values import check_restart, takes
+from statewise._src.plan.placements import PLACEMENTS, describe_placement
+from statewise.errors import DeclarationError, FilterError
+
+__all__ = ["Kind", "shown", "unknown_kind"]
+
+Missing = Literal["error", "keep", "restart"]
+
+
+# Where an argument's annotation ends in `| Any`, a wrong type is refused here, with the hint.
+
+
+@dataclasses.dataclass(frozen=True, eq=True)
+class Kind:
+    """Which leaves make up one kind of state, and how that kind lives.
+
+    Args:
+      of: which leaves: any NNX filter (a type, a tag, a callable, `nnx.All(...)`) or one of ours.  `...` claims
+        what no other kind of the same declaration does.
+      frozen: no step ever writes it, no optimizer ever touches it.
+      saved: it is persisted; False declares it ephemeral.
+      missing: what a restore does for a leaf that the checkpoint lacks: `"error"`, `"keep"` (the value that the
+        target has) or `"restart"`; averages then begin with what is restored.
+      restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.  It may
+        also take `path`, the leaf's path as a tuple, and `key`, a PRNG key for each leaf and slot: it is then called
+        for each slot, with the slot's own array: `lambda array, key: init(key, array.shape, array.dtype)`.  The kind
+        `optimizer` needs none: it restarts by the `init` of the plan's optimizers.
+      batch_axis: the axis of this kind's arrays that holds independent slots (0 for the first), so that slots
+        can be restarted one by one.
+      placement: how it lies on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`, or a
+        function of (path, shape) that returns one.  None replicates; the kind `optimizer` then follows the leaves
+        that it updates, and averages (`sw.Kind(sw.EMA)`) what they are of.
+      optional: a kind that spells a path (`sw.Path`, `nnx.PathContains`) has to find it in the model; True says that it
+        need not be there.  A kind of types may claim nothing as it is.
+
+    Raises:
+      FilterError: `of` is no filter.
+      DeclarationError: a handling that contradicts itself.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> cache = sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like)
+      >>> cache == sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like)
+      True
+    """
+
+    of: Any
+    _: dataclasses.KW_ONLY
+    frozen: bool = False
+    saved: bool = True
+    missing: Missing | Any = "error"
+    restart: Callable[..., Any] | Any = None
+    batch_axis: int | Any = None
+    placement: Any = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "of", normalise(self.of))
+        if _never(self.of):
+            raise DeclarationError(
+                f"A kind of {describe(self.of)} can never claim a leaf.", hint="leave the kind out of the declaration"
+            )
+        if self.missing not in ("error", "keep", "restart"):
+            raise DeclarationError(
+                f"missing={self.missing!r} is none of 'error', 'keep', 'restart'.", hint="missing='error'"
+            )
+        if self.missing == "restart" and self.restart is None and self.of is not EMA:
+            raise DeclarationError(
+                "missing='restart' needs to know how a fresh value is made.",
+                hint=f"sw.Kind({as_code(self.of)}, missing='restart', restart=jnp.zeros_like)",
+            )
+        if self.restart is not None and not callable(self.restart):
+            raise DeclarationError(
+                f"restart={self.restart!r} is no function of one array.",
+                hint=f"sw.Kind({as_code(self.of)}, restart=jnp.zeros_like)",
+            )
+        if self.restart is not None and not isinstance(self.restart, Hashable):
+            raise DeclarationError(
+                f"restart={type(self.restart).__name__}(...) cannot be hashed, as every part of a declaration must be.",
+                hint=f"sw.Kind({as_code(self.of)}, restart=lambda array: ...)",
+            )
+        if self.restart is not None:
+            check_restart(self.restart, shown(self.of))
+        if self.missing == "restart" and takes(self.restart).key:
+            raise DeclarationError(
+                "missing='restart' calls restart without a key, and this one takes a key.",
+                hint=f"sw.Kind({shown(self.of)}, missing='keep', restart=...)\n"
+                "and after the restore: state.restart(..., key=jax.random.key(0))",
+            )
+        if self.batch_axis is not None and (isinstance(self.batch_axis, bool) or not isinstance(self.batch_axis, int)):
+            raise DeclarationError(f"batch_axis={self.batch_axis!r} is no axis.", hint="batch_axis=0")
+        _check_placement(self.placement)
+
+    @property
+    def rest(self) -> bool:
+        """Whether it claims what no other kind does."""
+        return self.of is Ellipsis
+
+    def handling(self) -> str:
+        """The handling in a few words, for tables: `frozen, not saved, restart=zeros_like`; `-` by default."""
+        words = []
+        if self.frozen:
+            words.append("frozen")
+        if not self.saved:
+            words.append("not saved")
+        if self.missing != "error":
+            words.append(f"missing={self.missing}")
+        if self.restart is not None:
+            words.append(f"restart={getattr(self.restart, '__name__', repr(self.restart))}")
+        if self.batch_axis is not None:
+            words.append(f"batch_axis={self.batch_axis}")
+        if self.placement is not None:
+            words.append(f"placement={describe_placement(self.placement)}")
+        if self.optional:
+            words.append("optional")
+        return ", ".join(words) or "-"
+
+
+def _names_axes(entry: Any) -> bool:
+    """Whether an entry of a PartitionSpec, or of a tuple that is meant as one, is what `sw.Sharded` takes."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return entry is None or all(isinstance(name, str) for name in names)
+
+
+def _check_placement(placement: Any) -> None:
+    if placement is None or isinstance(placement, PLACEMENTS):
+        return
+    if isinstance(placement, type) or not callable(placement):
+        named = isinstance(placement, str | jax.P)  # of anything else its type: it may be an array
+        shown = repr(placement) if named else getattr(placement, "__name__", type(placement).__name__)
+        hint = "placement=sw.Sharded('data')"
+        if isinstance(placement, type) and placement in PLACEMENTS:
+            hint = f"placement=sw.{shown}()"
+        elif isinstance(placement, str):
+            hint = f"placement=sw.Sharded({placement!r})"
+        elif isinstance(placement, (jax.P, tuple, list)) and all(map(_names_axes, placement)):
+            hint = f"placement=sw.Sharded({', '.join(map(repr, placement))})"
+        raise DeclarationError(f"placement={shown} is no placement, nor a function that returns one.", hint=hint)
+    if not isinstance(placement, Hashable):
+        raise DeclarationError(
+            f"placement={type(placement).__name__}(...) cannot be hashed, as every part of a declaration must be.",
+            hint="placement=lambda path, shape: ...",
+        )
+
+
+def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> DeclarationError:
+    """The error for a kind that is not there."""
+    known = f"one of: {', '.join(kinds)}" if kinds else "kinds = sw.Kinds.standard()"
+    return DeclarationError(f"There is no kind {name!r}.", kind=str(name), hint=known)
+
+
+def shown(thing: Any) -> str:
+    """A filter as code, or, of what is none, its type: never an array's values."""
+    try:
+        return as_code(thing)
+    except FilterError:
+        return type(thing).__name__
+
+
+def _never(filter_: Any) -> bool:
+    """Whether a filter can match nothing, whatever the model."""
+    return filter_ is None or filter_ is False or isinstance(filter_, nnx.Nothing) or describe(filter_) == "()"

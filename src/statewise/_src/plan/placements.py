@@ -1,0 +1,244 @@
+"""Placements: how a kind's arrays lie on a mesh, as pure data.
+
+A placement says nothing of any mesh in particular; the room `placement` resolves it against one.  Where a kind's
+arrays are not all placed alike, its placement is a function of (path, shape) that returns one of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from statewise.errors import PlacementError
+
+__all__ = [
+    "PLACEMENTS",
+    "Axis",
+    "FromMetadata",
+    "PerDevice",
+    "Replicated",
+    "Sharded",
+    "axes_of",
+    "describe_placement",
+    "folded",
+    "merged_rules",
+]
+
+Axis = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """The whole array on every device.
+
+    Args:
+      memory: the kind of memory, `"pinned_host"` say, where JAX has one; None for the device's own.
+
+    Example:
+      >>> import statewise as sw
+      >>> sw.Replicated() == sw.Replicated(memory=None)
+      True
+    """
+
+    _: dataclasses.KW_ONLY
+    memory: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_memory(self.memory)
+
+    def __repr__(self) -> str:
+        return f"Replicated({f'memory={self.memory!r}' if self.memory else ''})"
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Sharded:
+    """Split over the mesh: for each axis of the array the mesh axis, or axes, that it is split over.
+
+    Args:
+      *axes: a mesh axis, a tuple of them, or None for an axis that is not split; axes of the array beyond these are
+        not split.
+      memory: the kind of memory, `"pinned_host"` say; None for the device's own.
+
+    Raises:
+      PlacementError: an axis that is no name, or one that is named twice.
+
+    Example:
+      >>> import statewise as sw
+      >>> sw.Sharded("data", None).axes
+      ('data', None)
+    """
+
+    axes: tuple[Axis, ...]
+    memory: str | None
+
+    def __init__(self, *axes: Axis | Any, memory: str | Any = None) -> None:
+        names = [name for axis in axes for name in axes_of(axis)]
+        for name in names:
+            if not isinstance(name, str):
+                raise PlacementError(f"{name!r} is no name of a mesh axis.", hint="sw.Sharded('data', None)")
+            if names.count(name) > 1:
+                raise PlacementError(
+                    f"Sharded{axes!r} splits an array twice over {name!r}.", hint=f"name {name!r} once, None elsewhere"
+                )
+        _check_memory(memory)
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "memory", memory)
+
+    def __repr__(self) -> str:
+        memory = [f"memory={self.memory!r}"] if self.memory else []
+        return f"Sharded({', '.join([*map(repr, self.axes), *memory])})"
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class FromMetadata:
+    """As the Variables say themselves: the `out_sharding` that NNX layers carry; replicated where there is none.
+
+    Where it names an axis it must have an entry for each.  Layers that `nnx.vmap` stacks have one more axis, and an
+    entry for it only with `transform_metadata={nnx.PARTITION_NAME: None}`; without one they are refused.
+
+    Args:
+      rules: from a logical name to a mesh axis, a tuple of them, or None, as `nnx.logical_axis_rules` takes them; a
+        Variable's own `sharding_rules` count too.  Without rules the names are those of mesh axes.
+
+    Raises:
+      PlacementError: something that is no rule, or two rules that disagree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Dict(w=nnx.Param(jnp.zeros((8, 4)), out_sharding=("embed", None), eager_sharding=False))
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.FromMetadata([("embed", "data")])))
+      >>> tuple(kinds.plan(model).shardings(jax.sharding.AbstractMesh((4,), ("data",)))["params"]["w"].spec)
+      ('data',)
+    """
+
+    rules: tuple[tuple[str, Axis], ...] | None
+
+    def __init__(self, rules: Sequence[Any] | Any = None) -> None:
+        made = None if rules is None else merged_rules(rules)
+        object.__setattr__(self, "rules", None if made is None else tuple(made.items()))
+
+    def __repr__(self) -> str:
+        return f"FromMetadata({'' if self.rules is None else list(self.rules)})"
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class PerDevice:
+    """A value of its own on each device: statistics that nobody synchronises, caches, random streams.
+
+    A state on a mesh has such arrays with a leading axis, one value for each device along the mesh axis; the plan and
+    the model have one value, in the model's own shape.  Steps run on each device with that device's own values.
+
+    Args:
+      *axes: the mesh axis; where there are several, one value for each device along all of them.
+      memory: the kind of memory, `"pinned_host"` say; None for the device's own.
+      resize: what a restore onto another number of devices does: `"error"`, `"mean"` of all values on each device, or
+        the `"first"` value on each.
+
+    Raises:
+      PlacementError: no axis, one that is no name or named twice; another `resize`.
+
+    Example:
+      >>> import statewise as sw
+      >>> sw.PerDevice("data", resize="mean")
+      PerDevice('data', resize='mean')
+    """
+
+    axes: tuple[str, ...]
+    memory: str | None
+    resize: str
+
+    def __init__(self, *axes: str | Any, memory: str | Any = None, resize: str | Any = "error") -> None:
+        named = all(isinstance(axis, str) for axis in axes)
+        if not axes or not named or len(set(axes)) < len(axes):
+            raise PlacementError(
+                f"PerDevice({', '.join(map(repr, axes))}) does not name the axes of a mesh, each once.",
+                hint="sw.PerDevice('data')",
+            )
+        if resize not in ("error", "mean", "first"):
+            raise PlacementError(
+                f"resize={resize!r} does not say what becomes of the values on another number of devices.",
+                hint="resize='mean'  # or 'first', or 'error'",
+            )
+        _check_memory(memory)
+        object.__setattr__(self, "axes", axes)
+        object.__setattr__(self, "memory", memory)
+        object.__setattr__(self, "resize", resize)
+
+    def __repr__(self) -> str:
+        memory = [f"memory={self.memory!r}"] if self.memory else []
+        resize = [f"resize={self.resize!r}"] if self.resize != "error" else []
+        return f"PerDevice({', '.join([*map(repr, self.axes), *memory, *resize])})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """The placement of a kind whose per-device values were folded into one: as another, but `Replicated` for them.
+
+    Attributes:
+      placement: the other, a function of (path, shape).
+    """
+
+    placement: Any
+
+    def __call__(self, path: Any, shape: Any) -> Any:
+        """What the other says of a leaf, folded."""
+        return folded(self.placement(path, shape))
+
+
+def folded(placement: Any) -> Any:
+    """A placement once its per-device values are folded into one."""
+    if isinstance(placement, PerDevice):
+        return Replicated(memory=placement.memory)
+    return placement if isinstance(placement, PLACEMENTS) or placement is None else Folded(placement)
+
+
+PLACEMENTS = (Replicated, Sharded, PerDevice, FromMetadata)
+
+
+def merged_rules(*several: Any) -> dict[str, Axis]:
+    """Several lists of rules as one.
+
+    Raises:
+      PlacementError: something that is no rule, or two rules that disagree.
+    """
+    made: dict[str, Axis] = {}
+    for rules in several:
+        if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
+            raise PlacementError(f"A {type(rules).__name__} is no list of rules.", hint=_RULES)
+        for rule in rules:
+            if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
+                raise PlacementError(f"{rule!r} is no rule: a logical name and a mesh axis.", hint=_RULES)
+            name, axis = rule[0], tuple(rule[1]) if isinstance(rule[1], list) else rule[1]
+            if not all(isinstance(one, str) for one in (name, *axes_of(axis))):
+                raise PlacementError(f"{rule!r} is no rule: a logical name and a mesh axis.", hint=_RULES)
+            if name in made and made[name] != axis:
+                raise PlacementError(
+                    f"Two rules for {name!r} disagree: {made[name]!r} and {axis!r}.", hint=f"one rule for {name!r}"
+                )
+            made[name] = axis
+    return made
+
+
+_RULES = "sw.FromMetadata([('embed', 'data'), ('heads', None)])"
+
+
+def axes_of(axis: Any) -> tuple[Any, ...]:
+    """The mesh axes that one axis of an array is split over."""
+    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+
+
+def describe_placement(placement: Any) -> str:
+    """A placement as code; a function by its name."""
+    if isinstance(placement, PLACEMENTS):
+        return repr(placement)
+    if isinstance(placement, Folded):
+        return f"{describe_placement(placement.placement)}, folded"
+    return str(getattr(placement, "__name__", None) or type(placement).__name__)
+
+
+def _check_memory(memory: Any) -> None:
+    if memory is not None and not isinstance(memory, str):
+        raise PlacementError(f"memory={memory!r} is no kind of memory.", hint="memory='pinned_host'")

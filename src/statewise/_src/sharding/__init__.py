@@ -1,0 +1,1 @@
+"""Meshes, and what each array's sharding on one is."""

@@ -1,0 +1,81 @@
+"""How an ensemble lies on a mesh: as each member does, and its members over one more mesh axis, where one is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.paths import Leaf
+from statewise._src.core.plan import Plan
+from statewise._src.plan.members import Axis, Members
+from statewise._src.sharding.array_placement import Lies
+from statewise._src.sharding.mesh import describe_mesh
+from statewise.errors import PlacementError
+
+__all__ = ["of_all_members", "resolved_members"]
+
+
+def of_all_members(members: Members, lies: Lies, axis: Axis, spec: Spec) -> Lies:
+    """How an array of all members lies, from how that of one does, as a state of one holds it."""
+    rank = len(spec.shape) - (bool(lies.each) and members.single._copies is not None)
+    return lies.grown(axis, rank, _over(members))
+
+
+def _over(members: Members) -> tuple[str, ...]:
+    return () if members.over is None else (members.over,)
+
+
+def resolved_members(
+    plan: Plan, single: Mapping[str, Sequence[Lies]], sizes: Mapping[str, int]
+) -> dict[str, tuple[Lies, ...]]:
+    """How each array of an ensemble lies, in the order of the plan.
+
+    Args:
+      plan: the plan of the ensemble.
+      single: how those of one member lie.
+      sizes: the axes of the mesh.
+
+    Raises:
+      PlacementError: the members cannot be split as `over` says.
+    """
+    members = plan._members
+    assert members is not None, "asked of an ensemble"
+    _check_over(members, sizes)
+    placed: dict[str, tuple[Lies, ...]] = {}
+    odd: list[Leaf] = []
+    for kind, part in single.items():
+        specs, axes, leaves = members.single._specs[kind], members.of(kind), plan._row_of_array[kind]
+        for lies, axis, leaf in zip(part, axes, leaves, strict=True):
+            used = {name for names in (*lies.axes, lies.each) for name in names}
+            if axis is not None and members.over in used:
+                odd.append(dataclasses.replace(leaf, note=f"split over {members.over!r} already, within each member"))
+        placed[kind] = tuple(
+            lies.grown(axis, len(spec.shape), _over(members))
+            for lies, axis, spec in zip(part, axes, specs, strict=True)
+        )
+    if odd:
+        raise PlacementError(
+            f"The members cannot be split over {members.over!r}: {len(odd)} leaves of each are, on the mesh "
+            f"{describe_mesh(sizes)}.",
+            leaves=odd,
+            hint=f"plan.stacked({members.number}, over=...)  # another axis of the mesh: {', '.join(sizes)}",
+        )
+    return placed
+
+
+def _check_over(members: Members, sizes: Mapping[str, int]) -> None:
+    over = members.over
+    if over is None:
+        return
+    if over not in sizes:
+        raise PlacementError(
+            f"The members are to be split over {over!r}, and the mesh {describe_mesh(sizes)} has no such axis.",
+            hint=f"plan.stacked({members.number}, over={next(iter(sizes))!r})  # one of: {', '.join(sizes)}",
+        )
+    if members.number % sizes[over]:
+        raise PlacementError(
+            f"{members.number} members do not divide by {over}={sizes[over]} of the mesh {describe_mesh(sizes)}.",
+            hint=f"plan.stacked({members.number})  # without over=: each device then has all of them\n"
+            f"or as many as divide: plan.stacked({sizes[over] * -(-members.number // sizes[over])}, over={over!r})",
+        )

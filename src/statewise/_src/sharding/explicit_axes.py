@@ -1,0 +1,101 @@
+"""Meshes with axes of type `Explicit`, the default of the newest `jax.make_mesh`.
+
+Over such axes how an array is split is part of its type, and JAX does not guess: where the split of a result is
+ambiguous (a product over an axis that is split, say) the function has to name it.  Placing, saving and moving arrays
+need none of that, and work with them as with `Auto` ones.  A model that was not written for them may not; JAX's error
+then names neither the mesh nor the way back, so it is explained here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+from statewise.errors import PlacementError, StatewiseError
+
+__all__ = ["as_it_came", "explained", "explicit_axes", "explicit_sharding", "sharding_of_type"]
+
+
+def explicit_axes(mesh: Any) -> tuple[str, ...]:
+    """Returns the names of a mesh's Explicit axes."""
+    return tuple(
+        str(name) for name, type_ in zip(mesh.axis_names, mesh.axis_types, strict=True) if type_ is AxisType.Explicit
+    )
+
+
+def explicit_sharding(array: Any) -> jax.NamedSharding | None:
+    """Returns how an array, or a tracer, is split by its type; None where its type does not say so."""
+    try:
+        return sharding_of_type(jax.typeof(array))
+    except TypeError:  # not an array
+        return None
+
+
+def sharding_of_type(type_: Any) -> jax.NamedSharding | None:
+    """Returns the same of a type, as a jaxpr has it."""
+    sharding = getattr(type_, "sharding", None)
+    return sharding if isinstance(sharding, jax.NamedSharding) and explicit_axes(sharding.mesh) else None
+
+
+def as_it_came(new: Any, old: Any) -> Any:
+    """Returns a new value split as the old one is by its type: what a step writes has the type of what it replaces."""
+    there = explicit_sharding(old)
+    if there is None or explicit_sharding(new) == there:
+        return new
+    return jax.reshard(new, there)
+
+
+@contextlib.contextmanager
+def explained(name: str, *given: Any) -> Iterator[None]:
+    """Says what JAX's error means, where it is about Explicit axes.
+
+    Args:
+      name: what is called.
+      *given: pytrees of arrays, and meshes: what the axes may be of.
+
+    Raises:
+      PlacementError: JAX cannot tell how a result is split over Explicit axes.
+    """
+    try:
+        yield
+    except StatewiseError:
+        raise
+    except Exception as error:  # what JAX raises here is no public class
+        mesh = _explicit_mesh(given)
+        if mesh is None or not _is_about_sharding(error, explicit_axes(mesh)):
+            raise
+        axes = explicit_axes(mesh)
+        listed = " and ".join(map(repr, axes))
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        sizes = tuple(int(size) for size in mesh.shape.values())
+        raise PlacementError(
+            f"{name} cannot be traced: the mesh ax{'is' if len(axes) == 1 else 'es'} {listed} "
+            f"{'is' if len(axes) == 1 else 'are'} Explicit, and JAX asks how a result is split: {text.rstrip('.')}.",
+            hint=f"mesh = jax.make_mesh({sizes}, {tuple(mesh.axis_names)}, "
+            f"axis_types=(jax.sharding.AxisType.Auto,) * {len(sizes)})\n"
+            "or, where JAX asks: jnp.dot(x, w, out_sharding=jax.P(...)), jax.reshard(x, jax.P(...))",
+        ) from error
+
+
+def _explicit_mesh(given: Any) -> Any:
+    """The first mesh with Explicit axes: of what was given, else the one that is set."""
+    is_mesh = (jax.sharding.Mesh, jax.sharding.AbstractMesh)
+    for leaf in jax.tree.leaves(given, is_leaf=lambda thing: isinstance(thing, is_mesh)):
+        sharding = getattr(leaf, "sharding", None) or explicit_sharding(leaf)
+        mesh = leaf if isinstance(leaf, is_mesh) else getattr(sharding, "mesh", None)
+        if isinstance(mesh, is_mesh) and explicit_axes(mesh):
+            return mesh
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if explicit_axes(mesh) else None
+
+
+def _is_about_sharding(error: Exception, axes: tuple[str, ...]) -> bool:
+    # A loop whose carry changes its type says so by the types: float32[16@model].
+    split = re.search(r"@\(?['\"]?(" + "|".join(map(re.escape, axes)) + r")\b", str(error))
+    named = any(word in str(error) for word in ("out_sharding", "Explicit"))
+    return type(error).__name__ == "ShardingTypeError" or bool(split) or named

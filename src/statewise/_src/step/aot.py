@@ -1,0 +1,91 @@
+"""Steps ahead of time: lowered for one signature, then compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from statewise._src.core.state import State
+from statewise._src.step.dispatch import Entry
+from statewise._src.step.function import called_as
+from statewise.errors import StructureError
+
+__all__ = ["Compiled", "Lowered", "no_state"]
+
+
+class Lowered:
+    """A step lowered for one signature, ahead of time; made by `Step.lower`.
+
+    All that `jax.stages.Lowered` offers is here too (`as_text`, `cost_analysis` ...).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> @sw.step
+      ... def forward(model, x):
+      ...     return model(x)
+      >>> compiled = forward.lower(plan.abstract(), jax.ShapeDtypeStruct((4, 2), jnp.float32)).compile()
+      >>> compiled(plan.take(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), jnp.ones((4, 2))).shape
+      (4, 3)
+    """
+
+    def __init__(self, entry: Entry, lowered: jax.stages.Lowered) -> None:
+        self._entry = entry
+        self._lowered = lowered
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowered, name)
+
+    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Compiles; takes the arguments of `jax.stages.Lowered.compile`."""
+        return Compiled(self._entry, self._lowered.compile(*args, **kwargs))
+
+
+class Compiled:
+    """A step compiled for one signature: called like the step; made by `Lowered.compile`.
+
+    All that `jax.stages.Compiled` offers is here too (`memory_analysis`, `as_text` ...).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> plan = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+      >>> @sw.step
+      ... def forward(model, x):
+      ...     return model(x)
+      >>> forward.lower(plan.abstract(), jnp.ones((4, 2))).compile()
+      <sw.results.Compiled forward>
+    """
+
+    def __init__(self, entry: Entry, compiled: jax.stages.Compiled) -> None:
+        self._entry = entry
+        self._compiled = compiled
+
+    def __repr__(self) -> str:
+        return f"<sw.results.Compiled {self._entry.name}>"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Runs the compiled step on a state of the plan that it was compiled for."""
+        if type(state) is not State:
+            raise no_state(self._entry.name, state)
+        if state._plan is not self._entry.plan:
+            raise StructureError(
+                f"{self._entry.name} was compiled for another plan than this state's.",
+                hint=f"{called_as(self._entry.name)}.lower(state, ...).compile()",
+            )
+        return self._entry.run(state, args, kwargs, self._compiled)
+
+
+def no_state(name: str, given: Any) -> StructureError:
+    """The error for a step that is called with something else than a state."""
+    return StructureError(
+        f"{name} is a step: its first argument is a state, not {type(given).__name__}.",
+        hint=f"state = plan.take(model)\n{called_as(name)}(state, ...)",
+    )

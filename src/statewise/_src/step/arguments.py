@@ -1,0 +1,161 @@
+"""A step's arguments: which are static, which are donated, and what tells one signature from another.
+
+`jax.jit` counts a function's parameters by position or by name; a step's function has the planned objects
+first, where the caller passes one state.  Positions given by the user count the function's own parameters.
+"""
+
+# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+
+from statewise.errors import DeclarationError, StructureError
+
+__all__ = ["Arguments", "Split"]
+
+_OPTIONS = frozenset(
+    {"out_shardings", "in_shardings", "compiler_options", "keep_unused", "inline", "backend", "device"}
+)
+_ARRAYS = frozenset({"static_argnames", "static_argnums", "donate_argnames", "donate_argnums"})
+
+
+class Split(NamedTuple):
+    """Arguments taken apart.
+
+    Attributes:
+      args: the positional ones; None in the place of those taken out.
+      kwargs: the same by name.
+      given: those that are donated, by position or name.
+      static: those that are static, by position or name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: dict[Any, Any]
+    static: dict[Any, Any]
+
+
+class Arguments:
+    """How a step's arguments go into its compiled function.
+
+    Args:
+      fn: the user's function.
+      options: `jax.jit`'s options as the user gave them.
+
+    Raises:
+      DeclarationError: an option that `jax.jit` does not have, or a parameter that the function does not have.
+    """
+
+    def __init__(self, fn: Callable[..., Any], options: dict[str, Any]) -> None:
+        unknown = sorted(set(options) - _OPTIONS - _ARRAYS)
+        if unknown:
+            raise DeclarationError(
+                f"A step takes no option {unknown[0]!r}.", hint="one of: " + ", ".join(sorted(_OPTIONS | _ARRAYS))
+            )
+        names = _names(fn)
+        self.static = _positions(names, options, "static", fn)
+        self.donated = _positions(names, options, "donate", fn)
+        self.names = names
+        self.jit_options = {name: value for name, value in options.items() if name in _OPTIONS}
+        if "in_shardings" in options and (self.static or self.donated):
+            raise DeclarationError(
+                "in_shardings does not go together with static or donated arguments.",
+                hint="jax.device_put the arguments, and leave in_shardings out",
+            )
+        self.plain = not self.static and not self.donated
+
+    def split(self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int) -> Split:
+        """Takes static and donated arguments out; `objects` is how many parameters the planned objects take."""
+        if self.plain:
+            return Split(args, kwargs, {}, {})
+        rest_args, rest_kwargs = list(args), dict(kwargs)
+        given: dict[Any, Any] = {}
+        static: dict[Any, Any] = {}
+        for chosen, taken in ((self.static, static), (self.donated, given)):
+            for position in range(len(args)):
+                if chosen & {position + objects, self._name(position + objects)}:
+                    taken[position] = args[position]
+                    rest_args[position] = None
+            for name in kwargs:
+                if name in chosen or (name in self.names and self.names.index(name) in chosen):
+                    taken[name] = kwargs[name]
+                    rest_kwargs[name] = None
+        return Split(tuple(rest_args), rest_kwargs, given, static)
+
+    def name_of(self, place: Any, objects: int) -> str:
+        """An argument's name, by its name or by its position after so many objects."""
+        return place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
+
+    def _name(self, position: int) -> str | None:
+        return self.names[position] if position < len(self.names) else None
+
+    def unhashable(self, static: Iterable[tuple[Any, Any]], objects: int) -> StructureError:
+        """The error for static arguments of which one cannot be hashed."""
+        for place, value in static:
+            try:
+                hash(value)
+            except TypeError:
+                name = self.name_of(place, objects)
+                break
+        return StructureError(
+            f"The static argument {name} is a {type(value).__name__}, which cannot be hashed.",
+            hint="a tuple for a list, a frozen dataclass for a dict; or an argument that is not static",
+        )
+
+    def jit(self, program: Callable[..., Any], donate: bool = True, written: Any = None) -> Any:
+        """The compiled function of (donated, given, kept, args, kwargs) -> (written, output).
+
+        Args:
+          program: the function.
+          donate: whether it is given the buffers of what is donated.
+          written: the shardings of what is written; None leaves them to XLA.
+        """
+        options = dict(self.jit_options)
+        if written is not None or "out_shardings" in options:
+            options["out_shardings"] = (written, options.get("out_shardings"))
+        if "in_shardings" in options:
+            options["in_shardings"] = (None, None, None, options["in_shardings"], None)
+        return jax.jit(program, donate_argnums=(0, 1) if donate else (), **options)
+
+
+def merged(
+    args: tuple[Any, ...], kwargs: dict[str, Any], taken: dict[Any, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Puts arguments that were taken out back into their places."""
+    if not taken:
+        return args, kwargs
+    full_args, full_kwargs = list(args), dict(kwargs)
+    for place, value in taken.items():
+        if isinstance(place, int):
+            full_args[place] = value
+        else:
+            full_kwargs[place] = value
+    return tuple(full_args), full_kwargs
+
+
+def _names(fn: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return ()  # builtins have no signature; their parameters can be named by position
+
+
+def _positions(names: tuple[str, ...], options: dict[str, Any], which: str, fn: Callable[..., Any]) -> frozenset[Any]:
+    """The chosen parameters: names, and positions for those given by number."""
+    chosen = set(_many(options.get(f"{which}_argnames")))
+    numbers = set(_many(options.get(f"{which}_argnums")))
+    missing = sorted(name for name in chosen if names and name not in names)
+    missing += [str(number) for number in sorted(numbers) if names and not -len(names) <= number < len(names)]
+    if missing:
+        raise DeclarationError(
+            f"{which}: {getattr(fn, '__name__', fn)} has no parameter {missing[0]}.", hint="one of: " + ", ".join(names)
+        )
+    return frozenset(chosen | {number % len(names) if names else number for number in numbers})
+
+
+def _many(given: Any) -> Iterable[Any]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, (str, int)) else tuple(given)

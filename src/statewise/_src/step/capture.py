@@ -1,0 +1,178 @@
+"""Collecting what a function sows or assigns, without letting it into the state.
+
+Flax records sown values in two ways: inside `nnx.capture` in a place apart, and, outside of it, as new
+Variables of the module (which newer versions warn about).  `Capture` serves both: it runs the function under
+`nnx.capture` for the Variable types that the captured kinds claim, and gathers new Variables of these kinds, which a
+function may as well assign itself (`self.kl_loss = Loss(...)`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from statewise._src.common.nnx_graph import named, raw_value, row_of
+from statewise._src.common.paths import Path
+from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Plan
+from statewise._src.filters.combinators import predicate
+from statewise._src.filters.explain import type_only
+from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.leaf_specs import Row
+from statewise._src.plan.match import claimants
+from statewise.errors import DeclarationError, StructureError
+
+__all__ = ["Capture"]
+
+# What nnx.pop says of the tuple in which nnx.capture keeps what is sown.
+_POPPED = re.compile(r"Cannot pop key .* from node of type tuple")
+
+
+class Capture:
+    """Which kinds of new leaves a step hands out beside its output.
+
+    Args:
+      kinds: the declaration.
+      names: one kind, several, or none.
+    """
+
+    def __init__(self, kinds: Kinds, names: str | Sequence[str] | None) -> None:
+        self.single = isinstance(names, str)
+        self.names: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names or ())
+        for name in self.names:
+            if name not in kinds:
+                raise unknown_kind(name, kinds)
+            if not type_only(kinds[name].of):
+                raise DeclarationError(
+                    f"Kind {name!r} cannot be captured: its filter looks at more than the type.",
+                    kind=name,
+                    hint=f"{name}=sw.Kind(nnx.Intermediate, saved=False)",
+                )
+        self.kinds = kinds
+        self._claimants = claimants(kinds)
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def call(
+        self, fn: Callable[..., Any], objects: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, list[tuple[int, Any]]]:
+        """Calls the function; returns its output and what was sown: (object's position, state) for each type."""
+        if not self.names:
+            return fn(*objects, *args, **kwargs), []
+        types = self._types()
+        run: Callable[[], Any] = functools.partial(fn, *objects, *args, **kwargs)
+        for position, thing in enumerate(objects):
+            if isinstance(thing, nnx.Module):
+                run = _capturing(run, thing, position, types)
+        try:
+            sown = _Sown.of(run())
+        except ValueError as error:
+            if not _POPPED.match(str(error)):
+                raise
+            names = ", ".join(map(repr, self.names))
+            raise StructureError(
+                f"The function pops leaves of what is captured ({names}); nnx.capture does not let them go.",
+                kind=self.names[0],
+                hint="take capture= out of the step's decorator: what a function pops itself needs none\n"
+                "or, read the Variables instead: model.loss.get_value()",
+            ) from error
+        return sown.value, sown.sown
+
+    def claims(self, plan: Plan, path: Path, leaf: Any) -> bool:
+        """Whether a new leaf belongs to a captured kind."""
+        return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
+
+    def takes(self, plan: Plan, row: Row, now: Any) -> bool:
+        """Whether what a function did to a leaf of an earlier call is for this to hand out.
+
+        Args:
+          plan: the plan.
+          row: the leaf.
+          now: the Variable that the function put in its place; None if it took the leaf away.
+        """
+        return row.kind in self.names if now is None else self.claims(plan, row.path, now)
+
+    def collect(
+        self,
+        plan: Plan,
+        live: Mapping[Path, Any],
+        assigned: frozenset[Path],
+        out: Any,
+        sown: Sequence[tuple[int, Any]],
+    ) -> Any:
+        """The step's output: as it is, or (output, captured).
+
+        Args:
+          plan: the plan.
+          live: all leaves after the call, by path.
+          assigned: those that were planned, and replaced.
+          out: what the function returned.
+          sown: what `nnx.capture` found: (object's position, state).
+
+        Raises:
+          StructureError: a name that the function both assigns and sows.
+        """
+        if not self.names:
+            return out
+        flat: dict[str, dict[Any, Any]] = {name: {} for name in self.names}
+        planned = {row.path for row in plan._rows} - assigned
+        for path, leaf in live.items():
+            if path not in planned:
+                flat[self._claimants(path, leaf)[0]][path] = raw_value(leaf)
+        twice = []
+        for position, state in sown:
+            for path, leaf in nnx.to_flat_state(state):
+                full = named((position, *path), plan._names) if plan._several else path
+                values = flat[self._claimants(path, leaf)[0]]
+                if full in values:
+                    twice.append(row_of(full, leaf))
+                values[full] = raw_value(leaf)
+        if twice:
+            raise StructureError(
+                "The function sows under a name that it also assigns a Variable to.",
+                leaves=twice,
+                hint="self.sow(nnx.Intermediate, 'another_name', value)",
+            )
+        states = {name: nnx.from_flat_state(list(leaves.items())) for name, leaves in flat.items()}
+        return out, states[self.names[0]] if self.single else states
+
+    def _types(self) -> tuple[type, ...]:
+        """The Variable types that a captured kind claims: `nnx.capture` wants each exactly."""
+        # A filter that looks at nothing but the type can be asked about an instance that holds nothing.
+        matches = [predicate(self.kinds[name].of) for name in self.names]
+        return tuple(
+            cls
+            for cls in dict.fromkeys(_subclasses(nnx.Variable))
+            if any(match((), object.__new__(cls)) for match in matches)
+        )
+
+
+class _Sown:
+    """An output and what was sown on the way: (object's position, state) for each type and object."""
+
+    def __init__(self, value: Any, sown: list[tuple[int, Any]]) -> None:
+        self.value, self.sown = value, sown
+
+    @classmethod
+    def of(cls, thing: Any) -> _Sown:
+        return thing if isinstance(thing, _Sown) else cls(thing, [])
+
+
+def _capturing(run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...]) -> Callable[[], Any]:
+    def captured() -> _Sown:
+        value, *states = nnx.capture(lambda _: _Sown.of(run()), *types)(module)
+        return _Sown(value.value, value.sown + [(position, state) for state in states])
+
+    return captured
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    below: list[type] = cls.__subclasses__()
+    for sub in below:
+        yield from _subclasses(sub)

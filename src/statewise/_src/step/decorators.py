@@ -1,0 +1,127 @@
+"""What makes steps: `@sw.step` and `@sw.train_step`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from statewise._src.core.plan import Plan
+from statewise._src.step.contract import Contract, describe_options, plain_contract, train_contract
+from statewise._src.step.function import check_function, kind_names
+from statewise._src.step.step import Step
+
+__all__ = ["step", "train_step"]
+
+
+def step(
+    fn: Callable[..., Any] | Any = None,
+    *,
+    writes: str | Sequence[str] | Any = (),
+    capture: str | Sequence[str] | Any = None,
+    **jit_options: Any,
+) -> Any:
+    """Makes a function of the planned objects into a compiled step on a state.
+
+    Args:
+      fn: the function; it gets the planned objects, made anew in every trace, and the other arguments.
+      writes: the kinds that it may write: one name, or several.
+      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+        then `(out, captured)`.
+      **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
+
+    Returns:
+      a step.  Called as `step(state, *args)` it returns the function's output; if it declares writes,
+      `(state, output)`.
+
+    Raises:
+      UndeclaredWriteError: the function writes a kind that is not declared; when it is first traced.
+      DeclarationError: `writes` names a kind that is not there, or is frozen; or it does not name kinds.
+      StructureError: the function returns the model; makes, removes or reshapes Variables; writes an object that it was
+        not given, or that is an argument; the state was donated.  At once: it is a model, or under a `jax.jit`.
+
+    Warns:
+      StatewiseWarning: nothing is written of a kind in `writes`; a write is lost under a plain `jax.jit` or
+        `jax.checkpoint`; once a trace.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Dict(hits=nnx.Variable(jnp.array(0)))
+      >>> state = sw.plan(model).take(model)
+      >>> @sw.step(writes="variables")
+      ... def count(model, by):
+      ...     model.hits[...] += by
+      ...     return model.hits[...] * 10
+      >>> state, tenfold = count(state, 2)
+      >>> int(state["variables"]["hits"]), int(tenfold)
+      (2, 20)
+    """
+    names = kind_names(writes, "writes", "step")
+    if fn is None:
+        return functools.partial(step, writes=writes, capture=capture, **jit_options)
+    check_function(fn, "step")
+    options = describe_options(capture=capture, **jit_options)
+    return Step(fn, lambda plan, name: plain_contract(plan, name, names, options), "step", capture, jit_options)
+
+
+def train_step(
+    fn: Callable[..., Any] | Any = None,
+    *,
+    wrt: str | Sequence[str] | Any = None,
+    writes: str | Sequence[str] | Any = None,
+    has_aux: bool = False,
+    capture: str | Sequence[str] | Any = None,
+    **jit_options: Any,
+) -> Any:
+    """Makes a loss function of the planned objects into a compiled training step on a state.
+
+    Args:
+      fn: the function; it returns the loss, a real scalar, or `(loss, aux)`.
+      wrt: the kinds to differentiate and update; by default all that have an optimizer in the plan.
+      writes: kinds that the function itself may write, besides those that it may by default: every kind that is
+        neither frozen, nor ephemeral (`saved=False`), nor holds `nnx.Param`.  `()` allows it none at all.
+      has_aux: whether the function returns `(loss, aux)`.
+      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+        then `(out, captured)`.
+      **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
+
+    Returns:
+      a step.  Called as `step(state, *args)` it returns `(state, loss)` or `(state, (loss, aux))`.
+
+    Raises:
+      UndeclaredWriteError: the function writes a kind that it may not; when it is first traced.
+      DeclarationError: a kind without optimizer in `wrt`, or one that is not there.
+      StructureError: the loss is no real scalar; no leaf that is differentiated reaches it; and whatever `step` raises
+        it for.
+
+    Warns:
+      StatewiseWarning: no leaf of some kind that is differentiated reaches the loss; and whatever `step` warns of.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(1, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model, optimizers={"params": optax.sgd(0.5)}).take(model)
+      >>> @sw.train_step
+      ... def train(model, x, y):
+      ...     return ((model(x) - y) ** 2).mean()
+      >>> state, loss = train(state, jnp.ones((4, 1)), jnp.zeros((4, 1)))
+      >>> float(loss), float(state["params"]["kernel"][0, 0])
+      (1.0, 0.0)
+    """
+    of, may_write = (
+        None if names is None else kind_names(names, option, "train_step")
+        for option, names in (("wrt", wrt), ("writes", writes))
+    )
+    if fn is None:
+        return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
+    check_function(fn, "train_step")
+    options = describe_options(capture=capture, **jit_options)
+
+    def contract(plan: Plan, name: str) -> Contract:
+        return train_contract(plan, name, of, may_write, has_aux, options)
+
+    return Step(fn, contract, "train_step", capture, jit_options)

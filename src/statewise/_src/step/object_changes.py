@@ -1,0 +1,130 @@
+"""Which Variables a function made, removed or replaced: all that a state cannot keep.
+
+A state has the leaves that were planned.  What a function makes on top of them comes out beside its output where a step
+captures its kind, whether it was sown or assigned; everything else is refused, with the declaration under which it
+would go through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from statewise._src.common import compat
+from statewise._src.common.nnx_graph import ONE, is_array, make_leaf, numbered, row_of
+from statewise._src.common.paths import Leaf, Path, format_type
+from statewise._src.core.plan import Plan
+from statewise._src.filters.explain import as_code
+from statewise._src.filters.primitives import Exactly
+from statewise._src.plan.leaf_specs import Row
+from statewise._src.plan.match import claimants, free_name
+from statewise._src.step.capture import Capture
+from statewise._src.step.graft import at
+from statewise.errors import StructureError
+
+__all__ = ["assigned", "leaf_of"]
+
+
+def assigned(
+    plan: Plan, objects: Sequence[Any], before: Sequence[Any], live: Mapping[Path, Any], capture: Capture, name: str
+) -> frozenset[Path]:
+    """Says which planned leaves the function put another Variable in the place of, for a step that captures them.
+
+    Their kinds are ephemeral: what was there before the call is from an earlier one, and a state goes on with it.
+
+    Raises:
+      StructureError: leaves that the function made, removed or replaced, and that nobody captures; all of them.
+    """
+    problems: list[Leaf] = []
+    captured: set[Path] = set()
+    root = objects if plan._several else objects[0]
+    for row, was in zip(plan._rows, before, strict=True):
+        now = live.get(row.path)
+        if now is None or (isinstance(was, nnx.Variable) and now is not was):
+            note = "removed" if now is None else "replaced by another Variable"
+            if now is not None and type(now) is type(was) and _is_bridged(root, numbered(row.path, plan._names)):
+                continue
+            if not plan.kinds[row.kind].saved and capture.takes(plan, row, now):
+                captured.add(row.path)
+            else:
+                problems.append(leaf_of(row, note))
+        elif not isinstance(now, nnx.Variable) and not is_array(now):
+            problems.append(leaf_of(row, f"replaced by {type(now).__name__}"))
+    planned = {row.path for row in plan._rows}
+    for path, leaf in live.items():
+        if path not in planned and not capture.claims(plan, path, leaf):
+            problems.append(row_of(path, leaf, note="made by the function"))
+    if problems:
+        raise StructureError(
+            f"{name} changes which Variables the model has; new ones cannot enter a state.",
+            leaves=problems,
+            hint="\nor, ".join(_hints(plan, problems, live)),
+        )
+    return frozenset(captured)
+
+
+def leaf_of(row: Row, note: str) -> Leaf:
+    """A planned leaf as data."""
+    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+
+
+def _is_bridged(objects: Any, path: Path) -> bool:
+    """Whether a leaf belongs to a Linen module, wrapped by `nnx.bridge.ToNNX`, which writes by replacing Variables."""
+    return any(isinstance(at(objects, path[:depth]), nnx.bridge.ToNNX) for depth in range(len(path)))
+
+
+# --- the declaration under which it would go through -----------------------------------------------------------
+
+# What these hold goes on from call to call: it has to be in the state, and so in the plan.
+_KEPT = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, nnx.OptState, compat.MetricState)
+
+
+def _hints(plan: Plan, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> list[str]:
+    made = [leaf for leaf in problems if leaf.note == "made by the function"]
+    replaced = [leaf for leaf in problems if leaf.note == "replaced by another Variable"]
+    removed = [leaf for leaf in problems if leaf.note == "removed"]
+    hints = []
+    new = [dataclasses.replace(leaf, type=compat.variable_type(live[leaf.path])) for leaf in made + replaced]
+    for_a_call = next((leaf for leaf in new if _is_for_a_call(leaf.type)), None)
+    if any(plan.kinds[leaf.kind or ""].saved for leaf in replaced):
+        hints.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
+    if for_a_call:
+        hints.append(_captured(plan, for_a_call))
+    if made and not all(_is_for_a_call(leaf.type) for leaf in made):
+        hints.append("make the Variable before the plan is made (model.init_cache(...), say)")
+    gone = next((leaf for leaf in removed if _is_for_a_call(leaf.type)), None)
+    if gone:
+        hints.append(
+            f"nnx.pop(model, {as_code(Exactly(gone.type))})  "
+            "# before the plan is made: left there by an earlier call, and made in each"
+        )
+    if not hints:
+        hints.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
+    return hints
+
+
+def _is_for_a_call(type_: type) -> bool:
+    """Whether leaves of this type may be what one call gives: losses, activations; not plain Variables, weights ..."""
+    return issubclass(type_, nnx.Variable) and type_ is not nnx.Variable and not issubclass(type_, _KEPT)
+
+
+def _captured(plan: Plan, leaf: Leaf) -> str:
+    """The declaration under which a step hands out such a leaf, as code."""
+    names = claimants(plan.kinds)(plan._relative(leaf.path), object.__new__(leaf.type))
+    only = names[0] if len(names) == 1 else None
+    if only and not plan.kinds[only].saved:
+        return f"capture={only!r}  # in the step's decorator: what is sown or assigned comes back beside the output"
+    sown = issubclass(leaf.type, nnx.Intermediate)
+    of = nnx.Intermediate if sown else leaf.type
+    name, type_ = free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)
+    if only is None or plan.kinds[only].rest:
+        line = f"kinds = kinds | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
+    elif all(issubclass(row.type, of) for row in plan._rows if row.kind == only):
+        line, name = f"kinds = kinds.replace({only}=dataclasses.replace(kinds[{only!r}], saved=False))", only
+    else:
+        rest = f"dataclasses.replace(kinds[{only!r}], of=nnx.All(kinds[{only!r}].of, nnx.Not({type_})))"
+        line = f"kinds = kinds.replace({only}={rest}) | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
+    return f"{line}\ncapture={name!r}  # in the step's decorator"

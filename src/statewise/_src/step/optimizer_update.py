@@ -1,0 +1,172 @@
+"""One optimizer's update inside a compiled step: leaf by leaf, or on whole buffers where that is proven."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from statewise._src.common.nnx_graph import spec_of
+from statewise._src.core.plan import Plan
+from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise, prove_elementwise
+from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.packing import Buffer
+from statewise._src.step.operands import Arrays, joined, numbers_of
+from statewise.errors import StructureError
+
+__all__ = ["Update"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Whole:
+    """A buffer of parameters that is updated as a whole.
+
+    Attributes:
+      spot: its kind and slot.
+      leaves: which of the optimizer's leaves are in it, in order.
+      moments: the slot, and kind, of each role's buffer.
+    """
+
+    spot: tuple[int, int]
+    leaves: tuple[int, ...]
+    moments: dict[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer's update.
+
+    Attributes:
+      group: the optimizer and its leaves.
+      params: the numbers of the arrays that it updates, in its order.
+      moments: the numbers of the arrays of its own state.
+      buffers: those that it updates as a whole; none where it goes leaf by leaf.
+      proof: that it may; None where it goes leaf by leaf.
+    """
+
+    group: Group
+    params: tuple[int, ...]
+    moments: tuple[int, ...]
+    buffers: tuple[_Whole, ...]
+    proof: Elementwise | None
+
+    @classmethod
+    def of(cls, plan: Plan, group: Group, written: Collection[int]) -> Update:
+        """The update of a group; `written` are the numbers of arrays that the function itself writes."""
+        params = tuple(numbers_of(plan, plan._params_of(group)))
+        start, stop = plan._moment_spans[plan._groups.index(group)]
+        moments = tuple(numbers_of(plan, [("optimizer", position) for position in range(start, stop)]))
+        proof = prove_elementwise(group) if plan._packing else None
+        buffers = _whole_buffers(plan, proof, params, moments, written) if proof else ()
+        return cls(group, params, moments, buffers, proof if buffers else None)
+
+    @property
+    def whole(self) -> set[tuple[int, int]]:
+        """The buffers, by kind and slot, that it makes as a whole."""
+        return {spot for buffer in self.buffers for spot in (buffer.spot, *buffer.moments.values())}
+
+    @property
+    def reads(self) -> set[int]:
+        """The numbers of the arrays that it reads one by one."""
+        if self.proof is None:
+            return {*self.params, *self.moments}
+        inside = {leaf for buffer in self.buffers for leaf in buffer.leaves}
+        apart = {
+            number
+            for number, owner in zip(self.moments, self.proof.roles, strict=True)
+            if owner is None or owner[1] not in inside
+        }
+        return {*self.params, *apart}
+
+    @property
+    def writes(self) -> set[int]:
+        """The numbers of the arrays that it writes."""
+        return {*self.params, *self.moments}
+
+    def run(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
+        """Updates the arrays."""
+        if self.proof is None:
+            self._run_by_leaf(arrays, grads, loss, loss_of)
+        else:
+            self._run_on_buffers(self.proof, arrays, grads, loss)
+
+    def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
+        """By Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
+        group, layout = self.group, self.group.layout
+        params = group.params([arrays.flat[number] for number in self.params])
+        gradients = group.params(grads)
+        state = jax.tree.unflatten(layout.structure, [arrays.flat[number] for number in self.moments])
+        updates, state = group.tx.update(gradients, state, params, value=loss, grad=gradients, value_fn=loss_of)
+        moments = [jnp.asarray(leaf) for leaf in layout.structure.flatten_up_to(state)]
+        self._check(moments)
+        arrays.store(self.params, group.arrays(optax.apply_updates(params, updates)))
+        arrays.store(self.moments, moments)
+
+    def _run_on_buffers(self, proof: Elementwise, arrays: Arrays, grads: Sequence[Any], loss: Any) -> None:
+        """By the proof: the same primitives, on buffers and on the leaves that stand alone."""
+        params = [arrays.flat[number] for number in self.params]
+        moments = [arrays.flat[number] for number in self.moments]
+        run = proof.shared(params, grads, moments, jnp.asarray(loss, jnp.float32))
+        for buffer in self.buffers:
+            inside = {PARAM: arrays.slots[buffer.spot], GRAD: joined([grads[leaf] for leaf in buffer.leaves])}
+            inside |= {role: arrays.slots[spot] for role, spot in buffer.moments.items()}
+            for role, made in run.leaf(proof.signatures[buffer.leaves[0]], inside).items():
+                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = made
+        owned = {leaf for buffer in self.buffers for leaf in buffer.leaves}
+        where = {owner: number for number, owner in zip(self.moments, proof.roles, strict=True) if owner is not None}
+        for leaf, number in enumerate(self.params):
+            if leaf in owned:
+                continue
+            roles = [role for role, _ in proof.signatures[leaf] if role != PARAM]
+            alone = {PARAM: params[leaf], GRAD: grads[leaf]}
+            alone |= {role: arrays.flat[where[role, leaf]] for role in roles}
+            for role, made in run.leaf(proof.signatures[leaf], alone).items():
+                arrays.flat[number if role == PARAM else where[role, leaf]] = made
+        for number, made in zip(self.moments, run.shared_moments(), strict=True):
+            if made is not None:
+                arrays.flat[number] = made
+
+    def _check(self, moments: Sequence[Any]) -> None:
+        layout = self.group.layout
+        changed = [
+            f"{'/'.join(map(str, path))}: {spec.shape} {spec.dtype} becomes {array.shape} {array.dtype}"
+            for path, spec, array in zip(layout.paths, layout.specs, moments, strict=True)
+            if spec_of(array) != spec
+        ]
+        if changed:
+            raise StructureError(
+                f"The optimizer of {self.group.label} changes the shape or dtype of its own state:\n  "
+                + "\n  ".join(changed),
+                kind="optimizer",
+                hint="an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes the moments'",
+            )
+
+
+def _whole_buffers(
+    plan: Plan, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
+) -> tuple[_Whole, ...]:
+    """The buffers whose leaves have one signature, and whose moments stand in buffers of the same order."""
+    leaf_of = {number: leaf for leaf, number in enumerate(params)}
+    number_of = {owner: number for number, owner in zip(moments, proof.roles, strict=True) if owner is not None}
+    buffers = {
+        tuple(plan._offsets[kind] + position for position in content.positions): (kind, slot)
+        for kind, contents in enumerate(plan._slots)
+        for slot, content in enumerate(contents)
+        if isinstance(content, Buffer)
+    }
+    found = []
+    for numbers, spot in buffers.items():
+        if not all(number in leaf_of and number not in written for number in numbers):
+            continue
+        leaves = tuple(leaf_of[number] for number in numbers)
+        signature = proof.signatures[leaves[0]]
+        if any(proof.signatures[leaf] != signature for leaf in leaves):
+            continue
+        rows = {role: tuple(number_of[role, leaf] for leaf in leaves) for role, _ in signature if role != PARAM}
+        if all(row in buffers for row in rows.values()):
+            found.append(_Whole(spot, leaves, {role: buffers[row] for role, row in rows.items()}))
+    return tuple(found)

@@ -1,0 +1,386 @@
+"""A scan over a stacked module: one layer's program, run over the arrays of many.
+
+One layer is traced, on a copy that is rebuilt from a slice of each leaf.  What the trace hands on as it came is neither
+stacked nor carried.  What the layer wrote is given out by the scan, one slice for each layer, or carried where all
+layers share it.  What the layer made (what it sows, above all) has no slice before, and one for each layer afterwards:
+it is stacked, and put into the module where the layer put it, as `nnx.scan` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from statewise._src.common import compat
+from statewise._src.common.narrowing import check_given
+from statewise._src.common.nnx_graph import (
+    ONE,
+    Scan,
+    Spec,
+    arrays_of,
+    raw_value,
+    rebuild,
+    row_of,
+    scan,
+    spec_of,
+    value_of,
+)
+from statewise._src.common.paths import Leaf, Path, format_dtype, format_shape
+from statewise._src.core.kinds import Kinds
+from statewise._src.plan.kind import Kind
+from statewise._src.plan.leaf_specs import is_sown
+from statewise._src.plan.match import claim
+from statewise._src.step.effects import Effects, effects_of
+from statewise._src.step.function import check_function, parameters_of
+from statewise._src.step.graft import graft
+from statewise._src.step.outside_writes import refuse_written_arguments
+from statewise._src.step.passed_objects import Passed
+from statewise._src.step.trace import check_output, refuse_model
+from statewise.errors import StructureError
+
+__all__ = ["count_layers", "scan_module"]
+
+
+def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, reverse: bool, unroll: int) -> Any:
+    """See `scan_layers`."""
+    check_function(fn, "scan_layers")
+    stack = _Stack.of(module, shared)
+    layers = stack.count()
+    layer, x = _traced(fn, stack, x)
+    layer.check(stack)
+    carried = layer.carried(stack)
+    reads, of_state = layer.effects.read, sum(map(len, stack.arrays))
+    flat = [array for arrays in stack.arrays for array in arrays]
+    many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
+    sliced = [read and of for read, of in zip(reads[:of_state], many, strict=True)]
+    outputs = [slot for slot in layer.slots if slot.after is not None]
+
+    def turn(carry: Any, slices: Any) -> Any:
+        held, x = carry
+        rest = dict(zip(carried, held, strict=True))
+        taken = iter(slices)
+        values = [
+            next(taken) if is_slice else rest.get(number, array)
+            for number, (array, is_slice) in enumerate(zip(flat, sliced, strict=True))
+        ]
+        found = layer.run(values, x)
+        x = jax.tree.unflatten(layer.out_tree, found[: layer.out_tree.num_leaves])
+        written = list(zip(outputs, found[layer.out_tree.num_leaves :], strict=True))
+        new = {slot.before: array for slot, array in written if slot.before in rest}
+        return ([new[number] for number in carried], x), [array for slot, array in written if slot.before not in rest]
+
+    carry, given = jax.lax.scan(
+        turn,
+        ([flat[number] for number in carried], x),
+        [array for array, is_slice in zip(flat, sliced, strict=True) if is_slice],
+        length=layers,
+        reverse=reverse,
+        unroll=unroll,
+    )
+    new, last = iter(given), dict(zip(carried, carry[0], strict=True))
+    after = []
+    for slot in layer.slots:
+        if slot.after is None and slot.before is not None:
+            after.append(flat[slot.before])
+        else:
+            after.append(last[slot.before] if slot.before in last else next(new))
+    _write(stack, layer, after)
+    return carry[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """The module as it is: its leaves, the arrays in them, and which of them have a slice for each layer."""
+
+    module: Any
+    found: Scan
+    arrays: list[list[Any]]
+    structures: list[Any]
+    stacked: list[bool]
+
+    @classmethod
+    def of(cls, module: Any, shared: Any) -> _Stack:
+        kinds = Kinds(layers=Kind(...)) if shared is None else Kinds(layers=Kind(...), shared=Kind(shared))
+        found = scan((module,))
+        held = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
+        check_given(
+            (row_of(path, leaf), array, spec.dtype)
+            for path, leaf, (arrays, _) in zip(found.paths, found.leaves, held, strict=True)
+            for array in arrays
+            if not isinstance(array, jax.Array) and (spec := spec_of(array)) is not None
+        )
+        arrays = [[jnp.asarray(array) if spec_of(array) else array for array in arrays] for arrays, _ in held]
+        # What an earlier layer, or an earlier scan, has sown is each layer's own, whatever the filter says.
+        stacked = [
+            kind == "layers" or is_sown(compat.variable_type(leaf))
+            for kind, leaf in zip(claim(kinds, found), found.leaves, strict=True)
+        ]
+        return cls(module, found, arrays, [structure for _, structure in held], stacked)
+
+    def row(self, number: int, note: str = "") -> Leaf:
+        """A leaf as data."""
+        return row_of(self.found.paths[number], self.found.leaves[number], note=note)
+
+    def count(self) -> int:
+        """How many layers there are."""
+        rows = [
+            (self.row(number), array, many)
+            for number, (arrays, many) in enumerate(zip(self.arrays, self.stacked, strict=True))
+            for array in arrays
+        ]
+        return count_layers(rows, None)
+
+    def one(self) -> list[Any]:
+        """The arrays of one layer, by shape and dtype."""
+        return [
+            jax.ShapeDtypeStruct(array.shape[many:], array.dtype)
+            for arrays, many in zip(self.arrays, self.stacked, strict=True)
+            for array in arrays
+        ]
+
+    def values(self, flat: Sequence[Any]) -> list[Any]:
+        """The leaves' values of these arrays."""
+        left = iter(flat)
+        return [
+            value_of([next(left) for _ in arrays], structure)
+            for arrays, structure in zip(self.arrays, self.structures, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Slot:
+    """One array of a layer, afterwards.
+
+    Attributes:
+      leaf: the number of the leaf that holds it, among those afterwards.
+      before: the number of the array that it was, among those before; None where it is new.
+      after: its shape and dtype; None where it is the very array that it was.
+    """
+
+    leaf: int
+    before: int | None
+    after: Spec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _After:
+    """The leaves of a layer, afterwards; static.
+
+    Attributes:
+      graphdef: of the layer.
+      paths: of the leaves.
+      origins: which leaf each was before; None for one that the layer made.
+      structures: of their values.
+    """
+
+    graphdef: Any
+    paths: tuple[Path, ...]
+    origins: tuple[int | None, ...]
+    structures: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer's program, traced."""
+
+    name: str
+    call: Callable[[Sequence[Any], Any], list[Any]]
+    effects: Effects
+    used: list[bool]
+    out_tree: Any
+    after: _After
+    slots: list[_Slot]
+
+    def run(self, values: Sequence[Any], x: Any) -> list[Any]:
+        """The outputs and the arrays that are written or new."""
+        if compat.jit_is_disabled():  # somebody wants to step through the function itself
+            return [array for array, used in zip(self.call(values, x), self.used, strict=True) if used]
+        flat = [*values, *jax.tree.leaves(x)]
+        reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
+        return compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
+
+    def check(self, stack: _Stack) -> None:
+        """Refuses leaves that the layer removes, and shared ones of which it makes something else."""
+        problems = []
+        for number in set(range(len(stack.arrays))) - set(self.after.origins):
+            if stack.found.paths[number] not in self.after.paths:
+                if stack.arrays[number]:  # else nothing is lost: nothing was sown yet, say
+                    problems.append(stack.row(number, "removed"))
+            elif not stack.stacked[number]:
+                problems.append(stack.row(number, "replaced by another Variable"))
+        for number, (origin, structure) in enumerate(zip(self.after.origins, self.after.structures, strict=True)):
+            if origin is None or stack.stacked[origin] or not stack.arrays[origin]:
+                continue
+            specs = [slot.after for slot in self.slots if slot.leaf == number and slot.after]
+            if structure != stack.structures[origin]:
+                problems.append(stack.row(origin, "becomes a value of another structure"))
+            elif any(spec not in map(spec_of, stack.arrays[origin]) for spec in specs):
+                shown = ", ".join(f"{format_shape(spec.shape)} {format_dtype(spec.dtype)}" for spec in specs)
+                problems.append(stack.row(origin, f"becomes {shown}"))
+        if problems:
+            raise StructureError(
+                f"{self.name} removes leaves of its layer, or changes what all layers share.",
+                leaves=problems,
+                hint="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
+                "what a layer removes has to go from all of them: nnx.pop(layers, filter)  # before the scan",
+            )
+
+    def carried(self, stack: _Stack) -> list[int]:
+        """The numbers of the arrays that go from layer to layer: shared ones that are written."""
+        many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
+        written = [slot.before for slot in self.slots if slot.after is not None and slot.before is not None]
+        return [number for number in written if not many[number]]
+
+
+def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]:
+    """One layer's program; and x, which takes on the dtype that the layer gives where its own was but assumed."""
+    name = getattr(fn, "__name__", type(fn).__name__)
+    _refuse_written_x(fn, stack, x, name)
+    box: dict[str, Any] = {}
+
+    def call(values: Sequence[Any], x: Any) -> list[Any]:
+        (layer,) = rebuild(stack.found.graphdef, stack.values(values), several=False)
+        before = scan((layer,))
+        out = fn(layer, x)
+        refuse_model(out, before.leaves, name)
+        leaves, box["out_tree"] = jax.tree.flatten(out)
+        check_output(leaves, name)
+        after = scan((layer,))
+        held = [arrays_of(raw_value(leaf)) for leaf in after.leaves]
+        box["after"] = _after(before, after, [structure for _, structure in held])
+        return [*leaves, *(jnp.asarray(array) for arrays, _ in held for array in arrays)]
+
+    # Without compilation a loop unrolls, and every leaf that went through one would look written.
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(call)(stack.one(), x)
+        given, treedef = jax.tree.flatten(x)
+        outputs = box["out_tree"].num_leaves
+        settled = [
+            jnp.asarray(array, new.dtype) if getattr(jax.typeof(array), "weak_type", False) else array
+            for array, new in zip(given, closed.out_avals[:outputs], strict=False)
+        ]
+        if len(given) == outputs and any(
+            jax.typeof(one).dtype != jax.typeof(other).dtype for one, other in zip(settled, given, strict=True)
+        ):
+            x = jax.tree.unflatten(treedef, settled)
+            closed = jax.make_jaxpr(call)(stack.one(), x)
+    after: _After = box["after"]
+    slots = _slots(stack, after, closed.out_avals[outputs:])
+    tracked = [(outputs + at, slot.before) for at, slot in enumerate(slots) if slot.before is not None]
+    effects = effects_of(closed, tracked)
+    unwritten = {out for (out, _), written in zip(tracked, effects.written, strict=True) if not written}
+    used = [number not in unwritten for number in range(outputs + len(slots))]
+    slots = [slot if used[outputs + at] else dataclasses.replace(slot, after=None) for at, slot in enumerate(slots)]
+    return _Layer(name, call, effects, used, box["out_tree"], after, slots), x
+
+
+def _refuse_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -> None:
+    """Raises where a layer writes to NNX objects in `x` and does not hand them on: what it writes would be lost."""
+    if not Passed((x,), {}).objects:
+        return
+    box: dict[str, Passed] = {}
+
+    def call(values: Sequence[Any], x: Any) -> list[Any]:
+        (layer,) = rebuild(stack.found.graphdef, stack.values(values), several=False)
+        passed = box["passed"] = Passed((x,), {})
+        return passed.after(fn(layer, x))
+
+    with jax.disable_jit(False):
+        closed = jax.make_jaxpr(call)(stack.one(), x)
+    passed, before = box["passed"], sum(map(len, stack.arrays))
+    effects = effects_of(closed, [(at, before + number) for at, (_, number) in enumerate(passed.asked)])
+    names = [one.name for one in parameters_of(fn) or ()]
+    shown = names[1] if len(names) > 1 else "x"
+    refuse_written_arguments(passed.told(effects.written), fn, 1, lambda place: shown, name, False)
+
+
+def _after(before: Scan, after: Scan, structures: Sequence[Any]) -> _After:
+    variables = {id(leaf): number for number, leaf in enumerate(before.leaves) if isinstance(leaf, nnx.Variable)}
+    raw = {
+        path: number for number, path in enumerate(before.paths) if not isinstance(before.leaves[number], nnx.Variable)
+    }
+    origins = tuple(
+        variables.get(id(leaf)) if isinstance(leaf, nnx.Variable) else raw.get(path)
+        for path, leaf in zip(after.paths, after.leaves, strict=True)
+    )
+    return _After(after.graphdef, after.paths, origins, tuple(structures))
+
+
+def _slots(stack: _Stack, after: _After, avals: Sequence[Any]) -> list[_Slot]:
+    starts = [0]
+    for arrays in stack.arrays:
+        starts.append(starts[-1] + len(arrays))
+    left, slots = iter(avals), []
+    for leaf, (origin, structure) in enumerate(zip(after.origins, after.structures, strict=True)):
+        same = origin is not None and structure == stack.structures[origin]
+        for position in range(1 if structure is ONE else structure.num_leaves):
+            aval = next(left)
+            before = starts[origin] + position if origin is not None and same else None
+            slots.append(_Slot(leaf, before, Spec(aval.shape, aval.dtype)))
+    return slots
+
+
+def _write(stack: _Stack, layer: _Layer, arrays: Sequence[Any]) -> None:
+    """Puts what was written and made into the module."""
+    after, left = layer.after, iter(zip(layer.slots, arrays, strict=True))
+    values, made = [], []
+    for path, origin, structure in zip(after.paths, after.origins, after.structures, strict=True):
+        mine = [next(left) for _ in range(1 if structure is ONE else structure.num_leaves)]
+        value = value_of([array for _, array in mine], structure)
+        if origin is None or path != stack.found.paths[origin]:
+            made.append(path)
+        if origin is None:
+            values.append(value)
+            continue
+        leaf = stack.found.leaves[origin]
+        changed = structure != stack.structures[origin] or any(slot.after is not None for slot, _ in mine)
+        if changed and isinstance(leaf, nnx.Variable):
+            leaf.set_raw_value(value)
+        elif changed:
+            made.append(path)
+        values.append(leaf if isinstance(leaf, nnx.Variable) else value)
+    if made:
+        (copy,) = rebuild(after.graphdef, values, several=False)
+        graft(stack.module, copy, made)
+
+
+def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[int, ...]] | None) -> int:
+    """How many layers there are; every leaf that has another number, or no axis for them, is listed.
+
+    Args:
+      rows: each array with its leaf, and whether it is stacked.
+      shapes: the shape of each in one layer; None if that is not known.
+    """
+    counts: list[int] = []
+    odd: list[Leaf] = []
+    for number, (leaf, array, many) in enumerate(rows):
+        spec = spec_of(array)
+        shape = spec.shape if spec else ()
+        own = None if shapes is None else shapes[number]
+        if many and (not shape or (own is not None and shape[1:] != own)):
+            odd.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, without an axis for the layers"))
+        elif not many and own is not None and shape != own:
+            odd.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, but shared by the layers"))
+        elif many:
+            counts.append(shape[0])
+            if shape[0] != counts[0]:
+                odd.append(dataclasses.replace(leaf, note=f"{shape[0]} layers, others have {counts[0]}"))
+    if odd:
+        raise StructureError(
+            "Not every leaf has one slice for each layer.",
+            leaves=list(dict.fromkeys(odd)),
+            hint="stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
+            "or jax.vmap(lambda key: plan.take(...))(keys)\n"
+            "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)",
+        )
+    if not counts:
+        raise StructureError(
+            "There is nothing that tells how many layers there are: every leaf is shared.",
+            hint="x = jax.lax.fori_loop(0, layers, lambda _, x: fn(layer, x), x)",
+        )
+    return counts[0]

@@ -1,0 +1,386 @@
+"""Tracing a function over a state: one trace, and everything about it is known.
+
+The user's function is called once for each signature, on fresh modules made of tracers, inside
+`jax.make_jaxpr`.  What comes out is a jaxpr from the arrays of the state and the arguments to the function's
+output and the arrays' new values.  From it `effects` tells what is read and what is written; the structure of
+the module before and after tells which Variables the function made, removed or replaced.  All of the contract
+is checked here, before anything is compiled, so that it costs nothing in the compiled step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.errors import TraceContextError
+
+from statewise._src.common import compat
+from statewise._src.common.narrowing import check_given
+from statewise._src.common.nnx_graph import arrays_of, numbered, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape
+from statewise._src.core.plan import Plan
+from statewise._src.core.state import State, check_fits
+from statewise._src.step.capture import Capture
+from statewise._src.step.effects import Effects, effects_of
+from statewise._src.step.lost_writes import dropped_inputs
+from statewise._src.step.object_changes import assigned, leaf_of
+from statewise._src.step.outside_writes import written_outside
+from statewise._src.step.passed_objects import Passed, WrittenArgument
+from statewise.errors import StructureError, UndeclaredWriteError
+
+__all__ = ["Eager", "Traced", "call_once", "check_output", "evaluating", "refuse_model", "refuse_writes", "trace"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Traced:
+    """One traced call.
+
+    Attributes:
+      effects: what is read and written; the jaxpr goes from all inputs that are read to the outputs, then the
+        written arrays.
+      inputs: how many arrays the state has; the arguments' follow them among the inputs.
+      out_tree: the structure of the function's output.
+      outputs: how many arrays the output has.
+      written: (kind, position) of each array written, in the order in which the jaxpr returns them.
+      closes_over_tracers: whether the function used a tracer of somebody else's trace, not as an argument.
+      dropped: (kind, position) of each array written where the write is lost, and nowhere else.
+      passed: what is written to objects among the arguments.
+    """
+
+    effects: Effects
+    inputs: int
+    out_tree: Any
+    outputs: int
+    written: tuple[tuple[str, int], ...]
+    closes_over_tracers: bool
+    dropped: tuple[tuple[str, int], ...] = ()
+    passed: tuple[WrittenArgument, ...] = ()
+
+    def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The outputs and the written arrays, from the values of all inputs (None for those not read)."""
+        reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
+        results = compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
+        return results[: self.outputs], results[self.outputs :]
+
+
+def _logical(plan: Plan, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A kind's arrays in order; of a packed part, or on each device, shapes and dtypes: the trace wants no more."""
+    if kind not in plan._packing and not plan._copies:
+        return arrays
+    return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in plan._specs[kind])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Eager(Traced):
+    """A traced call that runs the user's function itself, on values, instead of the jaxpr: for `jax.disable_jit`."""
+
+    call: Callable[[Sequence[Any], Any, Any], tuple[list[Any], list[list[Any]]]] = dataclasses.field(kw_only=True)
+    arrays: Sequence[Any] = dataclasses.field(kw_only=True)
+    dynamic: Any = dataclasses.field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        traced: Traced,
+        plan: Plan,
+        fn: Callable[..., Any],
+        state: State,
+        dynamic: tuple[Any, Any],
+        capture: Capture,
+        name: str,
+    ) -> Eager:
+        """The eager form of a traced call; `dynamic` is its (args, kwargs)."""
+
+        def call(parts: Sequence[Any], args: Any, kwargs: Any) -> tuple[list[Any], list[list[Any]]]:
+            out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
+            return jax.tree.leaves(out), after
+
+        unpacked = zip(plan.kinds, state._parts, strict=True)
+        arrays = [array for kind, part in unpacked for array in plan._unpacked(kind, part.arrays)]
+        fields = {field.name: getattr(traced, field.name) for field in dataclasses.fields(Traced)}
+        return cls(**fields, call=call, arrays=arrays, dynamic=(plan, dynamic))
+
+    def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """The outputs and the written arrays; the values of arrays that are not read come from the state."""
+        plan, dynamic = self.dynamic
+        arrays = iter(have if given is None else given for have, given in zip(self.arrays, flat, strict=False))
+        parts = [list(itertools.islice(arrays, len(specs))) for specs in plan._specs.values()]
+        args, kwargs = jax.tree.unflatten(jax.tree.structure(dynamic), flat[self.inputs :])
+        outputs, after = self.call(parts, args, kwargs)
+        return outputs, [after[plan._index[kind]][position] for kind, position in self.written]
+
+
+def trace(
+    plan: Plan, fn: Callable[..., Any], state: State, args: Any, kwargs: Any, capture: Capture, name: str
+) -> Traced:
+    """Traces `fn(*objects, *args, **kwargs)` over a state.
+
+    Raises:
+      StructureError: the state does not fit its plan; the function returns the model, or makes, removes, replaces,
+        reshapes or recasts Variables.
+    """
+    check_fits(
+        state,
+        plan.kinds,
+        hint="inside jax.vmap the mapped axis is gone: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
+        "for other dtypes: state.cast(params='bfloat16')",
+    )
+    parts = [_logical(plan, kind, part.arrays) for kind, part in zip(plan.kinds, state._parts, strict=True)]
+    box: dict[str, Any] = {}
+
+    def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        passed = box["passed"] = Passed(args, kwargs)
+        out, after = call_once(plan, fn, parts, args, kwargs, capture, name, passed)
+        leaves, box["out_tree"] = jax.tree.flatten(out)
+        check_output(leaves, name)
+        return leaves, [array for part in after for array in part], passed.after(out)
+
+    closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
+    where = [(kind, position) for kind, part in zip(plan.kinds, parts, strict=True) for position in range(len(part))]
+    outputs = box["out_tree"].num_leaves
+    asked = [number for _, number in box["passed"].asked]
+    sources = [*range(len(where)), *(len(where) + number for number in asked)]
+    effects = effects_of(closed, [(outputs + index, source) for index, source in enumerate(sources)])
+    written = effects.written[: len(where)]
+    return Traced(
+        effects=effects,
+        inputs=len(where),
+        out_tree=box["out_tree"],
+        outputs=outputs,
+        written=tuple(spot for spot, is_written in zip(where, written, strict=True) if is_written),
+        closes_over_tracers=any(isinstance(const, compat.Tracer) for const in effects.consts),
+        dropped=_dropped(plan, closed, where, written),
+        passed=box["passed"].told(effects.written[len(where) :]),
+    )
+
+
+def _dropped(
+    plan: Plan, closed: Any, where: Sequence[tuple[str, int]], written: Sequence[bool]
+) -> tuple[tuple[str, int], ...]:
+    """The arrays that get a new value where it is lost; not of parameters, which optimizers write."""
+    numbers = [
+        number
+        for number, (kind, position) in enumerate(where)
+        if not written[number] and not issubclass(_type_at(plan, kind, position), nnx.Param)
+    ]
+    found = dropped_inputs(closed, numbers) if numbers else frozenset()
+    return tuple(spot for number, spot in enumerate(where) if number in found)
+
+
+def _type_at(plan: Plan, kind: str, position: int) -> type:
+    found: type = plan._row_of_array[kind][position].type
+    return found
+
+
+def call_once(
+    plan: Plan,
+    fn: Callable[..., Any],
+    parts: Sequence[Sequence[Any]],
+    args: Any,
+    kwargs: Any,
+    capture: Capture,
+    name: str,
+    passed: Passed | None = None,
+) -> tuple[Any, list[list[Any]]]:
+    """Calls the function on fresh objects that hold these arrays; returns its output and the arrays afterwards."""
+    by_kind = dict(zip(plan.kinds, parts, strict=True))
+    values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
+    objects = rebuild(plan._graphdef, values, plan._several)
+    before = scan(objects, plan._names)
+    try:
+        # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
+        with nnx.var_defaults(hijax=False, ref=False):
+            out, sown = capture.call(fn, objects, args, kwargs)
+    except TraceContextError as error:
+        known = Passed((), {}) if passed is None else passed
+        refusal = written_outside(error, fn, objects, before, known, name, bool(plan._groups))
+        if refusal is None:
+            raise
+        raise refusal from error
+    refuse_model(out, before.leaves, name)
+    after = scan(objects, plan._names)
+    live = dict(zip(after.paths, after.leaves, strict=True))
+    handed_out = assigned(plan, objects, before.leaves, live, capture, name)
+    captured = capture.collect(plan, live, handed_out, out, sown)
+    return captured, _arrays_after(plan, parts, live, handed_out, name)
+
+
+def _arrays_after(
+    plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], handed_out: frozenset[Path], name: str
+) -> list[list[Any]]:
+    after = [list(part) for part in parts]
+    values: dict[tuple[str, int], Sequence[Any]] = {}
+    odd, given = [], []
+    for row, span in zip(plan._rows, plan._spans, strict=True):
+        if row.path in handed_out:
+            continue
+        arrays, structure = arrays_of(raw_value(live[row.path]))
+        specs = tuple(map(spec_of, arrays))
+        if structure != row.structure:
+            odd.append(leaf_of(row, "becomes a value of another structure"))
+        elif specs != row.specs:
+            was = [f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs]
+            odd.append(leaf_of(row, "becomes " + ", ".join(was)))
+        else:
+            pairs = zip(arrays, row.specs, strict=True)
+            given += [(leaf_of(row, ""), one, spec.dtype) for one, spec in pairs if not isinstance(one, jax.Array)]
+            values[span.kind, span.start] = arrays
+    if odd:
+        hint = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
+        sown = [leaf.kind for leaf in odd if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
+        if sown:  # `sow` adds to what an earlier call left there
+            hint = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {hint}"
+        raise StructureError(
+            f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.",
+            leaves=odd,
+            hint=hint,
+        )
+    check_given(given, before=f"{name} assigns numbers that JAX does not have. ")
+    for (kind, start), made in values.items():
+        after[plan._index[kind]][start : start + len(made)] = map(jnp.asarray, made)
+    return after
+
+
+def refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
+    """Refuses an output that holds the model itself, or one of its Variables."""
+    mine = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
+
+    def is_object(thing: Any) -> bool:
+        return isinstance(thing, (nnx.Variable, nnx.Pytree, nnx.State))
+
+    returned = []
+    for thing in jax.tree.leaves(out, is_leaf=is_object):
+        if isinstance(thing, nnx.State) or not is_object(thing):
+            continue  # an nnx.State of Variables is data: it comes back as one
+        held = scan([[thing]])
+        returned += [
+            row_of(path[1:], leaf) for path, leaf in zip(held.paths, held.leaves, strict=True) if id(leaf) in mine
+        ]
+        if isinstance(thing, nnx.Module) and not held.leaves:
+            returned.append(Leaf((), None, type(thing), None, None, note="a module"))
+    if returned:
+        raise StructureError(
+            f"{name} returns the model, or Variables of it; they exist only inside the step.",
+            leaves=returned,
+            hint="return arrays: model.kernel[...]; the state comes back by itself",
+        )
+
+
+def check_output(leaves: Sequence[Any], name: str) -> None:
+    """Refuses an output of which a part is neither an array nor a number."""
+    for leaf in leaves:
+        if spec_of(leaf) is None:
+            raise StructureError(
+                f"{name} returns {type(leaf).__name__}, which is no array.",
+                hint="return arrays, numbers, or tuples, lists and dicts of them",
+            )
+
+
+# Why a kind may not be written by the function of a train step.
+ITS_OPTIMIZER = "written by its optimizer alone"
+
+
+def refuse_writes(
+    plan: Plan,
+    traced: Traced,
+    allowed: frozenset[str],
+    named: Sequence[str],
+    why: dict[str, str],
+    name: str,
+    hint: str,
+    evaluated: Callable[[], Traced],
+) -> None:
+    """Raises where the function writes a kind that it may not.
+
+    Args:
+      plan: the plan.
+      traced: the traced call.
+      allowed: the kinds that may be written.
+      named: those of them that the user has named.
+      why: for some kinds, why they may not be.
+      name: the step's name.
+      hint: the decorator as it would have to stand, with `{kinds}` in the place of the kinds.
+      evaluated: traces the same call after `model.eval()`; asked only where there is something to refuse.
+    """
+    odd = [(kind, position) for kind, position in traced.written if kind not in allowed]
+    if not odd:
+        return
+    owners = _owners(plan)
+    leaves: dict[Path, Leaf] = {}
+    for kind, position in odd:
+        leaf = plan._row_of_array[kind][position]
+        note = f"written in {owners[leaf.path]}" + (f"; {why[kind]}" if kind in why else "")
+        leaves[leaf.path] = dataclasses.replace(leaf, note=note)
+    kinds = tuple(dict.fromkeys(kind for kind, _ in odd))
+    order = list(plan.kinds).index
+    free = [kind for kind in kinds if kind not in why]
+    lines = [hint.format(kinds=repr(tuple(sorted({*named, *free}, key=order))))] if free else []
+    trained = [kind for kind in kinds if why.get(kind) == ITS_OPTIMIZER]
+    if trained:
+        # As nnx.SpectralNorm and nnx.WeightNorm do; the update then goes on top of what the function wrote.
+        also = hint.format(kinds=repr(tuple(sorted({*named, *trained}, key=order))))
+        lines.append(f"where a layer normalises its own weights: {also}")
+    lines += _eval_hint(plan, odd, evaluated, hint, named, why)
+    raise UndeclaredWriteError(
+        f"{name} writes {', '.join(kinds)}, which it does not declare.",
+        leaves=leaves.values(),
+        kind=kinds[0],
+        hint="\nor, ".join(lines),
+    )
+
+
+_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _eval_hint(
+    plan: Plan,
+    odd: Sequence[tuple[str, int]],
+    evaluated: Callable[[], Traced],
+    hint: str,
+    named: Sequence[str],
+    why: Mapping[str, str],
+) -> list[str]:
+    """The hint to evaluate, where the function then writes less that is undeclared; and what is left to declare."""
+    try:
+        written = set(evaluated().written)
+    except _RAISED:  # with other flags the user's function does not run: then they are no help
+        return []
+    left = {kind for kind, position in odd if (kind, position) in written}
+    if left & set(why) or all(spot in written for spot in odd):
+        return []
+    line = "where the function only evaluates: model.eval() as its first line"
+    kinds = tuple(sorted({*named, *left}, key=list(plan.kinds).index))
+    return [f"{line}, and {hint.format(kinds=repr(kinds))}" if left else line]
+
+
+def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
+    """The function with `model.eval()` as its first line."""
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        for thing in args[:objects]:
+            if isinstance(thing, nnx.Module):
+                thing.eval()
+        return fn(*args, **kwargs)
+
+    return evaluated
+
+
+def _owners(plan: Plan) -> dict[Path, str]:
+    """For each leaf, the module that holds it, in words."""
+    owners = {}
+    objects: Any = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    for row in plan._rows:
+        thing, at = (objects if plan._several else objects[0]), 0
+        owner = type(thing).__name__
+        for depth, key in enumerate(numbered(row.path, plan._names)[:-1], start=1):
+            thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
+            first = plan._several and depth == 1  # one of several objects, which need not be a module
+            if first or (isinstance(thing, nnx.Module) and not isinstance(thing, (nnx.Rngs, nnx.RngStream))):
+                owner, at = type(thing).__name__, depth
+        owners[row.path] = f"{owner} {format_path(row.path[:at])}" if at else owner
+    return owners

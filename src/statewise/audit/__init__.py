@@ -1,9 +1,0 @@
-"""What a step will do to a state, told before it runs.
-
-The files: `rows` (the report: one row for each leaf, counts for each kind), `auditing` (`audit` itself).
-"""
-
-from statewise.audit.auditing import audit
-from statewise.audit.rows import Audit, KindAudit, LeafAudit
-
-__all__ = ["Audit", "KindAudit", "LeafAudit", "audit"]
