@@ -95,7 +95,7 @@ def test_an_evaluation_reads_and_writes_nothing() -> None:
 
     audit = audit_of(sw.step(evaluate), X, params=optax.sgd(0.1))
     assert [row for row in audit.leaves if row.written or row.donated or row.differentiated] == []
-    assert where(audit.leaves, "crosses") == where(audit.leaves, "read")
+    assert where(audit.leaves, "passed_to_jit") == where(audit.leaves, "read")
     assert where(audit["params"], "read") == ["dense/bias", "dense/kernel", "norm/bias", "norm/scale"]
     assert where(audit.unread) == ["unused", "last", "drop/rngs/count", "drop/rngs/key", "hits"]
 
@@ -193,7 +193,7 @@ def test_packed_leaves_travel_with_their_neighbours() -> None:
 def test_training_a_packed_state_writes_the_same_leaves() -> None:
     model = Net(nnx.Rngs(0))
     plan, step = planned(model, params=optax.adam(1e-3)), sw.train_step(loss_of, writes="cache")
-    facts = ("read", "written", "updated", "differentiated", "zero_gradient", "undeclared", "lost")
+    facts = ("read", "written", "updated", "differentiated", "zero_gradient", "undeclared", "written_but_not_saved")
 
     def told(audit: sw.results.Audit) -> list[Any]:
         return [(row.path, *(getattr(row, fact) for fact in facts)) for row in audit.leaves]
@@ -312,19 +312,19 @@ def test_it_shows_itself() -> None:
     shown, _, looked_at = str(audit).partition("\nto look at\n")
     assert shown == (
         "audit of loss_of\n"
-        "kind       leaves  read  written  undeclared  differentiated  zero gradient  crosses  donated  lost on save"
+        "kind       leaves  read  written  undeclared  differentiated  zero gradient  passed to jit  donated  not saved"
         "  saved  restarts\n"
-        "-----------------------------------------------------------------------------------------------------------"
+        "--------------------------------------------------------------------------------------------------------------"
         "-----------------\n"
-        "params          5     5        5           -               5              1        5        5             -"
+        "params          5     5        5           -               5              1              5        5          -"
         "  yes    -\n"
-        "stats           2     2        2           -               -              -        2        2             -"
+        "stats           2     2        2           -               -              -              2        2          -"
         "  yes    -\n"
-        "cache           1     -        1           1               -              -        1        1             1"
+        "cache           1     -        1           1               -              -              1        1          1"
         "  no     yes\n"
-        "rng             2     2        1           -               -              -        2        1             -"
+        "rng             2     2        1           -               -              -              2        1          -"
         "  yes    -\n"
-        "variables       1     1        1           -               -              -        1        1             -"
+        "variables       1     1        1           -               -              -              1        1          -"
         "  yes    -\n"
     )
     heads, dashes, *lines = looked_at.splitlines()
@@ -333,7 +333,7 @@ def test_it_shows_itself() -> None:
     assert lines[:3] == [
         "last    cache      written, not declared",
         "unused  params     gradient always zero",
-        "last    cache      written, lost on save",
+        "last    cache      written, not saved",
     ]
     assert lines[3].startswith("hits    variables  left behind by restart()")  # it counts beside a cache
     assert all(line.strip().startswith("hint: ") for line in lines[4:])
@@ -345,11 +345,11 @@ def test_it_shows_leaves() -> None:
     audit = audit_of(sw.step(lambda model, x: model.norm(model.dense(x)), writes="stats"), X)
     assert str(audit.by_leaf("stats", "cache")) == (
         "audit of <lambda>\n"
-        "path       kind   type       shape  read  written  crosses  donated  saved\n"
-        "--------------------------------------------------------------------------\n"
-        "norm/mean  stats  BatchStat  (2,)   yes   yes      yes      yes      yes\n"
-        "norm/var   stats  BatchStat  (2,)   yes   yes      yes      yes      yes\n"
-        "last       cache  Cache      (2,)   -     -        -        -        no"
+        "path       kind   type       shape  read  written  passed to jit  donated  saved\n"
+        "--------------------------------------------------------------------------------\n"
+        "norm/mean  stats  BatchStat  (2,)   yes   yes      yes            yes      yes\n"
+        "norm/var   stats  BatchStat  (2,)   yes   yes      yes            yes      yes\n"
+        "last       cache  Cache      (2,)   -     -        -              -        no"
     )
     assert len(audit.by_leaf().rows) == len(audit.leaves)
 

@@ -223,13 +223,13 @@ class Net(nnx.Module):
         self.attend = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
         self.rnn = nnx.RNN(nnx.GRUCell(4, 3, rngs=rngs))
         self.embed = nnx.Embed(5, 4, rngs=rngs)
-        self.excluded = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Linear(4, 4, rngs=rngs)
         self.gate = nnx.Param(jnp.ones(4))
 
     def __call__(self, x: jax.Array, tokens: jax.Array) -> jax.Array:
         h = self.norm(self.conv(x)) + self.embed(tokens)
         h = self.attend(h) * (self.gate[...] > 0)[None, None]
-        return self.rnn(h + jax.lax.stop_gradient(self.excluded(h)))
+        return self.rnn(h + jax.lax.stop_gradient(self.dropout(h)))
 
 
 def test_a_model_of_layers_has_the_zeros_of_nnx_grad() -> None:

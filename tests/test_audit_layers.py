@@ -59,7 +59,7 @@ def test_a_decode_step_writes_its_cache_and_reads_its_weights() -> None:
     token = X[:, :1]
     audit = sw.audit(decode, state, token)
     cache = {"attend/cache_index", "attend/cached_key", "attend/cached_value"}
-    assert paths(audit.leaves, "written") == paths(audit.ephemeral_writes, "lost") == cache
+    assert paths(audit.leaves, "written") == paths(audit.ephemeral_writes, "written_but_not_saved") == cache
     assert changed_by(decode, state, token) == cache
     assert {path.split("/")[1] for path in paths(audit["params"], "read")} == {"query", "key", "value", "out"}
     assert paths(audit["params"], "written") == set()

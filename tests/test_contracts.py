@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from statewise._src.core.plan import tables_of
 
 
 class Count(nnx.Variable):
@@ -82,10 +83,10 @@ def loss(model: Model, x: jax.Array, y: jax.Array) -> jax.Array:
 def crossing(step: sw.results.Step, state: sw.State, *args: Any) -> tuple[set[str], set[str]]:
     """The leaves whose arrays go into the compiled function: those donated, and those only read."""
     plan, routes = state.plan, step._entry(state, args, {}).routes
-    rows = [plan._row_of_array[kind] for kind in plan.kinds]
+    rows = [tables_of(plan).leaf_of_array[kind] for kind in plan.kinds]
 
     def paths(routes: Any) -> set[str]:
-        spots = [(route.kind, plan._slots[route.kind][slot]) for route in routes for slot in route.slots]
+        spots = [(route.kind, tables_of(plan).slots[route.kind][slot]) for route in routes for slot in route.slots]
         return {sw.format_path(rows[kind][position].path) for kind, position in spots}
 
     return paths(routes.donated), paths(routes.kept)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from statewise._src.core.plan import tables_of
 from statewise._src.plan.elementwise import PARAM, Elementwise, prove_elementwise
 from statewise._src.plan.optimizer_state import Group
 
@@ -57,7 +58,7 @@ REFUSED = {
 
 
 def group_of(tx: Any) -> Group:
-    return sw.plan(Net(nnx.Rngs(0)), optimizers={"params": tx})._groups[0]
+    return tables_of(sw.plan(Net(nnx.Rngs(0)), optimizers={"params": tx})).optimizers[0]
 
 
 def flat_update(proof: Elementwise, params: list[Any], grads: list[Any], moments: list[Any]) -> tuple[Any, Any]:

@@ -125,7 +125,7 @@ def test_a_nan_stays_where_it_is() -> None:
 def test_only_the_kinds_named_are_packed() -> None:
     model = Model(nnx.Rngs(0))
     state = sw.plan(model).take(model, pack=("cache",))
-    assert set(state.plan._packing) == {"cache"}
+    assert set(state.tables.packing) == {"cache"}
     assert "cache: 4 arrays in 1" in repr(state)
     with pytest.raises(sw.DeclarationError) as caught:
         sw.plan(model).take(model, pack="caches")
@@ -154,8 +154,8 @@ def test_a_packed_state_under_scan_and_vmap() -> None:
     axes = packed.plan.axes(cache=0, rng=None)
     many = jax.tree.map(jnp.copy, packed)
     look = sw.step(lambda model, x: model.wide.sum() + model.cache[0].sum() + x)
-    index = packed.plan._index["cache"]
-    many._parts[index] = type(many._parts[index])(tuple(jnp.stack([array] * 2) for array in many._parts[index].arrays))
+    index = packed.tables.kind_index["cache"]
+    many.parts[index] = type(many.parts[index])(tuple(jnp.stack([array] * 2) for array in many.parts[index].arrays))
     np.testing.assert_allclose(jax.vmap(look, in_axes=(axes, 0))(many, jnp.arange(2.0)), 32768 + np.arange(2.0))
 
 
@@ -187,8 +187,8 @@ def test_only_what_a_step_touches_crosses() -> None:
     state = sw.plan(model).take(model, pack=True)
     count = sw.step(lambda model: model.steps.set_value(model.steps[...] + 1), writes="variables")
     after, _ = count(state)
-    before = dict(zip(state.plan._keys, jax.tree.leaves(state), strict=True))
-    for key, array in zip(after.plan._keys, jax.tree.leaves(after), strict=True):
+    before = dict(zip(state.tables.slot_keys, jax.tree.leaves(state), strict=True))
+    for key, array in zip(after.tables.slot_keys, jax.tree.leaves(after), strict=True):
         assert (before[key] is array) == ("variables" not in str(key))
 
 

@@ -34,6 +34,7 @@ from stacked_models import (
     train,
     trained,
 )
+from statewise._src.core.plan import Plan, tables_of
 
 # --- laws --------------------------------------------------------------------------------------------------------
 
@@ -45,7 +46,7 @@ def drawn(model: Any, pack: bool, axes: list[int | None], members: int) -> tuple
     """A plan of an ensemble, its kinds along drawn axes or shared, and a state for each member."""
     plan = sw.plan(model)
     first = plan.take(model, pack=pack)
-    along = {kind: axis for kind, axis in zip(plan.kinds, axes, strict=True) if plan._specs[kind]}
+    along = {kind: axis for kind, axis in zip(plan.kinds, axes, strict=True) if tables_of(plan).specs[kind]}
     if all(axis is None for axis in along.values()):
         along[next(iter(along))] = 0
 
@@ -64,14 +65,14 @@ def drawn(model: Any, pack: bool, axes: list[int | None], members: int) -> tuple
 @given(plannable(max_leaves=4), st.booleans(), AXES, st.integers(1, 3))
 @settings(max_examples=20)
 def test_a_member_of_stacked_states_is_the_state(model: Any, pack: bool, axes: list[int | None], members: int) -> None:
-    assume(any(sw.plan(model)._specs.values()))  # a Variable may hold None
+    assume(any(tables_of(sw.plan(model)).specs.values()))  # a Variable may hold None
     plan, states = drawn(model, pack, axes, members)
     ensemble = plan.stack(states)
-    assert ensemble.plan._plain is plan
+    assert ensemble.tables.plain is tables_of(plan)
     for number, state in enumerate(states):
         same(ensemble.member(number), state)
         same(ensemble.member(number - members), state)
-    plain = plan.stack([state.plan._plain.take(state.plan.build(state)) for state in states])
+    plain = plan.stack([Plan.of(state.tables.plain).take(state.plan.build(state)) for state in states])
     same(plan.take(plan.build(ensemble)), plain)
     other = plan.build(plan.stack(states[:1] * members))
     plan.put(ensemble, other)

@@ -19,7 +19,7 @@ from statewise._src.checkpoint.diff.diff import diff
 from statewise._src.checkpoint.restore import restore
 from statewise._src.checkpoint.save import save
 from statewise._src.common.paths import format_path
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise._src.step.step import Step
 
 __all__ = ["assert_no_retrace", "assert_round_trip", "assert_same", "assert_same_placement", "count_traces"]

@@ -72,7 +72,7 @@ def test_of_values_that_each_device_has_the_first_is_looked_at(pack: bool, devic
     mesh = jax.make_mesh((8,), ("data",))
     plan = kinds.plan(model)
     state = plan.take(model, mesh=mesh, pack=pack)
-    assert bool(state.plan._packing) == pack
+    assert bool(state.tables.packing) == pack
     assert codes(state) == ["statistic-starts-at-zero", "not-finite"]
     clean(plan.abstract(mesh))
 

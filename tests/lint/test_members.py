@@ -60,7 +60,5 @@ def test_noise_that_is_shared_by_name_is_none() -> None:
 def test_a_state_on_a_mesh_is_looked_at_too(devices: list[jax.Device]) -> None:
     mesh = jax.make_mesh((2,), ("data",), devices=devices[:2])
     plan = sw.plan(make(0)).stacked(2, over="data")
-    states = jax.device_put(
-        plan.stack([plan._members.single.take(make(seed)) for seed in (0, 0)]), plan.shardings(mesh)
-    )  # type: ignore[union-attr]
+    states = jax.device_put(plan.stack([sw.plan(make(0)).take(make(seed)) for seed in (0, 0)]), plan.shardings(mesh))  # type: ignore[union-attr]
     assert [finding.code for finding in sw.lint(states)] == ["members-share-noise"]

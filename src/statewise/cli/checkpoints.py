@@ -16,8 +16,7 @@ from statewise._src.checkpoint.diff.diff import Diff, diff
 from statewise._src.checkpoint.interop.convert import Conversion, convert
 from statewise._src.checkpoint.restore import inspect
 from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import Plan, State
 from statewise._src.inspect.census import Census
 from statewise._src.report.report import Report, report
 from statewise.cli.targets import UsageError

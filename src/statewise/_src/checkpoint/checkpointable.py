@@ -20,7 +20,7 @@ from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
 from statewise._src.common import compat
 from statewise._src.core.batches import refuse_batch
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise.errors import StructureError
 
 __all__ = ["Checkpointable", "checkpointable"]

@@ -30,7 +30,7 @@ from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
 from statewise._src.common import compat
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
 from statewise.errors import RestoreError, SaveError, StatewiseError
 
@@ -219,7 +219,7 @@ class Checkpoints:
         items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
         check_metrics(self._options.best_fn, metrics_of(items))
         step = self._new_step(step, bool(force))
-        self._bytes = sum(leaf.nbytes for leaf in item.state.plan.leaves)
+        self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
         try:
             self._writing = bool(

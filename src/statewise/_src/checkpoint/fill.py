@@ -16,10 +16,11 @@ from statewise._src.checkpoint.members import Regrouped
 from statewise._src.common.narrowing import WIDE, Casts, as_jax, refuse
 from statewise._src.common.paths import Leaf, format_shape
 from statewise._src.core.averages import averages_in
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, is_deleted
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import is_deleted
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import fresh_value
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
 
 __all__ = ["begin_averages", "fresh_values", "own_arrays", "own_members"]
@@ -27,8 +28,8 @@ __all__ = ["begin_averages", "fresh_values", "own_arrays", "own_members"]
 
 def own_arrays(target: State, kind: str) -> tuple[Any, ...]:
     """The target's arrays, in the order of the plan; shapes in the place of those that share a donated buffer."""
-    if kind in target.plan._packing and any(map(is_deleted, target.part(kind).arrays)):
-        return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in target.plan._specs[kind])
+    if kind in target.tables.packing and any(map(is_deleted, target.part(kind).arrays)):
+        return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in target.tables.specs[kind])
     return unpacked(target, kind)
 
 
@@ -39,7 +40,7 @@ def own_members(found: Match, target: State) -> dict[tuple[str, int], Any]:
         for source in found.sources
         if any(isinstance(change, Regrouped) and change.lacks for change in source.changes)
     ]
-    restarted = [placed for placed in lacking if target.plan.kinds[placed.record.kind].missing == "restart"]
+    restarted = [placed for placed in lacking if target.tables.kinds[placed.record.kind].missing == "restart"]
     values = fresh_values(restarted, target)
     for placed in lacking:
         kind = placed.record.kind
@@ -51,17 +52,17 @@ def own_members(found: Match, target: State) -> dict[tuple[str, int], Any]:
     return values
 
 
-def _restarted(plan: Plan, leaf: Leaf, position: int, value: Any, lost: list[Leaf]) -> Any:
+def _restarted(plan: PlanTables, leaf: Leaf, position: int, value: Any, lost: list[Leaf]) -> Any:
     """A fresh value; of each device, and of each member of an ensemble, from its own."""
     kind = leaf.kind or ""
     restart: Any = plan.kinds[kind].restart
-    path = plan._row_of_array[kind][position].path
-    each = plan._copies is not None and position in plan._copies.of(kind)
+    path = plan.leaf_of_array[kind][position].path
+    each = plan.per_device is not None and position in plan.per_device.of(kind)
 
     def fn(value: Any) -> Any:
         return fresh_value(restart, value, path, each, functools.partial(as_jax, leaf, lost=lost))
 
-    axis = plan._axis(kind, position)
+    axis = plan.member_axis(kind, position)
     if axis is not None:
         fn = jax.vmap(fn, in_axes=axis, out_axes=axis)
         lies = value.sharding
@@ -78,7 +79,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, 
     own = {kind: own_arrays(target, kind) for kind in {placed.record.kind for placed in restarted}}
     for placed in restarted:
         record = placed.record
-        if target.plan.kinds[record.kind].of is EMA:
+        if target.tables.kinds[record.kind].of is EMA:
             continue  # averages begin as what is restored
         current = own[record.kind]
         for position in range(placed.start, placed.start + len(record.arrays)):
@@ -86,7 +87,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, 
             sharding = getattr(value, "sharding", None)
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
-            made = _restarted(target.plan, record.leaf(), position, value, lost)
+            made = _restarted(target.tables, record.leaf(), position, value, lost)
             if (made.shape, made.dtype) != (value.shape, value.dtype):
                 odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
             else:
@@ -106,13 +107,13 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, 
 
 def begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) -> None:
     """Averages that are restarted begin as copies of what they are of, as it was restored."""
-    plan = target.plan
+    plan = target.tables
     wanted = [placed for placed in found.restarted if plan.kinds[placed.record.kind].of is EMA]
     casts = Casts()
     own = {kind: own_arrays(target, kind) for kind in {placed.record.kind for placed in wanted}}
     for placed in wanted:
         kind, position = placed.record.kind, placed.start
-        spec, of = plan._specs[kind][position], _averaged(plan, kind, position)
+        spec, of = plan.specs[kind][position], _averaged(plan, kind, position)
         value = jnp.zeros(spec.shape, spec.dtype)  # of nothing: a count
         for of_kind, at in of:
             there = new.get(of_kind, {})
@@ -128,7 +129,7 @@ def begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) 
 
 def _begin_members(source: Source, target: State, new: dict[str, dict[int, Any]], casts: Casts) -> None:
     """The same for averages of members that the checkpoint lacks."""
-    (kind, position), plan = (source.placed.record.kind, source.placed.start), target.plan
+    (kind, position), plan = (source.placed.record.kind, source.placed.start), target.tables
     change = source.changes[0] if source.changes else None
     declared = plan.kinds[kind]
     if declared.of is not EMA or declared.missing != "restart" or not isinstance(change, Regrouped) or not change.lacks:
@@ -147,9 +148,9 @@ def _begin_members(source: Source, target: State, new: dict[str, dict[int, Any]]
     new[kind][position] = jax.device_put(jnp.where(begins, fresh, value), value.sharding)
 
 
-def _averaged(plan: Plan, kind: str, position: int) -> list[tuple[str, int]]:
+def _averaged(plan: PlanTables, kind: str, position: int) -> list[tuple[str, int]]:
     """Kind and position of what an average is of; nothing for a count."""
     average, start = next(
         (one, start) for one, start in averages_in(plan, kind) if position - start < len(one.layout.specs)
     )
-    return plan._params_of(average)[position - start : position - start + 1]
+    return plan.params_of(average)[position - start : position - start + 1]

@@ -24,12 +24,13 @@ from statewise._src.checkpoint.renested import arguments, moved, objects, rename
 from statewise._src.checkpoint.restore_report import LeafRestore, Outcome, RestoreReport
 from statewise._src.common.paths import Path, format_path
 from statewise._src.core.cast import can_cast
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, is_deleted
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import is_deleted
 from statewise._src.plan.averages import averaged_kind
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import takes
 from statewise._src.plan.optimizer_state import OPTIMIZER
+from statewise._src.plan.tables import PlanTables
 
 __all__ = ["Match", "kinds_to_restore", "match"]
 
@@ -73,7 +74,7 @@ def kinds_to_restore(state: State, only: str | Sequence[str] | Any) -> tuple[str
 
 class _Matcher:
     def __init__(self, state: State, manifests: Sequence[Manifest], only: Any, cast: bool, members: Any) -> None:
-        self.plan = state.plan
+        self.plan = state.tables
         self.state = state
         self.manifests = manifests
         self.kinds = kinds_to_restore(state, only)
@@ -211,7 +212,7 @@ class _Matcher:
     def lost(self, placed: Placed) -> str:
         """Why a leaf of the target has no value to keep; empty if it has one."""
         part: Sequence[Any] = self.state.part(placed.record.kind).arrays
-        if placed.record.kind not in self.plan._packing:
+        if placed.record.kind not in self.plan.packing:
             part = part[placed.start : placed.start + len(placed.record.arrays)]
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in part):
             return "the target is abstract: it has no value to keep"
@@ -255,7 +256,7 @@ class _Matcher:
         hint = "plan what was saved, optimizers included"
         if whole:
             kept = [placed for placed in records_of(self.plan) if placed.record.kind not in whole]
-            target = "plan.take(model)" if any(map(self.written_but_not_saved, kept)) else "target"
+            target = "plan.take(model)" if any(map(self.lost, kept)) else "target"
             hint += f"; or ask for the kinds you want: sw.restore(path, {target}, only={whole!r})"
         for leaf in leaves:
             self.say(leaf, "problem", "in the checkpoint only", [hint])
@@ -326,9 +327,9 @@ class _Matcher:
         return lost and f"members {', '.join(map(str, lacks[0]))} are not in the checkpoint, and {lost}"
 
 
-def optimized_kinds(plan: Plan, path: Path) -> tuple[str, ...]:
+def optimized_kinds(plan: PlanTables, path: Path) -> tuple[str, ...]:
     """The kinds that an optimizer's state is of, from the path of one of its leaves; none for any other leaf."""
-    return next((one.kinds for one in plan._groups if path[:2] == (OPTIMIZER, one.label)), ())
+    return next((one.kinds for one in plan.optimizers if path[:2] == (OPTIMIZER, one.label)), ())
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
@@ -341,7 +342,7 @@ _ANEW = "missing='restart'"
 _VALUES = "to begin with a model's values, declare it, and restore into a state that has them"
 
 
-def _hint(words: str, declared: Mapping[str, str], plan: Plan) -> str:
+def _hint(words: str, declared: Mapping[str, str], plan: PlanTables) -> str:
     if not declared:
         return words
     changes = (f"{kind}=dataclasses.replace(plan.kinds[{kind!r}], {what})" for kind, what in declared.items())
@@ -364,8 +365,8 @@ def match(
     matcher = _Matcher(state, manifests, only, cast, members)
     matcher.run()
     written: Mapping[str, str] = manifests[0].written
-    hints = tuple(_hint(words, declared, state.plan) for words, declared in matcher.hints.items())
-    if hints and (names := renamed(state.plan, manifests[0])):
+    hints = tuple(_hint(words, declared, state.tables) for words, declared in matcher.hints.items())
+    if hints and (names := renamed(state.tables, manifests[0])):
         hints = (names,)  # what else could be said of each leaf follows from that
     report = RestoreReport(str(path), tuple(matcher.done), hints, dict(written))
     return Match(report, tuple(matcher.sources), tuple(matcher.restarted))

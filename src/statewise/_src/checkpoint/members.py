@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.per_device import devices_of, members_of, shape_of_one
-from statewise._src.core.plan import Plan
 from statewise._src.plan.members import Axis
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
 
 __all__ = ["Asked", "Regrouped", "asked_members", "regroup", "regrouped"]
@@ -47,7 +47,7 @@ class Regrouped(NamedTuple):
         return () if isinstance(self.chosen, int) else tuple(at for at, one in enumerate(self.chosen) if one is None)
 
 
-def asked_members(plan: Plan, manifests: Sequence[Manifest], members: Any) -> Asked:
+def asked_members(plan: PlanTables, manifests: Sequence[Manifest], members: Any) -> Asked:
     """What `members=` asks for, checked against target and checkpoint.
 
     Raises:
@@ -99,7 +99,7 @@ def _members_in(manifests: Sequence[Manifest]) -> int:
 
 
 def regroup(
-    plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord, asked: Asked
+    plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord, asked: Asked
 ) -> Regrouped | tuple[str, str] | None:
     """What becomes of an array; or what it is in the checkpoint, which cannot be restored so, and the hint.
 
@@ -124,7 +124,7 @@ def regroup(
 
 
 def _declared(
-    plan: Plan, record: LeafRecord, here: tuple[int, int] | None, there: tuple[int, int] | None
+    plan: PlanTables, record: LeafRecord, here: tuple[int, int] | None, there: tuple[int, int] | None
 ) -> Regrouped | tuple[str, str]:
     """What the kinds alone say: of a larger ensemble what becomes of the members that the checkpoint lacks."""
     many = plan.members or 0
@@ -154,14 +154,14 @@ def _declared(
     return f"an ensemble of {there[0]}", hint
 
 
-def _owner(plan: Plan, record: LeafRecord) -> str:
+def _owner(plan: PlanTables, record: LeafRecord) -> str:
     """The kind whose axes an array follows: of optimizer state and averages that which they are of."""
-    derived = {one.into: one.kinds for one in plan._derived}
+    derived = {one.into: one.kinds for one in plan.derived}
     return derived.get(record.kind, (record.kind,))[0]
 
 
 def _of_one(
-    plan: Plan, record: LeafRecord, there: tuple[int, int] | None, asked: Asked
+    plan: PlanTables, record: LeafRecord, there: tuple[int, int] | None, asked: Asked
 ) -> Regrouped | tuple[str, str] | None:
     """Into one model, or into what all members share."""
     if there is None:
@@ -190,7 +190,7 @@ def _of_many(
     return Regrouped(asked, axis, here[1], _chosen_words(asked, known, "kept"))
 
 
-def _words(plan: Plan, kind: str, chosen: tuple[int | None, ...], known: int) -> str:
+def _words(plan: PlanTables, kind: str, chosen: tuple[int | None, ...], known: int) -> str:
     return _chosen_words(chosen, known, "restarted" if plan.kinds[kind].missing == "restart" else "kept")
 
 

@@ -13,25 +13,24 @@ from typing import Any
 from statewise._src.checkpoint.format.keys import path_id
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.common.paths import format_path
-from statewise._src.core.plan import Plan
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 
 __all__ = ["arguments", "moved", "objects", "renamed"]
 
 
-def objects(plan: Plan) -> str:
+def objects(plan: PlanTables) -> str:
     """What `plan.take` is called with, as code: `model`, or `first, second` of several objects."""
-    names = ("model",) if plan._objects == 1 else ("first", "second", "third", "fourth")[: plan._objects]
-    return ", ".join(names) if len(names) == plan._objects else "*objects"
+    names = ("model",) if plan.object_count == 1 else ("first", "second", "third", "fourth")[: plan.object_count]
+    return ", ".join(names) if len(names) == plan.object_count else "*objects"
 
 
-def arguments(plan: Plan) -> str:
+def arguments(plan: PlanTables) -> str:
     """What `kinds.plan` is called with to make a plan like this one, as code."""
-    optimized = ", optimizers=optimizers" if any(one.into == OPTIMIZER for one in plan._derived) else ""
-    return objects(plan) + optimized + (", averages=averages" if plan._averages else "")
+    optimized = ", optimizers=optimizers" if any(one.into == OPTIMIZER for one in plan.derived) else ""
+    return objects(plan) + optimized + (", averages=averages" if plan.averages else "")
 
 
-def moved(lacking: Sequence[LeafRecord], alone: Sequence[LeafRecord], plan: Plan) -> str:
+def moved(lacking: Sequence[LeafRecord], alone: Sequence[LeafRecord], plan: PlanTables) -> str:
     """Why leaves are on one side alone, in one line with what helps; empty if it is not for this.
 
     Args:
@@ -43,9 +42,9 @@ def moved(lacking: Sequence[LeafRecord], alone: Sequence[LeafRecord], plan: Plan
     if deeper is not None:
         below, above, first = deeper
         same = f"{format_path(above.path)!r} is {format_path(below.path)!r} in the target"
-        if type(first) is int and plan._objects > 1:
+        if type(first) is int and plan.object_count > 1:
             return (
-                f"the target plans {plan._objects} objects, the checkpoint is of one, and each path of several begins "
+                f"the target plans {plan.object_count} objects, the checkpoint is of one, and each path of several begins "
                 f"with the number of its object: {same}; restore that object alone, then take all: "
                 f"one = plan.kinds.plan(model); one.put(sw.restore(path, one.take(model), only={_kinds(alone)})[0], "
                 "model)"
@@ -56,7 +55,7 @@ def moved(lacking: Sequence[LeafRecord], alone: Sequence[LeafRecord], plan: Plan
         return ""
     below, above, first = deeper
     same = f"{format_path(below.path)!r} is {format_path(above.path)!r} in the target"
-    if type(first) is int and plan._objects == 1:
+    if type(first) is int and plan.object_count == 1:
         return (
             "the checkpoint is of several objects, the target plans one, and each path of several begins with the "
             f"number of its object: {same}; plan as many as were saved: plan.kinds.plan(first, second)"
@@ -79,22 +78,22 @@ def _deeper(some: Sequence[LeafRecord], others: Sequence[LeafRecord]) -> tuple[L
     return (one, other, first) if 2 * count >= len(known) else None
 
 
-def renamed(plan: Plan, manifest: Manifest) -> str:
+def renamed(plan: PlanTables, manifest: Manifest) -> str:
     """What to do where the plan's objects have names and the checkpoint's do not, or the reverse; else nothing.
 
     So it is where no leaf of the objects is in the checkpoint under its own path, and one that begins otherwise is.
     """
     saved = {leaf.path for leaf in manifest.leaves}
-    mine = [row.path for row in plan._rows]
-    if not plan._several or not saved.isdisjoint(mine):
+    mine = [row.path for row in plan.rows]
+    if not plan.several or not saved.isdisjoint(mine):
         return ""
-    theirs = {path[1:]: path[0] for path in saved if type(path[0]) is (int if plan._names else str)}
+    theirs = {path[1:]: path[0] for path in saved if type(path[0]) is (int if plan.names else str)}
     found = {path[0]: theirs[path[1:]] for path in mine if path[1:] in theirs}
     if not found:
         return ""
-    if plan._names:
+    if plan.names:
         return (
-            f"the checkpoint's objects have no names: plan them by position, kinds.plan({', '.join(plan._names)}), and "
+            f"the checkpoint's objects have no names: plan them by position, kinds.plan({', '.join(plan.names)}), and "
             "restore; sw.transfer(restored, plan) then names them"
         )
     names = dict.fromkeys(path[0] for path in sorted(saved, key=str) if path[1:] in {way[1:] for way in mine})

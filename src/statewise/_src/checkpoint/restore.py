@@ -29,7 +29,8 @@ from statewise._src.common.narrowing import WIDE, Casts, refuse
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import count_leaves
 from statewise._src.core.cast import WIDER
-from statewise._src.core.state import State, check_fits
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import check_fits
 from statewise._src.inspect.census import Census
 from statewise.errors import RestoreError, StructureError
 
@@ -190,7 +191,7 @@ def _matched(
             "The target is being traced: inside jax.jit nothing can be restored into it.",
             hint="restore before the function is called, and pass it the state",
         )
-    check_fits(target, target.plan.kinds)
+    check_fits(target, target.tables.kinds)
     folders, manifests = find_with_base(path, base)
     return folders, manifests, match(path, manifests, target, only, cast, members)
 
@@ -212,7 +213,7 @@ def _read(folders: Sequence[Any], manifests: Sequence[Manifest], found: Match, t
 def _shardings(source: Source, target: State) -> list[Any]:
     """Where each array of a leaf goes: to where the target's is."""
     kind = source.placed.record.kind
-    parts = target.part(kind).arrays if kind not in target.plan._packing else None
+    parts = target.part(kind).arrays if kind not in target.tables.packing else None
     made: list[Any] = []
     for offset in range(len(source.record.arrays)):
         array = parts[source.placed.start + offset] if parts is not None else None
@@ -232,7 +233,7 @@ def _default_sharding() -> Any:
 
 def _sharding_at(target: State, kind: str, position: int) -> Any:
     """Where an array of the target lies; of one that is packed nobody can tell."""
-    packed = kind in target.plan._packing
+    packed = kind in target.tables.packing
     return None if packed else getattr(target.part(kind).arrays[position], "sharding", None)
 
 
@@ -260,7 +261,7 @@ def _state(
     fresh: Mapping[tuple[str, int], Any],
     own_members: Mapping[tuple[str, int], Any],
 ) -> State:
-    plan = target.plan
+    plan = target.tables
     new: dict[str, dict[int, Any]] = {}
     _check_casts(found, arrays)
     for source, read in zip(found.sources, arrays, strict=True):
@@ -270,7 +271,7 @@ def _state(
                 array = array.astype(ours.dtype)
             at, change = source.placed.start + offset, source.changes[offset]
             if isinstance(change, Resized):
-                array = resized(array, change, _sharding_at(target, kind, at), plan._axis(kind, at))
+                array = resized(array, change, _sharding_at(target, kind, at), plan.member_axis(kind, at))
             elif change is not None:
                 array = regrouped(array, change, own_members.get((kind, at)), _sharding_at(target, kind, at))
             elif not isinstance(array, jax.Array):  # of a dtype that JAX did not have
@@ -281,9 +282,9 @@ def _state(
     begin_averages(found, target, new)
     parts = []
     for kind in plan.kinds:
-        made, count = new.get(kind, {}), len(plan._specs[kind])
+        made, count = new.get(kind, {}), len(plan.specs[kind])
         own = own_arrays(target, kind) if len(made) < count else ()
         # What keeps its value is copied: a later step on one of the two states must not donate the other.
         values = [made[at] if at in made else jnp.copy(own[at]) for at in range(count)]
-        parts.append(plan._packed(kind, tuple(values)))
+        parts.append(plan.pack(kind, tuple(values)))
     return State.of(plan, parts)

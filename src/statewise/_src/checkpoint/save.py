@@ -31,7 +31,7 @@ from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
 
 __all__ = ["flush", "kinds_to_save", "save"]
@@ -92,7 +92,7 @@ def save(
     )
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
     first = jax.process_index() == 0  # it shows how far all of them are
-    size = sum(leaf.nbytes for leaf in state.plan.leaves if leaf.kind in kinds) if first else 0
+    size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
     with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
         handler = StateHandler()
         try:

@@ -131,7 +131,7 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
     places: Sequence[int | str] = names or range(len(objects))
     for place, thing in zip(places, objects, strict=True):
         _check_object(place, thing)
-        if hasattr(type(thing), "_plan"):  # of the type: an nnx.Rngs has any attribute that one asks it for
+        if type(thing).__module__.startswith("statewise._src."):  # a plan or a state
             raise ModelError(
                 f"Object {place} is a {type(thing).__name__}, not a model.",
                 hint="state['params'] gives a kind's arrays, sw.census(state) counts them, plan.build(state) a model",

@@ -17,10 +17,9 @@ import dataclasses
 import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape, format_type
-from statewise._src.core.kinds import Kinds
 
 __all__ = [
     "KindCount",
@@ -40,6 +39,15 @@ __all__ = [
 
 # A word of a table is not broken up to this many letters, `restart=zeros_like`.
 _WORD = 18
+
+
+@runtime_checkable
+class HasHandling(Protocol):
+    """A kind, as far as tables go: it says in a few words how it is handled."""
+
+    def handling(self) -> str:
+        """Returns the handling in a few words."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +279,7 @@ class KindCount:
     handling: str = "-"
 
 
-def count_kinds(leaves: Iterable[Leaf], kinds: Kinds) -> tuple[KindCount, ...]:
+def count_kinds(leaves: Iterable[Leaf], kinds: Mapping[str, HasHandling]) -> tuple[KindCount, ...]:
     """Counts leaves by kind, in the order of the kinds; a kind without leaves is counted too, with zeros."""
     return count_leaves(leaves, {name: kind.handling() for name, kind in kinds.items()})
 
@@ -355,7 +363,7 @@ def leaf_dict(leaf: Leaf) -> dict[str, Any]:
     } | ({"note": leaf.note} if leaf.note else {})
 
 
-def leaves_table(title: str, leaves: Sequence[Leaf], kinds: Kinds | None = None) -> Table:
+def leaves_table(title: str, leaves: Sequence[Leaf], kinds: Mapping[str, HasHandling] | None = None) -> Table:
     """A line for each leaf; below, where the kinds are given, a line for each kind.
 
     Args:

@@ -16,29 +16,29 @@ import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, may_lose
 from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import Part, State, check_fits, check_not_donated, make_state
+from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.plan.averages import Average
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import Places
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["averages_in", "begun_again", "check_starts", "with_averages"]
 
 
-def averages_in(plan: Plan, name: str) -> list[tuple[Average, int]]:
+def averages_in(plan: PlanTables, name: str) -> list[tuple[Average, int]]:
     """The averages of a name, each with where it begins in their kind."""
-    spans = plan._derived_spans[len(plan._groups) :]
-    return [(one, start) for one, (start, _) in zip(plan._averages, spans, strict=True) if one.into == name]
+    spans = plan.derived_spans[len(plan.optimizers) :]
+    return [(one, start) for one, (start, _) in zip(plan.averages, spans, strict=True) if one.into == name]
 
 
-def with_averages(state: State, name: str) -> State:
+def with_averages(state: StateT, name: str) -> StateT:
     """See `State.with_averages`."""
     if is_of_one_member(state):
-        return as_ensemble(state._plan._members, with_averages(as_one(state), name))
-    plan = state._plan
+        return as_ensemble(state.tables.ensemble, with_averages(as_one(state), name))
+    plan = state.tables
     averages = averages_in(plan, name)
     if not averages:
-        known = list(dict.fromkeys(one.into for one in plan._averages))
+        known = list(dict.fromkeys(one.into for one in plan.averages))
         raise DeclarationError(
             f"There are no averages {name!r}.",
             kind=str(name),
@@ -50,35 +50,35 @@ def with_averages(state: State, name: str) -> State:
     return _replaced(state, [name], [one.kind for one, _ in averages], _values, name)
 
 
-def begun_again(state: State, name: str) -> State:
+def begun_again(state: StateT, name: str) -> StateT:
     """This state with the averages of a name as they are at the start: copies of the values."""
     check_starts(state, name)
-    return _replaced(state, [one.kind for one, _ in averages_in(state._plan, name)], [name], _starts, name)
+    return _replaced(state, [one.kind for one, _ in averages_in(state.tables, name)], [name], _starts, name)
 
 
-def check_starts(state: State, name: str) -> None:
+def check_starts(state: StateData, name: str) -> None:
     """Refuses values that the dtype of their averages cannot hold.
 
     Raises:
       StructureError: their leaves.
     """
-    _check_casts(state, _narrowed_starts(state._plan, name))
+    _check_casts(state, _narrowed_starts(state.tables, name))
 
 
 Narrowed = tuple[tuple[str, int, Any], ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _narrowed_values(plan: Plan, name: str) -> Narrowed:
+def _narrowed_values(plan: PlanTables, name: str) -> Narrowed:
     """The slots of the averages, by kind and number, that take another dtype as values, and which."""
     wanted: dict[int, Any] = {}
     for one, start in averages_in(plan, name):
-        wanted |= {start + at: spec.dtype for at, spec in enumerate(plan._specs[one.kind])}
+        wanted |= {start + at: spec.dtype for at, spec in enumerate(plan.specs[one.kind])}
     return _narrowed(plan, name, wanted)
 
 
 @functools.lru_cache(maxsize=64)
-def _narrowed_starts(plan: Plan, name: str) -> Narrowed:
+def _narrowed_starts(plan: PlanTables, name: str) -> Narrowed:
     """The same of the slots of values that take another dtype as averages."""
     made: Narrowed = ()
     for one, _ in averages_in(plan, name):
@@ -86,51 +86,51 @@ def _narrowed_starts(plan: Plan, name: str) -> Narrowed:
     return made
 
 
-def _narrowed(plan: Plan, kind: str, wanted: dict[int, Any]) -> Narrowed:
+def _narrowed(plan: PlanTables, kind: str, wanted: dict[int, Any]) -> Narrowed:
     found: dict[tuple[str, int, Any], None] = {}
-    for slot, content in enumerate(plan._slots[plan._index[kind]]):
+    for slot, content in enumerate(plan.slots[plan.kind_index[kind]]):
         for at in (content,) if isinstance(content, int) else content.positions:
-            if at in wanted and may_lose(plan._specs[kind][at].dtype, wanted[at]):
+            if at in wanted and may_lose(plan.specs[kind][at].dtype, wanted[at]):
                 found[kind, slot, wanted[at]] = None
     return tuple(found)
 
 
-def _check_casts(state: State, narrowed: Narrowed) -> None:
+def _check_casts(state: StateData, narrowed: Narrowed) -> None:
     """Refuses values or averages that the dtype of the other cannot hold; looks at those alone that could be."""
     check_not_donated(state, dict.fromkeys(kind for kind, _, _ in narrowed))
     casts = Casts()
     for kind, slot, dtype in narrowed:
-        casts.add(state._plan._leaf_of_slot[kind][slot], state.part(kind).arrays[slot], dtype)
+        casts.add(state.tables.leaf_of_slot[kind][slot], state.part(kind).arrays[slot], dtype)
     casts.check(StructureError, "averages and what they are of in a wider dtype: state.cast(params='float32')")
 
 
-def _replaced(state: State, from_: Sequence[str], into: Sequence[str], program: Any, name: str) -> State:
+def _replaced(state: StateT, from_: Sequence[str], into: Sequence[str], program: Any, name: str) -> StateT:
     """A state with some kinds made from others."""
-    plan, made = state._plan, list(state._parts)
+    plan, made = state.tables, list(state.parts)
     check_not_donated(state, from_)
     given = [state.part(kind).arrays for kind in from_]
     if any(isinstance(array, jax.ShapeDtypeStruct) for part in given for array in part):
-        return make_state(plan, made)  # of shapes there is nothing to copy
-    if plan._packing:
+        return state.make(plan, made)  # of shapes there is nothing to copy
+    if plan.packing:
         check_fits(state, from_)
     places = tuple(state.part(kind).places() for kind in into)
     for kind, arrays in zip(into, program(plan, name, places)(given), strict=True):
-        made[plan._index[kind]] = Part(tuple(arrays))
-    return make_state(plan, made)
+        made[plan.kind_index[kind]] = Part(tuple(arrays))
+    return state.make(plan, made)
 
 
 @functools.lru_cache(maxsize=64)
-def _values(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
+def _values(plan: PlanTables, name: str, places: tuple[Places | None, ...]) -> Any:
     """From the averages to the kinds that they are of."""
     whole, plan = plan, single_of(plan)
 
     def values(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        shadows = plan._unpacked(name, tuple(parts[0]))
+        shadows = plan.unpack(name, tuple(parts[0]))
         made = []
         for average, start in averages_in(plan, name):
-            specs = plan._specs[average.kind]
+            specs = plan.specs[average.kind]
             arrays = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(shadows[start:], specs, strict=False)]
-            made.append(plan._packed(average.kind, tuple(arrays)))
+            made.append(plan.pack(average.kind, tuple(arrays)))
         return made
 
     outs = [average.kind for average, _ in averages_in(plan, name)]
@@ -138,15 +138,15 @@ def _values(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _starts(plan: Plan, name: str, places: tuple[Places | None, ...]) -> Any:
+def _starts(plan: PlanTables, name: str, places: tuple[Places | None, ...]) -> Any:
     """From the kinds that are averaged to fresh averages."""
     whole, plan = plan, single_of(plan)
 
     def starts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         fresh: list[Any] = []
         for (average, _), part in zip(averages_in(plan, name), parts, strict=True):
-            fresh += average.init(plan._unpacked(average.kind, tuple(part)))
-        return [plan._packed(name, tuple(fresh))]
+            fresh += average.init(plan.unpack(average.kind, tuple(part)))
+        return [plan.pack(name, tuple(fresh))]
 
     ins = [average.kind for average, _ in averages_in(plan, name)]
     return _compiled(for_each_member(whole, starts, ins, [name]), places)

@@ -12,9 +12,8 @@ from typing import Any
 
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Leaf, format_shape
-from statewise._src.core.plan import Plan
 from statewise._src.plan.members import Axis, grown
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["hint_of_batch", "misfits", "refuse_batch", "unfitting"]
@@ -36,26 +35,26 @@ def refuse_batch(state: Any) -> None:
     Raises:
       StructureError: it is one; the hint is the plan that fits it.
     """
-    plan = state.plan
+    plan = state.tables
     parts = {kind: state.part(kind).arrays for kind in plan.kinds}
     if hint_of_batch(plan, parts) is not None:
         raise unfitting(plan, parts, misfits(plan, parts))
 
 
-def misfits(plan: Plan, parts: Parts) -> list[Leaf]:
+def misfits(plan: PlanTables, parts: Parts) -> list[Leaf]:
     """The leaves whose arrays have not the shapes and dtypes of the plan."""
     odd = []
     for kind, part in parts.items():
-        for position, (spec, array) in enumerate(zip(plan._stored[kind], part, strict=True)):
+        for position, (spec, array) in enumerate(zip(plan.stored_specs[kind], part, strict=True)):
             if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
                 found = spec_of(array)
                 dtype = getattr(array, "dtype", found and found.dtype)  # of NumPy, which has more than JAX
                 note = f"is {format_shape(found.shape)} {dtype}" if found else f"is {type(array).__name__}"
-                odd.append(dataclasses.replace(plan._leaf_of_slot[kind][position], note=note))
+                odd.append(dataclasses.replace(plan.leaf_of_slot[kind][position], note=note))
     return odd
 
 
-def unfitting(plan: Plan, parts: Parts, odd: Sequence[Leaf], hint: str | None = None) -> StructureError:
+def unfitting(plan: PlanTables, parts: Parts, odd: Sequence[Leaf], hint: str | None = None) -> StructureError:
     """The error for arrays that are not as the plan has them.
 
     Args:
@@ -70,15 +69,15 @@ def unfitting(plan: Plan, parts: Parts, odd: Sequence[Leaf], hint: str | None = 
     return StructureError(_MESSAGE, leaves=odd, hint=hint)
 
 
-def hint_of_batch(plan: Plan, parts: Parts) -> str | None:
+def hint_of_batch(plan: PlanTables, parts: Parts) -> str | None:
     """What a batch of states can become, as code; None where the arrays are none, or not all of one."""
-    if plan._members is not None:
-        single = plan._members.single
+    if plan.ensemble is not None:
+        single = plan.ensemble.single
         if _axes(single, parts, 0) is None or all(_fits(plan, kind, part) for kind, part in parts.items()):
             return None
         return "one member of an ensemble: one = ensemble.member(0)  # a state of the single plan"
     shapes = [getattr(array, "shape", None) for part in parts.values() for array in part]
-    specs = [spec for kind in parts for spec in plan._stored[kind]]
+    specs = [spec for kind in parts for spec in plan.stored_specs[kind]]
     pairs = zip(shapes, specs, strict=True)
     larger = [shape for shape, spec in pairs if shape is not None and len(shape) == len(spec.shape) + 1]
     for count in dict.fromkeys(size for shape in larger for size in shape):
@@ -89,18 +88,18 @@ def hint_of_batch(plan: Plan, parts: Parts) -> str | None:
     return None
 
 
-def _fits(plan: Plan, kind: str, part: Sequence[Any]) -> bool:
+def _fits(plan: PlanTables, kind: str, part: Sequence[Any]) -> bool:
     return all(
-        getattr(array, "shape", None) == spec.shape for array, spec in zip(part, plan._stored[kind], strict=True)
+        getattr(array, "shape", None) == spec.shape for array, spec in zip(part, plan.stored_specs[kind], strict=True)
     )
 
 
-def _axes(plan: Plan, parts: Parts, count: int) -> dict[str, list[Axis]] | None:
+def _axes(plan: PlanTables, parts: Parts, count: int) -> dict[str, list[Axis]] | None:
     """The axis that each array has more than the plan says; None where one of them is not to be explained so."""
     found: dict[str, list[Axis]] = {}
     for kind, part in parts.items():
         found[kind] = []
-        for array, spec in zip(part, plan._stored[kind], strict=True):
+        for array, spec in zip(part, plan.stored_specs[kind], strict=True):
             shape = getattr(array, "shape", None)
             if getattr(array, "dtype", None) != spec.dtype or shape is None:
                 return None
@@ -114,19 +113,19 @@ def _axes(plan: Plan, parts: Parts, count: int) -> dict[str, list[Axis]] | None:
     return found
 
 
-def _said(plan: Plan, axes: Mapping[str, Sequence[Axis]]) -> list[str]:
+def _said(plan: PlanTables, axes: Mapping[str, Sequence[Axis]]) -> list[str]:
     """The arguments of `plan.stacked` that say these axes, as code."""
-    averages = {one.into for one in plan._averages}
+    averages = {one.into for one in plan.averages}
     said = []
     for kind, part in axes.items():
         if not part or kind in averages:
             continue
         if len(set(part)) == 1:
-            if part[0] != 0 or (kind == OPTIMIZER and plan._groups):
+            if part[0] != 0 or (kind == OPTIMIZER and plan.optimizers):
                 said.append(f"{kind}={part[0]}")
             continue
-        leaves = plan._leaf_of_slot[kind]
-        several = plan._several and kind != OPTIMIZER
+        leaves = plan.leaf_of_slot[kind]
+        several = plan.several and kind != OPTIMIZER
         by_path = {leaf.path[several:]: axis for leaf, axis in zip(leaves, part, strict=True) if axis is not None}
         said.append(f"{kind}=lambda path, shape: {by_path!r}.get(path)")
     return said

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from statewise._src.common.narrowing import Casts, refuse
 from statewise._src.common.nnx_graph import Spec
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import Part, State, check_not_donated, make_state
+from statewise._src.core.state_data import Part, StateT, check_not_donated
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
 from statewise.errors import DeclarationError, StructureError
 
@@ -29,18 +29,18 @@ def can_cast(theirs: Any, ours: Any) -> bool:
         return False
 
 
-def cast(state: State, dtypes: Mapping[str, Any]) -> State:
+def cast(state: StateT, dtypes: Mapping[str, Any]) -> StateT:
     """See `State.cast`."""
     if is_of_one_member(state):
-        return as_ensemble(state._plan._members, cast(as_one(state), dtypes))
-    plan = state._plan
+        return as_ensemble(state.tables.ensemble, cast(as_one(state), dtypes))
+    plan = state.tables
     for kind in dtypes:
         state.part(kind)
     wanted = {kind: _floating(kind, given) for kind, given in dtypes.items()}
     check_not_donated(state, wanted)
-    parts = {kind: plan._unpacked(kind, state.part(kind).arrays) for kind in wanted}
+    parts = {kind: plan.unpack(kind, state.part(kind).arrays) for kind in wanted}
     # A float may become another float; complex numbers would lose a half.
-    floats = {kind: [jnp.issubdtype(spec.dtype, jnp.floating) for spec in plan._specs[kind]] for kind in wanted}
+    floats = {kind: [jnp.issubdtype(spec.dtype, jnp.floating) for spec in plan.specs[kind]] for kind in wanted}
     _check(plan, wanted, parts, floats)
     specs, made = {}, {}
     for kind, dtype in wanted.items():
@@ -48,16 +48,16 @@ def cast(state: State, dtypes: Mapping[str, Any]) -> State:
             _cast(array, dtype) if is_float else array
             for array, is_float in zip(parts[kind], floats[kind], strict=True)
         )
-        specs[kind] = [Spec(spec.shape, array.dtype) for spec, array in zip(plan._specs[kind], arrays, strict=True)]
+        specs[kind] = [Spec(spec.shape, array.dtype) for spec, array in zip(plan.specs[kind], arrays, strict=True)]
         made[kind] = arrays
-    return recast(state, with_copies(plan._with_specs(specs), plan._copies), made)
+    return recast(state, with_copies(plan.with_specs(specs), plan.per_device), made)
 
 
-def _check(plan: Plan, wanted: Mapping[str, Any], parts: Mapping[str, Any], floats: Mapping[str, Any]) -> None:
+def _check(plan: PlanTables, wanted: Mapping[str, Any], parts: Mapping[str, Any], floats: Mapping[str, Any]) -> None:
     """Refuses a cast that loses numbers."""
     casts = {kind: Casts() for kind in wanted}
     for kind, dtype in wanted.items():
-        for leaf, array, is_float in zip(plan._row_of_array[kind], parts[kind], floats[kind], strict=True):
+        for leaf, array, is_float in zip(plan.leaf_of_array[kind], parts[kind], floats[kind], strict=True):
             if is_float:
                 casts[kind].add(leaf, array, dtype)
     lost = {kind: one.lost() for kind, one in casts.items()}
@@ -77,17 +77,17 @@ def _cast(array: Any, dtype: Any) -> Any:
     return jax.lax.convert_element_type(array, dtype)
 
 
-def recast(state: State, plan: Plan, arrays: Mapping[str, tuple[Any, ...]]) -> State:
+def recast(state: StateT, plan: PlanTables, arrays: Mapping[str, tuple[Any, ...]]) -> StateT:
     """A state of another plan of the same leaves, with these arrays (in order) in some kinds; the rest is shared."""
-    old, made = state._plan, []
-    for kind, part in zip(old.kinds, state._parts, strict=True):
+    old, made = state.tables, []
+    for kind, part in zip(old.kinds, state.parts, strict=True):
         if kind in arrays:
-            made.append(Part(plan._packed(kind, arrays[kind])))
-        elif plan._packing.get(kind) == old._packing.get(kind):
+            made.append(Part(plan.pack(kind, arrays[kind])))
+        elif plan.packing.get(kind) == old.packing.get(kind):
             made.append(part)
         else:  # another kind's dtypes have changed which arrays go together
-            made.append(Part(plan._packed(kind, old._unpacked(kind, part.arrays))))
-    return make_state(plan, made)
+            made.append(Part(plan.pack(kind, old.unpack(kind, part.arrays))))
+    return state.make(plan, made)
 
 
 def _floating(kind: str, given: Any) -> Any:

@@ -21,9 +21,9 @@ from statewise._src.common.nnx_graph import (
     spec_of,
 )
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
-from statewise._src.core.plan import Plan
 from statewise._src.plan.intern import same_graph
 from statewise._src.plan.leaf_specs import Row, is_sown
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["check_statics", "leaf_of_row", "matched", "names_for"]
@@ -34,22 +34,22 @@ def leaf_of_row(row: Row, note: str = "") -> Leaf:
     return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 
 
-def names_for(plan: Plan, objects: Sequence[Any]) -> tuple[str, ...]:
+def names_for(plan: PlanTables, objects: Sequence[Any]) -> tuple[str, ...]:
     """The names of the planned objects, if so many are given; `_matched` refuses another number."""
-    return plan._names if len(objects) == plan._objects else ()
+    return plan.names if len(objects) == plan.object_count else ()
 
 
-def matched(plan: Plan, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
+def matched(plan: PlanTables, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
     """The live leaf of each row; every difference between the objects and the plan is listed."""
-    if len(objects) != plan._objects:
+    if len(objects) != plan.object_count:
         raise StructureError(
-            f"The plan is of {plan._objects} object{'s' * (plan._objects > 1)}, but {len(objects)} are given.",
-            hint=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(plan._names or _names(plan))})",
+            f"The plan is of {plan.object_count} object{'s' * (plan.object_count > 1)}, but {len(objects)} are given.",
+            hint=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(plan.names or _names(plan))})",
         )
     live = dict(zip(found.paths, found.leaves, strict=True))
     problems: list[Leaf] = []
     leaves = []
-    for row in plan._rows:
+    for row in plan.rows:
         leaf = live.pop(row.path, None)
         note = "missing" if leaf is None else _difference(row, leaf)
         if note:
@@ -79,9 +79,9 @@ _STACKED = (
 )
 
 
-def _names(plan: Plan) -> list[str]:
+def _names(plan: PlanTables) -> list[str]:
     """The planned objects by the names of their types, for code."""
-    objects = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    objects = rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
     return [type(thing).__name__.lower() for thing in objects]
 
 
@@ -106,21 +106,21 @@ def _difference(row: Row, leaf: Any) -> str:
 _PLAIN = (bool, int, float, str, type(None), enum.Enum)
 
 
-def check_statics(plan: Plan, found: Scan, objects: Sequence[Any]) -> None:
+def check_statics(plan: PlanTables, found: Scan, objects: Sequence[Any]) -> None:
     """Refuses a model whose plain attributes (`deterministic`, `use_running_average`) are not as planned.
 
     A step rebuilds the module from the plan, so it would quietly run in the planned mode.  Functions and other
     objects among the attributes are left alone: they may differ from instance to instance.
     """
-    if same_graph(found.graphdef, plan._graphdef):
+    if same_graph(found.graphdef, plan.graphdef):
         return
-    planned = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    planned = rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
     differing = []
     for position, (ours, theirs) in enumerate(zip(planned, objects, strict=True)):
         before, now = _plain_attributes(ours), _plain_attributes(theirs)
         for path, value in before.items():
             if path in now and not _same_static(now[path], value):
-                prefix = named((position,), plan._names) if plan._several else ()
+                prefix = named((position,), plan.names) if plan.several else ()
                 differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
     if differing:
         raise StructureError(

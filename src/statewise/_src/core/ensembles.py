@@ -20,10 +20,11 @@ from jax.sharding import AxisType
 from statewise._src.common.paths import Leaf
 from statewise._src.core.batches import hint_of_batch, refuse_batch
 from statewise._src.core.member_view import single_of
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import Part, State, check_fits, check_not_donated, make_state
+from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
+from statewise._src.core.templates import abstract, shardings
 from statewise._src.core.vmap_axes import axes_of_members
 from statewise._src.plan.members import Axis, Members, place_of
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import Places
 from statewise.errors import DeclarationError, StructureError
 
@@ -33,9 +34,9 @@ __all__ = ["member", "stack", "stacked"]
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
-def stacked(plan: Plan, count: Any, over: Any, axes: Mapping[str, Any]) -> Plan:
+def stacked(plan: PlanTables, count: Any, over: Any, axes: Mapping[str, Any]) -> PlanTables:
     """See `Plan.stacked`."""
-    if plan._members is not None:
+    if plan.ensemble is not None:
         raise StructureError(
             f"This plan is of an ensemble of {plan.members} already.",
             hint="make the larger ensemble of the plan of one model: kinds.plan(model).stacked(...)",
@@ -51,69 +52,69 @@ def stacked(plan: Plan, count: Any, over: Any, axes: Mapping[str, Any]) -> Plan:
             "Nothing in this ensemble has an axis: its members would be one model.",
             hint="plan.stacked(8)  # every kind has its own values in each member; a kind given as None is shared",
         )
-    return plan._with_members(Members(plan, operator.index(count), found, over))
+    return plan.with_members(Members(plan, operator.index(count), found, over))
 
 
 # --- a state of it -----------------------------------------------------------------------------------------------
 
 
-def stack(plan: Plan, states: Any) -> State:
+def stack(plan: PlanTables, states: Any) -> StateData:
     """See `Plan.stack`."""
-    if isinstance(states, State):
+    if isinstance(states, StateData):
         return _relabelled(plan, states)
     given = list(states) if isinstance(states, Iterable) and not isinstance(states, (str, Mapping)) else None
-    odd = [type(one).__name__ for one in given or () if not isinstance(one, State)]
+    odd = [type(one).__name__ for one in given or () if not isinstance(one, StateData)]
     if not given or odd:
         shown = odd[0] if odd else "nothing" if given == [] else type(states).__name__
         raise StructureError(
             f"plan.stack wants a state of each member, not {shown}.",
             hint="plan.stack([plan.take(model) for model in models])  # plan: of one model",
         )
-    if plan._members is None:
-        plan = plan.stacked(len(given))
-    members = plan._members
+    if plan.ensemble is None:
+        plan = stacked(plan, len(given), None, {})
+    members = plan.ensemble
     assert members is not None, "it was made so"
     _check_states(plan, members, given)
-    target = given[0]._plan._with_members(members)
+    target = given[0].tables.with_members(members)
     parts = [
         _stacked_part(target, kind, [state.part(kind).arrays for state in given], shared=_shared(target, kind, given))
         for kind in target.kinds
     ]
-    made = State.of(target, parts)
+    made = StateData.of(target, parts)
     mesh = _mesh_of(given[0])
-    return made if mesh is None else jax.device_put(made, target.shardings(mesh))
+    return made if mesh is None else jax.device_put(made, shardings(target, mesh))
 
 
-def _relabelled(plan: Plan, batch: State) -> State:
+def _relabelled(plan: PlanTables, batch: StateT) -> StateT:
     """The state of a batch that `jax.vmap` has made, under the plan of an ensemble."""
-    members = plan._members
+    members = plan.ensemble
     single = single_of(plan)
-    if batch._plan is plan and members is not None:
+    if batch.tables is plan and members is not None:
         check_not_donated(batch, plan.kinds)
         check_fits(batch, plan.kinds)
         return batch
-    if members is None or batch._plan._plain is not single._plain:
-        hint = hint_of_batch(batch._plan, {kind: batch.part(kind).arrays for kind in batch._plan.kinds})
+    if members is None or batch.tables.plain is not single.plain:
+        hint = hint_of_batch(batch.tables, {kind: batch.part(kind).arrays for kind in batch.tables.kinds})
         raise StructureError(
             "plan.stack wants a state of each member, and of a batch of states the plan of an ensemble."
             if members is None
-            else f"This state is of another plan: {batch._plan!r}, not {single!r}.",
+            else f"This state is of another plan: {batch.tables!r}, not {single!r}.",
             hint=hint or "plan.stack([state, ...])  # a state for each member",
         )
-    target = batch._plan._with_members(members)
-    made = make_state(target, [_with_own_counts(target, kind, batch.part(kind)) for kind in target.kinds])
+    target = batch.tables.with_members(members)
+    made = batch.make(target, [_with_own_counts(target, kind, batch.part(kind)) for kind in target.kinds])
     check_not_donated(made, target.kinds)
-    if target is not batch._plan:
+    if target is not batch.tables:
         check_fits(made, target.kinds, hint=f"a state for each of the {members.number}: ensemble.stack([state, ...])")
     return made
 
 
-def _with_own_counts(plan: Plan, kind: str, part: Part) -> Part:
+def _with_own_counts(plan: PlanTables, kind: str, part: Part) -> Part:
     """A part in which each member has the counts of averages that `plan.axes` has once for all."""
-    if not any(one.into == kind for one in plan._averages):
+    if not any(one.into == kind for one in plan.averages):
         return part
     arrays = list(part.arrays)
-    for slot, (spec, axis) in enumerate(zip(plan._stored[kind], plan._slot_axes[kind], strict=True)):
+    for slot, (spec, axis) in enumerate(zip(plan.stored_specs[kind], plan.slot_axes[kind], strict=True)):
         if axis is not None and len(spec.shape) == 1 and getattr(arrays[slot], "shape", None) == ():
             arrays[slot] = jnp.broadcast_to(arrays[slot], spec.shape)
     made = Part(tuple(arrays))
@@ -121,7 +122,7 @@ def _with_own_counts(plan: Plan, kind: str, part: Part) -> Part:
     return made
 
 
-def _check_states(plan: Plan, members: Members, states: Sequence[State]) -> None:
+def _check_states(plan: PlanTables, members: Members, states: Sequence[StateData]) -> None:
     if len(states) != members.number:
         raise StructureError(
             f"The plan is of an ensemble of {members.number}, and {len(states)} "
@@ -129,12 +130,12 @@ def _check_states(plan: Plan, members: Members, states: Sequence[State]) -> None
             hint=f"plan.stacked({len(states)}).stack(states)  # plan: of one model, with the same axes",
         )
     for number, state in enumerate(states):
-        if state._plan._plain is not members.single._plain:
+        if state.tables.plain is not members.single.plain:
             raise StructureError(
-                f"State {number} is of another plan: {state._plan!r}, not {members.single!r}.",
+                f"State {number} is of another plan: {state.tables!r}, not {members.single!r}.",
                 hint="plan the models alike: the same kinds, optimizers (the same object) and structure for all",
             )
-        if state._plan is not states[0]._plan:
+        if state.tables is not states[0].tables:
             raise StructureError(
                 f"State {number} is packed, or lies per device, otherwise than state 0.",
                 hint="take all of them alike: plan.take(model, mesh=mesh, pack=...)",
@@ -150,26 +151,26 @@ def _check_states(plan: Plan, members: Members, states: Sequence[State]) -> None
         )
 
 
-def _is_abstract(state: State) -> bool:
-    return any(isinstance(array, jax.ShapeDtypeStruct) for part in state._parts for array in part.arrays)
+def _is_abstract(state: StateData) -> bool:
+    return any(isinstance(array, jax.ShapeDtypeStruct) for part in state.parts for array in part.arrays)
 
 
-def _mesh_of(state: State) -> Any:
+def _mesh_of(state: StateData) -> Any:
     """The mesh that a state's arrays lie on; None where they lie on none, or are being traced."""
-    for part in state._parts:
+    for part in state.parts:
         lie = part.places()
         if lie is not None:
             return next(sharding.mesh for sharding in lie.shardings if sharding is not None)
     return None
 
 
-def _stacked_part(plan: Plan, kind: str, parts: Sequence[Sequence[Any]], *, shared: Sequence[int]) -> list[Any]:
+def _stacked_part(plan: PlanTables, kind: str, parts: Sequence[Sequence[Any]], *, shared: Sequence[int]) -> list[Any]:
     """A kind's slots, from those of each member."""
     made: list[Any] = []
-    for slot, axis in enumerate(plan._slot_axes[kind]):
+    for slot, axis in enumerate(plan.slot_axes[kind]):
         arrays = [part[slot] for part in parts]
         if isinstance(arrays[0], jax.ShapeDtypeStruct):
-            spec = plan._stored[kind][slot]
+            spec = plan.stored_specs[kind][slot]
             made.append(jax.ShapeDtypeStruct(spec.shape, spec.dtype))
         elif slot in shared:
             made.append(jnp.array(arrays[0]))  # a copy: a step on the ensemble donates what it holds
@@ -178,13 +179,13 @@ def _stacked_part(plan: Plan, kind: str, parts: Sequence[Sequence[Any]], *, shar
     return made
 
 
-def _shared(plan: Plan, kind: str, states: Sequence[State]) -> list[int]:
+def _shared(plan: PlanTables, kind: str, states: Sequence[StateData]) -> list[int]:
     """The slots of a kind that all members share.
 
     Raises:
       StructureError: they are not the same in each, or nobody can tell.
     """
-    shared = [slot for slot, axis in enumerate(plan._slot_axes[kind]) if axis is None]
+    shared = [slot for slot, axis in enumerate(plan.slot_axes[kind]) if axis is None]
     first = states[0].part(kind).arrays
     odd: list[Leaf] = []
     for slot in shared:
@@ -192,7 +193,7 @@ def _shared(plan: Plan, kind: str, states: Sequence[State]) -> list[int]:
         others = {number: array for number, array in others.items() if array is not first[slot]}
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in others.values()):
             continue
-        leaf = plan._leaf_of_slot[kind][slot]
+        leaf = plan.leaf_of_slot[kind][slot]
         if any(isinstance(array, jax.core.Tracer) for array in (first[slot], *others.values())) and others:
             odd.append(dataclasses.replace(leaf, note="traced: nobody can tell whether it is the same in each"))
             continue
@@ -224,10 +225,10 @@ def _bits(array: Any) -> tuple[Any, ...]:
 # --- one member --------------------------------------------------------------------------------------------------
 
 
-def member(state: State, index: Any) -> State:
+def member(state: StateT, index: Any) -> StateT:
     """See `State.member`."""
-    plan = state._plan
-    members = plan._members
+    plan = state.tables
+    members = plan.ensemble
     if members is None:
         refuse_batch(state)
         raise StructureError(
@@ -237,12 +238,12 @@ def member(state: State, index: Any) -> State:
     chosen = _index(index, members.number)
     check_not_donated(state, plan.kinds)
     check_fits(state, plan.kinds)
-    given = [part.arrays for part in state._parts]
+    given = [part.arrays for part in state.parts]
     if _is_abstract(state):
-        return members.single.abstract()
-    places = tuple(part.places() for part in state._parts)
+        return state.wrap(abstract(members.single))
+    places = tuple(part.places() for part in state.parts)
     made = _program(plan, places)(given, chosen)
-    return make_state(members.single, [Part(tuple(arrays)) for arrays in made])
+    return state.make(members.single, [Part(tuple(arrays)) for arrays in made])
 
 
 def _index(index: Any, count: int) -> Any:
@@ -269,9 +270,9 @@ def _index(index: Any, count: int) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(plan: Plan, places: tuple[Places | None, ...]) -> Any:
+def _program(plan: PlanTables, places: tuple[Places | None, ...]) -> Any:
     """The arrays of one member, by its number; each a copy, and where the ensemble's lie."""
-    axes = list(plan._slot_axes.values())
+    axes = list(plan.slot_axes.values())
 
     def one(parts: Sequence[Sequence[Any]], index: Any) -> list[tuple[Any, ...]]:
         return [
@@ -288,7 +289,7 @@ def _program(plan: Plan, places: tuple[Places | None, ...]) -> Any:
             sharding if sharding is None or axis is None else _without(sharding, spec.shape, axis)
             for sharding, spec, axis in zip(lie.shardings, specs, own, strict=True)
         )
-        for lie, specs, own in zip(places, plan._stored.values(), axes, strict=True)
+        for lie, specs, own in zip(places, plan.stored_specs.values(), axes, strict=True)
     ]
     return jax.jit(one, out_shardings=there)
 

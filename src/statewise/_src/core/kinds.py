@@ -9,22 +9,19 @@ from __future__ import annotations
 import functools
 import keyword
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.core.plan import Plan
 from statewise._src.filters.combinators import describe
 from statewise._src.plan.kind import Kind, shown, unknown_kind
+from statewise._src.plan.resolve import resolve_plan
 from statewise.errors import DeclarationError
 
-if TYPE_CHECKING:
-    from statewise._src.core.plan import Plan
-else:
-    Plan = Any  # made by a later room
-
-__all__ = ["Kinds"]
+__all__ = ["Kinds", "plan"]
 
 # Words that a kind may not be called: they name something else where kinds are named.
 RESERVED = frozenset({"self", "objects", "mesh", "copy"})
@@ -179,9 +176,7 @@ class Kinds(Mapping[str, Kind]):
           >>> [sw.format_path(leaf.path) for leaf in plan["params"]]
           ['bias', 'kernel']
         """
-        from statewise._src.core.plan import make_plan
-
-        return make_plan(self, objects, optimizers, averages, named)
+        return Plan.of(resolve_plan(self, objects, optimizers, averages, named))
 
 
 def _check_name(name: str) -> None:
@@ -211,3 +206,33 @@ def _standard() -> Kinds:
 
 
 _STANDARD = _standard()
+
+
+def plan(
+    *objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Mapping[Any, Any] | Any = None, **named: Any
+) -> Plan:
+    """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
+
+    Args:
+      *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+      optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+      averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them.
+      **named: the objects by name, instead of by position: paths then begin with the name.
+
+    Returns:
+      the plan.
+
+    Raises:
+      OverlapError: leaves that two of the standard kinds claim (a type that derives from both).
+      DeclarationError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats; two
+        optimizers for one kind, two averages of one name.
+      StructureError: no objects, no leaves, a class instead of an instance.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
+      [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
+    """
+    return Plan.of(resolve_plan(_STANDARD, objects, optimizers, averages, named))

@@ -14,10 +14,10 @@ import jax
 
 from statewise._src.common.nnx_graph import arrays_of, raw_value, scan, spec_of
 from statewise._src.core.check_objects import names_for
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, make_state
+from statewise._src.core.state_data import StateData, StateT
 from statewise._src.plan.derived import Derived
 from statewise._src.plan.members import Members
+from statewise._src.plan.tables import PlanTables
 
 __all__ = [
     "as_ensemble",
@@ -30,43 +30,47 @@ __all__ = [
 ]
 
 
-def single_of(plan: Plan) -> Plan:
+def single_of(plan: PlanTables) -> PlanTables:
     """The plan of one member; of one model the plan itself."""
-    return plan if plan._members is None else plan._members.single
+    return plan if plan.ensemble is None else plan.ensemble.single
 
 
-def is_of_one_member(state: State) -> bool:
+def is_of_one_member(state: StateData) -> bool:
     """Whether a state of an ensemble's plan holds the arrays of one member, as inside of `jax.vmap`."""
-    plan = state._plan
-    return plan._members is not None and any(
+    plan = state.tables
+    return plan.ensemble is not None and any(
         getattr(array, "shape", None) == one.shape
-        for kind, specs in plan._members.single._stored.items()
-        for array, one, axis in zip(state.part(kind).arrays, specs, plan._slot_axes[kind], strict=True)
+        for kind, specs in plan.ensemble.single.stored_specs.items()
+        for array, one, axis in zip(state.part(kind).arrays, specs, plan.slot_axes[kind], strict=True)
         if axis is not None
     )
 
 
-def holds_one_member(plan: Plan, objects: Sequence[Any]) -> bool:
+def holds_one_member(plan: PlanTables, objects: Sequence[Any]) -> bool:
     """Whether these are the traced objects of one member of a plan's ensemble, as inside of `jax.vmap`."""
     found = scan(objects, names_for(plan, objects))
     live = {path: arrays_of(raw_value(leaf))[0] for path, leaf in zip(found.paths, found.leaves, strict=True)}
-    rows = single_of(plan)._rows
+    rows = single_of(plan).rows
     fit = all(row.path in live and tuple(map(spec_of, live[row.path])) == row.specs for row in rows)
     return fit and any(isinstance(array, jax.core.Tracer) for row in rows for array in live[row.path])
 
 
-def as_one(state: State) -> State:
+def as_one(state: StateT) -> StateT:
     """A state of one member, of the plan that one member has; the parts are shared."""
-    return make_state(single_of(state._plan), list(state._parts))
+    return state.make(single_of(state.tables), list(state.parts))
 
 
-def as_ensemble(members: Members | None, state: State) -> State:
+def as_ensemble(members: Members | None, state: StateT) -> StateT:
     """The same state under the plan of an ensemble of its plan, which may be another than that of the members."""
-    return state if members is None else make_state(state._plan._with_members(members), list(state._parts))
+    return state if members is None else state.make(state.tables.with_members(members), list(state.parts))
 
 
 def for_each_member(
-    plan: Plan, program: Callable[..., Any], ins: Sequence[str], outs: Sequence[str], other: Plan | None = None
+    plan: PlanTables,
+    program: Callable[..., Any],
+    ins: Sequence[str],
+    outs: Sequence[str],
+    other: PlanTables | None = None,
 ) -> Callable[..., Any]:
     """A program on parts of an ensemble, from that on the parts of one member; of one model the program itself.
 
@@ -77,21 +81,21 @@ def for_each_member(
       outs: the kinds that it makes.
       other: the plan that these are of, where it is another.
     """
-    members = plan._members
+    members = plan.ensemble
     if members is None:
         return program
-    after = (other or plan)._slot_axes
-    given, made = [plan._slot_axes[kind] for kind in ins], [after[kind] for kind in outs]
+    after = (other or plan).slot_axes
+    given, made = [plan.slot_axes[kind] for kind in ins], [after[kind] for kind in outs]
     return lambda parts: members.each(program, [tuple(part) for part in parts], given, made)
 
 
-def begun(plan: Plan, number: int, arrays: Sequence[Any]) -> list[Any]:
+def begun(plan: PlanTables, number: int, arrays: Sequence[Any]) -> list[Any]:
     """What is derived (by its number in the plan), fresh, from the arrays that it is of; each member's from its own."""
-    one: Derived = plan._derived[number]
-    members = plan._members
+    one: Derived = plan.derived[number]
+    members = plan.ensemble
     if members is None:
         return one.init(arrays)
-    start, stop = plan._derived_spans[number]
-    given = [members.of(kind)[at] for kind, at in plan._params_of(one)]
+    start, stop = plan.derived_spans[number]
+    given = [members.of(kind)[at] for kind, at in plan.params_of(one)]
     made = list(members.of(one.into)[start:stop])
-    return list(members.each(members.single._derived[number].init, list(arrays), given, made))
+    return list(members.each(members.single.derived[number].init, list(arrays), given, made))

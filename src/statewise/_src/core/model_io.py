@@ -27,11 +27,12 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.write_values import Objects, put_values
 from statewise._src.core.check_objects import check_statics, leaf_of_row, matched, names_for
 from statewise._src.core.member_view import as_ensemble, begun, holds_one_member, single_of
-from statewise._src.core.plan import Plan
 from statewise._src.core.reduce_devices import refuse_copies
-from statewise._src.core.state import State, check_fits, check_not_donated, is_deleted
+from statewise._src.core.state_data import StateData, check_fits, check_not_donated, is_deleted
+from statewise._src.core.templates import shardings
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.per_device import Copies, spread
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained
 from statewise._src.sharding.resolve import array_shardings, check_devices, copies_on, with_copies
 from statewise.errors import StructureError
@@ -40,41 +41,41 @@ __all__ = ["build", "init", "put", "take", "values_of"]
 
 
 def take(
-    plan: Plan,
+    plan: PlanTables,
     objects: Sequence[Any],
     *,
     mesh: Any,
     copy: bool,
     pack: Any,
     inside: bool = True,
-) -> State:
+) -> StateData:
     """See `Plan.take`; `inside` allows the traced objects of one member for the plan of an ensemble."""
-    plan = plan._plain
-    if plan._members is not None and inside and holds_one_member(plan, objects):
-        return as_ensemble(plan._members, take(single_of(plan), objects, mesh=mesh, copy=copy, pack=pack))
+    plan = plan.plain
+    if plan.ensemble is not None and inside and holds_one_member(plan, objects):
+        return as_ensemble(plan.ensemble, take(single_of(plan), objects, mesh=mesh, copy=copy, pack=pack))
     if mesh is not None:
         check_devices(mesh)
     copies = None if mesh is None else copies_on(plan, mesh)
-    made = plan._pack(_kinds_to_pack(plan, pack, copies)) if pack else plan
+    made = plan.with_packing(_kinds_to_pack(plan, pack, copies)) if pack else plan
     place = _Places(with_copies(made, copies), mesh)
     found = scan(objects, names_for(plan, objects))
     leaves = matched(plan, found, objects, "take")
     check_statics(plan, found, objects)
     _check_arrays(plan, leaves)
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
-    for row, leaf in zip(plan._rows, leaves, strict=True):
+    for row, leaf in zip(plan.rows, leaves, strict=True):
         for array in arrays_of(raw_value(leaf))[0]:
             # Each is placed before the next is copied: a device holds one whole array at a time, never all.
             parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
-    for number, one in enumerate(plan._derived):
+    for number, one in enumerate(plan.derived):
         with explained("plan.take", mesh, parts):
-            fresh = list(begun(plan, number, [parts[kind][at] for kind, at in plan._params_of(one)]))
+            fresh = list(begun(plan, number, [parts[kind][at] for kind, at in plan.params_of(one)]))
         for array in fresh:
             parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
-    return place.state({kind: made._packed(kind, tuple(arrays)) for kind, arrays in parts.items()})
+    return place.state({kind: made.pack(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
 
-def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
+def init(plan: PlanTables, make_model: Callable[[], Any] | Any, mesh: Any) -> StateData:
     """See `Plan.init`."""
     if not callable(make_model) or isinstance(make_model, nnx.Module):
         raise StructureError(
@@ -83,14 +84,14 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
         )
     check_devices(mesh)
 
-    def made() -> State:
+    def made() -> StateData:
         objects = make_model()
-        if plan._names and isinstance(objects, dict):
-            objects = in_order(plan._names, (), objects, "take")
+        if plan.names and isinstance(objects, dict):
+            objects = in_order(plan.names, (), objects, "take")
         else:
-            objects = tuple(objects) if plan._objects > 1 and isinstance(objects, tuple | list) else (objects,)
+            objects = tuple(objects) if plan.object_count > 1 and isinstance(objects, tuple | list) else (objects,)
         try:
-            taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan._packing), inside=False)
+            taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan.packing), inside=False)
         except StructureError as error:
             raw = [leaf for leaf in error.leaves if leaf.type is jax.Array and leaf.note == "missing"]
             if not raw:
@@ -101,21 +102,22 @@ def init(plan: Plan, make_model: Callable[[], Any] | Any, mesh: Any) -> State:
                 hint="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
             ) from error
         # Its plan is the same in all but what was chosen to be packed, and that nothing is per device.
-        parts = zip(plan.kinds, (part.arrays for part in taken._parts), strict=True)
-        copies = there.plan._copies
-        return State.of(
-            there.plan, [part if copies is None else _spread(there.plan, copies, kind, part) for kind, part in parts]
+        parts = zip(plan.kinds, (part.arrays for part in taken.parts), strict=True)
+        copies = there.tables.per_device
+        return StateData.of(
+            there.tables,
+            [part if copies is None else _spread(there.tables, copies, kind, part) for kind, part in parts],
         )
 
-    there = plan.shardings(mesh)
+    there = shardings(plan, mesh)
     with explained("plan.init", mesh):
         return jax.jit(made, out_shardings=there)()
 
 
-def _spread(plan: Plan, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
+def _spread(plan: PlanTables, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
     mine = copies.of(kind)  # never a packed kind, so slots are positions
     return [
-        spread(array, copies.devices, axis=plan._axis(kind, at)) if at in mine else array
+        spread(array, copies.devices, axis=plan.member_axis(kind, at)) if at in mine else array
         for at, array in enumerate(part)
     ]
 
@@ -123,12 +125,12 @@ def _spread(plan: Plan, copies: Copies, kind: str, part: Sequence[Any]) -> list[
 class _Places:
     """Puts arrays where a plan has them on a mesh; without a mesh it leaves them where they are."""
 
-    def __init__(self, plan: Plan, mesh: Any) -> None:
+    def __init__(self, plan: PlanTables, mesh: Any) -> None:
         self._plan = plan
         self._seen: set[Any] = set()
         self._arrays: dict[str, list[Any]] | None = None
         if mesh is not None:
-            self._slots = plan.shardings(mesh)
+            self._slots = shardings(plan, mesh)
             self._arrays = array_shardings(plan, mesh)
 
     def array(self, kind: str, position: int, array: Any, copy: bool) -> Any:
@@ -144,22 +146,22 @@ class _Places:
         """An array that nobody else has."""
         if self._arrays is None:
             return array
-        copies = self._plan._copies
+        copies = self._plan.per_device
         if copies and position in copies.of(kind):
-            return spread(array, copies.devices, self._arrays[kind][position], self._plan._axis(kind, position))
+            return spread(array, copies.devices, self._arrays[kind][position], self._plan.member_axis(kind, position))
         return jax.device_put(array, self._arrays[kind][position])
 
     def derived(self, kind: str, position: int, array: Any) -> Any:
         """An array that was made of placed ones: where they lie per device, so does it."""
         return array if self._arrays is None else jax.device_put(array, self._arrays[kind][position])
 
-    def state(self, parts: Mapping[str, Sequence[Any]]) -> State:
+    def state(self, parts: Mapping[str, Sequence[Any]]) -> StateData:
         """The state of these parts; packing made buffers of some arrays, which have no place yet."""
-        state = State.of(self._plan, parts.values())
-        return state if self._arrays is None or not self._plan._packing else jax.device_put(state, self._slots)
+        state = StateData.of(self._plan, parts.values())
+        return state if self._arrays is None or not self._plan.packing else jax.device_put(state, self._slots)
 
 
-def _kinds_to_pack(plan: Plan, pack: Any, copies: Copies | None) -> tuple[str, ...]:
+def _kinds_to_pack(plan: PlanTables, pack: Any, copies: Copies | None) -> tuple[str, ...]:
     names = tuple(plan.kinds) if pack is True else names_given(pack, "pack")
     for name in names:
         if name not in plan.kinds:
@@ -168,10 +170,10 @@ def _kinds_to_pack(plan: Plan, pack: Any, copies: Copies | None) -> tuple[str, .
     return tuple(name for name in names if not (copies and copies.of(name)))
 
 
-def _check_arrays(plan: Plan, leaves: Sequence[Any]) -> None:
+def _check_arrays(plan: PlanTables, leaves: Sequence[Any]) -> None:
     """Refuses leaves without values (abstract, or donated by a step), and numbers that JAX would narrow."""
     abstract, donated, given = [], [], []
-    for row, leaf in zip(plan._rows, leaves, strict=True):
+    for row, leaf in zip(plan.rows, leaves, strict=True):
         arrays = arrays_of(raw_value(leaf))[0]
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
             abstract.append(leaf_of_row(row))
@@ -223,7 +225,7 @@ def _buffer_of(array: jax.Array) -> Any:
     return shard.device, shard.unsafe_buffer_pointer()
 
 
-def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -> None:
+def put(plan: PlanTables, state: StateData | Any, objects: Sequence[Any], *, copy: bool) -> None:
     """See `Plan.put`."""
     values = values_of(plan, state, "put")
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(state)):
@@ -235,47 +237,47 @@ def put(plan: Plan, state: State | Any, objects: Sequence[Any], *, copy: bool) -
     leaves = matched(plan, found, objects, "put")
     _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
-    writes = [(row.path, leaf, value) for row, leaf, value in zip(plan._rows, leaves, values, strict=True)]
+    writes = [(row.path, leaf, value) for row, leaf, value in zip(plan.rows, leaves, values, strict=True)]
     root: Any = Objects(zip(found.names, objects, strict=True)) if found.names else tuple(objects)
     put_values(root if found.several else objects[0], found.leaves, writes)
 
 
-def build(plan: Plan, state: State | Any, *, copy: bool) -> Any:
+def build(plan: PlanTables, state: StateData | Any, *, copy: bool) -> Any:
     """See `Plan.build`."""
     values = values_of(plan, state, "build")
     _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
-    objects = rebuild(plan._graphdef, values, plan._several)
-    return objects if plan._objects > 1 else objects[0]
+    objects = rebuild(plan.graphdef, values, plan.several)
+    return objects if plan.object_count > 1 else objects[0]
 
 
-def values_of(plan: Plan, state: State | Any, verb: str) -> list[Any]:
+def values_of(plan: PlanTables, state: StateData | Any, verb: str) -> list[Any]:
     """The leaves' values out of a state, in the order of the plan's rows.
 
     Raises:
       StructureError: no state, one of another plan, a donated one, or one whose arrays do not fit the plan.
     """
-    if not isinstance(state, State):
+    if not isinstance(state, StateData):
         raise StructureError(
             f"plan.{verb} wants a state, not {type(state).__name__}.",
             hint="plan.put(state, model)" if verb == "put" else "model = plan.build(state)",
         )
-    if state._plan._plain is not plan._plain:
+    if state.tables.plain is not plan.plain:
         raise StructureError(
-            f"This state is of another plan: {state._plan!r}, not {plan!r}.",
-            leaves=_plan_differences(plan, state._plan),
+            f"This state is of another plan: {state.tables!r}, not {plan!r}.",
+            leaves=_plan_differences(plan, state.tables),
             hint=f"state.plan.{verb}(state{', model' if verb == 'put' else ''})",
         )
-    own = state._plan
-    if own._copies:
+    own = state.tables
+    if own.per_device:
         refuse_copies(own, f"a model holds one value of each leaf; plan.{verb} would have to choose.")
     check_not_donated(state, plan.kinds)
     check_fits(state, plan.kinds)
-    parts = {kind: own._unpacked(kind, part.arrays) for kind, part in zip(own.kinds, state._parts, strict=True)}
-    return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
+    parts = {kind: own.unpack(kind, part.arrays) for kind, part in zip(own.kinds, state.parts, strict=True)}
+    return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan.spans]
 
 
-def _plan_differences(plan: Plan, other: Plan) -> list[Leaf]:
+def _plan_differences(plan: PlanTables, other: PlanTables) -> list[Leaf]:
     """The leaves that are not the same in two plans; none where they differ in handling or optimizers alone."""
     theirs = {leaf.path: leaf for leaf in other.leaves}
     differing = []
@@ -288,11 +290,11 @@ def _plan_differences(plan: Plan, other: Plan) -> list[Leaf]:
     return differing + [dataclasses.replace(leaf, note="not in the plan") for leaf in theirs.values()]
 
 
-def _check_narrow(plan: Plan, values: Sequence[Any]) -> None:
+def _check_narrow(plan: PlanTables, values: Sequence[Any]) -> None:
     """Refuses 64-bit arrays of NumPy, to which somebody mapped the state, where JAX has none."""
     check_given(
         (leaf_of_row(row), array, spec.dtype)
-        for row, value in zip(plan._rows, values, strict=True)
+        for row, value in zip(plan.rows, values, strict=True)
         for array, spec in zip(arrays_of(value)[0], row.specs, strict=True)
         if not isinstance(array, jax.Array)
     )

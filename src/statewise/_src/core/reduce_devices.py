@@ -16,12 +16,12 @@ from jax.sharding import AxisType
 
 from statewise._src.common.narrowing import WIDE, as_jax, refuse
 from statewise._src.common.paths import Leaf, format_shape
-from statewise._src.core.kinds import Kinds
 from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import Part, State, check_fits, check_not_donated, make_state
+from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
+from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.per_device import Copies
 from statewise._src.plan.placements import folded
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.array_placement import Lies
 from statewise._src.sharding.part_shardings import Places
 from statewise._src.sharding.resolve import on_mesh, slot_shardings
@@ -32,11 +32,11 @@ __all__ = ["reduce_devices", "refuse_copies"]
 How = str | Callable[[Any], Any]
 
 
-def reduce_devices(state: State, kinds: Sequence[str], how: How | Any) -> State:
+def reduce_devices(state: StateT, kinds: Sequence[str], how: How | Any) -> StateT:
     """See `State.reduce_devices`."""
     if is_of_one_member(state):
-        return as_ensemble(state._plan._members, reduce_devices(as_one(state), kinds, how))
-    plan = state._plan
+        return as_ensemble(state.tables.ensemble, reduce_devices(as_one(state), kinds, how))
+    plan = state.tables
     for kind in kinds:
         state.part(kind)
     if how not in ("mean", "first") and (isinstance(how, type) or not callable(how)):
@@ -45,10 +45,10 @@ def reduce_devices(state: State, kinds: Sequence[str], how: How | Any) -> State:
             f"how={shown} does not say how several values become one.",
             hint="how='mean', how='first', or a function of the stacked values: how=lambda array: array.max(axis=0)",
         )
-    copies = plan._copies
+    copies = plan.per_device
     have = [kind for kind in plan.kinds if copies and copies.of(kind)]
     # Averages lie as what they are of, so that is what is folded, and they with it.
-    of = {one.into: [other.kind for other in plan._averages if other.into == one.into] for one in plan._averages}
+    of = {one.into: [other.kind for other in plan.averages if other.into == one.into] for one in plan.averages}
     chosen = tuple(dict.fromkeys(one for kind in tuple(kinds) or have for one in _folded_for(kind, of, have)))
     missing = [kind for kind in chosen if kind not in have]
     if missing or copies is None:
@@ -65,17 +65,17 @@ def reduce_devices(state: State, kinds: Sequence[str], how: How | Any) -> State:
     _refuse_abstract(state, touched)
     if how == "mean":
         _refuse_means(plan, copies, chosen)
-    kinds_after = plan.kinds.replace(**{kind: _folded_kind(plan.kinds, kind) for kind in chosen})
+    kinds_after = with_kinds(plan.kinds, {kind: _folded_kind(plan.kinds, kind) for kind in chosen})
     target = _target(plan, kinds_after)
     parts = [state.part(kind).arrays for kind in touched]
     places = tuple(state.part(kind).places() for kind in touched)
-    made = list(state._parts)
+    made = list(state.parts)
     for kind, arrays in zip(touched, _program(plan, target, folds, how, places)(parts), strict=True):
-        made[plan._index[kind]] = Part(tuple(arrays))
-    return make_state(target, made)
+        made[plan.kind_index[kind]] = Part(tuple(arrays))
+    return state.make(target, made)
 
 
-def _refuse_abstract(state: State, kinds: Sequence[str]) -> None:
+def _refuse_abstract(state: StateData, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
         raise StructureError(
             "This state is abstract: it has shapes, but no values to fold.",
@@ -88,50 +88,50 @@ def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str])
     return [one for one in of[kind] if one in have] if kind in of and kind in have else [kind]
 
 
-def _with_averages(plan: Plan, copies: Copies, kinds: Sequence[str]) -> Copies:
+def _with_averages(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> Copies:
     """What is folded with these kinds: their averages lie as they do."""
     found = {kind: set(copies.of(kind)) for kind in kinds}
-    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+    for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
         mine = copies.of(one.into).intersection(range(start, stop))
         if mine and set(one.kinds) & set(kinds):
             found.setdefault(one.into, set()).update(mine)
     return copies._replace(positions=tuple((kind, frozenset(at)) for kind, at in found.items()))
 
 
-def refuse_copies(plan: Plan, why: str) -> None:
+def refuse_copies(plan: PlanTables, why: str) -> None:
     """Raises for a state with per-device values, where one value is wanted."""
-    assert plan._copies is not None
-    kinds = [kind for kind, _ in plan._copies.positions]
+    assert plan.per_device is not None
+    kinds = [kind for kind, _ in plan.per_device.positions]
     raise StructureError(
         f"This state has a value of each device in {', '.join(kinds)}, but {why}",
-        leaves=_leaves(plan, plan._copies, kinds),
+        leaves=_leaves(plan, plan.per_device, kinds),
         kind=kinds[0],
         hint=f"one = state.reduce_devices({', '.join(map(repr, kinds))}, how='mean')  # or how='first'\n"
         "one.plan.build(one)",
     )
 
 
-def _leaves(plan: Plan, copies: Copies, kinds: Sequence[str]) -> list[Leaf]:
-    found = [plan._row_of_array[kind][at] for kind in kinds for at in sorted(copies.of(kind))]
+def _leaves(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> list[Leaf]:
+    found = [plan.leaf_of_array[kind][at] for kind in kinds for at in sorted(copies.of(kind))]
     return list(dict.fromkeys(found))
 
 
-def _folded_kind(kinds: Kinds, kind: str) -> Any:
+def _folded_kind(kinds: Mapping[str, Kind], kind: str) -> Any:
     return dataclasses.replace(kinds[kind], placement=folded(kinds[kind].placement))
 
 
-def _target(plan: Plan, kinds: Kinds) -> Plan:
+def _target(plan: PlanTables, kinds: Mapping[str, Kind]) -> PlanTables:
     """The plan of the folded state: of the same leaves and packing, on the same mesh."""
-    assert plan._copies is not None
-    return on_mesh(plan._like(kinds=kinds, copies=None), plan._copies.mesh)
+    assert plan.per_device is not None
+    return on_mesh(plan.changed(kinds=kinds, per_device=None), plan.per_device.mesh)
 
 
-def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
+def _refuse_means(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> None:
     odd = [
-        dataclasses.replace(plan._row_of_array[kind][at], note="has no mean")
+        dataclasses.replace(plan.leaf_of_array[kind][at], note="has no mean")
         for kind in kinds
         for at in sorted(copies.of(kind))
-        if not jnp.issubdtype(plan._specs[kind][at].dtype, jnp.inexact)
+        if not jnp.issubdtype(plan.specs[kind][at].dtype, jnp.inexact)
     ]
     if odd:
         listed = ", ".join(map(repr, dict.fromkeys(leaf.kind for leaf in odd)))
@@ -144,7 +144,7 @@ def _refuse_means(plan: Plan, copies: Copies, kinds: Sequence[str]) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
+def _program(plan: PlanTables, target: PlanTables, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
     kinds = [kind for kind, _ in copies.positions]
     whole, plan = plan, single_of(plan)
 
@@ -153,7 +153,7 @@ def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[P
         made = [
             tuple(
                 _one(leaf, array, how, lost) if at in copies.of(kind) else array
-                for at, (leaf, array) in enumerate(zip(plan._row_of_array[kind], part, strict=True))
+                for at, (leaf, array) in enumerate(zip(plan.leaf_of_array[kind], part, strict=True))
             )
             for kind, part in zip(kinds, parts, strict=True)
         ]
@@ -163,7 +163,7 @@ def _program(plan: Plan, target: Plan, copies: Copies, how: How, places: tuple[P
 
     if not all(places):
         return jax.jit(for_each_member(whole, folded_parts, kinds, kinds, target))
-    if whole._members is not None:
+    if whole.ensemble is not None:
         slots = dict(zip(target.kinds, slot_shardings(target, copies.mesh), strict=True))
         return jax.jit(
             for_each_member(whole, folded_parts, kinds, kinds, target),
@@ -194,11 +194,11 @@ def _with_whole_axis(array: Any) -> Any:
     return jax.reshard(array, jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec[1:])))
 
 
-def _check_shapes(plan: Plan, kinds: Sequence[str], parts: Sequence[Sequence[Any]]) -> None:
+def _check_shapes(plan: PlanTables, kinds: Sequence[str], parts: Sequence[Sequence[Any]]) -> None:
     odd = [
         dataclasses.replace(leaf, note=f"would become {format_shape(array.shape)} {array.dtype}")
         for kind, part in zip(kinds, parts, strict=True)
-        for leaf, spec, array in zip(plan._row_of_array[kind], plan._specs[kind], part, strict=True)
+        for leaf, spec, array in zip(plan.leaf_of_array[kind], plan.specs[kind], part, strict=True)
         if (array.shape, array.dtype) != (spec.shape, spec.dtype)
     ]
     if odd:

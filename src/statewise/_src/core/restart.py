@@ -22,35 +22,34 @@ from statewise._src.common.nnx_graph import Spec
 from statewise._src.common.paths import Leaf, Path, format_shape
 from statewise._src.core.averages import averages_in, begun_again
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member, single_of
-from statewise._src.core.plan import Plan
 from statewise._src.core.restart_averages import followed, followers
 from statewise._src.core.restart_slots import only_where, slots_of
 from statewise._src.core.restart_targets import Chosen, choose
-from statewise._src.core.state import (
+from statewise._src.core.state_data import (
     Part,
-    State,
+    StateData,
+    StateT,
     check_fits,
     check_not_donated,
     deleted_kinds,
     donated_error,
-    make_state,
     refuse_shared,
 )
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.fresh_values import drawn_value, fresh_value, keys_of, takes
 from statewise._src.plan.optimizer_state import Group
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.part_shardings import Places
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["restart"]
 
 
-def restart(state: State, kinds: Sequence[str], where: Any, key: Any) -> State:
+def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT:
     """See `State.restart`."""
     if is_of_one_member(state):
-        return as_ensemble(state._plan._members, restart(as_one(state), kinds, where, key))
-    plan = state._plan
+        return as_ensemble(state.tables.ensemble, restart(as_one(state), kinds, where, key))
+    plan = state.tables
     for name in kinds:
         state.part(name)
     averages = tuple(name for name in dict.fromkeys(kinds) if averages_in(plan, name))
@@ -76,19 +75,19 @@ def restart(state: State, kinds: Sequence[str], where: Any, key: Any) -> State:
             raise donated_error(state, deleted) from error
         refuse_shared(state)
         raise
-    made = list(state._parts)
+    made = list(state.parts)
     for name, arrays in zip(chosen.kinds, fresh, strict=True):
         part = state.part(name)
         if not any(isinstance(array, jax.core.Tracer) for array in arrays):
             part.donated_by = f"restart({name!r})"
-        made[plan._index[name]] = Part(tuple(arrays))
-    return followed(make_state(plan, made), chosen, slots)
+        made[plan.kind_index[name]] = Part(tuple(arrays))
+    return followed(state.make(plan, made), chosen, slots)
 
 
-def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], where: Any, key: Any) -> State:
+def _begun_again(state: StateT, averages: Sequence[str], others: Sequence[str], where: Any, key: Any) -> StateT:
     """Averages begin as copies of what they are of, after whatever else is restarted."""
     if where is not None:
-        of = {one.kind for name in averages for one, _ in averages_in(state._plan, name)}
+        of = {one.kind for name in averages for one, _ in averages_in(state.tables, name)}
         given = f"{', '.join(map(repr, others))}, where=where{'' if key is None else ', key=key'}"
         raise DeclarationError(
             f"The averages {averages[0]!r} have no slots: they begin again as a whole, or with what they are of.",
@@ -103,7 +102,7 @@ def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], w
             kind=averages[0],
             hint=f"state.restart({', '.join(map(repr, averages))})",
         )
-    check_not_donated(state, [one.kind for name in averages for one, _ in averages_in(state._plan, name)])
+    check_not_donated(state, [one.kind for name in averages for one, _ in averages_in(state.tables, name)])
     if others:
         state = restart(state, others, None, key)
     for name in averages:
@@ -111,7 +110,7 @@ def _begun_again(state: State, averages: Sequence[str], others: Sequence[str], w
     return state
 
 
-def _refuse_abstract(state: State, kinds: Sequence[str]) -> None:
+def _refuse_abstract(state: StateData, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
         raise StructureError(
             "This state is abstract: it has shapes, but no arrays to restart.",
@@ -130,16 +129,16 @@ def _beside(key: Any, places: Sequence[Places | None]) -> Any:
     return jax.device_put(key, jax.NamedSharding(meshes[0], jax.P()))
 
 
-def _slots(plan: Plan, chosen: Chosen, where: Any) -> Any:
+def _slots(plan: PlanTables, chosen: Chosen, where: Any) -> Any:
     """The slots as booleans; of an ensemble they may have a row for each member."""
     given = where if isinstance(where, jax.Array) else np.asarray(where)
-    members = plan._members
+    members = plan.ensemble
     if members is None or given.ndim != 2 or given.dtype != bool or given.shape[0] != members.number:
         return slots_of(chosen, where)
     shared = [
         dataclasses.replace(leaf, note="shared by all members")
         for kind in chosen.kinds
-        for leaf, axis in zip(plan._leaf_of_slot[kind], plan._slot_axes[kind], strict=True)
+        for leaf, axis in zip(plan.leaf_of_slot[kind], plan.slot_axes[kind], strict=True)
         if axis is None
     ]
     if shared:
@@ -154,15 +153,17 @@ def _slots(plan: Plan, chosen: Chosen, where: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...], donate: bool = True) -> Any:
+def _program(
+    whole: PlanTables, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...], donate: bool = True
+) -> Any:
     plan = chosen.plan
     # A kind that all members of an ensemble share draws once; the members draw from keys of their own.
-    apart = {name for name in chosen.kinds if any(axis is not None for axis in whole._slot_axes[name])}
+    apart = {name for name in chosen.kinds if any(axis is not None for axis in whole.slot_axes[name])}
 
     def fresh_values(parts: Any, others: Any, slots: Any, key: Any, own: Any) -> list[tuple[Any, ...]]:
         lost: list[Leaf] = []
         names = (*chosen.kinds, *chosen.needed)
-        now = {name: plan._unpacked(name, tuple(part)) for name, part in zip(names, (*parts, *others), strict=True)}
+        now = {name: plan.unpack(name, tuple(part)) for name, part in zip(names, (*parts, *others), strict=True)}
         for name in chosen.kinds:
             old = now[name]
             if name == OPTIMIZER and chosen.by_init:
@@ -175,7 +176,7 @@ def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | 
                     fresh[at] = only_where(axis, slots, fresh[at], old[at], at in each)
             now[name] = tuple(fresh.get(at, array) for at, array in enumerate(old))
         refuse(lost, StructureError, WIDE)
-        return [plan._packed(name, now[name]) for name in chosen.kinds]
+        return [plan.pack(name, now[name]) for name in chosen.kinds]
 
     # Fresh values depend on nothing that lies anywhere: XLA would put them all on every device.
     there = [None if lie is None else lie.shardings for lie in places]
@@ -185,12 +186,12 @@ def _program(whole: Plan, chosen: Chosen, by_slot: bool, places: tuple[Places | 
     return jax.jit(_on_members(whole, chosen, fresh_values), keep_unused=True, **options)
 
 
-def _on_members(whole: Plan, chosen: Chosen, fresh_values: Any) -> Any:
+def _on_members(whole: PlanTables, chosen: Chosen, fresh_values: Any) -> Any:
     """The same for each member of an ensemble; the slots are chosen alike in all, or each has a row of its own."""
-    members = whole._members
+    members = whole.ensemble
     if members is None:
         return lambda parts, others, slots, key: fresh_values(parts, others, slots, key, key)
-    axes, read = ([whole._slot_axes[kind] for kind in kinds] for kinds in (chosen.kinds, chosen.needed))
+    axes, read = ([whole.slot_axes[kind] for kind in kinds] for kinds in (chosen.kinds, chosen.needed))
 
     def of_all(parts: list[Any], others: list[Any], slots: Any, key: Any) -> Any:
         by_member = slots is not None and slots.ndim == 2
@@ -207,9 +208,9 @@ def _on_members(whole: Plan, chosen: Chosen, fresh_values: Any) -> Any:
     return of_all
 
 
-def _per_device(plan: Plan, kind: str) -> frozenset[int]:
+def _per_device(plan: PlanTables, kind: str) -> frozenset[int]:
     """Which of a kind's arrays have a leading axis, one value for each device."""
-    return plan._copies.of(kind) if plan._copies else frozenset()
+    return plan.per_device.of(kind) if plan.per_device else frozenset()
 
 
 def _called(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: list[Leaf]) -> dict[int, Any]:
@@ -217,15 +218,15 @@ def _called(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: list[
     plan, each = chosen.plan, _per_device(chosen.plan, name)
     function, positions = plan.kinds[name].restart, sorted(chosen.positions(name))
     assert function is not None
-    leaves = plan._row_of_array[name]
+    leaves = plan.leaf_of_array[name]
     as_array = [functools.partial(as_jax, leaf, lost=lost) for leaf in leaves]
     if not takes(function).key:
         fresh = {at: fresh_value(function, old[at], leaves[at].path, at in each, as_array[at]) for at in positions}
     else:
-        axes = {at: _slot_axis(plan._specs[name][at], chosen.axis(name)) for at in positions}
-        devices = {at: plan._copies.devices if plan._copies and at in each else 1 for at in positions}
+        axes = {at: _slot_axis(plan.specs[name][at], chosen.axis(name)) for at in positions}
+        devices = {at: plan.per_device.devices if plan.per_device and at in each else 1 for at in positions}
         slots = {
-            at: devices[at] * (1 if (axis := axes[at]) is None else plan._specs[name][at].shape[axis])
+            at: devices[at] * (1 if (axis := axes[at]) is None else plan.specs[name][at].shape[axis])
             for at in positions
         }
         paths = _array_paths(plan, name)
@@ -245,16 +246,16 @@ def _slot_axis(spec: Spec, axis: int | None) -> int | None:
     return axis if axis is not None and -len(spec.shape) <= axis < len(spec.shape) else None
 
 
-def _array_paths(plan: Plan, kind: str) -> list[Path]:
+def _array_paths(plan: PlanTables, kind: str) -> list[Path]:
     """The path of each of a kind's arrays: its leaf's, and, where a Variable holds several, the keys within."""
-    mine = (row for row in plan._rows if row.kind == kind)
+    mine = (row for row in plan.rows if row.kind == kind)
     paths = [row.path + keys for row in mine for keys in keys_within(row.structure, len(row.specs))]
-    return paths + [path for one in plan._derived if one.into == kind for path in one.leaf_paths]
+    return paths + [path for one in plan.derived if one.into == kind for path in one.leaf_paths]
 
 
-def _check_fresh(plan: Plan, name: str, old: Sequence[Any], fresh: Mapping[int, Any]) -> None:
+def _check_fresh(plan: PlanTables, name: str, old: Sequence[Any], fresh: Mapping[int, Any]) -> None:
     odd = [
-        dataclasses.replace(plan._row_of_array[name][at], note=f"would become {format_shape(now.shape)} {now.dtype}")
+        dataclasses.replace(plan.leaf_of_array[name][at], note=f"would become {format_shape(now.shape)} {now.dtype}")
         for at, now in fresh.items()
         if (old[at].shape, old[at].dtype) != (now.shape, now.dtype)
     ]
@@ -272,17 +273,17 @@ def _begun(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]:
     plan = chosen.plan
     fresh: dict[int, Any] = {}
     for number in chosen.groups:
-        group, (start, _) = plan._groups[number], plan._moment_spans[number]
-        params = [(at in _per_device(plan, kind), now[kind][at]) for kind, at in plan._params_of(group)]
+        group, (start, _) = plan.optimizers[number], plan.optimizer_spans[number]
+        params = [(at in _per_device(plan, kind), now[kind][at]) for kind, at in plan.params_of(group)]
         made = _init(plan, group, [array for _, array in params], [0 if each else None for each, _ in params], start)
         fresh.update(enumerate(made, start))
     return fresh
 
 
-def _init(plan: Plan, group: Group, params: Sequence[Any], axes: Sequence[int | None], start: int) -> list[Any]:
+def _init(plan: PlanTables, group: Group, params: Sequence[Any], axes: Sequence[int | None], start: int) -> list[Any]:
     mine = _per_device(plan, OPTIMIZER)
-    if plan._copies is None or not (mine or any(axis is not None for axis in axes)):
+    if plan.per_device is None or not (mine or any(axis is not None for axis in axes)):
         return group.init(params)
     # On each device of its own parameters; what is not kept for each, is alike on all.
-    made = jax.vmap(group.init, (list(axes),), axis_size=plan._copies.devices)(list(params))
+    made = jax.vmap(group.init, (list(axes),), axis_size=plan.per_device.devices)(list(params))
     return [array if at in mine else array[0] for at, array in enumerate(made, start)]

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.common.paths import Leaf, Path
-from statewise._src.core.plan import Plan
 from statewise._src.core.restart_targets import Chosen
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["only_where", "slots_of"]
@@ -72,11 +71,11 @@ def _slot_counts(chosen: Chosen) -> list[tuple[Leaf, int]]:
     plan, counts = chosen.plan, []
     for name in chosen.kinds:
         axis, renewed = chosen.axis(name) or 0, chosen.positions(name)
-        for at, (leaf, spec) in enumerate(zip(plan._row_of_array[name], plan._specs[name], strict=True)):
+        for at, (leaf, spec) in enumerate(zip(plan.leaf_of_array[name], plan.specs[name], strict=True)):
             if at not in renewed:
                 continue
             here = spec.shape[axis] if -len(spec.shape) <= axis < len(spec.shape) else -1
-            each = plan._copies.devices if plan._copies and at in plan._copies.of(name) else 1
+            each = plan.per_device.devices if plan.per_device and at in plan.per_device.of(name) else 1
             counts.append((leaf, here * each if here >= 0 else here))
     return counts
 
@@ -84,7 +83,7 @@ def _slot_counts(chosen: Chosen) -> list[tuple[Leaf, int]]:
 def _hint(chosen: Chosen, odd: Sequence[Leaf]) -> str:
     """What to declare: an optimizer for each slot, or a kind apart for leaves that all slots share."""
     plan = chosen.plan
-    derived = frozenset(leaf.path for leaf in plan.leaves[len(plan._rows) :])
+    derived = frozenset(leaf.path for leaf in plan.leaves[len(plan.rows) :])
     hints = _for_optimizers(chosen, {leaf.path: leaf.note for leaf in odd}) if OPTIMIZER in chosen.kinds else []
     for name in dict.fromkeys(leaf.kind or "" for leaf in odd if leaf.path not in derived):
         paths = list(dict.fromkeys(leaf.path for leaf in odd if leaf.kind == name and leaf.path not in derived))
@@ -106,7 +105,7 @@ def _for_optimizers(chosen: Chosen, odd: Mapping[Path, str]) -> list[str]:
     plan = chosen.plan
     hints: list[str] = []
     made: list[str] = []
-    for group in (plan._groups[number] for number in chosen.groups):
+    for group in (plan.optimizers[number] for number in chosen.groups):
         axes = {plan.kinds[name].batch_axis for name in group.kinds}
         sizes = {odd.get(path, "") for path in group.leaf_paths}
         if len(sizes) == 1 and _NO_AXIS not in sizes:  # made of slots already, if of another number than the others
@@ -124,18 +123,18 @@ def _for_optimizers(chosen: Chosen, odd: Mapping[Path, str]) -> list[str]:
         made.append(f"{group.kinds!r}: {name}")
     if made:
         hints.append(f"plan = plan.kinds.plan(model, optimizers={{**plan.optimizers, {', '.join(made)}}})")
-    others = [name for number in chosen.groups for name in plan._groups[number].kinds]
+    others = [name for number in chosen.groups for name in plan.optimizers[number].kinds]
     slotted = [name for name in others if plan.kinds[name].batch_axis is not None]
     if chosen.whole and 0 < len(slotted) < len(others):
         hints.append(f"state.restart({', '.join(map(repr, [*slotted, OPTIMIZER]))}, where=where)  # theirs alone")
     return hints
 
 
-def _apart(plan: Plan, name: str, paths: Sequence[Path]) -> str:
+def _apart(plan: PlanTables, name: str, paths: Sequence[Path]) -> str:
     """The declaration of a kind apart for some of a kind's leaves, as code."""
     # A filter sees paths within each object.
-    inside = [path[plan._several :] for path in paths]
-    others = {leaf.path[plan._several :][-1] for leaf in plan[name] if leaf.path not in paths}
+    inside = [path[plan.several :] for path in paths]
+    others = {leaf.path[plan.several :][-1] for leaf in plan[name] if leaf.path not in paths}
     shown = dict.fromkeys(
         path if len(inside) == 1 or path[-1] in others or len(path) < 2 else ("**", path[-1]) for path in inside
     )

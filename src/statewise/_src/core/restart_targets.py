@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.core.plan import Plan
 from statewise._src.plan.fresh_values import check_key, takes
 from statewise._src.plan.optimizer_state import Group
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import DeclarationError
 
 __all__ = ["Chosen", "choose", "keyed"]
@@ -34,7 +33,7 @@ class Chosen(NamedTuple):
       whole: whether all of kind `optimizer` is renewed, the state of an `nnx.Optimizer` in the model included.
     """
 
-    plan: Plan
+    plan: PlanTables
     kinds: tuple[str, ...]
     groups: tuple[int, ...]
     whole: bool
@@ -49,14 +48,14 @@ class Chosen(NamedTuple):
         """The kinds whose arrays are read and not renewed: parameters that an optimizer begins with."""
         if not self.by_init:
             return ()
-        of = dict.fromkeys(kind for number in self.groups for kind in self.plan._groups[number].kinds)
+        of = dict.fromkeys(kind for number in self.groups for kind in self.plan.optimizers[number].kinds)
         return tuple(kind for kind in of if kind not in self.kinds)
 
     def positions(self, kind: str) -> frozenset[int]:
         """Which of a kind's arrays are renewed."""
         if kind != OPTIMIZER or self.whole:
-            return frozenset(range(len(self.plan._specs[kind])))
-        spans = (self.plan._moment_spans[number] for number in self.groups)
+            return frozenset(range(len(self.plan.specs[kind])))
+        spans = (self.plan.optimizer_spans[number] for number in self.groups)
         return frozenset(at for start, stop in spans for at in range(start, stop))
 
     def axis(self, kind: str) -> int | None:
@@ -67,11 +66,11 @@ class Chosen(NamedTuple):
         declared: int | None = self.plan.kinds[kind].batch_axis
         if kind != OPTIMIZER or declared is not None or _objects_in(self):
             return declared
-        of = {self.plan.kinds[name].batch_axis for number in self.groups for name in self.plan._groups[number].kinds}
+        of = {self.plan.kinds[name].batch_axis for number in self.groups for name in self.plan.optimizers[number].kinds}
         return 0 if of == {0} else None
 
 
-def choose(plan: Plan, named: Sequence[str], *, by_slot: bool, key: Any) -> Chosen:
+def choose(plan: PlanTables, named: Sequence[str], *, by_slot: bool, key: Any) -> Chosen:
     """What a restart of these kinds renews; of all that can be where none is named.
 
     Raises:
@@ -90,20 +89,20 @@ def keyed(chosen: Chosen) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _choose(plan: Plan, named: tuple[str, ...]) -> Chosen:
+def _choose(plan: PlanTables, named: tuple[str, ...]) -> Chosen:
     kinds = named or _restartable(plan)
-    everything = tuple(range(len(plan._groups)))
+    everything = tuple(range(len(plan.optimizers)))
     if OPTIMIZER not in kinds or not named:
         return Chosen(plan, kinds, everything, True)
-    theirs = tuple(at for at, group in enumerate(plan._groups) if set(group.kinds).intersection(kinds))
+    theirs = tuple(at for at, group in enumerate(plan.optimizers) if set(group.kinds).intersection(kinds))
     for at in theirs:
-        _refuse_half(plan, plan._groups[at], kinds)
+        _refuse_half(plan, plan.optimizers[at], kinds)
     # Parameters first: the optimizer begins with what they are then.
     kinds = (*(name for name in kinds if name != OPTIMIZER), OPTIMIZER)
     return Chosen(plan, kinds, theirs or everything, not theirs)
 
 
-def _refuse_half(plan: Plan, group: Group, kinds: Sequence[str]) -> None:
+def _refuse_half(plan: PlanTables, group: Group, kinds: Sequence[str]) -> None:
     others = [name for name in group.kinds if name not in kinds]
     if not others:
         return
@@ -119,9 +118,9 @@ def _refuse_half(plan: Plan, group: Group, kinds: Sequence[str]) -> None:
     )
 
 
-def _restartable(plan: Plan) -> tuple[str, ...]:
+def _restartable(plan: PlanTables) -> tuple[str, ...]:
     names = tuple(
-        name for name, kind in plan.kinds.items() if kind.restart is not None and not kind.frozen and plan._specs[name]
+        name for name, kind in plan.kinds.items() if kind.restart is not None and not kind.frozen and plan.specs[name]
     )
     if not names:
         raise DeclarationError(
@@ -133,7 +132,7 @@ def _restartable(plan: Plan) -> tuple[str, ...]:
 
 def _objects_in(chosen: Chosen) -> list[Any]:
     """The leaves of an `nnx.Optimizer` in the model that are renewed: of what parameters, no plan knows."""
-    mine = chosen.plan.leaves[: len(chosen.plan._rows)]
+    mine = chosen.plan.leaves[: len(chosen.plan.rows)]
     return [leaf for leaf in mine if leaf.kind == OPTIMIZER] if chosen.whole else []
 
 
@@ -141,14 +140,14 @@ def _check_kind(chosen: Chosen, name: str, by_slot: bool) -> None:
     plan, kind = chosen.plan, chosen.plan.kinds[name]
     if kind.frozen:
         raise DeclarationError(f"Kind {name!r} is frozen and cannot be restarted.", kind=name, hint="frozen=False")
-    begins = name == OPTIMIZER and plan._groups and not _objects_in(chosen)
+    begins = name == OPTIMIZER and plan.optimizers and not _objects_in(chosen)
     if kind.restart is None and not begins:
         raise DeclarationError(
             f"Kind {name!r} does not declare how a fresh value is made.",
             kind=name,
             hint=_declared(name, f"restart={_fresh(plan, name)}"),
         )
-    if not plan._specs[name]:
+    if not plan.specs[name]:
         raise DeclarationError(
             f"Kind {name!r} has no leaves in this model, so there is nothing to restart.",
             kind=name,
@@ -160,7 +159,7 @@ def _check_kind(chosen: Chosen, name: str, by_slot: bool) -> None:
 
 def _refuse_slots(chosen: Chosen, name: str, begins: bool) -> None:
     plan = chosen.plan
-    if not begins and not any(spec.shape for spec in plan._specs[name]):
+    if not begins and not any(spec.shape for spec in plan.specs[name]):
         others = [repr(other) for other in chosen.kinds if chosen.axis(other) is not None]
         raise DeclarationError(
             f"Kind {name!r} has one value for all slots, so it does not restart slot by slot.",
@@ -178,9 +177,9 @@ def _refuse_slots(chosen: Chosen, name: str, begins: bool) -> None:
     )
 
 
-def _fresh(plan: Plan, name: str) -> str:
+def _fresh(plan: PlanTables, name: str) -> str:
     """A function that gives fresh values, as code: zeros, where zeros are no rule."""
-    if any(jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) for spec in plan._specs[name]):
+    if any(jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) for spec in plan.specs[name]):
         return (
             "lambda array, key: jax.random.split(key, array.shape) "
             "if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else jnp.zeros_like(array)"

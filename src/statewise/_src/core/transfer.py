@@ -16,8 +16,10 @@ import jax
 from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.core.batches import refuse_batch
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, check_fits, check_not_donated
+from statewise._src.core.cast import cast as cast_state
+from statewise._src.core.plan import Plan, State, tables_of
+from statewise._src.core.state_data import StateData, check_fits, check_not_donated
+from statewise._src.core.templates import abstract
 from statewise._src.core.transfer_arrays import (
     Move,
     arrays_in_order,
@@ -30,6 +32,7 @@ from statewise._src.core.transfer_arrays import (
 )
 from statewise._src.core.transfer_match import OTHER, Found, difference, leaves_of
 from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import check_devices, copies_on, on_mesh, with_copies
 from statewise.errors import DeclarationError, StructureError
 
@@ -84,58 +87,58 @@ def transfer(
     plan, into = _target(src, target)
     names = _kinds(plan, into, kinds)
     if not isinstance(cast, bool):
-        plain = with_copies(plan, None).abstract()
-        plan = with_copies(plain.cast(**dict.fromkeys(names, cast))._plan, plan._copies)
+        plain = abstract(with_copies(plan, None))
+        plan = with_copies(cast_state(plain, dict.fromkeys(names, cast)).tables, plan.per_device)
     if into is None and mesh is None:
-        mesh = _own_mesh(src._plan, plan)
+        mesh = _own_mesh(src.tables, plan)
     if mesh is not None:
         plan = _on_mesh(plan, into, mesh)
     if into is not None:
         refuse_batch(into)
-    moves = _matched(src._plan, plan, names, cast is not False)
-    devices = plan._copies.devices if plan._copies is not None else 0
-    used = tuple(kind for kind in src._plan.kinds if any(move.kind == kind for move in moves))
+    moves = _matched(src.tables, plan, names, cast is not False)
+    devices = plan.per_device.devices if plan.per_device is not None else 0
+    used = tuple(kind for kind in src.tables.kinds if any(move.kind == kind for move in moves))
     check_not_donated(src, used)
     check_fits(src, used)
     _refuse_abstract(src, used)
     places = places_for(plan, into, names, mesh)
-    taken = {kind: arrays_in_order(src._plan, kind, src.part(kind).arrays) for kind in used}
+    taken = {kind: arrays_in_order(src.tables, kind, src.part(kind).arrays) for kind in used}
     check_casts(plan, moves, taken)
     parts: dict[str, list[Any]] = {kind: [] for kind in names}
     for move in moves:
         place = places[move.to][len(parts[move.to])] if move.to in places else None
-        count, axis = devices if move.spreads else 0, plan._axis(move.to, len(parts[move.to]))
+        count, axis = devices if move.spreads else 0, plan.member_axis(move.to, len(parts[move.to]))
         parts[move.to].append(carried(taken[move.kind][move.position], move.spec, place, count, axis))
     parts |= begun_averages(plan, into, parts, mesh)
-    return arrived(plan, into, parts, places)
+    return State.wrap(arrived(plan, into, parts, places))
 
 
-def _target(src: Any, target: Any) -> tuple[Plan, State | None]:
-    if not isinstance(src, State):
+def _target(src: Any, target: Any) -> tuple[PlanTables, StateData | None]:
+    if not isinstance(src, StateData):
         raise StructureError(
             f"sw.transfer moves out of a state, not {type(src).__name__}.",
             hint="sw.transfer(plan.take(model), target)",
         )
-    if isinstance(target, State):
-        return target._plan, target
+    if isinstance(target, StateData):
+        return target.tables, target
     if not isinstance(target, Plan):
         raise StructureError(
             f"sw.transfer moves into a plan or a state, not {type(target).__name__}.",
             hint="sw.transfer(src, plan), or sw.transfer(src, plan.take(model), kinds='params')",
         )
-    return target, None
+    return tables_of(target), None
 
 
-def _own_mesh(src: Plan, plan: Plan) -> Any:
+def _own_mesh(src: PlanTables, plan: PlanTables) -> Any:
     """The mesh of per-device values where none is named: the target's own, or the source's where it is to have some."""
-    if plan._copies is not None:
-        return plan._copies.mesh
-    if src._copies is not None and copies_on(plan, src._copies.mesh) is not None:
-        return src._copies.mesh
+    if plan.per_device is not None:
+        return plan.per_device.mesh
+    if src.per_device is not None and copies_on(plan, src.per_device.mesh) is not None:
+        return src.per_device.mesh
     return None
 
 
-def _on_mesh(plan: Plan, into: State | None, mesh: Any) -> Plan:
+def _on_mesh(plan: PlanTables, into: StateData | None, mesh: Any) -> PlanTables:
     """The target's plan on a mesh, where some of it may lie per device."""
     check_devices(mesh)
     there = on_mesh(plan, mesh)
@@ -148,9 +151,9 @@ def _on_mesh(plan: Plan, into: State | None, mesh: Any) -> Plan:
     return there
 
 
-def _kinds(plan: Plan, into: State | None, kinds: Any) -> tuple[str, ...]:
+def _kinds(plan: PlanTables, into: StateData | None, kinds: Any) -> tuple[str, ...]:
     """The kinds to fill, in the order of the target."""
-    filled = tuple(kind for kind, specs in plan._specs.items() if specs)
+    filled = tuple(kind for kind, specs in plan.specs.items() if specs)
     if kinds is None:
         return filled
     names = names_given(kinds, "kinds")
@@ -177,7 +180,7 @@ def _kinds(plan: Plan, into: State | None, kinds: Any) -> tuple[str, ...]:
 # --- what comes from where ---------------------------------------------------------------------------------------
 
 
-def _matched(src: Plan, plan: Plan, names: Sequence[str], cast: bool) -> list[Move]:
+def _matched(src: PlanTables, plan: PlanTables, names: Sequence[str], cast: bool) -> list[Move]:
     """The move of each array of these kinds, in the order of the target's parts.
 
     Raises:
@@ -224,24 +227,24 @@ def _hint_missing(whole: Sequence[str]) -> str:
     )
 
 
-def _renumbering(src: Plan, plan: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
+def _renumbering(src: PlanTables, plan: PlanTables, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
     """From a path in the target to that in the source, where their objects are not called alike.
 
     A learner's plan is often of a model and its optimizer, an actor's of the model alone: the one object is then that
     of the several which has most of the leaves.  Objects with names are those without in the order of the names.
     """
     paths = [one.leaf.path for one in wanted]
-    if src._several and plan._several:
-        if bool(src._names) == bool(plan._names):
+    if src.several and plan.several:
+        if bool(src.names) == bool(plan.names):
             return lambda path: path
-        calls = dict(zip(plan._calls, src._calls, strict=False))
+        calls = dict(zip(plan.object_labels, src.object_labels, strict=False))
         return lambda path: _recalled(path, calls, have)
-    if not src._several and not plan._several:
+    if not src.several and not plan.several:
         return lambda path: path
-    if src._several:
+    if src.several:
         best = _object_of(src, wanted, have)
         return lambda path: (best, *path)
-    best = max(plan._calls, key=lambda at: sum(path[0] == at and path[1:] in have for path in paths))
+    best = max(plan.object_labels, key=lambda at: sum(path[0] == at and path[1:] in have for path in paths))
     return lambda path: path[1:] if path[0] == best else (None, *path)
 
 
@@ -251,9 +254,9 @@ def _recalled(path: Path, calls: Mapping[Any, Any], have: Mapping[Path, Found]) 
     return next((way for way in ways if way in have), path if path in have else (ways or [path])[0])
 
 
-def _object_of(src: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
+def _object_of(src: PlanTables, wanted: Sequence[Found], have: Mapping[Path, Found]) -> Any:
     """The object of the source that the target is; of a model and its teacher nothing but a kind tells which."""
-    theirs = {at: [(one, have.get((at, *one.leaf.path))) for one in wanted] for at in src._calls}
+    theirs = {at: [(one, have.get((at, *one.leaf.path))) for one in wanted] for at in src.object_labels}
 
     def score(at: Any) -> tuple[int, int, int]:
         pairs = [(one, found) for one, found in theirs[at] if found is not None]
@@ -270,7 +273,7 @@ def _object_of(src: Plan, wanted: Sequence[Found], have: Mapping[Path, Found]) -
     return best
 
 
-def _refuse_abstract(src: State, kinds: Sequence[str]) -> None:
+def _refuse_abstract(src: StateData, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in src.part(kind).arrays):
         raise StructureError(
             "The source is abstract: it has shapes but no values.",

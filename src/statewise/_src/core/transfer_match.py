@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from statewise._src.common.nnx_graph import ONE, Spec
 from statewise._src.common.paths import Leaf, format_path, format_shape
 from statewise._src.core.cast import can_cast
-from statewise._src.core.plan import Plan
 from statewise._src.plan.members import Axis, place_of, shrunk
+from statewise._src.plan.tables import PlanTables
 
 __all__ = ["OTHER", "Found", "difference", "leaves_of"]
 
@@ -38,25 +38,25 @@ class Found:
         return tuple(shrunk(spec.shape, axis) for spec, axis in zip(self.specs, self.axes, strict=True))
 
 
-def leaves_of(plan: Plan) -> Iterator[Found]:
+def leaves_of(plan: PlanTables) -> Iterator[Found]:
     """Every leaf of a plan, what is derived after those of its objects."""
-    copies, many = plan._copies, plan.members or 0
-    for row, span, leaf in zip(plan._rows, plan._spans, plan.leaves, strict=False):
+    copies, many = plan.per_device, plan.members or 0
+    for row, span, leaf in zip(plan.rows, plan.spans, plan.leaves, strict=False):
         each = copies is not None and not copies.of(row.kind).isdisjoint(range(span.start, span.stop))
         axes = tuple(_axis(plan, row.kind, at) for at in range(span.start, span.stop))
         yield Found(leaf, row.specs, row.structure, span.start, copies.devices if copies and each else 0, many, axes)
-    derived = iter(plan.leaves[len(plan._rows) :])
-    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+    derived = iter(plan.leaves[len(plan.rows) :])
+    for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
         for position, spec in enumerate(one.layout.specs, start):
             each = copies is not None and position in copies.of(one.into)
             axes = (_axis(plan, one.into, position),)
             yield Found(next(derived), (spec,), ONE, position, copies.devices if copies and each else 0, many, axes)
 
 
-def _axis(plan: Plan, kind: str, position: int) -> Axis:
+def _axis(plan: PlanTables, kind: str, position: int) -> Axis:
     """The axis of the members, from the front."""
-    axis = plan._axis(kind, position)
-    return axis if axis is None else place_of(axis, len(plan._specs[kind][position].shape))
+    axis = plan.member_axis(kind, position)
+    return axis if axis is None else place_of(axis, len(plan.specs[kind][position].shape))
 
 
 OTHER = "the models differ: plan the target's model as the source's was made"

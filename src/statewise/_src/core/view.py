@@ -19,49 +19,49 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import Spec, raw_value, spec_of, value_of
 from statewise._src.common.paths import Leaf, Path
-from statewise._src.core.plan import Plan
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import plain_key
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["arrays_for", "packed_for", "unpacked_of", "view"]
 
 
-def view(plan: Plan, kind: str, arrays: Sequence[Any]) -> Any:
+def view(plan: PlanTables, kind: str, arrays: Sequence[Any]) -> Any:
     """One kind's arrays, given in the order of the plan, nested by path."""
     flat: list[Any] = [
         (row.path, value_of(arrays[span.start : span.stop], span.structure))
-        for row, span in zip(plan._rows, plan._spans, strict=True)
+        for row, span in zip(plan.rows, plan.spans, strict=True)
         if row.kind == kind
     ]
-    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+    for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
         if isinstance(one, Average) and one.into == kind:
             flat += zip(one.layout.paths, arrays[start:stop], strict=True)
     objects = nnx.from_flat_state(flat)
-    if kind != "optimizer" or not plan._groups:
+    if kind != "optimizer" or not plan.optimizers:
         return objects
     views = {
         group.label: jax.tree.unflatten(group.layout.structure, arrays[start:stop])
-        for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True)
+        for group, (start, stop) in zip(plan.optimizers, plan.optimizer_spans, strict=True)
     }
     return {"objects": objects, **views} if flat else views
 
 
-def unpacked_of(plan: Plan, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
+def unpacked_of(plan: PlanTables, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
     """A kind's arrays in the order of the plan, of an ensemble or, inside of `jax.vmap`, of one member."""
-    members = plan._members
-    return (plan if members is None or not _of_one(plan, kind, part) else members.single)._unpacked(kind, part)
+    members = plan.ensemble
+    return (plan if members is None or not _of_one(plan, kind, part) else members.single).unpack(kind, part)
 
 
-def _of_one(plan: Plan, kind: str, part: Sequence[Any]) -> bool:
+def _of_one(plan: PlanTables, kind: str, part: Sequence[Any]) -> bool:
     """Whether a part of an ensemble's plan holds the arrays of one member."""
-    assert plan._members is not None, "asked of an ensemble"
-    ones = plan._members.single._stored[kind]
-    pairs = zip(part, ones, plan._slot_axes[kind], strict=True)
+    assert plan.ensemble is not None, "asked of an ensemble"
+    ones = plan.ensemble.single.stored_specs[kind]
+    pairs = zip(part, ones, plan.slot_axes[kind], strict=True)
     return any(getattr(array, "shape", None) == one.shape for array, one, axis in pairs if axis is not None)
 
 
-def packed_for(plan: Plan, kind: str, given: Any, part: Sequence[Any]) -> tuple[Any, ...]:
+def packed_for(plan: PlanTables, kind: str, given: Any, part: Sequence[Any]) -> tuple[Any, ...]:
     """What stands in the slots of a kind's part, of what is given in the place of its view.
 
     Args:
@@ -73,12 +73,12 @@ def packed_for(plan: Plan, kind: str, given: Any, part: Sequence[Any]) -> tuple[
     Raises:
       StructureError: leaves missing, left over, of another shape or dtype, or donated; all are listed.
     """
-    if plan._members is not None and _of_one(plan, kind, part):
-        plan = plan._members.single
-    return plan._packed(kind, arrays_for(plan, kind, given))
+    if plan.ensemble is not None and _of_one(plan, kind, part):
+        plan = plan.ensemble.single
+    return plan.pack(kind, arrays_for(plan, kind, given))
 
 
-def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
+def arrays_for(plan: PlanTables, kind: str, given: Any) -> tuple[Any, ...]:
     """The arrays, in the order of the plan, of what is given in the place of a view.
 
     Raises:
@@ -86,7 +86,7 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
         JAX would lose; all are listed.
     """
     structure, slots = _layout(plan, kind)
-    specs = plan._held[kind]
+    specs = plan.held_specs[kind]
     leaves, found = jax.tree.flatten(given)
     if found != structure:
         keyed = {_plain(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(_unwrapped(given))[0]}
@@ -98,7 +98,7 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
     for (_, position), array in zip(slots, leaves, strict=True):
         problem = _misfit(array, specs[position])
         if problem:
-            problems.append(dataclasses.replace(plan._row_of_array[kind][position], note=problem))
+            problems.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=problem))
         arrays[position] = array
     for keys, array in keyed.items():
         spec = spec_of(array) or Spec((), None)
@@ -111,7 +111,7 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
             kind=kind,
             hint=f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
         )
-    leaves = plan._row_of_array[kind]
+    leaves = plan.leaf_of_array[kind]
     check_given(
         (leaf, array, spec.dtype)
         for leaf, array, spec in zip(leaves, arrays, specs, strict=True)
@@ -121,9 +121,9 @@ def arrays_for(plan: Plan, kind: str, given: Any) -> tuple[Any, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(plan: Plan, kind: str) -> tuple[Any, list[tuple[Path, int]]]:
+def _layout(plan: PlanTables, kind: str) -> tuple[Any, list[tuple[Path, int]]]:
     """The structure of a view, and for each array in it its keys and its position in the part."""
-    order, structure = jax.tree_util.tree_flatten_with_path(view(plan, kind, range(len(plan._specs[kind]))))
+    order, structure = jax.tree_util.tree_flatten_with_path(view(plan, kind, range(len(plan.specs[kind]))))
     return structure, [(_plain(keys), position) for keys, position in order]
 
 

@@ -18,40 +18,39 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import Spec
 from statewise._src.common.paths import Leaf
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.state_data import StateData
 from statewise._src.plan.averages import Average
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.members import Axis
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["axes", "axes_of_members", "is_stream"]
 
 
-def axes(plan: Plan, given: Mapping[str, Any]) -> State:
+def axes(plan: PlanTables, given: Mapping[str, Any]) -> StateData:
     """See `Plan.axes`."""
-    if plan._members is not None:
+    if plan.ensemble is not None:
         if given:
             raise DeclarationError(
                 f"The axes of an ensemble's plan are those it was made with: {', '.join(given)} cannot have others.",
                 kind=next(iter(given)),
                 hint="plan.axes()  # on the plan of the ensemble, without arguments",
             )
-        return State.of(plan, plan._slot_axes.values())
+        return StateData.of(plan, plan.slot_axes.values())
     _check_given(plan, given, "plan.axes({})")
     _refuse_untold(plan, given)
     found, follows = _found(plan, given, None)
     slots = _in_slots(plan, found)
     if follows:
         # A count has no second axis: it is mapped along the first.
-        specs = plan._stored[OPTIMIZER]
+        specs = plan.stored_specs[OPTIMIZER]
         slots[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(slots[OPTIMIZER], specs, strict=True)]
-    _check_ranks(plan._stored, plan._leaf_of_slot, slots)
-    return State.of(plan, slots.values())
+    _check_ranks(plan.stored_specs, plan.leaf_of_slot, slots)
+    return StateData.of(plan, slots.values())
 
 
-def axes_of_members(plan: Plan, given: Mapping[str, Any]) -> tuple[tuple[str, tuple[Axis, ...]], ...]:
+def axes_of_members(plan: PlanTables, given: Mapping[str, Any]) -> tuple[tuple[str, tuple[Axis, ...]], ...]:
     """For each kind the axis of each of its arrays in an ensemble: the first, where nothing else is said.
 
     Raises:
@@ -62,14 +61,14 @@ def axes_of_members(plan: Plan, given: Mapping[str, Any]) -> tuple[tuple[str, tu
     found, follows = _found(plan, given, 0)
     _refuse_averages(plan, found, given)
     if follows:
-        specs = plan._held[OPTIMIZER]
+        specs = plan.held_specs[OPTIMIZER]
         found[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(found[OPTIMIZER], specs, strict=True)]
-    _check_ranks(plan._held, plan._row_of_array, found)
+    _check_ranks(plan.held_specs, plan.leaf_of_array, found)
     _in_slots(plan, found)
     return tuple((kind, tuple(part)) for kind, part in found.items())
 
 
-def _check_given(plan: Plan, given: Mapping[str, Any], call: str) -> None:
+def _check_given(plan: PlanTables, given: Mapping[str, Any], call: str) -> None:
     for kind, axis in given.items():
         if kind not in plan.kinds:
             raise unknown_kind(kind, plan.kinds)
@@ -77,13 +76,13 @@ def _check_given(plan: Plan, given: Mapping[str, Any], call: str) -> None:
             raise DeclarationError(f"{kind}={axis!r} is no axis.", kind=kind, hint=call.format(f"{kind}=0"))
 
 
-def _found(plan: Plan, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:
+def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:
     """The axis of each array of each kind, and whether those of optimizer state follow what it is of."""
     found = {kind: _each(plan, kind, given.get(kind, default)) for kind in plan.kinds}
-    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+    for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
         if isinstance(one, Average) and one.into not in given:
             # Each as what it is the average of; the count of a schedule is one for all, or each member's own.
-            of = [found[kind][at] for kind, at in plan._params_of(one)]
+            of = [found[kind][at] for kind, at in plan.params_of(one)]
             found[one.into][start : start + len(of)] = of
             if default is not None and len(one.layout.specs) > len(of):
                 found[one.into][start + len(of)] = 0 if _first(of) is not None else None
@@ -93,16 +92,16 @@ def _found(plan: Plan, given: Mapping[str, Any], default: Axis) -> tuple[dict[st
     return found, follows
 
 
-def _refuse_averages(plan: Plan, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
+def _refuse_averages(plan: PlanTables, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
     """An average is read in the place of what it is of, so each member has the one where it has the other."""
     odd = []
-    for one, (start, _) in zip(plan._derived, plan._derived_spans, strict=True):
+    for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
         if not isinstance(one, Average):
             continue
-        for at, (kind, position) in enumerate(plan._params_of(one), start):
+        for at, (kind, position) in enumerate(plan.params_of(one), start):
             if found[one.into][at] != found[kind][position]:
                 note = f"axis {found[one.into][at]}, an average of what has axis {found[kind][position]}"
-                odd.append(_noted(plan._row_of_array[one.into][at], note))
+                odd.append(_noted(plan.leaf_of_array[one.into][at], note))
     if odd:
         rest = ", ".join(f"{kind}={axis!r}" for kind, axis in given.items() if kind != odd[0].kind and _is_axis(axis))
         raise DeclarationError(
@@ -119,12 +118,12 @@ def is_stream(leaf: Leaf, specs: Sequence[Spec]) -> bool:
     return keys or (isinstance(leaf.type, type) and issubclass(leaf.type, nnx.RngState))
 
 
-def _refuse_untold(plan: Plan, given: Mapping[str, Any]) -> None:
+def _refuse_untold(plan: PlanTables, given: Mapping[str, Any]) -> None:
     """Raises where nothing says whether the members share their random streams.
 
     By the default, one for all, each would draw the same noise, and nothing would show it.
     """
-    rows = zip(plan._rows, plan.leaves, strict=False)
+    rows = zip(plan.rows, plan.leaves, strict=False)
     untold = [leaf for row, leaf in rows if row.kind not in given and is_stream(leaf, row.specs)]
     if untold:
         kinds = list(dict.fromkeys(str(leaf.kind) for leaf in untold))
@@ -143,15 +142,15 @@ def _is_axis(axis: Any) -> bool:
     return axis is None or (isinstance(axis, int) and not isinstance(axis, bool))
 
 
-def _each(plan: Plan, kind: str, given: Any) -> list[Axis]:
+def _each(plan: PlanTables, kind: str, given: Any) -> list[Axis]:
     """The axis of each array of a kind, in the order of the plan."""
-    specs = plan._specs[kind]
+    specs = plan.specs[kind]
     if not callable(given):
         return [given] * len(specs)
     found, odd = [], []
-    derived = frozenset(plan.leaves[len(plan._rows) :])
-    for leaf, spec in zip(plan._row_of_array[kind], specs, strict=True):
-        path = leaf.path if leaf in derived else plan._relative(leaf.path)
+    derived = frozenset(plan.leaves[len(plan.rows) :])
+    for leaf, spec in zip(plan.leaf_of_array[kind], specs, strict=True):
+        path = leaf.path if leaf in derived else plan.relative(leaf.path)
         axis = given(path, spec.shape)
         found.append(axis)
         if not _is_axis(axis):
@@ -166,7 +165,7 @@ def _each(plan: Plan, kind: str, given: Any) -> list[Axis]:
     return found
 
 
-def _followed(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> list[Axis]:
+def _followed(plan: PlanTables, found: Mapping[str, Sequence[Axis]]) -> list[Axis]:
     """The axes of optimizer state: of all that one optimizer keeps as soon as something that it updates is mapped.
 
     Even where only some of its leaves are mapped, its counts and norms come out different for each of them.
@@ -176,12 +175,12 @@ def _followed(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> list[Axis]:
         axis
         for kind in plan.kinds
         if kind != OPTIMIZER
-        for leaf, axis in zip(plan._row_of_array[kind], found[kind], strict=True)
+        for leaf, axis in zip(plan.leaf_of_array[kind], found[kind], strict=True)
         if isinstance(leaf.type, type) and issubclass(leaf.type, nnx.Param)
     ]
-    made = [_first(params)] * len(plan._specs[OPTIMIZER])
-    for group, (start, stop) in zip(plan._groups, plan._moment_spans, strict=True):
-        made[start:stop] = [_first([found[kind][at] for kind, at in plan._params_of(group)])] * (stop - start)
+    made = [_first(params)] * len(plan.specs[OPTIMIZER])
+    for group, (start, stop) in zip(plan.optimizers, plan.optimizer_spans, strict=True):
+        made[start:stop] = [_first([found[kind][at] for kind, at in plan.params_of(group)])] * (stop - start)
     return made
 
 
@@ -189,18 +188,18 @@ def _first(found: Sequence[Axis]) -> Axis:
     return next((axis for axis in found if axis is not None), None)
 
 
-def _in_slots(plan: Plan, found: Mapping[str, Sequence[Axis]]) -> dict[str, list[Axis]]:
+def _in_slots(plan: PlanTables, found: Mapping[str, Sequence[Axis]]) -> dict[str, list[Axis]]:
     """The axis of what stands in each slot: arrays that are packed together are mapped together."""
     slots: dict[str, list[Axis]] = {}
     odd: list[Leaf] = []
-    for kind, here in zip(plan.kinds, plan._slots, strict=True):
+    for kind, here in zip(plan.kinds, plan.slots, strict=True):
         slots[kind] = []
         for slot in here:
             positions = (slot,) if isinstance(slot, int) else slot.positions
             several = [found[kind][position] for position in positions]
             slots[kind].append(several[0])
             odd += [
-                _noted(plan._row_of_array[kind][position], f"axis {axis}, packed with others of axis {several[0]}")
+                _noted(plan.leaf_of_array[kind][position], f"axis {axis}, packed with others of axis {several[0]}")
                 for position, axis in zip(positions, several, strict=True)
                 if axis != several[0]
             ]

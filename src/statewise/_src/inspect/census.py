@@ -12,13 +12,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from flax import nnx
-
 from statewise._src.common.nnx_graph import row_of
 from statewise._src.common.tables import KindCount, Shown, Table, count_kinds, kinds_table, total_of
 from statewise._src.core.batches import refuse_batch
 from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
+from statewise._src.core.plan import State, tables_in
 from statewise._src.inspect.select.select import check_kinds, look
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.match import claim
@@ -120,13 +118,13 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
     """
     if kinds is not None:
         check_kinds(kinds)
-    plan = _plan_of(model)
+    plan = tables_in(model)
     if plan is not None:
         if kinds is not None and kinds != plan.kinds:
             raise DeclarationError(
                 "A plan is counted by its own kinds.", hint="sw.census(model, kinds)  # the planned model"
             )
-        if plan is not model:
+        if isinstance(model, State):
             refuse_batch(model)
         return Census(count_kinds((*plan.leaves, *plan.excluded), plan.kinds), plan.members)
     found = look(model)
@@ -134,13 +132,3 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
     claims = claim(declared, found)
     rows = [row_of(path, leaf, kind) for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True)]
     return Census(count_kinds(rows, declared))
-
-
-def _plan_of(thing: Any) -> Plan | None:
-    """The plan itself, or that of a state; a state's room stands after this one, so it is told by its plan."""
-    if isinstance(thing, Plan):
-        return thing
-    if isinstance(thing, nnx.Pytree):  # a module's own attribute `plan` is something else
-        return None
-    plan = getattr(thing, "plan", None)
-    return plan if isinstance(plan, Plan) else None

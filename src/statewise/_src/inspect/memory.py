@@ -21,8 +21,9 @@ import jax
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.tables import Shown, Table, format_bytes, leaf_dict
 from statewise._src.core.batches import refuse_batch
-from statewise._src.core.plan import Plan
+from statewise._src.core.plan import Plan, State, tables_in
 from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import Lies, axis_sizes, describe_mesh, resolve, slot_shardings
 from statewise.errors import DeclarationError, PlacementError
 
@@ -193,22 +194,22 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
       optimizer/params/0/nu/kernel  optimizer     2.0 MiB
       optimizer/params/0/count      optimizer         4 B
     """
-    if not isinstance(plan, Plan):
-        state, plan = plan, getattr(plan, "plan", None)
-        if not isinstance(plan, Plan):
-            raise DeclarationError("Memory is counted by a plan.", hint="sw.memory(sw.plan(model), {'data': 8})")
-        refuse_batch(state)
+    tables = tables_in(plan)
+    if tables is None:
+        raise DeclarationError("Memory is counted by a plan.", hint="sw.memory(sw.plan(model), {'data': 8})")
+    if isinstance(plan, State):
+        refuse_batch(plan)
     mesh = _abstract(mesh) if isinstance(mesh, Mapping) else mesh
     sizes = axis_sizes(mesh)
-    placed = resolve(plan, mesh)
-    if plan._packing:
-        slot_shardings(plan, mesh)  # refuses a packed kind that would be split
+    placed = resolve(tables, mesh)
+    if tables.packing:
+        slot_shardings(tables, mesh)  # refuses a packed kind that would be split
     here: dict[int, int] = {}
     leaves: dict[int, Leaf] = {}
     counted = []
-    for kind, specs in plan._specs.items():
+    for kind, specs in tables.specs.items():
         device = host = whole = 0
-        for spec, lies, leaf in zip(specs, placed[kind], plan._row_of_array[kind], strict=True):
+        for spec, lies, leaf in zip(specs, placed[kind], tables.leaf_of_array[kind], strict=True):
             nbytes = spec.nbytes
             part = nbytes // lies.parts(sizes)
             whole += nbytes * Lies((lies.each,)).parts(sizes)  # a value for each device, or one for all
@@ -225,16 +226,16 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
     return Memory(
         tuple(sizes.items()),
         tuple(counted),
-        _gradients(plan, placed, sizes) if gradients else 0,
+        _gradients(tables, placed, sizes) if gradients else 0,
         tuple((leaves[one], here[one]) for one in largest),
     )
 
 
-def _gradients(plan: Plan, placed: Mapping[str, tuple[Lies, ...]], sizes: Mapping[str, int]) -> int:
+def _gradients(plan: PlanTables, placed: Mapping[str, tuple[Lies, ...]], sizes: Mapping[str, int]) -> int:
     return sum(
-        plan._specs[kind][at].nbytes // placed[kind][at].parts(sizes)
-        for group in plan._groups
-        for kind, at in plan._params_of(group)
+        plan.specs[kind][at].nbytes // placed[kind][at].parts(sizes)
+        for group in plan.optimizers
+        for kind, at in plan.params_of(group)
     )
 
 

@@ -8,6 +8,7 @@ and the mask reaches, as if the old text were still there.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.paths import Path
-from statewise._src.core.kinds import Kinds
 from statewise._src.filters.explain import as_code
+from statewise._src.plan.kind import Kind
 
 __all__ = ["WHY", "is_named_position", "may_be_position", "restart_hint"]
 
@@ -48,7 +49,7 @@ def is_named_position(name: str) -> bool:
     return bool(_POSITION.search(name))
 
 
-def restart_hint(kinds: Kinds, kind: str | None, path: Path, cache: str) -> str:
+def restart_hint(kinds: Mapping[str, Kind], kind: str | None, path: Path, cache: str) -> str:
     """The declaration under which such a leaf restarts with its cache; and the type with which it would, both as code.
 
     Args:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from statewise._src.common.nnx_graph import Spec
 from statewise._src.common.paths import Path
-from statewise._src.core.kinds import Kinds
 from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, Layout, refuse_lost, unfit
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.kind import Kind, unknown_kind
@@ -88,7 +87,9 @@ def averaged_kind(path: Path) -> str:
     return str(path[2] if path[1] == COUNTS else path[1])
 
 
-def check_averages(kinds: Kinds, rows: Sequence[Any], averages: Mapping[Any, Any]) -> tuple[Kinds, tuple[Average, ...]]:
+def check_averages(
+    kinds: Mapping[str, Kind], rows: Sequence[Any], averages: Mapping[Any, Any]
+) -> tuple[dict[str, Kind], tuple[Average, ...]]:
     """Turns the averages as given into kinds of their own and the arrays in them, in the order given.
 
     Raises:
@@ -117,14 +118,14 @@ def check_averages(kinds: Kinds, rows: Sequence[Any], averages: Mapping[Any, Any
             for name in names:
                 mine = tuple((row.path, row.specs, row.structure) for row in rows if row.kind == name)
                 made.append(Average((name,), mine, ema))
-    return kinds | Kinds(**declared), tuple(made)
+    return declared, tuple(made)
 
 
 def _shown(given: Any) -> str:
     return repr(given) if isinstance(given, int | float | str) or given is EMA else type(given).__name__
 
 
-def _check_name(ema: EMA, kinds: Kinds, taken: Mapping[str, Any], key: Any) -> None:
+def _check_name(ema: EMA, kinds: Mapping[str, Kind], taken: Mapping[str, Any], key: Any) -> None:
     another = f"sw.EMA(..., name={ema.name + '_slow'!r})"
     if ema.name in taken:
         joint = f"averages={{{_together(taken[ema.name], key)!r}: sw.EMA(...)}}  # one for both\nor {another}"
@@ -182,7 +183,7 @@ def _check_ema(ema: EMA) -> None:
             )
 
 
-def _check_kinds(names: tuple[str, ...], kinds: Kinds, rows: Sequence[Any]) -> None:
+def _check_kinds(names: tuple[str, ...], kinds: Mapping[str, Kind], rows: Sequence[Any]) -> None:
     for name in names:
         if name not in kinds:
             raise unknown_kind(name, kinds)

@@ -6,14 +6,16 @@ here holds plans weakly: one that nobody uses is gone.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from statewise._src.common.paths import Path
-from statewise._src.core.kinds import Kinds
 from statewise._src.plan.derived import Derived
+from statewise._src.plan.kind import Kind
 from statewise._src.plan.leaf_specs import Row
 
 __all__ = ["intern", "same_graph"]
@@ -23,7 +25,7 @@ __all__ = ["intern", "same_graph"]
 class _Identity:
     """What makes two plans equal.  Graph definitions are compared, never hashed: metadata may not be hashable."""
 
-    kinds: Kinds
+    kinds: Mapping[str, Kind]
     names: tuple[str, ...]
     rows: tuple[Row, ...]
     derived: tuple[Derived, ...]
@@ -74,20 +76,24 @@ def _types_of_statics(graphdef: Any) -> list[type]:
     return [type(getattr(attribute, "value", None)) for _, attribute in graphdef.attributes]
 
 
-_plans: weakref.WeakValueDictionary[_Identity, Any] = weakref.WeakValueDictionary()
-_plans_lock = threading.Lock()
+_tables: weakref.WeakValueDictionary[_Identity, Any] = weakref.WeakValueDictionary()
+_tables_lock = threading.Lock()
 
 
-def intern(plan: Any) -> Any:
-    """The one plan that is equal to this one: an older one, or this one from now on."""
+# While the interpreter shuts down, comparing keys would need modules that are gone already.
+atexit.register(_tables.clear)
+
+
+def intern(tables: Any) -> Any:
+    """Returns the one object that is equal to these tables: an older one, or this one from now on."""
     identity = _Identity(
-        plan.kinds,
-        plan._names,
-        plan._rows,
-        plan._derived,
-        plan._graphdef,
-        (plan._packing, plan._copies, plan._members),
-        _types_of_statics(plan._graphdef),
+        tables.kinds,
+        tables.names,
+        tables.rows,
+        tables.derived,
+        tables.graphdef,
+        (tables.packing, tables.per_device, tables.ensemble),
+        _types_of_statics(tables.graphdef),
     )
-    with _plans_lock:
-        return _plans.setdefault(identity, plan)
+    with _tables_lock:
+        return _tables.setdefault(identity, tables)

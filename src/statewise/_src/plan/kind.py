@@ -9,8 +9,8 @@ The handlings, one line each; the pipeline that reads it in brackets:
 - `saved` [steps, checkpoints]: persisted; what is not saved is *ephemeral*, and a train step does not write
   it unless told to;
 - `missing` [checkpoints]: what a restore does for a leaf that the checkpoint lacks;
-- `restart` [State.restart]: how a fresh value is made from the current one, and from a key and the path;
-- `batch_axis` [State.restart]: which axis holds independent slots;
+- `restart` [StateData.restart]: how a fresh value is made from the current one, and from a key and the path;
+- `batch_axis` [StateData.restart]: which axis holds independent slots;
 - `placement` [placement]: how it lies on a mesh;
 - `optional` [claims]: a path that its filter spells need not be in the model.
 """
@@ -31,7 +31,7 @@ from statewise._src.plan.fresh_values import check_restart, takes
 from statewise._src.plan.placements import PLACEMENTS, describe_placement
 from statewise.errors import DeclarationError, FilterError
 
-__all__ = ["Kind", "shown", "unknown_kind"]
+__all__ = ["Kind", "shown", "unknown_kind", "with_kinds"]
 
 Missing = Literal["error", "keep", "restart"]
 
@@ -178,6 +178,12 @@ def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> DeclarationError:
     """The error for a kind that is not there."""
     known = f"one of: {', '.join(kinds)}" if kinds else "kinds = sw.Kinds.standard()"
     return DeclarationError(f"There is no kind {name!r}.", kind=str(name), hint=known)
+
+
+def with_kinds(kinds: Mapping[str, Kind], changed: Mapping[str, Kind]) -> Mapping[str, Kind]:
+    """Returns the declaration with these kinds added, or in the place of those of the same name."""
+    declaration: Any = type(kinds)
+    return declaration(**{**kinds, **changed}) if changed else kinds
 
 
 def shown(thing: Any) -> str:

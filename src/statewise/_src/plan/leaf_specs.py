@@ -5,7 +5,7 @@ earlier `sow` left in the model get no row, and leaves that hold neither arrays 
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -13,7 +13,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, Scan, Spec, arrays_of, named, raw_value, rebuild, row_of, scan, spec_of
 from statewise._src.common.paths import Leaf, Path
-from statewise._src.core.kinds import Kinds
+from statewise._src.plan.kind import Kind
 from statewise._src.plan.match import claim
 from statewise.errors import StructureError
 
@@ -78,7 +78,7 @@ def is_sown(type_: type) -> bool:
 
 
 def drop_sown(
-    kinds: Kinds, objects: Sequence[Any], found: Scan, claims: list[str]
+    kinds: Mapping[str, Kind], objects: Sequence[Any], found: Scan, claims: list[str]
 ) -> tuple[Scan, list[str], tuple[Leaf, ...]]:
     """Takes what an earlier `sow` left in the model out of the plan: a step would find it there, and add to it."""
     paths = _sown(kinds, found, claims, objects)
@@ -99,7 +99,7 @@ def drop_sown(
     return found, claims, dropped
 
 
-def _sown(kinds: Kinds, found: Scan, claims: Sequence[str], objects: Sequence[Any]) -> frozenset[Path]:
+def _sown(kinds: Mapping[str, Kind], found: Scan, claims: Sequence[str], objects: Sequence[Any]) -> frozenset[Path]:
     """The paths of ephemeral leaves that `sow` made: it makes attributes of modules, never items of a list."""
     ephemeral = {name for name, kind in kinds.items() if not kind.saved}
     paths = [

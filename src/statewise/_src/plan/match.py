@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import Scan, row_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_type
 from statewise._src.common.ties import aliases_of
-from statewise._src.core.kinds import Kinds
 from statewise._src.filters.combinators import predicate
 from statewise._src.filters.explain import as_code, type_key, type_only
 from statewise._src.filters.primitives import Exactly
@@ -23,7 +22,7 @@ __all__ = ["claim", "claimants", "free_name"]
 Claimants = Callable[[Any, Any], tuple[str, ...]]
 
 
-def claimants(kinds: Kinds) -> Claimants:
+def claimants(kinds: Mapping[str, Kind]) -> Claimants:
     """A function of (path, leaf) that names the kinds which claim the leaf; the rest kind only if no other does.
 
     Where a filter looks at nothing but the type, its answer is remembered by type: models have thousands of
@@ -48,7 +47,7 @@ def claimants(kinds: Kinds) -> Claimants:
     return claims_of
 
 
-def claim(kinds: Kinds, found: Scan, *, there: bool = True) -> list[str]:
+def claim(kinds: Mapping[str, Kind], found: Scan, *, there: bool = True) -> list[str]:
     """The kind of each leaf.
 
     Args:
@@ -90,7 +89,9 @@ def claim(kinds: Kinds, found: Scan, *, there: bool = True) -> list[str]:
     return [names[0] for names in claims]
 
 
-def _refuse(kinds: Kinds, found: Scan, claims: Sequence[tuple[str, ...]], aliases: dict[Path, Any]) -> None:
+def _refuse(
+    kinds: Mapping[str, Kind], found: Scan, claims: Sequence[tuple[str, ...]], aliases: dict[Path, Any]
+) -> None:
     overlapping, unclaimed = [], []
     types: dict[tuple[str, ...], list[type]] = {}
     tied: dict[tuple[str, ...], list[Path]] = {}
@@ -130,7 +131,7 @@ def _first_paths(leaves: Sequence[Leaf]) -> str:
     return shown + (" ..." if len(leaves) > 3 else "")
 
 
-def _hint_unclaimed(kinds: Kinds, types: Sequence[type]) -> str:
+def _hint_unclaimed(kinds: Mapping[str, Kind], types: Sequence[type]) -> str:
     """One kind for each type that is left over, or the rest kind for all of them."""
     lines = []
     for cls in dict.fromkeys(types):
@@ -140,14 +141,14 @@ def _hint_unclaimed(kinds: Kinds, types: Sequence[type]) -> str:
     return "\n".join(lines)
 
 
-def free_name(kinds: Kinds, name: str) -> str:
+def free_name(kinds: Mapping[str, Kind], name: str) -> str:
     """A name that no kind has: a hint must not push out what is declared."""
     taken = [name, *(f"{name}_{number}" for number in range(2, len(kinds) + 2))]
     return next(free for free in taken if free not in kinds)
 
 
 def _hint_contested(
-    kinds: Kinds,
+    kinds: Mapping[str, Kind],
     types: dict[tuple[str, ...], list[type]],
     tied: dict[tuple[str, ...], list[Path]],
     claimed: set[str],
@@ -177,7 +178,7 @@ def _hint_contested(
     return "\n".join(lines)
 
 
-def _breadth(kinds: Kinds, name: str, types: Sequence[type]) -> int:
+def _breadth(kinds: Mapping[str, Kind], name: str, types: Sequence[type]) -> int:
     """How far a kind's own type stands above the overlapping leaf's: the wider filter gives way. 0 if unknown.
 
     What spells a path was written for these very leaves, and types give way to it: a model that is frozen by its path

@@ -7,14 +7,14 @@ An axis counts in the array as a state of one member holds it, the axis of `PerD
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from statewise._src.common.nnx_graph import Spec
 
-__all__ = ["Axis", "Membered", "Members", "grown", "place_of", "shrunk"]
+__all__ = ["Axis", "Members", "grown", "place_of", "shrunk"]
 
 # Of an array the axis that its members lie along; None for one that all members share.
 Axis = int | None
@@ -90,38 +90,3 @@ def shrunk(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
         return shape
     at = place_of(axis, len(shape))
     return shape[:at] + shape[at + 1 :]
-
-
-class Membered:
-    """What a state of an ensemble can do besides; a base of `State`."""
-
-    __slots__ = ()
-
-    def member(self, index: Any) -> Any:
-        """Returns the state of one member of an ensemble, in arrays of its own.
-
-        Args:
-          index: which member: a whole number, from the end where it is negative; or a traced one, which cannot be
-            checked (one past the end then gives the last member).
-
-        Returns:
-          a state of the single plan; every step takes it, and `plan.build` makes a model of it.
-
-        Raises:
-          StructureError: a state of one model; an index that is not a whole number, or names no member; a donated
-            state.
-
-        Example:
-          >>> from flax import nnx
-          >>> import statewise as sw
-          >>> models = [nnx.Linear(2, 3, rngs=nnx.Rngs(seed)) for seed in range(4)]
-          >>> plan = sw.plan(models[0])
-          >>> ensemble = plan.stacked(4).stack([plan.take(model) for model in models])
-          >>> ensemble["params"]["kernel"].shape, ensemble.member(-1)["params"]["kernel"].shape
-          ((4, 2, 3), (2, 3))
-          >>> bool((ensemble.member(2)["params"]["kernel"] == models[2].kernel[...]).all())
-          True
-        """
-        from statewise._src.core.ensembles import member
-
-        return member(cast(Any, self), index)

@@ -19,9 +19,8 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
-from statewise._src.core.kinds import Kinds
 from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, Layout, plain_key, refuse_lost, unfit
-from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.kind import Kind, unknown_kind
 from statewise.errors import DeclarationError
 
 __all__ = ["OPTIMIZER", "Group", "check_optimizers"]
@@ -114,7 +113,9 @@ def _roots(state: Any) -> tuple[int | None, ...]:
     return tuple(roots)
 
 
-def check_optimizers(kinds: Kinds, rows: Sequence[Any], optimizers: Mapping[Any, Any]) -> tuple[Group, ...]:
+def check_optimizers(
+    kinds: Mapping[str, Kind], rows: Sequence[Any], optimizers: Mapping[Any, Any]
+) -> tuple[Group, ...]:
     """Turns the optimizers as given into groups, in the order given.
 
     Raises:
@@ -154,7 +155,7 @@ def check_optimizers(kinds: Kinds, rows: Sequence[Any], optimizers: Mapping[Any,
     return tuple(groups)
 
 
-def _check_kind(name: Any, kinds: Kinds, taken: Mapping[str, Any]) -> None:
+def _check_kind(name: Any, kinds: Mapping[str, Kind], taken: Mapping[str, Any]) -> None:
     if name not in kinds:
         raise unknown_kind(name, kinds)
     if name in taken:
@@ -171,7 +172,7 @@ def _check_kind(name: Any, kinds: Kinds, taken: Mapping[str, Any]) -> None:
         )
 
 
-def _check_rows(names: tuple[str, ...], rows: Sequence[Any], kinds: Kinds) -> None:
+def _check_rows(names: tuple[str, ...], rows: Sequence[Any], kinds: Mapping[str, Kind]) -> None:
     empty = [name for name in names if not any(row.kind == name for row in rows)]
     if empty or not names:
         raise DeclarationError(

@@ -22,7 +22,6 @@ from flax import nnx
 from statewise._src.common.nnx_graph import Scan, row_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_type
 from statewise._src.common.ties import aliases_of
-from statewise._src.core.kinds import Kinds
 from statewise._src.filters.combinators import compound, describe, normalise
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Path as Glob
@@ -250,7 +249,7 @@ def _matches(reading: Reading, filter: Any) -> bool:
 # --- kinds -----------------------------------------------------------------------------------------------------
 
 
-def check_claimed(kinds: Kinds, reading: Reading, claimed: set[str], unclaimed: Sequence[Leaf]) -> None:
+def check_claimed(kinds: Mapping[str, Kind], reading: Reading, claimed: set[str], unclaimed: Sequence[Leaf]) -> None:
     """Refuses kinds that spell a path which matches no leaf, or that spell one and claim no leaf, unless optional.
 
     Args:

@@ -1,15 +1,22 @@
-"""The static tables of a plan: where each array of each leaf stands in a state.
+"""The static tables of a plan: where each array of each leaf is in a state, and the tables of plans made from it.
 
 A state keeps one part for each kind.  Two numberings of a kind's arrays are in use.  In the order of the plan each
 array has a *position*; a packed part stores several arrays in one buffer, so what it holds is counted in *slots*.
 Without packing the two are the same.
+
+Tables hold no array and are hashable, and equal tables are one object, so that JAX compares the static parts of two
+states by identity.  The rows come in the order of NNX's flat leaves; a state groups arrays by kind, and `spans` says
+which arrays of which kind make up each leaf.  The tables of an ensemble are made from those of one member: whatever
+changes them changes the member's, and makes the ensemble's again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,176 +24,213 @@ import jax
 from statewise._src.common.nnx_graph import ONE, Spec, make_leaf
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
-from statewise._src.core.kinds import Kinds
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived
+from statewise._src.plan.intern import intern
+from statewise._src.plan.kind import Kind, unknown_kind
 from statewise._src.plan.leaf_specs import Row, Span
 from statewise._src.plan.members import Axis, Members, grown
 from statewise._src.plan.optimizer_state import OPTIMIZER, Group
-from statewise._src.plan.packing import Buffer, Packing, pack, unpack
+from statewise._src.plan.packing import Buffer, Packing, choose, pack, unpack
 from statewise._src.plan.per_device import Copies
 
-__all__ = ["OPTIMIZER", "Layout"]
+__all__ = ["OPTIMIZER", "PlanTables", "make_tables"]
 
 
-class Layout:
-    """Where each array of each leaf stands; the base of `Plan`, which says what the leaves are."""
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PlanTables:
+    """What a plan knows, resolved and without arrays: where each array of each leaf is.
 
-    kinds: Kinds
-    _graphdef: Any
-    _objects: int
-    _several: bool
-    _names: tuple[str, ...]  # of the objects, if they have any
-    _rows: tuple[Row, ...]
-    _derived: tuple[Derived, ...]  # the optimizers first
-    _packing: Mapping[str, Packing]
-    _copies: Copies | None
-    _members: Members | None
+    Attributes:
+      kinds: the declaration, with the kind `optimizer` added where there are optimizers, and a kind for each average.
+      graphdef: NNX's graph definition of the objects.
+      rows: what is known of each leaf of the model.
+      derived: the optimizers, then the averages.
+      object_count: how many objects were planned.
+      names: the objects' names, where they were planned by name.
+      excluded: leaves that an earlier `sow` left in the model and that are not part of a state.
+      packing: which kinds are packed, and how.
+      per_device: which arrays are per device; None where none is, or where the plan was not placed on a mesh.
+      ensemble: the members, if this is the plan of an ensemble.
+    """
+
+    kinds: Mapping[str, Kind]
+    graphdef: Any
+    rows: tuple[Row, ...]
+    derived: tuple[Derived, ...]
+    object_count: int
+    names: tuple[str, ...] = ()
+    excluded: tuple[Leaf, ...] = ()
+    packing: Mapping[str, Packing] = MappingProxyType({})
+    per_device: Copies | None = None
+    ensemble: Members | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether paths begin with an object's name or position."""
+        return self.object_count > 1 or bool(self.names)
+
+    def __getitem__(self, kind: str) -> tuple[Leaf, ...]:
+        if kind not in self.kinds:
+            raise unknown_kind(kind, self.kinds)
+        return tuple(leaf for leaf in self.leaves if leaf.kind == kind)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{kind}={len(specs)}" for kind, specs in self.specs.items() if specs)
+        return f"Plan({'' if self.members is None else f'an ensemble of {self.members}: '}{counts})"
+
+    # Identity is equality: `make_tables` gives out one object for equal tables.
+
+    def __deepcopy__(self, memo: Any) -> PlanTables:
+        return self
+
+    def __copy__(self) -> PlanTables:
+        return self
 
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
         """The rows, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
-        aliases = aliases_of(self._graphdef, [row.path for row in self._rows], self._several, self._names)
+        aliases = aliases_of(self.graphdef, [row.path for row in self.rows], self.several, self.names)
         mine = [
             make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, aliases.get(row.path, ()))
-            for row in self._rows
+            for row in self.rows
         ]
         derived = [
             make_leaf(path, jax.Array, [spec], True, one.into)
-            for one in self._derived
+            for one in self.derived
             for path, spec in zip(one.leaf_paths, one.layout.specs, strict=True)
         ]
         return tuple(mine + derived)
 
     @property
-    def _calls(self) -> Sequence[Any]:
+    def object_labels(self) -> Sequence[Any]:
         """What each object is called in paths: its name or its position."""
-        return self._names or range(self._objects)
+        return self.names or range(self.object_count)
 
-    def _relative(self, path: Path) -> Path:
+    def relative(self, path: Path) -> Path:
         """A leaf's path as filters, and functions of a path, see it: relative to its object, if that has no name."""
-        return path[1:] if self._several and not self._names else path
+        return path[1:] if self.several and not self.names else path
 
     @functools.cached_property
-    def _groups(self) -> tuple[Group, ...]:
+    def optimizers(self) -> tuple[Group, ...]:
         """The optimizers."""
-        return tuple(one for one in self._derived if isinstance(one, Group))
+        return tuple(one for one in self.derived if isinstance(one, Group))
 
     @functools.cached_property
-    def _averages(self) -> tuple[Average, ...]:
+    def averages(self) -> tuple[Average, ...]:
         """The averages, one for each kind and name."""
-        return tuple(one for one in self._derived if isinstance(one, Average))
+        return tuple(one for one in self.derived if isinstance(one, Average))
 
     @functools.cached_property
-    def _specs(self) -> dict[str, tuple[Spec, ...]]:
+    def specs(self) -> dict[str, tuple[Spec, ...]]:
         """Shape and dtype of each array of each kind's part, in the order in which a state holds them."""
         parts: dict[str, list[Spec]] = {kind: [] for kind in self.kinds}
-        for row in self._rows:
+        for row in self.rows:
             parts[row.kind].extend(row.specs)
-        for one in self._derived:
+        for one in self.derived:
             parts[one.into].extend(one.layout.specs)
         return {kind: tuple(part) for kind, part in parts.items()}
 
     @functools.cached_property
-    def _spans(self) -> tuple[Span, ...]:
+    def spans(self) -> tuple[Span, ...]:
         """For each row, in order, where its arrays stand in its kind's part."""
         used = dict.fromkeys(self.kinds, 0)
         spans = []
-        for row in self._rows:
+        for row in self.rows:
             start = used[row.kind]
             used[row.kind] = start + len(row.specs)
             spans.append(Span(row.kind, start, used[row.kind], row.structure))
         return tuple(spans)
 
     @functools.cached_property
-    def _derived_spans(self) -> tuple[tuple[int, int], ...]:
+    def derived_spans(self) -> tuple[tuple[int, int], ...]:
         """For all that is derived, in order, where its arrays stand in the part of its kind."""
-        used = {one.into: sum(len(row.specs) for row in self._rows if row.kind == one.into) for one in self._derived}
+        used = {one.into: sum(len(row.specs) for row in self.rows if row.kind == one.into) for one in self.derived}
         spans = []
-        for one in self._derived:
+        for one in self.derived:
             start = used[one.into]
             used[one.into] = start + len(one.layout.specs)
             spans.append((start, used[one.into]))
         return tuple(spans)
 
     @property
-    def _moment_spans(self) -> tuple[tuple[int, int], ...]:
+    def optimizer_spans(self) -> tuple[tuple[int, int], ...]:
         """For each optimizer, where its state's arrays stand in the part of kind `optimizer`."""
-        return self._derived_spans[: len(self._groups)]
+        return self.derived_spans[: len(self.optimizers)]
 
     @functools.cached_property
-    def _index(self) -> dict[str, int]:
+    def kind_index(self) -> dict[str, int]:
         """The position of each kind."""
         return {kind: position for position, kind in enumerate(self.kinds)}
 
     @functools.cached_property
-    def _sizes(self) -> tuple[int, ...]:
+    def sizes(self) -> tuple[int, ...]:
         """How many slots each kind's part has."""
-        return tuple(map(len, self._stored.values()))
+        return tuple(map(len, self.stored_specs.values()))
 
     @functools.cached_property
-    def _held(self) -> dict[str, tuple[Spec, ...]]:
+    def held_specs(self) -> dict[str, tuple[Spec, ...]]:
         """The same as a state holds them: what lies per device has a leading axis, members have theirs before it."""
-        if self._members is not None:
-            return {kind: self._members.grown(kind, specs) for kind, specs in self._members.single._held.items()}
-        copies = self._copies
-        return {kind: copies.held(kind, specs) if copies else specs for kind, specs in self._specs.items()}
+        if self.ensemble is not None:
+            return {kind: self.ensemble.grown(kind, specs) for kind, specs in self.ensemble.single.held_specs.items()}
+        per_device = self.per_device
+        return {kind: per_device.held(kind, specs) if per_device else specs for kind, specs in self.specs.items()}
 
     @functools.cached_property
-    def _stored(self) -> dict[str, tuple[Spec, ...]]:
+    def stored_specs(self) -> dict[str, tuple[Spec, ...]]:
         """Shape and dtype of what stands in each slot of each kind's part."""
-        if self._members is not None:
-            count, axes, single = self._members.number, self._slot_axes, self._members.single
+        if self.ensemble is not None:
+            count, axes, single = self.ensemble.number, self.slot_axes, self.ensemble.single
             return {
                 kind: tuple(
                     Spec(grown(spec.shape, axis, count), spec.dtype)
                     for spec, axis in zip(specs, axes[kind], strict=True)
                 )
-                for kind, specs in single._stored.items()
+                for kind, specs in single.stored_specs.items()
             }
         stored = {}
-        for kind, specs in self._held.items():
-            packing = self._packing.get(kind)
+        for kind, specs in self.held_specs.items():
+            packing = self.packing.get(kind)
             if packing:
                 specs = (*(specs[at] for at in packing.loose), *(buffer.spec for buffer in packing.buffers))
             stored[kind] = specs
         return stored
 
     @functools.cached_property
-    def _slots(self) -> tuple[tuple[int | Buffer, ...], ...]:
+    def slots(self) -> tuple[tuple[int | Buffer, ...], ...]:
         """For each kind (by its number), what stands in each slot: the array at a position, or a buffer of several."""
         slots: list[tuple[int | Buffer, ...]] = []
-        for kind, specs in self._specs.items():
-            packing = self._packing.get(kind)
+        for kind, specs in self.specs.items():
+            packing = self.packing.get(kind)
             slots.append((*packing.loose, *packing.buffers) if packing else tuple(range(len(specs))))
         return tuple(slots)
 
     @functools.cached_property
-    def _slot_axes(self) -> dict[str, tuple[Axis, ...]]:
+    def slot_axes(self) -> dict[str, tuple[Axis, ...]]:
         """For each kind the axis of the members in each slot of its part; all None where the plan is of one model."""
-        members = self._members
+        members = self.ensemble
         if members is None:
-            return {kind: (None,) * size for kind, size in zip(self.kinds, self._sizes, strict=True)}
+            return {kind: (None,) * size for kind, size in zip(self.kinds, self.sizes, strict=True)}
         return {
             kind: tuple(members.of(kind)[slot if isinstance(slot, int) else slot.positions[0]] for slot in here)
-            for kind, here in zip(self.kinds, self._slots, strict=True)
+            for kind, here in zip(self.kinds, self.slots, strict=True)
         }
 
-    def _axis(self, kind: str, position: int) -> Axis:
+    def member_axis(self, kind: str, position: int) -> Axis:
         """The axis of the members in one array; None where there is none."""
-        return None if self._members is None else self._members.of(kind)[position]
+        return None if self.ensemble is None else self.ensemble.of(kind)[position]
 
     @functools.cached_property
-    def _offsets(self) -> tuple[int, ...]:
+    def offsets(self) -> tuple[int, ...]:
         """For each kind (by its number), how many arrays the kinds before it have."""
-        return (0, *itertools.accumulate(map(len, self._specs.values())))
+        return (0, *itertools.accumulate(map(len, self.specs.values())))
 
     @functools.cached_property
-    def _leaf_of_slot(self) -> dict[str, list[Leaf]]:
+    def leaf_of_slot(self) -> dict[str, list[Leaf]]:
         """For each kind, the leaf in each slot of its part; a buffer counts as one that is named for what it holds."""
         leaves = {}
-        for kind, rows in self._row_of_array.items():
-            packing = self._packing.get(kind)
+        for kind, rows in self.leaf_of_array.items():
+            packing = self.packing.get(kind)
             if packing:
                 rows = [rows[at] for at in packing.loose]
                 for number, buffer in enumerate(packing.buffers):
@@ -196,11 +240,11 @@ class Layout:
         return leaves
 
     @functools.cached_property
-    def _keys(self) -> tuple[Any, ...]:
+    def slot_keys(self) -> tuple[Any, ...]:
         """A key for each slot of a state as a pytree: kind and path, made unique where paths only look alike."""
-        derived = {leaf.path for leaf in self.leaves[len(self._rows) :]}
+        derived = {leaf.path for leaf in self.leaves[len(self.rows) :]}
         names: dict[str, None] = {}
-        for kind, leaves in self._leaf_of_slot.items():
+        for kind, leaves in self.leaf_of_slot.items():
             for leaf in leaves:
                 # The paths of what is derived say already of what.
                 path = leaf.path if leaf.path in derived else (kind, *leaf.path)
@@ -212,40 +256,117 @@ class Layout:
                 names[name] = None
         return tuple(map(jax.tree_util.DictKey, names))
 
-    def _unpacked(self, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
+    def unpack(self, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
         """A kind's arrays in order, from what stands in the slots of its part."""
-        packing = self._packing.get(kind)
-        members = self._members
+        packing = self.packing.get(kind)
+        members = self.ensemble
         if packing is None or members is None or not all(hasattr(array, "dtype") for array in part):
             return unpack(packing, part) if packing else part
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in part):
-            return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self._held[kind])
-        return tuple(members.each(lambda part: unpack(packing, part), part, self._slot_axes[kind], members.of(kind)))
+            return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self.held_specs[kind])
+        return tuple(members.each(lambda part: unpack(packing, part), part, self.slot_axes[kind], members.of(kind)))
 
-    def _packed(self, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    def pack(self, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
         """What stands in the slots of a kind's part, from its arrays in order."""
-        packing = self._packing.get(kind)
-        members = self._members
+        packing = self.packing.get(kind)
+        members = self.ensemble
         if packing is None or members is None:
             return pack(packing, arrays) if packing else arrays
-        return tuple(
-            members.each(lambda arrays: pack(packing, arrays), arrays, members.of(kind), self._slot_axes[kind])
-        )
+        return tuple(members.each(lambda arrays: pack(packing, arrays), arrays, members.of(kind), self.slot_axes[kind]))
 
-    def _params_of(self, group: Derived) -> list[tuple[str, int]]:
+    def params_of(self, group: Derived) -> list[tuple[str, int]]:
         """Kind and position of each array that something is derived from, in its order."""
         return [
             (span.kind, position)
-            for span in self._spans
+            for span in self.spans
             if span.kind in group.kinds
             for position in range(span.start, span.stop)
         ]
 
     @functools.cached_property
-    def _row_of_array(self) -> dict[str, list[Leaf]]:
+    def leaf_of_array(self) -> dict[str, list[Leaf]]:
         """For each kind, the leaf that each array of its part belongs to."""
         rows: dict[str, list[Leaf]] = {kind: [] for kind in self.kinds}
-        arrays = [len(row.specs) for row in self._rows] + [1] * (len(self.leaves) - len(self._rows))
+        arrays = [len(row.specs) for row in self.rows] + [1] * (len(self.leaves) - len(self.rows))
         for leaf, count in zip(self.leaves, arrays, strict=True):
             rows[leaf.kind or ""].extend([leaf] * count)
         return rows
+
+    # --- tables made from these ------------------------------------------------------------------------------
+
+    def changed(self, **parts: Any) -> PlanTables:
+        """Returns these tables with some parts changed; of an ensemble, with those of one member changed."""
+        if self.ensemble is not None:
+            return self.ensemble.single.changed(**parts).with_members(self.ensemble)
+        return intern(dataclasses.replace(self, **parts))
+
+    def with_specs(self, specs: Mapping[str, Sequence[Spec]]) -> PlanTables:
+        """This plan with other shapes or dtypes in the rows of the model."""
+        if self.ensemble is not None:
+            of_one = {kind: self.ensemble.shrunk(kind, own) for kind, own in specs.items()}
+            return self.ensemble.single.with_specs(of_one).with_members(self.ensemble)
+        rows = [
+            row._replace(specs=tuple(specs[span.kind][span.start : span.stop])) if span.kind in specs else row
+            for row, span in zip(self.rows, self.spans, strict=True)
+        ]
+        # What would be derived from leaves of these dtypes does not matter: it is there already.
+        by_path = {row.path: row.specs for row in rows}
+        derived = tuple(
+            one.recast(by_path, specs.get(one.into, self.specs[one.into])[start:stop])
+            for one, (start, stop) in zip(self.derived, self.derived_spans, strict=True)
+        )
+        plain = self.changed(rows=tuple(rows), derived=derived, packing=MappingProxyType({}), per_device=None)
+        return plain.with_packing(tuple(self.packing)) if self.packing else plain
+
+    def with_packing(self, kinds: Sequence[str]) -> PlanTables:
+        """This plan with the small arrays of these kinds in few buffers."""
+        if self.ensemble is not None:
+            return self.ensemble.single.with_packing(kinds).with_members(self.ensemble)
+        groups = [
+            (group, self.params_of(group), range(*span))
+            for group, span in zip(self.optimizers, self.optimizer_spans, strict=True)
+        ]
+        spans = self.derived_spans[len(self.optimizers) :]
+        averages = [(one.kind, one.into, start) for one, (start, _) in zip(self.averages, spans, strict=True)]
+        return self.changed(packing=choose(self.specs, kinds, groups, averages), per_device=None)
+
+    @property
+    def plain(self) -> PlanTables:
+        """This plan with nothing packed, and nothing per device."""
+        if not self.packing and not self.per_device:
+            return self
+        return self.changed(packing=MappingProxyType({}), per_device=None)
+
+    # --- ensembles ---------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> int | None:
+        """How many members the plan of an ensemble has; None for a plan of one model."""
+        return None if self.ensemble is None else self.ensemble.number
+
+    def with_members(self, members: Members) -> PlanTables:
+        """The plan of as many members, each as this plan has it, along the same axes."""
+        members = members._replace(single=self)
+        rows = [
+            row._replace(specs=members.grown_at(span.kind, span.start, row.specs))
+            for row, span in zip(self.rows, self.spans, strict=True)
+        ]
+        derived = [
+            dataclasses.replace(one, overridden=members.grown_at(one.into, start, one.layout.specs))
+            for one, (start, _) in zip(self.derived, self.derived_spans, strict=True)
+        ]
+        return intern(dataclasses.replace(self, rows=tuple(rows), derived=tuple(derived), ensemble=members))
+
+
+def make_tables(
+    kinds: Mapping[str, Kind],
+    graphdef: Any,
+    rows: tuple[Row, ...],
+    derived: tuple[Derived, ...],
+    *,
+    object_count: int,
+    names: tuple[str, ...],
+    excluded: tuple[Leaf, ...],
+) -> PlanTables:
+    """Returns the tables of a plan; equal ones are one object."""
+    return intern(PlanTables(kinds, graphdef, rows, derived, object_count=object_count, names=names, excluded=excluded))

@@ -8,7 +8,7 @@ from typing import Any
 
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import leaf_dict
-from statewise._src.core.plan import Plan
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.array_placement import Lies
 from statewise._src.sharding.mesh import axis_sizes
 from statewise._src.sharding.resolve import resolve
@@ -49,7 +49,7 @@ class LeafReport:
         return data
 
 
-def leaves_of(plan: Plan, mesh: Any = None) -> tuple[LeafReport, ...]:
+def leaves_of(plan: PlanTables, mesh: Any = None) -> tuple[LeafReport, ...]:
     """The leaves of a plan, and those that an earlier sow left beside it, as a census counts them.
 
     Args:
@@ -65,8 +65,8 @@ def leaves_of(plan: Plan, mesh: Any = None) -> tuple[LeafReport, ...]:
     placed, sizes = resolve(plan, mesh), axis_sizes(mesh)
     words: dict[int, dict[str, None]] = {}
     here: dict[int, int] = {}
-    for kind, leaves in plan._row_of_array.items():
-        for leaf, spec, lies in zip(leaves, plan._specs[kind], placed[kind], strict=True):
+    for kind, leaves in plan.leaf_of_array.items():
+        for leaf, spec, lies in zip(leaves, plan.specs[kind], placed[kind], strict=True):
             words.setdefault(id(leaf), {})[describe_lies(lies, len(spec.shape))] = None
             here[id(leaf)] = here.get(id(leaf), 0) + _on_device(lies, spec.nbytes, sizes)
     return (

@@ -16,8 +16,7 @@ from statewise._src.checkpoint.restore import leaves_on_disk, members_on_disk
 from statewise._src.common import compat
 from statewise._src.common.tables import Shown, Table, count_leaves, format_bytes, format_count, printable
 from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import Plan, State, tables_in, tables_of
 from statewise._src.inspect.census import Census, census
 from statewise._src.inspect.lint.finding import Findings
 from statewise._src.inspect.lint.lint import lint
@@ -165,8 +164,9 @@ def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: A
     changes = None if other is None else diff(target, other, kinds=kinds if models else None)
     if is_path(target):
         return dataclasses.replace(_of_checkpoint(target, mesh), diff=changes)
-    plan = _plan_of(target)
-    if plan is not None:
+    tables = tables_in(target)
+    if tables is not None:
+        plan = Plan.of(tables)
         what = "state" if isinstance(target, State) else "plan"
         made = Report(what.capitalize(), what, census(plan), (), lint(target))
     else:
@@ -178,7 +178,7 @@ def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: A
     taken = None if mesh is None else memory(plan, mesh)
     if isinstance(mesh, Mapping):
         mesh = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    return dataclasses.replace(made, leaves=leaves_of(plan, mesh), memory=taken, diff=changes)
+    return dataclasses.replace(made, leaves=leaves_of(tables_of(plan), mesh), memory=taken, diff=changes)
 
 
 def _counted(number: int, one: str, several: str) -> str:
@@ -196,14 +196,10 @@ def _of_checkpoint(path: Any, mesh: Any) -> Report:
     return Report(str(os.fspath(path)), "checkpoint", counted, tuple(map(LeafReport, leaves)))
 
 
-def _plan_of(thing: Any) -> Plan | None:
-    return thing if isinstance(thing, Plan) else thing.plan if isinstance(thing, State) else None
-
-
 def _kinds_of(thing: Any) -> Kinds | None:
-    plan = _plan_of(thing)
-    return None if plan is None else plan.kinds
+    tables = tables_in(thing)
+    return None if tables is None else Plan.of(tables).kinds
 
 
 def _is_model(thing: Any) -> bool:
-    return not is_path(thing) and _plan_of(thing) is None
+    return not is_path(thing) and tables_in(thing) is None

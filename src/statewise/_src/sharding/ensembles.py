@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from statewise._src.common.nnx_graph import Spec
 from statewise._src.common.paths import Leaf
-from statewise._src.core.plan import Plan
 from statewise._src.plan.members import Axis, Members
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.array_placement import Lies
 from statewise._src.sharding.mesh import describe_mesh
 from statewise.errors import PlacementError
@@ -18,7 +18,7 @@ __all__ = ["of_all_members", "resolved_members"]
 
 def of_all_members(members: Members, lies: Lies, axis: Axis, spec: Spec) -> Lies:
     """How an array of all members lies, from how that of one does, as a state of one holds it."""
-    rank = len(spec.shape) - (bool(lies.each) and members.single._copies is not None)
+    rank = len(spec.shape) - (bool(lies.each) and members.single.per_device is not None)
     return lies.grown(axis, rank, _over(members))
 
 
@@ -27,7 +27,7 @@ def _over(members: Members) -> tuple[str, ...]:
 
 
 def resolved_members(
-    plan: Plan, single: Mapping[str, Sequence[Lies]], sizes: Mapping[str, int]
+    plan: PlanTables, single: Mapping[str, Sequence[Lies]], sizes: Mapping[str, int]
 ) -> dict[str, tuple[Lies, ...]]:
     """How each array of an ensemble lies, in the order of the plan.
 
@@ -39,13 +39,13 @@ def resolved_members(
     Raises:
       PlacementError: the members cannot be split as `over` says.
     """
-    members = plan._members
+    members = plan.ensemble
     assert members is not None, "asked of an ensemble"
     _check_over(members, sizes)
     placed: dict[str, tuple[Lies, ...]] = {}
     odd: list[Leaf] = []
     for kind, part in single.items():
-        specs, axes, leaves = members.single._specs[kind], members.of(kind), plan._row_of_array[kind]
+        specs, axes, leaves = members.single.specs[kind], members.of(kind), plan.leaf_of_array[kind]
         for lies, axis, leaf in zip(part, axes, leaves, strict=True):
             used = {name for names in (*lies.axes, lies.each) for name in names}
             if axis is not None and members.over in used:

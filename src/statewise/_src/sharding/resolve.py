@@ -18,7 +18,6 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import Spec
 from statewise._src.common.paths import Leaf, Path, format_path
-from statewise._src.core.plan import Plan
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived, keys_within
 from statewise._src.plan.per_device import Copies
@@ -31,7 +30,7 @@ from statewise._src.plan.placements import (
     axes_of,
     describe_placement,
 )
-from statewise._src.plan.tables import OPTIMIZER
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.annotations import annotated, metadata_of
 from statewise._src.sharding.array_placement import Lies, Owners, follow
 from statewise._src.sharding.ensembles import of_all_members, resolved_members
@@ -56,29 +55,29 @@ __all__ = [
 Placed = Mapping[str, Sequence[Lies]]
 
 
-def slot_shardings(plan: Plan, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
+def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
     """For each kind the sharding of what stands in each slot of its part; see `Plan.shardings`."""
-    members = plan._members
+    members = plan.ensemble
     if members is not None:
         placed = resolve(members.single, mesh)
     placed = resolve(plan, mesh) if placed is None else placed
     known: dict[Lies, jax.NamedSharding] = {}
     slots = []
-    for kind, here in zip(plan.kinds, plan._slots, strict=True):
-        packing = plan._packing.get(kind)
+    for kind, here in zip(plan.kinds, plan.slots, strict=True):
+        packing = plan.packing.get(kind)
         if packing:
             _check_packed(plan if members is None else members.single, kind, placed[kind])
         lies = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in here]
         # A buffer has one axis, whatever its arrays have.
         lies = [one if isinstance(slot, int) else Lies((), one.memory) for one, slot in zip(lies, here, strict=True)]
         if members is not None:
-            specs = members.single._stored[kind]
-            lies = [of_all_members(members, *each) for each in zip(lies, plan._slot_axes[kind], specs, strict=True)]
+            specs = members.single.stored_specs[kind]
+            lies = [of_all_members(members, *each) for each in zip(lies, plan.slot_axes[kind], specs, strict=True)]
         slots.append([_known(known, one, mesh) for one in lies])
     return slots
 
 
-def copies_on(plan: Plan, mesh: Any, placed: Placed | None = None) -> Copies | None:
+def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> Copies | None:
     """Which arrays of a plan lie per device on a mesh; None where none does."""
     if placed is None:
         known = (Replicated, Sharded, FromMetadata)
@@ -95,19 +94,19 @@ def copies_on(plan: Plan, mesh: Any, placed: Placed | None = None) -> Copies | N
     return Copies(mesh, axes, tuple(positions)) if positions else None
 
 
-def on_mesh(plan: Plan, mesh: Any, placed: Placed | None = None) -> Plan:
+def on_mesh(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PlanTables:
     """The plan of a state on a mesh: another than the model's where something lies per device."""
     return with_copies(plan, copies_on(plan, mesh, placed))
 
 
-def with_copies(plan: Plan, copies: Copies | None) -> Plan:
+def with_copies(plan: PlanTables, copies: Copies | None) -> PlanTables:
     """A plan with these copies."""
-    if copies == plan._copies:
+    if copies == plan.per_device:
         return plan
-    return plan._like(copies=copies)
+    return plan.changed(per_device=copies)
 
 
-def array_shardings(plan: Plan, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
+def array_shardings(plan: PlanTables, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
     """For each kind the sharding of each of its arrays, in the order of the plan."""
     known: dict[Lies, jax.NamedSharding] = {}
     return {kind: [_known(known, lies, mesh) for lies in part] for kind, part in resolve(plan, mesh).items()}
@@ -119,15 +118,15 @@ def _known(known: dict[Lies, jax.NamedSharding], lies: Lies, mesh: Any) -> jax.N
     return known[lies]
 
 
-def _check_packed(plan: Plan, kind: str, placed: Sequence[Lies]) -> None:
+def _check_packed(plan: PlanTables, kind: str, placed: Sequence[Lies]) -> None:
     split = []
-    for buffer in plan._packing[kind].buffers:
+    for buffer in plan.packing[kind].buffers:
         for position in buffer.positions:
             if placed[position].split or placed[position].memory != placed[buffer.positions[0]].memory:
                 note = "packed, and split over the mesh" if placed[position].split else "packed with other memory"
-                split.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
+                split.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))
     if split:
-        others = tuple(name for name in plan._packing if name != kind)
+        others = tuple(name for name in plan.packing if name != kind)
         raise PlacementError(
             f"Kind {kind!r} is packed into buffers, which are not split: pack and placement do not go together.",
             leaves=split,
@@ -139,14 +138,14 @@ def _check_packed(plan: Plan, kind: str, placed: Sequence[Lies]) -> None:
 # --- resolving ---------------------------------------------------------------------------------------------------
 
 
-def resolve(plan: Plan, mesh: Any) -> dict[str, tuple[Lies, ...]]:
+def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[Lies, ...]]:
     """How each array of each kind lies on a mesh, in the order of the plan.
 
     Raises:
       PlacementError: leaves that cannot be placed as declared, all of them; something that is no mesh.
     """
-    if plan._members is not None:
-        return resolved_members(plan, resolve(plan._members.single, mesh), axis_sizes(mesh))
+    if plan.ensemble is not None:
+        return resolved_members(plan, resolve(plan.ensemble.single, mesh), axis_sizes(mesh))
     resolver = _Resolver(plan, axis_sizes(mesh), memories(mesh))
     placed = resolver.rows()
     for kind, lies in resolver.derived():
@@ -178,10 +177,10 @@ _ALIKE = "placement=sw.Replicated() for what has an optimizer; for an ensemble: 
 class _Resolver:
     """Resolves array by array, and keeps what is wrong until all were seen."""
 
-    def __init__(self, plan: Plan, sizes: dict[str, int], memories: set[str] | None) -> None:
+    def __init__(self, plan: PlanTables, sizes: dict[str, int], memories: set[str] | None) -> None:
         self.plan, self.sizes, self.memories = plan, sizes, memories
         self.faults: dict[tuple[Leaf, str], None] = {}  # what several placements ask of one leaf is one fault
-        self.updated = {kind for group in plan._groups for kind in group.kinds}
+        self.updated = {kind for group in plan.optimizers for kind in group.kinds}
         self.each: tuple[str, ...] = ()  # the axes of all that lies per device
         self.owned: dict[Path, list[tuple[int, Leaf, Spec]]] = {}  # likewise: what a moment may be of
         self.owners: Owners = {}  # by path, as the objects' own optimizers see it
@@ -191,15 +190,15 @@ class _Resolver:
         """How the model's own arrays lie."""
         plan = self.plan
         found: dict[int, list[Lies]] = {}
-        numbered = list(enumerate(zip(plan._rows, plan.leaves[: len(plan._rows)], strict=True)))
+        numbered = list(enumerate(zip(plan.rows, plan.leaves[: len(plan.rows)], strict=True)))
         # Optimizers come last: what they follow must be known.
         for number, (row, leaf) in sorted(numbered, key=lambda one: _is_moment(one[1][0])):
             placement = plan.kinds[row.kind].placement
             found[number] = []
             for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
-                paths = [plan._relative(path) + keys for path in (row.path, *leaf.aliases)]
+                paths = [plan.relative(path) + keys for path in (row.path, *leaf.aliases)]
                 # An optimizer among the objects knows paths in its own model: without the object's name or position.
-                bare = row.path[plan._several :] + keys
+                bare = row.path[plan.several :] + keys
                 if placement is None and _is_moment(row):
                     found[number].append(follow(bare, spec.shape, self.owners))
                     continue
@@ -218,8 +217,8 @@ class _Resolver:
 
     def derived(self) -> Iterator[tuple[str, Lies]]:
         """How each array of the plan's own optimizers and averages lies, and its kind."""
-        leaves = iter(self.plan.leaves[len(self.plan._rows) :])
-        for one in self.plan._derived:
+        leaves = iter(self.plan.leaves[len(self.plan.rows) :])
+        for one in self.plan.derived:
             placement = self.plan.kinds[one.into].placement
             # What is derived carries no metadata: that of its owner counts, by the rules of this kind.
             annotated = placement if isinstance(placement, FromMetadata) else None
@@ -252,7 +251,7 @@ class _Resolver:
     def _annotated_owners(self, placement: FromMetadata, kinds: Sequence[str]) -> Owners:
         """The leaves of these kinds as this placement would have them."""
         owners: Owners = {}
-        for number, (row, leaf) in enumerate(zip(self.plan._rows, self.plan.leaves, strict=False)):
+        for number, (row, leaf) in enumerate(zip(self.plan.rows, self.plan.leaves, strict=False)):
             if row.kind not in kinds:
                 continue
             for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
@@ -302,7 +301,7 @@ class _Resolver:
     def _annotated(self, placement: FromMetadata, number: int, spec: Spec) -> Sharded | None:
         """What the metadata of a row says of an array in it."""
         try:
-            return annotated(placement, self.metadata[self.plan._rows[number].path], spec.shape)
+            return annotated(placement, self.metadata[self.plan.rows[number].path], spec.shape)
         except PlacementError as error:
             raise _Fault(error.message.rstrip("."), error.hint or "") from error
 

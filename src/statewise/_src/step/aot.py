@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise._src.step.dispatch import Entry
 from statewise._src.step.function import called_as
 from statewise.errors import StructureError
@@ -75,7 +75,7 @@ class Compiled:
         """Runs the compiled step on a state of the plan that it was compiled for."""
         if type(state) is not State:
             raise no_state(self._entry.name, state)
-        if state._plan is not self._entry.plan:
+        if state.tables is not self._entry.plan:
             raise StructureError(
                 f"{self._entry.name} was compiled for another plan than this state's.",
                 hint=f"{called_as(self._entry.name)}.lower(state, ...).compile()",

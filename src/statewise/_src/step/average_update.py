@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.core.plan import Plan
 from statewise._src.plan.averages import Average
 from statewise._src.plan.optimizer_state import Group
 from statewise._src.plan.packing import Buffer, separated
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Arrays, joined, numbers_of
 
 __all__ = ["Averaging", "averagings"]
@@ -46,10 +46,10 @@ class Averaging:
     written: frozenset[int]
 
     @classmethod
-    def of(cls, plan: Plan, average: Average, written: Collection[int]) -> Averaging:
+    def of(cls, plan: PlanTables, average: Average, written: Collection[int]) -> Averaging:
         """The step of an average; `written` are the numbers of the arrays that the whole step writes."""
-        params = tuple(numbers_of(plan, plan._params_of(average)))
-        start, stop = plan._derived_spans[plan._derived.index(average)]
+        params = tuple(numbers_of(plan, plan.params_of(average)))
+        start, stop = plan.derived_spans[plan.derived.index(average)]
         shadows = tuple(numbers_of(plan, [(average.into, position) for position in range(start, stop)]))
         contents = _buffers(plan, average.kind)
         theirs = {numbers: spot for spot, (_, numbers) in _buffers(plan, average.into).items()}
@@ -116,7 +116,7 @@ class Averaging:
 
 
 def averagings(
-    plan: Plan, groups: Sequence[Group], written: Sequence[tuple[str, int]], numbers: Collection[int]
+    plan: PlanTables, groups: Sequence[Group], written: Sequence[tuple[str, int]], numbers: Collection[int]
 ) -> list[Averaging]:
     """The averages that a step moves: none where it trains nothing.
 
@@ -129,15 +129,15 @@ def averagings(
     if not groups:
         return []
     updated = {kind for group in groups for kind in group.kinds} | {kind for kind, _ in written}
-    return [Averaging.of(plan, average, numbers) for average in plan._averages if average.kind in updated]
+    return [Averaging.of(plan, average, numbers) for average in plan.averages if average.kind in updated]
 
 
-def _buffers(plan: Plan, name: str) -> dict[Spot, tuple[Buffer, tuple[int, ...]]]:
-    kind = plan._index[name]
-    offset = plan._offsets[kind]
+def _buffers(plan: PlanTables, name: str) -> dict[Spot, tuple[Buffer, tuple[int, ...]]]:
+    kind = plan.kind_index[name]
+    offset = plan.offsets[kind]
     return {
         (kind, slot): (content, tuple(offset + position for position in content.positions))
-        for slot, content in enumerate(plan._slots[kind])
+        for slot, content in enumerate(plan.slots[kind])
         if isinstance(content, Buffer)
     }
 

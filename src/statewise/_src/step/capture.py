@@ -17,13 +17,12 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import named, raw_value, row_of
 from statewise._src.common.paths import Path
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
 from statewise._src.filters.combinators import predicate
 from statewise._src.filters.explain import type_only
-from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.kind import Kind, unknown_kind
 from statewise._src.plan.leaf_specs import Row
 from statewise._src.plan.match import claimants
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["Capture"]
@@ -40,7 +39,7 @@ class Capture:
       names: one kind, several, or none.
     """
 
-    def __init__(self, kinds: Kinds, names: str | Sequence[str] | None) -> None:
+    def __init__(self, kinds: Mapping[str, Kind], names: str | Sequence[str] | None) -> None:
         self.single = isinstance(names, str)
         self.names: tuple[str, ...] = (names,) if isinstance(names, str) else tuple(names or ())
         for name in self.names:
@@ -83,11 +82,11 @@ class Capture:
             ) from error
         return sown.value, sown.sown
 
-    def claims(self, plan: Plan, path: Path, leaf: Any) -> bool:
+    def claims(self, plan: PlanTables, path: Path, leaf: Any) -> bool:
         """Whether a new leaf belongs to a captured kind."""
         return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
 
-    def takes(self, plan: Plan, row: Row, now: Any) -> bool:
+    def takes(self, plan: PlanTables, row: Row, now: Any) -> bool:
         """Whether what a function did to a leaf of an earlier call is for this to hand out.
 
         Args:
@@ -99,7 +98,7 @@ class Capture:
 
     def collect(
         self,
-        plan: Plan,
+        plan: PlanTables,
         live: Mapping[Path, Any],
         assigned: frozenset[Path],
         out: Any,
@@ -120,14 +119,14 @@ class Capture:
         if not self.names:
             return out
         flat: dict[str, dict[Any, Any]] = {name: {} for name in self.names}
-        planned = {row.path for row in plan._rows} - assigned
+        planned = {row.path for row in plan.rows} - assigned
         for path, leaf in live.items():
             if path not in planned:
                 flat[self._claimants(path, leaf)[0]][path] = raw_value(leaf)
         twice = []
         for position, state in sown:
             for path, leaf in nnx.to_flat_state(state):
-                full = named((position, *path), plan._names) if plan._several else path
+                full = named((position, *path), plan.names) if plan.several else path
                 values = flat[self._claimants(path, leaf)[0]]
                 if full in values:
                     twice.append(row_of(full, leaf))

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.core.plan import Plan
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.trace import ITS_OPTIMIZER, Traced
 from statewise.errors import DeclarationError, StructureError
 
@@ -50,7 +50,7 @@ class Contract:
     hint: str
 
 
-def plain_contract(plan: Plan, name: str, writes: Sequence[str], options: str = "") -> Contract:
+def plain_contract(plan: PlanTables, name: str, writes: Sequence[str], options: str = "") -> Contract:
     """The contract of `@sw.step(writes=...)`; the decorator's other options as `describe_options` gives them."""
     _check_writable(plan, name, writes)
     return Contract(
@@ -66,7 +66,7 @@ def plain_contract(plan: Plan, name: str, writes: Sequence[str], options: str = 
 
 
 def train_contract(
-    plan: Plan,
+    plan: PlanTables,
     name: str,
     wrt: Sequence[str] | None,
     writes: Sequence[str] | None,
@@ -94,17 +94,17 @@ def train_contract(
     )
 
 
-def _moves_in_training(plan: Plan, kind: str) -> bool:
+def _moves_in_training(plan: PlanTables, kind: str) -> bool:
     declared = plan.kinds[kind]
-    holds_params = any(row.kind == kind and issubclass(row.type, nnx.Param) for row in plan._rows)
+    holds_params = any(row.kind == kind and issubclass(row.type, nnx.Param) for row in plan.rows)
     return not declared.frozen and declared.saved and not holds_params
 
 
-def _frozen(plan: Plan) -> dict[str, str]:
+def _frozen(plan: PlanTables) -> dict[str, str]:
     return {name: "the kind is frozen" for name, kind in plan.kinds.items() if kind.frozen}
 
 
-def _check_writable(plan: Plan, name: str, writes: Sequence[str]) -> None:
+def _check_writable(plan: PlanTables, name: str, writes: Sequence[str]) -> None:
     for kind in writes:
         if kind not in plan.kinds:
             raise unknown_kind(kind, plan.kinds)
@@ -116,27 +116,27 @@ def _check_writable(plan: Plan, name: str, writes: Sequence[str]) -> None:
             )
 
 
-def _groups(plan: Plan, name: str, wrt: Sequence[str] | None) -> tuple[Group, ...]:
+def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[Group, ...]:
     """The optimizers of the kinds to differentiate; a joint update needs all of its kinds."""
-    if not plan._groups:
+    if not plan.optimizers:
         own = "plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})"
-        if any(issubclass(row.type, nnx.OptState) for row in plan._rows):
+        if any(issubclass(row.type, nnx.OptState) for row in plan.rows):
             moving = tuple(kind for kind, one in plan.kinds.items() if plan[kind] and one.saved and not one.frozen)
             body = f"@sw.step(writes={moving!r})  # where it updates the planned nnx.Optimizer itself"
             own = f"{body}\nor, where it returns the loss alone: {own}"
         raise DeclarationError(f"{name} trains, but the plan has no optimizer.", hint=own)
     if wrt is None:
-        return plan._groups
+        return plan.optimizers
     for kind in wrt:
         if kind not in plan.kinds:
             raise unknown_kind(kind, plan.kinds)
-        if not any(kind in group.kinds for group in plan._groups):
+        if not any(kind in group.kinds for group in plan.optimizers):
             raise DeclarationError(
                 f"{name} differentiates {kind!r}, which has no optimizer in the plan.",
                 kind=kind,
                 hint=f"optimizers={{{kind!r}: optax.adamw(3e-4)}}; for gradients alone: sw.value_and_grad",
             )
-    chosen = tuple(group for group in plan._groups if set(group.kinds) & set(wrt))
+    chosen = tuple(group for group in plan.optimizers if set(group.kinds) & set(wrt))
     for group in chosen:
         if not set(group.kinds) <= set(wrt):
             raise DeclarationError(

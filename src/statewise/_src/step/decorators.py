@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from statewise._src.core.plan import Plan
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.contract import Contract, describe_options, plain_contract, train_contract
 from statewise._src.step.function import check_function, kind_names
 from statewise._src.step.step import Step
@@ -121,7 +121,7 @@ def train_step(
     check_function(fn, "train_step")
     options = describe_options(capture=capture, **jit_options)
 
-    def contract(plan: Plan, name: str) -> Contract:
+    def contract(plan: PlanTables, name: str) -> Contract:
         return train_contract(plan, name, of, may_write, has_aux, options)
 
     return Step(fn, contract, "train_step", capture, jit_options)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from statewise._src.common import compat
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import Part, State, deleted_kinds, donated_error, make_state, refuse_shared
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import Part, deleted_kinds, donated_error, refuse_shared
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import UNKNOWN, Places, lies_on_one_device
 from statewise._src.step.arguments import Arguments, merged
 from statewise._src.step.function import called_as
@@ -52,7 +53,7 @@ class Entry:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: PlanTables,
         name: str,
         program: Callable[..., Any],
         routes: Routes,
@@ -66,7 +67,7 @@ class Entry:
         self.program = program
         self.routes = routes
         self.arguments = arguments
-        self.objects = plan._objects
+        self.objects = plan.object_count
         self.returns_state = returns_state
         self.closes_over_tracers = closes_over_tracers
         self.ready = False
@@ -95,7 +96,7 @@ class Entry:
 
     def operands(self, state: State, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """What the compiled function is called with."""
-        parts = state._parts
+        parts = state.parts
         donated = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._donates]
         kept = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._keeps]
         if self.arguments.plain:
@@ -110,7 +111,7 @@ class Entry:
           NewSignature: it was not made for these arguments; nothing has happened then.
           StructureError: the state was donated, or holds one array twice.
         """
-        parts = state._parts
+        parts = state.parts
         for kind in self._touches:
             if parts[kind].donated_by is not None:
                 self._refuse_donated(state)
@@ -167,7 +168,7 @@ class Entry:
 
     def lower(self, state: State, args: Any, kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function for a state, which may be abstract, and these arguments."""
-        lowered: jax.stages.Lowered = self.compiled(True, self._places(state._parts)).lower(
+        lowered: jax.stages.Lowered = self.compiled(True, self._places(state.parts)).lower(
             *self.operands(state, args, kwargs)
         )
         return lowered
@@ -176,7 +177,7 @@ class Entry:
         self, state: State, written: Any, donated: bool = True, places: tuple[Places | None, ...] = ()
     ) -> State:
         """The state with its written arrays replaced; the one whose arrays were donated for it is marked donated."""
-        parts = state._parts
+        parts = state.parts
         made = list(parts)
         for at, ((kind, positions), arrays) in enumerate(zip(self._gives, written, strict=True)):
             lie = places[at] if places else UNKNOWN
@@ -191,11 +192,11 @@ class Entry:
         if donated:
             for kind, _ in self._gives:
                 parts[kind].donated_by = self.name
-        return make_state(self.plan, made)
+        return State.make(self.plan, made)
 
     def _refuse_donated(self, state: State) -> None:
         names = list(self.plan.kinds)
-        raise donated_error(state, [names[kind] for kind in sorted(self._touches) if state._parts[kind].donated_by])
+        raise donated_error(state, [names[kind] for kind in sorted(self._touches) if state.parts[kind].donated_by])
 
     def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Says what the runtime's error means, where it is about arrays that are gone, given twice, or never there."""
@@ -218,7 +219,7 @@ class Entry:
         leaves = jax.tree.leaves((args, kwargs))
         mine = {
             id(array): (kind, position)
-            for kind, part in zip(self.plan.kinds, state._parts, strict=True)
+            for kind, part in zip(self.plan.kinds, state.parts, strict=True)
             for position, array in enumerate(part.arrays)
         }
         for leaf in leaves:
@@ -233,14 +234,14 @@ class Entry:
                 kind, position = mine[id(leaf)]
                 raise StructureError(
                     f"An argument of {self.name} is an array of the state, which the step donates.",
-                    leaves=[self.plan._leaf_of_slot[kind][position]],
+                    leaves=[self.plan.leaf_of_slot[kind][position]],
                     kind=kind,
                     hint="pass a copy: jnp.copy(array)",
                 ) from error
 
     def _refuse_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Raises for arrays that lie on other devices than what the step touches first of the state."""
-        touched = [(kind, array, self.plan._leaf_of_slot[kind][slot]) for kind, slot, array in self._touched(state)]
+        touched = [(kind, array, self.plan.leaf_of_slot[kind][slot]) for kind, slot, array in self._touched(state)]
         where = next((_devices(array) for _, array, _ in touched if _devices(array)), ())
         leaves = [
             dataclasses.replace(leaf, note=f"on {_listed(_devices(array))}")
@@ -279,7 +280,7 @@ class Entry:
         """Kind, slot and array of all that the step touches; of a kind that it touches, all arrays."""
         for number in sorted(self._touches):
             kind = tuple(self.plan.kinds)[number]
-            yield from ((kind, slot, array) for slot, array in enumerate(state._parts[number].arrays))
+            yield from ((kind, slot, array) for slot, array in enumerate(state.parts[number].arrays))
 
 
 def _devices(array: Any) -> tuple[int, ...]:
@@ -294,7 +295,7 @@ def _listed(devices: tuple[int, ...]) -> str:
     return f"device {shown}" if len(devices) == 1 else f"devices {shown}"
 
 
-def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: Plan) -> Any:
+def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: PlanTables) -> Any:
     """What tells the arguments of one signature from another's, cheaply: structure, shapes, dtypes, static values.
 
     Where a step runs on each device of a mesh, also how they are split among them.
@@ -302,15 +303,15 @@ def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: Plan) -> Any:
     Raises:
       StructureError: a static argument that cannot be hashed.
     """
-    split = arguments.split(args, kwargs, plan._objects)
+    split = arguments.split(args, kwargs, plan.object_count)
     leaves, structure = jax.tree.flatten((split.args, split.kwargs, split.given))
     static = tuple(split.static.items())
     try:
         hash(static)
     except TypeError as error:
-        raise arguments.unhashable(static, plan._objects) from error
+        raise arguments.unhashable(static, plan.object_count) from error
     # 1 == 1.0 == True, but a program made for one of them is another program.
-    specs = specs_of(plan._copies, leaves) if plan._copies else None
+    specs = specs_of(plan.per_device, leaves) if plan.per_device else None
     types = tuple(_types(value) for value in split.static.values())
     return structure, tuple(map(_leaf_key, leaves)), static, types, specs
 

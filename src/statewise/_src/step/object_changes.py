@@ -16,11 +16,11 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, is_array, make_leaf, numbered, row_of
 from statewise._src.common.paths import Leaf, Path, format_type
-from statewise._src.core.plan import Plan
 from statewise._src.filters.explain import as_code
 from statewise._src.filters.primitives import Exactly
 from statewise._src.plan.leaf_specs import Row
 from statewise._src.plan.match import claimants, free_name
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.capture import Capture
 from statewise._src.step.graft import at
 from statewise.errors import StructureError
@@ -29,7 +29,12 @@ __all__ = ["assigned", "leaf_of"]
 
 
 def assigned(
-    plan: Plan, objects: Sequence[Any], before: Sequence[Any], live: Mapping[Path, Any], capture: Capture, name: str
+    plan: PlanTables,
+    objects: Sequence[Any],
+    before: Sequence[Any],
+    live: Mapping[Path, Any],
+    capture: Capture,
+    name: str,
 ) -> frozenset[Path]:
     """Says which planned leaves the function put another Variable in the place of, for a step that captures them.
 
@@ -40,12 +45,12 @@ def assigned(
     """
     problems: list[Leaf] = []
     captured: set[Path] = set()
-    root = objects if plan._several else objects[0]
-    for row, was in zip(plan._rows, before, strict=True):
+    root = objects if plan.several else objects[0]
+    for row, was in zip(plan.rows, before, strict=True):
         now = live.get(row.path)
         if now is None or (isinstance(was, nnx.Variable) and now is not was):
             note = "removed" if now is None else "replaced by another Variable"
-            if now is not None and type(now) is type(was) and _is_bridged(root, numbered(row.path, plan._names)):
+            if now is not None and type(now) is type(was) and _is_bridged(root, numbered(row.path, plan.names)):
                 continue
             if not plan.kinds[row.kind].saved and capture.takes(plan, row, now):
                 captured.add(row.path)
@@ -53,7 +58,7 @@ def assigned(
                 problems.append(leaf_of(row, note))
         elif not isinstance(now, nnx.Variable) and not is_array(now):
             problems.append(leaf_of(row, f"replaced by {type(now).__name__}"))
-    planned = {row.path for row in plan._rows}
+    planned = {row.path for row in plan.rows}
     for path, leaf in live.items():
         if path not in planned and not capture.claims(plan, path, leaf):
             problems.append(row_of(path, leaf, note="made by the function"))
@@ -82,7 +87,7 @@ def _is_bridged(objects: Any, path: Path) -> bool:
 _KEPT = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, nnx.OptState, compat.MetricState)
 
 
-def _hints(plan: Plan, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> list[str]:
+def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> list[str]:
     made = [leaf for leaf in problems if leaf.note == "made by the function"]
     replaced = [leaf for leaf in problems if leaf.note == "replaced by another Variable"]
     removed = [leaf for leaf in problems if leaf.note == "removed"]
@@ -111,9 +116,9 @@ def _is_for_a_call(type_: type) -> bool:
     return issubclass(type_, nnx.Variable) and type_ is not nnx.Variable and not issubclass(type_, _KEPT)
 
 
-def _captured(plan: Plan, leaf: Leaf) -> str:
+def _captured(plan: PlanTables, leaf: Leaf) -> str:
     """The declaration under which a step hands out such a leaf, as code."""
-    names = claimants(plan.kinds)(plan._relative(leaf.path), object.__new__(leaf.type))
+    names = claimants(plan.kinds)(plan.relative(leaf.path), object.__new__(leaf.type))
     only = names[0] if len(names) == 1 else None
     if only and not plan.kinds[only].saved:
         return f"capture={only!r}  # in the step's decorator: what is sown or assigned comes back beside the output"
@@ -122,7 +127,7 @@ def _captured(plan: Plan, leaf: Leaf) -> str:
     name, type_ = free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)
     if only is None or plan.kinds[only].rest:
         line = f"kinds = kinds | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
-    elif all(issubclass(row.type, of) for row in plan._rows if row.kind == only):
+    elif all(issubclass(row.type, of) for row in plan.rows if row.kind == only):
         line, name = f"kinds = kinds.replace({only}=dataclasses.replace(kinds[{only!r}], saved=False))", only
     else:
         rest = f"dataclasses.replace(kinds[{only!r}], of=nnx.All(kinds[{only!r}].of, nnx.Not({type_})))"

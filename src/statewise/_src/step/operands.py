@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.core.plan import Plan
 from statewise._src.plan.packing import Buffer, separated
+from statewise._src.plan.tables import PlanTables
 
 __all__ = ["Arrays", "Route", "Routes", "numbers_of", "routes_of"]
 
@@ -79,20 +79,20 @@ class Routes:
       needed: the numbers of the arrays that the program uses one by one.
     """
 
-    plan: Plan
+    plan: PlanTables
     donated: tuple[Route, ...]
     kept: tuple[Route, ...]
     needed: frozenset[int]
 
     def spread(self, donated: Any, kept: Any) -> Arrays:
         """The arrays inside the program, from what crossed."""
-        offsets = self.plan._offsets
-        arrays = Arrays([None] * sum(map(len, self.plan._specs.values())), {}, {})
+        offsets = self.plan.offsets
+        arrays = Arrays([None] * sum(map(len, self.plan.specs.values())), {}, {})
         for routes, parts in ((self.donated, donated), (self.kept, kept)):
             for route, values in zip(routes, parts, strict=True):
                 for slot, value in zip(route.slots, values, strict=True):
                     arrays.slots[route.kind, slot] = value
-                    content = self.plan._slots[route.kind][slot]
+                    content = self.plan.slots[route.kind][slot]
                     if not isinstance(content, Buffer):
                         arrays.flat[offsets[route.kind] + content] = value
                     elif any(offsets[route.kind] + position in self.needed for position in content.positions):
@@ -107,7 +107,7 @@ class Routes:
     def _gathered(self, arrays: Arrays, kind: int, slot: int) -> Any:
         if (kind, slot) in arrays.made:
             return arrays.made[kind, slot]
-        content, offset = self.plan._slots[kind][slot], self.plan._offsets[kind]
+        content, offset = self.plan.slots[kind][slot], self.plan.offsets[kind]
         if isinstance(content, Buffer):
             return joined([arrays.flat[offset + position] for position in content.positions])
         return arrays.flat[offset + content]
@@ -120,13 +120,13 @@ def joined(arrays: Sequence[Any]) -> Any:
     return jnp.concatenate([jnp.ravel(array) for array in arrays])
 
 
-def numbers_of(plan: Plan, spots: Sequence[tuple[str, int]]) -> list[int]:
+def numbers_of(plan: PlanTables, spots: Sequence[tuple[str, int]]) -> list[int]:
     """The numbers of arrays, from kind and position."""
-    return [plan._offsets[plan._index[kind]] + position for kind, position in spots]
+    return [plan.offsets[plan.kind_index[kind]] + position for kind, position in spots]
 
 
 def routes_of(
-    plan: Plan, read: Collection[int], written: Collection[int], whole: Collection[tuple[int, int]] = ()
+    plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[tuple[int, int]] = ()
 ) -> Routes:
     """The routes of a program.
 
@@ -137,11 +137,11 @@ def routes_of(
       whole: the buffers, by kind and slot, that it makes as a whole.
     """
     donated, kept, needed = [], [], set(read)
-    for kind, contents in enumerate(plan._slots):
+    for kind, contents in enumerate(plan.slots):
         gives, keeps = [], []
         for slot, content in enumerate(contents):
             positions = content.positions if isinstance(content, Buffer) else (content,)
-            numbers = [plan._offsets[kind] + position for position in positions]
+            numbers = [plan.offsets[kind] + position for position in positions]
             if any(number in written for number in numbers):
                 gives.append(slot)
                 if (kind, slot) not in whole:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from statewise._src.common.nnx_graph import spec_of
-from statewise._src.core.plan import Plan
 from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise, prove_elementwise
 from statewise._src.plan.optimizer_state import Group
 from statewise._src.plan.packing import Buffer
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Arrays, joined, numbers_of
 from statewise.errors import StructureError
 
@@ -55,12 +55,12 @@ class Update:
     proof: Elementwise | None
 
     @classmethod
-    def of(cls, plan: Plan, group: Group, written: Collection[int]) -> Update:
+    def of(cls, plan: PlanTables, group: Group, written: Collection[int]) -> Update:
         """The update of a group; `written` are the numbers of arrays that the function itself writes."""
-        params = tuple(numbers_of(plan, plan._params_of(group)))
-        start, stop = plan._moment_spans[plan._groups.index(group)]
+        params = tuple(numbers_of(plan, plan.params_of(group)))
+        start, stop = plan.optimizer_spans[plan.optimizers.index(group)]
         moments = tuple(numbers_of(plan, [("optimizer", position) for position in range(start, stop)]))
-        proof = prove_elementwise(group) if plan._packing else None
+        proof = prove_elementwise(group) if plan.packing else None
         buffers = _whole_buffers(plan, proof, params, moments, written) if proof else ()
         return cls(group, params, moments, buffers, proof if buffers else None)
 
@@ -147,14 +147,14 @@ class Update:
 
 
 def _whole_buffers(
-    plan: Plan, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
+    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
 ) -> tuple[_Whole, ...]:
     """The buffers whose leaves have one signature, and whose moments stand in buffers of the same order."""
     leaf_of = {number: leaf for leaf, number in enumerate(params)}
     number_of = {owner: number for number, owner in zip(moments, proof.roles, strict=True) if owner is not None}
     buffers = {
-        tuple(plan._offsets[kind] + position for position in content.positions): (kind, slot)
-        for kind, contents in enumerate(plan._slots)
+        tuple(plan.offsets[kind] + position for position in content.positions): (kind, slot)
+        for kind, contents in enumerate(plan.slots)
         for slot, content in enumerate(contents)
         if isinstance(content, Buffer)
     }

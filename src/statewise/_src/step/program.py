@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from statewise._src.core.plan import Plan
 from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import as_it_came
 from statewise._src.step.average_update import Averaging, averagings
 from statewise._src.step.operands import Routes, numbers_of, routes_of
@@ -27,7 +27,7 @@ Program = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def program_of(
-    plan: Plan, traced: Traced, groups: Sequence[Group], axes: tuple[str, ...] = ()
+    plan: PlanTables, traced: Traced, groups: Sequence[Group], axes: tuple[str, ...] = ()
 ) -> tuple[Program, Routes]:
     """The program of a traced call, which trains if there are optimizers to run, and its routes.
 
@@ -67,7 +67,7 @@ def _as_they_came(run: Program) -> Program:
     return program
 
 
-def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:
+def _forward(plan: PlanTables, traced: Traced, routes: Routes) -> Program:
     """Runs the traced call."""
     spots = numbers_of(plan, traced.written)
 
@@ -81,7 +81,7 @@ def _forward(plan: Plan, traced: Traced, routes: Routes) -> Program:
 
 
 def _train(
-    plan: Plan,
+    plan: PlanTables,
     traced: Traced,
     routes: Routes,
     updates: Sequence[Update],

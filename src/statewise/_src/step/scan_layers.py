@@ -16,7 +16,8 @@ import jax
 
 from statewise._src.common.object_names import names_given
 from statewise._src.core.member_view import as_ensemble, as_one
-from statewise._src.core.state import Part, State, check_not_donated, make_state
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import Part, check_not_donated
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.step.scan_modules import count_layers, scan_module
 from statewise._src.step.step import Step
@@ -69,13 +70,13 @@ def scan_layers(
       >>> print(sw.scan_layers(run, layers, jnp.array(1.0)), layers.calls[...])
       24.0 [1 1 1]
     """
-    if isinstance(layers, State) and layers._plan._members is not None:
+    if isinstance(layers, State) and layers.tables.ensemble is not None:
         # The layers are the members of an ensemble: one of them is a state of the single plan.
-        axes = layers._plan._slot_axes
+        axes = layers.tables.slot_axes
         common = [kind for kind, part in axes.items() if part and set(part) == {None}]
         names = tuple(dict.fromkeys([*_names(layers, shared), *common]))
         after, x = _scan_state(fn, as_one(layers), x, names, reverse, unroll)
-        return as_ensemble(layers._plan._members, after), x
+        return as_ensemble(layers.tables.ensemble, after), x
     if isinstance(layers, State):
         return _scan_state(fn, layers, x, _names(layers, shared), reverse, unroll)
     return scan_module(fn, layers, x, shared, reverse, unroll)
@@ -87,20 +88,20 @@ def scan_layers(
 def _names(state: State, shared: Any) -> tuple[str, ...]:
     names = names_given(() if shared is None else shared, "shared")
     for name in names:
-        if name not in state._plan.kinds:
-            raise unknown_kind(name, state._plan.kinds)
+        if name not in state.tables.kinds:
+            raise unknown_kind(name, state.tables.kinds)
     return names
 
 
 def _scan_state(
     fn: Callable[..., Any], state: State, x: Any, shared: Sequence[str], reverse: bool, unroll: int
 ) -> tuple[State, Any]:
-    plan = state._plan
+    plan = state.tables
     check_not_donated(state, plan.kinds)
-    arrays = [array for part in state._parts for array in part.arrays]
-    stacked = [kind not in shared for kind, specs in plan._stored.items() for _ in specs]
-    leaves = [leaf for kind in plan.kinds for leaf in plan._leaf_of_slot[kind]]
-    specs = [spec for part in plan._stored.values() for spec in part]
+    arrays = [array for part in state.parts for array in part.arrays]
+    stacked = [kind not in shared for kind, specs in plan.stored_specs.items() for _ in specs]
+    leaves = [leaf for kind in plan.kinds for leaf in plan.leaf_of_slot[kind]]
+    specs = [spec for part in plan.stored_specs.values() for spec in part]
     layers = count_layers(list(zip(leaves, arrays, stacked, strict=True)), [spec.shape for spec in specs])
 
     def layer_of(values: Sequence[Any]) -> State:
@@ -112,7 +113,7 @@ def _scan_state(
         layer = layer_of(values)
         after, x = _result(fn(layer, x), layer)
         x, captured = x if captures else (x, None)
-        return [array for part in after._parts for array in part.arrays], x, captured
+        return [array for part in after.parts for array in part.arrays], x, captured
 
     written: list[bool] = []
 
@@ -154,7 +155,7 @@ def _chosen(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
 def _result(result: Any, layer: State) -> tuple[State, Any]:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], State)):
         return layer, result
-    if result[0]._plan is not layer._plan:
+    if result[0].tables is not layer.tables:
         raise StructureError(
             "The function gives back a state of another plan than its layer's.",
             hint="return the layer that came back from the step: layer, x = step(layer, x)",
@@ -165,10 +166,10 @@ def _result(result: Any, layer: State) -> tuple[State, Any]:
 def _with_arrays(state: State, arrays: Sequence[Any]) -> State:
     """The state with other arrays; it shares the parts in which none is another."""
     left, parts = iter(arrays), []
-    for part in state._parts:
+    for part in state.parts:
         mine = tuple(next(left) for _ in part.arrays)
         parts.append(part if all(map(_same, mine, part.arrays)) else Part(mine))
-    return make_state(state._plan, parts)
+    return State.make(state.tables, parts)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -25,8 +25,8 @@ from jax.sharding import AxisType
 
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path
-from statewise._src.core.plan import Plan
 from statewise._src.plan.per_device import Copies
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Route, Routes
 from statewise._src.step.program import Program
 from statewise._src.step.replication import NOWHERE, varying
@@ -132,23 +132,23 @@ def traced_on_one(copies: Copies, trace: Callable[[], Traced]) -> Traced:
     return box[0]
 
 
-def refuse_differences(plan: Plan, traced: Traced, specs: Sequence[Any], step: str) -> list[bool]:
+def refuse_differences(plan: PlanTables, traced: Traced, specs: Sequence[Any], step: str) -> list[bool]:
     """Which of a traced call's outputs differ from device to device.
 
     Raises:
       PlacementError: it writes another value on each device to leaves that every device holds alike.
     """
-    copies = plan._copies
+    copies = plan.per_device
     assert copies is not None
     axes = frozenset(copies.axes)
-    inputs = [axes if at in copies.of(kind) else NOWHERE for kind, own in plan._specs.items() for at in range(len(own))]
+    inputs = [axes if at in copies.of(kind) else NOWHERE for kind, own in plan.specs.items() for at in range(len(own))]
     inputs += [frozenset(name for names in spec for name in _names(names)) for spec in specs]
     read = [one for one, is_read in zip(inputs, traced.effects.read, strict=True) if is_read]
     found = varying(traced.effects.jaxpr, read, axes)
     odd: dict[Path, Leaf] = {}
     for (kind, position), over in zip(traced.written, found[traced.outputs :], strict=True):
         if over and position not in copies.of(kind):
-            leaf = plan._row_of_array[kind][position]
+            leaf = plan.leaf_of_array[kind][position]
             odd[leaf.path] = dataclasses.replace(leaf, note="differs from device to device")
     if odd:
         kinds = list(dict.fromkeys(leaf.kind for leaf in odd.values()))
@@ -164,7 +164,7 @@ def refuse_differences(plan: Plan, traced: Traced, specs: Sequence[Any], step: s
 
 
 def program_on_each(
-    plan: Plan, program: Program, routes: Routes, specs: Sequence[Any], differ: Sequence[bool]
+    plan: PlanTables, program: Program, routes: Routes, specs: Sequence[Any], differ: Sequence[bool]
 ) -> Program:
     """The program of all devices, from that of one.
 
@@ -175,7 +175,7 @@ def program_on_each(
       specs: how each array among the arguments is split.
       differ: which outputs differ from device to device.
     """
-    copies = plan._copies
+    copies = plan.per_device
     assert copies is not None
     each = jax.P(copies.axes)
     parts = routes.donated, routes.kept
@@ -222,10 +222,10 @@ def program_on_each(
     return on_all
 
 
-def _is_ours(plan: Plan, copies: Copies, route: Route, slot: int) -> bool:
+def _is_ours(plan: PlanTables, copies: Copies, route: Route, slot: int) -> bool:
     """Whether what crosses in a slot has the leading axis; a buffer never has."""
     kind = list(plan.kinds)[route.kind]
-    return plan._slots[route.kind][slot] in copies.of(kind)
+    return plan.slots[route.kind][slot] in copies.of(kind)
 
 
 def _laid(copies: Copies, array: Any, spec: Any) -> Any:

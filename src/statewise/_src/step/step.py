@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member, single_of
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained
 from statewise._src.step.aot import Lowered, no_state
 from statewise._src.step.arguments import Arguments, merged
@@ -47,7 +47,7 @@ from statewise.errors import StructureError
 
 __all__ = ["Step"]
 
-ContractOf = Callable[[Plan, str], Contract]
+ContractOf = Callable[[PlanTables, str], Contract]
 
 
 def _is_shape(thing: Any) -> bool:
@@ -108,8 +108,8 @@ class Step:
         """Runs the step on a state; see `step` and `train_step`."""
         if type(state) is not State:
             raise no_state(self._name, state)
-        plan = state._plan
-        if plan._members is not None:
+        plan = state.tables
+        if plan.ensemble is not None:
             return self._call_on_member(state, args, kwargs)
         entry = self._only.get(plan)
         if entry is None and plan in self._recent:
@@ -134,7 +134,7 @@ class Step:
         """
         if type(state) is not State:
             raise no_state(self._name, state)
-        if state._plan._members is not None:
+        if state.tables.ensemble is not None:
             raise self._not_mapped(state, args, "jax.jit({}).lower(state{})")
         with self._lock, explained(self._name, state, args, kwargs):
             entry = self._entry(state, args, kwargs)
@@ -149,14 +149,14 @@ class Step:
             raise self._not_mapped(state, args, "{}(state{})")
         one = as_one(state)
         result = self(one, *args, **kwargs)
-        if not self._contract_of(one._plan, self._name).returns_state:
+        if not self._contract_of(one.tables, self._name).returns_state:
             return result
         after, out = result
-        return as_ensemble(state._plan._members, after), out
+        return as_ensemble(state.tables.ensemble, after), out
 
     def _not_mapped(self, state: State, args: Any, call: str) -> StructureError:
-        single, count = single_of(state._plan), state._plan.members
-        names = [self._arguments.name_of(place, single._objects) for place in range(len(args))]
+        single, count = single_of(state.tables), state.tables.members
+        names = [self._arguments.name_of(place, single.object_count) for place in range(len(args))]
         shapes = [jax.tree.leaves(jax.tree.map(jnp.shape, arg, is_leaf=is_array), is_leaf=_is_shape) for arg in args]
         axes = [str(0 if of and all(shape[:1] == (count,) for shape in of) else None) for of in shapes]
         gives = "(axes, 0)" if self._contract_of(single, self._name).returns_state else "0"
@@ -191,10 +191,10 @@ class Step:
     def _run(self, entry: Entry, state: State, args: Any, kwargs: Any) -> Any:
         result = entry.run(state, args, kwargs)
         if not entry.closes_over_tracers:
-            plan = state._plan
+            plan = state.tables
             recent = self._recent.setdefault(plan, {})
             recent[args_key(args, kwargs, self._arguments, plan)] = entry
-            if len(recent) == 1 and not self._arguments.static and not plan._copies:
+            if len(recent) == 1 and not self._arguments.static and not plan.per_device:
                 self._only[plan] = entry
             else:
                 self._only.pop(plan, None)
@@ -202,23 +202,23 @@ class Step:
 
     def _entry(self, state: State, args: Any, kwargs: Any, anew: bool = False) -> Entry:
         """The compiled function for this plan and signature; traced now if it is new."""
-        entries = self._entries.setdefault(state._plan, {})
+        entries = self._entries.setdefault(state.tables, {})
         key = (
-            args_key(args, kwargs, self._arguments, state._plan),
-            full_key(state, self._arguments.split(args, kwargs, state._plan._objects)[:3]),
+            args_key(args, kwargs, self._arguments, state.tables),
+            full_key(state, self._arguments.split(args, kwargs, state.tables.object_count)[:3]),
         )
         if not anew and key in entries:
             return entries[key]
         traced, contract, specs = self._trace(state, args, kwargs)
-        self._judge(state._plan, traced, contract)
-        entry = self._make(state._plan, traced, contract, specs)
+        self._judge(state.tables, traced, contract)
+        entry = self._make(state.tables, traced, contract, specs)
         if not entry.closes_over_tracers:  # else it belongs to the caller's own trace, and ends with it
             entries[key] = entry
         return entry
 
     def _trace(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
         """One call traced and checked; where it runs on each device, also how the arguments are split among them."""
-        plan = state._plan
+        plan = state.tables
         contract = self._contract_of(plan, self._name)
         traced, specs = self._traced(state, args, kwargs)
         self._refuse_writes(traced, contract, state, args, kwargs)
@@ -228,14 +228,14 @@ class Step:
 
     def _traced(self, state: State, args: Any, kwargs: Any, *, evaluated: bool = False) -> tuple[Traced, Any]:
         """One call traced, with `model.eval()` before it or not; and how the arguments are split among devices."""
-        plan, copies = state._plan, state._plan._copies
+        plan, copies = state.tables, state.tables.per_device
         capture = Capture(plan.kinds, self._capture)
-        split = self._arguments.split(args, kwargs, plan._objects)
+        split = self._arguments.split(args, kwargs, plan.object_count)
         dynamic = merged(split.args, split.kwargs, split.given)
-        bound = self._bound(split.static, plan._objects)
+        bound = self._bound(split.static, plan.object_count)
         if evaluated:
-            bound = evaluating(bound, plan._objects)
-        name_of = functools.partial(self._arguments.name_of, objects=plan._objects)
+            bound = evaluating(bound, plan.object_count)
+        name_of = functools.partial(self._arguments.name_of, objects=plan.object_count)
         self._check_arguments(plan, args, dynamic, name_of)
         specs: Any = ()
         if copies is None:
@@ -244,14 +244,14 @@ class Step:
             specs = specs_of(copies, jax.tree.leaves(dynamic))
             local = local_arguments(copies, *dynamic, specs, name_of, self._name)
             traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self._name))
-        refuse_written_arguments(traced.passed, bound, plan._objects, name_of, self._name, bool(plan._groups))
+        refuse_written_arguments(traced.passed, bound, plan.object_count, name_of, self._name, bool(plan.optimizers))
         refuse_baked(traced.effects, bound, self._name)
         return traced, specs
 
     def _refuse_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
         """Raises where the function writes what its contract does not allow."""
         refuse_writes(
-            state._plan,
+            state.tables,
             traced,
             contract.allowed,
             contract.named,
@@ -261,14 +261,14 @@ class Step:
             lambda: self._traced(state, args, kwargs, evaluated=True)[0],
         )
 
-    def _check_arguments(self, plan: Plan, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
+    def _check_arguments(self, plan: PlanTables, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
         """Refuses arguments that the function does not take, and objects that JAX cannot pass."""
         types = lambda: [type(thing) for thing in objects_of(plan)]  # noqa: E731
-        check_capacity(self.fn, plan._objects, args, self._name, types)
+        check_capacity(self.fn, plan.object_count, args, self._name, types)
         named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
         refuse_foreign(named, self._name)
 
-    def _judge(self, plan: Plan, traced: Traced, contract: Contract) -> None:
+    def _judge(self, plan: PlanTables, traced: Traced, contract: Contract) -> None:
         """Refuses a train step that trains nothing, and warns of what is probably not meant."""
         refuse_untrained(plan, traced, contract, self.fn, self._name)
         for caution in cautions_of(plan, traced, contract, self.fn, self._name):
@@ -281,8 +281,8 @@ class Step:
         names = {place: self._arguments.name_of(place, objects) for place in static}
         return Bound(self.fn, static, objects, names)
 
-    def _make(self, plan: Plan, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
-        copies = plan._copies
+    def _make(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
+        copies = plan.per_device
         program, routes = program_of(plan, traced, contract.groups, copies.axes if copies else ())
         if copies and specs is not None:  # None where only the routes are asked about
             differ = refuse_differences(plan, traced, specs, self._name)
@@ -307,17 +307,19 @@ class Step:
         What it may write, and which leaves it does, comes from a trace all the same: without compilation a scan
         unrolls, and every leaf that went through one would look written.
         """
-        plan = state._plan
-        if plan._copies:  # no Python code can be stepped through on several devices at once
+        plan = state.tables
+        if plan.per_device:  # no Python code can be stepped through on several devices at once
             with jax.disable_jit(False):
                 return self(state, *args, **kwargs)
         with jax.disable_jit(False):
             traced, contract, _ = self._trace(state, args, kwargs)
             self._judge(plan, traced, contract)
         capture = Capture(plan.kinds, self._capture)
-        split = self._arguments.split(args, kwargs, plan._objects)
+        split = self._arguments.split(args, kwargs, plan.object_count)
         dynamic = merged(split.args, split.kwargs, split.given)
-        eager = Eager.of(traced, plan, self._bound(split.static, plan._objects), state, dynamic, capture, self._name)
+        eager = Eager.of(
+            traced, plan, self._bound(split.static, plan.object_count), state, dynamic, capture, self._name
+        )
         entry = self._make(plan, eager, contract)
         donated, _, kept, _, _ = entry.operands(state, args, kwargs)
         written, out = entry.program(donated, kept, *dynamic)

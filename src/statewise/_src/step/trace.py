@@ -23,8 +23,9 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import arrays_of, numbered, raw_value, rebuild, row_of, scan, spec_of, value_of
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, check_fits
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import check_fits
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.capture import Capture
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
@@ -48,7 +49,7 @@ class Traced:
       outputs: how many arrays the output has.
       written: (kind, position) of each array written, in the order in which the jaxpr returns them.
       closes_over_tracers: whether the function used a tracer of somebody else's trace, not as an argument.
-      dropped: (kind, position) of each array written where the write is lost, and nowhere else.
+      lost_writes: (kind, position) of each array written where the write is lost, and nowhere else.
       passed: what is written to objects among the arguments.
     """
 
@@ -58,7 +59,7 @@ class Traced:
     outputs: int
     written: tuple[tuple[str, int], ...]
     closes_over_tracers: bool
-    dropped: tuple[tuple[str, int], ...] = ()
+    lost_writes: tuple[tuple[str, int], ...] = ()
     passed: tuple[WrittenArgument, ...] = ()
 
     def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -68,11 +69,11 @@ class Traced:
         return results[: self.outputs], results[self.outputs :]
 
 
-def _logical(plan: Plan, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+def _logical(plan: PlanTables, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """A kind's arrays in order; of a packed part, or on each device, shapes and dtypes: the trace wants no more."""
-    if kind not in plan._packing and not plan._copies:
+    if kind not in plan.packing and not plan.per_device:
         return arrays
-    return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in plan._specs[kind])
+    return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in plan.specs[kind])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Eager(Traced):
     def of(
         cls,
         traced: Traced,
-        plan: Plan,
+        plan: PlanTables,
         fn: Callable[..., Any],
         state: State,
         dynamic: tuple[Any, Any],
@@ -100,8 +101,8 @@ class Eager(Traced):
             out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
             return jax.tree.leaves(out), after
 
-        unpacked = zip(plan.kinds, state._parts, strict=True)
-        arrays = [array for kind, part in unpacked for array in plan._unpacked(kind, part.arrays)]
+        unpacked = zip(plan.kinds, state.parts, strict=True)
+        arrays = [array for kind, part in unpacked for array in plan.unpack(kind, part.arrays)]
         fields = {field.name: getattr(traced, field.name) for field in dataclasses.fields(Traced)}
         return cls(**fields, call=call, arrays=arrays, dynamic=(plan, dynamic))
 
@@ -109,14 +110,14 @@ class Eager(Traced):
         """The outputs and the written arrays; the values of arrays that are not read come from the state."""
         plan, dynamic = self.dynamic
         arrays = iter(have if given is None else given for have, given in zip(self.arrays, flat, strict=False))
-        parts = [list(itertools.islice(arrays, len(specs))) for specs in plan._specs.values()]
+        parts = [list(itertools.islice(arrays, len(specs))) for specs in plan.specs.values()]
         args, kwargs = jax.tree.unflatten(jax.tree.structure(dynamic), flat[self.inputs :])
         outputs, after = self.call(parts, args, kwargs)
-        return outputs, [after[plan._index[kind]][position] for kind, position in self.written]
+        return outputs, [after[plan.kind_index[kind]][position] for kind, position in self.written]
 
 
 def trace(
-    plan: Plan, fn: Callable[..., Any], state: State, args: Any, kwargs: Any, capture: Capture, name: str
+    plan: PlanTables, fn: Callable[..., Any], state: State, args: Any, kwargs: Any, capture: Capture, name: str
 ) -> Traced:
     """Traces `fn(*objects, *args, **kwargs)` over a state.
 
@@ -130,7 +131,7 @@ def trace(
         hint="inside jax.vmap the mapped axis is gone: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
         "for other dtypes: state.cast(params='bfloat16')",
     )
-    parts = [_logical(plan, kind, part.arrays) for kind, part in zip(plan.kinds, state._parts, strict=True)]
+    parts = [_logical(plan, kind, part.arrays) for kind, part in zip(plan.kinds, state.parts, strict=True)]
     box: dict[str, Any] = {}
 
     def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
@@ -154,13 +155,13 @@ def trace(
         outputs=outputs,
         written=tuple(spot for spot, is_written in zip(where, written, strict=True) if is_written),
         closes_over_tracers=any(isinstance(const, compat.Tracer) for const in effects.consts),
-        dropped=_dropped(plan, closed, where, written),
+        lost_writes=_dropped(plan, closed, where, written),
         passed=box["passed"].told(effects.written[len(where) :]),
     )
 
 
 def _dropped(
-    plan: Plan, closed: Any, where: Sequence[tuple[str, int]], written: Sequence[bool]
+    plan: PlanTables, closed: Any, where: Sequence[tuple[str, int]], written: Sequence[bool]
 ) -> tuple[tuple[str, int], ...]:
     """The arrays that get a new value where it is lost; not of parameters, which optimizers write."""
     numbers = [
@@ -172,13 +173,13 @@ def _dropped(
     return tuple(spot for number, spot in enumerate(where) if number in found)
 
 
-def _type_at(plan: Plan, kind: str, position: int) -> type:
-    found: type = plan._row_of_array[kind][position].type
+def _type_at(plan: PlanTables, kind: str, position: int) -> type:
+    found: type = plan.leaf_of_array[kind][position].type
     return found
 
 
 def call_once(
-    plan: Plan,
+    plan: PlanTables,
     fn: Callable[..., Any],
     parts: Sequence[Sequence[Any]],
     args: Any,
@@ -189,21 +190,21 @@ def call_once(
 ) -> tuple[Any, list[list[Any]]]:
     """Calls the function on fresh objects that hold these arrays; returns its output and the arrays afterwards."""
     by_kind = dict(zip(plan.kinds, parts, strict=True))
-    values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan._spans]
-    objects = rebuild(plan._graphdef, values, plan._several)
-    before = scan(objects, plan._names)
+    values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan.spans]
+    objects = rebuild(plan.graphdef, values, plan.several)
+    before = scan(objects, plan.names)
     try:
         # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
         with nnx.var_defaults(hijax=False, ref=False):
             out, sown = capture.call(fn, objects, args, kwargs)
     except TraceContextError as error:
         known = Passed((), {}) if passed is None else passed
-        refusal = written_outside(error, fn, objects, before, known, name, bool(plan._groups))
+        refusal = written_outside(error, fn, objects, before, known, name, bool(plan.optimizers))
         if refusal is None:
             raise
         raise refusal from error
     refuse_model(out, before.leaves, name)
-    after = scan(objects, plan._names)
+    after = scan(objects, plan.names)
     live = dict(zip(after.paths, after.leaves, strict=True))
     handed_out = assigned(plan, objects, before.leaves, live, capture, name)
     captured = capture.collect(plan, live, handed_out, out, sown)
@@ -211,12 +212,12 @@ def call_once(
 
 
 def _arrays_after(
-    plan: Plan, parts: Sequence[Sequence[Any]], live: dict[Path, Any], handed_out: frozenset[Path], name: str
+    plan: PlanTables, parts: Sequence[Sequence[Any]], live: dict[Path, Any], handed_out: frozenset[Path], name: str
 ) -> list[list[Any]]:
     after = [list(part) for part in parts]
     values: dict[tuple[str, int], Sequence[Any]] = {}
     odd, given = [], []
-    for row, span in zip(plan._rows, plan._spans, strict=True):
+    for row, span in zip(plan.rows, plan.spans, strict=True):
         if row.path in handed_out:
             continue
         arrays, structure = arrays_of(raw_value(live[row.path]))
@@ -242,7 +243,7 @@ def _arrays_after(
         )
     check_given(given, before=f"{name} assigns numbers that JAX does not have. ")
     for (kind, start), made in values.items():
-        after[plan._index[kind]][start : start + len(made)] = map(jnp.asarray, made)
+        after[plan.kind_index[kind]][start : start + len(made)] = map(jnp.asarray, made)
     return after
 
 
@@ -286,7 +287,7 @@ ITS_OPTIMIZER = "written by its optimizer alone"
 
 
 def refuse_writes(
-    plan: Plan,
+    plan: PlanTables,
     traced: Traced,
     allowed: frozenset[str],
     named: Sequence[str],
@@ -313,7 +314,7 @@ def refuse_writes(
     owners = _owners(plan)
     leaves: dict[Path, Leaf] = {}
     for kind, position in odd:
-        leaf = plan._row_of_array[kind][position]
+        leaf = plan.leaf_of_array[kind][position]
         note = f"written in {owners[leaf.path]}" + (f"; {why[kind]}" if kind in why else "")
         leaves[leaf.path] = dataclasses.replace(leaf, note=note)
     kinds = tuple(dict.fromkeys(kind for kind, _ in odd))
@@ -338,7 +339,7 @@ _RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtime
 
 
 def _eval_hint(
-    plan: Plan,
+    plan: PlanTables,
     odd: Sequence[tuple[str, int]],
     evaluated: Callable[[], Traced],
     hint: str,
@@ -370,16 +371,16 @@ def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
     return evaluated
 
 
-def _owners(plan: Plan) -> dict[Path, str]:
+def _owners(plan: PlanTables) -> dict[Path, str]:
     """For each leaf, the module that holds it, in words."""
     owners = {}
-    objects: Any = rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
-    for row in plan._rows:
-        thing, at = (objects if plan._several else objects[0]), 0
+    objects: Any = rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
+    for row in plan.rows:
+        thing, at = (objects if plan.several else objects[0]), 0
         owner = type(thing).__name__
-        for depth, key in enumerate(numbered(row.path, plan._names)[:-1], start=1):
+        for depth, key in enumerate(numbered(row.path, plan.names)[:-1], start=1):
             thing = getattr(thing, key) if isinstance(key, str) and hasattr(thing, key) else thing[key]
-            first = plan._several and depth == 1  # one of several objects, which need not be a module
+            first = plan.several and depth == 1  # one of several objects, which need not be a module
             if first or (isinstance(thing, nnx.Module) and not isinstance(thing, (nnx.Rngs, nnx.RngStream))):
                 owner, at = type(thing).__name__, depth
         owners[row.path] = f"{owner} {format_path(row.path[:at])}" if at else owner

@@ -11,7 +11,7 @@ from typing import Any
 
 from statewise._src.common.nnx_graph import rebuild
 from statewise._src.common.paths import Leaf
-from statewise._src.core.plan import Plan
+from statewise._src.plan.tables import PlanTables
 from statewise._src.step.closures import brought, read_by
 from statewise._src.step.contract import Contract
 from statewise._src.step.dependence import differentiably_reached
@@ -24,29 +24,29 @@ from statewise.errors import StatewiseWarning, StructureError
 __all__ = ["cautions_of", "objects_of", "refuse_untrained"]
 
 
-def objects_of(plan: Plan) -> tuple[Any, ...]:
+def objects_of(plan: PlanTables) -> tuple[Any, ...]:
     """The planned objects, with nothing in their leaves."""
-    return rebuild(plan._graphdef, [None] * len(plan._rows), plan._several)
+    return rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
 
 
-def _spots(plan: Plan, contract: Contract) -> dict[str, list[tuple[str, int]]]:
+def _spots(plan: PlanTables, contract: Contract) -> dict[str, list[tuple[str, int]]]:
     """Kind and position of each array that is differentiated and holds anything, by kind."""
     found: dict[str, list[tuple[str, int]]] = {}
     for group in contract.groups:
-        for kind, position in plan._params_of(group):
-            if plan._specs[kind][position].size:
+        for kind, position in plan.params_of(group):
+            if plan.specs[kind][position].size:
                 found.setdefault(kind, []).append((kind, position))
     return found
 
 
-def _reaching(plan: Plan, traced: Traced, spots: Sequence[tuple[str, int]]) -> bool:
+def _reaching(plan: PlanTables, traced: Traced, spots: Sequence[tuple[str, int]]) -> bool:
     """Whether a gradient may pass from the loss to one of these arrays."""
     chosen = set(numbers_of(plan, spots))
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     return differentiably_reached(traced.effects.jaxpr, [number in chosen for number in read])[0]
 
 
-def refuse_untrained(plan: Plan, traced: Traced, contract: Contract, fn: Any, name: str) -> None:
+def refuse_untrained(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> None:
     """Raises where no leaf that a train step differentiates reaches its loss.
 
     Args:
@@ -67,7 +67,7 @@ def refuse_untrained(plan: Plan, traced: Traced, contract: Contract, fn: Any, na
         read = traced.effects.read[numbers_of(plan, [(kind, position)])[0]]
         any_read |= read
         note = "read, but no gradient passes" if read else "not read"
-        leaves.append(dataclasses.replace(plan._row_of_array[kind][position], note=note))
+        leaves.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))
     fact = f"{name} trains nothing: no leaf that it differentiates reaches the loss."
     lines = []
     for one, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
@@ -86,7 +86,7 @@ def refuse_untrained(plan: Plan, traced: Traced, contract: Contract, fn: Any, na
     raise StructureError(fact, leaves=list(dict.fromkeys(leaves)), hint="\n".join(lines))
 
 
-def cautions_of(plan: Plan, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
+def cautions_of(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
     """What a step is warned of, each once.
 
     Args:
@@ -111,19 +111,19 @@ _LOST = (
 )
 
 
-def _dropped_leaves(plan: Plan, traced: Traced) -> list[Leaf]:
+def _dropped_leaves(plan: PlanTables, traced: Traced) -> list[Leaf]:
     note = "written under a plain jax.jit or jax.checkpoint"
-    rows = [plan._row_of_array[kind][position] for kind, position in traced.excluded]
+    rows = [plan.leaf_of_array[kind][position] for kind, position in traced.lost_writes]
     return list(dict.fromkeys(dataclasses.replace(row, note=note) for row in rows))
 
 
-def _unwritten(plan: Plan, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
+def _unwritten(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
     """For each kind that the step names in `writes`, and of which nothing is written."""
     written = {kind for kind, _ in traced.written} | {kind for group in contract.groups for kind in group.kinds}
     dropped = _dropped_leaves(plan, traced)
     found = []
     for kind in contract.named:
-        if kind in written or not plan._specs[kind]:
+        if kind in written or not plan.specs[kind]:
             continue
         found.append(
             StatewiseWarning(
@@ -136,7 +136,7 @@ def _unwritten(plan: Plan, traced: Traced, contract: Contract, name: str) -> lis
     return found
 
 
-def _dropped(plan: Plan, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
+def _dropped(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
     """For what is written where it is lost, of kinds that the warning above does not speak of."""
     written = {kind for kind, _ in traced.written}
     named = {kind for kind in contract.named if kind not in written}
@@ -155,7 +155,7 @@ def _dropped(plan: Plan, traced: Traced, contract: Contract, name: str) -> list[
     ]
 
 
-def _kinds_untrained(plan: Plan, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
+def _kinds_untrained(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
     """For each kind that the step differentiates, and of which no leaf reaches the loss, where others do."""
     kinds = _spots(plan, contract)
     if len(kinds) < 2:
@@ -172,7 +172,7 @@ def _kinds_untrained(plan: Plan, traced: Traced, contract: Contract, name: str) 
             StatewiseWarning(
                 f"{name} differentiates {kind}, of which no leaf reaches the loss: its optimizer sees nothing but "
                 "zeros.",
-                leaves=list(dict.fromkeys(plan._row_of_array[kind][position] for _, position in kinds[kind])),
+                leaves=list(dict.fromkeys(plan.leaf_of_array[kind][position] for _, position in kinds[kind])),
                 kind=kind,
                 hint=f"where this step is not to train it: {hint}",
             )
@@ -180,7 +180,9 @@ def _kinds_untrained(plan: Plan, traced: Traced, contract: Contract, name: str) 
     return found
 
 
-def _all_from_outside(plan: Plan, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
+def _all_from_outside(
+    plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str
+) -> list[StatewiseWarning]:
     """Where a step that does not train uses nothing of its state, but an object that it brings along."""
     if contract.trains or traced.written or any(traced.effects.read[: traced.inputs]):
         return []

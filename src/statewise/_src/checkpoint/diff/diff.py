@@ -21,8 +21,7 @@ from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.common.paths import format_dtype, format_path, format_shape, format_type
 from statewise._src.common.tables import format_count
 from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import tables_in
 from statewise._src.inspect.select.select import check_kinds
 from statewise.errors import DeclarationError
 
@@ -72,7 +71,7 @@ def diff(a: Any, b: Any, *, kinds: Kinds | Any = None) -> Diff:
       >>> changes.same
       {'params': 1}
     """
-    models = [thing for thing in (a, b) if not (is_path(thing) or isinstance(thing, (State, Plan)))]
+    models = [thing for thing in (a, b) if not (is_path(thing) or tables_in(thing) is not None)]
     if kinds is not None:
         check_kinds(kinds)
         if not models:
@@ -80,10 +79,8 @@ def diff(a: Any, b: Any, *, kinds: Kinds | Any = None) -> Diff:
                 "Only a model is planned by kinds; states and checkpoints have theirs.", hint="sw.diff(a, b)"
             )
     else:
-        plans = [
-            thing if isinstance(thing, Plan) else thing.plan for thing in (a, b) if isinstance(thing, (State, Plan))
-        ]
-        kinds = plans[0].kinds if plans else Kinds.standard()
+        planned = [thing for thing in map(tables_in, (a, b)) if thing is not None]
+        kinds = planned[0].kinds if planned else Kinds.standard()
     return _diff(side_of(a, kinds), side_of(b, kinds))
 
 

@@ -23,9 +23,11 @@ from statewise._src.checkpoint.format.records import records_of, unpacked
 from statewise._src.common.narrowing import as_jax
 from statewise._src.common.nnx_graph import arrays_of, raw_value, scan
 from statewise._src.common.paths import Leaf
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, check_fits, check_not_donated, is_deleted
+from statewise._src.core.plan import Plan, State
+from statewise._src.core.state_data import check_fits, check_not_donated, is_deleted
+from statewise._src.plan.kind import Kind
+from statewise._src.plan.resolve import resolve_plan
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["Arrays", "Change", "Side", "compare", "is_path", "side_of"]
@@ -65,7 +67,7 @@ def is_path(thing: Any) -> bool:
     return isinstance(thing, (str, os.PathLike))
 
 
-def side_of(thing: Any, kinds: Kinds) -> Side:
+def side_of(thing: Any, kinds: Mapping[str, Kind]) -> Side:
     """Looks at a model, a state, a plan, or a checkpoint on disk.
 
     Args:
@@ -123,7 +125,7 @@ def _on_host(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def _held(plan: Plan) -> dict[str, bool]:
+def _held(plan: PlanTables) -> dict[str, bool]:
     """Of each kind, whether a checkpoint of this plan would hold it."""
     return {name: kind.saved for name, kind in plan.kinds.items()}
 
@@ -134,9 +136,9 @@ def _of_state(state: State, name: str) -> Side:
             "This state is being traced: inside jax.jit there are no values to compare.",
             hint="return the state from the function, and compare what comes back",
         )
-    check_not_donated(state, state.plan.kinds)
-    check_fits(state, state.plan.kinds)
-    placed = {record.id: (record, start) for record, start in records_of(state.plan)}
+    check_not_donated(state, state.tables.kinds)
+    check_fits(state, state.tables.kinds)
+    placed = {record.id: (record, start) for record, start in records_of(state.tables)}
     parts: dict[str, tuple[Any, ...]] = {}
 
     def arrays(record: LeafRecord) -> Arrays:
@@ -148,13 +150,13 @@ def _of_state(state: State, name: str) -> Side:
         return [_on_host(array) for array in parts[record.kind][start : start + len(record.arrays)]]
 
     records = {identity: record for identity, (record, _) in placed.items()}
-    return Side(name, records, _held(state.plan), False, lambda asked: list(map(arrays, asked)))
+    return Side(name, records, _held(state.tables), False, lambda asked: list(map(arrays, asked)))
 
 
-def _of_model(model: Any, kinds: Kinds) -> Side:
+def _of_model(model: Any, kinds: Mapping[str, Kind]) -> Side:
     """A model as it is: planned, but nothing taken out of it or copied."""
     objects = tuple(model) if isinstance(model, (tuple, list)) else (model,)
-    plan = kinds.plan(*objects)
+    plan = resolve_plan(kinds, objects)
     found = scan(objects)
     live = dict(zip(found.paths, found.leaves, strict=True))
     gone = [record.leaf() for record, _ in records_of(plan) if any(map(is_deleted, _values(live[record.path])))]

@@ -19,8 +19,8 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys, dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, Buffer, LeafRecord
 from statewise._src.checkpoint.format.records import check_savable, records_of, unpacked
 from statewise._src.checkpoint.orbax.batching import no_collection
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["LaidOut", "lay_out"]
@@ -85,7 +85,7 @@ class _Arrangement(NamedTuple):
 
 # Of each plan, by kinds and layout: how its arrays lay, and the arrangement.
 _Known = dict[tuple[tuple[str, ...], str], tuple[list[Any], _Arrangement]]
-_known: weakref.WeakKeyDictionary[Plan, _Known] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[PlanTables, _Known] = weakref.WeakKeyDictionary()
 
 
 @no_collection()
@@ -98,7 +98,7 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
     """
     check_savable(state, kinds)
     parts = {kind: unpacked(state, kind) for kind in kinds}
-    arranged = _arrangement(state.plan, parts, layout)
+    arranged = _arrangement(state.tables, parts, layout)
     sources = tuple(_as_stored(parts[kind][position], record) for kind, position, record in arranged.arrays)
     if arranged.away:
         _fetch(sources)
@@ -114,7 +114,7 @@ def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
     return LaidOut(arranged.records, arranged.buffers, tree, sources, tuple(packed))
 
 
-def _arrangement(plan: Plan, parts: Mapping[str, Sequence[Any]], layout: str) -> _Arrangement:
+def _arrangement(plan: PlanTables, parts: Mapping[str, Sequence[Any]], layout: str) -> _Arrangement:
     known = _known.setdefault(plan, {})
     lies = [getattr(array, "sharding", None) for part in parts.values() for array in part]
     before = known.get((tuple(parts), layout))
@@ -125,7 +125,7 @@ def _arrangement(plan: Plan, parts: Mapping[str, Sequence[Any]], layout: str) ->
     return made
 
 
-def _arrange(plan: Plan, parts: Mapping[str, Sequence[Any]], layout: str) -> _Arrangement:
+def _arrange(plan: PlanTables, parts: Mapping[str, Sequence[Any]], layout: str) -> _Arrangement:
     keys, records = OrbaxKeys(), []
     arrays: list[tuple[str, int, ArrayRecord]] = []
     alone: list[tuple[Key, int]] = []

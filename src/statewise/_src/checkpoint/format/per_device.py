@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
 from statewise._src.common.paths import Path
-from statewise._src.core.plan import Plan
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.members import Axis, Members, place_of, shrunk
 from statewise._src.plan.per_device import spread
 from statewise._src.plan.placements import PLACEMENTS, PerDevice
+from statewise._src.plan.tables import PlanTables
 
 __all__ = [
     "EACH",
@@ -91,7 +91,9 @@ def placement_of(devices: int, members: Members | None, axis: Axis, rank: int) -
     return {MEMBERS: {"number": members.number, "axis": place_of(axis, rank), **each}}
 
 
-def resize(plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord) -> Resized | tuple[str, str] | None:
+def resize(
+    plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord
+) -> Resized | tuple[str, str] | None:
     """What becomes of an array; or what it is in the checkpoint, which cannot be restored so, and the hint.
 
     Returns:
@@ -118,7 +120,7 @@ def resize(plan: Plan, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecor
     return Resized(declared, here, f"the {declared} of {there} devices' values, on each of {here}{keys}")
 
 
-def _owner(plan: Plan, record: LeafRecord) -> tuple[str, Path]:
+def _owner(plan: PlanTables, record: LeafRecord) -> tuple[str, Path]:
     """The kind and path that say how a leaf lies: of an average those of what it is of."""
     if plan.kinds[record.kind].of is EMA:
         _, kind, *path = record.path
@@ -126,12 +128,12 @@ def _owner(plan: Plan, record: LeafRecord) -> tuple[str, Path]:
     return record.kind, record.path
 
 
-def _declared(plan: Plan, record: LeafRecord, ours: ArrayRecord) -> str:
+def _declared(plan: PlanTables, record: LeafRecord, ours: ArrayRecord) -> str:
     kind, path = _owner(plan, record)
     placement = plan.kinds[kind].placement
     if placement is not None and not isinstance(placement, PLACEMENTS):
         # As it was asked when the state was taken, with the keys within a value.
-        placement = placement(plan._relative(path) + ours.within, shape_of_one(ours))
+        placement = placement(plan.relative(path) + ours.within, shape_of_one(ours))
     return placement.resize if isinstance(placement, PerDevice) else "error"
 
 

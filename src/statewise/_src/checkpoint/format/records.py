@@ -15,10 +15,11 @@ from statewise._src.checkpoint.format.per_device import placement_of
 from statewise._src.common.nnx_graph import ONE, Spec
 from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Path
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, check_fits, check_not_donated
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import check_fits, check_not_donated
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
 from statewise.errors import DeclarationError, StructureError
 
@@ -39,31 +40,31 @@ class Placed(NamedTuple):
     start: int
 
 
-_known: weakref.WeakKeyDictionary[Plan, tuple[Placed, ...]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[PlanTables, tuple[Placed, ...]] = weakref.WeakKeyDictionary()
 
 
-def records_of(plan: Plan) -> tuple[Placed, ...]:
+def records_of(plan: PlanTables) -> tuple[Placed, ...]:
     """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored.
 
     What lies per device has the shape that a state holds, and says for how many devices; so with the members of an
     ensemble.
     """
-    plan = with_copies(plan._plain, plan._copies)
+    plan = with_copies(plan.plain, plan.per_device)
     found = _known.get(plan)
     if found is None:
         found = _known[plan] = tuple(_records(plan))
     return found
 
 
-def _records(plan: Plan) -> list[Placed]:
+def _records(plan: PlanTables) -> list[Placed]:
     placed = []
     leaves = iter(plan.leaves)
-    for row, span in zip(plan._rows, plan._spans, strict=True):
+    for row, span in zip(plan.rows, plan.spans, strict=True):
         leaf = next(leaves)
-        specs = plan._held[span.kind][span.start : span.stop]
-        each = plan._copies.of(span.kind) if plan._copies else ()
+        specs = plan.held_specs[span.kind][span.start : span.stop]
+        each = plan.per_device.of(span.kind) if plan.per_device else ()
         arrays = tuple(
-            _record(plan, span.kind, at, within, spec, plan._copies.devices if plan._copies and at in each else 0)
+            _record(plan, span.kind, at, within, spec, plan.per_device.devices if plan.per_device and at in each else 0)
             for at, (within, spec) in enumerate(
                 zip(keys_within(row.structure, len(specs)), specs, strict=True), span.start
             )
@@ -71,17 +72,17 @@ def _records(plan: Plan) -> list[Placed]:
         structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
         placed.append(Placed(record, span.start))
-    for one, (start, stop) in zip(plan._derived, plan._derived_spans, strict=True):
+    for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
         for position in range(start, stop):
             leaf = next(leaves)
-            copies = plan._copies
+            copies = plan.per_device
             devices = copies.devices if copies and position in copies.of(one.into) else 0
-            array = _record(plan, one.into, position, (), plan._held[one.into][position], devices)
+            array = _record(plan, one.into, position, (), plan.held_specs[one.into][position], devices)
             placed.append(Placed(LeafRecord(leaf.path, one.into, type_name(jax.Array), None, (array,)), position))
     return placed
 
 
-def _record(plan: Plan, kind: str, position: int, within: Path, spec: Spec, devices: int) -> ArrayRecord:
+def _record(plan: PlanTables, kind: str, position: int, within: Path, spec: Spec, devices: int) -> ArrayRecord:
     prng = prng_of(spec.dtype)
     stored: tuple[tuple[int, ...], str] | None = None
     if prng is not None:
@@ -89,13 +90,13 @@ def _record(plan: Plan, kind: str, position: int, within: Path, spec: Spec, devi
         stored = (words.shape, str(words.dtype))
     elif str(spec.dtype) not in _STORABLE:
         stored = (spec.shape, "uint8")
-    placement = placement_of(devices, plan._members, plan._axis(kind, position), len(spec.shape))
+    placement = placement_of(devices, plan.ensemble, plan.member_axis(kind, position), len(spec.shape))
     return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored, placement=placement)
 
 
 def unpacked(state: State, kind: str) -> tuple[Any, ...]:
     """A kind's arrays in the order of the plan, whether the state is packed or not."""
-    return state.plan._unpacked(kind, state.part(kind).arrays)
+    return state.tables.unpack(kind, state.part(kind).arrays)
 
 
 def check_savable(state: State, kinds: Collection[str]) -> None:
@@ -131,7 +132,7 @@ def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:
     Raises:
       DeclarationError: a kind that is not there, or is never saved; kinds none of which has a leaf.
     """
-    kinds = state.plan.kinds
+    kinds = state.tables.kinds
     if only is None:
         return tuple(name for name, kind in kinds.items() if kind.saved)
     names = names_given(only, "only")
@@ -142,7 +143,7 @@ def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:
             raise DeclarationError(
                 f"The kind {name!r} is declared ephemeral{what}.", kind=name, hint=hint.format(name=name)
             )
-    filled = [name for name, specs in state.plan._specs.items() if specs]
+    filled = [name for name, specs in state.tables.specs.items() if specs]
     if names and not set(names) & set(filled):
         raise DeclarationError(
             f"only={only!r} names no kind that has leaves in this model.",

@@ -26,7 +26,8 @@ from statewise._src.common.narrowing import Casts
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape
 from statewise._src.common.tables import Shown, Table, leaf_dict
 from statewise._src.core.batches import refuse_batch
-from statewise._src.core.state import State, check_not_donated
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import check_not_donated
 from statewise.errors import RestoreError, SaveError, StructureError
 
 __all__ = ["Conversion", "convert"]
@@ -292,9 +293,9 @@ def _own(piece: Piece, kept: Mapping[str, Sequence[Any]]) -> np.ndarray:
 
 def _state(target: State, fitted: Fit, arrays: list[np.ndarray]) -> State:
     """A state with these arrays; kinds that are never saved stay abstract."""
-    plan = target.plan._plain
+    plan = target.tables.plain
     parts: dict[str, list[Any]] = {
-        kind: [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs] for kind, specs in plan._specs.items()
+        kind: [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs] for kind, specs in plan.specs.items()
     }
     for piece, array in zip(fitted.pieces, arrays, strict=True):
         assert piece.at is not None, "with a target every piece has its place"

@@ -26,7 +26,7 @@ from statewise._src.checkpoint.renested import arguments, objects
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
 from statewise._src.core.cast import can_cast
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise._src.plan.tables import OPTIMIZER
 from statewise.errors import RestoreError, StructureError
 
@@ -210,7 +210,7 @@ class _Fitter:
         self.by_text: dict[str, Entry] = {}
         self.has_values = {
             kind: not any(isinstance(array, jax.ShapeDtypeStruct) for array in target.part(kind).arrays)
-            for kind in target.plan.kinds
+            for kind in target.tables.kinds
         }
         renamed = _renamed(source, rename)
         for entry in source.entries:
@@ -228,8 +228,8 @@ class _Fitter:
     def run(self, to: str) -> Fit:
         wanted = [
             self.wanted(placed, leaf, array, placed.start + at)
-            for placed, leaf in zip(records_of(self.target.plan), self.target.plan.leaves, strict=True)
-            if self.target.plan.kinds[placed.record.kind].saved
+            for placed, leaf in zip(records_of(self.target.tables), self.target.tables.leaves, strict=True)
+            if self.target.tables.kinds[placed.record.kind].saved
             and not (to == "linen" and collection_of(leaf.type) is None and self.is_derived(leaf))
             for at, array in enumerate(placed.record.arrays)
         ]
@@ -281,7 +281,7 @@ class _Fitter:
 
     def is_derived(self, leaf: Leaf) -> bool:
         """Whether it is no leaf of the model, but kept by the plan: an optimizer's state, an average."""
-        return leaf.kind in {OPTIMIZER, *(average.into for average in self.target.plan._averages)}
+        return leaf.kind in {OPTIMIZER, *(average.into for average in self.target.tables.averages)}
 
     def keep(self, one: _Wanted, why: str) -> None:
         self.made.kept.append(dataclasses.replace(one.leaf, note=why))
@@ -290,7 +290,7 @@ class _Fitter:
     def absent(self, one: _Wanted, there: set[str]) -> None:
         """A leaf that the source lacks: its value is the target's, where that is allowed; otherwise it is missing."""
         kind = one.placed.record.kind
-        declared = self.target.plan.kinds[kind].missing == "keep"
+        declared = self.target.tables.kinds[kind].missing == "keep"
         of_run = _is_of_run(one.leaf) or self.is_derived(one.leaf)
         foreign = self.source.format != "statewise" and kind not in there and of_run
         why = f"the source has no {kind}" if foreign else self.where(one)
@@ -305,7 +305,7 @@ class _Fitter:
             keep = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], missing='keep'))"
             own = f"or, to keep the target's values: {keep}"
             # An abstract target has none.
-            plan = f"kinds.plan({arguments(self.target.plan)}).take({objects(self.target.plan)})"
+            plan = f"kinds.plan({arguments(self.target.tables)}).take({objects(self.target.tables)})"
             others = f"or, to begin with a model's values: kinds = {keep}; target = {plan}"
             self.made.hints[own if self.has_values[kind] else others] = None
 

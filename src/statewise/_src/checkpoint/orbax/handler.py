@@ -25,7 +25,7 @@ from statewise._src.checkpoint.format.manifest import NAME, KindRecord, Manifest
 from statewise._src.checkpoint.orbax.paths import check_usable
 from statewise._src.checkpoint.orbax.write import writing_handler
 from statewise._src.common import compat
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
 from statewise._src.filters.explain import as_code
 from statewise.errors import SaveError
 
@@ -168,7 +168,7 @@ def _leaves_text(laid: LaidOut) -> Callable[[], str]:
 def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
     kinds = {
         name: KindRecord(as_code(kind.of), kind.handling(), kind.saved and name in saving.kinds)
-        for name, kind in saving.state.plan.kinds.items()
+        for name, kind in saving.state.tables.kinds.items()
     }
     written = compat.versions() | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     return Manifest(written, saving.layout, kinds, laid.records, laid.buffers, saving.base)

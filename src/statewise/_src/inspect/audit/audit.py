@@ -18,10 +18,11 @@ from flax import nnx
 from statewise._src.common.paths import Leaf
 from statewise._src.core.kinds import Kinds
 from statewise._src.core.member_view import as_one, is_of_one_member
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import State
+from statewise._src.core.templates import abstract
 from statewise._src.inspect.audit.result import Audit, LeafAudit
 from statewise._src.plan.packing import Buffer
+from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained, sharding_of_type
 from statewise._src.step.aot import no_state
 from statewise._src.step.average_update import averagings
@@ -71,13 +72,13 @@ def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: A
       ...     return (model(x) ** 2).mean()
       >>> print(sw.audit(train, state, jax.ShapeDtypeStruct((4, 2), "float32")))
       audit of train
-      kind    leaves  read  written  differentiated  zero gradient  crosses  donated  saved  restarts
-      -----------------------------------------------------------------------------------------------
-      params       4     4        4               4              -        4        4  yes    -
-      stats        2     2        2               -              -        2        2  yes    -
+      kind    leaves  read  written  differentiated  zero gradient  passed to jit  donated  saved  restarts
+      -----------------------------------------------------------------------------------------------------
+      params       4     4        4               4              -              4        4  yes    -
+      stats        2     2        2               -              -              2        2  yes    -
     """
-    if type(state) is State and state._plan._members is not None:
-        state = as_one(state) if is_of_one_member(state) else state._plan._members.single.abstract()
+    if type(state) is State and state.tables.ensemble is not None:
+        state = as_one(state) if is_of_one_member(state) else State.wrap(abstract(state.tables.ensemble.single))
     if isinstance(step, Step):
         if type(state) is not State:
             raise no_state(step._name, state)
@@ -117,7 +118,7 @@ def _plain_step(fn: Any, state: State, args: Any, kwargs: Any) -> tuple[Step, li
             hint=f"sw.audit(lambda model, *args: {called}(*args), model, ...)",
         )
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
-    count = state.plan._objects
+    count = state.tables.object_count
 
     def bound(*given: Any) -> Any:
         filled = list(leaves)
@@ -137,13 +138,13 @@ def _is_object(thing: Any) -> bool:
     return isinstance(thing, (nnx.Pytree, nnx.Variable)) and not isinstance(thing, nnx.State)
 
 
-def _no_contract(plan: Plan, name: str) -> Contract:
+def _no_contract(plan: PlanTables, name: str) -> Contract:
     """The contract of a plain function: it declares nothing, so it may write all."""
     return Contract(frozenset(plan.kinds), (), {}, (), False, False, True, "@sw.step(writes={kinds})")
 
 
 def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
-    plan, name = state.plan, step._name
+    plan, name = state.tables, step._name
     contract = step._contract_of(plan, name)
     # As in a first call, but for the refusal: an instrument shows what it sees.
     lenient = copy.copy(step)
@@ -168,7 +169,7 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
 class _Touched:
     """What a step does to the arrays of a state, as sets of their numbers among all arrays of the plan."""
 
-    def __init__(self, step: Step, plan: Plan, traced: Traced, contract: Contract) -> None:
+    def __init__(self, step: Step, plan: PlanTables, traced: Traced, contract: Contract) -> None:
         routes = step._make(plan, traced, contract).routes
         self.donated = _numbers(plan, routes.donated)
         self.passed_to_jit = self.donated | _numbers(plan, routes.kept)
@@ -176,17 +177,17 @@ class _Touched:
         by_function = set(numbers_of(plan, traced.written))
         self.undeclared = set(numbers_of(plan, [spot for spot in traced.written if spot[0] not in contract.allowed]))
         self.differentiated = {
-            number for group in contract.groups for number in numbers_of(plan, plan._params_of(group))
+            number for group in contract.groups for number in numbers_of(plan, plan.params_of(group))
         }
         moments = {
             number
-            for group, span in zip(plan._groups, plan._moment_spans, strict=True)
+            for group, span in zip(plan.optimizers, plan.optimizer_spans, strict=True)
             if group in contract.groups
             for number in numbers_of(plan, [("optimizer", position) for position in range(*span)])
         }
         for average in averagings(plan, contract.groups, traced.written, ()):
             moments |= average.writes
-        # What stands alone crosses only if it is read or written; of a buffer, its neighbours may be why it crosses.
+        # An array of its own is passed only if it is read or written; one in a buffer, also because of its neighbours.
         alone = self.passed_to_jit - self.packed
         self.updated = (self.differentiated | moments | (self.donated & alone)) - (by_function - self.differentiated)
         self.written = by_function | self.updated
@@ -194,35 +195,35 @@ class _Touched:
         self.read = in_function | self.differentiated | moments | (alone - self.donated)
 
 
-def _contents(plan: Plan) -> dict[tuple[int, int], tuple[list[int], bool]]:
+def _contents(plan: PlanTables) -> dict[tuple[int, int], tuple[list[int], bool]]:
     """The numbers of the arrays in each slot, by kind and slot, and whether it is a buffer of several."""
     found = {}
-    for kind, contents in enumerate(plan._slots):
+    for kind, contents in enumerate(plan.slots):
         for slot, content in enumerate(contents):
             is_buffer = isinstance(content, Buffer)
             positions: Sequence[int] = content.positions if isinstance(content, Buffer) else (content,)
-            found[kind, slot] = [plan._offsets[kind] + position for position in positions], is_buffer
+            found[kind, slot] = [plan.offsets[kind] + position for position in positions], is_buffer
     return found
 
 
-def _numbers(plan: Plan, routes: Sequence[Route]) -> set[int]:
+def _numbers(plan: PlanTables, routes: Sequence[Route]) -> set[int]:
     contents = _contents(plan)
     return {number for route in routes for slot in route.slots for number in contents[route.kind, slot][0]}
 
 
-def _numbers_of_leaves(plan: Plan) -> list[tuple[Leaf, list[int]]]:
+def _numbers_of_leaves(plan: PlanTables) -> list[tuple[Leaf, list[int]]]:
     """Each leaf, kind by kind, with the numbers of its arrays."""
     # A leaf that holds None has no array, and a row all the same.
     found: dict[int, tuple[Leaf, list[int]]] = {id(leaf): (leaf, []) for leaf in plan.leaves}
     number = itertools.count()
-    for leaves in plan._row_of_array.values():
+    for leaves in plan.leaf_of_array.values():
         for leaf in leaves:
             found[id(leaf)][1].append(next(number))
     order = list(plan.kinds)
     return sorted(found.values(), key=lambda entry: order.index(entry[0].kind or ""))
 
 
-def _row(plan: Plan, leaf: Leaf, numbers: Collection[int], touched: _Touched, zero: Collection[int]) -> LeafAudit:
+def _row(plan: PlanTables, leaf: Leaf, numbers: Collection[int], touched: _Touched, zero: Collection[int]) -> LeafAudit:
     kind = plan.kinds[leaf.kind or ""]
 
     def any_in(chosen: Collection[int]) -> bool:
@@ -236,22 +237,22 @@ def _row(plan: Plan, leaf: Leaf, numbers: Collection[int], touched: _Touched, ze
         updated=any_in(touched.updated),
         differentiated=differentiated,
         zero_gradient=differentiated and all(number in zero for number in numbers),
-        crosses=any_in(touched.passed_to_jit),
+        passed_to_jit=any_in(touched.passed_to_jit),
         donated=any_in(touched.donated),
         returned=any_in(touched.donated),
         packed=any_in(touched.packed),
         undeclared=any_in(touched.undeclared),
         saved=kind.saved,
-        lost=written and not kind.saved,
+        written_but_not_saved=written and not kind.saved,
         restarts=kind.restart is not None,
     )
 
 
-def _zero_gradients(plan: Plan, traced: Traced, contract: Contract) -> set[int]:
+def _zero_gradients(plan: PlanTables, traced: Traced, contract: Contract) -> set[int]:
     """The numbers of the differentiated arrays whose gradient is zero whatever the values."""
     if not contract.trains:
         return set()
-    differentiated = {number for group in contract.groups for number in numbers_of(plan, plan._params_of(group))}
+    differentiated = {number for group in contract.groups for number in numbers_of(plan, plan.params_of(group))}
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     shapes = {
         number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=sharding_of_type(var.aval))
@@ -271,6 +272,6 @@ def _zero_gradients(plan: Plan, traced: Traced, contract: Contract) -> set[int]:
         return traced
 
     # On a mesh the loss may speak of its axes.
-    traced_again() if plan._copies is None else traced_on_one(plan._copies, traced_again)
+    traced_again() if plan.per_device is None else traced_on_one(plan.per_device, traced_again)
     # What is not read has no gradient either.
     return differentiated - {number for number, is_zero in zip(sorted(wrt), zero, strict=True) if not is_zero}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape, format_type
 from statewise._src.common.tables import Shown, Table, format_count, leaf_dict
-from statewise._src.core.kinds import Kinds
 from statewise._src.inspect.positions import WHY, may_be_position, restart_hint
-from statewise._src.plan.kind import unknown_kind
+from statewise._src.plan.kind import Kind, unknown_kind
 from statewise.errors import StatewiseError, StatewiseWarning
 
 __all__ = ["Audit", "KindAudit", "LeafAudit"]
@@ -30,13 +29,13 @@ class LeafAudit:
       differentiated: whether the loss is differentiated with respect to it.
       zero_gradient: whether it is differentiated and the gradient is zero whatever the values: the loss does not
         depend on it, or only through what lets no gradient pass.
-      crosses: whether it is passed into the compiled function.
+      passed_to_jit: whether it is passed into the compiled function.
       donated: whether its buffer is given away in a call; a packed leaf's with its neighbours'.
       returned: whether it comes back out of the compiled function.
       packed: whether it travels in a buffer with others.
       undeclared: whether the function writes it although the step does not declare that.
       saved: whether a checkpoint holds it.
-      lost: whether the step writes it and no checkpoint holds it.
+      written_but_not_saved: whether the step writes it and no checkpoint holds it.
       restarts: whether its kind says how a fresh value is made.
 
     Example:
@@ -94,12 +93,12 @@ class KindAudit:
       written: how many it changes.
       differentiated: how many the loss is differentiated with respect to.
       zero_gradient: how many of those have a gradient that is zero whatever the values.
-      crosses: how many are passed into the compiled function.
+      passed_to_jit: how many are passed into the compiled function.
       donated: how many give their buffers away.
       returned: how many come back out of the compiled function.
       packed: how many travel in buffers with others.
       undeclared: how many are written undeclared.
-      lost: how many are written and not saved.
+      written_but_not_saved: how many are written and not saved.
       saved: whether a checkpoint holds the kind.
       restarts: whether the kind says how a fresh value is made.
 
@@ -158,7 +157,7 @@ class Audit(Shown):
     step: str
     trains: bool
     leaves: tuple[LeafAudit, ...]
-    kinds: Kinds
+    kinds: Mapping[str, Kind]
     error: StatewiseError | None = None
     warnings: tuple[StatewiseWarning, ...] = ()
 
@@ -199,7 +198,7 @@ class Audit(Shown):
     @property
     def ephemeral_writes(self) -> tuple[LeafAudit, ...]:
         """The leaves that the step writes and no checkpoint holds: after a restart of the program they are lost."""
-        return self._where("lost")
+        return self._where("written_but_not_saved")
 
     @property
     def left_behind(self) -> tuple[LeafAudit, ...]:
@@ -278,7 +277,7 @@ class Audit(Shown):
         found: Sequence[tuple[str, tuple[LeafAudit, ...]]] = (
             ("written, not declared", self.undeclared),
             ("gradient always zero", self.untrained),
-            ("written, lost on save", self.ephemeral_writes),
+            ("written, not saved", self.ephemeral_writes),
             (f"left behind by restart(): {WHY}", self.left_behind),
         )
         lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in found for row in rows]
@@ -316,12 +315,12 @@ _COUNTED = {
     "undeclared": "undeclared",
     "differentiated": "differentiated",
     "zero gradient": "zero_gradient",
-    "crosses": "crosses",
+    "passed to jit": "passed_to_jit",
     "donated": "donated",
     "packed": "packed",
-    "lost on save": "lost",
+    "not saved": "written_but_not_saved",
 }
-_ALWAYS = frozenset({"leaves", "read", "written", "crosses", "donated"})
+_ALWAYS = frozenset({"leaves", "read", "written", "passed_to_jit", "donated"})
 _TRAINING = frozenset({"differentiated", "zero_gradient"})
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
 from statewise._src.common.paths import Path, format_path
-from statewise._src.core.kinds import Kinds
 from statewise._src.filters.combinators import compound, describe, normalise, predicate
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Exactly
@@ -141,7 +140,7 @@ def _with(kind: Kind, of: str, name: str) -> str:
     return f"sw.Kind({of})" if kind == Kind(kind.of) else f"dataclasses.replace(kinds[{name!r}], of={of})"
 
 
-def _overlap(kinds: Kinds, wide: str, narrow: str) -> tuple[str, str, Any] | None:
+def _overlap(kinds: Mapping[str, Kind], wide: str, narrow: str) -> tuple[str, str, Any] | None:
     """A type that the one kind names and that the other claims too."""
     if kinds[wide].rest or kinds[narrow].rest or not (type_only(kinds[wide].of) and type_only(kinds[narrow].of)):
         return None

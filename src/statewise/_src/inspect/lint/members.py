@@ -10,29 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State
+from statewise._src.core.plan import Plan, State, tables_in
 from statewise._src.core.vmap_axes import is_stream
 from statewise._src.inspect.lint.finding import Finding, Found, Rule, counted
 from statewise._src.inspect.lint.read_values import is_readable
 from statewise._src.inspect.lint.subject import Subject
+from statewise._src.plan.tables import PlanTables
 
 __all__ = ["RULES", "each_member", "findings", "is_ensemble"]
 
 
 def is_ensemble(thing: Any) -> bool:
     """Whether it is a plan or a state of an ensemble."""
-    plan = thing.plan if isinstance(thing, State) else thing
-    return isinstance(plan, Plan) and plan.members is not None
+    tables = tables_in(thing)
+    return tables is not None and tables.ensemble is not None
 
 
 def each_member(ensemble: Any, lint: Callable[[Any], Sequence[Finding]]) -> list[Finding]:
     """What lint finds in the members, what it finds in several of them once."""
-    if isinstance(ensemble, Plan) or not _has_values(ensemble):
-        plan = ensemble if isinstance(ensemble, Plan) else ensemble.plan
-        assert plan._members is not None, "asked of an ensemble"
-        return list(lint(plan._members.single))
-    number = ensemble.plan.members
+    tables = tables_in(ensemble)
+    assert tables is not None, "asked of an ensemble"
+    assert tables.ensemble is not None, "asked of an ensemble"
+    if not isinstance(ensemble, State) or not _has_values(ensemble):
+        return list(lint(Plan.of(tables.ensemble.single)))
+    number = tables.ensemble.number
     by_fact: dict[tuple[Any, ...], tuple[Finding, list[int]]] = {}
     for member in range(number):
         for finding in lint(ensemble.member(member)):
@@ -46,7 +47,7 @@ def _of_some(finding: Finding, members: Sequence[int]) -> Finding:
 
 
 def _has_values(state: State) -> bool:
-    return all(is_readable(array) for part in state._parts for array in part.arrays)
+    return all(is_readable(array) for part in state.parts for array in part.arrays)
 
 
 def findings(rule: Rule, ensemble: Any) -> list[Finding]:
@@ -58,16 +59,16 @@ def findings(rule: Rule, ensemble: Any) -> list[Finding]:
 
 def _same_noise(state: State) -> Iterator[Found]:
     """Streams of several members that have one key."""
-    plan = state.plan
+    plan = state.tables
     odd = []
     kinds: dict[str, None] = {}
-    parts = {kind: plan._unpacked(kind, state.part(kind).arrays) for kind in plan.kinds}
-    for row, span, leaf in zip(plan._rows, plan._spans, plan.leaves, strict=False):
+    parts = {kind: plan.unpack(kind, state.part(kind).arrays) for kind in plan.kinds}
+    for row, span, leaf in zip(plan.rows, plan.spans, plan.leaves, strict=False):
         if not is_stream(leaf, row.specs):
             continue
         for at in range(span.start, span.stop):
-            axis = plan._axis(row.kind, at)
-            if axis is None or not jnp.issubdtype(plan._specs[row.kind][at].dtype, jax.dtypes.prng_key):
+            axis = plan.member_axis(row.kind, at)
+            if axis is None or not jnp.issubdtype(plan.specs[row.kind][at].dtype, jax.dtypes.prng_key):
                 continue
             keys = np.moveaxis(
                 np.asarray(jax.random.key_data(parts[row.kind][at])), _front(plan, row.kind, at, axis), 0
@@ -90,9 +91,9 @@ def _same_noise(state: State) -> Iterator[Found]:
         )
 
 
-def _front(plan: Plan, kind: str, position: int, axis: int) -> int:
+def _front(plan: PlanTables, kind: str, position: int, axis: int) -> int:
     """The axis of the members, from the front: the words of a key come after it."""
-    return axis % len(plan._held[kind][position].shape)
+    return axis % len(plan.held_specs[kind][position].shape)
 
 
 def _nothing(subject: Subject) -> Iterator[Found]:

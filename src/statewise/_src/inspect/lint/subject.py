@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,17 @@ from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.batches import refuse_batch
 from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan
-from statewise._src.core.state import State, check_not_donated
+from statewise._src.core.model_io import build
+from statewise._src.core.plan import Plan, State, tables_of
+from statewise._src.core.state_data import StateData, check_not_donated
+from statewise._src.core.templates import abstract
 from statewise._src.filters.explain import is_python
 from statewise._src.inspect.lint.read_values import Facts, is_readable, read
 from statewise._src.inspect.select.select import check_kinds
+from statewise._src.plan.kind import Kind
 from statewise._src.plan.match import claim, claimants
 from statewise._src.plan.spelled_paths import Reading
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import DeclarationError, OverlapError, UnclaimedError
 
 __all__ = ["Subject", "look"]
@@ -52,28 +56,28 @@ def look(objects: Sequence[Any], kinds: Any, decode_length: int | None, names: t
         )
     if not planned:
         return Subject(tuple(objects), kinds or Kinds.standard(), kinds is not None, None, decode_length, names)
-    state = planned[0] if isinstance(planned[0], State) else planned[0].abstract()
-    plan = state.plan
+    state: StateData = planned[0] if isinstance(planned[0], State) else abstract(tables_of(planned[0]))
+    plan = state.tables
     if kinds is not None and kinds != plan.kinds:
         raise DeclarationError("A plan is looked at by its own kinds.", hint="sw.lint(model, kinds=kinds)")
     refuse_batch(state)
-    if plan._copies:
+    if plan.per_device:
         state = _first_of_each(state)
-    built = state.plan.build(state, copy=False)
-    objects = built if plan._objects > 1 else (built,)
-    return Subject(objects, plan.kinds, True, plan, decode_length, plan._names)
+    built = build(state.tables, state, copy=False)
+    objects = built if plan.object_count > 1 else (built,)
+    return Subject(objects, plan.kinds, True, plan, decode_length, plan.names)
 
 
-def _first_of_each(state: State) -> State:
+def _first_of_each(state: StateData) -> StateData:
     """A state with one value of each leaf: where each device has its own, that of the first device that is here."""
-    plan, plain = state.plan, state.plan._plain
+    plan, plain = state.tables, state.tables.plain
     check_not_donated(state, plan.kinds)
-    parts = {kind: plan._unpacked(kind, state.part(kind).arrays) for kind in plan.kinds}
-    return State.of(
+    parts = {kind: plan.unpack(kind, state.part(kind).arrays) for kind in plan.kinds}
+    return StateData.of(
         plain,
         [
             [_first(array, spec) for array, spec in zip(parts[kind], specs, strict=True)]
-            for kind, specs in plain._specs.items()
+            for kind, specs in plain.specs.items()
         ],
     )
 
@@ -100,9 +104,9 @@ class Subject:
     """
 
     objects: tuple[Any, ...]
-    kinds: Kinds
+    kinds: Mapping[str, Kind]
     declared: bool
-    plan: Plan | None
+    plan: PlanTables | None
     decode_length: int | None
     names: tuple[str, ...] = ()
     trainings: Any = None  # what `training.trainings` found, once it was asked
@@ -117,13 +121,13 @@ class Subject:
             return found
         # Of abstract objects NNX takes shapes in containers (a tuple of raw arrays) for something static.
         known = dict(zip(found.paths, found.leaves, strict=True))
-        rows = self.plan._rows
+        rows = self.plan.rows
         leaves = tuple(
             known[row.path] if row.path in known else jax.ShapeDtypeStruct(row.specs[0].shape, row.specs[0].dtype)
             for row in rows
         )
         paths = tuple(row.path for row in rows)
-        return Scan(self.plan._graphdef, paths, leaves, self.plan._several, self.names)
+        return Scan(self.plan.graphdef, paths, leaves, self.plan.several, self.names)
 
     @functools.cached_property
     def types(self) -> tuple[type, ...]:

@@ -43,7 +43,7 @@ def trainings(subject: Subject) -> list[Training]:
 
 def _found(subject: Subject) -> list[Training]:
     found = [_of_object(subject, path, node) for path, node in _optimizers(subject)]
-    for group in subject.plan._groups if subject.plan else ():
+    for group in subject.plan.optimizers if subject.plan else ():
         trained = {
             number: subject.found.paths[number] for number, kind in enumerate(subject.claims) if kind in group.kinds
         }

@@ -17,7 +17,8 @@ from statewise._src.common.nnx_graph import ONE, Scan, arrays_of, make_leaf, nam
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.kinds import Kinds
-from statewise._src.core.state import State, check_not_donated, is_deleted
+from statewise._src.core.plan import State
+from statewise._src.core.state_data import check_not_donated, is_deleted
 from statewise._src.filters.explain import type_only
 from statewise._src.inspect.watch.fingerprints import fingerprints
 from statewise._src.plan.match import claimants
@@ -101,11 +102,11 @@ def _snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str], the
 
 
 def _of_state(state: State) -> Snapshot:
-    plan = state.plan
+    plan = state.tables
     check_not_donated(state, plan.kinds)
     arrays: dict[int, list[Any]] = {}
-    for kind, part in zip(plan.kinds, state._parts, strict=True):
-        for leaf, array in zip(plan._row_of_array[kind], plan._unpacked(kind, part.arrays), strict=True):
+    for kind, part in zip(plan.kinds, state.parts, strict=True):
+        for leaf, array in zip(plan.leaf_of_array[kind], plan.unpack(kind, part.arrays), strict=True):
             arrays.setdefault(id(leaf), []).append(array)
     leaves = [(leaf, leaf.kind or NO_KIND, arrays.get(id(leaf), []), None) for leaf in plan.leaves]
     first = {alias: leaf.path for leaf in plan.leaves for alias in leaf.aliases}
