@@ -20,8 +20,7 @@ import pytest
 import yaml
 
 import statewise as sw
-from statewise import testing
-from statewise._face import ROOMS
+from statewise import results, testing
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -78,17 +77,15 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 
 def test_every_public_name_is_on_the_api_page_once() -> None:
     text = (DOCS / "api.md").read_text(encoding="utf-8")
-    wanted = [f"statewise.{room}.{name}" for room, names in ROOMS.items() for name in names]
+    wanted = [f"statewise.{name}" for name in sw.__all__] + [f"statewise.results.{name}" for name in results.__all__]
     asserts = [f"statewise.testing.{name}" for name in testing.__all__]
     assert sorted(re.findall(r"^::: (\S+)$", text, re.MULTILINE)) == sorted(wanted + asserts)
-    assert set(sw.__all__) == {name.rpartition(".")[2] for name in wanted}
 
 
 def test_the_api_page_shows_every_docstring(site: Path) -> None:
     text = (site / "api.html").read_text(encoding="utf-8")
-    for room, names in ROOMS.items():
-        for name in names:
-            assert f'id="statewise.{room}.{name}"' in text
+    for name in (*sw.__all__, *(f"results.{name}" for name in results.__all__)):
+        assert f'id="statewise.{name}"' in text
     assert "<code>*types</code>" in text  # arguments are told apart from the text around them
     assert "Example:" not in text  # each stands under the heading that is rendered as code
 

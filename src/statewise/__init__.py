@@ -2,7 +2,7 @@
 
 import ast
 import importlib
-from pathlib import Path as _File
+import os
 from typing import Any
 
 __version__ = "0.1.0"
@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 
 def _read_names() -> dict[str, str]:
     """Reads the list of public names, `__init__.pyi`: from each name to the module that defines it."""
-    listing = ast.parse(_File(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    with open(os.path.splitext(__file__)[0] + ".pyi", encoding="utf-8") as file:
+        listing = ast.parse(file.read())
     imports = [node for node in listing.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: str(node.module) for node in imports if node.module != "statewise" for alias in node.names}
 

@@ -165,7 +165,7 @@ def test_a_conversion_is_shown_as_text_html_and_json(tmp_path: Path) -> None:
     assert [line.split() for line in lines[3:]] == [
         ["params/kernel", "kernel", "params", "(2,", "3)", "float32", "matched", "-"],
         ["-", "bias", "params", "(3,)", "float32", "missing", "missing", "from", "the", "source"],
-        ["params/more", "-", "-", "-", "-", "left", "over", "-"],
+        ["params/more", "-", "-", "-", "-", "unexpected", "-"],
     ]
     assert "<td" in told._repr_html_()
     assert told.__rich__() is not None

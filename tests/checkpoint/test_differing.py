@@ -287,7 +287,7 @@ def test_an_abstract_side_is_compared_in_shape_alone() -> None:
         "a plan and a model (Node): no leaf differs; the values of 1 were not compared\n"
         "kind    leaves  outcome\n"
         "----------------------------\n"
-        "params       1  not_compared 1"
+        "params       1  not compared 1"
     )
 
 

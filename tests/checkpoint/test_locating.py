@@ -26,8 +26,8 @@ from odd_paths import (
     segments,
     state_of,
 )
+from statewise._src.checkpoint.orbax.epath import epath as literal
 from statewise._src.checkpoint.orbax.paths import obstacle
-from statewise._src.common import compat
 
 # --- the law -----------------------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ def test_a_path_is_a_pattern_of_itself_alone(
         (root / folder).mkdir()
         (root / folder / f"process_{at}").touch()
         (root / folder / "other~").touch()
-    there = compat.epath(root / name)
+    there = literal(root / name)
     assert [path.name for path in there.glob("process_*")] == [
         path for path in os.listdir(root / name) if path.startswith("process_")
     ]

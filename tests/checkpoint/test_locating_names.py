@@ -7,6 +7,7 @@ import pathlib
 
 import jax.numpy as jnp
 import pytest
+import tensorstore as ts
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,8 +22,8 @@ from odd_paths import (
     segments,
 )
 from refusals import refused
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.paths import short_name, spec_of
-from statewise._src.common import compat
 from strategies import Node
 
 # --- names that become folders and keys --------------------------------------------------------------------------
@@ -138,10 +139,10 @@ def test_a_leaf_whose_name_another_format_cannot_hold(tmp_path: pathlib.Path, to
     ],
 )
 def test_a_path_is_a_field_and_no_part_of_a_url(path: str, spec: dict[str, str]) -> None:
-    made = spec_of(compat.epath(path))
+    made = spec_of(epath(path))
     assert made == spec
     # TensorStore's own reading of it: the fields come back, and its URL has them escaped.
-    store = compat.tensorstore().KvStore.Spec(made)
+    store = ts.KvStore.Spec(made)
     assert {name: store.to_json().get(name, "") for name in spec} == spec
     assert "#" not in store.url
     assert "?" not in store.url

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import statewise as sw
 from statewise._src.checkpoint.orbax import read as stored
-from statewise._src.common import compat
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_an_array_of_another_shape_is_not_read(tmp_path: Path) -> None:
     """Its own index could claim any size: it is compared with the manifest before a byte is asked for."""
     model = the_model(1)
     sw.save(tmp_path / "first", sw.plan(model).take(model))
-    context = compat.tensorstore().Context()
+    context = ts.Context()
     future = stored.open_stored(tmp_path / "first", ("w00",), context)
     with pytest.raises(ValueError, match=r"an array of shape \(8,\) in the place of \(9,\)"):
         stored.opened(future, (9,))

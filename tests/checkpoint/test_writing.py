@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec
 
 import statewise as sw
 from checkpoint_models import bits, one_of, taken
 from refusals import refused
 from statewise._src.checkpoint.orbax import write as writing
-from statewise._src.common import compat
 
 DTYPES = ("bool", "int4", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64")
 
@@ -42,7 +42,7 @@ def restored(folder: Path) -> Any:
 
 
 def database(folder: Path) -> dict[bytes, bytes]:
-    store = compat.tensorstore().KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
     return {key: store.read(key).result().value for key in store.list().result()}
 
 

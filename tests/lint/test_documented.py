@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from statewise._src.inspect.lint import RULES
+from statewise._src.inspect.lint.lint import RULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "lint.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^##? |\Z)", PAGE, re.MULTILINE | re.DOTALL))

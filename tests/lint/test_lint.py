@@ -17,7 +17,7 @@ from rich.console import Console
 import statewise as sw
 from linted import clean, codes
 from refusals import refused
-from statewise._src.inspect.lint import RULES
+from statewise._src.inspect.lint.lint import RULES
 from statewise._src.inspect.lint.read_values import read
 
 

@@ -22,7 +22,7 @@ from reported import HOSTILE, Net, hostile
 from statewise._src.report.page import SCRIPTS, embedded
 
 ROOT = Path(__file__).parent.parent.parent
-ASSETS = ROOT / "src" / "statewise" / "report" / "assets"
+ASSETS = ROOT / "src" / "statewise" / "_src" / "report" / "assets"
 
 
 class Elements(HTMLParser):

@@ -2,10 +2,11 @@
 
 `make demo` (or `python -m statewise demo`) trains the small character transformer of `char_model.py` on the text of
 `text.py`, on the CPU and in less than a minute.  The model is plain NNX and carries five kinds of state; they are
-declared once, in `KINDS`, and everything below reads that one declaration.  Each promise is checked on the spot:
+declared once, in `KINDS`
+of `training.py`, and everything below reads that one declaration.  Each promise is checked on the spot:
 where one does not hold, the demo stops with an error instead of printing a nice line.
 
-What to copy: `KINDS`, the four steps after it, the lines of `run` and `_fit`, and `write`.
+What to copy: `training.py`, the three steps here, the lines of `run` and `_fit`, and `write`.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import statewise as sw
-from statewise.examples.char_model import BatchStat, CharTransformer
+from statewise.examples.char_model import CharTransformer
+from statewise.examples.interrupted import killed_and_resumed
 from statewise.examples.text import CharText, load_topics
+from statewise.examples.training import KINDS, Settings, begin, cross_entropy, train
 
 __all__ = [
     "KINDS",
@@ -35,6 +36,7 @@ __all__ = [
     "Settings",
     "begin",
     "careless",
+    "cross_entropy",
     "decode",
     "evaluate",
     "main",
@@ -42,27 +44,6 @@ __all__ = [
     "train",
     "write",
 ]
-
-# The one declaration: which leaves are of which kind, and how each kind lives.
-KINDS = sw.Kinds(
-    params=sw.Kind(nnx.Param),
-    stats=sw.Kind(BatchStat),
-    counter=sw.Kind(sw.Exactly(nnx.Variable)),
-    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
-    rng=sw.Kind(nnx.RngState),
-)
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean loss in nats per character; logits of shape (batch, length, alphabet), targets (batch, length)."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-@sw.train_step
-def train(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """One step of training: the parameters by their optimizer, statistics, counter and dropout as the model does."""
-    model.steps[...] += 1
-    return cross_entropy(model(x), y)
 
 
 @sw.step
@@ -83,35 +64,6 @@ def decode(model: CharTransformer, token: jax.Array) -> jax.Array:
     """Reads one more character; returns logits of shape (alphabet,) for the next.  Writes the cache, nothing else."""
     model.eval()
     return model(token[None, None], decode=True)[0, 0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The sizes of the demo; the defaults take half a minute on two idle cores.
-
-    Attributes:
-      steps: how many training steps.
-      batch: windows of text in a batch.
-      window: characters in a window.
-      width, depth, heads: the transformer's.
-      prompt: what generation starts from.
-      length: how long the generated text is, prompt included; two of them fit into the cache.
-      seed: of the parameters, the batches and the sampling.
-
-    Example:
-      >>> Settings(steps=100).steps
-      100
-    """
-
-    steps: int = 800
-    batch: int = 16
-    window: int = 64
-    width: int = 96
-    depth: int = 2
-    heads: int = 4
-    prompt: str = "The built-in function "
-    length: int = 64
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,20 +124,6 @@ def write(
             key = jax.random.fold_in(jax.random.key(seed), place)
             numbers.append(int(jax.random.categorical(key, logits / temperature)))
     return state, text.decode(numbers), np.stack(scores)
-
-
-def begin(settings: Settings, text: CharText) -> tuple[CharTransformer, sw.Plan]:
-    """The model, and its plan: where the declaration meets the model and its optimizer."""
-    model = CharTransformer(
-        len(text.alphabet),
-        context=2 * settings.length,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        rngs=nnx.Rngs(settings.seed),
-    )
-    schedule = optax.cosine_onecycle_schedule(settings.steps, peak_value=1e-2, pct_start=0.1)
-    return model, KINDS.plan(model, optimizers={"params": optax.adamw(schedule, b2=0.99)})
 
 
 def run(settings: Settings | None = None, console: Console | None = None) -> DemoResult:
@@ -285,8 +223,6 @@ def _generation(
 
 def _interruption(losses: list[float], text: CharText, settings: Settings, console: Console) -> tuple[int, list[float]]:
     """Trains once more in a process of its own, kills it, resumes, and compares with the run that was not killed."""
-    from statewise.examples.interrupted import killed_and_resumed
-
     _title(console, "5  Killed, and resumed")
     resumed = killed_and_resumed(settings, text)
     expected = losses[resumed.step : resumed.step + len(resumed.losses)]

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 import statewise as sw
-from statewise.examples.demo import Settings, begin, train
 from statewise.examples.text import CharText, load_topics
+from statewise.examples.training import Settings, begin, train
 
 __all__ = ["Resumed", "killed_and_resumed"]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.handler import Saving, StateHandler
 from statewise._src.checkpoint.restore import restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
-from statewise._src.common import compat
 from statewise._src.core.batches import refuse_batch
 from statewise._src.core.plan import State
 from statewise.errors import StructureError
@@ -69,7 +69,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Starts to save into a directory that Orbax makes; the returned awaitable ends when all is written."""
-        folder = compat.epath(await directory.await_creation())
+        folder = epath(await directory.await_creation())
         handler = StateHandler()
         futures = await handler.begin(folder, self.saving)
 
@@ -84,7 +84,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
         """Starts to load; the returned awaitable ends when `state` and `report` are those restored."""
 
         async def loaded() -> None:
-            await asyncio.to_thread(self.restored, compat.epath(directory))
+            await asyncio.to_thread(self.restored, epath(directory))
 
         return loaded()
 

@@ -24,12 +24,12 @@ from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.paths import is_url, make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
-from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
 from statewise.errors import RestoreError, SaveError, StatewiseError
@@ -141,8 +141,8 @@ class Checkpoints:
         """Orbax's manager.  It looks at each step, and another process may be removing one of them: then once more."""
         for _ in range(10):
             with contextlib.suppress(FileNotFoundError):
-                return ocp.CheckpointManager(compat.epath(self._directory), options=self._options)
-        return ocp.CheckpointManager(compat.epath(self._directory), options=self._options)
+                return ocp.CheckpointManager(epath(self._directory), options=self._options)
+        return ocp.CheckpointManager(epath(self._directory), options=self._options)
 
     @property
     def directory(self) -> Any:

@@ -44,8 +44,8 @@ def moved(lacking: Sequence[LeafRecord], alone: Sequence[LeafRecord], plan: Plan
         same = f"{format_path(above.path)!r} is {format_path(below.path)!r} in the target"
         if type(first) is int and plan.object_count > 1:
             return (
-                f"the target plans {plan.object_count} objects, the checkpoint is of one, and each path of several begins "
-                f"with the number of its object: {same}; restore that object alone, then take all: "
+                f"the target plans {plan.object_count} objects, the checkpoint is of one, and each path of several "
+                f"begins with the number of its object: {same}; restore that object alone, then take all: "
                 f"one = plan.kinds.plan(model); one.put(sw.restore(path, one.take(model), only={_kinds(alone)})[0], "
                 "model)"
             )

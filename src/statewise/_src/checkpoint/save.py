@@ -19,6 +19,8 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.layout import lay_out
@@ -26,10 +28,10 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.handler import Saving, StateHandler, run
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
-from statewise._src.common import compat
 from statewise._src.common.paths import Leaf
 from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
@@ -96,7 +98,7 @@ def save(
     with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
         handler = StateHandler()
         try:
-            run(handler.begin(compat.epath(temporary), saving))
+            run(handler.begin(epath(temporary), saving))
             _sync("written")
             if jax.process_index() == 0:
                 handler.finalize(temporary)
@@ -227,17 +229,12 @@ def _flush_one(path: Any) -> None:
 
 def _sync(name: str) -> None:
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(f"statewise.save.{name}")
 
 
 def _agreed_number(number: int) -> int:
     if jax.process_count() == 1:
         return number
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
 
 

@@ -8,11 +8,9 @@ two reasons: its name or its parameters differ between the versions that Statewi
 from __future__ import annotations
 
 import functools
-import glob
-import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -26,14 +24,12 @@ __all__ = [
     "MetricState",
     "Tracer",
     "dce",
-    "epath",
     "eval_jaxpr",
     "inner_jaxpr",
     "is_variable",
     "jit_is_disabled",
     "reference",
     "scan_counts",
-    "tensorstore",
     "variable_type",
     "versions",
 ]
@@ -130,49 +126,3 @@ def _versions_of_others() -> dict[str, str]:
     """They are read from files, which takes longer than all else that a manifest has to be asked for."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}
-
-
-@functools.cache
-def _literal_path() -> Any:
-    from etils import epath
-
-    local: Any = type(epath.Path("/"))
-
-    class LiteralPath(local):
-        """A local path whose names are what they are, for Orbax to join with patterns and to look into.
-
-        Its base class takes brackets and stars in the path itself for a pattern too, so that Orbax finds nothing below
-        it, or what another directory holds; and it leaves out names that end in `~`.
-        """
-
-        def glob(self, pattern: str) -> Iterator[Any]:
-            """Yields what fits the pattern below this path."""
-            if "://" in str(self):
-                yield from super().glob(pattern)
-            else:
-                yield from map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
-
-        def iterdir(self) -> Iterator[Any]:
-            """Yields everything in this directory."""
-            if "://" in str(self):
-                yield from super().iterdir()
-            else:
-                yield from (self / name for name in os.listdir(self))
-
-    return LiteralPath
-
-
-def epath(path: Any) -> Any:
-    """A path on whatever file system Orbax can write to, by the library that Orbax itself uses."""
-    from etils import epath
-
-    made = epath.Path(path)
-    # Paths of other classes are of other file systems.
-    return _literal_path()(made) if type(made) is type(epath.Path("/")) else made
-
-
-def tensorstore() -> Any:
-    """The library that Orbax itself stores arrays with."""
-    import tensorstore
-
-    return tensorstore

@@ -19,6 +19,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from rich import box
+from rich.cells import cell_len, set_cell_size
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape, format_type
 
 __all__ = [
@@ -84,8 +91,6 @@ class Table:
         object.__setattr__(self, "rows", tuple(tuple(map(printable, row)) for row in self.rows))
 
     def __str__(self) -> str:
-        from rich.cells import cell_len, set_cell_size
-
         lines = [*self.rows, *([self.footer] if self.footer else [])]
         widths = [
             max([cell_len(column), *(cell_len(line[at]) for line in lines)]) for at, column in enumerate(self.columns)
@@ -107,9 +112,6 @@ class Table:
         return "\n".join(text)
 
     def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
         # Text objects, not strings: a cell such as `[0]` is no markup.  A table's own title would be wrapped to
         # the width of a narrow table, so it stands as a line of its own.
         title = [Text(self.title, style="bold")] if self.title else []
@@ -159,18 +161,12 @@ class _Fitting:
 
     def _least(self) -> int:
         """The width that columns need: of each the longest word in it, long paths apart, and two spaces between."""
-        from rich.cells import cell_len
-
         lines = (self.shown.columns, *self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
         words = ([word for cell in column for word in cell.split()] for column in zip(*lines, strict=True))
         needs = [min(max(map(cell_len, some), default=0), _WORD) for some in words]
         return sum(needs) + 2 * (len(needs) - 1)
 
     def _columns(self) -> Any:
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
         footer = self.shown.footer
         table = RichTable(
             box=box.SIMPLE_HEAD, show_footer=footer is not None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
@@ -188,10 +184,6 @@ class _Fitting:
 
     def _records(self) -> Any:
         """Of each row the first cell, and below it the others with their names; what says nothing is left out."""
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.text import Text
-
         rows = (*self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
         lines: list[Any] = []
         for first, *others in rows:

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -61,7 +60,7 @@ class PlanTables:
     object_count: int
     names: tuple[str, ...] = ()
     excluded: tuple[Leaf, ...] = ()
-    packing: Mapping[str, Packing] = MappingProxyType({})
+    packing: Mapping[str, Packing] = dataclasses.field(default_factory=dict)
     per_device: Copies | None = None
     ensemble: Members | None = None
 
@@ -315,7 +314,7 @@ class PlanTables:
             one.recast(by_path, specs.get(one.into, self.specs[one.into])[start:stop])
             for one, (start, stop) in zip(self.derived, self.derived_spans, strict=True)
         )
-        plain = self.changed(rows=tuple(rows), derived=derived, packing=MappingProxyType({}), per_device=None)
+        plain = self.changed(rows=tuple(rows), derived=derived, packing={}, per_device=None)
         return plain.with_packing(tuple(self.packing)) if self.packing else plain
 
     def with_packing(self, kinds: Sequence[str]) -> PlanTables:
@@ -335,7 +334,7 @@ class PlanTables:
         """This plan with nothing packed, and nothing per device."""
         if not self.packing and not self.per_device:
             return self
-        return self.changed(packing=MappingProxyType({}), per_device=None)
+        return self.changed(packing={}, per_device=None)
 
     # --- ensembles ---------------------------------------------------------------------------------------------
 

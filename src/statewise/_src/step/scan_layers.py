@@ -20,7 +20,7 @@ from statewise._src.core.plan import State
 from statewise._src.core.state_data import Part, check_not_donated
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.step.scan_modules import count_layers, scan_module
-from statewise._src.step.step import Step
+from statewise._src.step.step import Step, definition_of
 from statewise.errors import StructureError
 
 __all__ = ["scan_layers"]
@@ -107,7 +107,7 @@ def _scan_state(
     def layer_of(values: Sequence[Any]) -> State:
         return jax.tree.unflatten(jax.tree.structure(state), values)
 
-    captures = isinstance(fn, Step) and bool(fn._capture)
+    captures = isinstance(fn, Step) and definition_of(fn).captures
 
     def run(values: Sequence[Any], x: Any) -> tuple[list[Any], Any, Any]:
         layer = layer_of(values)

@@ -143,7 +143,7 @@ class Diff(Shown):
     def counts(self) -> dict[str, dict[str, int]]:
         """For each kind how many leaves are the same, changed, and so on; one that differs in two ways counts twice."""
         counts: dict[str, Counter[str]] = {}
-        for name, known in (("same", self.same), ("not_compared", self.not_compared)):
+        for name, known in (("same", self.same), ("not compared", self.not_compared)):
             for kind, number in known.items():
                 counts.setdefault(kind, Counter())[name] += number
         for one in self.leaves:

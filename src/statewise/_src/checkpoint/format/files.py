@@ -12,9 +12,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import tensorstore as ts
+
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.paths import spec_of
-from statewise._src.common import compat
 
 __all__ = ["HASHED", "files_of", "sha256_of"]
 
@@ -96,7 +97,6 @@ def _values(directory: Any, names: Collection[str]) -> Iterator[tuple[str, int, 
     """
     if not (directory / "manifest.ocdbt").exists():
         return
-    ts = compat.tensorstore()
     store = ts.KvStore.open(spec_of(directory)).result()
     versions = ts.ocdbt.dump(store).result()["versions"]
     nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []

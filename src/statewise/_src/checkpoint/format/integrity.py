@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore as ts
 
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.files import sha256_of
@@ -21,7 +22,6 @@ from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import is_plain_file
 from statewise._src.checkpoint.orbax.read import open_stored, opened
-from statewise._src.common import compat
 from statewise._src.common.paths import Leaf
 from statewise.errors import CorruptedError
 
@@ -60,7 +60,7 @@ def corrupted(
 
 
 def _broken(folder: Any, manifest: Manifest, records: Sequence[LeafRecord]) -> list[Leaf]:
-    context = compat.tensorstore().Context()
+    context = ts.Context()
     read: dict[tuple[str, ...], Any] = {}
     leaves = []
     for record in records:

@@ -162,6 +162,10 @@ class KindRecord:
     handling: str
     saved: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as format 1 writes it: what is a kind's handling now was its treatment then."""
+        return {"of": self.of, "treatment": self.handling, "saved": self.saved}
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -264,7 +268,7 @@ def write_manifest(manifest: Manifest, leaves: str) -> bytes:
     parts = {
         "written": content_text(dict(manifest.written)),
         "layout": content_text(manifest.layout),
-        "kinds": content_text({name: dataclasses.asdict(kind) for name, kind in manifest.kinds.items()}),
+        "kinds": content_text({name: kind.to_json() for name, kind in manifest.kinds.items()}),
         "leaves": leaves,
         "buffers": content_text([dataclasses.asdict(one) for one in manifest.buffers]),
         "base": content_text(dict(manifest.base) if manifest.base else None),

@@ -32,7 +32,7 @@ from statewise._src.checkpoint.format.manifest import (
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
 from statewise._src.checkpoint.orbax.batching import no_collection
-from statewise._src.common import compat
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.common.paths import Path
 from statewise._src.plan.members import shrunk
 from statewise.errors import CorruptedError
@@ -54,7 +54,7 @@ def read_manifest(directory: Any) -> Manifest:
     Raises:
       CorruptedError: it is not what was written, or was never written by Statewise.
     """
-    path = compat.epath(directory) / NAME
+    path = epath(directory) / NAME
     try:
         if path.exists() and not is_plain_file(path):
             raise CorruptedError(f"{path} is no file.", hint="restore another checkpoint")
@@ -171,10 +171,10 @@ def _texts(value: Any, name: str) -> dict[str, str]:
 
 def _kind(value: Any) -> KindRecord:
     kind = _dict(value, "kinds")
-    _need(set(kind) == {"of", "handling", "saved"}, "a kind has other fields")
-    _need(isinstance(kind["of"], str) and isinstance(kind["handling"], str), "a kind is no text")
+    _need(set(kind) == {"of", "treatment", "saved"}, "a kind has other fields")
+    _need(isinstance(kind["of"], str) and isinstance(kind["treatment"], str), "a kind is no text")
     _need(isinstance(kind["saved"], bool), "a kind is neither saved nor not")
-    return KindRecord(**kind)
+    return KindRecord(kind["of"], kind["treatment"], kind["saved"])
 
 
 def _count(value: Any, name: str) -> int:

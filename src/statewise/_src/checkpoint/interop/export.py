@@ -26,11 +26,11 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys, type_name
 from statewise._src.checkpoint.format.records import _STORABLE
 from statewise._src.checkpoint.interop.foreign import SAFETENSORS_DTYPES, safetensors_package
 from statewise._src.checkpoint.interop.sources import ARRAY
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.write import tree_handler
 from statewise._src.checkpoint.save import flush
-from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise.errors import SaveError
 
@@ -219,7 +219,7 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
             hint="sw.convert(src, 'run/converted.safetensors')",
         )
     with _committed(final, arrays) as place, contextlib.closing(ocp.Checkpointer(tree_handler())) as checkpointer:
-        checkpointer.save(compat.epath(place), args=ocp.args.PyTreeSave(tree))
+        checkpointer.save(epath(place), args=ocp.args.PyTreeSave(tree))
     return None
 
 

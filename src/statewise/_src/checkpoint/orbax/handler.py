@@ -22,6 +22,7 @@ from statewise._src.checkpoint.format.checksums import Sums, held, is_spread, su
 from statewise._src.checkpoint.format.files import files_of
 from statewise._src.checkpoint.format.layout import LaidOut, lay_out
 from statewise._src.checkpoint.format.manifest import NAME, KindRecord, Manifest, leaves_text, write_manifest
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.paths import check_usable
 from statewise._src.checkpoint.orbax.write import writing_handler
 from statewise._src.common import compat
@@ -57,7 +58,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
     async def begin(self, directory: Any, saving: Saving) -> list[Any]:
         """As `async_save`, for other rooms."""
         check_usable(directory, writing=True)  # by an Orbax manager of the user's own, too
-        directory = compat.epath(directory)
+        directory = epath(directory)
         laid = lay_out(saving.state, saving.kinds, saving.layout)
         self._manifest = _manifest(saving, laid)
         text = _leaves_text(laid)
@@ -77,7 +78,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         """Writes the manifest, when all else is written.  Called once, by one process."""
         assert self._manifest is not None, "finalize comes after a save"
         assert self._leaves is not None, "finalize comes after a save"
-        directory = compat.epath(directory)
+        directory = epath(directory)
         leaves = self._leaves.result()
         if any(array.key or array.buffer for leaf in self._manifest.leaves for array in leaf.arrays):
             self._tree.finalize(directory)
@@ -99,11 +100,11 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def restore(self, directory: Any, args: Any) -> Any:
         """Reads a state back, as `sw.restore`."""
-        return args.restored(compat.epath(directory))
+        return args.restored(epath(directory))
 
     def metadata(self, directory: Any) -> Any:
         """What Orbax knows of the tree."""
-        return self._tree.metadata(compat.epath(directory))
+        return self._tree.metadata(epath(directory))
 
     def close(self) -> None:
         """Lets Orbax's handler go."""

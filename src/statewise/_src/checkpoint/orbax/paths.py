@@ -15,7 +15,7 @@ import re
 from pathlib import Path as FilePath
 from typing import Any
 
-from statewise._src.common import compat
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise.errors import RestoreError, SaveError
 
 __all__ = [
@@ -106,7 +106,7 @@ def place_of(path: Any, example: str = "sw.restore('run/step_100', target)") -> 
         raise RestoreError(_not_a_path(path), hint=example)
     if is_url(text):
         if text.partition("://")[0] in _DRIVERS:
-            return compat.epath(text)
+            return epath(text)
         message, hint = _other_url(text, "read")
         raise RestoreError(message, hint=hint)
     why = _impossible(text)
@@ -115,7 +115,7 @@ def place_of(path: Any, example: str = "sw.restore('run/step_100', target)") -> 
     text = _absolute(text)
     if text.startswith("/") and text.split("/")[1] in _TAKEN:  # before it is another path by being asked about
         check_usable(text)
-    return compat.epath(text)
+    return epath(text)
 
 
 def new_place(

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.checkpoint.orbax.paths import spec_of
 from statewise._src.checkpoint.orbax.write import tree_handler
-from statewise._src.common import compat
 
 __all__ = ["Key", "Stored", "open_stored", "opened", "read_stored"]
 
@@ -69,7 +69,7 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored]) -> Iterator[tuple[Key
     spread = {key: stored for key, stored in wanted.items() if stored.is_spread}
     if spread:
         yield from _read_by_orbax(folder, spread).items()
-    context = compat.tensorstore().Context()
+    context = ts.Context()
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
     alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
     for group in grouped(alone, lambda one: _size(one[1]), _AT_ONCE):
@@ -102,7 +102,7 @@ def opened(future: Any, shape: tuple[int, ...]) -> Any:
 def open_stored(folder: Any, key: Sequence[str], context: Any) -> Any:
     """An array as TensorStore's future: Orbax stores each as zarr, within one database for all of them (OCDBT)."""
     place = {"driver": "ocdbt", "base": spec_of(folder), "path": f"{'.'.join(key)}/"}
-    return compat.tensorstore().open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context)
+    return ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context)
 
 
 def _read_by_orbax(folder: Any, wanted: Mapping[Key, Stored]) -> dict[Key, Any]:

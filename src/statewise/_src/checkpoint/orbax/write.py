@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from statewise._src.checkpoint.format.checksums import Pieces, held
 from statewise._src.checkpoint.orbax.batching import grouped
-from statewise._src.common import compat
 
 __all__ = ["tree_handler", "writing_handler"]
 
@@ -118,7 +118,6 @@ async def _begin(
 
 def _write_together(arrays: Sequence[_Array]) -> None:
     """Writes arrays and waits for them; either all of them are in the database afterwards, or none."""
-    ts = compat.tensorstore()
     transaction = ts.Transaction(atomic=True)
     opening = [
         ts.open(spec, create=True, open=True, context=array.info.ts_context, transaction=transaction)
@@ -130,8 +129,8 @@ def _write_together(arrays: Sequence[_Array]) -> None:
         for start, part in array.parts():
             place = tuple(slice(first, first + size) for first, size in zip(start, part.shape, strict=True))
             writing.append(store[place].write(part, can_reference_source_data_indefinitely=True))
-    for future in writing:
-        future.result()
+    for written in writing:
+        written.result()
     transaction.commit_sync()
 
 

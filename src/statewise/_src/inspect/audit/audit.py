@@ -5,7 +5,6 @@ Nothing runs and nothing is compiled, so that it works on abstract states, and o
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Sequence
@@ -27,11 +26,12 @@ from statewise._src.sharding.explicit_axes import explained, sharding_of_type
 from statewise._src.step.aot import no_state
 from statewise._src.step.average_update import averagings
 from statewise._src.step.contract import Contract
+from statewise._src.step.definition import Definition
 from statewise._src.step.dependence import zero_gradients
 from statewise._src.step.function import called_as
 from statewise._src.step.operands import Route, numbers_of
 from statewise._src.step.shard_map import traced_on_one
-from statewise._src.step.step import Step
+from statewise._src.step.step import Step, definition_of
 from statewise._src.step.trace import Traced
 from statewise._src.step.warnings import cautions_of, refuse_untrained
 from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
@@ -81,7 +81,7 @@ def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: A
         state = as_one(state) if is_of_one_member(state) else State.wrap(abstract(state.tables.ensemble.single))
     if isinstance(step, Step):
         if type(state) is not State:
-            raise no_state(step._name, state)
+            raise no_state(definition_of(step).name, state)
         return _audit(step, state, args, kwargs)
     plan_state = state if type(state) is State else _planned(state)
     plain, arrays = _plain_step(step, plan_state, args, kwargs)
@@ -144,20 +144,21 @@ def _no_contract(plan: PlanTables, name: str) -> Contract:
 
 
 def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
-    plan, name = state.tables, step._name
-    contract = step._contract_of(plan, name)
+    definition = definition_of(step)
+    plan, name = state.tables, definition.name
+    contract = definition.contract_of(plan, name)
     # As in a first call, but for the refusal: an instrument shows what it sees.
-    lenient = copy.copy(step)
-    lenient._contract_of = lambda *_: dataclasses.replace(contract, allowed=frozenset(plan.kinds))
+    allows_all = dataclasses.replace(contract, allowed=frozenset(plan.kinds))
+    lenient = dataclasses.replace(definition, contract_of=lambda *_: allows_all)
     # Under disable_jit a loop unrolls, and everything in it looks written.
     with jax.disable_jit(False), explained(name, state, args, kwargs):
-        traced, *_ = lenient._trace(state, args, kwargs)
-        touched = _Touched(step, plan, traced, contract)
+        traced, *_ = lenient.trace_checked(state, args, kwargs)
+        touched = _Touched(definition, plan, traced, contract)
         zero = _zero_gradients(plan, traced, contract)
     error: StatewiseError | None = None
     try:
         with jax.disable_jit(False):
-            step._refuse_writes(traced, contract, state, args, kwargs)
+            definition.refuse_writes(traced, contract, state, args, kwargs)
         refuse_untrained(plan, traced, contract, step.fn, name)
     except (UndeclaredWriteError, StructureError) as refusal:
         error = refusal.with_traceback(None)
@@ -169,8 +170,8 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
 class _Touched:
     """What a step does to the arrays of a state, as sets of their numbers among all arrays of the plan."""
 
-    def __init__(self, step: Step, plan: PlanTables, traced: Traced, contract: Contract) -> None:
-        routes = step._make(plan, traced, contract).routes
+    def __init__(self, definition: Definition, plan: PlanTables, traced: Traced, contract: Contract) -> None:
+        routes = definition.make_entry(plan, traced, contract).routes
         self.donated = _numbers(plan, routes.donated)
         self.passed_to_jit = self.donated | _numbers(plan, routes.kept)
         self.packed = {number for numbers, is_buffer in _contents(plan).values() if is_buffer for number in numbers}

@@ -1,0 +1,148 @@
+"""What a step is made of: its function and its contract; from one call of it, traced and checked, to an entry.
+
+Nothing here is compiled or remembered: `Step` does that.  An audit takes a step apart by the same methods, so that what
+it reports is what a call would do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from statewise._src.core.plan import State
+from statewise._src.plan.tables import PlanTables
+from statewise._src.step.arguments import Arguments, merged
+from statewise._src.step.capture import Capture
+from statewise._src.step.closures import Bound
+from statewise._src.step.contract import Contract, check_loss
+from statewise._src.step.dispatch import Entry
+from statewise._src.step.function import check_capacity
+from statewise._src.step.outside_writes import refuse_baked, refuse_written_arguments
+from statewise._src.step.passed_objects import refuse_foreign
+from statewise._src.step.program import program_of
+from statewise._src.step.shard_map import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
+from statewise._src.step.trace import Traced, evaluating, trace
+from statewise._src.step.trace import refuse_writes as refuse_undeclared
+from statewise._src.step.warnings import cautions_of, objects_of, refuse_untrained
+
+__all__ = ["ContractOf", "Definition"]
+
+ContractOf = Callable[[PlanTables, str], Contract]
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A step as it was written.
+
+    Attributes:
+      fn: the user's function.
+      name: the function's name.
+      decorator: `step` or `train_step`.
+      contract_of: from a plan and the name to what the step may write.
+      captured: the kinds whose sown or assigned values it hands out; None for none.
+      arguments: which arguments are static, and which are donated.
+    """
+
+    fn: Callable[..., Any]
+    name: str
+    decorator: str
+    contract_of: ContractOf
+    captured: str | tuple[str, ...] | None
+    arguments: Arguments
+
+    @property
+    def captures(self) -> bool:
+        """Whether the step hands out what its function sows or assigns."""
+        return bool(self.captured)
+
+    def capture_for(self, plan: PlanTables) -> Capture:
+        """Returns a fresh collector of what one call sows or assigns."""
+        return Capture(plan.kinds, self.captured)
+
+    def trace_checked(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
+        """One call traced and checked; where it runs on each device, also how the arguments are split among them."""
+        plan = state.tables
+        contract = self.contract_of(plan, self.name)
+        traced, specs = self.traced(state, args, kwargs)
+        self.refuse_writes(traced, contract, state, args, kwargs)
+        if contract.trains:
+            check_loss(traced, contract, self.captures, self.name)
+        return traced, contract, specs
+
+    def traced(self, state: State, args: Any, kwargs: Any, *, evaluated: bool = False) -> tuple[Traced, Any]:
+        """One call traced, with `model.eval()` before it or not; and how the arguments are split among devices."""
+        plan, copies = state.tables, state.tables.per_device
+        capture = self.capture_for(plan)
+        split = self.arguments.split(args, kwargs, plan.object_count)
+        dynamic = merged(split.args, split.kwargs, split.given)
+        bound = self.bound(split.static, plan.object_count)
+        if evaluated:
+            bound = evaluating(bound, plan.object_count)
+        name_of = functools.partial(self.arguments.name_of, objects=plan.object_count)
+        self._check_arguments(plan, args, dynamic, name_of)
+        specs: Any = ()
+        if copies is None:
+            traced = trace(plan, bound, state, *dynamic, capture, self.name)
+        else:
+            specs = specs_of(copies, jax.tree.leaves(dynamic))
+            local = local_arguments(copies, *dynamic, specs, name_of, self.name)
+            traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self.name))
+        refuse_written_arguments(traced.passed, bound, plan.object_count, name_of, self.name, bool(plan.optimizers))
+        refuse_baked(traced.effects, bound, self.name)
+        return traced, specs
+
+    def refuse_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
+        """Raises where the function writes what its contract does not allow."""
+        refuse_undeclared(
+            state.tables,
+            traced,
+            contract.allowed,
+            contract.named,
+            contract.why_not,
+            self.name,
+            contract.hint,
+            lambda: self.traced(state, args, kwargs, evaluated=True)[0],
+        )
+
+    def _check_arguments(self, plan: PlanTables, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
+        """Refuses arguments that the function does not take, and objects that JAX cannot pass."""
+        types = lambda: [type(thing) for thing in objects_of(plan)]  # noqa: E731
+        check_capacity(self.fn, plan.object_count, args, self.name, types)
+        named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
+        refuse_foreign(named, self.name)
+
+    def judge(self, plan: PlanTables, traced: Traced, contract: Contract) -> None:
+        """Refuses a train step that trains nothing, and warns of what is probably not meant."""
+        refuse_untrained(plan, traced, contract, self.fn, self.name)
+        for caution in cautions_of(plan, traced, contract, self.fn, self.name):
+            warnings.warn(caution, stacklevel=6)  # where the step is called
+
+    def bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
+        """The user's function with the static arguments in their places, after so many objects."""
+        if not static:
+            return self.fn
+        names = {place: self.arguments.name_of(place, objects) for place in static}
+        return Bound(self.fn, static, objects, names)
+
+    def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
+        copies = plan.per_device
+        program, routes = program_of(plan, traced, contract.groups, copies.axes if copies else ())
+        if copies and specs is not None:  # None where only the routes are asked about
+            differ = refuse_differences(plan, traced, specs, self.name)
+            if contract.trains:
+                differ[0] = False  # the loss, which is averaged
+            program = program_on_each(plan, program, routes, specs, differ)
+        return Entry(
+            plan,
+            self.name,
+            program,
+            routes,
+            self.arguments,
+            returns_state=contract.returns_state,
+            closes_over_tracers=traced.closes_over_tracers,
+        )

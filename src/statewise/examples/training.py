@@ -1,0 +1,83 @@
+"""The demo's training: the kinds of its model, one train step, and where the declaration meets the model.
+
+It stands in a file of its own because two programs run it: the demo, and the process that the demo kills.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import statewise as sw
+from statewise.examples.char_model import BatchStat, CharTransformer
+from statewise.examples.text import CharText
+
+__all__ = ["KINDS", "Settings", "begin", "cross_entropy", "train"]
+
+# The one declaration: which leaves are of which kind, and how each kind lives.
+KINDS = sw.Kinds(
+    params=sw.Kind(nnx.Param),
+    stats=sw.Kind(BatchStat),
+    counter=sw.Kind(sw.Exactly(nnx.Variable)),
+    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
+    rng=sw.Kind(nnx.RngState),
+)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean loss in nats per character; logits of shape (batch, length, alphabet), targets (batch, length)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+@sw.train_step
+def train(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
+    """One step of training: the parameters by their optimizer, statistics, counter and dropout as the model does."""
+    model.steps[...] += 1
+    return cross_entropy(model(x), y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The sizes of the demo; the defaults take half a minute on two idle cores.
+
+    Attributes:
+      steps: how many training steps.
+      batch: windows of text in a batch.
+      window: characters in a window.
+      width, depth, heads: the transformer's.
+      prompt: what generation starts from.
+      length: how long the generated text is, prompt included; two of them fit into the cache.
+      seed: of the parameters, the batches and the sampling.
+
+    Example:
+      >>> Settings(steps=100).steps
+      100
+    """
+
+    steps: int = 800
+    batch: int = 16
+    window: int = 64
+    width: int = 96
+    depth: int = 2
+    heads: int = 4
+    prompt: str = "The built-in function "
+    length: int = 64
+    seed: int = 0
+
+
+def begin(settings: Settings, text: CharText) -> tuple[CharTransformer, sw.Plan]:
+    """The model, and its plan: where the declaration meets the model and its optimizer."""
+    model = CharTransformer(
+        len(text.alphabet),
+        context=2 * settings.length,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        rngs=nnx.Rngs(settings.seed),
+    )
+    schedule = optax.cosine_onecycle_schedule(settings.steps, peak_value=1e-2, pct_start=0.1)
+    return model, KINDS.plan(model, optimizers={"params": optax.adamw(schedule, b2=0.99)})
