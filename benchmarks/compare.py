@@ -22,7 +22,7 @@ from benchmarks.styles import LABELS, OURS, STYLES, why_not
 
 __all__ = ["WrongResultError", "array_count", "check", "compare", "fresh", "table", "time_calls"]
 
-Row = dict[str, Any]
+LeafSpec = dict[str, Any]
 
 
 class WrongResultError(Exception):
@@ -40,12 +40,12 @@ def fresh(case: Case) -> Callable[[], Any]:
     return copy
 
 
-def table(key: str, title: str, rows: Sequence[Row], *, per: str, reference: str, **facts: Any) -> dict[str, Any]:
+def table(key: str, title: str, rows: Sequence[LeafSpec], *, per: str, reference: str, **facts: Any) -> dict[str, Any]:
     """A table as plain data."""
     return {"key": key, "title": title, "per": per, "reference": reference, "facts": facts, "rows": list(rows)}
 
 
-def time_calls(calls: Mapping[str, Call], reference: str, settings: Settings, per_call: int = 1) -> dict[str, Row]:
+def time_calls(calls: Mapping[str, Call], reference: str, settings: Settings, per_call: int = 1) -> dict[str, LeafSpec]:
     """Times calls in turns.
 
     Args:
@@ -165,7 +165,7 @@ def _check_quietly(case: Case, names: Sequence[str], settings: Settings) -> dict
     }
 
 
-def _row(name: str, numbers: Row, first: tuple[float, float], difference: float) -> Row:
+def _row(name: str, numbers: LeafSpec, first: tuple[float, float], difference: float) -> LeafSpec:
     setup_s, first_call_s = first
     times = {"setup_s": setup_s, "first_call_s": first_call_s}
     return {"key": name, "label": LABELS[name], **numbers, **times, "difference": difference}

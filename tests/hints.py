@@ -83,7 +83,7 @@ def _taken_apart(text: str) -> Iterator[str]:
         return
     tree = as_python(text)
     if tree is not None:
-        _refuse_subscripts_of_self(tree, text)
+        _check_subscripts_of_self(tree, text)
         if _is_more_than_words(text):
             yield text
         return
@@ -123,7 +123,7 @@ def _among_words(text: str) -> Iterator[str]:
         fragment = text[start.start() : at]
         tree = as_python(fragment)
         assert tree is not None
-        _refuse_subscripts_of_self(tree, fragment)
+        _check_subscripts_of_self(tree, fragment)
         yield fragment
 
 
@@ -145,7 +145,7 @@ def _ends(text: str, after: int) -> Iterator[int]:
         yield len(text)
 
 
-def _refuse_subscripts_of_self(tree: ast.Module, text: str) -> None:
+def _check_subscripts_of_self(tree: ast.Module, text: str) -> None:
     """A module has attributes: `self[('kernel',)] = ...` is Python that does nothing for anybody."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "self":

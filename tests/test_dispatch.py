@@ -5,6 +5,7 @@ What is counted is how often the user's function is called; `jax.jit` is the mea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -149,9 +150,14 @@ def scaled(model: Net, x: jax.Array, mode: Any = "keep", by: Any = 2.0) -> jax.A
 
 @pytest.mark.parametrize("options", [{"static_argnames": "mode"}, {"static_argnums": 2}, {"static_argnums": (-2,)}])
 def test_static_arguments(options: dict[str, Any]) -> None:
-    step = sw.step(scaled, **options)
     traces: list[None] = []
-    step.fn = lambda *args, **kwargs: (traces.append(None), scaled(*args, **kwargs))[1]
+
+    @functools.wraps(scaled)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traces.append(None)
+        return scaled(*args, **kwargs)
+
+    step = sw.step(counted, **options)
     state = fresh()
     for _ in range(2):
         kept, twice = step(state, X, "keep"), step(state, X, "scale")

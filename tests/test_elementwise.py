@@ -13,7 +13,7 @@ from flax import nnx
 import statewise as sw
 from statewise._src.core.plan import tables_of
 from statewise._src.plan.elementwise import PARAM, Elementwise, prove_elementwise
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 
 
 class Net(nnx.Module):
@@ -57,7 +57,7 @@ REFUSED = {
 }
 
 
-def group_of(tx: Any) -> Group:
+def group_of(tx: Any) -> OptimizerGroup:
     return tables_of(sw.plan(Net(nnx.Rngs(0)), optimizers={"params": tx})).optimizers[0]
 
 

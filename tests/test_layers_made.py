@@ -19,7 +19,7 @@ from hints import parses
 from refusals import refused
 
 X = jax.random.normal(jax.random.key(5), (3, 4))
-Scan = Callable[[Any, Any, Any], Any]
+ModelGraph = Callable[[Any, Any, Any], Any]
 
 
 class Side(nnx.Variable):
@@ -34,7 +34,7 @@ def theirs(fn: Any, layers: Any, x: Any) -> Any:
     return nnx.scan(fn, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(layers, x)
 
 
-def rematerialised(scan: Scan) -> Scan:
+def rematerialised(scan: ModelGraph) -> ModelGraph:
     return lambda fn, layers, x: scan(nnx.remat(fn), layers, x)
 
 
@@ -78,7 +78,7 @@ class Outer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.cells = nnx.vmap(lambda key: Cell(nnx.Rngs(key)))(jax.random.split(rngs.params(), 2))
 
-    def __call__(self, x: Any, scan: Scan) -> Any:
+    def __call__(self, x: Any, scan: ModelGraph) -> Any:
         y = scan(Cell.__call__, self.cells, x)
         self.sow(nnx.Intermediate, "y", y)
         return y
@@ -87,7 +87,7 @@ class Outer(nnx.Module):
 class Model(nnx.Module):
     """Scans in scans."""
 
-    def __init__(self, scan: Scan = ours) -> None:
+    def __init__(self, scan: ModelGraph = ours) -> None:
         self.outers = stacked(Outer, 3)
         self.scan = scan
 
@@ -142,7 +142,7 @@ def test_under_nnx_capture(wrap: Any) -> None:
 def test_gradients_of_perturbations() -> None:
     _, perturbations = nnx.capture(Model(), nnx.Perturbation)(X)
 
-    def grads(scan: Scan) -> Any:
+    def grads(scan: ModelGraph) -> Any:
         def loss(model: Any, perturbations: Any) -> Any:
             out, sown = nnx.capture(model, nnx.Intermediate, init=perturbations)(X)
             return out.sum(), sown
@@ -176,7 +176,7 @@ class Named(nnx.Module):
     reverse=st.booleans(),
 )
 def test_any_names_any_number_of_times(names: list[str], layers: int, passes: int, reverse: bool) -> None:
-    def through(model: Any, scan: Scan) -> Any:
+    def through(model: Any, scan: ModelGraph) -> Any:
         x = X[0]
         for _ in range(passes):
             x = scan(lambda layer, x: layer(x, names), model, x)
@@ -202,7 +202,7 @@ KINDS = sw.Kinds.standard() | sw.Kinds(sides=sw.Kind(Side, saved=False))
 @pytest.mark.parametrize("scan", [ours, rematerialised(ours)], ids=["", "remat"])
 @pytest.mark.parametrize("called_before", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_step_captures_them(scan: Scan, called_before: bool) -> None:
+def test_a_step_captures_them(scan: ModelGraph, called_before: bool) -> None:
     model, plain = Model(scan), Model(theirs)
     types = (nnx.Intermediate, nnx.Perturbation)
     expected, *sown = nnx.capture(plain, *types)(X)
@@ -232,7 +232,7 @@ def test_a_train_step_differentiates_through_them() -> None:
     """The loss is made of what the layers sowed and assigned alone."""
 
     class Layers(nnx.Module):
-        def __init__(self, scan: Scan) -> None:
+        def __init__(self, scan: ModelGraph) -> None:
             self.layers, self.scan = stacked(Layer, 3), scan
 
         def __call__(self, x: Any) -> Any:

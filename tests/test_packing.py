@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.plan import packing
-from statewise._src.plan.packing import Buffer, Packing, pack, unpack
+from statewise._src.plan.packing import PackedBuffer, Packing, pack, unpack
 
 
 class Model(nnx.Module):
@@ -196,8 +196,8 @@ def test_pack_and_unpack_are_inverse() -> None:
     arrays = tuple(
         jnp.arange(float(size)).reshape(shape) for size, shape in ((6, (2, 3)), (1, ()), (0, (0, 2)), (2, (2,)))
     )
-    specs = [Spec(array.shape, array.dtype) for array in arrays]
-    layout = Packing((1,), (Buffer((3, 0), (specs[3], specs[0])), Buffer((2,), (specs[2],))))
+    specs = [ArraySpec(array.shape, array.dtype) for array in arrays]
+    layout = Packing((1,), (PackedBuffer((3, 0), (specs[3], specs[0])), PackedBuffer((2,), (specs[2],))))
     part = pack(layout, arrays)
     assert [array.shape for array in part] == [(), (8,), (0,)]
     for made in (unpack(layout, part), jax.jit(lambda part: unpack(layout, part))(part)):
@@ -207,10 +207,10 @@ def test_pack_and_unpack_are_inverse() -> None:
 
 
 def test_keys_large_and_lonely_arrays_stay_as_they_are() -> None:
-    small, key = Spec((3,), jnp.dtype("float32")), Spec((), jax.random.key(0).dtype)
-    large = Spec((packing.LARGEST,), jnp.dtype("float32"))
+    small, key = ArraySpec((3,), jnp.dtype("float32")), ArraySpec((), jax.random.key(0).dtype)
+    large = ArraySpec((packing.LARGEST,), jnp.dtype("float32"))
     chosen = packing.choose(
-        {"params": [small, large, small, key, small, small, Spec((3,), jnp.dtype("int32"))]}, ["params"], []
+        {"params": [small, large, small, key, small, small, ArraySpec((3,), jnp.dtype("int32"))]}, ["params"], []
     )
     assert chosen["params"].loose == (1, 3, 6)
     assert [buffer.positions for buffer in chosen["params"].buffers] == [(0, 2, 4, 5)]

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 import statewise as sw
 from meshes import ResNet, Transformer, assert_close, by_key, compilations, images, loss_of, mesh_of, number, tokens
-from statewise._src.sharding.part_shardings import places_of
+from statewise._src.sharding.part_shardings import part_shardings_of
 
 MESH = mesh_of(data=4, model=2)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
@@ -218,9 +218,9 @@ def test_a_call_looks_at_no_array_of_a_part_that_a_step_has_made(monkeypatch: py
 
     def counting(arrays: Any) -> Any:
         looked.append(len(arrays))
-        return places_of(arrays)
+        return part_shardings_of(arrays)
 
-    monkeypatch.setattr("statewise._src.core.state.places_of", counting)
+    monkeypatch.setattr("statewise._src.core.state.part_shardings_of", counting)
     for mesh in (None, MESH):
         state = state_of("resnet", fsdp, mesh=mesh)
         batch = MODELS["resnet"][1]() if mesh is None else split_batch("resnet")
@@ -248,8 +248,8 @@ def test_a_step_that_is_compiled_ahead_of_time_holds_the_places_too() -> None:
 
 def test_places_on_an_abstract_mesh_are_no_places() -> None:
     plan = plan_of("resnet", fsdp)
-    assert places_of(jax.tree.leaves(plan.abstract(AbstractMesh((4, 2), ("data", "model"))))) is None
-    assert places_of(jax.tree.leaves(plan.abstract(MESH))) is places_of(
+    assert part_shardings_of(jax.tree.leaves(plan.abstract(AbstractMesh((4, 2), ("data", "model"))))) is None
+    assert part_shardings_of(jax.tree.leaves(plan.abstract(MESH))) is part_shardings_of(
         jax.tree.leaves(state_of("resnet", fsdp, mesh=MESH))
     )
 
@@ -305,18 +305,18 @@ def test_under_debug_nans_a_step_keeps_what_it_was_given() -> None:
 
 
 def test_equal_places_are_one_object() -> None:
-    places = [places_of(jax.tree.leaves(state_of("resnet", fsdp, mesh=MESH))) for _ in range(2)]
+    places = [part_shardings_of(jax.tree.leaves(state_of("resnet", fsdp, mesh=MESH))) for _ in range(2)]
     assert places[0] is places[1]
     assert places[0] is not None
     assert places[0].whole
 
 
 def test_there_are_no_places_off_a_mesh() -> None:
-    assert places_of(jax.tree.leaves(state_of("resnet", None))) is None
-    assert places_of([np.ones(3), 1]) is None
+    assert part_shardings_of(jax.tree.leaves(state_of("resnet", None))) is None
+    assert part_shardings_of([np.ones(3), 1]) is None
     lies = jax.device_put(jnp.ones(4), jax.NamedSharding(MESH, jax.P("data")))
-    jax.jit(lambda array: [places_of([array])] == [None] or pytest.fail("a tracer lies nowhere"))(lies)
-    half = places_of([lies, jnp.ones(3)])
+    jax.jit(lambda array: [part_shardings_of([array])] == [None] or pytest.fail("a tracer lies nowhere"))(lies)
+    half = part_shardings_of([lies, jnp.ones(3)])
     assert half is not None
     assert half.shardings == (lies.sharding, None)
     assert not half.whole

@@ -15,14 +15,14 @@ import statewise as sw
 from refusals import refused
 from statewise._src.common.nnx_graph import (
     ONE,
+    ArraySpec,
     ModelError,
-    Spec,
     arrays_of,
     is_array,
     raw_value,
+    read_graph,
     rebuild,
     row_of,
-    scan,
     spec_of,
     value_of,
 )
@@ -82,10 +82,10 @@ def test_what_nnx_cannot_flatten_is_said_so() -> None:
 
 @given(models())
 def test_rebuilding_gives_the_same_model(model: Node) -> None:
-    found = scan([model])
+    found = read_graph([model])
     assert found.paths == tuple(tuple(path) for path in nnx.flatten(model)[1].paths)
     (again,) = rebuild(found.graphdef, [raw_value(leaf) for leaf in found.leaves], found.several)
-    other = scan([again])
+    other = read_graph([again])
     assert other.paths == found.paths
     assert other.graphdef == found.graphdef
     for one, two in zip(found.leaves, other.leaves, strict=True):
@@ -95,7 +95,7 @@ def test_rebuilding_gives_the_same_model(model: Node) -> None:
 
 @given(models())
 def test_each_leaf_stands_once_and_has_a_row(model: Node) -> None:
-    found = scan([model])
+    found = read_graph([model])
     assert len(set(found.paths)) == len(found.paths)
     assert len({id(leaf) for leaf in found.leaves if isinstance(leaf, nnx.Variable)}) == sum(
         isinstance(leaf, nnx.Variable) for leaf in found.leaves
@@ -110,7 +110,7 @@ def test_each_leaf_stands_once_and_has_a_row(model: Node) -> None:
 
 def test_several_objects_share_what_they_share() -> None:
     tied = nnx.Param(jnp.ones(2))
-    found = scan([Node(a=tied), Node(b=tied, c=nnx.Param(jnp.ones(1)))])
+    found = read_graph([Node(a=tied), Node(b=tied, c=nnx.Param(jnp.ones(1)))])
     assert found.several
     assert found.paths == ((0, "a"), (1, "c"))
     assert [found.relative(path) for path in found.paths] == [("a",), ("c",)]
@@ -119,15 +119,15 @@ def test_several_objects_share_what_they_share() -> None:
 @pytest.mark.parametrize(
     ("value", "spec"),
     [
-        (jnp.ones((2, 3)), Spec((2, 3), jnp.dtype("float32"))),
-        (np.ones((2, 3)), Spec((2, 3), jnp.dtype("float32"))),
-        (np.int64(3), Spec((), jnp.dtype("int32"))),
-        (True, Spec((), jnp.dtype("bool"))),
-        (3, Spec((), jnp.dtype("int32"))),
-        (2.5, Spec((), jnp.dtype("float32"))),
-        (1j, Spec((), jnp.dtype("complex64"))),
-        (jnp.ones(2, jnp.bfloat16), Spec((2,), jnp.dtype("bfloat16"))),
-        (jax.ShapeDtypeStruct((0,), jnp.float16), Spec((0,), jnp.dtype("float16"))),
+        (jnp.ones((2, 3)), ArraySpec((2, 3), jnp.dtype("float32"))),
+        (np.ones((2, 3)), ArraySpec((2, 3), jnp.dtype("float32"))),
+        (np.int64(3), ArraySpec((), jnp.dtype("int32"))),
+        (True, ArraySpec((), jnp.dtype("bool"))),
+        (3, ArraySpec((), jnp.dtype("int32"))),
+        (2.5, ArraySpec((), jnp.dtype("float32"))),
+        (1j, ArraySpec((), jnp.dtype("complex64"))),
+        (jnp.ones(2, jnp.bfloat16), ArraySpec((2,), jnp.dtype("bfloat16"))),
+        (jax.ShapeDtypeStruct((0,), jnp.float16), ArraySpec((0,), jnp.dtype("float16"))),
         (np.array(["a"]), None),
         (np.array([object()]), None),
         (np.datetime64("2020-01-01"), None),
@@ -135,7 +135,7 @@ def test_several_objects_share_what_they_share() -> None:
         (object(), None),
     ],
 )
-def test_a_spec_is_what_jax_will_see(value: Any, spec: Spec | None) -> None:
+def test_a_spec_is_what_jax_will_see(value: Any, spec: ArraySpec | None) -> None:
     assert spec_of(value) == spec
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -248,10 +246,3 @@ def test_a_leaf_as_data_is_json() -> None:
 def test_a_thousand_rows_are_quick_enough_to_print() -> None:
     rows = [leaf(("layers", i, "kernel"), "params") for i in range(5000)]
     assert len(str(leaves_table("plan", rows, Kinds(params=Kind(nnx.Param)))).splitlines()) > 5000
-
-
-def test_rich_is_imported_only_to_print() -> None:
-    tree = ast.parse(Path(statewise._src.common.tables.__file__).read_text(encoding="utf-8"))
-    assert not [
-        node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) and "rich" in ast.dump(node)
-    ]

@@ -356,9 +356,7 @@ def test_a_source_without_values() -> None:
     ):
         sw.transfer(src.plan.abstract(), plan)
     train(src, TOKENS)
-    with pytest.raises(
-        sw.StructureError, match="This state was donated: train has donated its params, stats, cache, rng"
-    ):
+    with pytest.raises(sw.StructureError, match="state was donated: train has donated its params, stats, cache, rng"):
         sw.transfer(src, plan)
 
 

@@ -15,7 +15,7 @@ import statewise as sw
 from refusals import refused
 from reported import Net, Tracker, abstract
 from statewise._src.report.gather import describe_lies
-from statewise._src.sharding.array_placement import Lies
+from statewise._src.sharding.array_placement import ArrayPlacement
 
 MESH = {"data": 4, "model": 2}
 
@@ -106,15 +106,15 @@ def test_a_mesh_of_devices_will_do_as_well(devices: list[jax.Device]) -> None:
 @pytest.mark.parametrize(
     ("lies", "ndim", "text"),
     [
-        (Lies(), 2, "replicated"),
-        (Lies(((), ())), 2, "replicated"),
-        (Lies((("data",),)), 3, "(data, -, -)"),
-        (Lies(((), ("data", "model"))), 2, "(-, data+model)"),
-        (Lies((), "pinned_host"), 1, "replicated, in pinned_host"),
-        (Lies((), None, ("data", "model")), 1, "one per device of data+model"),
+        (ArrayPlacement(), 2, "replicated"),
+        (ArrayPlacement(((), ())), 2, "replicated"),
+        (ArrayPlacement((("data",),)), 3, "(data, -, -)"),
+        (ArrayPlacement(((), ("data", "model"))), 2, "(-, data+model)"),
+        (ArrayPlacement((), "pinned_host"), 1, "replicated, in pinned_host"),
+        (ArrayPlacement((), None, ("data", "model")), 1, "one per device of data+model"),
     ],
 )
-def test_how_an_array_lies_in_words(lies: Lies, ndim: int, text: str) -> None:
+def test_how_an_array_lies_in_words(lies: ArrayPlacement, ndim: int, text: str) -> None:
     assert describe_lies(lies, ndim) == text
 
 

@@ -19,7 +19,7 @@ from statewise._src.checkpoint.orbax.handler import Saving, StateHandler
 from statewise._src.checkpoint.restore import restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
-from statewise._src.core.batches import refuse_batch
+from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
 from statewise.errors import StructureError
 
@@ -136,7 +136,7 @@ def checkpointable(
             f"sw.checkpointable wants a state, not {type(state).__name__}.",
             hint="sw.checkpointable(plan.take(model))",
         )
-    refuse_batch(state)
+    check_not_batch(state)
     check_layout(layout)
     names = None if only is None else kinds_to_save(state, only)
     return Checkpointable(state, names, cast, layout, members=members)

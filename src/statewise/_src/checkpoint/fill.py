@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from statewise._src.checkpoint.format.records import Placed, unpacked
-from statewise._src.checkpoint.match import Match, Source
+from statewise._src.checkpoint.match import Match, RestoreSource
 from statewise._src.checkpoint.members import Regrouped
 from statewise._src.common.narrowing import WIDE, Casts, as_jax, refuse
 from statewise._src.common.paths import Leaf, format_shape
@@ -127,7 +127,7 @@ def begin_averages(found: Match, target: State, new: dict[str, dict[int, Any]]) 
     casts.check(RestoreError, "averages={'params': sw.EMA(0.999, dtype=jnp.float32)}")
 
 
-def _begin_members(source: Source, target: State, new: dict[str, dict[int, Any]], casts: Casts) -> None:
+def _begin_members(source: RestoreSource, target: State, new: dict[str, dict[int, Any]], casts: Casts) -> None:
     """The same for averages of members that the checkpoint lacks."""
     (kind, position), plan = (source.placed.record.kind, source.placed.start), target.tables
     change = source.changes[0] if source.changes else None

@@ -35,7 +35,7 @@ from statewise._src.plan.tables import PlanTables
 __all__ = ["Match", "kinds_to_restore", "match"]
 
 
-class Source(NamedTuple):
+class RestoreSource(NamedTuple):
     """A leaf of the target and the record of it in a checkpoint: the own one's (0) or its base (1).
 
     `changes` tells of each of its arrays what becomes of it on another number of devices, or of members.
@@ -58,7 +58,7 @@ class Match:
     """
 
     report: RestoreReport
-    sources: tuple[Source, ...]
+    sources: tuple[RestoreSource, ...]
     restarted: tuple[Placed, ...]
 
 
@@ -87,7 +87,7 @@ class _Matcher:
         # Hints in words; and those that declare something, with the kinds and what is declared of each.
         self.hints: dict[str, dict[str, str]] = {}
         self.wide: dict[str, bool] = {}
-        self.sources: list[Source] = []
+        self.sources: list[RestoreSource] = []
         self.restarted: list[Placed] = []
         self.lacking: list[LeafRecord] = []
         # Under which leaf a path stands in the checkpoint that is another leaf's alias there.
@@ -268,7 +268,7 @@ class _Matcher:
             not wide and self.members is None and is_alike(record, there)
         ):  # as nearly all are: what follows looks for the difference
             self.say(record, "restored", "from the base" if checkpoint else "")
-            self.sources.append(Source(placed, there, checkpoint, (None,) * len(record.arrays)))
+            self.sources.append(RestoreSource(placed, there, checkpoint, (None,) * len(record.arrays)))
             return
         words = differences(record, there)
         changes = self.changed(record, there)
@@ -301,7 +301,7 @@ class _Matcher:
             self.say(record, "cast", ", ".join([*casts, *["from the base"] * checkpoint]))
         else:
             self.say(record, "restored", "from the base" if checkpoint else "")
-        self.sources.append(Source(placed, there, checkpoint, tuple(changes)))
+        self.sources.append(RestoreSource(placed, there, checkpoint, tuple(changes)))
 
     def is_too_wide(self, dtype: str) -> bool:
         """Whether this process has no such numbers."""

@@ -21,7 +21,7 @@ from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.per_device import Resized, members_of, resized
 from statewise._src.checkpoint.interop.foreign import foreign_leaves, is_foreign
-from statewise._src.checkpoint.match import Match, Source, match
+from statewise._src.checkpoint.match import Match, RestoreSource, match
 from statewise._src.checkpoint.members import regrouped
 from statewise._src.checkpoint.orbax.paths import place_of
 from statewise._src.checkpoint.restore_report import RestoreReport
@@ -210,7 +210,7 @@ def _read(folders: Sequence[Any], manifests: Sequence[Manifest], found: Match, t
     return [read[at] for at in range(len(found.sources))]
 
 
-def _shardings(source: Source, target: State) -> list[Any]:
+def _shardings(source: RestoreSource, target: State) -> list[Any]:
     """Where each array of a leaf goes: to where the target's is."""
     kind = source.placed.record.kind
     parts = target.part(kind).arrays if kind not in target.tables.packing else None

@@ -1,7 +1,7 @@
 """Reading a model: its graph, its leaves, and the arrays in them; and building it again.
 
 NNX flattens anything made of modules into a graph definition and a flat list of leaves, in an order of its
-own.  `Scan` is that, for one object or for several at once (a model, its optimizer, its metrics: what they
+own.  `ModelGraph` is that, for one object or for several at once (a model, its optimizer, its metrics: what they
 share is then found).  A leaf's *value* is mostly one array, but a Variable may hold None, a number, or a tuple
 or dict of arrays; `arrays_of` and `value_of` go between a value and the arrays in it.
 """
@@ -20,16 +20,16 @@ from statewise._src.common.paths import Leaf, Path, Ways
 from statewise.errors import StructureError
 
 __all__ = [
+    "ArraySpec",
     "ModelError",
-    "Scan",
-    "Spec",
+    "ModelGraph",
     "arrays_of",
     "is_array",
     "named",
     "numbered",
+    "read_graph",
     "rebuild",
     "row_of",
-    "scan",
     "spec_of",
     "value_of",
 ]
@@ -49,7 +49,7 @@ class ModelError(StructureError, TypeError):
     """What was given is no model: a class instead of an instance, a number, a module full of strings."""
 
 
-class Spec(NamedTuple):
+class ArraySpec(NamedTuple):
     """Shape and dtype of one array."""
 
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class Spec(NamedTuple):
         return self.size * int(self.dtype.itemsize)
 
 
-class Scan(NamedTuple):
+class ModelGraph(NamedTuple):
     """One or several objects, flattened.
 
     Attributes:
@@ -116,7 +116,7 @@ def numbered(path: Path, names: Sequence[str]) -> Path:
     return (names.index(path[0]), *path[1:]) if names and path else path
 
 
-def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
+def read_graph(objects: Sequence[Any], names: Sequence[str] = ()) -> ModelGraph:
     """Flattens one object, or several together.
 
     Args:
@@ -147,10 +147,10 @@ def scan(objects: Sequence[Any], names: Sequence[str] = ()) -> Scan:
     for path, leaf in zip(flat.paths, flat.leaves, strict=True):
         if len(path) == several and not isinstance(leaf, nnx.Variable):
             position: Any = path[0] if several else 0
-            _refuse_bare(names[position] if names else position, objects[position])
+            _check_bare(names[position] if names else position, objects[position])
     paths = tuple(named(path, names) for path in flat.paths) if names else tuple(flat.paths)
-    _refuse_references(paths, flat.leaves)
-    return Scan(graphdef, paths, tuple(flat.leaves), several, tuple(names))
+    _check_references(paths, flat.leaves)
+    return ModelGraph(graphdef, paths, tuple(flat.leaves), several, tuple(names))
 
 
 def _check_object(place: int | str, thing: Any) -> None:
@@ -160,17 +160,17 @@ def _check_object(place: int | str, thing: Any) -> None:
             hint=f"model = {thing.__name__}(..., rngs=nnx.Rngs(0))",
         )
     if is_array(thing) or isinstance(thing, _BARE):
-        _refuse_bare(place, thing)
+        _check_bare(place, thing)
 
 
-def _refuse_bare(place: int | str, thing: Any) -> None:
+def _check_bare(place: int | str, thing: Any) -> None:
     raise ModelError(
         f"Object {place} is {type(thing).__name__}, which holds no leaves at paths.",
         hint="pass a module, an nnx.Optimizer, a metric, or a list or dict of them",
     )
 
 
-def _refuse_references(paths: Sequence[Any], leaves: Sequence[Any]) -> None:
+def _check_references(paths: Sequence[Any], leaves: Sequence[Any]) -> None:
     """Refuses what changes behind a state's back: references, and Variables of JAX's own (hijax)."""
     rows = [
         row_of(tuple(path), leaf, note=note)
@@ -229,18 +229,18 @@ def value_of(arrays: Sequence[Any], structure: Any) -> Any:
     return arrays[0] if structure is ONE else jax.tree.unflatten(structure, arrays)
 
 
-def spec_of(array: Any) -> Spec | None:
+def spec_of(array: Any) -> ArraySpec | None:
     """The shape and dtype that JAX will see of an array or a Python number; None for anything else."""
     if _is_jax_array(array):
-        return Spec(array.shape, array.dtype)
+        return ArraySpec(array.shape, array.dtype)
     if isinstance(array, (np.ndarray, np.generic)):
         if array.dtype.hasobject or array.dtype.kind in "USMm":
             return None
-        return Spec(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+        return ArraySpec(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
     if isinstance(array, (bool, int, float, complex)):
-        return Spec((), jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(array)))
+        return ArraySpec((), jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(array)))
     if hasattr(array, "shape") and hasattr(array, "dtype"):
-        return Spec(tuple(array.shape), array.dtype)
+        return ArraySpec(tuple(array.shape), array.dtype)
     return None
 
 
@@ -254,7 +254,7 @@ def row_of(path: Path, leaf: Any, kind: str | None = None, note: str = "") -> Le
 def make_leaf(
     path: Path,
     type_: type,
-    specs: Sequence[Spec],
+    specs: Sequence[ArraySpec],
     single: bool,
     kind: str | None,
     aliases: tuple[Path, ...] = (),

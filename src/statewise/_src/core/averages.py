@@ -19,7 +19,7 @@ from statewise._src.core.member_view import as_ensemble, as_one, for_each_member
 from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.plan.averages import Average
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import Places
+from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["averages_in", "begun_again", "check_starts", "with_averages"]
@@ -120,7 +120,7 @@ def _replaced(state: StateT, from_: Sequence[str], into: Sequence[str], program:
 
 
 @functools.lru_cache(maxsize=64)
-def _values(plan: PlanTables, name: str, places: tuple[Places | None, ...]) -> Any:
+def _values(plan: PlanTables, name: str, places: tuple[PartShardings | None, ...]) -> Any:
     """From the averages to the kinds that they are of."""
     whole, plan = plan, single_of(plan)
 
@@ -138,7 +138,7 @@ def _values(plan: PlanTables, name: str, places: tuple[Places | None, ...]) -> A
 
 
 @functools.lru_cache(maxsize=64)
-def _starts(plan: PlanTables, name: str, places: tuple[Places | None, ...]) -> Any:
+def _starts(plan: PlanTables, name: str, places: tuple[PartShardings | None, ...]) -> Any:
     """From the kinds that are averaged to fresh averages."""
     whole, plan = plan, single_of(plan)
 
@@ -152,7 +152,7 @@ def _starts(plan: PlanTables, name: str, places: tuple[Places | None, ...]) -> A
     return _compiled(for_each_member(whole, starts, ins, [name]), places)
 
 
-def _compiled(fn: Any, places: tuple[Places | None, ...]) -> Any:
+def _compiled(fn: Any, places: tuple[PartShardings | None, ...]) -> Any:
     there = [None if lie is None else lie.shardings for lie in places]
     options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
     return jax.jit(fn, **options)

@@ -16,7 +16,7 @@ from statewise._src.plan.members import Axis, grown
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["hint_of_batch", "misfits", "refuse_batch", "unfitting"]
+__all__ = ["check_not_batch", "hint_of_batch", "misfits", "unfitting"]
 
 # What the arrays of a state are called here: by kind, in the order of their slots.
 Parts = Mapping[str, Sequence[Any]]
@@ -29,7 +29,7 @@ _OTHERS = (
 )
 
 
-def refuse_batch(state: Any) -> None:
+def check_not_batch(state: Any) -> None:
     """Raises for a batch of states under the plan of one model, and for one member under the plan of an ensemble.
 
     Raises:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, refuse
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member
 from statewise._src.core.state_data import Part, StateT, check_not_donated
 from statewise._src.plan.tables import PlanTables
@@ -48,7 +48,7 @@ def cast(state: StateT, dtypes: Mapping[str, Any]) -> StateT:
             _cast(array, dtype) if is_float else array
             for array, is_float in zip(parts[kind], floats[kind], strict=True)
         )
-        specs[kind] = [Spec(spec.shape, array.dtype) for spec, array in zip(plan.specs[kind], arrays, strict=True)]
+        specs[kind] = [ArraySpec(spec.shape, array.dtype) for spec, array in zip(plan.specs[kind], arrays, strict=True)]
         made[kind] = arrays
     return recast(state, with_copies(plan.with_specs(specs), plan.per_device), made)
 

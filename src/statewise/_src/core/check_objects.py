@@ -11,7 +11,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import (
     ONE,
-    Scan,
+    ModelGraph,
     arrays_of,
     make_leaf,
     named,
@@ -22,14 +22,14 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
 from statewise._src.plan.intern import same_graph
-from statewise._src.plan.leaf_specs import Row, is_sown
+from statewise._src.plan.leaf_specs import LeafSpec, is_sown
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
 __all__ = ["check_statics", "leaf_of_row", "matched", "names_for"]
 
 
-def leaf_of_row(row: Row, note: str = "") -> Leaf:
+def leaf_of_row(row: LeafSpec, note: str = "") -> Leaf:
     """Returns a planned leaf as data."""
     return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 
@@ -39,7 +39,7 @@ def names_for(plan: PlanTables, objects: Sequence[Any]) -> tuple[str, ...]:
     return plan.names if len(objects) == plan.object_count else ()
 
 
-def matched(plan: PlanTables, found: Scan, objects: Sequence[Any], verb: str) -> list[Any]:
+def matched(plan: PlanTables, found: ModelGraph, objects: Sequence[Any], verb: str) -> list[Any]:
     """The live leaf of each row; every difference between the objects and the plan is listed."""
     if len(objects) != plan.object_count:
         raise StructureError(
@@ -85,7 +85,7 @@ def _names(plan: PlanTables) -> list[str]:
     return [type(thing).__name__.lower() for thing in objects]
 
 
-def _difference(row: Row, leaf: Any) -> str:
+def _difference(row: LeafSpec, leaf: Any) -> str:
     type_ = compat.variable_type(leaf)
     if type_ is not row.type:
         return f"is a {type_.__name__} in the model"
@@ -106,7 +106,7 @@ def _difference(row: Row, leaf: Any) -> str:
 _PLAIN = (bool, int, float, str, type(None), enum.Enum)
 
 
-def check_statics(plan: PlanTables, found: Scan, objects: Sequence[Any]) -> None:
+def check_statics(plan: PlanTables, found: ModelGraph, objects: Sequence[Any]) -> None:
     """Refuses a model whose plain attributes (`deterministic`, `use_running_average`) are not as planned.
 
     A step rebuilds the module from the plan, so it would quietly run in the planned mode.  Functions and other

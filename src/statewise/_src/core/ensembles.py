@@ -18,14 +18,14 @@ import numpy as np
 from jax.sharding import AxisType
 
 from statewise._src.common.paths import Leaf
-from statewise._src.core.batches import hint_of_batch, refuse_batch
+from statewise._src.core.batches import check_not_batch, hint_of_batch
 from statewise._src.core.member_view import single_of
 from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.core.templates import abstract, shardings
 from statewise._src.core.vmap_axes import axes_of_members
 from statewise._src.plan.members import Axis, Members, place_of
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import Places
+from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["member", "stack", "stacked"]
@@ -141,7 +141,7 @@ def _check_states(plan: PlanTables, members: Members, states: Sequence[StateData
                 hint="take all of them alike: plan.take(model, mesh=mesh, pack=...)",
             )
         check_not_donated(state, plan.kinds)
-        refuse_batch(state)
+        check_not_batch(state)
         check_fits(state, plan.kinds)
     abstract = [_is_abstract(state) for state in states]
     if any(abstract) and not all(abstract):
@@ -230,7 +230,7 @@ def member(state: StateT, index: Any) -> StateT:
     plan = state.tables
     members = plan.ensemble
     if members is None:
-        refuse_batch(state)
+        check_not_batch(state)
         raise StructureError(
             "This state is of one model, not of an ensemble.",
             hint="state  # it is its only member; plan.stack([state, ...]) makes an ensemble",
@@ -270,7 +270,7 @@ def _index(index: Any, count: int) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(plan: PlanTables, places: tuple[Places | None, ...]) -> Any:
+def _program(plan: PlanTables, places: tuple[PartShardings | None, ...]) -> Any:
     """The arrays of one member, by its number; each a copy, and where the ensemble's lie."""
     axes = list(plan.slot_axes.values())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from statewise._src.common.nnx_graph import arrays_of, raw_value, scan, spec_of
+from statewise._src.common.nnx_graph import arrays_of, raw_value, read_graph, spec_of
 from statewise._src.core.check_objects import names_for
 from statewise._src.core.state_data import StateData, StateT
 from statewise._src.plan.derived import Derived
@@ -48,7 +48,7 @@ def is_of_one_member(state: StateData) -> bool:
 
 def holds_one_member(plan: PlanTables, objects: Sequence[Any]) -> bool:
     """Whether these are the traced objects of one member of a plan's ensemble, as inside of `jax.vmap`."""
-    found = scan(objects, names_for(plan, objects))
+    found = read_graph(objects, names_for(plan, objects))
     live = {path: arrays_of(raw_value(leaf))[0] for path, leaf in zip(found.paths, found.leaves, strict=True)}
     rows = single_of(plan).rows
     fit = all(row.path in live and tuple(map(spec_of, live[row.path])) == row.specs for row in rows)

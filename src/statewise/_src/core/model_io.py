@@ -18,8 +18,8 @@ from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     arrays_of,
     raw_value,
+    read_graph,
     rebuild,
-    scan,
     value_of,
 )
 from statewise._src.common.object_names import in_order, names_given
@@ -27,11 +27,11 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.write_values import Objects, put_values
 from statewise._src.core.check_objects import check_statics, leaf_of_row, matched, names_for
 from statewise._src.core.member_view import as_ensemble, begun, holds_one_member, single_of
-from statewise._src.core.reduce_devices import refuse_copies
+from statewise._src.core.reduce_devices import check_not_per_device
 from statewise._src.core.state_data import StateData, check_fits, check_not_donated, is_deleted
 from statewise._src.core.templates import shardings
 from statewise._src.plan.kind import unknown_kind
-from statewise._src.plan.per_device import Copies, spread
+from statewise._src.plan.per_device import PerDeviceArrays, spread
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained
 from statewise._src.sharding.resolve import array_shardings, check_devices, copies_on, with_copies
@@ -58,7 +58,7 @@ def take(
     copies = None if mesh is None else copies_on(plan, mesh)
     made = plan.with_packing(_kinds_to_pack(plan, pack, copies)) if pack else plan
     place = _Places(with_copies(made, copies), mesh)
-    found = scan(objects, names_for(plan, objects))
+    found = read_graph(objects, names_for(plan, objects))
     leaves = matched(plan, found, objects, "take")
     check_statics(plan, found, objects)
     _check_arrays(plan, leaves)
@@ -114,7 +114,7 @@ def init(plan: PlanTables, make_model: Callable[[], Any] | Any, mesh: Any) -> St
         return jax.jit(made, out_shardings=there)()
 
 
-def _spread(plan: PlanTables, copies: Copies, kind: str, part: Sequence[Any]) -> list[Any]:
+def _spread(plan: PlanTables, copies: PerDeviceArrays, kind: str, part: Sequence[Any]) -> list[Any]:
     mine = copies.of(kind)  # never a packed kind, so slots are positions
     return [
         spread(array, copies.devices, axis=plan.member_axis(kind, at)) if at in mine else array
@@ -161,7 +161,7 @@ class _Places:
         return state if self._arrays is None or not self._plan.packing else jax.device_put(state, self._slots)
 
 
-def _kinds_to_pack(plan: PlanTables, pack: Any, copies: Copies | None) -> tuple[str, ...]:
+def _kinds_to_pack(plan: PlanTables, pack: Any, copies: PerDeviceArrays | None) -> tuple[str, ...]:
     names = tuple(plan.kinds) if pack is True else names_given(pack, "pack")
     for name in names:
         if name not in plan.kinds:
@@ -233,7 +233,7 @@ def put(plan: PlanTables, state: StateData | Any, objects: Sequence[Any], *, cop
             "This state is abstract: putting it would cost the model its values.",
             hint="plan.build(state) makes an abstract model",
         )
-    found = scan(objects, names_for(plan, objects))
+    found = read_graph(objects, names_for(plan, objects))
     leaves = matched(plan, found, objects, "put")
     _check_narrow(plan, values)
     values = [_ready(value, copy) for value in values]
@@ -270,7 +270,7 @@ def values_of(plan: PlanTables, state: StateData | Any, verb: str) -> list[Any]:
         )
     own = state.tables
     if own.per_device:
-        refuse_copies(own, f"a model holds one value of each leaf; plan.{verb} would have to choose.")
+        check_not_per_device(own, f"a model holds one value of each leaf; plan.{verb} would have to choose.")
     check_not_donated(state, plan.kinds)
     check_fits(state, plan.kinds)
     parts = {kind: own.unpack(kind, part.arrays) for kind, part in zip(own.kinds, state.parts, strict=True)}

@@ -16,7 +16,7 @@ from statewise._src.common.object_names import in_order
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
-from statewise._src.core.state_data import Part, StateData, check_not_donated, refuse_shared, register
+from statewise._src.core.state_data import Part, StateData, check_not_donated, check_unshared, register
 from statewise._src.core.view import packed_for, unpacked_of, view
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.tables import PlanTables
@@ -451,7 +451,7 @@ class State(StateData):
             now = self.part(kind).arrays
             made[self.tables.kind_index[kind]] = Part(packed_for(self.tables, kind, given, now))
         state = self.make(self.tables, made)
-        refuse_shared(state)
+        check_unshared(state)
         return state
 
     def restart(self, *kinds: str, where: Any = None, key: Any = None) -> State:

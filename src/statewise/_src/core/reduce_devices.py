@@ -19,15 +19,15 @@ from statewise._src.common.paths import Leaf, format_shape
 from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.plan.kind import Kind, with_kinds
-from statewise._src.plan.per_device import Copies
+from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import folded
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.array_placement import Lies
-from statewise._src.sharding.part_shardings import Places
+from statewise._src.sharding.array_placement import ArrayPlacement
+from statewise._src.sharding.part_shardings import PartShardings
 from statewise._src.sharding.resolve import on_mesh, slot_shardings
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["reduce_devices", "refuse_copies"]
+__all__ = ["check_not_per_device", "reduce_devices"]
 
 How = str | Callable[[Any], Any]
 
@@ -62,9 +62,9 @@ def reduce_devices(state: StateT, kinds: Sequence[str], how: How | Any) -> State
     touched = tuple(kind for kind, _ in folds.positions)
     check_not_donated(state, touched)
     check_fits(state, touched)
-    _refuse_abstract(state, touched)
+    _check_abstract(state, touched)
     if how == "mean":
-        _refuse_means(plan, copies, chosen)
+        _check_means(plan, copies, chosen)
     kinds_after = with_kinds(plan.kinds, {kind: _folded_kind(plan.kinds, kind) for kind in chosen})
     target = _target(plan, kinds_after)
     parts = [state.part(kind).arrays for kind in touched]
@@ -75,7 +75,7 @@ def reduce_devices(state: StateT, kinds: Sequence[str], how: How | Any) -> State
     return state.make(target, made)
 
 
-def _refuse_abstract(state: StateData, kinds: Sequence[str]) -> None:
+def _check_abstract(state: StateData, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
         raise StructureError(
             "This state is abstract: it has shapes, but no values to fold.",
@@ -88,7 +88,7 @@ def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str])
     return [one for one in of[kind] if one in have] if kind in of and kind in have else [kind]
 
 
-def _with_averages(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> Copies:
+def _with_averages(plan: PlanTables, copies: PerDeviceArrays, kinds: Sequence[str]) -> PerDeviceArrays:
     """What is folded with these kinds: their averages lie as they do."""
     found = {kind: set(copies.of(kind)) for kind in kinds}
     for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
@@ -98,7 +98,7 @@ def _with_averages(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> Co
     return copies._replace(positions=tuple((kind, frozenset(at)) for kind, at in found.items()))
 
 
-def refuse_copies(plan: PlanTables, why: str) -> None:
+def check_not_per_device(plan: PlanTables, why: str) -> None:
     """Raises for a state with per-device values, where one value is wanted."""
     assert plan.per_device is not None
     kinds = [kind for kind, _ in plan.per_device.positions]
@@ -111,7 +111,7 @@ def refuse_copies(plan: PlanTables, why: str) -> None:
     )
 
 
-def _leaves(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> list[Leaf]:
+def _leaves(plan: PlanTables, copies: PerDeviceArrays, kinds: Sequence[str]) -> list[Leaf]:
     found = [plan.leaf_of_array[kind][at] for kind in kinds for at in sorted(copies.of(kind))]
     return list(dict.fromkeys(found))
 
@@ -126,7 +126,7 @@ def _target(plan: PlanTables, kinds: Mapping[str, Kind]) -> PlanTables:
     return on_mesh(plan.changed(kinds=kinds, per_device=None), plan.per_device.mesh)
 
 
-def _refuse_means(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> None:
+def _check_means(plan: PlanTables, copies: PerDeviceArrays, kinds: Sequence[str]) -> None:
     odd = [
         dataclasses.replace(plan.leaf_of_array[kind][at], note="has no mean")
         for kind in kinds
@@ -144,7 +144,9 @@ def _refuse_means(plan: PlanTables, copies: Copies, kinds: Sequence[str]) -> Non
 
 
 @functools.lru_cache(maxsize=64)
-def _program(plan: PlanTables, target: PlanTables, copies: Copies, how: How, places: tuple[Places | None, ...]) -> Any:
+def _program(
+    plan: PlanTables, target: PlanTables, copies: PerDeviceArrays, how: How, places: tuple[PartShardings | None, ...]
+) -> Any:
     kinds = [kind for kind, _ in copies.positions]
     whole, plan = plan, single_of(plan)
 
@@ -171,7 +173,7 @@ def _program(plan: PlanTables, target: PlanTables, copies: Copies, how: How, pla
         )
     there = [
         tuple(
-            Lies((), sharding.memory_kind).sharding(sharding.mesh) if at in copies.of(kind) else sharding
+            ArrayPlacement((), sharding.memory_kind).sharding(sharding.mesh) if at in copies.of(kind) else sharding
             for at, sharding in enumerate(lie.shardings if lie else ())
         )
         for kind, lie in zip(kinds, places, strict=True)

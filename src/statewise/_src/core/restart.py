@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from statewise._src.common.narrowing import WIDE, as_jax, refuse
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path, format_shape
 from statewise._src.core.averages import averages_in, begun_again
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member, single_of
@@ -31,15 +31,15 @@ from statewise._src.core.state_data import (
     StateT,
     check_fits,
     check_not_donated,
+    check_unshared,
     deleted_kinds,
     donated_error,
-    refuse_shared,
 )
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.fresh_values import drawn_value, fresh_value, keys_of, takes
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
-from statewise._src.sharding.part_shardings import Places
+from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["restart"]
@@ -58,7 +58,7 @@ def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT
     chosen = choose(single_of(plan), kinds, by_slot=where is not None, key=key)
     read = (*chosen.kinds, *chosen.needed)
     check_not_donated(state, (*read, *followers(plan, chosen.kinds)))
-    _refuse_abstract(state, read)
+    _check_abstract(state, read)
     if where is not None or chosen.by_init:
         check_fits(state, read)
     slots = None if where is None else _slots(plan, chosen, where)
@@ -73,7 +73,7 @@ def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT
         deleted = [name for name in deleted_kinds(state) if name in read]
         if deleted:
             raise donated_error(state, deleted) from error
-        refuse_shared(state)
+        check_unshared(state)
         raise
     made = list(state.parts)
     for name, arrays in zip(chosen.kinds, fresh, strict=True):
@@ -110,7 +110,7 @@ def _begun_again(state: StateT, averages: Sequence[str], others: Sequence[str], 
     return state
 
 
-def _refuse_abstract(state: StateData, kinds: Sequence[str]) -> None:
+def _check_abstract(state: StateData, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
         raise StructureError(
             "This state is abstract: it has shapes, but no arrays to restart.",
@@ -119,7 +119,7 @@ def _refuse_abstract(state: StateData, kinds: Sequence[str]) -> None:
         )
 
 
-def _beside(key: Any, places: Sequence[Places | None]) -> Any:
+def _beside(key: Any, places: Sequence[PartShardings | None]) -> Any:
     """The key where the state's arrays are: one that was put on a single device fits no mesh."""
     if not isinstance(key, jax.Array) or isinstance(key, jax.core.Tracer) or not key.committed:
         return key
@@ -154,7 +154,7 @@ def _slots(plan: PlanTables, chosen: Chosen, where: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _program(
-    whole: PlanTables, chosen: Chosen, by_slot: bool, places: tuple[Places | None, ...], donate: bool = True
+    whole: PlanTables, chosen: Chosen, by_slot: bool, places: tuple[PartShardings | None, ...], donate: bool = True
 ) -> Any:
     plan = chosen.plan
     # A kind that all members of an ensemble share draws once; the members draw from keys of their own.
@@ -241,7 +241,7 @@ def _called(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: list[
     return fresh
 
 
-def _slot_axis(spec: Spec, axis: int | None) -> int | None:
+def _slot_axis(spec: ArraySpec, axis: int | None) -> int | None:
     """The axis of the slots, where an array has it."""
     return axis if axis is not None and -len(spec.shape) <= axis < len(spec.shape) else None
 
@@ -280,7 +280,9 @@ def _begun(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]:
     return fresh
 
 
-def _init(plan: PlanTables, group: Group, params: Sequence[Any], axes: Sequence[int | None], start: int) -> list[Any]:
+def _init(
+    plan: PlanTables, group: OptimizerGroup, params: Sequence[Any], axes: Sequence[int | None], start: int
+) -> list[Any]:
     mine = _per_device(plan, OPTIMIZER)
     if plan.per_device is None or not (mine or any(axis is not None for axis in axes)):
         return group.init(params)

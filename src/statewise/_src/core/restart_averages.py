@@ -17,7 +17,7 @@ from statewise._src.core.restart_targets import Chosen
 from statewise._src.core.state_data import Part, StateT
 from statewise._src.plan.averages import Average
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import Places
+from statewise._src.sharding.part_shardings import PartShardings
 
 __all__ = ["followed", "followers"]
 
@@ -50,7 +50,7 @@ def _mine(plan: PlanTables, chosen: Chosen, name: str) -> list[tuple[Average, in
 
 
 @functools.lru_cache(maxsize=64)
-def _program(whole: PlanTables, chosen: Chosen, name: str, places: Places | None) -> Any:
+def _program(whole: PlanTables, chosen: Chosen, name: str, places: PartShardings | None) -> Any:
     plan = chosen.plan
     mine = _mine(plan, chosen, name)
     each = plan.per_device.of(name) if plan.per_device else frozenset()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.plan.fresh_values import check_key, takes
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import DeclarationError
 
@@ -96,13 +96,13 @@ def _choose(plan: PlanTables, named: tuple[str, ...]) -> Chosen:
         return Chosen(plan, kinds, everything, True)
     theirs = tuple(at for at, group in enumerate(plan.optimizers) if set(group.kinds).intersection(kinds))
     for at in theirs:
-        _refuse_half(plan, plan.optimizers[at], kinds)
+        _check_half(plan, plan.optimizers[at], kinds)
     # Parameters first: the optimizer begins with what they are then.
     kinds = (*(name for name in kinds if name != OPTIMIZER), OPTIMIZER)
     return Chosen(plan, kinds, theirs or everything, not theirs)
 
 
-def _refuse_half(plan: PlanTables, group: Group, kinds: Sequence[str]) -> None:
+def _check_half(plan: PlanTables, group: OptimizerGroup, kinds: Sequence[str]) -> None:
     others = [name for name in group.kinds if name not in kinds]
     if not others:
         return
@@ -154,10 +154,10 @@ def _check_kind(chosen: Chosen, name: str, by_slot: bool) -> None:
             hint="make the leaves before the plan is made: model.init_cache(...), say",
         )
     if by_slot and chosen.axis(name) is None:
-        _refuse_slots(chosen, name, bool(begins))
+        _check_slots(chosen, name, bool(begins))
 
 
-def _refuse_slots(chosen: Chosen, name: str, begins: bool) -> None:
+def _check_slots(chosen: Chosen, name: str, begins: bool) -> None:
     plan = chosen.plan
     if not begins and not any(spec.shape for spec in plan.specs[name]):
         others = [repr(other) for other in chosen.kinds if chosen.axis(other) is not None]

@@ -22,7 +22,7 @@ from statewise._src.common.paths import Leaf, format_path
 from statewise._src.core.batches import misfits, unfitting
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import UNKNOWN, Places, places_of
+from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, part_shardings_of
 from statewise.errors import StructureError
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "StateT",
     "check_fits",
     "check_not_donated",
+    "check_unshared",
     "deleted_kinds",
     "donated_error",
     "is_deleted",
-    "refuse_shared",
     "register",
 ]
 
@@ -51,7 +51,7 @@ class Part:
 
     __slots__ = ("_ids", "arrays", "donated_by", "lie", "view")
 
-    def __init__(self, arrays: tuple[Any, ...], lie: Places | None = UNKNOWN) -> None:
+    def __init__(self, arrays: tuple[Any, ...], lie: PartShardings | None = UNKNOWN) -> None:
         self.arrays = arrays
         self.donated_by: str | None = None
         self.lie = lie
@@ -64,10 +64,10 @@ class Part:
             self._ids = frozenset(map(id, self.arrays))
         return self._ids
 
-    def places(self) -> Places | None:
+    def places(self) -> PartShardings | None:
         """Where the arrays lie on a mesh; None where none does."""
         if self.lie is UNKNOWN:
-            self.lie = places_of(self.arrays)
+            self.lie = part_shardings_of(self.arrays)
         return self.lie
 
 
@@ -176,7 +176,7 @@ def check_fits(state: StateData, kinds: Iterable[str], hint: str | None = None) 
         raise unfitting(state.tables, {kind: state.part(kind).arrays for kind in state.tables.kinds}, odd, hint)
 
 
-def refuse_shared(state: StateData) -> None:
+def check_unshared(state: StateData) -> None:
     """Raises where one array stands in two leaves: a step that writes both would donate it twice."""
     sets = [part.ids() for part in state.parts]
     if len(set().union(*sets)) == sum(len(part.arrays) for part in state.parts):

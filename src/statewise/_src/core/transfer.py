@@ -15,7 +15,7 @@ import jax
 
 from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Leaf, Path
-from statewise._src.core.batches import refuse_batch
+from statewise._src.core.batches import check_not_batch
 from statewise._src.core.cast import cast as cast_state
 from statewise._src.core.plan import Plan, State, tables_of
 from statewise._src.core.state_data import StateData, check_fits, check_not_donated
@@ -94,13 +94,13 @@ def transfer(
     if mesh is not None:
         plan = _on_mesh(plan, into, mesh)
     if into is not None:
-        refuse_batch(into)
+        check_not_batch(into)
     moves = _matched(src.tables, plan, names, cast is not False)
     devices = plan.per_device.devices if plan.per_device is not None else 0
     used = tuple(kind for kind in src.tables.kinds if any(move.kind == kind for move in moves))
     check_not_donated(src, used)
     check_fits(src, used)
-    _refuse_abstract(src, used)
+    _check_abstract(src, used)
     places = places_for(plan, into, names, mesh)
     taken = {kind: arrays_in_order(src.tables, kind, src.part(kind).arrays) for kind in used}
     check_casts(plan, moves, taken)
@@ -273,7 +273,7 @@ def _object_of(src: PlanTables, wanted: Sequence[Found], have: Mapping[Path, Fou
     return best
 
 
-def _refuse_abstract(src: StateData, kinds: Sequence[str]) -> None:
+def _check_abstract(src: StateData, kinds: Sequence[str]) -> None:
     if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in src.part(kind).arrays):
         raise StructureError(
             "The source is abstract: it has shapes but no values.",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.common.narrowing import WIDE, Casts, refuse
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.core.averages import averages_in
 from statewise._src.core.cast import WIDER
 from statewise._src.core.state_data import Part, StateData, check_not_donated
@@ -56,7 +56,7 @@ class Move:
     to: str
     kind: str
     position: int
-    spec: Spec
+    spec: ArraySpec
     spreads: bool
 
 
@@ -96,7 +96,7 @@ def check_casts(plan: PlanTables, moves: Sequence[Move], taken: Mapping[str, Seq
     refuse([*lossy, *rest], StructureError, "\n".join(hints))
 
 
-def carried(array: Any, spec: Spec, place: Any, devices: int, axis: Axis = None) -> Any:
+def carried(array: Any, spec: ArraySpec, place: Any, devices: int, axis: Axis = None) -> Any:
     """An array in another dtype and place, in memory of its own; one value for each device where there are some."""
     if isinstance(array, jax.core.Tracer):
         array = _as(array, spec.dtype)

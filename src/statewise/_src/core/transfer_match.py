@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from statewise._src.common.nnx_graph import ONE, Spec
+from statewise._src.common.nnx_graph import ONE, ArraySpec
 from statewise._src.common.paths import Leaf, format_path, format_shape
 from statewise._src.core.cast import can_cast
 from statewise._src.plan.members import Axis, place_of, shrunk
@@ -25,7 +25,7 @@ class Found:
     """
 
     leaf: Leaf
-    specs: tuple[Spec, ...]
+    specs: tuple[ArraySpec, ...]
     structure: Any
     start: int
     devices: int

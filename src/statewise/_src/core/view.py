@@ -17,7 +17,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
-from statewise._src.common.nnx_graph import Spec, raw_value, spec_of, value_of
+from statewise._src.common.nnx_graph import ArraySpec, raw_value, spec_of, value_of
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import plain_key
@@ -101,7 +101,7 @@ def arrays_for(plan: PlanTables, kind: str, given: Any) -> tuple[Any, ...]:
             problems.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=problem))
         arrays[position] = array
     for keys, array in keyed.items():
-        spec = spec_of(array) or Spec((), None)
+        spec = spec_of(array) or ArraySpec((), None)
         type_ = jax.Array if isinstance(array, jax.Array) else type(array)
         problems.append(Leaf(keys, kind, type_, spec.shape, spec.dtype, note="not in the plan"))
     if problems:
@@ -140,7 +140,7 @@ def _as_array(value: Any) -> Any:
     return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
 
 
-def _misfit(array: Any, spec: Spec) -> str:
+def _misfit(array: Any, spec: ArraySpec) -> str:
     if array is None:
         return "missing"
     found = spec_of(array)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf
 from statewise._src.core.state_data import StateData
 from statewise._src.plan.averages import Average
@@ -39,7 +39,7 @@ def axes(plan: PlanTables, given: Mapping[str, Any]) -> StateData:
             )
         return StateData.of(plan, plan.slot_axes.values())
     _check_given(plan, given, "plan.axes({})")
-    _refuse_untold(plan, given)
+    _check_untold(plan, given)
     found, follows = _found(plan, given, None)
     slots = _in_slots(plan, found)
     if follows:
@@ -59,7 +59,7 @@ def axes_of_members(plan: PlanTables, given: Mapping[str, Any]) -> tuple[tuple[s
     """
     _check_given(plan, given, "plan.stacked(8, {})")
     found, follows = _found(plan, given, 0)
-    _refuse_averages(plan, found, given)
+    _check_averages(plan, found, given)
     if follows:
         specs = plan.held_specs[OPTIMIZER]
         found[OPTIMIZER] = [axis if _has(spec, axis) else 0 for axis, spec in zip(found[OPTIMIZER], specs, strict=True)]
@@ -92,7 +92,7 @@ def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[d
     return found, follows
 
 
-def _refuse_averages(plan: PlanTables, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
+def _check_averages(plan: PlanTables, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
     """An average is read in the place of what it is of, so each member has the one where it has the other."""
     odd = []
     for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
@@ -112,13 +112,13 @@ def _refuse_averages(plan: PlanTables, found: Mapping[str, Sequence[Axis]], give
         )
 
 
-def is_stream(leaf: Leaf, specs: Sequence[Spec]) -> bool:
+def is_stream(leaf: Leaf, specs: Sequence[ArraySpec]) -> bool:
     """Whether a leaf is a random stream: one of NNX's, or whatever else holds a typed key."""
     keys = any(jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) for spec in specs)
     return keys or (isinstance(leaf.type, type) and issubclass(leaf.type, nnx.RngState))
 
 
-def _refuse_untold(plan: PlanTables, given: Mapping[str, Any]) -> None:
+def _check_untold(plan: PlanTables, given: Mapping[str, Any]) -> None:
     """Raises where nothing says whether the members share their random streams.
 
     By the default, one for all, each would draw the same noise, and nothing would show it.
@@ -214,7 +214,7 @@ def _in_slots(plan: PlanTables, found: Mapping[str, Sequence[Axis]]) -> dict[str
 
 
 def _check_ranks(
-    specs: Mapping[str, Sequence[Spec]], leaves: Mapping[str, Sequence[Leaf]], found: Mapping[str, Sequence[Axis]]
+    specs: Mapping[str, Sequence[ArraySpec]], leaves: Mapping[str, Sequence[Leaf]], found: Mapping[str, Sequence[Axis]]
 ) -> None:
     odd = [
         _noted(leaf, f"with another axis it has {len(spec.shape) + 1}; axis {axis} is not one of them")
@@ -233,7 +233,7 @@ def _check_ranks(
         )
 
 
-def _has(spec: Spec, axis: Axis) -> bool:
+def _has(spec: ArraySpec, axis: Axis) -> bool:
     rank = len(spec.shape) + 1  # the mapped axis comes on top of the leaf's own
     return axis is None or -rank <= axis < rank
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from statewise._src.common.nnx_graph import row_of
 from statewise._src.common.tables import KindCount, Shown, Table, count_kinds, kinds_table, total_of
-from statewise._src.core.batches import refuse_batch
+from statewise._src.core.batches import check_not_batch
 from statewise._src.core.kinds import Kinds
 from statewise._src.core.plan import State, tables_in
 from statewise._src.inspect.select.select import check_kinds, look
@@ -125,7 +125,7 @@ def census(model: Any, kinds: Kinds | Any = None) -> Census:
                 "A plan is counted by its own kinds.", hint="sw.census(model, kinds)  # the planned model"
             )
         if isinstance(model, State):
-            refuse_batch(model)
+            check_not_batch(model)
         return Census(count_kinds((*plan.leaves, *plan.excluded), plan.kinds), plan.members)
     found = look(model)
     declared = Kinds.standard() if kinds is None else kinds

@@ -20,11 +20,11 @@ import jax
 
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.tables import Shown, Table, format_bytes, leaf_dict
-from statewise._src.core.batches import refuse_batch
+from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import Plan, State, tables_in
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.resolve import Lies, axis_sizes, describe_mesh, resolve, slot_shardings
+from statewise._src.sharding.resolve import ArrayPlacement, axis_sizes, describe_mesh, resolve, slot_shardings
 from statewise.errors import DeclarationError, PlacementError
 
 __all__ = ["KindMemory", "Memory", "memory"]
@@ -198,7 +198,7 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
     if tables is None:
         raise DeclarationError("Memory is counted by a plan.", hint="sw.memory(sw.plan(model), {'data': 8})")
     if isinstance(plan, State):
-        refuse_batch(plan)
+        check_not_batch(plan)
     mesh = _abstract(mesh) if isinstance(mesh, Mapping) else mesh
     sizes = axis_sizes(mesh)
     placed = resolve(tables, mesh)
@@ -212,7 +212,7 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
         for spec, lies, leaf in zip(specs, placed[kind], tables.leaf_of_array[kind], strict=True):
             nbytes = spec.nbytes
             part = nbytes // lies.parts(sizes)
-            whole += nbytes * Lies((lies.each,)).parts(sizes)  # a value for each device, or one for all
+            whole += nbytes * ArrayPlacement((lies.each,)).parts(sizes)  # a value for each device, or one for all
             if _on_device(lies):
                 device += part
                 here[id(leaf)] = here.get(id(leaf), 0) + part
@@ -231,7 +231,7 @@ def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
     )
 
 
-def _gradients(plan: PlanTables, placed: Mapping[str, tuple[Lies, ...]], sizes: Mapping[str, int]) -> int:
+def _gradients(plan: PlanTables, placed: Mapping[str, tuple[ArrayPlacement, ...]], sizes: Mapping[str, int]) -> int:
     return sum(
         plan.specs[kind][at].nbytes // placed[kind][at].parts(sizes)
         for group in plan.optimizers
@@ -239,12 +239,12 @@ def _gradients(plan: PlanTables, placed: Mapping[str, tuple[Lies, ...]], sizes: 
     )
 
 
-def _on_device(lies: Lies) -> bool:
+def _on_device(lies: ArrayPlacement) -> bool:
     return lies.memory in (None, "device")
 
 
 def _devices(sizes: Mapping[str, int]) -> int:
-    return Lies((tuple(sizes),)).parts(sizes)
+    return ArrayPlacement((tuple(sizes),)).parts(sizes)
 
 
 def _abstract(axes: Mapping[Any, Any]) -> jax.sharding.AbstractMesh:

@@ -1,7 +1,7 @@
 """Averages, resolved: the shadow of each array of a kind, and how many updates it has seen.
 
-`Average` is to an `EMA` what `Group` is to an optimizer: one for each kind that is averaged, so that a train step which
-updates some of the kinds moves their averages alone.
+`Average` is to an `EMA` what `OptimizerGroup` is to an optimizer: one for each kind that is averaged, so that a train
+step which updates some of the kinds moves their averages alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Path
-from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, Layout, refuse_lost, unfit
+from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, DerivedLayout, check_no_loss, unfit
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.kind import Kind, unknown_kind
 from statewise._src.plan.optimizer_state import OPTIMIZER
@@ -26,7 +26,7 @@ __all__ = ["Average", "averaged_kind", "check_averages"]
 
 # Where the counts of a schedule stand among the averages: no kind can have this name.
 COUNTS = "_counts"
-_COUNT = Spec((), jnp.dtype(jnp.int32))
+_COUNT = ArraySpec((), jnp.dtype(jnp.int32))
 _WARMUP = "sw.EMA(lambda n: jnp.minimum(0.999, (1 + n) / (10 + n)))"
 
 
@@ -65,19 +65,19 @@ class Average(Derived):
         return tuple((self.into, *path) for path in self.layout.paths)
 
     @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> DerivedLayout:
         """The shape of each array of the kind, in the dtype of its average."""
-        found = [Spec(spec.shape, self.ema.dtype_of(spec.dtype)) for _, specs, _ in self.rows for spec in specs]
+        found = [ArraySpec(spec.shape, self.ema.dtype_of(spec.dtype)) for _, specs, _ in self.rows for spec in specs]
         paths: list[Path] = [(self.kind, *path) for path in self.paths]
         if self.ema.schedule:
             found.append(_COUNT)
             paths.append((COUNTS, self.kind))
-        return Layout(jax.tree.structure(found), tuple(paths), self.overridden or tuple(found))
+        return DerivedLayout(jax.tree.structure(found), tuple(paths), self.overridden or tuple(found))
 
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """The averages at the start: copies of the values, and no update."""
         specs = self.layout.specs
-        refuse_lost(self.leaf_paths, self.into, arrays, specs)
+        check_no_loss(self.leaf_paths, self.into, arrays, specs)
         copies = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(arrays, specs, strict=False)]
         return [*copies, jnp.zeros(_COUNT.shape, _COUNT.dtype)] if self.ema.schedule else copies
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common.narrowing import Casts
-from statewise._src.common.nnx_graph import ONE, Spec, make_leaf, value_of
+from statewise._src.common.nnx_graph import ONE, ArraySpec, make_leaf, value_of
 from statewise._src.common.paths import Leaf, Path
 from statewise.errors import StructureError
 
-__all__ = ["WITHOUT_INTEGERS", "Derived", "Layout", "keys_within", "plain_key", "refuse_lost", "unfit"]
+__all__ = ["WITHOUT_INTEGERS", "Derived", "DerivedLayout", "check_no_loss", "keys_within", "plain_key", "unfit"]
 
 WITHOUT_INTEGERS = (
     "claim them by a kind of their own: "
@@ -29,7 +29,7 @@ WITHOUT_INTEGERS = (
 )
 
 
-class Layout(NamedTuple):
+class DerivedLayout(NamedTuple):
     """What derived arrays are made of.
 
     Attributes:
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
     structure: Any
     paths: tuple[Path, ...]
-    specs: tuple[Spec, ...]
+    specs: tuple[ArraySpec, ...]
     roots: tuple[int | None, ...] = ()
 
 
@@ -56,8 +56,8 @@ class Derived(abc.ABC):
     """
 
     kinds: tuple[str, ...]
-    rows: tuple[tuple[Path, tuple[Spec, ...], Any], ...]
-    overridden: tuple[Spec, ...] | None = dataclasses.field(default=None, kw_only=True)
+    rows: tuple[tuple[Path, tuple[ArraySpec, ...], Any], ...]
+    overridden: tuple[ArraySpec, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class Derived(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def layout(self) -> Layout:
+    def layout(self) -> DerivedLayout:
         """What they are made of."""
 
     @property
@@ -91,7 +91,7 @@ class Derived(abc.ABC):
         flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
         return nnx.from_flat_state(flat)
 
-    def recast(self, params: Mapping[Path, tuple[Spec, ...]], own: Sequence[Spec]) -> "Derived":
+    def recast(self, params: Mapping[Path, tuple[ArraySpec, ...]], own: Sequence[ArraySpec]) -> "Derived":
         """The same of leaves (by path) of other shapes or dtypes, itself of these."""
         rows = tuple((path, params[path], structure) for path, _, structure in self.rows)
         plain = dataclasses.replace(self, rows=rows, overridden=None)
@@ -100,7 +100,7 @@ class Derived(abc.ABC):
         return plain if as_made else dataclasses.replace(plain, overridden=tuple(own))
 
 
-def refuse_lost(paths: Sequence[Path], into: str, arrays: Sequence[Any], specs: Sequence[Spec]) -> None:
+def check_no_loss(paths: Sequence[Path], into: str, arrays: Sequence[Any], specs: Sequence[ArraySpec]) -> None:
     """Refuses to begin with numbers that the dtype of what is derived does not have.
 
     Raises:

@@ -29,9 +29,9 @@ import numpy as np
 import optax
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Path
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 
 __all__ = ["Elementwise", "prove_elementwise"]
 
@@ -161,7 +161,7 @@ def _bind(primitive: Any, params: dict[str, Any], values: Sequence[Any], shape: 
     return primitive.bind(*values, **params)
 
 
-def prove_elementwise(group: Group) -> Elementwise | None:
+def prove_elementwise(group: OptimizerGroup) -> Elementwise | None:
     """Tries to prove that an optimizer is elementwise on the leaves that it updates; None where it is not."""
     specs = [spec for _, row_specs, _ in group.rows for spec in row_specs]
     try:
@@ -173,7 +173,7 @@ def prove_elementwise(group: Group) -> Elementwise | None:
 class _Proof:
     """The nodes of one optimizer's jaxpr."""
 
-    def __init__(self, group: Group, specs: list[Spec]) -> None:
+    def __init__(self, group: OptimizerGroup, specs: list[ArraySpec]) -> None:
         self.group = group
         self.specs = specs
         self.nodes: list[tuple[Any, ...]] = []
@@ -347,7 +347,7 @@ class _Same:
         return id(self.eqn)
 
 
-def _traced(group: Group, specs: Sequence[Spec]) -> Any:
+def _traced(group: OptimizerGroup, specs: Sequence[ArraySpec]) -> Any:
     """The jaxpr of one update: (params, grads, moments, loss) -> (new params, new moments)."""
 
     def refuse(*_: Any) -> Any:
@@ -365,7 +365,7 @@ def _traced(group: Group, specs: Sequence[Spec]) -> Any:
     return jax.make_jaxpr(update)(shapes, shapes, moments, jax.ShapeDtypeStruct((), jnp.float32))
 
 
-def _roles(group: Group, specs: Sequence[Spec]) -> tuple[tuple[str, int] | None, ...]:
+def _roles(group: OptimizerGroup, specs: Sequence[ArraySpec]) -> tuple[tuple[str, int] | None, ...]:
     """For each array of the optimizer's state, the leaf whose path its own ends with, and what stands before it."""
     by_path = {path: leaf for leaf, path in enumerate(group.paths)}
     lengths = sorted({len(path) for path in by_path}, reverse=True)
@@ -376,7 +376,7 @@ def _roles(group: Group, specs: Sequence[Spec]) -> tuple[tuple[str, int] | None,
 
 
 def _owners(
-    path: Path, spec: Spec, by_path: dict[Path, int], lengths: Sequence[int], specs: Sequence[Spec]
+    path: Path, spec: ArraySpec, by_path: dict[Path, int], lengths: Sequence[int], specs: Sequence[ArraySpec]
 ) -> Iterator[tuple[str, int]]:
     for length in lengths:
         leaf = by_path.get(path[len(path) - length :]) if length <= len(path) else None

@@ -16,7 +16,7 @@ from typing import Any
 from statewise._src.common.paths import Path
 from statewise._src.plan.derived import Derived
 from statewise._src.plan.kind import Kind
-from statewise._src.plan.leaf_specs import Row
+from statewise._src.plan.leaf_specs import LeafSpec
 
 __all__ = ["intern", "same_graph"]
 
@@ -27,7 +27,7 @@ class _Identity:
 
     kinds: Mapping[str, Kind]
     names: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[LeafSpec, ...]
     derived: tuple[Derived, ...]
     graphdef: Any
     stored: Any

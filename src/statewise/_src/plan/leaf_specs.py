@@ -11,16 +11,27 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ONE, Scan, Spec, arrays_of, named, raw_value, rebuild, row_of, scan, spec_of
+from statewise._src.common.nnx_graph import (
+    ONE,
+    ArraySpec,
+    ModelGraph,
+    arrays_of,
+    named,
+    raw_value,
+    read_graph,
+    rebuild,
+    row_of,
+    spec_of,
+)
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.match import claim
 from statewise.errors import StructureError
 
-__all__ = ["Row", "Span", "drop_sown", "is_sown", "rows_of"]
+__all__ = ["LeafSpec", "Span", "drop_sown", "is_sown", "rows_of"]
 
 
-class Row(NamedTuple):
+class LeafSpec(NamedTuple):
     """One leaf, static: what a plan knows of it.
 
     Attributes:
@@ -34,7 +45,7 @@ class Row(NamedTuple):
     path: Path
     kind: str
     type: type
-    specs: tuple[Spec, ...]
+    specs: tuple[ArraySpec, ...]
     structure: Any
 
 
@@ -47,7 +58,7 @@ class Span(NamedTuple):
     structure: Any
 
 
-def rows_of(found: Scan, claims: Sequence[str]) -> tuple[Row, ...]:
+def rows_of(found: ModelGraph, claims: Sequence[str]) -> tuple[LeafSpec, ...]:
     """The rows of a plan.
 
     Raises:
@@ -59,7 +70,7 @@ def rows_of(found: Scan, claims: Sequence[str]) -> tuple[Row, ...]:
         first = spec_of(arrays[0]) if structure is ONE else None
         specs = (first,) if first else tuple(spec for spec in map(spec_of, arrays) if spec is not None)
         if len(specs) == len(arrays):
-            rows.append(Row(path, kind, compat.variable_type(leaf), specs, structure))
+            rows.append(LeafSpec(path, kind, compat.variable_type(leaf), specs, structure))
         else:
             odd = next(array for array in arrays if spec_of(array) is None)
             wrong.append(row_of(path, leaf, kind, note=f"holds {type(odd).__name__}"))
@@ -78,8 +89,8 @@ def is_sown(type_: type) -> bool:
 
 
 def drop_sown(
-    kinds: Mapping[str, Kind], objects: Sequence[Any], found: Scan, claims: list[str]
-) -> tuple[Scan, list[str], tuple[Leaf, ...]]:
+    kinds: Mapping[str, Kind], objects: Sequence[Any], found: ModelGraph, claims: list[str]
+) -> tuple[ModelGraph, list[str], tuple[Leaf, ...]]:
     """Takes what an earlier `sow` left in the model out of the plan: a step would find it there, and add to it."""
     paths = _sown(kinds, found, claims, objects)
     if not paths:
@@ -93,13 +104,15 @@ def drop_sown(
     while paths:  # what other paths reach too is still there, at the next of them
         sown = frozenset(map(found.numbered, paths))
         nnx.pop(copies if found.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
-        found = scan(copies, found.names)
+        found = read_graph(copies, found.names)
         claims = claim(kinds, found, there=False)  # a kind all of whose leaves were sown has claimed them before
         paths = _sown(kinds, found, claims, copies)
     return found, claims, dropped
 
 
-def _sown(kinds: Mapping[str, Kind], found: Scan, claims: Sequence[str], objects: Sequence[Any]) -> frozenset[Path]:
+def _sown(
+    kinds: Mapping[str, Kind], found: ModelGraph, claims: Sequence[str], objects: Sequence[Any]
+) -> frozenset[Path]:
     """The paths of ephemeral leaves that `sow` made: it makes attributes of modules, never items of a list."""
     ephemeral = {name for name, kind in kinds.items() if not kind.saved}
     paths = [

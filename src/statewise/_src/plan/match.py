@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import Scan, row_of
+from statewise._src.common.nnx_graph import ModelGraph, row_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_type
 from statewise._src.common.ties import aliases_of
 from statewise._src.filters.combinators import predicate
@@ -47,7 +47,7 @@ def claimants(kinds: Mapping[str, Kind]) -> Claimants:
     return claims_of
 
 
-def claim(kinds: Mapping[str, Kind], found: Scan, *, there: bool = True) -> list[str]:
+def claim(kinds: Mapping[str, Kind], found: ModelGraph, *, there: bool = True) -> list[str]:
     """The kind of each leaf.
 
     Args:
@@ -85,12 +85,12 @@ def claim(kinds: Mapping[str, Kind], found: Scan, *, there: bool = True) -> list
         ]
         check_claimed(kinds, reading, {name for names in claims for name in names}, unclaimed)
     if any(len(names) != 1 for names in claims):
-        _refuse(kinds, found, claims, aliases)
+        _check_claims(kinds, found, claims, aliases)
     return [names[0] for names in claims]
 
 
-def _refuse(
-    kinds: Mapping[str, Kind], found: Scan, claims: Sequence[tuple[str, ...]], aliases: dict[Path, Any]
+def _check_claims(
+    kinds: Mapping[str, Kind], found: ModelGraph, claims: Sequence[tuple[str, ...]], aliases: dict[Path, Any]
 ) -> None:
     overlapping, unclaimed = [], []
     types: dict[tuple[str, ...], list[type]] = {}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 
 __all__ = ["Axis", "Members", "grown", "place_of", "shrunk"]
 
@@ -39,20 +39,20 @@ class Members(NamedTuple):
         """The axis of each array of a kind."""
         return dict(self.axes)[kind]
 
-    def grown(self, kind: str, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+    def grown(self, kind: str, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
         """A kind's shapes and dtypes with the axis, from those of one member."""
         return self.grown_at(kind, 0, specs)
 
-    def grown_at(self, kind: str, start: int, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+    def grown_at(self, kind: str, start: int, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
         """The same of some of a kind's arrays, from a position on."""
         axes = self.of(kind)[start : start + len(specs)]
         pairs = zip(specs, axes, strict=True)
-        return tuple(Spec(grown(spec.shape, axis, self.number), spec.dtype) for spec, axis in pairs)
+        return tuple(ArraySpec(grown(spec.shape, axis, self.number), spec.dtype) for spec, axis in pairs)
 
-    def shrunk(self, kind: str, specs: Sequence[Spec]) -> tuple[Spec, ...]:
+    def shrunk(self, kind: str, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
         """A kind's shapes and dtypes without the axis: the inverse of `grown`."""
         return tuple(
-            Spec(shrunk(spec.shape, axis), spec.dtype) for spec, axis in zip(specs, self.of(kind), strict=True)
+            ArraySpec(shrunk(spec.shape, axis), spec.dtype) for spec, axis in zip(specs, self.of(kind), strict=True)
         )
 
     def each(self, fn: Callable[..., Any], arrays: Any, ins: Any, outs: Any) -> Any:

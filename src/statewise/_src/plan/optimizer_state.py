@@ -19,17 +19,17 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
-from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, Layout, plain_key, refuse_lost, unfit
+from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, DerivedLayout, check_no_loss, plain_key, unfit
 from statewise._src.plan.kind import Kind, unknown_kind
 from statewise.errors import DeclarationError
 
-__all__ = ["OPTIMIZER", "Group", "check_optimizers"]
+__all__ = ["OPTIMIZER", "OptimizerGroup", "check_optimizers"]
 
 OPTIMIZER = "optimizer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group(Derived):
+class OptimizerGroup(Derived):
     """One optimizer and the leaves that it updates together: one kind's, or several for a joint update.
 
     Attributes:
@@ -41,7 +41,7 @@ class Group(Derived):
     given: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Group) and self._identity() == other._identity()
+        return isinstance(other, OptimizerGroup) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
         return hash((self.kinds, id(self.given), len(self.rows)))
@@ -70,7 +70,7 @@ class Group(Derived):
         return [flat[path] for path in self.paths]
 
     @functools.cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> DerivedLayout:
         """What the optimizer's state is made of, found by `jax.eval_shape` of its `init`."""
         shapes = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for _, specs, _ in self.rows for spec in specs]
         try:
@@ -86,7 +86,7 @@ class Group(Derived):
         keyed, structure = jax.tree_util.tree_flatten_with_path(state)
         paths = tuple(tuple(map(plain_key, keys)) for keys, _ in keyed)
         specs = tuple(spec for spec in (spec_of(leaf) for _, leaf in keyed) if spec is not None)
-        return Layout(structure, paths, self.overridden or specs, _roots(state))
+        return DerivedLayout(structure, paths, self.overridden or specs, _roots(state))
 
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """Fresh optimizer state for these parameters, as its arrays in order.
@@ -95,7 +95,7 @@ class Group(Derived):
         rate), and steps donate what a state holds.
         """
         leaves = self.layout.structure.flatten_up_to(self.tx.init(self.params(arrays)))
-        refuse_lost(self.leaf_paths, self.into, leaves, self.layout.specs)
+        check_no_loss(self.leaf_paths, self.into, leaves, self.layout.specs)
         leaves.reverse()
         # Each original is let go before the next copy is made: large moments are not held twice.
         return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]
@@ -115,14 +115,14 @@ def _roots(state: Any) -> tuple[int | None, ...]:
 
 def check_optimizers(
     kinds: Mapping[str, Kind], rows: Sequence[Any], optimizers: Mapping[Any, Any]
-) -> tuple[Group, ...]:
+) -> tuple[OptimizerGroup, ...]:
     """Turns the optimizers as given into groups, in the order given.
 
     Raises:
       DeclarationError: a kind that is not there, frozen, without leaves, in two optimizers, with leaves that no
         gradient can update; something that is no optimizer.
     """
-    groups: list[Group] = []
+    groups: list[OptimizerGroup] = []
     taken: dict[str, Any] = {}
     for key, tx in optimizers.items():
         names = (key,) if isinstance(key, str) else tuple(key)
@@ -139,7 +139,7 @@ def check_optimizers(
         _check_rows(names, mine, kinds)
         plain = tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx
         groups.append(
-            Group(
+            OptimizerGroup(
                 names,
                 tuple((row.path, row.specs, row.structure) for row in mine),
                 optax.with_extra_args_support(plain),

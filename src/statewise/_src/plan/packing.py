@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import format_shape
 from statewise._src.plan.elementwise import PARAM, prove_elementwise
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise.errors import StructureError
 
-__all__ = ["Buffer", "Packing", "choose", "pack", "separated", "unpack"]
+__all__ = ["PackedBuffer", "Packing", "choose", "pack", "separated", "unpack"]
 
 # Bytes.  Measured (docs/decisions.md): up to here a packed step took half to two thirds of the time, at four times this
 # size about as long.
@@ -34,7 +34,7 @@ LARGEST = 64 * 1024
 FEWEST = 4
 
 
-class Buffer(NamedTuple):
+class PackedBuffer(NamedTuple):
     """Some arrays of one kind, one after the other.
 
     Attributes:
@@ -43,12 +43,12 @@ class Buffer(NamedTuple):
     """
 
     positions: tuple[int, ...]
-    specs: tuple[Spec, ...]
+    specs: tuple[ArraySpec, ...]
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> ArraySpec:
         """The shape and dtype of the buffer itself."""
-        return Spec((sum(spec.size for spec in self.specs),), self.specs[0].dtype)
+        return ArraySpec((sum(spec.size for spec in self.specs),), self.specs[0].dtype)
 
     def arrays(self, flat: Any) -> list[Any]:
         """The arrays in a buffer."""
@@ -76,7 +76,7 @@ class Packing(NamedTuple):
     """
 
     loose: tuple[int, ...]
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[PackedBuffer, ...]
 
     @property
     def size(self) -> int:
@@ -101,7 +101,7 @@ def unpack(packing: Packing, part: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(arrays)
 
 
-def _split(buffer: Buffer, flat: Any) -> Sequence[Any]:
+def _split(buffer: PackedBuffer, flat: Any) -> Sequence[Any]:
     if isinstance(flat, jax.core.Tracer):
         return buffer.arrays(flat)
     if isinstance(flat, jax.ShapeDtypeStruct):
@@ -123,7 +123,7 @@ def _split(buffer: Buffer, flat: Any) -> Sequence[Any]:
     )
 
 
-def separated(buffer: Buffer, flat: Any) -> list[Any]:
+def separated(buffer: PackedBuffer, flat: Any) -> list[Any]:
     """The arrays in a buffer, inside a compiled function, made apart from their users.
 
     XLA fuses a slice into each of its users, and so compiles a kernel of its own for each weight in each place
@@ -140,9 +140,9 @@ def separated(buffer: Buffer, flat: Any) -> list[Any]:
 
 
 def choose(
-    specs: Mapping[str, Sequence[Spec]],
+    specs: Mapping[str, Sequence[ArraySpec]],
     kinds: Sequence[str],
-    groups: Sequence[tuple[Group, Sequence[tuple[str, int]], Sequence[int]]],
+    groups: Sequence[tuple[OptimizerGroup, Sequence[tuple[str, int]], Sequence[int]]],
     averages: Sequence[tuple[str, str, int]] = (),
 ) -> dict[str, Packing]:
     """Decides which arrays of these kinds share buffers.
@@ -194,7 +194,7 @@ def choose(
 
 
 def _packing(
-    specs: Sequence[Spec], kind: str, classes: Mapping[tuple[str, int], Any], without: set[int] | None = None
+    specs: Sequence[ArraySpec], kind: str, classes: Mapping[tuple[str, int], Any], without: set[int] | None = None
 ) -> Packing:
     alike: dict[Any, list[int]] = {}
     for position, spec in enumerate(specs):
@@ -205,12 +205,12 @@ def _packing(
     return Packing(tuple(position for position in range(len(specs)) if position not in packed), tuple(buffers))
 
 
-def _buffer(specs: Sequence[Spec], positions: Sequence[int]) -> Buffer:
-    return Buffer(tuple(positions), tuple(specs[position] for position in positions))
+def _buffer(specs: Sequence[ArraySpec], positions: Sequence[int]) -> PackedBuffer:
+    return PackedBuffer(tuple(positions), tuple(specs[position] for position in positions))
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_small(spec: Spec) -> bool:
+def _is_small(spec: ArraySpec) -> bool:
     if jnp.issubdtype(spec.dtype, jax.dtypes.extended):
         return False  # keys of different implementations do not mix
     return 0 < spec.size * spec.dtype.itemsize <= LARGEST

@@ -1,8 +1,8 @@
 """What a plan knows of arrays that lie per device: which they are, and over which axes of which mesh.
 
 A plan says what a model holds: one value for each leaf.  A state on a mesh holds, of leaves that are `PerDevice`, one
-for each device, along a leading axis.  Such a state has a plan of its own, which is the model's with `Copies`: they are
-static, so a step knows the mesh of a state that is being traced too.
+for each device, along a leading axis.  Such a state has a plan of its own, which is the model's with `PerDeviceArrays`:
+they are static, so a step knows the mesh of a state that is being traced too.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 
-__all__ = ["Copies", "spread"]
+__all__ = ["PerDeviceArrays", "spread"]
 
 
-class Copies(NamedTuple):
+class PerDeviceArrays(NamedTuple):
     """Which arrays of a state have a leading axis, one value for each device.
 
     Attributes:
@@ -44,11 +44,11 @@ class Copies(NamedTuple):
         """Which of a kind's arrays have the leading axis."""
         return dict(self.positions).get(kind, frozenset())
 
-    def held(self, kind: str, specs: tuple[Spec, ...]) -> tuple[Spec, ...]:
+    def held(self, kind: str, specs: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:
         """Shapes and dtypes as a state holds them, from those of the model."""
         mine = self.of(kind)
         return tuple(
-            Spec((self.devices, *spec.shape), spec.dtype) if at in mine else spec for at, spec in enumerate(specs)
+            ArraySpec((self.devices, *spec.shape), spec.dtype) if at in mine else spec for at, spec in enumerate(specs)
         )
 
 

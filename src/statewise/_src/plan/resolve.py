@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from statewise._src.common.nnx_graph import scan
+from statewise._src.common.nnx_graph import read_graph
 from statewise._src.common.object_names import check_name, given
 from statewise._src.plan.averages import check_averages
 from statewise._src.plan.kind import Kind, with_kinds
@@ -33,7 +33,7 @@ def resolve_plan(
     _check_keys("optimizers", optimizers, "updates", "{'params': optax.adamw(3e-4)}")
     _check_keys("averages", averages, "is of", "{'params': sw.EMA(0.999)}")
     objects, names = given(objects, named, "kinds.plan")
-    found = scan(objects, names)
+    found = read_graph(objects, names)
     if () in found.paths:
         name = type(objects[0]).__name__
         raise StructureError(

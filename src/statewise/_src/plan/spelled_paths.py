@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from statewise._src.common.nnx_graph import Scan, row_of
+from statewise._src.common.nnx_graph import ModelGraph, row_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_type
 from statewise._src.common.ties import aliases_of
 from statewise._src.filters.combinators import compound, describe, normalise
@@ -83,7 +83,7 @@ class Reading:
       aliases: the other paths of leaves that several paths reach; looked for if None.
     """
 
-    def __init__(self, found: Scan, aliases: Mapping[Path, tuple[Path, ...]] | None = None) -> None:
+    def __init__(self, found: ModelGraph, aliases: Mapping[Path, tuple[Path, ...]] | None = None) -> None:
         self.found = found
         if aliases is None:
             aliases = aliases_of(found.graphdef, found.paths, found.several, found.names)

@@ -20,18 +20,18 @@ from typing import Any
 
 import jax
 
-from statewise._src.common.nnx_graph import ONE, Spec, make_leaf
+from statewise._src.common.nnx_graph import ONE, ArraySpec, make_leaf
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, unknown_kind
-from statewise._src.plan.leaf_specs import Row, Span
+from statewise._src.plan.leaf_specs import LeafSpec, Span
 from statewise._src.plan.members import Axis, Members, grown
-from statewise._src.plan.optimizer_state import OPTIMIZER, Group
-from statewise._src.plan.packing import Buffer, Packing, choose, pack, unpack
-from statewise._src.plan.per_device import Copies
+from statewise._src.plan.optimizer_state import OPTIMIZER, OptimizerGroup
+from statewise._src.plan.packing import PackedBuffer, Packing, choose, pack, unpack
+from statewise._src.plan.per_device import PerDeviceArrays
 
 __all__ = ["OPTIMIZER", "PlanTables", "make_tables"]
 
@@ -55,13 +55,13 @@ class PlanTables:
 
     kinds: Mapping[str, Kind]
     graphdef: Any
-    rows: tuple[Row, ...]
+    rows: tuple[LeafSpec, ...]
     derived: tuple[Derived, ...]
     object_count: int
     names: tuple[str, ...] = ()
     excluded: tuple[Leaf, ...] = ()
     packing: Mapping[str, Packing] = dataclasses.field(default_factory=dict)
-    per_device: Copies | None = None
+    per_device: PerDeviceArrays | None = None
     ensemble: Members | None = None
 
     @property
@@ -111,9 +111,9 @@ class PlanTables:
         return path[1:] if self.several and not self.names else path
 
     @functools.cached_property
-    def optimizers(self) -> tuple[Group, ...]:
+    def optimizers(self) -> tuple[OptimizerGroup, ...]:
         """The optimizers."""
-        return tuple(one for one in self.derived if isinstance(one, Group))
+        return tuple(one for one in self.derived if isinstance(one, OptimizerGroup))
 
     @functools.cached_property
     def averages(self) -> tuple[Average, ...]:
@@ -121,9 +121,9 @@ class PlanTables:
         return tuple(one for one in self.derived if isinstance(one, Average))
 
     @functools.cached_property
-    def specs(self) -> dict[str, tuple[Spec, ...]]:
+    def specs(self) -> dict[str, tuple[ArraySpec, ...]]:
         """Shape and dtype of each array of each kind's part, in the order in which a state holds them."""
-        parts: dict[str, list[Spec]] = {kind: [] for kind in self.kinds}
+        parts: dict[str, list[ArraySpec]] = {kind: [] for kind in self.kinds}
         for row in self.rows:
             parts[row.kind].extend(row.specs)
         for one in self.derived:
@@ -168,7 +168,7 @@ class PlanTables:
         return tuple(map(len, self.stored_specs.values()))
 
     @functools.cached_property
-    def held_specs(self) -> dict[str, tuple[Spec, ...]]:
+    def held_specs(self) -> dict[str, tuple[ArraySpec, ...]]:
         """The same as a state holds them: what lies per device has a leading axis, members have theirs before it."""
         if self.ensemble is not None:
             return {kind: self.ensemble.grown(kind, specs) for kind, specs in self.ensemble.single.held_specs.items()}
@@ -176,13 +176,13 @@ class PlanTables:
         return {kind: per_device.held(kind, specs) if per_device else specs for kind, specs in self.specs.items()}
 
     @functools.cached_property
-    def stored_specs(self) -> dict[str, tuple[Spec, ...]]:
+    def stored_specs(self) -> dict[str, tuple[ArraySpec, ...]]:
         """Shape and dtype of what stands in each slot of each kind's part."""
         if self.ensemble is not None:
             count, axes, single = self.ensemble.number, self.slot_axes, self.ensemble.single
             return {
                 kind: tuple(
-                    Spec(grown(spec.shape, axis, count), spec.dtype)
+                    ArraySpec(grown(spec.shape, axis, count), spec.dtype)
                     for spec, axis in zip(specs, axes[kind], strict=True)
                 )
                 for kind, specs in single.stored_specs.items()
@@ -196,9 +196,9 @@ class PlanTables:
         return stored
 
     @functools.cached_property
-    def slots(self) -> tuple[tuple[int | Buffer, ...], ...]:
+    def slots(self) -> tuple[tuple[int | PackedBuffer, ...], ...]:
         """For each kind (by its number), what stands in each slot: the array at a position, or a buffer of several."""
-        slots: list[tuple[int | Buffer, ...]] = []
+        slots: list[tuple[int | PackedBuffer, ...]] = []
         for kind, specs in self.specs.items():
             packing = self.packing.get(kind)
             slots.append((*packing.loose, *packing.buffers) if packing else tuple(range(len(specs))))
@@ -299,7 +299,7 @@ class PlanTables:
             return self.ensemble.single.changed(**parts).with_members(self.ensemble)
         return intern(dataclasses.replace(self, **parts))
 
-    def with_specs(self, specs: Mapping[str, Sequence[Spec]]) -> PlanTables:
+    def with_specs(self, specs: Mapping[str, Sequence[ArraySpec]]) -> PlanTables:
         """This plan with other shapes or dtypes in the rows of the model."""
         if self.ensemble is not None:
             of_one = {kind: self.ensemble.shrunk(kind, own) for kind, own in specs.items()}
@@ -360,7 +360,7 @@ class PlanTables:
 def make_tables(
     kinds: Mapping[str, Kind],
     graphdef: Any,
-    rows: tuple[Row, ...],
+    rows: tuple[LeafSpec, ...],
     derived: tuple[Derived, ...],
     *,
     object_count: int,

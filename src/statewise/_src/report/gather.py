@@ -9,7 +9,7 @@ from typing import Any
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import leaf_dict
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.array_placement import Lies
+from statewise._src.sharding.array_placement import ArrayPlacement
 from statewise._src.sharding.mesh import axis_sizes
 from statewise._src.sharding.resolve import resolve
 
@@ -75,11 +75,11 @@ def leaves_of(plan: PlanTables, mesh: Any = None) -> tuple[LeafReport, ...]:
     )
 
 
-def _on_device(lies: Lies, nbytes: int, sizes: Mapping[str, int]) -> int:
+def _on_device(lies: ArrayPlacement, nbytes: int, sizes: Mapping[str, int]) -> int:
     return nbytes // lies.parts(sizes) if lies.memory in (None, "device") else 0
 
 
-def describe_lies(lies: Lies, ndim: int) -> str:
+def describe_lies(lies: ArrayPlacement, ndim: int) -> str:
     """How an array lies, in words: of each axis the mesh axes that split it.
 
     Args:
@@ -88,8 +88,11 @@ def describe_lies(lies: Lies, ndim: int) -> str:
 
     Example:
       >>> from statewise._src.report.gather import describe_lies
-      >>> from statewise._src.sharding.array_placement import Lies
-      >>> describe_lies(Lies((("data", "model"),)), 2), describe_lies(Lies((), "pinned_host"), 2)
+      >>> from statewise._src.sharding.array_placement import ArrayPlacement
+      >>> (
+      ...     describe_lies(ArrayPlacement((("data", "model"),)), 2),
+      ...     describe_lies(ArrayPlacement((), "pinned_host"), 2),
+      ... )
       ('(data+model, -)', 'replicated, in pinned_host')
     """
     if lies.each:

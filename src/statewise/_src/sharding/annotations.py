@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import rebuild, scan
+from statewise._src.common.nnx_graph import read_graph, rebuild
 from statewise._src.common.paths import Path
 from statewise._src.plan.placements import FromMetadata, Sharded, axes_of, merged_rules
 from statewise._src.plan.tables import PlanTables
@@ -27,7 +27,7 @@ def metadata_of(plan: PlanTables) -> dict[Path, Mapping[str, Any]]:
     """Returns the metadata of each leaf's Variable by the leaf's path; of a raw array none."""
     # Of raw leaves NNX counts only what is an array, so that None in the place of one would not be found again.
     values = [np.zeros(()) if row.type is jax.Array else None for row in plan.rows]
-    found = scan(rebuild(plan.graphdef, values, plan.several), plan.names)
+    found = read_graph(rebuild(plan.graphdef, values, plan.several), plan.names)
     return {
         path: leaf.get_metadata() if compat.is_variable(leaf) else {}
         for path, leaf in zip(found.paths, found.leaves, strict=True)

@@ -14,10 +14,10 @@ import numpy as np
 
 from statewise._src.common.paths import Path
 
-__all__ = ["Lies", "Owners", "follow"]
+__all__ = ["ArrayPlacement", "Owners", "follow"]
 
 
-class Lies(NamedTuple):
+class ArrayPlacement(NamedTuple):
     """How one array lies on a mesh.
 
     Attributes:
@@ -41,7 +41,7 @@ class Lies(NamedTuple):
         """Into how many parts one value of the array is split."""
         return int(np.prod([sizes[name] for names in (*self.axes, *self.before) for name in names], dtype=np.int64))
 
-    def grown(self, axis: int | None, rank: int, over: tuple[str, ...]) -> "Lies":
+    def grown(self, axis: int | None, rank: int, over: tuple[str, ...]) -> "ArrayPlacement":
         """The same with the axis of an ensemble's members, split over these mesh axes.
 
         Args:
@@ -67,10 +67,10 @@ class Lies(NamedTuple):
 
 
 # A parameter as its moments see it: its shape, and how it lies.
-Owners = dict[Path, list[tuple[tuple[int, ...], Lies]]]
+Owners = dict[Path, list[tuple[tuple[int, ...], ArrayPlacement]]]
 
 
-def follow(path: Path, shape: tuple[int, ...], owners: Owners) -> Lies:
+def follow(path: Path, shape: tuple[int, ...], owners: Owners) -> ArrayPlacement:
     """How a moment lies: as the parameter whose path ends its own; replicated where none does, or several differ."""
     for start in range(len(path)):
         candidates = owners.get(path[start:])
@@ -78,16 +78,16 @@ def follow(path: Path, shape: tuple[int, ...], owners: Owners) -> Lies:
             continue
         found = (_as_owner(path, shape, of, lies) for of, lies in candidates)
         answers = {lies for lies in found if lies is not None}
-        return answers.pop() if len(answers) == 1 else Lies()
-    return Lies()
+        return answers.pop() if len(answers) == 1 else ArrayPlacement()
+    return ArrayPlacement()
 
 
-def _as_owner(path: Path, shape: tuple[int, ...], of: tuple[int, ...], lies: Lies) -> Lies | None:
+def _as_owner(path: Path, shape: tuple[int, ...], of: tuple[int, ...], lies: ArrayPlacement) -> ArrayPlacement | None:
     if shape == of:
         return lies
     removed = [axis for axis in range(len(of)) if of[:axis] + of[axis + 1 :] == shape]
     axes = lies.axes or ((),) * len(of)
-    answers = [Lies(axes[:axis] + axes[axis + 1 :], lies.memory, lies.each) for axis in removed]
+    answers = [ArrayPlacement(axes[:axis] + axes[axis + 1 :], lies.memory, lies.each) for axis in removed]
     if len(removed) > 1:
         # Sides of equal length: Adafactor's names tell which one is left, as optax.scale_by_factored_rms sorts them.
         by_size = np.argsort(of)

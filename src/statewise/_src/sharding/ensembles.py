@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf
 from statewise._src.plan.members import Axis, Members
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.array_placement import Lies
+from statewise._src.sharding.array_placement import ArrayPlacement
 from statewise._src.sharding.mesh import describe_mesh
 from statewise.errors import PlacementError
 
 __all__ = ["of_all_members", "resolved_members"]
 
 
-def of_all_members(members: Members, lies: Lies, axis: Axis, spec: Spec) -> Lies:
+def of_all_members(members: Members, lies: ArrayPlacement, axis: Axis, spec: ArraySpec) -> ArrayPlacement:
     """How an array of all members lies, from how that of one does, as a state of one holds it."""
     rank = len(spec.shape) - (bool(lies.each) and members.single.per_device is not None)
     return lies.grown(axis, rank, _over(members))
@@ -27,8 +27,8 @@ def _over(members: Members) -> tuple[str, ...]:
 
 
 def resolved_members(
-    plan: PlanTables, single: Mapping[str, Sequence[Lies]], sizes: Mapping[str, int]
-) -> dict[str, tuple[Lies, ...]]:
+    plan: PlanTables, single: Mapping[str, Sequence[ArrayPlacement]], sizes: Mapping[str, int]
+) -> dict[str, tuple[ArrayPlacement, ...]]:
     """How each array of an ensemble lies, in the order of the plan.
 
     Args:
@@ -42,7 +42,7 @@ def resolved_members(
     members = plan.ensemble
     assert members is not None, "asked of an ensemble"
     _check_over(members, sizes)
-    placed: dict[str, tuple[Lies, ...]] = {}
+    placed: dict[str, tuple[ArrayPlacement, ...]] = {}
     odd: list[Leaf] = []
     for kind, part in single.items():
         specs, axes, leaves = members.single.specs[kind], members.of(kind), plan.leaf_of_array[kind]

@@ -15,10 +15,10 @@ import jax
 
 from statewise._src.common import compat
 
-__all__ = ["UNKNOWN", "Places", "lies_on_one_device", "places_of"]
+__all__ = ["UNKNOWN", "PartShardings", "lies_on_one_device", "part_shardings_of"]
 
 
-class Places:
+class PartShardings:
     """The shardings of some arrays; equal ones are one object, so that comparing two costs nothing.
 
     Attributes:
@@ -34,17 +34,17 @@ class Places:
 
 
 # Of a part whose arrays nobody has looked at yet.
-UNKNOWN: Any = Places(())
+UNKNOWN: Any = PartShardings(())
 
-_known: weakref.WeakValueDictionary[tuple[Any, ...], Places] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[tuple[Any, ...], PartShardings] = weakref.WeakValueDictionary()
 
 
-def places_of(arrays: Sequence[Any]) -> Places | None:
+def part_shardings_of(arrays: Sequence[Any]) -> PartShardings | None:
     """Where arrays lie on a mesh; None where none does, or where they are being traced."""
     shardings = tuple(map(_sharding, arrays))
     if not any(shardings):
         return None
-    made = Places(shardings)
+    made = PartShardings(shardings)
     return _known.setdefault(shardings, made)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise._src.common.nnx_graph import Spec
+from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived, keys_within
-from statewise._src.plan.per_device import Copies
+from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import (
     PLACEMENTS,
     FromMetadata,
@@ -32,13 +32,13 @@ from statewise._src.plan.placements import (
 )
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.annotations import annotated, metadata_of
-from statewise._src.sharding.array_placement import Lies, Owners, follow
+from statewise._src.sharding.array_placement import ArrayPlacement, Owners, follow
 from statewise._src.sharding.ensembles import of_all_members, resolved_members
 from statewise._src.sharding.mesh import axis_sizes, check_devices, describe_mesh, memories
 from statewise.errors import PlacementError
 
 __all__ = [
-    "Lies",
+    "ArrayPlacement",
     "array_shardings",
     "axis_sizes",
     "check_devices",
@@ -52,7 +52,7 @@ __all__ = [
 
 
 # How each array of each kind lies on a mesh.
-Placed = Mapping[str, Sequence[Lies]]
+Placed = Mapping[str, Sequence[ArrayPlacement]]
 
 
 def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
@@ -61,7 +61,7 @@ def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) ->
     if members is not None:
         placed = resolve(members.single, mesh)
     placed = resolve(plan, mesh) if placed is None else placed
-    known: dict[Lies, jax.NamedSharding] = {}
+    known: dict[ArrayPlacement, jax.NamedSharding] = {}
     slots = []
     for kind, here in zip(plan.kinds, plan.slots, strict=True):
         packing = plan.packing.get(kind)
@@ -69,7 +69,10 @@ def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) ->
             _check_packed(plan if members is None else members.single, kind, placed[kind])
         lies = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in here]
         # A buffer has one axis, whatever its arrays have.
-        lies = [one if isinstance(slot, int) else Lies((), one.memory) for one, slot in zip(lies, here, strict=True)]
+        lies = [
+            one if isinstance(slot, int) else ArrayPlacement((), one.memory)
+            for one, slot in zip(lies, here, strict=True)
+        ]
         if members is not None:
             specs = members.single.stored_specs[kind]
             lies = [of_all_members(members, *each) for each in zip(lies, plan.slot_axes[kind], specs, strict=True)]
@@ -77,7 +80,7 @@ def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) ->
     return slots
 
 
-def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> Copies | None:
+def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerDeviceArrays | None:
     """Which arrays of a plan lie per device on a mesh; None where none does."""
     if placed is None:
         known = (Replicated, Sharded, FromMetadata)
@@ -91,7 +94,7 @@ def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> Copi
         if mine:
             axes = part[min(mine)].each
             positions.append((kind, mine))
-    return Copies(mesh, axes, tuple(positions)) if positions else None
+    return PerDeviceArrays(mesh, axes, tuple(positions)) if positions else None
 
 
 def on_mesh(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PlanTables:
@@ -99,7 +102,7 @@ def on_mesh(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PlanTa
     return with_copies(plan, copies_on(plan, mesh, placed))
 
 
-def with_copies(plan: PlanTables, copies: Copies | None) -> PlanTables:
+def with_copies(plan: PlanTables, copies: PerDeviceArrays | None) -> PlanTables:
     """A plan with these copies."""
     if copies == plan.per_device:
         return plan
@@ -108,17 +111,17 @@ def with_copies(plan: PlanTables, copies: Copies | None) -> PlanTables:
 
 def array_shardings(plan: PlanTables, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
     """For each kind the sharding of each of its arrays, in the order of the plan."""
-    known: dict[Lies, jax.NamedSharding] = {}
+    known: dict[ArrayPlacement, jax.NamedSharding] = {}
     return {kind: [_known(known, lies, mesh) for lies in part] for kind, part in resolve(plan, mesh).items()}
 
 
-def _known(known: dict[Lies, jax.NamedSharding], lies: Lies, mesh: Any) -> jax.NamedSharding:
+def _known(known: dict[ArrayPlacement, jax.NamedSharding], lies: ArrayPlacement, mesh: Any) -> jax.NamedSharding:
     if lies not in known:
         known[lies] = lies.sharding(mesh)
     return known[lies]
 
 
-def _check_packed(plan: PlanTables, kind: str, placed: Sequence[Lies]) -> None:
+def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement]) -> None:
     split = []
     for buffer in plan.packing[kind].buffers:
         for position in buffer.positions:
@@ -138,7 +141,7 @@ def _check_packed(plan: PlanTables, kind: str, placed: Sequence[Lies]) -> None:
 # --- resolving ---------------------------------------------------------------------------------------------------
 
 
-def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[Lies, ...]]:
+def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]]:
     """How each array of each kind lies on a mesh, in the order of the plan.
 
     Raises:
@@ -182,14 +185,14 @@ class _Resolver:
         self.faults: dict[tuple[Leaf, str], None] = {}  # what several placements ask of one leaf is one fault
         self.updated = {kind for group in plan.optimizers for kind in group.kinds}
         self.each: tuple[str, ...] = ()  # the axes of all that lies per device
-        self.owned: dict[Path, list[tuple[int, Leaf, Spec]]] = {}  # likewise: what a moment may be of
+        self.owned: dict[Path, list[tuple[int, Leaf, ArraySpec]]] = {}  # likewise: what a moment may be of
         self.owners: Owners = {}  # by path, as the objects' own optimizers see it
         self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position where there are several
 
-    def rows(self) -> dict[str, list[Lies]]:
+    def rows(self) -> dict[str, list[ArrayPlacement]]:
         """How the model's own arrays lie."""
         plan = self.plan
-        found: dict[int, list[Lies]] = {}
+        found: dict[int, list[ArrayPlacement]] = {}
         numbered = list(enumerate(zip(plan.rows, plan.leaves[: len(plan.rows)], strict=True)))
         # Optimizers come last: what they follow must be known.
         for number, (row, leaf) in sorted(numbered, key=lambda one: _is_moment(one[1][0])):
@@ -210,12 +213,12 @@ class _Resolver:
                 found[number].append(lies)
                 self.owners.setdefault(bare, []).append((spec.shape, lies))
                 self.owners_in_groups[row.path + keys] = [(spec.shape, lies)]
-        placed: dict[str, list[Lies]] = {kind: [] for kind in plan.kinds}
+        placed: dict[str, list[ArrayPlacement]] = {kind: [] for kind in plan.kinds}
         for number, (row, _) in numbered:
             placed[row.kind].extend(found[number])
         return placed
 
-    def derived(self) -> Iterator[tuple[str, Lies]]:
+    def derived(self) -> Iterator[tuple[str, ArrayPlacement]]:
         """How each array of the plan's own optimizers and averages lies, and its kind."""
         leaves = iter(self.plan.leaves[len(self.plan.rows) :])
         for one in self.plan.derived:
@@ -232,11 +235,13 @@ class _Resolver:
                     note = "an average of what lies per device, placed otherwise"
                     hint = f"{one.into}=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
                     self.faults[dataclasses.replace(leaf, note=note), hint] = None
-                    yield one.into, Lies()
+                    yield one.into, ArrayPlacement()
                 else:
                     yield one.into, self.place(placement, [leaf.path], spec, leaf)
 
-    def _moment(self, placement: FromMetadata, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int) -> Lies:
+    def _moment(
+        self, placement: FromMetadata, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, number: int
+    ) -> ArrayPlacement:
         """How a moment lies by metadata: NNX gives it that of its parameter, of which a factored one lacks an axis."""
         path = paths[0]
         for start in range(len(path)):
@@ -264,7 +269,9 @@ class _Resolver:
         """The metadata of each leaf's Variable, by the leaf's path."""
         return metadata_of(self.plan)
 
-    def place(self, placement: Any, paths: Sequence[Path], spec: Spec, leaf: Leaf, number: int | None = None) -> Lies:
+    def place(
+        self, placement: Any, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, number: int | None = None
+    ) -> ArrayPlacement:
         """How one array lies, by the placement of its kind; by any of its paths, and the number of its row."""
         try:
             lies = self._place(placement, paths, spec, number)
@@ -274,9 +281,9 @@ class _Resolver:
         except _Fault as fault:
             shape = leaf.shape if leaf.shape is not None else spec.shape
             self.faults[dataclasses.replace(leaf, shape=shape, note=fault.note), fault.hint] = None
-            return Lies()
+            return ArrayPlacement()
 
-    def _place(self, placement: Any, paths: Sequence[Path], spec: Spec, number: int | None) -> Lies:
+    def _place(self, placement: Any, paths: Sequence[Path], spec: ArraySpec, number: int | None) -> ArrayPlacement:
         if placement is not None and not isinstance(placement, PLACEMENTS):
             answers = [_ask(placement, path, spec.shape) for path in paths]
             for path, answer in zip(paths, answers, strict=True):
@@ -289,23 +296,23 @@ class _Resolver:
         if isinstance(placement, FromMetadata):
             placement = None if number is None else self._annotated(placement, number, spec)
         if placement is None:
-            return Lies()
+            return ArrayPlacement()
         if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
             known = ", ".join(sorted(self.memories))
             raise _Fault(f"the devices have no memory {placement.memory!r}", f"a memory that is there: {known}")
         if isinstance(placement, PerDevice):
             return self._each(placement)
         axes = placement.axes if isinstance(placement, Sharded) else ()
-        return Lies(self._fit(axes, spec.shape), placement.memory)
+        return ArrayPlacement(self._fit(axes, spec.shape), placement.memory)
 
-    def _annotated(self, placement: FromMetadata, number: int, spec: Spec) -> Sharded | None:
+    def _annotated(self, placement: FromMetadata, number: int, spec: ArraySpec) -> Sharded | None:
         """What the metadata of a row says of an array in it."""
         try:
             return annotated(placement, self.metadata[self.plan.rows[number].path], spec.shape)
         except PlacementError as error:
             raise _Fault(error.message.rstrip("."), error.hint or "") from error
 
-    def _each(self, placement: PerDevice) -> Lies:
+    def _each(self, placement: PerDevice) -> ArrayPlacement:
         """One value for each device."""
         self._known(placement.axes)
         self.each = self.each or placement.axes
@@ -314,7 +321,7 @@ class _Resolver:
                 f"{placement!r}, where others have PerDevice({', '.join(map(repr, self.each))})",
                 "the same axes for all that is PerDevice",
             )
-        return Lies((), placement.memory, placement.axes)
+        return ArrayPlacement((), placement.memory, placement.axes)
 
     def _known(self, axes: Sequence[Any]) -> None:
         unknown = [name for axis in axes for name in axes_of(axis) if name not in self.sizes]
@@ -334,11 +341,13 @@ class _Resolver:
             )
         split = [axes_of(axis) for axis in axes] + [()] * (len(shape) - len(axes))
         uneven = [
-            (at, names) for at, names in enumerate(split) if shape[at] % Lies((names,)).parts(self.sizes) and names
+            (at, names)
+            for at, names in enumerate(split)
+            if shape[at] % ArrayPlacement((names,)).parts(self.sizes) and names
         ]
         if uneven:
             at, first = uneven[0]
-            parts = Lies((first,)).parts(self.sizes)
+            parts = ArrayPlacement((first,)).parts(self.sizes)
             notes = []
             for axis, over in uneven:
                 by = describe_mesh({name: self.sizes[name] for name in over})
@@ -351,7 +360,7 @@ class _Resolver:
         return tuple(split)
 
 
-def _as_owner(one: Derived, at: int, owners: Owners) -> Lies:
+def _as_owner(one: Derived, at: int, owners: Owners) -> ArrayPlacement:
     """How an array lies that follows what it is derived from."""
     if not isinstance(one, Average):
         # By the path within the parameters: of `mu/kernel` and `kernel` the second's first moment ends like the first.
@@ -359,7 +368,7 @@ def _as_owner(one: Derived, at: int, owners: Owners) -> Lies:
         owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
         return follow(path, one.layout.specs[at].shape, owned)
     owner = owners.get(one.paths[at]) if at < len(one.paths) else None
-    return owner[0][1] if owner else Lies()
+    return owner[0][1] if owner else ArrayPlacement()
 
 
 def _is_moment(row: Any) -> bool:

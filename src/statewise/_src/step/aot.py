@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from statewise._src.core.plan import State
-from statewise._src.step.dispatch import Entry
+from statewise._src.step.dispatch import CompiledStep
 from statewise._src.step.function import called_as
 from statewise.errors import StructureError
 
@@ -32,7 +32,7 @@ class Lowered:
       (4, 3)
     """
 
-    def __init__(self, entry: Entry, lowered: jax.stages.Lowered) -> None:
+    def __init__(self, entry: CompiledStep, lowered: jax.stages.Lowered) -> None:
         self._entry = entry
         self._lowered = lowered
 
@@ -61,7 +61,7 @@ class Compiled:
       <sw.results.Compiled forward>
     """
 
-    def __init__(self, entry: Entry, compiled: jax.stages.Compiled) -> None:
+    def __init__(self, entry: CompiledStep, compiled: jax.stages.Compiled) -> None:
         self._entry = entry
         self._compiled = compiled
 

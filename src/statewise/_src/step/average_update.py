@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.plan.averages import Average
-from statewise._src.plan.optimizer_state import Group
-from statewise._src.plan.packing import Buffer, separated
+from statewise._src.plan.optimizer_state import OptimizerGroup
+from statewise._src.plan.packing import PackedBuffer, separated
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Arrays, joined, numbers_of
 
@@ -42,7 +42,7 @@ class Averaging:
     params: tuple[int, ...]
     shadows: tuple[int, ...]
     buffers: tuple[tuple[Spot, Spot], ...]
-    contents: dict[Spot, tuple[Buffer, tuple[int, ...]]]
+    contents: dict[Spot, tuple[PackedBuffer, tuple[int, ...]]]
     written: frozenset[int]
 
     @classmethod
@@ -116,7 +116,7 @@ class Averaging:
 
 
 def averagings(
-    plan: PlanTables, groups: Sequence[Group], written: Sequence[tuple[str, int]], numbers: Collection[int]
+    plan: PlanTables, groups: Sequence[OptimizerGroup], written: Sequence[tuple[str, int]], numbers: Collection[int]
 ) -> list[Averaging]:
     """The averages that a step moves: none where it trains nothing.
 
@@ -132,13 +132,13 @@ def averagings(
     return [Averaging.of(plan, average, numbers) for average in plan.averages if average.kind in updated]
 
 
-def _buffers(plan: PlanTables, name: str) -> dict[Spot, tuple[Buffer, tuple[int, ...]]]:
+def _buffers(plan: PlanTables, name: str) -> dict[Spot, tuple[PackedBuffer, tuple[int, ...]]]:
     kind = plan.kind_index[name]
     offset = plan.offsets[kind]
     return {
         (kind, slot): (content, tuple(offset + position for position in content.positions))
         for slot, content in enumerate(plan.slots[kind])
-        if isinstance(content, Buffer)
+        if isinstance(content, PackedBuffer)
     }
 
 

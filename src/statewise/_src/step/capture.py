@@ -20,7 +20,7 @@ from statewise._src.common.paths import Path
 from statewise._src.filters.combinators import predicate
 from statewise._src.filters.explain import type_only
 from statewise._src.plan.kind import Kind, unknown_kind
-from statewise._src.plan.leaf_specs import Row
+from statewise._src.plan.leaf_specs import LeafSpec
 from statewise._src.plan.match import claimants
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import DeclarationError, StructureError
@@ -86,7 +86,7 @@ class Capture:
         """Whether a new leaf belongs to a captured kind."""
         return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
 
-    def takes(self, plan: PlanTables, row: Row, now: Any) -> bool:
+    def takes(self, plan: PlanTables, row: LeafSpec, now: Any) -> bool:
         """Whether what a function did to a leaf of an earlier call is for this to hand out.
 
         Args:

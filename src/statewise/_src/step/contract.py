@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.plan.kind import unknown_kind
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.trace import ITS_OPTIMIZER, Traced
 from statewise.errors import DeclarationError, StructureError
@@ -43,7 +43,7 @@ class Contract:
     allowed: frozenset[str]
     named: tuple[str, ...]
     why_not: dict[str, str]
-    groups: tuple[Group, ...]
+    groups: tuple[OptimizerGroup, ...]
     trains: bool
     has_aux: bool
     returns_state: bool
@@ -116,7 +116,7 @@ def _check_writable(plan: PlanTables, name: str, writes: Sequence[str]) -> None:
             )
 
 
-def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[Group, ...]:
+def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[OptimizerGroup, ...]:
     """The optimizers of the kinds to differentiate; a joint update needs all of its kinds."""
     if not plan.optimizers:
         own = "plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})"

@@ -20,15 +20,15 @@ from statewise._src.step.arguments import Arguments, merged
 from statewise._src.step.capture import Capture
 from statewise._src.step.closures import Bound
 from statewise._src.step.contract import Contract, check_loss
-from statewise._src.step.dispatch import Entry
+from statewise._src.step.dispatch import CompiledStep
 from statewise._src.step.function import check_capacity
-from statewise._src.step.outside_writes import refuse_baked, refuse_written_arguments
-from statewise._src.step.passed_objects import refuse_foreign
+from statewise._src.step.outside_writes import check_not_baked, check_written_arguments
+from statewise._src.step.passed_objects import check_foreign_objects
 from statewise._src.step.program import program_of
-from statewise._src.step.shard_map import local_arguments, program_on_each, refuse_differences, specs_of, traced_on_one
+from statewise._src.step.shard_map import check_replicated, local_arguments, program_on_each, specs_of, traced_on_one
 from statewise._src.step.trace import Traced, evaluating, trace
-from statewise._src.step.trace import refuse_writes as refuse_undeclared
-from statewise._src.step.warnings import cautions_of, objects_of, refuse_untrained
+from statewise._src.step.trace import check_writes as check_undeclared
+from statewise._src.step.warnings import cautions_of, check_trains, objects_of
 
 __all__ = ["ContractOf", "Definition"]
 
@@ -69,7 +69,7 @@ class Definition:
         plan = state.tables
         contract = self.contract_of(plan, self.name)
         traced, specs = self.traced(state, args, kwargs)
-        self.refuse_writes(traced, contract, state, args, kwargs)
+        self.check_writes(traced, contract, state, args, kwargs)
         if contract.trains:
             check_loss(traced, contract, self.captures, self.name)
         return traced, contract, specs
@@ -92,13 +92,13 @@ class Definition:
             specs = specs_of(copies, jax.tree.leaves(dynamic))
             local = local_arguments(copies, *dynamic, specs, name_of, self.name)
             traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self.name))
-        refuse_written_arguments(traced.passed, bound, plan.object_count, name_of, self.name, bool(plan.optimizers))
-        refuse_baked(traced.effects, bound, self.name)
+        check_written_arguments(traced.passed, bound, plan.object_count, name_of, self.name, bool(plan.optimizers))
+        check_not_baked(traced.effects, bound, self.name)
         return traced, specs
 
-    def refuse_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
+    def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
         """Raises where the function writes what its contract does not allow."""
-        refuse_undeclared(
+        check_undeclared(
             state.tables,
             traced,
             contract.allowed,
@@ -114,11 +114,11 @@ class Definition:
         types = lambda: [type(thing) for thing in objects_of(plan)]  # noqa: E731
         check_capacity(self.fn, plan.object_count, args, self.name, types)
         named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
-        refuse_foreign(named, self.name)
+        check_foreign_objects(named, self.name)
 
     def judge(self, plan: PlanTables, traced: Traced, contract: Contract) -> None:
         """Refuses a train step that trains nothing, and warns of what is probably not meant."""
-        refuse_untrained(plan, traced, contract, self.fn, self.name)
+        check_trains(plan, traced, contract, self.fn, self.name)
         for caution in cautions_of(plan, traced, contract, self.fn, self.name):
             warnings.warn(caution, stacklevel=6)  # where the step is called
 
@@ -129,15 +129,15 @@ class Definition:
         names = {place: self.arguments.name_of(place, objects) for place in static}
         return Bound(self.fn, static, objects, names)
 
-    def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> Entry:
+    def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> CompiledStep:
         copies = plan.per_device
         program, routes = program_of(plan, traced, contract.groups, copies.axes if copies else ())
         if copies and specs is not None:  # None where only the routes are asked about
-            differ = refuse_differences(plan, traced, specs, self.name)
+            differ = check_replicated(plan, traced, specs, self.name)
             if contract.trains:
                 differ[0] = False  # the loss, which is averaged
             program = program_on_each(plan, program, routes, specs, differ)
-        return Entry(
+        return CompiledStep(
             plan,
             self.name,
             program,

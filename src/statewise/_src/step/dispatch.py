@@ -20,16 +20,16 @@ from jax.extend.core import get_opaque_trace_state
 
 from statewise._src.common import compat
 from statewise._src.core.plan import State
-from statewise._src.core.state_data import Part, deleted_kinds, donated_error, refuse_shared
+from statewise._src.core.state_data import Part, check_unshared, deleted_kinds, donated_error
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import UNKNOWN, Places, lies_on_one_device
+from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, lies_on_one_device
 from statewise._src.step.arguments import Arguments, merged
 from statewise._src.step.function import called_as
-from statewise._src.step.operands import Routes
+from statewise._src.step.operands import Operands
 from statewise._src.step.shard_map import specs_of
 from statewise.errors import PlacementError, StatewiseError, StructureError
 
-__all__ = ["Entry", "NewSignature", "args_key", "full_key"]
+__all__ = ["CompiledStep", "NewSignature", "args_key", "full_key"]
 
 
 class NewSignature(Exception):
@@ -43,7 +43,7 @@ _tracing = threading.local()
 _ABOUT_BUFFERS = re.compile(r"delete|donat", re.IGNORECASE)
 
 
-class Entry:
+class CompiledStep:
     """A compiled step.
 
     Attributes:
@@ -56,7 +56,7 @@ class Entry:
         plan: PlanTables,
         name: str,
         program: Callable[..., Any],
-        routes: Routes,
+        routes: Operands,
         arguments: Arguments,
         *,
         returns_state: bool,
@@ -114,10 +114,10 @@ class Entry:
         parts = state.parts
         for kind in self._touches:
             if parts[kind].donated_by is not None:
-                self._refuse_donated(state)
+                self._check_donated(state)
         operands = self.operands(state, args, kwargs)
         donate = True
-        places: tuple[Places | None, ...] = ()
+        places: tuple[PartShardings | None, ...] = ()
         try:
             if fn is not None:
                 written, out = fn(*operands)
@@ -133,7 +133,7 @@ class Entry:
             raise
         return (self.received(state, written, donate, places), out) if self.returns_state else out
 
-    def _places(self, parts: Sequence[Part]) -> tuple[Places | None, ...]:
+    def _places(self, parts: Sequence[Part]) -> tuple[PartShardings | None, ...]:
         """Where the parts that are written lie: what they become is to lie there too."""
         return tuple([parts[kind].places() for kind, _ in self._gives])
 
@@ -152,7 +152,7 @@ class Entry:
         self._traced[key] = fn
         return results
 
-    def compiled(self, donate: bool, places: tuple[Places | None, ...]) -> Any:
+    def compiled(self, donate: bool, places: tuple[PartShardings | None, ...]) -> Any:
         """The function of what crosses, compiled for parts that lie so; not at all for `()`."""
         if not any(places):
             places = ()
@@ -174,7 +174,7 @@ class Entry:
         return lowered
 
     def received(
-        self, state: State, written: Any, donated: bool = True, places: tuple[Places | None, ...] = ()
+        self, state: State, written: Any, donated: bool = True, places: tuple[PartShardings | None, ...] = ()
     ) -> State:
         """The state with its written arrays replaced; the one whose arrays were donated for it is marked donated."""
         parts = state.parts
@@ -194,7 +194,7 @@ class Entry:
                 parts[kind].donated_by = self.name
         return State.make(self.plan, made)
 
-    def _refuse_donated(self, state: State) -> None:
+    def _check_donated(self, state: State) -> None:
         names = list(self.plan.kinds)
         raise donated_error(state, [names[kind] for kind in sorted(self._touches) if state.parts[kind].donated_by])
 
@@ -208,14 +208,14 @@ class Entry:
             ) from error
         gone = deleted_kinds(state)
         if "incompatible devices" in str(error):
-            self._refuse_other_devices(state, args, kwargs, error)
+            self._check_other_devices(state, args, kwargs, error)
         if not _ABOUT_BUFFERS.search(str(error)):
             if gone:
                 error.add_note(f"{self.name} had already taken the state's {', '.join(gone)}: this state is lost.")
             return
         if gone:
             raise donated_error(state, gone) from error
-        refuse_shared(state)
+        check_unshared(state)
         leaves = jax.tree.leaves((args, kwargs))
         mine = {
             id(array): (kind, position)
@@ -239,7 +239,7 @@ class Entry:
                     hint="pass a copy: jnp.copy(array)",
                 ) from error
 
-    def _refuse_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
+    def _check_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Raises for arrays that lie on other devices than what the step touches first of the state."""
         touched = [(kind, array, self.plan.leaf_of_slot[kind][slot]) for kind, slot, array in self._touched(state)]
         where = next((_devices(array) for _, array, _ in touched if _devices(array)), ())

@@ -43,17 +43,17 @@ def check_function(fn: Any, decorator: str) -> None:
     for layer in (*layers, *bound):
         # Where an inner layer is a method's function, its own `__self__` stands among the layers before it.
         if isinstance(layer, (nnx.Pytree, nnx.Variable)) and arrays_in(layer):
-            _refuse_model(layer, layers, decorator)
+            _check_model(layer, layers, decorator)
     for layer in layers:
         called = inspect.getattr_static(type(layer), "__call__", None)
         transform = _transform(layer) or _transform(called)
         if transform is not None:
-            _refuse_transform(layer, transform, decorator)
+            _check_transform(layer, transform, decorator)
         if not isinstance(layer, (functools.partial, types.MethodType)):
             break  # what a decorator of somebody else does with what it wraps is not known
 
 
-def _refuse_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
+def _check_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
     name = type(model).__name__
     method = next((layer.__name__ for layer in layers if isinstance(layer, types.MethodType)), "__call__")
     written = "model" if method == "__call__" else f"model.{method}"
@@ -69,7 +69,7 @@ def _refuse_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
     )
 
 
-def _refuse_transform(fn: Any, transform: str, decorator: str) -> None:
+def _check_transform(fn: Any, transform: str, decorator: str) -> None:
     name = getattr(fn, "__name__", type(fn).__name__)
     name = called_as(name, "f")
     given = "layer, x" if decorator == "scan_layers" else "model, x"

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common.narrowing import check_given
-from statewise._src.common.nnx_graph import Scan, arrays_of, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise._src.common.nnx_graph import (
+    ModelGraph,
+    arrays_of,
+    raw_value,
+    read_graph,
+    rebuild,
+    row_of,
+    spec_of,
+    value_of,
+)
 from statewise._src.common.paths import Path
 from statewise._src.common.write_values import put_values
 from statewise._src.filters.combinators import describe, predicate
@@ -60,7 +69,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
 
     def differentiated(model: Any, /, *args: Any, **kwargs: Any) -> Any:
         others, arguments = _objects_among((args, kwargs))
-        found = scan([model, *others])
+        found = read_graph([model, *others])
         chosen = [
             _of_model(found, path) and bool(matches(found.relative(path), leaf))
             for path, leaf in zip(found.paths, found.leaves, strict=True)
@@ -85,7 +94,7 @@ def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool =
             own_args, own_kwargs = arguments(objects[1:])
             out = fn(objects[0], *own_args, **own_kwargs)
             loss, aux = _loss_of(out, has_aux)
-            return loss, (aux, *_changes(found, values, scan(objects)))
+            return loss, (aux, *_changes(found, values, read_graph(objects)))
 
         with explained(getattr(fn, "__name__", type(fn).__name__), diff, flat, args, kwargs):
             (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
@@ -117,7 +126,7 @@ def _is_object(thing: Any) -> bool:
     return isinstance(thing, (nnx.Pytree, nnx.Variable)) and not isinstance(thing, nnx.State)
 
 
-def _of_model(found: Scan, path: Path) -> bool:
+def _of_model(found: ModelGraph, path: Path) -> bool:
     return not found.several or path[0] == 0
 
 
@@ -158,7 +167,7 @@ def _named_like(made: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..
     return made
 
 
-def _check_chosen(found: Scan, chosen: Sequence[bool], wrt: Any) -> None:
+def _check_chosen(found: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:
     if not any(chosen):
         # Of the model alone: other objects among the arguments are not differentiated.
         model = [number for number, path in enumerate(found.paths) if _of_model(found, path)]
@@ -203,7 +212,7 @@ def _loss_of(out: Any, has_aux: bool) -> tuple[Any, Any]:
     return loss, aux
 
 
-def _changes(found: Scan, before: Sequence[Any], after: Scan) -> tuple[dict[int, Any], list[Any]]:
+def _changes(found: ModelGraph, before: Sequence[Any], after: ModelGraph) -> tuple[dict[int, Any], list[Any]]:
     """What the function wrote: new values by the leaf's position, and Variables that it made."""
     now = dict(zip(after.paths, after.leaves, strict=True))
     changed: dict[int, Any] = {}
@@ -235,7 +244,7 @@ class _Made:
         return cls(path, children[0])
 
 
-def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], made: Sequence[_Made]) -> None:
+def _write_back(objects: Sequence[Any], found: ModelGraph, changed: dict[int, Any], made: Sequence[_Made]) -> None:
     root = tuple(objects) if found.several else objects[0]
     put_values(root, found.leaves, [(found.paths[at], found.leaves[at], value) for at, value in changed.items()])
     if made:
@@ -243,7 +252,7 @@ def _write_back(objects: Sequence[Any], found: Scan, changed: dict[int, Any], ma
         nnx.update(root, nnx.from_flat_state(new))
 
 
-def _gradients(found: Scan, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
+def _gradients(found: ModelGraph, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
     given = iter(grads)
     leaves: list[tuple[Any, Any]] = []
     for path, leaf, is_chosen, (_, structure) in zip(found.paths, found.leaves, chosen, flat, strict=True):

@@ -18,7 +18,7 @@ from statewise._src.common.nnx_graph import ONE, is_array, make_leaf, numbered, 
 from statewise._src.common.paths import Leaf, Path, format_type
 from statewise._src.filters.explain import as_code
 from statewise._src.filters.primitives import Exactly
-from statewise._src.plan.leaf_specs import Row
+from statewise._src.plan.leaf_specs import LeafSpec
 from statewise._src.plan.match import claimants, free_name
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.capture import Capture
@@ -71,7 +71,7 @@ def assigned(
     return frozenset(captured)
 
 
-def leaf_of(row: Row, note: str) -> Leaf:
+def leaf_of(row: LeafSpec, note: str) -> Leaf:
     """A planned leaf as data."""
     return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.plan.packing import Buffer, separated
+from statewise._src.plan.packing import PackedBuffer, separated
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Arrays", "Route", "Routes", "numbers_of", "routes_of"]
+__all__ = ["Arrays", "Operand", "Operands", "numbers_of", "routes_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Route:
+class Operand:
     """Some slots of one kind's part: all of them, or some.
 
     Attributes:
@@ -37,7 +37,7 @@ class Route:
     pick: Callable[[Sequence[Any]], Any] | None
 
     @classmethod
-    def of(cls, kind: int, slots: Sequence[int], size: int) -> Route:
+    def of(cls, kind: int, slots: Sequence[int], size: int) -> Operand:
         """The route of these slots of a part that has so many."""
         pick: Callable[[Sequence[Any]], Any] | None = None
         if len(slots) == 1 and size > 1:
@@ -69,7 +69,7 @@ class Arrays:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Routes:
+class Operands:
     """Which arrays cross into the compiled function, and how.
 
     Attributes:
@@ -80,8 +80,8 @@ class Routes:
     """
 
     plan: PlanTables
-    donated: tuple[Route, ...]
-    kept: tuple[Route, ...]
+    donated: tuple[Operand, ...]
+    kept: tuple[Operand, ...]
     needed: frozenset[int]
 
     def spread(self, donated: Any, kept: Any) -> Arrays:
@@ -93,7 +93,7 @@ class Routes:
                 for slot, value in zip(route.slots, values, strict=True):
                     arrays.slots[route.kind, slot] = value
                     content = self.plan.slots[route.kind][slot]
-                    if not isinstance(content, Buffer):
+                    if not isinstance(content, PackedBuffer):
                         arrays.flat[offsets[route.kind] + content] = value
                     elif any(offsets[route.kind] + position in self.needed for position in content.positions):
                         numbers = [offsets[route.kind] + position for position in content.positions]
@@ -108,7 +108,7 @@ class Routes:
         if (kind, slot) in arrays.made:
             return arrays.made[kind, slot]
         content, offset = self.plan.slots[kind][slot], self.plan.offsets[kind]
-        if isinstance(content, Buffer):
+        if isinstance(content, PackedBuffer):
             return joined([arrays.flat[offset + position] for position in content.positions])
         return arrays.flat[offset + content]
 
@@ -127,7 +127,7 @@ def numbers_of(plan: PlanTables, spots: Sequence[tuple[str, int]]) -> list[int]:
 
 def routes_of(
     plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[tuple[int, int]] = ()
-) -> Routes:
+) -> Operands:
     """The routes of a program.
 
     Args:
@@ -140,7 +140,7 @@ def routes_of(
     for kind, contents in enumerate(plan.slots):
         gives, keeps = [], []
         for slot, content in enumerate(contents):
-            positions = content.positions if isinstance(content, Buffer) else (content,)
+            positions = content.positions if isinstance(content, PackedBuffer) else (content,)
             numbers = [plan.offsets[kind] + position for position in positions]
             if any(number in written for number in numbers):
                 gives.append(slot)
@@ -149,7 +149,7 @@ def routes_of(
             elif any(number in read for number in numbers):
                 keeps.append(slot)
         if gives:
-            donated.append(Route.of(kind, gives, len(contents)))
+            donated.append(Operand.of(kind, gives, len(contents)))
         if keeps:
-            kept.append(Route.of(kind, keeps, len(contents)))
-    return Routes(plan, tuple(donated), tuple(kept), frozenset(needed))
+            kept.append(Operand.of(kind, keeps, len(contents)))
+    return Operands(plan, tuple(donated), tuple(kept), frozenset(needed))

@@ -12,8 +12,8 @@ import optax
 
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise, prove_elementwise
-from statewise._src.plan.optimizer_state import Group
-from statewise._src.plan.packing import Buffer
+from statewise._src.plan.optimizer_state import OptimizerGroup
+from statewise._src.plan.packing import PackedBuffer
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Arrays, joined, numbers_of
 from statewise.errors import StructureError
@@ -48,14 +48,14 @@ class Update:
       proof: that it may; None where it goes leaf by leaf.
     """
 
-    group: Group
+    group: OptimizerGroup
     params: tuple[int, ...]
     moments: tuple[int, ...]
     buffers: tuple[_Whole, ...]
     proof: Elementwise | None
 
     @classmethod
-    def of(cls, plan: PlanTables, group: Group, written: Collection[int]) -> Update:
+    def of(cls, plan: PlanTables, group: OptimizerGroup, written: Collection[int]) -> Update:
         """The update of a group; `written` are the numbers of arrays that the function itself writes."""
         params = tuple(numbers_of(plan, plan.params_of(group)))
         start, stop = plan.optimizer_spans[plan.optimizers.index(group)]
@@ -156,7 +156,7 @@ def _whole_buffers(
         tuple(plan.offsets[kind] + position for position in content.positions): (kind, slot)
         for kind, contents in enumerate(plan.slots)
         for slot, content in enumerate(contents)
-        if isinstance(content, Buffer)
+        if isinstance(content, PackedBuffer)
     }
     found = []
     for numbers, spot in buffers.items():

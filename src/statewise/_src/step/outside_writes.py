@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise._src.common.nnx_graph import Scan, row_of
+from statewise._src.common.nnx_graph import ModelGraph, row_of
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.step.closures import STATIC, Bound, Brought, brought, holder_of, parts_of, read_by
 from statewise._src.step.effects import Effects
@@ -18,7 +18,7 @@ from statewise._src.step.function import called_as, parameters_of
 from statewise._src.step.passed_objects import Passed, WrittenArgument
 from statewise.errors import StructureError
 
-__all__ = ["names_of_objects", "own_name", "refuse_baked", "refuse_written_arguments", "written_outside"]
+__all__ = ["check_not_baked", "check_written_arguments", "names_of_objects", "own_name", "written_outside"]
 
 
 def names_of_objects(fn: Any, objects: int) -> list[str]:
@@ -44,7 +44,7 @@ def _with_more(fn: Any, objects: int, more: Sequence[tuple[str, str]], name: str
     )
 
 
-def refuse_written_arguments(
+def check_written_arguments(
     written: Sequence[WrittenArgument],
     fn: Any,
     objects: int,
@@ -98,7 +98,7 @@ def _identifier(expression: str, cls: type, taken: dict[str, str]) -> str:
     return next(one for one in free if one not in taken.values())
 
 
-def refuse_baked(effects: Effects, fn: Any, name: str) -> None:
+def check_not_baked(effects: Effects, fn: Any, name: str) -> None:
     """Raises where the values of a static argument's Variables would be constants of the compiled step.
 
     Such an argument is known by its identity: a later call would not see that its Variables hold something else.
@@ -122,7 +122,7 @@ def own_name(one: Brought, objects: Sequence[Any], fn: Any) -> str | None:
 
 
 def written_outside(
-    error: Exception, fn: Any, objects: Sequence[Any], before: Scan, passed: Passed, name: str, optimizers: bool
+    error: Exception, fn: Any, objects: Sequence[Any], before: ModelGraph, passed: Passed, name: str, optimizers: bool
 ) -> StructureError | None:
     """The error for a write that Flax refused because the object is of another trace; None where it is nobody's.
 

@@ -19,7 +19,7 @@ from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_
 from statewise._src.common.paths import Leaf, Path
 from statewise.errors import StructureError
 
-__all__ = ["Passed", "WrittenArgument", "is_object", "refuse_foreign"]
+__all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "is_object"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -
     return _WRITTEN
 
 
-def refuse_foreign(named: Iterator[tuple[str, Any]], step: str) -> None:
+def check_foreign_objects(named: Iterator[tuple[str, Any]], step: str) -> None:
     """Raises for arguments that hold NNX objects which JAX cannot take apart: of `pytree=False`, or hijax Variables."""
     for name, value in named:
         for leaf in jax.tree.leaves(value):

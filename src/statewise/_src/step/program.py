@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 
-from statewise._src.plan.optimizer_state import Group
+from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import as_it_came
 from statewise._src.step.average_update import Averaging, averagings
-from statewise._src.step.operands import Routes, numbers_of, routes_of
+from statewise._src.step.operands import Operands, numbers_of, routes_of
 from statewise._src.step.optimizer_update import Update
 from statewise._src.step.trace import Traced
 
@@ -27,8 +27,8 @@ Program = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def program_of(
-    plan: PlanTables, traced: Traced, groups: Sequence[Group], axes: tuple[str, ...] = ()
-) -> tuple[Program, Routes]:
+    plan: PlanTables, traced: Traced, groups: Sequence[OptimizerGroup], axes: tuple[str, ...] = ()
+) -> tuple[Program, Operands]:
     """The program of a traced call, which trains if there are optimizers to run, and its routes.
 
     Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
@@ -67,7 +67,7 @@ def _as_they_came(run: Program) -> Program:
     return program
 
 
-def _forward(plan: PlanTables, traced: Traced, routes: Routes) -> Program:
+def _forward(plan: PlanTables, traced: Traced, routes: Operands) -> Program:
     """Runs the traced call."""
     spots = numbers_of(plan, traced.written)
 
@@ -83,7 +83,7 @@ def _forward(plan: PlanTables, traced: Traced, routes: Routes) -> Program:
 def _train(
     plan: PlanTables,
     traced: Traced,
-    routes: Routes,
+    routes: Operands,
     updates: Sequence[Update],
     averages: Sequence[Averaging],
     axes: tuple[str, ...],

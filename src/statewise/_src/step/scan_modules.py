@@ -20,13 +20,13 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     ONE,
-    Scan,
-    Spec,
+    ArraySpec,
+    ModelGraph,
     arrays_of,
     raw_value,
+    read_graph,
     rebuild,
     row_of,
-    scan,
     spec_of,
     value_of,
 )
@@ -38,9 +38,9 @@ from statewise._src.plan.match import claim
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.function import check_function, parameters_of
 from statewise._src.step.graft import graft
-from statewise._src.step.outside_writes import refuse_written_arguments
+from statewise._src.step.outside_writes import check_written_arguments
 from statewise._src.step.passed_objects import Passed
-from statewise._src.step.trace import check_output, refuse_model
+from statewise._src.step.trace import check_not_model, check_output
 from statewise.errors import StructureError
 
 __all__ = ["count_layers", "scan_module"]
@@ -98,7 +98,7 @@ class _Stack:
     """The module as it is: its leaves, the arrays in them, and which of them have a slice for each layer."""
 
     module: Any
-    found: Scan
+    found: ModelGraph
     arrays: list[list[Any]]
     structures: list[Any]
     stacked: list[bool]
@@ -106,7 +106,7 @@ class _Stack:
     @classmethod
     def of(cls, module: Any, shared: Any) -> _Stack:
         kinds = Kinds(layers=Kind(...)) if shared is None else Kinds(layers=Kind(...), shared=Kind(shared))
-        found = scan((module,))
+        found = read_graph((module,))
         held = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
         check_given(
             (row_of(path, leaf), array, spec.dtype)
@@ -164,7 +164,7 @@ class _Slot:
 
     leaf: int
     before: int | None
-    after: Spec | None
+    after: ArraySpec | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,17 +240,17 @@ class _Layer:
 def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]:
     """One layer's program; and x, which takes on the dtype that the layer gives where its own was but assumed."""
     name = getattr(fn, "__name__", type(fn).__name__)
-    _refuse_written_x(fn, stack, x, name)
+    _check_written_x(fn, stack, x, name)
     box: dict[str, Any] = {}
 
     def call(values: Sequence[Any], x: Any) -> list[Any]:
         (layer,) = rebuild(stack.found.graphdef, stack.values(values), several=False)
-        before = scan((layer,))
+        before = read_graph((layer,))
         out = fn(layer, x)
-        refuse_model(out, before.leaves, name)
+        check_not_model(out, before.leaves, name)
         leaves, box["out_tree"] = jax.tree.flatten(out)
         check_output(leaves, name)
-        after = scan((layer,))
+        after = read_graph((layer,))
         held = [arrays_of(raw_value(leaf)) for leaf in after.leaves]
         box["after"] = _after(before, after, [structure for _, structure in held])
         return [*leaves, *(jnp.asarray(array) for arrays, _ in held for array in arrays)]
@@ -279,7 +279,7 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
     return _Layer(name, call, effects, used, box["out_tree"], after, slots), x
 
 
-def _refuse_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -> None:
+def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -> None:
     """Raises where a layer writes to NNX objects in `x` and does not hand them on: what it writes would be lost."""
     if not Passed((x,), {}).objects:
         return
@@ -296,10 +296,10 @@ def _refuse_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) 
     effects = effects_of(closed, [(at, before + number) for at, (_, number) in enumerate(passed.asked)])
     names = [one.name for one in parameters_of(fn) or ()]
     shown = names[1] if len(names) > 1 else "x"
-    refuse_written_arguments(passed.told(effects.written), fn, 1, lambda place: shown, name, False)
+    check_written_arguments(passed.told(effects.written), fn, 1, lambda place: shown, name, False)
 
 
-def _after(before: Scan, after: Scan, structures: Sequence[Any]) -> _After:
+def _after(before: ModelGraph, after: ModelGraph, structures: Sequence[Any]) -> _After:
     variables = {id(leaf): number for number, leaf in enumerate(before.leaves) if isinstance(leaf, nnx.Variable)}
     raw = {
         path: number for number, path in enumerate(before.paths) if not isinstance(before.leaves[number], nnx.Variable)
@@ -321,7 +321,7 @@ def _slots(stack: _Stack, after: _After, avals: Sequence[Any]) -> list[_Slot]:
         for position in range(1 if structure is ONE else structure.num_leaves):
             aval = next(left)
             before = starts[origin] + position if origin is not None and same else None
-            slots.append(_Slot(leaf, before, Spec(aval.shape, aval.dtype)))
+            slots.append(_Slot(leaf, before, ArraySpec(aval.shape, aval.dtype)))
     return slots
 
 

@@ -25,25 +25,25 @@ from jax.sharding import AxisType
 
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path
-from statewise._src.plan.per_device import Copies
+from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.operands import Route, Routes
+from statewise._src.step.operands import Operand, Operands
 from statewise._src.step.program import Program
 from statewise._src.step.replication import NOWHERE, varying
 from statewise._src.step.trace import Traced
 from statewise.errors import PlacementError
 
-__all__ = ["local_arguments", "program_on_each", "refuse_differences", "specs_of", "traced_on_one"]
+__all__ = ["check_replicated", "local_arguments", "program_on_each", "specs_of", "traced_on_one"]
 
 WHOLE = jax.P()
 
 
-def specs_of(copies: Copies, leaves: Sequence[Any]) -> tuple[Any, ...]:
+def specs_of(copies: PerDeviceArrays, leaves: Sequence[Any]) -> tuple[Any, ...]:
     """How each array among a step's arguments is split over the devices."""
     return tuple(_spec(copies, leaf) for leaf in leaves)
 
 
-def _spec(copies: Copies, leaf: Any) -> Any:
+def _spec(copies: PerDeviceArrays, leaf: Any) -> Any:
     if not getattr(leaf, "shape", ()):
         return WHOLE
     sharding = _sharding(copies, leaf)
@@ -57,7 +57,7 @@ def _names(axes: Any) -> tuple[Any, ...]:
     return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
-def _sharding(copies: Copies, leaf: Any) -> jax.NamedSharding | None:
+def _sharding(copies: PerDeviceArrays, leaf: Any) -> jax.NamedSharding | None:
     """How an array lies on the mesh; None where it lies elsewhere, or where nobody can tell."""
     if isinstance(leaf, compat.Tracer):
         if AxisType.Explicit not in copies.mesh.axis_types:
@@ -70,7 +70,7 @@ def _sharding(copies: Copies, leaf: Any) -> jax.NamedSharding | None:
 
 
 def local_arguments(
-    copies: Copies, args: Any, kwargs: Any, specs: Sequence[Any], name_of: Callable[[Any], str], step: str
+    copies: PerDeviceArrays, args: Any, kwargs: Any, specs: Sequence[Any], name_of: Callable[[Any], str], step: str
 ) -> tuple[Any, Any]:
     """The arguments as one device sees them, by shape and dtype; numbers as they are.
 
@@ -103,11 +103,11 @@ def local_arguments(
     return jax.tree.unflatten(structure, made)
 
 
-def _count(copies: Copies, names: Sequence[str]) -> int:
+def _count(copies: PerDeviceArrays, names: Sequence[str]) -> int:
     return functools.reduce(lambda count, name: count * int(copies.mesh.shape[name]), names, 1)
 
 
-def _on_each(copies: Copies, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def _on_each(copies: PerDeviceArrays, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     shard_map: Any = jax.shard_map  # typed as if it took no function
     made: Callable[..., Any] = shard_map(
         fn,
@@ -120,7 +120,7 @@ def _on_each(copies: Copies, fn: Callable[..., Any], in_specs: Any, out_specs: A
     return made
 
 
-def traced_on_one(copies: Copies, trace: Callable[[], Traced]) -> Traced:
+def traced_on_one(copies: PerDeviceArrays, trace: Callable[[], Traced]) -> Traced:
     """Traces where one device stands, so that the function may speak of the mesh axes."""
     box: list[Traced] = []
 
@@ -132,7 +132,7 @@ def traced_on_one(copies: Copies, trace: Callable[[], Traced]) -> Traced:
     return box[0]
 
 
-def refuse_differences(plan: PlanTables, traced: Traced, specs: Sequence[Any], step: str) -> list[bool]:
+def check_replicated(plan: PlanTables, traced: Traced, specs: Sequence[Any], step: str) -> list[bool]:
     """Which of a traced call's outputs differ from device to device.
 
     Raises:
@@ -164,7 +164,7 @@ def refuse_differences(plan: PlanTables, traced: Traced, specs: Sequence[Any], s
 
 
 def program_on_each(
-    plan: PlanTables, program: Program, routes: Routes, specs: Sequence[Any], differ: Sequence[bool]
+    plan: PlanTables, program: Program, routes: Operands, specs: Sequence[Any], differ: Sequence[bool]
 ) -> Program:
     """The program of all devices, from that of one.
 
@@ -222,13 +222,13 @@ def program_on_each(
     return on_all
 
 
-def _is_ours(plan: PlanTables, copies: Copies, route: Route, slot: int) -> bool:
+def _is_ours(plan: PlanTables, copies: PerDeviceArrays, route: Operand, slot: int) -> bool:
     """Whether what crosses in a slot has the leading axis; a buffer never has."""
     kind = list(plan.kinds)[route.kind]
     return plan.slots[route.kind][slot] in copies.of(kind)
 
 
-def _laid(copies: Copies, array: Any, spec: Any) -> Any:
+def _laid(copies: PerDeviceArrays, array: Any, spec: Any) -> Any:
     """An array where `jax.shard_map` wants it: with axes of type `Explicit` it moves nothing by itself."""
     if AxisType.Explicit not in copies.mesh.axis_types or not jnp.ndim(array):
         return array

@@ -31,7 +31,7 @@ from statewise._src.sharding.explicit_axes import explained
 from statewise._src.step.aot import Lowered, no_state
 from statewise._src.step.arguments import Arguments, merged
 from statewise._src.step.definition import ContractOf, Definition
-from statewise._src.step.dispatch import Entry, NewSignature, args_key, full_key
+from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
 from statewise._src.step.function import called_as, check_function, kind_names
 from statewise._src.step.trace import Eager
 from statewise.errors import StructureError
@@ -89,9 +89,9 @@ class Step:
         )
         self._lock = threading.RLock()
         # By plan: every entry by its full key; the latest for each key of the arguments; the one, if there is one.
-        self._entries: dict[Any, dict[Any, Entry]] = {}
-        self._recent: dict[Any, dict[Any, Entry]] = {}
-        self._only: dict[Any, Entry] = {}
+        self._entries: dict[Any, dict[Any, CompiledStep]] = {}
+        self._recent: dict[Any, dict[Any, CompiledStep]] = {}
+        self._only: dict[Any, CompiledStep] = {}
 
     def __repr__(self) -> str:
         return f"<sw.{self._definition.decorator} {self._definition.name}>"
@@ -180,7 +180,7 @@ class Step:
             entry.ready = True
             return result
 
-    def _run(self, entry: Entry, state: State, args: Any, kwargs: Any) -> Any:
+    def _run(self, entry: CompiledStep, state: State, args: Any, kwargs: Any) -> Any:
         result = entry.run(state, args, kwargs)
         if not entry.closes_over_tracers:
             plan = state.tables
@@ -192,7 +192,7 @@ class Step:
                 self._only.pop(plan, None)
         return result
 
-    def _entry(self, state: State, args: Any, kwargs: Any, anew: bool = False) -> Entry:
+    def _entry(self, state: State, args: Any, kwargs: Any, anew: bool = False) -> CompiledStep:
         """The compiled function for this plan and signature; traced now if it is new."""
         entries = self._entries.setdefault(state.tables, {})
         key = (

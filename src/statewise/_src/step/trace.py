@@ -21,7 +21,16 @@ from flax.errors import TraceContextError
 
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
-from statewise._src.common.nnx_graph import arrays_of, numbered, raw_value, rebuild, row_of, scan, spec_of, value_of
+from statewise._src.common.nnx_graph import (
+    arrays_of,
+    numbered,
+    raw_value,
+    read_graph,
+    rebuild,
+    row_of,
+    spec_of,
+    value_of,
+)
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
@@ -34,7 +43,7 @@ from statewise._src.step.outside_writes import written_outside
 from statewise._src.step.passed_objects import Passed, WrittenArgument
 from statewise.errors import StructureError, UndeclaredWriteError
 
-__all__ = ["Eager", "Traced", "call_once", "check_output", "evaluating", "refuse_model", "refuse_writes", "trace"]
+__all__ = ["Eager", "Traced", "call_once", "check_not_model", "check_output", "check_writes", "evaluating", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,7 +201,7 @@ def call_once(
     by_kind = dict(zip(plan.kinds, parts, strict=True))
     values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan.spans]
     objects = rebuild(plan.graphdef, values, plan.several)
-    before = scan(objects, plan.names)
+    before = read_graph(objects, plan.names)
     try:
         # Where hijax Variables are the default, what is sown would be such, and `nnx.capture` would not know it.
         with nnx.var_defaults(hijax=False, ref=False):
@@ -203,8 +212,8 @@ def call_once(
         if refusal is None:
             raise
         raise refusal from error
-    refuse_model(out, before.leaves, name)
-    after = scan(objects, plan.names)
+    check_not_model(out, before.leaves, name)
+    after = read_graph(objects, plan.names)
     live = dict(zip(after.paths, after.leaves, strict=True))
     handed_out = assigned(plan, objects, before.leaves, live, capture, name)
     captured = capture.collect(plan, live, handed_out, out, sown)
@@ -247,7 +256,7 @@ def _arrays_after(
     return after
 
 
-def refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
+def check_not_model(out: Any, leaves: Sequence[Any], name: str) -> None:
     """Refuses an output that holds the model itself, or one of its Variables."""
     mine = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
 
@@ -258,7 +267,7 @@ def refuse_model(out: Any, leaves: Sequence[Any], name: str) -> None:
     for thing in jax.tree.leaves(out, is_leaf=is_object):
         if isinstance(thing, nnx.State) or not is_object(thing):
             continue  # an nnx.State of Variables is data: it comes back as one
-        held = scan([[thing]])
+        held = read_graph([[thing]])
         returned += [
             row_of(path[1:], leaf) for path, leaf in zip(held.paths, held.leaves, strict=True) if id(leaf) in mine
         ]
@@ -286,7 +295,7 @@ def check_output(leaves: Sequence[Any], name: str) -> None:
 ITS_OPTIMIZER = "written by its optimizer alone"
 
 
-def refuse_writes(
+def check_writes(
     plan: PlanTables,
     traced: Traced,
     allowed: frozenset[str],

@@ -21,7 +21,7 @@ from statewise._src.step.outside_writes import own_name
 from statewise._src.step.trace import Traced
 from statewise.errors import StatewiseWarning, StructureError
 
-__all__ = ["cautions_of", "objects_of", "refuse_untrained"]
+__all__ = ["cautions_of", "check_trains", "objects_of"]
 
 
 def objects_of(plan: PlanTables) -> tuple[Any, ...]:
@@ -46,7 +46,7 @@ def _reaching(plan: PlanTables, traced: Traced, spots: Sequence[tuple[str, int]]
     return differentiably_reached(traced.effects.jaxpr, [number in chosen for number in read])[0]
 
 
-def refuse_untrained(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> None:
+def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> None:
     """Raises where no leaf that a train step differentiates reaches its loss.
 
     Args:

@@ -21,7 +21,7 @@ from statewise._src.checkpoint.format.locate import find_with_base
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import records_of, unpacked
 from statewise._src.common.narrowing import as_jax
-from statewise._src.common.nnx_graph import arrays_of, raw_value, scan
+from statewise._src.common.nnx_graph import arrays_of, raw_value, read_graph
 from statewise._src.common.paths import Leaf
 from statewise._src.core.plan import Plan, State
 from statewise._src.core.state_data import check_fits, check_not_donated, is_deleted
@@ -157,7 +157,7 @@ def _of_model(model: Any, kinds: Mapping[str, Kind]) -> Side:
     """A model as it is: planned, but nothing taken out of it or copied."""
     objects = tuple(model) if isinstance(model, (tuple, list)) else (model,)
     plan = resolve_plan(kinds, objects)
-    found = scan(objects)
+    found = read_graph(objects)
     live = dict(zip(found.paths, found.leaves, strict=True))
     gone = [record.leaf() for record, _ in records_of(plan) if any(map(is_deleted, _values(live[record.path])))]
     if gone:

@@ -16,7 +16,7 @@ import numpy as np
 
 from statewise._src.checkpoint.format.checksums import is_spread
 from statewise._src.checkpoint.format.keys import OrbaxKeys, dtype_of
-from statewise._src.checkpoint.format.manifest import ArrayRecord, Buffer, LeafRecord
+from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, StoredBuffer
 from statewise._src.checkpoint.format.records import check_savable, records_of, unpacked
 from statewise._src.checkpoint.orbax.batching import no_collection
 from statewise._src.core.plan import State
@@ -57,7 +57,7 @@ class LaidOut(NamedTuple):
     """
 
     records: tuple[LeafRecord, ...]
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[StoredBuffer, ...]
     tree: dict[str, Any]
     sources: tuple[Any, ...]
     packed: tuple[tuple[np.ndarray, _Together], ...]
@@ -78,7 +78,7 @@ class _Arrangement(NamedTuple):
     records: tuple[LeafRecord, ...]
     arrays: tuple[tuple[str, int, ArrayRecord], ...]
     alone: tuple[tuple[Key, int], ...]
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[StoredBuffer, ...]
     together: tuple[_Together, ...]
     away: bool
 
@@ -157,11 +157,11 @@ def _arrange(plan: PlanTables, parts: Mapping[str, Sequence[Any]], layout: str) 
             stored.append(blank.stored_at(key, buffer, placement))
             arrays.append((record.kind, position, blank))
         records.append(record.holding(tuple(stored)))
-    _refuse_twins(records)
+    _check_twins(records)
     together = tuple(
         _Together(keys.apart("packed", *kin), tuple(members[kin]), tuple(found)) for kin, found in runs.items()
     )
-    buffers = tuple(Buffer(one.key, kin[1], sum(one.runs[-1])) for kin, one in zip(runs, together, strict=True))
+    buffers = tuple(StoredBuffer(one.key, kin[1], sum(one.runs[-1])) for kin, one in zip(runs, together, strict=True))
     platforms = {device.platform for part in parts.values() for array in part for device in _devices(array)}
     return _Arrangement(tuple(records), tuple(arrays), tuple(alone), buffers, together, bool(platforms - {"cpu"}))
 
@@ -209,7 +209,7 @@ def _axis(axes: Any) -> Any:
     return axes if axes is None or isinstance(axes, (str, list)) else str(axes)
 
 
-def _refuse_twins(records: Sequence[LeafRecord]) -> None:
+def _check_twins(records: Sequence[LeafRecord]) -> None:
     """Raises where two leaves have one path: a model's own `optimizer/params/0/count`, and that of its optimizer."""
     if len({record.id for record in records}) < len(records):
         counts = collections.Counter(record.id for record in records)

@@ -23,10 +23,10 @@ from statewise.errors import StatewiseError
 
 __all__ = [
     "ArrayRecord",
-    "Buffer",
     "KindRecord",
     "LeafRecord",
     "Manifest",
+    "StoredBuffer",
     "content_text",
     "leaves_text",
     "write_manifest",
@@ -146,7 +146,7 @@ def _nbytes(array: ArrayRecord) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Buffer:
+class StoredBuffer:
     """Several small arrays of one kind and dtype, one after the other, in one array of Orbax's tree."""
 
     key: tuple[str, ...]
@@ -186,7 +186,7 @@ class Manifest:
     layout: str
     kinds: Mapping[str, KindRecord]
     leaves: tuple[LeafRecord, ...]
-    buffers: tuple[Buffer, ...] = ()
+    buffers: tuple[StoredBuffer, ...] = ()
     base: Mapping[str, str] | None = None
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     digest: str = ""

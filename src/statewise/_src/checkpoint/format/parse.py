@@ -24,10 +24,10 @@ from statewise._src.checkpoint.format.manifest import (
     LARGEST,
     NAME,
     ArrayRecord,
-    Buffer,
     KindRecord,
     LeafRecord,
     Manifest,
+    StoredBuffer,
     content_text,
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
@@ -191,10 +191,10 @@ def _key(value: Any) -> tuple[str, ...]:
     return key
 
 
-def _buffer(value: Any) -> Buffer:
+def _buffer(value: Any) -> StoredBuffer:
     one = _dict(value, "buffers")
     _need(set(one) == {"key", "dtype", "elements"}, "a buffer has other fields")
-    return Buffer(_key(one["key"]), _dtype(one["dtype"]), _count(one["elements"], "the size of a buffer"))
+    return StoredBuffer(_key(one["key"]), _dtype(one["dtype"]), _count(one["elements"], "the size of a buffer"))
 
 
 def _path(value: Any) -> Path:
@@ -233,7 +233,7 @@ _LEAF_FIELDS = {"path", "kind", "type", "structure", "aliases", "arrays"}
 _ARRAY_FIELDS = {"within", "shape", "dtype", "prng", "stored", "key", "buffer", "sums", "placement"}
 
 
-def _leaf(value: Any, kinds: Mapping[str, KindRecord], buffers: Sequence[Buffer]) -> LeafRecord:
+def _leaf(value: Any, kinds: Mapping[str, KindRecord], buffers: Sequence[StoredBuffer]) -> LeafRecord:
     leaf = _dict(value, "leaves")
     if leaf.keys() != _LEAF_FIELDS:
         raise _Wrong("a leaf has other fields")
@@ -251,7 +251,7 @@ def _leaf(value: Any, kinds: Mapping[str, KindRecord], buffers: Sequence[Buffer]
     return LeafRecord(_path(leaf["path"]), kind, name, structure, arrays, tuple(map(_path, aliases)) if aliases else ())
 
 
-def _array(value: Any, buffers: Sequence[Buffer]) -> ArrayRecord:
+def _array(value: Any, buffers: Sequence[StoredBuffer]) -> ArrayRecord:
     one = _dict(value, "arrays")
     if one.keys() != _ARRAY_FIELDS:
         raise _Wrong("an array has other fields")

@@ -12,7 +12,7 @@ import numpy as np
 from statewise._src.checkpoint.format.keys import dtype_name, prng_of, type_name
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
 from statewise._src.checkpoint.format.per_device import placement_of
-from statewise._src.common.nnx_graph import ONE, Spec
+from statewise._src.common.nnx_graph import ONE, ArraySpec
 from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Path
 from statewise._src.core.plan import State
@@ -82,7 +82,7 @@ def _records(plan: PlanTables) -> list[Placed]:
     return placed
 
 
-def _record(plan: PlanTables, kind: str, position: int, within: Path, spec: Spec, devices: int) -> ArrayRecord:
+def _record(plan: PlanTables, kind: str, position: int, within: Path, spec: ArraySpec, devices: int) -> ArrayRecord:
     prng = prng_of(spec.dtype)
     stored: tuple[tuple[int, ...], str] | None = None
     if prng is not None:

@@ -25,7 +25,7 @@ from statewise._src.checkpoint.save import save
 from statewise._src.common.narrowing import Casts
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape
 from statewise._src.common.tables import Shown, Table, leaf_dict
-from statewise._src.core.batches import refuse_batch
+from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
 from statewise.errors import RestoreError, SaveError, StructureError
@@ -191,7 +191,7 @@ def convert(
             hint="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
         )
     if target is not None:
-        refuse_batch(target)
+        check_not_batch(target)
     if to == "statewise" and target is None:
         raise StructureError(
             "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import recognized, within
-from statewise._src.checkpoint.interop.sources import Entry, Source, is_linen
+from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.write import tree_handler
 from statewise._src.common.paths import Leaf, format_path
@@ -158,14 +158,14 @@ def _open_safetensors(path: FilePath) -> Source:
             (length,) = struct.unpack("<Q", raw.read(8))
             header = json.loads(raw.read(length))
     except (package.SafetensorError, OSError, ValueError) as error:
-        _refuse_other(path)
+        _check_other(path)
         raise CorruptedError(
             f"{path} is corrupted, or no safetensors file: {_first_line(error)}.",
             hint="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
         ) from error
     header.pop("__metadata__", None)
     entries = [
-        Entry(
+        SourceArray(
             name,
             tuple(name.split(".")),
             tuple(facts["shape"]),
@@ -194,7 +194,7 @@ def _open_safetensors(path: FilePath) -> Source:
     return Source(str(path), "safetensors", tuple(entries), read)
 
 
-def _refuse_other(path: FilePath) -> None:
+def _check_other(path: FilePath) -> None:
     """Raises where a file is of another format: then it is not corrupted."""
     try:
         found = recognized(path)
@@ -242,7 +242,7 @@ def _open_orbax(folder: Any) -> Source:
     entries, others = [], []
     for path, (_, value) in zip(paths, flat, strict=True):
         if getattr(value, "shape", None) is not None and getattr(value, "dtype", None) is not None:
-            entries.append(Entry(format_path(path), path, tuple(value.shape), str(np.dtype(value.dtype))))
+            entries.append(SourceArray(format_path(path), path, tuple(value.shape), str(np.dtype(value.dtype))))
         elif value is not None and not isinstance(value, dict):
             others.append(format_path(path))
 
@@ -257,7 +257,7 @@ def _is_value(node: Any) -> bool:
 
 
 def _read_orbax(
-    folder: Any, structure: Any, order: Sequence[str], entries: Sequence[Entry], names: Collection[str]
+    folder: Any, structure: Any, order: Sequence[str], entries: Sequence[SourceArray], names: Collection[str]
 ) -> dict[str, np.ndarray]:
     if not names:
         return {}

@@ -21,7 +21,7 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys
 from statewise._src.checkpoint.format.manifest import ArrayRecord
 from statewise._src.checkpoint.format.records import Placed, records_of
 from statewise._src.checkpoint.interop.export import Piece, collection_of, obstacles
-from statewise._src.checkpoint.interop.sources import ARRAY, Entry, Source, is_linen, known_collection
+from statewise._src.checkpoint.interop.sources import ARRAY, Source, SourceArray, is_linen, known_collection
 from statewise._src.checkpoint.renested import arguments, objects
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
@@ -47,7 +47,7 @@ class Fit:
     unexpected: list[str] = dataclasses.field(default_factory=list)
     hints: dict[str, None] = dataclasses.field(default_factory=dict)
     # Tied leaves that the source has under more than one of their paths: the leaf, what it is made of, another.
-    tied: list[tuple[Leaf, Entry, Entry]] = dataclasses.field(default_factory=list)
+    tied: list[tuple[Leaf, SourceArray, SourceArray]] = dataclasses.field(default_factory=list)
 
     def problem(self, leaf: Leaf, note: str, hint: str) -> None:
         """Notes what is in the way of one leaf."""
@@ -132,7 +132,7 @@ def fit_alone(source: Source, to: str, rename: Any) -> Fit:
     """Everything in the source as it is, under the names of the other format."""
     renamed, made = _renamed(source, rename), Fit()
     linen = is_linen(source.entries)
-    first: dict[str, Entry] = {}
+    first: dict[str, SourceArray] = {}
     for entry in source.entries:
         if first.setdefault(entry.name, entry) is not entry:
             made.problem(entry.leaf(), "has the same name as another in the source", _SAME_NAME)
@@ -182,8 +182,8 @@ class _Wanted:
     leaf: Leaf
     array: ArrayRecord
     position: int
-    entry: Entry | None
-    others: tuple[Entry, ...] = ()
+    entry: SourceArray | None
+    others: tuple[SourceArray, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -207,7 +207,7 @@ class _Fitter:
         self.cast = cast
         self.made = Fit()
         self.orbax = OrbaxKeys()
-        self.by_text: dict[str, Entry] = {}
+        self.by_text: dict[str, SourceArray] = {}
         self.has_values = {
             kind: not any(isinstance(array, jax.ShapeDtypeStruct) for array in target.part(kind).arrays)
             for kind in target.tables.kinds
@@ -233,7 +233,7 @@ class _Fitter:
             and not (to == "linen" and collection_of(leaf.type) is None and self.is_derived(leaf))
             for at, array in enumerate(placed.record.arrays)
         ]
-        self.refuse_doubles(wanted)
+        self.check_doubles(wanted)
         there = {one.placed.record.kind for one in wanted if one.entry is not None}
         for one in wanted:
             if one.entry is not None:
@@ -249,9 +249,9 @@ class _Fitter:
         entries = self.find(leaf, array)
         return _Wanted(placed, leaf, array, position, entries[0] if entries else None, tuple(entries[1:]))
 
-    def find(self, leaf: Leaf, array: ArrayRecord) -> list[Entry]:
+    def find(self, leaf: Leaf, array: ArrayRecord) -> list[SourceArray]:
         """The entries that a leaf is found in, under its first path and others."""
-        found: dict[str, Entry] = {}
+        found: dict[str, SourceArray] = {}
         collection = collection_of(leaf.type)
         for path in (leaf.path, *leaf.aliases):
             text = format_path(path + array.within)
@@ -266,7 +266,7 @@ class _Fitter:
                     break  # the next names are for where this one is not there
         return list(found.values())
 
-    def refuse_doubles(self, wanted: list[_Wanted]) -> None:
+    def check_doubles(self, wanted: list[_Wanted]) -> None:
         """Two leaves whose paths only look alike (`0` and `"0"`, `a.b` and `a/b`) would get one array."""
         first: dict[str, _Wanted] = {}
         for one in wanted:
@@ -315,13 +315,13 @@ class _Fitter:
         return "missing from the source" + (f", where {entry.name} is of another type" if entry else "")
 
     @functools.cached_property
-    def below(self) -> dict[str, Entry]:
+    def below(self) -> dict[str, SourceArray]:
         """What stands in the collections of Linen's variables, by its text without the collection."""
         parted = [(*text.partition("/"), entry) for text, entry in self.by_text.items()]
         known = {top for top in {top for top, *_ in parted} if known_collection(top)}
         return {rest: entry for top, _, rest, entry in parted if top in known}
 
-    def compare(self, one: _Wanted, entry: Entry) -> None:
+    def compare(self, one: _Wanted, entry: SourceArray) -> None:
         """Whether an entry has what a leaf wants."""
         shape, dtype = one.stored
         prng = one.array.prng

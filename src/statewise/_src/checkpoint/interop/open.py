@@ -14,7 +14,7 @@ from statewise._src.checkpoint.format.load import read_arrays
 from statewise._src.checkpoint.format.locate import find_with_base
 from statewise._src.checkpoint.format.manifest import NAME, ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.interop.foreign import items_with, open_path
-from statewise._src.checkpoint.interop.sources import Entry, Source
+from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise._src.checkpoint.orbax.paths import place_of
 from statewise._src.common.paths import format_path
 from statewise._src.filters.explain import as_code
@@ -78,10 +78,10 @@ def _open_statewise(folder: Any) -> Source:
     return Source(str(folder), "statewise", tuple(entries), read)
 
 
-def _entry(leaf: LeafRecord, one: ArrayRecord) -> Entry:
+def _entry(leaf: LeafRecord, one: ArrayRecord) -> SourceArray:
     path = leaf.path + one.within
     shape, dtype = one.on_disk if one.prng is not None else (one.shape, one.dtype)
-    return Entry(format_path(path), path, shape, dtype, leaf.kind, leaf.type, one.prng, leaf.aliases)
+    return SourceArray(format_path(path), path, shape, dtype, leaf.kind, leaf.type, one.prng, leaf.aliases)
 
 
 def _lent(folders: Sequence[Any], manifests: Sequence[Manifest]) -> Iterator[tuple[Any, Manifest, LeafRecord]]:

@@ -20,13 +20,13 @@ from statewise._src.checkpoint.format.keys import dtype_of, prng_of
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise.errors import StructureError
 
-__all__ = ["ARRAY", "Entry", "Source", "is_linen", "known_collection", "open_mapping"]
+__all__ = ["ARRAY", "Source", "SourceArray", "is_linen", "known_collection", "open_mapping"]
 
 ARRAY = "jax:Array"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class SourceArray:
     """One array of a source.
 
     Attributes:
@@ -73,7 +73,7 @@ class Source:
 
     name: str
     format: str
-    entries: tuple[Entry, ...]
+    entries: tuple[SourceArray, ...]
     read: Callable[[Collection[str]], dict[str, np.ndarray]]
     others: tuple[str, ...] = ()
 
@@ -87,7 +87,7 @@ def known_collection(name: Any) -> bool:
     return True
 
 
-def is_linen(entries: Sequence[Entry]) -> bool:
+def is_linen(entries: Sequence[SourceArray]) -> bool:
     """Whether these are Linen's variables: collections at the top, `params` among them or all of them known."""
     tops = {entry.path[0] for entry in entries if len(entry.path) > 1}
     return "params" in tops or (bool(tops) and all(known_collection(entry.path[0]) for entry in entries))
@@ -109,7 +109,7 @@ def open_mapping(tree: Mapping[Any, Any]) -> Source:
         if array.dtype.kind in "OUSMm":
             wrong.append(Leaf(path, None, type(value), None, None, note=f"holds {type(value).__name__}"))
             continue
-        entry = Entry(format_path(path), path, tuple(array.shape), str(array.dtype), prng=prng)
+        entry = SourceArray(format_path(path), path, tuple(array.shape), str(array.dtype), prng=prng)
         entries.append(entry)
         arrays[entry.name] = array
     if wrong:

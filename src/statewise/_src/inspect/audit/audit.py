@@ -20,7 +20,7 @@ from statewise._src.core.member_view import as_one, is_of_one_member
 from statewise._src.core.plan import State
 from statewise._src.core.templates import abstract
 from statewise._src.inspect.audit.result import Audit, LeafAudit
-from statewise._src.plan.packing import Buffer
+from statewise._src.plan.packing import PackedBuffer
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained, sharding_of_type
 from statewise._src.step.aot import no_state
@@ -29,11 +29,11 @@ from statewise._src.step.contract import Contract
 from statewise._src.step.definition import Definition
 from statewise._src.step.dependence import zero_gradients
 from statewise._src.step.function import called_as
-from statewise._src.step.operands import Route, numbers_of
+from statewise._src.step.operands import Operand, numbers_of
 from statewise._src.step.shard_map import traced_on_one
 from statewise._src.step.step import Step, definition_of
 from statewise._src.step.trace import Traced
-from statewise._src.step.warnings import cautions_of, refuse_untrained
+from statewise._src.step.warnings import cautions_of, check_trains
 from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
 
 __all__ = ["audit"]
@@ -158,8 +158,8 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
     error: StatewiseError | None = None
     try:
         with jax.disable_jit(False):
-            definition.refuse_writes(traced, contract, state, args, kwargs)
-        refuse_untrained(plan, traced, contract, step.fn, name)
+            definition.check_writes(traced, contract, state, args, kwargs)
+        check_trains(plan, traced, contract, step.fn, name)
     except (UndeclaredWriteError, StructureError) as refusal:
         error = refusal.with_traceback(None)
     warnings = tuple(cautions_of(plan, traced, contract, step.fn, name))
@@ -201,13 +201,13 @@ def _contents(plan: PlanTables) -> dict[tuple[int, int], tuple[list[int], bool]]
     found = {}
     for kind, contents in enumerate(plan.slots):
         for slot, content in enumerate(contents):
-            is_buffer = isinstance(content, Buffer)
-            positions: Sequence[int] = content.positions if isinstance(content, Buffer) else (content,)
+            is_buffer = isinstance(content, PackedBuffer)
+            positions: Sequence[int] = content.positions if isinstance(content, PackedBuffer) else (content,)
             found[kind, slot] = [plan.offsets[kind] + position for position in positions], is_buffer
     return found
 
 
-def _numbers(plan: PlanTables, routes: Sequence[Route]) -> set[int]:
+def _numbers(plan: PlanTables, routes: Sequence[Operand]) -> set[int]:
     contents = _contents(plan)
     return {number for route in routes for slot in route.slots for number in contents[route.kind, slot][0]}
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import Spec, spec_of
+from statewise._src.common.nnx_graph import ArraySpec, spec_of
 from statewise._src.common.paths import Path
 from statewise._src.inspect.lint.finding import Found, Rule
 from statewise._src.inspect.lint.subject import Subject
@@ -64,7 +64,7 @@ def _restarts_at_zero(subject: Subject, number: int) -> bool:
     return jaxpr is not None and _is_zero(jaxpr)
 
 
-def _restarted(subject: Subject, number: int) -> tuple[Kind | None, Spec | None]:
+def _restarted(subject: Subject, number: int) -> tuple[Kind | None, ArraySpec | None]:
     name = subject.claims[number]
     kind = subject.kinds[name] if name is not None else None
     value = subject.values[number]
@@ -73,7 +73,7 @@ def _restarted(subject: Subject, number: int) -> tuple[Kind | None, Spec | None]
     return kind, spec_of(value)
 
 
-def _traced(kind: Kind, spec: Spec, path: Path) -> Any:
+def _traced(kind: Kind, spec: ArraySpec, path: Path) -> Any:
     """The jaxpr of a kind's restart for an array of this shape; None where the function refuses it."""
     wants = takes(kind.restart)
     named: dict[str, Any] = {"path": path} if wants.path else {}

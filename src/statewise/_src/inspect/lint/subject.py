@@ -16,10 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ModelError, Scan, Spec, arrays_of, named, raw_value, row_of, scan
+from statewise._src.common.nnx_graph import (
+    ArraySpec,
+    ModelError,
+    ModelGraph,
+    arrays_of,
+    named,
+    raw_value,
+    read_graph,
+    row_of,
+)
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
-from statewise._src.core.batches import refuse_batch
+from statewise._src.core.batches import check_not_batch
 from statewise._src.core.kinds import Kinds
 from statewise._src.core.model_io import build
 from statewise._src.core.plan import Plan, State, tables_of
@@ -60,7 +69,7 @@ def look(objects: Sequence[Any], kinds: Any, decode_length: int | None, names: t
     plan = state.tables
     if kinds is not None and kinds != plan.kinds:
         raise DeclarationError("A plan is looked at by its own kinds.", hint="sw.lint(model, kinds=kinds)")
-    refuse_batch(state)
+    check_not_batch(state)
     if plan.per_device:
         state = _first_of_each(state)
     built = build(state.tables, state, copy=False)
@@ -82,7 +91,7 @@ def _first_of_each(state: StateData) -> StateData:
     )
 
 
-def _first(array: Any, spec: Spec) -> Any:
+def _first(array: Any, spec: ArraySpec) -> Any:
     if array.shape == spec.shape:
         return array
     if not is_readable(array):
@@ -114,9 +123,9 @@ class Subject:
     # --- leaves ------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def found(self) -> Scan:
+    def found(self) -> ModelGraph:
         """The objects, flattened; of a plan the leaves that it knows."""
-        found = scan(self.objects, self.names)
+        found = read_graph(self.objects, self.names)
         if self.plan is None:
             return found
         # Of abstract objects NNX takes shapes in containers (a tuple of raw arrays) for something static.
@@ -127,7 +136,7 @@ class Subject:
             for row in rows
         )
         paths = tuple(row.path for row in rows)
-        return Scan(self.plan.graphdef, paths, leaves, self.plan.several, self.names)
+        return ModelGraph(self.plan.graphdef, paths, leaves, self.plan.several, self.names)
 
     @functools.cached_property
     def types(self) -> tuple[type, ...]:

@@ -23,9 +23,9 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import (
     ONE,
+    ArraySpec,
     ModelError,
-    Scan,
-    Spec,
+    ModelGraph,
     arrays_of,
     make_leaf,
     raw_value,
@@ -56,7 +56,7 @@ class Slot:
 
     path: Path
     cls: type
-    specs: tuple[Spec | None, ...] | None
+    specs: tuple[ArraySpec | None, ...] | None
     structure: Any
 
     @property
@@ -130,7 +130,7 @@ def split(model: Any, kinds: Kinds | Any) -> tuple[nnx.GraphDef[Any], dict[str, 
     return graphdef, {name: nnx.from_flat_state(leaves) for name, leaves in flat.items()}
 
 
-def _slots(found: Scan) -> tuple[Slot, ...]:
+def _slots(found: ModelGraph) -> tuple[Slot, ...]:
     slots = []
     for path, leaf in zip(found.paths, found.leaves, strict=True):
         arrays, structure = arrays_of(raw_value(leaf))
@@ -138,7 +138,7 @@ def _slots(found: Scan) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def _exact_spec(array: Any) -> Spec | None:
+def _exact_spec(array: Any) -> ArraySpec | None:
     """A NumPy array's own dtype, float64 say, where `spec_of` tells what JAX would make of it."""
     spec = spec_of(array)
     return spec._replace(dtype=array.dtype) if spec and isinstance(array, (np.ndarray, np.generic)) else spec

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from statewise._src.common.nnx_graph import ModelError, Scan, row_of, scan
+from statewise._src.common.nnx_graph import ModelError, ModelGraph, read_graph, row_of
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise._src.common.tables import Shown, Table, leaf_dict
 from statewise._src.core.kinds import Kinds
@@ -21,7 +21,7 @@ from statewise.errors import DeclarationError
 __all__ = ["Explanation", "check_kinds", "count", "explain", "look", "select"]
 
 
-def look(model: Any) -> Scan:
+def look(model: Any) -> ModelGraph:
     """Flattens a model, or a tuple or list of objects, as it is, so that merging gives the same container back."""
     several = isinstance(model, (tuple, list))
     for position, thing in enumerate(model if several else ()):
@@ -30,7 +30,7 @@ def look(model: Any) -> Scan:
                 f"Object {position} is the class {thing.__name__}, not an instance of it.",
                 hint=f"{thing.__name__}(..., rngs=nnx.Rngs(0))",
             )
-    found = scan((model,))
+    found = read_graph((model,))
     if () in found.paths:
         raise ModelError(
             f"This is {_named(model)}, which holds no leaves at paths.", hint="pass a module, or {'name': variable}"
@@ -49,7 +49,7 @@ def _named(thing: Any) -> str:
     return f"a single {format_type(thing.var_type)}" if isinstance(thing, nnx.Variable) else type(thing).__name__
 
 
-def _seen(found: Scan, *filters: Filter) -> Sequence[Path]:
+def _seen(found: ModelGraph, *filters: Filter) -> Sequence[Path]:
     """Each leaf's path as these filters see it; a path in them that could mean one leaf or another is refused."""
     if all(map(type_only, filters)):
         return [found.relative(path) for path in found.paths]

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ONE, Scan, arrays_of, make_leaf, named, raw_value, scan, spec_of
+from statewise._src.common.nnx_graph import ONE, ModelGraph, arrays_of, make_leaf, named, raw_value, read_graph, spec_of
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.kinds import Kinds
@@ -87,7 +87,7 @@ def _snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str], the
         raise _traced()
     if isinstance(objects[0], State):
         return _of_state(objects[0])
-    found = scan(objects, names)
+    found = read_graph(objects, names)
     aliases = aliases_of(found.graphdef, found.paths, found.several, found.names)
     claims = _claims(kinds, found, aliases, there)
     leaves = []
@@ -113,7 +113,7 @@ def _of_state(state: State) -> Snapshot:
     return Snapshot(_printed(leaves), first, {})
 
 
-def _claims(kinds: Kinds, found: Scan, aliases: Mapping[Path, tuple[Path, ...]], there: bool) -> list[str]:
+def _claims(kinds: Kinds, found: ModelGraph, aliases: Mapping[Path, tuple[Path, ...]], there: bool) -> list[str]:
     """The kind of each leaf; unlike a plan it refuses none that no kind claims, or that two do."""
     claims_of = claimants(kinds)
     claims = []
