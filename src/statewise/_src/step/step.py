@@ -15,6 +15,7 @@ a call does no Python work that grows with the model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -78,7 +79,6 @@ class Step:
         # Not its annotations: they are of another call, with the model in the place of the state.
         functools.update_wrapper(self, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
         del self.__dict__["__wrapped__"]
-        self.fn = fn
         self._definition = Definition(
             fn,
             getattr(fn, "__name__", type(fn).__name__),
@@ -92,6 +92,15 @@ class Step:
         self._entries: dict[Any, dict[Any, CompiledStep]] = {}
         self._recent: dict[Any, dict[Any, CompiledStep]] = {}
         self._only: dict[Any, CompiledStep] = {}
+
+    @property
+    def fn(self) -> Any:
+        """The function; another one may be put in its place, as a test does to count traces."""
+        return self._definition.fn
+
+    @fn.setter
+    def fn(self, fn: Callable[..., Any]) -> None:
+        self._definition = dataclasses.replace(self._definition, fn=fn)
 
     def __repr__(self) -> str:
         return f"<sw.{self._definition.decorator} {self._definition.name}>"
