@@ -244,5 +244,5 @@ def test_a_model_of_layers_has_the_zeros_of_nnx_grad() -> None:
     grads = dict(nnx.to_flat_state(nnx.jit(nnx.grad(loss_of))(model, x, tokens)))
     zero = {path for path, grad in grads.items() if not np.any(np.asarray(grad[...]))}
     assert {row.path for row in audit.untrained} == zero
-    assert {row.path[0] for row in audit.untrained} == {"excluded", "gate"}
+    assert {row.path[0] for row in audit.untrained} == {"dropout", "gate"}
     assert len(audit["params"]) == len(grads)

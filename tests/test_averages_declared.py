@@ -45,7 +45,7 @@ class Unhashable:
 def test_a_decay_that_is_no_number_is_refused(decay: Any, shown: str) -> None:
     with refused(
         sw.DeclarationError,
-        f"decay={shown} is no number in [0, 1), nor a function of the number of updates.",
+        f"decay={shown} is not a number in [0, 1), nor a function of the number of updates.",
         hint=f"sw.EMA(0.999), or {SCHEDULE}",
     ):
         sw.EMA(decay)
@@ -61,11 +61,11 @@ def test_a_schedule_that_cannot_be_hashed_is_refused() -> None:
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:
-    with refused(sw.DeclarationError, "name=int(...) is no text.", hint="sw.EMA(0.999, name='ema')"):
+    with refused(sw.DeclarationError, "name=int(...) is not a string.", hint="sw.EMA(0.999, name='ema')"):
         sw.EMA(0.9, name=3)
     with refused(
         sw.DeclarationError,
-        "'a b' cannot name a kind: it is no Python identifier.",
+        "'a b' cannot name a kind: it is not a Python identifier.",
         kind="a b",
         hint="a name of letters, digits and underscores, such as 'params'",
     ):
@@ -75,7 +75,7 @@ def test_a_name_that_is_no_text_is_refused() -> None:
 @pytest.mark.parametrize(("dtype", "shown"), [(jnp.int32, "int32"), ("float33", "'float33'"), (3, "int")])
 def test_a_dtype_of_no_floating_point_numbers_is_refused(dtype: Any, shown: str) -> None:
     with refused(
-        sw.DeclarationError, f"dtype={shown} is no floating-point dtype.", hint="sw.EMA(0.999, dtype=jnp.float32)"
+        sw.DeclarationError, f"dtype={shown} is not a floating-point dtype.", hint="sw.EMA(0.999, dtype=jnp.float32)"
     ):
         sw.EMA(0.9, dtype=dtype)
 

@@ -131,7 +131,7 @@ def test_a_placement_that_is_a_function_is_folded_leaf_by_leaf() -> None:
     assert (state["stats"]["mean"].shape, state["stats"]["half"].shape) == ((4, 2), (2,))
     one = state.reduce_devices("stats")
     assert (one["stats"]["mean"].shape, one["stats"]["half"].shape) == ((2,), (2,))
-    assert one.plan.kinds["stats"].handling() == "placement=some, folded"
+    assert one.plan.kinds["stats"].handling() == "placement=some, reduced"
     assert one.plan.take(Own(), mesh=MESH).plan is one.plan
 
 

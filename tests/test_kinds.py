@@ -148,7 +148,7 @@ def test_the_standard_kinds_are_those_of_the_design() -> None:
 def test_a_name_that_is_no_identifier(name: str) -> None:
     with refused(
         sw.DeclarationError,
-        f"{name!r} cannot name a kind: it is no Python identifier.",
+        f"{name!r} cannot name a kind: it is not a Python identifier.",
         kind=name,
         hint="a name of letters, digits and underscores, such as 'params'",
     ):
@@ -192,7 +192,7 @@ def test_names_in_any_script_stand() -> None:
 )
 def test_a_filter_in_the_place_of_a_kind(given_: Any, shown: str) -> None:
     with refused(
-        sw.DeclarationError, f"params={shown} is no Kind.", kind="params", hint=f"sw.Kinds(params=sw.Kind({shown}))"
+        sw.DeclarationError, f"params={shown} is not a Kind.", kind="params", hint=f"sw.Kinds(params=sw.Kind({shown}))"
     ):
         sw.Kinds(params=given_)
 
@@ -233,54 +233,54 @@ def test_two_kinds_claim_the_rest() -> None:
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        ({"missing": "never"}, "missing='never' is none of 'error', 'keep', 'restart'.", "missing='error'"),
+        ({"missing": "never"}, "missing='never' is not one of 'error', 'keep', 'restart'.", "missing='error'"),
         (
             {"missing": "restart"},
-            "missing='restart' needs to know how a fresh value is made.",
+            "missing='restart' needs a function that makes a fresh value.",
             "sw.Kind(nnx.Cache, missing='restart', restart=jnp.zeros_like)",
         ),
-        ({"restart": 0}, "restart=0 is no function of one array.", "sw.Kind(nnx.Cache, restart=jnp.zeros_like)"),
+        ({"restart": 0}, "restart=0 is not a function of one array.", "sw.Kind(nnx.Cache, restart=jnp.zeros_like)"),
         (
             {"restart": Unhashable()},
             "restart=Unhashable(...) cannot be hashed, as every part of a declaration must be.",
             "sw.Kind(nnx.Cache, restart=lambda array: ...)",
         ),
-        ({"batch_axis": True}, "batch_axis=True is no axis.", "batch_axis=0"),
-        ({"batch_axis": "0"}, "batch_axis='0' is no axis.", "batch_axis=0"),
-        ({"batch_axis": 0.0}, "batch_axis=0.0 is no axis.", "batch_axis=0"),
+        ({"batch_axis": True}, "batch_axis=True is not an axis.", "batch_axis=0"),
+        ({"batch_axis": "0"}, "batch_axis='0' is not an axis.", "batch_axis=0"),
+        ({"batch_axis": 0.0}, "batch_axis=0.0 is not an axis.", "batch_axis=0"),
         (
             {"placement": "data"},
-            "placement='data' is no placement, nor a function that returns one.",
+            "placement='data' is not a placement, nor a function that returns one.",
             "placement=sw.Sharded('data')",
         ),
         (
             {"placement": jax.P("data", None)},
-            f"placement={jax.P('data', None)!r} is no placement, nor a function that returns one.",
+            f"placement={jax.P('data', None)!r} is not a placement, nor a function that returns one.",
             "placement=sw.Sharded('data', None)",
         ),
         (
             {"placement": "fsdp"},
-            "placement='fsdp' is no placement, nor a function that returns one.",
+            "placement='fsdp' is not a placement, nor a function that returns one.",
             "placement=sw.Sharded('fsdp')",
         ),
         (
             {"placement": (None, ("data", "model"))},
-            "placement=tuple is no placement, nor a function that returns one.",
+            "placement=tuple is not a placement, nor a function that returns one.",
             "placement=sw.Sharded(None, ('data', 'model'))",
         ),
         (
             {"placement": (1, 2)},
-            "placement=tuple is no placement, nor a function that returns one.",
+            "placement=tuple is not a placement, nor a function that returns one.",
             "placement=sw.Sharded('data')",
         ),
         (
             {"placement": jnp.ones(3)},
-            f"placement={type(jnp.ones(3)).__name__} is no placement, nor a function that returns one.",
+            f"placement={type(jnp.ones(3)).__name__} is not a placement, nor a function that returns one.",
             "placement=sw.Sharded('data')",
         ),
         (
             {"placement": sw.Replicated},
-            "placement=Replicated is no placement, nor a function that returns one.",
+            "placement=Replicated is not a placement, nor a function that returns one.",
             "placement=sw.Replicated()",
         ),
         (

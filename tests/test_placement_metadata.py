@@ -102,17 +102,17 @@ def test_rules_are_data() -> None:
 @pytest.mark.parametrize(
     "rules, message, hint",
     [
-        ([("a", "x"), ("a", None)], "Two rules for 'a' disagree: 'x' and None.", "one rule for 'a'"),
-        ("ab", "A str is no list of rules.", "sw.FromMetadata([('embed', 'data'), ('heads', None)])"),
-        ({"a": "x"}, "A dict is no list of rules.", "sw.FromMetadata([('embed', 'data'), ('heads', None)])"),
+        ([("a", "x"), ("a", None)], "Two rules for 'a' contradict each other: 'x' and None.", "one rule for 'a'"),
+        ("ab", "A str is not a list of rules.", "sw.FromMetadata([('embed', 'data'), ('heads', None)])"),
+        ({"a": "x"}, "A dict is not a list of rules.", "sw.FromMetadata([('embed', 'data'), ('heads', None)])"),
         (
             [("a",)],
-            "('a',) is no rule: a logical name and a mesh axis.",
+            "('a',) is not a rule: a logical name and a mesh axis.",
             "sw.FromMetadata([('embed', 'data'), ('heads', None)])",
         ),
         (
             [("a", 1)],
-            "('a', 1) is no rule: a logical name and a mesh axis.",
+            "('a', 1) is not a rule: a logical name and a mesh axis.",
             "sw.FromMetadata([('embed', 'data'), ('heads', None)])",
         ),
     ],
@@ -140,13 +140,13 @@ def test_rules_that_cannot_stand(rules: Any, message: str, hint: str) -> None:
         (
             {"out_sharding": ("embed", "mlp")},
             [("embed", "data"), ("mlp", "data")],
-            "Sharded('data', 'data') splits an array twice over 'data'",
+            "Sharded('data', 'data') shards an array twice over 'data'",
             "name 'data' once, None elsewhere",
         ),
         (
             {"out_sharding": ("embed", None), "sharding_rules": (("embed", "model"),)},
             [("embed", "data")],
-            "Two rules for 'embed' disagree: 'data' and 'model'",
+            "Two rules for 'embed' contradict each other: 'data' and 'model'",
             "one rule for 'embed'",
         ),
         (

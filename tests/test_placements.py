@@ -88,15 +88,15 @@ def test_the_treatment_names_the_placement(placement: Any, words: str) -> None:
 @pytest.mark.parametrize(
     "make, message, hint",
     [
-        (lambda: sw.Sharded(0), "0 is no name of a mesh axis.", "sw.Sharded('data', None)"),
-        (lambda: sw.Sharded(("a", 1)), "1 is no name of a mesh axis.", "sw.Sharded('data', None)"),
+        (lambda: sw.Sharded(0), "0 is not the name of a mesh axis.", "sw.Sharded('data', None)"),
+        (lambda: sw.Sharded(("a", 1)), "1 is not the name of a mesh axis.", "sw.Sharded('data', None)"),
         (
             lambda: sw.Sharded("a", ("b", "a")),
-            "Sharded('a', ('b', 'a')) splits an array twice over 'a'.",
+            "Sharded('a', ('b', 'a')) shards an array twice over 'a'.",
             "name 'a' once, None elsewhere",
         ),
-        (lambda: sw.Sharded("a", memory=1), "memory=1 is no kind of memory.", "memory='pinned_host'"),
-        (lambda: sw.PerDevice("a", memory=1), "memory=1 is no kind of memory.", "memory='pinned_host'"),
+        (lambda: sw.Sharded("a", memory=1), "memory=1 is not a memory kind.", "memory='pinned_host'"),
+        (lambda: sw.PerDevice("a", memory=1), "memory=1 is not a memory kind.", "memory='pinned_host'"),
         (sw.PerDevice, "PerDevice() does not name the axes of a mesh, each once.", "sw.PerDevice('data')"),
         (
             lambda: sw.PerDevice("a", 1),
@@ -110,7 +110,7 @@ def test_the_treatment_names_the_placement(placement: Any, words: str) -> None:
         ),
         (
             lambda: sw.PerDevice("a", resize="sum"),
-            "resize='sum' does not say what becomes of the values on another number of devices.",
+            "resize='sum' is not one of 'error', 'mean', 'first'.",
             "resize='mean'  # or 'first', or 'error'",
         ),
     ],

@@ -150,7 +150,7 @@ def test_axes_map_whole_kinds() -> None:
 @pytest.mark.parametrize("axis", ["0", True, 0.0])
 def test_no_axis(axis: Any) -> None:
     plan = sw.plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-    with refused(sw.DeclarationError, f"stats={axis!r} is no axis.", kind="stats", hint="plan.axes(stats=0)"):
+    with refused(sw.DeclarationError, f"stats={axis!r} is not an axis.", kind="stats", hint="plan.axes(stats=0)"):
         plan.axes(stats=axis)
 
 

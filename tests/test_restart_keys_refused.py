@@ -178,7 +178,7 @@ def test_hints_for_leaves_without_slots_can_be_followed() -> None:
 def test_missing_restart_takes_no_key() -> None:
     with refused(
         sw.DeclarationError,
-        "missing='restart' calls restart without a key, and this one takes a key.",
+        "missing='restart' calls restart without a key, but this one takes a key.",
         hint="sw.Kind(nnx.Param, missing='keep', restart=...)\n"
         "and after the restore: state.restart(..., key=jax.random.key(0))",
     ):

@@ -131,7 +131,7 @@ def test_a_number_of_members_that_is_none(count: Any) -> None:
 
 
 def test_axes_that_are_none() -> None:
-    with refused(sw.DeclarationError, "params='0' is no axis.", kind="params", hint="plan.stacked(8, params=0)"):
+    with refused(sw.DeclarationError, "params='0' is not an axis.", kind="params", hint="plan.stacked(8, params=0)"):
         SMALL.stacked(3, params="0")
     with pytest.raises(sw.DeclarationError, match="There is no kind 'gates'"):
         SMALL.stacked(3, gates=0)

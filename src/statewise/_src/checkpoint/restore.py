@@ -64,9 +64,9 @@ def restore(
       the state, of the target's plan, and what happened to each leaf.
 
     Raises:
-      RestoreError: target and checkpoint disagree: leaves missing, left over, of another kind, type, shape, dtype or
-        structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was read then.  A cast
-        that would lose numbers: rounding is fine, overflow is not.
+      RestoreError: target and checkpoint contradict each other: leaves missing, left over, of another kind, type,
+        shape, dtype or structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was
+        read then.  A cast that would lose numbers: rounding is fine, overflow is not.
       CorruptedError: files or arrays that are not what was written; each is named.
       DeclarationError: `only` names a kind that is not there, or one that is never saved.
 

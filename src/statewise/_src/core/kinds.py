@@ -1,6 +1,6 @@
 """Kinds: the ordered declaration for one program.
 
-Pure data, like each `Kind` in it: equal by value, hashable, and nothing happens when one is made.  Everything else
+It is pure data, like each `Kind` in it: equal by value, hashable, and creating one has no effect.  Everything else
 reads it through a plan, which resolves it against a model.
 """
 
@@ -23,20 +23,20 @@ from statewise.errors import DeclarationError
 
 __all__ = ["Kinds", "plan"]
 
-# Words that a kind may not be called: they name something else where kinds are named.
+# Names that a kind cannot have: where kinds are passed by name, these are other arguments.
 RESERVED = frozenset({"self", "objects", "mesh", "copy"})
 
 
 class Kinds(Mapping[str, Kind]):
     """The ordered declaration of the kinds of one program.
 
-    A mapping from names to kinds, immutable, equal by value (order included) and hashable.
+    A mapping from names to kinds: immutable, hashable, and equal by value, order included.
 
     Args:
       **kinds: the kinds by name.  A name is a Python identifier.
 
     Raises:
-      DeclarationError: a name that cannot stand, a value that is no `Kind`, or two kinds that both claim the rest.
+      DeclarationError: a name is not allowed, a value is not a `Kind`, or two kinds both claim the rest.
 
     Example:
       >>> from flax import nnx
@@ -55,7 +55,7 @@ class Kinds(Mapping[str, Kind]):
             _check_name(name)
             if not isinstance(kind, Kind):
                 raise DeclarationError(
-                    f"{name}={shown(kind)} is no Kind.", kind=name, hint=f"sw.Kinds({name}=sw.Kind({shown(kind)}))"
+                    f"{name}={shown(kind)} is not a Kind.", kind=name, hint=f"sw.Kinds({name}=sw.Kind({shown(kind)}))"
                 )
         rests = [name for name, kind in kinds.items() if kind.rest]
         if len(rests) > 1:
@@ -68,11 +68,11 @@ class Kinds(Mapping[str, Kind]):
 
     @classmethod
     def standard(cls) -> Kinds:
-        """The kinds of everything that NNX ships, so that a newcomer declares nothing.
+        """Returns kinds for every Variable type that NNX ships, so that a newcomer need not declare any.
 
-        `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
-        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for all the rest: plain
-        `nnx.Variable`, every subclass not named before, raw arrays.
+        They are `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
+        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for the rest: plain `nnx.Variable`, all
+        other subclasses, and raw arrays.
 
         Example:
           >>> import statewise as sw
@@ -97,14 +97,14 @@ class Kinds(Mapping[str, Kind]):
         return name in self._kinds
 
     def __eq__(self, other: object) -> bool:
-        # Unlike a dict's, the order counts: tables and states follow it.
+        # Unlike in a dict, the order matters: tables and states follow it.
         return isinstance(other, Kinds) and list(self._kinds.items()) == list(other._kinds.items())
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Made anew: in another process the hashes of types are others.
+        # Built again on load: in another process the hashes of types differ.
         return functools.partial(Kinds, **self._kinds), ()
 
     def __repr__(self) -> str:
@@ -117,13 +117,13 @@ class Kinds(Mapping[str, Kind]):
         return Kinds(**{**self._kinds, **other._kinds})
 
     def replace(self, /, **kinds: Kind | Any) -> Kinds:
-        """These kinds with some of them changed, in the same order.
+        """Returns these kinds with some of them replaced, in the same order.
 
         Args:
-          **kinds: new declarations of kinds that are there; use `|` to add one.
+          **kinds: new declarations of existing kinds; use `|` to add a kind.
 
         Raises:
-          DeclarationError: a name that is not among these kinds.
+          DeclarationError: a kind does not exist.
 
         Example:
           >>> import statewise as sw
@@ -145,15 +145,15 @@ class Kinds(Mapping[str, Kind]):
         averages: Mapping[Any, Any] | Any = None,
         **named: Any,
     ) -> Plan:
-        """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
+        """Resolves these kinds against a model, or several objects: each leaf belongs to exactly one kind.
 
         Args:
           *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
-          optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
-          averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them: each becomes a kind of its own,
-            which follows these kinds wherever a train step updates them.
-          **named: the objects by name instead, `policy=policy, reference=reference`: the name is then the first segment
-            of their paths, for filters as in print.  Steps get them in this order.
+          optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+          averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.  Each average becomes a kind of
+            its own, and follows the kinds it tracks wherever a train step updates them.
+          **named: the objects by name instead, as in `policy=policy, reference=reference`.  The name is then the first
+            segment of their paths, both in filters and in print.  Steps get the objects in this order.
 
         Returns:
           the plan; equal plans are one object.
@@ -161,11 +161,11 @@ class Kinds(Mapping[str, Kind]):
         Raises:
           UnclaimedError: leaves that no kind claims, all of them.
           OverlapError: leaves that several kinds claim, all of them.
-          DeclarationError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats;
-            two optimizers for one kind, two averages of one name; a kind that spells a path which is not there; objects
-            given by position and by name.
-          FilterError: a path that could mean one leaf or another.
-          StructureError: no objects, no leaves, a class instead of an instance.
+          DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not
+            hold floats; two optimizers for one kind, or two averages of one name; a kind with a path that does not
+            exist; objects given both by position and by name.
+          FilterError: a path is ambiguous.
+          StructureError: there are no objects or no leaves, or a class is given instead of an instance.
 
         Example:
           >>> import optax
@@ -182,7 +182,7 @@ class Kinds(Mapping[str, Kind]):
 def _check_name(name: str) -> None:
     if not name.isidentifier() or keyword.iskeyword(name):
         raise DeclarationError(
-            f"{name!r} cannot name a kind: it is no Python identifier.",
+            f"{name!r} cannot name a kind: it is not a Python identifier.",
             kind=name,
             hint="a name of letters, digits and underscores, such as 'params'",
         )
@@ -215,18 +215,18 @@ def plan(
 
     Args:
       *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
-      optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
-      averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them.
-      **named: the objects by name, instead of by position: paths then begin with the name.
+      optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+      averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.
+      **named: the objects by name instead; paths then begin with the name.
 
     Returns:
       the plan.
 
     Raises:
-      OverlapError: leaves that two of the standard kinds claim (a type that derives from both).
-      DeclarationError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats; two
-        optimizers for one kind, two averages of one name.
-      StructureError: no objects, no leaves, a class instead of an instance.
+      OverlapError: leaves that two of the standard kinds claim (their type derives from both types).
+      DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not hold
+        floats; two optimizers for one kind, or two averages of one name.
+      StructureError: there are no objects or no leaves, or a class is given instead of an instance.
 
     Example:
       >>> from flax import nnx

@@ -69,7 +69,7 @@ def transfer(
       StructureError: leaves that the source does not have, or has of another type, shape or dtype, or tied otherwise;
         all are listed, and nothing has moved.  Values of each device where one is wanted; a donated or abstract source;
         a cast that would lose numbers.
-      DeclarationError: a kind that is not there; a cast that is no floating-point dtype.
+      DeclarationError: a kind that is not there; a cast that is not a floating-point dtype.
       PlacementError: leaves that cannot be placed on the mesh, all of them.
 
     Example:

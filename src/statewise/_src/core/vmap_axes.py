@@ -73,7 +73,7 @@ def _check_given(plan: PlanTables, given: Mapping[str, Any], call: str) -> None:
         if kind not in plan.kinds:
             raise unknown_kind(kind, plan.kinds)
         if not (callable(axis) or _is_axis(axis)):
-            raise DeclarationError(f"{kind}={axis!r} is no axis.", kind=kind, hint=call.format(f"{kind}=0"))
+            raise DeclarationError(f"{kind}={axis!r} is not an axis.", kind=kind, hint=call.format(f"{kind}=0"))
 
 
 def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:
