@@ -57,7 +57,7 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
-# The doctests of every module and the code of README.md and docs/ are tests like any other (tests/test_doctests.py).
+# The doctests of every module and the code of README.md and docs/ are tests like any other (tests/docs/test_doctests.py).
 tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
@@ -71,7 +71,7 @@ browser-tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q tests/report $(PYTEST_ARGS)
 
 # The site, into site/: open site/index.html.  Strict: a broken link, or a page outside the navigation, fails.
-# That it builds, and that all code on its pages runs, are tests (tests/test_docs.py, tests/test_doctests.py).
+# That it builds, and that all code on its pages runs, are tests (tests/docs/).
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m mkdocs build --strict
 

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from audited import Net, X, loss_of, where
 from refusals import refused
-from test_audit import Net, X, loss_of, where
 
 
 def nnx_train(model: Net, optimizer: nnx.Optimizer[Net], x: jax.Array, scale: float = 1.0) -> jax.Array:

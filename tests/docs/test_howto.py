@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HOWTO = Path(__file__).parent.parent / "docs" / "howto"
+HOWTO = Path(__file__).parents[2] / "docs" / "howto"
 PAGES = sorted(HOWTO.glob("*.md"))
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""One of several processes that save and restore a state together; run by test_processes.py."""
+"""One of several processes that save and restore a state together; run by test_save_together.py."""
 
 from __future__ import annotations
 

@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from made_memory import LEAVES, SIDE
+from programs.made_memory import LEAVES, SIDE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = LEAVES * SIDE * SIDE * 4
 
 
 def measured(how: str) -> tuple[int, int]:
     """Bytes that a process took to make the model, and what one device of eight holds of it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
-    command = [sys.executable, str(ROOT / "tests/made_memory.py"), how]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests/helpers")])}
+    command = [sys.executable, str(ROOT / "tests/helpers/programs/made_memory.py"), how]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     grown, largest = map(int, printed.split())
     return grown, largest

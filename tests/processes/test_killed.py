@@ -18,8 +18,9 @@ import statewise as sw
 from damaging import model, plan, state, words
 from refusals import refused
 
-PROGRAM = Path(__file__).parent.parent / "keep_killed.py"
-PATHS = (PROGRAM.parent, PROGRAM.parent.parent / "src")
+TESTS = Path(__file__).parents[1]
+PROGRAM = TESTS / "helpers/programs/keep_killed.py"
+PATHS = (TESTS / "helpers", TESTS.parent / "src")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PATHS)), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 SAYS_WHERE = "free some space, or choose a directory that can be written to"
 

@@ -17,7 +17,7 @@ from flax import nnx
 
 import statewise as sw
 from refusals import refused
-from test_watch import FROZEN, Net, Tied, X, Y, hows, make, paths
+from watched import FROZEN, Net, Tied, X, Y, hows, make, paths
 
 # --- what can be watched, and by which kinds ---------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 
 from statewise._src.inspect.lint.lint import RULES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "lint.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "lint.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^##? |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -19,7 +19,7 @@ def test_the_page_explains_the_traps_that_there_are() -> None:
 
 @pytest.mark.parametrize("code", [rule.code for rule in RULES])
 def test_a_section_has_a_repro_and_a_hint(code: str) -> None:
-    # tests/test_doctests.py runs them.
+    # tests/docs/test_doctests.py runs them.
     before, *blocks = re.split(r"^```python\n", SECTIONS[code], flags=re.MULTILINE)
     run = "".join(block.partition("\n```")[0] for block in blocks)
     assert len(before.split()) > 5

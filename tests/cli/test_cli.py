@@ -13,7 +13,7 @@ import pytest
 
 from statewise.cli import main
 
-SOURCE = Path(__file__).parent.parent / "src"
+SOURCE = Path(__file__).parents[2] / "src"
 MODELS = """
 import jax.numpy as jnp
 from flax import nnx

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from checkpoint.test_meshes import assert_same, bits
 from disagreeing import check_refused
+from large_states import assert_same, bits
 from meshes import by_key
 from signing import content_of, corrupted, rewritten
 

@@ -12,8 +12,8 @@ if __name__ == "__main__":  # imported by a test, this changes nothing there
 import jax
 
 import statewise as sw
-from checkpoint.test_meshes import large_plan, mesh_of
-from made_memory import used
+from large_states import large_plan, mesh_of
+from programs.made_memory import used
 
 
 def main(path: str, shape: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """Which leaves a step writes, found in small NNX models under every transform of NNX, in graph and in tree mode.
 
 Three answers must be the same each time: the one written down here, what the step's trace says, and which leaves
-have changed after NNX itself ran the function.  (What the contract says about it: test_contracts.py.)
+have changed after NNX itself ran the function.  (What the contract says about it: test_contract.py.)
 """
 
 from __future__ import annotations

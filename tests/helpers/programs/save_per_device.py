@@ -1,4 +1,4 @@
-"""One of several processes that train with a value of its own on each device; run by test_processes.py."""
+"""One of several processes that train with a value of its own on each device; run by test_save_together.py."""
 
 from __future__ import annotations
 

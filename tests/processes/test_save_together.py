@@ -13,21 +13,21 @@ import numpy as np
 import optax
 
 import statewise as sw
-from checkpoint import process_perdevice
-from checkpoint.process import make
+from programs import save_per_device
+from programs.save_together import make
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_together(count: int, folder: Path, script: str = "process.py") -> list[str]:
+def run_together(count: int, folder: Path, script: str = "save_together.py") -> list[str]:
     """Runs a script so many times at once; what each of them printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests/helpers")])}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/checkpoint" / script), str(number), str(count), port, str(folder)],
+            [sys.executable, str(ROOT / "tests/helpers/programs" / script), str(number), str(count), port, str(folder)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -58,15 +58,15 @@ def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
 
 
 def test_two_processes_save_the_values_of_each_device_and_one_restores_them(tmp_path: Path) -> None:
-    printed = run_together(2, tmp_path, "process_perdevice.py")
+    printed = run_together(2, tmp_path, "save_per_device.py")
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
     kinds, four = (jax.sharding.AxisType.Auto,), jax.devices()[:4]
     mesh = jax.make_mesh((4,), ("data",), axis_types=kinds, devices=four)
-    expected = process_perdevice.trained(mesh)  # the same four devices, all in this process
-    found, report = sw.restore(tmp_path / "together", process_perdevice.plan().abstract(mesh))
+    expected = save_per_device.trained(mesh)  # the same four devices, all in this process
+    found, report = sw.restore(tmp_path / "together", save_per_device.plan().abstract(mesh))
     assert report.counts["stats"] == {"restored": 2}
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        for ours, theirs in zip(process_perdevice.here(one), process_perdevice.here(other), strict=True):
+        for ours, theirs in zip(save_per_device.here(one), save_per_device.here(other), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
     mean = np.asarray(found["stats"]["norm"]["mean"])
     assert not np.array_equal(mean[0], mean[3])  # of devices of different processes

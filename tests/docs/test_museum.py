@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from test_doctests import FENCE, PARSER, code_blocks
+from code_blocks import FENCE, PARSER, code_blocks
 
-MUSEUM = Path(__file__).parent.parent / "docs" / "museum"
+MUSEUM = Path(__file__).parents[2] / "docs" / "museum"
 PAGES = sorted(path for path in MUSEUM.glob("*.md") if path.name != "README.md")
 PARTS = (r"On (NNX|Orbax|NNX and Orbax) alone", r"What Statewise says", r"Done right")
 THREAD = re.compile(r"\b[\w.-]+/[\w.-]+#\d+\b")

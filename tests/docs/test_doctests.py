@@ -22,11 +22,11 @@ from pathlib import Path
 import jax
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from code_blocks import PARSER, code_blocks
+
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-PARSER = doctest.DocTestParser()
-FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -71,15 +71,6 @@ def test_docstring(
     monkeypatch.chdir(tmp_path)  # an example that writes a file leaves none in the repository
     module = importlib.import_module(module_name(file))
     run_doctest(text, dict(vars(module)), name or module.__name__, file, line)
-
-
-def code_blocks(text: str) -> Iterator[tuple[str, int]]:
-    """Yields each ```python block that is to be run, dedented, with the line (from 0) its code starts on."""
-    for match in FENCE.finditer(text):
-        if match["info"].split() == ["python"]:
-            indent = len(match["indent"])
-            code = "".join(line[indent:] for line in match["code"].splitlines(keepends=True))
-            yield code, text.count("\n", 0, match.start("code"))
 
 
 def run_markdown(file: Path, module: types.ModuleType) -> int:

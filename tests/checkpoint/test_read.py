@@ -79,7 +79,7 @@ def test_what_goes_to_devices_of_one_process_is_read_once(
     spread = NamedSharding(mesh, PartitionSpec("data"))
     target = jax.tree.map(lambda array: jax.device_put(array, spread) if array.size == 16 else array, state)
     restored, _ = sw.restore(tmp_path / "first", target)
-    assert (sorted(opened), by_orbax) == (["many", "one"], [])  # several processes: test_processes.py
+    assert (sorted(opened), by_orbax) == (["many", "one"], [])  # several processes: test_save_together.py
     assert restored["params"]["many"].sharding == spread
     np.testing.assert_array_equal(restored["params"]["many"], np.arange(16.0))
 
