@@ -295,3 +295,28 @@ def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_i
     for thread in writing:
         thread.join(60)
     assert not any(thread.is_alive() for thread in writing)
+
+
+def test_a_folder_with_a_number_is_no_step(tmp_path: pathlib.Path) -> None:
+    with sw.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, numbered(1))
+        checkpoints.wait()
+        (tmp_path / "99").mkdir()
+        assert checkpoints.steps == (1,)
+        assert checkpoints.restore(numbered(0)).step == 1
+        assert checkpoints.save(2, numbered(2))
+
+
+def test_metrics_that_best_fn_cannot_judge_are_refused_and_the_run_goes_on(tmp_path: pathlib.Path) -> None:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, best_fn=lambda metrics: -metrics["loss"])
+    with sw.Checkpoints(tmp_path, options=options) as checkpoints:
+        checkpoints.save(0, numbered(0), metrics={"loss": 1.0})
+        with refused(
+            sw.SaveError,
+            "best_fn cannot judge these metrics: KeyError: 'loss'.",
+            hint="give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})",
+        ):
+            checkpoints.save(1, numbered(1), metrics={})
+        checkpoints.save(2, numbered(2), metrics={"loss": 0.0})
+        checkpoints.wait()
+        assert checkpoints.steps == (2,)

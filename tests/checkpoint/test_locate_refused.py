@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 import statewise as sw
@@ -16,6 +17,7 @@ from odd_paths import (
     STATE,
     UNUSABLE,
     assert_works,
+    state_of,
 )
 from refusals import refused
 
@@ -167,3 +169,21 @@ def test_the_path_that_is_proposed_for_what_looks_like_a_url_works(
     sw.save("./run://3", STATE)
     assert_works("./run://3")
     assert_works(tmp_path / "run:" / "3")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (b"run", "bytes is no path."),
+        ("", "'' is no path."),
+        ("a\0b", "'a\\x00b' cannot be a path: it has a null byte."),
+    ],
+)
+def test_what_is_no_path(path: Any, message: str) -> None:
+    with refused(sw.SaveError, message, hint="sw.save('run/step_100', state)"):
+        sw.save(path, state_of(a=jnp.ones(2)))
+
+
+def test_a_name_that_is_too_long(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(sw.SaveError, match="File name too long"):
+        sw.save(tmp_path / ("x" * 300), state_of(a=jnp.ones(2)))

@@ -367,3 +367,12 @@ def test_a_step_that_grew_a_leaf_is_told_so(tmp_path: pathlib.Path) -> None:
         hint=keep("params"),
     )
     assert report.counts == {"params": {"restored": 1, "problem": 2}}
+
+
+@pytest.mark.parametrize("only", [3, [["params"]], [None]])
+def test_only_names_kinds(tmp_path: pathlib.Path, only: Any) -> None:
+    state = state_of(a=nnx.Param(jnp.ones(2)))
+    sw.save(tmp_path / "run", state)
+    for call in (sw.save, sw.restore, sw.preview):
+        with refused(sw.DeclarationError, f"only={only!r} names no kinds.", hint="only=('params',)"):
+            call(tmp_path / "run", state, only=only)

@@ -362,3 +362,13 @@ def test_one_array_in_two_leaves_of_a_state_made_by_hand() -> None:
         hint="give one of them a copy: jax.tree.map(jnp.copy, part)",
     ):
         state.restart("cache")
+
+
+def test_a_mask_of_another_length_is_told_from_leaves_of_another_length() -> None:
+    model = nnx.Dict(hits=nnx.Cache(jnp.ones(3)))
+    kinds = sw.Kinds(cache=sw.Kind(nnx.Cache, restart=jnp.zeros_like, batch_axis=0))
+    with pytest.raises(sw.StructureError) as caught:
+        kinds.plan(model).take(model).restart("cache", where=[True, False])
+    assert str(caught.value) == (
+        "where has 2 entries, but cache has 3 slots.\n  hint: a boolean for each of the 3 slots, or slot numbers"
+    )

@@ -371,3 +371,13 @@ def test_an_abstract_state_is_cast_like_any_other() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(half["params"])} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(half["stats"])} == {jnp.dtype("float32")}
     assert half.plan is plan.take(nnx.BatchNorm(3, rngs=nnx.Rngs(0))).cast(params="bfloat16").plan
+
+
+def test_the_parts_of_a_donated_state_cannot_be_read() -> None:
+    model = nnx.Dict(hits=nnx.Cache(jnp.ones(3)), w=nnx.Param(jnp.ones(2)))
+    state = sw.plan(model).take(model)
+    state.restart("cache")
+    assert state["params"]["w"].shape == (2,)
+    with pytest.raises(sw.StructureError) as caught:
+        state["cache"]
+    assert caught.value.message == "This state was donated: restart('cache') has donated its cache."

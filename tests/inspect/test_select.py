@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 
+import statewise as sw
 import strategies
 from statewise._src.filters.primitives import Exactly, Path
 from statewise._src.inspect.select.select import count, explain, select
@@ -143,3 +144,14 @@ def test_an_explanation_prints_and_is_data() -> None:
         "by": "~Path('bias')",
     }
     assert "<table>" in explained._repr_html_()
+
+
+@pytest.mark.parametrize("look", [sw.count, sw.select, sw.explain])
+def test_a_state_is_no_model(look: Any) -> None:
+    model = nnx.Dict(w=nnx.Param(jnp.ones(2)))
+    with pytest.raises(TypeError) as caught:
+        look(sw.plan(model).take(model), nnx.Param)
+    assert str(caught.value) == (
+        "Object 0 is a State, not a model.\n  hint: state['params'] gives a kind's arrays, "
+        "sw.census(state) counts them, plan.build(state) a model"
+    )

@@ -326,3 +326,23 @@ def test_a_predicate_that_raises_names_the_leaf() -> None:
 def test_names_come_in_the_order_of_the_declaration() -> None:
     kinds = sw.Kinds(late=sw.Kind(sw.Where(lambda path, leaf: True)), types=sw.Kind(nnx.Param), rest=sw.Kind(...))
     assert claimants(kinds)(("a",), nnx.Param(jnp.ones(1))) == ("late", "types")
+
+
+class Tied(nnx.Module):
+    def __init__(self) -> None:
+        self.dec = nnx.Param(jnp.ones(2))
+        self.enc = nnx.Dict(w=self.dec, b=nnx.Param(jnp.zeros(2)))
+
+
+def test_a_frozen_kind_claims_a_tied_leaf_by_any_of_its_paths() -> None:
+    plan = sw.Kinds(frozen=sw.Kind(sw.Path("enc/**"), frozen=True), rest=sw.Kind(...)).plan(Tied())
+    assert [leaf.path for leaf in plan["frozen"]] == [("dec",), ("enc", "b")]
+    assert plan["rest"] == ()
+
+
+def test_kinds_that_claim_a_tied_leaf_by_different_paths_contest_it() -> None:
+    kinds = sw.Kinds(one=sw.Kind(sw.Path("enc/**")), two=sw.Kind(sw.Path("dec")))
+    with pytest.raises(sw.OverlapError) as caught:
+        kinds.plan(Tied())
+    assert [leaf.path for leaf in caught.value.leaves] == [("dec",)]
+    assert caught.value.leaves[0].note == "claimed by two and one"

@@ -215,3 +215,47 @@ def test_keys_large_and_lonely_arrays_stay_as_they_are() -> None:
     assert chosen["params"].loose == (1, 3, 6)
     assert [buffer.positions for buffer in chosen["params"].buffers] == [(0, 2, 4, 5)]
     assert packing.choose({"params": [small, large]}, ["params"], []) == {}
+
+
+class Mixed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.full = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(4)])
+        self.half = nnx.List([nnx.Linear(3, 3, param_dtype=jnp.bfloat16, rngs=rngs) for _ in range(4)])
+
+
+def test_a_packed_state_of_mixed_dtypes_can_be_cast_and_trained() -> None:
+    model = Mixed(nnx.Rngs(0))
+    plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
+
+    @sw.train_step
+    def train(model: Any) -> Any:
+        return sum(jnp.sum(layer.kernel.astype(jnp.float32) ** 2) for layer in (*model.full, *model.half))
+
+    losses = []
+    for packed in (False, True):
+        state = plan.take(model, pack=packed).cast(params="bfloat16")
+        assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("bfloat16")}
+        for _ in range(3):
+            state, loss = train(state)
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_packed_state_of_numpy_arrays_shows_its_arrays() -> None:
+    model = Mixed(nnx.Rngs(0))
+    state = sw.plan(model).take(model, pack=True)
+    host = jax.device_get(state)
+    for ours, theirs in zip(jax.tree.leaves(host["params"]), jax.tree.leaves(state["params"]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_batch_of_packed_states_says_what_it_is() -> None:
+    model = Mixed(nnx.Rngs(0))
+    state = sw.plan(model).take(model, pack=True)
+    batch = jax.tree.map(lambda array: jnp.stack([array] * 2), state)
+    with pytest.raises(sw.StructureError) as caught:
+        batch["params"]
+    assert caught.value.message == "A buffer of packed arrays is (2, 48), not (48,)."
+    assert caught.value.hint == (
+        "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)"
+    )

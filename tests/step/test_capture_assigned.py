@@ -296,3 +296,24 @@ def test_eval_is_not_offered_where_the_function_then_fails() -> None:
         return model(x)
 
     assert refusal(trains, nnx.BatchNorm(4, rngs=nnx.Rngs(0)), X) == "@sw.step(writes=('stats',))"
+
+
+def test_what_is_sown_and_not_captured_names_the_kind_that_would_catch_it() -> None:
+    class Sowing(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.ones(2))
+
+    def sow(model: Sowing) -> None:
+        model.seen = nnx.Intermediate((model.w[...],))
+
+    params, inter = sw.Kind(nnx.Param), sw.Kind(nnx.Intermediate, saved=False)
+    for kinds, hint in (
+        (sw.Kinds(params=params, inter=inter), "capture='inter'  # in the step's decorator: "),
+        (
+            sw.Kinds(params=params),
+            "kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))",
+        ),
+    ):
+        with pytest.raises(sw.StructureError) as caught:
+            sw.step(sow)(kinds.plan(Sowing()).take(Sowing()))
+        assert (caught.value.hint or "").startswith(hint)

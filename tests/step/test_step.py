@@ -329,3 +329,14 @@ def test_no_state_where_a_step_was_compiled_ahead() -> None:
         hint="state = plan.take(model)\nstep(state, ...)",
     ):
         compiled(model())
+
+
+@pytest.mark.parametrize("values", [(1, 1.0), (1, True), ((1,), (1.0,))], ids=str)
+def test_static_arguments_of_different_types_are_different(values: tuple[Any, Any]) -> None:
+    def name_of(value: Any) -> str:
+        return name_of(value[0]) if isinstance(value, tuple) else type(value).__name__
+
+    model = nnx.Dict(w=nnx.Param(jnp.ones(2)))
+    step = sw.step(lambda model, k: jnp.asarray(len(name_of(k))), static_argnames="k")
+    state = sw.plan(model).take(model)
+    assert [int(step(state, k=value)) for value in values] == [len(name_of(value)) for value in values]
