@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import functools
 import keyword
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.core.plan import Plan
 from statewise._src.filters.combinators import describe
+from statewise._src.plan.ema import EMA
 from statewise._src.plan.kind import Kind, shown, unknown_kind
 from statewise._src.plan.resolve import resolve_plan
 from statewise.errors import DeclarationError
 
 __all__ = ["Kinds", "plan"]
+
+# A kind, or a tuple of kinds.  A mapping does not vary with the type of its keys, so that type is a variable.
+Names = TypeVar("Names", bound=Sequence[str])
 
 # Words that a kind may not be called: they name something else where kinds are named.
 RESERVED = frozenset({"self", "objects", "mesh", "copy"})
@@ -50,7 +55,7 @@ class Kinds(Mapping[str, Kind]):
 
     __slots__ = ("_hash", "_kinds")
 
-    def __init__(self, /, **kinds: Kind | Any) -> None:
+    def __init__(self, /, **kinds: Kind) -> None:
         for name, kind in kinds.items():
             _check_name(name)
             if not isinstance(kind, Kind):
@@ -116,7 +121,7 @@ class Kinds(Mapping[str, Kind]):
             return NotImplemented
         return Kinds(**{**self._kinds, **other._kinds})
 
-    def replace(self, /, **kinds: Kind | Any) -> Kinds:
+    def replace(self, /, **kinds: Kind) -> Kinds:
         """These kinds with some of them changed, in the same order.
 
         Args:
@@ -140,10 +145,10 @@ class Kinds(Mapping[str, Kind]):
     def plan(
         self,
         /,
-        *objects: Any,
-        optimizers: Mapping[Any, Any] | Any = None,
-        averages: Mapping[Any, Any] | Any = None,
-        **named: Any,
+        *objects: object,
+        optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+        averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+        **named: object,
     ) -> Plan:
         """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
 
@@ -209,7 +214,10 @@ _STANDARD = _standard()
 
 
 def plan(
-    *objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Mapping[Any, Any] | Any = None, **named: Any
+    *objects: object,
+    optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+    averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+    **named: object,
 ) -> Plan:
     """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
 

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, KeysView
+from typing import Any, SupportsIndex
+
+import jax
+import optax
 
 from statewise._src.common.object_names import in_order
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
+from statewise._src.core.reduce_devices import How
+from statewise._src.core.restart import Slots
 from statewise._src.core.state_data import Part, StateData, check_not_donated, check_unshared, register
 from statewise._src.core.view import packed_for, unpacked_of, view
+from statewise._src.core.vmap_axes import MappedAxis
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
@@ -97,7 +103,7 @@ class Plan(Shown):
         return iter(self.kinds)
 
     @property
-    def optimizers(self) -> dict[tuple[str, ...], Any]:
+    def optimizers(self) -> dict[tuple[str, ...], optax.GradientTransformation]:
         """The optimizers, by the kinds that each updates."""
         return {group.kinds: group.tx for group in self._tables.optimizers}
 
@@ -127,7 +133,15 @@ class Plan(Shown):
 
     # --- making states ---------------------------------------------------------------------------------------
 
-    def take(self, /, *objects: Any, mesh: Any = None, copy: bool = True, pack: Any = False, **named: Any) -> State:
+    def take(
+        self,
+        /,
+        *objects: object,
+        mesh: jax.sharding.Mesh | None = None,
+        copy: bool = True,
+        pack: bool | str | Iterable[str] = False,
+        **named: object,
+    ) -> State:
         """Takes the arrays out of the objects into a state.
 
         Args:
@@ -159,7 +173,7 @@ class Plan(Shown):
         given = in_order(tables.names, objects, named, "take")
         return State.wrap(model_io.take(tables, given, mesh=mesh, copy=copy, pack=pack))
 
-    def init(self, make_model: Any, mesh: Any) -> State:
+    def init(self, make_model: Callable[[], object], mesh: jax.sharding.Mesh) -> State:
         """Makes a model's state where it is to lie, inside `jax.jit`: no device ever holds a full copy.
 
         Args:
@@ -185,7 +199,7 @@ class Plan(Shown):
         """
         return State.wrap(model_io.init(self._tables, make_model, mesh))
 
-    def put(self, state: State | Any, /, *objects: Any, copy: bool = True, **named: Any) -> None:
+    def put(self, state: State, /, *objects: object, copy: bool = True, **named: object) -> None:
         """Puts a state's arrays back into the objects: all of them, or none if anything is refused or interrupted.
 
         A raw array in a tuple, a named tuple or a frozen dataclass is put by rebuilding that in the same place.  The
@@ -210,7 +224,7 @@ class Plan(Shown):
         """
         model_io.put(self._tables, state, in_order(self._tables.names, objects, named, "put"), copy=copy)
 
-    def build(self, state: State | Any, *, copy: bool = True) -> Any:
+    def build(self, state: State, *, copy: bool = True) -> Any:
         """Makes new objects with a state's arrays.
 
         Args:
@@ -233,7 +247,7 @@ class Plan(Shown):
         """
         return model_io.build(self._tables, state, copy=copy)
 
-    def abstract(self, mesh: Any = None) -> State:
+    def abstract(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None) -> State:
         """A state of this plan that holds shapes and dtypes instead of arrays.
 
         Args:
@@ -250,7 +264,7 @@ class Plan(Shown):
         """
         return State.wrap(templates.abstract(self._tables, mesh))
 
-    def shardings(self, mesh: Any) -> State:
+    def shardings(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> State:
         """A state of shardings instead of arrays: `jax.device_put` takes it, and `jax.jit` for `out_shardings`.
 
         Args:
@@ -273,7 +287,7 @@ class Plan(Shown):
         """
         return State.wrap(templates.shardings(self._tables, mesh))
 
-    def axes(self, **kinds: Any) -> State:
+    def axes(self, **kinds: MappedAxis) -> State:
         """A state of axes instead of arrays, as `jax.vmap` takes it for `in_axes` and `out_axes`.
 
         Args:
@@ -295,7 +309,7 @@ class Plan(Shown):
 
     # --- ensembles ---------------------------------------------------------------------------------------------
 
-    def stacked(self, count: int | Any, /, *, over: str | Any = None, **axes: Any) -> Plan:
+    def stacked(self, count: SupportsIndex, /, *, over: str | None = None, **axes: MappedAxis) -> Plan:
         """Returns the plan of an ensemble: the same leaves, each with an axis for its members.
 
         It is a plan like others: its states are saved, restored, counted, placed and compared.  They are made by
@@ -326,7 +340,7 @@ class Plan(Shown):
         """
         return Plan.of(ensembles.stacked(self._tables, count, over, axes))
 
-    def stack(self, states: Any) -> State:
+    def stack(self, states: State | Iterable[State]) -> State:
         """Makes a state of an ensemble from a state of each member, in their order.
 
         Args:
@@ -396,7 +410,7 @@ class State(StateData):
             part.view = view(self.tables, kind, unpacked_of(self.tables, kind, part.arrays))
         return part.view
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.tables.kinds)
 
     def __contains__(self, kind: object) -> bool:
@@ -405,7 +419,7 @@ class State(StateData):
     def __len__(self) -> int:
         return len(self.tables.kinds)
 
-    def keys(self) -> Any:
+    def keys(self) -> KeysView[str]:
         """The names of the kinds."""
         return self.tables.kinds.keys()
 
@@ -421,7 +435,7 @@ class State(StateData):
 
     # --- making other states -----------------------------------------------------------------------------------
 
-    def replace(self, /, **parts: Any) -> State:
+    def replace(self, /, **parts: object) -> State:
         """This state with the parts of some kinds swapped; averages of them, and optimizer state, stay.
 
         Args:
@@ -454,7 +468,7 @@ class State(StateData):
         check_unshared(state)
         return state
 
-    def restart(self, *kinds: str, where: Any = None, key: Any = None) -> State:
+    def restart(self, *kinds: str, where: Slots | None = None, key: jax.Array | None = None) -> State:
         """Makes fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
 
         Averages begin again as copies of what they are of (not donated), optimizer state by the optimizer's own `init`:
@@ -503,7 +517,7 @@ class State(StateData):
         """
         return averages.with_averages(self, name)
 
-    def reduce_devices(self, *kinds: str, how: Any = "mean") -> State:
+    def reduce_devices(self, *kinds: str, how: How = "mean") -> State:
         """This state with the values of all devices folded into one, the same on every device.
 
         Args:
@@ -530,7 +544,7 @@ class State(StateData):
         """
         return reduce_devices.reduce_devices(self, kinds, how)
 
-    def cast(self, /, **dtypes: Any) -> State:
+    def cast(self, /, **dtypes: jax.typing.DTypeLike) -> State:
         """A state of a new plan, its floating-point arrays in other dtypes.
 
         Args:
@@ -555,7 +569,7 @@ class State(StateData):
         """
         return cast.cast(self, dtypes)
 
-    def member(self, index: Any) -> State:
+    def member(self, index: SupportsIndex | jax.Array) -> State:
         """Returns the state of one member of an ensemble, in arrays of its own.
 
         Args:
@@ -591,7 +605,7 @@ def tables_of(plan: Plan) -> PlanTables:
     return plan._tables
 
 
-def tables_in(thing: Any) -> PlanTables | None:
+def tables_in(thing: object) -> PlanTables | None:
     """Returns the tables of a plan or a state; None for anything else."""
     if isinstance(thing, State):
         return thing.tables

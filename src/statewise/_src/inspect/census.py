@@ -86,7 +86,7 @@ class Census(Shown):
         return json.dumps(self.to_dict(), indent=2)
 
 
-def census(model: Any, kinds: Kinds | Any = None) -> Census:
+def census(model: object, kinds: Kinds | None = None) -> Census:
     """Counts a model kind by kind: leaves, elements, bytes, dtypes and types, and how each kind is treated.
 
     Args:

@@ -119,7 +119,13 @@ class Report(Shown):
             file.write(text)
 
 
-def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: Any = None) -> Report:
+def report(
+    target: object,
+    other: object = None,
+    *,
+    kinds: Kinds | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | Mapping[str, int] | None = None,
+) -> Report:
     """Reports on a model, a plan, a state or a checkpoint: what `sw.report(...).write("report.html")` makes a page of.
 
     Args:

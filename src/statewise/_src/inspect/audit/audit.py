@@ -39,7 +39,7 @@ from statewise.errors import StatewiseError, StructureError, UndeclaredWriteErro
 __all__ = ["audit"]
 
 
-def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: Any) -> Audit:
+def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: object) -> Audit:
     """Tells what a step does to a state, without running it: it is traced, not compiled, and nothing is donated.
 
     A step that writes what it does not declare, or trains nothing, is reported too (`audit.error` is what a call would

@@ -31,7 +31,12 @@ NOTHING: Any = object()
 
 
 def watch(
-    model: Any = NOTHING, /, kinds: Kinds | Any = None, *, expect: str | Sequence[str] | Any = None, **named: Any
+    model: object = NOTHING,
+    /,
+    kinds: Kinds | None = None,
+    *,
+    expect: str | Sequence[str] | None = None,
+    **named: object,
 ) -> Watch:
     """Watches a model while a block of any code runs: `nnx.jit`, plain `jax.jit`, a trainer of somebody else's.
 
@@ -87,7 +92,7 @@ def watch(
     return Watch(objects, Kinds.standard() if kinds is None else kinds, _names(expect), names)
 
 
-def _names(expect: Any) -> tuple[str, ...] | None:
+def _names(expect: object) -> tuple[str, ...] | None:
     if expect is None or isinstance(expect, str):
         return None if expect is None else (expect,)
     names = tuple(expect) if isinstance(expect, Iterable) and not isinstance(expect, dict) else (expect,)
@@ -177,7 +182,7 @@ class Watch(Shown):
         if self.expect is not None:
             self.check()
 
-    def compare(self, /, *objects: Any, **named: Any) -> None:
+    def compare(self, /, *objects: object, **named: object) -> None:
         """Hands over what is to be compared at the end of the block, in the place of the objects watched.
 
         Args:
