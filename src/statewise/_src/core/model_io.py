@@ -7,7 +7,7 @@ shape or dtype is an error that lists every leaf, and then nothing has changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax

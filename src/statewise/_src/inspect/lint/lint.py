@@ -12,7 +12,6 @@ The files: `subject` (what is looked at) and `training` (what updates it), `find
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from statewise._src.common.object_names import given, names_given
 from statewise._src.core.kinds import Kinds
