@@ -1,8 +1,8 @@
-"""The two objects that users hold: the plan, and the states of it.
+"""The two objects that users hold: a plan, and its states.
 
-A `Plan` is all static: kinds and optimizers resolved against one model.  A `State` is a plan with its arrays, a
-registered pytree.  Both are thin: what they do is in the other modules of this package, which work on the plan's tables
-and the state's data.  They stand in one file because each names the other: a plan makes states, and a state has a plan.
+A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan with its arrays, registered as
+a pytree.  Both are thin: the work is done by the other modules of this package, on the plan's tables and the state's
+data.  They share a file because each names the other: a plan makes states, and a state has a plan.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Plan(Shown):
     Made by `Kinds.plan` or `sw.plan`.  Static, hashable, without arrays; equal plans are one object.
 
     Attributes:
-      kinds: the declaration, with the kind `optimizer` added where there are optimizers, and a kind for each average.
-      leaves: one `Leaf` for each leaf of the model, then one for each array of optimizer state, then of averages.
-      dropped: leaves that an earlier `sow` left in the model and that are no part of a state.
+      kinds: the declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average.
+      leaves: one `Leaf` for each leaf of the model, then for each array of optimizer state, then for each average.
+      excluded: leaves that an earlier `sow` left in the model; they are not part of a state.
 
     Example:
       >>> from flax import nnx
@@ -61,7 +61,7 @@ class Plan(Shown):
 
     @classmethod
     def of(cls, tables: PlanTables) -> Plan:
-        """Returns the plan of these tables; the same object while somebody holds it."""
+        """Returns the plan that has these tables: the same object for as long as anything refers to it."""
         with _plans_lock:
             known = _plans.get(tables)
             plan = known() if known is not None else None
@@ -75,22 +75,22 @@ class Plan(Shown):
 
     @property
     def kinds(self) -> Any:
-        """The declaration, with the kind `optimizer` added where there are optimizers, and a kind for each average."""
+        """The declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average."""
         return self._tables.kinds
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The leaves, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
+        """The leaves as data: path, kind, type, shape, dtype, aliases, size, nbytes."""
         return self._tables.leaves
 
     @property
     def excluded(self) -> tuple[Leaf, ...]:
-        """Leaves that an earlier `sow` left in the model and that are not part of a state."""
+        """The leaves that an earlier `sow` left in the model; they are not part of a state."""
         return self._tables.excluded
 
     @property
     def members(self) -> int | None:
-        """How many members the plan of an ensemble has; None for a plan of one model."""
+        """The number of members of an ensemble; None for the plan of one model."""
         return self._tables.members
 
     def __getitem__(self, kind: str) -> tuple[Leaf, ...]:
@@ -104,12 +104,12 @@ class Plan(Shown):
 
     @property
     def optimizers(self) -> dict[tuple[str, ...], optax.GradientTransformation]:
-        """The optimizers, by the kinds that each updates."""
+        """The optimizers, keyed by the kinds that each one updates."""
         return {group.kinds: group.tx for group in self._tables.optimizers}
 
     @property
     def averages(self) -> dict[tuple[str, ...], tuple[EMA, ...]]:
-        """The averages, by the kinds that each is of."""
+        """The averages, keyed by the kinds that each one tracks."""
         kinds: dict[EMA, tuple[str, ...]] = {}
         for one in self._tables.averages:
             kinds[one.ema] = (*kinds.get(one.ema, ()), one.kind)
@@ -119,7 +119,7 @@ class Plan(Shown):
         return repr(self._tables)
 
     def table(self) -> Table:
-        """The plan as a table: one line for each leaf."""
+        """Returns the plan as a table with one line for each leaf."""
         title = "plan" if self.members is None else f"plan of an ensemble of {self.members}"
         return leaves_table(title, self.leaves, self.kinds)
 
@@ -142,23 +142,25 @@ class Plan(Shown):
         pack: bool | str | Iterable[str] = False,
         **named: object,
     ) -> State:
-        """Takes the arrays out of the objects into a state.
+        """Copies the arrays of the objects into a state.
 
         Args:
-          *objects: the objects that were planned, or others of the same structure, shapes and dtypes.
-          mesh: puts each array where its kind's placement has it on this mesh, as `shardings` says.
+          *objects: the planned objects, or others of the same structure, shapes and dtypes.
+          mesh: places each array on this mesh by its kind's placement, as `shardings` does.
           copy: copies each array, so that the objects stay usable.  False shares the arrays until a step donates
-            them, for models that fill the device; two leaves that share one array are told apart all the same.
-          pack: experimental: small arrays travel as few buffers, which is what `jax.tree.map` then sees, and steps are
-            several times as fast; True for all kinds, or the names of some.
-          **named: the objects by name instead of by position, where they were planned so.
+            them, for models that fill the device; two leaves that share one array still get separate ones.
+          pack: experimental: stores small arrays in a few buffers, which makes steps several times as fast;
+            `jax.tree.map` then sees the buffers.  True packs all kinds; names pack those kinds.
+          **named: the objects by name, if they were planned by name.
 
         Returns:
-          a state of this plan, with fresh optimizer state; if packed, `state.plan` says so and `plan.put` takes it.
+          a state of this plan, with fresh optimizer state; if packed, `state.plan` is the packed plan, and `plan.put`
+          accepts the state.
 
         Raises:
-          StructureError: objects that are not what was planned (all is listed); numbers that JAX would lose.
-          DeclarationError: `pack` names a kind that is not there.
+          StructureError: the objects are not what was planned (every difference is listed), or JAX would lose digits
+            of a number.
+          DeclarationError: `pack` names a kind that does not exist.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 
         Example:
@@ -174,18 +176,18 @@ class Plan(Shown):
         return State.wrap(model_io.take(tables, given, mesh=mesh, copy=copy, pack=pack))
 
     def init(self, make_model: Callable[[], object], mesh: jax.sharding.Mesh) -> State:
-        """Makes a model's state where it is to lie, inside `jax.jit`: no device ever holds a full copy.
+        """Initializes a model's state directly on a mesh, inside `jax.jit`: no device ever holds a full copy.
 
         Args:
-          make_model: a function without arguments that makes what was planned (a tuple of several objects, or a dict by
-            their names); it is traced, so its arrays must stand in `nnx.Variable`s.
+          make_model: a function without arguments that makes what was planned: the object, a tuple of several, or a
+            dict by name.  It is traced, so its arrays must be in `nnx.Variable`s.
           mesh: the mesh.
 
         Returns:
-          what `plan.take(make_model(), mesh=mesh)` does, but for the last bit where XLA rounds otherwise.
+          the state that `plan.take(make_model(), mesh=mesh)` gives, up to the last bit where XLA rounds differently.
 
         Raises:
-          StructureError: what it makes is not what was planned; every difference is listed.
+          StructureError: `make_model` makes something other than what was planned; every difference is listed.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 
         Example:
@@ -200,20 +202,20 @@ class Plan(Shown):
         return State.wrap(model_io.init(self._tables, make_model, mesh))
 
     def put(self, state: State, /, *objects: object, copy: bool = True, **named: object) -> None:
-        """Puts a state's arrays back into the objects: all of them, or none if anything is refused or interrupted.
+        """Writes a state's arrays back into the objects: all of them, or none if anything fails or is interrupted.
 
-        A raw array in a tuple, a named tuple or a frozen dataclass is put by rebuilding that in the same place.  The
-        state, averages included, stays as it is.
+        A raw array in a tuple, a named tuple or a frozen dataclass is written by rebuilding its container.  The state
+        does not change.
 
         Args:
           state: a state of this plan.
-          *objects: the objects that were planned, or others of the same structure.
-          copy: copies each array, so that a later step, which donates the state's, leaves the objects whole.
-          **named: the objects by name instead of by position, where they were planned so.
+          *objects: the planned objects, or others of the same structure.
+          copy: copies each array, so that the objects stay usable when a later step donates the state's arrays.
+          **named: the objects by name, if they were planned by name.
 
         Raises:
-          StructureError: another plan's state, a donated one, objects that do not fit, or an array in something that
-            cannot be built anew; nothing was put then.
+          StructureError: the state is of another plan or was donated, the objects do not fit, or an array is in a
+            container that cannot be rebuilt.  Nothing was written then.
 
         Example:
           >>> from flax import nnx
@@ -225,17 +227,17 @@ class Plan(Shown):
         model_io.put(self._tables, state, in_order(self._tables.names, objects, named, "put"), copy=copy)
 
     def build(self, state: State, *, copy: bool = True) -> Any:
-        """Makes new objects with a state's arrays.
+        """Builds new objects with a state's arrays.
 
         Args:
           state: a state of this plan.
-          copy: copies each array, so that a later step leaves the objects whole.
+          copy: copies each array, so that the objects stay usable when a later step donates the state's arrays.
 
         Returns:
-          the object, or a tuple of them where several were planned, in that order.
+          the object, or a tuple of the objects if several were planned, in the same order.
 
         Raises:
-          StructureError: another plan's state, or a donated one.
+          StructureError: the state is of another plan, or was donated.
 
         Example:
           >>> from flax import nnx
@@ -248,10 +250,10 @@ class Plan(Shown):
         return model_io.build(self._tables, state, copy=copy)
 
     def abstract(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None) -> State:
-        """A state of this plan that holds shapes and dtypes instead of arrays.
+        """Returns a state of this plan with shapes and dtypes instead of arrays.
 
         Args:
-          mesh: a mesh, or an abstract one; shapes then have shardings too, and `sw.restore` restores into them.
+          mesh: a mesh, concrete or abstract; the shapes then have shardings, and `sw.restore` restores into them.
 
         Raises:
           PlacementError: leaves that cannot be placed on the mesh, all of them.
@@ -265,16 +267,17 @@ class Plan(Shown):
         return State.wrap(templates.abstract(self._tables, mesh))
 
     def shardings(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> State:
-        """A state of shardings instead of arrays: `jax.device_put` takes it, and `jax.jit` for `out_shardings`.
+        """Returns a state of shardings instead of arrays, for `jax.device_put` or `jax.jit(..., out_shardings=)`.
 
         Args:
-          mesh: a `jax.sharding.Mesh`, or an abstract one.
+          mesh: the mesh, concrete or abstract.
 
         Returns:
-          where each kind's `placement` puts its arrays; optimizer state follows its leaves unless its kind has its own.
+          the sharding of each array by its kind's `placement`; optimizer state follows the leaves that it updates
+          unless its kind has a placement of its own.
 
         Raises:
-          PlacementError: leaves that cannot be placed so, all of them; a packed kind that would be split.
+          PlacementError: leaves that cannot be placed, all of them, or a packed kind that would be sharded.
 
         Example:
           >>> import jax
@@ -288,15 +291,16 @@ class Plan(Shown):
         return State.wrap(templates.shardings(self._tables, mesh))
 
     def axes(self, **kinds: MappedAxis) -> State:
-        """A state of axes instead of arrays, as `jax.vmap` takes it for `in_axes` and `out_axes`.
+        """Returns a state of axes instead of arrays, for `in_axes` and `out_axes` of `jax.vmap`.
 
         Args:
-          **kinds: the mapped axis of each kind's arrays, None, or a function of a leaf's path and shape that gives it.
-            Kinds that are not named are None, one for all; but optimizer state and averages follow what they are of.
+          **kinds: for each kind the mapped axis of its arrays, None, or a function of a leaf's path and shape that
+            returns one of these.  Other kinds get None: they are shared.  Optimizer state and averages follow the
+            leaves that they belong to.
 
         Raises:
-          DeclarationError: a kind that is not there; something that is no axis.
-          StructureError: leaves of too few dimensions for their axis, all of them.
+          DeclarationError: a kind does not exist, or a value is not an axis.
+          StructureError: leaves with too few dimensions for their axis, all of them.
 
         Example:
           >>> from flax import nnx
@@ -310,24 +314,24 @@ class Plan(Shown):
     # --- ensembles ---------------------------------------------------------------------------------------------
 
     def stacked(self, count: SupportsIndex, /, *, over: str | None = None, **axes: MappedAxis) -> Plan:
-        """Returns the plan of an ensemble: the same leaves, each with an axis for its members.
+        """Returns the plan of an ensemble: the same leaves, each with an axis for the members.
 
-        It is a plan like others: its states are saved, restored, counted, placed and compared.  They are made by
+        It is a plan like any other: its states can be saved, restored, counted, placed and compared.  They are made by
         `stack`, by `take` of objects with stacked arrays (as `nnx.vmap` makes them), or by a restore.  A step runs on
         them under `jax.vmap`: `jax.vmap(train, in_axes=(plan.axes(), 0, None), out_axes=(plan.axes(), 0))`.
 
         Args:
-          count: how many members.
-          over: a mesh axis that the members are split over, where the plan is placed on a mesh; a kind's placement
-            says how one member's arrays lie.
-          **axes: the axis of each kind's arrays, None for a kind that all members share, or a function of a leaf's path
-            and shape that gives one of these.  Kinds that are not named have the first axis, 0; optimizer state and
-            averages follow what they are of.
+          count: the number of members.
+          over: a mesh axis to shard the members over when the plan is placed on a mesh; a kind's placement says how
+            the arrays of one member are sharded.
+          **axes: for each kind the axis of its arrays, None for a kind that all members share, or a function of a
+            leaf's path and shape that returns one of these.  Other kinds get the first axis, 0.  Optimizer state and
+            averages follow the leaves that they belong to.
 
         Raises:
-          DeclarationError: a kind that is not there; something that is not an axis, or not a number of members; no kind
-            with an axis.
-          StructureError: leaves of too few dimensions for their axis, all of them; a plan of an ensemble.
+          DeclarationError: a kind does not exist, a value is not an axis, `count` is not a positive integer, or no kind
+            has an axis.
+          StructureError: leaves with too few dimensions for their axis, all of them; the plan is an ensemble already.
 
         Example:
           >>> from flax import nnx
@@ -341,18 +345,18 @@ class Plan(Shown):
         return Plan.of(ensembles.stacked(self._tables, count, over, axes))
 
     def stack(self, states: State | Iterable[State]) -> State:
-        """Makes a state of an ensemble from a state of each member, in their order.
+        """Stacks the states of the members into a state of the ensemble, in order.
 
         Args:
-          states: a state of the single plan for each member; on the plan of one model, any number of them, and all
+          states: one state of the single plan for each member.  On the plan of one model, any number of states; all
             kinds are stacked.  Or one state whose arrays are stacked already, as `jax.vmap` of `plan.take` makes it.
 
         Returns:
-          a state of the ensemble's plan; the given ones stay as they are.
+          a state of the ensemble's plan; the given states do not change.
 
         Raises:
-          StructureError: another number of states; states of other plans, or donated ones; leaves of a kind that all
-            members share and that are not the same in each, all of them.
+          StructureError: the number of states is wrong, a state is of another plan or was donated, or leaves of a
+            shared kind differ between members (all are listed).
 
         Example:
           >>> from flax import nnx
@@ -367,12 +371,12 @@ class Plan(Shown):
 
 
 class State(StateData):
-    """A plan with its arrays: a pytree that every JAX transform takes as it is.
+    """A plan with its arrays: a pytree that every JAX transform accepts.
 
-    Made by `plan.take`; never changed in place.
+    Made by `plan.take`; never changed in place.  A mapping from each kind to its arrays.
 
     Attributes:
-      plan: the plan, static.
+      plan: the plan; static.
 
     Example:
       >>> import jax
@@ -394,15 +398,15 @@ class State(StateData):
 
     @property
     def plan(self) -> Plan:
-        """The plan: which leaves there are, and how each kind lives."""
+        """The plan of this state."""
         return Plan.of(self.tables)
 
     # --- a mapping from kinds to their parts -------------------------------------------------------------------
 
     def __getitem__(self, kind: str) -> Any:
-        """One kind's arrays, as an `nnx.State` nested by path, of plain arrays.
+        """Returns the arrays of one kind as an `nnx.State` of plain arrays, nested by path.
 
-        Of kind `optimizer`, the optimizers' states by the kinds that they update, where the plan has some.
+        For the kind `optimizer` of a plan with optimizers, returns their states, keyed by the kinds that they update.
         """
         part = self.part(kind)
         check_not_donated(self, [kind])
@@ -420,7 +424,7 @@ class State(StateData):
         return len(self.tables.kinds)
 
     def keys(self) -> KeysView[str]:
-        """The names of the kinds."""
+        """Returns the names of the kinds."""
         return self.tables.kinds.keys()
 
     def __repr__(self) -> str:
@@ -436,19 +440,18 @@ class State(StateData):
     # --- making other states -----------------------------------------------------------------------------------
 
     def replace(self, /, **parts: object) -> State:
-        """This state with the parts of some kinds swapped; averages of them, and optimizer state, stay.
+        """Returns this state with new arrays for some kinds; their averages and optimizer state do not change.
 
         Args:
-          **parts: by kind, what `state[kind]` gives: of this state, of another, or computed from one.
+          **parts: for each kind, arrays in the structure of `state[kind]`: of another state, or computed.
 
         Returns:
-          a new state that shares all other parts with this one.
+          a new state that shares the arrays of all other kinds with this one.
 
         Raises:
-          DeclarationError: a kind that is not there.
-          StructureError: a part with leaves missing, left over, or of another shape or dtype, or with numbers of NumPy
-            that JAX would lose (all are listed); an array that an earlier step donated, or that the state already holds
-            elsewhere.
+          DeclarationError: a kind does not exist.
+          StructureError: leaves are missing, unexpected, or of another shape or dtype, or JAX would lose digits of a
+            NumPy number (all are listed); an array was donated, or is elsewhere in the state already.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -469,23 +472,24 @@ class State(StateData):
         return state
 
     def restart(self, *kinds: str, where: Slots | None = None, key: jax.Array | None = None) -> State:
-        """Makes fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
+        """Gives kinds, or some of their slots, fresh values in place: the old buffers are donated.
 
-        Averages begin again as copies of what they are of (not donated), optimizer state by the optimizer's own `init`:
-        that of the kinds restarted with it, `state.restart("lora", "optimizer")`, or of all if it stands alone.
+        Averages restart as copies of the values they track, which are not donated.  Optimizer state restarts by the
+        optimizer's own `init`: for the kinds restarted with it, as in `state.restart("lora", "optimizer")`, or for all
+        kinds in `state.restart("optimizer")`.
 
         Args:
           *kinds: the kinds to restart; by default all that declare `restart`.
-          where: which slots along each kind's `batch_axis`: booleans, one for each slot, or slot numbers.  None
+          where: the slots to restart along each kind's `batch_axis`: one boolean for each slot, or slot indices.  None
             restarts everything.
-          key: a PRNG key, where a `restart` takes one: each leaf and each slot gets its own, folded from it.
+          key: a PRNG key, if a `restart` takes one; each leaf and each slot gets its own, folded from it.
 
         Returns:
-          the new state; this one was donated as far as these kinds go.
+          the new state; this one can no longer be used for these kinds, which were donated.
 
         Raises:
-          DeclarationError: a kind that is not there, is frozen, declares no `restart`, has no leaves, or, with `where`,
-            no `batch_axis`; a key that is missing, or that no `restart` takes.
+          DeclarationError: a kind does not exist, is frozen, declares no `restart`, has no leaves, or, with `where`,
+            has no `batch_axis`; a key is missing, or given when no `restart` takes one.
           StructureError: leaves without that axis, or with another number of slots; a donated state; a `restart` that
             changes a shape or dtype.
 
@@ -503,34 +507,34 @@ class State(StateData):
         return restart.restart(self, kinds, where, key)
 
     def with_averages(self, name: str) -> State:
-        """Returns this state with averages instead of the values they track, to evaluate with.
+        """Returns this state with the averages instead of the values they track: `state.with_averages("ema")`.
 
-        Call `evaluate(state.with_averages("ema"), x)`.  They are copies; all else is shared with this state.  A train
-        step on it would start from the averages, and donate what is shared.
+        It is meant for evaluation: `evaluate(state.with_averages("ema"), x)`.  The averages are copied; everything else
+        is shared with this state.  A train step on the result would start from the averages, and donate what is shared.
 
         Args:
-          name: the name of the averages: `sw.EMA(0.999, name="ema")`.
+          name: the name of the averages, as in `sw.EMA(0.999, name="ema")`.
 
         Raises:
-          DeclarationError: no averages of that name.
-          StructureError: a donated state.
+          DeclarationError: there are no averages of that name.
+          StructureError: the state was donated.
         """
         return averages.with_averages(self, name)
 
     def reduce_devices(self, *kinds: str, how: How = "mean") -> State:
-        """This state with the values of all devices folded into one, the same on every device.
+        """Returns this state with the values of all devices reduced to one, which is then replicated.
 
         Args:
-          *kinds: kinds that lie `PerDevice`; by default all that do.
-          how: `"mean"`, `"first"`, or a function of an array with the leading axis that takes it away.
+          *kinds: kinds that are placed `PerDevice`; by default all of them.
+          how: `"mean"`, `"first"`, or a function that reduces the leading axis of an array.
 
         Returns:
           a state of another plan, in which these kinds are `Replicated`.
 
         Raises:
-          DeclarationError: a kind that is not there, or does not lie per device; another `how`.
-          StructureError: whole numbers, booleans or keys under `"mean"`; a function that changes the leaf's shape or
-            dtype; a donated state.
+          DeclarationError: a kind does not exist or is not per device, or `how` is none of these.
+          StructureError: integers, booleans or keys under `"mean"`; a function that changes a leaf's shape or dtype; a
+            donated state.
 
         Example:
           >>> import jax
@@ -545,19 +549,20 @@ class State(StateData):
         return reduce_devices.reduce_devices(self, kinds, how)
 
     def cast(self, /, **dtypes: jax.typing.DTypeLike) -> State:
-        """A state of a new plan, its floating-point arrays in other dtypes.
-
-        Args:
-          **dtypes: by kind, the dtype of its floating-point arrays; integers, booleans and keys stay as they are.
+        """Returns this state with the floating-point arrays of some kinds in other dtypes.
 
         An abstract state can be cast too: `sw.restore(path, plan.abstract().cast(params="bfloat16"), cast=True)`.
 
+        Args:
+          **dtypes: for each kind the dtype of its floating-point arrays; integers, booleans and keys do not change.
+
         Returns:
-          a state of another plan, which has these dtypes; it shares the parts of the other kinds with this one.
+          a state of another plan, which has these dtypes; it shares the arrays of all other kinds with this one.
 
         Raises:
-          DeclarationError: a kind that is not there, or a dtype that is no floating-point dtype.
-          StructureError: a cast that would lose numbers; rounding is fine.  Inside `jax.jit` values are not known.
+          DeclarationError: a kind does not exist, or a dtype is not a floating-point dtype.
+          StructureError: a value does not fit into the dtype (rounding is fine).  Inside `jax.jit`, where values are
+            unknown, this is not checked.
 
         Example:
           >>> from flax import nnx
@@ -573,15 +578,15 @@ class State(StateData):
         """Returns the state of one member of an ensemble, in arrays of its own.
 
         Args:
-          index: which member: a whole number, from the end where it is negative; or a traced one, which cannot be
-            checked (one past the end then gives the last member).
+          index: the member: an integer, counted from the end if negative; or a traced integer, which cannot be checked
+            (an index past the end gives the last member).
 
         Returns:
-          a state of the single plan; every step takes it, and `plan.build` makes a model of it.
+          a state of the single plan; every step accepts it, and `plan.build` builds a model from it.
 
         Raises:
-          StructureError: a state of one model; an index that is not a whole number, or names no member; a donated
-            state.
+          StructureError: the state is of one model, the index is not an integer or is out of range, or the state was
+            donated.
 
         Example:
           >>> from flax import nnx
