@@ -1,16 +1,17 @@
-"""The two objects that users hold: a plan, and its states.
+"""The three objects that users hold: kinds, a plan, and its states.
 
-A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan with its arrays, registered as
-a pytree.  Both are thin: the work is done by the other modules of this package, on the plan's tables and the state's
-data.  They share a file because each names the other: a plan makes states, and a state has a plan.
+`Kinds` are the declaration.  A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan
+with its arrays, registered as a pytree.  All are thin: the work is done by the other modules of this package, on the
+plan's tables and the state's data.  They share a file because each names the others: kinds make plans, a plan has kinds
+and makes states, and a state has a plan.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, KeysView
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from typing import Any, SupportsIndex, TypeVar
 
 import jax
 import optax
@@ -19,19 +20,104 @@ from statewise._src.common.object_names import in_order
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
+from statewise._src.core.kinds import KindsData, standard_kinds
 from statewise._src.core.reduce_devices import How
 from statewise._src.core.restart import Slots
 from statewise._src.core.state_data import Part, StateData, check_not_donated, check_unshared, register
 from statewise._src.core.view import packed_for, unpacked_of, view
 from statewise._src.core.vmap_axes import MappedAxis
 from statewise._src.plan.ema import EMA
+from statewise._src.plan.resolve import resolve_plan
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["Plan", "State", "tables_in", "tables_of"]
+__all__ = ["Kinds", "Plan", "State", "plan", "tables_in", "tables_of"]
+
+# A kind, or a tuple of kinds.  A mapping does not vary with the type of its keys, so that type is a variable.
+Names = TypeVar("Names", bound=Sequence[str])
 
 _plans: weakref.WeakKeyDictionary[PlanTables, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _plans_lock = threading.Lock()
+
+
+class Kinds(KindsData):
+    """The ordered declaration of the kinds of one program.
+
+    A mapping from names to kinds, immutable, equal by value (order included) and hashable.
+
+    Args:
+      **kinds: the kinds by name.  A name is a Python identifier.
+
+    Raises:
+      DeclarationError: a name that cannot stand, a value that is no `Kind`, or two kinds that both claim the rest.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), counters=sw.Kind(sw.Exactly(nnx.Variable)))
+      >>> list(kinds)
+      ['params', 'counters']
+      >>> kinds.replace(params=sw.Kind(nnx.Param, frozen=True))["params"].frozen
+      True
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def standard(cls) -> Kinds:
+        """The kinds of everything that NNX ships, so that a newcomer declares nothing.
+
+        `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
+        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for all the rest: plain
+        `nnx.Variable`, every subclass not named before, raw arrays.
+
+        Example:
+          >>> import statewise as sw
+          >>> list(sw.Kinds.standard())
+          ['params', 'lora', 'stats', 'cache', 'rng', 'intermediates', 'metrics', 'optimizer', 'variables']
+        """
+        return _STANDARD
+
+    def plan(
+        self,
+        /,
+        *objects: object,
+        optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+        averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+        **named: object,
+    ) -> Plan:
+        """Resolves these kinds against a model, or several objects: each leaf in exactly one kind.
+
+        Args:
+          *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+          optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+          averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them: each becomes a kind of its own,
+            which follows these kinds wherever a train step updates them.
+          **named: the objects by name instead, `policy=policy, reference=reference`: the name is then the first segment
+            of their paths, for filters as in print.  Steps get them in this order.
+
+        Returns:
+          the plan; equal plans are one object.
+
+        Raises:
+          UnclaimedError: leaves that no kind claims, all of them.
+          OverlapError: leaves that several kinds claim, all of them.
+          DeclarationError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats;
+            two optimizers for one kind, two averages of one name; a kind that spells a path which is not there; objects
+            given by position and by name.
+          FilterError: a path that could mean one leaf or another.
+          StructureError: no objects, no leaves, a class instead of an instance.
+
+        Example:
+          >>> import optax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+          >>> plan = sw.Kinds(params=sw.Kind(nnx.Param)).plan(model, optimizers={"params": optax.sgd(0.1)})
+          >>> [sw.format_path(leaf.path) for leaf in plan["params"]]
+          ['bias', 'kernel']
+        """
+        return Plan.of(resolve_plan(self, objects, optimizers, averages, named))
 
 
 class Plan(Shown):
@@ -74,9 +160,10 @@ class Plan(Shown):
     # --- looking ---------------------------------------------------------------------------------------------
 
     @property
-    def kinds(self) -> Any:
+    def kinds(self) -> Kinds:
         """The declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average."""
-        return self._tables.kinds
+        kinds = self._tables.kinds
+        return kinds if isinstance(kinds, Kinds) else Kinds(**kinds)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -615,3 +702,39 @@ def tables_in(thing: object) -> PlanTables | None:
     if isinstance(thing, State):
         return thing.tables
     return tables_of(thing) if isinstance(thing, Plan) else None
+
+
+_STANDARD = Kinds(**standard_kinds())
+
+
+def plan(
+    *objects: object,
+    optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+    averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+    **named: object,
+) -> Plan:
+    """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
+
+    Args:
+      *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+      optimizers: from a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+      averages: from a kind, or a tuple of kinds, to an `sw.EMA`, or a list of them.
+      **named: the objects by name, instead of by position: paths then begin with the name.
+
+    Returns:
+      the plan.
+
+    Raises:
+      OverlapError: leaves that two of the standard kinds claim (a type that derives from both).
+      DeclarationError: optimizers or averages for a kind that is not there, frozen, empty, or not made of floats; two
+        optimizers for one kind, two averages of one name.
+      StructureError: no objects, no leaves, a class instead of an instance.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
+      [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
+    """
+    return Plan.of(resolve_plan(_STANDARD, objects, optimizers, averages, named))

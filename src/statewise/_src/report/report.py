@@ -15,8 +15,7 @@ from statewise._src.checkpoint.diff.sources import is_path
 from statewise._src.checkpoint.restore import leaves_on_disk, members_on_disk
 from statewise._src.common import compat
 from statewise._src.common.tables import Shown, Table, count_leaves, format_bytes, format_count, printable
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan, State, tables_in, tables_of
+from statewise._src.core.plan import Kinds, Plan, State, tables_in, tables_of
 from statewise._src.inspect.census import Census, census
 from statewise._src.inspect.lint.finding import Findings
 from statewise._src.inspect.lint.lint import lint

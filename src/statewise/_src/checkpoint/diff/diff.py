@@ -20,8 +20,7 @@ from statewise._src.checkpoint.format.per_device import members_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.common.paths import format_dtype, format_path, format_shape, format_type
 from statewise._src.common.tables import format_count
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan, tables_in
+from statewise._src.core.plan import Kinds, Plan, tables_in
 from statewise._src.inspect.select.select import check_kinds
 from statewise.errors import DeclarationError
 

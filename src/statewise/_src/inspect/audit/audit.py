@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common.paths import Leaf
-from statewise._src.core.kinds import Kinds
 from statewise._src.core.member_view import as_one, is_of_one_member
-from statewise._src.core.plan import State
+from statewise._src.core.plan import Kinds, State
 from statewise._src.core.templates import abstract
 from statewise._src.inspect.audit.result import Audit, LeafAudit
 from statewise._src.plan.packing import PackedBuffer

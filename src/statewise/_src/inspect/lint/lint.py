@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from statewise._src.common.object_names import given, names_given
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.inspect.lint import arrays, declared, leaf_types, members, modes, values
 from statewise._src.inspect.lint import optimizers as optimizing
 from statewise._src.inspect.lint import restarts as restarting

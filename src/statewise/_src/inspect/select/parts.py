@@ -34,7 +34,7 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise._src.common.write_values import put_values
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.inspect.select.new_values import fresh_values
 from statewise._src.inspect.select.select import check_kinds, look
 from statewise._src.plan.match import claim

@@ -12,7 +12,7 @@ from flax import nnx
 from statewise._src.common.nnx_graph import ModelError, ModelGraph, read_graph, row_of
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise._src.common.tables import Shown, Table, leaf_dict
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.filters.explain import explain_leaf, type_only
 from statewise._src.plan.spelled_paths import Reading

@@ -15,8 +15,7 @@ from typing import Any
 from statewise._src.common.object_names import given
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.tables import Shown, Table
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import State
+from statewise._src.core.plan import Kinds, State
 from statewise._src.core.state_data import check_not_donated
 from statewise._src.inspect.select.select import check_kinds
 from statewise._src.inspect.watch.result import MOVED, LeafChange, changes_between, seen_table
