@@ -14,12 +14,10 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from beartype import BeartypeConf
-from beartype.claw import beartype_package
+import runtime_types
 
-# Every annotation of the package is checked while tests run.  An import hook: it has to be in place before
-# statewise is imported.  With the numeric tower an int is a float, as it is for the static checker.
-beartype_package("statewise", conf=BeartypeConf(is_pep484_tower=True))
+# Annotations of the package are checked while tests run: an import hook, in place before statewise is imported.
+runtime_types.check_package()
 
 import jax
 import pytest
@@ -29,6 +27,8 @@ import worker_memory
 from hints import check_hints_of
 from statewise._src.inspect.lint.finding import Finding
 from statewise.errors import StatewiseError, StatewiseWarning
+
+runtime_types.open_public_boundary()
 
 TESTS = Path(__file__).parent
 # Directories whose tests a run can leave out: `-m "not processes"`.

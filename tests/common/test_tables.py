@@ -26,7 +26,7 @@ from statewise._src.common.tables import (
     leaves_table,
     total_of,
 )
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.plan.kind import Kind
 
 F32 = jnp.dtype("float32")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise.errors import StatewiseError
 
 STANDARD = Kinds.standard()

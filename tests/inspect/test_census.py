@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from rich.console import Console
 
 import strategies
-from statewise._src.core.kinds import Kinds, plan
+from statewise._src.core.plan import Kinds, plan
 from statewise._src.filters.primitives import Path
 from statewise._src.inspect.census import census
 from statewise._src.inspect.select.select import count

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 import strategies
 from parts_model import STANDARD, Model, assert_same, flat, notes
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.filters.primitives import Path
 from statewise._src.inspect.select.parts import merge, split, update
 from statewise._src.inspect.select.select import count

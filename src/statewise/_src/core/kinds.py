@@ -9,48 +9,28 @@ from __future__ import annotations
 import functools
 import keyword
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.core.plan import Plan
 from statewise._src.filters.combinators import describe
 from statewise._src.plan.kind import Kind, shown, unknown_kind
-from statewise._src.plan.resolve import resolve_plan
 from statewise.errors import DeclarationError
 
-__all__ = ["Kinds", "plan"]
+__all__ = ["KindsData", "standard_kinds"]
 
 # Names that a kind cannot have: where kinds are passed by name, these are other arguments.
 RESERVED = frozenset({"self", "objects", "mesh", "copy"})
 
 
-class Kinds(Mapping[str, Kind]):
-    """The ordered declaration of the kinds of one program.
-
-    A mapping from names to kinds: immutable, hashable, and equal by value, order included.
-
-    Args:
-      **kinds: the kinds by name.  A name is a Python identifier.
-
-    Raises:
-      DeclarationError: a name is not allowed, a value is not a `Kind`, or two kinds both claim the rest.
-
-    Example:
-      >>> from flax import nnx
-      >>> import statewise as sw
-      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), counters=sw.Kind(sw.Exactly(nnx.Variable)))
-      >>> list(kinds)
-      ['params', 'counters']
-      >>> kinds.replace(params=sw.Kind(nnx.Param, frozen=True))["params"].frozen
-      True
-    """
+class KindsData(Mapping[str, Kind]):
+    """The data of `Kinds`: a mapping from names to kinds, immutable, equal by value (order included) and hashable."""
 
     __slots__ = ("_hash", "_kinds")
 
-    def __init__(self, /, **kinds: Kind | Any) -> None:
+    def __init__(self, /, **kinds: Kind) -> None:
         for name, kind in kinds.items():
             _check_name(name)
             if not isinstance(kind, Kind):
@@ -65,21 +45,6 @@ class Kinds(Mapping[str, Kind]):
             )
         self._kinds = dict(kinds)
         self._hash = hash(tuple(self._kinds.items()))
-
-    @classmethod
-    def standard(cls) -> Kinds:
-        """Returns kinds for every Variable type that NNX ships, so that a newcomer need not declare any.
-
-        They are `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
-        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for the rest: plain `nnx.Variable`, all
-        other subclasses, and raw arrays.
-
-        Example:
-          >>> import statewise as sw
-          >>> list(sw.Kinds.standard())
-          ['params', 'lora', 'stats', 'cache', 'rng', 'intermediates', 'metrics', 'optimizer', 'variables']
-        """
-        return _STANDARD
 
     def __getitem__(self, name: str) -> Kind:
         try:
@@ -98,25 +63,25 @@ class Kinds(Mapping[str, Kind]):
 
     def __eq__(self, other: object) -> bool:
         # Unlike in a dict, the order matters: tables and states follow it.
-        return isinstance(other, Kinds) and list(self._kinds.items()) == list(other._kinds.items())
+        return isinstance(other, KindsData) and list(self._kinds.items()) == list(other._kinds.items())
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Built again on load: in another process the hashes of types differ.
-        return functools.partial(Kinds, **self._kinds), ()
+        return functools.partial(type(self), **self._kinds), ()
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}=Kind({describe(kind.of)})" for name, kind in self._kinds.items())
         return f"Kinds({inner})"
 
-    def __or__(self, other: Kinds) -> Kinds:
-        if not isinstance(other, Kinds):
+    def __or__(self, other: Self) -> Self:
+        if not isinstance(other, KindsData):
             return NotImplemented
-        return Kinds(**{**self._kinds, **other._kinds})
+        return type(self)(**{**self._kinds, **other._kinds})
 
-    def replace(self, /, **kinds: Kind | Any) -> Kinds:
+    def replace(self, /, **kinds: Kind) -> Self:
         """Returns these kinds with some of them replaced, in the same order.
 
         Args:
@@ -135,48 +100,7 @@ class Kinds(Mapping[str, Kind]):
         for name in kinds:
             if name not in self._kinds:
                 raise unknown_kind(name, self)
-        return Kinds(**{**self._kinds, **kinds})
-
-    def plan(
-        self,
-        /,
-        *objects: Any,
-        optimizers: Mapping[Any, Any] | Any = None,
-        averages: Mapping[Any, Any] | Any = None,
-        **named: Any,
-    ) -> Plan:
-        """Resolves these kinds against a model, or several objects: each leaf belongs to exactly one kind.
-
-        Args:
-          *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
-          optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
-          averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.  Each average becomes a kind of
-            its own, and follows the kinds it tracks wherever a train step updates them.
-          **named: the objects by name instead, as in `policy=policy, reference=reference`.  The name is then the first
-            segment of their paths, both in filters and in print.  Steps get the objects in this order.
-
-        Returns:
-          the plan; equal plans are one object.
-
-        Raises:
-          UnclaimedError: leaves that no kind claims, all of them.
-          OverlapError: leaves that several kinds claim, all of them.
-          DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not
-            hold floats; two optimizers for one kind, or two averages of one name; a kind with a path that does not
-            exist; objects given both by position and by name.
-          FilterError: a path is ambiguous.
-          StructureError: there are no objects or no leaves, or a class is given instead of an instance.
-
-        Example:
-          >>> import optax
-          >>> from flax import nnx
-          >>> import statewise as sw
-          >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-          >>> plan = sw.Kinds(params=sw.Kind(nnx.Param)).plan(model, optimizers={"params": optax.sgd(0.1)})
-          >>> [sw.format_path(leaf.path) for leaf in plan["params"]]
-          ['bias', 'kernel']
-        """
-        return Plan.of(resolve_plan(self, objects, optimizers, averages, named))
+        return type(self)(**{**self._kinds, **kinds})
 
 
 def _check_name(name: str) -> None:
@@ -191,48 +115,16 @@ def _check_name(name: str) -> None:
         raise DeclarationError(f"{name!r} is reserved and cannot name a kind.", kind=name, hint=hint)
 
 
-def _standard() -> Kinds:
-    return Kinds(
-        params=Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))),
-        lora=Kind(nnx.LoRAParam),
-        stats=Kind(nnx.BatchStat),
-        cache=Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
-        rng=Kind(nnx.RngState),
-        intermediates=Kind(nnx.Any(nnx.Intermediate, nnx.Perturbation), saved=False),
-        metrics=Kind(compat.MetricState),
-        optimizer=Kind(nnx.OptState),
-        variables=Kind(...),
-    )
-
-
-_STANDARD = _standard()
-
-
-def plan(
-    *objects: Any, optimizers: Mapping[Any, Any] | Any = None, averages: Mapping[Any, Any] | Any = None, **named: Any
-) -> Plan:
-    """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
-
-    Args:
-      *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
-      optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
-      averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.
-      **named: the objects by name instead; paths then begin with the name.
-
-    Returns:
-      the plan.
-
-    Raises:
-      OverlapError: leaves that two of the standard kinds claim (their type derives from both types).
-      DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not hold
-        floats; two optimizers for one kind, or two averages of one name.
-      StructureError: there are no objects or no leaves, or a class is given instead of an instance.
-
-    Example:
-      >>> from flax import nnx
-      >>> import statewise as sw
-      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-      >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
-      [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
-    """
-    return Plan.of(resolve_plan(_STANDARD, objects, optimizers, averages, named))
+def standard_kinds() -> dict[str, Kind]:
+    """Returns the kinds of everything that NNX ships; see `Kinds.standard`."""
+    return {
+        "params": Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))),
+        "lora": Kind(nnx.LoRAParam),
+        "stats": Kind(nnx.BatchStat),
+        "cache": Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
+        "rng": Kind(nnx.RngState),
+        "intermediates": Kind(nnx.Any(nnx.Intermediate, nnx.Perturbation), saved=False),
+        "metrics": Kind(compat.MetricState),
+        "optimizer": Kind(nnx.OptState),
+        "variables": Kind(...),
+    }

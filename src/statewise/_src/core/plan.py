@@ -1,31 +1,123 @@
-"""The two objects that users hold: a plan, and its states.
+"""The three objects that users hold: kinds, a plan, and its states.
 
-A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan with its arrays, registered as
-a pytree.  Both are thin: the work is done by the other modules of this package, on the plan's tables and the state's
-data.  They share a file because each names the other: a plan makes states, and a state has a plan.
+`Kinds` are the declaration.  A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan
+with its arrays, registered as a pytree.  All are thin: the work is done by the other modules of this package, on the
+plan's tables and the state's data.  They share a file because each names the others: kinds make plans, a plan has kinds
+and makes states, and a state has a plan.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from typing import Any, SupportsIndex, TypeVar
+
+import jax
+import optax
 
 from statewise._src.common.object_names import in_order
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
+from statewise._src.core.kinds import KindsData, standard_kinds
+from statewise._src.core.reduce_devices import How
+from statewise._src.core.restart import Slots
 from statewise._src.core.state_data import Part, StateData, check_not_donated, check_unshared, register
 from statewise._src.core.view import packed_for, unpacked_of, view
+from statewise._src.core.vmap_axes import MappedAxis
 from statewise._src.plan.ema import EMA
+from statewise._src.plan.resolve import resolve_plan
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["Plan", "State", "tables_in", "tables_of"]
+__all__ = ["Kinds", "Plan", "State", "plan", "tables_in", "tables_of"]
+
+# A kind, or a tuple of kinds.  A mapping does not vary with the type of its keys, so that type is a variable.
+Names = TypeVar("Names", bound=Sequence[str])
 
 _plans: weakref.WeakKeyDictionary[PlanTables, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _plans_lock = threading.Lock()
+
+
+class Kinds(KindsData):
+    """The ordered declaration of the kinds of one program.
+
+    A mapping from names to kinds: immutable, hashable, and equal by value, order included.
+
+    Args:
+      **kinds: the kinds by name.  A name is a Python identifier.
+
+    Raises:
+      DeclarationError: a name is not allowed, a value is not a `Kind`, or two kinds both claim the rest.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), counters=sw.Kind(sw.Exactly(nnx.Variable)))
+      >>> list(kinds)
+      ['params', 'counters']
+      >>> kinds.replace(params=sw.Kind(nnx.Param, frozen=True))["params"].frozen
+      True
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def standard(cls) -> Kinds:
+        """Returns kinds for every Variable type that NNX ships, so that a newcomer need not declare any.
+
+        They are `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
+        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for the rest: plain `nnx.Variable`, all
+        other subclasses, and raw arrays.
+
+        Example:
+          >>> import statewise as sw
+          >>> list(sw.Kinds.standard())
+          ['params', 'lora', 'stats', 'cache', 'rng', 'intermediates', 'metrics', 'optimizer', 'variables']
+        """
+        return _STANDARD
+
+    def plan(
+        self,
+        /,
+        *objects: object,
+        optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+        averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+        **named: object,
+    ) -> Plan:
+        """Resolves these kinds against a model, or several objects: each leaf belongs to exactly one kind.
+
+        Args:
+          *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+          optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+          averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.  Each average becomes a kind of
+            its own, and follows the kinds it tracks wherever a train step updates them.
+          **named: the objects by name instead, as in `policy=policy, reference=reference`.  The name is then the first
+            segment of their paths, both in filters and in print.  Steps get the objects in this order.
+
+        Returns:
+          the plan; equal plans are one object.
+
+        Raises:
+          UnclaimedError: leaves that no kind claims, all of them.
+          OverlapError: leaves that several kinds claim, all of them.
+          DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not
+            hold floats; two optimizers for one kind, or two averages of one name; a kind with a path that does not
+            exist; objects given both by position and by name.
+          FilterError: a path is ambiguous.
+          StructureError: there are no objects or no leaves, or a class is given instead of an instance.
+
+        Example:
+          >>> import optax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+          >>> plan = sw.Kinds(params=sw.Kind(nnx.Param)).plan(model, optimizers={"params": optax.sgd(0.1)})
+          >>> [sw.format_path(leaf.path) for leaf in plan["params"]]
+          ['bias', 'kernel']
+        """
+        return Plan.of(resolve_plan(self, objects, optimizers, averages, named))
 
 
 class Plan(Shown):
@@ -68,9 +160,10 @@ class Plan(Shown):
     # --- looking ---------------------------------------------------------------------------------------------
 
     @property
-    def kinds(self) -> Any:
+    def kinds(self) -> Kinds:
         """The declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average."""
-        return self._tables.kinds
+        kinds = self._tables.kinds
+        return kinds if isinstance(kinds, Kinds) else Kinds(**kinds)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -97,7 +190,7 @@ class Plan(Shown):
         return iter(self.kinds)
 
     @property
-    def optimizers(self) -> dict[tuple[str, ...], Any]:
+    def optimizers(self) -> dict[tuple[str, ...], optax.GradientTransformation]:
         """The optimizers, keyed by the kinds that each one updates."""
         return {group.kinds: group.tx for group in self._tables.optimizers}
 
@@ -127,7 +220,15 @@ class Plan(Shown):
 
     # --- making states ---------------------------------------------------------------------------------------
 
-    def take(self, /, *objects: Any, mesh: Any = None, copy: bool = True, pack: Any = False, **named: Any) -> State:
+    def take(
+        self,
+        /,
+        *objects: object,
+        mesh: jax.sharding.Mesh | None = None,
+        copy: bool = True,
+        pack: bool | str | Iterable[str] = False,
+        **named: object,
+    ) -> State:
         """Copies the arrays of the objects into a state.
 
         Args:
@@ -161,7 +262,7 @@ class Plan(Shown):
         given = in_order(tables.names, objects, named, "take")
         return State.wrap(model_io.take(tables, given, mesh=mesh, copy=copy, pack=pack))
 
-    def init(self, make_model: Any, mesh: Any) -> State:
+    def init(self, make_model: Callable[[], object], mesh: jax.sharding.Mesh) -> State:
         """Initializes a model's state directly on a mesh, inside `jax.jit`: no device ever holds a full copy.
 
         Args:
@@ -187,7 +288,7 @@ class Plan(Shown):
         """
         return State.wrap(model_io.init(self._tables, make_model, mesh))
 
-    def put(self, state: State | Any, /, *objects: Any, copy: bool = True, **named: Any) -> None:
+    def put(self, state: State, /, *objects: object, copy: bool = True, **named: object) -> None:
         """Writes a state's arrays back into the objects: all of them, or none if anything fails or is interrupted.
 
         A raw array in a tuple, a named tuple or a frozen dataclass is written by rebuilding its container.  The state
@@ -212,7 +313,7 @@ class Plan(Shown):
         """
         model_io.put(self._tables, state, in_order(self._tables.names, objects, named, "put"), copy=copy)
 
-    def build(self, state: State | Any, *, copy: bool = True) -> Any:
+    def build(self, state: State, *, copy: bool = True) -> Any:
         """Builds new objects with a state's arrays.
 
         Args:
@@ -235,7 +336,7 @@ class Plan(Shown):
         """
         return model_io.build(self._tables, state, copy=copy)
 
-    def abstract(self, mesh: Any = None) -> State:
+    def abstract(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None) -> State:
         """Returns a state of this plan with shapes and dtypes instead of arrays.
 
         Args:
@@ -252,7 +353,7 @@ class Plan(Shown):
         """
         return State.wrap(templates.abstract(self._tables, mesh))
 
-    def shardings(self, mesh: Any) -> State:
+    def shardings(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> State:
         """Returns a state of shardings instead of arrays, for `jax.device_put` or `jax.jit(..., out_shardings=)`.
 
         Args:
@@ -276,7 +377,7 @@ class Plan(Shown):
         """
         return State.wrap(templates.shardings(self._tables, mesh))
 
-    def axes(self, **kinds: Any) -> State:
+    def axes(self, **kinds: MappedAxis) -> State:
         """Returns a state of axes instead of arrays, for `in_axes` and `out_axes` of `jax.vmap`.
 
         Args:
@@ -299,7 +400,7 @@ class Plan(Shown):
 
     # --- ensembles ---------------------------------------------------------------------------------------------
 
-    def stacked(self, count: int | Any, /, *, over: str | Any = None, **axes: Any) -> Plan:
+    def stacked(self, count: SupportsIndex, /, *, over: str | None = None, **axes: MappedAxis) -> Plan:
         """Returns the plan of an ensemble: the same leaves, each with an axis for the members.
 
         It is a plan like any other: its states can be saved, restored, counted, placed and compared.  They are made by
@@ -330,7 +431,7 @@ class Plan(Shown):
         """
         return Plan.of(ensembles.stacked(self._tables, count, over, axes))
 
-    def stack(self, states: Any) -> State:
+    def stack(self, states: State | Iterable[State]) -> State:
         """Stacks the states of the members into a state of the ensemble, in order.
 
         Args:
@@ -400,7 +501,7 @@ class State(StateData):
             part.view = view(self.tables, kind, unpacked_of(self.tables, kind, part.arrays))
         return part.view
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.tables.kinds)
 
     def __contains__(self, kind: object) -> bool:
@@ -409,7 +510,7 @@ class State(StateData):
     def __len__(self) -> int:
         return len(self.tables.kinds)
 
-    def keys(self) -> Any:
+    def keys(self) -> KeysView[str]:
         """Returns the names of the kinds."""
         return self.tables.kinds.keys()
 
@@ -425,7 +526,7 @@ class State(StateData):
 
     # --- making other states -----------------------------------------------------------------------------------
 
-    def replace(self, /, **parts: Any) -> State:
+    def replace(self, /, **parts: object) -> State:
         """Returns this state with new arrays for some kinds; their averages and optimizer state do not change.
 
         Args:
@@ -457,7 +558,7 @@ class State(StateData):
         check_unshared(state)
         return state
 
-    def restart(self, *kinds: str, where: Any = None, key: Any = None) -> State:
+    def restart(self, *kinds: str, where: Slots | None = None, key: jax.Array | None = None) -> State:
         """Gives kinds, or some of their slots, fresh values in place: the old buffers are donated.
 
         Averages restart as copies of the values they track, which are not donated.  Optimizer state restarts by the
@@ -507,7 +608,7 @@ class State(StateData):
         """
         return averages.with_averages(self, name)
 
-    def reduce_devices(self, *kinds: str, how: Any = "mean") -> State:
+    def reduce_devices(self, *kinds: str, how: How = "mean") -> State:
         """Returns this state with the values of all devices reduced to one, which is then replicated.
 
         Args:
@@ -534,7 +635,7 @@ class State(StateData):
         """
         return reduce_devices.reduce_devices(self, kinds, how)
 
-    def cast(self, /, **dtypes: Any) -> State:
+    def cast(self, /, **dtypes: jax.typing.DTypeLike) -> State:
         """Returns this state with the floating-point arrays of some kinds in other dtypes.
 
         An abstract state can be cast too: `sw.restore(path, plan.abstract().cast(params="bfloat16"), cast=True)`.
@@ -560,7 +661,7 @@ class State(StateData):
         """
         return cast.cast(self, dtypes)
 
-    def member(self, index: Any) -> State:
+    def member(self, index: SupportsIndex | jax.Array) -> State:
         """Returns the state of one member of an ensemble, in arrays of its own.
 
         Args:
@@ -596,8 +697,44 @@ def tables_of(plan: Plan) -> PlanTables:
     return plan._tables
 
 
-def tables_in(thing: Any) -> PlanTables | None:
+def tables_in(thing: object) -> PlanTables | None:
     """Returns the tables of a plan or a state; None for anything else."""
     if isinstance(thing, State):
         return thing.tables
     return tables_of(thing) if isinstance(thing, Plan) else None
+
+
+_STANDARD = Kinds(**standard_kinds())
+
+
+def plan(
+    *objects: object,
+    optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+    averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+    **named: object,
+) -> Plan:
+    """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
+
+    Args:
+      *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+      optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+      averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.
+      **named: the objects by name instead; paths then begin with the name.
+
+    Returns:
+      the plan.
+
+    Raises:
+      OverlapError: leaves that two of the standard kinds claim (their type derives from both types).
+      DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not hold
+        floats; two optimizers for one kind, or two averages of one name.
+      StructureError: there are no objects or no leaves, or a class is given instead of an instance.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
+      [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
+    """
+    return Plan.of(resolve_plan(_STANDARD, objects, optimizers, averages, named))

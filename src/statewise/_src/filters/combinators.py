@@ -31,9 +31,11 @@ from statewise.errors import FilterError
 
 __all__ = ["And", "Filter", "Not", "Or", "Ours", "Predicate", "ask", "compound", "describe", "normalise", "predicate"]
 
+Predicate: TypeAlias = Callable[[tuple[Any, ...], Any], bool]
 # NNX's own alias is recursive, and leaves out the unions of types that we take as well: `normalise` is the check.
-Filter: TypeAlias = Any
-Predicate: TypeAlias = Callable[[paths.Path, Any], bool]
+Filter: TypeAlias = (
+    type | types.UnionType | str | bool | Predicate | types.EllipsisType | tuple[Any, ...] | list[Any] | None
+)
 
 
 class Ours(abc.ABC):
@@ -68,7 +70,7 @@ class Ours(abc.ABC):
         return _describe(self)
 
 
-def _flat(cls: type[_Parts], filter: Filter) -> tuple[Filter, ...]:
+def _flat(cls: type[_Parts], filter: Any) -> tuple[Filter, ...]:
     # So that (a & b) & c and a & (b & c) are equal.
     return filter.parts if type(filter) is cls else (filter,)
 
@@ -119,7 +121,7 @@ class Not(Ours):
         return self.part if isinstance(self.part, Ours) else Not(self)
 
 
-def compound(filter: Filter) -> tuple[str, tuple[Filter, ...]] | None:
+def compound(filter: Any) -> tuple[str, tuple[Any, ...]] | None:
     """The sign and the parts of a normalised filter that is made of others; None for any other.
 
     NNX's are told by their exact class: a subclass may mean something else.
@@ -143,7 +145,7 @@ _PLAIN = (nnx.OfType, nnx.WithTag, nnx.PathContains, nnx.filterlib.PathIn, nnx.E
 _CLASSES = (Ours, nnx.All, nnx.Any, nnx.Not, *_PLAIN)
 
 
-def normalise(filter: Filter) -> Filter:
+def normalise(filter: object) -> Filter:
     """Checks a filter through and through, and makes it hashable and equal by value.
 
     Lists and unions of types (`nnx.Param | nnx.Cache`) become tuples, inside `nnx.All`, `nnx.Any` and
@@ -161,7 +163,7 @@ def normalise(filter: Filter) -> Filter:
     return _normalise(filter, "")
 
 
-def _normalise(filter: Filter, at: str) -> Filter:
+def _normalise(filter: Any, at: str) -> Any:
     if filter is None or filter is Ellipsis or isinstance(filter, (str, bool, Ours)):
         return filter
     if isinstance(filter, (list, tuple)):
@@ -212,7 +214,7 @@ def _hint(filter: Any) -> str:
     return "nnx.Param  # or 'tag', ..., sw.Path('layers/**'), sw.Where(lambda path, leaf: ...), or a tuple of such"
 
 
-def predicate(filter: Filter) -> Predicate:
+def predicate(filter: object) -> Predicate:
     """Turns any filter into one function of (path, leaf), with NNX's meaning.
 
     Unlike `nnx.filterlib.to_predicate` it refuses what is no filter, and a callable that fails at a leaf
@@ -232,7 +234,7 @@ def predicate(filter: Filter) -> Predicate:
     return _compile(normalise(filter))
 
 
-def _compile(filter: Filter) -> Predicate:
+def _compile(filter: Any) -> Predicate:
     # Always an object of a class, never a closure, so that filters can be pickled.
     if isinstance(filter, Ours):
         return filter
@@ -257,7 +259,7 @@ class _Called:
         return bool(self.function(path, leaf))
 
 
-def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: Any) -> Any:
+def ask(filter: object, function: Callable[..., Any], path: paths.Path, leaf: Any) -> Any:
     """Calls a user's function for a filter at a leaf; what it raises becomes an error that names both.
 
     Raises:
@@ -275,7 +277,7 @@ def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: An
         ) from error
 
 
-def describe(filter: Filter) -> str:
+def describe(filter: object) -> str:
     """Writes a filter as short text: `Param & ~LoRAParam`, `Path('layers/**')`, `module:function` for a callable.
 
     Raises:
@@ -293,7 +295,7 @@ def describe(filter: Filter) -> str:
 _BINDS = {"|": 0, "&": 1, "~": 2}
 
 
-def _describe(filter: Filter, within: str = "|") -> str:
+def _describe(filter: Any, within: str = "|") -> str:
     made_of = compound(filter)
     if made_of is None:
         return _describe_one(filter)
@@ -308,7 +310,7 @@ def _describe(filter: Filter, within: str = "|") -> str:
     return f"({text})" if _BINDS[sign] < _BINDS[within] else text
 
 
-def _describe_one(filter: Filter) -> str:
+def _describe_one(filter: object) -> str:
     match filter:
         case Ours():
             return repr(filter)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,10 +59,10 @@ class EMA:
       (Array([-0.1, -0.1, -0.1], dtype=float32), Array([-0.05, -0.05, -0.05], dtype=float32))
     """
 
-    decay: float | Callable[[Any], Any] | Any
+    decay: float | Callable[[Any], Any]
     _: dataclasses.KW_ONLY
-    name: str | Any = "ema"
-    dtype: Any = None
+    name: str = "ema"
+    dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.decay, int | float | np.integer | np.floating) and not isinstance(self.decay, bool):

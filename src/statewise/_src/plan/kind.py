@@ -24,19 +24,17 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from statewise._src.filters.combinators import describe, normalise
+from statewise._src.common.paths import Path
+from statewise._src.filters.combinators import Filter, describe, normalise
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import check_restart, takes
-from statewise._src.plan.placements import PLACEMENTS, describe_placement
+from statewise._src.plan.placements import PLACEMENTS, Placement, describe_placement
 from statewise.errors import DeclarationError, FilterError
 
 __all__ = ["Kind", "shown", "unknown_kind", "with_kinds"]
 
 Missing = Literal["error", "keep", "restart"]
-
-
-# Where an argument's annotation ends in `| Any`, a wrong type is refused here, with the hint.
 
 
 @dataclasses.dataclass(frozen=True, eq=True)
@@ -75,14 +73,14 @@ class Kind:
       True
     """
 
-    of: Any
+    of: Filter
     _: dataclasses.KW_ONLY
     frozen: bool = False
     saved: bool = True
-    missing: Missing | Any = "error"
-    restart: Callable[..., Any] | Any = None
-    batch_axis: int | Any = None
-    placement: Any = None
+    missing: Missing = "error"
+    restart: Callable[..., Any] | None = None
+    batch_axis: int | None = None
+    placement: Placement | Callable[[Path, tuple[int, ...]], Placement | None] | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from statewise.errors import PlacementError
 
@@ -17,6 +17,7 @@ __all__ = [
     "Axis",
     "FromMetadata",
     "PerDevice",
+    "Placement",
     "Replicated",
     "Sharded",
     "axes_of",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 Axis = str | tuple[str, ...] | None
+Resize = Literal["error", "mean", "first"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Sharded:
     axes: tuple[Axis, ...]
     memory: str | None
 
-    def __init__(self, *axes: Axis | Any, memory: str | Any = None) -> None:
+    def __init__(self, *axes: Axis, memory: str | None = None) -> None:
         names = [name for axis in axes for name in axes_of(axis)]
         for name in names:
             if not isinstance(name, str):
@@ -117,7 +119,7 @@ class FromMetadata:
 
     rules: tuple[tuple[str, Axis], ...] | None
 
-    def __init__(self, rules: Sequence[Any] | Any = None) -> None:
+    def __init__(self, rules: Iterable[tuple[str, Axis]] | None = None) -> None:
         made = None if rules is None else merged_rules(rules)
         object.__setattr__(self, "rules", None if made is None else tuple(made.items()))
 
@@ -151,7 +153,7 @@ class PerDevice:
     memory: str | None
     resize: str
 
-    def __init__(self, *axes: str | Any, memory: str | Any = None, resize: str | Any = "error") -> None:
+    def __init__(self, *axes: str, memory: str | None = None, resize: Resize = "error") -> None:
         named = all(isinstance(axis, str) for axis in axes)
         if not axes or not named or len(set(axes)) < len(axes):
             raise PlacementError(
@@ -196,6 +198,7 @@ def folded(placement: Any) -> Any:
     return placement if isinstance(placement, PLACEMENTS) or placement is None else Folded(placement)
 
 
+Placement = Replicated | Sharded | PerDevice | FromMetadata
 PLACEMENTS = (Replicated, Sharded, PerDevice, FromMetadata)
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +40,19 @@ from statewise.errors import StructureError
 __all__ = ["Step", "definition_of"]
 
 
-def _is_shape(thing: Any) -> bool:
+def _is_shape(thing: object) -> bool:
     return isinstance(thing, tuple) and all(isinstance(size, int) for size in thing)
 
 
-def _kinds_captured(names: Any, decorator: str) -> str | tuple[str, ...]:
+def _kinds_captured(names: object, decorator: str) -> str | tuple[str, ...]:
     return names if isinstance(names, str) else kind_names(names, "capture", decorator)
 
 
-class Step:
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Step(Generic[P, R_co]):
     """A compiled pure function on a state; made by `step` and `train_step`.
 
     Called as `step(state, *args, **kwargs)`.  The function gets the planned objects in the place of the state.
@@ -68,11 +72,11 @@ class Step:
 
     def __init__(
         self,
-        fn: Callable[..., Any] | Any,
+        fn: Callable[..., Any],
         contract_of: ContractOf,
         decorator: str,
-        capture: str | Sequence[str] | Any,
-        jit_options: dict[str, Any],
+        capture: str | Sequence[str] | None,
+        jit_options: Mapping[str, Any],
     ) -> None:
         if not callable(fn):
             check_function(fn, decorator)
@@ -94,7 +98,7 @@ class Step:
         self._only: dict[Any, CompiledStep] = {}
 
     @property
-    def fn(self) -> Any:
+    def fn(self) -> Callable[..., Any]:
         """The function; another one may be put in its place, as a test does to count traces."""
         return self._definition.fn
 
@@ -105,7 +109,7 @@ class Step:
     def __repr__(self) -> str:
         return f"<sw.{self._definition.decorator} {self._definition.name}>"
 
-    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: State, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Runs the step on a state; see `step` and `train_step`."""
         if type(state) is not State:
             raise no_state(self._definition.name, state)
@@ -122,7 +126,7 @@ class Step:
                 pass
         return self._call_anew(state, args, kwargs)
 
-    def lower(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Lowered:
+    def lower(self, state: State, /, *args: object, **kwargs: object) -> Lowered[R_co]:
         """Traces and lowers for these arguments, ahead of time; they may be `jax.ShapeDtypeStruct`s.
 
         Args:
@@ -149,7 +153,7 @@ class Step:
         if not is_of_one_member(state):
             raise self._not_mapped(state, args, "{}(state{})")
         one = as_one(state)
-        result = self(one, *args, **kwargs)
+        result: Any = self(one, *args, **kwargs)
         if not self._definition.contract_of(one.tables, self._definition.name).returns_state:
             return result
         after, out = result
@@ -250,6 +254,6 @@ class Step:
         return (entry.received(state, written, donated=False), out) if contract.returns_state else out
 
 
-def definition_of(step: Step) -> Definition:
+def definition_of(step: Step[..., Any]) -> Definition:
     """Returns what a step was made of."""
     return step._definition

@@ -29,9 +29,8 @@ from statewise._src.common.nnx_graph import (
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.batches import check_not_batch
-from statewise._src.core.kinds import Kinds
 from statewise._src.core.model_io import build
-from statewise._src.core.plan import Plan, State, tables_of
+from statewise._src.core.plan import Kinds, Plan, State, tables_of
 from statewise._src.core.state_data import StateData, check_not_donated
 from statewise._src.core.templates import abstract
 from statewise._src.filters.explain import is_python
