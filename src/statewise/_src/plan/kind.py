@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from statewise._src.filters.combinators import describe, normalise
+from statewise._src.filters.combinators import describe, normalize
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import check_restart, takes
@@ -86,7 +86,7 @@ class Kind:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "of", normalise(self.of))
+        object.__setattr__(self, "of", normalize(self.of))
         if _never(self.of):
             raise DeclarationError(
                 f"A kind of {describe(self.of)} can never claim a leaf.", hint="leave the kind out of the declaration"
