@@ -3,6 +3,7 @@
 # installs nothing.
 #
 #   make demo          train the small transformer on real text, in under two minutes
+#   make quick         lint, types and the tests that answer fast: what to run while working
 #   make test          lint, types, tests, doctests: what CI runs
 #   make docs          the documentation as a site, in site/
 #   make bench         the numbers, side by side (bench-quick: a short run)
@@ -24,7 +25,7 @@ UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
-.PHONY: help demo test test-slow browser-tests lint types tests docs bench bench-quick dist format clean
+.PHONY: help demo quick test test-slow browser-tests lint types tests docs bench bench-quick dist format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,6 +49,15 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 demo: $(VENV)/.installed
 	$(BIN)/statewise demo
 
+# Everything that answers fast.  Properties draw ten examples, and JAX keeps what it compiled in .jax_cache: the second
+# run is the fast one.  Left out are the directories that tests/conftest.py marks, and what is slow.
+QUICK := not slow and not docs and not processes and not browser and not equivalence
+quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
+quick: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+quick: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
+quick: lint types
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
+
 test: lint types tests
 
 lint: $(VENV)/.installed-test
@@ -57,7 +67,7 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
-# The doctests of every module and the code of README.md and docs/ are tests like any other (tests/test_doctests.py).
+# The doctests of every module and the code of README.md and docs/ are tests like any other (tests/docs/test_doctests.py).
 tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
@@ -68,12 +78,12 @@ test-slow: $(VENV)/.installed-test
 # The report's page in a real Chromium.  `make tests` runs these too, where there is a browser, and skips them where not.
 browser-tests: $(VENV)/.installed-test
 	.ci/chromium
-	$(BIN)/python -m pytest -q tests/report $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m browser $(PYTEST_ARGS)
 
 # The site, into site/: open site/index.html.  Strict: a broken link, or a page outside the navigation, fails.
-# That it builds, and that all code on its pages runs, are tests (tests/test_docs.py, tests/test_doctests.py).
+# That it builds, and that all code on its pages runs, are tests (tests/docs/).
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks
@@ -93,4 +103,4 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache

@@ -7,25 +7,38 @@ are code are Python.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Both are read once, when jax is imported: nothing above these lines may import it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from beartype import BeartypeConf
-from beartype.claw import beartype_package
+import runtime_types
 
-# Every annotation of the package is checked while tests run.  An import hook: it has to be in place before
-# statewise is imported.  With the numeric tower an int is a float, as it is for the static checker.
-beartype_package("statewise", conf=BeartypeConf(is_pep484_tower=True))
+# Annotations of the package are checked while tests run: an import hook, in place before statewise is imported.
+runtime_types.check_package()
 
 import jax
 import pytest
 from hypothesis import settings
 
+import worker_memory
 from hints import check_hints_of
 from statewise._src.inspect.lint.finding import Finding
 from statewise.errors import StatewiseError, StatewiseWarning
+
+runtime_types.open_public_boundary()
+
+TESTS = Path(__file__).parent
+# Directories whose tests a run can leave out: `-m "not processes"`.
+MARKED = {
+    "docs": "the site, and every example in docstrings and on pages",
+    "processes": "starts processes: several at once, killed ones, whole programs",
+    "browser": "needs a Chromium",
+    "equivalence": "trains models beside plain NNX and compares every number",
+}
+QUICK_EXAMPLES = 10  # of each property, under `--hypothesis-profile=quick`
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,7 +49,42 @@ for made in (StatewiseError, StatewiseWarning, Finding):
 # Compilation makes the first example of a property slow and the next ones fast: a deadline would only flicker.
 # CI draws the same examples every time; elsewhere each run looks at new ones.
 settings.register_profile("statewise", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+# A quick run draws the same ones too, so that what it compiled is in JAX's cache the next time.
+settings.register_profile("quick", settings.get_profile("statewise"), derandomize=True, max_examples=QUICK_EXAMPLES)
 settings.load_profile("statewise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers a marker for each directory in `MARKED`."""
+    for folder, why in MARKED.items():
+        config.addinivalue_line("markers", f"{folder}: {why}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks each test by the directory that it is in."""
+    quick = config.getoption("--hypothesis-profile") == "quick"
+    for item in items:
+        for folder in MARKED.keys() & set(item.path.relative_to(TESTS).parts[:-1]):
+            item.add_marker(folder)
+        if quick:
+            draw_few_examples(item)
+
+
+def draw_few_examples(item: pytest.Item) -> None:
+    """Holds a property that sets its own number of examples to that of the quick profile too."""
+    function = getattr(item, "obj", None)
+    own = getattr(function, "_hypothesis_internal_use_settings", None)
+    if own is not None and own.max_examples > QUICK_EXAMPLES:
+        function._hypothesis_internal_use_settings = settings(own, max_examples=QUICK_EXAMPLES)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Keeps a worker's memory under 2 GB: clears caches between files, never within one."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        worker_memory.after_file(item.path.relative_to(TESTS).as_posix())
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ The cells of a notebook run in order in one namespace, in this process.  A cell 
 expression where that has a value: as text, and as HTML where the value has a `_repr_html_` (its text is then what
 `print` shows).  That is what Jupyter does, without a kernel, a server or the packages for them.
 
-The tests run the notebooks too, and compare: stored outputs that are no longer true fail (`tests/test_docs.py`).
+The tests run the notebooks too, and compare: stored outputs that are no longer true fail (`tests/docs/test_site.py`).
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from statewise._src.checkpoint.restore import preview as preview
 from statewise._src.checkpoint.restore import restore as restore
 from statewise._src.checkpoint.save import save as save
 from statewise._src.common.paths import format_path as format_path
-from statewise._src.core.kinds import Kinds as Kinds
-from statewise._src.core.kinds import plan as plan
+from statewise._src.core.plan import Kinds as Kinds
 from statewise._src.core.plan import Plan as Plan
 from statewise._src.core.plan import State as State
+from statewise._src.core.plan import plan as plan
 from statewise._src.core.transfer import transfer as transfer
 from statewise._src.filters.primitives import Exactly as Exactly
 from statewise._src.filters.primitives import Meta as Meta

@@ -7,32 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 import statewise as sw
+from large_states import LEAVES, SIDE, assert_same, large_plan, make_large, mesh_of, split_for
 
 ROOT = Path(__file__).parents[2]
+HELPERS = ROOT / "tests/helpers"
 MESHES = [(8,), (2, 4), (4,), (1,)]
-
-
-def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
-    """The first devices, in a mesh of this shape: its last axis is `model`, one before it `data`."""
-    count = int(np.prod(shape))
-    names = ("data", "model")[-len(shape) :]
-    axis_types = (jax.sharding.AxisType.Auto,) * len(shape)
-    return jax.make_mesh(shape, names, axis_types=axis_types, devices=jax.devices()[:count])
-
-
-def split_for(axes: int) -> Any:
-    """Matrices split over all axes of the mesh, all else on every device."""
-    return lambda path, shape: sw.Sharded(*("data", "model")[-axes:]) if len(shape) == 2 else sw.Replicated()
 
 
 class Block(nnx.Module):
@@ -53,10 +40,6 @@ def plan_for(shape: tuple[int, ...]) -> sw.Plan:
     kinds = sw.Kinds.standard()
     kinds = kinds.replace(params=dataclasses.replace(kinds["params"], placement=split_for(len(shape))))
     return kinds.plan(nnx.eval_shape(Block), optimizers={"params": optax.adam(1e-2)})
-
-
-def bits(array: jax.Array) -> np.ndarray:
-    return np.asarray(jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +65,6 @@ def test_a_state_comes_back_exactly_on_every_other_mesh_and_back_again(
     assert_same(back, states[here])
 
 
-def assert_same(one: sw.State, other: sw.State) -> None:
-    for left, right in zip(*map(jax.tree.leaves, (one, other)), strict=True):
-        np.testing.assert_array_equal(bits(left), bits(right))
-
-
 def test_the_checksums_of_a_checkpoint_do_not_depend_on_the_mesh(
     tmp_path: Path, states: dict[tuple[int, ...], sw.State]
 ) -> None:
@@ -98,25 +76,13 @@ def test_the_checksums_of_a_checkpoint_do_not_depend_on_the_mesh(
 
 # --- memory ------------------------------------------------------------------------------------------------------
 
-LEAVES, SIDE = 12, 2048
-
-
-def make_large() -> nnx.Dict:
-    return nnx.Dict(**{f"w{number}": nnx.Param(jnp.full((SIDE, SIDE), float(number))) for number in range(LEAVES)})
-
-
-def large_plan(axes: int) -> sw.Plan:
-    kinds = sw.Kinds.standard()
-    kinds = kinds.replace(params=dataclasses.replace(kinds["params"], placement=split_for(axes)))
-    return kinds.plan(nnx.eval_shape(make_large))
-
 
 def test_a_restore_takes_little_more_than_what_it_restores(tmp_path: Path) -> None:
     """201 MB in 12 leaves: beside the state itself there are three groups of 64 MiB at most, on their way."""
     sw.save(tmp_path / "large", large_plan(1).init(make_large, mesh_of((8,))))
     size = LEAVES * SIDE * SIDE * 4
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(HELPERS)])}
     for shape in ("2,4", "1"):
-        command = [sys.executable, str(ROOT / "tests/checkpoint/restored_memory.py"), str(tmp_path / "large"), shape]
+        command = [sys.executable, str(HELPERS / "programs/restored_memory.py"), str(tmp_path / "large"), shape]
         grown = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
         assert size <= grown < size + 240e6

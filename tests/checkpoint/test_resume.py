@@ -81,7 +81,7 @@ def test_a_run_resumed_in_a_fresh_process_is_too(
     middle, end, losses = whole
     sw.save(tmp_path / "saved", middle)
     here = pathlib.Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent / "src"), str(here / "helpers")])}
     arguments = [sys.executable, "-c", RESUME, str(tmp_path / "saved"), str(tmp_path / "resumed")]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,8 +15,7 @@ from typing import Any
 from statewise._src.checkpoint.diff.diff import Diff, diff
 from statewise._src.checkpoint.interop.convert import Conversion, convert
 from statewise._src.checkpoint.restore import inspect
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan, State
+from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.census import Census
 from statewise._src.report.report import Report, report
 from statewise.cli.targets import UsageError

@@ -13,8 +13,7 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelError
 from statewise._src.common.tables import Table, leaf_dict
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan, State
+from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.census import census
 from statewise._src.inspect.lint.lint import lint
 from statewise._src.inspect.memory import memory

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from pydoc_data.topics import topics
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 __all__ = ["CharText", "load_topics"]
@@ -50,18 +52,18 @@ class CharText:
         """Maps numbers to characters."""
         return "".join(self.alphabet[number] for number in numbers)
 
-    def batch(self, random: np.random.Generator, size: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, random: np.random.Generator, size: int, window: int) -> tuple[jax.Array, jax.Array]:
         """Draws `size` windows of the training text: inputs and targets, each of shape (size, window)."""
         starts = random.integers(0, len(self.train) - window, (size, 1))
         windows = self.train[starts + np.arange(window + 1)[None]]
-        return windows[:, :-1], windows[:, 1:]
+        return jnp.asarray(windows[:, :-1]), jnp.asarray(windows[:, 1:])
 
-    def held_out_batches(self, size: int, window: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def held_out_batches(self, size: int, window: int) -> list[tuple[jax.Array, jax.Array]]:
         """Cuts the held-out text into batches of the same form, without the rest that is smaller than a batch."""
         count = (len(self.held_out) - 1) // (size * window)
         inputs = self.held_out[: count * size * window].reshape(count, size, window)
         targets = self.held_out[1 : count * size * window + 1].reshape(count, size, window)
-        return list(zip(inputs, targets, strict=True))
+        return list(zip(jnp.asarray(inputs), jnp.asarray(targets), strict=True))
 
     def unigram_entropy(self) -> float:
         """Returns the entropy of the held-out text's characters, in nats per character.

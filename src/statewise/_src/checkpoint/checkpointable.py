@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
@@ -53,14 +54,14 @@ class Checkpointable(ocp.args.CheckpointArgs):
     cast: bool = False
     layout: str = "named"
     report: RestoreReport | None = None
-    members: Any = None
+    members: int | Sequence[int | None] | None = None
 
     @property
     def saving(self) -> Saving:
         """What a save writes.  For Orbax's handler."""
         return Saving(self.state, kinds_to_save(self.state, self.only), self.layout)
 
-    def restored(self, directory: Any) -> State:
+    def restored(self, directory: str | os.PathLike[str]) -> State:
         """Restores into `state` and gives it back.  For Orbax's handler."""
         self.state, self.report = restore(directory, self.state, only=self.only, cast=self.cast, members=self.members)
         return self.state
@@ -90,12 +91,12 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
 
 def checkpointable(
-    state: State | Any,
+    state: State,
     *,
     only: str | Sequence[str] | None = None,
     cast: bool = False,
     layout: str = "named",
-    members: int | Sequence[int | None] | Any = None,
+    members: int | Sequence[int | None] | None = None,
 ) -> Checkpointable:
     """A state as an item inside Orbax's own managers, to save it there or to restore into it.
 

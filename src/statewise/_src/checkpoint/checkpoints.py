@@ -14,7 +14,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -99,13 +99,13 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Any,
+        directory: str | os.PathLike[str],
         *,
         max_to_keep: int | None = None,
         every: int = 1,
         layout: str = "named",
         asynchronous: bool = True,
-        options: Any = None,
+        options: ocp.CheckpointManagerOptions | None = None,
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
@@ -188,7 +188,7 @@ class Checkpoints:
             step_format_fixed_length=self._options.step_format_fixed_length,
         )
 
-    def save(self, step: int | Any, state: State | Any, /, *, force: bool | Any = False, **extra: Any) -> bool:
+    def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:
         """Saves a step.
 
         Args:
@@ -232,7 +232,7 @@ class Checkpoints:
             raise self._failed(error) from error
         return self._writing
 
-    def _new_step(self, given: Any, force: bool) -> int:
+    def _new_step(self, given: object, force: bool) -> int:
         """The number of a step that may be saved."""
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
@@ -254,14 +254,14 @@ class Checkpoints:
 
     def restore(
         self,
-        target: State | Any,
+        target: State,
         /,
         *,
         step: int | None = None,
         only: str | Sequence[str] | None = None,
         cast: bool = False,
         extra: str | Sequence[str] | Mapping[str, Any] = (),
-        members: int | Sequence[int | None] | Any = None,
+        members: int | Sequence[int | None] | None = None,
     ) -> RestoreResult:
         """Restores a step into a new state, as `sw.restore` does; waits for a step that is still being written.
 
@@ -295,13 +295,13 @@ class Checkpoints:
 
     def preview(
         self,
-        target: State | Any,
+        target: State,
         /,
         *,
         step: int | None = None,
-        only: Any = None,
+        only: str | Sequence[str] | None = None,
         cast: bool = False,
-        members: Any = None,
+        members: int | Sequence[int | None] | None = None,
     ) -> RestoreReport:
         """What `restore` would do; see `sw.preview`."""
         return preview(self.path(step), target, only=only, cast=cast, members=members)

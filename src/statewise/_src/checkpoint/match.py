@@ -61,7 +61,7 @@ class Match:
     restarted: tuple[Placed, ...]
 
 
-def kinds_to_restore(state: State, only: str | Sequence[str] | Any) -> tuple[str, ...]:
+def kinds_to_restore(state: State, only: object) -> tuple[str, ...]:
     """The kinds that a restore writes.
 
     Raises:
@@ -72,7 +72,7 @@ def kinds_to_restore(state: State, only: str | Sequence[str] | Any) -> tuple[str
 
 
 class _Matcher:
-    def __init__(self, state: State, manifests: Sequence[Manifest], only: Any, cast: bool, members: Any) -> None:
+    def __init__(self, state: State, manifests: Sequence[Manifest], only: object, cast: bool, members: object) -> None:
         self.plan = state.tables
         self.state = state
         self.manifests = manifests
@@ -355,9 +355,9 @@ def match(
     path: Any,
     manifests: Sequence[Manifest],
     state: State,
-    only: str | Sequence[str] | Any,
+    only: object,
     cast: bool,
-    members: Any = None,
+    members: object = None,
 ) -> Match:
     """Compares a target with a checkpoint, and its base if it has one."""
     matcher = _Matcher(state, manifests, only, cast, members)

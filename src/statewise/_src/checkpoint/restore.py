@@ -7,6 +7,7 @@ files; read the arrays; check their sums.  Only then is a state made; the target
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,13 +39,13 @@ __all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
 
 
 def restore(
-    path: Any,
-    target: State | Any,
+    path: str | os.PathLike[str],
+    target: State,
     *,
-    only: str | Sequence[str] | Any = None,
+    only: str | Sequence[str] | None = None,
     cast: bool = False,
-    base: Any = None,
-    members: int | Sequence[int | None] | Any = None,
+    base: str | os.PathLike[str] | None = None,
+    members: int | Sequence[int | None] | None = None,
 ) -> tuple[State, RestoreReport]:
     """Reads a checkpoint into a new state, exactly, or says why not.
 
@@ -64,9 +65,9 @@ def restore(
       the state, of the target's plan, and what happened to each leaf.
 
     Raises:
-      RestoreError: target and checkpoint disagree: leaves missing, left over, of another kind, type, shape, dtype or
-        structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was read then.  A cast
-        that would lose numbers: rounding is fine, overflow is not.
+      RestoreError: target and checkpoint contradict each other: leaves missing, left over, of another kind, type,
+        shape, dtype or structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was
+        read then.  A cast that would lose numbers: rounding is fine, overflow is not.
       CorruptedError: files or arrays that are not what was written; each is named.
       DeclarationError: `only` names a kind that is not there, or one that is never saved.
 
@@ -90,13 +91,13 @@ def restore(
 
 
 def preview(
-    path: Any,
-    target: State | Any,
+    path: str | os.PathLike[str],
+    target: State,
     *,
-    only: str | Sequence[str] | Any = None,
+    only: str | Sequence[str] | None = None,
     cast: bool = False,
-    base: Any = None,
-    members: int | Sequence[int | None] | Any = None,
+    base: str | os.PathLike[str] | None = None,
+    members: int | Sequence[int | None] | None = None,
 ) -> RestoreReport:
     """What `sw.restore` would do with the same arguments; reads no array, and raises for no disagreement.
 
@@ -121,7 +122,7 @@ def preview(
     return _matched(path, target, only, cast, base, members)[2].report
 
 
-def inspect(path: Any) -> Census:
+def inspect(path: str | os.PathLike[str]) -> Census:
     """The census of a checkpoint, of a plain Orbax one, or of a safetensors file: no array is read.
 
     Raises:
@@ -179,7 +180,7 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 
 
 def _matched(
-    path: Any, target: State | Any, only: str | Sequence[str] | Any, cast: bool, base: Any, members: Any
+    path: object, target: object, only: object, cast: bool, base: object, members: object
 ) -> tuple[list[Any], list[Manifest], Match]:
     if not isinstance(target, State):
         raise StructureError(

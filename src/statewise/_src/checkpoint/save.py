@@ -40,11 +40,11 @@ __all__ = ["flush", "kinds_to_save", "save"]
 
 
 def save(
-    path: Any,
-    state: State | Any,
+    path: str | os.PathLike[str],
+    state: State,
     *,
-    only: str | Sequence[str] | Any = None,
-    base: Any = None,
+    only: str | Sequence[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     layout: str = "named",
 ) -> None:
     """Writes a state to disk: every kind but the ephemeral ones, optimizer state included.
@@ -112,7 +112,7 @@ def check_layout(layout: Any) -> None:
         raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", hint="layout='packed'")
 
 
-def kinds_to_save(state: State, only: str | Sequence[str] | Any) -> tuple[str, ...]:
+def kinds_to_save(state: State, only: object) -> tuple[str, ...]:
     """The kinds that a save writes."""
     hint = "declare it saved: kinds.replace({name}=dataclasses.replace(kinds['{name}'], saved=True))"
     return kinds_of(state, only, ", and is never saved", hint)

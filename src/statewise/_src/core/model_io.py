@@ -7,7 +7,7 @@ shape or dtype is an error that lists every leaf, and then nothing has changed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,7 +75,7 @@ def take(
     return place.state({kind: made.pack(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
 
-def init(plan: PlanTables, make_model: Callable[[], Any] | Any, mesh: Any) -> StateData:
+def init(plan: PlanTables, make_model: object, mesh: Any) -> StateData:
     """See `Plan.init`."""
     if not callable(make_model) or isinstance(make_model, nnx.Module):
         raise StructureError(
@@ -225,7 +225,7 @@ def _buffer_of(array: jax.Array) -> Any:
     return shard.device, shard.unsafe_buffer_pointer()
 
 
-def put(plan: PlanTables, state: StateData | Any, objects: Sequence[Any], *, copy: bool) -> None:
+def put(plan: PlanTables, state: object, objects: Sequence[Any], *, copy: bool) -> None:
     """See `Plan.put`."""
     values = values_of(plan, state, "put")
     if any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(state)):
@@ -242,7 +242,7 @@ def put(plan: PlanTables, state: StateData | Any, objects: Sequence[Any], *, cop
     put_values(root if found.several else objects[0], found.leaves, writes)
 
 
-def build(plan: PlanTables, state: StateData | Any, *, copy: bool) -> Any:
+def build(plan: PlanTables, state: object, *, copy: bool) -> Any:
     """See `Plan.build`."""
     values = values_of(plan, state, "build")
     _check_narrow(plan, values)
@@ -251,7 +251,7 @@ def build(plan: PlanTables, state: StateData | Any, *, copy: bool) -> Any:
     return objects if plan.object_count > 1 else objects[0]
 
 
-def values_of(plan: PlanTables, state: StateData | Any, verb: str) -> list[Any]:
+def values_of(plan: PlanTables, state: object, verb: str) -> list[Any]:
     """The leaves' values out of a state, in the order of the plan's rows.
 
     Raises:

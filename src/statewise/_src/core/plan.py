@@ -1,31 +1,123 @@
-"""The two objects that users hold: the plan, and the states of it.
+"""The three objects that users hold: kinds, a plan, and its states.
 
-A `Plan` is all static: kinds and optimizers resolved against one model.  A `State` is a plan with its arrays, a
-registered pytree.  Both are thin: what they do is in the other modules of this package, which work on the plan's tables
-and the state's data.  They stand in one file because each names the other: a plan makes states, and a state has a plan.
+`Kinds` are the declaration.  A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan
+with its arrays, registered as a pytree.  All are thin: the work is done by the other modules of this package, on the
+plan's tables and the state's data.  They share a file because each names the others: kinds make plans, a plan has kinds
+and makes states, and a state has a plan.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from typing import Any, SupportsIndex, TypeVar
+
+import jax
+import optax
 
 from statewise._src.common.object_names import in_order
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
+from statewise._src.core.kinds import KindsData, standard_kinds
+from statewise._src.core.reduce_devices import How
+from statewise._src.core.restart import Slots
 from statewise._src.core.state_data import Part, StateData, check_not_donated, check_unshared, register
 from statewise._src.core.view import packed_for, unpacked_of, view
+from statewise._src.core.vmap_axes import MappedAxis
 from statewise._src.plan.ema import EMA
+from statewise._src.plan.resolve import resolve_plan
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["Plan", "State", "tables_in", "tables_of"]
+__all__ = ["Kinds", "Plan", "State", "plan", "tables_in", "tables_of"]
+
+# A kind, or a tuple of kinds.  A mapping does not vary with the type of its keys, so that type is a variable.
+Names = TypeVar("Names", bound=Sequence[str])
 
 _plans: weakref.WeakKeyDictionary[PlanTables, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _plans_lock = threading.Lock()
+
+
+class Kinds(KindsData):
+    """The ordered declaration of the kinds of one program.
+
+    A mapping from names to kinds: immutable, hashable, and equal by value, order included.
+
+    Args:
+      **kinds: the kinds by name.  A name is a Python identifier.
+
+    Raises:
+      DeclarationError: a name is not allowed, a value is not a `Kind`, or two kinds both claim the rest.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param), counters=sw.Kind(sw.Exactly(nnx.Variable)))
+      >>> list(kinds)
+      ['params', 'counters']
+      >>> kinds.replace(params=sw.Kind(nnx.Param, frozen=True))["params"].frozen
+      True
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def standard(cls) -> Kinds:
+        """Returns kinds for every Variable type that NNX ships, so that a newcomer need not declare any.
+
+        They are `params` (without LoRA's), `lora`, `stats`, `cache` (ephemeral, restarts with zeros), `rng`,
+        `intermediates` (ephemeral), `metrics`, `optimizer`, and `variables` for the rest: plain `nnx.Variable`, all
+        other subclasses, and raw arrays.
+
+        Example:
+          >>> import statewise as sw
+          >>> list(sw.Kinds.standard())
+          ['params', 'lora', 'stats', 'cache', 'rng', 'intermediates', 'metrics', 'optimizer', 'variables']
+        """
+        return _STANDARD
+
+    def plan(
+        self,
+        /,
+        *objects: object,
+        optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+        averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+        **named: object,
+    ) -> Plan:
+        """Resolves these kinds against a model, or several objects: each leaf belongs to exactly one kind.
+
+        Args:
+          *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+          optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+          averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.  Each average becomes a kind of
+            its own, and follows the kinds it tracks wherever a train step updates them.
+          **named: the objects by name instead, as in `policy=policy, reference=reference`.  The name is then the first
+            segment of their paths, both in filters and in print.  Steps get the objects in this order.
+
+        Returns:
+          the plan; equal plans are one object.
+
+        Raises:
+          UnclaimedError: leaves that no kind claims, all of them.
+          OverlapError: leaves that several kinds claim, all of them.
+          DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not
+            hold floats; two optimizers for one kind, or two averages of one name; a kind with a path that does not
+            exist; objects given both by position and by name.
+          FilterError: a path is ambiguous.
+          StructureError: there are no objects or no leaves, or a class is given instead of an instance.
+
+        Example:
+          >>> import optax
+          >>> from flax import nnx
+          >>> import statewise as sw
+          >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+          >>> plan = sw.Kinds(params=sw.Kind(nnx.Param)).plan(model, optimizers={"params": optax.sgd(0.1)})
+          >>> [sw.format_path(leaf.path) for leaf in plan["params"]]
+          ['bias', 'kernel']
+        """
+        return Plan.of(resolve_plan(self, objects, optimizers, averages, named))
 
 
 class Plan(Shown):
@@ -34,9 +126,9 @@ class Plan(Shown):
     Made by `Kinds.plan` or `sw.plan`.  Static, hashable, without arrays; equal plans are one object.
 
     Attributes:
-      kinds: the declaration, with the kind `optimizer` added where there are optimizers, and a kind for each average.
-      leaves: one `Leaf` for each leaf of the model, then one for each array of optimizer state, then of averages.
-      dropped: leaves that an earlier `sow` left in the model and that are no part of a state.
+      kinds: the declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average.
+      leaves: one `Leaf` for each leaf of the model, then for each array of optimizer state, then for each average.
+      excluded: leaves that an earlier `sow` left in the model; they are not part of a state.
 
     Example:
       >>> from flax import nnx
@@ -55,7 +147,7 @@ class Plan(Shown):
 
     @classmethod
     def of(cls, tables: PlanTables) -> Plan:
-        """Returns the plan of these tables; the same object while somebody holds it."""
+        """Returns the plan that has these tables: the same object for as long as anything refers to it."""
         with _plans_lock:
             known = _plans.get(tables)
             plan = known() if known is not None else None
@@ -68,23 +160,24 @@ class Plan(Shown):
     # --- looking ---------------------------------------------------------------------------------------------
 
     @property
-    def kinds(self) -> Any:
-        """The declaration, with the kind `optimizer` added where there are optimizers, and a kind for each average."""
-        return self._tables.kinds
+    def kinds(self) -> Kinds:
+        """The declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average."""
+        kinds = self._tables.kinds
+        return kinds if isinstance(kinds, Kinds) else Kinds(**kinds)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The leaves, as data: path, kind, type, shape, dtype, aliases, elements, bytes."""
+        """The leaves as data: path, kind, type, shape, dtype, aliases, size, nbytes."""
         return self._tables.leaves
 
     @property
     def excluded(self) -> tuple[Leaf, ...]:
-        """Leaves that an earlier `sow` left in the model and that are not part of a state."""
+        """The leaves that an earlier `sow` left in the model; they are not part of a state."""
         return self._tables.excluded
 
     @property
     def members(self) -> int | None:
-        """How many members the plan of an ensemble has; None for a plan of one model."""
+        """The number of members of an ensemble; None for the plan of one model."""
         return self._tables.members
 
     def __getitem__(self, kind: str) -> tuple[Leaf, ...]:
@@ -97,13 +190,13 @@ class Plan(Shown):
         return iter(self.kinds)
 
     @property
-    def optimizers(self) -> dict[tuple[str, ...], Any]:
-        """The optimizers, by the kinds that each updates."""
+    def optimizers(self) -> dict[tuple[str, ...], optax.GradientTransformation]:
+        """The optimizers, keyed by the kinds that each one updates."""
         return {group.kinds: group.tx for group in self._tables.optimizers}
 
     @property
     def averages(self) -> dict[tuple[str, ...], tuple[EMA, ...]]:
-        """The averages, by the kinds that each is of."""
+        """The averages, keyed by the kinds that each one tracks."""
         kinds: dict[EMA, tuple[str, ...]] = {}
         for one in self._tables.averages:
             kinds[one.ema] = (*kinds.get(one.ema, ()), one.kind)
@@ -113,7 +206,7 @@ class Plan(Shown):
         return repr(self._tables)
 
     def table(self) -> Table:
-        """The plan as a table: one line for each leaf."""
+        """Returns the plan as a table with one line for each leaf."""
         title = "plan" if self.members is None else f"plan of an ensemble of {self.members}"
         return leaves_table(title, self.leaves, self.kinds)
 
@@ -127,24 +220,34 @@ class Plan(Shown):
 
     # --- making states ---------------------------------------------------------------------------------------
 
-    def take(self, /, *objects: Any, mesh: Any = None, copy: bool = True, pack: Any = False, **named: Any) -> State:
-        """Takes the arrays out of the objects into a state.
+    def take(
+        self,
+        /,
+        *objects: object,
+        mesh: jax.sharding.Mesh | None = None,
+        copy: bool = True,
+        pack: bool | str | Iterable[str] = False,
+        **named: object,
+    ) -> State:
+        """Copies the arrays of the objects into a state.
 
         Args:
-          *objects: the objects that were planned, or others of the same structure, shapes and dtypes.
-          mesh: puts each array where its kind's placement has it on this mesh, as `shardings` says.
+          *objects: the planned objects, or others of the same structure, shapes and dtypes.
+          mesh: places each array on this mesh by its kind's placement, as `shardings` does.
           copy: copies each array, so that the objects stay usable.  False shares the arrays until a step donates
-            them, for models that fill the device; two leaves that share one array are told apart all the same.
-          pack: experimental: small arrays travel as few buffers, which is what `jax.tree.map` then sees, and steps are
-            several times as fast; True for all kinds, or the names of some.
-          **named: the objects by name instead of by position, where they were planned so.
+            them, for models that fill the device; two leaves that share one array still get separate ones.
+          pack: experimental: stores small arrays in a few buffers, which makes steps several times as fast;
+            `jax.tree.map` then sees the buffers.  True packs all kinds; names pack those kinds.
+          **named: the objects by name, if they were planned by name.
 
         Returns:
-          a state of this plan, with fresh optimizer state; if packed, `state.plan` says so and `plan.put` takes it.
+          a state of this plan, with fresh optimizer state; if packed, `state.plan` is the packed plan, and `plan.put`
+          accepts the state.
 
         Raises:
-          StructureError: objects that are not what was planned (all is listed); numbers that JAX would lose.
-          DeclarationError: `pack` names a kind that is not there.
+          StructureError: the objects are not what was planned (every difference is listed), or JAX would lose digits
+            of a number.
+          DeclarationError: `pack` names a kind that does not exist.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 
         Example:
@@ -159,19 +262,19 @@ class Plan(Shown):
         given = in_order(tables.names, objects, named, "take")
         return State.wrap(model_io.take(tables, given, mesh=mesh, copy=copy, pack=pack))
 
-    def init(self, make_model: Any, mesh: Any) -> State:
-        """Makes a model's state where it is to lie, inside `jax.jit`: no device ever holds a full copy.
+    def init(self, make_model: Callable[[], object], mesh: jax.sharding.Mesh) -> State:
+        """Initializes a model's state directly on a mesh, inside `jax.jit`: no device ever holds a full copy.
 
         Args:
-          make_model: a function without arguments that makes what was planned (a tuple of several objects, or a dict by
-            their names); it is traced, so its arrays must stand in `nnx.Variable`s.
+          make_model: a function without arguments that makes what was planned: the object, a tuple of several, or a
+            dict by name.  It is traced, so its arrays must be in `nnx.Variable`s.
           mesh: the mesh.
 
         Returns:
-          what `plan.take(make_model(), mesh=mesh)` does, but for the last bit where XLA rounds otherwise.
+          the state that `plan.take(make_model(), mesh=mesh)` gives, up to the last bit where XLA rounds differently.
 
         Raises:
-          StructureError: what it makes is not what was planned; every difference is listed.
+          StructureError: `make_model` makes something other than what was planned; every difference is listed.
           PlacementError: leaves that cannot be placed on the mesh, all of them.
 
         Example:
@@ -185,21 +288,21 @@ class Plan(Shown):
         """
         return State.wrap(model_io.init(self._tables, make_model, mesh))
 
-    def put(self, state: State | Any, /, *objects: Any, copy: bool = True, **named: Any) -> None:
-        """Puts a state's arrays back into the objects: all of them, or none if anything is refused or interrupted.
+    def put(self, state: State, /, *objects: object, copy: bool = True, **named: object) -> None:
+        """Writes a state's arrays back into the objects: all of them, or none if anything fails or is interrupted.
 
-        A raw array in a tuple, a named tuple or a frozen dataclass is put by rebuilding that in the same place.  The
-        state, averages included, stays as it is.
+        A raw array in a tuple, a named tuple or a frozen dataclass is written by rebuilding its container.  The state
+        does not change.
 
         Args:
           state: a state of this plan.
-          *objects: the objects that were planned, or others of the same structure.
-          copy: copies each array, so that a later step, which donates the state's, leaves the objects whole.
-          **named: the objects by name instead of by position, where they were planned so.
+          *objects: the planned objects, or others of the same structure.
+          copy: copies each array, so that the objects stay usable when a later step donates the state's arrays.
+          **named: the objects by name, if they were planned by name.
 
         Raises:
-          StructureError: another plan's state, a donated one, objects that do not fit, or an array in something that
-            cannot be built anew; nothing was put then.
+          StructureError: the state is of another plan or was donated, the objects do not fit, or an array is in a
+            container that cannot be rebuilt.  Nothing was written then.
 
         Example:
           >>> from flax import nnx
@@ -210,18 +313,18 @@ class Plan(Shown):
         """
         model_io.put(self._tables, state, in_order(self._tables.names, objects, named, "put"), copy=copy)
 
-    def build(self, state: State | Any, *, copy: bool = True) -> Any:
-        """Makes new objects with a state's arrays.
+    def build(self, state: State, *, copy: bool = True) -> Any:
+        """Builds new objects with a state's arrays.
 
         Args:
           state: a state of this plan.
-          copy: copies each array, so that a later step leaves the objects whole.
+          copy: copies each array, so that the objects stay usable when a later step donates the state's arrays.
 
         Returns:
-          the object, or a tuple of them where several were planned, in that order.
+          the object, or a tuple of the objects if several were planned, in the same order.
 
         Raises:
-          StructureError: another plan's state, or a donated one.
+          StructureError: the state is of another plan, or was donated.
 
         Example:
           >>> from flax import nnx
@@ -233,11 +336,11 @@ class Plan(Shown):
         """
         return model_io.build(self._tables, state, copy=copy)
 
-    def abstract(self, mesh: Any = None) -> State:
-        """A state of this plan that holds shapes and dtypes instead of arrays.
+    def abstract(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None) -> State:
+        """Returns a state of this plan with shapes and dtypes instead of arrays.
 
         Args:
-          mesh: a mesh, or an abstract one; shapes then have shardings too, and `sw.restore` restores into them.
+          mesh: a mesh, concrete or abstract; the shapes then have shardings, and `sw.restore` restores into them.
 
         Raises:
           PlacementError: leaves that cannot be placed on the mesh, all of them.
@@ -250,17 +353,18 @@ class Plan(Shown):
         """
         return State.wrap(templates.abstract(self._tables, mesh))
 
-    def shardings(self, mesh: Any) -> State:
-        """A state of shardings instead of arrays: `jax.device_put` takes it, and `jax.jit` for `out_shardings`.
+    def shardings(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> State:
+        """Returns a state of shardings instead of arrays, for `jax.device_put` or `jax.jit(..., out_shardings=)`.
 
         Args:
-          mesh: a `jax.sharding.Mesh`, or an abstract one.
+          mesh: the mesh, concrete or abstract.
 
         Returns:
-          where each kind's `placement` puts its arrays; optimizer state follows its leaves unless its kind has its own.
+          the sharding of each array by its kind's `placement`; optimizer state follows the leaves that it updates
+          unless its kind has a placement of its own.
 
         Raises:
-          PlacementError: leaves that cannot be placed so, all of them; a packed kind that would be split.
+          PlacementError: leaves that cannot be placed, all of them, or a packed kind that would be sharded.
 
         Example:
           >>> import jax
@@ -273,16 +377,17 @@ class Plan(Shown):
         """
         return State.wrap(templates.shardings(self._tables, mesh))
 
-    def axes(self, **kinds: Any) -> State:
-        """A state of axes instead of arrays, as `jax.vmap` takes it for `in_axes` and `out_axes`.
+    def axes(self, **kinds: MappedAxis) -> State:
+        """Returns a state of axes instead of arrays, for `in_axes` and `out_axes` of `jax.vmap`.
 
         Args:
-          **kinds: the mapped axis of each kind's arrays, None, or a function of a leaf's path and shape that gives it.
-            Kinds that are not named are None, one for all; but optimizer state and averages follow what they are of.
+          **kinds: for each kind the mapped axis of its arrays, None, or a function of a leaf's path and shape that
+            returns one of these.  Other kinds get None: they are shared.  Optimizer state and averages follow the
+            leaves that they belong to.
 
         Raises:
-          DeclarationError: a kind that is not there; something that is no axis.
-          StructureError: leaves of too few dimensions for their axis, all of them.
+          DeclarationError: a kind does not exist, or a value is not an axis.
+          StructureError: leaves with too few dimensions for their axis, all of them.
 
         Example:
           >>> from flax import nnx
@@ -295,25 +400,25 @@ class Plan(Shown):
 
     # --- ensembles ---------------------------------------------------------------------------------------------
 
-    def stacked(self, count: int | Any, /, *, over: str | Any = None, **axes: Any) -> Plan:
-        """Returns the plan of an ensemble: the same leaves, each with an axis for its members.
+    def stacked(self, count: SupportsIndex, /, *, over: str | None = None, **axes: MappedAxis) -> Plan:
+        """Returns the plan of an ensemble: the same leaves, each with an axis for the members.
 
-        It is a plan like others: its states are saved, restored, counted, placed and compared.  They are made by
+        It is a plan like any other: its states can be saved, restored, counted, placed and compared.  They are made by
         `stack`, by `take` of objects with stacked arrays (as `nnx.vmap` makes them), or by a restore.  A step runs on
         them under `jax.vmap`: `jax.vmap(train, in_axes=(plan.axes(), 0, None), out_axes=(plan.axes(), 0))`.
 
         Args:
-          count: how many members.
-          over: a mesh axis that the members are split over, where the plan is placed on a mesh; a kind's placement
-            says how one member's arrays lie.
-          **axes: the axis of each kind's arrays, None for a kind that all members share, or a function of a leaf's path
-            and shape that gives one of these.  Kinds that are not named have the first axis, 0; optimizer state and
-            averages follow what they are of.
+          count: the number of members.
+          over: a mesh axis to shard the members over when the plan is placed on a mesh; a kind's placement says how
+            the arrays of one member are sharded.
+          **axes: for each kind the axis of its arrays, None for a kind that all members share, or a function of a
+            leaf's path and shape that returns one of these.  Other kinds get the first axis, 0.  Optimizer state and
+            averages follow the leaves that they belong to.
 
         Raises:
-          DeclarationError: a kind that is not there; something that is not an axis, or not a number of members; no kind
-            with an axis.
-          StructureError: leaves of too few dimensions for their axis, all of them; a plan of an ensemble.
+          DeclarationError: a kind does not exist, a value is not an axis, `count` is not a positive integer, or no kind
+            has an axis.
+          StructureError: leaves with too few dimensions for their axis, all of them; the plan is an ensemble already.
 
         Example:
           >>> from flax import nnx
@@ -326,19 +431,19 @@ class Plan(Shown):
         """
         return Plan.of(ensembles.stacked(self._tables, count, over, axes))
 
-    def stack(self, states: Any) -> State:
-        """Makes a state of an ensemble from a state of each member, in their order.
+    def stack(self, states: State | Iterable[State]) -> State:
+        """Stacks the states of the members into a state of the ensemble, in order.
 
         Args:
-          states: a state of the single plan for each member; on the plan of one model, any number of them, and all
+          states: one state of the single plan for each member.  On the plan of one model, any number of states; all
             kinds are stacked.  Or one state whose arrays are stacked already, as `jax.vmap` of `plan.take` makes it.
 
         Returns:
-          a state of the ensemble's plan; the given ones stay as they are.
+          a state of the ensemble's plan; the given states do not change.
 
         Raises:
-          StructureError: another number of states; states of other plans, or donated ones; leaves of a kind that all
-            members share and that are not the same in each, all of them.
+          StructureError: the number of states is wrong, a state is of another plan or was donated, or leaves of a
+            shared kind differ between members (all are listed).
 
         Example:
           >>> from flax import nnx
@@ -353,12 +458,12 @@ class Plan(Shown):
 
 
 class State(StateData):
-    """A plan with its arrays: a pytree that every JAX transform takes as it is.
+    """A plan with its arrays: a pytree that every JAX transform accepts.
 
-    Made by `plan.take`; never changed in place.
+    Made by `plan.take`; never changed in place.  A mapping from each kind to its arrays.
 
     Attributes:
-      plan: the plan, static.
+      plan: the plan; static.
 
     Example:
       >>> import jax
@@ -380,15 +485,15 @@ class State(StateData):
 
     @property
     def plan(self) -> Plan:
-        """The plan: which leaves there are, and how each kind lives."""
+        """The plan of this state."""
         return Plan.of(self.tables)
 
     # --- a mapping from kinds to their parts -------------------------------------------------------------------
 
     def __getitem__(self, kind: str) -> Any:
-        """One kind's arrays, as an `nnx.State` nested by path, of plain arrays.
+        """Returns the arrays of one kind as an `nnx.State` of plain arrays, nested by path.
 
-        Of kind `optimizer`, the optimizers' states by the kinds that they update, where the plan has some.
+        For the kind `optimizer` of a plan with optimizers, returns their states, keyed by the kinds that they update.
         """
         part = self.part(kind)
         check_not_donated(self, [kind])
@@ -396,7 +501,7 @@ class State(StateData):
             part.view = view(self.tables, kind, unpacked_of(self.tables, kind, part.arrays))
         return part.view
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.tables.kinds)
 
     def __contains__(self, kind: object) -> bool:
@@ -405,8 +510,8 @@ class State(StateData):
     def __len__(self) -> int:
         return len(self.tables.kinds)
 
-    def keys(self) -> Any:
-        """The names of the kinds."""
+    def keys(self) -> KeysView[str]:
+        """Returns the names of the kinds."""
         return self.tables.kinds.keys()
 
     def __repr__(self) -> str:
@@ -421,20 +526,19 @@ class State(StateData):
 
     # --- making other states -----------------------------------------------------------------------------------
 
-    def replace(self, /, **parts: Any) -> State:
-        """This state with the parts of some kinds swapped; averages of them, and optimizer state, stay.
+    def replace(self, /, **parts: object) -> State:
+        """Returns this state with new arrays for some kinds; their averages and optimizer state do not change.
 
         Args:
-          **parts: by kind, what `state[kind]` gives: of this state, of another, or computed from one.
+          **parts: for each kind, arrays in the structure of `state[kind]`: of another state, or computed.
 
         Returns:
-          a new state that shares all other parts with this one.
+          a new state that shares the arrays of all other kinds with this one.
 
         Raises:
-          DeclarationError: a kind that is not there.
-          StructureError: a part with leaves missing, left over, or of another shape or dtype, or with numbers of NumPy
-            that JAX would lose (all are listed); an array that an earlier step donated, or that the state already holds
-            elsewhere.
+          DeclarationError: a kind does not exist.
+          StructureError: leaves are missing, unexpected, or of another shape or dtype, or JAX would lose digits of a
+            NumPy number (all are listed); an array was donated, or is elsewhere in the state already.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -454,24 +558,25 @@ class State(StateData):
         check_unshared(state)
         return state
 
-    def restart(self, *kinds: str, where: Any = None, key: Any = None) -> State:
-        """Makes fresh values for whole kinds, or for chosen slots of them, in place: the old buffers are donated.
+    def restart(self, *kinds: str, where: Slots | None = None, key: jax.Array | None = None) -> State:
+        """Gives kinds, or some of their slots, fresh values in place: the old buffers are donated.
 
-        Averages begin again as copies of what they are of (not donated), optimizer state by the optimizer's own `init`:
-        that of the kinds restarted with it, `state.restart("lora", "optimizer")`, or of all if it stands alone.
+        Averages restart as copies of the values they track, which are not donated.  Optimizer state restarts by the
+        optimizer's own `init`: for the kinds restarted with it, as in `state.restart("lora", "optimizer")`, or for all
+        kinds in `state.restart("optimizer")`.
 
         Args:
           *kinds: the kinds to restart; by default all that declare `restart`.
-          where: which slots along each kind's `batch_axis`: booleans, one for each slot, or slot numbers.  None
+          where: the slots to restart along each kind's `batch_axis`: one boolean for each slot, or slot indices.  None
             restarts everything.
-          key: a PRNG key, where a `restart` takes one: each leaf and each slot gets its own, folded from it.
+          key: a PRNG key, if a `restart` takes one; each leaf and each slot gets its own, folded from it.
 
         Returns:
-          the new state; this one was donated as far as these kinds go.
+          the new state; this one can no longer be used for these kinds, which were donated.
 
         Raises:
-          DeclarationError: a kind that is not there, is frozen, declares no `restart`, has no leaves, or, with `where`,
-            no `batch_axis`; a key that is missing, or that no `restart` takes.
+          DeclarationError: a kind does not exist, is frozen, declares no `restart`, has no leaves, or, with `where`,
+            has no `batch_axis`; a key is missing, or given when no `restart` takes one.
           StructureError: leaves without that axis, or with another number of slots; a donated state; a `restart` that
             changes a shape or dtype.
 
@@ -489,34 +594,34 @@ class State(StateData):
         return restart.restart(self, kinds, where, key)
 
     def with_averages(self, name: str) -> State:
-        """Returns this state with averages instead of the values they track, to evaluate with.
+        """Returns this state with the averages instead of the values they track: `state.with_averages("ema")`.
 
-        Call `evaluate(state.with_averages("ema"), x)`.  They are copies; all else is shared with this state.  A train
-        step on it would start from the averages, and donate what is shared.
+        It is meant for evaluation: `evaluate(state.with_averages("ema"), x)`.  The averages are copied; everything else
+        is shared with this state.  A train step on the result would start from the averages, and donate what is shared.
 
         Args:
-          name: the name of the averages: `sw.EMA(0.999, name="ema")`.
+          name: the name of the averages, as in `sw.EMA(0.999, name="ema")`.
 
         Raises:
-          DeclarationError: no averages of that name.
-          StructureError: a donated state.
+          DeclarationError: there are no averages of that name.
+          StructureError: the state was donated.
         """
         return averages.with_averages(self, name)
 
-    def reduce_devices(self, *kinds: str, how: Any = "mean") -> State:
-        """This state with the values of all devices folded into one, the same on every device.
+    def reduce_devices(self, *kinds: str, how: How = "mean") -> State:
+        """Returns this state with the values of all devices reduced to one, which is then replicated.
 
         Args:
-          *kinds: kinds that lie `PerDevice`; by default all that do.
-          how: `"mean"`, `"first"`, or a function of an array with the leading axis that takes it away.
+          *kinds: kinds that are placed `PerDevice`; by default all of them.
+          how: `"mean"`, `"first"`, or a function that reduces the leading axis of an array.
 
         Returns:
           a state of another plan, in which these kinds are `Replicated`.
 
         Raises:
-          DeclarationError: a kind that is not there, or does not lie per device; another `how`.
-          StructureError: whole numbers, booleans or keys under `"mean"`; a function that changes the leaf's shape or
-            dtype; a donated state.
+          DeclarationError: a kind does not exist or is not per device, or `how` is none of these.
+          StructureError: integers, booleans or keys under `"mean"`; a function that changes a leaf's shape or dtype; a
+            donated state.
 
         Example:
           >>> import jax
@@ -530,20 +635,21 @@ class State(StateData):
         """
         return reduce_devices.reduce_devices(self, kinds, how)
 
-    def cast(self, /, **dtypes: Any) -> State:
-        """A state of a new plan, its floating-point arrays in other dtypes.
-
-        Args:
-          **dtypes: by kind, the dtype of its floating-point arrays; integers, booleans and keys stay as they are.
+    def cast(self, /, **dtypes: jax.typing.DTypeLike) -> State:
+        """Returns this state with the floating-point arrays of some kinds in other dtypes.
 
         An abstract state can be cast too: `sw.restore(path, plan.abstract().cast(params="bfloat16"), cast=True)`.
 
+        Args:
+          **dtypes: for each kind the dtype of its floating-point arrays; integers, booleans and keys do not change.
+
         Returns:
-          a state of another plan, which has these dtypes; it shares the parts of the other kinds with this one.
+          a state of another plan, which has these dtypes; it shares the arrays of all other kinds with this one.
 
         Raises:
-          DeclarationError: a kind that is not there, or a dtype that is no floating-point dtype.
-          StructureError: a cast that would lose numbers; rounding is fine.  Inside `jax.jit` values are not known.
+          DeclarationError: a kind does not exist, or a dtype is not a floating-point dtype.
+          StructureError: a value does not fit into the dtype (rounding is fine).  Inside `jax.jit`, where values are
+            unknown, this is not checked.
 
         Example:
           >>> from flax import nnx
@@ -555,19 +661,19 @@ class State(StateData):
         """
         return cast.cast(self, dtypes)
 
-    def member(self, index: Any) -> State:
+    def member(self, index: SupportsIndex | jax.Array) -> State:
         """Returns the state of one member of an ensemble, in arrays of its own.
 
         Args:
-          index: which member: a whole number, from the end where it is negative; or a traced one, which cannot be
-            checked (one past the end then gives the last member).
+          index: the member: an integer, counted from the end if negative; or a traced integer, which cannot be checked
+            (an index past the end gives the last member).
 
         Returns:
-          a state of the single plan; every step takes it, and `plan.build` makes a model of it.
+          a state of the single plan; every step accepts it, and `plan.build` builds a model from it.
 
         Raises:
-          StructureError: a state of one model; an index that is not a whole number, or names no member; a donated
-            state.
+          StructureError: the state is of one model, the index is not an integer or is out of range, or the state was
+            donated.
 
         Example:
           >>> from flax import nnx
@@ -591,8 +697,44 @@ def tables_of(plan: Plan) -> PlanTables:
     return plan._tables
 
 
-def tables_in(thing: Any) -> PlanTables | None:
+def tables_in(thing: object) -> PlanTables | None:
     """Returns the tables of a plan or a state; None for anything else."""
     if isinstance(thing, State):
         return thing.tables
     return tables_of(thing) if isinstance(thing, Plan) else None
+
+
+_STANDARD = Kinds(**standard_kinds())
+
+
+def plan(
+    *objects: object,
+    optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
+    averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+    **named: object,
+) -> Plan:
+    """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.
+
+    Args:
+      *objects: modules, `nnx.Optimizer`s, metrics: anything NNX can flatten, concrete or abstract.
+      optimizers: maps a kind, or a tuple of kinds for one joint update, to an `optax.GradientTransformation`.
+      averages: maps a kind, or a tuple of kinds, to an `sw.EMA` or a list of them.
+      **named: the objects by name instead; paths then begin with the name.
+
+    Returns:
+      the plan.
+
+    Raises:
+      OverlapError: leaves that two of the standard kinds claim (their type derives from both types).
+      DeclarationError: optimizers or averages for a kind that does not exist, is frozen, is empty, or does not hold
+        floats; two optimizers for one kind, or two averages of one name.
+      StructureError: there are no objects or no leaves, or a class is given instead of an instance.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> [(leaf.kind, sw.format_path(leaf.path)) for leaf in sw.plan(model).leaves]
+      [('params', 'bias'), ('stats', 'mean'), ('params', 'scale'), ('stats', 'var')]
+    """
+    return Plan.of(resolve_plan(_STANDARD, objects, optimizers, averages, named))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,12 @@ from statewise._src.sharding.part_shardings import PartShardings
 from statewise._src.sharding.resolve import on_mesh, slot_shardings
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["check_not_per_device", "reduce_devices"]
+__all__ = ["How", "check_not_per_device", "reduce_devices"]
 
-How = str | Callable[[Any], Any]
+How = Literal["mean", "first"] | Callable[[jax.Array], jax.Array]
 
 
-def reduce_devices(state: StateT, kinds: Sequence[str], how: How | Any) -> StateT:
+def reduce_devices(state: StateT, kinds: Sequence[str], how: object) -> StateT:
     """See `State.reduce_devices`."""
     if is_of_one_member(state):
         return as_ensemble(state.tables.ensemble, reduce_devices(as_one(state), kinds, how))

@@ -42,7 +42,10 @@ from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["restart"]
+__all__ = ["Slots", "restart"]
+
+# Which slots: a boolean for each of them, or their numbers.
+Slots = jax.typing.ArrayLike | Sequence[bool] | Sequence[int]
 
 
 def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT:

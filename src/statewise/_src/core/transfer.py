@@ -40,12 +40,12 @@ __all__ = ["transfer"]
 
 
 def transfer(
-    src: State | Any,
-    target: Plan | State | Any,
+    src: State,
+    target: Plan | State,
     *,
-    kinds: str | Iterable[str] | Any = None,
-    cast: Any = False,
-    mesh: Any = None,
+    kinds: str | Iterable[str] | None = None,
+    cast: bool | jax.typing.DTypeLike = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> State:
     """Moves kinds of one state into a state of another plan, or on another mesh.
 
@@ -69,7 +69,7 @@ def transfer(
       StructureError: leaves that the source does not have, or has of another type, shape or dtype, or tied otherwise;
         all are listed, and nothing has moved.  Values of each device where one is wanted; a donated or abstract source;
         a cast that would lose numbers.
-      DeclarationError: a kind that is not there; a cast that is no floating-point dtype.
+      DeclarationError: a kind that is not there; a cast that is not a floating-point dtype.
       PlacementError: leaves that cannot be placed on the mesh, all of them.
 
     Example:
@@ -113,7 +113,7 @@ def transfer(
     return State.wrap(arrived(plan, into, parts, places))
 
 
-def _target(src: Any, target: Any) -> tuple[PlanTables, StateData | None]:
+def _target(src: object, target: object) -> tuple[PlanTables, StateData | None]:
     if not isinstance(src, StateData):
         raise StructureError(
             f"sw.transfer moves out of a state, not {type(src).__name__}.",

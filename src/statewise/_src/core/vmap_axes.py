@@ -9,7 +9,7 @@ is written under the map is "at vmap out_axes['stats/norm/mean'], got axis spec 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ArraySpec
-from statewise._src.common.paths import Leaf
+from statewise._src.common.paths import Leaf, Path
 from statewise._src.core.state_data import StateData
 from statewise._src.plan.averages import Average
 from statewise._src.plan.kind import unknown_kind
@@ -25,7 +25,10 @@ from statewise._src.plan.members import Axis
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["axes", "axes_of_members", "is_stream"]
+__all__ = ["MappedAxis", "axes", "axes_of_members", "is_stream"]
+
+
+MappedAxis = Axis | Callable[[Path, tuple[int, ...]], Axis]
 
 
 def axes(plan: PlanTables, given: Mapping[str, Any]) -> StateData:
@@ -73,7 +76,7 @@ def _check_given(plan: PlanTables, given: Mapping[str, Any], call: str) -> None:
         if kind not in plan.kinds:
             raise unknown_kind(kind, plan.kinds)
         if not (callable(axis) or _is_axis(axis)):
-            raise DeclarationError(f"{kind}={axis!r} is no axis.", kind=kind, hint=call.format(f"{kind}=0"))
+            raise DeclarationError(f"{kind}={axis!r} is not an axis.", kind=kind, hint=call.format(f"{kind}=0"))
 
 
 def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:

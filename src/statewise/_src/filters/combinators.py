@@ -31,9 +31,11 @@ from statewise.errors import FilterError
 
 __all__ = ["And", "Filter", "Not", "Or", "Ours", "Predicate", "ask", "compound", "describe", "normalize", "predicate"]
 
+Predicate: TypeAlias = Callable[[tuple[Any, ...], Any], bool]
 # NNX's own alias is recursive, and lacks the unions of types that Statewise accepts: `normalize` is the check.
-Filter: TypeAlias = Any
-Predicate: TypeAlias = Callable[[paths.Path, Any], bool]
+Filter: TypeAlias = (
+    type | types.UnionType | str | bool | Predicate | types.EllipsisType | tuple[Any, ...] | list[Any] | None
+)
 
 
 class Ours(abc.ABC):
@@ -68,7 +70,7 @@ class Ours(abc.ABC):
         return _describe(self)
 
 
-def _flat(cls: type[_Parts], filter: Filter) -> tuple[Filter, ...]:
+def _flat(cls: type[_Parts], filter: Any) -> tuple[Filter, ...]:
     # Flattened, so that (a & b) & c and a & (b & c) are equal.
     return filter.parts if type(filter) is cls else (filter,)
 
@@ -119,7 +121,7 @@ class Not(Ours):
         return self.part if isinstance(self.part, Ours) else Not(self)
 
 
-def compound(filter: Filter) -> tuple[str, tuple[Filter, ...]] | None:
+def compound(filter: Any) -> tuple[str, tuple[Any, ...]] | None:
     """Returns the sign and the parts of a normalized compound filter; None for any other.
 
     NNX's filters are recognized by their exact class: a subclass may mean something else.
@@ -143,7 +145,7 @@ _PLAIN = (nnx.OfType, nnx.WithTag, nnx.PathContains, nnx.filterlib.PathIn, nnx.E
 _CLASSES = (Ours, nnx.All, nnx.Any, nnx.Not, *_PLAIN)
 
 
-def normalize(filter: Filter) -> Filter:
+def normalize(filter: object) -> Filter:
     """Checks a filter and all of its parts, and makes it hashable and equal by value.
 
     Lists and unions of types (`nnx.Param | nnx.Cache`) become tuples, also inside `nnx.All`, `nnx.Any` and `nnx.Not`;
@@ -158,23 +160,23 @@ def normalize(filter: Filter) -> Filter:
       >>> normalize([nnx.Param, [nnx.Cache, "dropout"]]) == (nnx.Param, (nnx.Cache, "dropout"))
       True
     """
-    return _normalise(filter, "")
+    return _normalize(filter, "")
 
 
-def _normalise(filter: Filter, at: str) -> Filter:
+def _normalize(filter: Any, at: str) -> Any:
     if filter is None or filter is Ellipsis or isinstance(filter, (str, bool, Ours)):
         return filter
     if isinstance(filter, (list, tuple)):
-        return tuple(_normalise(part, f"{at}[{i}]") for i, part in enumerate(filter))
+        return tuple(_normalize(part, f"{at}[{i}]") for i, part in enumerate(filter))
     origin: Any = typing.get_origin(filter)
     if origin in (typing.Union, types.UnionType):
         members = typing.get_args(filter)
-        return tuple(_normalise(None if m is type(None) else m, f"{at}[{i}]") for i, m in enumerate(members))
+        return tuple(_normalize(None if m is type(None) else m, f"{at}[{i}]") for i, m in enumerate(members))
     if type(filter) in (nnx.All, nnx.Any):
-        parts = tuple(_normalise(part, f"{at}.predicates[{i}]") for i, part in enumerate(filter.predicates))
+        parts = tuple(_normalize(part, f"{at}.predicates[{i}]") for i, part in enumerate(filter.predicates))
         return filter if all(map(operator.is_, parts, filter.predicates)) else type(filter)(*parts)
     if type(filter) is nnx.Not:
-        part = _normalise(filter.predicate, f"{at}.predicate")
+        part = _normalize(filter.predicate, f"{at}.predicate")
         return filter if part is filter.predicate else nnx.Not(part)
     fault = "" if type(filter) in _PLAIN else _fault(filter)
     if fault:
@@ -212,7 +214,7 @@ def _hint(filter: Any) -> str:
     return "nnx.Param  # or 'tag', ..., sw.Path('layers/**'), sw.Where(lambda path, leaf: ...), or a tuple of these"
 
 
-def predicate(filter: Filter) -> Predicate:
+def predicate(filter: object) -> Predicate:
     """Makes one function of (path, leaf) of any filter, with NNX's meaning.
 
     Unlike `nnx.filterlib.to_predicate` it rejects what is not a filter, and an exception in a callable becomes an error
@@ -232,7 +234,7 @@ def predicate(filter: Filter) -> Predicate:
     return _compile(normalize(filter))
 
 
-def _compile(filter: Filter) -> Predicate:
+def _compile(filter: Any) -> Predicate:
     # Always an instance of a class, never a closure, so that filters can be pickled.
     if isinstance(filter, Ours):
         return filter
@@ -257,7 +259,7 @@ class _Called:
         return bool(self.function(path, leaf))
 
 
-def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: Any) -> Any:
+def ask(filter: object, function: Callable[..., Any], path: paths.Path, leaf: Any) -> Any:
     """Calls a user's function for a filter at a leaf; an exception becomes an error that names both.
 
     Raises:
@@ -275,7 +277,7 @@ def ask(filter: Filter, function: Callable[..., Any], path: paths.Path, leaf: An
         ) from error
 
 
-def describe(filter: Filter) -> str:
+def describe(filter: object) -> str:
     """Writes a filter as short text: `Param & ~LoRAParam`, `Path('layers/**')`, `module:function` for a callable.
 
     Raises:
@@ -293,7 +295,7 @@ def describe(filter: Filter) -> str:
 _BINDS = {"|": 0, "&": 1, "~": 2}
 
 
-def _describe(filter: Filter, within: str = "|") -> str:
+def _describe(filter: Any, within: str = "|") -> str:
     of = compound(filter)
     if of is None:
         return _describe_one(filter)
@@ -308,7 +310,7 @@ def _describe(filter: Filter, within: str = "|") -> str:
     return f"({text})" if _BINDS[sign] < _BINDS[within] else text
 
 
-def _describe_one(filter: Filter) -> str:
+def _describe_one(filter: object) -> str:
     match filter:
         case Ours():
             return repr(filter)

@@ -19,7 +19,7 @@ from statewise._src.filters.values import ById, type_as_code
 __all__ = ["as_code", "explain_leaf", "is_python", "type_key", "type_only"]
 
 
-def explain_leaf(filter: Filter, path: paths.Path, leaf: Any) -> tuple[bool, str]:
+def explain_leaf(filter: object, path: paths.Path, leaf: Any) -> tuple[bool, str]:
     """Determines whether a filter matches a leaf, and which part of the filter decided.
 
     The deciding part is the first of an "and" that fails, or the first of an "or" that matches; if every part had to be
@@ -67,7 +67,7 @@ def _decide(filter: Filter, path: paths.Path, leaf: Any) -> tuple[bool, Filter]:
     return sign == "&", (And if sign == "&" else Or)(tuple(evaluated))
 
 
-def type_only(filter: Filter) -> bool:
+def type_only(filter: object) -> bool:
     """Returns whether a filter's answer depends only on `type_key(leaf)`; False if that is not certain.
 
     Raises:
@@ -119,7 +119,7 @@ def type_key(leaf: Any) -> Hashable:
     return key
 
 
-def as_code(filter: Filter) -> str:
+def as_code(filter: object) -> str:
     """Writes a filter as code, for an error's hint: `nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`.
 
     The result is valid Python: a function is written by its name, a lambda as `lambda path, leaf: ...`.
@@ -137,7 +137,7 @@ def as_code(filter: Filter) -> str:
     return _as_code(normalize(filter))
 
 
-def _as_code(filter: Filter) -> str:
+def _as_code(filter: Any) -> str:
     of = compound(filter)
     if of is not None:
         sign, parts = of

@@ -31,9 +31,6 @@ __all__ = ["Exactly", "Meta", "Path", "Where"]
 _MISSING = object()
 
 
-# Where an annotation ends in `| Any`, the constructor itself rejects a wrong type, with a hint.
-
-
 @dataclasses.dataclass(frozen=True, repr=False, init=False)
 class Exactly(Ours):
     """Matches the leaves whose type is one of these, excluding subclasses.
@@ -66,7 +63,7 @@ class Exactly(Ours):
 
     by_type: ClassVar[bool] = True
 
-    def __init__(self, *types: type | Any) -> None:
+    def __init__(self, *types: type) -> None:
         for given in types:
             if not isinstance(given, type):
                 hint = f"sw.Exactly({type_as_code(type(given))})  # the type, not an object of it"
@@ -113,7 +110,7 @@ class Path(Ours):
       False
     """
 
-    pattern: str | Any
+    pattern: str
     _glob: re.Pattern[str] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -188,7 +185,7 @@ class Meta(Ours):
       (True, False)
     """
 
-    name: str | Any
+    name: str
     value: Any
 
     def __post_init__(self) -> None:
@@ -249,7 +246,7 @@ class Where(Ours):
       (True, False)
     """
 
-    predicate: Predicate | Any
+    predicate: Predicate
 
     def __post_init__(self) -> None:
         given, hint = self.predicate, "sw.Where(lambda path, leaf: ...)"

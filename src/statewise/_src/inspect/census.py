@@ -15,8 +15,7 @@ from typing import Any
 from statewise._src.common.nnx_graph import row_of
 from statewise._src.common.tables import KindCount, Shown, Table, count_kinds, kinds_table, total_of
 from statewise._src.core.batches import check_not_batch
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import State, tables_in
+from statewise._src.core.plan import Kinds, State, tables_in
 from statewise._src.inspect.select.select import check_kinds, look
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.match import claim
@@ -86,7 +85,7 @@ class Census(Shown):
         return json.dumps(self.to_dict(), indent=2)
 
 
-def census(model: Any, kinds: Kinds | Any = None) -> Census:
+def census(model: object, kinds: Kinds | None = None) -> Census:
     """Counts a model kind by kind: leaves, elements, bytes, dtypes and types, and how each kind is treated.
 
     Args:

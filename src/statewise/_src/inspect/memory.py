@@ -150,7 +150,12 @@ class Memory(Shown):
         return json.dumps(self.to_dict(), indent=2)
 
 
-def memory(plan: Plan | Any, mesh: Any, *, gradients: bool = True) -> Memory:
+def memory(
+    plan: Plan | State,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | Mapping[str, int],
+    *,
+    gradients: bool = True,
+) -> Memory:
     """What a plan's state takes of each device of a mesh: does this model, with this optimizer and cache, fit?
 
     Nothing is made for it: the plan may be of an abstract model (`nnx.eval_shape`), the mesh need not exist.

@@ -1,8 +1,8 @@
-"""Averages, declared: how a shadow copy of some leaves follows them.
+"""The declaration of an average: how a copy of some leaves follows them.
 
-An `EMA` is pure data, like a `Kind`: which decay, under which name, in which dtype.  `kinds.plan(...,
-averages={"params": sw.EMA(0.999)})` says of which kinds; `shadows` resolves that against a model, `averaging` runs it
-inside a train step, and `using` puts the averages in the place of what they are of.
+An `EMA` is pure data, like a `Kind`: a decay, a name and a dtype.  `kinds.plan(..., averages={"params":
+sw.EMA(0.999)})` says which kinds it tracks.  `plan/averages` resolves that against a model, `step/average_update` runs
+it inside a train step, and `core/averages` swaps the averages in for the values they track.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,18 +25,19 @@ __all__ = ["EMA"]
 class EMA:
     """An exponential moving average: after each update, `average = decay * average + (1 - decay) * value`.
 
-    It starts as a copy of the values.  Given as a kind's filter, `sw.Kind(sw.EMA, ...)`, it declares how the averages
-    of that name live: their placement, say, or what a restore does where the checkpoint has none.
+    It starts as a copy of the values.  As a kind's filter, `sw.Kind(sw.EMA, ...)`, it declares how the averages of that
+    name are handled: their placement, or what a restore does when the checkpoint has none.
 
     Args:
-      decay: a number from 0 (the value itself) up to, but not, 1 (the first value for ever); or a schedule, a function
-        from the number of updates so far (int32, 0 at the first) to such a number, like Optax's.
-      name: the name of the kind that the averages stand in, and what `state.with_averages` wants.
-      dtype: the dtype of the averages of floating-point leaves.  By default the leaf's own, but float32 for those of
-        less than 32 bits: rounded to bfloat16, 0.999 times a number is the number itself.
+      decay: a number in [0, 1): 0 follows the value exactly; or a schedule like Optax's, a function from the number of
+        updates so far (int32, 0 at the first update) to such a number.
+      name: the name of the kind that holds the averages, and the argument of `state.with_averages`.
+      dtype: the dtype of the averages of floating-point leaves.  By default the leaf's own, but float32 for leaves of
+        less than 32 bits: in bfloat16, 0.999 times a number rounds to the number itself.
 
     Raises:
-      DeclarationError: a decay outside of [0, 1), a name that is no text, a dtype of no floating-point numbers.
+      DeclarationError: the decay is outside [0, 1), the name is not a string, or the dtype is not a floating-point
+        dtype.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -57,10 +59,10 @@ class EMA:
       (Array([-0.1, -0.1, -0.1], dtype=float32), Array([-0.05, -0.05, -0.05], dtype=float32))
     """
 
-    decay: float | Callable[[Any], Any] | Any
+    decay: float | Callable[[Any], Any]
     _: dataclasses.KW_ONLY
-    name: str | Any = "ema"
-    dtype: Any = None
+    name: str = "ema"
+    dtype: jax.typing.DTypeLike | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.decay, int | float | np.integer | np.floating) and not isinstance(self.decay, bool):
@@ -70,7 +72,7 @@ class EMA:
         elif isinstance(self.decay, type) or not callable(self.decay):
             shown = repr(self.decay) if isinstance(self.decay, str | bool) else type(self.decay).__name__
             raise DeclarationError(
-                f"decay={shown} is no number in [0, 1), nor a function of the number of updates.",
+                f"decay={shown} is not a number in [0, 1), nor a function of the number of updates.",
                 hint="sw.EMA(0.999), or sw.EMA(lambda n: jnp.minimum(0.999, (1 + n) / (10 + n)))",
             )
         elif not isinstance(self.decay, Hashable):
@@ -80,20 +82,20 @@ class EMA:
             )
         if not isinstance(self.name, str):
             raise DeclarationError(
-                f"name={type(self.name).__name__}(...) is no text.", hint="sw.EMA(0.999, name='ema')"
+                f"name={type(self.name).__name__}(...) is not a string.", hint="sw.EMA(0.999, name='ema')"
             )
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _floating(self.dtype))
 
     @property
     def schedule(self) -> Callable[[Any], Any] | None:
-        """The decay, if it is a function of the number of updates."""
+        """The decay if it is a function of the number of updates, else None."""
         return self.decay if callable(self.decay) else None
 
     def dtype_of(self, dtype: Any) -> Any:
-        """The dtype of the average of a leaf of this dtype."""
+        """Returns the dtype of the average of a leaf of this dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
-            return dtype  # complex numbers would lose a half
+            return dtype  # a floating-point dtype would drop the imaginary part
         if self.dtype is not None:
             return self.dtype
         return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
@@ -106,5 +108,5 @@ def _floating(given: Any) -> Any:
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         shown = repr(given) if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
-        raise DeclarationError(f"dtype={shown} is no floating-point dtype.", hint="sw.EMA(0.999, dtype=jnp.float32)")
+        raise DeclarationError(f"dtype={shown} is not a floating-point dtype.", hint="sw.EMA(0.999, dtype=jnp.float32)")
     return dtype

@@ -1,18 +1,18 @@
-"""One kind of state: which leaves, and how they live.
+"""One kind of state: which leaves belong to it, and how they are handled.
 
-A `Kind` is a filter with its handling.  It is pure data: equal by value, hashable, and nothing happens when one is
-made.  Everything else reads it through a plan, which resolves it against a model.
+A `Kind` is a filter with its handling.  It is pure data: equal by value, hashable, and creating one has no effect.
+Everything else reads it through a plan, which resolves it against a model.
 
-The handlings, one line each; the pipeline that reads it in brackets:
+What can be declared, with the part of Statewise that reads it in brackets:
 
-- `frozen` [steps]: no step writes it, no optimizer touches it;
-- `saved` [steps, checkpoints]: persisted; what is not saved is *ephemeral*, and a train step does not write
-  it unless told to;
+- `frozen` [steps]: no step writes it, and no optimizer updates it;
+- `saved` [steps, checkpoints]: it is saved; a kind that is not saved is *ephemeral*, and a train step writes it only if
+  told to;
 - `missing` [checkpoints]: what a restore does for a leaf that the checkpoint lacks;
-- `restart` [StateData.restart]: how a fresh value is made from the current one, and from a key and the path;
-- `batch_axis` [StateData.restart]: which axis holds independent slots;
-- `placement` [placement]: how it lies on a mesh;
-- `optional` [claims]: a path that its filter spells need not be in the model.
+- `restart` [State.restart]: how a fresh value is made from the current one, a key and the path;
+- `batch_axis` [State.restart]: the axis that holds independent slots;
+- `placement` [sharding]: how its arrays are placed on a mesh;
+- `optional` [matching]: a path in its filter need not exist in the model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from statewise._src.filters.combinators import describe, normalize
+from statewise._src.common.paths import Path
+from statewise._src.filters.combinators import Filter, describe, normalize
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import check_restart, takes
-from statewise._src.plan.placements import PLACEMENTS, describe_placement
+from statewise._src.plan.placements import PLACEMENTS, Placement, describe_placement
 from statewise.errors import DeclarationError, FilterError
 
 __all__ = ["Kind", "shown", "unknown_kind", "with_kinds"]
@@ -36,35 +37,32 @@ __all__ = ["Kind", "shown", "unknown_kind", "with_kinds"]
 Missing = Literal["error", "keep", "restart"]
 
 
-# Where an argument's annotation ends in `| Any`, a wrong type is refused here, with the hint.
-
-
 @dataclasses.dataclass(frozen=True, eq=True)
 class Kind:
-    """Which leaves make up one kind of state, and how that kind lives.
+    """Declares which leaves make up one kind of state, and how they are handled.
 
     Args:
-      of: which leaves: any NNX filter (a type, a tag, a callable, `nnx.All(...)`) or one of ours.  `...` claims
-        what no other kind of the same declaration does.
-      frozen: no step ever writes it, no optimizer ever touches it.
-      saved: it is persisted; False declares it ephemeral.
-      missing: what a restore does for a leaf that the checkpoint lacks: `"error"`, `"keep"` (the value that the
-        target has) or `"restart"`; averages then begin with what is restored.
-      restart: makes a fresh array from the current one, of the same shape and dtype; `jnp.zeros_like`, say.  It may
-        also take `path`, the leaf's path as a tuple, and `key`, a PRNG key for each leaf and slot: it is then called
-        for each slot, with the slot's own array: `lambda array, key: init(key, array.shape, array.dtype)`.  The kind
-        `optimizer` needs none: it restarts by the `init` of the plan's optimizers.
-      batch_axis: the axis of this kind's arrays that holds independent slots (0 for the first), so that slots
-        can be restarted one by one.
-      placement: how it lies on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`, or a
-        function of (path, shape) that returns one.  None replicates; the kind `optimizer` then follows the leaves
-        that it updates, and averages (`sw.Kind(sw.EMA)`) what they are of.
-      optional: a kind that spells a path (`sw.Path`, `nnx.PathContains`) has to find it in the model; True says that it
-        need not be there.  A kind of types may claim nothing as it is.
+      of: which leaves: any NNX filter (a type, a tag, a callable, `nnx.All(...)`) or one of Statewise's.  `...` claims
+        every leaf that no other kind of the declaration claims.
+      frozen: no step writes the kind, and no optimizer updates it.
+      saved: checkpoints hold the kind; False declares it ephemeral.
+      missing: what a restore does for a leaf that the checkpoint lacks: `"error"`, `"keep"` (the target's value) or
+        `"restart"`; averages then restart from the restored values.
+      restart: makes a fresh array of the same shape and dtype from the current one, such as `jnp.zeros_like`.  It may
+        also take `path`, the leaf's path as a tuple, and `key`, a PRNG key for each leaf and slot.  With `key` it is
+        called once for each slot, with the slot's own array: `lambda array, key: init(key, array.shape, array.dtype)`.
+        The kind `optimizer` needs none: it restarts by the `init` of the plan's optimizers.
+      batch_axis: the axis of the kind's arrays that holds independent slots (0 for the first), so that slots can be
+        restarted one by one.
+      placement: how the kind is placed on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`,
+        `sw.PerDevice("data")`, or a function of (path, shape) that returns one of these.  None replicates; the kind
+        `optimizer` then follows the leaves that it updates, and averages (`sw.Kind(sw.EMA)`) the values they track.
+      optional: a path in the filter (`sw.Path`, `nnx.PathContains`) must exist in the model unless this is True.  A
+        filter of types alone may claim nothing.
 
     Raises:
-      FilterError: `of` is no filter.
-      DeclarationError: a handling that contradicts itself.
+      FilterError: `of` is not a filter.
+      DeclarationError: the arguments contradict each other.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,14 +73,14 @@ class Kind:
       True
     """
 
-    of: Any
+    of: Filter
     _: dataclasses.KW_ONLY
     frozen: bool = False
     saved: bool = True
-    missing: Missing | Any = "error"
-    restart: Callable[..., Any] | Any = None
-    batch_axis: int | Any = None
-    placement: Any = None
+    missing: Missing = "error"
+    restart: Callable[..., Any] | None = None
+    batch_axis: int | None = None
+    placement: Placement | Callable[[Path, tuple[int, ...]], Placement | None] | None = None
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -93,16 +91,16 @@ class Kind:
             )
         if self.missing not in ("error", "keep", "restart"):
             raise DeclarationError(
-                f"missing={self.missing!r} is none of 'error', 'keep', 'restart'.", hint="missing='error'"
+                f"missing={self.missing!r} is not one of 'error', 'keep', 'restart'.", hint="missing='error'"
             )
         if self.missing == "restart" and self.restart is None and self.of is not EMA:
             raise DeclarationError(
-                "missing='restart' needs to know how a fresh value is made.",
+                "missing='restart' needs a function that makes a fresh value.",
                 hint=f"sw.Kind({as_code(self.of)}, missing='restart', restart=jnp.zeros_like)",
             )
         if self.restart is not None and not callable(self.restart):
             raise DeclarationError(
-                f"restart={self.restart!r} is no function of one array.",
+                f"restart={self.restart!r} is not a function of one array.",
                 hint=f"sw.Kind({as_code(self.of)}, restart=jnp.zeros_like)",
             )
         if self.restart is not None and not isinstance(self.restart, Hashable):
@@ -114,21 +112,21 @@ class Kind:
             check_restart(self.restart, shown(self.of))
         if self.missing == "restart" and takes(self.restart).key:
             raise DeclarationError(
-                "missing='restart' calls restart without a key, and this one takes a key.",
+                "missing='restart' calls restart without a key, but this one takes a key.",
                 hint=f"sw.Kind({shown(self.of)}, missing='keep', restart=...)\n"
                 "and after the restore: state.restart(..., key=jax.random.key(0))",
             )
         if self.batch_axis is not None and (isinstance(self.batch_axis, bool) or not isinstance(self.batch_axis, int)):
-            raise DeclarationError(f"batch_axis={self.batch_axis!r} is no axis.", hint="batch_axis=0")
+            raise DeclarationError(f"batch_axis={self.batch_axis!r} is not an axis.", hint="batch_axis=0")
         _check_placement(self.placement)
 
     @property
     def rest(self) -> bool:
-        """Whether it claims what no other kind does."""
+        """Returns whether the kind claims what no other kind does."""
         return self.of is Ellipsis
 
     def handling(self) -> str:
-        """The handling in a few words, for tables: `frozen, not saved, restart=zeros_like`; `-` by default."""
+        """Returns the handling in a few words, for tables: `frozen, not saved, restart=zeros_like`; `-` by default."""
         words = []
         if self.frozen:
             words.append("frozen")
@@ -148,7 +146,7 @@ class Kind:
 
 
 def _names_axes(entry: Any) -> bool:
-    """Whether an entry of a PartitionSpec, or of a tuple that is meant as one, is what `sw.Sharded` takes."""
+    """Returns whether `sw.Sharded` takes this entry of a PartitionSpec, or of a tuple that is meant as one."""
     names = entry if isinstance(entry, tuple) else (entry,)
     return entry is None or all(isinstance(name, str) for name in names)
 
@@ -166,7 +164,7 @@ def _check_placement(placement: Any) -> None:
             hint = f"placement=sw.Sharded({placement!r})"
         elif isinstance(placement, (jax.P, tuple, list)) and all(map(_names_axes, placement)):
             hint = f"placement=sw.Sharded({', '.join(map(repr, placement))})"
-        raise DeclarationError(f"placement={shown} is no placement, nor a function that returns one.", hint=hint)
+        raise DeclarationError(f"placement={shown} is not a placement, nor a function that returns one.", hint=hint)
     if not isinstance(placement, Hashable):
         raise DeclarationError(
             f"placement={type(placement).__name__}(...) cannot be hashed, as every part of a declaration must be.",
@@ -175,19 +173,19 @@ def _check_placement(placement: Any) -> None:
 
 
 def unknown_kind(name: Any, kinds: Mapping[str, Any]) -> DeclarationError:
-    """The error for a kind that is not there."""
+    """Returns the error for a kind that does not exist."""
     known = f"one of: {', '.join(kinds)}" if kinds else "kinds = sw.Kinds.standard()"
     return DeclarationError(f"There is no kind {name!r}.", kind=str(name), hint=known)
 
 
 def with_kinds(kinds: Mapping[str, Kind], changed: Mapping[str, Kind]) -> Mapping[str, Kind]:
-    """Returns the declaration with these kinds added, or in the place of those of the same name."""
+    """Returns the declaration with these kinds added; they replace those of the same name."""
     declaration: Any = type(kinds)
     return declaration(**{**kinds, **changed}) if changed else kinds
 
 
 def shown(thing: Any) -> str:
-    """A filter as code, or, of what is none, its type: never an array's values."""
+    """Returns a filter as code, and anything else as its type: never the values of an array."""
     try:
         return as_code(thing)
     except FilterError:
@@ -195,5 +193,5 @@ def shown(thing: Any) -> str:
 
 
 def _never(filter_: Any) -> bool:
-    """Whether a filter can match nothing, whatever the model."""
+    """Returns whether a filter matches nothing in any model."""
     return filter_ is None or filter_ is False or isinstance(filter_, nnx.Nothing) or describe(filter_) == "()"

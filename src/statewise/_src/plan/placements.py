@@ -1,14 +1,14 @@
-"""Placements: how a kind's arrays lie on a mesh, as pure data.
+"""Placements: how a kind's arrays are placed on a mesh, as pure data.
 
-A placement says nothing of any mesh in particular; the room `placement` resolves it against one.  Where a kind's
-arrays are not all placed alike, its placement is a function of (path, shape) that returns one of these.
+A placement does not refer to a particular mesh; `sharding/resolve` resolves it against one.  If the arrays of a kind
+are placed differently, the kind's placement is a function of (path, shape) that returns one of these.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from statewise.errors import PlacementError
 
@@ -17,6 +17,7 @@ __all__ = [
     "Axis",
     "FromMetadata",
     "PerDevice",
+    "Placement",
     "Replicated",
     "Sharded",
     "axes_of",
@@ -26,14 +27,15 @@ __all__ = [
 ]
 
 Axis = str | tuple[str, ...] | None
+Resize = Literal["error", "mean", "first"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """The whole array on every device.
+    """Replicates the array: every device holds all of it.
 
     Args:
-      memory: the kind of memory, `"pinned_host"` say, where JAX has one; None for the device's own.
+      memory: the memory kind, such as `"pinned_host"`, where JAX has one; None for the device's default.
 
     Example:
       >>> import statewise as sw
@@ -53,15 +55,15 @@ class Replicated:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Sharded:
-    """Split over the mesh: for each axis of the array the mesh axis, or axes, that it is split over.
+    """Shards the array over the mesh: for each axis of the array, the mesh axis or axes to shard it over.
 
     Args:
-      *axes: a mesh axis, a tuple of them, or None for an axis that is not split; axes of the array beyond these are
-        not split.
-      memory: the kind of memory, `"pinned_host"` say; None for the device's own.
+      *axes: for each axis of the array a mesh axis, a tuple of mesh axes, or None if it is not sharded; the array's
+        remaining axes are not sharded.
+      memory: the memory kind, such as `"pinned_host"`; None for the device's default.
 
     Raises:
-      PlacementError: an axis that is no name, or one that is named twice.
+      PlacementError: an axis is not a name, or is named twice.
 
     Example:
       >>> import statewise as sw
@@ -72,14 +74,14 @@ class Sharded:
     axes: tuple[Axis, ...]
     memory: str | None
 
-    def __init__(self, *axes: Axis | Any, memory: str | Any = None) -> None:
+    def __init__(self, *axes: Axis, memory: str | None = None) -> None:
         names = [name for axis in axes for name in axes_of(axis)]
         for name in names:
             if not isinstance(name, str):
-                raise PlacementError(f"{name!r} is no name of a mesh axis.", hint="sw.Sharded('data', None)")
+                raise PlacementError(f"{name!r} is not the name of a mesh axis.", hint="sw.Sharded('data', None)")
             if names.count(name) > 1:
                 raise PlacementError(
-                    f"Sharded{axes!r} splits an array twice over {name!r}.", hint=f"name {name!r} once, None elsewhere"
+                    f"Sharded{axes!r} shards an array twice over {name!r}.", hint=f"name {name!r} once, None elsewhere"
                 )
         _check_memory(memory)
         object.__setattr__(self, "axes", axes)
@@ -92,17 +94,18 @@ class Sharded:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class FromMetadata:
-    """As the Variables say themselves: the `out_sharding` that NNX layers carry; replicated where there is none.
+    """Shards by the `out_sharding` metadata of the Variables, as NNX layers carry it; replicates where there is none.
 
-    Where it names an axis it must have an entry for each.  Layers that `nnx.vmap` stacks have one more axis, and an
-    entry for it only with `transform_metadata={nnx.PARTITION_NAME: None}`; without one they are refused.
+    Metadata that names an axis must have an entry for every axis of the array.  Layers that `nnx.vmap` stacks have one
+    more axis, and an entry for it only with `transform_metadata={nnx.PARTITION_NAME: None}`; without it they are an
+    error.
 
     Args:
-      rules: from a logical name to a mesh axis, a tuple of them, or None, as `nnx.logical_axis_rules` takes them; a
-        Variable's own `sharding_rules` count too.  Without rules the names are those of mesh axes.
+      rules: maps a logical name to a mesh axis, a tuple of mesh axes, or None, as in `nnx.logical_axis_rules`; a
+        Variable's own `sharding_rules` apply too.  Without rules the names are mesh axes.
 
     Raises:
-      PlacementError: something that is no rule, or two rules that disagree.
+      PlacementError: something is not a rule, or two rules contradict each other.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,7 +119,7 @@ class FromMetadata:
 
     rules: tuple[tuple[str, Axis], ...] | None
 
-    def __init__(self, rules: Sequence[Any] | Any = None) -> None:
+    def __init__(self, rules: Iterable[tuple[str, Axis]] | None = None) -> None:
         made = None if rules is None else merged_rules(rules)
         object.__setattr__(self, "rules", None if made is None else tuple(made.items()))
 
@@ -126,19 +129,19 @@ class FromMetadata:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class PerDevice:
-    """A value of its own on each device: statistics that nobody synchronises, caches, random streams.
+    """Gives each device its own value: statistics that are not synchronized, caches, random streams.
 
-    A state on a mesh has such arrays with a leading axis, one value for each device along the mesh axis; the plan and
-    the model have one value, in the model's own shape.  Steps run on each device with that device's own values.
+    In a state on a mesh such an array has a leading axis with one value for each device along the mesh axis; in the
+    plan and the model it has one value, in the model's own shape.  Steps run on each device with that device's values.
 
     Args:
-      *axes: the mesh axis; where there are several, one value for each device along all of them.
-      memory: the kind of memory, `"pinned_host"` say; None for the device's own.
-      resize: what a restore onto another number of devices does: `"error"`, `"mean"` of all values on each device, or
-        the `"first"` value on each.
+      *axes: the mesh axis; with several axes, there is one value for each device along all of them.
+      memory: the memory kind, such as `"pinned_host"`; None for the device's default.
+      resize: what a restore onto another number of devices does: `"error"`, or gives every device the `"mean"` of all
+        values or the `"first"` value.
 
     Raises:
-      PlacementError: no axis, one that is no name or named twice; another `resize`.
+      PlacementError: there is no axis, or an axis is not a name or is named twice; `resize` is none of these.
 
     Example:
       >>> import statewise as sw
@@ -150,7 +153,7 @@ class PerDevice:
     memory: str | None
     resize: str
 
-    def __init__(self, *axes: str | Any, memory: str | Any = None, resize: str | Any = "error") -> None:
+    def __init__(self, *axes: str, memory: str | None = None, resize: Resize = "error") -> None:
         named = all(isinstance(axis, str) for axis in axes)
         if not axes or not named or len(set(axes)) < len(axes):
             raise PlacementError(
@@ -159,7 +162,7 @@ class PerDevice:
             )
         if resize not in ("error", "mean", "first"):
             raise PlacementError(
-                f"resize={resize!r} does not say what becomes of the values on another number of devices.",
+                f"resize={resize!r} is not one of 'error', 'mean', 'first'.",
                 hint="resize='mean'  # or 'first', or 'error'",
             )
         _check_memory(memory)
@@ -175,48 +178,50 @@ class PerDevice:
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """The placement of a kind whose per-device values were folded into one: as another, but `Replicated` for them.
+    """The placement of a kind after its per-device values were reduced to one: `Replicated` for those.
 
     Attributes:
-      placement: the other, a function of (path, shape).
+      placement: the placement before, a function of (path, shape).
     """
 
     placement: Any
 
     def __call__(self, path: Any, shape: Any) -> Any:
-        """What the other says of a leaf, folded."""
+        """Returns the placement of a leaf after the reduction."""
         return folded(self.placement(path, shape))
 
 
 def folded(placement: Any) -> Any:
-    """A placement once its per-device values are folded into one."""
+    """Returns a placement as it is after per-device values were reduced to one."""
     if isinstance(placement, PerDevice):
         return Replicated(memory=placement.memory)
     return placement if isinstance(placement, PLACEMENTS) or placement is None else Folded(placement)
 
 
+Placement = Replicated | Sharded | PerDevice | FromMetadata
 PLACEMENTS = (Replicated, Sharded, PerDevice, FromMetadata)
 
 
 def merged_rules(*several: Any) -> dict[str, Axis]:
-    """Several lists of rules as one.
+    """Merges several lists of rules into one.
 
     Raises:
-      PlacementError: something that is no rule, or two rules that disagree.
+      PlacementError: something is not a rule, or two rules contradict each other.
     """
     made: dict[str, Axis] = {}
     for rules in several:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
-            raise PlacementError(f"A {type(rules).__name__} is no list of rules.", hint=_RULES)
+            raise PlacementError(f"A {type(rules).__name__} is not a list of rules.", hint=_RULES)
         for rule in rules:
             if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
-                raise PlacementError(f"{rule!r} is no rule: a logical name and a mesh axis.", hint=_RULES)
+                raise PlacementError(f"{rule!r} is not a rule: a logical name and a mesh axis.", hint=_RULES)
             name, axis = rule[0], tuple(rule[1]) if isinstance(rule[1], list) else rule[1]
             if not all(isinstance(one, str) for one in (name, *axes_of(axis))):
-                raise PlacementError(f"{rule!r} is no rule: a logical name and a mesh axis.", hint=_RULES)
+                raise PlacementError(f"{rule!r} is not a rule: a logical name and a mesh axis.", hint=_RULES)
             if name in made and made[name] != axis:
                 raise PlacementError(
-                    f"Two rules for {name!r} disagree: {made[name]!r} and {axis!r}.", hint=f"one rule for {name!r}"
+                    f"Two rules for {name!r} contradict each other: {made[name]!r} and {axis!r}.",
+                    hint=f"one rule for {name!r}",
                 )
             made[name] = axis
     return made
@@ -226,19 +231,19 @@ _RULES = "sw.FromMetadata([('embed', 'data'), ('heads', None)])"
 
 
 def axes_of(axis: Any) -> tuple[Any, ...]:
-    """The mesh axes that one axis of an array is split over."""
+    """Returns the mesh axes that one axis of an array is sharded over."""
     return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
 
 
 def describe_placement(placement: Any) -> str:
-    """A placement as code; a function by its name."""
+    """Returns a placement as code; a function by its name."""
     if isinstance(placement, PLACEMENTS):
         return repr(placement)
     if isinstance(placement, Folded):
-        return f"{describe_placement(placement.placement)}, folded"
+        return f"{describe_placement(placement.placement)}, reduced"
     return str(getattr(placement, "__name__", None) or type(placement).__name__)
 
 
 def _check_memory(memory: Any) -> None:
     if memory is not None and not isinstance(memory, str):
-        raise PlacementError(f"memory={memory!r} is no kind of memory.", hint="memory='pinned_host'")
+        raise PlacementError(f"memory={memory!r} is not a memory kind.", hint="memory='pinned_host'")

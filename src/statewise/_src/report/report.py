@@ -15,8 +15,7 @@ from statewise._src.checkpoint.diff.sources import is_path
 from statewise._src.checkpoint.restore import leaves_on_disk, members_on_disk
 from statewise._src.common import compat
 from statewise._src.common.tables import Shown, Table, count_leaves, format_bytes, format_count, printable
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import Plan, State, tables_in, tables_of
+from statewise._src.core.plan import Kinds, Plan, State, tables_in, tables_of
 from statewise._src.inspect.census import Census, census
 from statewise._src.inspect.lint.finding import Findings
 from statewise._src.inspect.lint.lint import lint
@@ -119,7 +118,13 @@ class Report(Shown):
             file.write(text)
 
 
-def report(target: Any, other: Any = None, *, kinds: Kinds | Any = None, mesh: Any = None) -> Report:
+def report(
+    target: object,
+    other: object = None,
+    *,
+    kinds: Kinds | None = None,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | Mapping[str, int] | None = None,
+) -> Report:
     """Reports on a model, a plan, a state or a checkpoint; `sw.report(...).write("report.html")` makes a page.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 
@@ -14,7 +14,10 @@ from statewise.errors import StructureError
 __all__ = ["Compiled", "Lowered", "no_state"]
 
 
-class Lowered:
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Lowered(Generic[R_co]):
     """A step lowered for one signature, ahead of time; made by `Step.lower`.
 
     Everything that `jax.stages.Lowered` offers is available here too (`as_text`, `cost_analysis` ...).
@@ -39,12 +42,12 @@ class Lowered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowered, name)
 
-    def compile(self, *args: Any, **kwargs: Any) -> Compiled:
+    def compile(self, *args: Any, **kwargs: Any) -> Compiled[R_co]:
         """Compiles the step; takes the arguments of `jax.stages.Lowered.compile`."""
         return Compiled(self._entry, self._lowered.compile(*args, **kwargs))
 
 
-class Compiled:
+class Compiled(Generic[R_co]):
     """A step compiled for one signature: called like the step; made by `Lowered.compile`.
 
     Everything that `jax.stages.Compiled` offers is available here too (`memory_analysis`, `as_text` ...).
@@ -71,7 +74,7 @@ class Compiled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
 
-    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: State, /, *args: object, **kwargs: object) -> R_co:
         """Runs the compiled step on a state of the plan that it was compiled for."""
         if type(state) is not State:
             raise no_state(self._entry.name, state)
@@ -83,7 +86,7 @@ class Compiled:
         return self._entry.run(state, args, kwargs, self._compiled)
 
 
-def no_state(name: str, given: Any) -> StructureError:
+def no_state(name: str, given: object) -> StructureError:
     """Returns the error for a step that is called with something other than a state."""
     return StructureError(
         f"{name} is a step: its first argument is a state, not {type(given).__name__}.",

@@ -6,14 +6,31 @@ where the caller passes one state.  Positions given by the user count the functi
 
 # No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["Arguments", "Split"]
+__all__ = ["Arguments", "JitOptions", "Split"]
+
+
+class JitOptions(TypedDict, total=False):
+    """The options of `jax.jit` that a step takes, of the types that `jax.jit` takes."""
+
+    static_argnames: str | Iterable[str] | None
+    static_argnums: int | Sequence[int] | None
+    donate_argnames: str | Iterable[str] | None
+    donate_argnums: int | Sequence[int] | None
+    in_shardings: Any
+    out_shardings: Any
+    compiler_options: dict[str, Any] | None
+    keep_unused: bool
+    inline: bool
+    backend: str | None
+    device: jax.Device | None
+
 
 _OPTIONS = frozenset(
     {"out_shardings", "in_shardings", "compiler_options", "keep_unused", "inline", "backend", "device"}
@@ -48,7 +65,7 @@ class Arguments:
       DeclarationError: an option that `jax.jit` does not have, or a parameter that the function does not have.
     """
 
-    def __init__(self, fn: Callable[..., Any], options: dict[str, Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
         unknown = sorted(set(options) - _OPTIONS - _ARRAYS)
         if unknown:
             raise DeclarationError(
@@ -144,7 +161,9 @@ def _names(fn: Callable[..., Any]) -> tuple[str, ...]:
         return ()  # builtins have no signature; their parameters can be named by position
 
 
-def _positions(names: tuple[str, ...], options: dict[str, Any], which: str, fn: Callable[..., Any]) -> frozenset[Any]:
+def _positions(
+    names: tuple[str, ...], options: Mapping[str, Any], which: str, fn: Callable[..., Any]
+) -> frozenset[Any]:
     """Returns the chosen parameters: names, and positions for those given by number."""
     chosen = set(_many(options.get(f"{which}_argnames")))
     numbers = set(_many(options.get(f"{which}_argnums")))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.match import claimants
 from statewise._src.step.closures import arrays_in, layers_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,21 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.paths import Path
 from statewise._src.common.write_values import put_values
-from statewise._src.filters.combinators import describe, predicate
+from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.plan.spelled_paths import Reading, nearest, spelled
 from statewise._src.sharding.explicit_axes import explained
 from statewise.errors import FilterError, StructureError
 
 __all__ = ["grad", "value_and_grad"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Aux = TypeVar("Aux")
+# Of Variables, by path.
+Grads = nnx.State[Any, Any]
 
-def value_and_grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool = False) -> Callable[..., Any]:
+
+def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[P, tuple[R, Grads]]:
     """Makes a function that returns the loss of a model and its gradients by a filter.
 
     Args:
@@ -129,7 +135,15 @@ def _of_model(graph: ModelGraph, path: Path) -> bool:
     return not graph.several or path[0] == 0
 
 
-def grad(fn: Callable[..., Any], wrt: Any = nnx.Param, has_aux: bool = False) -> Callable[..., Any]:
+@overload
+def grad(fn: Callable[P, Any], wrt: Filter = nnx.Param, has_aux: Literal[False] = False) -> Callable[P, Grads]: ...
+@overload
+def grad(
+    fn: Callable[P, tuple[Any, Aux]], wrt: Filter = nnx.Param, *, has_aux: Literal[True]
+) -> Callable[P, tuple[Grads, Aux]]: ...
+@overload
+def grad(fn: Callable[P, Any], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[P, Any]: ...
+def grad(fn: Callable[..., Any], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[..., Any]:
     """Makes a function that returns a model's gradients by a filter: `value_and_grad` without the loss.
 
     Args:

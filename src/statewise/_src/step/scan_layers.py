@@ -10,7 +10,7 @@ it does not write.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 
@@ -18,6 +18,7 @@ from statewise._src.common.object_names import names_given
 from statewise._src.core.member_view import as_ensemble, as_one
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import Part, check_not_donated
+from statewise._src.filters.combinators import Filter
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.step.scan_modules import count_layers, scan_module
 from statewise._src.step.step import Step, definition_of
@@ -26,8 +27,43 @@ from statewise.errors import StructureError
 __all__ = ["scan_layers"]
 
 
+X = TypeVar("X")
+CapturedT = TypeVar("CapturedT")
+LayersT = TypeVar("LayersT")
+
+
+@overload
 def scan_layers(
-    fn: Callable[..., Any] | Any, layers: Any, x: Any, *, shared: Any = None, reverse: bool = False, unroll: int = 1
+    fn: Callable[[State, X], tuple[State, tuple[X, CapturedT]]],
+    layers: State,
+    x: X,
+    *,
+    shared: str | Sequence[str] | None = None,
+    reverse: bool = False,
+    unroll: int = 1,
+) -> tuple[State, tuple[X, CapturedT]]: ...
+@overload
+def scan_layers(
+    fn: Callable[[State, X], tuple[State, X]] | Callable[[State, X], X],
+    layers: State,
+    x: X,
+    *,
+    shared: str | Sequence[str] | None = None,
+    reverse: bool = False,
+    unroll: int = 1,
+) -> tuple[State, X]: ...
+@overload
+def scan_layers(
+    fn: Callable[[LayersT, X], X],
+    layers: LayersT,
+    x: X,
+    *,
+    shared: Filter = None,
+    reverse: bool = False,
+    unroll: int = 1,
+) -> X: ...
+def scan_layers(
+    fn: Callable[..., Any], layers: Any, x: Any, *, shared: Any = None, reverse: bool = False, unroll: int = 1
 ) -> Any:
     """Runs one layer's function through stacked layers, one after the other, as one `jax.lax.scan`.
 

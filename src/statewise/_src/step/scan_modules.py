@@ -31,7 +31,7 @@ from statewise._src.common.nnx_graph import (
     value_of,
 )
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_shape
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.leaf_specs import is_sown
 from statewise._src.plan.match import claim

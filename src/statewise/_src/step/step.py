@@ -18,8 +18,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +40,19 @@ from statewise.errors import StructureError
 __all__ = ["Step", "definition_of"]
 
 
-def _is_shape(obj: Any) -> bool:
+def _is_shape(obj: object) -> bool:
     return isinstance(obj, tuple) and all(isinstance(size, int) for size in obj)
 
 
-def _kinds_captured(names: Any, decorator: str) -> str | tuple[str, ...]:
+def _kinds_captured(names: object, decorator: str) -> str | tuple[str, ...]:
     return names if isinstance(names, str) else kind_names(names, "capture", decorator)
 
 
-class Step:
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Step(Generic[P, R_co]):
     """A compiled pure function on a state; made by `step` and `train_step`.
 
     Called as `step(state, *args, **kwargs)`.  The function receives the planned objects instead of the state.
@@ -68,11 +72,11 @@ class Step:
 
     def __init__(
         self,
-        fn: Callable[..., Any] | Any,
+        fn: Callable[..., Any],
         contract_of: ContractOf,
         decorator: str,
-        capture: str | Sequence[str] | Any,
-        jit_options: dict[str, Any],
+        capture: str | Sequence[str] | None,
+        jit_options: Mapping[str, Any],
     ) -> None:
         if not callable(fn):
             check_function(fn, decorator)
@@ -95,7 +99,7 @@ class Step:
         self._only: dict[Any, CompiledStep] = {}
 
     @property
-    def fn(self) -> Any:
+    def fn(self) -> Callable[..., Any]:
         """Returns the function; assigning another one is for tests, for example to count traces."""
         return self._definition.fn
 
@@ -106,7 +110,7 @@ class Step:
     def __repr__(self) -> str:
         return f"<sw.{self._definition.decorator} {self._definition.name}>"
 
-    def __call__(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, state: State, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Runs the step on a state; see `step` and `train_step`."""
         if type(state) is not State:
             raise no_state(self._definition.name, state)
@@ -123,7 +127,7 @@ class Step:
                 pass
         return self._call_new(state, args, kwargs)
 
-    def lower(self, state: State | Any, /, *args: Any, **kwargs: Any) -> Lowered:
+    def lower(self, state: State, /, *args: object, **kwargs: object) -> Lowered[R_co]:
         """Traces and lowers for these arguments, ahead of time; they may be `jax.ShapeDtypeStruct`s.
 
         Args:
@@ -150,7 +154,7 @@ class Step:
         if not is_of_one_member(state):
             raise self._not_mapped(state, args, "{}(state{})")
         member = as_one(state)
-        result = self(member, *args, **kwargs)
+        result: Any = self(member, *args, **kwargs)
         if not self._definition.contract_of(member.tables, self._definition.name).returns_state:
             return result
         after, out = result
@@ -253,6 +257,6 @@ class Step:
         return (entry.received(state, written, donated=False), out) if contract.returns_state else out
 
 
-def definition_of(step: Step) -> Definition:
+def definition_of(step: Step[..., Any]) -> Definition:
     """Returns the definition of a step."""
     return step._definition

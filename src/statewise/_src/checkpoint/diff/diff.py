@@ -20,8 +20,7 @@ from statewise._src.checkpoint.format.per_device import members_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.common.paths import format_dtype, format_path, format_shape, format_type
 from statewise._src.common.tables import format_count
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import tables_in
+from statewise._src.core.plan import Kinds, Plan, tables_in
 from statewise._src.inspect.select.select import check_kinds
 from statewise.errors import DeclarationError
 
@@ -31,7 +30,7 @@ __all__ = ["Diff", "LeafDiff", "diff"]
 BATCH = 64 * 1024 * 1024
 
 
-def diff(a: Any, b: Any, *, kinds: Kinds | Any = None) -> Diff:
+def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
     """Compares two models, states or checkpoints, leaf by leaf: from `a` to `b`.
 
     Leaves are matched by path, and compared in type, kind, shape, dtype, what they are tied to, and values.  Where they
@@ -80,7 +79,7 @@ def diff(a: Any, b: Any, *, kinds: Kinds | Any = None) -> Diff:
             )
     else:
         planned = [thing for thing in map(tables_in, (a, b)) if thing is not None]
-        kinds = planned[0].kinds if planned else Kinds.standard()
+        kinds = Plan.of(planned[0]).kinds if planned else Kinds.standard()
     return _diff(side_of(a, kinds), side_of(b, kinds))
 
 

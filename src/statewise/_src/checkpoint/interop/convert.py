@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -131,12 +132,12 @@ def _row(name: str, leaf: Leaf, outcome: str) -> tuple[str, ...]:
 
 
 def convert(
-    src: Any,
-    dst: Any,
+    src: str | os.PathLike[str] | Mapping[str, Any],
+    dst: str | os.PathLike[str] | None,
     *,
-    target: State | Any = None,
+    target: State | None = None,
     to: str | None = None,
-    rename: Mapping[str, str | None] | Callable[[str], str | None] | Any = None,
+    rename: Mapping[str, str | None] | Callable[[str], str | None] | None = None,
     dry_run: bool = False,
     cast: bool = False,
 ) -> Conversion:
@@ -206,7 +207,7 @@ def convert(
         return conversion
     conversion.raise_problems()
     arrays = _arrays(source, fitted, target, conversion)
-    if to == "statewise" and target is not None:
+    if to == "statewise" and target is not None and final is not None:
         save(final, _state(target, fitted, arrays))
         return conversion
     return dataclasses.replace(conversion, tree=export(to, final, fitted.pieces, arrays))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ def same_values(one: np.ndarray, other: np.ndarray) -> bool:
     return one.tobytes() == other.tobytes() or bool(np.array_equal(one, other))
 
 
-def _renamed(source: Source, rename: Mapping[str, str | None] | Callable[[str], str | None] | Any) -> dict[str, Any]:
+def _renamed(source: Source, rename: object) -> dict[str, Any]:
     """The new text of each name that `rename` changes; None for what it leaves out.
 
     Raises:

@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common.paths import Leaf
-from statewise._src.core.kinds import Kinds
 from statewise._src.core.member_view import as_one, is_of_one_member
-from statewise._src.core.plan import State
+from statewise._src.core.plan import Kinds, State
 from statewise._src.core.templates import abstract
 from statewise._src.inspect.audit.result import Audit, LeafAudit
 from statewise._src.plan.packing import PackedBuffer
@@ -39,7 +38,7 @@ from statewise.errors import StatewiseError, StructureError, UndeclaredWriteErro
 __all__ = ["audit"]
 
 
-def audit(step: Callable[..., Any] | Any, state: Any, /, *args: Any, **kwargs: Any) -> Audit:
+def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: object) -> Audit:
     """Tells what a step does to a state, without running it: it is traced, not compiled, and nothing is donated.
 
     A step that writes what it does not declare, or trains nothing, is reported too (`audit.error` is what a call would

@@ -12,10 +12,9 @@ The files: `subject` (what is looked at) and `training` (what updates it), `find
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from statewise._src.common.object_names import given, names_given
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.inspect.lint import arrays, declared, leaf_types, members, values
 from statewise._src.inspect.lint import optimizers as optimizing
 from statewise._src.inspect.lint import restarts as restarting
@@ -37,11 +36,11 @@ RULES: tuple[Rule, ...] = (
 
 
 def lint(
-    *objects: Any,
-    kinds: Kinds | Any = None,
-    ignore: str | Iterable[str] | Any = (),
+    *objects: object,
+    kinds: Kinds | None = None,
+    ignore: str | Iterable[str] = (),
     decode_length: int | None = None,
-    **named: Any,
+    **named: object,
 ) -> Findings:
     """Looks for the known rules in a model; `docs/lint.md` explains each.
 
@@ -76,9 +75,9 @@ def lint(
       statistic-starts-at-zero: 1 statistic of spread is all zeros. (running_var)
       self.running_var = BatchStat(jnp.ones(...))
     """
-    if kinds is None and len(objects) > 1 and isinstance(objects[-1], Kinds):
-        *objects_, kinds = objects
-        objects = tuple(objects_)
+    last = objects[-1] if len(objects) > 1 else None
+    if kinds is None and isinstance(last, Kinds):
+        objects, kinds = objects[:-1], last
     not_saved = set(names_given(ignore, "ignore", "rules"))
     codes = [rule.code for rule in RULES]
     for code in sorted(not_saved.difference(codes)):

@@ -75,15 +75,16 @@ def _restarted(subject: Subject, number: int) -> tuple[Kind | None, ArraySpec | 
 
 def _traced(kind: Kind, spec: ArraySpec, path: Path) -> Any:
     """The jaxpr of a kind's restart for an array of this shape; None where the function refuses it."""
-    wants = takes(kind.restart)
+    fresh, wants = kind.restart, takes(kind.restart)
+    assert fresh is not None, "a kind without a restart is not looked at"
     named: dict[str, Any] = {"path": path} if wants.path else {}
     shape = list(spec.shape)
     if wants.key and kind.batch_axis is not None and -len(shape) <= kind.batch_axis < len(shape):
         del shape[kind.batch_axis]
     array = jax.ShapeDtypeStruct(tuple(shape), spec.dtype)
 
-    def restart(array: Any, key: Any) -> Any:
-        return kind.restart(array, **named, **({"key": key} if wants.key else {}))
+    def restart(array: jax.Array, key: jax.Array) -> Any:
+        return fresh(array, **named, **({"key": key} if wants.key else {}))
 
     try:
         return jax.make_jaxpr(restart)(array, jax.eval_shape(lambda: jax.random.key(0)))

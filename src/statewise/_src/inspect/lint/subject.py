@@ -29,9 +29,8 @@ from statewise._src.common.nnx_graph import (
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.batches import check_not_batch
-from statewise._src.core.kinds import Kinds
 from statewise._src.core.model_io import build
-from statewise._src.core.plan import Plan, State, tables_of
+from statewise._src.core.plan import Kinds, Plan, State, tables_of
 from statewise._src.core.state_data import StateData, check_not_donated
 from statewise._src.core.templates import abstract
 from statewise._src.filters.explain import is_python
@@ -47,7 +46,7 @@ __all__ = ["Subject", "look"]
 
 
 def look(objects: Sequence[Any], kinds: Any, decode_length: int | None, names: tuple[str, ...] = ()) -> Subject:
-    """Makes a subject of what was given to `statewise._src.inspect.lint`.
+    """Makes a subject of what was given to `sw.lint`.
 
     Raises:
       DeclarationError: kinds that are none, or kinds beside a plan or a state.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise._src.common.write_values import put_values
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.inspect.select.new_values import fresh_values
 from statewise._src.inspect.select.select import check_kinds, look
 from statewise._src.plan.match import claim
@@ -88,7 +88,10 @@ class CheckedGraphDef(nnx.GraphDef[Any]):
         return nnx.GraphDef.__hash__(self)
 
 
-def split(model: Any, kinds: Kinds | Any) -> tuple[nnx.GraphDef[Any], dict[str, nnx.State]]:
+M = TypeVar("M")
+
+
+def split(model: M, kinds: Kinds) -> tuple[nnx.GraphDef[M], dict[str, nnx.State[Any, Any]]]:
     """Splits a model into its graph definition and one part for each kind; each leaf is in exactly one part.
 
     Args:
@@ -144,7 +147,10 @@ def _exact_spec(array: Any) -> ArraySpec | None:
     return spec._replace(dtype=array.dtype) if spec and isinstance(array, (np.ndarray, np.generic)) else spec
 
 
-def merge(graphdef: nnx.GraphDef[Any] | Any, parts: Any) -> Any:
+def merge(
+    graphdef: nnx.GraphDef[M],
+    parts: Mapping[str, Mapping[Any, Any]] | Sequence[Mapping[Any, Any]] | nnx.State[Any, Any],
+) -> M:
     """Makes a model from its graph definition and its parts, matched by path.
 
     Args:
@@ -300,7 +306,7 @@ def _error(fact: str, problems: Sequence[tuple[str, Leaf]], hint: str) -> Struct
     return StructureError(f"{fact}: {counts}.", leaves=[leaf for _, leaf in problems], hint=hint)
 
 
-def update(model: Any, state: Any) -> None:
+def update(model: object, state: Mapping[Any, Any]) -> None:
     """Puts arrays into a model, by path; all of them, or none if one does not fit.
 
     Only values are put: a Variable's type and metadata stay as they are in the model.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelError, ModelGraph, read_graph, row_of
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
 from statewise._src.common.tables import Shown, Table, leaf_dict
-from statewise._src.core.kinds import Kinds
+from statewise._src.core.plan import Kinds
 from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.filters.explain import explain_leaf, type_only
 from statewise._src.plan.spelled_paths import Reading
@@ -49,7 +49,7 @@ def _named(thing: Any) -> str:
     return f"a single {format_type(thing.var_type)}" if isinstance(thing, nnx.Variable) else type(thing).__name__
 
 
-def _seen(found: ModelGraph, *filters: Filter) -> Sequence[Path]:
+def _seen(found: ModelGraph, *filters: object) -> Sequence[Path]:
     """Each leaf's path as these filters see it; a path in them that could mean one leaf or another is refused."""
     if all(map(type_only, filters)):
         return [found.relative(path) for path in found.paths]
@@ -59,7 +59,7 @@ def _seen(found: ModelGraph, *filters: Filter) -> Sequence[Path]:
     return reading.ways
 
 
-def select(model: Any, filter: Filter) -> nnx.State:
+def select(model: object, filter: Filter) -> nnx.State[Any, Any]:
     """The leaves that a filter means, by path: live Variables, as `nnx.state` gives them.
 
     Args:
@@ -90,7 +90,13 @@ def select(model: Any, filter: Filter) -> nnx.State:
     return nnx.from_flat_state(chosen)
 
 
-def count(model: Any, *filters: Filter) -> int | tuple[int, ...]:
+@overload
+def count(model: object) -> int: ...
+@overload
+def count(model: object, filter: Filter, /) -> int: ...
+@overload
+def count(model: object, first: Filter, second: Filter, /, *filters: Filter) -> tuple[int, ...]: ...
+def count(model: object, *filters: Filter) -> int | tuple[int, ...]:
     """How many leaves each filter means.  A tied leaf counts once; a raw array is a leaf.
 
     Args:
@@ -183,7 +189,7 @@ class Explanation(Shown):
         return json.dumps(self.to_dict(), indent=2)
 
 
-def explain(model: Any, filter: Filter) -> Explanation:
+def explain(model: object, filter: Filter) -> Explanation:
     """Tells for every leaf whether a filter means it, and which part of the filter decided that.
 
     Args:

@@ -16,8 +16,7 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, ModelGraph, arrays_of, make_leaf, named, raw_value, read_graph, spec_of
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import State
+from statewise._src.core.plan import Kinds, State
 from statewise._src.core.state_data import check_not_donated, is_deleted
 from statewise._src.filters.explain import type_only
 from statewise._src.inspect.watch.fingerprints import fingerprints

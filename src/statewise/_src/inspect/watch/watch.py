@@ -15,8 +15,7 @@ from typing import Any
 from statewise._src.common.object_names import given
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.tables import Shown, Table
-from statewise._src.core.kinds import Kinds
-from statewise._src.core.plan import State
+from statewise._src.core.plan import Kinds, State
 from statewise._src.core.state_data import check_not_donated
 from statewise._src.inspect.select.select import check_kinds
 from statewise._src.inspect.watch.result import MOVED, LeafChange, changes_between, seen_table
@@ -31,7 +30,12 @@ NOTHING: Any = object()
 
 
 def watch(
-    model: Any = NOTHING, /, kinds: Kinds | Any = None, *, expect: str | Sequence[str] | Any = None, **named: Any
+    model: object = NOTHING,
+    /,
+    kinds: Kinds | None = None,
+    *,
+    expect: str | Sequence[str] | None = None,
+    **named: object,
 ) -> Watch:
     """Watches a model while a block of any code runs: `nnx.jit`, plain `jax.jit`, a trainer of somebody else's.
 
@@ -87,7 +91,7 @@ def watch(
     return Watch(objects, Kinds.standard() if kinds is None else kinds, _names(expect), names)
 
 
-def _names(expect: Any) -> tuple[str, ...] | None:
+def _names(expect: object) -> tuple[str, ...] | None:
     if expect is None or isinstance(expect, str):
         return None if expect is None else (expect,)
     names = tuple(expect) if isinstance(expect, Iterable) and not isinstance(expect, dict) else (expect,)
@@ -177,7 +181,7 @@ class Watch(Shown):
         if self.expect is not None:
             self.check()
 
-    def compare(self, /, *objects: Any, **named: Any) -> None:
+    def compare(self, /, *objects: object, **named: object) -> None:
         """Hands over what is to be compared at the end of the block, in the place of the objects watched.
 
         Args:

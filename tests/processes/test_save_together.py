@@ -1,0 +1,72 @@
+"""Several processes save one checkpoint together: each writes what it holds, and any number can read it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+import statewise as sw
+from programs import save_per_device
+from programs.save_together import make
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_together(count: int, folder: Path, script: str = "save_together.py") -> list[str]:
+    """Runs a script so many times at once; what each of them printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests/helpers")])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/helpers/programs" / script), str(number), str(count), port, str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    try:
+        return [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
+    printed = run_together(2, tmp_path)
+    assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["together"]
+    # In this process, which has other devices: the same numbers as one process would have made.
+    model = make()
+    plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
+    train = sw.train_step(lambda model, x: (model(x) ** 2).mean())
+    expected, _ = train(plan.take(model), jax.numpy.ones((4, 8)))
+    found, report = sw.restore(tmp_path / "together", plan.abstract())
+    assert report.ok
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_two_processes_save_the_values_of_each_device_and_one_restores_them(tmp_path: Path) -> None:
+    printed = run_together(2, tmp_path, "save_per_device.py")
+    assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
+    kinds, four = (jax.sharding.AxisType.Auto,), jax.devices()[:4]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds, devices=four)
+    expected = save_per_device.trained(mesh)  # the same four devices, all in this process
+    found, report = sw.restore(tmp_path / "together", save_per_device.plan().abstract(mesh))
+    assert report.counts["stats"] == {"restored": 2}
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        for ours, theirs in zip(save_per_device.here(one), save_per_device.here(other), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    mean = np.asarray(found["stats"]["norm"]["mean"])
+    assert not np.array_equal(mean[0], mean[3])  # of devices of different processes
