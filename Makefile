@@ -83,7 +83,7 @@ browser-tests: $(VENV)/.installed-test
 # The site, into site/: open site/index.html.  Strict: a broken link, or a page outside the navigation, fails.
 # That it builds, and that all code on its pages runs, are tests (tests/docs/).
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks

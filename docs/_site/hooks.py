@@ -3,8 +3,8 @@
 The site is built from `docs/` as it stands there, readable on its own.  Three things are added while it is built:
 
 - notebooks become pages: each `.ipynb`, with its stored outputs, is turned into Markdown;
-- `README.md`, `CONTRIBUTING.md` and `CHANGELOG.md`, which lie outside `docs/`, are shown too, and links that leave
-  `docs/` for one of them (or come back from there) lead to where they stand in the site, so that a strict build
+- `README.md`, `CONTRIBUTING.md` and `CHANGELOG.md`, which are outside `docs/`, are shown too, and links that leave
+  `docs/` for one of them (or come back from there) lead to where they are in the site, so that a strict build
   checks these links like any other;
 - `python no-run` is a language to our tests only, and a block of `>>>` prompts is highlighted as a session.
 """
@@ -86,3 +86,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         lambda match: f"{match['fence']}{'pycon' if match['prompt'] else 'python'}\n{match['prompt'] or ''}", markdown
     )
     return _moved_links(markdown, page.file.src_uri)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Leaves out of the API page where a public name is defined: a reader imports it from `statewise`."""
+    return re.sub(r'\s+title="[^"]*\bstatewise\._src\b[^"]*"', "", output) if page.file.src_uri == "api.md" else output

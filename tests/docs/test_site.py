@@ -5,11 +5,10 @@ The code on the pages is run by `test_doctests.py`.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 import pytest
-import yaml
+from mkdocs.config import load_config
 
 import statewise as sw
 from statewise import results, testing
@@ -46,17 +45,7 @@ def pages_of(nav: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def nav() -> list[str]:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    return list(pages_of(config["nav"]))
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return list(pages_of(load_config(str(ROOT / "mkdocs.yml")).nav))
 
 
 def test_the_site_builds_strictly_with_every_page_of_the_navigation(site: Path, nav: list[str]) -> None:
@@ -73,6 +62,7 @@ def test_every_page_is_in_the_navigation_once(nav: list[str]) -> None:
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     pages = "".join(file.read_text(encoding="utf-8") for file in site.rglob("*.html"))
     assert re.findall(r'<(?:script|link|img)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', pages) == []
+    assert 'class="mermaid"' not in pages  # the theme would load the program that draws it
 
 
 def test_every_public_name_is_on_the_api_page_once() -> None:
@@ -87,7 +77,14 @@ def test_the_api_page_shows_every_docstring(site: Path) -> None:
     for name in (*sw.__all__, *(f"results.{name}" for name in results.__all__)):
         assert f'id="statewise.{name}"' in text
     assert "<code>*types</code>" in text  # arguments are told apart from the text around them
+    assert "_src" not in text  # where a name is defined is no reader's concern
+    assert "<code>Missing</code>" not in text  # annotations name nothing private
     assert "Example:" not in text  # each stands under the heading that is rendered as code
+
+
+def test_an_annotation_shows_what_a_private_alias_means(site: Path) -> None:
+    text = re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
+    assert re.search(r"missing\s+\(Literal\['error', 'keep', 'restart'\]", html.unescape(text))
 
 
 def shown(notebook: dict[str, Any]) -> list[str]:

@@ -79,7 +79,7 @@ def _printable(line: str) -> str:
 
 
 class Findings(Shown, list[Finding]):
-    """What `statewise._src.inspect.lint` returns: a list of findings that prints itself in full.
+    """What `sw.lint` returns: a list of findings that prints itself in full.
 
     Example:
       >>> import jax.numpy as jnp

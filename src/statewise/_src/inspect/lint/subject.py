@@ -46,7 +46,7 @@ __all__ = ["Subject", "look"]
 
 
 def look(objects: Sequence[Any], kinds: Any, decode_length: int | None, names: tuple[str, ...] = ()) -> Subject:
-    """Makes a subject of what was given to `statewise._src.inspect.lint`.
+    """Makes a subject of what was given to `sw.lint`.
 
     Raises:
       DeclarationError: kinds that are none, or kinds beside a plan or a state.
