@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+pytestmark = pytest.mark.browser
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 PAGES = ("index", "start", "api", "performance", "museum/index", "notebooks/train-break-resume", "project/contributing")
 
