@@ -36,7 +36,7 @@ class Traces:
 
 
 @contextlib.contextmanager
-def count_traces(step: Step) -> Iterator[Traces]:
+def count_traces(step: Step[..., Any]) -> Iterator[Traces]:
     """Counts how often a step's function is traced in a block.
 
     Args:
@@ -71,7 +71,7 @@ def count_traces(step: Step) -> Iterator[Traces]:
         step.fn = fn
 
 
-def assert_no_retrace(step: Step, state: State, /, *args: Any, **kwargs: Any) -> None:
+def assert_no_retrace(step: Step[..., Any], state: State, /, *args: Any, **kwargs: Any) -> None:
     """Asserts that a second call of a step, on what the first gave back, traces nothing.
 
     The state stays as it is: the step runs on a copy.
@@ -101,7 +101,7 @@ def assert_no_retrace(step: Step, state: State, /, *args: Any, **kwargs: Any) ->
         raise AssertionError(f"{step!r} was traced again in its second call, on the state that the first gave back.")
 
 
-def assert_same(one: Any, other: Any) -> None:
+def assert_same(one: object, other: object) -> None:
     """Asserts that two models, states or checkpoints are the same, leaf by leaf and to the bit.
 
     Args:
