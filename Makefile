@@ -8,6 +8,7 @@
 #   make docs          the documentation as a site, in site/
 #   make bench         the numbers, side by side (bench-quick: a short run)
 #   make dist          wheel and sdist, checked, and tried in an empty environment
+#   make tests-oldest  the tests on the oldest Python of the machine, beside the first: what CI runs as well
 #   make PYTHON=python3.13 VENV=.venv13 test      another interpreter, beside the first
 
 SHELL := /bin/bash
@@ -25,7 +26,7 @@ UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
-.PHONY: help demo quick test test-slow browser-tests lint types tests docs bench bench-quick dist format clean
+.PHONY: help demo quick test tests-oldest test-slow browser-tests lint types tests docs bench bench-quick dist format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,8 +51,8 @@ demo: $(VENV)/.installed
 	$(BIN)/statewise demo
 
 # Everything that answers fast.  Properties draw ten examples, and JAX keeps what it compiled in .jax_cache: the second
-# run is the fast one.  Left out are the directories that tests/conftest.py marks, and what is slow.
-QUICK := not slow and not docs and not processes and not browser and not equivalence
+# run is the fast one.  Left out are the directories that tests/conftest.py marks, and files marked `heavy`.
+QUICK := not slow and not heavy and not docs and not processes and not browser and not equivalence
 quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 quick: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 quick: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
@@ -70,6 +71,13 @@ types: $(VENV)/.installed-test
 # The doctests of every module and the code of README.md and docs/ are tests like any other (tests/docs/test_doctests.py).
 tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# What the oldest Python and libraries can make fail, on them, in an environment beside the first.  Lint, types, the site,
+# the pages and the browser's tests do not depend on them; of each property it draws fewer examples.
+OLDEST := not slow and not docs and not browser
+tests-oldest:
+	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
+	  PYTEST_ARGS='--hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
 
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test

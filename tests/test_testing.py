@@ -105,7 +105,7 @@ def test_what_lies_elsewhere_is_in_the_error() -> None:
     with pytest.raises(AssertionError) as caught:
         testing.assert_same_placement(placed, whole)
     said = str(caught.value)
-    assert said.startswith("4 of 8 arrays lie elsewhere:")
+    assert said.startswith("4 of 8 arrays have another sharding:")
     assert "params/up/kernel: NamedSharding" in said
 
 

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def _read_names() -> dict[str, str]:
-    """Reads the list of public names, `__init__.pyi`: from each name to the module that defines it."""
+    """Reads the list of public names, `__init__.pyi`: maps each name to the module that defines it."""
     with open(os.path.splitext(__file__)[0] + ".pyi", encoding="utf-8") as file:
         listing = ast.parse(file.read())
     imports = [node for node in listing.body if isinstance(node, ast.ImportFrom)]
@@ -20,7 +20,7 @@ _MODULE_OF = _read_names()
 __all__ = sorted(_MODULE_OF)
 
 
-# Importing JAX and Flax takes seconds, which `statewise --help` should not: PEP 562.
+# PEP 562: importing JAX and Flax takes seconds, which `statewise --help` should not.
 def __getattr__(name: str) -> Any:
     if name in ("errors", "results", "testing"):
         return importlib.import_module(f"{__name__}.{name}")

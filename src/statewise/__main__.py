@@ -1,4 +1,4 @@
-"""`python -m statewise` is the command `statewise`."""
+"""Runs the command `statewise` as `python -m statewise`."""
 
 from statewise.cli import main
 

@@ -1,16 +1,30 @@
-"""Every exception that Statewise raises, and the one category of its warnings.
+"""Every exception that Statewise raises, and its one category of warnings.
 
-Most damaging failures in state handling are calls that succeed, so Statewise refuses early and in full:
-an error collects *every* leaf concerned before it is raised, and its text always has the same three
-parts, in this order:
+Most damaging failures in state handling are calls that succeed, so Statewise rejects early and completely: an error
+collects *every* leaf concerned before it is raised, and its text always has the same three parts, in this order:
 
 1. the fact, in one sentence;
 2. the leaves, one a line: path, kind, type, shape and dtype (never an array's values);
-3. the hint, as code where code is the hint.
+3. the hint, as code where possible.
 
-Each part is an attribute too (`message`, `leaves`, `kind`, `hint`), so that a program can act on an error
-without parsing its text.  All errors derive from `StatewiseError`; where a caller would reach for a
-builtin (`ValueError`, `TypeError`, `KeyError`), the class derives from that as well.
+Each part is also an attribute (`message`, `leaves`, `kind`, `hint`), so a program can act on an error without parsing
+its text.  Each exception means one thing.  All derive from `StatewiseError`, and from a builtin where a caller would
+expect one (in parentheses):
+
+    StatewiseError
+    ├── FilterError (TypeError)                    an argument that is not a filter, or fails at a leaf
+    ├── DeclarationError (ValueError, KeyError)    a declaration that is invalid, or does not allow a call
+    ├── UnclaimedError (ValueError)                leaves that no kind claims
+    ├── OverlapError (ValueError)                  leaves that several kinds claim
+    ├── StructureError (ValueError)                a model, a state or a function that does not fit its plan
+    ├── UndeclaredWriteError (ValueError)          a step that writes a kind without declaring it
+    ├── PlacementError (ValueError)                a placement that does not fit its leaf or mesh
+    ├── SaveError (OSError)                        a checkpoint that could not be written
+    ├── RestoreError (ValueError)                  a checkpoint and a target that do not match
+    ├── CorruptedError (ValueError)                a checkpoint that is not what was written
+    └── WatchError (AssertionError)                a kind that did not change as expected
+
+    StatewiseWarning (UserWarning)                 a step that runs, but probably does not do what was meant
 """
 
 from __future__ import annotations
@@ -38,13 +52,13 @@ _SHOWN = 50
 
 
 class StatewiseError(Exception):
-    """The base of every error of Statewise.
+    """The base of all errors of Statewise.
 
     Attributes:
       message: the fact, one sentence.
       leaves: the leaves concerned, each with `path`, `kind`, `type`, `shape` and `dtype`.
-      kind: the name of the kind concerned, where there is just one.
-      hint: what to change, as code where code is the hint.
+      kind: the name of the kind concerned, if there is exactly one.
+      hint: what to change, as code where possible.
 
     Example:
       >>> import statewise as sw
@@ -78,13 +92,13 @@ class StatewiseError(Exception):
 
 
 class StatewiseWarning(UserWarning):
-    """A step that is not refused, and probably does not do what it says; its text has the parts of an error.
+    """A step that runs, but probably does not do what was meant; its text has the same parts as an error's.
 
     Attributes:
       message: the fact, one sentence.
       leaves: the leaves concerned, as in an error.
-      kind: the name of the kind concerned, where there is just one.
-      hint: what to change, as code where code is the hint.
+      kind: the name of the kind concerned, if there is exactly one.
+      hint: what to change, as code where possible.
 
     Example:
       >>> import warnings
@@ -99,7 +113,7 @@ class StatewiseWarning(UserWarning):
       ...     warnings.simplefilter("always")
       ...     _ = step(sw.plan(model).take(model))
       >>> print(caught[0].message.message, caught[0].message.kind)
-      <lambda> declares that it writes variables, and writes nothing of it. variables
+      <lambda> declares that it writes variables, but never writes it. variables
     """
 
     def __init__(
@@ -146,7 +160,7 @@ def _rebuild(
 
 
 class FilterError(StatewiseError, TypeError):
-    """A filter that is no filter: a number, say, or a pattern that is no path.
+    """An argument that is not a filter, such as a number, or a filter that fails at a leaf.
 
     Example:
       >>> import statewise as sw
@@ -160,7 +174,9 @@ class FilterError(StatewiseError, TypeError):
 
 
 class DeclarationError(StatewiseError, ValueError, KeyError):
-    """A declaration that cannot stand: a bad name, a kind that is not there, an optimizer for a frozen kind.
+    """A declaration (of kinds, a plan or a step) that is invalid, or that does not allow what a call asks for.
+
+    A bad name, an unknown kind, an optimizer for a frozen kind, a restart of a kind without `restart`.
 
     Example:
       >>> import statewise as sw
@@ -209,7 +225,7 @@ class OverlapError(StatewiseError, ValueError):
 
 
 class StructureError(StatewiseError, ValueError):
-    """Leaves that do not fit: missing, left over, of another shape or dtype, donated, or of another plan.
+    """Leaves that do not fit: missing, unexpected, of another shape or dtype, donated, or of another plan.
 
     Example:
       >>> from flax import nnx
@@ -226,7 +242,7 @@ class StructureError(StatewiseError, ValueError):
 
 
 class UndeclaredWriteError(StatewiseError, ValueError):
-    """A step that writes a kind which it does not declare.
+    """A step that writes a kind without declaring it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,7 +258,7 @@ class UndeclaredWriteError(StatewiseError, ValueError):
         mean: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
         var: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
         hint: @sw.step(writes=('stats',))
-              or, where the function only evaluates: model.eval() as its first line
+              or, if the function only evaluates: model.eval() as its first line
     """
 
 
@@ -265,7 +281,7 @@ class PlacementError(StatewiseError, ValueError):
 
 
 class SaveError(StatewiseError, OSError):
-    """A checkpoint that could not be written; nothing of it was left.
+    """A checkpoint that could not be written; nothing of it remains.
 
     Example:
       >>> import tempfile
@@ -281,7 +297,7 @@ class SaveError(StatewiseError, OSError):
 
 
 class RestoreError(StatewiseError, ValueError):
-    """A checkpoint and a target that disagree.
+    """A checkpoint and a target that do not match.
 
     Example:
       >>> import statewise as sw
@@ -301,7 +317,7 @@ class CorruptedError(StatewiseError, ValueError):
 
 
 class WatchError(StatewiseError, AssertionError):
-    """Under `sw.watch(..., expect=...)`: a kind that had to change and did not, or a frozen one that did.
+    """Under `sw.watch(..., expect=...)`: an expected kind that did not change, or a frozen one that did.
 
     Example:
       >>> import jax

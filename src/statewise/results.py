@@ -1,4 +1,4 @@
-"""The types of what the verbs return, for annotations: `def log(audit: statewise.results.Audit) -> None`."""
+"""The types of the public functions' results, for annotations: `def log(audit: statewise.results.Audit) -> None`."""
 
 from statewise._src.checkpoint.checkpointable import Checkpointable
 from statewise._src.checkpoint.checkpoints import RestoreResult

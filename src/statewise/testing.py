@@ -1,7 +1,7 @@
-"""Asserts for the tests of your own code: that nothing is lost in a round trip, retraced, or moved elsewhere.
+"""Assertions for your own tests: that a round trip loses nothing, that nothing is retraced or moved to other devices.
 
-Each raises `AssertionError` that names every leaf concerned.  Import it as `from statewise import testing`; it is no
-part of `import statewise as sw`.
+Each raises an `AssertionError` that names every leaf concerned.  Import it as `from statewise import testing`; it is
+not part of `import statewise as sw`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ __all__ = ["assert_no_retrace", "assert_round_trip", "assert_same", "assert_same
 
 
 class Traces:
-    """How often a step was traced.
+    """The number of times that a step was traced.
 
     Attributes:
-      count: how often so far.
+      count: the number so far.
     """
 
     count: int = 0
 
 
 @contextlib.contextmanager
-def count_traces(step: Step) -> Iterator[Traces]:
-    """Counts how often a step's function is traced in a block.
+def count_traces(step: Step[..., Any]) -> Iterator[Traces]:
+    """Counts how often a step's function is traced within a block.
 
     Args:
-      step: what `sw.step` or `sw.train_step` made.
+      step: a step, made by `sw.step` or `sw.train_step`.
 
     Yields:
-      the count, as it grows.
+      the count, which grows with each trace.
 
     Example:
       >>> from flax import nnx
@@ -71,19 +71,19 @@ def count_traces(step: Step) -> Iterator[Traces]:
         step.fn = fn
 
 
-def assert_no_retrace(step: Step, state: State, /, *args: Any, **kwargs: Any) -> None:
-    """Asserts that a second call of a step, on what the first gave back, traces nothing.
+def assert_no_retrace(step: Step[..., Any], state: State, /, *args: Any, **kwargs: Any) -> None:
+    """Asserts that a second call of a step, on the state that the first returned, traces nothing.
 
-    The state stays as it is: the step runs on a copy.
+    The state is not changed: the step runs on a copy.
 
     Args:
-      step: what `sw.step` or `sw.train_step` made.
-      state: the state to begin with.
-      *args: what the step is called with.
-      **kwargs: the same, by name.
+      step: a step, made by `sw.step` or `sw.train_step`.
+      state: the state for the first call.
+      *args: the step's other arguments.
+      **kwargs: the step's keyword arguments.
 
     Raises:
-      AssertionError: it was traced again: something static, a shape, a dtype or a weak type differs in what came back.
+      AssertionError: it was traced again: the returned state differs in something static, a shape, dtype or weak type.
 
     Example:
       >>> from flax import nnx
@@ -98,38 +98,40 @@ def assert_no_retrace(step: Step, state: State, /, *args: Any, **kwargs: Any) ->
     with count_traces(step) as traces:
         step(jax.tree.map(jnp.copy, after), *args, **kwargs)
     if traces.count:
-        raise AssertionError(f"{step!r} was traced again in its second call, on the state that the first gave back.")
+        raise AssertionError(
+            f"{step!r} was traced again in its second call, on the state that the first call returned."
+        )
 
 
-def assert_same(one: Any, other: Any) -> None:
-    """Asserts that two models, states or checkpoints are the same, leaf by leaf and to the bit.
+def assert_same(one: object, other: object) -> None:
+    """Asserts that two models, states or checkpoints are bitwise equal, leaf by leaf.
 
     Args:
-      one: a model, a state, or the path of a checkpoint.
-      other: another.
+      first: a model, a state, or the path of a checkpoint.
+      second: another.
 
     Raises:
-      AssertionError: with the table of what differs.
+      AssertionError: they differ; with the table of differences.
 
     Example:
       >>> from flax import nnx
       >>> from statewise import testing
       >>> testing.assert_same(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     """
-    found = diff(one, other)
-    if found:
-        raise AssertionError(str(found))
+    difference = diff(first, second)
+    if difference:
+        raise AssertionError(str(difference))
 
 
 def assert_same_placement(one: State, other: State) -> None:
-    """Asserts that two states of one structure lie alike: the same devices, each with the same part of each array.
+    """Asserts that two states of one structure have the same shardings: the same part of each array on each device.
 
     Args:
-      one: a state.
-      other: another.
+      first: a state.
+      second: another.
 
     Raises:
-      AssertionError: with each array that lies elsewhere; or where they hold other leaves.
+      AssertionError: they have different leaves, or an array has another sharding; with all of them.
 
     Example:
       >>> from flax import nnx
@@ -139,29 +141,29 @@ def assert_same_placement(one: State, other: State) -> None:
       >>> state = sw.plan(model).take(model)
       >>> testing.assert_same_placement(state, state.cast(params="bfloat16"))
     """
-    left, right = (dict(jax.tree_util.tree_flatten_with_path(state)[0]) for state in (one, other))
+    left, right = (dict(jax.tree_util.tree_flatten_with_path(state)[0]) for state in (first, second))
     if list(left) != list(right):
-        raise AssertionError(f"They hold other leaves: {len(left)} arrays and {len(right)}.")
+        raise AssertionError(f"The states have different leaves: {len(left)} arrays and {len(right)}.")
     moved = []
     for path, array in left.items():
-        here, there = array.sharding, right[path].sharding
-        if array.ndim != right[path].ndim or not here.is_equivalent_to(there, array.ndim):
-            moved.append(f"  {format_path(tuple(key.key for key in path))}: {here} and {there}")
+        before, after = array.sharding, right[path].sharding
+        if array.ndim != right[path].ndim or not before.is_equivalent_to(after, array.ndim):
+            moved.append(f"  {format_path(tuple(key.key for key in path))}: {before} and {after}")
     if moved:
-        raise AssertionError("\n".join([f"{len(moved)} of {len(left)} arrays lie elsewhere:", *moved]))
+        raise AssertionError("\n".join([f"{len(moved)} of {len(left)} arrays have another sharding:", *moved]))
 
 
 def assert_round_trip(state: State, *, layout: str = "named") -> None:
-    """Asserts that a checkpoint of a state restores to the same state, to the bit and where it lay.
+    """Asserts that a checkpoint of a state restores to the same state, bitwise and with the same shardings.
 
     The checkpoint is written to a temporary directory and removed.
 
     Args:
-      state: the state; kinds that are never saved are not compared.
+      state: the state; kinds that are not saved are not compared.
       layout: `"named"` or `"packed"`, as in `sw.save`.
 
     Raises:
-      AssertionError: with the table of what differs, or lies elsewhere.
+      AssertionError: something differs, or has another sharding; with the table of differences.
       StatewiseError: it cannot be saved or restored at all.
 
     Example:

@@ -110,10 +110,10 @@ def test_a_cast_loses_no_number(tmp_path: pathlib.Path, value: list[float], to: 
     wider = to == "float16"
     with refused(
         sw.RestoreError,
-        "Casting would lose numbers: 1 leaf has some that the new dtype does not. Nothing was changed.",
+        "Casting would lose numbers: 1 leaf has some that the new dtype cannot represent. Nothing was changed.",
         leaves=[
             f"a: Param(2,) {to}  kind=params  "
-            f"({from_} numbers, one of magnitude {abs(value[0]):.3g}, that have no place in {to})"
+            f"({from_} numbers, one of magnitude {abs(value[0]):.3g}, that {to} cannot represent)"
         ],
         kind="params",
         hint="sw.restore(path, target.cast(params='bfloat16'), cast=True)"

@@ -94,10 +94,10 @@ def test_a_cast_never_loses_a_number(tmp_path: Path, given: Any, wanted: Any) ->
     with refused(
         sw.RestoreError,
         f"the mapping does not become {tmp_path / 'out'} (statewise). "
-        "Casting would lose numbers: 1 leaf has some that the new dtype does not. Nothing was written.",
+        "Casting would lose numbers: 1 leaf has some that the new dtype cannot represent. Nothing was written.",
         leaves=[
             f"w: Param({len(given)},) {dtype}  kind=params  ({given.dtype} numbers, one of magnitude "
-            f"{float(abs(given).max()):.3g}, that have no place in {dtype})"
+            f"{float(abs(given).max()):.3g}, that {dtype} cannot represent)"
         ],
         kind="params",
         hint="plan the model with the dtype of the source",

@@ -163,7 +163,7 @@ def test_a_target_may_be_a_state_or_a_plan_and_have_kinds(run: Run) -> None:
     status, _, err = run("convert", "net.safetensors", "o", "--target", "models_of_checkpoints:plan", *kinds)
     assert (status, err) == (
         2,
-        "statewise: the target is planned already, by kinds of its own: leave --kinds out\n",
+        "statewise: the target is already planned, by its own kinds: leave --kinds out\n",
     )
 
 
@@ -206,7 +206,7 @@ def test_a_damaged_checkpoint_is_neither_equal_nor_different(run: Run) -> None:
     [
         (["inspect", "nothing"], "There is nothing at"),
         (["convert", "nothing", "a.safetensors"], "there is nothing at 'nothing'"),
-        (["convert", "first", "first"], "there is something at 'first' already, and nothing is written over"),
+        (["convert", "first", "first"], "there is already something at 'first', and nothing is overwritten"),
         (["convert", "first", "out"], "a checkpoint of Statewise needs --target"),
         (["convert", "first", "a.safetensors", "--abstract"], "--kinds and --abstract are for a --target"),
         (["convert", "first", "a.safetensors", "--kinds", "x:y"], "--kinds and --abstract are for a --target"),
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_neither_equal_nor_different(run: Run) -> None:
         (["convert", "first", "a.safetensors", "--rename", "kernal=w"], "rename names what the source does not have"),
         (["convert", "empty", "a.safetensors"], "is no checkpoint that is known here"),
         (["convert", "first", "out", "--target", "models_of_checkpoints:mak"], "has no 'mak'; did you mean 'make'?"),
-        (["diff", "first", "nothing"], "there is nothing at 'nothing', nor is it package.module:factory"),
+        (["diff", "first", "nothing"], "there is nothing at 'nothing', and it is not package.module:factory"),
         (["diff", "first", "no_such_module:make"], "there is no module 'no_such_module'"),
     ],
 )

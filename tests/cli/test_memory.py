@@ -44,7 +44,7 @@ def test_a_table_that_says_what_is_not_in_it(run: Run) -> None:
     assert (status, err) == (0, "")
     assert out.splitlines() == [
         "memory of each of 8 devices, mesh (data=4, model=2): ACTIVATIONS ARE NOT IN IT",
-        "kind       arrays    bytes  per device  saved if split",
+        "kind       arrays    bytes  per device  saved if sharded",
         "------------------------------------------------------",
         "weights         1  4.0 KiB       512 B               -",
         "optimizer       1  4.0 KiB       512 B               -",
@@ -79,12 +79,12 @@ def test_a_state_has_its_plan(run: Run) -> None:
 def test_a_mesh_that_is_none(run: Run, mesh: str) -> None:
     status, out, err = run("make", mesh)
     assert (status, out) == (2, "")
-    assert err == f"statewise: {mesh!r} is no mesh: write its axes and their sizes, data=16,model=8\n"
+    assert err == f"statewise: {mesh!r} is not a mesh: write its axes and their sizes, data=16,model=8\n"
 
 
 def test_an_axis_that_is_named_twice(run: Run) -> None:
     status, _, err = run("make", "data=2,data=4")
-    assert (status, err) == (2, "statewise: 'data=2,data=4' is no mesh: it has two axes 'data'\n")
+    assert (status, err) == (2, "statewise: 'data=2,data=4' is not a mesh: it has two axes 'data'\n")
 
 
 def test_a_mesh_that_is_not_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,4 +106,4 @@ def test_leaves_that_do_not_fit_are_a_finding(run: Run) -> None:
 def test_kinds_beside_a_plan(run: Run) -> None:
     status, _, err = run("plan", "data=2", "--kinds", "models_for_memory:kinds")
     assert status == 2
-    assert err == ("statewise: models_for_memory:plan is planned already, by kinds of its own: leave --kinds out\n")
+    assert err == ("statewise: models_for_memory:plan is already planned, by its own kinds: leave --kinds out\n")

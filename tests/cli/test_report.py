@@ -104,7 +104,7 @@ def test_checkpoints_alone_and_beside_others(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_page_without_a_name_is_wrong_usage(run: Run) -> None:
-    assert run("@fine") == (2, "", "statewise: where the page is to be written is not said: -o report.html\n")
+    assert run("@fine") == (2, "", "statewise: the page needs a file name: -o report.html\n")
 
 
 def test_a_page_that_cannot_be_written_is_wrong_usage(run: Run) -> None:
@@ -118,16 +118,18 @@ def test_a_page_that_cannot_be_written_is_wrong_usage(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["nowhere"], "there is nothing at 'nowhere', nor is it package.module:factory or file.py:factory"),
+        (["nowhere"], "there is nothing at 'nowhere', and it is not package.module:factory or file.py:factory"),
         (["@missing"], "'models_for_report' has no 'missing'"),
-        (["@fine", "--mesh", "data"], "'data' is no mesh: write its axes and their sizes, data=16,model=8"),
+        (["@fine", "--mesh", "data"], "'data' is not a mesh: write its axes and their sizes, data=16,model=8"),
         (
             ["@plan", "--kinds", "models_for_report:kinds"],
-            "Only a model is planned by kinds; plans, states and checkpoints have theirs. (hint: sw.report(target))",
+            "Only models are planned by `kinds`; plans, states and checkpoints have their own. "
+            "(hint: sw.report(target))",
         ),
         (
             ["models_for_report.py", "--mesh", "data=2"],
-            "A checkpoint lies on no mesh: a plan says where its leaves go. (hint: sw.report(plan, path, mesh=mesh))",
+            "A checkpoint is not on a mesh; a plan says how its leaves are placed. "
+            "(hint: sw.report(plan, path, mesh=mesh))",
         ),
     ],
 )

@@ -199,7 +199,7 @@ def test_an_argument_cannot_name_an_object(name: str) -> None:
         error = refused(lambda: sw.plan(model=linear(0), averages=linear(1)))
     else:
         error = refused(lambda: sw.Kinds.standard().plan(**{"model": linear(0), name: linear(1)}))
-    assert error.message == f"{name!r} cannot name an object: it is an argument's name."
+    assert error.message == f"{name!r} cannot name an object: it is the name of a parameter."
     assert error.hint == f"kinds.plan({name}_object=...)"
 
 
@@ -224,7 +224,7 @@ def test_positions_and_names_do_not_mix() -> None:
         (lambda: plan.put(state, first, reference=second), "plan.put(state, policy=policy, reference=reference)"),
     ):
         error = refused(door)
-        assert error.message == "Objects are given by position or by name, not both: 1 and reference."
+        assert error.message == "Pass objects by position or by name, not both: 1 and reference."
         assert error.hint == hint
 
 
@@ -234,11 +234,11 @@ def test_names_that_the_plan_does_not_have() -> None:
     hint = "plan.take(policy=policy, reference=reference)"
     for named, words in (
         ({"policy": first}, "reference is missing"),
-        ({"policy": first, "ref": second}, "reference is missing and ref is not among them"),
-        ({"policy": first, "reference": second, "a": second, "b": first}, "a, b are not among them"),
+        ({"policy": first, "ref": second}, "reference is missing and ref is unknown"),
+        ({"policy": first, "reference": second, "a": second, "b": first}, "a, b are unknown"),
     ):
         error = refused(lambda named=named: plan.take(**named), sw.StructureError)
-        assert (error.message, error.hint) == (f"The plan is of the objects policy, reference: {words}.", hint)
+        assert (error.message, error.hint) == (f"The plan has the objects policy, reference: {words}.", hint)
     error = refused(lambda: plan.take(first), sw.StructureError)
     assert (error.message, error.hint) == ("The plan is of 2 objects, but 1 are given.", "plan.take(policy, reference)")
     error = refused(lambda: sw.plan(first, second).take(policy=first, reference=second), sw.StructureError)

@@ -89,7 +89,7 @@ def test_a_setter_that_stores_something_else() -> None:
     bits = Bits(model)
     with refused(
         sw.StructureError,
-        "A setter of the model stored something else than the array that it was given.",
+        "A setter of the model stored something other than the array that it received.",
         leaves=["c: Array(3,) float32"],
         hint="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
     ):
@@ -158,12 +158,12 @@ def test_containers_that_cannot_be_built_anew_are_listed_before_anything_is_writ
     bits = Bits(model)
     with refused(
         sw.StructureError,
-        "Arrays cannot be replaced where they stand.",
+        "Arrays cannot be replaced where they are.",
         leaves=[
-            "b/0/0: Array(2,) float32  (stands in a Raising, which cannot be made anew: ones only)",
-            "b/0/1: Array(1,) float32  (stands in a Raising, which cannot be made anew: ones only)",
-            "c/0: Array(2,) float32  (stands in a Doubling, which makes something else of its items)",
-            "c/1: Array(3,) float32  (stands in a Doubling, which makes something else of its items)",
+            "b/0/0: Array(2,) float32  (is in a Raising, which cannot be rebuilt: ones only)",
+            "b/0/1: Array(1,) float32  (is in a Raising, which cannot be rebuilt: ones only)",
+            "c/0: Array(2,) float32  (is in a Doubling, which changes its items)",
+            "c/1: Array(3,) float32  (is in a Doubling, which changes its items)",
         ],
         hint="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
     ):
@@ -177,8 +177,8 @@ def test_what_nothing_holds_cannot_be_replaced() -> None:
     bits = Bits(held)
     with refused(
         sw.StructureError,
-        "Arrays cannot be replaced where they stand.",
-        leaves=["1: Array(2,) float32  (stands in a tuple that nothing holds)"],
+        "Arrays cannot be replaced where they are.",
+        leaves=["1: Array(2,) float32  (is in a tuple that nothing holds)"],
         hint="hold it in an nnx.Variable, or in an nnx.List or nnx.Dict",
     ):
         plan.put(other(plan.take(held)), held)
@@ -186,7 +186,7 @@ def test_what_nothing_holds_cannot_be_replaced() -> None:
     first = Node(w=nnx.Param(ones(1)))
     both = sw.plan(first, (ones(2),))
     bits = Bits(first)
-    with pytest.raises(sw.StructureError, match=r"1/0: .*stands in a tuple that nothing holds"):
+    with pytest.raises(sw.StructureError, match=r"1/0: .*is in a tuple that nothing holds"):
         both.put(other(both.take(first, (ones(2),))), first, (ones(2),))
     bits.check()
     # The same of objects with names, which only the caller holds.
@@ -194,7 +194,7 @@ def test_what_nothing_holds_cannot_be_replaced() -> None:
     state = other(named.take(first=first, second=(ones(2),)))
     held = (ones(2),)
     bits, own = Bits(first), Bits(held)
-    with pytest.raises(sw.StructureError, match=r"second/0: .*stands in a tuple that nothing holds"):
+    with pytest.raises(sw.StructureError, match=r"second/0: .*is in a tuple that nothing holds"):
         named.put(state, first=first, second=held)
     bits.check()
     own.check()
@@ -220,9 +220,9 @@ def test_one_list_by_two_paths_cannot_hold_two_arrays() -> None:
     bits = Bits(model)
     with refused(
         sw.StructureError,
-        "A container is reached by several paths, and would have to hold another array for each.",
-        leaves=["b/0: Array(2,) float32  (the same place as a/0)"],
-        hint="hold the array in an nnx.Variable, which is one leaf however many paths lead to it",
+        "Several paths reach one container, which would have to hold a different array for each.",
+        leaves=["b/0: Array(2,) float32  (the same item as a/0)"],
+        hint="hold the array in an nnx.Variable, which is one leaf however many paths reach it",
     ):
         plan.put(state, model)
     bits.check()

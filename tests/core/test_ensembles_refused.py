@@ -102,11 +102,11 @@ def test_a_step_on_a_state_of_all_says_how_it_is_mapped() -> None:
     hint = (
         "axes = state.plan.axes()\n"
         "jax.vmap(train, in_axes=(axes, 0, None), out_axes=(axes, 0))(state, x, y)\n"
-        "where an argument has an axis of 4, one for each member, 0 in the place of its None"
+        "if an argument has an axis of 4, one entry for each member: 0 instead of its None"
     )
     with refused(
         sw.StructureError,
-        "loss_of is a step of one model, and this state is of an ensemble of 4.",
+        "loss_of is a step of one model, but this state is an ensemble of 4.",
         hint=hint.replace("(train,", "(loss_of,"),
     ):
         train(states, X, Y[0])
@@ -157,20 +157,20 @@ def test_members_that_cannot_be_placed(devices: list[jax.Device]) -> None:
     plan = kinds.plan(nnx.Dict(w=nnx.Param(jnp.ones(2))))
     with refused(
         sw.PlacementError,
-        "The members are to be split over 'x', and the mesh (members=4, model=2) has no such axis.",
+        "The members should be split over 'x', but the mesh (members=4, model=2) has no such axis.",
         hint="plan.stacked(4, over='members')  # one of: members, model",
     ):
         plan.stacked(4, over="x").shardings(mesh)
     with refused(
         sw.PlacementError,
-        "3 members do not divide by members=4 of the mesh (members=4, model=2).",
+        "3 members cannot be split evenly over members=4 of the mesh (members=4, model=2).",
         hint="plan.stacked(3)  # without over=: each device then has all of them\n"
-        "or as many as divide: plan.stacked(4, over='members')",
+        "or a multiple: plan.stacked(4, over='members')",
     ):
         plan.stacked(3, over="members").shardings(mesh)
     with pytest.raises(sw.PlacementError, match="The members cannot be split over 'model'") as caught:
         plan.stacked(4, over="model").shardings(mesh)
-    assert str(caught.value.leaves[0]).endswith("(split over 'model' already, within each member)")
+    assert str(caught.value.leaves[0]).endswith("(already split over 'model' within each member)")
 
 
 # --- stack -------------------------------------------------------------------------------------------------------

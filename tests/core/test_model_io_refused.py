@@ -139,7 +139,7 @@ def test_an_abstract_state_takes_no_model_s_values() -> None:
 
 
 def test_a_mesh_that_is_none() -> None:
-    with refused(sw.PlacementError, "A tuple is no mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
+    with refused(sw.PlacementError, "A tuple is not a mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
         sw.plan(model()).take(model(), mesh=(8, "data"))
 
 

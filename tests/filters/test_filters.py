@@ -20,7 +20,7 @@ from flax import nnx
 import statewise as sw
 from hints import parses
 from ids import named
-from statewise._src.filters.combinators import describe, normalise, predicate
+from statewise._src.filters.combinators import describe, normalize, predicate
 from statewise._src.filters.explain import as_code, explain_leaf, type_key, type_only
 from strategies import Constrained, Node, OwnStat, is_matrix, leaves_of
 
@@ -225,17 +225,17 @@ class Unhashable:
 
 def test_normalise_makes_hashable_and_keeps_what_is_fine() -> None:
     fine = nnx.All(nnx.Param, nnx.Not(nnx.Cache))
-    assert normalise(fine) is fine
-    assert normalise([nnx.Param, ["x", (is_matrix,)]]) == (nnx.Param, ("x", (is_matrix,)))
+    assert normalize(fine) is fine
+    assert normalize([nnx.Param, ["x", (is_matrix,)]]) == (nnx.Param, ("x", (is_matrix,)))
     old_union = typing.Union[nnx.Param, nnx.Cache]  # noqa: UP007
-    assert normalise(nnx.Param | nnx.Cache) == normalise(old_union) == (nnx.Param, nnx.Cache)
-    assert normalise(nnx.Param | None) == (nnx.Param, None)
+    assert normalize(nnx.Param | nnx.Cache) == normalize(old_union) == (nnx.Param, nnx.Cache)
+    assert normalize(nnx.Param | None) == (nnx.Param, None)
     thing = Unhashable()
     for of in (thing, [thing], nnx.Not(nnx.Any(thing)), sw.Where(thing), sw.Path("a") & thing):
-        assert hash(normalise(of)) == hash(normalise(of))
-        assert normalise(of) == normalise(of)
-    assert normalise(thing) != normalise(Unhashable())
-    assert found(normalise(nnx.All(thing, nnx.Cache))) == {"layers/1"}
+        assert hash(normalize(of)) == hash(normalize(of))
+        assert normalize(of) == normalize(of)
+    assert normalize(thing) != normalize(Unhashable())
+    assert found(normalize(nnx.All(thing, nnx.Cache))) == {"layers/1"}
 
 
 class Traced:

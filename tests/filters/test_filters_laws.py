@@ -11,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statewise._src.filters.combinators import describe, normalise, predicate
+from statewise._src.filters.combinators import describe, normalize, predicate
 from statewise._src.filters.explain import explain_leaf, type_key, type_only
 from strategies import filters, leaves_of, models, our_filters
 
@@ -66,7 +66,7 @@ def test_joining_commutes_associates_and_distributes(model: Any, a: Any, b: Any,
 def test_the_meaning_is_that_of_nnx(model: Any, filter: Any) -> None:
     theirs = nnx.filterlib.to_predicate(filter)
     assert matched(filter, model) == [bool(theirs(path, leaf)) for path, leaf in leaves_of(model)]
-    assert matched(normalise(filter), model) == matched(filter, model)
+    assert matched(normalize(filter), model) == matched(filter, model)
 
 
 @FEW
@@ -84,10 +84,10 @@ def test_nnx_state_and_split_select_the_same_leaves(model: Any, filter: Any) -> 
 @FEW
 @given(filters())
 def test_filters_are_data(filter: Any) -> None:
-    one, two = normalise(filter), normalise(copy.deepcopy(filter))
+    one, two = normalize(filter), normalize(copy.deepcopy(filter))
     assert one == two
     assert hash(one) == hash(two)
-    assert normalise(one) == one
+    assert normalize(one) == one
     assert describe(one) == describe(two) == describe(filter)
     if "Array" not in describe(one):  # before 0.11, JAX cannot pickle `jax.Array` itself
         back = pickle.loads(pickle.dumps(one))
@@ -98,7 +98,7 @@ def test_filters_are_data(filter: Any) -> None:
 @FEW
 @given(models(), st.lists(filters(), min_size=2, max_size=6))
 def test_equal_filters_hash_alike_and_match_alike(model: Any, several: list[Any]) -> None:
-    several = [*map(normalise, several), normalise(copy.deepcopy(several[0]))]
+    several = [*map(normalize, several), normalize(copy.deepcopy(several[0]))]
     for a in several:
         for b in several:
             if a == b:

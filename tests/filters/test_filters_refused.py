@@ -1,4 +1,4 @@
-"""What is no filter, and what fails at a leaf: every error of the filters, with its text."""
+"""What is not a filter, and what fails at a leaf: every error of the filters, with its text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 
 import statewise as sw
 from ids import named
-from statewise._src.filters.combinators import describe, normalise, predicate
+from statewise._src.filters.combinators import describe, normalize, predicate
 from statewise._src.filters.explain import as_code, explain_leaf, type_only
 from strategies import Node
 
@@ -24,7 +24,7 @@ class Called(nnx.Module):
         return True
 
 
-GENERIC = "nnx.Param  # or 'tag', ..., sw.Path('layers/**'), sw.Where(lambda path, leaf: ...), or a tuple of such"
+GENERIC = "nnx.Param  # or 'tag', ..., sw.Path('layers/**'), sw.Where(lambda path, leaf: ...), or a tuple of these"
 LAMBDA = "lambda path, leaf: ..."
 HERE = __name__
 
@@ -32,25 +32,25 @@ HERE = __name__
 @pytest.mark.parametrize(
     ("filter", "message", "hint"),
     [
-        (3, "3 is no filter.", GENERIC),
-        (2.5, "2.5 is no filter.", GENERIC),
-        (object(), "an object of type object is no filter.", GENERIC),
-        (np.ones(3), "ndarray(3,) float64 is no filter.", GENERIC),
-        (jnp.ones(3), "Array(3,) float32 is no filter.", GENERIC),
+        (3, "3 is not a filter.", GENERIC),
+        (2.5, "2.5 is not a filter.", GENERIC),
+        (object(), "an object of type object is not a filter.", GENERIC),
+        (np.ones(3), "ndarray(3,) float64 is not a filter.", GENERIC),
+        (jnp.ones(3), "Array(3,) float32 is not a filter.", GENERIC),
         (Called(), "an object of type Called is an object of a model, not a filter.", GENERIC),
-        (Node(), "an object of type Node is no filter.", GENERIC),
+        (Node(), "an object of type Node is not a filter.", GENERIC),
         (nnx.Param(jnp.ones(2)), "Param(2,) float32 is an object of a model, not a filter.", "nnx.Param"),
-        ({"a": 1}, "an object of type dict is no filter.", GENERIC),
-        ({nnx.Param}, "an object of type set is no filter.", "(nnx.Param, nnx.Cache)  # a tuple"),
-        (iter([]), "an object of type list_iterator is no filter.", "(nnx.Param, nnx.Cache)  # a tuple"),
-        ([nnx.Param, (nnx.Cache, 3)], "3 is no filter (at filter[1][1]).", GENERIC),
+        ({"a": 1}, "an object of type dict is not a filter.", GENERIC),
+        ({nnx.Param}, "an object of type set is not a filter.", "(nnx.Param, nnx.Cache)  # a tuple"),
+        (iter([]), "an object of type list_iterator is not a filter.", "(nnx.Param, nnx.Cache)  # a tuple"),
+        ([nnx.Param, (nnx.Cache, 3)], "3 is not a filter (at filter[1][1]).", GENERIC),
         (nnx.All(..., nnx.Not(Called())), "(at filter.predicates[1].predicate).", GENERIC),
         (nnx.Any([Called()]), "(at filter.predicates[0].predicates[0]).", GENERIC),
         (nnx.Everything, "Everything is a class of filters, not a filter.", "Everything(...)"),
         (sw.Path, "Path is a class of filters, not a filter.", "Path(...)"),
         (nnx.Param[int], "Param[int] is a generic alias, not a type.", "nnx.Param"),
         (nnx.Param | list[int], "list[int] is a generic alias, not a type (at filter[1]).", GENERIC),
-        (typing.TypedDict("T", {"a": int}), "T is a type that isinstance does not take.", GENERIC),
+        (typing.TypedDict("T", {"a": int}), "T is a type that isinstance does not accept.", GENERIC),
         (lambda path: True, f"{HERE}:<lambda> cannot be called with (path, leaf).", LAMBDA),
         (len, "builtins:len cannot be called with (path, leaf).", LAMBDA),
         ("x".join, "builtins:str.join cannot be called with (path, leaf).", LAMBDA),
@@ -58,7 +58,7 @@ HERE = __name__
     ids=named,
 )
 def test_no_filter(filter: Any, message: str, hint: str) -> None:
-    for ask in (normalise, predicate, describe, as_code, type_only, lambda f: explain_leaf(f, (), None)):
+    for ask in (normalize, predicate, describe, as_code, type_only, lambda f: explain_leaf(f, (), None)):
         with pytest.raises(sw.FilterError) as caught:
             ask(filter)
         assert caught.value.message.endswith(message)
@@ -76,7 +76,7 @@ def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "message", "hint"),
     [
-        (lambda: sw.Exactly(), "Exactly() names no type.", "sw.Exactly(nnx.Variable)"),
+        (lambda: sw.Exactly(), "Exactly() needs at least one type.", "sw.Exactly(nnx.Variable)"),
         (lambda: sw.Exactly(3), "Exactly takes types, not 3.", "sw.Exactly(nnx.Variable, nnx.Param)"),
         (
             lambda: sw.Exactly(nnx.Param(jnp.ones(2))),
@@ -89,22 +89,22 @@ def test_operators_refuse_what_is_no_filter(bad: Any) -> None:
         (lambda: sw.Path("/a//b/"), "Path('/a//b/') has an empty segment.", "sw.Path('a/b')"),
         (
             lambda: sw.Path("**/a**/***"),
-            "Path('**/a**/***') has `**` inside a segment, where only `*` may stand.",
+            "Path('**/a**/***') has `**` inside a segment, where only `*` is allowed.",
             "sw.Path('**/a*/*')",
         ),
         (
             lambda: sw.Path("a[0-3]/w"),
-            "Path('a[0-3]/w') has `[]`: a glob here knows `*`, `**` and `?`.",
+            "Path('a[0-3]/w') has `[]`: a glob here has only `*`, `**` and `?`.",
             "sw.Path('a*/w')",
         ),
-        (lambda: sw.Path("{a,b}"), "Path('{a,b}') has `{}`: a glob here knows `*`, `**` and `?`.", "sw.Path('*')"),
-        (lambda: sw.Path("a]"), "Path('a]') has `]`: a glob here knows `*`, `**` and `?`.", "sw.Path('a?')"),
+        (lambda: sw.Path("{a,b}"), "Path('{a,b}') has `{}`: a glob here has only `*`, `**` and `?`.", "sw.Path('*')"),
+        (lambda: sw.Path("a]"), "Path('a]') has `]`: a glob here has only `*`, `**` and `?`.", "sw.Path('a?')"),
         (lambda: sw.Meta("", 3), "Meta takes a name, not ''.", "sw.Meta('role', 'ema')"),
         (lambda: sw.Meta(3, 3), "Meta takes a name, not 3.", "sw.Meta('role', 'ema')"),
-        (lambda: sw.Where(3), "Where takes a function of (path, leaf): 3 is no filter.", f"sw.Where({LAMBDA})"),
+        (lambda: sw.Where(3), "Where takes a function of (path, leaf): 3 is not a filter.", f"sw.Where({LAMBDA})"),
         (
             lambda: sw.Where(nnx.Param),
-            "Where takes a function of (path, leaf): Param is a type, which is a filter as it is.",
+            "Where takes a function of (path, leaf): Param is a type, which is already a filter.",
             "nnx.Param",
         ),
         (

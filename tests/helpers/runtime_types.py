@@ -46,7 +46,7 @@ def open_public_boundary() -> None:
                     setattr(module, alias, opened)
         elif isinstance(thing, type) and not issubclass(thing, BaseException):
             for cls, attribute, method in _methods(thing):
-                setattr(cls, attribute, _only_result(method, cls.__name__))
+                setattr(cls, attribute, _only_result(method))
 
 
 def _methods(public: type) -> Iterator[tuple[type, str, types.FunctionType]]:
@@ -58,16 +58,16 @@ def _methods(public: type) -> Iterator[tuple[type, str, types.FunctionType]]:
                     yield cls, name, value
 
 
-def _only_result(checked: Callable[..., Any], owner: str = "") -> Callable[..., Any]:
+def _only_result(checked: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function under the checker's wrapper, wrapped so that its result alone is checked."""
     plain = getattr(checked, "__wrapped__", None)
     if not isinstance(plain, types.FunctionType):
         return checked
     annotations = plain.__annotations__
     try:
-        # Outside of its class the checker cannot tell what `Self` is.
-        result = {name: hint for name, hint in annotations.items() if name == "return"}
-        plain.__annotations__ = {name: owner if hint == "Self" else hint for name, hint in result.items()}
+        # `Self` means nothing to the checker outside of the class, which it has decorated already.
+        result = annotations.get("return", Any)
+        plain.__annotations__ = {} if "Self" in str(result) else {"return": result}
         opened = beartype(conf=CONF)(plain)
     finally:
         plain.__annotations__ = annotations

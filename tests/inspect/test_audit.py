@@ -260,7 +260,7 @@ def test_a_step_wants_a_state() -> None:
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
     with refused(
         sw.StructureError,
-        "The loss of <lambda> is no scalar: its shape is (4, 2).",
+        "The loss of <lambda> is not a scalar: its shape is (4, 2).",
         hint="return loss.mean()",
     ):
         audit_of(sw.train_step(lambda model, x: model.dense(x)), X, params=optax.sgd(0.1))

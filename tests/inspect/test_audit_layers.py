@@ -40,7 +40,7 @@ LAYERS: dict[str, Any] = {
 ALL = tuple(sw.Kinds.standard())
 
 
-@pytest.mark.filterwarnings("ignore:.* writes nothing of it:statewise.StatewiseWarning")  # each may write any kind
+@pytest.mark.filterwarnings("ignore:.* but never writes it:statewise.StatewiseWarning")  # each may write any kind
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_written_is_what_a_call_changes(name: str) -> None:
     model = nnx.Dict(layer=LAYERS[name]())

@@ -152,7 +152,7 @@ def test_the_table_has_a_column_for_other_memory_where_there_is_some() -> None:
     counted = sw.memory(kinds_of(sw.Replicated(memory="pinned_host")).plan(linear(use_bias=False)), {"data": 2})
     assert str(counted).splitlines() == [
         "memory of each of 2 devices, mesh (data=2): ACTIVATIONS ARE NOT IN IT",
-        "kind    arrays    bytes  per device     host  saved if split",
+        "kind    arrays    bytes  per device     host  saved if sharded",
         "------------------------------------------------------------",
         "params       1  4.0 KiB         0 B  4.0 KiB               -",
         "------------------------------------------------------------",
@@ -245,7 +245,7 @@ def test_axes_that_are_none(mesh: Any) -> None:
 
 
 def test_a_mesh_in_words_is_none() -> None:
-    with refused(sw.PlacementError, "A str is no mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
+    with refused(sw.PlacementError, "A str is not a mesh.", hint="mesh = jax.make_mesh((8,), ('data',))"):
         sw.memory(sw.plan(linear()), "data=8")
 
 

@@ -15,7 +15,7 @@ from hints import NotCodeError, as_python, code_in, code_of, parses
 CODE = {
     "a directory for each step: sw.save(f'run/{step}', state)": ["sw.save(f'run/{step}', state)"],
     "state = plan.take(model)": ["state = plan.take(model)"],
-    "@sw.step(writes=('stats',))\nor, where the function only evaluates: model.eval() as its first line": [
+    "@sw.step(writes=('stats',))\nor, if the function only evaluates: model.eval() as its first line": [
         "@sw.step(writes=('stats',))",
         "model.eval()",
     ],
@@ -40,10 +40,10 @@ CODE = {
         "plan.put(state, model)",
     ],
     "plan.stacked(8, params=0)  # without ema=\nor one for each": ["plan.stacked(8, params=0)  # without ema="],
-    "the layer that came back: layer, x = step(layer, x)": ["layer, x = step(layer, x)"],
+    "the layer that the step returned: layer, x = step(layer, x)": ["layer, x = step(layer, x)"],
     "state['params'] gives a kind's arrays, sw.census(state) counts them": ["state['params']", "sw.census(state)"],
     "take it out of the dict: rename={name: None} leaves out arrays only": ["rename={name: None}"],
-    "use `m`, which the step is given, in the place of `self.others['a b'].net`": ["m", "self.others['a b'].net"],
+    "use `m`, the step's argument, instead of `self.others['a b'].net`": ["m", "self.others['a b'].net"],
     "set self.table[('a', 1)] = value where the model's table is made": ["self.table[('a', 1)] = value"],
     "return loss, {'logits': logits}": ["return loss, {'logits': logits}"],
 }
@@ -53,7 +53,7 @@ PROSE = [
     "the path of a checkpoint's directory, or of a .safetensors file",
     "an array (of 3 numbers), or none",
     "pass a module, an optimizer, or a list or dict of them",
-    "with it as an argument of the function",
+    "passing it to the function as an argument",
 ]
 # Looks like code, and is none.
 REFUSED = [

@@ -20,7 +20,7 @@ import statewise as sw
 from refusals import refused
 from statewise._src.common import narrowing
 
-LOST = "Casting would lose numbers: 1 leaf has some that the new dtype does not. Nothing was changed."
+LOST = "Casting would lose numbers: 1 leaf has some that the new dtype cannot represent. Nothing was changed."
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
 
@@ -136,7 +136,7 @@ def test_what_a_64_bit_process_wrote_is_not_narrowed(tmp_path: Path, value: Any,
         LOST,
         leaves=[
             f"a: Param(2,) {narrow}  kind=params  "
-            f"({dtype} numbers, one of magnitude {abs(float(value)):.3g}, that have no place in {narrow})"
+            f"({dtype} numbers, one of magnitude {abs(float(value)):.3g}, that {narrow} cannot represent)"
         ],
         kind="params",
         hint=f"plan the model with the dtype that was saved\n{narrowing.WIDE}",
@@ -180,7 +180,7 @@ def test_a_sharded_array_is_looked_at_where_it_is(axis_type: Any) -> None:
     with jax.transfer_guard_device_to_host("disallow_explicit"):
         found.add(sw.plan(model_of(a=1.0)).leaves[0], placed, jnp.dtype("int16"))
     (leaf,) = found.lost()
-    assert leaf.note == "int32 numbers, one of magnitude 1.26e+05, that have no place in int16"
+    assert leaf.note == "int32 numbers, one of magnitude 1.26e+05, that int16 cannot represent"
 
 
 def test_a_transfer_refuses_all_leaves_at_once_and_says_what_holds_them() -> None:
@@ -188,10 +188,10 @@ def test_a_transfer_refuses_all_leaves_at_once_and_says_what_holds_them() -> Non
     target = state_of(a=jnp.zeros(2, "int16"), b=jnp.zeros(2, "int16"), c=jnp.zeros(1, "uint8"))
     with refused(
         sw.StructureError,
-        "Casting would lose numbers: 2 leaves have some that the new dtype does not. Nothing was changed.",
+        "Casting would lose numbers: 2 leaves have some that the new dtype cannot represent. Nothing was changed.",
         leaves=[
-            "a: Param(2,) int16  kind=params  (int32 numbers, one of magnitude 7e+04, that have no place in int16)",
-            "c: Param(1,) uint8  kind=params  (int32 numbers, one of magnitude 1, that have no place in uint8)",
+            "a: Param(2,) int16  kind=params  (int32 numbers, one of magnitude 7e+04, that int16 cannot represent)",
+            "c: Param(1,) uint8  kind=params  (int32 numbers, one of magnitude 1, that uint8 cannot represent)",
         ],
         kind="params",
         hint=f"build the target's model with the dtype of the source\n{narrowing.WIDE}",
@@ -244,9 +244,9 @@ def test_a_step_that_assigns_numpys_numbers_is_refused() -> None:
 
     with refused(
         sw.StructureError,
-        f"write assigns numbers that JAX does not have. {LOST}",
+        f"write assigns numbers that JAX cannot represent. {LOST}",
         leaves=[
-            "a: Param(2,) int32  kind=params  (int64 numbers, one of magnitude 1.1e+12, that have no place in int32)"
+            "a: Param(2,) int32  kind=params  (int64 numbers, one of magnitude 1.1e+12, that int32 cannot represent)"
         ],
         kind="params",
         hint=narrowing.WIDE,
@@ -305,7 +305,7 @@ def test_using_checks_what_the_values_cannot_hold() -> None:
     plan = sw.plan(model, optimizers={"params": optax.sgd(0.1)}, averages={"params": sw.EMA(0.9)})
     state = plan.take(model)
     state = state.replace(ema=jax.tree.map(lambda array: array * 1e6, state["ema"]))
-    with pytest.raises(sw.StructureError, match=r"one of magnitude 1e\+06, that have no place in float16"):
+    with pytest.raises(sw.StructureError, match=r"one of magnitude 1e\+06, that float16 cannot represent"):
         state.with_averages("ema")
 
 
@@ -356,7 +356,7 @@ def test_small_dtypes_are_checked_both_ways(dtype: str) -> None:
 def test_complex_numbers_are_checked_in_both_parts() -> None:
     with jax.enable_x64(True):
         src = state_of(a=jnp.array([1 + 1e300j]))
-        with pytest.raises(sw.StructureError, match=r"one of magnitude 1e\+300, that have no place in complex64"):
+        with pytest.raises(sw.StructureError, match=r"one of magnitude 1e\+300, that complex64 cannot represent"):
             sw.transfer(src, state_of(a=jnp.zeros(1, "complex64")), cast=True)
 
 

@@ -143,7 +143,7 @@ def test_a_body_that_updates_its_own_optimizer_is_a_step() -> None:
     with pytest.raises(sw.DeclarationError, match="the plan has no optimizer") as caught:
         sw.train_step(body)(plan.take(model, optimizer), jnp.ones((1, 2)))
     first, second = caught.value.hint.splitlines()
-    assert second.startswith("or, where it returns the loss alone: plan = kinds.plan(model, optimizers=")
+    assert second.startswith("or, if it only returns the loss: plan = kinds.plan(model, optimizers=")
     step = eval(first.partition("  #")[0][1:], SPACE)(body)
     state, _ = step(plan.take(model, optimizer), jnp.ones((1, 2)))
     assert all(array.any() for array in jax.tree.leaves(state["params"]))

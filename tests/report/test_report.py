@@ -14,7 +14,7 @@ from flax import nnx
 import statewise as sw
 from refusals import refused
 from reported import Net, Tracker, abstract
-from statewise._src.report.gather import describe_lies
+from statewise._src.report.gather import describe_array_placement
 from statewise._src.sharding.array_placement import ArrayPlacement
 
 MESH = {"data": 4, "model": 2}
@@ -71,7 +71,7 @@ def test_what_an_earlier_sow_left_is_counted_and_said() -> None:
     report = sw.report(plan)
     assert len(plan.excluded) == 1
     assert report.census.total.leaves == len(report.leaves) == 2
-    assert report.leaves[-1].to_dict()["note"] == "left by an earlier sow: no part of a state"
+    assert report.leaves[-1].to_dict()["note"] == "left by an earlier sow: not part of a state"
 
 
 def test_bytes_per_device_add_up_to_what_memory_says() -> None:
@@ -115,7 +115,7 @@ def test_a_mesh_of_devices_will_do_as_well(devices: list[jax.Device]) -> None:
     ],
 )
 def test_how_an_array_lies_in_words(lies: ArrayPlacement, ndim: int, text: str) -> None:
-    assert describe_lies(lies, ndim) == text
+    assert describe_array_placement(lies, ndim) == text
 
 
 def test_what_lies_in_the_hosts_memory_takes_nothing_of_a_device() -> None:
@@ -224,7 +224,7 @@ def test_an_abstract_model_of_any_size() -> None:
 def test_kinds_where_there_is_no_model_are_refused() -> None:
     model = linear()
     plan = sw.plan(model)
-    message = "Only a model is planned by kinds; plans, states and checkpoints have theirs."
+    message = "Only models are planned by `kinds`; plans, states and checkpoints have their own."
     with refused(sw.DeclarationError, message, hint="sw.report(target)"):
         sw.report(plan, kinds=placed())
     with refused(sw.DeclarationError, message, hint="sw.report(target)"):
@@ -234,7 +234,7 @@ def test_kinds_where_there_is_no_model_are_refused() -> None:
 def test_a_mesh_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with refused(
         sw.DeclarationError,
-        "A checkpoint lies on no mesh: a plan says where its leaves go.",
+        "A checkpoint is not on a mesh; a plan says how its leaves are placed.",
         hint="sw.report(plan, path, mesh=mesh)",
     ):
         sw.report(tmp_path, mesh=MESH)

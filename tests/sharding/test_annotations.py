@@ -181,12 +181,12 @@ def test_a_stack_that_is_placed_so_trains_as_an_unplaced_one() -> None:
 def test_the_other_hints_help_too() -> None:
     error = check_refused(lambda: kinds_of().plan(stacked()).shardings(MESH))
     assert error.hint == (
-        f"{HINT}  # in the nnx.vmap that stacks the layers: theirs is the first axis, and has no entry\n"
-        "or, where nothing is stacked, an entry for each axis: out_sharding=('mlp', None)\n"
-        "or, where nothing else reaches the metadata (as under jax.vmap): "
+        f"{HINT}  # in the nnx.vmap that stacks the layers: the layers' axis is the first, and has no entry\n"
+        "or, if nothing is stacked, an entry for each axis: out_sharding=('mlp', None)\n"
+        "or, if the metadata cannot be set elsewhere (as under jax.vmap): "
         "leaf.set_metadata(out_sharding=(None, 'mlp'))\n"
-        "or, where nothing is stacked, an entry for each axis: out_sharding=('embed', 'mlp', None)\n"
-        "or, where nothing else reaches the metadata (as under jax.vmap): "
+        "or, if nothing is stacked, an entry for each axis: out_sharding=('embed', 'mlp', None)\n"
+        "or, if the metadata cannot be set elsewhere (as under jax.vmap): "
         "leaf.set_metadata(out_sharding=(None, 'embed', 'mlp'))"
     )
     model = stacked(graph=False)

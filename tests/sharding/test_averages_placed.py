@@ -174,9 +174,9 @@ def test_averages_of_what_lies_per_device_may_not_be_placed_otherwise() -> None:
     _, plan = resnet(EACH | sw.Kinds(ema=sw.Kind(sw.EMA, placement=sw.Replicated())))
     with pytest.raises(sw.PlacementError) as caught:
         plan.shardings(DATA)
-    assert {leaf.note for leaf in caught.value.leaves} == {"an average of what lies per device, placed otherwise"}
+    assert {leaf.note for leaf in caught.value.leaves} == {"an average of a PerDevice leaf, with another placement"}
     assert {leaf.kind for leaf in caught.value.leaves} == {"ema"}
-    assert caught.value.hint == "ema=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
+    assert caught.value.hint == "ema=sw.Kind(sw.EMA)  # without a placement, averages are placed like their leaves"
 
 
 def test_a_transfer_moves_averages_and_fills_parameters_with_them() -> None:

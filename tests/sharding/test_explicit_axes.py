@@ -122,7 +122,7 @@ def test_what_a_step_writes_keeps_its_type_inside_a_loop_of_the_user_s() -> None
 
 
 FSDP = plan_of(rows)
-STEP = "the mesh axes 'data' and 'model' are Explicit, and JAX asks how a result is split: "
+STEP = "the mesh axes 'data' and 'model' are Explicit, and JAX needs the sharding of a result: "
 HINT = "axis_types=(jax.sharding.AxisType.Auto,) * 2)"
 
 DOORS: dict[str, Callable[[sw.State, Any], Any]] = {
@@ -157,7 +157,7 @@ def test_where_jax_cannot_tell_how_a_result_is_split_the_axes_are_named(door: st
     lines = (caught.value.hint or "").splitlines()
     assert lines == [
         f"mesh = jax.make_mesh((4, 2), ('data', 'model'), {HINT}",
-        "or, where JAX asks: jnp.dot(x, w, out_sharding=jax.P(...)), jax.reshard(x, jax.P(...))",
+        "or, where JAX needs it: jnp.dot(x, w, out_sharding=jax.P(...)), jax.reshard(x, jax.P(...))",
     ]
     # Nothing was donated, and what the hint says works.
     for array, before in zip(jax.tree.leaves(state), kept, strict=True):

@@ -129,13 +129,13 @@ def test_rules_that_cannot_stand(rules: Any, message: str, hint: str) -> None:
             {"out_sharding": ("embed", "mlp")},
             [("embed", "data")],
             "no rule for 'mlp'",
-            "a rule each: [('mlp', None)]",
+            "add a rule for each: [('mlp', None)]",
         ),
         (
             {"out_sharding": ("embed", None)},
             None,
             "the mesh has no axis 'embed'",
-            "an axis of the mesh: data, model",
+            "use an axis of the mesh: data, model",
         ),
         (
             {"out_sharding": ("embed", "mlp")},

@@ -117,7 +117,7 @@ def test_several_objects() -> None:
 
 # --- refused ---------------------------------------------------------------------------------------------------------
 
-CAPTURE = "capture='losses'  # in the step's decorator: what is sown or assigned comes back beside the output"
+CAPTURE = "capture='losses'  # in the step's decorator: returns what is sown or assigned beside the output"
 
 
 class Small(nnx.Module):
@@ -138,7 +138,7 @@ def run(model: Any) -> Any:
     return model()
 
 
-MESSAGE = "run changes which Variables the model has; new ones cannot enter a state."
+MESSAGE = "run changes which Variables the model has; a state cannot take new ones."
 REPLACED = "assign values, not Variables: self.count[...] = self.count[...] + 1"
 
 
@@ -208,9 +208,9 @@ def test_popped_by_the_function_it_needs_no_capture() -> None:
     state = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)}).take(model)
     with refused(
         sw.StructureError,
-        "The function pops leaves of what is captured ('losses'); nnx.capture does not let them go.",
+        "The function pops leaves of a captured kind ('losses'); nnx.capture does not let it.",
         kind="losses",
-        hint="take capture= out of the step's decorator: what a function pops itself needs none\n"
+        hint="take capture= out of the step's decorator: a function that pops its own leaves needs none\n"
         "or, read the Variables instead: model.loss.get_value()",
     ):
         sw.train_step(loss, capture="losses")(state)
@@ -234,7 +234,7 @@ def test_one_name_both_sown_and_assigned() -> None:
 
     with refused(
         sw.StructureError,
-        "The function sows under a name that it also assigns a Variable to.",
+        "The function sows under a name to which it also assigns a Variable.",
         leaves=["x: Aux- -"],
         hint="self.sow(nnx.Intermediate, 'another_name', value)",
     ):
@@ -277,7 +277,7 @@ def test_eval_is_offered_where_it_helps_and_nowhere_else() -> None:
     def all_of(model: Any, x: Any) -> Any:
         return model.rnn(model.norm(x)[None])
 
-    helps = "or, where the function only evaluates: model.eval() as its first line"
+    helps = "or, if the function only evaluates: model.eval() as its first line"
     assert refusal(lambda model, x: model(x), norm, X) == f"@sw.step(writes=('stats',))\n{helps}"
     assert refusal(lambda model, x: model(x), rnn, X[None]) == "@sw.step(writes=('rng',))"
     assert refusal(all_of, both, X) == f"@sw.step(writes=('stats', 'rng'))\n{helps}, and @sw.step(writes=('rng',))"

@@ -46,7 +46,7 @@ def test_a_closed_over_object_that_is_written_is_named() -> None:
     for make in (sw.step, sw.train_step):
         with refused(
             sw.StructureError,
-            "f writes to `metric`, a variable of its closure: a step writes only what it is given.",
+            "f writes to `metric`, a variable of its closure: a step writes only the objects that it receives.",
             leaves=["metric/total: MetricState() float32  (written)"],
             hint="plan = kinds.plan(m, metric, optimizers=optimizers)\nstate = plan.take(m, metric)\n"
             "def f(m, metric, x): ...",
@@ -77,7 +77,7 @@ def test_the_model_itself_written_by_closure_is_told_from_the_parameter() -> Non
     with pytest.raises(sw.StructureError) as caught:
         sw.train_step(lambda m, x: model(x).mean())(state_of(model), X)
     assert "writes to `model`, a variable of its closure" in caught.value.message
-    assert str(caught.value.hint).startswith("use `m`, which the step is given, in the place of `model`")
+    assert str(caught.value.hint).startswith("use `m`, the step's argument, instead of `model`")
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, jax.vmap], ids=lambda one: one.__name__)
@@ -85,10 +85,10 @@ def test_the_planned_model_written_under_a_transform_by_closure(transform: Any) 
     model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     with refused(
         sw.StructureError,
-        "f writes to the model inside a function that JAX traces by itself (under jax.jit, jax.checkpoint, jax.grad, "
-        "jax.vmap, jax.lax.scan ...), and that reaches the model by its closure.",
+        "f writes to the model inside a function that JAX traces (under jax.jit, jax.checkpoint, jax.grad, "
+        "jax.vmap, jax.lax.scan ...) and that reaches the model by its closure.",
         leaves=["mean: BatchStat(3,) float32  (written)"],
-        hint="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., with it as an argument of the function",
+        hint="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., passing it to the function as an argument",
     ):
 
         def f(m: Any, x: Any) -> Any:
@@ -124,10 +124,10 @@ def test_a_model_and_its_methods_are_no_steps() -> None:
     ]
     for make, form in ((sw.step, "def f(model, x):\n    return model(x)"), (sw.train_step, "return loss(model(x), y)")):
         for fn in given_:
-            with pytest.raises(sw.StructureError, match="which brings its own arrays along") as caught:
+            with pytest.raises(sw.StructureError, match="which brings its own arrays") as caught:
                 make(fn)
             assert form in str(caught.value.hint)
-            with pytest.raises(sw.StructureError, match="which brings its own arrays along"):
+            with pytest.raises(sw.StructureError, match="which brings its own arrays"):
                 make()(fn)
 
 
@@ -142,8 +142,8 @@ def test_a_method_is_written_with_its_name() -> None:
     model = Coder()
     with refused(
         sw.StructureError,
-        "sw.step is given a method of a model, Coder, which brings its own arrays along; a step's function is given "
-        "the planned objects.",
+        "sw.step received a method of a model, Coder, which brings its own arrays; a step's function must take "
+        "the planned objects as arguments.",
         hint="@sw.step\ndef f(model, x):\n    return model.encode(x)",
     ):
         sw.step(model.encode)

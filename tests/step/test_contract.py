@@ -82,14 +82,14 @@ def loss(model: Model, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def crossing(step: sw.results.Step, state: sw.State, *args: Any) -> tuple[set[str], set[str]]:
     """The leaves whose arrays go into the compiled function: those donated, and those only read."""
-    plan, routes = state.plan, step._entry(state, args, {}).routes
+    plan, operands = state.plan, step._entry(state, args, {}).operands
     rows = [tables_of(plan).leaf_of_array[kind] for kind in plan.kinds]
 
     def paths(routes: Any) -> set[str]:
         spots = [(route.kind, tables_of(plan).slots[route.kind][slot]) for route in routes for slot in route.slots]
         return {sw.format_path(rows[kind][position].path) for kind, position in spots}
 
-    return paths(routes.donated), paths(routes.kept)
+    return paths(operands.donated), paths(operands.read_only)
 
 
 def both(*names: str) -> set[str]:
@@ -117,7 +117,7 @@ def test_an_undeclared_write_names_leaf_module_and_hint(state: sw.State) -> None
             "  layers/1/drop/rngs/count: RngCount() uint32  kind=rng  (written in Dropout layers/1/drop)",
             "  calls: Count() int32  kind=counts  (written in Model)",
             "  hint: @sw.step(writes=('stats', 'rng', 'counts'))",
-            "        or, where the function only evaluates: model.eval() as its first line,"
+            "        or, if the function only evaluates: model.eval() as its first line,"
             " and @sw.step(writes=('counts',))",
         ]
     )
@@ -244,7 +244,7 @@ def test_trained_kinds_are_written_by_their_optimizer_alone_unless_named(state: 
             "meddling writes params, which it does not declare.",
             "  layers/0/dense/bias: Param(2,) float32  kind=params"
             "  (written in Linear layers/0/dense; written by its optimizer alone)",
-            "  hint: where a layer normalises its own weights: @sw.train_step(writes=('params',))",
+            "  hint: if a layer normalizes its own weights: @sw.train_step(writes=('params',))",
         ]
     )
     after, _ = sw.train_step(meddling, writes="params")(state, X, Y)
@@ -274,7 +274,7 @@ def test_only_what_is_read_goes_in_and_only_what_is_written_comes_out(state: sw.
         return model.layers[0].norm(x)
 
     step = sw.step(evaluate, writes="stats")
-    with pytest.warns(sw.StatewiseWarning, match="writes nothing of it"):
+    with pytest.warns(sw.StatewiseWarning, match="but never writes it"):
         crossed = crossing(step, state, X)
     assert crossed == (
         set(),

@@ -193,7 +193,7 @@ def test_sharded_outputs() -> None:
 @pytest.mark.parametrize(
     "options, text",
     [
-        ({"static_argname": "x"}, "A step takes no option 'static_argname'."),
+        ({"static_argname": "x"}, "A step does not take the option 'static_argname'."),
         ({"static_argnames": "y"}, "static: dense has no parameter y."),
         ({"donate_argnums": 7}, "donate: dense has no parameter 7."),
     ],
@@ -220,7 +220,7 @@ def test_lowered_and_compiled_ahead_of_time() -> None:
     assert len(traces) == 1
     with pytest.raises(TypeError, match="compiled"):
         compiled(again, X[:1])
-    with pytest.raises(sw.StructureError, match="was compiled for another plan"):
+    with pytest.raises(sw.StructureError, match="was compiled for a plan other than"):
         compiled(sw.plan(MODEL).take(MODEL), X)
 
 
@@ -305,7 +305,7 @@ def test_a_step_that_fails_midway_says_what_is_lost() -> None:
     state = fresh()
     with pytest.raises(Exception, match="the disk is full") as caught:  # each version of JAX has its own class
         jax.block_until_ready(step(state, X))
-    assert "body had already taken the state's variables: this state is lost." in caught.value.__notes__
+    assert "body had already donated the state's variables: this state is lost." in caught.value.__notes__
     with pytest.raises(sw.StructureError, match="This state was donated"):
         step(state, X)
 

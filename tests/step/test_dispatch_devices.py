@@ -15,7 +15,7 @@ AUTO = (AxisType.Auto,)
 EIGHT = jax.make_mesh((8,), ("data",), axis_types=AUTO)
 FOUR = jax.make_mesh((4,), ("data",), axis_types=AUTO, devices=jax.devices()[:4])
 SPLIT = "x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))  # the state's mesh"
-ONE_MESH = "state = jax.device_put(state, plan.shardings(mesh))  # all of it on one mesh"
+ONE_MESH = "state = jax.device_put(state, plan.shardings(mesh))  # everything on one mesh"
 
 
 @sw.step(writes="stats")
@@ -39,8 +39,8 @@ def test_a_batch_on_another_mesh_is_named(compiled: bool) -> None:
         state, _ = run(state, x)
     with refused(
         sw.PlacementError,
-        "run got arrays that lie on different devices; the state lies on devices 0, 1, 2, 3, 4, 5, 6, 7. "
-        "Of its arguments x on devices 0, 1, 2, 3.",
+        "run got arrays on different devices; the state is on devices 0, 1, 2, 3, 4, 5, 6, 7. "
+        "Of its arguments: x on devices 0, 1, 2, 3.",
         hint=SPLIT,
     ):
         run(state, on(FOUR, x))
@@ -51,9 +51,9 @@ def test_a_state_that_was_restored_onto_one_device_goes_to_the_batch_s_mesh() ->
     state = jax.device_put(state_on(FOUR), jax.devices()[0])
     with refused(
         sw.PlacementError,
-        "run got arrays that lie on different devices; the state lies on device 0. "
-        "Of its arguments x on devices 0, 1, 2, 3, 4, 5, 6, 7.",
-        hint="state = jax.device_put(state, plan.shardings(mesh))  # or restored there: plan.abstract(mesh)",
+        "run got arrays on different devices; the state is on device 0. "
+        "Of its arguments: x on devices 0, 1, 2, 3, 4, 5, 6, 7.",
+        hint="state = jax.device_put(state, plan.shardings(mesh))  # or restore it there: plan.abstract(mesh)",
     ):
         run(state, on(EIGHT, jnp.ones((4, 3))))
     state, _ = run(jax.device_put(state, state.plan.shardings(EIGHT)), on(EIGHT, jnp.ones((4, 3))))
@@ -62,8 +62,8 @@ def test_a_state_that_was_restored_onto_one_device_goes_to_the_batch_s_mesh() ->
 def test_an_argument_by_name_is_named_too() -> None:
     with refused(
         sw.PlacementError,
-        "run got arrays that lie on different devices; the state lies on devices 0, 1, 2, 3. "
-        "Of its arguments scale on devices 0, 1, 2, 3, 4, 5, 6, 7.",
+        "run got arrays on different devices; the state is on devices 0, 1, 2, 3. "
+        "Of its arguments: scale on devices 0, 1, 2, 3, 4, 5, 6, 7.",
         hint=SPLIT,
     ):
         run(state_on(FOUR), jnp.ones((4, 3)), scale=on(EIGHT, jnp.ones(())))
@@ -74,7 +74,7 @@ def test_kinds_on_different_meshes_are_listed_leaf_by_leaf() -> None:
     where = "(on devices 0, 1, 2, 3)"
     with refused(
         sw.PlacementError,
-        "run got arrays that lie on different devices; the state lies on devices 0, 1, 2, 3, 4, 5, 6, 7.",
+        "run got arrays on different devices; the state is on devices 0, 1, 2, 3, 4, 5, 6, 7.",
         leaves=[
             f"mean: BatchStat(3,) float32  kind=stats  {where}",
             f"var: BatchStat(3,) float32  kind=stats  {where}",

@@ -93,7 +93,7 @@ def run(model: Any, x: Any) -> Any:
     ],
 )
 def test_a_function_under_a_transform_of_jax_is_refused(transform: Any, name: str, wrap: Any, make: Any) -> None:
-    with pytest.raises(sw.StructureError, match=f"is given run under {name}, through which what it writes") as caught:
+    with pytest.raises(sw.StructureError, match=f"received run under {name}, which would lose its writes") as caught:
         make(wrap(transform(run)))
     assert caught.value.hint
 
@@ -101,9 +101,9 @@ def test_a_function_under_a_transform_of_jax_is_refused(transform: Any, name: st
 def test_what_the_refusal_of_a_jit_says() -> None:
     with refused(
         sw.StructureError,
-        "sw.step is given run under jax.jit, through which what it writes to the model is lost.",
-        hint="sw.step(run), where run is the function itself: a step compiles by itself\n"
-        "its options go to the step: static_argnames=, donate_argnames=, out_shardings= ...",
+        "sw.step received run under jax.jit, which would lose its writes to the model.",
+        hint="sw.step(run), where run is the function itself: a step compiles it\n"
+        "pass its options to the step: static_argnames=, donate_argnames=, out_shardings= ...",
     ):
         sw.step(jax.jit(run))
 
@@ -120,10 +120,10 @@ def test_a_callable_whose_call_is_a_jit_is_one() -> None:
 
 def test_scan_layers_refuses_one_too() -> None:
     layers = nnx.vmap(lambda key: nnx.Linear(3, 3, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
-    with pytest.raises(sw.StructureError, match=r"sw\.scan_layers is given run under jax\.jit"):
+    with pytest.raises(sw.StructureError, match=r"sw\.scan_layers received run under jax\.jit"):
         sw.scan_layers(jax.jit(run), layers, X)
     layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(sw.StructureError, match=r"sw\.scan_layers is given a model"):
+    with pytest.raises(sw.StructureError, match=r"sw\.scan_layers received a model"):
         sw.scan_layers(layer, layers, X)
 
 
@@ -176,13 +176,13 @@ def test_a_kind_that_is_named_and_not_written_is_warned_of_once_a_trace(name: st
     assert len(caught) == 1
     warning = caught[0].message
     assert isinstance(warning, sw.StatewiseWarning)
-    assert warning.message == "decode declares that it writes cache, and writes nothing of it."
+    assert warning.message == "decode declares that it writes cache, but never writes it."
     # The cache is read at once as well; but where an inner transform hands it out, it is seen that nobody takes it.
     assert [str(leaf) for leaf in warning.leaves][-1:] == [
         "index: Cache() int32  kind=cache  (written under a plain jax.jit or jax.checkpoint)"
     ]
     assert {sw.format_path(leaf.path) for leaf in warning.leaves} <= {"cache", "index"}
-    assert str(warning.hint).startswith("where it writes under a plain jax.jit or jax.checkpoint")
+    assert str(warning.hint).startswith("if it writes under a plain jax.jit or jax.checkpoint")
     assert int(state["cache"]["index"]) == 0  # it is so
     state, _ = step(state, X)  # and no word more, for nothing is traced
     with pytest.warns(sw.StatewiseWarning):
@@ -201,7 +201,7 @@ def test_without_a_declaration_it_is_warned_of_as_well(name: str) -> None:
     assert lines[0] == "decode writes cache under a plain jax.jit or jax.checkpoint, and the write is lost."
     assert lines[-2:] == [
         "  index: Cache() int32  kind=cache  (written under a plain jax.jit or jax.checkpoint)",
-        "  hint: nnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint",
+        "  hint: nnx.jit instead of jax.jit, nnx.remat instead of jax.checkpoint",
     ]
 
 
@@ -364,7 +364,7 @@ def test_a_function_of_fewer_objects_than_were_planned() -> None:
     state = state_of(linear, rngs)
     with refused(
         sw.StructureError,
-        "f takes 2 arguments by position; the plan has 2 objects, which it is given first, and 1 more.",
+        "f takes 2 positional arguments; it must take the plan's 2 objects first, and 1 more.",
         hint="def f(model, rngs, x): ...",
     ):
 
@@ -374,7 +374,7 @@ def test_a_function_of_fewer_objects_than_were_planned() -> None:
         sw.step(f)(state, X)
     with refused(
         sw.StructureError,
-        "<lambda> takes 0 arguments by position; the plan has 1 object, which it is given first.",
+        "<lambda> takes 0 positional arguments; it must take the plan's 1 object first.",
         hint="def f(model): ...",
     ):
         sw.step(lambda: 0)(state_of(linear))

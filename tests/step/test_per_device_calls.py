@@ -105,8 +105,8 @@ def test_an_array_that_does_not_divide_is_named() -> None:
         sw.PlacementError,
         "<lambda> runs on 4 devices along 'data', and cannot split among them "
         "x: axis 0 of (6, 3); batch['mask']: axis 0 of (7,).",
-        hint="an axis that is a multiple of 4\n"
-        "or the whole on each device: jax.device_put(x, jax.NamedSharding(mesh, jax.P()))",
+        hint="make the axis a multiple of 4\n"
+        "or replicate the array: jax.device_put(x, jax.NamedSharding(mesh, jax.P()))",
     ):
         step(fresh(), jnp.ones((6, 3)), {"mask": jnp.ones(7), "number": 3, "good": jnp.ones(4)})
 
@@ -244,11 +244,11 @@ def test_a_write_that_differs_to_what_all_hold_alike_is_refused() -> None:
 
     with refused(
         sw.PlacementError,
-        "step would write another value on each device to variables, which every device holds alike.",
+        "`step` would write a different value on each device to 'variables', which is replicated.",
         leaves=["total: Variable() float32  kind=variables  (differs from device to device)"],
         kind="variables",
-        hint="a value for each device: variables=sw.Kind(..., placement=sw.PerDevice('data'))\n"
-        "or one for all: jax.lax.pmean(value, 'data') before it is written",
+        hint="keep a value for each device: variables=sw.Kind(..., placement=sw.PerDevice('data'))\n"
+        "or average before writing: jax.lax.pmean(value, 'data')",
     ):
         step(fresh(), X)
 
@@ -278,8 +278,8 @@ def test_a_model_cannot_take_the_values_of_all_devices(verb: str) -> None:
 
 
 def test_what_an_optimizer_updates_cannot_lie_per_device() -> None:
-    alike = "placement=sw.Replicated() for what has an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
-    note = "PerDevice, and updated by gradients that are averaged over the devices"
+    alike = "placement=sw.Replicated() for kinds with an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
+    note = "PerDevice, but updated by gradients that are averaged over the devices"
     plan = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, placement=sw.PerDevice("data")))
     with refused(
         sw.PlacementError,
@@ -304,10 +304,10 @@ def test_all_that_lies_per_device_does_so_over_the_same_axes() -> None:
         sw.PlacementError,
         "2 leaves cannot be placed on the mesh (data=4, model=2).",
         leaves=[
-            "seen: BatchStat() float32  kind=stats  (PerDevice('data'), where others have PerDevice('model'))",
+            "seen: BatchStat() float32  kind=stats  (PerDevice('data'), but others have PerDevice('model'))",
             "total: Variable() float32  kind=variables  (the mesh has no axis 'pipe')",
         ],
-        hint="the same axes for all that is PerDevice\nan axis of the mesh: data, model",
+        hint="use the same axes for every PerDevice kind\nuse an axis of the mesh: data, model",
     ):
         kinds.plan(Net()).shardings(BOTH)
 

@@ -332,7 +332,7 @@ def test_raw_arrays_and_values_of_several_arrays() -> None:
 MEND = (
     "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
     "or jax.vmap(lambda key: plan.take(...))(keys)\n"
-    "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)"
+    "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)"
 )
 
 
@@ -378,7 +378,7 @@ def test_leaves_without_a_slice_for_each_layer_are_listed() -> None:
 def test_something_must_tell_how_many_layers_there_are() -> None:
     with refused(
         sw.StructureError,
-        "There is nothing that tells how many layers there are: every leaf is shared.",
+        "The number of layers is unknown: every leaf is shared.",
         hint="x = jax.lax.fori_loop(0, layers, lambda _, x: fn(layer, x), x)",
     ):
         sw.scan_layers(lambda layer, x: x, nnx.Dict(a=nnx.Param(jnp.ones(2))), X, shared=nnx.Param)
@@ -388,8 +388,8 @@ def test_a_function_that_gives_back_another_state_is_refused() -> None:
     other = sw.plan(Counted(1.0)).take(Counted(1.0))
     with refused(
         sw.StructureError,
-        "The function gives back a state of another plan than its layer's.",
-        hint="return the layer that came back from the step: layer, x = step(layer, x)",
+        "The function returns a state of a plan other than its layer's.",
+        hint="return the layer that the step returned: layer, x = step(layer, x)",
     ):
         sw.scan_layers(lambda layer, x: (other, x), states(), X)
 

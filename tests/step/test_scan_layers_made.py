@@ -292,10 +292,10 @@ def test_uncaptured_the_refusal_names_the_path_in_the_model() -> None:
         pytest.warns(DeprecationWarning, match="outside of 'nnx.capture"),
         refused(
             sw.StructureError,
-            "<lambda> changes which Variables the model has; new ones cannot enter a state.",
+            "<lambda> changes which Variables the model has; a state cannot take new ones.",
             leaves=["layers/a: Intermediate- -  (made by the function)"],
             hint="capture='intermediates'  # in the step's decorator: "
-            "what is sown or assigned comes back beside the output",
+            "returns what is sown or assigned beside the output",
         ) as caught,
     ):
         sw.step(lambda model, x: model(x), writes="cache")(state, X[0])
@@ -359,7 +359,7 @@ def test_shared_leaves_that_become_something_else_and_removed_ones_are_refused()
             "total: Variable() float32  (becomes (3,) float32)",
         ],
         hint="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
-        "what a layer removes has to go from all of them: nnx.pop(layers, filter)  # before the scan",
+        "if a layer removes a leaf, remove it from all of them: nnx.pop(layers, filter)  # before the scan",
     ) as caught:
         sw.scan_layers(Breaks.__call__, model, X[0], shared=sw.Exactly(nnx.Variable))
     parses(caught.value.hint)

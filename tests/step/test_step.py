@@ -60,8 +60,8 @@ def refuses(make: Callable[..., Any], *args: Any, **expected: Any) -> None:
 @pytest.mark.parametrize(
     ("loss", "message", "hint"),
     [
-        (lambda m: m.w[...].sum(0), "The loss of loss is no scalar: its shape is (3,).", "return loss.mean()"),
-        (lambda m: m.w[0:1, 0], "The loss of loss is no scalar: its shape is (1,).", "return loss.mean()"),
+        (lambda m: m.w[...].sum(0), "The loss of loss is not a scalar: its shape is (3,).", "return loss.mean()"),
+        (lambda m: m.w[0:1, 0], "The loss of loss is not a scalar: its shape is (1,).", "return loss.mean()"),
         (
             lambda m: m.w[...].sum() + 1j,
             "The loss of loss is complex64, not a real floating-point number.",
@@ -107,7 +107,7 @@ def test_no_aux_where_it_is_announced(out: Callable[..., Any]) -> None:
 
     refuses(
         lambda: sw.train_step(loss, has_aux=True),
-        message="loss has_aux, but does not return (loss, aux).",
+        message="loss has has_aux=True, but does not return (loss, aux).",
         hint="return loss, {'logits': logits}",
     )
 
@@ -153,7 +153,7 @@ def test_a_function_that_returns_the_model(decorate: Any, out: Callable[..., Any
         lambda: decorate(leak),
         message="leak returns the model, or Variables of it; they exist only inside the step.",
         leaves=leaves,
-        hint="return arrays: model.kernel[...]; the state comes back by itself",
+        hint="return arrays: model.kernel[...]; the step returns the state by itself",
     )
 
 
@@ -162,7 +162,7 @@ def test_a_module_without_leaves_is_no_output_either() -> None:
         lambda: sw.step(lambda model: nnx.Dict()),
         message="<lambda> returns the model, or Variables of it; they exist only inside the step.",
         leaves=[".: Dict- -  (a module)"],
-        hint="return arrays: model.kernel[...]; the state comes back by itself",
+        hint="return arrays: model.kernel[...]; the step returns the state by itself",
     )
 
 
@@ -172,7 +172,7 @@ def test_a_module_without_leaves_is_no_output_either() -> None:
 def test_an_output_that_is_no_array(thing: Any, name: str) -> None:
     refuses(
         lambda: sw.step(lambda model: {"a": model.w[...], "b": thing}),
-        message=f"<lambda> returns {name}, which is no array.",
+        message=f"<lambda> returns {name}, which is not an array.",
         hint="return arrays, numbers, or tuples, lists and dicts of them",
     )
 
@@ -231,7 +231,7 @@ def test_variables_added_removed_and_replaced() -> None:
 
     refuses(
         lambda: sw.step(rebuild, writes=("params", "rest", "cache")),
-        message="rebuild changes which Variables the model has; new ones cannot enter a state.",
+        message="rebuild changes which Variables the model has; a state cannot take new ones.",
         leaves=[
             "inner/count: Variable() int32  kind=rest  (removed)",
             "raw: Array(2,) float32  kind=rest  (replaced by str)",
@@ -240,7 +240,7 @@ def test_variables_added_removed_and_replaced() -> None:
             "inner/more/x: Param(1, 2) float32  (made by the function)",
         ],
         hint="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
-        "or, make the Variable before the plan is made (model.init_cache(...), say)",
+        "or, make the Variable before the plan (with model.init_cache(...), for example)",
     )
 
 
@@ -250,7 +250,7 @@ def test_a_variable_that_is_replaced_alone() -> None:
 
     refuses(
         lambda: sw.step(swap, writes="stats"),
-        message="swap changes which Variables the model has; new ones cannot enter a state.",
+        message="swap changes which Variables the model has; a state cannot take new ones.",
         leaves=["inner/stat: OwnStat(3,) float32  kind=stats  (replaced by another Variable)"],
         hint="assign values, not Variables: self.count[...] = self.count[...] + 1\n"
         "or, kinds = kinds.replace(stats=dataclasses.replace(kinds['stats'], saved=False))\n"
@@ -264,7 +264,7 @@ def test_what_is_sown_without_capture() -> None:
 
     refuses(
         lambda: sw.step(sow),
-        message="sow changes which Variables the model has; new ones cannot enter a state.",
+        message="sow changes which Variables the model has; a state cannot take new ones.",
         leaves=["seen: Intermediate(2, 3) float32  (made by the function)"],
         hint="kinds = kinds | sw.Kinds(sown=sw.Kind(nnx.Intermediate, saved=False))\n"
         "capture='sown'  # in the step's decorator",
@@ -294,7 +294,7 @@ def test_a_model_in_the_place_of_a_state() -> None:
 @pytest.mark.parametrize("given", [3, "f", jnp.ones(1)], ids=["int", "str", "array"])
 @pytest.mark.parametrize("name", ["step", "train_step"])
 def test_no_function(name: str, given: Any) -> None:
-    with pytest.raises(sw.StructureError, match="is no function") as caught:
+    with pytest.raises(sw.StructureError, match="is not a function") as caught:
         getattr(sw, name)(given)
     assert caught.value.hint == f"@sw.{name}\ndef f(model, x): ..."
 
@@ -305,7 +305,7 @@ def test_a_state_of_another_plan_where_a_step_was_compiled_ahead() -> None:
     other = sw.plan(model()).take(model())
     with refused(
         sw.StructureError,
-        "<lambda> was compiled for another plan than this state's.",
+        "<lambda> was compiled for a plan other than this state's.",
         hint="step.lower(state, ...).compile()",
     ):
         compiled(other)

@@ -109,7 +109,7 @@ def test_half_of_a_joint_update() -> None:
         sw.train_step(loss, wrt="lora"),
         "params, lora are updated jointly; loss names only some of them in wrt.",
         kind="params",
-        hint="wrt=('params', 'lora'), or optimizers of their own",
+        hint="wrt=('params', 'lora'), or a separate optimizer for each",
         optimizers={("params", "lora"): SGD},
     )
 
@@ -133,7 +133,9 @@ def test_capturing_by_more_than_the_type() -> None:
 
 
 def test_an_option_that_jit_does_not_have() -> None:
-    with pytest.raises(sw.DeclarationError, match=r"^A step takes no option 'donate'\.\n  hint: one of: backend, "):
+    with pytest.raises(
+        sw.DeclarationError, match=r"^A step does not take the option 'donate'\.\n  hint: one of: backend, "
+    ):
         sw.step(loss, donate=True)
 
 
@@ -165,7 +167,7 @@ def test_what_a_train_step_writes_by_default_and_what_it_refuses() -> None:
             "seen: Variable(2,) float32  kind=tagged  (written in Node)",
         ],
         hint="@sw.train_step(writes=('lora', 'tagged'))\n"
-        "or, where a layer normalises its own weights: @sw.train_step(writes=('params',))",
+        "or, if a layer normalizes its own weights: @sw.train_step(writes=('params',))",
     ):
         train(state)
     assert same(state, KINDS.plan(model(), optimizers={"params": SGD}).take(model()))

@@ -130,7 +130,7 @@ def test_the_object_that_stands_in_the_place_of_the_model_is_named(way: Any) -> 
     assert f"The function reads {named}." in caught.value.message
     assert [sw.format_path(leaf.path) for leaf in caught.value.leaves] == ["linear/bias", "linear/kernel", "spare"]
     expression = named.split("`")[1]
-    assert caught.value.hint == f"use `m`, which the step is given, in the place of `{expression}`"
+    assert caught.value.hint == f"use `m`, the step's argument, instead of `{expression}`"
 
 
 def test_all_that_the_error_says() -> None:
@@ -144,7 +144,7 @@ def test_all_that_the_error_says() -> None:
         "loss trains nothing: no leaf that it differentiates reaches the loss. The function reads `model`, a variable "
         "of its closure.",
         leaves=["kernel: Param(3, 1) float32  kind=params  (not read)"],
-        hint="use `m`, which the step is given, in the place of `model`",
+        hint="use `m`, the step's argument, instead of `model`",
     ):
         sw.train_step(loss)(state_of(model), X)
 
@@ -297,9 +297,9 @@ def test_one_kind_of_two_that_reaches_nothing_is_a_warning_once_a_trace() -> Non
     warning = caught[0].message
     assert isinstance(warning, sw.StatewiseWarning)
     assert str(warning) == (
-        "only_lora differentiates params, of which no leaf reaches the loss: its optimizer sees nothing but zeros.\n"
+        "only_lora differentiates params, but no leaf of it reaches the loss: its optimizer sees only zeros.\n"
         "  base: Param(3,) float32  kind=params\n"
-        "  hint: where this step is not to train it: @sw.train_step(wrt=('lora',))"
+        "  hint: if this step should not train it: @sw.train_step(wrt=('lora',))"
     )
     assert warning.kind == "params"
     state, _ = step(state)  # no word: nothing is traced
@@ -326,7 +326,7 @@ def test_kinds_updated_jointly_are_named_too() -> None:
         sw.train_step(only_lora)(state)
     warning = caught[0].message
     assert isinstance(warning, sw.StatewiseWarning)
-    assert warning.hint == "where this step is not to train it: an optimizer of its own for each kind"
+    assert warning.hint == "if this step should not train it: a separate optimizer for each kind"
 
 
 def test_leaves_without_elements_are_no_reason() -> None:

@@ -138,8 +138,8 @@ def test_an_argument_that_is_written_is_refused_at_any_depth(kind: str, deep: st
         _ = step(state, X, extra=given) if deep == "keyword" else step(state, X, given)
     expression = "extra" + {"dict": "['in']", "list": "[1]", "dataclass": ".rngs"}.get(deep, "")
     assert caught.value.message == (
-        f"f writes to its argument `{expression}` ({type(thing).__name__}), and what it writes would be lost: it is "
-        "given a copy."
+        f"f writes to its argument `{expression}` ({type(thing).__name__}), and the write would be lost: the function "
+        "receives a copy."
     )
     slash = "" if leaf.startswith(":") else "/"
     assert f"{expression}{slash}{leaf}" in map(str, caught.value.leaves)
@@ -155,8 +155,8 @@ def test_all_written_arguments_are_named_at_once() -> None:
 
     with refused(
         sw.StructureError,
-        "f writes to its arguments `rngs` (Rngs), `metric` (Average), and what it writes would be lost: it is given a "
-        "copy.",
+        "f writes to its arguments `rngs` (Rngs), `metric` (Average), and the write would be lost: the function "
+        "receives a copy.",
         leaves=[
             "rngs/noise/count: RngCount() uint32  (written)",
             "metric/count: MetricState() int32  (written)",
@@ -233,7 +233,7 @@ def test_an_object_that_is_no_pytree_is_refused_in_words() -> None:
     with refused(
         sw.StructureError,
         "The argument extra of f holds a Opaque, which is not a pytree: JAX cannot pass it.",
-        hint="plan = kinds.plan(model, extra)  # as one more object",
+        hint="plan = kinds.plan(model, extra)  # as an additional object",
     ):
 
         def f(model: Any, extra: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The commands on checkpoints: `inspect`, `convert`, `diff`, and `report`, which takes them too.
+"""The commands on checkpoints: `inspect`, `convert`, `diff`, and `report`, which also accepts them.
 
-What was asked for wrongly (nothing at a path, something where there should be nothing, a name that is not there) is
-wrong usage; what is found in a checkpoint is a finding.
+A wrong request (a path that does not exist, or exists where it should not, an unknown name) is wrong usage; a problem
+in a checkpoint is a finding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["check", "converted", "differences", "inspected", "is_checkpoint", "r
 
 @contextlib.contextmanager
 def _usage() -> Iterator[None]:
-    """A refusal that names no leaf is one of the paths or names that were asked for."""
+    """Turns restore errors without leaves into usage errors: they are about the paths or names in the request."""
     try:
         yield
     except RestoreError as error:
@@ -36,10 +36,10 @@ def _usage() -> Iterator[None]:
 
 
 def inspected(path: str) -> Census:
-    """The census of a checkpoint.
+    """Returns the census of a checkpoint.
 
     Raises:
-      UsageError: there is nothing, or nothing that is known.
+      UsageError: there is nothing, or nothing in a known format.
       CorruptedError: it is not what was written.
     """
     with _usage():
@@ -47,15 +47,15 @@ def inspected(path: str) -> Census:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be refused before a target is made.
+    """Checks everything that can be checked before a target is made.
 
     Raises:
-      UsageError: paths that are not what they should be; options that do not fit together.
+      UsageError: wrong paths; options that cannot be combined.
     """
     if not os.path.exists(args.source):
         raise UsageError(f"there is nothing at {args.source!r}")
     if os.path.lexists(args.destination):
-        raise UsageError(f"there is something at {args.destination!r} already, and nothing is written over")
+        raise UsageError(f"there is already something at {args.destination!r}, and nothing is overwritten")
     statewise = args.to == "statewise" or (args.to is None and not args.destination.endswith(".safetensors"))
     if statewise and args.target is None:
         raise UsageError("a checkpoint of Statewise needs --target: only a model has the kinds and types of the leaves")
@@ -64,23 +64,23 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _renames(texts: list[str]) -> dict[str, str | None]:
-    made: dict[str, str | None] = {}
+    renames: dict[str, str | None] = {}
     for text in texts:
         old, equals, new = text.partition("=")
         if not equals or not old:
             raise UsageError(f"--rename {text!r} is not OLD=NEW")
-        made[old] = new or None
-    return made
+        renames[old] = new or None
+    return renames
 
 
 def state_of(model: Any, abstract: bool, plan: Plan | None, kinds: Kinds | None) -> State:
-    """The state that a target stands for.
+    """Returns the state that a target stands for.
 
     Raises:
-      UsageError: kinds for what is planned already.
+      UsageError: kinds for a target that is already planned.
     """
     if plan is not None and kinds is not None:
-        raise UsageError("the target is planned already, by kinds of its own: leave --kinds out")
+        raise UsageError("the target is already planned, by its own kinds: leave --kinds out")
     if isinstance(model, State):
         return model
     if plan is not None:
@@ -91,11 +91,11 @@ def state_of(model: Any, abstract: bool, plan: Plan | None, kinds: Kinds | None)
 
 
 def converted(args: argparse.Namespace, target: State | None) -> Conversion:
-    """Converts, or tells what a conversion would do.
+    """Converts, or reports what a conversion would do.
 
     Raises:
-      UsageError: a source that is nothing known, a rename of what is not there.
-      StatewiseError: whatever `sw.convert` refuses.
+      UsageError: a source in an unknown format, a rename of an unknown name.
+      StatewiseError: as raised by `sw.convert`.
     """
     with _usage():
         return convert(
@@ -110,7 +110,7 @@ def converted(args: argparse.Namespace, target: State | None) -> Conversion:
 
 
 def is_checkpoint(text: str) -> bool:
-    """Whether a side of a comparison is a path, not a model's factory.
+    """Returns whether a side of a comparison is a path rather than a model's factory.
 
     Raises:
       UsageError: it is neither.
@@ -118,7 +118,7 @@ def is_checkpoint(text: str) -> bool:
     if os.path.exists(text):
         return True
     if ":" not in text:
-        raise UsageError(f"there is nothing at {text!r}, nor is it package.module:factory or file.py:factory")
+        raise UsageError(f"there is nothing at {text!r}, and it is not package.module:factory or file.py:factory")
     return False
 
 
@@ -126,8 +126,8 @@ def differences(first: Any, second: Any, kinds: Kinds | None) -> Diff:
     """Compares two checkpoints, or a checkpoint and a model.
 
     Raises:
-      UsageError: a path that is no checkpoint.
-      StatewiseError: whatever `sw.diff` refuses.
+      UsageError: a path that is not a checkpoint.
+      StatewiseError: as raised by `sw.diff`.
     """
     with _usage():
         return diff(first, second, kinds=kinds)
@@ -137,8 +137,8 @@ def reported(target: Any, other: Any, kinds: Kinds | None, mesh: dict[str, int] 
     """Reports on models and checkpoints.
 
     Raises:
-      UsageError: a path that is no checkpoint.
-      StatewiseError: whatever `sw.report` refuses.
+      UsageError: a path that is not a checkpoint.
+      StatewiseError: as raised by `sw.report`.
     """
     with _usage():
         return report(target, other, kinds=kinds, mesh=mesh)

@@ -1,4 +1,4 @@
-"""What each command does: makes the target, looks at it, prints."""
+"""The commands: each makes its target, inspects it, and prints the result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from statewise._src.inspect.lint.lint import lint
 from statewise._src.inspect.memory import memory
 from statewise._src.inspect.select.select import explain
 from statewise.cli.expressions import parse_filter, types_by_name
-from statewise.cli.memory import parse_mesh
-from statewise.cli.targets import Target, UsageError, load, one_line
+from statewise.cli.targets import Target, UsageError, load, one_line, parse_mesh
 from statewise.errors import DeclarationError, FilterError, StatewiseError
 
 __all__ = ["run"]
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps(_error_dict(error), indent=2))
         else:
             print(f"statewise: {error}", file=sys.stderr)
-        # As of diff(1): what cannot be compared is neither equal nor different.
+        # Like diff(1): files that cannot be compared are neither equal nor different.
         return 2 if args.command == "diff" else 1
 
 
@@ -83,7 +82,7 @@ def _plan_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> Plan:
         kinds = _kinds(args, stack) or Kinds.standard()
         return kinds.plan(*model) if isinstance(model, (tuple, list)) else kinds.plan(model)
     if args.kinds:
-        raise UsageError(f"{args.target} is planned already, by kinds of its own: leave --kinds out")
+        raise UsageError(f"{args.target} is already planned, by its own kinds: leave --kinds out")
     return plan
 
 
@@ -143,16 +142,16 @@ def _diff(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         text if checkpoints.is_checkpoint(text) else _model(argparse.Namespace(target=text, abstract=False), stack)[0]
         for text in (args.first, args.second)
     )
-    found = checkpoints.differences(first, second, _kinds(args, stack))
-    _show(args, found.table(), found.to_dict())
-    return 1 if found else 0
+    difference = checkpoints.differences(first, second, _kinds(args, stack))
+    _show(args, difference.table(), difference.to_dict())
+    return 1 if difference else 0
 
 
 def _report(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     from statewise.cli import checkpoints
 
     if args.output is None and not args.json:
-        raise UsageError("where the page is to be written is not said: -o report.html")
+        raise UsageError("the page needs a file name: -o report.html")
     mesh = None if args.mesh is None else parse_mesh(args.mesh)
     target, other = (
         text
@@ -160,14 +159,14 @@ def _report(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         else _model(argparse.Namespace(target=text, abstract=args.abstract), stack)[0]
         for text in (args.target, args.other)
     )
-    made = dataclasses.replace(checkpoints.reported(target, other, _kinds(args, stack), mesh), title=args.target)
+    page = dataclasses.replace(checkpoints.reported(target, other, _kinds(args, stack), mesh), title=args.target)
     if args.output is not None:
         try:
-            made.write(args.output)
+            page.write(args.output)
         except OSError as error:
             raise UsageError(f"{args.output!r} cannot be written: {error.strerror or error}") from error
-    _show(args, made.table(), made.to_dict())
-    return 0 if made.ok else 1
+    _show(args, page.table(), page.to_dict())
+    return 0 if page.ok else 1
 
 
 _COMMANDS = {
@@ -185,28 +184,28 @@ _COMMANDS = {
 
 
 def _model(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Target]:
-    """The model that the target names, or what its function returns."""
-    # What a user's module prints is not part of our output, which may be JSON for another program.
+    """Returns the model that the target names, or that its function returns."""
+    # What a user's module prints does not belong to this output, which may be JSON for another program.
     with contextlib.redirect_stdout(sys.stderr):
         target = load(args.target, stack)
-        model = target.made(_is_model, nnx.eval_shape if args.abstract else None)
+        model = target.evaluated(_is_model, nnx.eval_shape if args.abstract else None)
     return model, target
 
 
-def _is_model(thing: Any) -> bool:
-    # Modules can be called, but are models all the same.
-    return isinstance(thing, (nnx.Pytree, nnx.Variable, nnx.State, tuple, list, dict)) or _planned(thing) is not None
+def _is_model(value: Any) -> bool:
+    # Modules are callable, but are models nevertheless.
+    return isinstance(value, (nnx.Pytree, nnx.Variable, nnx.State, tuple, list, dict)) or _planned(value) is not None
 
 
-def _planned(thing: Any) -> Plan | None:
-    return thing if isinstance(thing, Plan) else thing.plan if isinstance(thing, State) else None
+def _planned(value: Any) -> Plan | None:
+    return value if isinstance(value, Plan) else value.plan if isinstance(value, State) else None
 
 
 def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | None:
     if args.kinds is None:
         return None
     with contextlib.redirect_stdout(sys.stderr):
-        kinds = load(args.kinds, stack).made(lambda thing: isinstance(thing, Kinds))
+        kinds = load(args.kinds, stack).evaluated(lambda value: isinstance(value, Kinds))
     if not isinstance(kinds, Kinds):
         raise UsageError(f"{args.kinds} is {type(kinds).__name__}, not Kinds")
     return kinds

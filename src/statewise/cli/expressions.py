@@ -1,7 +1,7 @@
-"""From the text of a filter to the filter, without evaluating anything.
+"""Parses the text of a filter, without evaluating anything.
 
-The text is parsed by `ast`, and only what can stand in a filter is understood: names of types, tags, `...`, the
-operators, and calls of the words that make filters.
+The text is parsed by `ast`, and only the elements of filters are accepted: names of types, tags, `...`, the operators,
+and calls of the functions that make filters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statewise.errors import StatewiseError
 
 __all__ = ["parse_filter", "types_by_name"]
 
-# Each word with whether its arguments are filters (or types), or plain values.
+# Each function, and whether its arguments are filters (or types) rather than plain values.
 WORDS: dict[str, tuple[Callable[..., Any], bool]] = {
     "Exactly": (Exactly, True),
     "Path": (Path, False),
@@ -38,16 +38,16 @@ PACKAGES = {"nnx": nnx, "sw": statewise, "statewise": statewise, "jax": jax}
 
 
 def parse_filter(text: str, module: ModuleType, types: Mapping[str, type]) -> Any:
-    """Reads a filter.
+    """Parses a filter.
 
     Args:
       text: the filter, written as in Python.
-      module: where names of types are looked up first, before the types of the model's leaves and those of nnx.
+      module: the module in which names of types are looked up first, before the model's leaves and nnx.
       types: the types of the model's leaves, by name.
 
     Raises:
-      UsageError: the text is no Python expression, or says something that no filter says.
-      FilterError: a word that got arguments which it does not take.
+      UsageError: the text is not a Python expression, or contains something that a filter cannot contain.
+      FilterError: a function received arguments that it does not take.
 
     Example:
       >>> import types
@@ -62,7 +62,7 @@ def parse_filter(text: str, module: ModuleType, types: Mapping[str, type]) -> An
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, StatewiseError):
             raise
-        raise UsageError(f"{_short(text)} is no filter: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{_short(text)} is not a filter: {type(error).__name__}: {error}") from error
 
 
 def _short(text: str) -> str:
@@ -95,8 +95,8 @@ class _Reader:
 
     def refused(self, node: ast.expr) -> UsageError:
         return UsageError(
-            f"{_short(ast.unparse(node))} cannot stand in a filter; types, 'tags', ..., & | ~ and "
-            f"{', '.join(WORDS)} can"
+            f"{_short(ast.unparse(node))} is not allowed in a filter; types, 'tags', ..., & | ~ and "
+            f"{', '.join(WORDS)} are"
         )
 
     def dotted(self, node: ast.expr) -> str:
@@ -110,39 +110,39 @@ class _Reader:
     def word(self, name: str, args: list[ast.expr]) -> Any:
         package, _, last = name.rpartition(".")
         if last not in WORDS or (package and package not in PACKAGES):
-            raise UsageError(f"{name}(...) cannot stand in a filter; {', '.join(WORDS)} can")
+            raise UsageError(f"{name}(...) is not allowed in a filter; {', '.join(WORDS)} are")
         make, of_filters = WORDS[last]
         try:
             return make(*(self.read(arg) if of_filters else self.literal(arg) for arg in args))
         except TypeError as error:
             if isinstance(error, StatewiseError):
                 raise
-            raise UsageError(f"{name} got other arguments than it takes: {error}") from error
+            raise UsageError(f"{name} received wrong arguments: {error}") from error
 
     def literal(self, node: ast.expr) -> Any:
         try:
             return ast.literal_eval(node)
         except ValueError:
-            raise UsageError(f"{_short(ast.unparse(node))} is no plain value") from None
+            raise UsageError(f"{_short(ast.unparse(node))} is not a plain value") from None
 
     def type_named(self, name: str) -> type:
         first, *rest = name.split(".")
         for scope in (vars(self.module), self.types, PACKAGES, vars(nnx)):
-            found = scope.get(first)
+            value = scope.get(first)
             for attribute in rest:
-                # Of modules and types only: another object's attribute may run code.
-                found = getattr(found, attribute, None) if isinstance(found, (ModuleType, type)) else None
-            if isinstance(found, type):
-                return found
-        seen = ", ".join(sorted(self.types)) or "none"
+                # Only attributes of modules and types: another object's attribute may run code.
+                value = getattr(value, attribute, None) if isinstance(value, (ModuleType, type)) else None
+            if isinstance(value, type):
+                return value
+        known = ", ".join(sorted(self.types)) or "none"
         raise UsageError(
-            f"there is no type {name!r} in {self.module.__name__!r} or in nnx; the model's leaves are of: {seen}"
+            f"there is no type {name!r} in {self.module.__name__!r} or in nnx; the types of the model's leaves: {known}"
         )
 
 
 def types_by_name(types: set[type]) -> dict[str, type]:
-    """Types by the name under which tables show them; names that two types share are left out."""
+    """Returns types by the name under which tables show them, without names that two types share."""
     by_name: dict[str, list[type]] = {}
     for cls in types:
         by_name.setdefault(format_type(cls), []).append(cls)
-    return {name: found[0] for name, found in by_name.items() if len(found) == 1}
+    return {name: named[0] for name, named in by_name.items() if len(named) == 1}

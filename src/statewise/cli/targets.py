@@ -1,7 +1,7 @@
-"""From the text of a target to the objects that it names.
+"""Finds the objects that the text of a target names.
 
-`package.module:attribute` is imported, `file.py:attribute` is run; modules are found from the current directory, a
-file's neighbours from the file's own.
+`package.module:attribute` is imported, `file.py:attribute` is run.  Modules are found from the current directory, and
+modules next to a file from the file's own.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Target", "UsageError", "importable", "load", "one_line"]
+__all__ = ["Target", "UsageError", "load", "one_line", "parse_mesh"]
 
 
 class UsageError(Exception):
-    """What was asked for makes no sense; the text is one line."""
+    """The command line makes no sense; the text is one line."""
 
     def __init__(self, text: str) -> None:
         super().__init__(one_line(text))
 
 
 def one_line(text: str) -> str:
-    """The text with its line breaks as spaces."""
+    """Returns the text with its line breaks as spaces."""
     return " ".join(text.split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a target's text names.
+    """The object that a target's text names.
 
     Attributes:
       text: the text.
-      module: the module that it stands in.
+      module: the module that contains it.
       value: the attribute itself, uncalled.
     """
 
@@ -47,15 +47,15 @@ class Target:
     module: ModuleType
     value: Any
 
-    def made(self, is_value: Callable[[Any], bool], through: Callable[[Any], Any] | None = None) -> Any:
-        """The value, or what it makes where it is a function.
+    def evaluated(self, is_value: Callable[[Any], bool], through: Callable[[Any], Any] | None = None) -> Any:
+        """Returns the value, or the result of calling it if it is a function.
 
         Args:
-          is_value: whether a thing is what is wanted rather than a function that makes it; a model can be called too.
-          through: what calls the function, if it is not to be called directly.
+          is_value: tells a wanted value from a function that makes one; a model is callable too.
+          through: calls the function, if it should not be called directly.
 
         Raises:
-          UsageError: the function takes arguments, raises, or returns nothing; the thing is neither.
+          UsageError: the function takes arguments, raises, or returns None; or it is neither a value nor a function.
         """
         if is_value(self.value):
             return self.value
@@ -63,25 +63,25 @@ class Target:
             raise UsageError(f"{self.text} is {type(self.value).__name__}, not a function that takes no arguments")
         _check_no_arguments(self.text, self.value)
         try:
-            made = through(self.value) if through else self.value()
+            result = through(self.value) if through else self.value()
         except (Exception, SystemExit) as error:
             raise UsageError(f"{self.text}() raised {_named(error)}") from error
-        if made is None:
-            raise UsageError(f"{self.text}() returned None; does it lack a return?")
-        return made
+        if result is None:
+            raise UsageError(f"{self.text}() returned None; is a return missing?")
+        return result
 
 
 def _check_no_arguments(text: str, factory: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(factory)
-    except ValueError:  # a builtin that tells no signature: the call will show
+    except ValueError:  # a builtin without a signature: the call will show
         return
     try:
         signature.bind()
     except TypeError as error:
         kind = "class" if isinstance(factory, type) else "function"
         raise UsageError(
-            f"{text} is a {kind} that needs arguments {signature}; name a function without, that returns the model"
+            f"{text} is a {kind} that needs arguments {signature}; name a function without any that returns the model"
         ) from error
 
 
@@ -90,8 +90,8 @@ def _named(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Modules in the folder can be imported; what a factory imports late, too, as long as this lasts."""
+def _importable(folder: Path) -> Iterator[None]:
+    """Makes the modules in a folder importable within a block, which covers a factory's late imports."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:
@@ -102,14 +102,14 @@ def importable(folder: Path) -> Iterator[None]:
 
 
 def load(text: str, stack: contextlib.ExitStack) -> Target:
-    """Finds what a text names.
+    """Finds the object that a text names.
 
     Args:
       text: `package.module:attribute` or `file.py:attribute`; the attribute may be dotted.
-      stack: keeps the target's neighbours importable until it is closed.
+      stack: keeps the modules next to the target importable until it is closed.
 
     Raises:
-      UsageError: no colon, no such module, file or attribute, or a module that cannot be imported.
+      UsageError: the colon, the module, the file or the attribute is missing, or the module cannot be imported.
 
     Example:
       >>> import contextlib
@@ -120,13 +120,13 @@ def load(text: str, stack: contextlib.ExitStack) -> Target:
     """
     place, colon, attribute = text.rpartition(":")
     if not colon or not place or not attribute:
-        raise UsageError(f"{text!r} is no target: write package.module:factory or file.py:factory")
-    stack.enter_context(importable(Path.cwd()))
+        raise UsageError(f"{text!r} is not a target: write package.module:factory or file.py:factory")
+    stack.enter_context(_importable(Path.cwd()))
     if place.endswith(".py") or os.sep in place:
         file = Path(place).resolve()
         if not file.is_file():
             raise UsageError(f"there is no file {place!r}")
-        stack.enter_context(importable(file.parent))
+        stack.enter_context(_importable(file.parent))
         module = _run_file(file)
     else:
         module = _import(place)
@@ -138,10 +138,10 @@ def load(text: str, stack: contextlib.ExitStack) -> Target:
     return Target(text, module, value)
 
 
-def _hint(thing: Any, name: str) -> str:
+def _hint(value: Any, name: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, dir(thing), n=1)
+    near = difflib.get_close_matches(name, dir(value), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -150,7 +150,7 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            raise UsageError(f"there is no module {error.name!r}, seen from here") from error
+            raise UsageError(f"there is no module {error.name!r}, as seen from here") from error
         raise UsageError(f"the module {name!r} cannot be imported: {_named(error)}") from error
 
 
@@ -163,7 +163,7 @@ def _run_file(file: Path) -> ModuleType:
         name = f"statewise_target_{name}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{file.name!r} is no Python file")
+        raise UsageError(f"{file.name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:
@@ -172,3 +172,20 @@ def _run_file(file: Path) -> ModuleType:
         del sys.modules[name]
         raise UsageError(f"the file {file.name!r} cannot be run: {_named(error)}") from error
     return module
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Parses the axes of a mesh and their sizes: `data=16,model=8`.
+
+    Raises:
+      UsageError: the text does not have that form.
+    """
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if not name or not (size.isascii() and size.isdigit() and int(size)):
+            raise UsageError(f"{text!r} is not a mesh: write its axes and their sizes, data=16,model=8")
+        if name in axes:
+            raise UsageError(f"{text!r} is not a mesh: it has two axes {name!r}")
+        axes[name] = int(size)
+    return axes

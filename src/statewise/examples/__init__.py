@@ -1,1 +1,1 @@
-"""Programs to read and copy: `multi_state`, the smallest model with four kinds of state, and `demo`, a whole job."""
+"""Programs to read and copy: `multi_state`, the smallest model with four kinds of state, and `demo`, a complete job."""

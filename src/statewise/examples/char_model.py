@@ -1,8 +1,8 @@
-"""A character transformer in plain NNX, with five kinds of state in it.
+"""A character transformer in plain NNX, with five kinds of state.
 
-Nothing in this file knows of Statewise: it is a model as people write it today.  Beside its parameters it
-carries running statistics of its activations, a counter, the keys and counts of its dropout, and the attention
-caches with which it writes one character at a time.
+This file does not use Statewise: it is a model as people write it today.  Besides its parameters it carries running
+statistics of its activations, a counter, the keys and counts of its dropout, and the attention caches with which it
+generates one character at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["ActivationNorm", "BatchStat", "Block", "CharTransformer"]
 
 
 class BatchStat(nnx.Variable):
-    """A running statistic of activations: a type of this model's own, no subclass of `nnx.BatchStat`.
+    """A running statistic of activations: this model's own type, not a subclass of `nnx.BatchStat`.
 
     Example:
       >>> from flax import nnx
@@ -25,14 +25,14 @@ class BatchStat(nnx.Variable):
 
 
 class ActivationNorm(nnx.Module):
-    """Normalises each feature by the mean and variance that it has had so far.
+    """Normalizes each feature by its running mean and variance.
 
-    In training each call moves the statistics a little towards those of its batch.  `model.eval()` sets
-    `use_running_average`, as it does for `nnx.BatchNorm`, and then they are only read.
+    In training each call moves the statistics a little toward those of its batch.  `model.eval()` sets
+    `use_running_average`, as for `nnx.BatchNorm`, and then they are only read.
 
     Args:
       width: the size of the last axis.
-      momentum: how much of the old statistics one call in training keeps.
+      momentum: the share of the old statistics that one call in training keeps.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,13 +61,13 @@ class ActivationNorm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One transformer block: causal attention, then two dense layers, each added to what came in.
+    """One transformer block: causal attention, then two dense layers, each with a residual connection.
 
     Args:
       width: the size of the last axis.
-      heads: how many attention heads; they divide the width.
+      heads: the number of attention heads, which divides the width.
       dropout: the share of activations that training drops.
-      rngs: draws the parameters, and lends its dropout stream.
+      rngs: initializes the parameters, and provides the dropout stream.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,17 +95,17 @@ class CharTransformer(nnx.Module):
     """Predicts the next character from those before it.
 
     Args:
-      alphabet: how many characters there are.
-      context: how many characters it can look back on; the size of its caches.
+      alphabet: the number of characters.
+      context: the number of characters that it can look back on; the size of its caches.
       width: the size of its activations.
-      depth: how many blocks.
-      heads: how many attention heads in each block.
+      depth: the number of blocks.
+      heads: the number of attention heads in each block.
       dropout: the share of activations that training drops.
-      rngs: draws the parameters, and lends its dropout stream.
+      rngs: initializes the parameters, and provides the dropout stream.
 
     Attributes:
-      steps: a plain `nnx.Variable`: how many training steps it has seen; training counts it up.
-      position: `nnx.Cache`: how many characters decoding has read. Each block's attention has caches beside it.
+      steps: a plain `nnx.Variable`: the number of training steps so far; training increments it.
+      position: `nnx.Cache`: the number of characters that decoding has read. Each block's attention has its own caches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,11 +141,11 @@ class CharTransformer(nnx.Module):
             block.attention.init_cache((1, context, width))
 
     def __call__(self, tokens: jax.Array, decode: bool = False) -> jax.Array:
-        """Scores the next character at each place.
+        """Scores the next character at each position.
 
         Args:
           tokens: integers of shape (batch, length); with `decode`, of shape (1, 1).
-          decode: read one character, and those before it from the caches.
+          decode: whether to read one character, and those before it from the caches.
 
         Returns:
           Logits of shape (batch, length, alphabet).

@@ -1,10 +1,9 @@
-"""A whole job in one page: declare, look, train, evaluate, generate, and come back after a kill.
+"""A complete job on one page: declare, inspect, train, evaluate, generate, and resume after a kill.
 
 `make demo` (or `python -m statewise demo`) trains the small character transformer of `char_model.py` on the text of
 `text.py`, on the CPU and in less than a minute.  The model is plain NNX and carries five kinds of state; they are
-declared once, in `KINDS`
-of `training.py`, and everything below reads that one declaration.  Each promise is checked on the spot:
-where one does not hold, the demo stops with an error instead of printing a nice line.
+declared once, in `KINDS` of `training.py`, and everything below reads that one declaration.  Each promise is checked
+immediately: if one does not hold, the demo stops with an error.
 
 What to copy: `training.py`, the three steps here, the lines of `run` and `_fit`, and `write`.
 """
@@ -48,39 +47,39 @@ __all__ = [
 
 @sw.step
 def evaluate(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The loss on a batch.  Declares no writes, so it can change nothing."""
-    model.eval()  # the module is fresh in every trace: the next training step is not affected
+    """Computes the loss on a batch.  Declares no writes, so it cannot change anything."""
+    model.eval()  # the module is rebuilt in every trace, so the next training step is not affected
     return cross_entropy(model(x), y)
 
 
 @sw.step
 def careless(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The same evaluation by someone who forgot `model.eval()`.  Plain NNX would run it, and shift the statistics."""
+    """Evaluates without `model.eval()`, by mistake.  Plain NNX would run it, and shift the statistics."""
     return cross_entropy(model(x), y)
 
 
 @sw.step(writes="cache")
 def decode(model: CharTransformer, token: jax.Array) -> jax.Array:
-    """Reads one more character; returns logits of shape (alphabet,) for the next.  Writes the cache, nothing else."""
+    """Reads one more character; returns logits of shape (alphabet,) for the next.  Only writes the cache."""
     model.eval()
     return model(token[None, None], decode=True)[0, 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; losses and entropy in nats per character.
+    """The results of the demo; losses and entropy in nats per character.
 
     Attributes:
       train_losses: the loss of every training step.
       held_out_loss: the loss on the held-out text after training.
-      unigram_entropy: the loss on the same text of the best guess that ignores what came before.
+      unigram_entropy: the loss on the same text of the best guess that ignores the context.
       refused: the text of the `UndeclaredWriteError` that the careless evaluation raised.
       generated, repeated: two texts, each from a restarted cache.
-      unrestarted: the same, from the cache as the second left it.
-      decode_steps: how many decode steps each of them took.
+      unrestarted: another text, from the cache as the second left it.
+      decode_steps: the number of decode steps of each.
       killed_at: the newest complete checkpoint of a training process that was killed.
-      resumed_losses: the losses of the steps after it, trained from that checkpoint.
-      seconds: how long the demo took.
+      resumed_losses: the losses of the steps after it, resumed from that checkpoint.
+      seconds: the duration of the demo.
     """
 
     train_losses: list[float]
@@ -96,22 +95,22 @@ class DemoResult:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain data."""
+        """Returns the result as plain data."""
         return dataclasses.asdict(self)
 
 
 def write(
     state: sw.State, text: CharText, prompt: str, length: int, seed: int = 0, temperature: float = 0.6
 ) -> tuple[sw.State, str, np.ndarray]:
-    """Writes on from a prompt, one decode step for each character that is read.
+    """Continues a prompt, with one decode step for each character that is read.
 
     Args:
-      state: the cache in it is where reading goes on: `state.restart("cache")` first for a fresh start.
-      text: knows the alphabet.
+      state: reading continues from the cache in it; call `state.restart("cache")` first for a fresh start.
+      text: the text, for its alphabet.
       prompt: the first characters.
-      length: how many characters in all, prompt included.
-      seed: which characters are drawn where several are likely.
-      temperature: how daring the draw is.
+      length: the total number of characters, including the prompt.
+      seed: the seed of the sampling.
+      temperature: the temperature of the sampling.
 
     Returns:
       the state with its cache written, the text, and the logits of each step, of shape (length - 1, alphabet).
@@ -134,7 +133,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Dem
       console: where it prints; standard output by default.
 
     Returns:
-      what was found.
+      the results.
 
     Raises:
       AssertionError: a promise does not hold.
@@ -153,18 +152,18 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Dem
     held_out, entropy = _held_out_loss(state, text, settings), text.unigram_entropy()
     console.print(f"held-out loss    {held_out:.3f} nats per character")
     console.print(f"unigram entropy  {entropy:.3f} nats per character, of the same text")
-    _check(console, held_out < 0.9 * entropy, "it predicts better than any guess that ignores what came before")
+    _check(console, held_out < 0.9 * entropy, "it predicts better than any guess that ignores the context")
 
     _title(console, "3  An evaluation that forgot model.eval()")
     refused = _refusal(state, text, settings)
     console.print(Text(f"{type(refused).__name__}: {refused}", style="red"), soft_wrap=True)
     unchanged = _held_out_loss(state, text, settings) == held_out
-    _check(console, unchanged, "refused before anything ran: the state evaluates to the very same loss")
+    _check(console, unchanged, "rejected before anything ran: the state still evaluates to the same loss")
 
     state, texts = _generation(state, text, settings, console)
     resumed = _interruption(losses, text, settings, console)
 
-    plan.put(state, model)  # back into the NNX object that we began with
+    plan.put(state, model)  # back into the original NNX object
     _title(console, "Summary")
     _check(console, int(model.steps[...]) == settings.steps, f"model.steps is {settings.steps}: each step counted once")
     seconds = time.perf_counter() - start
@@ -173,7 +172,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Dem
 
 
 def _fit(state: sw.State, text: CharText, settings: Settings, console: Console) -> tuple[sw.State, list[float]]:
-    """Trains; a bar where there is a terminal, and a line now and then that a log keeps."""
+    """Trains, with a progress bar in a terminal, and a line every 100 steps for a log."""
     random, losses = np.random.default_rng(settings.seed), []
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -188,18 +187,18 @@ def _fit(state: sw.State, text: CharText, settings: Settings, console: Console) 
 
 
 def _held_out_loss(state: sw.State, text: CharText, settings: Settings) -> float:
-    """The mean loss over the whole held-out text."""
+    """Returns the mean loss over all of the held-out text."""
     batches = text.held_out_batches(size=64, window=settings.window)
     return float(np.mean([evaluate(state, x, y) for x, y in batches]))
 
 
 def _refusal(state: sw.State, text: CharText, settings: Settings) -> sw.UndeclaredWriteError:
-    """The error that the careless evaluation raises."""
+    """Returns the error that the careless evaluation raises."""
     try:
         careless(state, *text.held_out_batches(size=64, window=settings.window)[0])
     except sw.UndeclaredWriteError as error:
         return error
-    raise AssertionError("an evaluation that writes statistics was not refused")
+    raise AssertionError("an evaluation that writes statistics was not rejected")
 
 
 def _generation(
@@ -211,27 +210,27 @@ def _generation(
     state, first, first_logits = write(state.restart("cache"), text, prompt, length)
     state, second, second_logits = write(state.restart("cache"), text, prompt, length)
     state, third, third_logits = write(state, text, prompt, length)
-    for title, shown in (("cache restarted", first), ("restarted again", second), ("not restarted", third)):
-        console.print(Panel(Text(shown), title=title, title_align="left", border_style="blue"))
+    for title, text_shown in (("cache restarted", first), ("restarted again", second), ("not restarted", third)):
+        console.print(Panel(Text(text_shown), title=title, title_align="left", border_style="blue"))
     same = first == second and np.array_equal(first_logits, second_logits)
-    _check(console, same, "after a restart: the same text, and the same logits to the last bit")
+    _check(console, same, "after a restart: the same text, and bitwise equal logits")
     apart = first != third and not np.allclose(first_logits[0], third_logits[0])
-    _check(console, apart, "without it: another text, from the very first character's logits on")
+    _check(console, apart, "without it: another text, with different logits from the first character on")
     _check(console, len(first_logits) == length - 1, f"{length - 1} decode steps for {length} characters")
     return state, (first, second, third)
 
 
 def _interruption(losses: list[float], text: CharText, settings: Settings, console: Console) -> tuple[int, list[float]]:
-    """Trains once more in a process of its own, kills it, resumes, and compares with the run that was not killed."""
+    """Trains once more in a separate process, kills it, resumes, and compares with the uninterrupted run."""
     _title(console, "5  Killed, and resumed")
     resumed = killed_and_resumed(settings, text)
     expected = losses[resumed.step : resumed.step + len(resumed.losses)]
-    for place, (one, other) in enumerate(zip(expected, resumed.losses, strict=True), resumed.step + 1):
-        console.print(f"step {place:3d}         loss {one:.9f} uninterrupted, {other:.9f} resumed")
+    for step, (full, again) in enumerate(zip(expected, resumed.losses, strict=True), resumed.step + 1):
+        console.print(f"step {step:3d}         loss {full:.9f} uninterrupted, {again:.9f} resumed")
     _check(
         console,
         resumed.losses == expected,
-        f"killed after step {resumed.step} was saved: the loss goes on to the last bit",
+        f"killed after step {resumed.step} was saved: the following losses are bitwise equal",
     )
     return resumed.step, resumed.losses
 
@@ -242,7 +241,7 @@ def _title(console: Console, title: str) -> None:
 
 
 def _check(console: Console, holds: bool, fact: str) -> None:
-    """Prints a fact; one that does not hold is an error."""
+    """Prints a fact; raises if it does not hold."""
     if not holds:
         raise AssertionError(f"does not hold: {fact}")
     console.print(f"[green]ok[/green]  {fact}")

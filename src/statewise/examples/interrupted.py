@@ -1,8 +1,8 @@
-"""The demo's training, killed in the midst of it and resumed.
+"""The demo's training, killed halfway and resumed.
 
-`killed_and_resumed` starts this file as a process of its own, which trains and saves as anyone would; kills it with
-SIGKILL, which no process can catch, once it has saved a few steps; restores the newest complete one, and goes on.  The
-place in the data is saved beside the state, so that the losses are those of the run that was never interrupted.
+`killed_and_resumed` runs this file as a separate process, which trains and saves as usual; kills it with SIGKILL, which
+no process can catch, once it has saved a few steps; restores the newest complete one, and continues.  The position in
+the data is saved beside the state, so the losses are those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from statewise.examples.training import Settings, begin, train
 __all__ = ["Resumed", "killed_and_resumed"]
 
 EVERY, MORE = 5, 5  # steps between two checkpoints; steps after the one that is resumed from
-PATIENCE = 180.0  # seconds, for a process that has to start and to compile
+PATIENCE = 180.0  # seconds for the process to start and to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Resumed:
-    """What came of it.
+    """The result.
 
     Attributes:
       step: the newest complete step that the killed process left behind.
-      losses: of the steps after that.
+      losses: the losses of the steps after that.
     """
 
     step: int
@@ -44,7 +44,7 @@ class Resumed:
 
 
 def train_and_save(settings: Settings, folder: str) -> None:
-    """Trains and saves, until somebody kills it."""
+    """Trains and saves, until it is killed."""
     text = load_topics()
     model, plan = begin(settings, text)
     state, random = plan.take(model), np.random.default_rng(settings.seed)
@@ -53,11 +53,11 @@ def train_and_save(settings: Settings, folder: str) -> None:
             state, _ = train(state, *text.batch(random, settings.batch, settings.window))
             checkpoints.save(step, state, data=random.bit_generator.state)
         checkpoints.wait()
-        signal.pause()  # killed it is to be, even where it is quick
+        signal.pause()  # waits to be killed, even if training is done
 
 
 def resume(settings: Settings, text: CharText, folder: str) -> Resumed:
-    """Restores the newest complete step, and trains on from there."""
+    """Restores the newest complete step, and continues training from there."""
     _, plan = begin(settings, text)
     random, losses = np.random.default_rng(), []
     with sw.Checkpoints(folder) as checkpoints:
@@ -70,10 +70,10 @@ def resume(settings: Settings, text: CharText, folder: str) -> Resumed:
 
 
 def killed_and_resumed(settings: Settings, text: CharText) -> Resumed:
-    """Trains in a process of its own, kills that, and resumes here.
+    """Trains in a separate process, kills it, and resumes here.
 
     Raises:
-      AssertionError: the process ended by itself, or saved nothing.
+      AssertionError: the process exited by itself, or saved nothing.
     """
     with tempfile.TemporaryDirectory(prefix="statewise-demo-") as folder:
         package = str(Path(sw.__file__).parents[1])
@@ -89,16 +89,16 @@ def killed_and_resumed(settings: Settings, text: CharText) -> Resumed:
             _wait_for_steps(process, Path(folder), 2)
         finally:
             process.kill()
-            _, said = process.communicate()
+            _, stderr = process.communicate()
         if process.returncode != -signal.SIGKILL:
-            raise AssertionError(f"the training process ended by itself:\n{said[-2000:]}")
+            raise AssertionError(f"the training process exited by itself:\n{stderr[-2000:]}")
         return resume(settings, text, folder)
 
 
 def _wait_for_steps(process: subprocess.Popen[str], folder: Path, count: int) -> None:
     end = time.monotonic() + PATIENCE
     while process.poll() is None:
-        # A step has its plain number only when it is complete.
+        # A step's directory gets its final name only when it is complete.
         complete = [path for path in folder.glob("*/state/statewise.json") if path.parents[1].name.isdecimal()]
         if len(complete) >= count:
             return
@@ -108,7 +108,7 @@ def _wait_for_steps(process: subprocess.Popen[str], folder: Path, count: int) ->
 
 
 def main(arguments: list[str]) -> None:
-    """The process that is killed: a folder, and the settings as JSON."""
+    """Runs the process that is killed, given a folder and the settings as JSON."""
     folder, settings = arguments
     given: dict[str, Any] = json.loads(settings)
     train_and_save(Settings(**given), folder)

@@ -1,9 +1,9 @@
-"""The worked example: one small module that carries four kinds of state, counted kind by kind.
+"""The worked example: one small module with four kinds of state, counted kind by kind.
 
 `MultiState` holds two parameters, two running statistics, a counter and a cache: six leaves, of four types.
-All of them are `nnx.Variable`s, so a filter on `nnx.Variable` matches all six, and "only the plain ones" has
-to be said some other way.  NNX says it by naming every other type (`multi_state_filter`): a list that is wrong
-again as soon as the model gets one more type.  Statewise says what is meant (`multi_state_count`).
+All of them are `nnx.Variable`s, so a filter on `nnx.Variable` matches all six, and "only the plain ones" must be said
+in another way.  With NNX one excludes every other type (`multi_state_filter`): a list that is wrong as soon as the
+model gets one more type.  Statewise says it directly (`multi_state_count`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Number = float | np.ndarray | np.floating | np.integer | jax.Array
 
 
 class BatchStat(nnx.Variable):
-    """A running statistic: a type of this model's own, no subclass of `nnx.BatchStat`.
+    """A running statistic: this model's own type, not a subclass of `nnx.BatchStat`.
 
     Example:
       >>> from flax import nnx
@@ -36,7 +36,7 @@ class MultiState(nnx.Module):
     Args:
       in_features: the size of the input's last axis.
       hidden: the size of the output's last axis.
-      rngs: the stream `params` draws the kernel.
+      rngs: its stream `params` initializes the kernel.
 
     Attributes:
       kernel: `nnx.Param` of shape (in_features, hidden), normal with standard deviation 1/sqrt(in_features).
@@ -102,9 +102,9 @@ def multi_state_filter(seed: Number, x: jax.Array | np.ndarray, hidden: Number, 
 
 
 def multi_state_count(seed: Number, x: jax.Array | np.ndarray, hidden: Number, eps: Number) -> jax.Array:
-    """Counts what `multi_state_filter` counts, the Statewise way.
+    """Counts the same as `multi_state_filter`, the Statewise way.
 
-    "Plain" is `sw.Exactly(nnx.Variable)`: that type and no subclass.  It stays right when the model gets another
+    "Plain" is `sw.Exactly(nnx.Variable)`: that type without subclasses.  It stays correct when the model gets another
     type of state.
 
     Args:

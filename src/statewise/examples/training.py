@@ -1,6 +1,6 @@
-"""The demo's training: the kinds of its model, one train step, and where the declaration meets the model.
+"""The demo's training: the kinds of its model, one train step, and the plan.
 
-It stands in a file of its own because two programs run it: the demo, and the process that the demo kills.
+It is a separate file because two programs run it: the demo, and the process that the demo kills.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ KINDS = sw.Kinds(
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean loss in nats per character; logits of shape (batch, length, alphabet), targets (batch, length)."""
+    """Returns the mean loss in nats per character; logits (batch, length, alphabet), targets (batch, length)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 @sw.train_step
 def train(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """One step of training: the parameters by their optimizer, statistics, counter and dropout as the model does."""
+    """Trains one step: the optimizer updates the parameters, the model its statistics, counter and dropout."""
     model.steps[...] += 1
     return cross_entropy(model(x), y)
 
@@ -45,13 +45,13 @@ class Settings:
     """The sizes of the demo; the defaults take half a minute on two idle cores.
 
     Attributes:
-      steps: how many training steps.
-      batch: windows of text in a batch.
-      window: characters in a window.
-      width, depth, heads: the transformer's.
-      prompt: what generation starts from.
-      length: how long the generated text is, prompt included; two of them fit into the cache.
-      seed: of the parameters, the batches and the sampling.
+      steps: the number of training steps.
+      batch: the number of text windows in a batch.
+      window: the number of characters in a window.
+      width, depth, heads: the sizes of the transformer.
+      prompt: the start of the generated text.
+      length: the length of the generated text, including the prompt; the cache holds two of them.
+      seed: the seed of the parameters, the batches and the sampling.
 
     Example:
       >>> Settings(steps=100).steps
@@ -70,7 +70,7 @@ class Settings:
 
 
 def begin(settings: Settings, text: CharText) -> tuple[CharTransformer, sw.Plan]:
-    """The model, and its plan: where the declaration meets the model and its optimizer."""
+    """Makes the model and its plan, which resolves the declaration for the model and its optimizer."""
     model = CharTransformer(
         len(text.alphabet),
         context=2 * settings.length,

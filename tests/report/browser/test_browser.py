@@ -92,12 +92,12 @@ def test_the_page_opens_and_says_what_it_is_about(open_page: Open, report: sw.re
     assert texts(page, "#tiles li") == [
         f"{total.leaves} leaves",
         f"{total.elements:,} elements",
-        f"{format_bytes(total.bytes)} in all",
+        f"{format_bytes(total.bytes)} in total",
         f"{format_bytes(report.memory.total)} on each of 8 devices",
         "2 findings",
         "1 leaf differs",
     ]
-    sections = ["Map", "Kinds", "Memory of each device", "Findings", "Difference", "Leaves"]
+    sections = ["Map", "Kinds", "Memory per device", "Findings", "Differences", "Leaves"]
     assert texts(page, "#nav a") == texts(page, "h2") == sections
 
 

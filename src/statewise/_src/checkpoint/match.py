@@ -19,7 +19,6 @@ from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.per_device import Resized, resize
 from statewise._src.checkpoint.format.records import Placed, kinds_of, records_of
 from statewise._src.checkpoint.members import Regrouped, asked_members, regroup
-from statewise._src.checkpoint.orbax.batching import no_collection
 from statewise._src.checkpoint.renested import arguments, moved, objects, renamed
 from statewise._src.checkpoint.restore_report import LeafRestore, Outcome, RestoreReport
 from statewise._src.common.paths import Path, format_path
@@ -352,7 +351,6 @@ def _hint(words: str, declared: Mapping[str, str], plan: PlanTables) -> str:
     return f"{words}: {code}"
 
 
-@no_collection()
 def match(
     path: Any,
     manifests: Sequence[Manifest],

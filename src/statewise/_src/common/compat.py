@@ -1,8 +1,8 @@
-"""The one place that knows JAX, Flax and Orbax versions apart.
+"""The only module with differences between versions of JAX, Flax and Orbax.
 
-Everything here is reachable by a public import path of the libraries.  A function stands here for one of
-two reasons: its name or its parameters differ between the versions that Statewise supports (jax 0.10 to
-0.12, flax 0.12.8 to 0.12.12), or its import path carries no promise of stability.
+Everything here has a public import path in the libraries.  A function is here for one of two reasons: its name or its
+parameters differ between the supported versions (jax 0.10 to 0.12, flax 0.12.8 to 0.12.12), or its import path is not
+guaranteed to be stable.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ MetricState: type = nnx.metrics.MetricState
 
 
 def inner_jaxpr(jaxpr: Any) -> Any:
-    """The open jaxpr: parameters of primitives hold closed ones on jax 0.10 and open ones on 0.12."""
+    """Returns the open jaxpr: parameters of primitives hold closed ones on jax 0.10 and open ones on 0.12."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many operands of a `scan` equation are constants, and how many are carried.
+    """Returns how many operands of a `scan` equation are constants, and how many are carried.
 
-    jax 0.10 names both among the parameters, 0.12 does not.  On each, a scanned operand (or result) has one
-    axis more outside the body than inside; operands stand in the order constants, carry, scanned.
+    jax 0.10 has both among the parameters, 0.12 does not.  On both, a scanned operand (or result) has one more axis
+    outside the body than inside, and the operands are in the order constants, carry, scanned.
     """
     body = inner_jaxpr(eqn.params["jaxpr"])
     scanned = sum(
@@ -62,7 +62,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def dce(jaxpr: Any, used: Sequence[bool]) -> tuple[Any, list[bool]]:
-    """Removes what the used outputs do not need; returns the smaller open jaxpr and which inputs it reads."""
+    """Removes what the used outputs do not need; returns the reduced open jaxpr and which inputs it reads."""
     smaller, reads = partial_eval.dce_jaxpr(jaxpr, list(used))
     return smaller, list(reads)
 
@@ -73,13 +73,13 @@ def eval_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[A
 
 
 def jit_is_disabled() -> bool:
-    """Whether `jax.disable_jit` is in force; JAX's configuration has no typed attributes."""
+    """Returns whether `jax.disable_jit` is active; JAX's configuration has no typed attributes."""
     config: Any = jax.config
     return bool(config.jax_disable_jit)
 
 
 def variable_type(leaf: Any) -> type:
-    """The type of a leaf: the Variable's own (also under hijax, where `type()` is another class), or `jax.Array`."""
+    """Returns the type of a leaf: a Variable's own (under hijax `type()` is another class), or `jax.Array`."""
     return leaf.var_type if is_variable(leaf) else jax.Array
 
 
@@ -87,7 +87,7 @@ _variables: dict[type, bool] = {}
 
 
 def is_variable(leaf: Any) -> bool:
-    """Whether a leaf is a Variable; NNX's own answer, which is slow, is remembered by type."""
+    """Returns whether a leaf is a Variable; NNX's own check is slow, so its answer is cached by type."""
     known = _variables.get(type(leaf))
     if known is None:
         known = _variables[type(leaf)] = isinstance(leaf, nnx.Variable)
@@ -98,9 +98,9 @@ _plain: dict[type, bool] = {}
 
 
 def reference(leaf: Any) -> str:
-    """What makes a leaf another thing than a plain Variable or array: it is a reference, or hijax's; else nothing.
+    """Returns what makes a leaf other than a plain Variable or array: that it is a reference, or hijax; else empty.
 
-    `isinstance` and the metadata are slow to ask, so that of a plain Variable only `ref` is asked.
+    `isinstance` and the metadata are slow, so for a plain Variable only `ref` is read.
     """
     cls = type(leaf)
     plain = _plain.get(cls)
@@ -110,19 +110,19 @@ def reference(leaf: Any) -> str:
         return "ref=True" if leaf.ref else ""
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
         return ""
-    if isinstance(leaf, nnx.Variable):  # of another class, which answers for one
+    if isinstance(leaf, nnx.Variable):  # an instance of another class that passes for a Variable
         return "hijax=True, ref=True" if leaf.ref else "hijax=True"
-    return "a reference, in no Variable" if isinstance(leaf, jax.Ref) else ""
+    return "a reference outside of a Variable" if isinstance(leaf, jax.Ref) else ""
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python, of Statewise and of the libraries that what it writes depends on."""
-    ours = {"statewise": sys.modules["statewise"].__version__}  # also where it runs from a folder, not installed
+    """Returns the versions of Python, Statewise, and the libraries that its files depend on."""
+    ours = {"statewise": sys.modules["statewise"].__version__}  # correct also when running from a source folder
     return ours | _versions_of_others()
 
 
 @functools.cache
 def _versions_of_others() -> dict[str, str]:
-    """They are read from files, which takes longer than all else that a manifest has to be asked for."""
+    """Returns the other versions; cached, because reading them from files is the slowest part of a manifest."""
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: metadata.version(name) for name in names} | {"python": platform.python_version()}

@@ -1,20 +1,20 @@
-"""Numbers that a cast would lose: one check for every door where a value changes its dtype.
+"""Numbers that a cast would lose: one check for every place where a value changes its dtype.
 
-JAX and NumPy cast without a word: int64 wraps around in int32, 1e300 becomes infinite in float32, and where JAX has no
-64-bit numbers it narrows whatever NumPy gives it.  So each function that is about to cast (`take`, `replace`, `cast`,
-`transfer`, `restore`, `convert` ...) first gathers its casts here, and changes nothing if one of them loses a number:
+JAX and NumPy cast silently: int64 wraps around in int32, 1e300 becomes infinite in float32, and where JAX has no 64-bit
+numbers it narrows whatever NumPy gives it.  So each function that casts (`take`, `replace`, `cast`, `transfer`,
+`restore`, `convert` ...) first collects its casts here, and changes nothing if one of them loses a number:
 
-- an integer that the new dtype does not have: outside of its range; in a floating-point dtype, one that it does not
-  hold exactly;
+- an integer that the new dtype cannot represent: outside of its range, or, in a floating-point dtype, not exactly
+  representable;
 - a finite number that rounds to more than the largest finite one, and infinity or NaN where the new dtype has none;
-- a fraction, NaN or infinity as an integer; a number other than 0 and 1 as a boolean; an imaginary part as a real one.
+- a fraction, NaN or infinity as an integer; a number other than 0 and 1 as a boolean; an imaginary part as a real.
 
-Rounding within the range is not a loss, and underflow to zero is rounding.  A value that is being traced is not known:
-inside `jax.jit` a cast that was asked for goes through as JAX does it.  What JAX holds is looked at where it is, by one
-reduction whose single number comes to the host; casts that can lose nothing (float32 to float64) cost nothing.
+Rounding within the range is not a loss, and underflow to zero is rounding.  The value of a tracer is unknown: inside
+`jax.jit` a cast that was requested is done as JAX does it.  JAX arrays are inspected where they are, by one reduction
+whose single result is transferred to the host; casts that cannot lose anything (float32 to float64) cost nothing.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -30,72 +30,72 @@ from statewise.errors import StatewiseError, StructureError
 
 __all__ = ["WIDE", "Casts", "as_jax", "check_given", "may_lose", "refuse"]
 
-WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made; or values of a dtype that JAX has"
+WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made; or use values of a dtype that JAX has"
 
 
 class Casts:
-    """Casts that are about to be made.  `add` starts the reductions, `lost` waits for all of them at once.
+    """Planned casts.  `add` starts the reductions, `lost` waits for all of them at once.
 
     Args:
-      jax: whether JAX makes the arrays: without 64-bit numbers it then narrows what NumPy gives it once more.
+      jax: whether JAX makes the arrays: without 64-bit numbers it narrows what NumPy gives it.
     """
 
     def __init__(self, *, jax: bool = True) -> None:
         self._jax = jax
-        self._found: list[tuple[Leaf, Any, Any, Any]] = []
+        self._casts: list[tuple[Leaf, Any, Any, Any]] = []
 
     def add(self, leaf: Leaf, array: Any, dtype: Any) -> None:
-        """Adds the cast of an array, or of a Python number; nothing happens where the dtype stays, or is traced."""
-        theirs = getattr(array, "dtype", None)
+        """Adds the cast of an array, or of a Python number; ignores tracers, and values whose dtype stays the same."""
+        source = getattr(array, "dtype", None)
         if not isinstance(array, jax.Array):
             if isinstance(array, jax.ShapeDtypeStruct) or spec_of(array) is None:
                 return
             dtype = jax.dtypes.canonicalize_dtype(dtype) if self._jax else jnp.dtype(dtype)
-        if theirs == dtype or isinstance(array, jax.core.Tracer):
+        if source == dtype or isinstance(array, jax.core.Tracer):
             return
-        if theirs is None:
+        if source is None:
             worst: Any = _of_python(array, dtype)
-        elif not may_lose(theirs, jnp.dtype(dtype)) or not array.size:
+        elif not may_lose(source, jnp.dtype(dtype)) or not array.size:
             return
         else:
             worst = _worst_of(array, jnp.dtype(dtype))
-        self._found.append((leaf, array, jnp.dtype(dtype), worst))
+        self._casts.append((leaf, array, jnp.dtype(dtype), worst))
 
     def holding(self, dtypes: Sequence[str]) -> str | None:
-        """The first of these dtypes that holds all numbers that were looked at; None if none does."""
+        """Returns the first of these dtypes that holds all the numbers; None if none does."""
         for dtype in dtypes:
             again = Casts(jax=self._jax)
-            for leaf, array, _, _ in self._found:
+            for leaf, array, _, _ in self._casts:
                 again.add(leaf, array, dtype)
             if jax.dtypes.canonicalize_dtype(dtype) == jnp.dtype(dtype) and not again.lost():
                 return dtype
         return None
 
     def lost(self) -> list[Leaf]:
-        """The leaves that would lose numbers, each with a note that has the magnitude of one of them."""
-        if not self._found:
+        """Returns the leaves that would lose numbers, each with the magnitude of one of them in a note."""
+        if not self._casts:
             return []
         leaves: dict[Leaf, None] = {}
-        worst = jax.device_get([one[3] for one in self._found])
-        for (leaf, array, ours, _), magnitude in zip(self._found, map(float, worst), strict=True):
+        worst = jax.device_get([cast[3] for cast in self._casts])
+        for (leaf, array, target, _), magnitude in zip(self._casts, map(float, worst), strict=True):
             if magnitude >= 0:
-                what = f"{array.dtype} numbers" if hasattr(array, "dtype") else "a number"
-                one, have = (", one of magnitude", "have") if hasattr(array, "dtype") else (" of magnitude", "has")
-                note = f"{what}{one} {magnitude:.3g}, that {have} no place in {ours}"
+                is_array = hasattr(array, "dtype")
+                numbers = f"{array.dtype} numbers, one of magnitude" if is_array else "a number of magnitude"
+                note = f"{numbers} {magnitude:.3g}, that {target} cannot represent"
                 leaves[dataclasses.replace(leaf, note=note)] = None
         return list(leaves)
 
     def check(self, error: type[StatewiseError], hint: str, *, before: str = "", after: str = "changed") -> None:
-        """Raises where a number would be lost.
+        """Checks that no number would be lost.
 
         Args:
           error: the class of the error.
           hint: what to change.
-          before: what to put before the fact.
-          after: what nothing was: changed, written.
+          before: text in front of the fact.
+          after: the participle in "Nothing was ...": changed, written.
 
         Raises:
-          StatewiseError: of that class, with all the leaves.
+          StatewiseError: of the class `error`, with all the leaves.
         """
         refuse(self.lost(), error, hint, before=before, after=after)
 
@@ -103,12 +103,13 @@ class Casts:
 def refuse(
     leaves: Sequence[Leaf], error: type[StatewiseError], hint: str, *, before: str = "", after: str = "changed"
 ) -> None:
-    """Raises the error of `Casts.check` where there are such leaves."""
+    """Raises the error of `Casts.check` if there are such leaves."""
     if leaves:
         kinds = {leaf.kind for leaf in leaves}
         number = "1 leaf has" if len(leaves) == 1 else f"{len(leaves)} leaves have"
         raise error(
-            f"{before}Casting would lose numbers: {number} some that the new dtype does not. Nothing was {after}.",
+            f"{before}Casting would lose numbers: {number} some that the new dtype cannot represent. "
+            f"Nothing was {after}.",
             leaves=leaves,
             kind=kinds.pop() if len(kinds) == 1 else None,
             hint=hint,
@@ -116,10 +117,10 @@ def refuse(
 
 
 def check_given(given: Iterable[tuple[Leaf, Any, Any]], before: str = "") -> None:
-    """Checks values of NumPy and numbers of Python that JAX is about to take: leaf, value, dtype.
+    """Checks NumPy values and Python numbers before JAX takes them: leaf, value, dtype.
 
     Raises:
-      StructureError: some that it would narrow; all are listed.
+      StructureError: JAX would narrow some of them; lists all of them.
     """
     casts = Casts()
     for leaf, value, dtype in given:
@@ -128,32 +129,33 @@ def check_given(given: Iterable[tuple[Leaf, Any, Any]], before: str = "") -> Non
 
 
 def as_jax(leaf: Leaf, value: Any, lost: list[Leaf]) -> Any:
-    """Returns what JAX makes of a value that a user's function gave.
+    """Returns a user function's result as JAX represents it.
 
-    Where that would lose numbers, zeros stand for it and the leaf is added to `lost`: all are to be listed at once.
+    If that would lose numbers, returns zeros and adds the leaf to `lost`, so that all such leaves can be reported at
+    once.
     """
     spec = None if isinstance(value, jax.Array) else spec_of(value)
     if spec is None:
         return jnp.asarray(value)
     casts = Casts()
     casts.add(leaf, value, spec.dtype)
-    found = casts.lost()
-    lost += found
-    return jnp.zeros(spec.shape, spec.dtype) if found else jnp.asarray(value)
+    own = casts.lost()
+    lost += own
+    return jnp.zeros(spec.shape, spec.dtype) if own else jnp.asarray(value)
 
 
-# --- what a dtype holds ------------------------------------------------------------------------------------------
+# --- what a dtype can represent ----------------------------------------------------------------------------------
 
 
 class _Range(NamedTuple):
-    """What a floating-point dtype holds.
+    """The numbers that a floating-point dtype can represent.
 
     Attributes:
       largest: the largest finite number.
-      digits: how many binary digits an integer may have.
-      limit: from here on a number does not round to a finite one.
+      digits: the number of binary digits that an integer may have.
+      limit: numbers from here on do not round to a finite one.
       beyond: whether the limit itself still does.
-      infinite, nan, negative, zero: whether it has such numbers.
+      infinite, nan, negative, zero: whether the dtype has such numbers.
     """
 
     largest: float
@@ -170,7 +172,7 @@ class _Range(NamedTuple):
 def _range(dtype: Any) -> _Range:
     info = jnp.finfo(dtype)
     largest, digits = float(info.max), int(info.nmant) + 1
-    step = 2.0 ** (int(np.frexp(largest)[1]) - digits)  # between the largest number and what would be the next
+    step = 2.0 ** (int(np.frexp(largest)[1]) - digits)  # from the largest number to the next one, if there were one
     if dtype.itemsize >= 8:
         return _Range(largest, digits, np.inf, False, True, True, True, True)
     with np.errstate(all="ignore"):
@@ -187,107 +189,108 @@ def _is(dtype: Any, family: Any) -> bool:
 
 
 def _part(dtype: Any) -> Any:
-    """Of complex numbers the dtype of their parts."""
+    """Returns the dtype of the parts of complex numbers; any other dtype unchanged."""
     return jnp.finfo(dtype).dtype if _is(dtype, jnp.complexfloating) else dtype
 
 
 @functools.cache
-def may_lose(theirs: Any, ours: Any) -> bool:
-    """Whether there is a number of one dtype that another does not have; told from the dtypes alone."""
-    if theirs == ours or theirs == jnp.bool_ or _is(theirs, jax.dtypes.extended) or _is(ours, jax.dtypes.extended):
+def may_lose(source: Any, target: Any) -> bool:
+    """Returns whether one dtype has a number that another cannot represent."""
+    if source == target or source == jnp.bool_ or _is(source, jax.dtypes.extended) or _is(target, jax.dtypes.extended):
         return False
-    if ours == jnp.bool_:
+    if target == jnp.bool_:
         return True
-    if _is(theirs, jnp.complexfloating):
-        return not _is(ours, jnp.complexfloating) or may_lose(_part(theirs), _part(ours))
-    if _is(theirs, jnp.integer):
-        have = jnp.iinfo(theirs)
-        if _is(ours, jnp.integer):
-            fits = jnp.iinfo(ours)
+    if _is(source, jnp.complexfloating):
+        return not _is(target, jnp.complexfloating) or may_lose(_part(source), _part(target))
+    if _is(source, jnp.integer):
+        have = jnp.iinfo(source)
+        if _is(target, jnp.integer):
+            fits = jnp.iinfo(target)
             return not (int(fits.min) <= int(have.min) and int(have.max) <= int(fits.max))
-        holds = _range(_part(ours))
+        holds = _range(_part(target))
         return not (2**holds.digits > int(have.max) and int(have.max) <= holds.largest and holds.negative)
-    if _is(ours, jnp.integer):
+    if _is(target, jnp.integer):
         return True
-    here, there = _range(theirs), _range(_part(ours))
-    wider = here.largest < there.limit or (here.largest == there.limit and there.beyond)
-    special = (here.infinite <= there.infinite) and (here.nan <= there.nan)
-    return not (wider and special and here.negative <= there.negative and here.zero <= there.zero)
+    mine, other = _range(source), _range(_part(target))
+    wider = mine.largest < other.limit or (mine.largest == other.limit and other.beyond)
+    special = (mine.infinite <= other.infinite) and (mine.nan <= other.nan)
+    return not (wider and special and mine.negative <= other.negative and mine.zero <= other.zero)
 
 
 # --- the reduction -----------------------------------------------------------------------------------------------
 
 
-def _worst_of(array: Any, ours: Any) -> Any:
-    """The largest magnitude among the numbers that would be lost; negative if none would."""
+def _worst_of(array: Any, target: Any) -> Any:
+    """Returns the largest magnitude among the numbers that would be lost; negative if there are none."""
     if not isinstance(array, jax.Array):
-        return _on_host(np.asarray(array), ours)
+        return _on_host(np.asarray(array), target)
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype and array.is_fully_addressable:
-        return _on_host(np.asarray(array), ours)  # JAX computes with it only where it has 64-bit numbers
+        return _on_host(np.asarray(array), target)  # JAX cannot compute with it without 64-bit numbers
     sharding: Any = array.sharding
     (device, *_) = sharding.addressable_devices
     usual = device.default_memory().kind
-    with jax.ensure_compile_time_eval():  # where somebody traces, these are values all the same
+    with jax.ensure_compile_time_eval():  # also under a trace these are concrete values
         if sharding.memory_kind not in (None, usual):
             array = jax.device_put(array, sharding.with_memory_kind(usual))
-        return _reduced(array, ours)
+        return _reduced(array, target)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _reduced(array: Any, ours: Any) -> Any:
-    return _worst(jnp, array, ours)
+def _reduced(array: Any, target: Any) -> Any:
+    return _worst(jnp, array, target)
 
 
-_CHUNK = 1 << 22  # elements: what is looked at on the host takes some times its own memory
+_CHUNK = 1 << 22  # elements: the check on the host takes several times its chunk's memory
 
 
-def _on_host(array: np.ndarray, ours: Any) -> float:
+def _on_host(array: np.ndarray, target: Any) -> float:
     flat = array.reshape(-1)
     with np.errstate(all="ignore"):
-        return max(float(_worst(np, flat[at : at + _CHUNK], ours)) for at in range(0, flat.size, _CHUNK))
+        return max(float(_worst(np, flat[start : start + _CHUNK], target)) for start in range(0, flat.size, _CHUNK))
 
 
-def _of_python(number: Any, ours: Any) -> float:
-    """The same of a Python number; its integers have no largest one."""
+def _of_python(number: Any, target: Any) -> float:
+    """Returns the same for a Python number, whose integers are unbounded."""
     if isinstance(number, bool):
         return -1.0
     if isinstance(number, int) and not -(2**63) <= number < 2**64:
         return float(abs(number)) if abs(number) < 2**1023 else float("inf")
     wide = np.asarray(number)
-    return _on_host(wide, ours) if may_lose(wide.dtype, ours) else -1.0
+    return _on_host(wide, target) if may_lose(wide.dtype, target) else -1.0
 
 
-def _worst(xp: Any, array: Any, ours: Any) -> Any:
-    theirs = array.dtype
-    if _is(theirs, jnp.complexfloating):
-        real = _worst(xp, array.real, _part(ours)) if may_lose(_part(theirs), _part(ours)) else -1.0
-        if _is(ours, jnp.complexfloating):
-            imag = _worst(xp, array.imag, _part(ours)) if may_lose(_part(theirs), _part(ours)) else -1.0
+def _worst(xp: Any, array: Any, target: Any) -> Any:
+    source = array.dtype
+    if _is(source, jnp.complexfloating):
+        real = _worst(xp, array.real, _part(target)) if may_lose(_part(source), _part(target)) else -1.0
+        if _is(target, jnp.complexfloating):
+            imag = _worst(xp, array.imag, _part(target)) if may_lose(_part(source), _part(target)) else -1.0
         else:
             imag = _largest(xp, array.imag, array.imag != 0)
         return xp.maximum(real, imag)
-    if _is(theirs, jnp.integer):
-        if theirs.itemsize == 1:  # int4 and the like have no arithmetic of their own
+    if _is(source, jnp.integer):
+        if source.itemsize == 1:  # int4 and the like have no arithmetic of their own
             array = array.astype(xp.int32)
-        return _worst_integer(xp, array, _part(ours))
-    if theirs.itemsize < 4:  # exact, and so are the limits then
+        return _worst_integer(xp, array, _part(target))
+    if source.itemsize < 4:  # the conversion is exact, and makes the limits exact too
         array = array.astype(xp.float32)
-    return _worst_float(xp, array, _part(ours))
+    return _worst_float(xp, array, _part(target))
 
 
-def _worst_integer(xp: Any, array: Any, ours: Any) -> Any:
+def _worst_integer(xp: Any, array: Any, target: Any) -> Any:
     have = jnp.iinfo(array.dtype)
-    if ours == jnp.bool_:
+    if target == jnp.bool_:
         return _largest(xp, array, (array != 0) & (array != 1))
-    if _is(ours, jnp.integer):
-        fits = jnp.iinfo(ours)
+    if _is(target, jnp.integer):
+        fits = jnp.iinfo(target)
         low, high = max(int(have.min), int(fits.min)), min(int(have.max), int(fits.max))
         return _largest(xp, array, (array < array.dtype.type(low)) | (array > array.dtype.type(high)))
-    holds = _range(ours)
+    holds = _range(target)
     unsigned = np.dtype(f"uint{array.dtype.itemsize * 8}")
     bits = array.astype(unsigned)
     size = xp.where(array < 0, ~bits + unsigned.type(1), bits)
-    # Exact are those whose digits, from the first to the last that is not zero, are no more than the dtype's.
+    # An integer is exact if its digits, from the first to the last that is not zero, fit in the dtype's.
+    # x & -x is the lowest set bit.
     last = size & (~size + unsigned.type(1))
     bad = size > unsigned.type(min(int(holds.largest), int(np.iinfo(unsigned).max)))
     if holds.digits < unsigned.itemsize * 8:
@@ -299,23 +302,23 @@ def _worst_integer(xp: Any, array: Any, ours: Any) -> Any:
     return _largest(xp, array, bad)
 
 
-def _worst_float(xp: Any, array: Any, ours: Any) -> Any:
-    one = array.dtype.type
-    if ours == jnp.bool_:
+def _worst_float(xp: Any, array: Any, target: Any) -> Any:
+    scalar = array.dtype.type
+    if target == jnp.bool_:
         return _largest(xp, array, (array != 0) & (array != 1))
-    if _is(ours, jnp.integer):
-        fits = jnp.iinfo(ours)
-        # One more than the largest integer is a power of two, and so exact in every dtype that reaches it.
+    if _is(target, jnp.integer):
+        fits = jnp.iinfo(target)
+        # The largest integer plus one is a power of two, and therefore exact in every dtype that reaches it.
         low, above = float(int(fits.min)), float(int(fits.max) + 1)
-        inside = (array >= one(low)) & (array < one(above))
+        inside = (array >= scalar(low)) & (array < scalar(above))
         return _largest(xp, array, ~(inside & (array == xp.trunc(array))))
-    holds = _range(ours)
+    holds = _range(target)
     if holds.limit >= float(jnp.finfo(array.dtype).max):
         bad = xp.zeros(array.shape, bool)
     elif holds.beyond:
-        bad = xp.isfinite(array) & (xp.abs(array) > one(holds.limit))
+        bad = xp.isfinite(array) & (xp.abs(array) > scalar(holds.limit))
     else:
-        bad = xp.isfinite(array) & (xp.abs(array) >= one(holds.limit))
+        bad = xp.isfinite(array) & (xp.abs(array) >= scalar(holds.limit))
     if not holds.infinite:
         bad |= xp.isinf(array)
     if not holds.nan:
@@ -328,8 +331,8 @@ def _worst_float(xp: Any, array: Any, ours: Any) -> Any:
 
 
 def _largest(xp: Any, array: Any, bad: Any) -> Any:
-    """The largest magnitude of what is bad, NaN counted as infinite; negative if nothing is."""
-    wide = xp is np or array.dtype.itemsize == 8  # JAX has an array of 64 bits only where it has such floats
+    """Returns the largest magnitude of the bad numbers, with NaN as infinite; negative if none is bad."""
+    wide = xp is np or array.dtype.itemsize == 8  # JAX has 64-bit arrays only if it also has 64-bit floats
     size = xp.abs(array.astype(xp.float64 if wide else xp.float32))
     size = xp.where(xp.isnan(size), xp.inf, size)
     return xp.where(bad, size, -1.0).max()

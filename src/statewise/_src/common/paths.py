@@ -1,9 +1,9 @@
 """A leaf's path, as data and as text, and the row that describes a leaf.
 
-A path is a tuple of keys, as NNX gives it: attribute names are strings, positions in an `nnx.List` are
-integers, and the keys of a user's own dict may be anything sortable.  As text it is written with slashes,
-`layers/0/attn/kernel`.  The text is for people, tables and globs; programs compare the tuples, so that the
-integer `0` and the string `"0"` never become each other.
+A path is a tuple of keys, as NNX has it: attribute names are strings, positions in an `nnx.List` are integers, and the
+keys of a user's own dict may be anything sortable.  As text it is written with slashes, `layers/0/attn/kernel`.  The
+text is for people, tables and globs; programs compare the tuples, so the integer `0` and the string `"0"` are never
+confused.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ Path = tuple[Hashable, ...]
 
 
 class Ways(tuple[Hashable, ...]):
-    """A leaf's path as filters see it, together with the other ways in which that leaf is written.
+    """A leaf's path as filters see it, together with the other paths of that leaf.
 
-    To any filter it is the first of `relative`, an ordinary tuple of keys.  `sw.Path` alone looks at the rest, so that
-    what a table prints as a path means that leaf.
+    To a filter it is the first of `relative`, an ordinary tuple of keys.  Only `sw.Path` looks at the rest, so that the
+    path in a table means the same leaf.
 
     Attributes:
       relative: the leaf's paths relative to its object, its own first.
-      printed: the same paths as they are printed, beginning with the object's position.
+      printed: the same paths as they are printed, starting with the object's position.
     """
 
     relative: tuple[Path, ...]
@@ -31,17 +31,17 @@ class Ways(tuple[Hashable, ...]):
 
     @classmethod
     def of(cls, relative: tuple[Path, ...], printed: tuple[Path, ...] = ()) -> "Ways":
-        """Makes one of the leaf's paths."""
-        made = cls(relative[0])
-        made.relative, made.printed = relative, printed
-        return made
+        """Makes the path of a leaf with these paths."""
+        ways = cls(relative[0])
+        ways.relative, ways.printed = relative, printed
+        return ways
 
 
 def format_path(path: Path) -> str:
     """Writes a path with slashes; the root is `.`.
 
     Args:
-      path: the keys, as NNX gives them.
+      path: the keys, as NNX has them.
 
     Example:
       >>> import statewise as sw
@@ -52,35 +52,35 @@ def format_path(path: Path) -> str:
 
 
 def format_shape(shape: tuple[int, ...] | None) -> str:
-    """Writes a shape: `(3, 4)`; `-` where a leaf holds no array, or several."""
+    """Writes a shape: `(3, 4)`; `-` if a leaf holds no array, or several."""
     return "-" if shape is None else "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
 def format_dtype(dtype: Any) -> str:
-    """Writes a dtype: `float32`, `key<fry>`; `-` where a leaf holds no array, or several."""
+    """Writes a dtype: `float32`, `key<fry>`; `-` if a leaf holds no array, or several."""
     return "-" if dtype is None else str(dtype)
 
 
 def format_type(cls: type | str) -> str:
-    """Writes a leaf's type by its name alone: `Param`, `BatchStat`, `Array` for a raw array."""
+    """Writes a leaf's type by its name only: `Param`, `BatchStat`, `Array` for a raw array."""
     name = cls if isinstance(cls, str) else cls.__name__
     return name.rpartition(":")[2].rpartition(".")[2]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
-    """One leaf of a model: one `nnx.Variable`, or one raw array, wherever it can be reached from.
+    """One leaf of a model: one `nnx.Variable`, or one raw array, however many paths reach it.
 
     Attributes:
       path: the first path that reaches it, as a tuple of keys.
-      kind: the name of the kind that claims it; None before a plan was made.
-      type: the Variable's type; `jax.Array` for a raw array.  Of a leaf on disk its name, `flax.nnx:Param`.
-      shape: the array's shape; None if the leaf holds no array or several.
-      dtype: the array's dtype; None if the leaf holds no array or several.
+      kind: the name of the kind that claims it; None without a plan.
+      type: the Variable's type; `jax.Array` for a raw array.  For a leaf on disk its name, `flax.nnx:Param`.
+      shape: the array's shape; None if the leaf holds no array, or several.
+      dtype: the array's dtype; None if the leaf holds no array, or several.
       aliases: the other paths that reach the same Variable (tied weights).
-      elements: how many elements it holds, over all its arrays.
-      nbytes: how many bytes it holds, over all its arrays.
-      note: what an error has to say of this very leaf.
+      elements: the number of elements, over all its arrays.
+      nbytes: the number of bytes, over all its arrays.
+      note: what an error reports about this leaf.
 
     Example:
       >>> from flax import nnx

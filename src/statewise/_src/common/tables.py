@@ -1,13 +1,13 @@
-"""Tables: how leaves, and counts of them by kind, are shown to people.
+"""Tables: how leaves, and their counts by kind, are displayed.
 
-A `Table` is plain data: a title, columns, rows of text.  It shows itself three ways.  As text (`str`), for logs,
-pipes and doctests: ASCII lines, no colour codes, as wide as its content, so that a path is never cut and the same
-table is the same text on every machine.  As a rich table, in a terminal that is driven by rich: cells fold where
-the terminal is narrow, and where it is too narrow for columns each row stands by itself; colours follow `NO_COLOR`.
-As HTML, in a notebook, with no colours of its own, so that it is light or dark as the notebook is.
+A `Table` is plain data: a title, columns, rows of text.  It displays itself in three ways.  As text (`str`), for logs,
+pipes and doctests: ASCII lines without color codes, as wide as their content, so a path is never cut and the same table
+is the same text on every machine.  As a rich table, in a terminal that uses rich: cells fold if the terminal is narrow,
+and if it is too narrow for columns each row is listed on its own; colors follow `NO_COLOR`.  As HTML, in a notebook,
+without colors of its own, so it is light or dark like the notebook.
 
-`leaves_table` has a line for each leaf, and below it a line for each kind (a kind that claims nothing is seen
-there); `kinds_table` is that second part alone.
+`leaves_table` has a line for each leaf, followed by a line for each kind (which shows kinds that claim nothing);
+`kinds_table` is that second part alone.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ __all__ = [
 ]
 
 
-# A word of a table is not broken up to this many letters, `restart=zeros_like`.
+# The longest word that a column reserves space for, in letters: `restart=zeros_like`.
 _WORD = 18
 
 
 @runtime_checkable
 class HasHandling(Protocol):
-    """A kind, as far as tables go: it says in a few words how it is handled."""
+    """A kind as tables need it: it describes its handling in a few words."""
 
     def handling(self) -> str:
         """Returns the handling in a few words."""
@@ -65,9 +65,9 @@ class Table:
       title: a line above the table; empty for none.
       columns: the columns' names.
       rows: the cells, one tuple for each row.
-      right: the names of the columns that are aligned to the right.
-      footer: a last row, set apart; None for none.
-      below: a second table, shown under this one; None for none.
+      right: the names of the right-aligned columns.
+      footer: a last row, separated by a line; None for none.
+      below: a second table, displayed under this one; None for none.
 
     Example:
       >>> from statewise._src.common.tables import Table
@@ -87,13 +87,14 @@ class Table:
     below: Table | None = None
 
     def __post_init__(self) -> None:
-        # A key of a user's dict may hold anything, a line break or a terminal's escape code too.
+        # A key of a user's dict may contain anything, including line breaks and a terminal's escape codes.
         object.__setattr__(self, "rows", tuple(tuple(map(printable, row)) for row in self.rows))
 
     def __str__(self) -> str:
         lines = [*self.rows, *([self.footer] if self.footer else [])]
         widths = [
-            max([cell_len(column), *(cell_len(line[at]) for line in lines)]) for at, column in enumerate(self.columns)
+            max([cell_len(column), *(cell_len(line[index]) for line in lines)])
+            for index, column in enumerate(self.columns)
         ]
 
         def written(cells: Sequence[str]) -> str:
@@ -112,8 +113,8 @@ class Table:
         return "\n".join(text)
 
     def __rich__(self) -> Any:
-        # Text objects, not strings: a cell such as `[0]` is no markup.  A table's own title would be wrapped to
-        # the width of a narrow table, so it stands as a line of its own.
+        # Text objects, not strings: a cell such as `[0]` is not markup.  The title is a line of its own, because rich
+        # wraps a table's own title to the width of a narrow table.
         title = [Text(self.title, style="bold")] if self.title else []
         below = [Text(""), self.below.__rich__()] if self.below else []
         return Group(*title, _Fitting(self), *below)
@@ -137,7 +138,7 @@ class Table:
         return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody>{foot}</table>{below}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain data: each row as a dict from column to cell."""
+        """Returns the table as plain data: each row as a dict from column to cell."""
         data: dict[str, Any] = {
             "title": self.title,
             "columns": list(self.columns),
@@ -152,7 +153,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class _Fitting:
-    """The rows of a table in a terminal: as columns, or one row below the other where there is no room for columns."""
+    """The rows of a table in a terminal: in columns, or as one record below the other if columns do not fit."""
 
     shown: Table
 
@@ -160,10 +161,10 @@ class _Fitting:
         yield self._columns() if self._least() <= options.max_width else self._records()
 
     def _least(self) -> int:
-        """The width that columns need: of each the longest word in it, long paths apart, and two spaces between."""
+        """Returns the width that columns need: for each its longest word, up to a limit, and two spaces in between."""
         lines = (self.shown.columns, *self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
         words = ([word for cell in column for word in cell.split()] for column in zip(*lines, strict=True))
-        needs = [min(max(map(cell_len, some), default=0), _WORD) for some in words]
+        needs = [min(max(map(cell_len, column), default=0), _WORD) for column in words]
         return sum(needs) + 2 * (len(needs) - 1)
 
     def _columns(self) -> Any:
@@ -171,10 +172,10 @@ class _Fitting:
         table = RichTable(
             box=box.SIMPLE_HEAD, show_footer=footer is not None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
         )
-        for at, column in enumerate(self.shown.columns):
+        for index, column in enumerate(self.shown.columns):
             table.add_column(
                 Text(column),
-                Text(footer[at] if footer else ""),
+                Text(footer[index] if footer else ""),
                 justify="right" if column in self.shown.right else "left",
                 overflow="fold",
             )
@@ -183,7 +184,7 @@ class _Fitting:
         return table
 
     def _records(self) -> Any:
-        """Of each row the first cell, and below it the others with their names; what says nothing is left out."""
+        """Returns each row as its first cell, followed by the other cells with their names, without empty ones."""
         rows = (*self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
         lines: list[Any] = []
         for first, *others in rows:
@@ -199,11 +200,11 @@ class _Fitting:
 
 
 class Shown(abc.ABC):
-    """Data that shows itself by a table: as text, as a rich table, as HTML in a notebook."""
+    """Data that displays itself as a table: as text, as a rich table, as HTML in a notebook."""
 
     @abc.abstractmethod
     def table(self) -> Table:
-        """The data as a table."""
+        """Returns the data as a table."""
 
     def __str__(self) -> str:
         return str(self.table())
@@ -216,7 +217,7 @@ class Shown(abc.ABC):
 
 
 def printable(cell: str) -> str:
-    """Text with escapes for all that is not to be printed: line breaks, a terminal's codes, marks of direction."""
+    """Returns text with escapes for unprintable characters: line breaks, a terminal's codes, marks of direction."""
     if cell.isprintable():
         return cell
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cell)
@@ -234,7 +235,7 @@ def format_bytes(number: int) -> str:
     size, units = float(number), ("KiB", "MiB", "GiB", "TiB", "PiB")
     for unit in units:
         size /= 1024
-        # 1023.97 KiB would be written as 1024.0 KiB, which is 1.0 MiB.
+        # 1023.97 KiB would be rounded to 1024.0 KiB, which is 1.0 MiB.
         if abs(size) < 1023.95 or unit == units[-1]:
             break
     return f"{size:,.1f} {unit}"
@@ -242,16 +243,16 @@ def format_bytes(number: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class KindCount:
-    """What one kind of a model amounts to.
+    """The size of one kind of a model.
 
     Attributes:
       name: the kind's name.
-      leaves: how many leaves; a tied one counts once.
-      elements: how many elements, over all its arrays.
-      bytes: how many bytes, over all its arrays.
-      dtypes: how many leaves have each dtype; `-` stands for leaves that hold no array, `several` for leaves that
-        hold a tuple or a dict of arrays.
-      types: how many leaves are of each type, by the type's name; `Array` is a raw array.
+      leaves: the number of leaves; a tied leaf counts once.
+      elements: the number of elements, over all its arrays.
+      bytes: the number of bytes, over all its arrays.
+      dtypes: the number of leaves of each dtype; `-` stands for leaves without an array, `several` for leaves with a
+        tuple or a dict of arrays.
+      types: the number of leaves of each type, by the type's name; `Array` is a raw array.
       handling: the kind's handling in a few words, `-` by default.
 
     Example:
@@ -272,12 +273,12 @@ class KindCount:
 
 
 def count_kinds(leaves: Iterable[Leaf], kinds: Mapping[str, HasHandling]) -> tuple[KindCount, ...]:
-    """Counts leaves by kind, in the order of the kinds; a kind without leaves is counted too, with zeros."""
+    """Counts leaves by kind, in the order of the kinds; a kind without leaves is included, with zeros."""
     return count_leaves(leaves, {name: kind.handling() for name, kind in kinds.items()})
 
 
 def count_leaves(leaves: Iterable[Leaf], handlings: Mapping[str, str]) -> tuple[KindCount, ...]:
-    """Counts leaves by kind, where the kinds are known by name and handling only, as on disk."""
+    """Counts leaves by kind, where kinds are known only by name and handling, as on disk."""
     groups: dict[str, list[Leaf]] = {name: [] for name in handlings}
     for leaf in leaves:
         groups[leaf.kind or ""].append(leaf)
@@ -301,7 +302,7 @@ def _dtype_of(leaf: Leaf) -> str:
 
 
 def total_of(counts: Sequence[KindCount]) -> KindCount:
-    """All kinds together, under the name `total`."""
+    """Returns the sum of all kinds, under the name `total`."""
     dtypes: Counter[str] = Counter()
     types: Counter[str] = Counter()
     for count in counts:
@@ -319,7 +320,7 @@ def total_of(counts: Sequence[KindCount]) -> KindCount:
 
 
 def kinds_table(title: str, counts: Sequence[KindCount]) -> Table:
-    """A line for each kind: leaves, elements, bytes, dtypes, types and handling; the totals at the foot."""
+    """Makes a table with a line for each kind: leaves, elements, bytes, dtypes, types and handling; then totals."""
 
     def row(count: KindCount, dtypes: str, types: str) -> tuple[str, ...]:
         size = (format_count(count.leaves), format_count(count.elements), format_bytes(count.bytes))
@@ -335,14 +336,14 @@ def kinds_table(title: str, counts: Sequence[KindCount]) -> Table:
 
 
 def _tally(names: dict[str, int]) -> str:
-    """`Param`, where all are alike; `Buffer 2, Variable 1`, where not."""
+    """Returns `Param` for leaves of one type, `Buffer 2, Variable 1` for several."""
     if len(names) == 1:
         return next(iter(names))
     return ", ".join(f"{name} {format_count(number)}" for name, number in names.items()) or "-"
 
 
 def leaf_dict(leaf: Leaf) -> dict[str, Any]:
-    """A leaf as plain data that JSON can hold: paths, type and dtype as text, the shape as a list."""
+    """Returns a leaf as data that JSON can represent: paths, type and dtype as text, the shape as a list."""
     return {
         "path": format_path(leaf.path),
         "kind": leaf.kind,
@@ -356,12 +357,12 @@ def leaf_dict(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaves_table(title: str, leaves: Sequence[Leaf], kinds: Mapping[str, HasHandling] | None = None) -> Table:
-    """A line for each leaf; below, where the kinds are given, a line for each kind.
+    """Makes a table with a line for each leaf, and, if the kinds are given, a line for each kind below.
 
     Args:
-      title: the line above.
-      leaves: the leaves, in the order in which they are shown.
-      kinds: the kinds, for the part below; every leaf's kind must be one of them.
+      title: the line above the table.
+      leaves: the leaves, in the order of display.
+      kinds: the kinds, for the part below; every leaf's kind must be among them.
 
     Returns:
       A table with the columns path, kind (if any leaf has one), type, shape, dtype, and aliases (if any leaf has

@@ -1,4 +1,4 @@
-"""The other paths of leaves that several paths reach: tied weights, and whatever hangs below shared modules."""
+"""The other paths of leaves that several paths reach: tied weights, and everything below shared modules."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ __all__ = ["aliases_of"]
 def aliases_of(
     graphdef: Any, paths: Sequence[Path], several: bool, names: Sequence[str] = ()
 ) -> dict[Path, tuple[Path, ...]]:
-    """The other paths of each leaf that has several: its own, and those of modules that are shared above it.
+    """Returns the other paths of each leaf that has several: its own, and those through shared modules above it.
 
     Args:
       graphdef: the graph definition.
       paths: the leaves' first paths.
-      several: whether it is of a tuple of objects.
-      names: the objects' names, with which the paths then begin.
+      several: whether the graph definition is of a tuple of objects.
+      names: the objects' names, with which the paths start.
     """
-    # Looking for them takes as long as flattening, and few models have any; the graph says whether.
+    # Finding duplicates takes as long as flattening, and few models have any; the graph definition shows whether.
     if not any(type(node).__name__ == "NodeRef" for node in graphdef.nodes):
         return {}
     objects = rebuild(graphdef, [None] * len(paths), several)
-    found_twice = nnx.find_duplicates(objects if several else objects[0])
-    groups = ([named(tuple(path), names) for path in ways] for ways in found_twice)
+    duplicates = nnx.find_duplicates(objects if several else objects[0])
+    groups = ([named(tuple(path), names) for path in paths_of_one] for paths_of_one in duplicates)
     shared = [group for group in groups if not _cyclic(group)]
     if not shared:
         return {}
-    found: dict[Path, tuple[Path, ...]] = {}
+    aliases: dict[Path, tuple[Path, ...]] = {}
     for first in paths:
         ways = {first}
         grew = True
-        while grew:  # a shared leaf inside a shared module has the product of their paths
+        # Replace shared prefixes until nothing is new: a shared leaf in a shared module has the product of their paths.
+        while grew:
             more = {
                 other + way[len(prefix) :]
                 for way in ways
@@ -49,10 +50,10 @@ def aliases_of(
             grew = not more <= ways
             ways |= more
         if len(ways) > 1:
-            found[first] = tuple(sorted(ways - {first}, key=lambda path: [str(key) for key in path]))
-    return found
+            aliases[first] = tuple(sorted(ways - {first}, key=lambda path: [str(key) for key in path]))
+    return aliases
 
 
 def _cyclic(paths: Sequence[Path]) -> bool:
-    """Whether an object can be reached from itself (a child that knows its parent): paths without end."""
-    return any(one != other and other[: len(one)] == one for one in paths for other in paths)
+    """Returns whether an object contains itself (a child that knows its parent), which gives infinitely many paths."""
+    return any(path != other and other[: len(path)] == path for path in paths for other in paths)

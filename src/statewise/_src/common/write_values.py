@@ -1,11 +1,11 @@
-"""Writing values into live objects: all of them, or none.
+"""Writes values into live objects: all of them, or none.
 
-A Variable takes a new value in place.  A raw array is an item of a container, and what a container allows differs: an
-attribute, a list and a dict are assigned to; a tuple, a named tuple and a frozen dataclass are built anew around the
-new array, and take the old one's place in what holds them.
+A Variable takes a new value in place.  A raw array is an item of a container, and containers differ: an attribute, a
+list and a dict can be assigned to; a tuple, a named tuple and a frozen dataclass are rebuilt around the new array, and
+replace the old one in its own container.
 
-Everything that can be refused is refused before the first write: new containers are made, and compared with the old
-ones, ahead of it.  What cannot be foreseen (a setter of the user's that raises, an interruption) is taken back.
+Everything that can be checked is checked before the first write: new containers are made, and compared with the old
+ones, ahead of it.  After what cannot be foreseen (a user's setter that raises, an interrupt) the writes are undone.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from statewise.errors import StructureError
 
 __all__ = ["Objects", "put_values"]
 
-_MEND = "hold it in an nnx.Variable, or in an nnx.List or nnx.Dict"
+_HINT = "hold it in an nnx.Variable, or in an nnx.List or nnx.Dict"
 
 
 class Objects(dict[Any, Any]):
-    """Several objects by name, which only the caller holds: what stands in their places is not to be replaced."""
+    """Several objects by name, held only by the caller: the objects themselves cannot be replaced."""
 
 
 def put_values(root: Any, leaves: Iterable[Any], writes: Sequence[tuple[Path, Any, Any]]) -> None:
     """Writes values into live objects, all of them or none.
 
     Args:
-      root: what the paths begin at: an object, or several: a tuple of them, or `Objects` by name.
-      leaves: the live leaves of all there is; Variables among them are as before if anything fails.
+      root: the object that the paths start at, or several: a tuple of them, or `Objects` by name.
+      leaves: all live leaves; the Variables among them are restored if anything fails.
       writes: the path, the live leaf, and its new value.
 
     Raises:
-      StructureError: raw arrays that cannot be replaced where they stand, all of them; nothing is written then.
+      StructureError: raw arrays that cannot be replaced where they are, all of them; nothing was written.
     """
     variables = [(leaf, value) for _, leaf, value in writes if compat.is_variable(leaf)]
     wanted: dict[Any, Any] = {}
@@ -57,7 +57,7 @@ def put_values(root: Any, leaves: Iterable[Any], writes: Sequence[tuple[Path, An
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Value:
-    """What is to stand in the place of a raw array."""
+    """The new value of a raw array."""
 
     path: Path
     leaf: Any
@@ -71,16 +71,16 @@ class _Assignment:
     node: Any
     key: Any
     value: Any
-    holds: tuple[_Value, ...]  # the raw arrays that are in the value
+    holds: tuple[_Value, ...]  # the new raw arrays in the value
 
     def run(self) -> None:
         if isinstance(self.node, nnx.Pytree):
-            setattr(self.node, str(self.key), self.value)  # an nnx.List has its items as attributes
+            setattr(self.node, str(self.key), self.value)  # an nnx.List stores its items as attributes
         else:
             self.node[self.key] = self.value
 
-    def stands(self) -> bool:
-        """Whether the container holds just that: a setter of the user's may have stored something else."""
+    def is_done(self) -> bool:
+        """Returns whether the container holds exactly the value: a user's setter may have stored something else."""
         return _children(self.node).get(self.key) is self.value
 
 
@@ -94,16 +94,16 @@ def _branch(tree: dict[Any, Any], path: Path) -> dict[Any, Any]:
 
 
 class _Stuck(Exception):
-    """A container that can neither be assigned to nor be built anew."""
+    """Raised for a container that can neither be assigned to nor rebuilt."""
 
 
 def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path, Any]]) -> list[_Assignment]:
-    """What to assign to which container; every raw array for which there is no such way is listed."""
-    made: list[_Assignment] = []
+    """Returns the assignments to containers; lists every raw array for which there is none."""
+    assignments: list[_Assignment] = []
     stuck: dict[Path, str] = {}
 
     def replaced(node: Any, tree: Mapping[Any, Any]) -> Any:
-        """What is to stand in a container's place: itself, or one built anew."""
+        """Returns what replaces a container: itself, or a rebuilt one."""
         children = _children(node)
         new: dict[Any, Any] = {}
         for key, branch in tree.items():
@@ -115,7 +115,7 @@ def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path,
         if isinstance(node, Objects):
             return Objects(node | new)
         if _is_assigned_to(node, new, children):
-            made.extend(_Assignment(node, key, value, _values(tree[key])) for key, value in new.items())
+            assignments.extend(_Assignment(node, key, value, _values(tree[key])) for key, value in new.items())
             return node
         try:
             return _rebuilt(node, new)
@@ -128,48 +128,48 @@ def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path,
         stuck.update((path, f"{_outermost(root, path)} that nothing holds") for path in outermost)
     if stuck:
         rows = [row_of(path, leaf, note=stuck[path]) for path, leaf in raw if path in stuck]
-        raise StructureError("Arrays cannot be replaced where they stand.", leaves=rows, hint=_MEND)
-    return _told_apart(made)
+        raise StructureError("Arrays cannot be replaced where they are.", leaves=rows, hint=_HINT)
+    return _without_duplicates(assignments)
 
 
-def _told_apart(made: Sequence[_Assignment]) -> list[_Assignment]:
-    """Each item once: a list that is reached by two paths has one place for two arrays, which must be equal."""
+def _without_duplicates(assignments: Sequence[_Assignment]) -> list[_Assignment]:
+    """Returns each assignment once: a list with two paths has one item for two arrays, which must be equal."""
     places: dict[tuple[int, Any], _Assignment] = {}
-    odd: list[Leaf] = []
-    for one in made:
-        first = places.setdefault((id(one.node), one.key), one)
-        if first is not one and not _equal(first.value, one.value):
+    conflicts: list[Leaf] = []
+    for assignment in assignments:
+        first = places.setdefault((id(assignment.node), assignment.key), assignment)
+        if first is not assignment and not _equal(first.value, assignment.value):
             others = " and ".join(format_path(each.path) for each in first.holds)
-            odd += [row_of(each.path, each.leaf, note=f"the same place as {others}") for each in one.holds]
-    if odd:
+            conflicts += [row_of(each.path, each.leaf, note=f"the same item as {others}") for each in assignment.holds]
+    if conflicts:
         raise StructureError(
-            "A container is reached by several paths, and would have to hold another array for each.",
-            leaves=odd,
-            hint="hold the array in an nnx.Variable, which is one leaf however many paths lead to it",
+            "Several paths reach one container, which would have to hold a different array for each.",
+            leaves=conflicts,
+            hint="hold the array in an nnx.Variable, which is one leaf however many paths reach it",
         )
     return list(places.values())
 
 
-def _equal(one: Any, other: Any) -> bool:
-    mine, theirs = jax.tree.flatten(one), jax.tree.flatten(other)
-    same: Any = mine[1]
-    return bool(same == theirs[1]) and all(map(_same_bits, mine[0], theirs[0]))
+def _equal(value: Any, other: Any) -> bool:
+    (arrays, structure), (others, other_structure) = jax.tree.flatten(value), jax.tree.flatten(other)
+    same: Any = structure
+    return bool(same == other_structure) and all(map(_same_bits, arrays, others))
 
 
-def _same_bits(one: Any, other: Any) -> bool:
-    if one is other:
+def _same_bits(value: Any, other: Any) -> bool:
+    if value is other:
         return True
-    if any(isinstance(array, compat.Tracer | jax.ShapeDtypeStruct) for array in (one, other)):
+    if any(isinstance(array, compat.Tracer | jax.ShapeDtypeStruct) for array in (value, other)):
         return False
-    mine, theirs = (
+    left, right = (
         np.asarray(jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.extended) else array)
-        for array in (one, other)
+        for array in (value, other)
     )
-    return mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()
+    return left.dtype == right.dtype and left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
 def _values(branch: Any) -> tuple[_Value, ...]:
-    """All raw arrays below a container that are to be replaced."""
+    """Returns all the new raw arrays below a container."""
     if isinstance(branch, _Value):
         return (branch,)
     return tuple(value for each in branch.values() for value in _values(each))
@@ -185,15 +185,15 @@ def _is_immutable_throughout(root: Any, path: Path) -> bool:
 
 
 def _outermost(root: Any, path: Path) -> str:
-    """The outermost container that the user made: several objects come in one of ours."""
+    """Describes the outermost container of the user's: several objects are in one of ours."""
     below = _children(root)[path[0]]
     if is_array(below) and isinstance(root, Objects):
-        return "is an object of its own"
-    return f"stands in a {type(root if is_array(below) else below).__name__}"
+        return "is an object by itself"
+    return f"is in a {type(root if is_array(below) else below).__name__}"
 
 
 def _children(node: Any) -> dict[Any, Any]:
-    """What a container holds, by NNX's keys."""
+    """Returns the children of a container, by NNX's keys."""
     if isinstance(node, nnx.Pytree):
         attributes = vars(node)
         return {**attributes, **{int(name): item for name, item in attributes.items() if name.isdecimal()}}
@@ -205,8 +205,8 @@ def _children(node: Any) -> dict[Any, Any]:
 
 
 def _keyed(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """The children of a pytree with their keys, in JAX's order, and its structure."""
-    keyed, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda thing: thing is not node)
+    """Returns the children of a pytree with their keys, in JAX's order, and its structure."""
+    keyed, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     return [(_plain_key(keys[0]), child) for keys, child in keyed], structure
 
 
@@ -220,45 +220,45 @@ def _plain_key(key: Any) -> Any:
 def _is_assigned_to(node: Any, new: Mapping[Any, Any], children: Mapping[Any, Any]) -> bool:
     if isinstance(node, nnx.Pytree | list):
         return True
-    # A type of the user's may call something else an item than what JAX sees.
+    # In a user's own type, items may differ from the children that JAX sees.
     return isinstance(node, nnx.State) or (
         isinstance(node, MutableMapping) and all(node.get(key) is children[key] for key in new)
     )
 
 
 def _rebuilt(node: Any, new: Mapping[Any, Any]) -> Any:
-    """A container with other items; what its type makes of them must be just these."""
+    """Rebuilds a container with other items; checks that its type keeps exactly these."""
     keyed, structure = _keyed(node)
     wanted = [new.get(key, child) for key, child in keyed]
     try:
-        made = jax.tree.unflatten(structure, wanted)
-        now = _keyed(made)[0]
-    except Exception as error:  # a user's own type raises what it likes
-        raise _Stuck(f"stands in a {type(node).__name__}, which cannot be made anew: {error}") from error
-    same = type(made) is type(node) and [key for key, _ in now] == [key for key, _ in keyed]
+        rebuilt = jax.tree.unflatten(structure, wanted)
+        now = _keyed(rebuilt)[0]
+    except Exception as error:  # a user's own type may raise anything
+        raise _Stuck(f"is in a {type(node).__name__}, which cannot be rebuilt: {error}") from error
+    same = type(rebuilt) is type(node) and [key for key, _ in now] == [key for key, _ in keyed]
     if not same or any(have is not want for (_, have), want in zip(now, wanted, strict=True)):
-        raise _Stuck(f"stands in a {type(node).__name__}, which makes something else of its items")
-    return made
+        raise _Stuck(f"is in a {type(node).__name__}, which changes its items")
+    return rebuilt
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
 def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignment], leaves: Iterable[Any]) -> None:
-    """Writes, or takes back what was written and fails."""
-    # All of it is known before the first write: an interruption may come between any two lines.
+    """Writes everything; if that fails, undoes what was written."""
+    # All undo steps are prepared before the first write: an interrupt may come between any two lines.
     live = {id(leaf): leaf for leaf in (*leaves, *(leaf for leaf, _ in variables)) if compat.is_variable(leaf)}
     undo = [_undo_variable(leaf) for leaf in live.values()]
-    undo += [_undo_container(one.node) for one in {id(one.node): one for one in assignments}.values()]
+    undo += [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
     try:
-        for one in assignments:
-            one.run()
-        odd = [one for one in assignments if not one.stands()]
-        if odd:
+        for assignment in assignments:
+            assignment.run()
+        failed = [assignment for assignment in assignments if not assignment.is_done()]
+        if failed:
             raise StructureError(
-                "A setter of the model stored something else than the array that it was given.",
-                leaves=[row_of(each.path, each.leaf) for one in odd for each in one.holds],
-                hint=_MEND,
+                "A setter of the model stored something other than the array that it received.",
+                leaves=[row_of(each.path, each.leaf) for assignment in failed for each in assignment.holds],
+                hint=_HINT,
             )
         for leaf, value in variables:
             if raw_value(leaf) is not value:

@@ -1,8 +1,8 @@
-"""What a filter is, and how filters are joined.
+"""What a filter is, and how filters are combined.
 
-A filter comes in, of NNX's making or of ours; `normalise` refuses it or makes it hashable and equal by value,
-`predicate` makes it callable, `describe` writes it.  All three see a filter that is made of others (a tuple,
-`nnx.All`, our `&` ...) through `compound`, as a sign and its parts.
+A filter may be NNX's or ours: `normalize` rejects it or makes it hashable and equal by value, `predicate` makes it
+callable, `describe` writes it.  All three treat a compound filter (a tuple, `nnx.All`, our `&` ...) by its sign and
+parts, which `compound` returns.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from statewise._src.filters.values import (
 )
 from statewise.errors import FilterError
 
-__all__ = ["And", "Filter", "Not", "Or", "Ours", "Predicate", "ask", "compound", "describe", "normalise", "predicate"]
+__all__ = ["And", "Filter", "Not", "Or", "Ours", "Predicate", "ask", "compound", "describe", "normalize", "predicate"]
 
 Predicate: TypeAlias = Callable[[tuple[Any, ...], Any], bool]
-# NNX's own alias is recursive, and leaves out the unions of types that we take as well: `normalise` is the check.
+# NNX's own alias is recursive, and lacks the unions of types that Statewise accepts: `normalize` is the check.
 Filter: TypeAlias = (
     type | types.UnionType | str | bool | Predicate | types.EllipsisType | tuple[Any, ...] | list[Any] | None
 )
 
 
 class Ours(abc.ABC):
-    """What our filters have in common: they are callables of (path, leaf), and `&`, `|` and `~` join them."""
+    """The base of Statewise's own filters: callables of (path, leaf), combined by `&`, `|` and `~`."""
 
-    # Without this, `numpy_array | Path("x")` would be worked out element by element.
+    # Without this, NumPy would evaluate `numpy_array | Path("x")` element by element.
     __array_ufunc__: ClassVar[None] = None
 
     # Whether the answer depends on the leaf's type alone (see `type_only`).
@@ -49,7 +49,7 @@ class Ours(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether the leaf is meant."""
+        """Returns whether the filter matches the leaf."""
 
     def __and__(self, other: Filter) -> And:
         return And((*_flat(And, self), *_flat(And, other)))
@@ -71,18 +71,18 @@ class Ours(abc.ABC):
 
 
 def _flat(cls: type[_Parts], filter: Any) -> tuple[Filter, ...]:
-    # So that (a & b) & c and a & (b & c) are equal.
+    # Flattened, so that (a & b) & c and a & (b & c) are equal.
     return filter.parts if type(filter) is cls else (filter,)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Parts(Ours):
     parts: tuple[Filter, ...]
-    # What a filter works out once, for itself, has no part in its equality, hash and text.
+    # Compiled once; not part of the filter's equality, hash and text.
     _predicates: tuple[Predicate, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(map(normalise, self.parts)))
+        object.__setattr__(self, "parts", tuple(map(normalize, self.parts)))
         object.__setattr__(self, "_predicates", tuple(map(_compile, self.parts)))
 
 
@@ -90,7 +90,7 @@ class And(_Parts):
     """Matches what all of its parts match: `a & b`."""
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether every part matches the leaf; the parts after the first that does not are not asked."""
+        """Returns whether every part matches the leaf; stops at the first that does not."""
         return all(part(path, leaf) for part in self._predicates)
 
 
@@ -98,7 +98,7 @@ class Or(_Parts):
     """Matches what any of its parts matches: `a | b`."""
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether some part matches the leaf; the parts after the first that does are not asked."""
+        """Returns whether some part matches the leaf; stops at the first that does."""
         return any(part(path, leaf) for part in self._predicates)
 
 
@@ -110,11 +110,11 @@ class Not(Ours):
     _predicate: Predicate = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "part", normalise(self.part))
+        object.__setattr__(self, "part", normalize(self.part))
         object.__setattr__(self, "_predicate", _compile(self.part))
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether the part does not match the leaf."""
+        """Returns whether the part does not match the leaf."""
         return not self._predicate(path, leaf)
 
     def __invert__(self) -> Ours:
@@ -122,9 +122,9 @@ class Not(Ours):
 
 
 def compound(filter: Any) -> tuple[str, tuple[Any, ...]] | None:
-    """The sign and the parts of a normalised filter that is made of others; None for any other.
+    """Returns the sign and the parts of a normalized compound filter; None for any other.
 
-    NNX's are told by their exact class: a subclass may mean something else.
+    NNX's filters are recognized by their exact class: a subclass may mean something else.
     """
     match filter:
         case And(parts=parts):
@@ -140,43 +140,43 @@ def compound(filter: Any) -> tuple[str, tuple[Any, ...]] | None:
     return ("~", (filter.predicate,)) if type(filter) is nnx.Not else None
 
 
-# NNX's own, which cannot fail at a leaf.
+# NNX's own filters that cannot fail at a leaf.
 _PLAIN = (nnx.OfType, nnx.WithTag, nnx.PathContains, nnx.filterlib.PathIn, nnx.Everything, nnx.Nothing)
 _CLASSES = (Ours, nnx.All, nnx.Any, nnx.Not, *_PLAIN)
 
 
-def normalise(filter: object) -> Filter:
-    """Checks a filter through and through, and makes it hashable and equal by value.
+def normalize(filter: object) -> Filter:
+    """Checks a filter and all of its parts, and makes it hashable and equal by value.
 
-    Lists and unions of types (`nnx.Param | nnx.Cache`) become tuples, inside `nnx.All`, `nnx.Any` and
-    `nnx.Not` too; what is fine already comes back as it is.  A function stays itself, equal to itself alone.
+    Lists and unions of types (`nnx.Param | nnx.Cache`) become tuples, also inside `nnx.All`, `nnx.Any` and `nnx.Not`;
+    a filter that needs no change is returned as it is.  A function is kept, and is equal only to itself.
 
     Raises:
-      FilterError: the filter, or a part of it, is no filter; the error says which part.
+      FilterError: the filter, or a part of it, is not a filter; the error says which part.
 
     Example:
       >>> from flax import nnx
-      >>> from statewise._src.filters.combinators import normalise
-      >>> normalise([nnx.Param, [nnx.Cache, "dropout"]]) == (nnx.Param, (nnx.Cache, "dropout"))
+      >>> from statewise._src.filters.combinators import normalize
+      >>> normalize([nnx.Param, [nnx.Cache, "dropout"]]) == (nnx.Param, (nnx.Cache, "dropout"))
       True
     """
-    return _normalise(filter, "")
+    return _normalize(filter, "")
 
 
-def _normalise(filter: Any, at: str) -> Any:
+def _normalize(filter: Any, at: str) -> Any:
     if filter is None or filter is Ellipsis or isinstance(filter, (str, bool, Ours)):
         return filter
     if isinstance(filter, (list, tuple)):
-        return tuple(_normalise(part, f"{at}[{i}]") for i, part in enumerate(filter))
+        return tuple(_normalize(part, f"{at}[{i}]") for i, part in enumerate(filter))
     origin: Any = typing.get_origin(filter)
     if origin in (typing.Union, types.UnionType):
         members = typing.get_args(filter)
-        return tuple(_normalise(None if m is type(None) else m, f"{at}[{i}]") for i, m in enumerate(members))
+        return tuple(_normalize(None if m is type(None) else m, f"{at}[{i}]") for i, m in enumerate(members))
     if type(filter) in (nnx.All, nnx.Any):
-        parts = tuple(_normalise(part, f"{at}.predicates[{i}]") for i, part in enumerate(filter.predicates))
+        parts = tuple(_normalize(part, f"{at}.predicates[{i}]") for i, part in enumerate(filter.predicates))
         return filter if all(map(operator.is_, parts, filter.predicates)) else type(filter)(*parts)
     if type(filter) is nnx.Not:
-        part = _normalise(filter.predicate, f"{at}.predicate")
+        part = _normalize(filter.predicate, f"{at}.predicate")
         return filter if part is filter.predicate else nnx.Not(part)
     fault = "" if type(filter) in _PLAIN else _fault(filter)
     if fault:
@@ -185,17 +185,17 @@ def _normalise(filter: Any, at: str) -> Any:
 
 
 def _fault(filter: Any) -> str:
-    """What makes this no filter, to follow its name in a sentence; empty if it is one."""
+    """Returns why this is not a filter, worded to follow its name; empty if it is one."""
     if isinstance(filter, type):
         if issubclass(filter, _CLASSES):
             return "is a class of filters, not a filter"
         try:
             isinstance(None, filter)
         except TypeError:
-            return "is a type that isinstance does not take"
+            return "is a type that isinstance does not accept"
         return ""
     if typing.get_origin(filter) is not None:
-        return "is a generic alias, not a type"  # it can be called, so that NNX would
+        return "is a generic alias, not a type"  # it is callable, so NNX would accept it
     return fault_of_callable(filter)
 
 
@@ -211,17 +211,17 @@ def _hint(filter: Any) -> str:
         return "(nnx.Param, nnx.Cache)  # a tuple"
     if callable(filter) and origin is None and not isinstance(filter, (type, nnx.Pytree)):
         return "lambda path, leaf: ..."
-    return "nnx.Param  # or 'tag', ..., sw.Path('layers/**'), sw.Where(lambda path, leaf: ...), or a tuple of such"
+    return "nnx.Param  # or 'tag', ..., sw.Path('layers/**'), sw.Where(lambda path, leaf: ...), or a tuple of these"
 
 
 def predicate(filter: object) -> Predicate:
-    """Turns any filter into one function of (path, leaf), with NNX's meaning.
+    """Makes one function of (path, leaf) of any filter, with NNX's meaning.
 
-    Unlike `nnx.filterlib.to_predicate` it refuses what is no filter, and a callable that fails at a leaf
-    fails with that leaf's path.
+    Unlike `nnx.filterlib.to_predicate` it rejects what is not a filter, and an exception in a callable becomes an error
+    with the leaf's path.
 
     Raises:
-      FilterError: the filter, or a part of it, is no filter; at a leaf, a callable in it raised.
+      FilterError: the filter, or a part of it, is not a filter; at a leaf, a callable in it raised.
 
     Example:
       >>> from flax import nnx
@@ -231,15 +231,15 @@ def predicate(filter: object) -> Predicate:
       >>> matches(("k",), nnx.Cache(jnp.ones(2))), matches(("w",), nnx.Param(jnp.ones(2)))
       (True, False)
     """
-    return _compile(normalise(filter))
+    return _compile(normalize(filter))
 
 
 def _compile(filter: Any) -> Predicate:
-    # Always an object of a class, never a closure, so that filters can be pickled.
+    # Always an instance of a class, never a closure, so that filters can be pickled.
     if isinstance(filter, Ours):
         return filter
-    if (made_of := compound(filter)) is not None:
-        sign, parts = made_of
+    if (of := compound(filter)) is not None:
+        sign, parts = of
         return Not(*parts) if sign == "~" else (And if sign == "&" else Or)(parts)
     if callable(filter) and not isinstance(filter, (type, *_PLAIN)):
         return _Called(filter)
@@ -248,7 +248,7 @@ def _compile(filter: Any) -> Predicate:
 
 @dataclasses.dataclass(frozen=True)
 class _Called:
-    """A user's own callable, used as NNX uses it: what it returns is taken for true or false."""
+    """A user's own callable, used as NNX uses it: its result is converted to a bool."""
 
     function: Any
 
@@ -260,20 +260,20 @@ class _Called:
 
 
 def ask(filter: object, function: Callable[..., Any], path: paths.Path, leaf: Any) -> Any:
-    """Calls a user's function for a filter at a leaf; what it raises becomes an error that names both.
+    """Calls a user's function for a filter at a leaf; an exception becomes an error that names both.
 
     Raises:
-      FilterError: the function raised something else than that.
+      FilterError: the function raised another exception.
     """
     try:
-        return function(tuple(path), leaf)  # a plain one, whatever our own filters get
+        return function(tuple(path), leaf)  # a plain tuple, even if our own filters receive a `Ways`
     except FilterError:
         raise
-    except Exception as error:  # a user's function raises what it likes
+    except Exception as error:  # a user's function may raise anything
         raise FilterError(
             f"{_describe(filter)} raised {reason(error)}.",
             leaves=[row(path, leaf)],
-            hint="sw.Where(lambda path, leaf: isinstance(leaf, nnx.Variable) and ...)  # every leaf is asked",
+            hint="sw.Where(lambda path, leaf: isinstance(leaf, nnx.Variable) and ...)  # called for every leaf",
         ) from error
 
 
@@ -281,7 +281,7 @@ def describe(filter: object) -> str:
     """Writes a filter as short text: `Param & ~LoRAParam`, `Path('layers/**')`, `module:function` for a callable.
 
     Raises:
-      FilterError: the filter, or a part of it, is no filter.
+      FilterError: the filter, or a part of it, is not a filter.
 
     Example:
       >>> from flax import nnx
@@ -289,18 +289,18 @@ def describe(filter: object) -> str:
       >>> describe(nnx.All(nnx.Param, nnx.Not((nnx.LoRAParam, "frozen"))))
       "Param & ~(LoRAParam | 'frozen')"
     """
-    return _describe(normalise(filter))
+    return _describe(normalize(filter))
 
 
 _BINDS = {"|": 0, "&": 1, "~": 2}
 
 
 def _describe(filter: Any, within: str = "|") -> str:
-    made_of = compound(filter)
-    if made_of is None:
+    of = compound(filter)
+    if of is None:
         return _describe_one(filter)
-    sign, parts = made_of
-    if not parts:  # with nothing that could fail, every leaf; with nothing to match, no leaf
+    sign, parts = of
+    if not parts:  # an empty "and" matches every leaf; an empty "or" matches none
         return "..." if sign == "&" else "()"
     if sign == "~":
         return f"~{_describe(parts[0], sign)}"

@@ -1,4 +1,4 @@
-"""What can be said of a filter: which part decides a leaf, whether types alone decide, and how it reads as code."""
+"""How a filter decides: which part decides about a leaf, whether types alone decide, and the filter as code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat, paths
-from statewise._src.filters.combinators import And, Filter, Not, Or, Ours, compound, describe, normalise, predicate
+from statewise._src.filters.combinators import And, Filter, Not, Or, Ours, compound, describe, normalize, predicate
 from statewise._src.filters.primitives import Exactly, Meta, Where
 from statewise._src.filters.values import ById, type_as_code
 
@@ -20,10 +20,10 @@ __all__ = ["as_code", "explain_leaf", "is_python", "type_key", "type_only"]
 
 
 def explain_leaf(filter: object, path: paths.Path, leaf: Any) -> tuple[bool, str]:
-    """Tells whether a filter matches a leaf, and which part of the filter decided that.
+    """Determines whether a filter matches a leaf, and which part of the filter decided.
 
-    What decides is the first part of an "and" that fails, or of an "or" that matches; where every part had to
-    be asked, all of them.
+    The deciding part is the first of an "and" that fails, or the first of an "or" that matches; if every part had to be
+    evaluated, it is all of them.
 
     Args:
       filter: any filter.
@@ -31,7 +31,7 @@ def explain_leaf(filter: object, path: paths.Path, leaf: Any) -> tuple[bool, str
       leaf: an `nnx.Variable` or a raw array.
 
     Returns:
-      Matched or not, and the deciding part as `describe` writes it.
+      Whether it matches, and the deciding part as `describe` writes it.
 
     Raises:
       FilterError: as `predicate` does.
@@ -46,32 +46,32 @@ def explain_leaf(filter: object, path: paths.Path, leaf: Any) -> tuple[bool, str
       >>> explain_leaf(base, ("kernel",), nnx.Param(jnp.ones(2)))
       (True, 'Param & ~LoRAParam')
     """
-    matched, part = _decide(normalise(filter), path, leaf)
+    matched, part = _decide(normalize(filter), path, leaf)
     return matched, describe(part)
 
 
 def _decide(filter: Filter, path: paths.Path, leaf: Any) -> tuple[bool, Filter]:
-    made_of = compound(filter)
-    if made_of is None:
+    of = compound(filter)
+    if of is None:
         return predicate(filter)(path, leaf), filter
-    sign, parts = made_of
+    sign, parts = of
     if sign == "~":
         matched, by = _decide(parts[0], path, leaf)
         return not matched, by.part if isinstance(by, Not) else Not(by)
-    asked = []
+    evaluated = []
     for part in parts:
         matched, by = _decide(part, path, leaf)
         if matched == (sign == "|"):
             return matched, by
-        asked.append(by)
-    return sign == "&", (And if sign == "&" else Or)(tuple(asked))
+        evaluated.append(by)
+    return sign == "&", (And if sign == "&" else Or)(tuple(evaluated))
 
 
 def type_only(filter: object) -> bool:
-    """Whether a filter's answer depends on nothing but `type_key(leaf)`; False where that is not certain.
+    """Returns whether a filter's answer depends only on `type_key(leaf)`; False if that is not certain.
 
     Raises:
-      FilterError: the filter, or a part of it, is no filter.
+      FilterError: the filter, or a part of it, is not a filter.
 
     Example:
       >>> from flax import nnx
@@ -80,19 +80,19 @@ def type_only(filter: object) -> bool:
       >>> type_only(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))), type_only(nnx.Param & sw.Path("head/**"))
       (True, False)
     """
-    return _type_only(normalise(filter))
+    return _type_only(normalize(filter))
 
 
 def _type_only(filter: Filter) -> bool:
-    made_of = compound(filter)
-    if made_of is not None:
-        return all(map(_type_only, made_of[1]))
+    of = compound(filter)
+    if of is not None:
+        return all(map(_type_only, of[1]))
     if isinstance(filter, Ours):
         return filter.by_type
     if type(filter) is nnx.OfType:
         return _type_only(filter.type)
     if isinstance(filter, type):
-        # A metaclass may let isinstance look at the value: jaxtyping's array types, runtime protocols.
+        # A metaclass may let isinstance inspect the value: jaxtyping's array types, runtime protocols.
         metaclass: Any = type(filter)
         owner = next(cls for cls in metaclass.__mro__ if "__instancecheck__" in vars(cls))
         return owner in (type, abc.ABCMeta, type(nnx.Variable), type(jax.Array))
@@ -101,7 +101,7 @@ def _type_only(filter: Filter) -> bool:
 
 
 def type_key(leaf: Any) -> Hashable:
-    """All that a `type_only` filter can see of a leaf: leaves with equal keys get equal answers.
+    """Returns everything that a `type_only` filter can see of a leaf: equal keys get equal answers.
 
     Example:
       >>> from flax import nnx
@@ -113,7 +113,7 @@ def type_key(leaf: Any) -> Hashable:
     if compat.is_variable(leaf):
         return leaf.var_type
     if isinstance(leaf, jax.core.Tracer):
-        # A traced value is an array or not by what it stands for, not by its class.
+        # Whether a tracer is an array depends on what it stands for, not on its class.
         return type(leaf), isinstance(leaf, jax.Array)
     key: Any = type(leaf)
     return key
@@ -122,10 +122,10 @@ def type_key(leaf: Any) -> Hashable:
 def as_code(filter: object) -> str:
     """Writes a filter as code, for an error's hint: `nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`.
 
-    It is Python in any case: a function is written by its name, a lambda as `lambda path, leaf: ...`.
+    The result is valid Python: a function is written by its name, a lambda as `lambda path, leaf: ...`.
 
     Raises:
-      FilterError: the filter, or a part of it, is no filter.
+      FilterError: the filter, or a part of it, is not a filter.
 
     Example:
       >>> from flax import nnx
@@ -134,13 +134,13 @@ def as_code(filter: object) -> str:
       >>> as_code(nnx.Param & ~sw.Path("head/**") | nnx.Cache)
       "(nnx.All(nnx.Param, nnx.Not(sw.Path('head/**'))), nnx.Cache)"
     """
-    return _as_code(normalise(filter))
+    return _as_code(normalize(filter))
 
 
 def _as_code(filter: Any) -> str:
-    made_of = compound(filter)
-    if made_of is not None:
-        sign, parts = made_of
+    of = compound(filter)
+    if of is not None:
+        sign, parts = of
         inner = ", ".join(map(_as_code, parts))
         name = {"&": "nnx.All", "|": "", "~": "nnx.Not"}[sign]
         return f"{name}({inner}{',' if sign == '|' and len(parts) == 1 else ''})"
@@ -163,7 +163,7 @@ def _as_code(filter: Any) -> str:
 
 
 def _name_of(function: Any) -> str:
-    """The name by which code calls a function; `lambda path, leaf: ...` where it has none."""
+    """Returns the name by which code refers to a function; `lambda path, leaf: ...` if it has none."""
     if isinstance(function, ById):
         return _name_of(function.function)
     if isinstance(function, functools.partial):
@@ -176,7 +176,7 @@ def _name_of(function: Any) -> str:
 
 
 def is_python(text: str) -> bool:
-    """Whether a text is an expression of Python."""
+    """Returns whether a text is a Python expression."""
     try:
         ast.parse(text, mode="eval")
     except SyntaxError:

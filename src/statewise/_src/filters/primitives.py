@@ -1,4 +1,4 @@
-"""The four filters that NNX has no word for: `Exactly`, `Path`, `Meta` and `Where`."""
+"""The four filters that NNX lacks: `Exactly`, `Path`, `Meta` and `Where`."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True, repr=False, init=False)
 class Exactly(Ours):
-    """The leaves whose type is one of these, subclasses excluded.
+    """Matches the leaves whose type is one of these, excluding subclasses.
 
-    A type alone, `nnx.Variable` say, matches every subclass too.  A Variable's type is what its `var_type`
-    says; a raw JAX array, of whatever implementation, counts as `jax.Array`.
+    A bare type, such as `nnx.Variable`, matches every subclass too.  A Variable's type is its `var_type`; a raw JAX
+    array, of any implementation, counts as `jax.Array`.
 
     Args:
-      *types: one type or more; their order does not matter.
+      *types: one or more types; their order does not matter.
 
     Raises:
-      FilterError: no type is given, or something that is no type.
+      FilterError: no type is given, or something that is not a type.
 
     Example:
       >>> from flax import nnx
@@ -70,12 +70,12 @@ class Exactly(Ours):
                 hint = hint if isinstance(given, nnx.Variable) else "sw.Exactly(nnx.Variable, nnx.Param)"
                 raise FilterError(f"Exactly takes types, not {shown(given)}.", hint=hint)
         if not types:
-            raise FilterError("Exactly() names no type.", hint="sw.Exactly(nnx.Variable)")
+            raise FilterError("Exactly() needs at least one type.", hint="sw.Exactly(nnx.Variable)")
         object.__setattr__(self, "types", types)
         object.__setattr__(self, "_members", frozenset(types))
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether the leaf is of just one of these types."""
+        """Returns whether the leaf's type is one of these."""
         if isinstance(leaf, nnx.Variable):
             return leaf.var_type in self._members  # under hijax `type(leaf)` is another class
         return type(leaf) in self._members or (jax.Array in self._members and isinstance(leaf, jax.Array))
@@ -86,21 +86,20 @@ class Exactly(Ours):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Path(Ours):
-    """The leaves whose path, written `layers/0/attn/kernel`, matches a glob.
+    """Matches the leaves whose path, written `layers/0/attn/kernel`, matches a glob.
 
-    The whole path must match: `Path("layers")` is the one leaf called so, `Path("layers/**")` all below it.
+    The complete path must match: `Path("layers")` is one leaf of that name, `Path("layers/**")` everything below it.
 
     Args:
-      pattern: segments with slashes between.  `*` is any one segment or, inside a segment, any run of
-        characters (`layer_*`); `?` is any one character; `**` is any number of segments, none included.
-        Upper and lower case differ.  A key's text is what counts: the integer `0` and the string `"0"`
-        are both `0`.  Of several objects without names, a pattern is read relative to each of them; one that
-        begins with a position (`1/kernel`, `1/**`) is also read as paths are printed.  Statewise's own
-        functions refuse a pattern that could mean two leaves.
+      pattern: segments separated by slashes.  `*` is any one segment or, inside a segment, any run of characters
+        (`layer_*`); `?` is any one character; `**` is any number of segments, including none.  Case matters.  A key is
+        compared by its text: the integer `0` and the string `"0"` are both `0`.  With several objects without names, a
+        pattern is relative to each of them; one that begins with a position (`1/kernel`, `1/**`) may also be a path as
+        it is printed.  Statewise's own functions reject a pattern that could mean two leaves.
 
     Raises:
-      FilterError: the pattern is no text, has an empty segment, `**` inside a segment, or one of `[]{}`,
-        which mean something in other globs but nothing here.
+      FilterError: the pattern is not a string, has an empty segment, `**` inside a segment, or one of `[]{}`, which
+        mean something in other globs but nothing here.
 
     Example:
       >>> import statewise as sw
@@ -120,20 +119,20 @@ class Path(Ours):
         object.__setattr__(self, "_glob", _compiled(self.pattern))
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether the path matches."""
+        """Returns whether the path matches."""
         if type(path) is not paths.Ways:
             return self.matches(path)
         return any(map(self.matches, path.relative)) or (self.positional and any(map(self.matches, path.printed)))
 
     @property
     def positional(self) -> bool:
-        """Whether the pattern begins with an object's position, and so may be a path as it is printed."""
+        """Returns whether the pattern begins with an object's position, and so may be a path as it is printed."""
         first = self.pattern.partition("/")[0]
         return first.isascii() and first.isdecimal()
 
     def matches(self, path: paths.Path) -> bool:
-        """Whether this very path matches."""
-        if not path:  # no segments: only `**` matches it, and `.`, as which it prints
+        """Returns whether exactly this path matches."""
+        if not path:  # no segments: matched only by `**`, and by `.`, as which it is printed
             return self.pattern in ("**", ".")
         return self._glob.fullmatch(paths.format_path(path) + "/") is not None
 
@@ -143,16 +142,16 @@ class Path(Ours):
 
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression over the path's text with a slash after each segment."""
+    """Compiles a glob to a regular expression over the path's text with a slash after each segment."""
     segments = pattern.split("/")
     fault, hint = "", ""
     if "" in segments:
         fault, hint = "an empty segment", "/".join(filter(None, segments)) or "**"
     elif any("**" in segment and segment != "**" for segment in segments):
-        fault = "`**` inside a segment, where only `*` may stand"
+        fault = "`**` inside a segment, where only `*` is allowed"
         hint = "/".join(s if s == "**" else re.sub(r"\*+", "*", s) for s in segments)
     elif strange := sorted(set("[]{}") & set(pattern)):
-        fault = f"`{''.join(strange)}`: a glob here knows `*`, `**` and `?`"
+        fault = f"`{''.join(strange)}`: a glob here has only `*`, `**` and `?`"
         hint = re.sub(r"\[.*?\]|\{.*?\}", "*", pattern).translate(dict.fromkeys(map(ord, "[]{}"), "?"))
     if fault:
         raise FilterError(f"Path({pattern!r}) has {fault}.", hint=f"sw.Path({hint!r})")
@@ -165,17 +164,17 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Meta(Ours):
-    """The Variables whose metadata has this value under this name.
+    """Matches the Variables whose metadata has this value under this name.
 
-    Metadata is what a Variable was given besides its value: `nnx.Param(x, role="ema")`.  A Variable without
-    that name, and a raw array, never match.
+    Metadata is what a Variable received besides its value: `nnx.Param(x, role="ema")`.  A Variable without that name,
+    and a raw array, never match.
 
     Args:
       name: the metadata's name.
-      value: what it must equal: any object; arrays are equal if their shape and every element is.
+      value: the value to compare with: any object; arrays are equal if their shapes and all elements are.
 
     Raises:
-      FilterError: the name is no text, or (at a leaf) the two values cannot be compared.
+      FilterError: the name is not a string, or (at a leaf) the two values cannot be compared.
 
     Example:
       >>> from flax import nnx
@@ -195,17 +194,17 @@ class Meta(Ours):
         object.__setattr__(self, "value", own_copy(self.value))
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether the leaf has this metadata."""
+        """Returns whether the leaf has this metadata."""
         if not isinstance(leaf, nnx.Variable):
             return False
-        found = leaf.get_metadata(self.name, _MISSING)
-        if found is _MISSING:
+        value = leaf.get_metadata(self.name, _MISSING)
+        if value is _MISSING:
             return False
         try:
-            return same(found, self.value)
-        except Exception as error:  # metadata is anything, and compares as it likes
+            return same(value, self.value)
+        except Exception as error:  # metadata may be anything, and its comparison may raise anything
             raise FilterError(
-                f"{self!r} cannot be compared with the leaf's {shown(found)}: {reason(error)}.",
+                f"{self!r} cannot be compared with the leaf's {shown(value)}: {reason(error)}.",
                 leaves=[row(path, leaf)],
                 hint=f"sw.Where(lambda path, leaf: leaf.get_metadata({self.name!r}, None) is ...)",
             ) from error
@@ -216,8 +215,8 @@ class Meta(Ours):
         return self.name == other.name and same(self.value, other.value)
 
     def __hash__(self) -> int:
-        # By the name alone: a value may be unhashable, and values that are equal across types (1, True,
-        # a NumPy 1) need not hash alike.
+        # By the name alone: a value may be unhashable, and values that are equal across types (1, True, a NumPy 1) may
+        # have different hashes.
         return hash((Meta, self.name))
 
     def __repr__(self) -> str:
@@ -226,18 +225,17 @@ class Meta(Ours):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Where(Ours):
-    """The leaves for which a function of (path, leaf) returns True.
+    """Matches the leaves for which a function of (path, leaf) returns True.
 
-    For all that types, paths and metadata do not say: shapes, dtypes, a path's keys rather than its text.
-    Two `Where` are equal if their functions are: a lambda equals itself alone.
+    For everything that types, paths and metadata do not say: shapes, dtypes, a path's keys rather than its text.  Two
+    `Where` are equal if their functions are: a lambda is equal only to itself.
 
     Args:
-      predicate: gets a leaf's path, a tuple of keys, and the leaf, an `nnx.Variable` or a raw array;
-        returns a bool.
+      predicate: takes a leaf's path, a tuple of keys, and the leaf, an `nnx.Variable` or a raw array; returns a bool.
 
     Raises:
-      FilterError: the predicate is no function of two arguments; at a leaf, the predicate raised (the cause
-        is chained) or returned something else than a bool.
+      FilterError: the predicate is not a function of two arguments; at a leaf, the predicate raised (the cause is
+        chained) or returned something other than a bool.
 
     Example:
       >>> from flax import nnx
@@ -254,13 +252,13 @@ class Where(Ours):
         given, hint = self.predicate, "sw.Where(lambda path, leaf: ...)"
         fault = fault_of_callable(given)
         if isinstance(given, type):
-            fault, hint = "is a type, which is a filter as it is", type_as_code(given)
+            fault, hint = "is a type, which is already a filter", type_as_code(given)
         if fault:
             raise FilterError(f"Where takes a function of (path, leaf): {shown(given)} {fault}.", hint=hint)
         object.__setattr__(self, "predicate", hashable(given))
 
     def __call__(self, path: paths.Path, leaf: Any) -> bool:
-        """Whether the predicate returns True for the leaf."""
+        """Returns whether the predicate returns True for the leaf."""
         answer = ask(self, self.predicate, path, leaf)
         if not isinstance(answer, (bool, np.bool_)):
             raise FilterError(

@@ -1,7 +1,7 @@
-"""Text and equality of what filters hold: functions, metadata and whatever was given by mistake.
+"""Text and equality of the values in filters: functions, metadata, and whatever was passed by mistake.
 
-Texts are short, the same in every process, and never show an array's values.  Equality answers with one bool,
-for arrays too.
+Texts are short, the same in every process, and never show an array's values.  Equality returns one bool, for arrays
+too.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ __all__ = [
 
 
 def type_as_code(cls: type) -> str:
-    """Returns a type as code has it: `nnx.Param` where it is one of NNX or JAX, else by its name."""
+    """Returns a type as it is written in code: `nnx.Param` if NNX or JAX has it, otherwise its name."""
     name = paths.format_type(cls)
-    home = next((home for home in (nnx, jax) if getattr(home, name.rpartition(".")[2], None) is cls), None)
-    return f"{home.__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}" if home else name
+    module = next((module for module in (nnx, jax) if getattr(module, name.rpartition(".")[2], None) is cls), None)
+    return f"{module.__name__.rpartition('.')[2]}.{name.rpartition('.')[2]}" if module else name
 
 
-def shown(thing: Any) -> str:
-    """Writes anything in a few words, for an error's text or a table."""
-    if isinstance(thing, (bool, int, float, complex, str, bytes)) or thing is None or thing is Ellipsis:
-        text = repr(thing)
+def shown(value: Any) -> str:
+    """Writes any value in a few words, for an error's text or a table."""
+    if isinstance(value, (bool, int, float, complex, str, bytes)) or value is None or value is Ellipsis:
+        text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
-    if isinstance(thing, (nnx.Variable, jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        return str(row((), thing)).partition(": ")[2]
-    if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
-        inner = ", ".join(map(shown, thing[:8])) + (", ..." if len(thing) > 8 else "")
-        return f"[{inner}]" if isinstance(thing, list) else f"({inner}{',' if len(thing) == 1 else ''})"
-    if isinstance(thing, type):
-        return paths.format_type(thing)
-    if typing.get_origin(thing) is not None:
-        return str(thing)
-    return describe_callable(thing) if hasattr(thing, "__qualname__") else f"an object of type {type(thing).__name__}"
+    if isinstance(value, (nnx.Variable, jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return str(row((), value)).partition(": ")[2]
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        inner = ", ".join(map(shown, value[:8])) + (", ..." if len(value) > 8 else "")
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, type):
+        return paths.format_type(value)
+    if typing.get_origin(value) is not None:
+        return str(value)
+    return describe_callable(value) if hasattr(value, "__qualname__") else f"an object of type {type(value).__name__}"
 
 
 def describe_callable(function: Any) -> str:
-    """Writes a callable as `module:qualname`; one without a name of its own by its class, `module:Class(...)`."""
+    """Writes a callable as `module:qualname`; one without a name by its class, `module:Class(...)`."""
     if isinstance(function, ById):
         return describe_callable(function.function)
     if isinstance(function, functools.partial):
         return f"partial({describe_callable(function.func)})"
     named = function if hasattr(function, "__qualname__") else type(function)
-    module = named.__module__ or "builtins"  # a method of a builtin knows no module
+    module = named.__module__ or "builtins"  # a method of a builtin has no module
     return f"{module}:{named.__qualname__}" + ("" if named is function else "(...)")
 
 
 def reason(error: Exception) -> str:
-    """Writes an exception in one line."""
+    """Writes an exception on one line."""
     first = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
@@ -80,13 +80,13 @@ def row(path: paths.Path, leaf: Any) -> paths.Leaf:
     variable = isinstance(leaf, nnx.Variable)
     value = leaf.get_raw_value() if variable else leaf
     cls = leaf.var_type if variable else jax.Array if isinstance(leaf, jax.Array) else type(leaf)
-    # A dict or a module has no shape of its own; a tracer-like object may have one that is no tuple.
+    # A dict or a module has no shape; a tracer-like object may have one that is not a tuple.
     shape = value.shape if isinstance(getattr(value, "shape", None), tuple) else None
     return paths.Leaf(path, None, cls, shape, getattr(value, "dtype", None))
 
 
 def same(a: Any, b: Any) -> bool:
-    """Compares two values of metadata: plain `==`, also inside containers; of arrays, shape and every element."""
+    """Compares two values of metadata by `==`, also inside containers; arrays by shape and every element."""
     if a is b:
         return True
     if type(a) is type(b) and type(a) in (list, tuple):
@@ -100,7 +100,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def own_copy(value: Any) -> Any:
-    """Copies a value's containers, so that nobody changes a filter by changing the list that it was made from."""
+    """Copies a value's containers, so that changing the original list does not change the filter."""
     if type(value) in (list, tuple, set):
         return type(value)(map(own_copy, value))
     if type(value) is dict:
@@ -110,7 +110,7 @@ def own_copy(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ById:
-    """An unhashable callable, made hashable: it equals itself alone."""
+    """A hashable wrapper of an unhashable callable: equal only to itself."""
 
     function: Any
 
@@ -126,7 +126,7 @@ class ById:
 
 
 def hashable(function: Any) -> Any:
-    """The function itself, or a hashable stand-in for it."""
+    """Returns the function itself, or a hashable wrapper."""
     try:
         hash(function)
     except TypeError:
@@ -134,16 +134,16 @@ def hashable(function: Any) -> Any:
     return function
 
 
-def fault_of_callable(thing: Any) -> str:
-    """What keeps a thing from being called with (path, leaf), to follow its name; empty if nothing does."""
-    if not callable(thing):
-        return "is no filter"
-    if isinstance(thing, (nnx.Pytree, nnx.Variable)):
-        return "is an object of a model, not a filter"  # many can be called, so that NNX would
+def fault_of_callable(value: Any) -> str:
+    """Returns why a value cannot be called with (path, leaf), worded to follow its name; empty if it can."""
+    if not callable(value):
+        return "is not a filter"
+    if isinstance(value, (nnx.Pytree, nnx.Variable)):
+        return "is an object of a model, not a filter"  # many are callable, so NNX would accept them
     try:
-        inspect.signature(thing).bind((), None)
+        inspect.signature(value).bind((), None)
     except TypeError:
         return "cannot be called with (path, leaf)"
-    except ValueError:  # a builtin that tells no signature: only a call would show
+    except ValueError:  # a builtin without a signature: only a call would show
         return ""
     return ""

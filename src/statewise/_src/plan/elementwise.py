@@ -120,7 +120,7 @@ class _Run:
                 primitive, params, operands, _ = rest
                 values = [self._on(operand, arrays, made, shape) for operand in operands]
                 made[node] = _bind(primitive, params, values, shape)
-            else:
+            else:  # the same for all leaves
                 made[node] = self._absolute(node, None)
         return made[node]
 
@@ -186,6 +186,7 @@ class _Proof:
     def conclude(self) -> Elementwise:
         closed = _traced(self.group, self.specs)
         jaxpr = compat.inner_jaxpr(closed)
+        # In the order of `_traced`: params, grads, moments, loss.
         inputs = iter(jaxpr.invars)
         for role in (PARAM, GRAD):
             for leaf, spec in enumerate(self.specs):
@@ -214,10 +215,12 @@ class _Proof:
                 self.check_shared(out.node)
                 shared.append(out.node)
                 continue
+            # A new value of a leaf may depend on that leaf and on shared scalars, and on nothing else.
             if out.leaf not in (owner[1], None) or (out.leaf is None and not out.uniform):
                 raise _Refused("a leaf's output is not its own")
             self.check_leaf(out.node)
             of_leaf[owner[1]].append((owner[0], out.node))
+            # Parameters come first; `shared` has an entry for each moment only.
             if position >= count:
                 shared.append(None)
         return Elementwise(tuple(map(tuple, of_leaf)), self.roles, self.nodes, tuple(shared))
@@ -277,6 +280,7 @@ class _Proof:
                 raise _Refused("it has side effects")
             if eqn.primitive.name in _INLINED:
                 body = eqn.params[_INLINED[eqn.primitive.name]]
+                # Inlined: the variables of the body get the values of the call.
                 inner = compat.inner_jaxpr(body)
                 for var, outer in zip(inner.invars, eqn.invars, strict=True):
                     self.values[var] = self.value(outer)
@@ -292,6 +296,8 @@ class _Proof:
         operands = [self.value(var) for var in eqn.invars]
         if name in ("broadcast_in_dim", "reshape", "squeeze") and (operands[0].uniform or operands[0].shape == shape):
             return dataclasses.replace(operands[0], shape=shape)
+        # Elementwise on one leaf: each operand is a scalar or has the shape of the result, and no other leaf is
+        # involved.
         leaves = {operand.leaf for operand in operands if operand.leaf is not None}
         fits = all(operand.uniform or operand.shape == shape for operand in operands)
         own = all(operand.uniform or operand.leaf is not None for operand in operands)
@@ -302,6 +308,7 @@ class _Proof:
             dtypes = tuple(str(getattr(var.aval, "dtype", "")) for var in eqn.invars)
             node = self.node("op", eqn.primitive, _Params(eqn.params), key, dtypes)
             return _Value(node, next(iter(leaves), None), shape, uniform)
+        # Anything else (a norm over all leaves, a step count) is shared: computed once, on the unpacked arrays.
         node = self.node("eqn", _Same(eqn), tuple((operand.node, operand.leaf) for operand in operands), position)
         return _Value(node, None, shape, shape == ())
 

@@ -25,7 +25,7 @@ import jax
 from flax import nnx
 
 from statewise._src.common.paths import Path
-from statewise._src.filters.combinators import Filter, describe, normalise
+from statewise._src.filters.combinators import Filter, describe, normalize
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import check_restart, takes
@@ -84,7 +84,7 @@ class Kind:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "of", normalise(self.of))
+        object.__setattr__(self, "of", normalize(self.of))
         if _never(self.of):
             raise DeclarationError(
                 f"A kind of {describe(self.of)} can never claim a leaf.", hint="leave the kind out of the declaration"

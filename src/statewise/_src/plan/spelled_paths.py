@@ -22,7 +22,7 @@ from flax import nnx
 from statewise._src.common.nnx_graph import ModelGraph, row_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_type
 from statewise._src.common.ties import aliases_of
-from statewise._src.filters.combinators import compound, describe, normalise
+from statewise._src.filters.combinators import compound, describe, normalize
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Path as Glob
 from statewise._src.plan.kind import Kind
@@ -56,7 +56,7 @@ def spelled(filter: Any) -> tuple[Spelled, ...]:
       >>> [one.negated for one in spelled(nnx.Param & sw.Path("head/**") & ~sw.Path("head/bias"))]
       [False, True]
     """
-    return tuple(_spelled(normalise(filter), False))
+    return tuple(_spelled(normalize(filter), False))
 
 
 def _spelled(filter: Any, negated: bool) -> Iterator[Spelled]:
@@ -324,7 +324,7 @@ def corrected_kind(name: str, kind: Kind, lost: Sequence[Any], reading: Reading)
     fixes = [(filter, corrected(reading, filter)) for filter in lost]
     if not fixes or any(fixed is None for _, fixed in fixes):
         return f"{optional}  # if there need not be any"
-    of = _replaced(normalise(kind.of), dict(fixes))
+    of = _replaced(normalize(kind.of), dict(fixes))
     return (
         f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], of={as_code(of)}))\n"
         f"or, if there need not be any: {optional}"

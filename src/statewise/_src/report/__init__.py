@@ -1,6 +1,6 @@
-"""Report: one page that shows a model, a plan, a state or a checkpoint, and what it differs in from another.
+"""Reports: one page that shows a model, a plan, a state or a checkpoint, and how it differs from another.
 
-`gathering` reads the leaves and where they lie, `reporting` puts together what the other instruments say (census,
-memory, lint, diff), `page` writes it as one HTML file that needs nothing else: no network, no other file.  The HTML,
-the style and the scripts are files in `assets`.
+`gather` reads the leaves and their placement, `report` combines the results of the other tools (census, memory, lint,
+diff), and `page` writes one self-contained HTML file, which needs no network and no other file.  The HTML, the style
+and the scripts are files in `assets`.
 """

@@ -1,9 +1,9 @@
-"""The page: one HTML file with its style, its scripts and its data in it.
+"""The page: one HTML file that contains its style, scripts and data.
 
-Nothing in the data is ever read as HTML or as a script.  It stands as JSON in a `<script type="application/json">`,
-with every `<`, `>` and `&` written as an escape, so that no text of a user's can end the element; the scripts make text
-of it, never markup.  Besides, the page's own policy (Content-Security-Policy) lets run only the script whose hash it
-names, and lets nothing be fetched from anywhere.
+Nothing in the data is ever interpreted as HTML or as a script.  It is JSON in a `<script type="application/json">`,
+with every `<`, `>` and `&` escaped, so that no user's text can end the element; the scripts insert it as text, never as
+markup.  In addition, the page's Content-Security-Policy only runs the script with the hash that it lists, and does not
+allow any request.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from statewise._src.common.tables import printable
 
 __all__ = ["SCRIPTS", "embedded", "page"]
 
-# In this order: each uses what stands before it.
+# In this order: each uses the ones before it.
 SCRIPTS = ("words.js", "tree.js", "treemap.js", "table.js", "sections.js", "main.js")
 
 
 def page(data: dict[str, Any]) -> str:
-    """Writes the page of a report's data.
+    """Renders the page of a report's data.
 
     Args:
-      data: what `Report.to_dict` returns, with `segments`, the keys of each leaf's path, in each of its leaves.
+      data: the result of `Report.to_dict`, with `segments`, the keys of the path, in each of its leaves.
     """
     style, script = _asset("page.css"), _script()
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
@@ -39,16 +39,16 @@ def page(data: dict[str, Any]) -> str:
         "DATA": embedded(data),
         "SCRIPT": script,
     }
-    # In one pass: what is put in is not looked through for more of these.
+    # In one pass, so that placeholders in the inserted text are not replaced.
     pieces = _asset("page.html").split("%%")
     return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
 def embedded(data: Any) -> str:
-    """Data as JSON that can stand within an element of HTML, whatever text is in it.
+    """Writes data as JSON that is safe inside an HTML element, whatever text it contains.
 
     Args:
-      data: what JSON can hold; numbers are finite.
+      data: data that JSON can represent, with finite numbers.
 
     Example:
       >>> from statewise._src.report.page import embedded
@@ -66,7 +66,7 @@ def _asset(name: str) -> str:
 
 @functools.cache
 def _script() -> str:
-    """All scripts as one, within a function: they share names, and leave none behind."""
+    """Returns all scripts as one, inside a function: they share their names and define no globals."""
     return "\n".join(['"use strict";', "(() => {", *map(_asset, SCRIPTS), "})();"])
 
 

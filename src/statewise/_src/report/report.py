@@ -1,4 +1,4 @@
-"""`sw.report`: what a census, a plan, `memory`, `lint` and `diff` say of one thing, put together."""
+"""`sw.report`: the results of a census, a plan, `memory`, `lint` and `diff` for one subject, combined."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ __all__ = ["Report", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Report(Shown):
-    """What there is to see of a model, a plan, a state or a checkpoint; `write` makes a page of it.
+    """Everything there is to see of a model, a plan, a state or a checkpoint; `write` makes a page of it.
 
     Attributes:
-      title: what it is about, the page's heading.
+      title: the subject, which is the page's heading.
       what: `model`, `plan`, `state` or `checkpoint`.
       census: the leaves counted by kind.
       leaves: one `LeafReport` for each leaf.
-      findings: what `lint` says; None of a checkpoint, which holds no objects to look at.
+      findings: the findings of `lint`; None for a checkpoint, which holds no objects to inspect.
       memory: bytes per device; None without a mesh.
-      diff: from this to another; None where there is no other.
+      diff: the differences from this to another; None if there is no other.
 
     Example:
       >>> from flax import nnx
@@ -60,11 +60,11 @@ class Report(Shown):
 
     @property
     def ok(self) -> bool:
-        """Whether lint finds nothing and the other, if there is one, is the same."""
+        """Returns whether lint has no findings and the other, if there is one, is the same."""
         return not self.findings and not self.diff
 
     def table(self) -> Table:
-        """The census, and in the line above it what else there is to see."""
+        """Returns the census, with a summary of the rest in the line above it."""
         total = self.census.total
         words = [_counted(total.leaves, "leaf", "leaves"), format_bytes(total.bytes)]
         if self.memory:
@@ -80,12 +80,12 @@ class Report(Shown):
         return dataclasses.replace(table, title=printable(f"report of {self.title}: {', '.join(words)}"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data: the parts, as `census`, `memory`, `lint` and `diff` give them."""
+        """Returns the report as plain data: the parts, as in `census`, `memory`, `lint` and `diff`."""
         return {
             "title": self.title,
             "what": self.what,
             **self.census.to_dict(),
-            "leaves": [one.to_dict() for one in self.leaves],
+            "leaves": [leaf.to_dict() for leaf in self.leaves],
             "findings": None if self.findings is None else self.findings.to_dict()["findings"],
             "memory": None if self.memory is None else self.memory.to_dict(),
             "diff": None if self.diff is None else self.diff.to_dict(),
@@ -93,22 +93,22 @@ class Report(Shown):
         }
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Returns the report as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
-        """The report as one HTML page, which needs no other file and no network."""
+        """Returns the report as one HTML page, which needs no other file and no network."""
         data = self.to_dict()
-        for one, leaf in zip(data["leaves"], self.leaves, strict=True):
-            # As text a path does not tell which slash is a key's own.
-            one["segments"] = [str(key) for key in leaf.leaf.path]
+        for row, leaf in zip(data["leaves"], self.leaves, strict=True):
+            # A path as text does not show which slashes are part of a key.
+            row["segments"] = [str(key) for key in leaf.leaf.path]
         return page(data)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the page to a file; one that is there is replaced.
+        """Writes the page to a file; an existing file is replaced.
 
         Args:
-          path: the file, `report.html`.
+          path: the file, such as `report.html`.
 
         Raises:
           OSError: it cannot be written.
@@ -125,28 +125,28 @@ def report(
     kinds: Kinds | None = None,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | Mapping[str, int] | None = None,
 ) -> Report:
-    """Reports on a model, a plan, a state or a checkpoint: what `sw.report(...).write("report.html")` makes a page of.
+    """Reports on a model, a plan, a state or a checkpoint; `sw.report(...).write("report.html")` makes a page.
 
     Args:
       target: a module, or a tuple or list of objects, concrete or abstract; a plan; a state; or the path of a
-        checkpoint (of Statewise or plain Orbax, or a safetensors file), of which no array is read.
-      other: another of these (of checkpoints only Statewise's) to compare it with, from `target` to `other`.
-      kinds: the kinds to plan models by; by default those of the other, if it is a state or a plan, and else
+        checkpoint (of Statewise or plain Orbax, or a safetensors file), whose arrays are not read.
+      other: another of these to compare with, from `target` to `other`; a checkpoint must be Statewise's.
+      kinds: the kinds to plan models by; by default those of the other, if it is a state or a plan, otherwise
         `Kinds.standard()`.
       mesh: a `jax.sharding.Mesh`, an abstract one, or the axes and their sizes, `{"data": 16, "model": 8}`: the report
-        then says how each leaf lies on it, and what each device holds.
+        then shows each leaf's placement on it, and what each device holds.
 
     Returns:
       the report; it prints as a table.
 
     Raises:
-      DeclarationError: kinds that are none, or kinds where there is no model; a mesh for a checkpoint.
+      DeclarationError: `kinds` is not a `Kinds`, or there is no model to plan; a mesh for a checkpoint.
       UnclaimedError: leaves of a model that no kind claims.
       OverlapError: leaves of a model that several kinds claim.
-      StructureError: a model that is none; a state that was donated or being traced.
+      StructureError: the model is not a model; a state was donated or is being traced.
       PlacementError: leaves that cannot be placed on the mesh, all of them.
       RestoreError: there is no such checkpoint.
-      CorruptedError: a checkpoint that is not what was written.
+      CorruptedError: the checkpoint is not what was written.
 
     Example:
       >>> from flax import nnx
@@ -159,12 +159,13 @@ def report(
       -----------------------------------------------------------
       total         2         9   36 B
     """
-    models = [thing for thing in (target, other) if thing is not None and _is_model(thing)]
+    models = [side for side in (target, other) if side is not None and _is_model(side)]
     if kinds is not None:
         check_kinds(kinds)
         if not models:
             raise DeclarationError(
-                "Only a model is planned by kinds; plans, states and checkpoints have theirs.", hint="sw.report(target)"
+                "Only models are planned by `kinds`; plans, states and checkpoints have their own.",
+                hint="sw.report(target)",
             )
     changes = None if other is None else diff(target, other, kinds=kinds if models else None)
     if is_path(target):
@@ -173,17 +174,17 @@ def report(
     if tables is not None:
         plan = Plan.of(tables)
         what = "state" if isinstance(target, State) else "plan"
-        made = Report(what.capitalize(), what, census(plan), (), lint(target))
+        parts = Report(what.capitalize(), what, census(plan), (), lint(target))
     else:
         objects = tuple(target) if isinstance(target, tuple | list) else (target,)
         declared = kinds or _kinds_of(other)
         plan = (declared or Kinds.standard()).plan(*objects)
-        title = " and ".join(type(thing).__name__ for thing in objects)
-        made = Report(title, "model", census(plan), (), lint(*objects, kinds=declared))
-    taken = None if mesh is None else memory(plan, mesh)
+        title = " and ".join(type(planned).__name__ for planned in objects)
+        parts = Report(title, "model", census(plan), (), lint(*objects, kinds=declared))
+    bytes_per_device = None if mesh is None else memory(plan, mesh)
     if isinstance(mesh, Mapping):
         mesh = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
-    return dataclasses.replace(made, leaves=leaves_of(tables_of(plan), mesh), memory=taken, diff=changes)
+    return dataclasses.replace(parts, leaves=leaves_of(tables_of(plan), mesh), memory=bytes_per_device, diff=changes)
 
 
 def _counted(number: int, one: str, several: str) -> str:
@@ -193,7 +194,7 @@ def _counted(number: int, one: str, several: str) -> str:
 def _of_checkpoint(path: Any, mesh: Any) -> Report:
     if mesh is not None:
         raise DeclarationError(
-            "A checkpoint lies on no mesh: a plan says where its leaves go.",
+            "A checkpoint is not on a mesh; a plan says how its leaves are placed.",
             hint="sw.report(plan, path, mesh=mesh)",
         )
     leaves, handlings = leaves_on_disk(path)
@@ -201,10 +202,10 @@ def _of_checkpoint(path: Any, mesh: Any) -> Report:
     return Report(str(os.fspath(path)), "checkpoint", counted, tuple(map(LeafReport, leaves)))
 
 
-def _kinds_of(thing: Any) -> Kinds | None:
-    tables = tables_in(thing)
+def _kinds_of(side: Any) -> Kinds | None:
+    tables = tables_in(side)
     return None if tables is None else Plan.of(tables).kinds
 
 
-def _is_model(thing: Any) -> bool:
-    return not is_path(thing) and tables_in(thing) is None
+def _is_model(side: Any) -> bool:
+    return not is_path(side) and tables_in(side) is None

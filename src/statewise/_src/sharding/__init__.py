@@ -1,1 +1,1 @@
-"""Meshes, and what each array's sharding on one is."""
+"""Meshes, and the sharding of each array on one."""

@@ -1,8 +1,9 @@
-"""What the Variables of a model say of their own placement: `out_sharding` and `sharding_rules`, their metadata.
+"""Placements in a model's own Variables: the metadata `out_sharding` and `sharding_rules`.
 
-NNX keeps `out_sharding` beside the value and does not hold the two together: where `nnx.vmap` stacks layers the value
-gains an axis, the metadata an entry only if `transform_metadata` asks for one.  Nothing in a Variable tells such a leaf
-from one whose last axes were left out by hand, as `jax.P` allows; so what names an axis has to name them all.
+NNX stores `out_sharding` beside the value and does not keep the two in step: where `nnx.vmap` stacks layers, the value
+gets another axis, but the metadata another entry only if `transform_metadata` asks for one.  A Variable does not show
+whether that happened or its last axes were left out by hand, as `jax.P` allows; so metadata that names an axis must
+name all of them.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ __all__ = ["annotated", "metadata_of"]
 
 
 def metadata_of(plan: PlanTables) -> dict[Path, Mapping[str, Any]]:
-    """Returns the metadata of each leaf's Variable by the leaf's path; of a raw array none."""
-    # Of raw leaves NNX counts only what is an array, so that None in the place of one would not be found again.
+    """Returns the metadata of each leaf's Variable by the leaf's path; empty for a raw array."""
+    # A raw leaf must be an array: NNX does not count None as one, and would not list it again.
     values = [np.zeros(()) if row.type is jax.Array else None for row in plan.rows]
-    found = read_graph(rebuild(plan.graphdef, values, plan.several), plan.names)
+    graph = read_graph(rebuild(plan.graphdef, values, plan.several), plan.names)
     return {
         path: leaf.get_metadata() if compat.is_variable(leaf) else {}
-        for path, leaf in zip(found.paths, found.leaves, strict=True)
+        for path, leaf in zip(graph.paths, graph.leaves, strict=True)
     }
 
 
 def annotated(placement: FromMetadata, metadata: Mapping[str, Any], shape: tuple[int, ...]) -> Sharded | None:
-    """Returns what a Variable's metadata says of an array of this shape; None where it says nothing.
+    """Returns the placement that a Variable's metadata gives an array of this shape; None if it gives none.
 
     Raises:
-      PlacementError: metadata that names no axes, or not all of them; a name without a rule; rules that disagree.
+      PlacementError: the metadata does not name axes, or not all of them; a name has no rule; rules conflict.
     """
     names, own = metadata.get("out_sharding"), metadata.get("sharding_rules") or ()
     names = names.spec if isinstance(names, jax.NamedSharding) else names
@@ -54,39 +55,39 @@ def annotated(placement: FromMetadata, metadata: Mapping[str, Any], shape: tuple
     if unruled:
         listed = [(name, None) for name in dict.fromkeys(unruled)]
         raise PlacementError(
-            f"no rule for {', '.join(map(repr, dict.fromkeys(unruled)))}.", hint=f"a rule each: {listed}"
+            f"no rule for {', '.join(map(repr, dict.fromkeys(unruled)))}.", hint=f"add a rule for each: {listed}"
         )
     return Sharded(*(_ruled(axis, rules) for axis in names))
 
 
 def _check_rank(names: tuple[Any, ...], shape: tuple[int, ...]) -> None:
-    """Raises where metadata would be applied to other axes than it was written for."""
+    """Checks that metadata is applied to the axes that it was written for."""
     entries = "1 entry" if len(names) == 1 else f"{len(names)} entries"
     axes = "1 axis" if len(shape) == 1 else f"{len(shape)} axes"
     if len(names) > len(shape):
         raise PlacementError(
             f"out_sharding={names!r} has {entries}, the array {axes}.",
             hint=f"leaf.set_metadata(out_sharding={_filled(names, shape)!r})"
-            "  # an entry for each axis: a layer that was taken out of a stack keeps those of the stack",
+            "  # an entry for each axis: a layer that was taken out of a stack keeps the stack's entries",
         )
     if len(names) < len(shape) and any(map(axes_of, names)):
         raise PlacementError(
             f"out_sharding={names!r} has {entries}, the array {axes}.",
             hint="transform_metadata={nnx.PARTITION_NAME: None}"
-            "  # in the nnx.vmap that stacks the layers: theirs is the first axis, and has no entry\n"
-            f"or, where nothing is stacked, an entry for each axis: out_sharding={_filled(names, shape)!r}\n"
-            f"or, where nothing else reaches the metadata (as under jax.vmap): "
+            "  # in the nnx.vmap that stacks the layers: the layers' axis is the first, and has no entry\n"
+            f"or, if nothing is stacked, an entry for each axis: out_sharding={_filled(names, shape)!r}\n"
+            f"or, if the metadata cannot be set elsewhere (as under jax.vmap): "
             f"leaf.set_metadata(out_sharding={((None,) * (len(shape) - len(names)) + names)!r})",
         )
 
 
 def _filled(names: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
-    """The entries as they would be for so many axes."""
+    """Returns the entries, cut or filled up to this many axes."""
     if len(names) > len(shape):
         return names[len(names) - len(shape) :]
     return names + (None,) * (len(shape) - len(names))
 
 
 def _ruled(axis: Any, rules: Mapping[str, Any]) -> Any:
-    found = tuple(one for name in axes_of(axis) for one in axes_of(rules.get(name, name)))
-    return found[0] if len(found) == 1 else found or None
+    axes = tuple(mesh_axis for name in axes_of(axis) for mesh_axis in axes_of(rules.get(name, name)))
+    return axes[0] if len(axes) == 1 else axes or None

@@ -1,9 +1,9 @@
-"""One array from devices to devices, without a way through the host where there is another.
+"""Copies one array to other devices, avoiding the host's memory where possible.
 
-`jax.device_put` copies whole pieces from device to device, but where the pieces that a device shall hold are on no
-device as they are, it puts them together in the host's memory.  So they are made on the source's devices first, by a
-compiled copy: split as on the target's mesh, where that has as many devices; else whole, on one of them.  (That one
-device then holds one whole array for a moment.)
+`jax.device_put` copies complete shards from device to device, but if no device holds a shard that the target needs, it
+assembles the array in the host's memory.  So the shards are made on the source's devices first, by a compiled copy:
+split as on the target's mesh if that has the same number of devices, otherwise replicated.  (One device then briefly
+holds the complete array.)
 """
 
 from __future__ import annotations
@@ -17,71 +17,75 @@ import jax.numpy as jnp
 __all__ = ["moved"]
 
 
-def moved(array: jax.Array, place: Any) -> jax.Array:
-    """A copy of an array, laid out as a sharding says; it shares no memory with the array.
+def moved(array: jax.Array, sharding: Any) -> jax.Array:
+    """Copies an array to a sharding; the copy shares no memory with the array.
 
     Args:
-      array: a concrete array; it stays as it is.
-      place: the sharding.
+      array: a concrete array; it is not changed.
+      sharding: the sharding of the copy.
     """
-    here = array.sharding
-    if here.is_equivalent_to(place, array.ndim):
-        # The same pieces on the same devices may still be of another mesh, and a step takes arrays of one.
-        return jnp.copy(array) if here == place else _put(array, place)
-    if not (here.is_fully_addressable and place.is_fully_addressable) or here.memory_kind != place.memory_kind:
-        return _put(array, place)
-    ours, theirs = _devices(here), _devices(place)
-    if ours == theirs:
-        return _copied(place)(array)
-    if not (_is_whole(here) and _is_whole(place)):
-        same = _here(here, place) if ours and theirs and len(ours) == len(theirs) else None
-        if same is not None:
-            array = _copied(same)(array)
-        elif not _is_whole(here) and isinstance(here, jax.NamedSharding):
-            array = _copied(jax.NamedSharding(here.mesh, jax.P(), memory_kind=here.memory_kind))(array)
-        if same is None and not _is_whole(place):
-            # A whole array on one device is cut up there; one that is whole on several, on the host.
+    source = array.sharding
+    if source.is_equivalent_to(sharding, array.ndim):
+        # The same shards on the same devices may still belong to another mesh, and a step takes arrays of only one.
+        return jnp.copy(array) if source == sharding else _put(array, sharding)
+    if (
+        not (source.is_fully_addressable and sharding.is_fully_addressable)
+        or source.memory_kind != sharding.memory_kind
+    ):
+        return _put(array, sharding)
+    source_devices, target_devices = _devices(source), _devices(sharding)
+    if source_devices == target_devices:
+        return _copied(sharding)(array)
+    if not (_is_replicated(source) and _is_replicated(sharding)):
+        same_count = source_devices and target_devices and len(source_devices) == len(target_devices)
+        split = _on_devices_of(source, sharding) if same_count else None
+        if split is not None:
+            array = _copied(split)(array)
+        elif not _is_replicated(source) and isinstance(source, jax.NamedSharding):
+            array = _copied(jax.NamedSharding(source.mesh, jax.P(), memory_kind=source.memory_kind))(array)
+        if split is None and not _is_replicated(sharding):
+            # JAX splits an array on one device there, but a replicated one on the host.
             first = array.addressable_shards[0].device
-            array = jax.device_put(array, jax.sharding.SingleDeviceSharding(first, memory_kind=here.memory_kind))
-    return _put(array, place)
+            array = jax.device_put(array, jax.sharding.SingleDeviceSharding(first, memory_kind=source.memory_kind))
+    return _put(array, sharding)
 
 
-def _put(array: jax.Array, place: Any) -> jax.Array:
-    # What JAX puts on a device that has it already may be the same memory, and a step donates what its state holds.
-    # Between an accelerator's memory and its host's there is always a copy, at eight times the rate of a second one.
-    here = array.sharding
-    if here.device_set & place.device_set and (here.memory_kind == place.memory_kind or _is_on_cpu(here)):
+def _put(array: jax.Array, sharding: Any) -> jax.Array:
+    # If a device already has the data, JAX may return the same memory, and a step donates what its state holds.
+    # Between an accelerator's memory and its host's JAX always copies, at eight times the rate of a second copy.
+    source = array.sharding
+    if source.device_set & sharding.device_set and (source.memory_kind == sharding.memory_kind or _is_on_cpu(source)):
         array = jnp.copy(array)
-    return jax.device_put(array, place)
+    return jax.device_put(array, sharding)
 
 
 def _is_on_cpu(sharding: Any) -> bool:
-    """Whether all kinds of a device's memory are the host's."""
+    """Returns whether all of a sharding's memory kinds are the host's memory."""
     return any(device.platform == "cpu" for device in sharding.device_set)
 
 
-def _is_whole(sharding: Any) -> bool:
+def _is_replicated(sharding: Any) -> bool:
     return bool(sharding.is_fully_replicated)
 
 
 def _devices(sharding: Any) -> list[Any] | None:
-    """The devices of a sharding, in their order; None where that is not told."""
+    """Returns the devices of a sharding, in their order; None if the order is unknown."""
     if isinstance(sharding, jax.NamedSharding):
         return list(sharding.mesh.devices.flat)
     return list(sharding.device_set) if len(sharding.device_set) == 1 else None
 
 
-def _here(here: Any, place: Any) -> Any:
-    """The split of another mesh, on the devices of this one."""
-    if not (isinstance(here, jax.NamedSharding) and isinstance(place, jax.NamedSharding)):
+def _on_devices_of(source: Any, sharding: Any) -> Any:
+    """Returns the split of a sharding, on the devices of another one's mesh; None for other types of sharding."""
+    if not (isinstance(source, jax.NamedSharding) and isinstance(sharding, jax.NamedSharding)):
         return None
-    there = place.mesh
+    target = sharding.mesh
     mesh = jax.sharding.Mesh(
-        here.mesh.devices.reshape(there.devices.shape), there.axis_names, axis_types=there.axis_types
+        source.mesh.devices.reshape(target.devices.shape), target.axis_names, axis_types=target.axis_types
     )
-    return jax.NamedSharding(mesh, place.spec, memory_kind=place.memory_kind)
+    return jax.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 @functools.lru_cache(maxsize=256)
-def _copied(place: Any) -> Any:
-    return jax.jit(jnp.copy, out_shardings=place)
+def _copied(sharding: Any) -> Any:
+    return jax.jit(jnp.copy, out_shardings=sharding)

@@ -1,4 +1,4 @@
-"""How an ensemble lies on a mesh: as each member does, and its members over one more mesh axis, where one is named."""
+"""The sharding of an ensemble: that of each member, with the members split over one more mesh axis if one is named."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from statewise.errors import PlacementError
 __all__ = ["of_all_members", "resolved_members"]
 
 
-def of_all_members(members: Members, lies: ArrayPlacement, axis: Axis, spec: ArraySpec) -> ArrayPlacement:
-    """How an array of all members lies, from how that of one does, as a state of one holds it."""
-    rank = len(spec.shape) - (bool(lies.each) and members.single.per_device is not None)
-    return lies.grown(axis, rank, _over(members))
+def of_all_members(members: Members, placement: ArrayPlacement, axis: Axis, spec: ArraySpec) -> ArrayPlacement:
+    """Returns the placement of an array of all members, given that of one member in a state of one."""
+    rank = len(spec.shape) - (bool(placement.each) and members.single.per_device is not None)
+    return placement.grown(axis, rank, _over(members))
 
 
 def _over(members: Members) -> tuple[str, ...]:
@@ -29,36 +29,36 @@ def _over(members: Members) -> tuple[str, ...]:
 def resolved_members(
     plan: PlanTables, single: Mapping[str, Sequence[ArrayPlacement]], sizes: Mapping[str, int]
 ) -> dict[str, tuple[ArrayPlacement, ...]]:
-    """How each array of an ensemble lies, in the order of the plan.
+    """Returns the placement of each array of an ensemble, in the order of the plan.
 
     Args:
       plan: the plan of the ensemble.
-      single: how those of one member lie.
+      single: the placements of one member's arrays.
       sizes: the axes of the mesh.
 
     Raises:
-      PlacementError: the members cannot be split as `over` says.
+      PlacementError: the members cannot be split over the axis `over`.
     """
     members = plan.ensemble
-    assert members is not None, "asked of an ensemble"
+    assert members is not None, "called for an ensemble"
     _check_over(members, sizes)
     placed: dict[str, tuple[ArrayPlacement, ...]] = {}
-    odd: list[Leaf] = []
+    twice: list[Leaf] = []
     for kind, part in single.items():
         specs, axes, leaves = members.single.specs[kind], members.of(kind), plan.leaf_of_array[kind]
-        for lies, axis, leaf in zip(part, axes, leaves, strict=True):
-            used = {name for names in (*lies.axes, lies.each) for name in names}
+        for placement, axis, leaf in zip(part, axes, leaves, strict=True):
+            used = {name for names in (*placement.axes, placement.each) for name in names}
             if axis is not None and members.over in used:
-                odd.append(dataclasses.replace(leaf, note=f"split over {members.over!r} already, within each member"))
+                twice.append(dataclasses.replace(leaf, note=f"already split over {members.over!r} within each member"))
         placed[kind] = tuple(
-            lies.grown(axis, len(spec.shape), _over(members))
-            for lies, axis, spec in zip(part, axes, specs, strict=True)
+            placement.grown(axis, len(spec.shape), _over(members))
+            for placement, axis, spec in zip(part, axes, specs, strict=True)
         )
-    if odd:
+    if twice:
         raise PlacementError(
-            f"The members cannot be split over {members.over!r}: {len(odd)} leaves of each are, on the mesh "
-            f"{describe_mesh(sizes)}.",
-            leaves=odd,
+            f"The members cannot be split over {members.over!r}: {len(twice)} leaves of each already are, on the "
+            f"mesh {describe_mesh(sizes)}.",
+            leaves=twice,
             hint=f"plan.stacked({members.number}, over=...)  # another axis of the mesh: {', '.join(sizes)}",
         )
     return placed
@@ -70,12 +70,13 @@ def _check_over(members: Members, sizes: Mapping[str, int]) -> None:
         return
     if over not in sizes:
         raise PlacementError(
-            f"The members are to be split over {over!r}, and the mesh {describe_mesh(sizes)} has no such axis.",
+            f"The members should be split over {over!r}, but the mesh {describe_mesh(sizes)} has no such axis.",
             hint=f"plan.stacked({members.number}, over={next(iter(sizes))!r})  # one of: {', '.join(sizes)}",
         )
     if members.number % sizes[over]:
         raise PlacementError(
-            f"{members.number} members do not divide by {over}={sizes[over]} of the mesh {describe_mesh(sizes)}.",
+            f"{members.number} members cannot be split evenly over {over}={sizes[over]} of the mesh "
+            f"{describe_mesh(sizes)}.",
             hint=f"plan.stacked({members.number})  # without over=: each device then has all of them\n"
-            f"or as many as divide: plan.stacked({sizes[over] * -(-members.number // sizes[over])}, over={over!r})",
+            f"or a multiple: plan.stacked({sizes[over] * -(-members.number // sizes[over])}, over={over!r})",
         )

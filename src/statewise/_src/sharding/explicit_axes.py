@@ -1,9 +1,9 @@
 """Meshes with axes of type `Explicit`, the default of the newest `jax.make_mesh`.
 
-Over such axes how an array is split is part of its type, and JAX does not guess: where the split of a result is
-ambiguous (a product over an axis that is split, say) the function has to name it.  Placing, saving and moving arrays
-need none of that, and work with them as with `Auto` ones.  A model that was not written for them may not; JAX's error
-then names neither the mesh nor the way back, so it is explained here.
+On such axes an array's sharding is part of its type, and JAX does not guess: if the sharding of a result is ambiguous
+(a product over a split axis, for example), the function has to name it.  Placing, saving and moving arrays need none of
+that, and work with them as with `Auto` axes.  A model that was not written for them may not; JAX's error then names
+neither the mesh nor the way out, so it is explained here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def explicit_axes(mesh: Any) -> tuple[str, ...]:
 
 
 def explicit_sharding(array: Any) -> jax.NamedSharding | None:
-    """Returns how an array, or a tracer, is split by its type; None where its type does not say so."""
+    """Returns the sharding in the type of an array or tracer; None if its type does not have one."""
     try:
         return sharding_of_type(jax.typeof(array))
     except TypeError:  # not an array
@@ -37,35 +37,35 @@ def explicit_sharding(array: Any) -> jax.NamedSharding | None:
 
 
 def sharding_of_type(type_: Any) -> jax.NamedSharding | None:
-    """Returns the same of a type, as a jaxpr has it."""
+    """Returns the sharding in a type, as jaxprs have them; None if it does not have one."""
     sharding = getattr(type_, "sharding", None)
     return sharding if isinstance(sharding, jax.NamedSharding) and explicit_axes(sharding.mesh) else None
 
 
 def as_it_came(new: Any, old: Any) -> Any:
-    """Returns a new value split as the old one is by its type: what a step writes has the type of what it replaces."""
-    there = explicit_sharding(old)
-    if there is None or explicit_sharding(new) == there:
+    """Reshards a new value as the old one by its type: a written array has the type of the one that it replaces."""
+    sharding = explicit_sharding(old)
+    if sharding is None or explicit_sharding(new) == sharding:
         return new
-    return jax.reshard(new, there)
+    return jax.reshard(new, sharding)
 
 
 @contextlib.contextmanager
 def explained(name: str, *given: Any) -> Iterator[None]:
-    """Says what JAX's error means, where it is about Explicit axes.
+    """Explains errors of JAX that are about Explicit axes.
 
     Args:
-      name: what is called.
-      *given: pytrees of arrays, and meshes: what the axes may be of.
+      name: the name of the function.
+      *given: pytrees of arrays, and meshes, that may have such axes.
 
     Raises:
-      PlacementError: JAX cannot tell how a result is split over Explicit axes.
+      PlacementError: JAX cannot determine the sharding of a result on Explicit axes.
     """
     try:
         yield
     except StatewiseError:
         raise
-    except Exception as error:  # what JAX raises here is no public class
+    except Exception as error:  # the class that JAX raises here is not public
         mesh = _explicit_mesh(given)
         if mesh is None or not _is_about_sharding(error, explicit_axes(mesh)):
             raise
@@ -75,17 +75,18 @@ def explained(name: str, *given: Any) -> Iterator[None]:
         sizes = tuple(int(size) for size in mesh.shape.values())
         raise PlacementError(
             f"{name} cannot be traced: the mesh ax{'is' if len(axes) == 1 else 'es'} {listed} "
-            f"{'is' if len(axes) == 1 else 'are'} Explicit, and JAX asks how a result is split: {text.rstrip('.')}.",
+            f"{'is' if len(axes) == 1 else 'are'} Explicit, and JAX needs the sharding of a result: "
+            f"{text.rstrip('.')}.",
             hint=f"mesh = jax.make_mesh({sizes}, {tuple(mesh.axis_names)}, "
             f"axis_types=(jax.sharding.AxisType.Auto,) * {len(sizes)})\n"
-            "or, where JAX asks: jnp.dot(x, w, out_sharding=jax.P(...)), jax.reshard(x, jax.P(...))",
+            "or, where JAX needs it: jnp.dot(x, w, out_sharding=jax.P(...)), jax.reshard(x, jax.P(...))",
         ) from error
 
 
 def _explicit_mesh(given: Any) -> Any:
-    """The first mesh with Explicit axes: of what was given, else the one that is set."""
+    """Returns the first mesh with Explicit axes: one of those given, otherwise the current mesh."""
     is_mesh = (jax.sharding.Mesh, jax.sharding.AbstractMesh)
-    for leaf in jax.tree.leaves(given, is_leaf=lambda thing: isinstance(thing, is_mesh)):
+    for leaf in jax.tree.leaves(given, is_leaf=lambda node: isinstance(node, is_mesh)):
         sharding = getattr(leaf, "sharding", None) or explicit_sharding(leaf)
         mesh = leaf if isinstance(leaf, is_mesh) else getattr(sharding, "mesh", None)
         if isinstance(mesh, is_mesh) and explicit_axes(mesh):
@@ -95,7 +96,7 @@ def _explicit_mesh(given: Any) -> Any:
 
 
 def _is_about_sharding(error: Exception, axes: tuple[str, ...]) -> bool:
-    # A loop whose carry changes its type says so by the types: float32[16@model].
+    # A loop whose carry changes its type is reported by the types: float32[16@model].
     split = re.search(r"@\(?['\"]?(" + "|".join(map(re.escape, axes)) + r")\b", str(error))
     named = any(word in str(error) for word in ("out_sharding", "Explicit"))
     return type(error).__name__ == "ShardingTypeError" or bool(split) or named

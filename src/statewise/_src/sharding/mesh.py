@@ -1,4 +1,4 @@
-"""What placements ask of a mesh: its axes, its devices, and the kinds of memory that these have."""
+"""Facts about a mesh that placements need: its axes, its devices, and their kinds of memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["axis_sizes", "check_devices", "describe_mesh", "memories"]
 
 
 def axis_sizes(mesh: Any) -> dict[str, int]:
-    """The axes of a mesh and their sizes.
+    """Returns the axes of a mesh and their sizes.
 
     Raises:
-      PlacementError: it is no mesh.
+      PlacementError: it is not a mesh.
     """
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        raise PlacementError(f"A {type(mesh).__name__} is no mesh.", hint="mesh = jax.make_mesh((8,), ('data',))")
+        raise PlacementError(f"A {type(mesh).__name__} is not a mesh.", hint="mesh = jax.make_mesh((8,), ('data',))")
     return {str(name): int(size) for name, size in mesh.shape.items()}
 
 
 def check_devices(mesh: Any) -> None:
-    """Raises where a mesh has no devices to put arrays on."""
+    """Checks that a mesh has devices to put arrays on."""
     axis_sizes(mesh)
     if not isinstance(mesh, jax.sharding.Mesh):
         raise PlacementError(
@@ -34,12 +34,12 @@ def check_devices(mesh: Any) -> None:
 
 
 def describe_mesh(sizes: Mapping[str, int]) -> str:
-    """A mesh in words: `(data=4, model=2)`."""
+    """Returns a mesh in words: `(data=4, model=2)`."""
     return "(" + ", ".join(f"{name}={size}" for name, size in sizes.items()) + ")"
 
 
 def memories(mesh: Any) -> set[str] | None:
-    """The kinds of memory that a mesh's devices have; None where there are no devices to ask."""
+    """Returns the kinds of memory of a mesh's devices; None for an abstract mesh."""
     if not isinstance(mesh, jax.sharding.Mesh):
         return None
     return {memory.kind for memory in mesh.devices.flat[0].addressable_memories()}

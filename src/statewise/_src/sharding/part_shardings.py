@@ -1,8 +1,8 @@
-"""Where the arrays of a state's parts lie, told once for each part.
+"""The shardings of the arrays in a state's parts, determined once for each part.
 
-Left to itself XLA lays out what a compiled function returns as it likes.  The arrays that a step writes are to leave
-with the very shardings that they came in with, so a step is compiled for the places of what it writes.  A part that
-comes out of such a step lies where the one before it lay: nothing is looked at array by array from call to call.
+Left to itself, XLA chooses the layout of a compiled function's results.  The arrays that a step writes must keep
+exactly the shardings that they had, so a step is compiled for these.  The part that such a step returns has the
+shardings of the part before it, so no call has to inspect arrays one by one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import jax
 
 from statewise._src.common import compat
 
-__all__ = ["UNKNOWN", "PartShardings", "lies_on_one_device", "part_shardings_of"]
+__all__ = ["UNKNOWN", "PartShardings", "is_on_one_device", "part_shardings_of"]
 
 
 class PartShardings:
-    """The shardings of some arrays; equal ones are one object, so that comparing two costs nothing.
+    """The shardings of some arrays; equal ones are one object, so comparing them is free.
 
     Attributes:
-      shardings: of each array, in order; None for one that lies on no mesh.
-      whole: whether all lie on a mesh.
+      shardings: of each array, in order; None for one that is not on a mesh.
+      whole: whether all of them are on a mesh.
     """
 
     __slots__ = ("__weakref__", "shardings", "whole")
@@ -33,19 +33,18 @@ class PartShardings:
         self.whole = None not in shardings
 
 
-# Of a part whose arrays nobody has looked at yet.
+# The shardings of a part whose arrays were not inspected yet.
 UNKNOWN: Any = PartShardings(())
 
 _known: weakref.WeakValueDictionary[tuple[Any, ...], PartShardings] = weakref.WeakValueDictionary()
 
 
 def part_shardings_of(arrays: Sequence[Any]) -> PartShardings | None:
-    """Where arrays lie on a mesh; None where none does, or where they are being traced."""
+    """Returns the shardings of arrays on a mesh; None if none is on a mesh, or if they are being traced."""
     shardings = tuple(map(_sharding, arrays))
     if not any(shardings):
         return None
-    made = PartShardings(shardings)
-    return _known.setdefault(shardings, made)
+    return _known.setdefault(shardings, PartShardings(shardings))
 
 
 def _sharding(array: Any) -> jax.NamedSharding | None:
@@ -57,6 +56,6 @@ def _sharding(array: Any) -> jax.NamedSharding | None:
     return None
 
 
-def lies_on_one_device(array: Any) -> bool:
-    """Whether an array is known to lie on one device and no mesh; what one function returns lies so, or none of it."""
+def is_on_one_device(array: Any) -> bool:
+    """Returns whether an array is known to be on one device, not on a mesh, as then all of a function's results are."""
     return isinstance(array, jax.Array) and isinstance(array.sharding, jax.sharding.SingleDeviceSharding)

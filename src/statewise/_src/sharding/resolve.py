@@ -1,9 +1,9 @@
-"""Placing a plan on a mesh: what each array's sharding is, or everything that is wrong.
+"""Resolves the placements of a plan on a mesh: the sharding of each array, or everything that is wrong.
 
-`placements` says how a kind lies on any mesh; here that is resolved, array by array, against the axes of one.  A mesh
-is told by its axes alone, so an abstract one, with no device behind it, will do.
+`placements` declares how a kind is placed on any mesh; here that is resolved for one, array by array.  Only the axes
+of the mesh matter, so an abstract mesh without devices works too.
 
-Optimizer state follows the leaves that it is for (see `lies`), unless the kind `optimizer` declares a placement.
+Optimizer state follows its parameters (see `array_placement`), unless the kind `optimizer` declares a placement.
 """
 
 from __future__ import annotations
@@ -51,37 +51,39 @@ __all__ = [
 ]
 
 
-# How each array of each kind lies on a mesh.
+# The placement of each array of each kind on a mesh.
 Placed = Mapping[str, Sequence[ArrayPlacement]]
 
 
 def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
-    """For each kind the sharding of what stands in each slot of its part; see `Plan.shardings`."""
+    """Returns, for each kind, the sharding of each slot of its part; see `Plan.shardings`."""
     members = plan.ensemble
     if members is not None:
         placed = resolve(members.single, mesh)
     placed = resolve(plan, mesh) if placed is None else placed
     known: dict[ArrayPlacement, jax.NamedSharding] = {}
     slots = []
-    for kind, here in zip(plan.kinds, plan.slots, strict=True):
+    for kind, contents in zip(plan.kinds, plan.slots, strict=True):
         packing = plan.packing.get(kind)
         if packing:
             _check_packed(plan if members is None else members.single, kind, placed[kind])
-        lies = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in here]
+        placements = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in contents]
         # A buffer has one axis, whatever its arrays have.
-        lies = [
-            one if isinstance(slot, int) else ArrayPlacement((), one.memory)
-            for one, slot in zip(lies, here, strict=True)
+        placements = [
+            placement if isinstance(slot, int) else ArrayPlacement((), placement.memory)
+            for placement, slot in zip(placements, contents, strict=True)
         ]
         if members is not None:
             specs = members.single.stored_specs[kind]
-            lies = [of_all_members(members, *each) for each in zip(lies, plan.slot_axes[kind], specs, strict=True)]
-        slots.append([_known(known, one, mesh) for one in lies])
+            placements = [
+                of_all_members(members, *each) for each in zip(placements, plan.slot_axes[kind], specs, strict=True)
+            ]
+        slots.append([_known(known, placement, mesh) for placement in placements])
     return slots
 
 
 def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerDeviceArrays | None:
-    """Which arrays of a plan lie per device on a mesh; None where none does."""
+    """Returns which arrays of a plan are `PerDevice` on a mesh; None if none is."""
     if placed is None:
         known = (Replicated, Sharded, FromMetadata)
         if all(kind.placement is None or isinstance(kind.placement, known) for kind in plan.kinds.values()):
@@ -90,35 +92,35 @@ def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerD
     positions: list[tuple[str, frozenset[int]]] = []
     axes: tuple[str, ...] = ()
     for kind, part in placed.items():
-        mine = frozenset(at for at, lies in enumerate(part) if lies.each)
-        if mine:
-            axes = part[min(mine)].each
-            positions.append((kind, mine))
+        own = frozenset(position for position, placement in enumerate(part) if placement.each)
+        if own:
+            axes = part[min(own)].each
+            positions.append((kind, own))
     return PerDeviceArrays(mesh, axes, tuple(positions)) if positions else None
 
 
 def on_mesh(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PlanTables:
-    """The plan of a state on a mesh: another than the model's where something lies per device."""
+    """Returns the plan of a state on a mesh, which differs from the model's plan if arrays are `PerDevice`."""
     return with_copies(plan, copies_on(plan, mesh, placed))
 
 
 def with_copies(plan: PlanTables, copies: PerDeviceArrays | None) -> PlanTables:
-    """A plan with these copies."""
+    """Returns a plan with these `PerDevice` arrays."""
     if copies == plan.per_device:
         return plan
     return plan.changed(per_device=copies)
 
 
 def array_shardings(plan: PlanTables, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
-    """For each kind the sharding of each of its arrays, in the order of the plan."""
+    """Returns, for each kind, the sharding of each of its arrays, in the order of the plan."""
     known: dict[ArrayPlacement, jax.NamedSharding] = {}
-    return {kind: [_known(known, lies, mesh) for lies in part] for kind, part in resolve(plan, mesh).items()}
+    return {kind: [_known(known, placement, mesh) for placement in part] for kind, part in resolve(plan, mesh).items()}
 
 
-def _known(known: dict[ArrayPlacement, jax.NamedSharding], lies: ArrayPlacement, mesh: Any) -> jax.NamedSharding:
-    if lies not in known:
-        known[lies] = lies.sharding(mesh)
-    return known[lies]
+def _known(known: dict[ArrayPlacement, jax.NamedSharding], placement: ArrayPlacement, mesh: Any) -> jax.NamedSharding:
+    if placement not in known:
+        known[placement] = placement.sharding(mesh)
+    return known[placement]
 
 
 def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement]) -> None:
@@ -131,7 +133,7 @@ def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement])
     if split:
         others = tuple(name for name in plan.packing if name != kind)
         raise PlacementError(
-            f"Kind {kind!r} is packed into buffers, which are not split: pack and placement do not go together.",
+            f"Kind {kind!r} is packed into buffers, which cannot be split: pack and placement cannot be combined.",
             leaves=split,
             kind=kind,
             hint=f"leave {kind} out of pack: plan.take(model, mesh=mesh, pack={others!r})",
@@ -142,17 +144,17 @@ def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement])
 
 
 def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]]:
-    """How each array of each kind lies on a mesh, in the order of the plan.
+    """Returns the placement of each array of each kind on a mesh, in the order of the plan.
 
     Raises:
-      PlacementError: leaves that cannot be placed as declared, all of them; something that is no mesh.
+      PlacementError: leaves that cannot be placed as declared, all of them; or the mesh is not a mesh.
     """
     if plan.ensemble is not None:
         return resolved_members(plan, resolve(plan.ensemble.single, mesh), axis_sizes(mesh))
     resolver = _Resolver(plan, axis_sizes(mesh), memories(mesh))
     placed = resolver.rows()
-    for kind, lies in resolver.derived():
-        placed[kind].append(lies)
+    for kind, placement in resolver.derived():
+        placed[kind].append(placement)
     if resolver.faults:
         leaves = [leaf for leaf, _ in resolver.faults]
         kinds = {leaf.kind for leaf in leaves}
@@ -167,82 +169,85 @@ def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]
 
 
 class _Fault(Exception):
-    """What is wrong with the placement of one array, and the hint."""
+    """Raised for one array that cannot be placed: why, and the hint."""
 
     def __init__(self, note: str, hint: str) -> None:
         super().__init__(note)
         self.note, self.hint = note, hint
 
 
-_ALIKE = "placement=sw.Replicated() for what has an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
+_AVERAGED = "placement=sw.Replicated() for kinds with an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
 
 
 class _Resolver:
-    """Resolves array by array, and keeps what is wrong until all were seen."""
+    """Resolves array by array, and collects what is wrong until all arrays were resolved."""
 
     def __init__(self, plan: PlanTables, sizes: dict[str, int], memories: set[str] | None) -> None:
         self.plan, self.sizes, self.memories = plan, sizes, memories
-        self.faults: dict[tuple[Leaf, str], None] = {}  # what several placements ask of one leaf is one fault
+        self.faults: dict[tuple[Leaf, str], None] = {}  # without duplicates: several placements may fail for one leaf
         self.updated = {kind for group in plan.optimizers for kind in group.kinds}
-        self.each: tuple[str, ...] = ()  # the axes of all that lies per device
-        self.owned: dict[Path, list[tuple[int, Leaf, ArraySpec]]] = {}  # likewise: what a moment may be of
+        self.each: tuple[str, ...] = ()  # the axes of everything that is `PerDevice`
+        self.owned: dict[Path, list[tuple[int, Leaf, ArraySpec]]] = {}  # by path: the leaves that moments may belong to
         self.owners: Owners = {}  # by path, as the objects' own optimizers see it
-        self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position where there are several
+        self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position if there are several
 
     def rows(self) -> dict[str, list[ArrayPlacement]]:
-        """How the model's own arrays lie."""
+        """Returns the placements of the model's own arrays."""
         plan = self.plan
-        found: dict[int, list[ArrayPlacement]] = {}
+        placements: dict[int, list[ArrayPlacement]] = {}
         numbered = list(enumerate(zip(plan.rows, plan.leaves[: len(plan.rows)], strict=True)))
-        # Optimizers come last: what they follow must be known.
-        for number, (row, leaf) in sorted(numbered, key=lambda one: _is_moment(one[1][0])):
+        # Optimizers come last: they follow the placements of the others.
+        for number, (row, leaf) in sorted(numbered, key=lambda item: _is_moment(item[1][0])):
             placement = plan.kinds[row.kind].placement
-            found[number] = []
+            placements[number] = []
             for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
                 paths = [plan.relative(path) + keys for path in (row.path, *leaf.aliases)]
-                # An optimizer among the objects knows paths in its own model: without the object's name or position.
+                # An optimizer among the objects stores paths relative to its own model: without the object's name or
+                # position.
                 bare = row.path[plan.several :] + keys
                 if placement is None and _is_moment(row):
-                    found[number].append(follow(bare, spec.shape, self.owners))
+                    placements[number].append(follow(bare, spec.shape, self.owners))
                     continue
                 if isinstance(placement, FromMetadata) and _is_moment(row):
-                    lies = self._moment(placement, [bare], spec, leaf, number)
+                    resolved = self._moment(placement, [bare], spec, leaf, number)
                 else:
-                    lies = self.place(placement, paths, spec, leaf, number)
+                    resolved = self.place(placement, paths, spec, leaf, number)
                     self.owned.setdefault(bare, []).append((number, leaf, spec))
-                found[number].append(lies)
-                self.owners.setdefault(bare, []).append((spec.shape, lies))
-                self.owners_in_groups[row.path + keys] = [(spec.shape, lies)]
+                placements[number].append(resolved)
+                self.owners.setdefault(bare, []).append((spec.shape, resolved))
+                self.owners_in_groups[row.path + keys] = [(spec.shape, resolved)]
         placed: dict[str, list[ArrayPlacement]] = {kind: [] for kind in plan.kinds}
         for number, (row, _) in numbered:
-            placed[row.kind].extend(found[number])
+            placed[row.kind].extend(placements[number])
         return placed
 
     def derived(self) -> Iterator[tuple[str, ArrayPlacement]]:
-        """How each array of the plan's own optimizers and averages lies, and its kind."""
+        """Yields the kind and placement of each array of the plan's own optimizers and averages."""
         leaves = iter(self.plan.leaves[len(self.plan.rows) :])
-        for one in self.plan.derived:
-            placement = self.plan.kinds[one.into].placement
-            # What is derived carries no metadata: that of its owner counts, by the rules of this kind.
+        for derived in self.plan.derived:
+            placement = self.plan.kinds[derived.into].placement
+            # Derived arrays have no metadata of their own: their owner's counts, by the rules of this kind.
             annotated = placement if isinstance(placement, FromMetadata) else None
-            owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated, one.kinds)
-            owners = {path: owners[path] for path in one.paths if path in owners}
-            for at, (spec, leaf) in enumerate(zip(one.layout.specs, leaves, strict=False)):
-                as_owner = _as_owner(one, at, owners)
+            owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated, derived.kinds)
+            owners = {path: owners[path] for path in derived.paths if path in owners}
+            for at, (spec, leaf) in enumerate(zip(derived.layout.specs, leaves, strict=False)):
+                as_owner = _as_owner(derived, at, owners)
                 if placement is None or annotated is not None:
-                    yield one.into, as_owner
+                    yield derived.into, as_owner
                 elif as_owner.each:
-                    note = "an average of what lies per device, placed otherwise"
-                    hint = f"{one.into}=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
+                    note = "an average of a PerDevice leaf, with another placement"
+                    hint = (
+                        f"{derived.into}=sw.Kind(sw.EMA)  # without a placement, averages are placed like their leaves"
+                    )
                     self.faults[dataclasses.replace(leaf, note=note), hint] = None
-                    yield one.into, ArrayPlacement()
+                    yield derived.into, ArrayPlacement()
                 else:
-                    yield one.into, self.place(placement, [leaf.path], spec, leaf)
+                    yield derived.into, self.place(placement, [leaf.path], spec, leaf)
 
     def _moment(
         self, placement: FromMetadata, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, number: int
     ) -> ArrayPlacement:
-        """How a moment lies by metadata: NNX gives it that of its parameter, of which a factored one lacks an axis."""
+        """Returns a moment's placement by metadata: NNX copies the parameter's, but a factored moment lacks an axis."""
         path = paths[0]
         for start in range(len(path)):
             owned = self.owned.get(path[start:], ())
@@ -254,30 +259,30 @@ class _Resolver:
         return self.place(placement, paths, spec, leaf, number)
 
     def _annotated_owners(self, placement: FromMetadata, kinds: Sequence[str]) -> Owners:
-        """The leaves of these kinds as this placement would have them."""
+        """Returns the leaves of these kinds, placed by this placement."""
         owners: Owners = {}
         for number, (row, leaf) in enumerate(zip(self.plan.rows, self.plan.leaves, strict=False)):
             if row.kind not in kinds:
                 continue
             for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
-                lies = self.place(placement, [row.path], spec, leaf, number)
-                owners[row.path + keys] = [(spec.shape, lies)]
+                resolved = self.place(placement, [row.path], spec, leaf, number)
+                owners[row.path + keys] = [(spec.shape, resolved)]
         return owners
 
     @functools.cached_property
     def metadata(self) -> dict[Path, Mapping[str, Any]]:
-        """The metadata of each leaf's Variable, by the leaf's path."""
+        """Returns the metadata of each leaf's Variable, by the leaf's path."""
         return metadata_of(self.plan)
 
     def place(
         self, placement: Any, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, number: int | None = None
     ) -> ArrayPlacement:
-        """How one array lies, by the placement of its kind; by any of its paths, and the number of its row."""
+        """Returns the placement of one array, given its kind's; by any of its paths, and the number of its row."""
         try:
-            lies = self._place(placement, paths, spec, number)
-            if lies.each and (number is None or leaf.kind in self.updated):
-                raise _Fault("PerDevice, and updated by gradients that are averaged over the devices", _ALIKE)
-            return lies
+            resolved = self._place(placement, paths, spec, number)
+            if resolved.each and (number is None or leaf.kind in self.updated):
+                raise _Fault("PerDevice, but updated by gradients that are averaged over the devices", _AVERAGED)
+            return resolved
         except _Fault as fault:
             shape = leaf.shape if leaf.shape is not None else spec.shape
             self.faults[dataclasses.replace(leaf, shape=shape, note=fault.note), fault.hint] = None
@@ -290,7 +295,7 @@ class _Resolver:
                 if answer != answers[0]:
                     raise _Fault(
                         f"tied: {answers[0]!r} by this path, {answer!r} as {format_path(path)}",
-                        f"{describe_placement(placement)} must place all paths of a tied leaf alike",
+                        f"{describe_placement(placement)} must return the same placement for all paths of a tied leaf",
                     )
             placement = answers[0]
         if isinstance(placement, FromMetadata):
@@ -299,43 +304,43 @@ class _Resolver:
             return ArrayPlacement()
         if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
             known = ", ".join(sorted(self.memories))
-            raise _Fault(f"the devices have no memory {placement.memory!r}", f"a memory that is there: {known}")
+            raise _Fault(f"the devices have no memory {placement.memory!r}", f"use one of their memories: {known}")
         if isinstance(placement, PerDevice):
             return self._each(placement)
         axes = placement.axes if isinstance(placement, Sharded) else ()
         return ArrayPlacement(self._fit(axes, spec.shape), placement.memory)
 
     def _annotated(self, placement: FromMetadata, number: int, spec: ArraySpec) -> Sharded | None:
-        """What the metadata of a row says of an array in it."""
+        """Returns the placement that a row's metadata gives an array in it."""
         try:
             return annotated(placement, self.metadata[self.plan.rows[number].path], spec.shape)
         except PlacementError as error:
             raise _Fault(error.message.rstrip("."), error.hint or "") from error
 
     def _each(self, placement: PerDevice) -> ArrayPlacement:
-        """One value for each device."""
-        self._known(placement.axes)
+        """Returns the placement of one value for each device."""
+        self._check_known(placement.axes)
         self.each = self.each or placement.axes
         if placement.axes != self.each:
             raise _Fault(
-                f"{placement!r}, where others have PerDevice({', '.join(map(repr, self.each))})",
-                "the same axes for all that is PerDevice",
+                f"{placement!r}, but others have PerDevice({', '.join(map(repr, self.each))})",
+                "use the same axes for every PerDevice kind",
             )
         return ArrayPlacement((), placement.memory, placement.axes)
 
-    def _known(self, axes: Sequence[Any]) -> None:
+    def _check_known(self, axes: Sequence[Any]) -> None:
         unknown = [name for axis in axes for name in axes_of(axis) if name not in self.sizes]
         if unknown:
             names = ", ".join(map(repr, dict.fromkeys(unknown)))
-            raise _Fault(f"the mesh has no axis {names}", f"an axis of the mesh: {', '.join(self.sizes)}")
+            raise _Fault(f"the mesh has no axis {names}", f"use an axis of the mesh: {', '.join(self.sizes)}")
 
     def _fit(self, axes: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
-        """The mesh axes of each axis of an array."""
-        self._known(axes)
+        """Returns the mesh axes of each axis of an array."""
+        self._check_known(axes)
         shown = ", ".join(map(repr, axes))
         if len(axes) > len(shape):
             raise _Fault(
-                f"Sharded({shown}) is of {len(axes)}, the array of {len(shape)} dimensions",
+                f"Sharded({shown}) has {len(axes)} axes, the array {len(shape)}",
                 "place by the number of axes: placement=lambda path, shape: "
                 f"sw.Sharded({shown}) if len(shape) >= {len(axes)} else sw.Replicated()",
             )
@@ -360,31 +365,32 @@ class _Resolver:
         return tuple(split)
 
 
-def _as_owner(one: Derived, at: int, owners: Owners) -> ArrayPlacement:
-    """How an array lies that follows what it is derived from."""
-    if not isinstance(one, Average):
-        # By the path within the parameters: of `mu/kernel` and `kernel` the second's first moment ends like the first.
-        path, root = one.layout.paths[at], one.layout.roots[at] if one.layout.roots else None
+def _as_owner(derived: Derived, at: int, owners: Owners) -> ArrayPlacement:
+    """Returns the placement of a derived array, following its owner's."""
+    if not isinstance(derived, Average):
+        # Compare paths within the parameters: otherwise the first moment of `kernel` could be taken for one of a
+        # parameter named `mu/kernel`.
+        path, root = derived.layout.paths[at], derived.layout.roots[at] if derived.layout.roots else None
         owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
-        return follow(path, one.layout.specs[at].shape, owned)
-    owner = owners.get(one.paths[at]) if at < len(one.paths) else None
+        return follow(path, derived.layout.specs[at].shape, owned)
+    owner = owners.get(derived.paths[at]) if at < len(derived.paths) else None
     return owner[0][1] if owner else ArrayPlacement()
 
 
 def _is_moment(row: Any) -> bool:
-    """Whether this is state of an `nnx.Optimizer`."""
+    """Returns whether this is state of an `nnx.Optimizer`."""
     return row.kind == OPTIMIZER or issubclass(row.type, nnx.OptState)
 
 
 def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
-    """What a user's function says of one path."""
+    """Returns the placement that a user's function gives one path."""
     name = describe_placement(function)
     try:
         answer = function(path, shape)
-    except Exception as error:  # a user's function raises what it likes
+    except Exception as error:  # a user's function may raise anything
         text = (str(error).splitlines() or [""])[0]
         raise _Fault(
-            f"{name} raised {type(error).__name__}: {text}", f"{name}(path, shape) must know every leaf"
+            f"{name} raised {type(error).__name__}: {text}", f"{name}(path, shape) must handle every leaf"
         ) from (error)
     if not isinstance(answer, PLACEMENTS):
         raise _Fault(

@@ -1,1 +1,1 @@
-"""Functions on states, traced, checked against what they may write, and compiled."""
+"""Functions on states: traced, checked against what they may write, and compiled."""

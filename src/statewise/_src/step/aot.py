@@ -1,4 +1,4 @@
-"""Steps ahead of time: lowered for one signature, then compiled."""
+"""Ahead-of-time steps: lowered for one signature, then compiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R_co = TypeVar("R_co", covariant=True)
 class Lowered(Generic[R_co]):
     """A step lowered for one signature, ahead of time; made by `Step.lower`.
 
-    All that `jax.stages.Lowered` offers is here too (`as_text`, `cost_analysis` ...).
+    Everything that `jax.stages.Lowered` offers is available here too (`as_text`, `cost_analysis` ...).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,14 +43,14 @@ class Lowered(Generic[R_co]):
         return getattr(self._lowered, name)
 
     def compile(self, *args: Any, **kwargs: Any) -> Compiled[R_co]:
-        """Compiles; takes the arguments of `jax.stages.Lowered.compile`."""
+        """Compiles the step; takes the arguments of `jax.stages.Lowered.compile`."""
         return Compiled(self._entry, self._lowered.compile(*args, **kwargs))
 
 
 class Compiled(Generic[R_co]):
     """A step compiled for one signature: called like the step; made by `Lowered.compile`.
 
-    All that `jax.stages.Compiled` offers is here too (`memory_analysis`, `as_text` ...).
+    Everything that `jax.stages.Compiled` offers is available here too (`memory_analysis`, `as_text` ...).
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,14 +80,14 @@ class Compiled(Generic[R_co]):
             raise no_state(self._entry.name, state)
         if state.tables is not self._entry.plan:
             raise StructureError(
-                f"{self._entry.name} was compiled for another plan than this state's.",
+                f"{self._entry.name} was compiled for a plan other than this state's.",
                 hint=f"{called_as(self._entry.name)}.lower(state, ...).compile()",
             )
         return self._entry.run(state, args, kwargs, self._compiled)
 
 
 def no_state(name: str, given: object) -> StructureError:
-    """The error for a step that is called with something else than a state."""
+    """Returns the error for a step that is called with something other than a state."""
     return StructureError(
         f"{name} is a step: its first argument is a state, not {type(given).__name__}.",
         hint=f"state = plan.take(model)\n{called_as(name)}(state, ...)",

@@ -1,10 +1,10 @@
 """A step's arguments: which are static, which are donated, and what tells one signature from another.
 
-`jax.jit` counts a function's parameters by position or by name; a step's function has the planned objects
-first, where the caller passes one state.  Positions given by the user count the function's own parameters.
+`jax.jit` counts a function's parameters by position or by name.  A step's function takes the planned objects first,
+where the caller passes one state.  Positions given by the user count the function's own parameters.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -39,23 +39,23 @@ _ARRAYS = frozenset({"static_argnames", "static_argnums", "donate_argnames", "do
 
 
 class Split(NamedTuple):
-    """Arguments taken apart.
+    """Arguments, separated by how they are passed.
 
     Attributes:
-      args: the positional ones; None in the place of those taken out.
-      kwargs: the same by name.
-      given: those that are donated, by position or name.
-      static: those that are static, by position or name.
+      args: the positional arguments, with None for those taken out.
+      kwargs: the keyword arguments, likewise.
+      donated: the donated arguments, by position or name.
+      static: the static arguments, by position or name.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    given: dict[Any, Any]
+    donated: dict[Any, Any]
     static: dict[Any, Any]
 
 
 class Arguments:
-    """How a step's arguments go into its compiled function.
+    """How a step's arguments are passed to its compiled function.
 
     Args:
       fn: the user's function.
@@ -69,7 +69,8 @@ class Arguments:
         unknown = sorted(set(options) - _OPTIONS - _ARRAYS)
         if unknown:
             raise DeclarationError(
-                f"A step takes no option {unknown[0]!r}.", hint="one of: " + ", ".join(sorted(_OPTIONS | _ARRAYS))
+                f"A step does not take the option {unknown[0]!r}.",
+                hint="one of: " + ", ".join(sorted(_OPTIONS | _ARRAYS)),
             )
         names = _names(fn)
         self.static = _positions(names, options, "static", fn)
@@ -78,20 +79,21 @@ class Arguments:
         self.jit_options = {name: value for name, value in options.items() if name in _OPTIONS}
         if "in_shardings" in options and (self.static or self.donated):
             raise DeclarationError(
-                "in_shardings does not go together with static or donated arguments.",
+                "in_shardings cannot be combined with static or donated arguments.",
                 hint="jax.device_put the arguments, and leave in_shardings out",
             )
         self.plain = not self.static and not self.donated
 
     def split(self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int) -> Split:
-        """Takes static and donated arguments out; `objects` is how many parameters the planned objects take."""
+        """Takes static and donated arguments out; `objects` is the number of planned objects."""
         if self.plain:
             return Split(args, kwargs, {}, {})
         rest_args, rest_kwargs = list(args), dict(kwargs)
-        given: dict[Any, Any] = {}
+        donated: dict[Any, Any] = {}
         static: dict[Any, Any] = {}
-        for chosen, taken in ((self.static, static), (self.donated, given)):
+        for chosen, taken in ((self.static, static), (self.donated, donated)):
             for position in range(len(args)):
+                # The user counts the function's own parameters, so the planned objects come first.
                 if chosen & {position + objects, self._name(position + objects)}:
                     taken[position] = args[position]
                     rest_args[position] = None
@@ -99,17 +101,17 @@ class Arguments:
                 if name in chosen or (name in self.names and self.names.index(name) in chosen):
                     taken[name] = kwargs[name]
                     rest_kwargs[name] = None
-        return Split(tuple(rest_args), rest_kwargs, given, static)
+        return Split(tuple(rest_args), rest_kwargs, donated, static)
 
     def name_of(self, place: Any, objects: int) -> str:
-        """An argument's name, by its name or by its position after so many objects."""
+        """Returns an argument's name, given its name or its position after that many objects."""
         return place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
 
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None
 
     def unhashable(self, static: Iterable[tuple[Any, Any]], objects: int) -> StructureError:
-        """The error for static arguments of which one cannot be hashed."""
+        """Returns the error for static arguments, one of which cannot be hashed."""
         for place, value in static:
             try:
                 hash(value)
@@ -118,16 +120,16 @@ class Arguments:
                 break
         return StructureError(
             f"The static argument {name} is a {type(value).__name__}, which cannot be hashed.",
-            hint="a tuple for a list, a frozen dataclass for a dict; or an argument that is not static",
+            hint="a tuple instead of a list, a frozen dataclass instead of a dict; or make the argument not static",
         )
 
     def jit(self, program: Callable[..., Any], donate: bool = True, written: Any = None) -> Any:
-        """The compiled function of (donated, given, kept, args, kwargs) -> (written, output).
+        """Compiles a program (donated, donated arguments, read_only, args, kwargs) -> (written, output).
 
         Args:
           program: the function.
-          donate: whether it is given the buffers of what is donated.
-          written: the shardings of what is written; None leaves them to XLA.
+          donate: whether the buffers of donated arrays are passed on to the program.
+          written: the shardings of the written arrays; None leaves them to XLA.
         """
         options = dict(self.jit_options)
         if written is not None or "out_shardings" in options:
@@ -140,7 +142,7 @@ class Arguments:
 def merged(
     args: tuple[Any, ...], kwargs: dict[str, Any], taken: dict[Any, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Puts arguments that were taken out back into their places."""
+    """Puts arguments that were taken out back at their positions and names."""
     if not taken:
         return args, kwargs
     full_args, full_kwargs = list(args), dict(kwargs)
@@ -162,7 +164,7 @@ def _names(fn: Callable[..., Any]) -> tuple[str, ...]:
 def _positions(
     names: tuple[str, ...], options: Mapping[str, Any], which: str, fn: Callable[..., Any]
 ) -> frozenset[Any]:
-    """The chosen parameters: names, and positions for those given by number."""
+    """Returns the chosen parameters: names, and positions for those given by number."""
     chosen = set(_many(options.get(f"{which}_argnames")))
     numbers = set(_many(options.get(f"{which}_argnums")))
     missing = sorted(name for name in chosen if names and name not in names)

@@ -1,8 +1,8 @@
-"""Averages inside a compiled step: after each update, one step towards the new values.
+"""Averages inside a compiled step: after each update, one step toward the new values.
 
-A train step moves the averages of the kinds that it updates, be it by an optimizer or because its function writes
-them; those of other kinds stay as they are.  Where the leaves of a buffer are averaged in one buffer of the same order,
-which is how `packing` has it, the step is one on the buffers.
+A train step moves the averages of the kinds that it updates, whether an optimizer or its function writes them; the
+averages of other kinds stay as they are.  `packing` stores the averages of a packed buffer in a buffer of the same
+order, and then one operation moves the buffer as a unit.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Spot = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Averaging:
-    """One average's step.
+    """The step of one average.
 
     Attributes:
-      average: which.
-      params: the numbers of the arrays that it is of, in order.
-      shadows: the numbers of the averages; the count is the last, where there is one.
-      buffers: of each buffer that is averaged as a whole, its kind and slot and those of its averages.
-      contents: what stands in the buffers of the averaged kind, by kind and slot, each with its arrays' numbers.
+      average: the average.
+      params: the numbers of the arrays that it averages, in order.
+      shadows: the numbers of the averages; the last is the count, where there is one.
+      buffers: for each buffer that is averaged as a unit, its kind and slot and those of its averages.
+      contents: the contents of the averaged kind's buffers, by kind and slot, each with the numbers of its arrays.
       written: the numbers of the arrays that the step writes.
     """
 
@@ -47,42 +47,43 @@ class Averaging:
 
     @classmethod
     def of(cls, plan: PlanTables, average: Average, written: Collection[int]) -> Averaging:
-        """The step of an average; `written` are the numbers of the arrays that the whole step writes."""
+        """Builds the step of an average; `written` are the numbers of the arrays that the complete step writes."""
         params = tuple(numbers_of(plan, plan.params_of(average)))
         start, stop = plan.derived_spans[plan.derived.index(average)]
         shadows = tuple(numbers_of(plan, [(average.into, position) for position in range(start, stop)]))
         contents = _buffers(plan, average.kind)
-        theirs = {numbers: spot for spot, (_, numbers) in _buffers(plan, average.into).items()}
+        shadow_buffers = {numbers: spot for spot, (_, numbers) in _buffers(plan, average.into).items()}
         shadow_of = dict(zip(params, shadows, strict=False))
+        # A buffer can be averaged as a unit only if some buffer holds exactly its averages, in the same order.
         rows = {spot: tuple(shadow_of[number] for number in numbers) for spot, (_, numbers) in contents.items()}
-        buffers = tuple((spot, theirs[row]) for spot, row in rows.items() if row in theirs)
+        buffers = tuple((spot, shadow_buffers[row]) for spot, row in rows.items() if row in shadow_buffers)
         return cls(average, params, shadows, buffers, contents, frozenset(written))
 
     @property
     def whole(self) -> set[Spot]:
-        """The buffers, by kind and slot, that it makes as a whole."""
+        """Returns the buffers, by kind and slot, that this computes as a unit."""
         return {shadows for _, shadows in self.buffers}
 
     @property
     def reads(self) -> set[int]:
-        """The numbers of the arrays that it reads one by one."""
+        """Returns the numbers of the arrays that it reads one by one."""
         inside = set(self._inside)
-        return {*self.params, *(number for at, number in enumerate(self.shadows) if at not in inside)}
+        return {*self.params, *(number for index, number in enumerate(self.shadows) if index not in inside)}
 
     @property
     def writes(self) -> set[int]:
-        """The numbers of the arrays that it writes."""
+        """Returns the numbers of the arrays that it writes."""
         return set(self.shadows)
 
     @property
     def _inside(self) -> list[int]:
-        """Which of the arrays are averaged in whole buffers."""
+        """Returns the indices of the arrays that are averaged as part of a buffer."""
         spots = dict(self.buffers)
         inside = {number for spot, (_, numbers) in self.contents.items() if spot in spots for number in numbers}
-        return [at for at, number in enumerate(self.params) if number in inside]
+        return [index for index, number in enumerate(self.params) if number in inside]
 
     def run(self, arrays: Arrays) -> None:
-        """Moves the averages towards the arrays as they are now."""
+        """Moves the averages toward the current arrays."""
         decay: Any = self.average.ema.decay
         schedule = self.average.ema.schedule
         if schedule:
@@ -92,13 +93,14 @@ class Averaging:
         for spot, shadows in self.buffers:
             arrays.made[shadows] = _moved(decay, arrays.slots[shadows], self._buffer(arrays, spot))
         inside = set(self._inside)
-        alone = [pair for at, pair in enumerate(zip(self.params, self.shadows, strict=False)) if at not in inside]
+        pairs = enumerate(zip(self.params, self.shadows, strict=False))  # without the count, which has no parameter
+        alone = [pair for index, pair in pairs if index not in inside]
         values = self._values(arrays)
         for number, shadow in alone:
             arrays.flat[shadow] = _moved(decay, arrays.flat[shadow], values.get(number, arrays.flat[number]))
 
     def _buffer(self, arrays: Arrays, spot: Spot) -> Any:
-        """A buffer of the averaged kind, as it is now."""
+        """Returns a buffer of the averaged kind with its current values."""
         if spot not in arrays.made:
             numbers = self.contents[spot][1]
             if self.written.isdisjoint(numbers):
@@ -107,7 +109,7 @@ class Averaging:
         return arrays.made[spot]
 
     def _values(self, arrays: Arrays) -> dict[int, Any]:
-        """The arrays that an optimizer has just made in buffers, by number, where their averages stand alone."""
+        """Returns, by number, arrays that an optimizer computed in buffers but whose averages are stored separately."""
         values: dict[int, Any] = {}
         for spot, (buffer, numbers) in self.contents.items():
             if spot in arrays.made and spot not in dict(self.buffers):
@@ -118,13 +120,13 @@ class Averaging:
 def averagings(
     plan: PlanTables, groups: Sequence[OptimizerGroup], written: Sequence[tuple[str, int]], numbers: Collection[int]
 ) -> list[Averaging]:
-    """The averages that a step moves: none where it trains nothing.
+    """Returns the averages that a step moves: none if it trains nothing.
 
     Args:
       plan: the plan.
       groups: the optimizers that the step runs.
-      written: kind and position of the arrays that its function writes.
-      numbers: the numbers of all arrays that it writes.
+      written: kind and position of the arrays that the step's function writes.
+      numbers: the numbers of all arrays that the step writes.
     """
     if not groups:
         return []
@@ -143,11 +145,11 @@ def _buffers(plan: PlanTables, name: str) -> dict[Spot, tuple[PackedBuffer, tupl
 
 
 def _moved(decay: Any, average: Any, value: Any) -> Any:
-    """One step of an average, computed in its own dtype, and in no less than 32 bits."""
+    """Returns an average after one step, computed in its own dtype but in at least 32 bits."""
     dtype = average.dtype if average.dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     kept = jnp.asarray(decay, jnp.finfo(dtype).dtype)
     part = jnp.asarray(1 - decay, jnp.finfo(dtype).dtype)
     new = value.astype(dtype)
     if value.dtype == jnp.bfloat16:
-        new = jax.lax.reduce_precision(new, 8, 7)  # XLA may leave out the rounding that the parameter has been through
+        new = jax.lax.reduce_precision(new, 8, 7)  # XLA may skip the rounding that the stored parameter went through
     return (kept * average.astype(dtype) + part * new).astype(average.dtype)

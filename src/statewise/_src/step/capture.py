@@ -1,9 +1,9 @@
-"""Collecting what a function sows or assigns, without letting it into the state.
+"""Collects what a function sows or assigns, without letting it into the state.
 
-Flax records sown values in two ways: inside `nnx.capture` in a place apart, and, outside of it, as new
-Variables of the module (which newer versions warn about).  `Capture` serves both: it runs the function under
-`nnx.capture` for the Variable types that the captured kinds claim, and gathers new Variables of these kinds, which a
-function may as well assign itself (`self.kl_loss = Loss(...)`).
+Flax records sown values in two ways: inside `nnx.capture`, in a separate place; outside of it, as new Variables of the
+module (which newer versions warn about).  `Capture` handles both: it runs the function under `nnx.capture` for the
+Variable types that the captured kinds claim, and collects new Variables of these kinds, which a function may also
+assign itself (`self.kl_loss = Loss(...)`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["Capture"]
 
-# What nnx.pop says of the tuple in which nnx.capture keeps what is sown.
+# The error of nnx.pop about the tuple in which nnx.capture keeps sown values.
 _POPPED = re.compile(r"Cannot pop key .* from node of type tuple")
 
 
 class Capture:
-    """Which kinds of new leaves a step hands out beside its output.
+    """The kinds of new leaves that a step returns beside its output.
 
     Args:
       kinds: the declaration.
@@ -65,9 +65,9 @@ class Capture:
             return fn(*objects, *args, **kwargs), []
         types = self._types()
         run: Callable[[], Any] = functools.partial(fn, *objects, *args, **kwargs)
-        for position, thing in enumerate(objects):
-            if isinstance(thing, nnx.Module):
-                run = _capturing(run, thing, position, types)
+        for position, obj in enumerate(objects):
+            if isinstance(obj, nnx.Module):
+                run = _capturing(run, obj, position, types)
         try:
             sown = _Sown.of(run())
         except ValueError as error:
@@ -75,24 +75,24 @@ class Capture:
                 raise
             names = ", ".join(map(repr, self.names))
             raise StructureError(
-                f"The function pops leaves of what is captured ({names}); nnx.capture does not let them go.",
+                f"The function pops leaves of a captured kind ({names}); nnx.capture does not let it.",
                 kind=self.names[0],
-                hint="take capture= out of the step's decorator: what a function pops itself needs none\n"
+                hint="take capture= out of the step's decorator: a function that pops its own leaves needs none\n"
                 "or, read the Variables instead: model.loss.get_value()",
             ) from error
         return sown.value, sown.sown
 
     def claims(self, plan: PlanTables, path: Path, leaf: Any) -> bool:
-        """Whether a new leaf belongs to a captured kind."""
+        """Returns whether a new leaf belongs to a captured kind."""
         return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
 
     def takes(self, plan: PlanTables, row: LeafSpec, now: Any) -> bool:
-        """Whether what a function did to a leaf of an earlier call is for this to hand out.
+        """Returns whether this collector hands out the change that a function made to a leaf of an earlier call.
 
         Args:
           plan: the plan.
           row: the leaf.
-          now: the Variable that the function put in its place; None if it took the leaf away.
+          now: the Variable that the function put in its place; None if it removed the leaf.
         """
         return row.kind in self.names if now is None else self.claims(plan, row.path, now)
 
@@ -104,17 +104,17 @@ class Capture:
         out: Any,
         sown: Sequence[tuple[int, Any]],
     ) -> Any:
-        """The step's output: as it is, or (output, captured).
+        """Returns the step's output: unchanged, or (output, captured).
 
         Args:
           plan: the plan.
           live: all leaves after the call, by path.
-          assigned: those that were planned, and replaced.
+          assigned: the paths of planned leaves that the function replaced.
           out: what the function returned.
-          sown: what `nnx.capture` found: (object's position, state).
+          sown: what `nnx.capture` collected: (object's position, state).
 
         Raises:
-          StructureError: a name that the function both assigns and sows.
+          StructureError: the function both assigns and sows under one name.
         """
         if not self.names:
             return out
@@ -133,7 +133,7 @@ class Capture:
                 values[full] = raw_value(leaf)
         if twice:
             raise StructureError(
-                "The function sows under a name that it also assigns a Variable to.",
+                "The function sows under a name to which it also assigns a Variable.",
                 leaves=twice,
                 hint="self.sow(nnx.Intermediate, 'another_name', value)",
             )
@@ -141,8 +141,8 @@ class Capture:
         return out, states[self.names[0]] if self.single else states
 
     def _types(self) -> tuple[type, ...]:
-        """The Variable types that a captured kind claims: `nnx.capture` wants each exactly."""
-        # A filter that looks at nothing but the type can be asked about an instance that holds nothing.
+        """Returns the Variable types that a captured kind claims: `nnx.capture` needs each one exactly."""
+        # A filter that looks only at the type can be evaluated on an empty instance.
         matches = [predicate(self.kinds[name].of) for name in self.names]
         return tuple(
             cls
@@ -152,14 +152,14 @@ class Capture:
 
 
 class _Sown:
-    """An output and what was sown on the way: (object's position, state) for each type and object."""
+    """An output with what was sown while computing it: (object's position, state) for each type and object."""
 
     def __init__(self, value: Any, sown: list[tuple[int, Any]]) -> None:
         self.value, self.sown = value, sown
 
     @classmethod
-    def of(cls, thing: Any) -> _Sown:
-        return thing if isinstance(thing, _Sown) else cls(thing, [])
+    def of(cls, obj: Any) -> _Sown:
+        return obj if isinstance(obj, _Sown) else cls(obj, [])
 
 
 def _capturing(run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...]) -> Callable[[], Any]:

@@ -1,7 +1,7 @@
-"""What a function brings along: the NNX objects that it can reach without being given them.
+"""The NNX objects that a function can reach without taking them as arguments.
 
-A compiled step reads such an object once, as constants, and can never write it.  Both go wrong most often by a slip
-(`model` where the parameter is called `m`), so that errors say by which name the function reaches what.
+A compiled step reads such an object once, as constants, and can never write it.  Usually this is a slip (`model` where
+the parameter is called `m`), so errors say by which name the function reaches which object.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = ["STATIC", "Bound", "Brought", "arrays_in", "brought", "holder_of", "l
 
 
 class Bound:
-    """A function with its static arguments in their places.
+    """A function with its static arguments bound.
 
     Args:
       fn: the function.
       static: the arguments, by position after the objects or by name.
-      objects: how many objects the function is given first.
-      names: what each of them is called.
+      objects: the number of planned objects that the function takes first.
+      names: the name of each static argument.
     """
 
     def __init__(
@@ -49,23 +49,23 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Brought:
-    """An NNX object that a function reaches without being given it.
+    """An NNX object that a function reaches without taking it as an argument.
 
     Attributes:
-      name: the expression by which it does.
-      where: what that is: a variable of its closure, a global variable ...
-      thing: the object.
+      name: the expression by which the function reaches it.
+      where: what that expression is: a variable of its closure, a global variable ...
+      obj: the object.
     """
 
     name: str
     where: str
-    thing: Any
+    obj: Any
 
     def __str__(self) -> str:
         return f"`{self.name}`, {self.where}"
 
 
-# What these packages hold is theirs, and large.
+# Objects inside these packages are not the user's, and there are many of them.
 _LIBRARIES = {
     "flax",
     "jax",
@@ -80,11 +80,11 @@ _LIBRARIES = {
 _LIBRARIES -= {"__main__"}
 STATIC = "a static argument"
 _DEEPEST = 5
-_MOST = 2000  # things looked at
+_MOST = 2000  # objects visited
 
 
 def layers_of(fn: Any) -> Iterator[Any]:
-    """A callable and what it is wrapped around: partials, methods' functions, `__wrapped__`."""
+    """Yields a callable and what it wraps: the functions of partials and methods, and `__wrapped__`."""
     seen: set[int] = set()
     while fn is not None and id(fn) not in seen:
         seen.add(id(fn))
@@ -94,26 +94,26 @@ def layers_of(fn: Any) -> Iterator[Any]:
         elif isinstance(fn, types.MethodType):
             fn = fn.__func__
         else:
-            # Not of an object's attributes: an nnx.Rngs has any that one asks it for.
+            # Statically, not by getattr: an nnx.Rngs has any attribute that is requested.
             fn = inspect.getattr_static(fn, "__wrapped__", None)
 
 
 def brought(fn: Any) -> list[Brought]:
-    """The NNX objects that a function reaches by its closure, globals, defaults, partial, or the object of a method."""
-    found: list[Brought] = []
-    _Search(found).callable_(fn, "its")
-    return found
+    """Returns the NNX objects that a function reaches by closure, globals, defaults, partial, or as its `self`."""
+    reached: list[Brought] = []
+    _Search(reached).callable_(fn, "its")
+    return reached
 
 
 class _Search:
-    """Follows references from a function, each object once."""
+    """Follows references from a function, visiting each object once."""
 
-    def __init__(self, found: list[Brought]) -> None:
-        self.found = found
+    def __init__(self, reached: list[Brought]) -> None:
+        self.reached = reached
         self.seen: set[int] = set()
 
     def callable_(self, fn: Any, whose: str) -> None:
-        """Follows the function that a step was made of."""
+        """Follows the function that a step was made from."""
         if isinstance(fn, Bound):
             for place, value in fn.static.items():
                 self.value(value, fn.names[place], STATIC, 0)
@@ -135,7 +135,7 @@ class _Search:
                     self.function(call, "the object's", 0)
 
     def function(self, fn: types.FunctionType, whose: str, depth: int) -> None:
-        """Follows a plain function's closure, defaults, and the global variables that it reads."""
+        """Follows a plain function's closure, its defaults, and the global variables that it reads."""
         if id(fn) in self.seen or depth > _DEEPEST:
             return
         self.seen.add(id(fn))
@@ -156,12 +156,12 @@ class _Search:
                     self.value(vars(value)[attribute], f"{name}.{attribute}", "a global variable", depth)
 
     def value(self, value: Any, name: str, where: str, depth: int) -> None:
-        """Follows anything that a name stands for."""
+        """Follows the object that a name refers to."""
         if id(value) in self.seen or depth > _DEEPEST or len(self.seen) > _MOST:
             return
         if isinstance(value, (nnx.Variable, nnx.Pytree, nnx.State)):
             self.seen.add(id(value))
-            self.found.append(Brought(name, where, value))
+            self.reached.append(Brought(name, where, value))
         elif isinstance(value, types.FunctionType):
             for layer in layers_of(value):
                 if isinstance(layer, types.FunctionType):
@@ -172,13 +172,13 @@ class _Search:
             self.value(owner, name, where, depth + 1)
         else:
             self.seen.add(id(value))
-            for key, one in _members(value):
-                self.value(one, name + key, where, depth + 1)
+            for key, member in _members(value):
+                self.value(member, name + key, where, depth + 1)
 
 
 def _closure(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
-        if cell != types.CellType():  # it is empty until the variable is assigned
+        if cell != types.CellType():  # the cell is empty until the variable is assigned
             yield name, cell.cell_contents
 
 
@@ -190,7 +190,7 @@ def _defaults(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code, and that of the functions that stand in it."""
+    """Yields a function's code, and the code of the functions defined inside it."""
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
@@ -198,9 +198,9 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _globals_read(code: types.CodeType) -> Iterator[str]:
-    for one in dis.get_instructions(code):
-        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield one.argval
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
 
 
 def _is_library(module: str | None) -> bool:
@@ -208,11 +208,11 @@ def _is_library(module: str | None) -> bool:
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, with the expression that leads there."""
+    """Yields what an object holds, each with the expression that leads to it."""
     if isinstance(value, Mapping):
-        yield from ((f"[{key!r}]", one) for key, one in value.items())
+        yield from ((f"[{key!r}]", member) for key, member in value.items())
     elif isinstance(value, (list, tuple)):
-        yield from ((f"[{position}]", one) for position, one in enumerate(value))
+        yield from ((f"[{position}]", member) for position, member in enumerate(value))
     elif not isinstance(value, type) and not is_array(value) and not _is_library(type(value).__module__):
         names = dict.fromkeys(getattr(value, "__dict__", ()))
         if dataclasses.is_dataclass(value):
@@ -221,52 +221,52 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
             if hasattr(value, name):
                 yield f".{name}", getattr(value, name)
     elif isinstance(value, types.SimpleNamespace):
-        yield from ((f".{name}", one) for name, one in vars(value).items())
+        yield from ((f".{name}", member) for name, member in vars(value).items())
 
 
-# --- what of it is meant -----------------------------------------------------------------------------------------
+# --- which object is meant ---------------------------------------------------------------------------------------
 
 
-def parts_of(thing: Any) -> Iterator[Any]:
-    """An NNX object, and all objects and Variables in it."""
-    if isinstance(thing, nnx.State):
-        yield from jax.tree.leaves(thing, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+def parts_of(obj: Any) -> Iterator[Any]:
+    """Yields an NNX object and all objects and Variables in it."""
+    if isinstance(obj, nnx.State):
+        yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     else:
-        yield from (value for _, value in nnx.iter_graph(thing))
+        yield from (value for _, value in nnx.iter_graph(obj))
 
 
-def arrays_in(thing: Any) -> list[tuple[Leaf, Any]]:
-    """The leaves of an NNX object, each with its arrays."""
-    leaves = jax.tree_util.tree_flatten_with_path(thing, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
-    found = []
+def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
+    """Returns the leaves of an NNX object, each with its arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    rows = []
     for keys, leaf in leaves:
-        path = tuple(next(getattr(key, at) for at in ("name", "key", "idx") if hasattr(key, at)) for key in keys)
+        path = tuple(next(getattr(key, name) for name in ("name", "key", "idx") if hasattr(key, name)) for key in keys)
         if isinstance(leaf, nnx.Variable) or is_array(leaf):
-            found.append((row_of(path, leaf), arrays_of(raw_value(leaf))[0]))
-    return found
+            rows.append((row_of(path, leaf), arrays_of(raw_value(leaf))[0]))
+    return rows
 
 
-def holder_of(things: Iterable[Brought], part: Any) -> Brought | None:
-    """The one that is, or holds, an NNX object or Variable."""
-    for one in things:
-        if any(other is part for other in parts_of(one.thing)):
-            return one
+def holder_of(candidates: Iterable[Brought], part: Any) -> Brought | None:
+    """Returns the entry that is, or contains, an NNX object or Variable."""
+    for candidate in candidates:
+        if any(other is part for other in parts_of(candidate.obj)):
+            return candidate
     return None
 
 
-def read_by(jaxpr: Any, consts: Sequence[Any], things: Iterable[Brought]) -> list[tuple[Brought, list[Leaf]]]:
-    """The objects whose arrays stand in a program as constants, each with the leaves that do."""
+def read_by(jaxpr: Any, consts: Sequence[Any], candidates: Iterable[Brought]) -> list[tuple[Brought, list[Leaf]]]:
+    """Returns the objects whose arrays are constants of a program, each with the leaves concerned."""
     held = {id(const) for const in consts} | set(_constants(jaxpr))
-    found = []
-    for one in things:
-        leaves = [leaf for leaf, arrays in arrays_in(one.thing) if any(id(array) in held for array in arrays)]
+    objects = []
+    for candidate in candidates:
+        leaves = [leaf for leaf, arrays in arrays_in(candidate.obj) if any(id(array) in held for array in arrays)]
         if leaves:
-            found.append((one, leaves))
-    return found
+            objects.append((candidate, leaves))
+    return objects
 
 
 def _constants(jaxpr: Any) -> Iterator[int]:
-    """The identities of all constants in a program, also in the bodies that it calls."""
+    """Yields the identities of all constants in a program, including those of the bodies that it calls."""
     for const in getattr(jaxpr, "consts", ()):
         yield id(const)
     inner = compat.inner_jaxpr(jaxpr)

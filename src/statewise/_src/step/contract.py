@@ -1,8 +1,8 @@
-"""What a step may write, resolved for one plan.
+"""The contract of a step: what it may write, resolved for one plan.
 
-`@sw.step` may write exactly the kinds that it names.  `@sw.train_step` may write, besides, what training is
-expected to move: every kind that is neither frozen, nor ephemeral, nor holds `nnx.Param`; and the kinds that it
-differentiates are written by their optimizers alone.
+`@sw.step` may write exactly the kinds that it names.  `@sw.train_step` may also write what training is expected to
+move:  every kind that is neither frozen, nor ephemeral, nor holds `nnx.Param`.  The kinds that it differentiates are
+written by their optimizers alone.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Contract:
 
     Attributes:
       allowed: the kinds that its function may write.
-      named: those of them that its decorator names.
-      why_not: for some other kinds, why they may not be written.
+      named: the kinds among them that its decorator names.
+      why_not: for some of the other kinds, why they may not be written.
       groups: the optimizers that it runs.
       trains: whether it differentiates.
       has_aux: whether its function returns (loss, aux).
       returns_state: whether it returns a state beside its output.
-      hint: how its decorator reads with other writes; `{kinds}` stands for them.
+      hint: the decorator with other writes; `{kinds}` stands for them.
     """
 
     allowed: frozenset[str]
@@ -51,7 +51,7 @@ class Contract:
 
 
 def plain_contract(plan: PlanTables, name: str, writes: Sequence[str], options: str = "") -> Contract:
-    """The contract of `@sw.step(writes=...)`; the decorator's other options as `describe_options` gives them."""
+    """Returns the contract of `@sw.step(writes=...)`; `options` is what `describe_options` returns."""
     _check_writable(plan, name, writes)
     return Contract(
         allowed=frozenset(writes),
@@ -73,7 +73,7 @@ def train_contract(
     has_aux: bool,
     options: str = "",
 ) -> Contract:
-    """The contract of `@sw.train_step(wrt=..., writes=...)`; other options as `describe_options` gives them."""
+    """Returns the contract of `@sw.train_step(wrt=..., writes=...)`; `options` as for `plain_contract`."""
     groups = _groups(plan, name, wrt)
     trained = [kind for group in groups for kind in group.kinds if kind not in (writes or ())]
     if writes is None or writes:
@@ -117,14 +117,14 @@ def _check_writable(plan: PlanTables, name: str, writes: Sequence[str]) -> None:
 
 
 def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[OptimizerGroup, ...]:
-    """The optimizers of the kinds to differentiate; a joint update needs all of its kinds."""
+    """Returns the optimizers of the kinds to differentiate; a joint update needs all of its kinds."""
     if not plan.optimizers:
-        own = "plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})"
+        hint = "plan = kinds.plan(model, optimizers={'params': optax.adamw(3e-4)})"
         if any(issubclass(row.type, nnx.OptState) for row in plan.rows):
-            moving = tuple(kind for kind, one in plan.kinds.items() if plan[kind] and one.saved and not one.frozen)
-            body = f"@sw.step(writes={moving!r})  # where it updates the planned nnx.Optimizer itself"
-            own = f"{body}\nor, where it returns the loss alone: {own}"
-        raise DeclarationError(f"{name} trains, but the plan has no optimizer.", hint=own)
+            moving = tuple(name for name, kind in plan.kinds.items() if plan[name] and kind.saved and not kind.frozen)
+            body = f"@sw.step(writes={moving!r})  # if it updates the planned nnx.Optimizer itself"
+            hint = f"{body}\nor, if it only returns the loss: {hint}"
+        raise DeclarationError(f"{name} trains, but the plan has no optimizer.", hint=hint)
     if wrt is None:
         return plan.optimizers
     for kind in wrt:
@@ -142,7 +142,7 @@ def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[Opt
             raise DeclarationError(
                 f"{', '.join(group.kinds)} are updated jointly; {name} names only some of them in wrt.",
                 kind=group.kinds[0],
-                hint=f"wrt={group.kinds!r}, or optimizers of their own",
+                hint=f"wrt={group.kinds!r}, or a separate optimizer for each",
             )
     if not chosen:
         raise DeclarationError(f"{name} differentiates nothing: wrt is empty.", hint="wrt='params', or @sw.step")
@@ -150,13 +150,13 @@ def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[Opt
 
 
 def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) -> None:
-    """Raises where the function of a train step does not return a loss: a real scalar, with aux beside it or not."""
+    """Raises where the function of a train step does not return a loss: a real scalar, alone or with aux."""
     tree = traced.out_tree.children()[0] if captures else traced.out_tree
     if contract.has_aux:
         parts = tree.children()
         if len(parts) != 2 or tree.node_data() is None or tree.node_data()[0] is not tuple:
             raise StructureError(
-                f"{name} has_aux, but does not return (loss, aux).", hint="return loss, {'logits': logits}"
+                f"{name} has has_aux=True, but does not return (loss, aux).", hint="return loss, {'logits': logits}"
             )
         tree = parts[0]
     if tree != jax.tree.structure(0):
@@ -164,7 +164,9 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) ->
         raise StructureError(f"{name} returns {tree}, not a loss.", hint=hint)
     loss = traced.effects.jaxpr.outvars[0].aval
     if loss.shape != ():
-        raise StructureError(f"The loss of {name} is no scalar: its shape is {loss.shape}.", hint="return loss.mean()")
+        raise StructureError(
+            f"The loss of {name} is not a scalar: its shape is {loss.shape}.", hint="return loss.mean()"
+        )
     if not jnp.issubdtype(loss.dtype, jnp.floating):
         hint = (
             "return loss.real" if jnp.issubdtype(loss.dtype, jnp.complexfloating) else "return loss.astype(jnp.float32)"
@@ -173,9 +175,9 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) ->
 
 
 def describe_options(**options: Any) -> str:
-    """The options of a decorator besides `writes` that differ from their defaults, as code to stand behind it.
+    """Returns, as code, the options of a decorator other than `writes` that differ from their defaults.
 
-    Braces are doubled, for what it stands in is filled in by `format`.  What is no code by its repr is an ellipsis.
+    Braces are doubled, because `format` fills in the result.  A value whose repr is not code becomes an ellipsis.
     """
     given = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
     shown = "".join(f", {name}={_as_code(value)}" for name, value in given.items())

@@ -1,4 +1,4 @@
-"""What makes steps: `@sw.step` and `@sw.train_step`."""
+"""The decorators that make steps: `@sw.step` and `@sw.train_step`."""
 
 from __future__ import annotations
 
@@ -170,9 +170,9 @@ def step(
     """Makes a function of the planned objects into a compiled step on a state.
 
     Args:
-      fn: the function; it gets the planned objects, made anew in every trace, and the other arguments.
+      fn: the function; it takes the planned objects, rebuilt in every trace, and the other arguments.
       writes: the kinds that it may write: one name, or several.
-      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+      capture: the kinds of new leaves to return, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
         then `(out, captured)`.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
@@ -182,13 +182,14 @@ def step(
 
     Raises:
       UndeclaredWriteError: the function writes a kind that is not declared; when it is first traced.
-      DeclarationError: `writes` names a kind that is not there, or is frozen; or it does not name kinds.
-      StructureError: the function returns the model; makes, removes or reshapes Variables; writes an object that it was
-        not given, or that is an argument; the state was donated.  At once: it is a model, or under a `jax.jit`.
+      DeclarationError: `writes` names a kind that does not exist or is frozen, or does not name kinds.
+      StructureError: the function returns the model; makes, removes or reshapes Variables; writes an object that it did
+        not receive, or that is an argument; the state was donated.  At decoration: `fn` is a model, or under a
+        `jax.jit`.
 
     Warns:
-      StatewiseWarning: nothing is written of a kind in `writes`; a write is lost under a plain `jax.jit` or
-        `jax.checkpoint`; once a trace.
+      StatewiseWarning: a kind in `writes` is never written; a write is lost under a plain `jax.jit` or
+        `jax.checkpoint`; once for each trace.
 
     Example:
       >>> import jax.numpy as jnp
@@ -286,10 +287,10 @@ def train_step(
     Args:
       fn: the function; it returns the loss, a real scalar, or `(loss, aux)`.
       wrt: the kinds to differentiate and update; by default all that have an optimizer in the plan.
-      writes: kinds that the function itself may write, besides those that it may by default: every kind that is
-        neither frozen, nor ephemeral (`saved=False`), nor holds `nnx.Param`.  `()` allows it none at all.
+      writes: kinds that the function itself may write, in addition to its defaults: every kind that is neither frozen,
+        nor ephemeral (`saved=False`), nor holds `nnx.Param`.  `()` allows none at all.
       has_aux: whether the function returns `(loss, aux)`.
-      capture: kinds of new leaves to hand out, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
+      capture: the kinds of new leaves to return, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
         then `(out, captured)`.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
@@ -298,12 +299,12 @@ def train_step(
 
     Raises:
       UndeclaredWriteError: the function writes a kind that it may not; when it is first traced.
-      DeclarationError: a kind without optimizer in `wrt`, or one that is not there.
-      StructureError: the loss is no real scalar; no leaf that is differentiated reaches it; and whatever `step` raises
-        it for.
+      DeclarationError: a kind in `wrt` has no optimizer, or does not exist.
+      StructureError: the loss is not a real scalar; no differentiated leaf reaches it; and for the same reasons as
+        `step`.
 
     Warns:
-      StatewiseWarning: no leaf of some kind that is differentiated reaches the loss; and whatever `step` warns of.
+      StatewiseWarning: no leaf of a differentiated kind reaches the loss; and for the same reasons as `step`.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,7 +1,7 @@
-"""What a step is made of: its function and its contract; from one call of it, traced and checked, to an entry.
+"""The definition of a step, its function and contract, and the way from one call to a compiled entry.
 
-Nothing here is compiled or remembered: `Step` does that.  An audit takes a step apart by the same methods, so that what
-it reports is what a call would do.
+Nothing here is compiled or cached: `Step` does that.  An audit examines a step by the same methods, so it reports
+what a call would do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from statewise._src.step.program import program_of
 from statewise._src.step.shard_map import check_replicated, local_arguments, program_on_each, specs_of, traced_on_one
 from statewise._src.step.trace import Traced, evaluating, trace
 from statewise._src.step.trace import check_writes as check_undeclared
-from statewise._src.step.warnings import cautions_of, check_trains, objects_of
+from statewise._src.step.warnings import check_trains, objects_of, warnings_of
 
 __all__ = ["ContractOf", "Definition"]
 
@@ -43,8 +43,8 @@ class Definition:
       fn: the user's function.
       name: the function's name.
       decorator: `step` or `train_step`.
-      contract_of: from a plan and the name to what the step may write.
-      captured: the kinds whose sown or assigned values it hands out; None for none.
+      contract_of: from a plan and the name to the step's contract.
+      captured: the kinds whose sown or assigned values the step returns; None for none.
       arguments: which arguments are static, and which are donated.
     """
 
@@ -57,15 +57,15 @@ class Definition:
 
     @property
     def captures(self) -> bool:
-        """Whether the step hands out what its function sows or assigns."""
+        """Returns whether the step returns what its function sows or assigns."""
         return bool(self.captured)
 
     def capture_for(self, plan: PlanTables) -> Capture:
-        """Returns a fresh collector of what one call sows or assigns."""
+        """Returns a new collector for the values that one call sows or assigns."""
         return Capture(plan.kinds, self.captured)
 
     def trace_checked(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
-        """One call traced and checked; where it runs on each device, also how the arguments are split among them."""
+        """Traces and checks one call; for a step that runs on each device, also returns how the arguments are split."""
         plan = state.tables
         contract = self.contract_of(plan, self.name)
         traced, specs = self.traced(state, args, kwargs)
@@ -75,11 +75,11 @@ class Definition:
         return traced, contract, specs
 
     def traced(self, state: State, args: Any, kwargs: Any, *, evaluated: bool = False) -> tuple[Traced, Any]:
-        """One call traced, with `model.eval()` before it or not; and how the arguments are split among devices."""
+        """Traces one call, optionally after `model.eval()`; also returns how the arguments are split among devices."""
         plan, copies = state.tables, state.tables.per_device
         capture = self.capture_for(plan)
         split = self.arguments.split(args, kwargs, plan.object_count)
-        dynamic = merged(split.args, split.kwargs, split.given)
+        dynamic = merged(split.args, split.kwargs, split.donated)
         bound = self.bound(split.static, plan.object_count)
         if evaluated:
             bound = evaluating(bound, plan.object_count)
@@ -97,7 +97,7 @@ class Definition:
         return traced, specs
 
     def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
-        """Raises where the function writes what its contract does not allow."""
+        """Raises where the function writes something that its contract does not allow."""
         check_undeclared(
             state.tables,
             traced,
@@ -110,38 +110,39 @@ class Definition:
         )
 
     def _check_arguments(self, plan: PlanTables, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
-        """Refuses arguments that the function does not take, and objects that JAX cannot pass."""
-        types = lambda: [type(thing) for thing in objects_of(plan)]  # noqa: E731
+        """Checks that the function takes this many arguments, and that JAX can pass them."""
+        types = lambda: [type(planned) for planned in objects_of(plan)]  # noqa: E731
         check_capacity(self.fn, plan.object_count, args, self.name, types)
         named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
         check_foreign_objects(named, self.name)
 
     def judge(self, plan: PlanTables, traced: Traced, contract: Contract) -> None:
-        """Refuses a train step that trains nothing, and warns of what is probably not meant."""
+        """Rejects a train step that trains nothing, and warns of probable mistakes."""
         check_trains(plan, traced, contract, self.fn, self.name)
-        for caution in cautions_of(plan, traced, contract, self.fn, self.name):
-            warnings.warn(caution, stacklevel=6)  # where the step is called
+        for warning in warnings_of(plan, traced, contract, self.fn, self.name):
+            warnings.warn(warning, stacklevel=6)  # points at the call of the step
 
     def bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
-        """The user's function with the static arguments in their places, after so many objects."""
+        """Returns the user's function with the static arguments bound, after this many objects."""
         if not static:
             return self.fn
         names = {place: self.arguments.name_of(place, objects) for place in static}
         return Bound(self.fn, static, objects, names)
 
     def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> CompiledStep:
+        """Makes the entry of a traced call; `specs` is None where only its operands are of interest, as in an audit."""
         copies = plan.per_device
-        program, routes = program_of(plan, traced, contract.groups, copies.axes if copies else ())
-        if copies and specs is not None:  # None where only the routes are asked about
+        program, operands = program_of(plan, traced, contract.groups, copies.axes if copies else ())
+        if copies and specs is not None:
             differ = check_replicated(plan, traced, specs, self.name)
             if contract.trains:
-                differ[0] = False  # the loss, which is averaged
-            program = program_on_each(plan, program, routes, specs, differ)
+                differ[0] = False  # the loss, which is averaged over the devices
+            program = program_on_each(plan, program, operands, specs, differ)
         return CompiledStep(
             plan,
             self.name,
             program,
-            routes,
+            operands,
             self.arguments,
             returns_state=contract.returns_state,
             closes_over_tracers=traced.closes_over_tracers,

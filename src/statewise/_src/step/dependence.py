@@ -1,12 +1,13 @@
-"""Which outputs of a jaxpr depend on some of its inputs; and so which gradients are zero, whatever the numbers.
+"""Which outputs of a jaxpr depend on some of its inputs, and therefore which gradients are zero for all values.
 
 A gradient is linear in the cotangent of the loss: it is that cotangent, pulled back through the program.  So the
-question "is this leaf's gradient zero for all values?" is asked of the pulled-back program itself: where the
-cotangent never reaches a gradient, the gradient is a constant, and the only constant that is linear is zero.  JAX's
-own differentiation rules have then said already that `stop_gradient`, `argmax`, comparisons and integers let nothing
-through, that a custom derivative returns zeros, and which branch of a loop carries what.
+question "is this leaf's gradient zero for all values?" is answered by the pulled-back program: where the cotangent
+never reaches a gradient, the gradient is a constant, and the only linear constant is zero.  JAX's own differentiation
+rules have already encoded that `stop_gradient`, `argmax`, comparisons and integers pass nothing, that a custom
+derivative returns zeros, and which branch of a loop carries which value.
 
-What is found is *structural*: a ReLU that happens to be dead lets its cotangent through, and has no zero gradient here.
+The result is *structural*: a ReLU that happens to be dead passes its cotangent, and so does not count as a zero
+gradient.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ _Flags = tuple[bool, ...]
 
 
 def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[bool]:
-    """For each array of `wrt`, whether the gradient of the loss with respect to it is zero whatever the values.
+    """Returns, for each array of `wrt`, whether the gradient of the loss with respect to it is zero for all values.
 
-    Nothing is computed: the gradient is traced.
+    Nothing is computed: the gradient is only traced.
 
     Args:
       loss_of: a function of `wrt` and the others that returns a real scalar.
       wrt: a pytree of arrays, concrete or abstract.
-      *others: more of them.
+      *others: further arguments of `loss_of`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,16 +49,17 @@ def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[
         loss, pullback = jax.vjp(lambda wrt: loss_of(wrt, *others), wrt)
         return jax.tree.leaves(pullback(cotangent.astype(loss.dtype)))
 
+    # The cotangent is the first input; a gradient that it does not reach is zero.
     closed = jax.make_jaxpr(pulled_back)(jnp.ones((), jnp.float32), wrt, others)
     inputs = [True] + [False] * (len(closed.in_avals) - 1)
     return [not is_reached for is_reached in reached(closed, inputs)]
 
 
 def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
-    """Says for each output of a jaxpr whether it depends on one of the chosen inputs.
+    """Returns, for each output of a jaxpr, whether it depends on one of the chosen inputs.
 
-    A product with zeros that the program itself writes down depends on nothing; whatever else may depend on an input
-    is taken to do so.
+    A product with zeros that the program itself creates does not depend on anything; whatever else may depend on an
+    input is assumed to.
 
     Args:
       closed: a closed or open jaxpr.
@@ -67,10 +69,10 @@ def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
 
 
 def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
-    """Says for each output of a jaxpr whether a gradient may pass from it to one of the chosen inputs.
+    """Returns, for each output of a jaxpr, whether a gradient may pass from it to one of the chosen inputs.
 
-    It is asked of the program as it stands, which costs one walk, where `zero_gradients` traces its gradient.  So it
-    errs to one side: what it says is not reached has a gradient of zero, whatever the values.
+    This walks the program itself once, where `zero_gradients` traces its gradient.  It errs on one side: an input that
+    it reports as not reached has a gradient of zero for all values.
 
     Args:
       closed: a closed or open jaxpr.
@@ -89,7 +91,7 @@ def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
 
 
 class _Walk:
-    """Follows values forward through jaxprs; remembers the answer for each body and each choice of inputs."""
+    """Follows values forward through jaxprs; caches the answer for each body and each choice of inputs."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[int, _Flags], _Flags] = {}
@@ -98,12 +100,13 @@ class _Walk:
         jaxpr = compat.inner_jaxpr(closed)
         if not any(inputs):
             return (False,) * len(jaxpr.outvars)
-        key = id(jaxpr), inputs  # the bodies are alive for as long as the jaxpr that is walked
+        key = id(jaxpr), inputs  # ids stay valid: the outer jaxpr keeps its bodies alive
         if key not in self.known:
             touched = {var for var, chosen in zip(jaxpr.invars, inputs, strict=True) if chosen}
             zeros: set[Any] = set()
             for eqn in jaxpr.eqns:
                 flags = tuple(_is_in(touched, var) for var in eqn.invars)
+                # A product with a known zero is zero, even if the other factor depends on an input.
                 if eqn.primitive.name in _PRODUCTS and any(_is_zero(zeros, var) for var in eqn.invars):
                     zeros.update(eqn.outvars)
                 elif any(flags):
@@ -116,15 +119,17 @@ class _Walk:
         return self.known[key]
 
     def through(self, eqn: Any, flags: _Flags) -> _Flags:
-        """Which results of an equation depend on its chosen operands."""
+        """Returns which results of an equation depend on its chosen operands."""
         name = eqn.primitive.name
         if name == "scan":
             return self.through_scan(eqn, flags)
         if name == "while":
             return self.through_while(eqn, flags)
+        # Operand 0 is the branch index: if it depends on an input, every result does (the last line).
         if name == "cond" and not flags[0]:
             branches = [self.outputs(branch, flags[1:]) for branch in eqn.params["branches"]]
             return tuple(any(of_branches) for of_branches in zip(*branches, strict=True))
+        # A body's inputs may differ from the operands in number (custom rules); then assume that everything depends.
         body = body_of(eqn)
         if body is not None and len(compat.inner_jaxpr(body).invars) == len(flags):
             return self.outputs(body, flags)
@@ -132,25 +137,28 @@ class _Walk:
 
     def through_scan(self, eqn: Any, flags: _Flags) -> _Flags:
         consts, carry = compat.scan_counts(eqn)
-        turns = eqn.params["length"]
-        if not turns:  # it hands out what it was given
+        length = eqn.params["length"]
+        if not length:  # the carry comes out as it went in, and the stacked outputs are empty
             return flags[consts : consts + carry] + (False,) * (len(eqn.outvars) - carry)
-        return self.settled(eqn.params["jaxpr"], flags, consts, carry, turns)
+        return self.settled(eqn.params["jaxpr"], flags, consts, carry, length)
 
     def through_while(self, eqn: Any, flags: _Flags) -> _Flags:
-        asked, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = len(flags) - asked - consts
-        results = self.settled(eqn.params["body_jaxpr"], flags[asked:], consts, carry)
-        carried = tuple(a or b for a, b in zip(results, flags[asked + consts :], strict=True))
-        (turns,) = self.outputs(eqn.params["cond_jaxpr"], flags[:asked] + carried)
-        return (True,) * carry if turns else carried
+        # Operands: the condition's constants, the body's constants, the carried values.
+        cond_consts, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        carry = len(flags) - cond_consts - consts
+        results = self.settled(eqn.params["body_jaxpr"], flags[cond_consts:], consts, carry)
+        carried = tuple(a or b for a, b in zip(results, flags[cond_consts + consts :], strict=True))
+        # If the number of iterations depends on an input, so does everything that is carried.
+        (count,) = self.outputs(eqn.params["cond_jaxpr"], flags[:cond_consts] + carried)
+        return (True,) * carry if count else carried
 
-    def settled(self, body: Any, flags: _Flags, consts: int, carry: int, turns: int | None = None) -> _Flags:
-        """The results of a loop's body when what is carried has gone round, until nothing new depends or it ends."""
-        for turn in itertools.count(1):
+    def settled(self, body: Any, flags: _Flags, consts: int, carry: int, length: int | None = None) -> _Flags:
+        """Returns which results of a loop's body depend on the inputs, after enough iterations of the loop."""
+        for iteration in itertools.count(1):
             results = self.outputs(body, flags)
-            if turn == turns:
+            if iteration == length:
                 break
+            # A result that depends on an input is carried into the next iteration, as an input of the body.
             carried = tuple(a or b for a, b in zip(flags[consts : consts + carry], results, strict=False))
             grown = flags[:consts] + carried + flags[consts + carry :]
             if grown == flags:
@@ -159,27 +167,28 @@ class _Walk:
         return results
 
 
-# Their derivatives are zero everywhere.
-_FLAT = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})  # a complex sign's is not
-# Their gradients are what their author says, whatever stands in their bodies.
+# Primitives whose derivatives are zero everywhere.
+_FLAT = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})  # except the sign of a complex number
+# Primitives whose gradients are defined by the user, not by their bodies.
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 class _Tangents(_Walk):
-    """Follows derivatives forward: only numbers with fractions have any."""
+    """Follows derivatives forward: only inexact dtypes have any."""
 
     def through(self, eqn: Any, flags: _Flags) -> _Flags:
+        """Returns which results of an equation may have a derivative with respect to its chosen operands."""
         name = eqn.primitive.name
         if name in _FLAT and not (name == "sign" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)):
             return (False,) * len(eqn.outvars)
-        found = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, flags)
-        return tuple(flag and _is_inexact(var) for var, flag in zip(eqn.outvars, found, strict=True))
+        passes = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, flags)
+        return tuple(flag and _is_inexact(var) for var, flag in zip(eqn.outvars, passes, strict=True))
 
 
 def _through_references(eqn: Any) -> list[Any]:
-    """What else an equation may hand on where it is given a reference (`jax.new_ref`): it may be written to, and read.
+    """Returns what else may depend on an equation's operands if one is a reference (`jax.new_ref`).
 
-    Which of several is written, and what of it is read again, is not asked: all may be.
+    It does not track which of several references is written, or which part is read again: any may be.
     """
     references = [var for var in eqn.invars if _is_reference(var)]
     return [var for var in (*references, *eqn.outvars) if _is_inexact(var)] if references else []
@@ -198,7 +207,7 @@ def _is_in(touched: set[Any], var: Any) -> bool:
     return not isinstance(var, compat.Literal) and var in touched
 
 
-# What is zero where one factor is; and what is zero where its operand is.
+# Zero if one factor is; and zero if the operand is.
 _PRODUCTS = frozenset({"mul", "dot_general"})
 _SHAPED = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "neg", "copy"})
 

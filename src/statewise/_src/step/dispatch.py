@@ -1,7 +1,7 @@
-"""One compiled step for one plan and one signature, and how a call gets to it.
+"""One compiled step, for one plan and one signature, and how a call reaches it.
 
-An entry picks the arrays that cross out of a state's parts, calls the compiled function, and puts what comes
-back into a new state.  Nothing here depends on the size of the model, only on what the step touches.
+An entry selects from a state's parts the arrays that the compiled function needs, calls it, and puts the results into a
+new state.  The cost does not depend on the size of the model, only on what the step touches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import Part, check_unshared, deleted_kinds, donated_error
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, lies_on_one_device
+from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, is_on_one_device
 from statewise._src.step.arguments import Arguments, merged
 from statewise._src.step.function import called_as
 from statewise._src.step.operands import Operands
@@ -33,13 +33,13 @@ __all__ = ["CompiledStep", "NewSignature", "args_key", "full_key"]
 
 
 class NewSignature(Exception):
-    """JAX began to trace a compiled step anew: the call is of a signature that it was not made for."""
+    """Raised when JAX starts to trace a compiled step again: the call has a signature that it was not made for."""
 
 
-# Which entry may be traced right now, in this thread.
+# The entry that may be traced right now, in this thread.
 _tracing = threading.local()
 
-# How the runtime speaks of arrays that are no longer there, or are given away twice.
+# The runtime's errors about arrays that are deleted, or donated twice.
 _ABOUT_BUFFERS = re.compile(r"delete|donat", re.IGNORECASE)
 
 
@@ -47,8 +47,8 @@ class CompiledStep:
     """A compiled step.
 
     Attributes:
-      program: from (donated, kept, args, kwargs) to (written, output); what is compiled.
-      routes: which arrays cross.
+      program: from (donated, read_only, args, kwargs) to (written, output); the function that is compiled.
+      operands: the arrays that are passed to it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CompiledStep:
         plan: PlanTables,
         name: str,
         program: Callable[..., Any],
-        routes: Operands,
+        operands: Operands,
         arguments: Arguments,
         *,
         returns_state: bool,
@@ -65,28 +65,31 @@ class CompiledStep:
         self.plan = plan
         self.name = name
         self.program = program
-        self.routes = routes
+        self.operands = operands
         self.arguments = arguments
         self.objects = plan.object_count
         self.returns_state = returns_state
         self.closes_over_tracers = closes_over_tracers
         self.ready = False
-        self._donates = tuple((route.kind, route.pick) for route in routes.donated)
-        self._keeps = tuple((route.kind, route.pick) for route in routes.kept)
-        self._touches = tuple({route.kind for route in (*routes.donated, *routes.kept)})
-        self._gives = tuple((route.kind, None if route.pick is None else route.slots) for route in routes.donated)
-        # Compilations of one program: by whether it is given the written arrays' buffers, and where these lie.
+        self._donates = tuple((operand.kind, operand.pick) for operand in operands.donated)
+        self._keeps = tuple((operand.kind, operand.pick) for operand in operands.read_only)
+        self._touches = tuple({operand.kind for operand in (*operands.donated, *operands.read_only)})
+        self._gives = tuple(
+            (operand.kind, None if operand.pick is None else operand.slots) for operand in operands.donated
+        )
+        # Compilations of the program: by whether it receives the written arrays' buffers, and by their shardings.
         self._fns: dict[Any, Any] = {}
         self._traced: dict[Any, Any] = {}
 
-    def _checked(self, donated: Any, given: Any, kept: Any, args: Any, kwargs: Any) -> Any:
+    def _checked(self, donated: Any, given: Any, read_only: Any, args: Any, kwargs: Any) -> Any:
+        # JAX calls this only to trace.  Outside `tracing`, that means a signature that was not checked yet.
         if getattr(_tracing, "entry", None) is not self:
             raise NewSignature
-        return self.program(donated, kept, *merged(args, kwargs, given))
+        return self.program(donated, read_only, *merged(args, kwargs, given))
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """Lets JAX trace this entry, for the length of a block, in this thread."""
+        """Allows JAX to trace this entry within a block, in this thread."""
         before = getattr(_tracing, "entry", None)
         _tracing.entry = self
         try:
@@ -94,34 +97,35 @@ class CompiledStep:
         finally:
             _tracing.entry = before
 
-    def operands(self, state: State, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        """What the compiled function is called with."""
+    def operands_from(self, state: State, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """Selects the arguments of the compiled function from a state and the step's arguments."""
         parts = state.parts
         donated = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._donates]
-        kept = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._keeps]
+        read_only = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._keeps]
         if self.arguments.plain:
-            return donated, {}, kept, args, kwargs
+            return donated, {}, read_only, args, kwargs
         split = self.arguments.split(args, kwargs, self.objects)
-        return donated, split.given, kept, split.args, split.kwargs
+        return donated, split.donated, read_only, split.args, split.kwargs
 
     def run(self, state: State, args: Any, kwargs: Any, fn: Callable[..., Any] | None = None) -> Any:
         """Calls the compiled function, or another compilation of it, on a state.
 
         Raises:
-          NewSignature: it was not made for these arguments; nothing has happened then.
+          NewSignature: the entry was not made for these arguments; nothing has happened.
           StructureError: the state was donated, or holds one array twice.
         """
         parts = state.parts
         for kind in self._touches:
             if parts[kind].donated_by is not None:
                 self._check_donated(state)
-        operands = self.operands(state, args, kwargs)
+        operands = self.operands_from(state, args, kwargs)
         donate = True
         places: tuple[PartShardings | None, ...] = ()
         try:
             if fn is not None:
                 written, out = fn(*operands)
             else:
+                # Inside a transform (vmap, grad) the transform owns the arrays, so nothing may be donated.
                 untraced = get_opaque_trace_state() == _UNTRACED
                 donate = untraced and not _looks_for_nans()
                 places = self._places(parts) if untraced else ()
@@ -134,7 +138,7 @@ class CompiledStep:
         return (self.received(state, written, donate, places), out) if self.returns_state else out
 
     def _places(self, parts: Sequence[Part]) -> tuple[PartShardings | None, ...]:
-        """Where the parts that are written lie: what they become is to lie there too."""
+        """Returns the shardings of the parts that are written: the new arrays get the same ones."""
         return tuple([parts[kind].places() for kind, _ in self._gives])
 
     def _call(self, key: Any, operands: tuple[Any, ...]) -> Any:
@@ -143,7 +147,8 @@ class CompiledStep:
             return fn(*operands)
         fn = self.compiled(*key)
         if self._traced:
-            # Only another compilation knows yet whether this is its signature.
+            # A different compilation of this program was traced already; only that one can tell whether the signature
+            # is new.
             jax.eval_shape(next(iter(self._traced.values())), *operands)
             with self.tracing():
                 results = fn(*operands)
@@ -153,15 +158,15 @@ class CompiledStep:
         return results
 
     def compiled(self, donate: bool, places: tuple[PartShardings | None, ...]) -> Any:
-        """The function of what crosses, compiled for parts that lie so; not at all for `()`."""
+        """Returns the function, compiled for parts with these shardings; `()` leaves them to XLA."""
         if not any(places):
             places = ()
         if (donate, places) not in self._fns:
             written = None
             if places:
                 written = tuple(
-                    None if lie is None else tuple(lie.shardings[at] for at in route.slots)
-                    for lie, route in zip(places, self.routes.donated, strict=True)
+                    None if shardings is None else tuple(shardings.shardings[slot] for slot in operand.slots)
+                    for shardings, operand in zip(places, self.operands.donated, strict=True)
                 )
             self._fns[donate, places] = self.arguments.jit(self._checked, donate, written)
         return self._fns[donate, places]
@@ -169,55 +174,57 @@ class CompiledStep:
     def lower(self, state: State, args: Any, kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function for a state, which may be abstract, and these arguments."""
         lowered: jax.stages.Lowered = self.compiled(True, self._places(state.parts)).lower(
-            *self.operands(state, args, kwargs)
+            *self.operands_from(state, args, kwargs)
         )
         return lowered
 
     def received(
         self, state: State, written: Any, donated: bool = True, places: tuple[PartShardings | None, ...] = ()
     ) -> State:
-        """The state with its written arrays replaced; the one whose arrays were donated for it is marked donated."""
+        """Returns the state with new arrays where they were written; marks the old one as donated if it was."""
         parts = state.parts
-        made = list(parts)
-        for at, ((kind, positions), arrays) in enumerate(zip(self._gives, written, strict=True)):
-            lie = places[at] if places else UNKNOWN
-            if (lie is None and not lies_on_one_device(arrays[0])) or (lie is not None and not lie.whole):
-                lie = UNKNOWN  # XLA may have laid out some of them
+        new = list(parts)
+        for index, ((kind, positions), arrays) in enumerate(zip(self._gives, written, strict=True)):
+            shardings = places[index] if places else UNKNOWN
+            if (shardings is None and not is_on_one_device(arrays[0])) or (
+                shardings is not None and not shardings.whole
+            ):
+                shardings = UNKNOWN  # XLA may have chosen some of them
             if positions is not None:
                 merged_arrays = list(parts[kind].arrays)
                 for position, array in zip(positions, arrays, strict=True):
                     merged_arrays[position] = array
                 arrays = tuple(merged_arrays)
-            made[kind] = Part(arrays, lie)
+            new[kind] = Part(arrays, shardings)
         if donated:
             for kind, _ in self._gives:
                 parts[kind].donated_by = self.name
-        return State.make(self.plan, made)
+        return State.make(self.plan, new)
 
     def _check_donated(self, state: State) -> None:
         names = list(self.plan.kinds)
         raise donated_error(state, [names[kind] for kind in sorted(self._touches) if state.parts[kind].donated_by])
 
     def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
-        """Says what the runtime's error means, where it is about arrays that are gone, given twice, or never there."""
+        """Explains a runtime error about arrays that are deleted, donated twice, or abstract."""
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
             raise StructureError(
-                f"This state is abstract: {self.name} would need its values.",
+                f"This state is abstract: {self.name} needs its values.",
                 hint="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
                 f"ahead of time: {called_as(self.name)}.lower(state, ...).compile()",
             ) from error
-        gone = deleted_kinds(state)
+        deleted = deleted_kinds(state)
         if "incompatible devices" in str(error):
             self._check_other_devices(state, args, kwargs, error)
         if not _ABOUT_BUFFERS.search(str(error)):
-            if gone:
-                error.add_note(f"{self.name} had already taken the state's {', '.join(gone)}: this state is lost.")
+            if deleted:
+                error.add_note(f"{self.name} had already donated the state's {', '.join(deleted)}: this state is lost.")
             return
-        if gone:
-            raise donated_error(state, gone) from error
+        if deleted:
+            raise donated_error(state, deleted) from error
         check_unshared(state)
         leaves = jax.tree.leaves((args, kwargs))
-        mine = {
+        position_of = {
             id(array): (kind, position)
             for kind, part in zip(self.plan.kinds, state.parts, strict=True)
             for position, array in enumerate(part.arrays)
@@ -230,8 +237,8 @@ class CompiledStep:
                     f"An argument of {self.name}, {leaf.dtype}{list(leaf.shape)}, was donated by an earlier step.",
                     hint="copy it before that step: kept = jnp.copy(array)",
                 ) from error
-            if id(leaf) in mine:
-                kind, position = mine[id(leaf)]
+            if id(leaf) in position_of:
+                kind, position = position_of[id(leaf)]
                 raise StructureError(
                     f"An argument of {self.name} is an array of the state, which the step donates.",
                     leaves=[self.plan.leaf_of_slot[kind][position]],
@@ -240,51 +247,51 @@ class CompiledStep:
                 ) from error
 
     def _check_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
-        """Raises for arrays that lie on other devices than what the step touches first of the state."""
+        """Raises for arrays on devices other than those of the first array of the state that the step touches."""
         touched = [(kind, array, self.plan.leaf_of_slot[kind][slot]) for kind, slot, array in self._touched(state)]
-        where = next((_devices(array) for _, array, _ in touched if _devices(array)), ())
+        expected = next((_devices(array) for _, array, _ in touched if _devices(array)), ())
         leaves = [
             dataclasses.replace(leaf, note=f"on {_listed(_devices(array))}")
             for _, array, leaf in touched
-            if _devices(array) not in ((), where)
+            if _devices(array) not in ((), expected)
         ]
         given = [
             f"{name}{jax.tree_util.keystr(path)} on {_listed(_devices(leaf))}"
             for name, value in self._named(args, kwargs)
             for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
-            if isinstance(leaf, jax.Array) and _devices(leaf) not in ((), where)
+            if isinstance(leaf, jax.Array) and _devices(leaf) not in ((), expected)
         ]
         if not leaves and not given:
             return
-        arguments = f" Of its arguments {'; '.join(given[:10])}." if given else ""
+        arguments = f" Of its arguments: {'; '.join(given[:10])}." if given else ""
         hints = []
-        if given and len(where) == 1:
-            hints = ["state = jax.device_put(state, plan.shardings(mesh))  # or restored there: plan.abstract(mesh)"]
+        if given and len(expected) == 1:
+            hints = ["state = jax.device_put(state, plan.shardings(mesh))  # or restore it there: plan.abstract(mesh)"]
         elif given:
             hints = ["x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))  # the state's mesh"]
         if leaves:
-            hints.append("state = jax.device_put(state, plan.shardings(mesh))  # all of it on one mesh")
+            hints.append("state = jax.device_put(state, plan.shardings(mesh))  # everything on one mesh")
         raise PlacementError(
-            f"{self.name} got arrays that lie on different devices; the state lies on {_listed(where)}.{arguments}",
+            f"{self.name} got arrays on different devices; the state is on {_listed(expected)}.{arguments}",
             leaves=list(dict.fromkeys(leaves)),
             kind=leaves[0].kind if leaves else None,
             hint="\n".join(hints),
         ) from error
 
     def _named(self, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """The arguments by their names."""
+        """Yields the arguments with their names."""
         yield from ((self.arguments.name_of(place, self.objects), value) for place, value in enumerate(args))
         yield from kwargs.items()
 
     def _touched(self, state: State) -> Iterator[tuple[str, int, Any]]:
-        """Kind, slot and array of all that the step touches; of a kind that it touches, all arrays."""
+        """Yields kind, slot and array of the state, for all arrays of the kinds that the step touches."""
         for number in sorted(self._touches):
             kind = tuple(self.plan.kinds)[number]
             yield from ((kind, slot, array) for slot, array in enumerate(state.parts[number].arrays))
 
 
 def _devices(array: Any) -> tuple[int, ...]:
-    """The devices that an array has to stay on, by number; none for one that JAX may move."""
+    """Returns the ids of the devices that an array must stay on; empty for one that JAX may move."""
     if isinstance(array, compat.Tracer) or not getattr(array, "committed", False):
         return ()
     return tuple(sorted(device.id for device in array.sharding.device_set))
@@ -296,21 +303,21 @@ def _listed(devices: tuple[int, ...]) -> str:
 
 
 def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: PlanTables) -> Any:
-    """What tells the arguments of one signature from another's, cheaply: structure, shapes, dtypes, static values.
+    """Returns a cheap key for the arguments of a signature: structure, shapes, dtypes and static values.
 
-    Where a step runs on each device of a mesh, also how they are split among them.
+    For a step that runs on each device of a mesh, the key also contains how the arguments are split.
 
     Raises:
       StructureError: a static argument that cannot be hashed.
     """
     split = arguments.split(args, kwargs, plan.object_count)
-    leaves, structure = jax.tree.flatten((split.args, split.kwargs, split.given))
+    leaves, structure = jax.tree.flatten((split.args, split.kwargs, split.donated))
     static = tuple(split.static.items())
     try:
         hash(static)
     except TypeError as error:
         raise arguments.unhashable(static, plan.object_count) from error
-    # 1 == 1.0 == True, but a program made for one of them is another program.
+    # 1 == 1.0 == True, but a program made for one of them does not serve the others: hence `types`.
     specs = specs_of(plan.per_device, leaves) if plan.per_device else None
     types = tuple(_types(value) for value in split.static.values())
     return structure, tuple(map(_leaf_key, leaves)), static, types, specs
@@ -324,18 +331,18 @@ def _types(value: Any) -> Any:
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # an array of keys has none
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # an array of keys has no weak_type
     try:
         type_ = jax.typeof(leaf)
     except TypeError:
-        return type(leaf)  # JAX says so too, when it is traced
+        return type(leaf)  # JAX raises a clear error when it traces it
     if not hasattr(type_, "shape"):
-        return type_  # no array: a hijax Variable, which is refused
+        return type_  # not an array: a hijax Variable, which `check_foreign_objects` rejects
     return type_.shape, type_.dtype, getattr(type_, "weak_type", False)
 
 
 def full_key(state: State, arguments: Any) -> Any:
-    """What tells one signature from another in full, as JAX sees it: the types of all arrays, and its settings."""
+    """Returns the complete key of a signature, as JAX sees it: the types of all arrays, and JAX's settings."""
     leaves = jax.tree.leaves((state, arguments))
     return _settings(), tuple(map(_type_of, leaves))
 
@@ -350,25 +357,26 @@ def _type_of(leaf: Any) -> Any:
 _counter = itertools.count(1)
 
 
+# The shape of the result is new in every trace, and cached with it: see `_settings`.
 @jax.jit
 def _probe() -> jax.Array:
     return jnp.zeros(next(_counter), bool)
 
 
 def _settings() -> int:
-    """A number for the settings of JAX that a trace depends on: matmul precision, mesh, mapped axes, 64 bits ...
+    """Returns a number for the JAX settings that a trace depends on: matmul precision, mesh, mapped axes, 64 bits ...
 
-    JAX traces a function once for each of them.  So that is what is asked: in which of its traces are we?
+    JAX traces a function once for each combination of them, so the number identifies a trace of `_probe`.
     """
     return int(jax.eval_shape(_probe).shape[0])
 
 
-# Inside a transform it is the transform that owns the arrays: `vmap` may go on to use one for all, and `grad` looks
-# back at it.  Nor does a tracer tell where its array lies.
+# Inside a transform the transform owns the arrays: `vmap` may use one array for all members, and `grad` still needs it.
+# A tracer does not know its sharding either.
 _UNTRACED = get_opaque_trace_state()
 
 
 def _looks_for_nans() -> bool:
-    """Whether JAX runs a function once more where a NaN arises, to find out where: it needs what it was given."""
+    """Returns whether JAX reruns a function to locate a NaN: then no argument may be donated."""
     config: Any = jax.config
     return bool(config.jax_debug_nans or config.jax_debug_infs)

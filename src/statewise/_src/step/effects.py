@@ -1,20 +1,19 @@
-"""What a traced function reads and writes, told from its jaxpr.
+"""Which inputs a traced function reads and which it writes, determined from its jaxpr.
 
-A step declares which kinds it may write, and only the leaves that it does write should cross back over the
-boundary of the compiled function.  Comparing tracers before and after the call cannot tell: under `nnx.jit`
-or `nnx.remat` every leaf comes back as another tracer, and all would look written.  So the question is asked
-of the program itself: an output is *unwritten* if it is the value of one of the function's inputs, moved
-about but never changed.  `forwarded` follows each output back through the equations, and into the bodies of
-those that call other jaxprs:
+A step declares which kinds it may write, and only the leaves that it does write should be returned by the compiled
+function.  Comparing tracers before and after the call does not work: under `nnx.jit` or `nnx.remat` every leaf comes
+back as another tracer, and all would look written.  So the program itself is examined: an output is *unwritten* if it
+is the value of one of the function's inputs, moved but not changed.  `forwarded` follows each output back through
+the equations, and into the bodies of those that call other jaxprs:
 
 - calls (`jit`, `remat`, `custom_jvp_call`, `custom_vjp_call` ...): through the body's output to its input;
-- `scan` and `while`: a carried value that the body hands on as it came, a constant handed out, and, for
-  `scan`, a stacked output which is a scanned input of the body (then it is the whole scanned operand);
-- `cond` and `switch`, and the selections that `vmap` makes of them: where all branches hand on the same value;
-- `shard_map`: where the input and the output are laid out alike;
-- equations that undo each other: transpositions, reshapes, and a key's unwrapping and wrapping.
+- `scan` and `while`: a carried value that the body returns unchanged, a constant that is returned, and, for `scan`, a
+  stacked output that is a scanned input of the body (then it is the complete scanned operand);
+- `cond` and `switch`, and the selections that `vmap` turns them into: where all branches return the same value;
+- `shard_map`: where the input and the output have the same spec;
+- equations that undo each other: transposes, reshapes, and the unwrapping and wrapping of a key.
 
-`n = n` is therefore no write, `n = n * 1` is one: equality of values is not what is asked.
+So `n = n` is not a write and `n = n * 1` is one: equality of values is not checked.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from statewise._src.common import compat
 
 __all__ = ["Effects", "body_of", "effects_of", "forwarded"]
 
-# Each output is the operand at its position: what these primitives change is the derivative, the name or the
-# place, not the value.  Where a leaf lives is for its kind's placement to say, not for a step.
+# Each output is the operand at the same position: these primitives change its derivative, name or placement, not its
+# value.  Where a leaf is placed is declared by its kind, not decided by a step.
 _SAME_VALUE = frozenset(
     {
         "copy",
@@ -44,7 +43,7 @@ _SAME_VALUE = frozenset(
     }
 )
 
-# The same elements in the same order, in another shape (`_keeps_order` looks closer).
+# The same elements in the same order, with another shape (`_keeps_order` checks the order).
 _RESHAPES = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze"})
 
 # Primitives that call one body, once, on their own operands, and the parameters that may hold it.
@@ -70,12 +69,12 @@ _BODIES = ("jaxpr", "call_jaxpr", "call")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Effects:
-    """What a jaxpr does to the inputs that come back as outputs.
+    """How a jaxpr treats the inputs that come back as outputs.
 
     Attributes:
       written: per tracked output, whether it differs from its input.
       read: per input, whether any used output needs it.
-      jaxpr: the open jaxpr, cut down to the used outputs and the read inputs.
+      jaxpr: the open jaxpr, reduced to the used outputs and the read inputs.
       consts: the values of its constants.
     """
 
@@ -86,18 +85,19 @@ class Effects:
 
 
 def effects_of(closed: Any, tracked: Sequence[tuple[int, int]]) -> Effects:
-    """Tells which inputs a closed jaxpr reads and which it writes.
+    """Determines which inputs a closed jaxpr reads and which it writes.
 
     Args:
       closed: the closed jaxpr of the function.
       tracked: pairs (output, input): the output that carries the new value of that input.
 
     Returns:
-      the effects; outputs of the cut-down jaxpr are those not tracked, then the written ones, in order.
+      the effects; the outputs of the reduced jaxpr are those not tracked, then the written ones, in order.
     """
     jaxpr = compat.inner_jaxpr(closed)
     origins = forwarded(closed)
     written = tuple(origins[out] != source for out, source in tracked)
+    # An unwritten output is not returned, so what was only needed to return it is not read either.
     unwritten = {out for (out, _), is_written in zip(tracked, written, strict=True) if not is_written}
     used = [position not in unwritten for position in range(len(jaxpr.outvars))]
     smaller, read = compat.dce(jaxpr, used)
@@ -105,7 +105,7 @@ def effects_of(closed: Any, tracked: Sequence[tuple[int, int]]) -> Effects:
 
 
 def forwarded(closed: Any) -> tuple[int | None, ...]:
-    """Says for each output of a jaxpr which input it is, unchanged; None for one that was computed.
+    """Returns, for each output of a jaxpr, the input that it is, unchanged; None for a computed output.
 
     Args:
       closed: a closed or open jaxpr.
@@ -114,25 +114,25 @@ def forwarded(closed: Any) -> tuple[int | None, ...]:
       for each output the position of the input whose value it has, or None.
     """
     jaxpr = compat.inner_jaxpr(closed)
-    found: list[int | None] = []
+    origins: list[int | None] = []
     for var, sources in zip(jaxpr.outvars, _sources(jaxpr), strict=True):
-        # Where it may be one of several inputs, it depends on a value: it is computed.
+        # With several possible sources, the result depends on a value: it is computed.
         (source, moves), *others = sources or [(-1, ())]
-        whole = source >= 0 and not moves and not others
-        # However it came about: what has another shape or type than an input is not that input.
-        found.append(source if whole and _alike(var, jaxpr.invars[source]) else None)
-    return tuple(found)
+        unchanged = source >= 0 and not moves and not others
+        # An output whose shape or dtype differs from the input's is not that input, whatever produced it.
+        origins.append(source if unchanged and _alike(var, jaxpr.invars[source]) else None)
+    return tuple(origins)
 
 
-# What was done to a value on its way, the last first: ("transpose", permutation), ("reshape", (shape, former
-# shape)), ("random_wrap" or "random_unwrap", (rank, former rank)).
+# What happened to a value on its way, last step first: ("transpose", permutation), ("reshape", (shape, former shape)),
+# ("random_wrap" or "random_unwrap", (rank, former rank)).
 _Move = tuple[str, Any]
 _Moves = tuple[_Move, ...]
 _NO_MOVE: _Move = ("", ())
-# An input, or an operand, moved about.
+# An input, or an operand, and the moves applied to it.
 _Source = tuple[int, _Moves]
-# Those of which a value is one, unchanged: several where it depends on values (the branch taken, the number of
-# turns) which of them it is; none where it is computed.
+# The candidates that a value may be, unchanged: several where a value decides (the branch taken, the number of
+# iterations); empty where the value is computed.
 _Sources = frozenset[_Source]
 _COMPUTED: _Sources = frozenset()
 
@@ -143,7 +143,7 @@ def _sources(closed: Any) -> tuple[_Sources, ...]:
 
 
 class _Walk:
-    """Follows values of one jaxpr back to its inputs; remembers each equation's answer."""
+    """Follows the values of one jaxpr back to its inputs; caches the answer for each equation."""
 
     def __init__(self, jaxpr: Any) -> None:
         self.jaxpr = jaxpr
@@ -152,28 +152,29 @@ class _Walk:
         self.known: dict[int, tuple[_Sources, ...]] = {}
 
     def sources(self, var: Any) -> _Sources:
-        """The inputs that a variable of the jaxpr may be."""
-        found: set[_Source] = set()
+        """Returns the inputs that a variable of the jaxpr may be."""
+        inputs: set[_Source] = set()
         seen: set[tuple[Any, _Moves]] = set()
         pending: list[tuple[Any, _Moves]] = [(var, ())]
         while pending:
-            at, moves = view = pending.pop()
-            if isinstance(at, compat.Literal):
+            current, moves = view = pending.pop()
+            if isinstance(current, compat.Literal):
                 return _COMPUTED
             if view in seen:
                 continue
             seen.add(view)
-            if at in self.inputs:
-                found.add((self.inputs[at], moves))
+            if current in self.inputs:
+                inputs.add((self.inputs[current], moves))
                 continue
-            before = self.back(at) if at in self.maker else ()  # else it is a constant of the jaxpr
+            before = self.back(current) if current in self.maker else ()  # neither: a constant of the jaxpr
             if not before:
                 return _COMPUTED
+            # The moves of this equation happened before those already collected, so they are applied first.
             pending.extend((operand, functools.reduce(_moved, first, moves)) for operand, first in before)
-        return frozenset(found)
+        return frozenset(inputs)
 
     def back(self, var: Any) -> Sequence[tuple[Any, _Moves]]:
-        """One equation further back: the operands that may be the value, moved; none where it is computed."""
+        """Goes one equation back: returns the operands that may be the value, moved; none if it is computed."""
         eqn, position = self.maker[var]
         name = eqn.primitive.name
         first: Any = eqn.invars[0] if eqn.invars else None
@@ -193,38 +194,41 @@ class _Walk:
 
 
 def _moved(moves: _Moves, move: _Move) -> _Moves:
-    """Moves with one more before them; what undoes the next one takes both away."""
+    """Adds a move that happened before the others; if it undoes the next one, both disappear."""
     name, what = move
     last, of_last = moves[-1] if moves else _NO_MOVE
     if name == "transpose":
+        # Two transposes in a row are one: compose the permutations.
         if last == name:
             moves, what = moves[:-1], tuple(what[axis] for axis in of_last)
         return moves if what == tuple(range(len(what))) else (*moves, (name, what))
     if name == "reshape":
+        # Two reshapes in a row are one: from the shape before the first to the shape after the second.
         if last == name:
             moves, what = moves[:-1], (of_last[0], what[1])
         return moves if what[0] == what[1] else (*moves, (name, what))
-    # The words of a key are its last axis: to transpose keys is to transpose their words, that axis apart.  So the
-    # transposition can go first, to where it meets the one that undoes it.
-    keys, words = min(what), tuple(range(min(what), what[1]))
+    # The words of a key are its last axis: transposing keys is transposing their words with that axis left alone.  So a
+    # transpose can be moved to the other side of a wrap or unwrap, where it may meet the one that undoes it.
+    rank, words = min(what), tuple(range(min(what), what[1]))
     first: _Moves = ()
-    if last == "transpose" and of_last[keys:] == tuple(range(keys, len(of_last))):
-        moves, first = moves[:-1], (("transpose", of_last[:keys] + words),)
+    if last == "transpose" and of_last[rank:] == tuple(range(rank, len(of_last))):
+        moves, first = moves[:-1], (("transpose", of_last[:rank] + words),)
     undone = "random_unwrap" if name == "random_wrap" else "random_wrap"
     moves = moves[:-1] if moves and moves[-1][0] == undone else (*moves, move)
     return (*moves, *first)
 
 
-def _alike(one: Any, other: Any) -> bool:
-    return one.aval.shape == other.aval.shape and one.aval.dtype == other.aval.dtype
+def _alike(first: Any, second: Any) -> bool:
+    return bool(first.aval.shape == second.aval.shape and first.aval.dtype == second.aval.dtype)
 
 
 def _keeps_order(eqn: Any) -> bool:
-    """Whether an equation that reshapes leaves the elements in their order, and adds none."""
+    """Returns whether an equation that reshapes keeps the elements in order and adds none."""
     if eqn.invars[0].aval.size != eqn.outvars[0].aval.size:
         return False
     if eqn.primitive.name == "reshape":
-        return eqn.params["dimensions"] is None  # else it transposes first
+        return eqn.params["dimensions"] is None  # otherwise it transposes first
+    # A broadcast keeps the order if it keeps the order of the operand's axes.
     axes = eqn.params.get("broadcast_dimensions", ())
     return tuple(axes) == tuple(sorted(axes))
 
@@ -233,14 +237,14 @@ def _keeps_order(eqn: Any) -> bool:
 
 
 def body_of(eqn: Any) -> Any:
-    """The jaxpr that an equation calls once, on its own operands; None where it does no such thing."""
+    """Returns the jaxpr that an equation calls once, on its own operands; None if it does not."""
     if eqn.primitive.name not in _CALLS:
         return None
     return next(eqn.params[name] for name in _BODIES if name in eqn.params)
 
 
 def _through(eqn: Any) -> tuple[_Sources, ...]:
-    """The sources of each output of an equation among its operands."""
+    """Returns, for each output of an equation, its sources among the operands."""
     name = eqn.primitive.name
     if name == "scan":
         return _through_scan(eqn)
@@ -249,6 +253,7 @@ def _through(eqn: Any) -> tuple[_Sources, ...]:
     if name == "cond":
         return _through_cond(eqn)
     if name == "select_n":
+        # Operand 0 selects; each case is a candidate.
         return (frozenset((case, ()) for case in range(1, len(eqn.invars))),)
     if name in _CALLS:
         return _through_call(eqn)
@@ -256,13 +261,14 @@ def _through(eqn: Any) -> tuple[_Sources, ...]:
 
 
 def _through_call(eqn: Any) -> tuple[_Sources, ...]:
-    found = _sources(body_of(eqn))
+    sources_of = _sources(body_of(eqn))
     if eqn.primitive.name != "shard_map":
-        return found
+        return sources_of
+    # Inside, each device sees its part: the result is the operand only if both are split in the same way.
     ins, outs = eqn.params["in_specs"], eqn.params["out_specs"]
     return tuple(
         sources if all(ins[source] == outs[position] and not moves for source, moves in sources) else _COMPUTED
-        for position, sources in enumerate(found)
+        for position, sources in enumerate(sources_of)
     )
 
 
@@ -279,46 +285,50 @@ def _through_cond(eqn: Any) -> tuple[_Sources, ...]:
 
 def _through_scan(eqn: Any) -> tuple[_Sources, ...]:
     consts, carry = compat.scan_counts(eqn)
+    # Operands and body inputs: constants, carried, scanned.  Results: carried, stacked.
     body = list(map(_unmoved, _sources(eqn.params["jaxpr"])))
-    turns = eqn.params["length"] > 0
-    carried = [_settled(body, position, consts, carry, turns) for position in range(carry)]
-    # Stacked: only a whole scanned operand comes out as it went in.
+    runs = eqn.params["length"] > 0
+    carried = [_settled(body, position, consts, carry, runs) for position in range(carry)]
+    # A stacked output is an operand only if it is a scanned one; a stacked constant or carry is new.
     stacked = [sources if all(at >= consts + carry for at in sources) else frozenset() for sources in body[carry:]]
     return tuple(frozenset((source, ()) for source in sources) for sources in carried + stacked)
 
 
 def _through_while(eqn: Any) -> tuple[_Sources, ...]:
+    # Operands: the condition's constants, the body's constants, the carried values.
     before, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     body = list(map(_unmoved, _sources(eqn.params["body_jaxpr"])))
-    carried = [_settled(body, position, consts, len(body), turns=False) for position in range(len(body))]
+    carried = [_settled(body, position, consts, len(body), runs=False) for position in range(len(body))]
     return tuple(frozenset((before + source, ()) for source in sources) for sources in carried)
 
 
 def _unmoved(sources: _Sources) -> frozenset[int]:
-    """The sources where none is moved; else none, for a loop would move them again and again."""
+    """Returns the sources if none of them is moved; otherwise none, because a loop would repeat the moves."""
     return frozenset(source for source, _ in sources) if not any(moves for _, moves in sources) else frozenset()
 
 
-def _settled(body: Sequence[frozenset[int]], position: int, consts: int, carry: int, turns: bool) -> frozenset[int]:
-    """The operands that a carried value may be in the end, where the body only hands values around.
+def _settled(body: Sequence[frozenset[int]], position: int, consts: int, carry: int, runs: bool) -> frozenset[int]:
+    """Returns the operands that a carried value may be after the loop, if the body only passes values around.
 
     Args:
       body: the sources of the body's outputs among its inputs: constants, carried, scanned.
       position: of the carried value.
       consts: how many constants there are.
       carry: how many carried values.
-      turns: whether the body surely runs at least once; else the value may be what it was at first.
+      runs: whether the body certainly runs at least once; otherwise the value may be its initial one.
     """
-    found = set() if turns else {consts + position}
+    sources = set() if runs else {consts + position}
     seen: set[int] = set()
     pending = [position]
     while pending:
-        at = pending.pop()
-        if at in seen:
+        current = pending.pop()
+        if current in seen:
             continue
-        seen.add(at)
-        if not body[at] or max(body[at]) >= consts + carry:
+        seen.add(current)
+        # Computed, or a slice of a scanned operand, which differs in every iteration.
+        if not body[current] or max(body[current]) >= consts + carry:
             return frozenset()
-        found |= body[at]
-        pending.extend(source - consts for source in body[at] if source >= consts)
-    return frozenset(found)
+        sources |= body[current]
+        # A value from another carried one may be, one iteration later, whatever that one is.
+        pending.extend(source - consts for source in body[current] if source >= consts)
+    return frozenset(sources)

@@ -1,4 +1,4 @@
-"""The function that a step is made of: what is refused where the step is written, and what when it is first called."""
+"""The function that a step is made of: what is checked when the step is defined, and when it is first called."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ __all__ = ["called_as", "check_capacity", "check_function", "kind_names", "param
 
 
 def called_as(name: str, otherwise: str = "step") -> str:
-    """Returns a function's name as code may have it: one that is made of a lambda has none there."""
+    """Returns a function's name as code can use it; a lambda has none, so it gets `otherwise`."""
     return name if name.isidentifier() else otherwise
 
 
 def check_function(fn: Any, decorator: str) -> None:
-    """Raises for what can be no step's function: a model, a method of one, a function under a transform of JAX.
+    """Checks that a step can be made of a function: not a model, a method of one, or a function under a JAX transform.
 
     Args:
       fn: what the decorator was given.
       decorator: its name.
 
     Raises:
-      StructureError: it is such a thing, and how to write it instead.
+      StructureError: it is one of these; with the way to write it instead.
     """
     if not callable(fn):
-        raise StructureError(f"{fn!r} is no function.", hint=f"@sw.{decorator}\ndef f(model, x): ...")
+        raise StructureError(f"{fn!r} is not a function.", hint=f"@sw.{decorator}\ndef f(model, x): ...")
     layers = list(layers_of(fn))
     bound = [layer.__self__ for layer in layers if isinstance(layer, types.MethodType)]
     for layer in (*layers, *bound):
-        # Where an inner layer is a method's function, its own `__self__` stands among the layers before it.
+        # If an inner layer is a method's function, the method's `__self__` is among the layers before it.
         if isinstance(layer, (nnx.Pytree, nnx.Variable)) and arrays_in(layer):
             _check_model(layer, layers, decorator)
     for layer in layers:
@@ -50,7 +50,7 @@ def check_function(fn: Any, decorator: str) -> None:
         if transform is not None:
             _check_transform(layer, transform, decorator)
         if not isinstance(layer, (functools.partial, types.MethodType)):
-            break  # what a decorator of somebody else does with what it wraps is not known
+            break  # what somebody else's decorator does with the function that it wraps is unknown
 
 
 def _check_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
@@ -63,8 +63,8 @@ def _check_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
     if decorator == "scan_layers":
         hint = f"sw.scan_layers(lambda layer, x: {written.replace('model', 'layer')}(x), layers, x)"
     raise StructureError(
-        f"sw.{decorator} is given {'a method of ' if written != 'model' else ''}a model, {name}, which brings its own "
-        "arrays along; a step's function is given the planned objects.",
+        f"sw.{decorator} received {'a method of ' if written != 'model' else ''}a model, {name}, which brings its own "
+        "arrays; a step's function must take the planned objects as arguments.",
         hint=hint,
     )
 
@@ -74,9 +74,9 @@ def _check_transform(fn: Any, transform: str, decorator: str) -> None:
     name = called_as(name, "f")
     given = "layer, x" if decorator == "scan_layers" else "model, x"
     if transform == "jax.jit":
-        hint = f"sw.{decorator}({name}), where {name} is the function itself: a step compiles by itself"
+        hint = f"sw.{decorator}({name}), where {name} is the function itself: a step compiles it"
         if decorator != "scan_layers":
-            hint += "\nits options go to the step: static_argnames=, donate_argnames=, out_shardings= ..."
+            hint += "\npass its options to the step: static_argnames=, donate_argnames=, out_shardings= ..."
     elif transform == "jax.checkpoint":
         hint = f"sw.{decorator}(nnx.remat({name}))"
     else:
@@ -84,25 +84,25 @@ def _check_transform(fn: Any, transform: str, decorator: str) -> None:
         inner = f"{transform}(lambda {x}: {name}({given}))({x})"
         hint = f"sw.{decorator}(lambda {given}: {inner})"
     raise StructureError(
-        f"sw.{decorator} is given {name} under {transform}, through which what it writes to the model is lost.",
+        f"sw.{decorator} received {name} under {transform}, which would lose its writes to the model.",
         hint=hint,
     )
 
 
 def _transform(fn: Any) -> str | None:
-    """The transform of JAX that a callable was made by, where it is one that gives a function a copy of the model."""
+    """Returns the JAX transform that made a callable, if it is one that passes a copy of the model to the function."""
     return _transforms().get(_made_by(fn)) if fn is not None else None
 
 
 def _made_by(fn: Any) -> Any:
-    """What tells the callables that one transform makes from others: their type, and the code that they share."""
+    """Returns what distinguishes the callables of one transform from others: their type and their shared code."""
     code = getattr(fn, "__code__", None) if isinstance(fn, types.FunctionType) else None
     if code is None:
         return type(fn)
-    # One wrapper may serve several transforms: what it calls tells them apart, but for the user's own function.
+    # One wrapper may serve several transforms: the functions that it calls tell them apart, except the user's own.
     cells = [cell.cell_contents for cell in fn.__closure__ or () if cell != types.CellType()]
     own = getattr(fn, "__wrapped__", None)
-    return code, tuple(one.__code__ for one in cells if isinstance(one, types.FunctionType) and one is not own)
+    return code, tuple(cell.__code__ for cell in cells if isinstance(cell, types.FunctionType) and cell is not own)
 
 
 def _sample(x: Any) -> Any:
@@ -111,8 +111,8 @@ def _sample(x: Any) -> Any:
 
 @functools.cache
 def _transforms() -> dict[Any, str]:
-    """The transforms by what they make: found out by making one, so that nothing private of JAX has to be known."""
-    made: dict[str, Callable[..., Any]] = {
+    """Returns the transforms by what they make, determined by making one of each: no private JAX name is needed."""
+    wrapped: dict[str, Callable[..., Any]] = {
         "jax.jit": jax.jit(_sample),
         "jax.checkpoint": jax.checkpoint(_sample),
         "jax.vmap": jax.vmap(_sample),
@@ -121,14 +121,14 @@ def _transforms() -> dict[Any, str]:
         "jax.jacfwd": jax.jacfwd(_sample),
         "jax.jacrev": jax.jacrev(_sample),
     }
-    return {_made_by(fn): name for name, fn in made.items()}
+    return {_made_by(fn): name for name, fn in wrapped.items()}
 
 
 def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
-    """The names of kinds that an option of a decorator was given: one, or several.
+    """Returns the names of kinds in an option of a decorator: one name, or several.
 
     Raises:
-      DeclarationError: something else than names: a type, or a filter.
+      DeclarationError: it contains something other than names, such as a type or a filter.
     """
     if isinstance(names, str):
         return (names,)
@@ -136,47 +136,48 @@ def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
     many = tuple(names) if several else (names,)
     if all(isinstance(name, str) for name in many):
         return many
-    odd = next(name for name in many if not isinstance(name, str))
+    wrong = next(name for name in many if not isinstance(name, str))
     kinds = [_kind_of(name) for name in many]
     if all(kinds):
         code = repr(kinds[0]) if len(kinds) == 1 else repr(tuple(kinds))
-        hint = f"{option}={code}  # by the standard kinds; kinds of your own: print(plan)"
+        hint = f"{option}={code}  # of the standard kinds; for your own kinds: print(plan)"
     else:
         hint = f"{option}='params'  # a kind's name: print(plan) shows them"
         if option == "wrt":
-            hint += "\nor leave wrt out: all kinds that have an optimizer in the plan"
+            hint += "\nor leave wrt out, for all kinds that have an optimizer in the plan"
     raise DeclarationError(
-        f"sw.{decorator}({option}=...) takes names of kinds, not {_shown(odd)}: the plan says which leaves a kind has.",
+        f"sw.{decorator}({option}=...) takes names of kinds, not {_shown(wrong)}: the plan says which leaves a "
+        "kind has.",
         hint=hint,
     )
 
 
-def _kind_of(thing: Any) -> str | None:
-    """The standard kind that a type, or a name, means."""
-    if isinstance(thing, str):
-        return thing
-    if isinstance(thing, type) and issubclass(thing, nnx.Variable):
-        # The standard filters look at nothing but the type, and can be asked about an instance that holds nothing.
+def _kind_of(obj: Any) -> str | None:
+    """Returns the standard kind that a type, or a name, refers to."""
+    if isinstance(obj, str):
+        return obj
+    if isinstance(obj, type) and issubclass(obj, nnx.Variable):
+        # The standard filters look only at the type, so they can be evaluated on an empty instance.
         kinds = Kinds.standard()
-        claims = claimants(kinds)((), object.__new__(thing))
+        claims = claimants(kinds)((), object.__new__(obj))
         return claims[0] if claims and not kinds[claims[0]].rest else None
     return None
 
 
-def _shown(thing: Any) -> str:
-    if isinstance(thing, type):
-        return f"the type {as_code(thing) if issubclass(thing, nnx.Variable) else thing.__name__}"
-    if thing is None or thing is ... or isinstance(thing, (bool, int, float)):
-        return repr(thing)
-    return f"a {type(thing).__name__}"
+def _shown(obj: Any) -> str:
+    if isinstance(obj, type):
+        return f"the type {as_code(obj) if issubclass(obj, nnx.Variable) else obj.__name__}"
+    if obj is None or obj is ... or isinstance(obj, (bool, int, float)):
+        return repr(obj)
+    return f"a {type(obj).__name__}"
 
 
 def parameters_of(fn: Any) -> list[inspect.Parameter] | None:
-    """A function's parameters; None where it does not tell."""
+    """Returns a function's parameters; None if they cannot be determined."""
     try:
         return list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
-        return None  # of a builtin nobody knows
+        return None  # a builtin without a signature
 
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -185,41 +186,42 @@ _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 def check_capacity(
     fn: Any, objects: int, args: Sequence[Any], name: str, types_of: Callable[[], Sequence[type]]
 ) -> None:
-    """Raises where a function takes fewer arguments by position than there are planned objects and arguments.
+    """Checks that a function takes as many positional arguments as there are planned objects and arguments.
 
     Args:
       fn: the function.
-      objects: how many planned objects it is given.
+      objects: the number of planned objects.
       args: the other arguments by position.
       name: the step's name.
-      types_of: gives the types of the planned objects.
+      types_of: returns the types of the planned objects.
     """
     parameters = parameters_of(fn)
-    if parameters is None or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in parameters):
+    if parameters is None or any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return
-    own = [one.name for one in parameters if one.kind in _BY_POSITION]
+    own = [parameter.name for parameter in parameters if parameter.kind in _BY_POSITION]
     if len(own) >= objects + len(args):
         return
+    # The hint reuses the function's own names: the first for the first object, the rest for the arguments.
     rest = own[1:] if len(own) > len(args) else own
     words = "1 object" if objects == 1 else f"{objects} objects"
     more = f", and {len(args)} more" if args else ""
     firsts = _object_names(types_of(), own[0] if len(own) > len(args) else None, rest)
-    others = [rest[at] if at < len(rest) else f"x{at}" if at else "x" for at in range(len(args))]
+    others = [rest[index] if index < len(rest) else f"x{index}" if index else "x" for index in range(len(args))]
     called = called_as(name, "f")
     raise StructureError(
-        f"{name} takes {len(own)} argument{'s' * (len(own) != 1)} by position; the plan has {words}, which it is given "
+        f"{name} takes {len(own)} positional argument{'s' * (len(own) != 1)}; it must take the plan's {words} "
         f"first{more}.",
         hint=f"def {called}({', '.join([*firsts, *others])}): ...",
     )
 
 
 def _object_names(types_: Sequence[type], first: str | None, taken: Sequence[str]) -> list[str]:
-    """Names for parameters that take the planned objects: the function's own first one, then by their types."""
+    """Returns parameter names for the planned objects: the function's own name for the first, then names by type."""
     names: list[str] = []
     for position, cls in enumerate(types_):
         name = "model" if position == 0 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
         if position == 0 and first is not None:
             name = first
         free = [name, *(f"{name}_{number}" for number in range(2, len(types_) + 3))]
-        names.append(next(one for one in free if one not in names and one not in taken))
+        names.append(next(candidate for candidate in free if candidate not in names and candidate not in taken))
     return names

@@ -1,9 +1,8 @@
 """Gradients of any NNX model with respect to the leaves that a filter matches.
 
-`nnx.grad` differentiates with respect to `nnx.Param`, and to anything else through `nnx.DiffState`, which Flax
-means to retire.  These functions take the filter directly, need no plan and no state, and can be used inside
-steps, `nnx.jit`, or eagerly.  As with `nnx.grad`, what the function writes to the model (statistics, counters)
-is there afterwards.
+`nnx.grad` differentiates with respect to `nnx.Param`, and to anything else through `nnx.DiffState`, which Flax plans to
+retire.  These functions take the filter directly, need no plan and no state, and work inside steps, under `nnx.jit`,
+and eagerly.  As with `nnx.grad`, the model keeps what the function writes to it (statistics, counters).
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ Grads = nnx.State[Any, Any]
 
 
 def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[P, tuple[R, Grads]]:
-    """Makes a function that gives the loss of a model and its gradients by a filter.
+    """Makes a function that returns the loss of a model and its gradients by a filter.
 
     Args:
-      fn: a function of a model and other arguments; returns a real scalar, or `(loss, aux)`.  NNX objects among
-        the others (`nnx.Rngs`, metrics) are written as the model is, but not differentiated.
+      fn: a function of a model and other arguments; returns a real scalar, or `(loss, aux)`.  Other NNX objects among
+        the arguments (`nnx.Rngs`, metrics) are also written, but not differentiated.
       wrt: which leaves of the model to differentiate: any filter.
       has_aux: whether `fn` returns `(loss, aux)`.
 
@@ -57,9 +56,9 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
       `nnx.State` of Variables of the leaves' own types, as `nnx.Optimizer.update` takes it.
 
     Raises:
-      FilterError: `wrt` is no filter, or matches no leaf.
-      StructureError: a matched leaf is not made of floating-point numbers; the loss is no real scalar;
-        the model has numbers of NumPy that JAX would lose.
+      FilterError: `wrt` is not a filter, or matches no leaf.
+      StructureError: a matched leaf does not hold floating-point numbers; the loss is not a real scalar;
+        the model holds NumPy numbers that JAX cannot represent.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,17 +74,17 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
 
     def differentiated(model: Any, /, *args: Any, **kwargs: Any) -> Any:
         others, arguments = _objects_among((args, kwargs))
-        found = read_graph([model, *others])
+        graph = read_graph([model, *others])
         chosen = [
-            _of_model(found, path) and bool(matches(found.relative(path), leaf))
-            for path, leaf in zip(found.paths, found.leaves, strict=True)
+            _of_model(graph, path) and bool(matches(graph.relative(path), leaf))
+            for path, leaf in zip(graph.paths, graph.leaves, strict=True)
         ]
-        _check_chosen(found, chosen, wrt)
-        flat = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
+        _check_chosen(graph, chosen, wrt)
+        flat = [arrays_of(raw_value(leaf)) for leaf in graph.leaves]
         diff = [arrays for (arrays, _), is_chosen in zip(flat, chosen, strict=True) if is_chosen]
         check_given(
-            (row_of(found.relative(path), leaf), array, spec.dtype)
-            for path, leaf, (arrays, _) in zip(found.paths, found.leaves, flat, strict=True)
+            (row_of(graph.relative(path), leaf), array, spec.dtype)
+            for path, leaf, (arrays, _) in zip(graph.paths, graph.leaves, flat, strict=True)
             for array, spec in zip(arrays, map(spec_of, arrays), strict=True)
             if spec is not None and not isinstance(array, jax.Array)
         )
@@ -96,44 +95,44 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
                 value_of(next(given) if is_chosen else arrays, structure)
                 for (arrays, structure), is_chosen in zip(flat, chosen, strict=True)
             ]
-            objects = rebuild(found.graphdef, values, found.several)
+            objects = rebuild(graph.graphdef, values, graph.several)
             own_args, own_kwargs = arguments(objects[1:])
             out = fn(objects[0], *own_args, **own_kwargs)
             loss, aux = _loss_of(out, has_aux)
-            return loss, (aux, *_changes(found, values, read_graph(objects)))
+            return loss, (aux, *_changes(graph, values, read_graph(objects)))
 
         with explained(getattr(fn, "__name__", type(fn).__name__), diff, flat, args, kwargs):
-            (loss, (aux, changed, made)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
-        _write_back((model, *others), found, changed, made)
-        state = _gradients(found, chosen, flat, grads)
+            (loss, (aux, changed, new_leaves)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
+        _write_back((model, *others), graph, changed, new_leaves)
+        state = _gradients(graph, chosen, flat, grads)
         return ((loss, aux) if has_aux else loss), state
 
     return _named_like(differentiated, fn)
 
 
 def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The NNX objects among the other arguments, and the arguments with others in their places.
+    """Returns the NNX objects among the other arguments, and a function that rebuilds the arguments with other objects.
 
-    `nnx.Rngs` or metrics, given beside the model, are written as the model is.
+    `nnx.Rngs` or metrics that are passed beside the model are written like the model.
     """
     leaves, structure = jax.tree.flatten(arguments, is_leaf=_is_object)
     places = [place for place, leaf in enumerate(leaves) if _is_object(leaf)]
 
     def with_objects(objects: Sequence[Any]) -> Any:
         filled = list(leaves)
-        for place, thing in zip(places, objects, strict=True):
-            filled[place] = thing
+        for place, obj in zip(places, objects, strict=True):
+            filled[place] = obj
         return jax.tree.unflatten(structure, filled)
 
     return [leaves[place] for place in places], with_objects
 
 
-def _is_object(thing: Any) -> bool:
-    return isinstance(thing, (nnx.Pytree, nnx.Variable)) and not isinstance(thing, nnx.State)
+def _is_object(obj: Any) -> bool:
+    return isinstance(obj, (nnx.Pytree, nnx.Variable)) and not isinstance(obj, nnx.State)
 
 
-def _of_model(found: ModelGraph, path: Path) -> bool:
-    return not found.several or path[0] == 0
+def _of_model(graph: ModelGraph, path: Path) -> bool:
+    return not graph.several or path[0] == 0
 
 
 @overload
@@ -145,7 +144,7 @@ def grad(
 @overload
 def grad(fn: Callable[P, Any], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[P, Any]: ...
 def grad(fn: Callable[..., Any], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[..., Any]:
-    """Makes a function that gives a model's gradients by a filter: `value_and_grad` without the loss.
+    """Makes a function that returns a model's gradients by a filter: `value_and_grad` without the loss.
 
     Args:
       fn: a function of a model and other arguments; returns a real scalar, or `(loss, aux)`.
@@ -153,8 +152,8 @@ def grad(fn: Callable[..., Any], wrt: Filter = nnx.Param, has_aux: bool = False)
       has_aux: whether `fn` returns `(loss, aux)`; then `(grads, aux)` is returned.
 
     Raises:
-      FilterError: `wrt` is no filter, or matches no leaf.
-      StructureError: a matched leaf is not made of floating-point numbers; the loss is no real scalar.
+      FilterError: `wrt` is not a filter, or matches no leaf.
+      StructureError: a matched leaf does not hold floating-point numbers; the loss is not a real scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,36 +173,36 @@ def grad(fn: Callable[..., Any], wrt: Filter = nnx.Param, has_aux: bool = False)
     return _named_like(gradient, fn)
 
 
-def _named_like(made: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a function the name of the one that it is made of; not its annotations, for it returns something else."""
-    functools.update_wrapper(made, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
-    del vars(made)["__wrapped__"]
-    return made
+def _named_like(wrapper: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives a wrapper the name of its function, but not its annotations: it returns something else."""
+    functools.update_wrapper(wrapper, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    del vars(wrapper)["__wrapped__"]
+    return wrapper
 
 
-def _check_chosen(found: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:
+def _check_chosen(graph: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:
     if not any(chosen):
-        # Of the model alone: other objects among the arguments are not differentiated.
-        model = [number for number, path in enumerate(found.paths) if _of_model(found, path)]
-        own = found._replace(
-            paths=tuple(found.relative(found.paths[number]) for number in model),
-            leaves=tuple(found.leaves[number] for number in model),
+        # Only the model's leaves: other objects among the arguments are not differentiated.
+        model = [number for number, path in enumerate(graph.paths) if _of_model(graph, path)]
+        own = graph._replace(
+            paths=tuple(graph.relative(graph.paths[number]) for number in model),
+            leaves=tuple(graph.leaves[number] for number in model),
             several=False,
         )
-        near = [text for one in spelled(wrt) if not one.negated for text in nearest(Reading(own, {}), one.filter)]
+        near = [text for part in spelled(wrt) if not part.negated for text in nearest(Reading(own, {}), part.filter)]
         also = f"  The nearest paths are {', '.join(dict.fromkeys(near))}." if near else ""
         raise FilterError(
             f"wrt={describe(wrt)} matches no leaf of the model, so there is nothing to differentiate.{also}",
             hint="sw.explain(model, wrt) shows what it matches",
         )
     unfit = [
-        row_of(found.relative(path), leaf, note="cannot be differentiated")
-        for path, leaf, is_chosen in zip(found.paths, found.leaves, chosen, strict=True)
+        row_of(graph.relative(path), leaf, note="cannot be differentiated")
+        for path, leaf, is_chosen in zip(graph.paths, graph.leaves, chosen, strict=True)
         if is_chosen and any(not _is_float(array) for array in arrays_of(raw_value(leaf))[0])
     ]
     if unfit:
         raise StructureError(
-            f"wrt={describe(wrt)} matches leaves that are not made of floating-point numbers.",
+            f"wrt={describe(wrt)} matches leaves that do not hold floating-point numbers.",
             leaves=unfit,
             hint="wrt=nnx.All(..., sw.Where(lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)))",
         )
@@ -216,7 +215,7 @@ def _is_float(array: Any) -> bool:
 
 def _loss_of(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-        raise StructureError("has_aux is set, but the function does not return (loss, aux).", hint="return loss, aux")
+        raise StructureError("has_aux=True, but the function does not return (loss, aux).", hint="return loss, aux")
     loss, aux = out if has_aux else (out, None)
     spec = spec_of(loss)
     if spec is None or spec.shape != () or not jnp.issubdtype(spec.dtype, jnp.floating):
@@ -226,25 +225,25 @@ def _loss_of(out: Any, has_aux: bool) -> tuple[Any, Any]:
     return loss, aux
 
 
-def _changes(found: ModelGraph, before: Sequence[Any], after: ModelGraph) -> tuple[dict[int, Any], list[Any]]:
-    """What the function wrote: new values by the leaf's position, and Variables that it made."""
+def _changes(graph: ModelGraph, before: Sequence[Any], after: ModelGraph) -> tuple[dict[int, Any], list[Any]]:
+    """Returns what the function wrote: new values by the leaf's position, and the Variables that it made."""
     now = dict(zip(after.paths, after.leaves, strict=True))
     changed: dict[int, Any] = {}
-    for position, (path, value) in enumerate(zip(found.paths, before, strict=True)):
+    for position, (path, value) in enumerate(zip(graph.paths, before, strict=True)):
         if path not in now:
             raise StructureError(
                 "The function removes a leaf of the model.",
-                leaves=[row_of(path, found.leaves[position])],
-                hint="keep the model's structure; use nnx.pop on the model outside",
+                leaves=[row_of(path, graph.leaves[position])],
+                hint="keep the model's structure, and call nnx.pop on the model outside of the function",
             )
         value_now = raw_value(now.pop(path))
         if value_now is not value:
             changed[position] = value_now
-    return changed, [_Made(path, leaf) for path, leaf in now.items()]
+    return changed, [_NewLeaf(path, leaf) for path, leaf in now.items()]
 
 
 @jax.tree_util.register_pytree_node_class
-class _Made:
+class _NewLeaf:
     """A Variable that the function made, on its way out of the trace."""
 
     def __init__(self, path: Path, leaf: Any) -> None:
@@ -254,25 +253,27 @@ class _Made:
         return (self.leaf,), self.path
 
     @classmethod
-    def tree_unflatten(cls, path: Path, children: tuple[Any]) -> _Made:
+    def tree_unflatten(cls, path: Path, children: tuple[Any]) -> _NewLeaf:
         return cls(path, children[0])
 
 
-def _write_back(objects: Sequence[Any], found: ModelGraph, changed: dict[int, Any], made: Sequence[_Made]) -> None:
-    root = tuple(objects) if found.several else objects[0]
-    put_values(root, found.leaves, [(found.paths[at], found.leaves[at], value) for at, value in changed.items()])
-    if made:
-        new: list[tuple[Any, Any]] = [(each.path, each.leaf) for each in made]
-        nnx.update(root, nnx.from_flat_state(new))
+def _write_back(
+    objects: Sequence[Any], graph: ModelGraph, changed: dict[int, Any], new_leaves: Sequence[_NewLeaf]
+) -> None:
+    root = tuple(objects) if graph.several else objects[0]
+    put_values(root, graph.leaves, [(graph.paths[at], graph.leaves[at], value) for at, value in changed.items()])
+    if new_leaves:
+        flat: list[tuple[Any, Any]] = [(new.path, new.leaf) for new in new_leaves]
+        nnx.update(root, nnx.from_flat_state(flat))
 
 
-def _gradients(found: ModelGraph, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
+def _gradients(graph: ModelGraph, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
     given = iter(grads)
     leaves: list[tuple[Any, Any]] = []
-    for path, leaf, is_chosen, (_, structure) in zip(found.paths, found.leaves, chosen, flat, strict=True):
+    for path, leaf, is_chosen, (_, structure) in zip(graph.paths, graph.leaves, chosen, flat, strict=True):
         if is_chosen:
             value = value_of(next(given), structure)
-            leaves.append((found.relative(path), leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+            leaves.append((graph.relative(path), leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
     if not leaves[0][0]:
         return leaves[0][1]  # the model is one Variable, and so is its gradient
     return nnx.from_flat_state(leaves)

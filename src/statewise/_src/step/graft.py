@@ -1,8 +1,8 @@
-"""Putting what a function made in a copy of an object into the object itself.
+"""Moves what a function made in a copy of an object into the object itself.
 
-Functions are run on copies, rebuilt from arrays.  A new value goes back into the object's own Variable; but a function
-may also make Variables, replace some, or make whole modules, dicts and lists of them.  `graft` takes such parts out of
-the copy and puts them into the object at the same places.
+Functions run on copies, rebuilt from arrays.  A new value is written to the object's own Variable; but a function may
+also make Variables, replace some, or make modules, dicts and lists of them.  `graft` takes such parts out of the copy
+and puts them at the same paths of the object.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ _NODES = (nnx.Variable, nnx.Pytree, jax.Array)
 _CHANGEABLE = (nnx.Pytree, Mapping, list)
 
 
-def at(thing: Any, path: Path) -> Any:
-    """Returns what is at a path of an object: an attribute, or an item."""
+def at(target: Any, path: Path) -> Any:
+    """Returns what is at a path of an object: an attribute or an item."""
     for key in path:
-        thing = _child(thing, key)
-    return thing
+        target = _child(target, key)
+    return target
 
 
-def graft(thing: Any, copy: Any, paths: Iterable[Path]) -> None:
-    """Puts what is at these paths of a copy at the same places of an object.
+def graft(target: Any, copy: Any, paths: Iterable[Path]) -> None:
+    """Moves what is at these paths of a copy to the same paths of an object.
 
-    Where an object on the way is not there, or cannot be changed (a tuple), the copy's takes its place.
+    If an object on the way is missing or cannot be changed (a tuple), the copy's object replaces it.
 
     Args:
-      thing: the object.
-      copy: what was rebuilt from it; it has something at each path.
+      target: the object.
+      copy: the object rebuilt from it; it has a value at each path.
       paths: the paths of leaves.
     """
-    roots = {_root(thing, copy, tuple(path)) for path in paths}
-    # Within a list in the order of its items: what is new there is appended.
+    roots = {_root(target, copy, tuple(path)) for path in paths}
+    # Items of a list in order: new ones are appended.
     for root in sorted(roots, key=lambda path: [(not isinstance(key, int), str(key).zfill(12)) for key in path]):
         if not any(root[:length] in roots for length in range(1, len(root))):
-            _put(at(thing, root[:-1]), root[-1], at(copy, root))
+            _put(at(target, root[:-1]), root[-1], at(copy, root))
 
 
-def _root(thing: Any, copy: Any, path: Path) -> Path:
-    """The shortest start of a path at which the object has to take over what the copy has."""
+def _root(target: Any, copy: Any, path: Path) -> Path:
+    """Returns the shortest prefix of a path at which the object must take over the copy's value."""
     for depth, key in enumerate(path):
-        # The copy may have put another kind of thing there: a dict where a list was, a module where None was.
-        if depth and (type(thing) is not type(copy) or not isinstance(thing, _CHANGEABLE)):
+        # The copy may hold another type there: a dict where a list was, a module where None was.
+        if depth and (type(target) is not type(copy) or not isinstance(target, _CHANGEABLE)):
             return path[:depth]
-        child = _child(thing, key)
+        child = _child(target, key)
         if child is _MISSING:
             return path[: depth + 1]
-        thing, copy = child, _child(copy, key)
+        target, copy = child, _child(copy, key)
     return path
 
 
-def _child(thing: Any, key: Any) -> Any:
-    if isinstance(thing, Mapping | list | tuple | nnx.List):
+def _child(target: Any, key: Any) -> Any:
+    if isinstance(target, Mapping | list | tuple | nnx.List):
         try:
-            return thing[key]
+            return target[key]
         except (KeyError, IndexError):
             return _MISSING
     if isinstance(key, str):
-        return getattr(thing, key, _MISSING)
+        return getattr(target, key, _MISSING)
     try:
-        return thing[key]
+        return target[key]
     except (TypeError, KeyError, IndexError):
         return _MISSING
 
@@ -82,6 +82,6 @@ def _put(parent: Any, key: Any, part: Any) -> None:
     elif isinstance(parent, Mapping) and not isinstance(parent, nnx.Pytree):
         parent[key] = part  # type: ignore[index]
     else:
-        # A plain dict of Variables, or what takes the place of a None, is data to NNX only where one says so.
+        # NNX takes a plain dict of Variables, or a value that replaces None, for data only if it is marked as such.
         plain = isinstance(part, _NODES) and isinstance(getattr(parent, key, part), _NODES)
         setattr(parent, key, part if plain else nnx.data(part))

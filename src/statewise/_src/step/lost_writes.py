@@ -1,11 +1,11 @@
-"""Writes that a function makes under a plain `jax.jit` or `jax.checkpoint`, and that never come back out.
+"""Writes that a function makes under a plain `jax.jit` or `jax.checkpoint`, and that are lost.
 
-A model that goes through one of these as an argument is taken apart and put together again for the inner trace.  What
-is written there is written to that copy, and dropped with it.  The program shows it: the new value was computed from
-the leaf, element by element (`count + 1`, `0.99 * mean + 0.01 * batch_mean`), and nobody uses it.
+A model that is passed through one of these as an argument is flattened and rebuilt for the inner trace.  Writes go to
+that copy and disappear with it.  The jaxpr shows it: a new value was computed from the leaf, element by element
+(`count + 1`, `0.99 * mean + 0.01 * batch_mean`), and nothing uses it.
 
-A new value that is used as well (a cache that attention reads at once) cannot be told from one that was not meant to
-stay.  So what is found was dropped; what is not found may have been.
+A new value that is also used (a cache that attention reads at once) cannot be distinguished from an intermediate
+result.  So every reported write was lost, but not every lost write is reported.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from statewise._src.step.effects import body_of
 
 __all__ = ["dropped_inputs"]
 
-# These call a body whose outputs are what the function returned, and nothing else.
+# The outputs of these calls' bodies are what the function returned, and nothing else.
 _COPIES = frozenset({"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2"})
 
-# The same elements under another name, dtype or layout: by itself no new value.
+# The same elements with another name, dtype or layout: not a new value by itself.
 _MOVES = frozenset(
     {
         "broadcast_in_dim",
@@ -38,13 +38,13 @@ _MOVES = frozenset(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Made:
-    """That a value was made of an input, element by element.
+class _Origin:
+    """The input that a value was computed from, element by element.
 
     Attributes:
-      of: the input's number.
-      aval: the input's type, in the body that the value stands in.
-      changed: whether anything was computed; else it is the input itself.
+      of: the position of the input.
+      aval: the input's type, in the body that contains the value.
+      changed: whether anything was computed; otherwise the value is the input itself.
     """
 
     of: int
@@ -52,11 +52,11 @@ class _Made:
     changed: bool
 
 
-_Tags = tuple[_Made | None, ...]
+_Tags = tuple[_Origin | None, ...]
 
 
 def dropped_inputs(closed: Any, inputs: Sequence[int]) -> frozenset[int]:
-    """Which inputs of a jaxpr are given a new value in the body of a `jax.jit` or `jax.checkpoint` that drops it.
+    """Returns the inputs of a jaxpr that get a new value in the body of a `jax.jit` or `jax.checkpoint` that drops it.
 
     Args:
       closed: a closed or open jaxpr.
@@ -74,33 +74,34 @@ def dropped_inputs(closed: Any, inputs: Sequence[int]) -> frozenset[int]:
     """
     jaxpr = compat.inner_jaxpr(closed)
     chosen = set(inputs)
-    tags = tuple(_Made(at, var.aval, False) if at in chosen else None for at, var in enumerate(jaxpr.invars))
-    found: set[int] = set()
-    _walk(jaxpr, tags, found, inside=False)
-    return frozenset(found)
+    tags = tuple(_Origin(at, var.aval, False) if at in chosen else None for at, var in enumerate(jaxpr.invars))
+    dropped: set[int] = set()
+    _walk(jaxpr, tags, dropped, inside=False)
+    return frozenset(dropped)
 
 
-def _walk(jaxpr: Any, tags: _Tags, found: set[int], inside: bool) -> _Tags:
-    """Follows what is made of the inputs through a jaxpr; returns what its outputs are made of."""
-    made = {var: tag for var, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
-    if not made:
+def _walk(jaxpr: Any, tags: _Tags, dropped: set[int], inside: bool) -> _Tags:
+    """Follows the chosen inputs through a jaxpr; returns the origins of its outputs, and adds to `dropped`."""
+    origins = {var: tag for var, tag in zip(jaxpr.invars, tags, strict=True) if tag is not None}
+    if not origins:
         return (None,) * len(jaxpr.outvars)
     used = _used(jaxpr) if inside else set()
     for eqn in jaxpr.eqns:
-        operands = tuple(made.get(var) if not isinstance(var, compat.Literal) else None for var in eqn.invars)
+        operands = tuple(origins.get(var) if not isinstance(var, compat.Literal) else None for var in eqn.invars)
         if not any(operands):
             continue
-        for var, tag in zip(eqn.outvars, _through(eqn, operands, found, inside), strict=True):
+        for var, tag in zip(eqn.outvars, _through(eqn, operands, dropped, inside), strict=True):
             if tag is None:
                 continue
-            made[var] = tag
+            origins[var] = tag
+            # A new value of the leaf's shape and dtype that nothing uses: the write was lost.
             if inside and tag.changed and var not in used and _alike(var.aval, tag.aval):
-                found.add(tag.of)
-    return tuple(None if isinstance(var, compat.Literal) else made.get(var) for var in jaxpr.outvars)
+                dropped.add(tag.of)
+    return tuple(None if isinstance(var, compat.Literal) else origins.get(var) for var in jaxpr.outvars)
 
 
 def _used(jaxpr: Any) -> set[Any]:
-    """The values that the outputs, or effects, depend on."""
+    """Returns the values that the outputs, or side effects, depend on."""
     used = {var for var in jaxpr.outvars if not isinstance(var, compat.Literal)}
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(var in used for var in eqn.outvars):
@@ -108,47 +109,49 @@ def _used(jaxpr: Any) -> set[Any]:
     return used
 
 
-def _through(eqn: Any, operands: _Tags, found: set[int], inside: bool) -> _Tags:
-    """What each result of an equation is made of."""
+def _through(eqn: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tags:
+    """Returns the origin of each result of an equation."""
     name = eqn.primitive.name
     none = (None,) * len(eqn.outvars)
     if name == "scan":
-        return _in_body(eqn, eqn.params["jaxpr"], operands, found, inside)
+        return _in_body(eqn, eqn.params["jaxpr"], operands, dropped, inside)
     if name == "while":
-        asked = eqn.params["cond_nconsts"]
-        return _in_body(eqn, eqn.params["body_jaxpr"], operands[asked:], found, inside)
+        cond_consts = eqn.params["cond_nconsts"]  # these operands come first, and the body does not take them
+        return _in_body(eqn, eqn.params["body_jaxpr"], operands[cond_consts:], dropped, inside)
     if name == "cond":
-        branches = [_in_body(eqn, branch, operands[1:], found, inside) for branch in eqn.params["branches"]]
+        # Operand 0 is the branch index.  Any branch that passes on an origin will do: this is a heuristic for warnings.
+        branches = [_in_body(eqn, branch, operands[1:], dropped, inside) for branch in eqn.params["branches"]]
         return tuple(next((tag for tag in tags if tag is not None), None) for tags in zip(*branches, strict=True))
     body = body_of(eqn)
     if body is not None:
-        return _in_body(eqn, body, operands, found, inside or name in _COPIES)
+        return _in_body(eqn, body, operands, dropped, inside or name in _COPIES)
     if name.startswith("random_"):
-        return none  # a key is drawn from: what comes of it is another key, not a new value of the stream
-    # Element by element: the result has the shape that the leaf has.
+        return none  # drawing from a key makes another key, not a new value of the stream
+    # Element by element: the result has the same shape as the leaf.
     changed = name not in _MOVES
-    tag = next((one for one in operands if one is not None), None)
+    tag = next((operand for operand in operands if operand is not None), None)
     if tag is None or len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape != tag.aval.shape:
         return none
-    return (_Made(tag.of, tag.aval, tag.changed or changed),)
+    return (_Origin(tag.of, tag.aval, tag.changed or changed),)
 
 
-def _in_body(eqn: Any, closed: Any, operands: _Tags, found: set[int], inside: bool) -> _Tags:
-    """The results of an equation that calls a body on its operands; inside, a slice stands for the whole."""
+def _in_body(eqn: Any, closed: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tags:
+    """Returns the origins of the results of an equation that calls a body on its operands."""
     jaxpr = compat.inner_jaxpr(closed)
     if len(jaxpr.invars) != len(operands):
         return (None,) * len(eqn.outvars)
+    # In a scan's body an operand is one slice: give the origin the slice's type inside, and the array's type outside.
     tags = tuple(
         None if tag is None else dataclasses.replace(tag, aval=var.aval)
         for var, tag in zip(jaxpr.invars, operands, strict=True)
     )
-    results = _walk(jaxpr, tags, found, inside)
-    whole = {tag.of: tag.aval for tag in operands if tag is not None}
+    results = _walk(jaxpr, tags, dropped, inside)
+    outside = {tag.of: tag.aval for tag in operands if tag is not None}
     return tuple(
-        None if tag is None else dataclasses.replace(tag, aval=whole[tag.of])
+        None if tag is None else dataclasses.replace(tag, aval=outside[tag.of])
         for _, tag in zip(eqn.outvars, results, strict=True)
     )
 
 
-def _alike(one: Any, other: Any) -> bool:
-    return bool(one.shape == other.shape and one.dtype == other.dtype)
+def _alike(first: Any, second: Any) -> bool:
+    return bool(first.shape == second.shape and first.dtype == second.dtype)

@@ -1,8 +1,7 @@
-"""Which Variables a function made, removed or replaced: all that a state cannot keep.
+"""Variables that a function made, removed or replaced, which a state cannot keep.
 
-A state has the leaves that were planned.  What a function makes on top of them comes out beside its output where a step
-captures its kind, whether it was sown or assigned; everything else is refused, with the declaration under which it
-would go through.
+A state has the leaves that were planned.  New leaves are returned beside the step's output if the step captures their
+kind, whether they were sown or assigned; everything else is rejected, with the declaration that would allow it.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ def assigned(
     capture: Capture,
     name: str,
 ) -> frozenset[Path]:
-    """Says which planned leaves the function put another Variable in the place of, for a step that captures them.
+    """Returns the paths of the planned leaves that the function replaced and that the step captures.
 
-    Their kinds are ephemeral: what was there before the call is from an earlier one, and a state goes on with it.
+    Their kinds are ephemeral: the old value came from an earlier call, and stays in the state.
 
     Raises:
-      StructureError: leaves that the function made, removed or replaced, and that nobody captures; all of them.
+      StructureError: the function made, removed or replaced leaves that the step does not capture; lists all of them.
     """
     problems: list[Leaf] = []
-    captured: set[Path] = set()
+    captured_paths: set[Path] = set()
     root = objects if plan.several else objects[0]
-    for row, was in zip(plan.rows, before, strict=True):
+    for row, leaf_before in zip(plan.rows, before, strict=True):
         now = live.get(row.path)
-        if now is None or (isinstance(was, nnx.Variable) and now is not was):
+        if now is None or (isinstance(leaf_before, nnx.Variable) and now is not leaf_before):
             note = "removed" if now is None else "replaced by another Variable"
-            if now is not None and type(now) is type(was) and _is_bridged(root, numbered(row.path, plan.names)):
+            if now is not None and type(now) is type(leaf_before) and _is_bridged(root, numbered(row.path, plan.names)):
                 continue
             if not plan.kinds[row.kind].saved and capture.takes(plan, row, now):
-                captured.add(row.path)
+                captured_paths.add(row.path)
             else:
                 problems.append(leaf_of(row, note))
         elif not isinstance(now, nnx.Variable) and not is_array(now):
@@ -64,26 +63,26 @@ def assigned(
             problems.append(row_of(path, leaf, note="made by the function"))
     if problems:
         raise StructureError(
-            f"{name} changes which Variables the model has; new ones cannot enter a state.",
+            f"{name} changes which Variables the model has; a state cannot take new ones.",
             leaves=problems,
             hint="\nor, ".join(_hints(plan, problems, live)),
         )
-    return frozenset(captured)
+    return frozenset(captured_paths)
 
 
 def leaf_of(row: LeafSpec, note: str) -> Leaf:
-    """A planned leaf as data."""
+    """Returns a planned leaf as data."""
     return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
 
 
 def _is_bridged(objects: Any, path: Path) -> bool:
-    """Whether a leaf belongs to a Linen module, wrapped by `nnx.bridge.ToNNX`, which writes by replacing Variables."""
+    """Returns whether a leaf belongs to a Linen module in `nnx.bridge.ToNNX`, which writes by replacing Variables."""
     return any(isinstance(at(objects, path[:depth]), nnx.bridge.ToNNX) for depth in range(len(path)))
 
 
-# --- the declaration under which it would go through -----------------------------------------------------------
+# --- the declaration that would allow it -----------------------------------------------------------------------
 
-# What these hold goes on from call to call: it has to be in the state, and so in the plan.
+# Values of these types persist from call to call, so they must be in the state, and therefore in the plan.
 _KEPT = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, nnx.OptState, compat.MetricState)
 
 
@@ -99,12 +98,12 @@ def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any])
     if for_a_call:
         hints.append(_captured(plan, for_a_call))
     if made and not all(_is_for_a_call(leaf.type) for leaf in made):
-        hints.append("make the Variable before the plan is made (model.init_cache(...), say)")
-    gone = next((leaf for leaf in removed if _is_for_a_call(leaf.type)), None)
-    if gone:
+        hints.append("make the Variable before the plan (with model.init_cache(...), for example)")
+    left_behind = next((leaf for leaf in removed if _is_for_a_call(leaf.type)), None)
+    if left_behind:
         hints.append(
-            f"nnx.pop(model, {as_code(Exactly(gone.type))})  "
-            "# before the plan is made: left there by an earlier call, and made in each"
+            f"nnx.pop(model, {as_code(Exactly(left_behind.type))})  "
+            "# before planning: an earlier call left it there, and every call makes it"
         )
     if not hints:
         hints.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
@@ -112,16 +111,16 @@ def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any])
 
 
 def _is_for_a_call(type_: type) -> bool:
-    """Whether leaves of this type may be what one call gives: losses, activations; not plain Variables, weights ..."""
+    """Returns whether leaves of this type may belong to one call (losses, activations; not weights, counters ...)."""
     return issubclass(type_, nnx.Variable) and type_ is not nnx.Variable and not issubclass(type_, _KEPT)
 
 
 def _captured(plan: PlanTables, leaf: Leaf) -> str:
-    """The declaration under which a step hands out such a leaf, as code."""
+    """Returns, as code, the declaration under which a step returns such a leaf."""
     names = claimants(plan.kinds)(plan.relative(leaf.path), object.__new__(leaf.type))
     only = names[0] if len(names) == 1 else None
     if only and not plan.kinds[only].saved:
-        return f"capture={only!r}  # in the step's decorator: what is sown or assigned comes back beside the output"
+        return f"capture={only!r}  # in the step's decorator: returns what is sown or assigned beside the output"
     sown = issubclass(leaf.type, nnx.Intermediate)
     of = nnx.Intermediate if sown else leaf.type
     name, type_ = free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)

@@ -1,9 +1,9 @@
-"""Which arrays of a state cross into a compiled function, and how its program finds them.
+"""The arrays of a state that are passed to a compiled function, and how its program finds them.
 
-The compiled function takes just the slots of a state's parts that the program reads or writes, grouped by kind:
-`donated` are written, and come back; `kept` are only read.  Inside, the program speaks of arrays by their number
-among all arrays of the plan.  Where a part is packed, `spread` takes the arrays that are needed out of the
-buffers, and `gather` puts the new ones together again, unless the program made a buffer as a whole.
+The compiled function takes only the slots of a state's parts that the program reads or writes, grouped by kind:
+`donated` slots are written and returned; `read_only` slots are only read.  Inside, the program refers to arrays by
+their number among all arrays of the plan.  If a part is packed, `unpack` takes the needed arrays out of the buffers,
+and `pack` concatenates the new ones, unless the program computed a buffer as a unit.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import jax.numpy as jnp
 from statewise._src.plan.packing import PackedBuffer, separated
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Arrays", "Operand", "Operands", "numbers_of", "routes_of"]
+__all__ = ["Arrays", "Operand", "Operands", "numbers_of", "operands_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operand:
-    """Some slots of one kind's part: all of them, or some.
+    """All, or some, of the slots of one kind's part.
 
     Attributes:
       kind: the position of the kind.
-      slots: which slots.
-      pick: takes them out of a part's arrays; None where it is all of them.
+      slots: the slots.
+      pick: selects them from a part's arrays; None for all of them.
     """
 
     kind: int
@@ -38,11 +38,11 @@ class Operand:
 
     @classmethod
     def of(cls, kind: int, slots: Sequence[int], size: int) -> Operand:
-        """The route of these slots of a part that has so many."""
+        """Makes the operand of these slots of a part with `size` slots."""
         pick: Callable[[Sequence[Any]], Any] | None = None
         if len(slots) == 1 and size > 1:
             only = slots[0]
-            pick = lambda arrays: (arrays[only],)  # noqa: E731 - itemgetter gives a bare item for one
+            pick = lambda arrays: (arrays[only],)  # noqa: E731 - itemgetter returns a bare item for one
         elif len(slots) < size:
             pick = operator.itemgetter(*slots)
         return cls(kind, tuple(slots), pick)
@@ -53,9 +53,9 @@ class Arrays:
     """The arrays inside a program.
 
     Attributes:
-      flat: by number; None for those that are not needed.
-      slots: what came in, by kind and slot.
-      made: buffers that the program made as a whole, by kind and slot.
+      flat: the arrays by number; None for those that are not needed.
+      slots: the operands, by kind and slot.
+      made: the buffers that the program computed as a unit, by kind and slot.
     """
 
     flat: list[Any]
@@ -63,48 +63,52 @@ class Arrays:
     made: dict[tuple[int, int], Any]
 
     def store(self, numbers: Sequence[int], arrays: Sequence[Any]) -> None:
-        """Gives arrays new values."""
+        """Sets the new values of arrays."""
         for number, array in zip(numbers, arrays, strict=True):
             self.flat[number] = array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operands:
-    """Which arrays cross into the compiled function, and how.
+    """The arrays that are passed to the compiled function.
 
     Attributes:
       plan: the plan.
-      donated: slots that are written; their buffers are given away, and the new values come back so.
-      kept: slots that are only read.
+      donated: the slots that are written; their buffers are donated, and the new values are returned in the same order.
+      read_only: the slots that are only read.
       needed: the numbers of the arrays that the program uses one by one.
     """
 
     plan: PlanTables
     donated: tuple[Operand, ...]
-    kept: tuple[Operand, ...]
+    read_only: tuple[Operand, ...]
     needed: frozenset[int]
 
-    def spread(self, donated: Any, kept: Any) -> Arrays:
-        """The arrays inside the program, from what crossed."""
+    def unpack(self, donated: Any, read_only: Any) -> Arrays:
+        """Returns the arrays inside the program, from the operands."""
         offsets = self.plan.offsets
         arrays = Arrays([None] * sum(map(len, self.plan.specs.values())), {}, {})
-        for routes, parts in ((self.donated, donated), (self.kept, kept)):
-            for route, values in zip(routes, parts, strict=True):
-                for slot, value in zip(route.slots, values, strict=True):
-                    arrays.slots[route.kind, slot] = value
-                    content = self.plan.slots[route.kind][slot]
+        for group, parts in ((self.donated, donated), (self.read_only, read_only)):
+            for operand, values in zip(group, parts, strict=True):
+                for slot, value in zip(operand.slots, values, strict=True):
+                    arrays.slots[operand.kind, slot] = value
+                    content = self.plan.slots[operand.kind][slot]
+                    # An array's number is its kind's offset plus its position in the kind.
                     if not isinstance(content, PackedBuffer):
-                        arrays.flat[offsets[route.kind] + content] = value
-                    elif any(offsets[route.kind] + position in self.needed for position in content.positions):
-                        numbers = [offsets[route.kind] + position for position in content.positions]
+                        arrays.flat[offsets[operand.kind] + content] = value
+                    elif any(offsets[operand.kind] + position in self.needed for position in content.positions):
+                        numbers = [offsets[operand.kind] + position for position in content.positions]
                         arrays.store(numbers, separated(content, value))
         return arrays
 
-    def gather(self, arrays: Arrays) -> tuple[tuple[Any, ...], ...]:
-        """The donated slots' new values, grouped by kind."""
-        return tuple(tuple(self._gathered(arrays, route.kind, slot) for slot in route.slots) for route in self.donated)
+    def pack(self, arrays: Arrays) -> tuple[tuple[Any, ...], ...]:
+        """Returns the new values of the donated slots, grouped by kind."""
+        return tuple(
+            tuple(self._packed(arrays, operand.kind, slot) for slot in operand.slots) for operand in self.donated
+        )
 
-    def _gathered(self, arrays: Arrays, kind: int, slot: int) -> Any:
+    def _packed(self, arrays: Arrays, kind: int, slot: int) -> Any:
+        """Returns the new value of a slot: a buffer computed as a unit, a concatenated buffer, or an array."""
         if (kind, slot) in arrays.made:
             return arrays.made[kind, slot]
         content, offset = self.plan.slots[kind][slot], self.plan.offsets[kind]
@@ -114,29 +118,29 @@ class Operands:
 
 
 def joined(arrays: Sequence[Any]) -> Any:
-    """One buffer of these arrays, inside a compiled function."""
-    # Without the barrier XLA fuses whatever made the arrays into one enormous kernel.
+    """Concatenates arrays into one buffer, inside a compiled function."""
+    # Without the barrier XLA fuses the computations of all these arrays into one enormous kernel.
     arrays = jax.lax.optimization_barrier(list(arrays))
     return jnp.concatenate([jnp.ravel(array) for array in arrays])
 
 
 def numbers_of(plan: PlanTables, spots: Sequence[tuple[str, int]]) -> list[int]:
-    """The numbers of arrays, from kind and position."""
+    """Returns the numbers of arrays, given their kinds and positions."""
     return [plan.offsets[plan.kind_index[kind]] + position for kind, position in spots]
 
 
-def routes_of(
+def operands_of(
     plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[tuple[int, int]] = ()
 ) -> Operands:
-    """The routes of a program.
+    """Returns the operands of a program.
 
     Args:
       plan: the plan.
-      read: the numbers of the arrays that it reads one by one.
-      written: the numbers of the arrays that it writes, one by one or in whole buffers.
-      whole: the buffers, by kind and slot, that it makes as a whole.
+      read: the numbers of the arrays that it reads individually.
+      written: the numbers of the arrays that it writes, individually or in buffers.
+      whole: the buffers, by kind and slot, that it computes as a unit.
     """
-    donated, kept, needed = [], [], set(read)
+    donated, read_only, needed = [], [], set(read)
     for kind, contents in enumerate(plan.slots):
         gives, keeps = [], []
         for slot, content in enumerate(contents):
@@ -145,11 +149,11 @@ def routes_of(
             if any(number in written for number in numbers):
                 gives.append(slot)
                 if (kind, slot) not in whole:
-                    needed.update(numbers)  # those that are not written are put back as they were
+                    needed.update(numbers)  # the unwritten arrays of the buffer are concatenated with the new ones
             elif any(number in read for number in numbers):
                 keeps.append(slot)
         if gives:
             donated.append(Operand.of(kind, gives, len(contents)))
         if keeps:
-            kept.append(Operand.of(kind, keeps, len(contents)))
-    return Operands(plan, tuple(donated), tuple(kept), frozenset(needed))
+            read_only.append(Operand.of(kind, keeps, len(contents)))
+    return Operands(plan, tuple(donated), tuple(read_only), frozenset(needed))

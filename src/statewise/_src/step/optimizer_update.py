@@ -1,4 +1,4 @@
-"""One optimizer's update inside a compiled step: leaf by leaf, or on whole buffers where that is proven."""
+"""An optimizer's update inside a compiled step: leaf by leaf, or on complete buffers where that is proven correct."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["Update"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Whole:
-    """A buffer of parameters that is updated as a whole.
+    """A buffer of parameters that is updated as a unit.
 
     Attributes:
       spot: its kind and slot.
-      leaves: which of the optimizer's leaves are in it, in order.
-      moments: the slot, and kind, of each role's buffer.
+      leaves: the optimizer's leaves in it, in order.
+      moments: the slot and kind of each role's buffer.
     """
 
     spot: tuple[int, int]
@@ -44,8 +44,8 @@ class Update:
       group: the optimizer and its leaves.
       params: the numbers of the arrays that it updates, in its order.
       moments: the numbers of the arrays of its own state.
-      buffers: those that it updates as a whole; none where it goes leaf by leaf.
-      proof: that it may; None where it goes leaf by leaf.
+      buffers: the buffers that it updates as a unit; empty if it goes leaf by leaf.
+      proof: the proof that this is correct; None if it goes leaf by leaf.
     """
 
     group: OptimizerGroup
@@ -56,7 +56,7 @@ class Update:
 
     @classmethod
     def of(cls, plan: PlanTables, group: OptimizerGroup, written: Collection[int]) -> Update:
-        """The update of a group; `written` are the numbers of arrays that the function itself writes."""
+        """Builds the update of a group; `written` are the numbers of the arrays that the function itself writes."""
         params = tuple(numbers_of(plan, plan.params_of(group)))
         start, stop = plan.optimizer_spans[plan.optimizers.index(group)]
         moments = tuple(numbers_of(plan, [("optimizer", position) for position in range(start, stop)]))
@@ -66,15 +66,16 @@ class Update:
 
     @property
     def whole(self) -> set[tuple[int, int]]:
-        """The buffers, by kind and slot, that it makes as a whole."""
+        """Returns the buffers, by kind and slot, that this computes as a unit."""
         return {spot for buffer in self.buffers for spot in (buffer.spot, *buffer.moments.values())}
 
     @property
     def reads(self) -> set[int]:
-        """The numbers of the arrays that it reads one by one."""
+        """Returns the numbers of the arrays that it reads individually."""
         if self.proof is None:
             return {*self.params, *self.moments}
         inside = {leaf for buffer in self.buffers for leaf in buffer.leaves}
+        # Moments of leaves in a buffer are read with the buffer; `None` owners are scalars such as counts.
         apart = {
             number
             for number, owner in zip(self.moments, self.proof.roles, strict=True)
@@ -84,7 +85,7 @@ class Update:
 
     @property
     def writes(self) -> set[int]:
-        """The numbers of the arrays that it writes."""
+        """Returns the numbers of the arrays that it writes."""
         return {*self.params, *self.moments}
 
     def run(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
@@ -95,7 +96,7 @@ class Update:
             self._run_on_buffers(self.proof, arrays, grads, loss)
 
     def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
-        """By Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
+        """Runs Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
         group, layout = self.group, self.group.layout
         params = group.params([arrays.flat[number] for number in self.params])
         gradients = group.params(grads)
@@ -107,15 +108,16 @@ class Update:
         arrays.store(self.moments, moments)
 
     def _run_on_buffers(self, proof: Elementwise, arrays: Arrays, grads: Sequence[Any], loss: Any) -> None:
-        """By the proof: the same primitives, on buffers and on the leaves that stand alone."""
+        """Runs the proven program: the same primitives, on buffers and on the leaves outside of them."""
         params = [arrays.flat[number] for number in self.params]
         moments = [arrays.flat[number] for number in self.moments]
         run = proof.shared(params, grads, moments, jnp.asarray(loss, jnp.float32))
         for buffer in self.buffers:
             inside = {PARAM: arrays.slots[buffer.spot], GRAD: joined([grads[leaf] for leaf in buffer.leaves])}
             inside |= {role: arrays.slots[spot] for role, spot in buffer.moments.items()}
-            for role, made in run.leaf(proof.signatures[buffer.leaves[0]], inside).items():
-                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = made
+            for role, new in run.leaf(proof.signatures[buffer.leaves[0]], inside).items():
+                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = new
+        # The leaves outside of the buffers, one by one.
         owned = {leaf for buffer in self.buffers for leaf in buffer.leaves}
         where = {owner: number for number, owner in zip(self.moments, proof.roles, strict=True) if owner is not None}
         for leaf, number in enumerate(self.params):
@@ -124,11 +126,11 @@ class Update:
             roles = [role for role, _ in proof.signatures[leaf] if role != PARAM]
             alone = {PARAM: params[leaf], GRAD: grads[leaf]}
             alone |= {role: arrays.flat[where[role, leaf]] for role in roles}
-            for role, made in run.leaf(proof.signatures[leaf], alone).items():
-                arrays.flat[number if role == PARAM else where[role, leaf]] = made
-        for number, made in zip(self.moments, run.shared_moments(), strict=True):
-            if made is not None:
-                arrays.flat[number] = made
+            for role, new in run.leaf(proof.signatures[leaf], alone).items():
+                arrays.flat[number if role == PARAM else where[role, leaf]] = new
+        for number, new in zip(self.moments, run.shared_moments(), strict=True):
+            if new is not None:
+                arrays.flat[number] = new
 
     def _check(self, moments: Sequence[Any]) -> None:
         layout = self.group.layout
@@ -142,14 +144,15 @@ class Update:
                 f"The optimizer of {self.group.label} changes the shape or dtype of its own state:\n  "
                 + "\n  ".join(changed),
                 kind="optimizer",
-                hint="an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes the moments'",
+                hint="use an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes that of mu",
             )
 
 
 def _whole_buffers(
     plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
 ) -> tuple[_Whole, ...]:
-    """The buffers whose leaves have one signature, and whose moments stand in buffers of the same order."""
+    """Returns the buffers whose leaves have one signature, and whose moments are in buffers of the same order."""
+    # By number: a buffer qualifies if each role's moments of its leaves are exactly the contents of another buffer.
     leaf_of = {number: leaf for leaf, number in enumerate(params)}
     number_of = {owner: number for number, owner in zip(moments, proof.roles, strict=True) if owner is not None}
     buffers = {
@@ -158,7 +161,7 @@ def _whole_buffers(
         for slot, content in enumerate(contents)
         if isinstance(content, PackedBuffer)
     }
-    found = []
+    whole = []
     for numbers, spot in buffers.items():
         if not all(number in leaf_of and number not in written for number in numbers):
             continue
@@ -168,5 +171,5 @@ def _whole_buffers(
             continue
         rows = {role: tuple(number_of[role, leaf] for leaf in leaves) for role, _ in signature if role != PARAM}
         if all(row in buffers for row in rows.values()):
-            found.append(_Whole(spot, leaves, {role: buffers[row] for role, row in rows.items()}))
-    return tuple(found)
+            whole.append(_Whole(spot, leaves, {role: buffers[row] for role, row in rows.items()}))
+    return tuple(whole)

@@ -1,7 +1,8 @@
-"""What a step's function writes outside of its state: arguments, and objects that it brings along."""
+"""Writes of a step's function outside of its state: to arguments, and to objects that it reaches by itself."""
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import re
 from collections.abc import Callable, Sequence
@@ -22,20 +23,22 @@ __all__ = ["check_not_baked", "check_written_arguments", "names_of_objects", "ow
 
 
 def names_of_objects(fn: Any, objects: int) -> list[str]:
-    """What a function calls the planned objects; `model` where it does not tell."""
+    """Returns the function's names for the planned objects; `model` where they cannot be determined."""
     fn = fn.fn if isinstance(fn, Bound) else fn
-    own = [one.name for one in parameters_of(fn) or () if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [parameter.name for parameter in parameters_of(fn) or () if parameter.kind in positional]
     rest = ["model"] if not own else []
     return [*own[:objects], *rest, *(f"object_{number}" for number in range(2, objects + 1))][:objects]
 
 
 def _with_more(fn: Any, objects: int, more: Sequence[tuple[str, str]], name: str, optimizers: bool) -> str:
-    """How to plan more objects, and how the function reads then; `more` are (expression, parameter)."""
+    """Returns code that plans more objects, with the function's new signature; `more` are (expression, parameter)."""
     firsts = names_of_objects(fn, objects)
     expressions = ", ".join([*firsts, *(expression for expression, _ in more)])
     called = [parameter for _, parameter in more]
-    own = [one for one in parameters_of(fn.fn if isinstance(fn, Bound) else fn) or () if one.name not in firsts]
-    left = [str(one.replace(annotation=one.empty)) for one in own if one.name not in called]
+    parameters = parameters_of(fn.fn if isinstance(fn, Bound) else fn) or ()
+    own = [parameter for parameter in parameters if parameter.name not in firsts]
+    left = [str(parameter.replace(annotation=parameter.empty)) for parameter in own if parameter.name not in called]
     signature = ", ".join([*firsts, *called, *left])
     return (
         f"plan = kinds.plan({expressions}{', optimizers=optimizers' if optimizers else ''})\n"
@@ -52,13 +55,13 @@ def check_written_arguments(
     name: str,
     optimizers: bool,
 ) -> None:
-    """Raises where a function writes to NNX objects among its arguments.
+    """Checks that a function does not write to NNX objects among its arguments.
 
     Args:
-      written: what it writes.
+      written: what it writes to them.
       fn: the function.
-      objects: how many planned objects it is given.
-      name_of: the name of an argument, by its place.
+      objects: the number of planned objects that it takes.
+      name_of: returns the name of an argument, given its position or name.
       name: the step's name.
       optimizers: whether the plan has optimizers.
     """
@@ -66,18 +69,18 @@ def check_written_arguments(
         return
     more: dict[str, str] = {}
     leaves, shown = [], {}
-    for one in written:
-        argument = name_of(one.place)
+    for write in written:
+        argument = name_of(write.place)
         argument = argument if argument.isidentifier() else f"args[{argument.rpartition(' ')[2]}]"
-        expression = argument + jax.tree_util.keystr(one.inside)
-        shown[expression] = one.object.__name__
-        more.setdefault(expression, _identifier(expression, one.object, more))
-        path: Path = (expression, *one.leaf.path)
-        leaves.append(_moved(one.leaf, path))
+        expression = argument + jax.tree_util.keystr(write.inside)
+        shown[expression] = write.object.__name__
+        more.setdefault(expression, _identifier(expression, write.object, more))
+        path: Path = (expression, *write.leaf.path)
+        leaves.append(_moved(write.leaf, path))
     listed = ", ".join(f"`{expression}` ({cls})" for expression, cls in shown.items())
     raise StructureError(
-        f"{name} writes to its argument{'s' * (len(shown) > 1)} {listed}, and what it writes would be lost: it is "
-        "given a copy.",
+        f"{name} writes to its argument{'s' * (len(shown) > 1)} {listed}, and the write would be lost: the function "
+        "receives a copy.",
         leaves=leaves,
         hint=_with_more(fn, objects, list(more.items()), name, optimizers),
     )
@@ -90,46 +93,46 @@ def _moved(leaf: Leaf, path: Path) -> Leaf:
 
 
 def _identifier(expression: str, cls: type, taken: dict[str, str]) -> str:
-    """A name for a parameter: the last name in an expression."""
+    """Returns a name for a parameter: the last name in an expression."""
     words: list[str] = re.findall(r"[A-Za-z_]\w*", expression)
     name = words[-1] if words else cls.__name__.lower()
     name += "_" * keyword.iskeyword(name)
     free = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
-    return next(one for one in free if one not in taken.values())
+    return next(candidate for candidate in free if candidate not in taken.values())
 
 
 def check_not_baked(effects: Effects, fn: Any, name: str) -> None:
-    """Raises where the values of a static argument's Variables would be constants of the compiled step.
+    """Checks that a static argument's Variables do not become constants of the compiled step.
 
-    Such an argument is known by its identity: a later call would not see that its Variables hold something else.
+    Such an argument is identified by its `id`: a later call would not notice new values in its Variables.
     """
     if not isinstance(fn, Bound):
         return
-    static = [one for one in brought(fn) if one.where == STATIC]
-    for one, leaves in read_by(effects.jaxpr, effects.consts, static):
+    static = [reachable for reachable in brought(fn) if reachable.where == STATIC]
+    for argument, leaves in read_by(effects.jaxpr, effects.consts, static):
         raise StructureError(
-            f"{name} reads Variables of {one}: they would be constants of the compiled step.",
-            leaves=[_moved(leaf, (one.name, *leaf.path)) for leaf in leaves],
-            hint=f"take {one.name!r} out of static_argnames: Variables that are only read may be passed",
+            f"{name} reads Variables of {argument}: they would be constants of the compiled step.",
+            leaves=[_moved(leaf, (argument.name, *leaf.path)) for leaf in leaves],
+            hint=f"take {argument.name!r} out of static_argnames: Variables that are only read may be passed",
         )
 
 
-def own_name(one: Brought, objects: Sequence[Any], fn: Any) -> str | None:
-    """What the function calls the planned object that was probably meant: the one of the same type."""
+def own_name(used: Brought, objects: Sequence[Any], fn: Any) -> str | None:
+    """Returns the function's name for the planned object that was probably meant: the one of the same type."""
     names = names_of_objects(fn, len(objects))
-    same = [name for name, thing in zip(names, objects, strict=True) if type(thing) is type(one.thing)]
-    return same[0] if same and same[0] != one.name else None
+    same = [name for name, planned in zip(names, objects, strict=True) if type(planned) is type(used.obj)]
+    return same[0] if same and same[0] != used.name else None
 
 
 def written_outside(
     error: Exception, fn: Any, objects: Sequence[Any], before: ModelGraph, passed: Passed, name: str, optimizers: bool
 ) -> StructureError | None:
-    """The error for a write that Flax refused because the object is of another trace; None where it is nobody's.
+    """Returns the error for a write to an object of another trace, which Flax rejects; None for an unknown object.
 
     Args:
-      error: Flax's.
+      error: Flax's error.
       fn: the function.
-      objects: the objects that it was given.
+      objects: the objects that it received.
       before: their leaves.
       passed: the objects among its other arguments.
       name: the step's name.
@@ -142,35 +145,37 @@ def written_outside(
     for what, known in (("the model", of_model), ("an argument", passed.variables)):
         leaves = [row_of(path, leaf, note="written") for path, leaf in known if leaf is part]
         own = objects if what == "the model" else passed.objects
-        if leaves or any(other is part for thing in own for other in parts_of(thing)):
+        if leaves or any(other is part for planned in own for other in parts_of(planned)):
             return StructureError(
-                f"{name} writes to {what} inside a function that JAX traces by itself (under jax.jit, jax.checkpoint, "
-                f"jax.grad, jax.vmap, jax.lax.scan ...), and that reaches {what} by its closure.",
+                f"{name} writes to {what} inside a function that JAX traces (under jax.jit, jax.checkpoint, jax.grad, "
+                f"jax.vmap, jax.lax.scan ...) and that reaches {what} by its closure.",
                 leaves=leaves,
-                hint="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., with it as an argument of the function",
+                hint="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., passing it to the function as an argument",
             )
-    found = holder_of(brought(fn), part)
-    return None if found is None else _brought_and_written(found, part, fn, objects, name, optimizers)
+    holder = holder_of(brought(fn), part)
+    return None if holder is None else _brought_and_written(holder, part, fn, objects, name, optimizers)
 
 
 def _brought_and_written(
-    found: Brought, part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool
+    used: Brought, part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool
 ) -> StructureError:
-    thing = found.thing
-    paths = [] if isinstance(thing, nnx.State) else list(nnx.iter_graph(thing))
+    obj = used.obj
+    paths = [] if isinstance(obj, nnx.State) else list(nnx.iter_graph(obj))
     path = next((path for path, other in paths if other is part), ())
-    leaves = [row_of((found.name, *path), part, note="written")] if isinstance(part, nnx.Variable) else []
-    own = own_name(found, objects, fn)
-    lines = [f"use `{own}`, which the step is given, in the place of `{found.name}`"] if own else []
-    plan = _with_more(fn, len(objects), [(found.name, _identifier(found.name, type(thing), {}))], name, optimizers)
-    lines.append(f"or plan it as one more object:\n{plan}" if own else plan)
+    leaves = [row_of((used.name, *path), part, note="written")] if isinstance(part, nnx.Variable) else []
+    own = own_name(used, objects, fn)
+    lines = [f"use `{own}`, the step's argument, instead of `{used.name}`"] if own else []
+    plan = _with_more(fn, len(objects), [(used.name, _identifier(used.name, type(obj), {}))], name, optimizers)
+    lines.append(f"or plan it as an additional object:\n{plan}" if own else plan)
     return StructureError(
-        f"{name} writes to {found}: a step writes only what it is given.", leaves=leaves, hint="\n".join(lines)
+        f"{name} writes to {used}: a step writes only the objects that it receives.",
+        leaves=leaves,
+        hint="\n".join(lines),
     )
 
 
 def _written_part(error: Exception) -> Any:
-    """The Variable or module that Flax refused to write: the last that a method in the traceback was called on."""
+    """Returns the Variable or module that Flax refused to write: `self` of the last method in the traceback."""
     part, trace = None, error.__traceback__
     while trace is not None:
         own = trace.tb_frame.f_locals.get("self")

@@ -1,8 +1,8 @@
-"""NNX objects among a step's arguments: what the function writes to them would be lost.
+"""NNX objects among a step's arguments, to which the function's writes would be lost.
 
-JAX takes an argument apart and puts a copy together for the trace.  What is only read of it is as good as the original;
-what is written is written to the copy.  So the Variables in the arguments are looked at before the function is called
-and afterwards, and the program tells which of them hold something else (see `effects`).
+JAX flattens an argument and rebuilds a copy for the trace.  Reading the copy is as good as reading the original, but
+writes go to the copy.  So the Variables in the arguments are compared before and after the call, and the program tells
+which of them hold another value (see `effects`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class WrittenArgument:
 
     Attributes:
       place: the argument's position among those after the objects, or its name.
-      inside: the keys that lead from the argument to the object, as JAX has them.
+      inside: the keys that lead from the argument to the object, as JAX gives them.
       object: the type of the object that holds it.
-      leaf: the leaf; its path begins at the object.
+      leaf: the leaf; its path starts at the object.
     """
 
     place: Any
@@ -39,19 +39,19 @@ class WrittenArgument:
     leaf: Leaf
 
 
-def is_object(thing: Any) -> bool:
-    """Whether something is an NNX object: a module, a metric, random streams, a Variable; or a state of Variables."""
-    return isinstance(thing, (nnx.Variable, nnx.Pytree, nnx.State))
+def is_object(obj: Any) -> bool:
+    """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable, an `nnx.State`."""
+    return isinstance(obj, (nnx.Variable, nnx.Pytree, nnx.State))
 
 
-def _is_variable(thing: Any) -> bool:
-    return isinstance(thing, nnx.Variable)
+def _is_variable(obj: Any) -> bool:
+    return isinstance(obj, nnx.Variable)
 
 
-def _flat(thing: Any) -> dict[tuple[Any, ...], Any]:
-    """The leaves of an object, by the keys that lead to them; of a state only its Variables, for the rest is data."""
-    leaves = jax.tree_util.tree_flatten_with_path(thing, is_leaf=_is_variable)[0]
-    return {keys: leaf for keys, leaf in leaves if _is_variable(leaf) or not isinstance(thing, nnx.State)}
+def _flat(obj: Any) -> dict[tuple[Any, ...], Any]:
+    """Returns the leaves of an object by their keys; of an `nnx.State` only the Variables, as the rest is data."""
+    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=_is_variable)[0]
+    return {keys: leaf for keys, leaf in leaves if _is_variable(leaf) or not isinstance(obj, nnx.State)}
 
 
 def _path(keys: tuple[Any, ...]) -> Path:
@@ -62,8 +62,8 @@ class Passed:
     """The NNX objects in the arguments of one traced call.
 
     Args:
-      args: the positional arguments, as the function gets them.
-      kwargs: the same by name.
+      args: the positional arguments, as the function receives them.
+      kwargs: the keyword arguments.
     """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
@@ -72,34 +72,34 @@ class Passed:
         self._number: dict[int, int] = {}
         if self._objects:
             self._number = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((args, kwargs)))}
-        self._before = [_flat(thing) for _, thing in self._objects]
+        self._before = [_flat(obj) for _, obj in self._objects]
         self._values = [{keys: raw_value(leaf) for keys, leaf in flat.items()} for flat in self._before]
         self._rows = [{keys: row_of(_path(keys), leaf) for keys, leaf in flat.items()} for flat in self._before]
-        # Found by `after`: leaves that are another, and those whose arrays the program has to tell about.
+        # Set by `after`: leaves that were replaced, and those whose arrays the program must decide about.
         self.written: list[WrittenArgument] = []
-        self.asked: list[tuple[WrittenArgument, int]] = []
+        self.unclear: list[tuple[WrittenArgument, int]] = []
 
     @property
     def objects(self) -> list[Any]:
-        """The objects."""
-        return [thing for _, thing in self._objects]
+        """Returns the objects."""
+        return [obj for _, obj in self._objects]
 
     @property
     def variables(self) -> list[tuple[Path, Any]]:
-        """The leaves, with their paths in their objects."""
+        """Returns the leaves, with their paths in their objects."""
         return [(_path(keys), leaf) for flat in self._before for keys, leaf in flat.items()]
 
     def after(self, out: Any) -> list[Any]:
-        """Looks again, after the call; returns the arrays to ask the program about, in the order of `asked`.
+        """Examines the objects after the call; returns the arrays that the program must decide about, as in `unclear`.
 
-        What the function returns is not lost, whether it was written or not.
+        What the function returns is not lost, written or not.
         """
-        self.written, self.asked, arrays = [], [], []
+        self.written, self.unclear, arrays = [], [], []
         if not self._objects:
             return []
         returned = {id(leaf) for leaf in jax.tree.leaves(out, is_leaf=_is_variable) if _is_variable(leaf)}
-        for number, (keys, thing) in enumerate(self._objects):
-            now = _flat(thing)
+        for number, (keys, obj) in enumerate(self._objects):
+            now = _flat(obj)
             for leaf_keys, row in self._rows[number].items():
                 leaf = now.pop(leaf_keys, None)
                 if id(leaf) in returned:
@@ -107,38 +107,39 @@ class Passed:
                 was = arrays_of(self._values[number][leaf_keys])
                 given = None if leaf is None else arrays_of(raw_value(leaf))
                 note = _difference(was, given)
-                told = WrittenArgument(_place(keys), keys[2:], type(thing), dataclasses.replace(row, note=note))
+                write = WrittenArgument(_place(keys), keys[2:], type(obj), dataclasses.replace(row, note=note))
                 if note != _WRITTEN or given is None:
-                    self.written.append(told)
+                    self.written.append(write)
                     continue
+                # A new tracer may hold the same value (after nnx.jit, say): only the program knows.
                 for before, array in zip(was[0], given[0], strict=True):
                     if array is not before:
-                        self.asked.append((told, self._number[id(before)]))
+                        self.unclear.append((write, self._number[id(before)]))
                         arrays.append(array)
-            if not isinstance(thing, nnx.State):
+            if not isinstance(obj, nnx.State):
                 self.written += [
-                    WrittenArgument(_place(keys), keys[2:], type(thing), row_of(_path(own), leaf, note="made"))
+                    WrittenArgument(_place(keys), keys[2:], type(obj), row_of(_path(own), leaf, note="made"))
                     for own, leaf in now.items()
                     if id(leaf) not in returned and (_is_variable(leaf) or is_array(leaf))
                 ]
         return arrays
 
-    def told(self, is_written: Sequence[bool]) -> tuple[WrittenArgument, ...]:
-        """All that is written, given for each array that was asked about whether it is."""
-        found = [one for (one, _), written in zip(self.asked, is_written, strict=True) if written]
-        return tuple(dict.fromkeys([*self.written, *found]))
+    def lost(self, is_written: Sequence[bool]) -> tuple[WrittenArgument, ...]:
+        """Returns everything that is written, given for each array of `unclear` whether it is."""
+        decided = [write for (write, _), written in zip(self.unclear, is_written, strict=True) if written]
+        return tuple(dict.fromkeys([*self.written, *decided]))
 
 
 _WRITTEN = "written"
 
 
 def _place(keys: tuple[Any, ...]) -> Any:
-    """The argument's position or name, from the keys that lead to it in (args, kwargs)."""
+    """Returns the argument's position or name, from the keys that lead to it in (args, kwargs)."""
     return getattr(keys[1], "idx", getattr(keys[1], "key", None))
 
 
 def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -> str:
-    """What happened to a leaf whose values are of another structure, shape or dtype; else it may be written."""
+    """Returns how a leaf's structure, shape or dtype changed; `written` if at most the value did."""
     if now is None:
         return "removed"
     if now[1] != was[1] or list(map(spec_of, now[0])) != list(map(spec_of, was[0])):
@@ -147,20 +148,20 @@ def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -
 
 
 def check_foreign_objects(named: Iterator[tuple[str, Any]], step: str) -> None:
-    """Raises for arguments that hold NNX objects which JAX cannot take apart: of `pytree=False`, or hijax Variables."""
+    """Checks that no argument holds an NNX object that JAX cannot flatten: of `pytree=False`, or a hijax Variable."""
     for name, value in named:
         for leaf in jax.tree.leaves(value):
             if compat.reference(leaf).startswith("hijax"):
                 raise StructureError(
-                    f"The argument {name} of {step} holds a hijax Variable, and each version of Flax writes these "
-                    "otherwise.",
+                    f"The argument {name} of {step} holds a hijax Variable, which every version of Flax writes "
+                    "differently.",
                     hint=f"{name if name.isidentifier() else 'argument'} = "
                     f"nnx.with_vars({name if name.isidentifier() else 'argument'}, hijax=False, ref=False)"
-                    "  # a copy, of plain Variables",
+                    "  # a copy with plain Variables",
                 )
             if isinstance(leaf, nnx.Pytree):
                 raise StructureError(
                     f"The argument {name} of {step} holds a {type(leaf).__name__}, which is not a pytree: JAX cannot "
                     "pass it.",
-                    hint=f"plan = kinds.plan(model, {name})  # as one more object",
+                    hint=f"plan = kinds.plan(model, {name})  # as an additional object",
                 )

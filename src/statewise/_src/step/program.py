@@ -1,9 +1,9 @@
-"""From a traced call to the function that gets compiled.
+"""Turns a traced call into the function that is compiled.
 
-Two programs are made of the same trace.  `forward` runs it.  `train` differentiates it with respect to the
-arrays of some optimizers, applies these and moves the averages: the jaxpr is the function that is differentiated, so
-the user's code is traced once.  Both go from `(donated, kept, args, kwargs)` to `(written, output)`, where `donated`
-and `written` are the arrays that change and `kept` those that are only read, each grouped by kind (see `routes`).
+There are two programs for a trace.  `_forward` runs it.  `_train` differentiates it with respect to the arrays of some
+optimizers, applies these and moves the averages: it differentiates the jaxpr, so the user's code is traced once.  Both
+map `(donated, read_only, args, kwargs)` to `(written, output)`, where `donated` and `written` are the arrays that
+change and `read_only` those that are only read, each grouped by kind (see `operands`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import as_it_came
 from statewise._src.step.average_update import Averaging, averagings
-from statewise._src.step.operands import Operands, numbers_of, routes_of
+from statewise._src.step.operands import Operands, numbers_of, operands_of
 from statewise._src.step.optimizer_update import Update
 from statewise._src.step.trace import Traced
 
@@ -29,15 +29,15 @@ Program = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 def program_of(
     plan: PlanTables, traced: Traced, groups: Sequence[OptimizerGroup], axes: tuple[str, ...] = ()
 ) -> tuple[Program, Operands]:
-    """The program of a traced call, which trains if there are optimizers to run, and its routes.
+    """Returns the program of a traced call, which trains if there are optimizers to run, and its operands.
 
-    Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
+    If it runs on each device of some mesh axes, loss and gradients are averaged over them.
     """
     read = {number for number in range(traced.inputs) if traced.effects.read[number]}
     written = set(numbers_of(plan, traced.written))
     if not groups:
-        routes = routes_of(plan, read, written)
-        return _as_they_came(_forward(plan, traced, routes)), routes
+        operands = operands_of(plan, read, written)
+        return _as_they_came(_forward(plan, traced, operands)), operands
     updates = [Update.of(plan, group, written) for group in groups]
     whole = set()
     for update in updates:
@@ -49,33 +49,33 @@ def program_of(
         read |= average.reads
         written |= average.writes
         whole |= average.whole
-    routes = routes_of(plan, read, written, whole)
-    return _as_they_came(_train(plan, traced, routes, updates, averages, axes)), routes
+    operands = operands_of(plan, read, written, whole)
+    return _as_they_came(_train(plan, traced, operands, updates, averages, axes)), operands
 
 
 def _as_they_came(run: Program) -> Program:
-    """The program, which gives back what it writes with the types that it came with: on Explicit axes, split alike."""
+    """Gives each written array the type of its operand: on Explicit axes, the same sharding."""
 
-    def program(donated: Any, kept: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        written, out = run(donated, kept, args, kwargs)
-        held = [
+    def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        written, out = run(donated, read_only, args, kwargs)
+        typed = [
             tuple(as_it_came(new, old) for new, old in zip(*both, strict=True))
             for both in zip(written, donated, strict=True)
         ]
-        return tuple(held), out
+        return tuple(typed), out
 
     return program
 
 
-def _forward(plan: PlanTables, traced: Traced, routes: Operands) -> Program:
-    """Runs the traced call."""
+def _forward(plan: PlanTables, traced: Traced, operands: Operands) -> Program:
+    """Makes the program that runs the traced call."""
     spots = numbers_of(plan, traced.written)
 
-    def program(donated: Any, kept: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        arrays = routes.spread(donated, kept)
+    def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        arrays = operands.unpack(donated, read_only)
         outputs, written = traced.run(arrays.flat + jax.tree.leaves((args, kwargs)))
         arrays.store(spots, written)
-        return routes.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
+        return operands.pack(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
 
@@ -83,23 +83,24 @@ def _forward(plan: PlanTables, traced: Traced, routes: Operands) -> Program:
 def _train(
     plan: PlanTables,
     traced: Traced,
-    routes: Operands,
+    operands: Operands,
     updates: Sequence[Update],
     averages: Sequence[Averaging],
     axes: tuple[str, ...],
 ) -> Program:
-    """Differentiates the traced call, applies the optimizers, and moves the averages.
+    """Makes the program that differentiates the traced call, applies the optimizers, and moves the averages.
 
-    The output is the loss, or (loss, aux); `captured` beside it if the step captures.
+    Its output is the loss, or (loss, aux); with what was captured beside it if the step captures.
     """
     spots = numbers_of(plan, traced.written)
 
-    def program(donated: Any, kept: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        arrays = routes.spread(donated, kept)
+    def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        arrays = operands.unpack(donated, read_only)
         rest = jax.tree.leaves((args, kwargs))
         before = list(arrays.flat)
 
         def loss_of(wrt: list[list[Any]]) -> tuple[Any, Any]:
+            # The traced call reads parameters by number: put the values to differentiate in place of the current ones.
             values = list(before)
             for update, given in zip(updates, wrt, strict=True):
                 for number, array in zip(update.params, given, strict=True):
@@ -111,11 +112,11 @@ def _train(
         (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(wrt)
         if axes:
             grads, outputs = jax.lax.pmean(grads, axes), [jax.lax.pmean(outputs[0], axes), *outputs[1:]]
-        # First what the function wrote, then the update on top of it, as `nnx.Optimizer` has it: layers that
-        # normalise their own weights are updated from the normalised ones.
+        # First the function's own writes, then the update on top of them, as with `nnx.Optimizer`: layers that
+        # normalize their own weights are updated from the normalized ones.
         arrays.store(spots, written)
         for number, update in enumerate(updates):
-
+            # Optimizers that evaluate the loss (a line search) vary their own group; the others stay as they were.
             def loss_of_group(given: Any, number: int = number, update: Update = update) -> Any:
                 return loss_of([*wrt[:number], update.group.arrays(given), *wrt[number + 1 :]])[0]
 
@@ -123,13 +124,13 @@ def _train(
             update.run(arrays, grads[number], outputs[0], value_of)
         for average in averages:
             average.run(arrays)
-        return routes.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
+        return operands.pack(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
 
 
 def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[Any], Any]:
-    """A loss averaged over the devices, with gradients that are averaged too: for optimizers that evaluate it."""
+    """Averages a loss, and its gradients, over the devices: for optimizers that evaluate it."""
 
     def value(given: Any) -> Any:
         return jax.lax.pmean(loss_of(given), axes)
@@ -141,6 +142,6 @@ def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[
     def backward(pull: Any, cotangent: Any) -> Any:
         return jax.lax.pmean(pull(cotangent), axes)
 
-    made = jax.custom_vjp(value)
-    made.defvjp(forward, backward)
-    return made
+    mean = jax.custom_vjp(value)
+    mean.defvjp(forward, backward)
+    return mean

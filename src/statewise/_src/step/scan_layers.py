@@ -1,10 +1,10 @@
 """A scan over stacked layers: one layer's program, run over the arrays of many.
 
-Equal layers can be stacked: one set of leaves, each with one axis more.  `jax.lax.scan` then compiles one layer
-instead of all.  What it takes in it reads slice by slice, what it gives out it stacks anew, and what it carries goes
-from layer to layer; so what is only read should be taken in, or, where all layers share it, stay outside of the loop,
-and only what is written be given out or carried.  Which leaves are written needs no declaration: a step hands on the
-very arrays that it does not write.
+Equal layers can be stacked: one set of leaves, each with one more axis.  `jax.lax.scan` then compiles one layer instead
+of all.  It slices what it scans, stacks what it returns, and passes what it carries from layer to layer.  So leaves
+that are only read should be scanned, or, if all layers share them, stay outside of the loop; and only written leaves
+should be returned or carried.  No declaration is needed to know which are written: a step returns the very arrays that
+it does not write.
 """
 
 from __future__ import annotations
@@ -67,31 +67,31 @@ def scan_layers(
 ) -> Any:
     """Runs one layer's function through stacked layers, one after the other, as one `jax.lax.scan`.
 
-    Leaves that are only read are never stacked anew nor carried.  Use it inside of a step, or of `jax.jit`: like
-    `jax.lax.scan` itself it is compiled anew where it is called outside of one.
+    Leaves that are only read are neither copied nor carried.  Use it inside a step or under `jax.jit`: like
+    `jax.lax.scan` itself, it is compiled in every call outside of one.
 
     Args:
-      fn: of a module: a function `(layer, x) -> x`, which may write the layer's Variables.  Of a state: a step, or any
-        function of a state of one layer, `(layer, x) -> (layer, x)`, or `-> x` where it writes nothing.  What a layer
-        makes, `sow` above all, comes out with a first axis for the layers: in the module, where `nnx.scan` puts it, so
-        that `nnx.capture` and a step's `capture=` find it there; of a state, from a step with `capture=`.
-      layers: a module whose leaves have a first axis more than its layers have, as `nnx.vmap` makes it
-        (with `transform_metadata={nnx.PARTITION_NAME: None}` where Variables say how they are split); or a state
-        whose arrays have it, as `jax.vmap` over `plan.take` makes it.
-      x: what the first layer gets; of the shapes and dtypes that each layer gives.
-      shared: leaves without that axis, one for all layers; where a layer writes them, the next one sees it.  A filter
-        of the module's leaves; of a state, the names of kinds.
-      reverse: from the last layer to the first.
-      unroll: how many layers stand in one turn of the compiled loop.
+      fn: for a module, a function `(layer, x) -> x`, which may write the layer's Variables.  For a state, a step, or
+        any function of one layer's state, `(layer, x) -> (layer, x)`, or `-> x` if it writes nothing.  What a layer
+        makes, `sow` above all, gets a leading axis for the layers: in the module, where `nnx.scan` puts it, so
+        `nnx.capture` and a step's `capture=` find it there; for a state, in the output of a step with `capture=`.
+      layers: a module whose leaves have one more leading axis than those of its layers, as `nnx.vmap` makes it (with
+        `transform_metadata={nnx.PARTITION_NAME: None}` if Variables declare their sharding); or a state whose arrays
+        have it, as `jax.vmap` over `plan.take` makes it.
+      x: the input of the first layer; of the shapes and dtypes that each layer returns.
+      shared: leaves without that axis, shared by all layers; if a layer writes them, the next one sees it.  For a
+        module, a filter of its leaves; for a state, the names of kinds.
+      reverse: whether to run from the last layer to the first.
+      unroll: how many layers one iteration of the compiled loop runs.
 
     Returns:
-      what the last layer gives, and the module's Variables are written; of a state, `(state, x)`, or
-      `(state, (x, captured))` of a step with `capture=`.
+      the output of the last layer, with the module's Variables written; for a state, `(state, x)`, or
+      `(state, (x, captured))` for a step with `capture=`.
 
     Raises:
-      StructureError: leaves without the axis, or with another number of layers; leaves that a layer removes, or
-        shared ones to which it gives another shape or dtype; all of them.
-      DeclarationError: `shared` names a kind that is not there.
+      StructureError: leaves lack the axis, or have another number of layers; a layer removes leaves, or changes the
+        shape or dtype of shared ones; lists all of them.
+      DeclarationError: `shared` names a kind that does not exist.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,7 +107,7 @@ def scan_layers(
       24.0 [1 1 1]
     """
     if isinstance(layers, State) and layers.tables.ensemble is not None:
-        # The layers are the members of an ensemble: one of them is a state of the single plan.
+        # The layers are the members of an ensemble: one member is a state of the plan for a single model.
         axes = layers.tables.slot_axes
         common = [kind for kind, part in axes.items() if part and set(part) == {None}]
         names = tuple(dict.fromkeys([*_names(layers, shared), *common]))
@@ -151,25 +151,26 @@ def _scan_state(
         x, captured = x if captures else (x, None)
         return [array for part in after.parts for array in part.arrays], x, captured
 
+    # A dry run on one slice finds the written leaves: a step returns the others unchanged.
     written: list[bool] = []
 
-    def look(values: Sequence[Any], x: Any) -> None:
+    def find_written(values: Sequence[Any], x: Any) -> None:
         written[:] = [now is not was for now, was in zip(run(values, x)[0], values, strict=True)]
 
     ones = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs]
-    jax.eval_shape(look, ones, x)
-    carried = [of and not many for of, many in zip(written, stacked, strict=True)]
-    given_out = [of and many for of, many in zip(written, stacked, strict=True)]
+    jax.eval_shape(find_written, ones, x)
+    carried = [is_written and not many for is_written, many in zip(written, stacked, strict=True)]
+    returned = [is_written and many for is_written, many in zip(written, stacked, strict=True)]
 
-    def turn(carry: Any, slices: Sequence[Any]) -> Any:
+    def run_layer(carry: Any, slices: Sequence[Any]) -> Any:
         values, rest, sliced = [], iter(carry[0]), iter(slices)
         for array, many, goes_on in zip(arrays, stacked, carried, strict=True):
             values.append(next(sliced) if many else next(rest) if goes_on else array)
         after, x, captured = run(values, carry[1])
-        return (_chosen(after, carried), x), (_chosen(after, given_out), captured)
+        return (_chosen(after, carried), x), (_chosen(after, returned), captured)
 
     carry, (out, captured) = jax.lax.scan(
-        turn,
+        run_layer,
         (_chosen(arrays, carried), x),
         _chosen(arrays, stacked),
         length=layers,
@@ -177,11 +178,11 @@ def _scan_state(
         unroll=unroll,
     )
     last, new = iter(carry[0]), iter(out)
-    made = [
-        next(new) if gives else next(last) if goes else array
-        for array, gives, goes in zip(arrays, given_out, carried, strict=True)
+    merged = [
+        next(new) if is_returned else next(last) if goes_on else array
+        for array, is_returned, goes_on in zip(arrays, returned, carried, strict=True)
     ]
-    return _with_arrays(state, made), (carry[1], captured) if captures else carry[1]
+    return _with_arrays(state, merged), (carry[1], captured) if captures else carry[1]
 
 
 def _chosen(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
@@ -193,20 +194,20 @@ def _result(result: Any, layer: State) -> tuple[State, Any]:
         return layer, result
     if result[0].tables is not layer.tables:
         raise StructureError(
-            "The function gives back a state of another plan than its layer's.",
-            hint="return the layer that came back from the step: layer, x = step(layer, x)",
+            "The function returns a state of a plan other than its layer's.",
+            hint="return the layer that the step returned: layer, x = step(layer, x)",
         )
     return result
 
 
 def _with_arrays(state: State, arrays: Sequence[Any]) -> State:
-    """The state with other arrays; it shares the parts in which none is another."""
+    """Returns the state with other arrays; it shares the parts whose arrays are all the same."""
     left, parts = iter(arrays), []
     for part in state.parts:
-        mine = tuple(next(left) for _ in part.arrays)
-        parts.append(part if all(map(_same, mine, part.arrays)) else Part(mine))
+        new = tuple(next(left) for _ in part.arrays)
+        parts.append(part if all(map(_same, new, part.arrays)) else Part(new))
     return State.make(state.tables, parts)
 
 
-def _same(one: Any, other: Any) -> bool:
-    return one is other
+def _same(array: Any, other: Any) -> bool:
+    return array is other

@@ -1,9 +1,9 @@
 """A scan over a stacked module: one layer's program, run over the arrays of many.
 
-One layer is traced, on a copy that is rebuilt from a slice of each leaf.  What the trace hands on as it came is neither
-stacked nor carried.  What the layer wrote is given out by the scan, one slice for each layer, or carried where all
-layers share it.  What the layer made (what it sows, above all) has no slice before, and one for each layer afterwards:
-it is stacked, and put into the module where the layer put it, as `nnx.scan` does.
+One layer is traced, on a copy that is rebuilt from one slice of each leaf.  What the trace returns unchanged is neither
+stacked nor carried.  What the layer wrote is returned by the scan, one slice for each layer, or carried if all layers
+share it.  What the layer made (above all, what it sows) has no slices before, and one for each layer afterwards: it is
+stacked, and put into the module at the layer's path, as `nnx.scan` does.
 """
 
 from __future__ import annotations
@@ -47,20 +47,22 @@ __all__ = ["count_layers", "scan_module"]
 
 
 def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, reverse: bool, unroll: int) -> Any:
-    """See `scan_layers`."""
+    """Runs the layers of a module; see `scan_layers`."""
     check_function(fn, "scan_layers")
     stack = _Stack.of(module, shared)
     layers = stack.count()
     layer, x = _traced(fn, stack, x)
     layer.check(stack)
     carried = layer.carried(stack)
+    # Arrays by number: stacked ones that are read are scanned, shared ones that are written are carried; the rest are
+    # constants of the loop.
     reads, of_state = layer.effects.read, sum(map(len, stack.arrays))
     flat = [array for arrays in stack.arrays for array in arrays]
     many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
     sliced = [read and of for read, of in zip(reads[:of_state], many, strict=True)]
     outputs = [slot for slot in layer.slots if slot.after is not None]
 
-    def turn(carry: Any, slices: Any) -> Any:
+    def run_layer(carry: Any, slices: Any) -> Any:
         held, x = carry
         rest = dict(zip(carried, held, strict=True))
         taken = iter(slices)
@@ -68,21 +70,21 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, revers
             next(taken) if is_slice else rest.get(number, array)
             for number, (array, is_slice) in enumerate(zip(flat, sliced, strict=True))
         ]
-        found = layer.run(values, x)
-        x = jax.tree.unflatten(layer.out_tree, found[: layer.out_tree.num_leaves])
-        written = list(zip(outputs, found[layer.out_tree.num_leaves :], strict=True))
+        results = layer.run(values, x)
+        x = jax.tree.unflatten(layer.out_tree, results[: layer.out_tree.num_leaves])
+        written = list(zip(outputs, results[layer.out_tree.num_leaves :], strict=True))
         new = {slot.before: array for slot, array in written if slot.before in rest}
         return ([new[number] for number in carried], x), [array for slot, array in written if slot.before not in rest]
 
-    carry, given = jax.lax.scan(
-        turn,
+    carry, returned = jax.lax.scan(
+        run_layer,
         ([flat[number] for number in carried], x),
         [array for array, is_slice in zip(flat, sliced, strict=True) if is_slice],
         length=layers,
         reverse=reverse,
         unroll=unroll,
     )
-    new, last = iter(given), dict(zip(carried, carry[0], strict=True))
+    new, last = iter(returned), dict(zip(carried, carry[0], strict=True))
     after = []
     for slot in layer.slots:
         if slot.after is None and slot.before is not None:
@@ -95,10 +97,10 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, revers
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """The module as it is: its leaves, the arrays in them, and which of them have a slice for each layer."""
+    """The stacked module: its leaves, their arrays, and which of them have a slice for each layer."""
 
     module: Any
-    found: ModelGraph
+    graph: ModelGraph
     arrays: list[list[Any]]
     structures: list[Any]
     stacked: list[bool]
@@ -106,28 +108,28 @@ class _Stack:
     @classmethod
     def of(cls, module: Any, shared: Any) -> _Stack:
         kinds = Kinds(layers=Kind(...)) if shared is None else Kinds(layers=Kind(...), shared=Kind(shared))
-        found = read_graph((module,))
-        held = [arrays_of(raw_value(leaf)) for leaf in found.leaves]
+        graph = read_graph((module,))
+        held = [arrays_of(raw_value(leaf)) for leaf in graph.leaves]
         check_given(
             (row_of(path, leaf), array, spec.dtype)
-            for path, leaf, (arrays, _) in zip(found.paths, found.leaves, held, strict=True)
+            for path, leaf, (arrays, _) in zip(graph.paths, graph.leaves, held, strict=True)
             for array in arrays
             if not isinstance(array, jax.Array) and (spec := spec_of(array)) is not None
         )
         arrays = [[jnp.asarray(array) if spec_of(array) else array for array in arrays] for arrays, _ in held]
-        # What an earlier layer, or an earlier scan, has sown is each layer's own, whatever the filter says.
+        # What an earlier layer, or an earlier scan, has sown belongs to each layer, whatever the filter matches.
         stacked = [
             kind == "layers" or is_sown(compat.variable_type(leaf))
-            for kind, leaf in zip(claim(kinds, found), found.leaves, strict=True)
+            for kind, leaf in zip(claim(kinds, graph), graph.leaves, strict=True)
         ]
-        return cls(module, found, arrays, [structure for _, structure in held], stacked)
+        return cls(module, graph, arrays, [structure for _, structure in held], stacked)
 
     def row(self, number: int, note: str = "") -> Leaf:
-        """A leaf as data."""
-        return row_of(self.found.paths[number], self.found.leaves[number], note=note)
+        """Returns a leaf as data."""
+        return row_of(self.graph.paths[number], self.graph.leaves[number], note=note)
 
     def count(self) -> int:
-        """How many layers there are."""
+        """Returns the number of layers."""
         rows = [
             (self.row(number), array, many)
             for number, (arrays, many) in enumerate(zip(self.arrays, self.stacked, strict=True))
@@ -135,8 +137,8 @@ class _Stack:
         ]
         return count_layers(rows, None)
 
-    def one(self) -> list[Any]:
-        """The arrays of one layer, by shape and dtype."""
+    def layer_arrays(self) -> list[Any]:
+        """Returns the shapes and dtypes of one layer's arrays."""
         return [
             jax.ShapeDtypeStruct(array.shape[many:], array.dtype)
             for arrays, many in zip(self.arrays, self.stacked, strict=True)
@@ -144,7 +146,7 @@ class _Stack:
         ]
 
     def values(self, flat: Sequence[Any]) -> list[Any]:
-        """The leaves' values of these arrays."""
+        """Returns the leaves' values that consist of these arrays."""
         left = iter(flat)
         return [
             value_of([next(left) for _ in arrays], structure)
@@ -154,12 +156,12 @@ class _Stack:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Slot:
-    """One array of a layer, afterwards.
+    """One array of a layer after the call.
 
     Attributes:
-      leaf: the number of the leaf that holds it, among those afterwards.
-      before: the number of the array that it was, among those before; None where it is new.
-      after: its shape and dtype; None where it is the very array that it was.
+      leaf: the number of the leaf that holds it, among the leaves after the call.
+      before: its number among the arrays before the call; None if it is new.
+      after: its shape and dtype; None if it is unchanged.
     """
 
     leaf: int
@@ -169,12 +171,12 @@ class _Slot:
 
 @dataclasses.dataclass(frozen=True)
 class _After:
-    """The leaves of a layer, afterwards; static.
+    """The leaves of a layer after the call; static.
 
     Attributes:
       graphdef: of the layer.
       paths: of the leaves.
-      origins: which leaf each was before; None for one that the layer made.
+      origins: the number that each leaf had before; None for one that the layer made.
       structures: of their values.
     """
 
@@ -197,19 +199,19 @@ class _Layer:
     slots: list[_Slot]
 
     def run(self, values: Sequence[Any], x: Any) -> list[Any]:
-        """The outputs and the arrays that are written or new."""
-        if compat.jit_is_disabled():  # somebody wants to step through the function itself
+        """Returns the outputs and the arrays that are written or new."""
+        if compat.jit_is_disabled():  # the user wants to step through the function itself
             return [array for array, used in zip(self.call(values, x), self.used, strict=True) if used]
         flat = [*values, *jax.tree.leaves(x)]
         reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
         return compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
 
     def check(self, stack: _Stack) -> None:
-        """Refuses leaves that the layer removes, and shared ones of which it makes something else."""
+        """Checks that the layer does not remove leaves or change the shape or dtype of shared ones."""
         problems = []
         for number in set(range(len(stack.arrays))) - set(self.after.origins):
-            if stack.found.paths[number] not in self.after.paths:
-                if stack.arrays[number]:  # else nothing is lost: nothing was sown yet, say
+            if stack.graph.paths[number] not in self.after.paths:
+                if stack.arrays[number]:  # otherwise nothing is lost: nothing was sown yet, for example
                     problems.append(stack.row(number, "removed"))
             elif not stack.stacked[number]:
                 problems.append(stack.row(number, "replaced by another Variable"))
@@ -227,24 +229,24 @@ class _Layer:
                 f"{self.name} removes leaves of its layer, or changes what all layers share.",
                 leaves=problems,
                 hint="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
-                "what a layer removes has to go from all of them: nnx.pop(layers, filter)  # before the scan",
+                "if a layer removes a leaf, remove it from all of them: nnx.pop(layers, filter)  # before the scan",
             )
 
     def carried(self, stack: _Stack) -> list[int]:
-        """The numbers of the arrays that go from layer to layer: shared ones that are written."""
+        """Returns the numbers of the arrays that are carried from layer to layer: shared ones that are written."""
         many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
         written = [slot.before for slot in self.slots if slot.after is not None and slot.before is not None]
         return [number for number in written if not many[number]]
 
 
 def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]:
-    """One layer's program; and x, which takes on the dtype that the layer gives where its own was but assumed."""
+    """Traces one layer; also returns x, cast to the dtype that the layer returns if x has a weak type."""
     name = getattr(fn, "__name__", type(fn).__name__)
     _check_written_x(fn, stack, x, name)
     box: dict[str, Any] = {}
 
     def call(values: Sequence[Any], x: Any) -> list[Any]:
-        (layer,) = rebuild(stack.found.graphdef, stack.values(values), several=False)
+        (layer,) = rebuild(stack.graph.graphdef, stack.values(values), several=False)
         before = read_graph((layer,))
         out = fn(layer, x)
         check_not_model(out, before.leaves, name)
@@ -257,49 +259,54 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
 
     # Without compilation a loop unrolls, and every leaf that went through one would look written.
     with jax.disable_jit(False):
-        closed = jax.make_jaxpr(call)(stack.one(), x)
+        closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
         given, treedef = jax.tree.flatten(x)
         outputs = box["out_tree"].num_leaves
+        # `lax.scan` needs a carry of fixed type: a weakly typed x takes the dtype of the first layer's output.
         settled = [
             jnp.asarray(array, new.dtype) if getattr(jax.typeof(array), "weak_type", False) else array
             for array, new in zip(given, closed.out_avals[:outputs], strict=False)
         ]
         if len(given) == outputs and any(
-            jax.typeof(one).dtype != jax.typeof(other).dtype for one, other in zip(settled, given, strict=True)
+            jax.typeof(new).dtype != jax.typeof(old).dtype for new, old in zip(settled, given, strict=True)
         ):
             x = jax.tree.unflatten(treedef, settled)
-            closed = jax.make_jaxpr(call)(stack.one(), x)
+            closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
     after: _After = box["after"]
     slots = _slots(stack, after, closed.out_avals[outputs:])
-    tracked = [(outputs + at, slot.before) for at, slot in enumerate(slots) if slot.before is not None]
+    tracked = [(outputs + index, slot.before) for index, slot in enumerate(slots) if slot.before is not None]
     effects = effects_of(closed, tracked)
     unwritten = {out for (out, _), written in zip(tracked, effects.written, strict=True) if not written}
     used = [number not in unwritten for number in range(outputs + len(slots))]
-    slots = [slot if used[outputs + at] else dataclasses.replace(slot, after=None) for at, slot in enumerate(slots)]
+    slots = [
+        slot if used[outputs + index] else dataclasses.replace(slot, after=None) for index, slot in enumerate(slots)
+    ]
     return _Layer(name, call, effects, used, box["out_tree"], after, slots), x
 
 
 def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -> None:
-    """Raises where a layer writes to NNX objects in `x` and does not hand them on: what it writes would be lost."""
+    """Checks that a layer returns the NNX objects in `x` that it writes: otherwise the writes would be lost."""
     if not Passed((x,), {}).objects:
         return
     box: dict[str, Passed] = {}
 
     def call(values: Sequence[Any], x: Any) -> list[Any]:
-        (layer,) = rebuild(stack.found.graphdef, stack.values(values), several=False)
+        (layer,) = rebuild(stack.graph.graphdef, stack.values(values), several=False)
         passed = box["passed"] = Passed((x,), {})
         return passed.after(fn(layer, x))
 
     with jax.disable_jit(False):
-        closed = jax.make_jaxpr(call)(stack.one(), x)
+        closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
     passed, before = box["passed"], sum(map(len, stack.arrays))
-    effects = effects_of(closed, [(at, before + number) for at, (_, number) in enumerate(passed.asked)])
-    names = [one.name for one in parameters_of(fn) or ()]
+    tracked = [(index, before + number) for index, (_, number) in enumerate(passed.unclear)]
+    effects = effects_of(closed, tracked)
+    names = [parameter.name for parameter in parameters_of(fn) or ()]
     shown = names[1] if len(names) > 1 else "x"
-    check_written_arguments(passed.told(effects.written), fn, 1, lambda place: shown, name, False)
+    check_written_arguments(passed.lost(effects.written), fn, 1, lambda place: shown, name, False)
 
 
 def _after(before: ModelGraph, after: ModelGraph, structures: Sequence[Any]) -> _After:
+    # A Variable keeps its identity; a raw array is recognized by its path.
     variables = {id(leaf): number for number, leaf in enumerate(before.leaves) if isinstance(leaf, nnx.Variable)}
     raw = {
         path: number for number, path in enumerate(before.paths) if not isinstance(before.leaves[number], nnx.Variable)
@@ -312,12 +319,13 @@ def _after(before: ModelGraph, after: ModelGraph, structures: Sequence[Any]) -> 
 
 
 def _slots(stack: _Stack, after: _After, avals: Sequence[Any]) -> list[_Slot]:
+    # The number of a leaf's first array among all arrays of the layer.
     starts = [0]
     for arrays in stack.arrays:
         starts.append(starts[-1] + len(arrays))
     left, slots = iter(avals), []
     for leaf, (origin, structure) in enumerate(zip(after.origins, after.structures, strict=True)):
-        same = origin is not None and structure == stack.structures[origin]
+        same = origin is not None and structure == stack.structures[origin]  # otherwise all arrays of the leaf are new
         for position in range(1 if structure is ONE else structure.num_leaves):
             aval = next(left)
             before = starts[origin] + position if origin is not None and same else None
@@ -326,61 +334,61 @@ def _slots(stack: _Stack, after: _After, avals: Sequence[Any]) -> list[_Slot]:
 
 
 def _write(stack: _Stack, layer: _Layer, arrays: Sequence[Any]) -> None:
-    """Puts what was written and made into the module."""
+    """Writes the new values, and what the layers made, to the module."""
     after, left = layer.after, iter(zip(layer.slots, arrays, strict=True))
-    values, made = [], []
+    values, replaced = [], []
     for path, origin, structure in zip(after.paths, after.origins, after.structures, strict=True):
-        mine = [next(left) for _ in range(1 if structure is ONE else structure.num_leaves)]
-        value = value_of([array for _, array in mine], structure)
-        if origin is None or path != stack.found.paths[origin]:
-            made.append(path)
+        own = [next(left) for _ in range(1 if structure is ONE else structure.num_leaves)]
+        value = value_of([array for _, array in own], structure)
+        if origin is None or path != stack.graph.paths[origin]:
+            replaced.append(path)
         if origin is None:
             values.append(value)
             continue
-        leaf = stack.found.leaves[origin]
-        changed = structure != stack.structures[origin] or any(slot.after is not None for slot, _ in mine)
+        leaf = stack.graph.leaves[origin]
+        changed = structure != stack.structures[origin] or any(slot.after is not None for slot, _ in own)
         if changed and isinstance(leaf, nnx.Variable):
             leaf.set_raw_value(value)
         elif changed:
-            made.append(path)
+            replaced.append(path)
         values.append(leaf if isinstance(leaf, nnx.Variable) else value)
-    if made:
+    if replaced:
         (copy,) = rebuild(after.graphdef, values, several=False)
-        graft(stack.module, copy, made)
+        graft(stack.module, copy, replaced)
 
 
 def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[int, ...]] | None) -> int:
-    """How many layers there are; every leaf that has another number, or no axis for them, is listed.
+    """Returns the number of layers; lists every leaf that has another number, or no axis for them.
 
     Args:
       rows: each array with its leaf, and whether it is stacked.
-      shapes: the shape of each in one layer; None if that is not known.
+      shapes: the shape of each in one layer; None if unknown.
     """
     counts: list[int] = []
-    odd: list[Leaf] = []
+    problems: list[Leaf] = []
     for number, (leaf, array, many) in enumerate(rows):
         spec = spec_of(array)
         shape = spec.shape if spec else ()
         own = None if shapes is None else shapes[number]
         if many and (not shape or (own is not None and shape[1:] != own)):
-            odd.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, without an axis for the layers"))
+            problems.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, without an axis for the layers"))
         elif not many and own is not None and shape != own:
-            odd.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, but shared by the layers"))
+            problems.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, but shared by the layers"))
         elif many:
             counts.append(shape[0])
             if shape[0] != counts[0]:
-                odd.append(dataclasses.replace(leaf, note=f"{shape[0]} layers, others have {counts[0]}"))
-    if odd:
+                problems.append(dataclasses.replace(leaf, note=f"{shape[0]} layers, others have {counts[0]}"))
+    if problems:
         raise StructureError(
             "Not every leaf has one slice for each layer.",
-            leaves=list(dict.fromkeys(odd)),
+            leaves=list(dict.fromkeys(problems)),
             hint="stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
             "or jax.vmap(lambda key: plan.take(...))(keys)\n"
-            "or say what is one for all: sw.scan_layers(fn, layers, x, shared=...)",
+            "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)",
         )
     if not counts:
         raise StructureError(
-            "There is nothing that tells how many layers there are: every leaf is shared.",
+            "The number of layers is unknown: every leaf is shared.",
             hint="x = jax.lax.fori_loop(0, layers, lambda _, x: fn(layer, x), x)",
         )
     return counts[0]

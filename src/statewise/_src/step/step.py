@@ -1,19 +1,17 @@
-"""`Step`: a pure function on a state, compiled, with the kinds that it may write declared.
+"""`Step`: a compiled pure function on a state, with the kinds that it may write declared.
 
-What happens in a call:
+A call does the following:
 
-- the first time with a plan and a signature (the shapes and dtypes of the arguments), the function is traced
-  once, its reads and writes are found, the contract is checked, and a `jax.jit` function is made that takes
-  just the leaves that are read or written and returns just those written;
-- every other time, the arrays are picked out of the state's parts, that function is called, and the new arrays
-  are put into a new state that shares all other parts.
+- The first time with a plan and a signature (the shapes and dtypes of the arguments), the function is traced once, its
+  reads and writes are determined, the contract is checked, and a `jax.jit` function is made that takes only the leaves
+  that are read or written and returns only those written.
+- Every other time, the arrays are taken from the state's parts, that function is called, and the new arrays are put
+  into a new state that shares all other parts.
 
-JAX itself tells one signature from another: the compiled function is called at once, and should JAX begin to
-trace it anew, then it is a signature (or a configuration of JAX) not seen before, and the call starts over.  So
-a call does no Python work that grows with the model.
+JAX itself distinguishes signatures: the compiled function is called at once, and if JAX starts to trace it again, then
+the signature (or JAX's configuration) is new, and the call starts over.  So the Python work of a call does not grow
+with the model.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -40,8 +38,8 @@ from statewise.errors import StructureError
 __all__ = ["Step", "definition_of"]
 
 
-def _is_shape(thing: object) -> bool:
-    return isinstance(thing, tuple) and all(isinstance(size, int) for size in thing)
+def _is_shape(obj: object) -> bool:
+    return isinstance(obj, tuple) and all(isinstance(size, int) for size in obj)
 
 
 def _kinds_captured(names: object, decorator: str) -> str | tuple[str, ...]:
@@ -55,7 +53,7 @@ R_co = TypeVar("R_co", covariant=True)
 class Step(Generic[P, R_co]):
     """A compiled pure function on a state; made by `step` and `train_step`.
 
-    Called as `step(state, *args, **kwargs)`.  The function gets the planned objects in the place of the state.
+    Called as `step(state, *args, **kwargs)`.  The function receives the planned objects instead of the state.
 
     Attributes:
       fn: the function.
@@ -80,7 +78,7 @@ class Step(Generic[P, R_co]):
     ) -> None:
         if not callable(fn):
             check_function(fn, decorator)
-        # Not its annotations: they are of another call, with the model in the place of the state.
+        # Without the annotations: those of `fn` name the model, where a step takes the state.
         functools.update_wrapper(self, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
         del self.__dict__["__wrapped__"]
         self._definition = Definition(
@@ -92,14 +90,15 @@ class Step(Generic[P, R_co]):
             Arguments(fn, jit_options),
         )
         self._lock = threading.RLock()
-        # By plan: every entry by its full key; the latest for each key of the arguments; the one, if there is one.
+        # By plan: all entries by their full key; the latest entry for each key of the arguments; the only entry, if
+        # there is one.
         self._entries: dict[Any, dict[Any, CompiledStep]] = {}
         self._recent: dict[Any, dict[Any, CompiledStep]] = {}
         self._only: dict[Any, CompiledStep] = {}
 
     @property
     def fn(self) -> Callable[..., Any]:
-        """The function; another one may be put in its place, as a test does to count traces."""
+        """Returns the function; assigning another one is for tests, for example to count traces."""
         return self._definition.fn
 
     @fn.setter
@@ -124,7 +123,7 @@ class Step(Generic[P, R_co]):
                 return entry.run(state, args, kwargs)
             except NewSignature:
                 pass
-        return self._call_anew(state, args, kwargs)
+        return self._call_new(state, args, kwargs)
 
     def lower(self, state: State, /, *args: object, **kwargs: object) -> Lowered[R_co]:
         """Traces and lowers for these arguments, ahead of time; they may be `jax.ShapeDtypeStruct`s.
@@ -149,12 +148,12 @@ class Step(Generic[P, R_co]):
     # --- ensembles ---------------------------------------------------------------------------------------------
 
     def _call_on_member(self, state: State, args: Any, kwargs: Any) -> Any:
-        """Inside of `jax.vmap` the arrays are of one member, under the plan of the ensemble; what comes back too."""
+        """Runs the step inside `jax.vmap`, where the arrays are those of one member, under the plan of the ensemble."""
         if not is_of_one_member(state):
             raise self._not_mapped(state, args, "{}(state{})")
-        one = as_one(state)
-        result: Any = self(one, *args, **kwargs)
-        if not self._definition.contract_of(one.tables, self._definition.name).returns_state:
+        member = as_one(state)
+        result: Any = self(member, *args, **kwargs)
+        if not self._definition.contract_of(member.tables, self._definition.name).returns_state:
             return result
         after, out = result
         return as_ensemble(state.tables.ensemble, after), out
@@ -163,20 +162,22 @@ class Step(Generic[P, R_co]):
         single, count = single_of(state.tables), state.tables.members
         names = [self._definition.arguments.name_of(place, single.object_count) for place in range(len(args))]
         shapes = [jax.tree.leaves(jax.tree.map(jnp.shape, arg, is_leaf=is_array), is_leaf=_is_shape) for arg in args]
-        axes = [str(0 if of and all(shape[:1] == (count,) for shape in of) else None) for of in shapes]
-        gives = "(axes, 0)" if self._definition.contract_of(single, self._definition.name).returns_state else "0"
+        # Map what has an axis of the ensemble's size; the hint says to adjust the rest.
+        axes = [str(0 if own and all(shape[:1] == (count,) for shape in own) else None) for own in shapes]
+        returns = "(axes, 0)" if self._definition.contract_of(single, self._definition.name).returns_state else "0"
         step = called_as(self._definition.name)
-        mapped = f"jax.vmap({step}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={gives})"
+        mapped = f"jax.vmap({step}, in_axes=({', '.join(['axes', *axes])}{',' * (not axes)}), out_axes={returns})"
         return StructureError(
-            f"{self._definition.name} is a step of one model, and this state is of an ensemble of {count}.",
+            f"{self._definition.name} is a step of one model, but this state is an ensemble of {count}.",
             hint="axes = state.plan.axes()\n"
             + call.format(mapped, "".join(f", {name}" for name in names))
-            + f"\nwhere an argument has an axis of {count}, one for each member, 0 in the place of its None",
+            + f"\nif an argument has an axis of {count}, one entry for each member: 0 instead of its None",
         )
 
     # --- a signature not seen before ---------------------------------------------------------------------------
 
-    def _call_anew(self, state: State, args: Any, kwargs: Any) -> Any:
+    def _call_new(self, state: State, args: Any, kwargs: Any) -> Any:
+        """Calls the step with a signature that may be new: traces, checks and compiles if it is."""
         if compat.jit_is_disabled():
             with explained(self._definition.name, state, args, kwargs):
                 return self._call_eagerly(state, args, kwargs)
@@ -186,8 +187,8 @@ class Step(Generic[P, R_co]):
                 try:
                     return self._run(entry, state, args, kwargs)
                 except NewSignature:
-                    # The same types under another configuration of JAX: a mesh, a matmul precision.
-                    entry = self._entry(state, args, kwargs, anew=True)
+                    # The same types under another configuration of JAX, such as a mesh or a matmul precision.
+                    entry = self._entry(state, args, kwargs, retrace=True)
             with entry.tracing():
                 result = self._run(entry, state, args, kwargs)
             entry.ready = True
@@ -205,32 +206,32 @@ class Step(Generic[P, R_co]):
                 self._only.pop(plan, None)
         return result
 
-    def _entry(self, state: State, args: Any, kwargs: Any, anew: bool = False) -> CompiledStep:
-        """The compiled function for this plan and signature; traced now if it is new."""
+    def _entry(self, state: State, args: Any, kwargs: Any, retrace: bool = False) -> CompiledStep:
+        """Returns the entry for this plan and signature; traces the function if it is new."""
         entries = self._entries.setdefault(state.tables, {})
         key = (
             args_key(args, kwargs, self._definition.arguments, state.tables),
             full_key(state, self._definition.arguments.split(args, kwargs, state.tables.object_count)[:3]),
         )
-        if not anew and key in entries:
+        if not retrace and key in entries:
             return entries[key]
         traced, contract, specs = self._definition.trace_checked(state, args, kwargs)
         self._definition.judge(state.tables, traced, contract)
         entry = self._definition.make_entry(state.tables, traced, contract, specs)
-        if not entry.closes_over_tracers:  # else it belongs to the caller's own trace, and ends with it
+        if not entry.closes_over_tracers:  # otherwise it belongs to the caller's trace, and ends with it
             entries[key] = entry
         return entry
 
     # --- without compilation, under jax.disable_jit ------------------------------------------------------------
 
     def _call_eagerly(self, state: State, args: Any, kwargs: Any) -> Any:
-        """Runs the user's function on the arrays themselves, so that it can be stepped through and printed from.
+        """Runs the user's function on the arrays themselves, so that a debugger and `print` work.
 
-        What it may write, and which leaves it does, comes from a trace all the same: without compilation a scan
-        unrolls, and every leaf that went through one would look written.
+        A trace still determines what it writes and whether it may: without compilation a scan unrolls, and every leaf
+        that went through one would look written.
         """
         plan = state.tables
-        if plan.per_device:  # no Python code can be stepped through on several devices at once
+        if plan.per_device:  # Python cannot step through code on several devices at once
             with jax.disable_jit(False):
                 return self(state, *args, **kwargs)
         with jax.disable_jit(False):
@@ -238,7 +239,7 @@ class Step(Generic[P, R_co]):
             self._definition.judge(plan, traced, contract)
         capture = self._definition.capture_for(plan)
         split = self._definition.arguments.split(args, kwargs, plan.object_count)
-        dynamic = merged(split.args, split.kwargs, split.given)
+        dynamic = merged(split.args, split.kwargs, split.donated)
         eager = Eager.of(
             traced,
             plan,
@@ -249,11 +250,11 @@ class Step(Generic[P, R_co]):
             self._definition.name,
         )
         entry = self._definition.make_entry(plan, eager, contract)
-        donated, _, kept, _, _ = entry.operands(state, args, kwargs)
-        written, out = entry.program(donated, kept, *dynamic)
+        donated, _, read_only, _, _ = entry.operands_from(state, args, kwargs)
+        written, out = entry.program(donated, read_only, *dynamic)
         return (entry.received(state, written, donated=False), out) if contract.returns_state else out
 
 
 def definition_of(step: Step[..., Any]) -> Definition:
-    """Returns what a step was made of."""
+    """Returns the definition of a step."""
     return step._definition

@@ -1,6 +1,6 @@
-"""What is said of a traced step beside its contract: that it trains nothing, that what it writes is lost.
+"""Checks of a traced step beyond its contract: that it trains something, and that its writes are not lost.
 
-What surely does nothing is refused.  What may be meant so is a `StatewiseWarning`, once for each trace.
+What certainly has no effect is rejected.  What may be intended is a `StatewiseWarning`, once for each trace.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from statewise._src.step.outside_writes import own_name
 from statewise._src.step.trace import Traced
 from statewise.errors import StatewiseWarning, StructureError
 
-__all__ = ["cautions_of", "check_trains", "objects_of"]
+__all__ = ["check_trains", "objects_of", "warnings_of"]
 
 
 def objects_of(plan: PlanTables) -> tuple[Any, ...]:
-    """The planned objects, with nothing in their leaves."""
+    """Returns the planned objects, with empty leaves."""
     return rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
 
 
 def _spots(plan: PlanTables, contract: Contract) -> dict[str, list[tuple[str, int]]]:
-    """Kind and position of each array that is differentiated and holds anything, by kind."""
-    found: dict[str, list[tuple[str, int]]] = {}
+    """Returns kind and position of each non-empty array that is differentiated, by kind."""
+    spots_of: dict[str, list[tuple[str, int]]] = {}
     for group in contract.groups:
         for kind, position in plan.params_of(group):
             if plan.specs[kind][position].size:
-                found.setdefault(kind, []).append((kind, position))
-    return found
+                spots_of.setdefault(kind, []).append((kind, position))
+    return spots_of
 
 
 def _reaching(plan: PlanTables, traced: Traced, spots: Sequence[tuple[str, int]]) -> bool:
-    """Whether a gradient may pass from the loss to one of these arrays."""
+    """Returns whether a gradient may pass from the loss to one of these arrays."""
     chosen = set(numbers_of(plan, spots))
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     return differentiably_reached(traced.effects.jaxpr, [number in chosen for number in read])[0]
 
 
 def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> None:
-    """Raises where no leaf that a train step differentiates reaches its loss.
+    """Checks that some leaf that a train step differentiates reaches its loss.
 
     Args:
       plan: the plan.
@@ -57,7 +57,7 @@ def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, 
       name: the step's name.
 
     Raises:
-      StructureError: it would train nothing.
+      StructureError: the step would train nothing.
     """
     spots = [spot for kind in _spots(plan, contract).values() for spot in kind]
     if not spots or _reaching(plan, traced, spots):
@@ -70,24 +70,24 @@ def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, 
         leaves.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))
     fact = f"{name} trains nothing: no leaf that it differentiates reaches the loss."
     lines = []
-    for one, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
-        fact += f" The function reads {one}."
-        own = own_name(one, objects_of(plan), fn)
+    for used, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
+        fact += f" The function reads {used}."
+        own = own_name(used, objects_of(plan), fn)
         if own:
-            lines.append(f"use `{own}`, which the step is given, in the place of `{one.name}`")
+            lines.append(f"use `{own}`, the step's argument, instead of `{used.name}`")
     if any_read:
         lines.append(
-            "jax.lax.stop_gradient, argmax, rounding, comparisons and integers let no gradient pass: "
+            "jax.lax.stop_gradient, argmax, rounding, comparisons and integers do not pass gradients: "
             f"sw.audit({called_as(name)}, state, ...)"
         )
     if not lines:
-        lines.append("compute the loss from the objects that the function is given: return loss(model(x), y)")
-        lines.append("where nothing is to be trained: @sw.step")
+        lines.append("compute the loss from the function's arguments: return loss(model(x), y)")
+        lines.append("if nothing should be trained: @sw.step")
     raise StructureError(fact, leaves=list(dict.fromkeys(leaves)), hint="\n".join(lines))
 
 
-def cautions_of(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
-    """What a step is warned of, each once.
+def warnings_of(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
+    """Returns the warnings about a step.
 
     Args:
       plan: the plan.
@@ -105,9 +105,9 @@ def cautions_of(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, n
 
 
 _LOST = (
-    "where it writes under a plain jax.jit or jax.checkpoint (of the model, in the step; or on a method of the model), "
-    "the write is lost:\nnnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint\n"
-    "likewise where the model is given to jax.vmap, jax.lax.scan, jax.lax.cond ...: nnx.vmap, nnx.scan, nnx.cond ..."
+    "if it writes under a plain jax.jit or jax.checkpoint (of the model, in the step; or on one of its methods), "
+    "the write is lost:\nnnx.jit instead of jax.jit, nnx.remat instead of jax.checkpoint\n"
+    "likewise if the model is passed to jax.vmap, jax.lax.scan, jax.lax.cond ...: nnx.vmap, nnx.scan, nnx.cond ..."
 )
 
 
@@ -118,26 +118,26 @@ def _dropped_leaves(plan: PlanTables, traced: Traced) -> list[Leaf]:
 
 
 def _unwritten(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
-    """For each kind that the step names in `writes`, and of which nothing is written."""
+    """Returns a warning for each kind in `writes` that is never written."""
     written = {kind for kind, _ in traced.written} | {kind for group in contract.groups for kind in group.kinds}
     dropped = _dropped_leaves(plan, traced)
-    found = []
+    unwritten = []
     for kind in contract.named:
         if kind in written or not plan.specs[kind]:
             continue
-        found.append(
+        unwritten.append(
             StatewiseWarning(
-                f"{name} declares that it writes {kind}, and writes nothing of it.",
+                f"{name} declares that it writes {kind}, but never writes it.",
                 leaves=[leaf for leaf in dropped if leaf.kind == kind],
                 kind=kind,
-                hint=f"{_LOST}\nwhere it is not meant to write {kind}: take {kind!r} out of writes",
+                hint=f"{_LOST}\nif it should not write {kind}: take {kind!r} out of writes",
             )
         )
-    return found
+    return unwritten
 
 
 def _dropped(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
-    """For what is written where it is lost, of kinds that the warning above does not speak of."""
+    """Returns a warning for lost writes to kinds that `_unwritten` does not report."""
     written = {kind for kind, _ in traced.written}
     named = {kind for kind in contract.named if kind not in written}
     leaves = [leaf for leaf in _dropped_leaves(plan, traced) if leaf.kind not in named]
@@ -150,51 +150,50 @@ def _dropped(plan: PlanTables, traced: Traced, contract: Contract, name: str) ->
             "lost.",
             leaves=leaves,
             kind=kinds[0],
-            hint="nnx.jit in the place of jax.jit, nnx.remat in the place of jax.checkpoint",
+            hint="nnx.jit instead of jax.jit, nnx.remat instead of jax.checkpoint",
         )
     ]
 
 
 def _kinds_untrained(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
-    """For each kind that the step differentiates, and of which no leaf reaches the loss, where others do."""
+    """Returns a warning for each differentiated kind of which no leaf reaches the loss, where other kinds do."""
     kinds = _spots(plan, contract)
     if len(kinds) < 2:
         return []
     reaching = {kind: _reaching(plan, traced, spots) for kind, spots in kinds.items()}
     if not any(reaching.values()):
-        return []  # which is refused
-    found = []
+        return []  # `check_trains` rejects this
+    untrained = []
     for kind in (kind for kind, reaches in reaching.items() if not reaches):
         group = next(group for group in contract.groups if kind in group.kinds)
-        others = tuple(one for other in contract.groups if other is not group for one in other.kinds)
-        hint = f"@sw.train_step(wrt={others!r})" if len(group.kinds) == 1 else "an optimizer of its own for each kind"
-        found.append(
+        others = tuple(kind for other in contract.groups if other is not group for kind in other.kinds)
+        hint = f"@sw.train_step(wrt={others!r})" if len(group.kinds) == 1 else "a separate optimizer for each kind"
+        untrained.append(
             StatewiseWarning(
-                f"{name} differentiates {kind}, of which no leaf reaches the loss: its optimizer sees nothing but "
-                "zeros.",
+                f"{name} differentiates {kind}, but no leaf of it reaches the loss: its optimizer sees only zeros.",
                 leaves=list(dict.fromkeys(plan.leaf_of_array[kind][position] for _, position in kinds[kind])),
                 kind=kind,
-                hint=f"where this step is not to train it: {hint}",
+                hint=f"if this step should not train it: {hint}",
             )
         )
-    return found
+    return untrained
 
 
 def _all_from_outside(
     plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str
 ) -> list[StatewiseWarning]:
-    """Where a step that does not train uses nothing of its state, but an object that it brings along."""
+    """Returns a warning if a step that does not train reads nothing of its state, but an object from outside."""
     if contract.trains or traced.written or any(traced.effects.read[: traced.inputs]):
         return []
-    found = []
-    for one, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
-        own = own_name(one, objects_of(plan), fn)
+    outside = []
+    for used, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
+        own = own_name(used, objects_of(plan), fn)
         if own:
-            found.append(
+            outside.append(
                 StatewiseWarning(
-                    f"{name} reads nothing of its state; it reads {one}, whose arrays are constants of the compiled "
+                    f"{name} reads nothing of its state; it reads {used}, whose arrays are constants of the compiled "
                     "step.",
-                    hint=f"use `{own}`, which the step is given, in the place of `{one.name}`",
+                    hint=f"use `{own}`, the step's argument, instead of `{used.name}`",
                 )
             )
-    return found
+    return outside

@@ -18,7 +18,6 @@ from statewise._src.checkpoint.format.checksums import is_spread
 from statewise._src.checkpoint.format.keys import OrbaxKeys, dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, StoredBuffer
 from statewise._src.checkpoint.format.records import check_savable, records_of, unpacked
-from statewise._src.checkpoint.orbax.batching import no_collection
 from statewise._src.core.plan import State
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
@@ -88,7 +87,6 @@ _Known = dict[tuple[tuple[str, ...], str], tuple[list[Any], _Arrangement]]
 _known: weakref.WeakKeyDictionary[PlanTables, _Known] = weakref.WeakKeyDictionary()
 
 
-@no_collection()
 def lay_out(state: State, kinds: Collection[str], layout: str) -> LaidOut:
     """Decides where each array of these kinds goes.
 

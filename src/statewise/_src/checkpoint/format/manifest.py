@@ -17,7 +17,6 @@ from typing import Any
 
 from statewise._src.checkpoint.format.checksums import Sums
 from statewise._src.checkpoint.format.keys import PathId, dtype_of, encode_path, path_id
-from statewise._src.checkpoint.orbax.batching import no_collection
 from statewise._src.common.paths import Leaf, Path
 from statewise.errors import StatewiseError
 
@@ -205,7 +204,6 @@ class Manifest:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-@no_collection()
 def leaves_text(leaves: Sequence[LeafRecord], sums: Iterable[Sums]) -> str:
     """The leaves as a manifest's content has them.
 

@@ -31,7 +31,6 @@ from statewise._src.checkpoint.format.manifest import (
     content_text,
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
-from statewise._src.checkpoint.orbax.batching import no_collection
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.common.paths import Path
 from statewise._src.plan.members import shrunk
@@ -47,7 +46,6 @@ _DTYPE = re.compile(r"bool|(u?int|b?float|complex)[0-9]+(_\w+)?", re.ASCII)
 _MOST, _AXES, _DEEPEST = 1 << 62, 64, 16
 
 
-@no_collection()
 def read_manifest(directory: Any) -> Manifest:
     """Reads and checks the manifest of a checkpoint.
 

@@ -32,7 +32,7 @@ from statewise._src.step.operands import Operand, numbers_of
 from statewise._src.step.shard_map import traced_on_one
 from statewise._src.step.step import Step, definition_of
 from statewise._src.step.trace import Traced
-from statewise._src.step.warnings import cautions_of, check_trains
+from statewise._src.step.warnings import check_trains, warnings_of
 from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
 
 __all__ = ["audit"]
@@ -161,7 +161,7 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
         check_trains(plan, traced, contract, step.fn, name)
     except (UndeclaredWriteError, StructureError) as refusal:
         error = refusal.with_traceback(None)
-    warnings = tuple(cautions_of(plan, traced, contract, step.fn, name))
+    warnings = tuple(warnings_of(plan, traced, contract, step.fn, name))
     rows = tuple(_row(plan, leaf, numbers, touched, zero) for leaf, numbers in _numbers_of_leaves(plan))
     return Audit(name, contract.trains, rows, plan.kinds, error, warnings)
 
@@ -170,9 +170,9 @@ class _Touched:
     """What a step does to the arrays of a state, as sets of their numbers among all arrays of the plan."""
 
     def __init__(self, definition: Definition, plan: PlanTables, traced: Traced, contract: Contract) -> None:
-        routes = definition.make_entry(plan, traced, contract).routes
-        self.donated = _numbers(plan, routes.donated)
-        self.passed_to_jit = self.donated | _numbers(plan, routes.kept)
+        operands = definition.make_entry(plan, traced, contract).operands
+        self.donated = _numbers(plan, operands.donated)
+        self.passed_to_jit = self.donated | _numbers(plan, operands.read_only)
         self.packed = {number for numbers, is_buffer in _contents(plan).values() if is_buffer for number in numbers}
         by_function = set(numbers_of(plan, traced.written))
         self.undeclared = set(numbers_of(plan, [spot for spot in traced.written if spot[0] not in contract.allowed]))
@@ -206,9 +206,9 @@ def _contents(plan: PlanTables) -> dict[tuple[int, int], tuple[list[int], bool]]
     return found
 
 
-def _numbers(plan: PlanTables, routes: Sequence[Operand]) -> set[int]:
+def _numbers(plan: PlanTables, operands: Sequence[Operand]) -> set[int]:
     contents = _contents(plan)
-    return {number for route in routes for slot in route.slots for number in contents[route.kind, slot][0]}
+    return {number for route in operands for slot in route.slots for number in contents[route.kind, slot][0]}
 
 
 def _numbers_of_leaves(plan: PlanTables) -> list[tuple[Leaf, list[int]]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from flax import nnx
 
-from statewise._src.common.paths import Path, format_path
-from statewise._src.filters.combinators import compound, describe, normalise, predicate
+from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.filters.combinators import compound, describe, normalize, predicate
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Exactly
 from statewise._src.inspect.lint.finding import Found, Rule, counted
@@ -144,7 +144,7 @@ def _overlap(kinds: Mapping[str, Kind], wide: str, narrow: str) -> tuple[str, st
     """A type that the one kind names and that the other claims too."""
     if kinds[wide].rest or kinds[narrow].rest or not (type_only(kinds[wide].of) and type_only(kinds[narrow].of)):
         return None
-    for cls in _named(normalise(kinds[narrow].of)):
+    for cls in _named(normalize(kinds[narrow].of)):
         leaf: Any = object.__new__(cls)  # a filter by type looks at nothing but the type
         try:
             if predicate(kinds[wide].of)((), leaf) and predicate(kinds[narrow].of)((), leaf):
@@ -227,6 +227,58 @@ def _trained_lost(subject: Subject) -> Iterator[Found]:
                 )
 
 
+# --- modes: modules that train where the rest of the program evaluates -------------------------------------------
+
+
+def _writers(subject: Subject) -> dict[Path, list[int]]:
+    """Returns the modules that update running statistics when called, each with its statistics."""
+    if not subject.has_attribute("use_running_average"):
+        return {}
+    training = [path for path, node in subject.nodes if vars(node).get("use_running_average") is False]
+    if not training:
+        return {}
+    params = set(subject.of_type(nnx.Param, nnx.RngState))
+    statistics = {path: [number for number in subject.below(path) if number not in params] for path in training}
+    return {path: numbers for path, numbers in statistics.items() if numbers}
+
+
+def _statistics(subject: Subject, writers: dict[Path, list[int]]) -> tuple[Leaf, ...]:
+    return subject.rows(sorted({number for numbers in writers.values() for number in numbers}))
+
+
+def _written_by_eval(subject: Subject) -> Iterator[Found]:
+    if not subject.has_attribute("deterministic"):
+        return
+    flags = {flag for _, node in subject.nodes if isinstance(flag := vars(node).get("deterministic"), bool)}
+    if flags != {True}:  # there is no sign that this model evaluates
+        return
+    writers = _writers(subject)
+    if writers:
+        modules = ", ".join(format_path(path) for path in list(writers)[:3]) + (" ..." if len(writers) > 3 else "")
+        yield Found(
+            f"Every dropout is switched off, but running statistics are still updated (in {modules}).",
+            _statistics(subject, writers),
+            "model.eval()  # or nnx.view(model, deterministic=True, use_running_average=True)",
+        )
+
+
+def _frozen_in_training(subject: Subject) -> Iterator[Found]:
+    writers: dict[Path, list[int]] = {}
+    for path, numbers in _writers(subject).items():
+        frozen = [
+            number for number in numbers if (kind := subject.claims[number]) is not None and subject.kinds[kind].frozen
+        ]
+        if frozen:
+            writers[path] = frozen
+    if writers:
+        first = format_path(next(iter(writers)))
+        yield Found(
+            "Frozen statistics belong to modules that update them.",
+            _statistics(subject, writers),
+            f"use_running_average=True, where the module is made ({first})  # or model.eval() as a step's first line",
+        )
+
+
 RULES = (
     Rule("unclaimed-leaf", "no plan can be made of this model by these kinds", _unclaimed),
     Rule("overlapping-leaf", "no plan can be made of this model by these kinds", _contested),
@@ -254,4 +306,14 @@ RULES = (
         _statistics_lost,
     ),
     Rule("trained-but-not-saved", "what training learned is gone after a restart", _trained_lost),
+    Rule(
+        "statistics-written-by-eval",
+        "evaluating moves the statistics, by test data, and the output depends on the batch",
+        _written_by_eval,
+    ),
+    Rule(
+        "frozen-statistics-in-training",
+        "a step that calls the module writes a frozen kind, which is an error; NNX alone would write it",
+        _frozen_in_training,
+    ),
 )

@@ -6,7 +6,7 @@ or traced, but the layout of an optimizer's state and the functions that make fr
 calls (`reading`).
 
 The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the rules by theme:
-`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `modes`, `restarting`, `members` (ensembles).
+`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `restarting`, `members` (ensembles).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from statewise._src.common.object_names import given, names_given
 from statewise._src.core.plan import Kinds
-from statewise._src.inspect.lint import arrays, declared, leaf_types, members, modes, values
+from statewise._src.inspect.lint import arrays, declared, leaf_types, members, values
 from statewise._src.inspect.lint import optimizers as optimizing
 from statewise._src.inspect.lint import restarts as restarting
 from statewise._src.inspect.lint.finding import Finding, Findings, Rule
@@ -30,7 +30,6 @@ RULES: tuple[Rule, ...] = (
     *leaf_types.RULES,
     *declared.RULES,
     *optimizing.RULES,
-    *modes.RULES,
     *restarting.RULES,
     *members.RULES,
 )

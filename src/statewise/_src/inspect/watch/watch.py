@@ -189,8 +189,7 @@ class Watch(Shown):
           **named: the same by name, where objects are watched by name.
 
         Raises:
-          StructureError: another number of objects, or other names.
-          DeclarationError: some by position and some by name.
+          StructureError: another number of objects, or other names; some by position and some by name.
 
         Example:
           >>> import jax

@@ -1,8 +1,8 @@
-// Reads the data and puts the page together.
+// Reads the data and builds the page.
 
 const report = shown(JSON.parse(byId("data").textContent), "");
 
-// All text of the data as it may be shown; of a hint the line breaks stay.
+// Makes all text of the data printable; hints keep their line breaks.
 function shown(value, name) {
   if (typeof value === "string")
     return name === "hint" ? value.split("\n").map(printable).join("\n") : printable(value);
@@ -29,7 +29,7 @@ function themeButton() {
   try {
     theme = localStorage.getItem("statewise-theme") || "auto";
   } catch {
-    // A page from a file may not be allowed to remember.
+    // A page opened from a file may not be allowed to store anything.
   }
   function set(name) {
     theme = name in names ? name : "auto";

@@ -1,4 +1,4 @@
-// The sections beside the map and the table of leaves: what stands at the top, kinds, memory, findings, the difference.
+// The sections besides the map and the table of leaves: the header, kinds, memory, findings, differences.
 
 function header(report) {
   const versions = Object.entries(report.versions).map(([name, version]) => `${name} ${version}`);
@@ -9,7 +9,7 @@ function header(report) {
   const tiles = [
     ["leaves", formatCount(total.leaves), "leaves"],
     ["leaves", formatCount(total.elements), "elements"],
-    ["map", formatBytes(total.bytes), "in all"],
+    ["map", formatBytes(total.bytes), "in total"],
   ];
   if (report.memory)
     tiles.push([
@@ -65,7 +65,7 @@ function cells(values, numbers) {
   return values.map((value, at) => make("td", { className: numbers.has(at) ? "number" : "" }, value));
 }
 
-// The words of a handling: `frozen`, `placement=Sharded('data', None)`; a comma within brackets parts nothing.
+// Splits a kind's handling, `frozen, placement=Sharded('data', None)`, at the commas outside of brackets.
 function handlings(text) {
   if (text === "-" || !text) return ["-"];
   const words = [];
@@ -150,7 +150,7 @@ function memorySection(memory, hueOf) {
   const axes = Object.entries(memory.mesh).map(([name, size]) => `${name}=${formatCount(size)}`);
   byId("memory-note").textContent =
     `${formatBytes(memory.total)} on each of ${formatCount(memory.devices)} devices, mesh ${axes.join(", ")}. ` +
-    "Activations are not in it, nor what the compiler needs for itself.";
+    "Activations are not included, nor what the compiler needs itself.";
   const parts = memory.kinds.map((kind) => [kind.name, kind.per_device, hueOf(kind.name)]);
   if (memory.gradients) parts.push(["gradients", memory.gradients, null]);
   const shown = parts.filter(([, size]) => size > 0);
@@ -173,7 +173,7 @@ function memorySection(memory, hueOf) {
     ["bytes", true],
     ["per device", true],
     ...(host ? [["host, per device", true]] : []),
-    ["saved if split", true],
+    ["saved if sharded", true],
   ];
   const numbers = new Set([1, 2, 3, 4, 5]);
   const line = (name, hue, arrays, whole, here, there, saves) =>
@@ -207,13 +207,13 @@ function memorySection(memory, hueOf) {
   );
 }
 
-const NAMED = 10; // leaves of a finding that are shown at once
+const NAMED = 10; // leaves of a finding that are listed at first
 
 function findingsSection(findings, openPath) {
   const host = byId("findings-list");
   if (!findings) {
     host.replaceChildren(
-      make("p", { className: "notice", textContent: "Not looked for: a checkpoint holds no objects to look at." }),
+      make("p", { className: "notice", textContent: "Not checked: a checkpoint holds no objects to inspect." }),
     );
     return;
   }
@@ -264,7 +264,7 @@ function differenceSection(diff, hueOf) {
         .map(([word, number]) => `${word} ${formatCount(number)}`)
         .join(", ")}`,
   );
-  const left = diff.not_saved.length ? ` Left out: ${diff.not_saved.join(", ")}.` : "";
+  const left = diff.not_saved.length ? ` Not saved: ${diff.not_saved.join(", ")}.` : "";
   byId("difference-note").textContent = `From ${diff.first} to ${diff.second}. ${counts.join("; ")}.${left}`;
   if (!diff.leaves.length) {
     byId("difference-table").replaceChildren(make("p", { className: "notice good", textContent: "No leaf differs." }));

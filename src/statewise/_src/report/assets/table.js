@@ -1,12 +1,12 @@
-// A table of any length: only the rows that are to be seen are in the page, between two that stand for the rest.
+// A table of any length: only the visible rows are in the page, between two that take the space of the rest.
 
 const ROW = 30; // pixels, as the style sheet has it
-const AROUND = 8; // rows above and below what is seen
+const AROUND = 8; // extra rows above and below the visible ones
 
 const collator = new Intl.Collator("en", { numeric: true });
 
 class BigTable {
-  // columns: [{ title, cell(row) -> element or text, by(row) -> what sorts it, number, width }]
+  // columns: [{ title, cell(row) -> element or text, by(row) -> sort key, number, width }]
   // search(row) -> text that is searched; groups: { label, of(row), names } for a choice; sum(rows) -> text
   constructor(host, { rows, columns, search, label, groups, sum }) {
     Object.assign(this, { rows, columns, sum, groups });
@@ -25,7 +25,7 @@ class BigTable {
     this.input.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.input.value) this.search("");
       if (event.key === "ArrowDown") {
-        event.preventDefault(); // else what has the focus now scrolls for it, too
+        event.preventDefault(); // otherwise the focused element scrolls too
         this.view.focus();
       }
     });
@@ -40,7 +40,7 @@ class BigTable {
       return col;
     });
     this.table = make("table", { className: "big" }, make("colgroup", {}, ...widths));
-    // The first column takes what the others leave, and no less than it needs.
+    // The first column takes the space that the others leave, but at least what it needs.
     this.table.style.minWidth = `${this.columns.reduce((sum, column) => sum + parseFloat(column.width || "17"), 0)}rem`;
     this.table.append(make("thead", {}, make("tr", { ariaRowIndex: "1" }, ...this.heads)), this.body);
     this.table.setAttribute("aria-label", label);
@@ -82,7 +82,7 @@ class BigTable {
 
   // --- what is shown ------------------------------------------------------------------------------------------
 
-  // Up, down, and then as it came; of numbers the largest first.
+  // Ascending, descending, then the original order; numbers start with the largest.
   sort(at) {
     const first = !this.columns[at].number;
     const { column, up } = this.sorted;
@@ -101,16 +101,16 @@ class BigTable {
     this.filter();
   }
 
-  // Only these rows, until the chip that says so is clicked.
+  // Shows only these rows, until the chip with their label is clicked.
   within(rows, label) {
     this.only = rows ? new Set(rows) : null;
     this.chip.hidden = !rows;
     this.chip.textContent = `${label} ✕`;
-    this.chip.setAttribute("aria-label", `Show all again, not ${label} alone`);
+    this.chip.setAttribute("aria-label", `Show all rows, not only ${label}`);
     this.filter();
   }
 
-  // Every word must be found.
+  // Every word must match.
   filter() {
     const words = this.input.value.toLowerCase().split(/\s+/).filter(Boolean);
     const group = this.select ? this.select.value : "";
@@ -179,7 +179,7 @@ class BigTable {
     return gap;
   }
 
-  // Shows one row, whatever is searched for at the moment.
+  // Shows one row, whatever the current search is.
   reveal(row) {
     this.marked = row;
     if (!this.order.some((at) => this.rows[at] === row)) {
@@ -204,8 +204,8 @@ class BigTable {
   }
 }
 
-// A path, its last key in full: the front is cut where there is no room.
-// (Not by flex: what is copied would hold line breaks.)
+// A path with its last key in full: the front is cut off if there is no room.
+// (Not by flex, which would add line breaks to copied text.)
 function pathCell(segments) {
   const front = make("span", {
     className: "front",

@@ -1,15 +1,15 @@
-// The tree that the map shows: leaves by kind and path, or by path alone; and how cells are laid out.
+// The tree that the map shows, of leaves by kind and path or by path alone, and the layout of its cells.
 
 const MEASURES = ["bytes", "elements", "device"];
-const CROWD = 120; // more children than that stand in ranges: `0 … 31`, `32 … 63`
+const CROWD = 120; // more children than this are grouped into ranges: `0 … 31`, `32 … 63`
 
-// Makes the tree of all leaves. A group with a single member is one with it: `a/b/c`, not three cells to click through.
+// Makes the tree of all leaves. A group with a single member is merged with it: `a/b/c`, not three cells to click through.
 function makeTree(leaves, byKind, title) {
   const root = makeNode(title, null);
   for (const leaf of leaves) {
-    // The paths of optimizer state say already whose it is.
-    const told = leaf.segments.length > 1 && leaf.segments[0] === leaf.kind;
-    const keys = byKind && !told ? [leaf.kind, ...leaf.segments] : leaf.segments;
+    // The paths of optimizer state already show which kind it belongs to.
+    const named = leaf.segments.length > 1 && leaf.segments[0] === leaf.kind;
+    const keys = byKind && !named ? [leaf.kind, ...leaf.segments] : leaf.segments;
     let node = root;
     for (const key of keys.slice(0, -1)) {
       if (!node.groups.has(key)) node.groups.set(key, makeNode(key, null));
@@ -18,7 +18,7 @@ function makeTree(leaves, byKind, title) {
     node.members.push(makeNode(keys[keys.length - 1], leaf));
   }
   root.children = childrenOf(root);
-  // Where all is of one kind, that kind is no step of its own.
+  // A single kind does not get a level of its own.
   if (root.children.length === 1 && !root.children[0].leaf) root.children = root.children[0].children;
   root.children.forEach((child) => adopt(root, child));
   measure(root);
@@ -43,7 +43,7 @@ function childrenOf(node) {
   return ranges([...node.groups.values()].map(contracted).concat(node.members));
 }
 
-// Many children as about as many ranges as each of them has members, in the order of the leaves.
+// Groups many children into ranges, about as many as each range has members, in the order of the leaves.
 function ranges(children) {
   if (children.length <= CROWD) return children;
   const length = Math.ceil(Math.sqrt(children.length));
@@ -93,14 +93,14 @@ function leavesBelow(node) {
   return node.leaf ? [node.leaf] : node.children.flatMap(leavesBelow);
 }
 
-// The cells to draw for a node's children: the largest as they are, all that would be too small (in square pixels) or
-// too many as one, which is not drawn smaller than `rest`, a share of the area.
+// The cells to draw for a node's children: the largest individually, and all that would be too small (in square pixels)
+// or too many as one, which is drawn no smaller than `rest`, a share of the area.
 function cellsOf(node, name, area, { least, most, rest }) {
   const sized = node.children.filter((child) => child[name] > 0).sort((a, b) => b[name] - a[name]);
   const unit = area / (node[name] || 1);
   let shown = sized.length;
   while (shown > 1 && (shown > most || sized[shown - 1][name] * unit < least)) shown--;
-  if (shown === sized.length - 1 && shown < most) shown++; // one alone is no group
+  if (shown === sized.length - 1 && shown < most) shown++; // a single one is not a group
   const cells = sized.slice(0, shown).map((cell) => ({ node: cell, size: Math.max(cell[name] * unit, least) }));
   if (shown === sized.length) return cells;
   const others = restOf(node, sized.slice(shown));
@@ -113,12 +113,12 @@ function restOf(node, children) {
   const rest = makeNode(`${formatCount(children.length)} more`, null);
   rest.children = children;
   rest.parent = node;
-  rest.part = rest.rest = true; // of what the node above holds: no key of a path
+  rest.part = rest.rest = true; // part of its parent's children: not a key of a path
   sum(rest);
   return rest;
 }
 
-// Squarified treemap (Bruls, Huizing, van Wijk): rows along the shorter side, each as long as its cells get squarer.
+// Squarified treemap (Bruls, Huizing, van Wijk): rows along the shorter side; a row grows while its cells get squarer.
 function squarify(cells, box) {
   const total = cells.reduce((sum, cell) => sum + cell.size, 0);
   const scale = total ? (box.width * box.height) / total : 0;
@@ -153,7 +153,7 @@ function squarify(cells, box) {
   return placed;
 }
 
-// How far from a square the worst cell of a row is; the sizes fall, so it is the first or the last.
+// The aspect ratio of a row's worst cell; sizes are descending, so it is the first or the last.
 function worst(areas, start, end, row, side) {
   const square = side * side;
   return Math.max((square * areas[start]) / (row * row), (row * row) / (square * areas[end - 1]));

@@ -1,7 +1,7 @@
 // The map: cells that can be zoomed into, by mouse, touch or keyboard.
 //
-// Drawn are the children of one node, and within each of them what there is room for; never more than MOST elements,
-// however many leaves there are. Only the outer cells take the focus, one of them at a time (a roving tabindex).
+// It draws the children of one node, and inside each of them whatever there is room for; never more than MOST elements,
+// however many leaves there are. Only the outer cells are focusable, one at a time (a roving tabindex).
 
 const MOST = 900;
 const OUTER = { least: 600, most: 120, rest: 0.03 };
@@ -67,7 +67,7 @@ class Treemap {
     else if (event.key === "Home") this.cells[0].element.focus();
     else if (event.key === "End") this.cells[this.cells.length - 1].element.focus();
     else if (event.key in DIRECTIONS) {
-      const next = neighbour(this.cells, cell, DIRECTIONS[event.key]);
+      const next = neighbor(this.cells, cell, DIRECTIONS[event.key]);
       if (next) next.element.focus();
     } else return;
     event.preventDefault();
@@ -78,7 +78,7 @@ class Treemap {
     return outer ? this.cells[Number(outer.dataset.cell)] : undefined;
   }
 
-  // The one cell that Tab comes to.
+  // The one cell that Tab reaches.
   rove(cell) {
     if (!cell) return;
     if (this.current) this.current.element.tabIndex = -1;
@@ -118,7 +118,7 @@ class Treemap {
     this.read(this.node);
   }
 
-  // The element of one cell, with at most `quota` others within it.
+  // The element of one cell, with at most `quota` others inside.
   cell({ node, x, y, width, height }, quota) {
     const element = make("div", { className: node.leaf ? "cell leaf" : node.rest ? "cell rest" : "cell group" });
     element.dataset.node = String(this.nodes.push(node) - 1);
@@ -153,7 +153,7 @@ class Treemap {
     this.parts.crumbs.replaceChildren(...parts.flatMap((part, at) => (at ? ["›", part] : [part])));
   }
 
-  // --- saying -------------------------------------------------------------------------------------------------
+  // --- text --------------------------------------------------------------------------------------------------
 
   point(event) {
     const inner = event.target.closest(".cell");
@@ -197,13 +197,13 @@ class Treemap {
 const WORDS = { bytes: "bytes", elements: "elements", device: "on each device" };
 const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-// A number of elements, shared out by area.
+// Distributes a number of elements by area.
 function shares(places, number) {
   const total = places.reduce((sum, place) => sum + place.width * place.height, 0) || 1;
   return places.map((place) => Math.floor((Math.max(0, number) * place.width * place.height) / total));
 }
 
-// Whether a node is a cell's, or within it. What was put together as the rest is another object each time it is drawn.
+// Whether a node is a cell's, or inside it. The group of the remaining cells is a new object each time it is drawn.
 function isWithin(node, group) {
   if (!node) return false;
   const member = node.rest ? node.children[0] : node;
@@ -212,8 +212,8 @@ function isWithin(node, group) {
   return false;
 }
 
-// The nearest cell in a direction: it begins where this one ends, and straight ahead comes before aslant.
-function neighbour(cells, from, [dx, dy]) {
+// The nearest cell in a direction: it begins where this one ends; straight ahead is preferred to diagonal.
+function neighbor(cells, from, [dx, dy]) {
   const gapOf = (cell) => {
     const ahead = dx
       ? dx > 0

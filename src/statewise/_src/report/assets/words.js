@@ -1,9 +1,8 @@
-// Words and elements: how numbers are written, and how text becomes part of the page.
-// Text is only ever set as text, never as HTML.
+// Formatting of numbers and text, and helpers that make elements. Text is only ever set as text, never as HTML.
 
 const UNITS = ["KiB", "MiB", "GiB", "TiB", "PiB"];
 
-// As `format_bytes` in tables.py writes them.
+// Like `format_bytes` in tables.py.
 function formatBytes(number) {
   if (Math.abs(number) < 1024) return `${number} B`;
   let size = number;
@@ -33,7 +32,7 @@ function plural(number, one, several) {
   return `${formatCount(number)} ${number === 1 ? one : several}`;
 }
 
-// As `printable` in tables.py: what a terminal or a browser would act on instead of showing it stands as an escape.
+// Like `printable` in tables.py: characters that a terminal or a browser would act on are shown as escapes.
 const ESCAPES = { 9: "\\t", 10: "\\n", 13: "\\r" };
 function printable(text) {
   return text.replace(/(?! )[\p{C}\p{Z}]/gu, (c) => {
@@ -45,7 +44,7 @@ function printable(text) {
   });
 }
 
-// An element with properties, and children: elements or text.
+// Makes an element with properties, and children: elements or text.
 function make(tag, properties, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties || {})) {
@@ -60,7 +59,7 @@ function byId(id) {
   return document.getElementById(id);
 }
 
-// Colours are told by a hue; the style sheet makes a light and a dark colour of it.
+// Colors are given by a hue; the style sheet makes a light and a dark color of it.
 const HUES = [255, 155, 65, 310, 20, 205, 110, 340, 280, 85];
 
 function swatch(hue) {
@@ -74,7 +73,7 @@ function paint(element, hue) {
   else element.style.setProperty("--hue", hue);
 }
 
-// One of several, as buttons that stay pressed.
+// A choice of one, as buttons that stay pressed.
 function choices(host, options, chosen, choose) {
   const buttons = options.map(([key, label]) => {
     const button = make("button", { type: "button", textContent: label });

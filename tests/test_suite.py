@@ -1,0 +1,57 @@
+"""The suite itself: its directories are the packages, markers follow directories, and a worker's memory is watched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import worker_memory
+
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src" / "statewise"
+# Beside the packages: what they share, what holds across them, and what runs programs, pages or examples.
+OTHERS = {"docs", "equivalence", "examples", "golden", "helpers", "laws", "processes", "typing"}
+
+
+def test_directories_are_the_packages() -> None:
+    packages = {file.parent.name for file in (SOURCE / "_src").glob("*/__init__.py")} | {"cli"}
+    directories = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert packages <= directories
+    assert directories <= packages | OTHERS
+
+
+def test_helpers_hold_no_tests() -> None:
+    assert list((TESTS / "helpers").rglob("test_*.py")) == []
+
+
+@pytest.mark.parametrize("marker", ["docs", "processes", "browser", "equivalence"])
+def test_a_directory_marks_its_tests(marker: str, pytestconfig: pytest.Config) -> None:
+    assert [path for path in TESTS.rglob(marker) if list(path.glob("test_*.py"))]
+    assert any(line.startswith(f"{marker}:") for line in pytestconfig.getini("markers"))
+
+
+def test_a_test_has_the_markers_of_its_directories_only(request: pytest.FixtureRequest) -> None:
+    names = {mark.name for mark in request.node.iter_markers()}
+    assert names == set()
+    for item in request.session.items:
+        marked = {mark.name for mark in item.iter_markers()} & {"docs", "processes", "browser", "equivalence"}
+        assert marked == marked & set(item.path.parts)
+
+
+def test_a_worker_that_held_too_much_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_memory, "peak", lambda: worker_memory.LIMIT)
+    worker_memory.after_file("test_small.py")
+    monkeypatch.setattr(worker_memory, "peak", lambda: worker_memory.LIMIT + 1)
+    with pytest.raises(MemoryError, match=r"this worker held 2\.0 GB at most, .* after test_large\.py"):
+        worker_memory.after_file("test_large.py")
+
+
+def test_caches_are_cleared_where_a_worker_holds_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared = []
+    monkeypatch.setattr(worker_memory, "clear", lambda: cleared.append(True))
+    monkeypatch.setattr(worker_memory, "peak", lambda: 0)
+    for held in (worker_memory.CLEAR_ABOVE, worker_memory.CLEAR_ABOVE + 1):
+        monkeypatch.setattr(worker_memory, "resident", lambda held=held: held)
+        worker_memory.after_file("test_file.py")
+    assert cleared == [True]
