@@ -51,8 +51,8 @@ demo: $(VENV)/.installed
 	$(BIN)/statewise demo
 
 # Everything that answers fast.  Properties draw ten examples, and JAX keeps what it compiled in .jax_cache: the second
-# run is the fast one.  Left out are the directories that tests/conftest.py marks, and what is slow.
-QUICK := not slow and not docs and not processes and not browser and not equivalence
+# run is the fast one.  Left out are the directories that tests/conftest.py marks, and files marked `heavy`.
+QUICK := not slow and not heavy and not docs and not processes and not browser and not equivalence
 quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 quick: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 quick: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1

@@ -36,7 +36,7 @@ class Traces:
 
 
 @contextlib.contextmanager
-def count_traces(step: Step) -> Iterator[Traces]:
+def count_traces(step: Step[..., Any]) -> Iterator[Traces]:
     """Counts how often a step's function is traced within a block.
 
     Args:
@@ -71,7 +71,7 @@ def count_traces(step: Step) -> Iterator[Traces]:
         step.fn = fn
 
 
-def assert_no_retrace(step: Step, state: State, /, *args: Any, **kwargs: Any) -> None:
+def assert_no_retrace(step: Step[..., Any], state: State, /, *args: Any, **kwargs: Any) -> None:
     """Asserts that a second call of a step, on the state that the first returned, traces nothing.
 
     The state is not changed: the step runs on a copy.
@@ -103,7 +103,7 @@ def assert_no_retrace(step: Step, state: State, /, *args: Any, **kwargs: Any) ->
         )
 
 
-def assert_same(first: Any, second: Any) -> None:
+def assert_same(one: object, other: object) -> None:
     """Asserts that two models, states or checkpoints are bitwise equal, leaf by leaf.
 
     Args:
@@ -123,7 +123,7 @@ def assert_same(first: Any, second: Any) -> None:
         raise AssertionError(str(difference))
 
 
-def assert_same_placement(first: State, second: State) -> None:
+def assert_same_placement(one: State, other: State) -> None:
     """Asserts that two states of one structure have the same shardings: the same part of each array on each device.
 
     Args:

@@ -142,7 +142,7 @@ def test_a_path_is_a_field_and_no_part_of_a_url(path: str, spec: dict[str, str])
     made = spec_of(epath(path))
     assert made == spec
     # TensorStore's own reading of it: the fields come back, and its URL has them escaped.
-    store = ts.KvStore.ArraySpec(made)
+    store = ts.KvStore.Spec(made)
     assert {name: store.to_json().get(name, "") for name in spec} == spec
     assert "#" not in store.url
     assert "?" not in store.url

@@ -17,6 +17,8 @@ from flax import nnx
 import statewise as sw
 from large_states import LEAVES, SIDE, assert_same, large_plan, make_large, mesh_of, split_for
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / "tests/helpers"
 MESHES = [(8,), (2, 4), (4,), (1,)]

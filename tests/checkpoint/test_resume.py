@@ -17,6 +17,8 @@ from flax import nnx
 import statewise as sw
 from checkpoint_models import assert_identical, batches, contents, copied, train, trained
 
+pytestmark = pytest.mark.heavy
+
 # What a fresh process does: it plans a model of other values, restores, goes on, and writes down what it has.
 RESUME = """
 import sys

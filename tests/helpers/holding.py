@@ -113,7 +113,7 @@ class Bits:
     def arrays(self) -> list[Any]:
         return [array for _, leaf in self.leaves() for array in jax.tree.leaves(raw_value(leaf))]
 
-    def compare(self) -> Any:
+    def now(self) -> Any:
         found = [
             (
                 tuple(path),

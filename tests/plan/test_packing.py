@@ -16,6 +16,8 @@ from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.plan import packing
 from statewise._src.plan.packing import PackedBuffer, Packing, pack, unpack
 
+pytestmark = pytest.mark.heavy
+
 
 class Model(nnx.Module):
     """Small leaves of several kinds and dtypes, one large one, a tied one, and none at all."""

@@ -34,7 +34,8 @@ from statewise.errors import StructureError
 __all__ = ["Kinds", "Plan", "State", "plan", "tables_in", "tables_of"]
 
 # A kind, or a tuple of kinds.  A mapping does not vary with the type of its keys, so that type is a variable.
-Names = TypeVar("Names", bound=Sequence[str])
+Updated = TypeVar("Updated", bound=Sequence[str])
+Averaged = TypeVar("Averaged", bound=Sequence[str])
 
 _plans: weakref.WeakKeyDictionary[PlanTables, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _plans_lock = threading.Lock()
@@ -82,8 +83,8 @@ class Kinds(KindsData):
         self,
         /,
         *objects: object,
-        optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
-        averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+        optimizers: Mapping[Updated, optax.GradientTransformation] | None = None,
+        averages: Mapping[Averaged, EMA | Sequence[EMA]] | None = None,
         **named: object,
     ) -> Plan:
         """Resolves these kinds against a model, or several objects: each leaf belongs to exactly one kind.
@@ -709,8 +710,8 @@ _STANDARD = Kinds(**standard_kinds())
 
 def plan(
     *objects: object,
-    optimizers: Mapping[Names, optax.GradientTransformation] | None = None,
-    averages: Mapping[Names, EMA | Sequence[EMA]] | None = None,
+    optimizers: Mapping[Updated, optax.GradientTransformation] | None = None,
+    averages: Mapping[Averaged, EMA | Sequence[EMA]] | None = None,
     **named: object,
 ) -> Plan:
     """Plans a model by the standard kinds: `Kinds.standard().plan(...)`.

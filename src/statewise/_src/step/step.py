@@ -13,8 +13,6 @@ the signature (or JAX's configuration) is new, and the call starts over.  So the
 with the model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import threading
