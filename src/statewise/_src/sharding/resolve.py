@@ -368,8 +368,7 @@ class _Resolver:
 def _as_owner(derived: Derived, at: int, owners: Owners) -> ArrayPlacement:
     """Returns the placement of a derived array, following its owner's."""
     if not isinstance(derived, Average):
-        # Compare paths within the parameters: otherwise the first moment of `kernel` could be taken for one of a
-        # parameter named `mu/kernel`.
+        # Within the parameters: otherwise the first moment of `kernel` could be that of a parameter `mu/kernel`.
         path, root = derived.layout.paths[at], derived.layout.roots[at] if derived.layout.roots else None
         owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
         return follow(path, derived.layout.specs[at].shape, owned)
