@@ -209,7 +209,7 @@ class OverlapError(StatewiseError, ValueError):
 
 
 class StructureError(StatewiseError, ValueError):
-    """Leaves that do not fit: missing, left over, of another shape or dtype, donated, or of another plan.
+    """Leaves that do not fit: missing, unexpected, of another shape or dtype, donated, or of another plan.
 
     Example:
       >>> from flax import nnx
@@ -220,7 +220,7 @@ class StructureError(StatewiseError, ValueError):
       ... except sw.StructureError as error:
       ...     print(error)
       The model is not what was planned: 1 leaf differs.
-        kernel: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the model)
+        kernel: Param(2, 3) float32  kind=params  (is (2, 4) in the model)
         hint: plan = kinds.plan(model)  # plan the model as it is now
     """
 

@@ -247,8 +247,8 @@ class KindCount:
     Attributes:
       name: the kind's name.
       leaves: how many leaves; a tied one counts once.
-      elements: how many elements, over all its arrays.
-      bytes: how many bytes, over all its arrays.
+      size: how many elements, over all its arrays; in tables the column `elements`.
+      nbytes: how many bytes, over all its arrays; in tables the column `bytes`.
       dtypes: how many leaves have each dtype; `-` stands for leaves that hold no array, `several` for leaves that
         hold a tuple or a dict of arrays.
       types: how many leaves are of each type, by the type's name; `Array` is a raw array.
@@ -258,14 +258,14 @@ class KindCount:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> count = sw.census(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"]
-      >>> count.leaves, count.elements, count.bytes, count.dtypes, count.types
+      >>> count.leaves, count.size, count.nbytes, count.dtypes, count.types
       (2, 9, 36, {'float32': 2}, {'Param': 2})
     """
 
     name: str
     leaves: int
-    elements: int
-    bytes: int
+    size: int
+    nbytes: int
     dtypes: dict[str, int]
     types: dict[str, int]
     handling: str = "-"
@@ -288,8 +288,8 @@ def _count(name: str, leaves: Sequence[Leaf], handling: str) -> KindCount:
     return KindCount(
         name=name,
         leaves=len(leaves),
-        elements=sum(leaf.elements for leaf in leaves),
-        bytes=sum(leaf.nbytes for leaf in leaves),
+        size=sum(leaf.size for leaf in leaves),
+        nbytes=sum(leaf.nbytes for leaf in leaves),
         dtypes=dict(Counter(_dtype_of(leaf) for leaf in leaves)),
         types=dict(Counter(format_type(leaf.type) for leaf in leaves)),
         handling=handling,
@@ -297,7 +297,7 @@ def _count(name: str, leaves: Sequence[Leaf], handling: str) -> KindCount:
 
 
 def _dtype_of(leaf: Leaf) -> str:
-    return "several" if leaf.dtype is None and leaf.elements else format_dtype(leaf.dtype)
+    return "several" if leaf.dtype is None and leaf.size else format_dtype(leaf.dtype)
 
 
 def total_of(counts: Sequence[KindCount]) -> KindCount:
@@ -310,8 +310,8 @@ def total_of(counts: Sequence[KindCount]) -> KindCount:
     return KindCount(
         name="total",
         leaves=sum(count.leaves for count in counts),
-        elements=sum(count.elements for count in counts),
-        bytes=sum(count.bytes for count in counts),
+        size=sum(count.size for count in counts),
+        nbytes=sum(count.nbytes for count in counts),
         dtypes=dict(dtypes),
         types=dict(types),
         handling="",
@@ -322,7 +322,7 @@ def kinds_table(title: str, counts: Sequence[KindCount]) -> Table:
     """A line for each kind: leaves, elements, bytes, dtypes, types and handling; the totals at the foot."""
 
     def row(count: KindCount, dtypes: str, types: str) -> tuple[str, ...]:
-        size = (format_count(count.leaves), format_count(count.elements), format_bytes(count.bytes))
+        size = (format_count(count.leaves), format_count(count.size), format_bytes(count.nbytes))
         return (count.name, *size, dtypes, types, count.handling)
 
     return Table(
@@ -350,8 +350,8 @@ def leaf_dict(leaf: Leaf) -> dict[str, Any]:
         "shape": None if leaf.shape is None else list(leaf.shape),
         "dtype": None if leaf.dtype is None else format_dtype(leaf.dtype),
         "aliases": list(map(format_path, leaf.aliases)),
-        "elements": leaf.elements,
-        "bytes": leaf.nbytes,
+        "size": leaf.size,
+        "nbytes": leaf.nbytes,
     } | ({"note": leaf.note} if leaf.note else {})
 
 

@@ -432,7 +432,7 @@ class State(StateData):
 
         Raises:
           DeclarationError: a kind that is not there.
-          StructureError: a part with leaves missing, left over, or of another shape or dtype, or with numbers of NumPy
+          StructureError: a part with leaves missing, unexpected, or of another shape or dtype, or with numbers of NumPy
             that JAX would lose (all are listed); an array that an earlier step donated, or that the state already holds
             elsewhere.
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived, keys_within
 from statewise._src.plan.per_device import PerDeviceArrays
@@ -122,20 +123,18 @@ def _known(known: dict[ArrayPlacement, jax.NamedSharding], lies: ArrayPlacement,
 
 
 def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement]) -> None:
-    split = []
+    problems = Problems()
     for buffer in plan.packing[kind].buffers:
         for position in buffer.positions:
             if placed[position].split or placed[position].memory != placed[buffer.positions[0]].memory:
                 note = "packed, and split over the mesh" if placed[position].split else "packed with other memory"
-                split.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))
-    if split:
-        others = tuple(name for name in plan.packing if name != kind)
-        raise PlacementError(
-            f"Kind {kind!r} is packed into buffers, which are not split: pack and placement do not go together.",
-            leaves=split,
-            kind=kind,
-            hint=f"leave {kind} out of pack: plan.take(model, mesh=mesh, pack={others!r})",
-        )
+                problems.add(plan.leaf_of_array[kind][position], note)
+    others = tuple(name for name in plan.packing if name != kind)
+    problems.raise_as(
+        PlacementError,
+        f"Kind {kind!r} is packed into buffers, which are not split: pack and placement do not go together.",
+        f"leave {kind} out of pack: plan.take(model, mesh=mesh, pack={others!r})",
+    )
 
 
 # --- resolving ---------------------------------------------------------------------------------------------------
@@ -153,16 +152,9 @@ def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]
     placed = resolver.rows()
     for kind, lies in resolver.derived():
         placed[kind].append(lies)
-    if resolver.faults:
-        leaves = [leaf for leaf, _ in resolver.faults]
-        kinds = {leaf.kind for leaf in leaves}
-        raise PlacementError(
-            f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'} cannot be placed on the mesh "
-            f"{describe_mesh(resolver.sizes)}.",
-            leaves=leaves,
-            kind=kinds.pop() if len(kinds) == 1 else None,
-            hint="\n".join(dict.fromkeys(line for _, hint in resolver.faults for line in hint.splitlines())),
-        )
+    resolver.problems.raise_as(
+        PlacementError, f"{{n}} leaves cannot be placed on the mesh {describe_mesh(resolver.sizes)}."
+    )
     return {kind: tuple(placed[kind]) for kind in plan.kinds}
 
 
@@ -182,7 +174,7 @@ class _Resolver:
 
     def __init__(self, plan: PlanTables, sizes: dict[str, int], memories: set[str] | None) -> None:
         self.plan, self.sizes, self.memories = plan, sizes, memories
-        self.faults: dict[tuple[Leaf, str], None] = {}  # what several placements ask of one leaf is one fault
+        self.problems = Problems()  # what several placements ask of one leaf is one problem
         self.updated = {kind for group in plan.optimizers for kind in group.kinds}
         self.each: tuple[str, ...] = ()  # the axes of all that lies per device
         self.owned: dict[Path, list[tuple[int, Leaf, ArraySpec]]] = {}  # likewise: what a moment may be of
@@ -234,7 +226,7 @@ class _Resolver:
                 elif as_owner.each:
                     note = "an average of what lies per device, placed otherwise"
                     hint = f"{one.into}=sw.Kind(sw.EMA)  # without a placement averages lie as what they are of"
-                    self.faults[dataclasses.replace(leaf, note=note), hint] = None
+                    self.problems.add(leaf, note, *hint.splitlines())
                     yield one.into, ArrayPlacement()
                 else:
                     yield one.into, self.place(placement, [leaf.path], spec, leaf)
@@ -280,7 +272,7 @@ class _Resolver:
             return lies
         except _Fault as fault:
             shape = leaf.shape if leaf.shape is not None else spec.shape
-            self.faults[dataclasses.replace(leaf, shape=shape, note=fault.note), fault.hint] = None
+            self.problems.add(dataclasses.replace(leaf, shape=shape), fault.note, *fault.hint.splitlines())
             return ArrayPlacement()
 
     def _place(self, placement: Any, paths: Sequence[Path], spec: ArraySpec, number: int | None) -> ArrayPlacement:

@@ -1,6 +1,6 @@
 // The tree that the map shows: leaves by kind and path, or by path alone; and how cells are laid out.
 
-const MEASURES = ["bytes", "elements", "device"];
+const MEASURES = ["nbytes", "size", "device"];
 const CROWD = 120; // more children than that stand in ranges: `0 … 31`, `32 … 63`
 
 // Makes the tree of all leaves. A group with a single member is one with it: `a/b/c`, not three cells to click through.
