@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from statewise._src.common.graphdef import is_tree
 from statewise._src.common.nnx_graph import named, rebuild
 from statewise._src.common.paths import Path
 
@@ -16,7 +17,7 @@ __all__ = ["aliases_of"]
 def aliases_of(
     graphdef: Any, paths: Sequence[Path], several: bool, names: Sequence[str] = ()
 ) -> dict[Path, tuple[Path, ...]]:
-    """The other paths of each leaf that has several: its own, and those of modules that are shared above it.
+    """Returns the other paths of each leaf that has several: its own, and those of modules shared above it.
 
     Args:
       graphdef: the graph definition.
@@ -25,7 +26,7 @@ def aliases_of(
       names: the objects' names, with which the paths then begin.
     """
     # Looking for them takes as long as flattening, and few models have any; the graph says whether.
-    if not any(type(node).__name__ == "NodeRef" for node in graphdef.nodes):
+    if is_tree(graphdef):
         return {}
     objects = rebuild(graphdef, [None] * len(paths), several)
     found_twice = nnx.find_duplicates(objects if several else objects[0])
@@ -33,26 +34,28 @@ def aliases_of(
     shared = [group for group in groups if not _cyclic(group)]
     if not shared:
         return {}
-    found: dict[Path, tuple[Path, ...]] = {}
+    by_prefix: dict[Path, list[list[Path]]] = {}
+    for group in shared:
+        for prefix in group:
+            by_prefix.setdefault(prefix, []).append(group)
+    aliases: dict[Path, tuple[Path, ...]] = {}
     for first in paths:
-        ways = {first}
-        grew = True
-        while grew:  # a shared leaf inside a shared module has the product of their paths
-            more = {
-                other + way[len(prefix) :]
-                for way in ways
-                for group in shared
-                for prefix in group
-                if way[: len(prefix)] == prefix
+        ways, new = {first}, {first}
+        while new:  # a shared leaf inside a shared module has the product of their paths
+            new = {
+                other + way[length:]
+                for way in new
+                for length in range(len(way) + 1)
+                for group in by_prefix.get(way[:length], ())
                 for other in group
-            }
-            grew = not more <= ways
-            ways |= more
+            } - ways
+            ways |= new
         if len(ways) > 1:
-            found[first] = tuple(sorted(ways - {first}, key=lambda path: [str(key) for key in path]))
-    return found
+            aliases[first] = tuple(sorted(ways - {first}, key=lambda path: [str(key) for key in path]))
+    return aliases
 
 
 def _cyclic(paths: Sequence[Path]) -> bool:
-    """Whether an object can be reached from itself (a child that knows its parent): paths without end."""
-    return any(one != other and other[: len(one)] == one for one in paths for other in paths)
+    """Returns whether an object can be reached from itself (a child that knows its parent): paths without end."""
+    known = set(paths)
+    return any(path[:length] in known for path in paths for length in range(len(path)))

@@ -18,7 +18,6 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path, format_path
-from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived, keys_within
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import (
@@ -362,13 +361,10 @@ class _Resolver:
 
 def _as_owner(one: Derived, at: int, owners: Owners) -> ArrayPlacement:
     """How an array lies that follows what it is derived from."""
-    if not isinstance(one, Average):
-        # By the path within the parameters: of `mu/kernel` and `kernel` the second's first moment ends like the first.
-        path, root = one.layout.paths[at], one.layout.roots[at] if one.layout.roots else None
-        owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
-        return follow(path, one.layout.specs[at].shape, owned)
-    owner = owners.get(one.paths[at]) if at < len(one.paths) else None
-    return owner[0][1] if owner else ArrayPlacement()
+    # By the path within the parameters: of `mu/kernel` and `kernel` the second's first moment ends like the first.
+    path, root = one.layout.paths[at], one.layout.roots[at] if one.layout.roots else None
+    owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
+    return follow(path, one.layout.specs[at].shape, owned)
 
 
 def _is_moment(row: Any) -> bool:

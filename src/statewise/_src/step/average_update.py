@@ -8,25 +8,24 @@ which is how `packing` has it, the step is one on the buffers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from statewise._src.plan.arrays import Slot, Spot, numbers_of
 from statewise._src.plan.averages import Average
-from statewise._src.plan.optimizer_state import OptimizerGroup
-from statewise._src.plan.packing import PackedBuffer, separated
+from statewise._src.plan.packing import separated
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.operands import Arrays, joined, numbers_of
+from statewise._src.step.operands import Arrays, joined
+from statewise._src.step.step_update import Gradients, Moved, StepUpdate, step_update
 
-__all__ = ["Averaging", "averagings"]
-
-Spot = tuple[int, int]
+__all__ = ["Averaging"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Averaging:
+class Averaging(StepUpdate):
     """One average's step.
 
     Attributes:
@@ -34,7 +33,7 @@ class Averaging:
       params: the numbers of the arrays that it is of, in order.
       shadows: the numbers of the averages; the count is the last, where there is one.
       buffers: of each buffer that is averaged as a whole, its kind and slot and those of its averages.
-      contents: what stands in the buffers of the averaged kind, by kind and slot, each with its arrays' numbers.
+      contents: the slots of the averaged kind that hold buffers.
       written: the numbers of the arrays that the step writes.
     """
 
@@ -42,21 +41,25 @@ class Averaging:
     params: tuple[int, ...]
     shadows: tuple[int, ...]
     buffers: tuple[tuple[Spot, Spot], ...]
-    contents: dict[Spot, tuple[PackedBuffer, tuple[int, ...]]]
-    written: frozenset[int]
+    contents: dict[Spot, Slot]
+    written: AbstractSet[int]
 
     @classmethod
-    def of(cls, plan: PlanTables, average: Average, written: Collection[int]) -> Averaging:
-        """The step of an average; `written` are the numbers of the arrays that the whole step writes."""
-        params = tuple(numbers_of(plan, plan.params_of(average)))
-        start, stop = plan.derived_spans[plan.derived.index(average)]
-        shadows = tuple(numbers_of(plan, [(average.into, position) for position in range(start, stop)]))
-        contents = _buffers(plan, average.kind)
-        theirs = {numbers: spot for spot, (_, numbers) in _buffers(plan, average.into).items()}
+    def of(cls, plan: PlanTables, average: Average, written: AbstractSet[int]) -> Averaging:
+        """Returns the step of an average; `written` are the numbers of the arrays that are written before."""
+        placed = plan.arrays_of(average)
+        params, shadows = numbers_of(placed.sources), numbers_of(placed.arrays)
+        contents = {slot.spot: slot for slot in plan.buffers if slot.kind == average.kind}
+        spots = {slot.numbers: slot.spot for slot in plan.buffers if slot.kind == average.into}
         shadow_of = dict(zip(params, shadows, strict=False))
-        rows = {spot: tuple(shadow_of[number] for number in numbers) for spot, (_, numbers) in contents.items()}
-        buffers = tuple((spot, theirs[row]) for spot, row in rows.items() if row in theirs)
-        return cls(average, params, shadows, buffers, contents, frozenset(written))
+        rows = {spot: tuple(shadow_of[number] for number in slot.numbers) for spot, slot in contents.items()}
+        buffers = tuple((spot, spots[row]) for spot, row in rows.items() if row in spots)
+        return cls(average, params, shadows, buffers, contents, written)
+
+    @property
+    def differentiates(self) -> tuple[int, ...]:
+        """Nothing: an average takes no gradient."""
+        return ()
 
     @property
     def whole(self) -> set[Spot]:
@@ -78,10 +81,10 @@ class Averaging:
     def _inside(self) -> list[int]:
         """Which of the arrays are averaged in whole buffers."""
         spots = dict(self.buffers)
-        inside = {number for spot, (_, numbers) in self.contents.items() if spot in spots for number in numbers}
+        inside = {number for spot, slot in self.contents.items() if spot in spots for number in slot.numbers}
         return [at for at, number in enumerate(self.params) if number in inside]
 
-    def run(self, arrays: Arrays) -> None:
+    def run(self, arrays: Arrays, gradients: Gradients) -> None:
         """Moves the averages towards the arrays as they are now."""
         decay: Any = self.average.ema.decay
         schedule = self.average.ema.schedule
@@ -100,7 +103,7 @@ class Averaging:
     def _buffer(self, arrays: Arrays, spot: Spot) -> Any:
         """A buffer of the averaged kind, as it is now."""
         if spot not in arrays.made:
-            numbers = self.contents[spot][1]
+            numbers = self.contents[spot].numbers
             if self.written.isdisjoint(numbers):
                 return arrays.slots[spot]
             arrays.made[spot] = joined([arrays.flat[number] for number in numbers])
@@ -109,37 +112,15 @@ class Averaging:
     def _values(self, arrays: Arrays) -> dict[int, Any]:
         """The arrays that an optimizer has just made in buffers, by number, where their averages stand alone."""
         values: dict[int, Any] = {}
-        for spot, (buffer, numbers) in self.contents.items():
-            if spot in arrays.made and spot not in dict(self.buffers):
-                values |= zip(numbers, separated(buffer, arrays.made[spot]), strict=True)
+        for spot, slot in self.contents.items():
+            if slot.buffer is not None and spot in arrays.made and spot not in dict(self.buffers):
+                values |= zip(slot.numbers, separated(slot.buffer, arrays.made[spot]), strict=True)
         return values
 
 
-def averagings(
-    plan: PlanTables, groups: Sequence[OptimizerGroup], written: Sequence[tuple[str, int]], numbers: Collection[int]
-) -> list[Averaging]:
-    """The averages that a step moves: none where it trains nothing.
-
-    Args:
-      plan: the plan.
-      groups: the optimizers that the step runs.
-      written: kind and position of the arrays that its function writes.
-      numbers: the numbers of all arrays that it writes.
-    """
-    if not groups:
-        return []
-    updated = {kind for group in groups for kind in group.kinds} | {kind for kind, _ in written}
-    return [Averaging.of(plan, average, numbers) for average in plan.averages if average.kind in updated]
-
-
-def _buffers(plan: PlanTables, name: str) -> dict[Spot, tuple[PackedBuffer, tuple[int, ...]]]:
-    kind = plan.kind_index[name]
-    offset = plan.offsets[kind]
-    return {
-        (kind, slot): (content, tuple(offset + position for position in content.positions))
-        for slot, content in enumerate(plan.slots[kind])
-        if isinstance(content, PackedBuffer)
-    }
+@step_update.register(Average)
+def _(derived: Average, plan: PlanTables, moved: Moved) -> Averaging | None:
+    return Averaging.of(plan, derived, moved.numbers) if derived.kind in moved.kinds else None
 
 
 def _moved(decay: Any, average: Any, value: Any) -> Any:

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.plan.packing import PackedBuffer, separated
+from statewise._src.plan.arrays import Slot, Spot
+from statewise._src.plan.packing import separated
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Arrays", "Operand", "Operands", "numbers_of", "routes_of"]
+__all__ = ["Arrays", "Operand", "Operands", "joined", "routes_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,24 +29,27 @@ class Operand:
 
     Attributes:
       kind: the position of the kind.
+      name: its name.
       slots: which slots.
       pick: takes them out of a part's arrays; None where it is all of them.
     """
 
     kind: int
+    name: str
     slots: tuple[int, ...]
     pick: Callable[[Sequence[Any]], Any] | None
 
     @classmethod
-    def of(cls, kind: int, slots: Sequence[int], size: int) -> Operand:
-        """The route of these slots of a part that has so many."""
+    def of(cls, kind: int, stored: Sequence[Slot], size: int) -> Operand:
+        """Returns the operand of these slots of a part that has so many."""
+        slots = tuple(slot.position for slot in stored)
         pick: Callable[[Sequence[Any]], Any] | None = None
         if len(slots) == 1 and size > 1:
             only = slots[0]
             pick = lambda arrays: (arrays[only],)  # noqa: E731 - itemgetter gives a bare item for one
         elif len(slots) < size:
             pick = operator.itemgetter(*slots)
-        return cls(kind, tuple(slots), pick)
+        return cls(kind, stored[0].kind, slots, pick)
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,8 +63,8 @@ class Arrays:
     """
 
     flat: list[Any]
-    slots: dict[tuple[int, int], Any]
-    made: dict[tuple[int, int], Any]
+    slots: dict[Spot, Any]
+    made: dict[Spot, Any]
 
     def store(self, numbers: Sequence[int], arrays: Sequence[Any]) -> None:
         """Gives arrays new values."""
@@ -85,32 +89,33 @@ class Operands:
     needed: frozenset[int]
 
     def spread(self, donated: Any, kept: Any) -> Arrays:
-        """The arrays inside the program, from what crossed."""
-        offsets = self.plan.offsets
-        arrays = Arrays([None] * sum(map(len, self.plan.specs.values())), {}, {})
-        for routes, parts in ((self.donated, donated), (self.kept, kept)):
-            for route, values in zip(routes, parts, strict=True):
-                for slot, value in zip(route.slots, values, strict=True):
-                    arrays.slots[route.kind, slot] = value
-                    content = self.plan.slots[route.kind][slot]
-                    if not isinstance(content, PackedBuffer):
-                        arrays.flat[offsets[route.kind] + content] = value
-                    elif any(offsets[route.kind] + position in self.needed for position in content.positions):
-                        numbers = [offsets[route.kind] + position for position in content.positions]
-                        arrays.store(numbers, separated(content, value))
+        """Returns the arrays inside the program, from what crossed."""
+        arrays = Arrays([None] * len(self.plan.arrays), {}, {})
+        for operands, parts in ((self.donated, donated), (self.kept, kept)):
+            for operand, values in zip(operands, parts, strict=True):
+                for slot, value in zip(self._slots(operand), values, strict=True):
+                    arrays.slots[slot.spot] = value
+                    if slot.buffer is None:
+                        arrays.flat[slot.arrays[0].number] = value
+                    elif not self.needed.isdisjoint(slot.numbers):
+                        arrays.store(slot.numbers, separated(slot.buffer, value))
         return arrays
 
     def gather(self, arrays: Arrays) -> tuple[tuple[Any, ...], ...]:
-        """The donated slots' new values, grouped by kind."""
-        return tuple(tuple(self._gathered(arrays, route.kind, slot) for slot in route.slots) for route in self.donated)
+        """Returns the donated slots' new values, grouped by kind."""
+        return tuple(tuple(_stored(arrays, slot) for slot in self._slots(operand)) for operand in self.donated)
 
-    def _gathered(self, arrays: Arrays, kind: int, slot: int) -> Any:
-        if (kind, slot) in arrays.made:
-            return arrays.made[kind, slot]
-        content, offset = self.plan.slots[kind][slot], self.plan.offsets[kind]
-        if isinstance(content, PackedBuffer):
-            return joined([arrays.flat[offset + position] for position in content.positions])
-        return arrays.flat[offset + content]
+    def _slots(self, operand: Operand) -> list[Slot]:
+        stored = self.plan.stored[operand.name]
+        return [stored[slot] for slot in operand.slots]
+
+
+def _stored(arrays: Arrays, slot: Slot) -> Any:
+    """Returns the new value of what is stored in a slot."""
+    if slot.spot in arrays.made:
+        return arrays.made[slot.spot]
+    values = [arrays.flat[number] for number in slot.numbers]
+    return values[0] if slot.buffer is None else joined(values)
 
 
 def joined(arrays: Sequence[Any]) -> Any:
@@ -120,15 +125,10 @@ def joined(arrays: Sequence[Any]) -> Any:
     return jnp.concatenate([jnp.ravel(array) for array in arrays])
 
 
-def numbers_of(plan: PlanTables, spots: Sequence[tuple[str, int]]) -> list[int]:
-    """The numbers of arrays, from kind and position."""
-    return [plan.offsets[plan.kind_index[kind]] + position for kind, position in spots]
-
-
 def routes_of(
-    plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[tuple[int, int]] = ()
+    plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[Spot] = ()
 ) -> Operands:
-    """The routes of a program.
+    """Returns the operands of a program.
 
     Args:
       plan: the plan.
@@ -137,19 +137,17 @@ def routes_of(
       whole: the buffers, by kind and slot, that it makes as a whole.
     """
     donated, kept, needed = [], [], set(read)
-    for kind, contents in enumerate(plan.slots):
+    for kind, slots in enumerate(plan.stored.values()):
         gives, keeps = [], []
-        for slot, content in enumerate(contents):
-            positions = content.positions if isinstance(content, PackedBuffer) else (content,)
-            numbers = [plan.offsets[kind] + position for position in positions]
-            if any(number in written for number in numbers):
+        for slot in slots:
+            if any(number in written for number in slot.numbers):
                 gives.append(slot)
-                if (kind, slot) not in whole:
-                    needed.update(numbers)  # those that are not written are put back as they were
-            elif any(number in read for number in numbers):
+                if slot.spot not in whole:
+                    needed.update(slot.numbers)  # those that are not written are put back as they were
+            elif any(number in read for number in slot.numbers):
                 keeps.append(slot)
         if gives:
-            donated.append(Operand.of(kind, gives, len(contents)))
+            donated.append(Operand.of(kind, gives, len(slots)))
         if keeps:
-            kept.append(Operand.of(kind, keeps, len(contents)))
+            kept.append(Operand.of(kind, keeps, len(slots)))
     return Operands(plan, tuple(donated), tuple(kept), frozenset(needed))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from statewise._src.common.nnx_graph import spec_of
-from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise, prove_elementwise
+from statewise._src.plan.arrays import Spot, numbers_of
+from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise
 from statewise._src.plan.optimizer_state import OptimizerGroup
-from statewise._src.plan.packing import PackedBuffer
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.operands import Arrays, joined, numbers_of
+from statewise._src.step.operands import Arrays, joined
+from statewise._src.step.step_update import Gradients, Moved, StepUpdate, step_update
 from statewise.errors import StructureError
 
 __all__ = ["Update"]
@@ -31,13 +33,13 @@ class _Whole:
       moments: the slot, and kind, of each role's buffer.
     """
 
-    spot: tuple[int, int]
+    spot: Spot
     leaves: tuple[int, ...]
-    moments: dict[str, tuple[int, int]]
+    moments: dict[str, Spot]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Update:
+class Update(StepUpdate):
     """One optimizer's update.
 
     Attributes:
@@ -55,17 +57,21 @@ class Update:
     proof: Elementwise | None
 
     @classmethod
-    def of(cls, plan: PlanTables, group: OptimizerGroup, written: Collection[int]) -> Update:
-        """The update of a group; `written` are the numbers of arrays that the function itself writes."""
-        params = tuple(numbers_of(plan, plan.params_of(group)))
-        start, stop = plan.optimizer_spans[plan.optimizers.index(group)]
-        moments = tuple(numbers_of(plan, [("optimizer", position) for position in range(start, stop)]))
-        proof = prove_elementwise(group) if plan.packing else None
+    def of(cls, plan: PlanTables, group: OptimizerGroup, written: AbstractSet[int]) -> Update:
+        """Returns the update of a group; `written` are the numbers of arrays that are written before."""
+        placed = plan.arrays_of(group)
+        params, moments = numbers_of(placed.sources), numbers_of(placed.arrays)
+        proof = group.proof() if plan.packing else None
         buffers = _whole_buffers(plan, proof, params, moments, written) if proof else ()
         return cls(group, params, moments, buffers, proof if buffers else None)
 
     @property
-    def whole(self) -> set[tuple[int, int]]:
+    def differentiates(self) -> tuple[int, ...]:
+        """The numbers of the parameters."""
+        return self.params
+
+    @property
+    def whole(self) -> set[Spot]:
         """The buffers, by kind and slot, that it makes as a whole."""
         return {spot for buffer in self.buffers for spot in (buffer.spot, *buffer.moments.values())}
 
@@ -87,12 +93,17 @@ class Update:
         """The numbers of the arrays that it writes."""
         return {*self.params, *self.moments}
 
-    def run(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
+    def run(self, arrays: Arrays, gradients: Gradients) -> None:
         """Updates the arrays."""
-        if self.proof is None:
-            self._run_by_leaf(arrays, grads, loss, loss_of)
-        else:
-            self._run_on_buffers(self.proof, arrays, grads, loss)
+        grads = [gradients.of[number] for number in self.params]
+        if self.proof is not None:
+            self._run_on_buffers(self.proof, arrays, grads, gradients.loss)
+            return
+
+        def loss_of(params: Any) -> Any:
+            return gradients.loss_with(self.params, self.group.arrays(params))
+
+        self._run_by_leaf(arrays, grads, gradients.loss, loss_of)
 
     def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
         """By Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
@@ -147,19 +158,14 @@ class Update:
 
 
 def _whole_buffers(
-    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
+    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: AbstractSet[int]
 ) -> tuple[_Whole, ...]:
     """The buffers whose leaves have one signature, and whose moments stand in buffers of the same order."""
     leaf_of = {number: leaf for leaf, number in enumerate(params)}
     number_of = {owner: number for number, owner in zip(moments, proof.roles, strict=True) if owner is not None}
-    buffers = {
-        tuple(plan.offsets[kind] + position for position in content.positions): (kind, slot)
-        for kind, contents in enumerate(plan.slots)
-        for slot, content in enumerate(contents)
-        if isinstance(content, PackedBuffer)
-    }
-    found = []
-    for numbers, spot in buffers.items():
+    spots = {slot.numbers: slot.spot for slot in plan.buffers}
+    buffers = []
+    for numbers, spot in spots.items():
         if not all(number in leaf_of and number not in written for number in numbers):
             continue
         leaves = tuple(leaf_of[number] for number in numbers)
@@ -167,6 +173,11 @@ def _whole_buffers(
         if any(proof.signatures[leaf] != signature for leaf in leaves):
             continue
         rows = {role: tuple(number_of[role, leaf] for leaf in leaves) for role, _ in signature if role != PARAM}
-        if all(row in buffers for row in rows.values()):
-            found.append(_Whole(spot, leaves, {role: buffers[row] for role, row in rows.items()}))
-    return tuple(found)
+        if all(row in spots for row in rows.values()):
+            buffers.append(_Whole(spot, leaves, {role: spots[row] for role, row in rows.items()}))
+    return tuple(buffers)
+
+
+@step_update.register(OptimizerGroup)
+def _(derived: OptimizerGroup, plan: PlanTables, moved: Moved) -> Update:
+    return Update.of(plan, derived, moved.numbers)

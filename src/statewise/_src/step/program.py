@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 
+from statewise._src.plan.arrays import Spot
 from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import as_it_came
-from statewise._src.step.average_update import Averaging, averagings
-from statewise._src.step.operands import Operands, numbers_of, routes_of
-from statewise._src.step.optimizer_update import Update
+from statewise._src.step import average_update, optimizer_update  # noqa: F401 - they register their updates
+from statewise._src.step.operands import Operands, routes_of
+from statewise._src.step.step_update import Gradients, StepUpdate, step_updates
 from statewise._src.step.trace import Traced
 
 __all__ = ["Program", "program_of"]
@@ -34,23 +35,18 @@ def program_of(
     Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
     """
     read = {number for number in range(traced.inputs) if traced.effects.read[number]}
-    written = set(numbers_of(plan, traced.written))
+    written = set(plan.numbers(traced.written))
     if not groups:
-        routes = routes_of(plan, read, written)
-        return _as_they_came(_forward(plan, traced, routes)), routes
-    updates = [Update.of(plan, group, written) for group in groups]
-    whole = set()
+        operands = routes_of(plan, read, written)
+        return _as_they_came(_forward(plan, traced, operands)), operands
+    updates = step_updates(plan, groups, traced.written)
+    whole: set[Spot] = set()
     for update in updates:
         read |= update.reads
         written |= update.writes
         whole |= update.whole
-    averages = averagings(plan, groups, traced.written, written)
-    for average in averages:
-        read |= average.reads
-        written |= average.writes
-        whole |= average.whole
-    routes = routes_of(plan, read, written, whole)
-    return _as_they_came(_train(plan, traced, routes, updates, averages, axes)), routes
+    operands = routes_of(plan, read, written, whole)
+    return _as_they_came(_train(plan, traced, operands, updates, axes)), operands
 
 
 def _as_they_came(run: Program) -> Program:
@@ -67,63 +63,58 @@ def _as_they_came(run: Program) -> Program:
     return program
 
 
-def _forward(plan: PlanTables, traced: Traced, routes: Operands) -> Program:
+def _forward(plan: PlanTables, traced: Traced, operands: Operands) -> Program:
     """Runs the traced call."""
-    spots = numbers_of(plan, traced.written)
+    numbers = plan.numbers(traced.written)
 
     def program(donated: Any, kept: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        arrays = routes.spread(donated, kept)
+        arrays = operands.spread(donated, kept)
         outputs, written = traced.run(arrays.flat + jax.tree.leaves((args, kwargs)))
-        arrays.store(spots, written)
-        return routes.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
+        arrays.store(numbers, written)
+        return operands.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
 
 
 def _train(
-    plan: PlanTables,
-    traced: Traced,
-    routes: Operands,
-    updates: Sequence[Update],
-    averages: Sequence[Averaging],
-    axes: tuple[str, ...],
+    plan: PlanTables, traced: Traced, operands: Operands, updates: Sequence[StepUpdate], axes: tuple[str, ...]
 ) -> Program:
-    """Differentiates the traced call, applies the optimizers, and moves the averages.
+    """Differentiates the traced call, and runs the updates: optimizers, then averages and others.
 
     The output is the loss, or (loss, aux); `captured` beside it if the step captures.
     """
-    spots = numbers_of(plan, traced.written)
+    numbers = plan.numbers(traced.written)
+    differentiated = [number for update in updates for number in update.differentiates]
 
     def program(donated: Any, kept: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        arrays = routes.spread(donated, kept)
+        arrays = operands.spread(donated, kept)
         rest = jax.tree.leaves((args, kwargs))
         before = list(arrays.flat)
 
-        def loss_of(wrt: list[list[Any]]) -> tuple[Any, Any]:
+        def loss_of(wrt: dict[int, Any]) -> tuple[Any, Any]:
             values = list(before)
-            for update, given in zip(updates, wrt, strict=True):
-                for number, array in zip(update.params, given, strict=True):
-                    values[number] = array
+            for number, array in wrt.items():
+                values[number] = array
             outputs, written = traced.run(values + rest)
             return outputs[0], (outputs, written)
 
-        wrt = [[before[number] for number in update.params] for update in updates]
+        wrt = {number: before[number] for number in differentiated}
         (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(wrt)
         if axes:
             grads, outputs = jax.lax.pmean(grads, axes), [jax.lax.pmean(outputs[0], axes), *outputs[1:]]
-        # First what the function wrote, then the update on top of it, as `nnx.Optimizer` has it: layers that
+
+        def loss_with(numbers: Sequence[int], values: Sequence[Any]) -> Any:
+            def loss_of_these(values: Sequence[Any]) -> Any:
+                return loss_of(wrt | dict(zip(numbers, values, strict=True)))[0]
+
+            return (averaged(loss_of_these, axes) if axes else loss_of_these)(list(values))
+
+        # First what the function wrote, then the updates on top of it, as `nnx.Optimizer` has it: layers that
         # normalise their own weights are updated from the normalised ones.
-        arrays.store(spots, written)
-        for number, update in enumerate(updates):
-
-            def loss_of_group(given: Any, number: int = number, update: Update = update) -> Any:
-                return loss_of([*wrt[:number], update.group.arrays(given), *wrt[number + 1 :]])[0]
-
-            value_of = averaged(loss_of_group, axes) if axes else loss_of_group
-            update.run(arrays, grads[number], outputs[0], value_of)
-        for average in averages:
-            average.run(arrays)
-        return routes.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
+        arrays.store(numbers, written)
+        for update in updates:
+            update.run(arrays, Gradients(outputs[0], grads, loss_with))
+        return operands.gather(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
 
