@@ -9,6 +9,8 @@ same; a packed part stores several arrays in one buffer, which is one slot.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf
 from statewise._src.plan.derived import Derived
@@ -75,6 +77,13 @@ class Slot(NamedTuple):
     def numbers(self) -> tuple[int, ...]:
         """The numbers of its arrays."""
         return tuple(array.number for array in self.arrays)
+
+    def leaf(self, number: int) -> Leaf:
+        """Returns the leaf that is stored here; a buffer, which has this number, counts as one that says what it is."""
+        if self.buffer is None:
+            return self.arrays[0].leaf
+        name = f"buffer {number} of {len(self.arrays)} arrays"
+        return Leaf((name,), self.kind, jax.Array, self.buffer.spec.shape, self.buffer.spec.dtype)
 
 
 class DerivedArrays(NamedTuple):

@@ -34,7 +34,7 @@ from statewise._src.plan.optimizer_state import OPTIMIZER, OptimizerGroup
 from statewise._src.plan.packing import PackedBuffer, Packing, choose, pack, unpack
 from statewise._src.plan.per_device import PerDeviceArrays
 
-__all__ = ["OPTIMIZER", "PlanTables", "make_tables"]
+__all__ = ["OPTIMIZER", "PlanTables"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,7 +79,7 @@ class PlanTables:
         counts = ", ".join(f"{kind}={len(specs)}" for kind, specs in self.specs.items() if specs)
         return f"Plan({'' if self.members is None else f'an ensemble of {self.members}: '}{counts})"
 
-    # Identity is equality: `make_tables` gives out one object for equal tables.
+    # Identity is equality: `intern` gives out one object for equal tables.
 
     def __deepcopy__(self, memo: Any) -> PlanTables:
         return self
@@ -145,7 +145,6 @@ class PlanTables:
     @functools.cached_property
     def arrays(self) -> tuple[ArrayInfo, ...]:
         """Every array of a state, by number: kind by kind, in the order of the plan."""
-        leaves, owners = self.leaf_of_array, self._derived_of_array
         arrays: list[ArrayInfo] = []
         for index, (kind, specs) in enumerate(self.specs.items()):
             slot_of = {
@@ -158,7 +157,7 @@ class PlanTables:
             for position, (spec, held, axis) in enumerate(zip(specs, self.held_specs[kind], axes, strict=True)):
                 devices = self.per_device.devices if self.per_device and position in per_device else 0
                 slot, buffer = slot_of[position]
-                leaf, derived = leaves[kind][position], owners.get((kind, position))
+                leaf, derived = self._owners[kind][position]
                 info = ArrayInfo(len(arrays), kind, position, slot, buffer, leaf, spec, held, derived, devices, axis)
                 arrays.append(info)
         return tuple(arrays)
@@ -199,12 +198,15 @@ class PlanTables:
         return tuple(starts)
 
     @functools.cached_property
-    def _derived_of_array(self) -> dict[tuple[str, int], Derived]:
-        return {
-            (one.into, position): one
-            for one, start in zip(self.derived, self._starts, strict=True)
-            for position in range(start, start + len(one.layout.specs))
-        }
+    def _owners(self) -> dict[str, list[tuple[Leaf, Derived | None]]]:
+        """For each array of each kind, the leaf that it belongs to, and what it is derived with."""
+        owners: dict[str, list[tuple[Leaf, Derived | None]]] = {kind: [] for kind in self.kinds}
+        leaves = iter(self.leaves)
+        for row in self.rows:
+            owners[row.kind].extend([(next(leaves), None)] * len(row.specs))
+        for one in self.derived:
+            owners[one.into].extend((leaf, one) for leaf in itertools.islice(leaves, len(one.layout.specs)))
+        return owners
 
     @functools.cached_property
     def derived_arrays(self) -> tuple[DerivedArrays, ...]:
@@ -279,26 +281,15 @@ class PlanTables:
     @functools.cached_property
     def slot_axes(self) -> dict[str, tuple[Axis, ...]]:
         """For each kind the axis of the members in each slot of its part; all None where the plan is of one model."""
-        members = self.ensemble
-        if members is None:
-            return {kind: (None,) * size for kind, size in zip(self.kinds, self.sizes, strict=True)}
-        return {
-            kind: tuple(members.of(kind)[slot if isinstance(slot, int) else slot.positions[0]] for slot in here)
-            for kind, here in zip(self.kinds, self.slots, strict=True)
-        }
+        return {kind: tuple(slot.arrays[0].axis for slot in slots) for kind, slots in self.stored.items()}
 
     @functools.cached_property
     def leaf_of_slot(self) -> dict[str, list[Leaf]]:
         """For each kind, the leaf in each slot of its part; a buffer counts as one that is named for what it holds."""
         leaves = {}
-        for kind, rows in self.leaf_of_array.items():
-            packing = self.packing.get(kind)
-            if packing:
-                rows = [rows[at] for at in packing.loose]
-                for number, buffer in enumerate(packing.buffers):
-                    name = f"buffer {number} of {len(buffer.positions)} arrays"
-                    rows.append(Leaf((name,), kind, jax.Array, buffer.spec.shape, buffer.spec.dtype))
-            leaves[kind] = rows
+        for kind, slots in self.stored.items():
+            loose = sum(slot.buffer is None for slot in slots)
+            leaves[kind] = [slot.leaf(slot.position - loose) for slot in slots]
         return leaves
 
     @functools.cached_property
@@ -339,11 +330,7 @@ class PlanTables:
     @functools.cached_property
     def leaf_of_array(self) -> dict[str, list[Leaf]]:
         """For each kind, the leaf that each array of its part belongs to."""
-        rows: dict[str, list[Leaf]] = {kind: [] for kind in self.kinds}
-        arrays = [len(row.specs) for row in self.rows] + [1] * (len(self.leaves) - len(self.rows))
-        for leaf, count in zip(self.leaves, arrays, strict=True):
-            rows[leaf.kind or ""].extend([leaf] * count)
-        return rows
+        return {kind: [leaf for leaf, _ in part] for kind, part in self._owners.items()}
 
     # --- tables made from these ------------------------------------------------------------------------------
 
@@ -403,17 +390,3 @@ class PlanTables:
             for one, start in zip(self.derived, self._starts, strict=True)
         ]
         return intern(dataclasses.replace(self, rows=tuple(rows), derived=tuple(derived), ensemble=members))
-
-
-def make_tables(
-    kinds: Mapping[str, Kind],
-    graphdef: Any,
-    rows: tuple[LeafSpec, ...],
-    derived: tuple[Derived, ...],
-    *,
-    object_count: int,
-    names: tuple[str, ...],
-    excluded: tuple[Leaf, ...],
-) -> PlanTables:
-    """Returns the tables of a plan; equal ones are one object."""
-    return intern(PlanTables(kinds, graphdef, rows, derived, object_count=object_count, names=names, excluded=excluded))
