@@ -70,14 +70,14 @@ class Ours(abc.ABC):
         return _describe(self)
 
 
-def _flat(cls: type[_Parts], filter: Any) -> tuple[Filter, ...]:
+def _flat(cls: type[_Parts], filter: Any) -> tuple[Any, ...]:
     # So that (a & b) & c and a & (b & c) are equal.
     return filter.parts if type(filter) is cls else (filter,)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Parts(Ours):
-    parts: tuple[Filter, ...]
+    parts: tuple[Any, ...]
     # What a filter works out once, for itself, has no part in its equality, hash and text.
     _predicates: tuple[Predicate, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
