@@ -95,6 +95,7 @@ kinds = sw.Kinds(
 changed: sw.Kinds = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, frozen=True)) | sw.Kinds(x=sw.Kind("x"))
 assert_type(changed["params"], sw.Kind)
 words: str = changed["params"].handling()
+claims_rest: bool = changed["variables"].rest
 names: list[str] = list(changed)
 
 # --- plans -------------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ looser = loose(state, x)
 lowered: Lowered[jax.Array] = forward.lower(plan.abstract(), jax.eval_shape(lambda: x))
 compiled: Compiled[jax.Array] = lowered.compile()
 assert_type(compiled(state, x), jax.Array)
-doubled = sw.step(lambda model, x: model(x) * 2)(state, x)
+doubled = sw.step(lambda model, x: model(x) * x**2)(state, x)
 vectorized = jax.vmap(forward, in_axes=(ensemble.axes(), None))(state, x)
 
 

@@ -70,14 +70,14 @@ class Ours(abc.ABC):
         return _describe(self)
 
 
-def _flat(cls: type[_Parts], filter: Any) -> tuple[Filter, ...]:
+def _flat(cls: type[_Parts], filter: Any) -> tuple[Any, ...]:
     # Flattened, so that (a & b) & c and a & (b & c) are equal.
     return filter.parts if type(filter) is cls else (filter,)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Parts(Ours):
-    parts: tuple[Filter, ...]
+    parts: tuple[Any, ...]
     # Compiled once; not part of the filter's equality, hash and text.
     _predicates: tuple[Predicate, ...] = dataclasses.field(init=False, repr=False, compare=False)
 

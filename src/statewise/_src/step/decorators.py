@@ -19,83 +19,34 @@ __all__ = ["step", "train_step"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# A planned object.  A function whose second parameter takes one has several of them before its own arguments, and how
-# many its signature does not say: the arguments of such a step are not checked, its state and its result are.
-ObjectT = TypeVar("ObjectT", bound=nnx.Pytree)
 Captured = nnx.State[Any, Any] | dict[str, Any]
 
 
 class _MakesStep(Protocol):
     """What `step` with options is: a decorator; the step returns what the function does."""
 
-    @overload
-    def __call__(self, fn: Callable[Concatenate[Any, ObjectT, ...], R], /) -> Step[..., R]: ...
-    @overload
     def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, R]: ...
 
 
 class _MakesWriting(Protocol):
     """The same of a step that returns a state too."""
 
-    @overload
-    def __call__(self, fn: Callable[Concatenate[Any, ObjectT, ...], R], /) -> Step[..., tuple[State, R]]: ...
-    @overload
     def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, tuple[State, R]]: ...
 
 
 class _MakesCapturing(Protocol):
     """The same of a step that hands out what its function sows or assigns."""
 
-    @overload
-    def __call__(self, fn: Callable[Concatenate[Any, ObjectT, ...], R], /) -> Step[..., tuple[R, Captured]]: ...
-    @overload
     def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, tuple[R, Captured]]: ...
 
 
 class _MakesBoth(Protocol):
     """The same of a step that does both."""
 
-    @overload
-    def __call__(
-        self, fn: Callable[Concatenate[Any, ObjectT, ...], R], /
-    ) -> Step[..., tuple[State, tuple[R, Captured]]]: ...
-    @overload
     def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
 
 
 # `()` is a sequence of names as well, for mypy: what matches first counts.
-@overload
-def step(  # type: ignore[overload-overlap]
-    fn: Callable[Concatenate[Any, ObjectT, ...], R],
-    *,
-    writes: tuple[()] = (),
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
-) -> Step[..., R]: ...
-@overload
-def step(
-    fn: Callable[Concatenate[Any, ObjectT, ...], R],
-    *,
-    writes: str | Sequence[str],
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
-) -> Step[..., tuple[State, R]]: ...
-@overload
-def step(  # type: ignore[overload-overlap]
-    fn: Callable[Concatenate[Any, ObjectT, ...], R],
-    *,
-    writes: tuple[()] = (),
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
-) -> Step[..., tuple[R, Captured]]: ...
-@overload
-def step(
-    fn: Callable[Concatenate[Any, ObjectT, ...], R],
-    *,
-    writes: str | Sequence[str],
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
-) -> Step[..., tuple[State, tuple[R, Captured]]]: ...
 @overload
 def step(  # type: ignore[overload-overlap]
     fn: Callable[Concatenate[Any, P], R],
@@ -213,26 +164,6 @@ def step(
     return Step(fn, lambda plan, name: plain_contract(plan, name, names, options), "step", capture, jit_options)
 
 
-@overload
-def train_step(
-    fn: Callable[Concatenate[Any, ObjectT, ...], R],
-    *,
-    wrt: str | Sequence[str] | None = None,
-    writes: str | Sequence[str] | None = None,
-    has_aux: bool = False,
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
-) -> Step[..., tuple[State, R]]: ...
-@overload
-def train_step(
-    fn: Callable[Concatenate[Any, ObjectT, ...], R],
-    *,
-    wrt: str | Sequence[str] | None = None,
-    writes: str | Sequence[str] | None = None,
-    has_aux: bool = False,
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
-) -> Step[..., tuple[State, tuple[R, Captured]]]: ...
 @overload
 def train_step(
     fn: Callable[Concatenate[Any, P], R],

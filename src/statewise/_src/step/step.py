@@ -17,10 +17,11 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array
@@ -47,7 +48,11 @@ def _kinds_captured(names: object, decorator: str) -> str | tuple[str, ...]:
 
 
 P = ParamSpec("P")
+R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+# A planned object.  A function whose second parameter takes one has several of them before its own arguments, and how
+# many its signature does not say: the arguments of such a step are not checked, its state and its result are.
+ObjectT = TypeVar("ObjectT", bound=nnx.Pytree)
 
 
 class Step(Generic[P, R_co]):
@@ -108,7 +113,11 @@ class Step(Generic[P, R_co]):
     def __repr__(self) -> str:
         return f"<sw.{self._definition.decorator} {self._definition.name}>"
 
-    def __call__(self, state: State, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    @overload
+    def __call__(self: Step[Concatenate[ObjectT, ...], R], state: State, /, *args: object, **kwargs: object) -> R: ...
+    @overload
+    def __call__(self, state: State, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    def __call__(self, state: State, /, *args: Any, **kwargs: Any) -> Any:
         """Runs the step on a state; see `step` and `train_step`."""
         if type(state) is not State:
             raise no_state(self._definition.name, state)
