@@ -70,7 +70,7 @@ class Ours(abc.ABC):
         return _describe(self)
 
 
-def _flat(cls: type[_Parts], filter: Any) -> tuple[Filter, ...]:
+def _flat(cls: type[_Parts], filter: Any) -> tuple[Any, ...]:
     # Flattened, so that (a & b) & c and a & (b & c) are equal.
     return filter.parts if type(filter) is cls else (filter,)
 
