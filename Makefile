@@ -51,13 +51,14 @@ demo: $(VENV)/.installed
 	$(BIN)/statewise demo
 
 # Everything that answers fast.  Properties draw ten examples, and JAX keeps what it compiled in .jax_cache: the second
-# run is the fast one.  Left out are the directories that tests/conftest.py marks, and files marked `heavy`.
+# run is the fast one.  Left out are the directories that tests/conftest.py marks, files marked `heavy`,
+# and tests that took more than a second in the last quick run of this checkout (tests/helpers/quick.py).
 QUICK := not slow and not heavy and not docs and not processes and not browser and not equivalence
 quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 quick: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 quick: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 quick: lint types
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --quick --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
 
 test: lint types tests
 
@@ -111,4 +112,4 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache .quick_times.json

@@ -23,6 +23,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+import quick
 import worker_memory
 from hints import check_hints_of
 from statewise._src.inspect.lint.finding import Finding
@@ -58,16 +59,23 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers a marker for each directory in `MARKED`."""
     for folder, why in MARKED.items():
         config.addinivalue_line("markers", f"{folder}: {why}")
+    if config.getoption("--quick"):
+        config.pluginmanager.register(quick.Times(), "quick-times")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--quick`: what `make quick` asks for."""
+    parser.addoption("--quick", action="store_true", help="leave out tests that took long in the last quick run")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks each test by the directory that it is in."""
-    quick = config.getoption("--hypothesis-profile") == "quick"
+    few = config.getoption("--hypothesis-profile") == "quick"
     for item in items:
         for folder in MARKED.keys() & set(item.path.relative_to(TESTS).parts[:-1]):
             item.add_marker(folder)
-        if quick:
+        if few:
             draw_few_examples(item)
 
 

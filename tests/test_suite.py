@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+import quick
 import worker_memory
 
 TESTS = Path(__file__).parent
@@ -55,3 +59,15 @@ def test_caches_are_cleared_where_a_worker_holds_much(monkeypatch: pytest.Monkey
         monkeypatch.setattr(worker_memory, "resident", lambda held=held: held)
         worker_memory.after_file("test_file.py")
     assert cleared == [True]
+
+
+def test_a_quick_run_leaves_out_what_took_long_until_that_is_long_ago(tmp_path: Path) -> None:
+    file = tmp_path / "times.json"
+    file.write_text('{"slow": 1.2, "fast": 0.5}')
+    times = quick.Times(file)
+    assert (times.is_slow("slow"), times.is_slow("fast"), times.is_slow("new")) == (True, False, False)
+    times.measured = {"fast": 2.0, "new": 0.1}
+    times.pytest_sessionfinish(cast(pytest.Session, SimpleNamespace(config=SimpleNamespace())))
+    assert json.loads(file.read_text()) == {"fast": 2.0, "new": 0.1, "slow": 0.96}
+    assert not quick.Times(file).is_slow("slow")
+    assert quick.Times(tmp_path / "none.json").known == {}

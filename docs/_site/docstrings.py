@@ -2,7 +2,7 @@
 
 - Our `Example:` sections are read as the `Examples:` that griffe knows: under any other heading griffe reads
   `>>> names["a"][0]` as Markdown, with a link in it.
-- An annotation that names a private alias shows what it stands for: `Missing` becomes
+- An annotation that names a short private alias shows what it stands for: `Missing` becomes
   `Literal["error", "keep", "restart"]`.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import griffe
 
 PRIVATE = "statewise._src."
+LONGEST = 60  # characters: a longer alias is clearer by its name, `Filter` say
 
 
 class Examples(griffe.Extension):
@@ -55,7 +56,8 @@ class Aliases(griffe.Extension):
         if isinstance(node, griffe.ExprName) and node.canonical_path.startswith(PRIVATE):
             target = self._target(node.canonical_path)
             if target is not None and target.is_attribute and isinstance(target.value, griffe.Expr):
-                return self._written_out(target.value)
+                value = self._written_out(target.value)
+                return value if len(str(value)) <= LONGEST else node
         if not isinstance(node, griffe.Expr) or isinstance(node, griffe.ExprName):
             return node
         node = copy.copy(node)

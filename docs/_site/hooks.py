@@ -1,6 +1,6 @@
-"""What mkdocs does to the pages before it renders them.
+"""Changes the pages before mkdocs renders them.
 
-The site is built from `docs/` as it stands there, readable on its own.  Three things are added while it is built:
+The site is built from `docs/`, whose pages are readable without it.  Three things are added while it is built:
 
 - notebooks become pages: each `.ipynb`, with its stored outputs, is turned into Markdown;
 - `README.md`, `CONTRIBUTING.md` and `CHANGELOG.md`, which are outside `docs/`, are shown too, and links that leave
@@ -31,7 +31,7 @@ FENCE = re.compile(r"^(?P<fence> *```)python[^\n]*\n(?P<prompt> *>>>)?", re.MULT
 
 
 def notebook_to_markdown(notebook: dict[str, Any]) -> str:
-    """The cells of a notebook and what they printed or showed, as a page."""
+    """Returns the cells of a notebook and what they printed or showed, as a page."""
     parts = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -49,7 +49,7 @@ def notebook_to_markdown(notebook: dict[str, Any]) -> str:
 
 
 def _moved_links(markdown: str, page: str) -> str:
-    """The text of a page, its links as they must be where the page and the linked files stand in the site."""
+    """Returns the text of a page, with links to where the linked files are in the site."""
     folder = posixpath.dirname(page)
     source = posixpath.dirname(INSIDE.get(page, f"docs/{page}"))  # seen from the repository's root
 
@@ -81,7 +81,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Hints links and the languages of code blocks, page by page."""
+    """Rewrites links and the languages of code blocks, page by page."""
     markdown = FENCE.sub(
         lambda match: f"{match['fence']}{'pycon' if match['prompt'] else 'python'}\n{match['prompt'] or ''}", markdown
     )

@@ -33,7 +33,7 @@ def run_cell(source: str, namespace: dict[str, Any], name: str) -> tuple[str, An
 
 
 def outputs_of(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
-    """What a cell shows, as the notebook format has it."""
+    """Returns what a cell shows, in the notebook format."""
     shown: list[dict[str, Any]] = []
     if printed:
         shown.append({"output_type": "stream", "name": "stdout", "text": printed.splitlines(keepends=True)})
@@ -47,7 +47,7 @@ def outputs_of(printed: str, value: Any, count: int) -> list[dict[str, Any]]:
 
 
 def run(notebook: dict[str, Any], name: str) -> dict[str, Any]:
-    """The same notebook with the outputs of a run from top to bottom."""
+    """Returns the notebook with the outputs of a run from top to bottom."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     cells, count = [], 0
     for cell in notebook["cells"]:

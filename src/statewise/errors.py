@@ -236,7 +236,7 @@ class StructureError(StatewiseError, ValueError):
       ... except sw.StructureError as error:
       ...     print(error)
       The model is not what was planned: 1 leaf differs.
-        kernel: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the model)
+        kernel: Param(2, 3) float32  kind=params  (is (2, 4) in the model)
         hint: plan = kinds.plan(model)  # plan the model as it is now
     """
 

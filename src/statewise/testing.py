@@ -103,7 +103,7 @@ def assert_no_retrace(step: Step[..., Any], state: State, /, *args: Any, **kwarg
         )
 
 
-def assert_same(one: object, other: object) -> None:
+def assert_same(first: object, second: object) -> None:
     """Asserts that two models, states or checkpoints are bitwise equal, leaf by leaf.
 
     Args:
@@ -123,7 +123,7 @@ def assert_same(one: object, other: object) -> None:
         raise AssertionError(str(difference))
 
 
-def assert_same_placement(one: State, other: State) -> None:
+def assert_same_placement(first: State, second: State) -> None:
     """Asserts that two states of one structure have the same shardings: the same part of each array on each device.
 
     Args:

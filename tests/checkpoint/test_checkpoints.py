@@ -104,7 +104,7 @@ def test_a_step_s_path_is_for_restore_and_inspect(checkpoints: sw.Checkpoints) -
     assert number_of(sw.restore(checkpoints.path(1), numbered(0))[0]) == 1
     assert number_of(sw.restore(checkpoints.path(), numbered(0))[0]) == 2
     assert checkpoints.inspect(1)["variables"].leaves == 2
-    assert checkpoints.inspect()["variables"].elements == 7
+    assert checkpoints.inspect()["variables"].size == 7
 
 
 def test_a_preview_reads_nothing_and_says_what_differs(checkpoints: sw.Checkpoints) -> None:

@@ -179,8 +179,8 @@ def test_a_conversion_is_shown_as_text_html_and_json(tmp_path: Path) -> None:
         "shape": [2, 3],
         "dtype": "float32",
         "aliases": [],
-        "elements": 6,
-        "bytes": 24,
+        "size": 6,
+        "nbytes": 24,
     }
 
 

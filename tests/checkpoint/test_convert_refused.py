@@ -47,8 +47,8 @@ def test_all_that_is_in_the_way_is_one_error(tmp_path: Path) -> None:
         leaves=[
             "gone: Param(2,) float32  kind=params  (missing from the source)",
             "half: Param(2,) float32  kind=params  (is float16 in the source)",
-            "key: Variable() key<fry>  kind=variables  (is a PRNG key of rbg in the source)",
-            "w: Param(2, 3) float32  kind=params  (is (2, 4) float32 in the source)",
+            "key: Variable() key<fry>  kind=variables  (is key<rbg> in the source)",
+            "w: Param(2, 3) float32  kind=params  (is (2, 4) in the source)",
         ],
         hint=f"{RENAME}\n"
         "or, to keep the target's values: kinds.replace(params=dataclasses.replace(kinds['params'], missing='keep'))\n"

@@ -82,19 +82,19 @@ def own_kinds() -> sw.Kinds:
 
 
 EXPECTED = [
-    "dtype [params] recast, changed: float32 to bfloat16; 1 of 2 elements by up to 0.000651",
-    "gone [params] removed: Param(3,) float32",
-    "shape [params] reshaped: (2, 3) to (2, 4)",
-    "tie [params] retied: tied to tied, then tied to nothing",
-    "tied [params] added: Param(2,) float32; tied to tie in the other",
-    "new [lora] added: LoRAParam(1, 2) int8",
-    "value [stats] changed: 2 of 3 elements by up to 1",
-    "impl [rng] recast: key<threefry2x32> to key<rbg>",
-    "key [rng] changed: 1 of 1 key",
-    "kind [variables] rekinded: variables to gates",
-    "several [variables] reshaped, recast: (2,) to (1,) at a; float32 to int32 at b",
-    "structure [variables] reshaped: a value of another structure",
-    "type [variables] retyped, rekinded: Variable to Param; variables to params",
+    "dtype [params] dtype, value: float32 to bfloat16; 1 of 2 elements by up to 0.000651",
+    "gone [params] missing: Param(3,) float32",
+    "shape [params] shape: (2, 3) to (2, 4)",
+    "tie [params] ties: tied to tied, then to nothing",
+    "tied [params] unexpected: Param(2,) float32; tied to tie in the other",
+    "new [lora] unexpected: LoRAParam(1, 2) int8",
+    "value [stats] value: 2 of 3 elements by up to 1",
+    "impl [rng] dtype: key<threefry2x32> to key<rbg>",
+    "key [rng] value: 1 of 1 key",
+    "kind [variables] kind: variables to gates",
+    "several [variables] shape, dtype: (2,) to (1,) at a; float32 to int32 at b",
+    "structure [variables] structure: a value of another structure",
+    "type [variables] kind, type: variables to params; Variable to Param",
 ]
 
 
@@ -104,22 +104,23 @@ def test_every_sort_of_difference_between_two_states() -> None:
     assert found
     assert found.same == {"params": 1}
     assert (found.not_compared, found.not_saved) == ({}, ())
-    assert {kind: [one.leaf.path for one in some] for kind, some in found.added.items()} == {
+    assert {kind: [one.leaf.path for one in some] for kind, some in found.unexpected.items()} == {
         "params": [("tied",)],
         "lora": [("new",)],
     }
     by_word = {
         name: sorted(one.leaf.path[0] for some in getattr(found, name).values() for one in some)
-        for name in ("removed", "retyped", "rekinded", "reshaped", "recast", "retied", "changed")
+        for name in ("missing", "type", "kind", "structure", "shape", "dtype", "ties", "value")
     }
     assert by_word == {
-        "removed": ["gone"],
-        "retyped": ["type"],
-        "rekinded": ["kind", "type"],
-        "reshaped": ["several", "shape", "structure"],
-        "recast": ["dtype", "impl", "several"],
-        "retied": ["tie"],
-        "changed": ["dtype", "key", "value"],
+        "missing": ["gone"],
+        "type": ["type"],
+        "kind": ["kind", "type"],
+        "structure": ["structure"],
+        "shape": ["several", "shape"],
+        "dtype": ["dtype", "impl", "several"],
+        "ties": ["tie"],
+        "value": ["dtype", "key", "value"],
     }
 
 
@@ -148,15 +149,15 @@ def test_the_same_between_whatever_holds_them(tmp_path: pathlib.Path) -> None:
 def test_the_way_back_is_the_other_way_round() -> None:
     one, other = before(), after()
     back = diff(other, one)
-    assert [leaf.leaf.path for some in back.removed.values() for leaf in some] == [("tied",), ("new",)]
-    assert "shape [params] reshaped: (2, 4) to (2, 3)" in lines(back)
-    assert "tie [params] retied: tied to nothing, then tied to tied" in lines(back)
+    assert [leaf.leaf.path for some in back.missing.values() for leaf in some] == [("tied",), ("new",)]
+    assert "shape [params] shape: (2, 4) to (2, 3)" in lines(back)
+    assert "tie [params] ties: tied to nothing, then to tied" in lines(back)
 
 
 def test_two_classes_of_one_name_are_told_apart() -> None:
     here, there = (type("Gate", (nnx.Variable,), {"__module__": place}) for place in ("here", "there"))
     assert lines(diff(state_of(v=here(ONES)), state_of(v=there(ONES)))) == [
-        "v [variables] retyped: here.Gate to there.Gate"
+        "v [variables] type: here.Gate to there.Gate"
     ]
 
 
@@ -193,7 +194,7 @@ def test_optimizer_state_counts() -> None:
 )
 def test_what_changed_and_by_how_much(one: Any, other: Any, elements: int, largest: float, why: str) -> None:
     found = values(jnp.asarray(one), jnp.asarray(other))
-    assert (found.what, found.elements, found.largest, found.why) == (("changed",), elements, largest, why)
+    assert (found.what, found.elements, found.largest, found.why) == (("value",), elements, largest, why)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_what_changed_and_by_how_much(one: Any, other: Any, elements: int, large
 )
 def test_values_of_any_dtype(dtype: str) -> None:
     found = values(jnp.array([0, 1, 2], dtype), jnp.array([0, 1, 4], dtype))
-    assert (found.what, found.elements, found.largest) == (("changed",), 1, 2.0)
+    assert (found.what, found.elements, found.largest) == (("value",), 1, 2.0)
     assert values(jnp.array([0, 1, 2], dtype), jnp.array([0, 1, 2], dtype)) is None
 
 
@@ -249,21 +250,21 @@ def test_nan_in_one_alone_is_said() -> None:
 def test_values_of_two_dtypes_are_compared_as_numbers(there: str, more: str) -> None:
     found = values(jnp.array([1.0, 2.0]), jnp.array([1, 2], there))
     assert found.why == f"float32 to {there}{more}"
-    assert found.what == (("recast", "changed") if more else ("recast",))
+    assert found.what == (("dtype", "value") if more else ("dtype",))
 
 
 def test_keys_are_compared_by_their_words() -> None:
     found = values(
         jax.random.split(jax.random.key(0), 3), jax.random.split(jax.random.key(0), 3).at[1].set(jax.random.key(9))
     )
-    assert (found.what, found.elements, found.largest, found.why) == (("changed",), 1, None, "1 of 3 keys")
+    assert (found.what, found.elements, found.largest, found.why) == (("value",), 1, None, "1 of 3 keys")
     assert values(jax.random.key(4), jax.random.key(4)) is None
 
 
 def test_a_key_is_not_its_words() -> None:
     found = values(jax.random.key(0), jax.random.PRNGKey(0))
     assert found.why == "() to (2,); key<threefry2x32> to uint32"
-    assert found.what == ("reshaped", "recast")
+    assert found.what == ("shape", "dtype")
 
 
 def test_arrays_larger_than_a_piece() -> None:
@@ -293,7 +294,7 @@ def test_an_abstract_side_is_compared_in_shape_alone() -> None:
 
 def test_a_leaf_that_differs_says_that_its_values_were_not_compared() -> None:
     found = diff(state_of(w=nnx.Param(ONES)), state_of(w=nnx.Param(ONES.astype("bfloat16"))).plan)
-    assert lines(found) == ["w [params] recast: float32 to bfloat16; values not compared"]
+    assert lines(found) == ["w [params] dtype: float32 to bfloat16; values not compared"]
 
 
 def test_a_checkpoint_misses_no_kind_that_it_was_not_meant_to_hold(tmp_path: pathlib.Path) -> None:
@@ -307,14 +308,14 @@ def test_a_checkpoint_misses_no_kind_that_it_was_not_meant_to_hold(tmp_path: pat
         f"a state and {tmp_path}/params: no leaf differs; left out: stats, cache"
     )
     assert diff(tmp_path / "params", tmp_path / "all").not_saved == ("stats",)
-    assert diff(state, state_of(w=nnx.Param(ONES), s=nnx.BatchStat(ONES))).removed.keys() == {"cache"}
+    assert diff(state, state_of(w=nnx.Param(ONES), s=nnx.BatchStat(ONES))).missing.keys() == {"cache"}
 
 
 def test_an_ephemeral_kind_that_the_checkpoint_does_not_know_is_left_out(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "run", state_of(sw.Kinds(params=sw.Kind(nnx.Param)), w=nnx.Param(ONES)))
     found = diff(tmp_path / "run", state_of(w=nnx.Param(ONES), c=nnx.Cache(ONES), s=nnx.BatchStat(ONES)))
     assert found.not_saved == ("cache",)
-    assert found.added.keys() == {"stats"}
+    assert found.unexpected.keys() == {"stats"}
 
 
 def test_a_saved_kind_that_is_ephemeral_now_is_compared(tmp_path: pathlib.Path) -> None:
@@ -347,7 +348,7 @@ def test_of_a_kind_that_the_adapter_has_nothing_is_the_base_s(tmp_path: pathlib.
     sw.save(tmp_path / "base", state_of(**one, b=nnx.LoRAParam(jnp.ones(2))))
     sw.save(tmp_path / "adapter", state_of(**one), only="lora", base=tmp_path / "base")
     assert not diff(tmp_path / "adapter", state_of(**one))
-    assert list(diff(tmp_path / "base", tmp_path / "adapter").removed) == ["lora"]
+    assert list(diff(tmp_path / "base", tmp_path / "adapter").missing) == ["lora"]
 
 
 # --- kinds -------------------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ def test_kinds_are_for_models(tmp_path: pathlib.Path) -> None:
     model = Node(g=OwnStat(ONES), w=nnx.Param(ONES))
     sw.save(tmp_path / "run", kinds.plan(model).take(model))
     assert diff(tmp_path / "run", model, kinds=kinds).same == {"gates": 1, "rest": 1}
-    assert [one.what for one in diff(tmp_path / "run", model).leaves] == [("rekinded",), ("rekinded",)]
+    assert [one.what for one in diff(tmp_path / "run", model).leaves] == [("kind",), ("kind",)]
     message = "Only a model is planned by kinds; states and checkpoints have theirs."
     with refused(sw.DeclarationError, message, hint="sw.diff(a, b)"):
         diff(tmp_path / "run", tmp_path / "run", kinds=kinds)

@@ -86,17 +86,17 @@ def test_as_json_it_is_plain_data(found: Diff) -> None:
         "differ": True,
         "not_saved": [],
         "counts": {
-            "params": {"same": 1, "changed": 1, "added": 1},
+            "params": {"same": 1, "value": 1, "unexpected": 1},
             "cache": {"same": 1},
-            "stats": {"changed": 1},
+            "stats": {"value": 1},
         },
     }
     changed, added, nan = data["leaves"]
     shown = {"path": "b", "kind": "params", "type": "Param", "shape": [2, 3], "dtype": "float32"}
-    shown |= {"aliases": [], "elements": 6, "bytes": 24}
+    shown |= {"aliases": [], "size": 6, "nbytes": 24}
     assert changed == shown | {
         "other": shown,
-        "what": ["changed"],
+        "what": ["value"],
         "why": "6 of 6 elements by up to 0.25",
         "elements_changed": 6,
         "largest": 0.25,
@@ -149,7 +149,7 @@ def test_what_cannot_be_the_same_is_not_read(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "two", state_of(w=nnx.Param(jnp.ones(3)), b=nnx.Param(ONES)))
     with nothing_read():
         found = diff(tmp_path / "one", tmp_path / "two")
-    assert [one.what for one in found.leaves] == [("removed",), ("reshaped",), ("added",)]
+    assert [one.what for one in found.leaves] == [("missing",), ("shape",), ("unexpected",)]
 
 
 def test_nothing_changes_what_is_compared(tmp_path: pathlib.Path) -> None:
@@ -233,7 +233,7 @@ def test_a_batch_of_states() -> None:
         sw.StructureError,
         "The state's arrays are not as its plan has them.",
         jax.tree.map(lambda array: jnp.stack([array] * 4), state_of(w=nnx.Param(ONES))),
-        leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) float32)"],
+        leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) in the state)"],
         hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')",

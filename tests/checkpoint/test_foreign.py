@@ -131,7 +131,7 @@ def test_inspect_reads_no_array_of_orbax(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.delattr(ocp.PyTreeCheckpointHandler, "restore")
     census = sw.inspect(path)
     assert list(census) == ["arrays"]
-    assert (census.total.leaves, census.total.elements, census.total.bytes) == (3, 10, 34)
+    assert (census.total.leaves, census.total.size, census.total.nbytes) == (3, 10, 34)
 
 
 def test_inspect_counts_linen_variables_by_collection(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_inspect_counts_linen_variables_by_collection(tmp_path: Path) -> None:
         variables = {"params": {"dense": {"kernel": jnp.ones((2, 3))}}, "batch_stats": {"norm": {"mean": jnp.ones(3)}}}
         checkpointer.save(tmp_path / "made", variables)
     census = sw.inspect(tmp_path / "made")
-    assert {kind: census[kind].elements for kind in census} == {"params": 6, "batch_stats": 3}
+    assert {kind: census[kind].size for kind in census} == {"params": 6, "batch_stats": 3}
 
 
 def test_a_checkpoint_of_statewise_is_not_foreign(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_inspect_reads_no_array_of_safetensors(tmp_path: Path) -> None:
         file.truncate(path.stat().st_size + size)
     census = sw.inspect(path)
     assert list(census) == ["arrays"]
-    assert census.total.bytes == size
+    assert census.total.nbytes == size
 
 
 def test_a_file_cut_off_anywhere_is_damage(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_shapes_have_no_values_to_read() -> None:
     source = open_mapping({"a": jax.ShapeDtypeStruct((2,), jnp.float32), "b": jnp.ones(2)})
     with refused(
         sw.StructureError,
-        "The source is abstract: it has shapes but no values.",
+        "The source is abstract: it has shapes but no values to convert.",
         leaves=["a: Array(2,) float32  (has no values)"],
         hint="sw.convert(..., dry_run=True), or variables with values",
     ):

@@ -50,8 +50,8 @@ def test_a_golden_checkpoint_restores_to_what_was_saved(name: str, make: types.M
 def test_a_golden_checkpoint_can_be_looked_at(name: str, make: types.ModuleType) -> None:
     census = sw.inspect(GOLDEN / name)
     assert sw.preview(GOLDEN / name, make.plan().abstract()).ok
-    assert census["lora"].elements == 4
-    assert name == "v1-adapter" or census["params"].elements == 2 * (4 + 2 + 2 + 2) + 3
+    assert census["lora"].size == 4
+    assert name == "v1-adapter" or census["params"].size == 2 * (4 + 2 + 2 + 2) + 3
     assert "lora_a" in json.dumps([str(leaf) for leaf in sw.preview(GOLDEN / name, make.plan().abstract()).leaves])
 
 

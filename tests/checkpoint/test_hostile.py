@@ -310,7 +310,7 @@ def test_a_huge_array_takes_no_memory() -> None:
         folder = Path(outside) / "checkpoint"
         shutil.copytree(saved("named"), folder)
         rewritten(folder, change)
-        assert sw.inspect(folder)["params"].elements == 5 * 2**60
+        assert sw.inspect(folder)["params"].size == 5 * 2**60
         with pytest.raises(sw.RestoreError):
             sw.restore(folder, state())
 

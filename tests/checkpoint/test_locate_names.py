@@ -123,7 +123,7 @@ def test_a_leaf_whose_name_another_format_cannot_hold(tmp_path: pathlib.Path, to
     ):
         sw.convert(tmp_path / "run", place, to=to)
     sw.convert(tmp_path / "run", place, to=to, rename={"held/\udcff": "held/a"})
-    assert sw.inspect(place).total.elements == 2
+    assert sw.inspect(place).total.size == 2
 
 
 # --- as TensorStore gets them ------------------------------------------------------------------------------------

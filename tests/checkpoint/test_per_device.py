@@ -219,7 +219,7 @@ def test_a_manifest_that_lies_about_its_devices_is_refused(tmp_path: Path, train
 def test_a_diff_shows_the_devices(trained: sw.State) -> None:
     folded = trained.reduce_devices("stats", how="mean")
     assert [line.split()[:6] for line in str(sw.diff(trained, folded)).splitlines() if "norm/mean" in line] == [
-        ["norm/mean", "stats", "reshaped", "(4,", "3)", "to"]
+        ["norm/mean", "stats", "shape", "(4,", "3)", "to"]
     ]
 
 

@@ -114,7 +114,7 @@ def test_a_target_that_is_being_traced(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "run", state_of(w=nnx.Param(ONES)))
     with refused(
         sw.StructureError,
-        "The target is being traced: inside jax.jit nothing can be restored into it.",
+        "The target is being traced: inside jax.jit there are no values to restore.",
         hint="restore before the function is called, and pass it the state",
     ):
         jax.jit(lambda state: sw.restore(tmp_path / "run", state)[0])(state_of(w=nnx.Param(ONES)))
@@ -126,7 +126,7 @@ def test_a_target_that_is_a_batch_of_states(tmp_path: pathlib.Path) -> None:
     with refused(
         sw.StructureError,
         "The state's arrays are not as its plan has them.",
-        leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) float32)"],
+        leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) in the state)"],
         hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"
         "for other dtypes: state.cast(params='bfloat16')",

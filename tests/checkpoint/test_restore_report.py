@@ -46,7 +46,7 @@ b     params     cast     from float32 to bfloat16
 c     cache      kept     ephemeral, never saved
 n     variables  kept     missing from the checkpoint
 s     stats      problem  is (2, 3) in the checkpoint
-gone  stats      problem  in the checkpoint only
+gone  stats      problem  not in the target
 
 kinds
 kind       leaves  outcome
@@ -64,12 +64,12 @@ def test_what_happens_to_each_leaf_is_data(report: sw.results.RestoreReport) -> 
         ("n", "kept", "missing from the checkpoint"),
         ("s", "problem", "is (2, 3) in the checkpoint"),
         ("w", "restored", ""),
-        ("gone", "problem", "in the checkpoint only"),
+        ("gone", "problem", "not in the target"),
     ]
     assert not report.ok
     assert [str(leaf) for leaf in report.problems] == [
         "s: BatchStat(3,) float32  kind=stats  (is (2, 3) in the checkpoint)",
-        "gone: BatchStat(2, 3) float32  kind=stats  (in the checkpoint only)",
+        "gone: BatchStat(2, 3) float32  kind=stats  (not in the target)",
     ]
     assert report.counts == {
         "params": {"cast": 1, "restored": 1},
@@ -137,8 +137,8 @@ def test_as_json_it_is_the_same(report: sw.results.RestoreReport) -> None:
         "shape": [2, 3],
         "dtype": "bfloat16",
         "aliases": [],
-        "elements": 6,
-        "bytes": 12,
+        "size": 6,
+        "nbytes": 12,
         "outcome": "cast",
         "why": "from float32 to bfloat16",
     }

@@ -102,8 +102,8 @@ def test_census(run: Run, target: str) -> None:
     assert data["kinds"][0] | {"types": None, "dtypes": None} == {
         "name": "params",
         "leaves": 4,
-        "elements": 13,
-        "bytes": 52,
+        "size": 13,
+        "nbytes": 52,
         "dtypes": None,
         "types": None,
         "handling": "-",
@@ -120,7 +120,7 @@ def test_census_of_several_objects_of_an_attribute_and_of_nothing(run: Run) -> N
 
 def test_a_large_model_is_counted_without_its_arrays(run: Run) -> None:
     status, out, _ = run("census", "models_of_user:large", "--abstract", "--json")
-    assert (status, json.loads(out)["total"]["bytes"]) == (0, 4 * (10**14 + 10**7))
+    assert (status, json.loads(out)["total"]["nbytes"]) == (0, 4 * (10**14 + 10**7))
 
 
 def test_plan(run: Run) -> None:

@@ -88,7 +88,7 @@ def test_abstract_makes_no_arrays(run: Run) -> None:
 def test_two_that_differ_are_exit_status_1(run: Run) -> None:
     assert run("@fine", "@fine", "--json")[0] == 0
     status, out, _ = run("@fine", "@other", "--json")
-    assert (status, [leaf["what"] for leaf in json.loads(out)["diff"]["leaves"]]) == (1, [["changed"]])
+    assert (status, [leaf["what"] for leaf in json.loads(out)["diff"]["leaves"]]) == (1, [["value"]])
 
 
 def test_checkpoints_alone_and_beside_others(run: Run, tmp_path: Path) -> None:

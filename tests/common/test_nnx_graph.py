@@ -105,7 +105,7 @@ def test_each_leaf_stands_once_and_has_a_row(model: Node) -> None:
         value = raw_value(leaf)
         assert (row.path, row.kind, row.note) == (path, "kind", "note")
         assert row.shape == (None if value is None else value.shape)
-        assert row.elements == (0 if value is None else value.size)
+        assert row.size == (0 if value is None else value.size)
 
 
 def test_several_objects_share_what_they_share() -> None:

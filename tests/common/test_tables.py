@@ -34,7 +34,7 @@ LONG = tuple(f"a_rather_long_segment_{i}" for i in range(12))
 
 
 def leaf(path: tuple[object, ...] = ("a", 0), kind: str | None = None, **other: object) -> Leaf:
-    facts = {"type": nnx.Param, "shape": (2, 3), "dtype": F32, "elements": 6, "nbytes": 24} | other
+    facts = {"type": nnx.Param, "shape": (2, 3), "dtype": F32, "size": 6, "nbytes": 24} | other
     return Leaf(path=path, kind=kind, **facts)
 
 
@@ -214,16 +214,16 @@ def test_counts_add_up() -> None:
     kinds = Kinds(params=Kind(nnx.Param), rest=Kind(...), none=Kind("nothing"))
     rows = [
         leaf(kind="params"),
-        leaf(kind="rest", type=nnx.Cache, shape=None, dtype=None, elements=0, nbytes=0),
+        leaf(kind="rest", type=nnx.Cache, shape=None, dtype=None, size=0, nbytes=0),
         leaf(kind="rest", type=jax.Array, shape=None, dtype=None),
     ]
     params, rest, none = count_kinds(rows, kinds)
-    assert (params.leaves, params.elements, params.bytes, params.dtypes) == (1, 6, 24, {"float32": 1})
+    assert (params.leaves, params.size, params.nbytes, params.dtypes) == (1, 6, 24, {"float32": 1})
     assert rest.dtypes == {"-": 1, "several": 1}
     assert rest.types == {"Cache": 1, "Array": 1}
     assert (none.leaves, none.dtypes) == (0, {})
     total = total_of((params, rest, none))
-    assert (total.leaves, total.elements, total.bytes) == (3, 12, 48)
+    assert (total.leaves, total.size, total.nbytes) == (3, 12, 48)
     assert total.types == {"Param": 1, "Cache": 1, "Array": 1}
 
 
@@ -236,8 +236,8 @@ def test_a_leaf_as_data_is_json() -> None:
         "shape": [2, 3],
         "dtype": "key<fry>",
         "aliases": [],
-        "elements": 6,
-        "bytes": 24,
+        "size": 6,
+        "nbytes": 24,
         "note": "odd",
     }
     assert leaf_dict(leaf(shape=None, dtype=None))["shape"] is None

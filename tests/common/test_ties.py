@@ -61,7 +61,7 @@ def test_tied_weights_are_one_leaf() -> None:
     plan = sw.plan(model)
     assert len(plan.leaves) == 1
     assert aliases(plan) == {"embed/table": ["head/kernel", "tail/0"]}
-    assert plan.leaves[0].elements == 8
+    assert plan.leaves[0].size == 8
     state = plan.take(model)
     assert len(jax.tree.leaves(state)) == 1
     state = state.replace(params=jax.tree.map(jnp.zeros_like, state["params"]))

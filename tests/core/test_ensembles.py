@@ -109,7 +109,7 @@ def test_a_plan_of_an_ensemble_shows_itself() -> None:
     assert str(sw.census(plan)).startswith("census of an ensemble of 8\n")
     assert sw.census(plan).to_dict()["members"] == 8
     assert "members" not in sw.census(PLAN).to_dict()
-    assert sw.census(plan)["params"].bytes == 8 * sw.census(PLAN)["params"].bytes
+    assert sw.census(plan)["params"].nbytes == 8 * sw.census(PLAN)["params"].nbytes
     assert sw.report(plan).table().title.startswith("report of Plan: an ensemble of 8, ")
 
 
@@ -358,7 +358,7 @@ def test_members_over_a_mesh_axis_and_the_rest_as_the_kinds_say(devices: list[ja
     fits = sw.memory(ensemble, {"members": 4, "model": 2})
     whole = sw.memory(plan, {"members": 4, "model": 2})
     assert fits["params"].per_device == whole["params"].per_device
-    assert fits["params"].bytes == 4 * whole["params"].bytes
+    assert fits["params"].nbytes == 4 * whole["params"].nbytes
 
 
 def test_without_a_mesh_axis_each_device_has_all_members(devices: list[jax.Device]) -> None:

@@ -62,7 +62,9 @@ def test_a_batch_of_states_is_told_the_plan_that_fits_it(tmp_path: Path, door: s
     with pytest.raises(sw.StructureError) as caught:
         DOORS[door](tmp_path, states)
     assert caught.value.message == "The state's arrays are not as its plan has them."
-    assert "dense/kernel: Param(3, 4) float32  kind=params  (is (3, 3, 4) float32)" in map(str, caught.value.leaves)
+    assert "dense/kernel: Param(3, 4) float32  kind=params  (is (3, 3, 4) in the state)" in map(
+        str, caught.value.leaves
+    )
     first, *_ = (caught.value.hint or "").splitlines()
     assert first == "all of them as one ensemble: state = plan.stacked(3, optimizer=0).stack(states)"
     scope: dict[str, Any] = {"plan": PLAN, "states": states}
@@ -319,7 +321,7 @@ def test_square_arrays_along_another_axis_are_not_taken_for_the_same(tmp_path: P
     with pytest.raises(sw.RestoreError):
         sw.restore(tmp_path / "a", other.abstract())
     (one,) = sw.diff(tmp_path / "a", other.abstract()).leaves
-    assert (one.what, one.why) == (("reshaped",), "members along axis 0 to 1")
+    assert (one.what, one.why) == (("shape",), "members along axis 0 to 1")
 
 
 def test_optimizers_stay_those_of_one_member() -> None:

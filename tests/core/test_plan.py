@@ -79,8 +79,8 @@ def test_the_rows_say_all_there_is_to_say() -> None:
         "optimizer/params/0/trace/layers/1/bias: Array(3,) float32  kind=optimizer",
         "optimizer/params/0/trace/layers/1/scale: Array(3,) float32  kind=optimizer",
     ]
-    assert [(leaf.elements, leaf.nbytes) for leaf in plan.leaves[:3]] == [(1, 2), (3, 12), (6, 24)]
-    assert plan.leaves[7].elements == 0
+    assert [(leaf.size, leaf.nbytes) for leaf in plan.leaves[:3]] == [(1, 2), (3, 12), (6, 24)]
+    assert plan.leaves[7].size == 0
     assert plan.leaves[8].path == ("slots", 3, ("t", 0))
 
 
@@ -92,7 +92,7 @@ def test_each_leaf_stands_in_the_part_of_its_kind(thing: Node) -> None:
     )
     assert all(kind in plan for kind in sw.Kinds.standard())
     assert "nobody" not in plan
-    assert sum(leaf.elements for leaf in plan.leaves) == sum(array.size for array in jax.tree.leaves(plan.take(thing)))
+    assert sum(leaf.size for leaf in plan.leaves) == sum(array.size for array in jax.tree.leaves(plan.take(thing)))
 
 
 def test_a_plan_prints_as_a_table() -> None:

@@ -208,7 +208,7 @@ def test_a_state_with_one_value_of_everything_has_nothing_to_fold() -> None:
 
 
 def test_an_abstract_state_has_nothing_to_fold() -> None:
-    message = "This state is abstract: it has shapes, but no values to fold."
-    hint = "state, report = sw.restore(path, state)  # then fold what comes out of it"
+    message = "This state is abstract: it has shapes but no values to reduce."
+    hint = "state, report = sw.restore(path, state)  # then reduce what comes out of it"
     with refused(sw.StructureError, message, kind="stats", hint=hint):
         PLAN.abstract(MESH).reduce_devices("stats", how="mean")

@@ -334,7 +334,7 @@ def test_a_restart_that_changes_shape_or_dtype(fresh: Any, note: str) -> None:
 
 
 def test_an_abstract_state_has_nothing_to_restart() -> None:
-    message = "This state is abstract: it has shapes, but no arrays to restart."
+    message = "This state is abstract: it has shapes but no values to restart."
     hint = "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)"
     with refused(sw.StructureError, message, kind="cache", hint=hint):
         KINDS.plan(model()).abstract().restart("cache")

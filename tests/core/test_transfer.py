@@ -319,10 +319,10 @@ def test_everything_that_differs_is_listed() -> None:
         sw.StructureError,
         "The source is not what the target wants: 4 leaves differ.",
         leaves=[
-            "a: Param(3,) float32  kind=params  (is (2,) float32 in the source)",
+            "a: Param(3,) float32  kind=params  (is (2,) in the source)",
             "b: Variable(2,) float32  kind=variables  (is a Param in the source)",
-            "c: Param- -  kind=params  (holds a value of another structure in the source)",
-            "d: BatchStat(2,) float32  kind=stats  (not in the source)",
+            "c: Param- -  kind=params  (is a value of another structure in the source)",
+            "d: BatchStat(2,) float32  kind=stats  (missing from the source)",
         ],
         hint="the models differ: plan the target's model as the source's was made",
     ):
@@ -350,7 +350,7 @@ def test_a_source_without_values() -> None:
     plan = sw.plan(Model(nnx.Rngs(0)))
     with refused(
         sw.StructureError,
-        "The source is abstract: it has shapes but no values.",
+        "The source is abstract: it has shapes but no values to transfer.",
         kind="params",
         hint="src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
     ):

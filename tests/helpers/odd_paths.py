@@ -56,7 +56,7 @@ def assert_works(path: Any) -> None:
     assert report.ok
     assert_kept(state)
     assert sw.preview(path, STATE).ok
-    assert sw.inspect(path)["params"].elements == 9
+    assert sw.inspect(path)["params"].size == 9
     assert not sw.diff(path, STATE).changed
 
 

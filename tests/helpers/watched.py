@@ -46,7 +46,7 @@ def paths(changes: dict[str, tuple[LeafChange, ...]]) -> dict[str, list[str]]:
 
 
 def hows(seen: sw.results.Watch) -> dict[str, str]:
-    return {sw.format_path(change.path): change.how for change in seen.leaves}
+    return {sw.format_path(change.path): ", ".join(change.what) or "same" for change in seen.leaves}
 
 
 class Tied(nnx.Module):

@@ -62,16 +62,16 @@ def test_counts_of_every_kind(model: Model) -> None:
         "rng": 2,
         "variables": 5,
     }
-    assert (found["params"].elements, found["params"].bytes) == (28, 112)
+    assert (found["params"].size, found["params"].nbytes) == (28, 112)
     # A threefry key is two words of four bytes.
-    assert (found["rng"].elements, found["rng"].bytes) == (2, 12)
+    assert (found["rng"].size, found["rng"].nbytes) == (2, 12)
     assert found["rng"].dtypes == {"uint32": 1, "key<fry>": 1}
     assert found["variables"].types == {"Buffer": 1, "Variable": 3, "Array": 1}
     assert found["variables"].dtypes == {"float32": 2, "several": 1, "-": 1, "bfloat16": 1}
-    assert found["variables"].elements == 0 + 5 + 0 + 1 + 2
+    assert found["variables"].size == 0 + 5 + 0 + 1 + 2
     assert found["cache"].handling == "not saved, restart=zeros_like"
     assert found.total.leaves == count(model) == 13
-    assert found.total.bytes == sum(found[kind].bytes for kind in found)
+    assert found.total.nbytes == sum(found[kind].nbytes for kind in found)
 
 
 def test_an_unknown_type_is_seen_in_the_table(model: Model) -> None:
@@ -88,12 +88,12 @@ def test_an_abstract_model_counts_alike() -> None:
 
 def test_a_large_abstract_model_makes_no_array() -> None:
     large = nnx.eval_shape(lambda: nnx.Linear(10**6, 10**6, rngs=nnx.Rngs(0)))
-    assert census(large)["params"].bytes == 4 * (10**12 + 10**6)
+    assert census(large)["params"].nbytes == 4 * (10**12 + 10**6)
 
 
 def test_a_model_without_leaves_counts_nothing() -> None:
     found = census(nnx.Module())
-    assert (found.total.leaves, found.total.elements, found.total.bytes) == (0, 0, 0)
+    assert (found.total.leaves, found.total.size, found.total.nbytes) == (0, 0, 0)
     assert all(found[kind].leaves == 0 for kind in found)
     assert "total" in str(found)
 
@@ -132,9 +132,9 @@ def test_a_plan_counts_its_optimizers_and_what_was_sown(model: Model) -> None:
     planned = plan(model, optimizers={"params": optax.adam(0.1)})
     found = census(planned)
     assert found["intermediates"].leaves == 1
-    assert found["intermediates"].elements == 7
+    assert found["intermediates"].size == 7
     assert found["optimizer"].leaves == 1 + 2 * 3
-    assert found["optimizer"].elements == 1 + 2 * found["params"].elements
+    assert found["optimizer"].size == 1 + 2 * found["params"].size
     assert found["params"] == census(model)["params"]
     assert census(model)["intermediates"] == found["intermediates"]
     with pytest.raises(DeclarationError, match="its own kinds"):
@@ -154,7 +154,7 @@ def test_a_module_may_have_a_plan_of_its_own() -> None:
             self.plan = planned
             self.size = nnx.Param(jnp.ones(3))
 
-    assert census(Planner(plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))))["params"].elements == 3
+    assert census(Planner(plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))))["params"].size == 3
 
 
 def test_under_tracing(model: Model) -> None:
@@ -177,7 +177,7 @@ def test_every_leaf_is_counted_exactly_once(model: nnx.Module) -> None:
         assert found[kind].leaves == sum(found[kind].dtypes.values()) == sum(found[kind].types.values())
     arrays = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     keys = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    assert found.total.bytes == sum(array.nbytes for array in arrays) + 8 * len(keys)
+    assert found.total.nbytes == sum(array.nbytes for array in arrays) + 8 * len(keys)
 
 
 def test_shows_itself_everywhere(model: Model) -> None:

@@ -68,7 +68,7 @@ def test_it_counts_what_the_devices_really_hold(kinds: sw.Kinds, tx: Any) -> Non
         device, host = really(state, kind)
         assert {counted[kind].per_device} == set(device.values() or [0])
         assert {counted[kind].host} == set(host.values() or [0])
-        assert counted[kind].bytes == sum(leaf.nbytes for leaf in plan[kind])
+        assert counted[kind].nbytes == sum(leaf.nbytes for leaf in plan[kind])
 
 
 class Wide(nnx.Module):
@@ -125,10 +125,10 @@ def test_what_splitting_a_replicated_kind_would_save() -> None:
     counted = sw.memory(
         kinds_of(fsdp).plan(nnx.Dict(a=linear(), n=nnx.BatchNorm(15, rngs=nnx.Rngs(0)))), {"data": 4, "model": 2}
     )
-    assert counted["params"].saves == 0
+    assert counted["params"].saving_if_sharded == 0
     assert counted["stats"].per_device == 120
-    assert counted["stats"].saves == 120 - 15
-    assert counted["cache"].saves == 0
+    assert counted["stats"].saving_if_sharded == 120 - 15
+    assert counted["cache"].saving_if_sharded == 0
 
 
 def test_the_largest_leaves_come_first_and_a_leaf_counts_with_all_its_arrays() -> None:
@@ -171,7 +171,14 @@ def test_as_json_it_says_what_the_attributes_do() -> None:
     told = json.loads(counted.to_json())
     assert told["mesh"] == {"data": 4, "model": 2}
     assert (told["devices"], told["gradients"], told["total"]) == (8, 512, 1024)
-    assert told["kinds"][0] == {"name": "params", "arrays": 1, "bytes": 4096, "per_device": 512, "host": 0, "saves": 0}
+    assert told["kinds"][0] == {
+        "name": "params",
+        "arrays": 1,
+        "nbytes": 4096,
+        "per_device": 512,
+        "host": 0,
+        "saving_if_sharded": 0,
+    }
     assert [(leaf["path"], leaf["per_device"]) for leaf in told["largest"]] == [("kernel", 512)]
 
 
@@ -225,8 +232,8 @@ def test_a_decoder_of_405_billion_parameters_is_counted_without_an_array(monkeyp
     assert all(array.nbytes < 1024 for array in jax.live_arrays() if id(array) not in before)
     norms = (2 * 126 + 1) * 16384 * 2
     params = counted["params"]
-    assert params.bytes == 2 * 405_853_388_800
-    assert params.per_device == (params.bytes - norms) // 128**2 + norms
+    assert params.nbytes == 2 * 405_853_388_800
+    assert params.per_device == (params.nbytes - norms) // 128**2 + norms
     assert counted.gradients == params.per_device
     assert counted["optimizer"].per_device == 2 * params.per_device + 4
 

@@ -138,8 +138,8 @@ def test_an_explanation_prints_and_is_data() -> None:
         "shape": [2],
         "dtype": "float32",
         "aliases": [],
-        "elements": 2,
-        "bytes": 8,
+        "size": 2,
+        "nbytes": 8,
         "matched": False,
         "by": "~Path('bias')",
     }

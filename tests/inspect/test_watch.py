@@ -187,17 +187,17 @@ def test_leaves_added_removed_retyped_reshaped_and_recast_are_told_apart() -> No
     model: Any = nnx.Dict({name: nnx.Param(jnp.ones((2, 3))) for name in ("cast", "kept", "lost", "shape", "type")})
     with sw.watch(model) as seen:
         model.cast.set_value(model.cast[...].astype(jnp.bfloat16))
-        del model.written_but_not_saved
+        del model.lost
         model.shape.set_value(jnp.ones((3, 2)))
         model.type = nnx.BatchStat(jnp.ones((2, 3)))
         model.new = nnx.Cache(jnp.zeros(2))
     assert {sw.format_path(change.path): change.describe() for change in seen.leaves} == {
-        "cast": "recast, was float32",
+        "cast": "dtype: float32 to bfloat16",
         "kept": "same",
-        "lost": "removed",
-        "new": "added",
-        "shape": "reshaped, was (2, 3)",
-        "type": "retyped, was Param",
+        "lost": "missing",
+        "new": "unexpected",
+        "shape": "shape: (2, 3) to (3, 2)",
+        "type": "type: Param to BatchStat",
     }
     # Of a leaf that was there before it is the kind that it had.
     assert paths(seen.changed) == {"params": ["cast", "lost", "shape", "type"], "cache": ["new"]}
@@ -208,7 +208,7 @@ def test_another_structure_of_a_value_is_another_shape() -> None:
     with sw.watch(model) as seen:
         model.pair.set_value((jnp.ones(2), jnp.zeros(3)))
         model.name.set_value((jnp.ones(()),))
-    assert hows(seen) == {"name": "reshaped", "pair": "value"}
+    assert hows(seen) == {"name": "structure", "pair": "value"}
 
 
 def test_a_tie_that_came_apart_is_found() -> None:
@@ -217,9 +217,11 @@ def test_a_tie_that_came_apart_is_found() -> None:
         model.head.kernel = nnx.Param(jnp.copy(model.embed.embedding[...]))
     assert {sw.format_path(change.path): change.describe() for change in seen.leaves} == {
         "embed/embedding": "same",
-        "head/kernel": "untied, was embed/embedding",
+        "head/kernel": "ties: tied to embed/embedding, then to nothing",
     }
-    assert [change.path for change in seen.untied] == [("head", "kernel")]
+    assert {kind: [change.path for change in changes] for kind, changes in seen.ties.items()} == {
+        "params": [("head", "kernel")]
+    }
 
 
 def test_a_new_tie_is_found() -> None:
@@ -229,7 +231,7 @@ def test_a_new_tie_is_found() -> None:
         model.head.kernel = model.embed.embedding
     assert {sw.format_path(change.path): change.describe() for change in seen.leaves} == {
         "embed/embedding": "same",
-        "head/kernel": "tied, now embed/embedding",
+        "head/kernel": "ties: tied to nothing, then to embed/embedding",
     }
 
 
@@ -254,7 +256,11 @@ def tie(model: nnx.Dict) -> None:
 
 @pytest.mark.parametrize(
     ("change", "path", "told"),
-    [(retie, "z", "tied, now c, was a"), (untie, "z", "removed, was a"), (tie, "y", "tied, now c")],
+    [
+        (retie, "z", "ties: tied to a, then to c"),
+        (untie, "z", "missing: tied to a"),
+        (tie, "y", "ties: tied to nothing, then to c"),
+    ],
 )
 def test_a_further_path_of_a_tied_leaf_that_is_new_gone_or_leads_elsewhere_is_found(
     change: Callable[[nnx.Dict], None], path: str, told: str
@@ -269,7 +275,7 @@ def test_a_tied_leaf_that_is_gone_as_a_whole_is_told_of_once() -> None:
     model = three()
     with sw.watch(model) as seen:
         del model.a, model.z
-    assert hows(seen) == {"a": "removed", "c": "same"}
+    assert hows(seen) == {"a": "missing", "c": "same"}
 
 
 def test_a_model_that_stays_tied_is_the_same() -> None:
@@ -299,7 +305,7 @@ def test_an_array_that_was_donated_and_not_replaced_is_gone() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     with sw.watch(model) as seen:
         model.kernel.get_value().delete()
-    assert hows(seen) == {"bias": "same", "kernel": "gone"}
+    assert hows(seen) == {"bias": "same", "kernel": "donated"}
 
 
 def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:

@@ -172,7 +172,7 @@ def test_blocks_nest() -> None:
 
 def test_inside_a_trace_it_is_refused() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    message = "Inside jax.jit there are no values to watch: the code is being traced."
+    message = "The model is being traced: inside jax.jit there are no values to watch."
     hint = "with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call"
 
     def watched(model: nnx.Linear) -> None:
@@ -293,11 +293,11 @@ def test_it_shows_itself() -> None:
         "rest       1        1          -  -\n"
         "\n"
         "to look at\n"
-        "path                kind  what\n"
-        "-------------------------------------------\n"
-        "base                base  value\n"
-        "hits                rest  recast, was int32\n"
-        "tied/deterministic  -     False became True"
+        "path                kind  what    why\n"
+        "-----------------------------------------------------\n"
+        "base                base  value   -\n"
+        "hits                rest  dtype   int32 to float32\n"
+        "tied/deterministic  -     static  False to True"
     )
     assert "<table>" in seen._repr_html_()
     assert repr(seen) == "<sw.results.Watch, changed: base, rest>"
@@ -305,8 +305,8 @@ def test_it_shows_itself() -> None:
     assert data == seen.to_dict()
     assert (data["expect"], data["missed"]) == (["lora"], ["lora"])
     assert data["static"] == {"tied/deterministic": [False, True]}
-    assert [(leaf["path"], leaf["kind"], leaf["how"], leaf["was"]) for leaf in data["leaves"]] == [
-        ("base", "base", "value", ""),
-        ("hits", "rest", "recast", "was int32"),
-        ("lora", "lora", "same", ""),
+    assert [(leaf["path"], leaf["kind"], leaf["what"], leaf["why"]) for leaf in data["leaves"]] == [
+        ("base", "base", ["value"], ""),
+        ("hits", "rest", ["dtype"], "int32 to float32"),
+        ("lora", "lora", [], ""),
     ]

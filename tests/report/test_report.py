@@ -173,7 +173,7 @@ def test_a_checkpoint_beside_a_model_and_beside_another(tmp_path: Path) -> None:
     sw.save(tmp_path / "second", sw.plan(model).take(model))
     for other in (model, tmp_path / "second"):
         (change,) = sw.report(tmp_path / "first", other).diff.leaves
-        assert change.what == ("changed",)
+        assert change.what == ("value",)
 
 
 def test_files_of_others_are_reported_too(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_the_data_is_json_made_of_what_the_parts_give() -> None:
         "shape": [50, 16],
         "dtype": "float32",
         "aliases": ["tied/embedding"],
-        "elements": 800,
-        "bytes": 3200,
+        "size": 800,
+        "nbytes": 3200,
         "placement": "replicated",
         "per_device": 3200,
     }

@@ -109,7 +109,7 @@ def test_annotated_averages_follow_the_annotation() -> None:
 def test_memory_counts_averages() -> None:
     _, plan = plain_plan(sharded())
     memory = sw.memory(plan, {"data": 4})
-    assert memory["ema"].bytes == memory["params"].bytes
+    assert memory["ema"].nbytes == memory["params"].nbytes
     assert memory["ema"].per_device == memory["params"].per_device
 
 

@@ -286,7 +286,7 @@ def test_a_variable_of_several_arrays_is_averaged_array_by_array() -> None:
 def test_a_census_and_an_audit_count_them() -> None:
     model, plan = planned({"params": sw.EMA(0.5)})
     state = plan.take(model)
-    assert sw.census(state)["ema"].elements == sw.census(state)["params"].elements
+    assert sw.census(state)["ema"].size == sw.census(state)["params"].size
     audit = sw.audit(train, state, batch(0))
     assert {row.kind for row in audit.leaves if row.written} == {"params", "stats", "ema"}
     quiet = sw.audit(sw.step(writes="stats")(lambda model, x: model(x)), state, batch(0))

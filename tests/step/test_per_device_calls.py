@@ -218,7 +218,7 @@ def test_a_kind_is_replaced_and_cast_with_its_leading_axis() -> None:
     with refused(
         sw.StructureError,
         "What replaces kind 'stats' does not fit the plan.",
-        leaves=["seen: BatchStat() float32  kind=stats  (given as () float32)"],
+        leaves=["seen: BatchStat() float32  kind=stats  (is () in the replacement)"],
         kind="stats",
         hint="jax.tree.map(function, state['stats']) keeps the structure",
     ):
@@ -315,4 +315,4 @@ def test_all_that_lies_per_device_does_so_over_the_same_axes() -> None:
 def test_memory_counts_one_value_on_each_device() -> None:
     model = nnx.Dict(own=nnx.BatchStat(jnp.zeros(256)))
     counted = sw.memory(KINDS.plan(model), {"data": 4, "model": 2})["stats"]
-    assert (counted.bytes, counted.per_device, counted.saves) == (4096, 1024, 0)
+    assert (counted.nbytes, counted.per_device, counted.saving_if_sharded) == (4096, 1024, 0)

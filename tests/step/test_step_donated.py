@@ -377,7 +377,7 @@ def test_an_abstract_state_is_no_state_to_run_on(before: int) -> None:
         look(plan.take(model()))
     with refused(
         sw.StructureError,
-        "This state is abstract: <lambda> needs its values.",
+        "This state is abstract: it has shapes but no values to run <lambda> on.",
         hint="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
         "ahead of time: step.lower(state, ...).compile()",
     ):

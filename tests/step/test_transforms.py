@@ -205,8 +205,8 @@ def test_vmap_with_the_wrong_axes_is_refused() -> None:
     with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them") as caught:
         jax.vmap(evaluate, in_axes=(PLAN.axes(stats=0, rng=None), None))(fresh(), X)
     assert [str(leaf) for leaf in caught.value.leaves] == [
-        "norm/mean: BatchStat(3,) float32  kind=stats  (is () float32)",
-        "norm/var: BatchStat(3,) float32  kind=stats  (is () float32)",
+        "norm/mean: BatchStat(3,) float32  kind=stats  (is () in the state)",
+        "norm/var: BatchStat(3,) float32  kind=stats  (is () in the state)",
     ]
 
 

@@ -159,8 +159,8 @@ def test_a_finding_is_plain_data() -> None:
                     "shape": [3],
                     "dtype": "float32",
                     "aliases": [],
-                    "elements": 3,
-                    "bytes": 12,
+                    "size": 3,
+                    "nbytes": 12,
                 }
             ],
             "why": "dividing by its square root gives infinities or huge numbers until enough batches were seen",

@@ -91,8 +91,8 @@ def test_the_page_opens_and_says_what_it_is_about(open_page: Open, report: sw.re
     total = report.census.total
     assert texts(page, "#tiles li") == [
         f"{total.leaves} leaves",
-        f"{total.elements:,} elements",
-        f"{format_bytes(total.bytes)} in total",
+        f"{total.size:,} elements",
+        f"{format_bytes(total.nbytes)} in total",
         f"{format_bytes(report.memory.total)} on each of 8 devices",
         "2 findings",
         "1 leaf differs",
@@ -112,7 +112,7 @@ def test_a_part_that_there_is_not_is_not_shown(open_page: Open) -> None:
 def test_kinds_are_those_of_the_census_with_their_treatment(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     assert [row[:4] for row in rows(page, "#kinds-table")] == [
-        [kind.name, f"{kind.leaves:,}", f"{kind.elements:,}", format_bytes(kind.bytes)] for kind in report.census.counts
+        [kind.name, f"{kind.leaves:,}", f"{kind.size:,}", format_bytes(kind.nbytes)] for kind in report.census.counts
     ]
     cache = page.locator("#kinds-table tbody tr", has_text="cache")
     assert cache.locator(".tag").all_inner_texts() == ["not saved", "restart=zeros_like"]
@@ -163,7 +163,7 @@ def test_what_differs_is_shown_with_the_largest_difference(open_page: Open, repo
     assert page.locator("#difference-note").inner_text().startswith("From a model (Net) to a model (Net).")
     assert page.locator("#difference .count").inner_text() == "1 leaf"
     assert rows(page, "#difference-table") == [
-        ["layers/3/up/kernel", "params", "changed", report.diff.leaves[0].why, "0.5000"]
+        ["layers/3/up/kernel", "params", "value", report.diff.leaves[0].why, "0.5000"]
     ]
 
 

@@ -184,10 +184,10 @@ def test_enter_on_a_leaf_shows_it_in_the_table(open_page: Open, ten_thousand: sw
 def test_cells_say_what_they_are_to_those_who_do_not_see_them(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     params = net.census["params"]
-    share = 100 * params.bytes / net.census.total.bytes
+    share = 100 * params.nbytes / net.census.total.nbytes
     assert cell(page, "params").get_attribute("role") == "button"
     assert cell(page, "params").get_attribute("aria-label") == (
-        f"params, {params.leaves} leaves · {params.bytes / 1024:.1f} KiB · {share:.1f} %, Enter zooms in"
+        f"params, {params.leaves} leaves · {params.nbytes / 1024:.1f} KiB · {share:.1f} %, Enter zooms in"
     )
     assert page.locator("#treemap").get_attribute("aria-label").startswith("Map of all, ")
 

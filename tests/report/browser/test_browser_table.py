@@ -52,13 +52,13 @@ def test_rows_are_the_leaves_in_their_order(open_page: Open, net: sw.results.Rep
         "3.1 KiB",
         "tied/embedding",
     ]
-    assert count(page) == f"{len(leaves)} leaves, {net.census.total.bytes / 1024:.1f} KiB"
+    assert count(page) == f"{len(leaves)} leaves, {net.census.total.nbytes / 1024:.1f} KiB"
 
 
 def test_a_click_on_a_heading_sorts_up_down_and_not_at_all(open_page: Open, net: sw.results.Report) -> None:
     page = open_page(net)
     before = column(page, 0)
-    numbers = sorted((one.leaf.elements for one in net.leaves), reverse=True)
+    numbers = sorted((one.leaf.size for one in net.leaves), reverse=True)
     elements = head(page, "elements")
     elements.get_by_role("button").click()
     assert elements.get_attribute("aria-sort") == "descending"

@@ -14,10 +14,11 @@ from statewise._src.checkpoint.format.records import Placed, unpacked
 from statewise._src.checkpoint.match import Match, RestoreSource
 from statewise._src.checkpoint.members import Regrouped
 from statewise._src.common.narrowing import WIDE, Casts, as_jax, refuse
-from statewise._src.common.paths import Leaf, format_shape
+from statewise._src.common.nnx_graph import is_deleted
+from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.averages import averages_in
 from statewise._src.core.plan import State
-from statewise._src.core.state_data import is_deleted
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import fresh_value
 from statewise._src.plan.tables import PlanTables
@@ -74,7 +75,7 @@ def _restarted(plan: PlanTables, leaf: Leaf, position: int, value: Any, lost: li
 def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, int], Any]:
     """Fresh values, by kind and position, of the leaves that are restarted."""
     fresh = {}
-    odd: list[Leaf] = []
+    problems = Problems()
     lost: list[Leaf] = []
     own = {kind: own_arrays(target, kind) for kind in {placed.record.kind for placed in restarted}}
     for placed in restarted:
@@ -88,19 +89,15 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[tuple[str, 
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
             made = _restarted(target.tables, record.leaf(), position, value, lost)
-            if (made.shape, made.dtype) != (value.shape, value.dtype):
-                odd.append(record.leaf(f"would become {format_shape(made.shape)} {made.dtype}"))
-            else:
+            if not add_change(problems, record.leaf(), value, made):
                 # A copy: `restart` may give back the target's own array, or the same for several leaves.
                 fresh[record.kind, position] = jax.device_put(jnp.array(made, dtype=value.dtype), sharding)
-    if odd:
-        kinds = ", ".join(repr(kind) for kind in dict.fromkeys(leaf.kind for leaf in odd))
-        raise RestoreError(
-            f"The restart of kind {kinds} changes shapes or dtypes.",
-            leaves=odd,
-            kind=odd[0].kind,
-            hint="restart=jnp.zeros_like, or any function that keeps shape and dtype",
-        )
+    kinds = ", ".join(dict.fromkeys(repr(leaf.kind) for leaf in problems.leaves))
+    problems.raise_as(
+        RestoreError,
+        f"The restart of kind {kinds} changes shapes or dtypes.",
+        "restart=jnp.zeros_like, or any function that keeps shape and dtype",
+    )
     refuse(lost, RestoreError, WIDE)
     return fresh
 

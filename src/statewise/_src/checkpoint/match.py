@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statewise._src.checkpoint.compare_records import TIE, UNTIE, differences, is_alike, recast_arrays, same_structure
+from statewise._src.checkpoint.compare_records import CAST, TIE, UNTIE, compare_records, hints_of, is_alike
 from statewise._src.checkpoint.format.keys import PathId, path_id
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.per_device import Resized, resize
@@ -21,10 +21,18 @@ from statewise._src.checkpoint.format.records import Placed, kinds_of, records_o
 from statewise._src.checkpoint.members import Regrouped, asked_members, regroup
 from statewise._src.checkpoint.renested import arguments, moved, objects, renamed
 from statewise._src.checkpoint.restore_report import LeafRestore, Outcome, RestoreReport
+from statewise._src.common.compare import (
+    MISSING,
+    UNEXPECTED,
+    Field,
+    Mismatch,
+    fields_of,
+    note_of,
+    uncastable,
+)
+from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Path, format_path
-from statewise._src.core.cast import can_cast
 from statewise._src.core.plan import State
-from statewise._src.core.state_data import is_deleted
 from statewise._src.plan.averages import averaged_kind
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import takes
@@ -221,7 +229,7 @@ class _Matcher:
         record = placed.record
         handling = self.plan.kinds[record.kind].missing
         other = self.aliases.get(record.id)
-        why = "missing from the checkpoint"
+        why = note_of(MISSING, "checkpoint")
         lost = self.lost(placed) if handling == "keep" else ""
         if handling == "restart":
             self.say(record, "restarted", why)
@@ -258,7 +266,7 @@ class _Matcher:
             target = "plan.take(model)" if any(map(self.lost, kept)) else "target"
             hint += f"; or ask for the kinds you want: sw.restore(path, {target}, only={whole!r})"
         for leaf in leaves:
-            self.say(leaf, "problem", "in the checkpoint only", [hint])
+            self.say(leaf, "problem", note_of(UNEXPECTED, "checkpoint", expected_in="target"), [hint])
 
     def compare(self, placed: Placed, there: LeafRecord, checkpoint: int) -> None:
         record = placed.record
@@ -269,23 +277,21 @@ class _Matcher:
             self.say(record, "restored", "from the base" if checkpoint else "")
             self.sources.append(RestoreSource(placed, there, checkpoint, (None,) * len(record.arrays)))
             return
-        words = differences(record, there)
-        changes = self.changed(record, there)
-        words += [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized | Regrouped)]
         if wide:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
-        recast = recast_arrays(record, there)
-        castable = all(can_cast(theirs.dtype, ours.dtype) for ours, theirs in recast)
-        end = ""
-        if recast and not (self.cast and castable):
-            words.append((", ".join(dict.fromkeys(theirs.dtype for _, theirs in recast)), _CAST))
-            if self.cast:
-                end = ", which does not become " + ", ".join(dict.fromkeys(ours.dtype for ours, _ in recast))
-                words[-1] = (words[-1][0], _RECAST)
-        if words:
-            why = ", ".join(word for word, _ in words)
-            self.say(record, "problem", f"is {why} in the checkpoint{end}", [hint for _, hint in words])
+        mismatches = compare_records(record, there)
+        casts = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE and _is_cast(mismatch)]
+        changes = self.changed(record, there, mismatches)
+        end = uncastable(casts) if self.cast else ""
+        if self.cast and not end:
+            mismatches = tuple(mismatch for mismatch in mismatches if mismatch not in casts)
+        words = [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized | Regrouped)]
+        if mismatches or words:
+            more = tuple(Mismatch(Field.SHAPE, "", word) for word, _ in words)
+            hints = [_RECAST if end and hint == CAST else hint for hint in hints_of(mismatches, record, there)]
+            why = note_of((*mismatches, *more), "checkpoint") + end
+            self.say(record, "problem", why, [*hints, *(hint for _, hint in words)])
             return
         lacks = self.lacking_members(placed, changes)
         if lacks:
@@ -295,9 +301,9 @@ class _Matcher:
         if onto:
             outcome: Outcome = "resized" if any(isinstance(one, Resized) for one in changes) else "regrouped"
             self.say(record, outcome, ", ".join([*onto, *["from the base"] * checkpoint]))
-        elif recast:
-            casts = dict.fromkeys(f"from {theirs.dtype} to {ours.dtype}" for ours, theirs in recast)
-            self.say(record, "cast", ", ".join([*casts, *["from the base"] * checkpoint]))
+        elif casts:
+            onto = list(dict.fromkeys(f"from {cast.found} to {cast.expected}" for cast in casts))
+            self.say(record, "cast", ", ".join([*onto, *["from the base"] * checkpoint]))
         else:
             self.say(record, "restored", "from the base" if checkpoint else "")
         self.sources.append(RestoreSource(placed, there, checkpoint, tuple(changes)))
@@ -308,9 +314,9 @@ class _Matcher:
             self.wide[dtype] = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) != jnp.dtype(dtype)
         return self.wide[dtype]
 
-    def changed(self, record: LeafRecord, there: LeafRecord) -> list[Any]:
+    def changed(self, record: LeafRecord, there: LeafRecord, mismatches: Sequence[Mismatch]) -> list[Any]:
         """What becomes of each array on another number of devices, or of members; words where nothing can."""
-        if not same_structure(record, there):
+        if Field.STRUCTURE in fields_of(mismatches):
             return [None] * len(record.arrays)
         return [
             regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
@@ -326,13 +332,17 @@ class _Matcher:
         return lost and f"members {', '.join(map(str, lacks[0]))} are not in the checkpoint, and {lost}"
 
 
+def _is_cast(mismatch: Mismatch) -> bool:
+    """Whether two dtypes differ in what they hold of numbers; a PRNG key is another matter."""
+    return not any(dtype.startswith("key<") for dtype in (mismatch.expected, mismatch.found))
+
+
 def optimized_kinds(plan: PlanTables, path: Path) -> tuple[str, ...]:
     """The kinds that an optimizer's state is of, from the path of one of its leaves; none for any other leaf."""
     return next((one.kinds for one in plan.optimizers if path[:2] == (OPTIMIZER, one.label)), ())
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
-_CAST = "sw.restore(path, target, cast=True)"
 _RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
 _KEEP = "missing='keep'"
 _ANEW = "missing='restart'"

@@ -32,6 +32,7 @@ from statewise._src.common.tables import count_leaves
 from statewise._src.core.cast import WIDER
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
+from statewise._src.core.usable import check_untraced
 from statewise._src.inspect.census import Census
 from statewise.errors import RestoreError, StructureError
 
@@ -65,9 +66,9 @@ def restore(
       the state, of the target's plan, and what happened to each leaf.
 
     Raises:
-      RestoreError: target and checkpoint contradict each other: leaves missing, left over, of another kind, type,
-        shape, dtype or structure, tied otherwise, keys of another PRNG implementation.  All are listed; nothing was
-        read then.  A cast that would lose numbers: rounding is fine, overflow is not.
+      RestoreError: the target and the checkpoint do not match: leaves are missing, unexpected, of another kind, type,
+        shape, dtype or structure, or tied differently, or keys are of another PRNG implementation.  All are listed;
+        nothing was read then.  Or a cast would lose numbers: rounding is fine, overflow is not.
       CorruptedError: files or arrays that are not what was written; each is named.
       DeclarationError: `only` names a kind that is not there, or one that is never saved.
 
@@ -135,7 +136,7 @@ def inspect(path: str | os.PathLike[str]) -> Census:
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> folder = tempfile.mkdtemp()
       >>> sw.save(f"{folder}/first", sw.plan(model).take(model))
-      >>> sw.inspect(f"{folder}/first")["params"].elements
+      >>> sw.inspect(f"{folder}/first")["params"].size
       9
     """
     return Census(count_leaves(*leaves_on_disk(path)), members_on_disk(path))
@@ -187,11 +188,12 @@ def _matched(
             f"The target of a restore is a state, not {type(target).__name__}.",
             hint="sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)",
         )
-    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(target)):
-        raise StructureError(
-            "The target is being traced: inside jax.jit nothing can be restored into it.",
-            hint="restore before the function is called, and pass it the state",
-        )
+    check_untraced(
+        jax.tree.leaves(target),
+        "restore",
+        "restore before the function is called, and pass it the state",
+        subject="The target",
+    )
     check_fits(target, target.tables.kinds)
     folders, manifests = find_with_base(path, base)
     return folders, manifests, match(path, manifests, target, only, cast, members)

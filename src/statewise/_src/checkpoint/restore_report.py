@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.problems import counted
 from statewise._src.common.tables import Shown, Table, leaf_dict
 from statewise._src.plan.kind import unknown_kind
 from statewise.errors import RestoreError
@@ -54,7 +55,7 @@ class RestoreReport(Shown):
     Attributes:
       path: the checkpoint.
       leaves: what happens to each leaf, in the order of the target's kinds; then leaves of the checkpoint alone.
-      hints: for each sort of problem, how to hint it.
+      hints: for each sort of problem, what to change.
       written: versions of what wrote the checkpoint.
 
     Example:
@@ -110,9 +111,8 @@ class RestoreReport(Shown):
         """
         if self.ok:
             return
-        number = len(self.problems)
         raise RestoreError(
-            f"{self.path} does not fit the target: {number} {'leaf differs' if number == 1 else 'leaves differ'}. "
+            f"{self.path} does not fit the target: {counted(len(self.problems), 'leaf differs', 'leaves differ')}. "
             "Nothing was read or changed.",
             leaves=self.problems,
             hint="\n".join(self.hints),

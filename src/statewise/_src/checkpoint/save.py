@@ -25,14 +25,15 @@ from jax.experimental import multihost_utils
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.layout import lay_out
 from statewise._src.checkpoint.format.locate import find
-from statewise._src.checkpoint.format.manifest import Manifest
+from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.handler import Saving, StateHandler, run
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
-from statewise._src.common.paths import Leaf
+from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
 
@@ -254,32 +255,32 @@ def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> d
     rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
     if not rest:
         return None  # nothing is left to be found there
-    differing = _differences(state, rest, manifest)
-    if differing:
-        raise StructureError(
-            f"The base {folder} has not the values of this state: without them a restore would go back to older ones.",
-            leaves=differing,
-            hint=f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in differing))!r}; "
-            "or a new base first: sw.save(base, state)",
-        )
+    problems = _compare_with_base(state, rest, manifest)
+    problems.raise_as(
+        StructureError,
+        f"The base {folder} does not have the values of this state: a restore would go back to older ones.",
+        f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in problems.leaves))!r}; "
+        "or a new base first: sw.save(base, state)",
+    )
     # Where links lead: a link called `latest` will lead elsewhere when this is read.
     path = os.path.relpath(os.path.realpath(folder), os.path.realpath(final.parent))
     return {"path": path, "digest": manifest.digest}
 
 
-def _differences(state: State, kinds: tuple[str, ...], manifest: Manifest) -> list[Leaf]:
+def _compare_with_base(state: State, kinds: tuple[str, ...], manifest: Manifest) -> Problems:
     laid = lay_out(state, kinds, "named")
-    sources, theirs = iter(laid.sources), manifest.by_id()
-    differing = []
+    sources, saved = iter(laid.sources), manifest.by_id()
+    problems = Problems()
     for record in laid.records:
-        there = theirs.get(record.id)
+        there = saved.get(record.id)
         sums = [sums_of(next(sources)) for _ in record.arrays]
-        if there is None:
-            differing.append(record.leaf("not in the base"))
-        elif [array.shape for array in there.arrays] != [array.shape for array in record.arrays] or [
-            array.dtype for array in there.arrays
-        ] != [array.dtype for array in record.arrays]:
-            differing.append(record.leaf("has another shape or dtype in the base"))
-        elif [array.sums for array in there.arrays] != sums:
-            differing.append(record.leaf("has other values in the base"))
-    return differing
+        found = None if there is None else _facts(there, [array.sums for array in there.arrays])
+        mismatches = compare_leaf(_facts(record, sums), found)
+        if mismatches:
+            problems.add(record.leaf(), note_of(mismatches, "base"))
+    return problems
+
+
+def _facts(record: LeafRecord, sums: Any) -> LeafFacts:
+    """What has to be the same for a restore to take a leaf from the base: arrays and values, by their checksums."""
+    return record.facts._replace(type=None, kind=None, ties=None, structure=None, within=None, values=sums)

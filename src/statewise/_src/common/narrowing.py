@@ -26,6 +26,7 @@ import numpy as np
 
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
 from statewise.errors import StatewiseError, StructureError
 
 __all__ = ["WIDE", "Casts", "as_jax", "check_given", "may_lose", "refuse"]
@@ -104,16 +105,8 @@ def refuse(
     leaves: Sequence[Leaf], error: type[StatewiseError], hint: str, *, before: str = "", after: str = "changed"
 ) -> None:
     """Raises the error of `Casts.check` if there are such leaves."""
-    if leaves:
-        kinds = {leaf.kind for leaf in leaves}
-        number = "1 leaf has" if len(leaves) == 1 else f"{len(leaves)} leaves have"
-        raise error(
-            f"{before}Casting would lose numbers: {number} some that the new dtype cannot represent. "
-            f"Nothing was {after}.",
-            leaves=leaves,
-            kind=kinds.pop() if len(kinds) == 1 else None,
-            hint=hint,
-        )
+    fact = "Casting would lose numbers: {n} leaves have some that the new dtype cannot represent."
+    Problems(leaves).raise_as(error, f"{before}{fact} Nothing was {after}.", hint)
 
 
 def check_given(given: Iterable[tuple[Leaf, Any, Any]], before: str = "") -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "ModelGraph",
     "arrays_of",
     "is_array",
+    "is_deleted",
     "named",
     "numbered",
     "read_graph",
@@ -211,6 +212,11 @@ def is_array(value: Any) -> bool:
     return _is_jax_array(value) or isinstance(value, (np.ndarray, np.generic))
 
 
+def is_deleted(array: Any) -> bool:
+    """Returns whether this was an array, and its buffer was donated."""
+    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
+
+
 def raw_value(leaf: Any) -> Any:
     """What a leaf holds, without its hooks: a Variable's raw value, a raw array itself."""
     return leaf.get_raw_value() if compat.is_variable(leaf) else leaf
@@ -269,7 +275,7 @@ def make_leaf(
         shape=one.shape if one else None,
         dtype=one.dtype if one else None,
         aliases=aliases,
-        elements=sum(spec.size for spec in specs),
+        size=sum(spec.size for spec in specs),
         nbytes=sum(spec.nbytes for spec in specs),
         note=note,
     )

@@ -78,7 +78,7 @@ class Leaf:
       shape: the array's shape; None if the leaf holds no array, or several.
       dtype: the array's dtype; None if the leaf holds no array, or several.
       aliases: the other paths that reach the same Variable (tied weights).
-      elements: the number of elements, over all its arrays.
+      size: the number of elements, over all its arrays.
       nbytes: the number of bytes, over all its arrays.
       note: what an error reports about this leaf.
 
@@ -86,7 +86,7 @@ class Leaf:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> leaf = sw.plan(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"][1]
-      >>> leaf.path, leaf.kind, leaf.type.__name__, leaf.shape, leaf.elements, leaf.nbytes
+      >>> leaf.path, leaf.kind, leaf.type.__name__, leaf.shape, leaf.size, leaf.nbytes
       (('kernel',), 'params', 'Param', (2, 3), 6, 24)
       >>> print(leaf)
       kernel: Param(2, 3) float32  kind=params
@@ -98,7 +98,7 @@ class Leaf:
     shape: tuple[int, ...] | None
     dtype: Any
     aliases: tuple[Path, ...] = ()
-    elements: int = 0
+    size: int = 0
     nbytes: int = 0
     note: str = ""
 

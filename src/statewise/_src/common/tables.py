@@ -248,8 +248,8 @@ class KindCount:
     Attributes:
       name: the kind's name.
       leaves: the number of leaves; a tied leaf counts once.
-      elements: the number of elements, over all its arrays.
-      bytes: the number of bytes, over all its arrays.
+      size: the number of elements, over all its arrays; the column `elements` of a table.
+      nbytes: the number of bytes, over all its arrays; the column `bytes` of a table.
       dtypes: the number of leaves of each dtype; `-` stands for leaves without an array, `several` for leaves with a
         tuple or a dict of arrays.
       types: the number of leaves of each type, by the type's name; `Array` is a raw array.
@@ -259,14 +259,14 @@ class KindCount:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> count = sw.census(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"]
-      >>> count.leaves, count.elements, count.bytes, count.dtypes, count.types
+      >>> count.leaves, count.size, count.nbytes, count.dtypes, count.types
       (2, 9, 36, {'float32': 2}, {'Param': 2})
     """
 
     name: str
     leaves: int
-    elements: int
-    bytes: int
+    size: int
+    nbytes: int
     dtypes: dict[str, int]
     types: dict[str, int]
     handling: str = "-"
@@ -289,8 +289,8 @@ def _count(name: str, leaves: Sequence[Leaf], handling: str) -> KindCount:
     return KindCount(
         name=name,
         leaves=len(leaves),
-        elements=sum(leaf.elements for leaf in leaves),
-        bytes=sum(leaf.nbytes for leaf in leaves),
+        size=sum(leaf.size for leaf in leaves),
+        nbytes=sum(leaf.nbytes for leaf in leaves),
         dtypes=dict(Counter(_dtype_of(leaf) for leaf in leaves)),
         types=dict(Counter(format_type(leaf.type) for leaf in leaves)),
         handling=handling,
@@ -298,7 +298,7 @@ def _count(name: str, leaves: Sequence[Leaf], handling: str) -> KindCount:
 
 
 def _dtype_of(leaf: Leaf) -> str:
-    return "several" if leaf.dtype is None and leaf.elements else format_dtype(leaf.dtype)
+    return "several" if leaf.dtype is None and leaf.size else format_dtype(leaf.dtype)
 
 
 def total_of(counts: Sequence[KindCount]) -> KindCount:
@@ -311,8 +311,8 @@ def total_of(counts: Sequence[KindCount]) -> KindCount:
     return KindCount(
         name="total",
         leaves=sum(count.leaves for count in counts),
-        elements=sum(count.elements for count in counts),
-        bytes=sum(count.bytes for count in counts),
+        size=sum(count.size for count in counts),
+        nbytes=sum(count.nbytes for count in counts),
         dtypes=dict(dtypes),
         types=dict(types),
         handling="",
@@ -323,7 +323,7 @@ def kinds_table(title: str, counts: Sequence[KindCount]) -> Table:
     """Makes a table with a line for each kind: leaves, elements, bytes, dtypes, types and handling; then totals."""
 
     def row(count: KindCount, dtypes: str, types: str) -> tuple[str, ...]:
-        size = (format_count(count.leaves), format_count(count.elements), format_bytes(count.bytes))
+        size = (format_count(count.leaves), format_count(count.size), format_bytes(count.nbytes))
         return (count.name, *size, dtypes, types, count.handling)
 
     return Table(
@@ -351,8 +351,8 @@ def leaf_dict(leaf: Leaf) -> dict[str, Any]:
         "shape": None if leaf.shape is None else list(leaf.shape),
         "dtype": None if leaf.dtype is None else format_dtype(leaf.dtype),
         "aliases": list(map(format_path, leaf.aliases)),
-        "elements": leaf.elements,
-        "bytes": leaf.nbytes,
+        "size": leaf.size,
+        "nbytes": leaf.nbytes,
     } | ({"note": leaf.note} if leaf.note else {})
 
 

@@ -6,12 +6,13 @@ axis of its arrays, so it can be neither saved nor counted; `plan.stacked(...)` 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from statewise._src.common.nnx_graph import spec_of
-from statewise._src.common.paths import Leaf, format_shape
+from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
+from statewise._src.common.nnx_graph import ArraySpec, spec_of
+from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
 from statewise._src.plan.members import Axis, grown
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import StructureError
@@ -43,15 +44,16 @@ def check_not_batch(state: Any) -> None:
 
 def misfits(plan: PlanTables, parts: Parts) -> list[Leaf]:
     """The leaves whose arrays have not the shapes and dtypes of the plan."""
-    odd = []
+    problems = Problems()
     for kind, part in parts.items():
-        for position, (spec, array) in enumerate(zip(plan.stored_specs[kind], part, strict=True)):
+        for leaf, spec, array in zip(plan.leaf_of_slot[kind], plan.stored_specs[kind], part, strict=True):
             if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
                 found = spec_of(array)
-                dtype = getattr(array, "dtype", found and found.dtype)  # of NumPy, which has more than JAX
-                note = f"is {format_shape(found.shape)} {dtype}" if found else f"is {type(array).__name__}"
-                odd.append(dataclasses.replace(plan.leaf_of_slot[kind][position], note=note))
-    return odd
+                if found:  # of NumPy, which has more dtypes than JAX
+                    found = ArraySpec(found.shape, getattr(array, "dtype", found.dtype))
+                facts = LeafFacts(None, (found or type(array),))
+                problems.add(leaf, note_of(compare_leaf(LeafFacts(None, (spec,)), facts), "state"))
+    return problems.leaves
 
 
 def unfitting(plan: PlanTables, parts: Parts, odd: Sequence[Leaf], hint: str | None = None) -> StructureError:

@@ -16,17 +16,7 @@ from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["WIDER", "can_cast", "cast", "recast"]
-
-_FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
-
-
-def can_cast(theirs: Any, ours: Any) -> bool:
-    """Whether one dtype may become another: floats become floats, integers integers; else it is another number."""
-    try:
-        return any(jnp.issubdtype(jnp.dtype(theirs), one) and jnp.issubdtype(jnp.dtype(ours), one) for one in _FAMILIES)
-    except TypeError:  # PRNG keys, and dtypes that JAX lacks
-        return False
+__all__ = ["WIDER", "cast", "recast"]
 
 
 def cast(state: StateT, dtypes: Mapping[str, Any]) -> StateT:

@@ -9,29 +9,28 @@ from typing import Any
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import (
-    ONE,
-    ModelGraph,
-    arrays_of,
-    make_leaf,
-    named,
-    raw_value,
-    rebuild,
-    row_of,
-    spec_of,
+from statewise._src.common.compare import (
+    UNEXPECTED,
+    LeafFacts,
+    compare_leaf,
+    facts_of,
+    is_same_static,
+    note_of,
 )
-from statewise._src.common.paths import Leaf, Path, format_path, format_shape
+from statewise._src.common.nnx_graph import ModelGraph, named, rebuild, row_of
+from statewise._src.common.paths import Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.plan.intern import same_graph
 from statewise._src.plan.leaf_specs import LeafSpec, is_sown
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["check_statics", "leaf_of_row", "matched", "names_for"]
+__all__ = ["check_statics", "facts_of_row", "matched", "names_for", "plain_attributes"]
 
 
-def leaf_of_row(row: LeafSpec, note: str = "") -> Leaf:
-    """Returns a planned leaf as data."""
-    return make_leaf(row.path, row.type, row.specs, row.structure is ONE, row.kind, note=note)
+def facts_of_row(row: LeafSpec) -> LeafFacts:
+    """Returns what a plan knows of a leaf, for a comparison."""
+    return LeafFacts(row.type, row.specs, row.structure)
 
 
 def names_for(plan: PlanTables, objects: Sequence[Any]) -> tuple[str, ...]:
@@ -47,28 +46,23 @@ def matched(plan: PlanTables, found: ModelGraph, objects: Sequence[Any], verb: s
             hint=f"plan.{verb}({'' if verb == 'take' else 'state, '}{', '.join(plan.names or _names(plan))})",
         )
     live = dict(zip(found.paths, found.leaves, strict=True))
-    problems: list[Leaf] = []
+    problems = Problems()
     leaves = []
-    for row in plan.rows:
+    for planned, row in zip(plan.leaves, plan.rows, strict=False):  # those of the objects come first
         leaf = live.pop(row.path, None)
-        note = "missing" if leaf is None else _difference(row, leaf)
-        if note:
-            problems.append(leaf_of_row(row, note))
+        mismatches = compare_leaf(facts_of_row(row), None if leaf is None else facts_of(leaf))
+        if mismatches:
+            problems.add(planned, note_of(mismatches, "model"))
         leaves.append(leaf)
     for path, leaf in live.items():
         if not is_sown(compat.variable_type(leaf)):
-            problems.append(row_of(path, leaf, note="not in the plan"))
-    if problems:
-        differ = "1 leaf differs" if len(problems) == 1 else f"{len(problems)} leaves differ"
-        raise StructureError(
-            f"The model is not what was planned: {differ}.",
-            leaves=problems,
-            hint=_TAKE
-            if verb == "take" and plan.members is None
-            else _STACKED.format(plan.members)
-            if verb == "take"
-            else "put the state into a model of the planned structure, or plan.build(state)",
-        )
+            problems.add(row_of(path, leaf), note_of(UNEXPECTED, "model"))
+    hint = _TAKE if plan.members is None else _STACKED.format(plan.members)
+    problems.raise_as(
+        StructureError,
+        "The model is not what was planned: {n} leaves differ.",
+        hint if verb == "take" else "put the state into a model of the planned structure, or plan.build(state)",
+    )
     return leaves
 
 
@@ -85,24 +79,6 @@ def _names(plan: PlanTables) -> list[str]:
     return [type(thing).__name__.lower() for thing in objects]
 
 
-def _difference(row: LeafSpec, leaf: Any) -> str:
-    type_ = compat.variable_type(leaf)
-    if type_ is not row.type:
-        return f"is a {type_.__name__} in the model"
-    arrays, structure = arrays_of(raw_value(leaf))
-    if structure != row.structure:
-        return "holds a value of another structure in the model"
-    for array, spec in zip(arrays, row.specs, strict=True):
-        found = spec_of(array)
-        if found != spec:
-            return (
-                f"is {format_shape(found.shape)} {found.dtype} in the model"
-                if found
-                else f"is {type(array).__name__} in the model"
-            )
-    return ""
-
-
 _PLAIN = (bool, int, float, str, type(None), enum.Enum)
 
 
@@ -117,9 +93,9 @@ def check_statics(plan: PlanTables, found: ModelGraph, objects: Sequence[Any]) -
     planned = rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
     differing = []
     for position, (ours, theirs) in enumerate(zip(planned, objects, strict=True)):
-        before, now = _plain_attributes(ours), _plain_attributes(theirs)
+        before, now = plain_attributes(ours), plain_attributes(theirs)
         for path, value in before.items():
-            if path in now and not _same_static(now[path], value):
+            if path in now and not is_same_static(now[path], value):
                 prefix = named((position,), plan.names) if plan.several else ()
                 differing.append(f"{format_path(prefix + path)}: {value!r} in the plan, {now[path]!r} in the model")
     if differing:
@@ -129,12 +105,8 @@ def check_statics(plan: PlanTables, found: ModelGraph, objects: Sequence[Any]) -
         )
 
 
-def _same_static(one: Any, other: Any) -> bool:
-    # 1 == True, and nan != nan: neither is meant.
-    return type(one) is type(other) and (one == other or repr(one) == repr(other))
-
-
-def _plain_attributes(thing: Any) -> dict[Path, Any]:
+def plain_attributes(thing: Any) -> dict[Path, Any]:
+    """Returns the plain attributes of an object's modules (`deterministic`, `use_running_average`), by path."""
     return {
         (*path, name): value
         for path, module in nnx.iter_modules(thing)

@@ -6,7 +6,6 @@ touched; of a kind that all members share the values are compared too, bit by bi
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
 from statewise._src.core.batches import check_not_batch, hint_of_batch
 from statewise._src.core.member_view import single_of
 from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.core.templates import abstract, shardings
+from statewise._src.core.usable import is_abstract, is_traced
 from statewise._src.core.vmap_axes import axes_of_members
 from statewise._src.plan.members import Axis, Members, place_of
 from statewise._src.plan.tables import PlanTables
@@ -152,7 +152,7 @@ def _check_states(plan: PlanTables, members: Members, states: Sequence[StateData
 
 
 def _is_abstract(state: StateData) -> bool:
-    return any(isinstance(array, jax.ShapeDtypeStruct) for part in state.parts for array in part.arrays)
+    return any(is_abstract(part.arrays) for part in state.parts)
 
 
 def _mesh_of(state: StateData) -> Any:
@@ -187,27 +187,25 @@ def _shared(plan: PlanTables, kind: str, states: Sequence[StateData]) -> list[in
     """
     shared = [slot for slot, axis in enumerate(plan.slot_axes[kind]) if axis is None]
     first = states[0].part(kind).arrays
-    odd: list[Leaf] = []
+    problems = Problems()
     for slot in shared:
         others = {number: state.part(kind).arrays[slot] for number, state in enumerate(states)}
         others = {number: array for number, array in others.items() if array is not first[slot]}
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in others.values()):
+        if is_abstract(others.values()):
             continue
         leaf = plan.leaf_of_slot[kind][slot]
-        if any(isinstance(array, jax.core.Tracer) for array in (first[slot], *others.values())) and others:
-            odd.append(dataclasses.replace(leaf, note="traced: nobody can tell whether it is the same in each"))
+        if others and is_traced((first[slot], *others.values())):
+            problems.add(leaf, "traced: nobody can tell whether it is the same in each")
             continue
         differing = [number for number, array in others.items() if not _same_bits(first[slot], array)]
         if differing:
-            odd.append(dataclasses.replace(leaf, note=f"another in state {differing[0]} than in state 0"))
-    if odd:
-        raise StructureError(
-            f"All members share the kind {kind!r}, which is not the same in each state.",
-            leaves=odd,
-            kind=kind,
-            hint=f"give each member its own: plan.stacked({len(states)}, {kind}=0)\n"
-            f"or make them alike first: state.replace({kind}=states[0][{kind!r}])",
-        )
+            problems.add(leaf, f"another in state {differing[0]} than in state 0")
+    problems.raise_as(
+        StructureError,
+        f"All members share the kind {kind!r}, which is not the same in each state.",
+        f"give each member its own: plan.stacked({len(states)}, {kind}=0)\n"
+        f"or make them alike first: state.replace({kind}=states[0][{kind!r}])",
+    )
     return shared
 
 

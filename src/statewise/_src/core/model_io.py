@@ -6,7 +6,6 @@ shape or dtype is an error that lists every leaf, and then nothing has changed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common.compare import UNEXPECTED, compare_leaf, facts_of_leaf, note_of
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     arrays_of,
@@ -23,13 +23,14 @@ from statewise._src.common.nnx_graph import (
     value_of,
 )
 from statewise._src.common.object_names import in_order, names_given
-from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import Objects, put_values
-from statewise._src.core.check_objects import check_statics, leaf_of_row, matched, names_for
+from statewise._src.core.check_objects import check_statics, matched, names_for
 from statewise._src.core.member_view import as_ensemble, begun, holds_one_member, single_of
 from statewise._src.core.reduce_devices import check_not_per_device
-from statewise._src.core.state_data import StateData, check_fits, check_not_donated, is_deleted
+from statewise._src.core.state_data import StateData, check_fits, check_not_donated
 from statewise._src.core.templates import shardings
+from statewise._src.core.usable import check_concrete, check_model_arrays
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.per_device import PerDeviceArrays, spread
 from statewise._src.plan.tables import PlanTables
@@ -93,7 +94,7 @@ def init(plan: PlanTables, make_model: object, mesh: Any) -> StateData:
         try:
             taken = take(plan, objects, mesh=None, copy=False, pack=tuple(plan.packing), inside=False)
         except StructureError as error:
-            raw = [leaf for leaf in error.leaves if leaf.type is jax.Array and leaf.note == "missing"]
+            raw = [leaf for leaf in error.leaves if leaf.type is jax.Array and leaf.note.startswith("missing")]
             if not raw:
                 raise
             raise StructureError(
@@ -172,29 +173,19 @@ def _kinds_to_pack(plan: PlanTables, pack: Any, copies: PerDeviceArrays | None) 
 
 def _check_arrays(plan: PlanTables, leaves: Sequence[Any]) -> None:
     """Refuses leaves without values (abstract, or donated by a step), and numbers that JAX would narrow."""
-    abstract, donated, given = [], [], []
-    for row, leaf in zip(plan.rows, leaves, strict=True):
-        arrays = arrays_of(raw_value(leaf))[0]
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-            abstract.append(leaf_of_row(row))
-        elif any(map(is_deleted, arrays)):
-            donated.append(leaf_of_row(row))
-        for array, spec in zip(arrays, row.specs, strict=True):
-            if not isinstance(array, jax.Array):
-                given.append((leaf_of_row(row), array, spec.dtype))
-    if abstract:
-        raise StructureError(
-            "The model is abstract: it has shapes but no values.",
-            leaves=abstract,
-            hint="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
-        )
-    if donated:
-        raise StructureError(
-            "The model's arrays are gone: they were taken with copy=False, and a step has donated them.",
-            leaves=donated,
-            hint="plan.put(state, model) gives it those of now; without copy=False a model stays whole",
-        )
-    check_given(given)
+    arrays = [arrays_of(raw_value(leaf))[0] for leaf in leaves]
+    check_model_arrays(
+        zip(plan.leaves, arrays, strict=False),  # of the plan's leaves, those of the objects come first
+        "take",
+        abstract="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
+        donated="plan.put(state, model) gives it those of now; without copy=False a model keeps its own arrays",
+    )
+    check_given(
+        (leaf, array, spec.dtype)
+        for leaf, row, own in zip(plan.leaves, plan.rows, arrays, strict=False)
+        for array, spec in zip(own, row.specs, strict=True)
+        if not isinstance(array, jax.Array)
+    )
 
 
 def _taken(array: Any, copy: bool, seen: set[Any]) -> Any:
@@ -228,11 +219,7 @@ def _buffer_of(array: jax.Array) -> Any:
 def put(plan: PlanTables, state: object, objects: Sequence[Any], *, copy: bool) -> None:
     """See `Plan.put`."""
     values = values_of(plan, state, "put")
-    if any(isinstance(array, jax.ShapeDtypeStruct) for array in jax.tree.leaves(state)):
-        raise StructureError(
-            "This state is abstract: putting it would cost the model its values.",
-            hint="plan.build(state) makes an abstract model",
-        )
+    check_concrete(jax.tree.leaves(state), "put into a model", "plan.build(state) makes an abstract model")
     found = read_graph(objects, names_for(plan, objects))
     leaves = matched(plan, found, objects, "put")
     _check_narrow(plan, values)
@@ -265,7 +252,7 @@ def values_of(plan: PlanTables, state: object, verb: str) -> list[Any]:
     if state.tables.plain is not plan.plain:
         raise StructureError(
             f"This state is of another plan: {state.tables!r}, not {plan!r}.",
-            leaves=_plan_differences(plan, state.tables),
+            leaves=_compare_plans(plan, state.tables).leaves,
             hint=f"state.plan.{verb}(state{', model' if verb == 'put' else ''})",
         )
     own = state.tables
@@ -277,24 +264,25 @@ def values_of(plan: PlanTables, state: object, verb: str) -> list[Any]:
     return [value_of(parts[span.kind][span.start : span.stop], span.structure) for span in plan.spans]
 
 
-def _plan_differences(plan: PlanTables, other: PlanTables) -> list[Leaf]:
-    """The leaves that are not the same in two plans; none where they differ in handling or optimizers alone."""
-    theirs = {leaf.path: leaf for leaf in other.leaves}
-    differing = []
+def _compare_plans(plan: PlanTables, other: PlanTables) -> Problems:
+    """Compares the leaves of two plans; there are none where they differ in handling or optimizers alone."""
+    problems = Problems()
+    found = {leaf.path: leaf for leaf in other.leaves}
     for leaf in plan.leaves:
-        there = theirs.pop(leaf.path, None)
-        if there is None:
-            differing.append(dataclasses.replace(leaf, note="not in the state"))
-        elif there != leaf:
-            differing.append(dataclasses.replace(leaf, note=f"in the state {str(there).partition(': ')[2]}"))
-    return differing + [dataclasses.replace(leaf, note="not in the plan") for leaf in theirs.values()]
+        there = found.pop(leaf.path, None)
+        mismatches = compare_leaf(facts_of_leaf(leaf), None if there is None else facts_of_leaf(there))
+        if mismatches:
+            problems.add(leaf, note_of(mismatches, "state"))
+    for leaf in found.values():
+        problems.add(leaf, note_of(UNEXPECTED, "state"))
+    return problems
 
 
 def _check_narrow(plan: PlanTables, values: Sequence[Any]) -> None:
     """Refuses 64-bit arrays of NumPy, to which somebody mapped the state, where JAX has none."""
     check_given(
-        (leaf_of_row(row), array, spec.dtype)
-        for row, value in zip(plan.rows, values, strict=True)
+        (leaf, array, spec.dtype)
+        for leaf, row, value in zip(plan.leaves, plan.rows, values, strict=False)
         for array, spec in zip(arrays_of(value)[0], row.specs, strict=True)
         if not isinstance(array, jax.Array)
     )

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from statewise._src.common.narrowing import WIDE, as_jax, refuse
-from statewise._src.common.paths import Leaf, format_shape
+from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
-from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
+from statewise._src.core.state_data import Part, StateT, check_fits, check_not_donated
+from statewise._src.core.usable import check_concrete
 from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import folded
@@ -62,7 +64,12 @@ def reduce_devices(state: StateT, kinds: Sequence[str], how: object) -> StateT:
     touched = tuple(kind for kind, _ in folds.positions)
     check_not_donated(state, touched)
     check_fits(state, touched)
-    _check_abstract(state, touched)
+    check_concrete(
+        (array for kind in touched for array in state.part(kind).arrays),
+        "reduce",
+        "state, report = sw.restore(path, state)  # then reduce what comes out of it",
+        kind=touched[0],
+    )
     if how == "mean":
         _check_means(plan, copies, chosen)
     kinds_after = with_kinds(plan.kinds, {kind: _folded_kind(plan.kinds, kind) for kind in chosen})
@@ -73,15 +80,6 @@ def reduce_devices(state: StateT, kinds: Sequence[str], how: object) -> StateT:
     for kind, arrays in zip(touched, _program(plan, target, folds, how, places)(parts), strict=True):
         made[plan.kind_index[kind]] = Part(tuple(arrays))
     return state.make(target, made)
-
-
-def _check_abstract(state: StateData, kinds: Sequence[str]) -> None:
-    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
-        raise StructureError(
-            "This state is abstract: it has shapes, but no values to fold.",
-            kind=kinds[0],
-            hint="state, report = sw.restore(path, state)  # then fold what comes out of it",
-        )
 
 
 def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str]) -> list[str]:
@@ -197,16 +195,12 @@ def _with_whole_axis(array: Any) -> Any:
 
 
 def _check_shapes(plan: PlanTables, kinds: Sequence[str], parts: Sequence[Sequence[Any]]) -> None:
-    odd = [
-        dataclasses.replace(leaf, note=f"would become {format_shape(array.shape)} {array.dtype}")
-        for kind, part in zip(kinds, parts, strict=True)
-        for leaf, spec, array in zip(plan.leaf_of_array[kind], plan.specs[kind], part, strict=True)
-        if (array.shape, array.dtype) != (spec.shape, spec.dtype)
-    ]
-    if odd:
-        raise StructureError(
-            "What folds these values changes the shape or dtype of the leaf.",
-            leaves=odd,
-            kind=odd[0].kind,
-            hint="a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
-        )
+    problems = Problems()
+    for kind, part in zip(kinds, parts, strict=True):
+        for leaf, spec, array in zip(plan.leaf_of_array[kind], plan.specs[kind], part, strict=True):
+            add_change(problems, leaf, spec, array)
+    problems.raise_as(
+        StructureError,
+        "What folds these values changes the shape or dtype of the leaf.",
+        "a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
+    )

@@ -9,7 +9,6 @@ What is renewed, and why it cannot be, is in `chosen`; how a fresh value is made
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,8 @@ import numpy as np
 
 from statewise._src.common.narrowing import WIDE, as_jax, refuse
 from statewise._src.common.nnx_graph import ArraySpec
-from statewise._src.common.paths import Leaf, Path, format_shape
+from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.averages import averages_in, begun_again
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member, single_of
 from statewise._src.core.restart_averages import followed, followers
@@ -27,7 +27,6 @@ from statewise._src.core.restart_slots import only_where, slots_of
 from statewise._src.core.restart_targets import Chosen, choose
 from statewise._src.core.state_data import (
     Part,
-    StateData,
     StateT,
     check_fits,
     check_not_donated,
@@ -35,6 +34,7 @@ from statewise._src.core.state_data import (
     deleted_kinds,
     donated_error,
 )
+from statewise._src.core.usable import check_concrete
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.fresh_values import drawn_value, fresh_value, keys_of, takes
 from statewise._src.plan.optimizer_state import OptimizerGroup
@@ -61,7 +61,12 @@ def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT
     chosen = choose(single_of(plan), kinds, by_slot=where is not None, key=key)
     read = (*chosen.kinds, *chosen.needed)
     check_not_donated(state, (*read, *followers(plan, chosen.kinds)))
-    _check_abstract(state, read)
+    check_concrete(
+        (array for kind in read for array in state.part(kind).arrays),
+        "restart",
+        "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)",
+        kind=read[0],
+    )
     if where is not None or chosen.by_init:
         check_fits(state, read)
     slots = None if where is None else _slots(plan, chosen, where)
@@ -113,15 +118,6 @@ def _begun_again(state: StateT, averages: Sequence[str], others: Sequence[str], 
     return state
 
 
-def _check_abstract(state: StateData, kinds: Sequence[str]) -> None:
-    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in state.part(kind).arrays):
-        raise StructureError(
-            "This state is abstract: it has shapes, but no arrays to restart.",
-            kind=kinds[0],
-            hint="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)",
-        )
-
-
 def _beside(key: Any, places: Sequence[PartShardings | None]) -> Any:
     """The key where the state's arrays are: one that was put on a single device fits no mesh."""
     if not isinstance(key, jax.Array) or isinstance(key, jax.core.Tracer) or not key.committed:
@@ -138,19 +134,16 @@ def _slots(plan: PlanTables, chosen: Chosen, where: Any) -> Any:
     members = plan.ensemble
     if members is None or given.ndim != 2 or given.dtype != bool or given.shape[0] != members.number:
         return slots_of(chosen, where)
-    shared = [
-        dataclasses.replace(leaf, note="shared by all members")
-        for kind in chosen.kinds
-        for leaf, axis in zip(plan.leaf_of_slot[kind], plan.slot_axes[kind], strict=True)
-        if axis is None
-    ]
-    if shared:
-        raise StructureError(
-            "where has a row for each member, and the members share these leaves.",
-            leaves=shared,
-            kind=shared[0].kind,
-            hint="where= in one dimension: the slots that restart for all of them",
-        )
+    problems = Problems()
+    for kind in chosen.kinds:
+        for leaf, axis in zip(plan.leaf_of_slot[kind], plan.slot_axes[kind], strict=True):
+            if axis is None:
+                problems.add(leaf, "shared by all members")
+    problems.raise_as(
+        StructureError,
+        "where has a row for each member, and the members share these leaves.",
+        "where= in one dimension: the slots that restart for all of them",
+    )
     slots_of(chosen, np.zeros(given.shape[1], bool))  # as many slots as there are
     return given
 
@@ -257,18 +250,14 @@ def _array_paths(plan: PlanTables, kind: str) -> list[Path]:
 
 
 def _check_fresh(plan: PlanTables, name: str, old: Sequence[Any], fresh: Mapping[int, Any]) -> None:
-    odd = [
-        dataclasses.replace(plan.leaf_of_array[name][at], note=f"would become {format_shape(now.shape)} {now.dtype}")
-        for at, now in fresh.items()
-        if (old[at].shape, old[at].dtype) != (now.shape, now.dtype)
-    ]
-    if odd:
-        raise StructureError(
-            f"The restart of kind {name!r} changes shapes or dtypes.",
-            leaves=odd,
-            kind=name,
-            hint="restart=jnp.zeros_like, or any function that keeps shape and dtype",
-        )
+    problems = Problems()
+    for at, now in fresh.items():
+        add_change(problems, plan.leaf_of_array[name][at], old[at], now)
+    problems.raise_as(
+        StructureError,
+        f"The restart of kind {name!r} changes shapes or dtypes.",
+        "restart=jnp.zeros_like, or any function that keeps shape and dtype",
+    )
 
 
 def _begun(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]:

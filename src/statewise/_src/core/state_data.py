@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import jax
 
+from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.core.batches import misfits, unfitting
 from statewise._src.plan.kind import unknown_kind
@@ -34,7 +35,6 @@ __all__ = [
     "check_unshared",
     "deleted_kinds",
     "donated_error",
-    "is_deleted",
     "register",
 ]
 
@@ -162,11 +162,6 @@ def deleted_kinds(state: StateData) -> list[str]:
     return [
         kind for kind, part in zip(state.tables.kinds, state.parts, strict=True) if any(map(is_deleted, part.arrays))
     ]
-
-
-def is_deleted(array: Any) -> bool:
-    """Whether this was an array, and its buffer was donated."""
-    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
 
 
 def check_fits(state: StateData, kinds: Iterable[str], hint: str | None = None) -> None:

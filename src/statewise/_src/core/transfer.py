@@ -7,14 +7,15 @@ it smaller, cast where it arrives if it grows.  The source stays as it is, and s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from statewise._src.common.compare import MISSING, note_of
 from statewise._src.common.object_names import names_given
-from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.paths import Path
+from statewise._src.common.problems import Problems
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.cast import cast as cast_state
 from statewise._src.core.plan import Plan, State, tables_of
@@ -31,6 +32,7 @@ from statewise._src.core.transfer_arrays import (
     places_for,
 )
 from statewise._src.core.transfer_match import OTHER, Found, difference, leaves_of
+from statewise._src.core.usable import check_concrete
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import check_devices, copies_on, on_mesh, with_copies
@@ -192,31 +194,23 @@ def _matched(src: PlanTables, plan: PlanTables, names: Sequence[str], cast: bool
     wanted = [one for one in leaves_of(plan) if one.leaf.kind in names]
     numbered = _renumbering(src, plan, wanted, have)
     moves: dict[str, list[Move]] = {name: [] for name in names}
-    odd: list[Leaf] = []
-    hints: dict[str, None] = {}
+    problems = Problems()
     for one in wanted:
         paths = [numbered(path) for path in (one.leaf.path, *one.leaf.aliases)]
         sources = {id(have[path]): have[path] for path in paths if path in have}
         note, hint = difference(one, list(sources.values()), cast)
         if note:
-            odd.append(dataclasses.replace(one.leaf, note=note))
-            hints[hint] = None
+            problems.add(one.leaf, note, hint)
             continue
         (found,) = sources.values()
         kind, to = found.leaf.kind or "", one.leaf.kind or ""
         spreads = one.devices > found.devices
         moves[to] += [Move(to, kind, found.start + at, spec, spreads) for at, spec in enumerate(one.specs)]
-    if odd:
-        kinds = {leaf.kind for leaf in odd}
-        if "" in hints:
-            del hints[""]
-            hints[_hint_missing([kind for kind in names if kind not in kinds])] = None
-        raise StructureError(
-            f"The source is not what the target wants: {len(odd)} lea{'f differs' if len(odd) == 1 else 'ves differ'}.",
-            leaves=odd,
-            kind=kinds.pop() if len(kinds) == 1 else None,
-            hint="\n".join(hints),
-        )
+    missing = note_of(MISSING, "source")
+    if any(leaf.note == missing for leaf in problems.leaves):
+        wrong = {leaf.kind for leaf in problems.leaves}
+        problems.hint(_hint_missing([kind for kind in names if kind not in wrong]))
+    problems.raise_as(StructureError, "The source is not what the target wants: {n} leaves differ.")
     return [move for part in moves.values() for move in part]
 
 
@@ -274,9 +268,10 @@ def _object_of(src: PlanTables, wanted: Sequence[Found], have: Mapping[Path, Fou
 
 
 def _check_abstract(src: StateData, kinds: Sequence[str]) -> None:
-    if any(isinstance(array, jax.ShapeDtypeStruct) for kind in kinds for array in src.part(kind).arrays):
-        raise StructureError(
-            "The source is abstract: it has shapes but no values.",
-            kind=kinds[0],
-            hint="src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
-        )
+    check_concrete(
+        (array for kind in kinds for array in src.part(kind).arrays),
+        "transfer",
+        "src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
+        subject="The source",
+        kind=kinds[0],
+    )

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from statewise._src.common.compare import MISSING, Field, LeafFacts, compare_leaf, note_of, uncastable
 from statewise._src.common.nnx_graph import ONE, ArraySpec
-from statewise._src.common.paths import Leaf, format_path, format_shape
-from statewise._src.core.cast import can_cast
+from statewise._src.common.paths import Leaf, format_path
 from statewise._src.plan.members import Axis, place_of, shrunk
 from statewise._src.plan.tables import PlanTables
 
@@ -31,6 +31,11 @@ class Found:
     devices: int
     members: int
     axes: tuple[Axis, ...]
+
+    @property
+    def facts(self) -> LeafFacts:
+        """The leaf for a comparison."""
+        return LeafFacts(self.leaf.type, self.specs, self.structure)
 
     @property
     def ones(self) -> tuple[tuple[int, ...], ...]:
@@ -61,45 +66,46 @@ def _axis(plan: PlanTables, kind: str, position: int) -> Axis:
 
 OTHER = "the models differ: plan the target's model as the source's was made"
 _CAST = "sw.transfer(src, target, cast=True)  # or a dtype"
-_MISSING = ""  # what the source has is told of all leaves together
 _TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
 
 
 def difference(one: Found, sources: Sequence[Found], cast: bool) -> tuple[str, str]:
     """What is in the way of one leaf, and the hint; nothing if nothing is."""
     if not sources:
-        return "not in the source", _MISSING
+        return note_of(MISSING, "source"), ""  # one hint for all leaves together says what the source has
     if len(sources) > 1:
         names = " and ".join(format_path(found.leaf.path) for found in sources)
         return f"tied here, apart in the source as {names}", _TIED
     (found,) = sources
-    if found.leaf.type is not one.leaf.type:
-        return f"is a {found.leaf.type.__name__} in the source", OTHER
-    if found.structure != one.structure:
-        return "holds a value of another structure in the source", OTHER
+    if found.leaf.type is one.leaf.type and found.structure == one.structure:
+        other = _other_devices(one, found) or _other_members(one, found)
+        if other is not None:
+            return other
+    mismatches = compare_leaf(one.facts, found.facts)
+    if not mismatches:
+        return "", ""
+    if any(mismatch.field is not Field.DTYPE for mismatch in mismatches):
+        return note_of(mismatches, "source") + uncastable(mismatches), OTHER
+    end = uncastable(mismatches)
+    if cast and not end:
+        return "", ""
+    return note_of(mismatches, "source") + end, OTHER if end else _CAST
+
+
+def _other_devices(one: Found, found: Found) -> tuple[str, str] | None:
+    """What is in the way of values of each device, onto one or onto another number; None where nothing is."""
     if found.devices and found.devices != one.devices:
         has_mean = all(jnp.issubdtype(spec.dtype, jnp.inexact) for spec in found.specs)
         how = "how='mean'), ...)  # or how='first'" if has_mean else "how='first'), ...)"
         note = f"has a value of each of {found.devices} devices in the source"
         return note, f"sw.transfer(src.reduce_devices({found.leaf.kind!r}, {how}"
-    pairs = list(zip(found.specs, one.specs, strict=True))
-    if (found.members, found.axes) != (one.members, one.axes) and found.ones == one.ones:
-        other = _other_members(one, found)
-        if other is not None:
-            return other
-    for theirs, ours in pairs:
-        if theirs.shape != ours.shape:
-            return f"is {format_shape(theirs.shape)} {theirs.dtype} in the source", OTHER
-    for theirs, ours in pairs:
-        if theirs.dtype != ours.dtype and not can_cast(theirs.dtype, ours.dtype):
-            return f"is {theirs.dtype} in the source, which does not become {ours.dtype}", OTHER
-        if theirs.dtype != ours.dtype and not cast:
-            return f"is {theirs.dtype} in the source", _CAST
-    return "", ""
+    return None
 
 
 def _other_members(one: Found, found: Found) -> tuple[str, str] | None:
     """What is in the way between two ensembles, or an ensemble and one model; None where the array is the same."""
+    if (found.members, found.axes) == (one.members, one.axes) or found.ones != one.ones:
+        return None
     if not one.members and found.members:
         return f"of an ensemble of {found.members} in the source", "one of its members: sw.transfer(src.member(0), ...)"
     if one.members and not found.members:

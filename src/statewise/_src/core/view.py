@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.common.compare import UNEXPECTED, LeafFacts, compare_leaf, note_of
 from statewise._src.common.narrowing import check_given
-from statewise._src.common.nnx_graph import ArraySpec, raw_value, spec_of, value_of
+from statewise._src.common.nnx_graph import ArraySpec, is_deleted, raw_value, spec_of, value_of
 from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.problems import Problems
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import plain_key
 from statewise._src.plan.tables import PlanTables
@@ -71,7 +72,7 @@ def packed_for(plan: PlanTables, kind: str, given: Any, part: Sequence[Any]) -> 
       part: what stands there now; inside of `jax.vmap` it is of one member, and so is what replaces it.
 
     Raises:
-      StructureError: leaves missing, left over, of another shape or dtype, or donated; all are listed.
+      StructureError: leaves missing, unexpected, of another shape or dtype, or donated; all are listed.
     """
     if plan.ensemble is not None and _of_one(plan, kind, part):
         plan = plan.ensemble.single
@@ -82,7 +83,7 @@ def arrays_for(plan: PlanTables, kind: str, given: Any) -> tuple[Any, ...]:
     """The arrays, in the order of the plan, of what is given in the place of a view.
 
     Raises:
-      StructureError: leaves missing, left over, of another shape or dtype, or donated; 64-bit numbers of NumPy that
+      StructureError: leaves missing, unexpected, of another shape or dtype, or donated; 64-bit numbers of NumPy that
         JAX would lose; all are listed.
     """
     structure, slots = _layout(plan, kind)
@@ -94,23 +95,21 @@ def arrays_for(plan: PlanTables, kind: str, given: Any) -> tuple[Any, ...]:
     else:
         keyed = {}
     arrays: list[Any] = [None] * len(specs)
-    problems = []
+    problems = Problems()
     for (_, position), array in zip(slots, leaves, strict=True):
-        problem = _misfit(array, specs[position])
-        if problem:
-            problems.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=problem))
+        mismatches = compare_leaf(LeafFacts(None, (specs[position],)), _facts(array))
+        if mismatches:
+            problems.add(plan.leaf_of_array[kind][position], note_of(mismatches, "replacement"))
         arrays[position] = array
     for keys, array in keyed.items():
         spec = spec_of(array) or ArraySpec((), None)
         type_ = jax.Array if isinstance(array, jax.Array) else type(array)
-        problems.append(Leaf(keys, kind, type_, spec.shape, spec.dtype, note="not in the plan"))
-    if problems:
-        raise StructureError(
-            f"What replaces kind {kind!r} does not fit the plan.",
-            leaves=problems,
-            kind=kind,
-            hint=f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
-        )
+        problems.add(Leaf(keys, kind, type_, spec.shape, spec.dtype), note_of(UNEXPECTED, "replacement"))
+    problems.raise_as(
+        StructureError,
+        f"What replaces kind {kind!r} does not fit the plan.",
+        f"jax.tree.map(function, state[{kind!r}]) keeps the structure",
+    )
     leaves = plan.leaf_of_array[kind]
     check_given(
         (leaf, array, spec.dtype)
@@ -140,14 +139,8 @@ def _as_array(value: Any) -> Any:
     return value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
 
 
-def _misfit(array: Any, spec: ArraySpec) -> str:
+def _facts(array: Any) -> LeafFacts | None:
     if array is None:
-        return "missing"
-    found = spec_of(array)
-    if found is None or compat.reference(array):
-        return f"given as {type(array).__name__}"
-    if found != spec:
-        return f"given as {found.shape} {found.dtype}"
-    if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
-        return "donated by an earlier step"
-    return ""
+        return None
+    spec = None if compat.reference(array) else spec_of(array)
+    return LeafFacts(None, (spec or type(array),), donated=is_deleted(array))

@@ -8,7 +8,6 @@ is written under the map is "at vmap out_axes['stats/norm/mean'], got axis spec 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.problems import Problems
 from statewise._src.core.state_data import StateData
 from statewise._src.plan.averages import Average
 from statewise._src.plan.kind import unknown_kind
@@ -97,22 +97,19 @@ def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[d
 
 def _check_averages(plan: PlanTables, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
     """An average is read in the place of what it is of, so each member has the one where it has the other."""
-    odd = []
+    problems = Problems()
     for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
         if not isinstance(one, Average):
             continue
         for at, (kind, position) in enumerate(plan.params_of(one), start):
             if found[one.into][at] != found[kind][position]:
                 note = f"axis {found[one.into][at]}, an average of what has axis {found[kind][position]}"
-                odd.append(_noted(plan.leaf_of_array[one.into][at], note))
-    if odd:
-        rest = ", ".join(f"{kind}={axis!r}" for kind, axis in given.items() if kind != odd[0].kind and _is_axis(axis))
-        raise DeclarationError(
-            "Averages have the axes of what they are of.",
-            leaves=odd,
-            kind=odd[0].kind,
-            hint=f"plan.stacked(8{', ' * bool(rest)}{rest})  # without {odd[0].kind}=",
-        )
+                problems.add(plan.leaf_of_array[one.into][at], note)
+    if problems:
+        own = problems.leaves[0].kind
+        rest = ", ".join(f"{kind}={axis!r}" for kind, axis in given.items() if kind != own and _is_axis(axis))
+        hint = f"plan.stacked(8{', ' * bool(rest)}{rest})  # without {own}="
+        problems.raise_as(DeclarationError, "Averages have the axes of what they are of.", hint)
 
 
 def is_stream(leaf: Leaf, specs: Sequence[ArraySpec]) -> bool:
@@ -127,16 +124,15 @@ def _check_untold(plan: PlanTables, given: Mapping[str, Any]) -> None:
     By the default, one for all, each would draw the same noise, and nothing would show it.
     """
     rows = zip(plan.rows, plan.leaves, strict=False)
-    untold = [leaf for row, leaf in rows if row.kind not in given and is_stream(leaf, row.specs)]
+    untold = Problems(leaf for row, leaf in rows if row.kind not in given and is_stream(leaf, row.specs))
     if untold:
-        kinds = list(dict.fromkeys(str(leaf.kind) for leaf in untold))
+        kinds = list(dict.fromkeys(str(leaf.kind) for leaf in untold.leaves))
         said = [f"{kind}={axis!r}" for kind, axis in given.items() if _is_axis(axis)]
         own, same = (", ".join([*said, *(f"{kind}={axis}" for kind in kinds)]) for axis in (0, None))
-        raise DeclarationError(
+        untold.raise_as(
+            DeclarationError,
             f"The model has random streams in {', '.join(kinds)}, and plan.axes is not given what becomes of them.",
-            leaves=untold,
-            kind=kinds[0] if len(kinds) == 1 else None,
-            hint=f"plan.axes({own})  # each member draws noise of its own\n"
+            f"plan.axes({own})  # each member draws noise of its own\n"
             f"or plan.axes({same})  # the same noise in all of them",
         )
 
@@ -150,21 +146,19 @@ def _each(plan: PlanTables, kind: str, given: Any) -> list[Axis]:
     specs = plan.specs[kind]
     if not callable(given):
         return [given] * len(specs)
-    found, odd = [], []
+    found, problems = [], Problems()
     derived = frozenset(plan.leaves[len(plan.rows) :])
     for leaf, spec in zip(plan.leaf_of_array[kind], specs, strict=True):
         path = leaf.path if leaf in derived else plan.relative(leaf.path)
         axis = given(path, spec.shape)
         found.append(axis)
         if not _is_axis(axis):
-            odd.append(_noted(leaf, f"given {axis!r}"))
-    if odd:
-        raise DeclarationError(
-            f"The function of kind {kind!r} gives something else than axes.",
-            leaves=odd,
-            kind=kind,
-            hint=f"plan.axes({kind}=lambda path, shape: 0 if path[0] == 'head' else None)",
-        )
+            problems.add(leaf, f"given {axis!r}")
+    problems.raise_as(
+        DeclarationError,
+        f"The function of kind {kind!r} gives something else than axes.",
+        f"plan.axes({kind}=lambda path, shape: 0 if path[0] == 'head' else None)",
+    )
     return found
 
 
@@ -194,44 +188,40 @@ def _first(found: Sequence[Axis]) -> Axis:
 def _in_slots(plan: PlanTables, found: Mapping[str, Sequence[Axis]]) -> dict[str, list[Axis]]:
     """The axis of what stands in each slot: arrays that are packed together are mapped together."""
     slots: dict[str, list[Axis]] = {}
-    odd: list[Leaf] = []
+    problems = Problems()
     for kind, here in zip(plan.kinds, plan.slots, strict=True):
         slots[kind] = []
         for slot in here:
             positions = (slot,) if isinstance(slot, int) else slot.positions
             several = [found[kind][position] for position in positions]
             slots[kind].append(several[0])
-            odd += [
-                _noted(plan.leaf_of_array[kind][position], f"axis {axis}, packed with others of axis {several[0]}")
-                for position, axis in zip(positions, several, strict=True)
-                if axis != several[0]
-            ]
-    if odd:
-        raise StructureError(
-            "Arrays that are packed into one buffer have one axis.",
-            leaves=odd,
-            kind=odd[0].kind,
-            hint="one axis for the whole kind, or take the state without pack=",
-        )
+            for position, axis in zip(positions, several, strict=True):
+                if axis != several[0]:
+                    note = f"axis {axis}, packed with others of axis {several[0]}"
+                    problems.add(plan.leaf_of_array[kind][position], note)
+    problems.raise_as(
+        StructureError,
+        "Arrays that are packed into one buffer have one axis.",
+        "one axis for all of the kind, or take the state without pack=",
+    )
     return slots
 
 
 def _check_ranks(
     specs: Mapping[str, Sequence[ArraySpec]], leaves: Mapping[str, Sequence[Leaf]], found: Mapping[str, Sequence[Axis]]
 ) -> None:
-    odd = [
-        _noted(leaf, f"with another axis it has {len(spec.shape) + 1}; axis {axis} is not one of them")
-        for kind, part in found.items()
-        for leaf, spec, axis in zip(leaves[kind], specs[kind], part, strict=True)
-        if not _has(spec, axis)
-    ]
-    if odd:
-        kinds = list(dict.fromkeys(leaf.kind or "" for leaf in odd))
-        raise StructureError(
-            f"{len(odd)} {'leaf has' if len(odd) == 1 else 'leaves have'} no such axis.",
-            leaves=odd,
-            kind=kinds[0] if len(kinds) == 1 else None,
-            hint=f"the first axis, which every array can have: plan.axes({', '.join(f'{kind}=0' for kind in kinds)})\n"
+    problems = Problems()
+    for kind, part in found.items():
+        for leaf, spec, axis in zip(leaves[kind], specs[kind], part, strict=True):
+            if not _has(spec, axis):
+                rank = len(spec.shape) + 1
+                problems.add(leaf, f"with another axis it has {rank}; axis {axis} is not one of them")
+    if problems:
+        kinds = list(dict.fromkeys(leaf.kind or "" for leaf in problems.leaves))
+        problems.raise_as(
+            StructureError,
+            "{n} leaves have no such axis.",
+            f"the first axis, which every array can have: plan.axes({', '.join(f'{kind}=0' for kind in kinds)})\n"
             f"or one for each: plan.axes({kinds[0]}=lambda path, shape: 1 if len(shape) > 1 else 0)",
         )
 
@@ -239,7 +229,3 @@ def _check_ranks(
 def _has(spec: ArraySpec, axis: Axis) -> bool:
     rank = len(spec.shape) + 1  # the mapped axis comes on top of the leaf's own
     return axis is None or -rank <= axis < rank
-
-
-def _noted(leaf: Leaf, note: str) -> Leaf:
-    return dataclasses.replace(leaf, note=note)

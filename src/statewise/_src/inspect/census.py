@@ -36,7 +36,7 @@ class Census(Shown):
       >>> from flax import nnx
       >>> import statewise as sw
       >>> census = sw.census(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
-      >>> census["stats"].leaves, census.total.bytes
+      >>> census["stats"].leaves, census.total.nbytes
       (2, 48)
       >>> [kind for kind in census if census[kind].leaves]
       ['params', 'stats']

@@ -40,25 +40,25 @@ class KindMemory:
     Attributes:
       name: the kind.
       arrays: how many arrays it has.
-      bytes: what they take once.
+      nbytes: what they take once.
       per_device: what they take of each device's own memory.
       host: what they take of other memory (`pinned_host`) for each device.
-      saves: of a kind that is on every device whole, what splitting it evenly over the whole mesh would save on each.
+      saving_if_sharded: of a replicated kind, what sharding it evenly over all of the mesh would save on each device.
 
     Example:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> model = nnx.Linear(8, 16, use_bias=False, rngs=nnx.Rngs(0))
       >>> sw.memory(sw.plan(model), {"data": 8})["params"]
-      KindMemory(name='params', arrays=1, bytes=512, per_device=512, host=0, saves=448)
+      KindMemory(name='params', arrays=1, nbytes=512, per_device=512, host=0, saving_if_sharded=448)
     """
 
     name: str
     arrays: int
-    bytes: int
+    nbytes: int
     per_device: int
     host: int
-    saves: int
+    saving_if_sharded: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Memory(Shown):
             line(
                 one.name,
                 str(one.arrays),
-                format_bytes(one.bytes),
+                format_bytes(one.nbytes),
                 one.per_device,
                 format_bytes(one.host),
-                format_bytes(one.saves) if one.saves else "-",
+                format_bytes(one.saving_if_sharded) if one.saving_if_sharded else "-",
             )
             for one in self.kinds
             if one.arrays

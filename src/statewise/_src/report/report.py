@@ -14,7 +14,8 @@ from statewise._src.checkpoint.diff.diff import Diff, diff
 from statewise._src.checkpoint.diff.sources import is_path
 from statewise._src.checkpoint.restore import leaves_on_disk, members_on_disk
 from statewise._src.common import compat
-from statewise._src.common.tables import Shown, Table, count_leaves, format_bytes, format_count, printable
+from statewise._src.common.problems import counted
+from statewise._src.common.tables import Shown, Table, count_leaves, format_bytes, printable
 from statewise._src.core.plan import Kinds, Plan, State, tables_in, tables_of
 from statewise._src.inspect.census import Census, census
 from statewise._src.inspect.lint.finding import Findings
@@ -46,7 +47,7 @@ class Report(Shown):
       >>> import statewise as sw
       >>> report = sw.report(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       >>> report.write("linear.html")
-      >>> len(report.leaves), report.census.total.bytes, report.findings
+      >>> len(report.leaves), report.census.total.nbytes, report.findings
       (2, 36, [])
     """
 
@@ -66,13 +67,13 @@ class Report(Shown):
     def table(self) -> Table:
         """Returns the census, with a summary of the rest in the line above it."""
         total = self.census.total
-        words = [_counted(total.leaves, "leaf", "leaves"), format_bytes(total.bytes)]
+        words = [counted(total.leaves, "leaf", "leaves"), format_bytes(total.nbytes)]
         if self.memory:
             words.append(f"{format_bytes(self.memory.total)} on each of {self.memory.devices} devices")
         if self.findings is not None:
-            words.append(_counted(len(self.findings), "finding", "findings"))
+            words.append(counted(len(self.findings), "finding", "findings"))
         if self.diff is not None:
-            differ = _counted(len(self.diff.leaves), "leaf differs", "leaves differ")
+            differ = counted(len(self.diff.leaves), "leaf differs", "leaves differ")
             words.append(f"{differ} from {self.diff.second}")
         table = self.census.table()
         if self.census.members is not None:
@@ -185,10 +186,6 @@ def report(
     if isinstance(mesh, Mapping):
         mesh = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     return dataclasses.replace(parts, leaves=leaves_of(tables_of(plan), mesh), memory=bytes_per_device, diff=changes)
-
-
-def _counted(number: int, one: str, several: str) -> str:
-    return f"{format_count(number)} {one if number == 1 else several}"
 
 
 def _of_checkpoint(path: Any, mesh: Any) -> Report:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 from statewise._src.common.nnx_graph import ArraySpec
-from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
 from statewise._src.plan.members import Axis, Members
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.array_placement import ArrayPlacement
@@ -43,24 +42,23 @@ def resolved_members(
     assert members is not None, "called for an ensemble"
     _check_over(members, sizes)
     placed: dict[str, tuple[ArrayPlacement, ...]] = {}
-    twice: list[Leaf] = []
+    problems = Problems()
     for kind, part in single.items():
         specs, axes, leaves = members.single.specs[kind], members.of(kind), plan.leaf_of_array[kind]
         for placement, axis, leaf in zip(part, axes, leaves, strict=True):
             used = {name for names in (*placement.axes, placement.each) for name in names}
             if axis is not None and members.over in used:
-                twice.append(dataclasses.replace(leaf, note=f"already split over {members.over!r} within each member"))
+                problems.add(leaf, f"already split over {members.over!r} within each member")
         placed[kind] = tuple(
             placement.grown(axis, len(spec.shape), _over(members))
             for placement, axis, spec in zip(part, axes, specs, strict=True)
         )
-    if twice:
-        raise PlacementError(
-            f"The members cannot be split over {members.over!r}: {len(twice)} leaves of each already are, on the "
-            f"mesh {describe_mesh(sizes)}.",
-            leaves=twice,
-            hint=f"plan.stacked({members.number}, over=...)  # another axis of the mesh: {', '.join(sizes)}",
-        )
+    problems.raise_as(
+        PlacementError,
+        f"The members cannot be split over {members.over!r}: {{n}} leaves of each already are, on the mesh "
+        f"{describe_mesh(sizes)}.",
+        f"plan.stacked({members.number}, over=...)  # another axis of the mesh: {', '.join(sizes)}",
+    )
     return placed
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived, keys_within
 from statewise._src.plan.per_device import PerDeviceArrays
@@ -124,20 +125,18 @@ def _known(known: dict[ArrayPlacement, jax.NamedSharding], placement: ArrayPlace
 
 
 def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement]) -> None:
-    split = []
+    problems = Problems()
     for buffer in plan.packing[kind].buffers:
         for position in buffer.positions:
             if placed[position].split or placed[position].memory != placed[buffer.positions[0]].memory:
                 note = "packed, and split over the mesh" if placed[position].split else "packed with other memory"
-                split.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))
-    if split:
-        others = tuple(name for name in plan.packing if name != kind)
-        raise PlacementError(
-            f"Kind {kind!r} is packed into buffers, which cannot be split: pack and placement cannot be combined.",
-            leaves=split,
-            kind=kind,
-            hint=f"leave {kind} out of pack: plan.take(model, mesh=mesh, pack={others!r})",
-        )
+                problems.add(plan.leaf_of_array[kind][position], note)
+    others = tuple(name for name in plan.packing if name != kind)
+    problems.raise_as(
+        PlacementError,
+        f"Kind {kind!r} is packed into buffers, which cannot be split: pack and placement cannot be combined.",
+        f"leave {kind} out of pack: plan.take(model, mesh=mesh, pack={others!r})",
+    )
 
 
 # --- resolving ---------------------------------------------------------------------------------------------------
@@ -155,16 +154,9 @@ def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]
     placed = resolver.rows()
     for kind, placement in resolver.derived():
         placed[kind].append(placement)
-    if resolver.faults:
-        leaves = [leaf for leaf, _ in resolver.faults]
-        kinds = {leaf.kind for leaf in leaves}
-        raise PlacementError(
-            f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'} cannot be placed on the mesh "
-            f"{describe_mesh(resolver.sizes)}.",
-            leaves=leaves,
-            kind=kinds.pop() if len(kinds) == 1 else None,
-            hint="\n".join(dict.fromkeys(line for _, hint in resolver.faults for line in hint.splitlines())),
-        )
+    resolver.problems.raise_as(
+        PlacementError, f"{{n}} leaves cannot be placed on the mesh {describe_mesh(resolver.sizes)}."
+    )
     return {kind: tuple(placed[kind]) for kind in plan.kinds}
 
 
@@ -184,7 +176,7 @@ class _Resolver:
 
     def __init__(self, plan: PlanTables, sizes: dict[str, int], memories: set[str] | None) -> None:
         self.plan, self.sizes, self.memories = plan, sizes, memories
-        self.faults: dict[tuple[Leaf, str], None] = {}  # without duplicates: several placements may fail for one leaf
+        self.problems = Problems()  # without duplicates: several placements may fail for one leaf
         self.updated = {kind for group in plan.optimizers for kind in group.kinds}
         self.each: tuple[str, ...] = ()  # the axes of everything that is `PerDevice`
         self.owned: dict[Path, list[tuple[int, Leaf, ArraySpec]]] = {}  # by path: the leaves that moments may belong to
@@ -239,7 +231,7 @@ class _Resolver:
                     hint = (
                         f"{derived.into}=sw.Kind(sw.EMA)  # without a placement, averages are placed like their leaves"
                     )
-                    self.faults[dataclasses.replace(leaf, note=note), hint] = None
+                    self.problems.add(leaf, note, *hint.splitlines())
                     yield derived.into, ArrayPlacement()
                 else:
                     yield derived.into, self.place(placement, [leaf.path], spec, leaf)
@@ -285,7 +277,7 @@ class _Resolver:
             return resolved
         except _Fault as fault:
             shape = leaf.shape if leaf.shape is not None else spec.shape
-            self.faults[dataclasses.replace(leaf, shape=shape, note=fault.note), fault.hint] = None
+            self.problems.add(dataclasses.replace(leaf, shape=shape), fault.note, *fault.hint.splitlines())
             return ArrayPlacement()
 
     def _place(self, placement: Any, paths: Sequence[Path], spec: ArraySpec, number: int | None) -> ArrayPlacement:

@@ -21,6 +21,7 @@ from jax.extend.core import get_opaque_trace_state
 from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import Part, check_unshared, deleted_kinds, donated_error
+from statewise._src.core.usable import check_concrete
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, is_on_one_device
 from statewise._src.step.arguments import Arguments, merged
@@ -207,12 +208,13 @@ class CompiledStep:
 
     def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Explains a runtime error about arrays that are deleted, donated twice, or abstract."""
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state)):
-            raise StructureError(
-                f"This state is abstract: {self.name} needs its values.",
-                hint="state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
-                f"ahead of time: {called_as(self.name)}.lower(state, ...).compile()",
-            ) from error
+        check_concrete(
+            jax.tree.leaves(state),
+            f"run {self.name} on",
+            "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)\n"
+            f"ahead of time: {called_as(self.name)}.lower(state, ...).compile()",
+            cause=error,
+        )
         deleted = deleted_kinds(state)
         if "incompatible devices" in str(error):
             self._check_other_devices(state, args, kwargs, error)

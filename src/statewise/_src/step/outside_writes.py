@@ -87,9 +87,7 @@ def check_written_arguments(
 
 
 def _moved(leaf: Leaf, path: Path) -> Leaf:
-    return Leaf(
-        path, leaf.kind, leaf.type, leaf.shape, leaf.dtype, elements=leaf.elements, nbytes=leaf.nbytes, note=leaf.note
-    )
+    return Leaf(path, leaf.kind, leaf.type, leaf.shape, leaf.dtype, size=leaf.size, nbytes=leaf.nbytes, note=leaf.note)
 
 
 def _identifier(expression: str, cls: type, taken: dict[str, str]) -> str:

@@ -7,18 +7,19 @@ have one shape, a few leaves at a time, so that two checkpoints larger than memo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from statewise._src.checkpoint.diff.result import Diff, LeafDiff
 from statewise._src.checkpoint.diff.sources import Arrays, Change, Side, compare, is_path, side_of
-from statewise._src.checkpoint.format.keys import path_id, same_type
-from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
+from statewise._src.checkpoint.format.manifest import LeafRecord
 from statewise._src.checkpoint.format.per_device import members_of
 from statewise._src.checkpoint.orbax.batching import grouped
+from statewise._src.common.compare import Field, Mismatch, change_of, compare_leaf, fields_of
 from statewise._src.common.paths import format_dtype, format_path, format_shape, format_type
+from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_count
 from statewise._src.core.plan import Kinds, Plan, tables_in
 from statewise._src.inspect.select.select import check_kinds
@@ -65,7 +66,7 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
       >>> sw.save(f"{folder}/first", sw.plan(model).take(model))
       >>> model.bias[...] += 0.5
       >>> changes = sw.diff(f"{folder}/first", model)
-      >>> [(one.leaf.path, one.why) for one in changes.changed["params"]]
+      >>> [(one.leaf.path, one.why) for one in changes.value["params"]]
       [(('bias',), '3 of 3 elements by up to 0.5')]
       >>> changes.same
       {'params': 1}
@@ -92,28 +93,28 @@ def _diff(first: Side, second: Side) -> Diff:
     order = {kind: at for at, kind in enumerate({**first.kinds, **second.kinds})}
     pairs = [pair for pair in pairs if pair.is_both or pair.one.kind not in not_saved]
     pairs.sort(key=lambda pair: order[pair.one.kind])
-    found = [_described(pair, first, second) for pair in pairs]
     values = _values(pairs, first, second)
     leaves: list[LeafDiff] = []
     same: Counter[str] = Counter()
     not_compared: Counter[str] = Counter()
-    for pair, words, change in zip(pairs, found, values, strict=True):
-        if change is None and pair.is_comparable:
-            words["values not compared"] = ""
+    for pair, change in zip(pairs, values, strict=True):
+        mismatches = pair.mismatches
+        whys = [change_of(mismatches) if pair.is_both else _described(pair, first, second)]
+        is_unknown = change is None and pair.is_comparable
+        if is_unknown:
+            whys.append("values not compared")
         if change:
-            words[change.why] = "changed"
-        what = tuple(dict.fromkeys(word for word in words.values() if word))
-        if what:
-            leaves.append(_leaf_diff(pair, what, "; ".join(words), change))
-        elif words:
-            not_compared[pair.one.kind] += 1
+            mismatches = (*mismatches, Mismatch(Field.VALUE))
+            whys.append(change.why)
+        if mismatches:
+            leaves.append(_leaf_diff(pair, fields_of(mismatches), "; ".join(filter(None, whys)), change))
         else:
-            same[pair.one.kind] += 1
+            (not_compared if is_unknown else same)[pair.one.kind] += 1
     in_order = tuple(sorted(not_saved, key=lambda kind: order[kind]))
     return Diff(first.name, second.name, tuple(leaves), dict(same), dict(not_compared), in_order)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Pair:
     """A leaf in the first and in the second; one of them may be missing."""
 
@@ -139,26 +140,27 @@ class Pair:
         """Whether both have the leaf."""
         return self.first is not None and self.second is not None
 
-    @property
+    @functools.cached_property
+    def mismatches(self) -> tuple[Mismatch, ...]:
+        """The differences that one sees without values; members along another axis are another shape."""
+        mismatches = compare_leaf(*(record if record is None else record.facts for record in (self.first, self.second)))
+        if not self.is_both or Field.STRUCTURE in fields_of(mismatches):
+            return mismatches
+        axes = []
+        for index, (ours, theirs) in enumerate(zip(*(record.arrays for record in self.both), strict=True)):
+            here, there = members_of(ours), members_of(theirs)
+            if here and there and here != there and ours.shape == theirs.shape:
+                within = format_path(ours.within) if ours.within else ""
+                axes.append(Mismatch(Field.SHAPE, f"members along axis {here[1]}", str(there[1]), index, within))
+        return (*mismatches, *axes)
+
+    @functools.cached_property
     def is_comparable(self) -> bool:
         """Whether the two hold as many arrays, of the same shapes, and PRNG keys or no keys both."""
-        if not self.is_both:
+        if {*fields_of(self.mismatches)} & {Field.MISSING, Field.UNEXPECTED, Field.STRUCTURE, Field.SHAPE}:
             return False
         here, there = self.both
-        return _structure(here) == _structure(there) and all(
-            (ours.shape, ours.prng) == (theirs.shape, theirs.prng) and not _apart(ours, theirs)
-            for ours, theirs in zip(here.arrays, there.arrays, strict=True)
-        )
-
-
-def _structure(record: LeafRecord) -> Any:
-    return record.structure, [array.within for array in record.arrays]
-
-
-def _apart(ours: ArrayRecord, theirs: ArrayRecord) -> bool:
-    """Whether two arrays are of ensembles whose members lie along different axes."""
-    here, there = members_of(ours), members_of(theirs)
-    return None not in (here, there) and here != there
+        return all(ours.prng == theirs.prng for ours, theirs in zip(here.arrays, there.arrays, strict=True))
 
 
 def _not_saved(pairs: Sequence[Pair], first: Side, second: Side) -> set[str]:
@@ -175,47 +177,12 @@ def _not_saved(pairs: Sequence[Pair], first: Side, second: Side) -> set[str]:
 # --- what they are -----------------------------------------------------------------------------------------------
 
 
-def _described(pair: Pair, first: Side, second: Side) -> dict[str, str]:
-    """The differences that one sees without values: in words, and each as one of the words of `LeafDiff.what`."""
-    if not pair.is_both:
-        lacks, word = (first, "added") if pair.first is None else (second, "removed")
-        elsewhere = _tied_to(pair.one, lacks)
-        leaf = pair.one.leaf()
-        shown = f"{format_type(leaf.type)}{format_shape(leaf.shape)} {format_dtype(leaf.dtype)}"
-        return {shown + (f"; tied to {elsewhere} in the other" if elsewhere else ""): word}
-    here, there = pair.both
-    words = {}
-    if not same_type(here.type, there.type):
-        names = [format_type(one.type) for one in (here, there)]
-        if names[0] == names[1]:
-            names = [one.type.replace(":", ".") for one in (here, there)]
-        words[" to ".join(names)] = "retyped"
-    if here.kind != there.kind:
-        words[f"{here.kind} to {there.kind}"] = "rekinded"
-    if _structure(here) != _structure(there):
-        words["a value of another structure"] = "reshaped"
-    else:
-        for ours, theirs in zip(here.arrays, there.arrays, strict=True):
-            within = f" at {format_path(ours.within)}" if ours.within else ""
-            here_at, there_at = members_of(ours), members_of(theirs)
-            if here_at and there_at and ours.shape == theirs.shape and here_at != there_at:
-                words[f"members along axis {here_at[1]} to {there_at[1]}{within}"] = "reshaped"
-            if ours.shape != theirs.shape:
-                words[f"{format_shape(ours.shape)} to {format_shape(theirs.shape)}{within}"] = "reshaped"
-            if _dtype(ours) != _dtype(theirs):
-                words[f"{_dtype(ours)} to {_dtype(theirs)}{within}"] = "recast"
-    tied = [{path_id(alias) for alias in one.aliases} for one in (here, there)]
-    if tied[0] != tied[1]:
-        words[f"{_ties(here)}, then {_ties(there)}"] = "retied"
-    return words
-
-
-def _dtype(array: ArrayRecord) -> str:
-    return f"key<{array.prng}>" if array.prng else array.dtype
-
-
-def _ties(record: LeafRecord) -> str:
-    return f"tied to {', '.join(map(format_path, record.aliases)) or 'nothing'}"
+def _described(pair: Pair, first: Side, second: Side) -> str:
+    """What a leaf is that only one side has, and which leaf of the other its path belongs to."""
+    elsewhere = _tied_to(pair.one, first if pair.first is None else second)
+    leaf = pair.one.leaf()
+    shown = f"{format_type(leaf.type)}{format_shape(leaf.shape)} {format_dtype(leaf.dtype)}"
+    return shown + (f"; tied to {elsewhere} in the other" if elsewhere else "")
 
 
 def _tied_to(record: LeafRecord, side: Side) -> str:
@@ -263,14 +230,10 @@ def _compared(pair: Pair, ours: Arrays, theirs: Arrays) -> _Values | None:
             keys += int((one != other).any(axis=words).sum())
     total = sum(array.elements for array in pair.one.arrays)
     if keys and not change.elements:
-        return _Values(Change(keys), f"{format_count(keys)} of {_counted(total, 'key')}", True)
-    why = f"{format_count(change.elements + keys)} of {_counted(total, 'element')}"
+        return _Values(Change(keys), f"{format_count(keys)} of {counted(total, 'key', 'keys')}", True)
+    why = f"{format_count(change.elements + keys)} of {counted(total, 'element', 'elements')}"
     why += ", NaN in one alone" if math.isnan(change.largest) else f" by up to {change.largest:.4g}"
     return _Values(Change(change.elements + keys, change.largest), why, False)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{format_count(number)} {what}{'s' if number != 1 else ''}"
 
 
 def _leaf_diff(pair: Pair, what: tuple[str, ...], why: str, values: _Values | None) -> LeafDiff:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from statewise._src.common.compare import Field
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.tables import Shown, Table, format_count, leaf_dict
 from statewise._src.plan.kind import unknown_kind
@@ -23,7 +24,8 @@ class LeafDiff:
     Attributes:
       leaf: the leaf in the first; in the second, where only that has it.
       other: the leaf in the second; None where only one has it.
-      what: one or more of `added`, `removed`, `retyped`, `rekinded`, `reshaped`, `recast`, `retied`, `changed`.
+      what: the fields that differ, one or more of `missing` (from the second), `unexpected` (in the second alone),
+        `kind`, `type`, `structure`, `shape`, `dtype`, `ties`, `value`.
       why: the same in words.
       elements: how many elements have another value.
       largest: the largest absolute difference of two elements; `nan` where one of the two alone is NaN; None where
@@ -36,7 +38,7 @@ class LeafDiff:
       >>> one, other = ({"w": nnx.Param(jnp.array([1.0, x]))} for x in (2.0, 2.5))
       >>> (leaf,) = sw.diff(one, other)["params"]
       >>> leaf.what, leaf.why, leaf.largest
-      (('changed',), '1 of 2 elements by up to 0.5', 0.5)
+      (('value',), '1 of 2 elements by up to 0.5', 0.5)
     """
 
     leaf: Leaf
@@ -68,15 +70,15 @@ class Diff(Shown):
       (False, True)
       >>> print(sw.diff(narrow, wide))
       a model (Linear) and a model (Linear): 2 of 2 leaves differ
-      path    kind    what      why
-      ------------------------------------------
-      bias    params  reshaped  (3,) to (4,)
-      kernel  params  reshaped  (2, 3) to (2, 4)
+      path    kind    what   why
+      ---------------------------------------
+      bias    params  shape  (3,) to (4,)
+      kernel  params  shape  (2, 3) to (2, 4)
       <BLANKLINE>
       kinds
       kind    leaves  outcome
-      --------------------------
-      params       2  reshaped 2
+      -----------------------
+      params       2  shape 2
     """
 
     first: str
@@ -92,56 +94,61 @@ class Diff(Shown):
     def __iter__(self) -> Iterator[LeafDiff]:
         return iter(self.leaves)
 
-    def _of(self, what: str) -> dict[str, tuple[LeafDiff, ...]]:
-        found: dict[str, list[LeafDiff]] = {}
+    def _of(self, field: Field) -> dict[str, tuple[LeafDiff, ...]]:
+        leaves: dict[str, list[LeafDiff]] = {}
         for one in self.leaves:
-            if what in one.what:
-                found.setdefault(one.leaf.kind or "", []).append(one)
-        return {kind: tuple(some) for kind, some in found.items()}
+            if field in one.what:
+                leaves.setdefault(one.leaf.kind or "", []).append(one)
+        return {kind: tuple(some) for kind, some in leaves.items()}
 
     @property
-    def added(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that only the second has."""
-        return self._of("added")
-
-    @property
-    def removed(self) -> dict[str, tuple[LeafDiff, ...]]:
+    def missing(self) -> dict[str, tuple[LeafDiff, ...]]:
         """By kind, the leaves that only the first has."""
-        return self._of("removed")
+        return self._of(Field.MISSING)
 
     @property
-    def retyped(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another type."""
-        return self._of("retyped")
+    def unexpected(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves that only the second has."""
+        return self._of(Field.UNEXPECTED)
 
     @property
-    def rekinded(self) -> dict[str, tuple[LeafDiff, ...]]:
+    def kind(self) -> dict[str, tuple[LeafDiff, ...]]:
         """By the kind in the first, the leaves of another kind."""
-        return self._of("rekinded")
+        return self._of(Field.KIND)
 
     @property
-    def reshaped(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another shape, or whose value is of another structure."""
-        return self._of("reshaped")
+    def type(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves of another type."""
+        return self._of(Field.TYPE)
 
     @property
-    def recast(self) -> dict[str, tuple[LeafDiff, ...]]:
+    def structure(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves whose value is of another structure."""
+        return self._of(Field.STRUCTURE)
+
+    @property
+    def shape(self) -> dict[str, tuple[LeafDiff, ...]]:
+        """By kind, the leaves of another shape."""
+        return self._of(Field.SHAPE)
+
+    @property
+    def dtype(self) -> dict[str, tuple[LeafDiff, ...]]:
         """By kind, the leaves of another dtype, or PRNG implementation."""
-        return self._of("recast")
+        return self._of(Field.DTYPE)
 
     @property
-    def retied(self) -> dict[str, tuple[LeafDiff, ...]]:
+    def ties(self) -> dict[str, tuple[LeafDiff, ...]]:
         """By kind, the leaves that other paths reach, or no others."""
-        return self._of("retied")
+        return self._of(Field.TIES)
 
     @property
-    def changed(self) -> dict[str, tuple[LeafDiff, ...]]:
+    def value(self) -> dict[str, tuple[LeafDiff, ...]]:
         """By kind, the leaves with other values."""
-        return self._of("changed")
+        return self._of(Field.VALUE)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each kind how many leaves are the same, changed, and so on; one that differs in two ways counts twice."""
+        """Of each kind how many leaves are the same, and how many differ in each field; one may count in several."""
         counts: dict[str, Counter[str]] = {}
         for name, known in (("same", self.same), ("not compared", self.not_compared)):
             for kind, number in known.items():

@@ -24,11 +24,11 @@ from statewise._src.common.narrowing import as_jax
 from statewise._src.common.nnx_graph import arrays_of, raw_value, read_graph
 from statewise._src.common.paths import Leaf
 from statewise._src.core.plan import Plan, State
-from statewise._src.core.state_data import check_fits, check_not_donated, is_deleted
+from statewise._src.core.state_data import check_fits, check_not_donated
+from statewise._src.core.usable import check_model_arrays, check_untraced, is_abstract, is_traced
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.resolve import resolve_plan
 from statewise._src.plan.tables import PlanTables
-from statewise.errors import StructureError
 
 __all__ = ["Arrays", "Change", "Side", "compare", "is_path", "side_of"]
 
@@ -131,18 +131,14 @@ def _held(plan: PlanTables) -> dict[str, bool]:
 
 
 def _of_state(state: State, name: str) -> Side:
-    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(state)):
-        raise StructureError(
-            "This state is being traced: inside jax.jit there are no values to compare.",
-            hint="return the state from the function, and compare what comes back",
-        )
+    check_untraced(jax.tree.leaves(state), "compare", "return the state from the function, and compare what comes back")
     check_not_donated(state, state.tables.kinds)
     check_fits(state, state.tables.kinds)
     placed = {record.id: (record, start) for record, start in records_of(state.tables)}
     parts: dict[str, tuple[Any, ...]] = {}
 
     def arrays(record: LeafRecord) -> Arrays:
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in state.part(record.kind).arrays):
+        if is_abstract(state.part(record.kind).arrays):
             return None
         if record.kind not in parts:
             parts[record.kind] = unpacked(state, record.kind)
@@ -159,17 +155,16 @@ def _of_model(model: Any, kinds: Mapping[str, Kind]) -> Side:
     plan = resolve_plan(kinds, objects)
     found = read_graph(objects)
     live = dict(zip(found.paths, found.leaves, strict=True))
-    gone = [record.leaf() for record, _ in records_of(plan) if any(map(is_deleted, _values(live[record.path])))]
-    if gone:
-        raise StructureError(
-            "The model's arrays are gone: they were taken with copy=False, and a step has donated them.",
-            leaves=gone,
-            hint="plan.put(state, model) gives it those of now; or compare the state",
-        )
+    check_model_arrays(
+        ((record.leaf(), _values(live[record.path])) for record, _ in records_of(plan)),
+        "compare",
+        abstract=None,  # it is compared without values
+        donated="plan.put(state, model) gives it those of now; or compare the state",
+    )
 
     def arrays(record: LeafRecord) -> Arrays:
         values = _values(live[record.path])
-        if any(isinstance(value, (jax.ShapeDtypeStruct, jax.core.Tracer)) for value in values):
+        if is_abstract(values) or is_traced(values):
             return None
         return list(map(_as_taken, values))
 

@@ -29,7 +29,6 @@ __all__ = [
     "encode_path",
     "path_id",
     "prng_of",
-    "same_type",
     "type_name",
 ]
 
@@ -169,14 +168,6 @@ def type_name(cls: type) -> str:
     if getattr(nnx, cls.__name__, None) is cls:
         return f"flax.nnx:{cls.__name__}"
     return "jax:Array" if cls is jax.Array else f"{cls.__module__}:{cls.__qualname__}"
-
-
-def same_type(ours: str, theirs: str) -> bool:
-    """Whether two names mean one type: a script's own classes live in `__main__` when it is run, not when imported."""
-    if ours == theirs:
-        return True
-    (here, name), (there, other) = ours.rsplit(":", 1), theirs.rsplit(":", 1)
-    return name == other and "__main__" in (here, there) and not {"jax", "flax.nnx"} & {here, there}
 
 
 # --- dtypes ----------------------------------------------------------------------------------------------------

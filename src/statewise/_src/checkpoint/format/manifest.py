@@ -17,7 +17,9 @@ from typing import Any
 
 from statewise._src.checkpoint.format.checksums import Sums
 from statewise._src.checkpoint.format.keys import PathId, dtype_of, encode_path, path_id
-from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.compare import LeafFacts
+from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.paths import Leaf, Path, format_path
 from statewise.errors import StatewiseError
 
 __all__ = [
@@ -117,6 +119,19 @@ class LeafRecord:
         return dataclasses.replace(self._leaf, note=note) if note else self._leaf
 
     @functools.cached_property
+    def facts(self) -> LeafFacts:
+        """The leaf for a comparison; PRNG keys have the dtype that says which, `key<fry>`."""
+        dtypes = [f"key<{array.prng}>" if array.prng else array.dtype for array in self.arrays]
+        return LeafFacts(
+            self.type,
+            tuple(ArraySpec(array.shape, dtype) for array, dtype in zip(self.arrays, dtypes, strict=True)),
+            self.structure,
+            self.kind,
+            frozenset((path_id(alias), format_path(alias)) for alias in self.aliases),
+            within=tuple(array.within for array in self.arrays),
+        )
+
+    @functools.cached_property
     def pieces(self) -> list[str]:
         """The leaf in a manifest, cut where the sums of its arrays stand: a run writes the same leaves many times."""
         # Within a text there is a backslash before each quote: this is nowhere else.
@@ -133,7 +148,7 @@ class LeafRecord:
             shape=one.shape if one else None,
             dtype=dtype,
             aliases=self.aliases,
-            elements=sum(array.elements for array in self.arrays),
+            size=sum(array.elements for array in self.arrays),
             nbytes=sum(map(_nbytes, self.arrays)),
         )
 

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from statewise._src.checkpoint.format.keys import dtype_name, prng_of, type_name
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
@@ -17,11 +16,12 @@ from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Path
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits, check_not_donated
+from statewise._src.core.usable import check_concrete, check_untraced
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
-from statewise.errors import DeclarationError, StructureError
+from statewise.errors import DeclarationError
 
 __all__ = ["Placed", "check_savable", "kinds_of", "records_of", "unpacked"]
 
@@ -108,16 +108,8 @@ def check_savable(state: State, kinds: Collection[str]) -> None:
     check_not_donated(state, kinds)
     check_fits(state, kinds)
     arrays = [array for kind in kinds for array in state.part(kind).arrays]
-    if any(isinstance(array, jax.core.Tracer) for array in arrays):
-        raise StructureError(
-            "This state is being traced: inside jax.jit there are no values to save.",
-            hint="return the state from the function, and save what comes back",
-        )
-    if any(not isinstance(array, (jax.Array, np.ndarray, np.generic)) for array in arrays):
-        raise StructureError(
-            "This state is abstract: it has shapes but no values to save.",
-            hint="sw.save(path, plan.take(model))",
-        )
+    check_untraced(arrays, "save", "return the state from the function, and save what comes back")
+    check_concrete(arrays, "save", "sw.save(path, plan.take(model))")
 
 
 def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from statewise._src.checkpoint.interop.sources import Source, open_mapping
 from statewise._src.checkpoint.save import save
 from statewise._src.common.narrowing import Casts
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape
+from statewise._src.common.problems import counted
 from statewise._src.common.tables import Shown, Table, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
@@ -48,7 +49,7 @@ class Conversion(Shown):
       missing: leaves of the target that the source lacks, each with what is known of it in its `note`.
       problems: leaves that are there, and do not fit, each with what is wrong in its `note`.
       unexpected: the source's names that nothing was made of.
-      hints: for each sort of problem, how to hint it.
+      hints: for each sort of problem, what to change.
       tree: the nested dict of NumPy arrays, where there was no place to write to; None otherwise.
 
     Example:
@@ -87,16 +88,15 @@ class Conversion(Shown):
         wrong = (*self.missing, *self.problems)
         if not wrong:
             return
-        count = "1 leaf is" if len(wrong) == 1 else f"{len(wrong)} leaves are"
         raise RestoreError(
-            f"{self.source} does not become {self.dst or 'variables'} ({self.to}): {count} in the way. "
-            "Nothing was read or written.",
+            f"{self.source} does not become {self.dst or 'variables'} ({self.to}): "
+            f"{counted(len(wrong), 'leaf is', 'leaves are')} in the way. Nothing was read or written.",
             leaves=wrong,
             hint="\n".join(self.hints),
         )
 
     def table(self) -> Table:
-        """A line for each array, then one for each name that is left over."""
+        """A line for each array, then one for each name that is unexpected."""
         rows = [_row(name, leaf, "cast" if leaf.note.startswith("from ") else "matched") for name, leaf in self.matched]
         rows += [_row("-", leaf, "kept") for leaf in self.kept]
         rows += [_row("-", leaf, "missing") for leaf in self.missing]
@@ -159,7 +159,7 @@ def convert(
       cast: allows other dtypes, floating-point to floating-point and integer to integer.
 
     Returns:
-      what was matched, kept, missing, left over.  Leaves that a source cannot have (optimizer state, RNG, metrics)
+      what was matched, kept, missing, unexpected.  Leaves that a source cannot have (optimizer state, RNG, metrics)
       keep the target's values; others that are missing only where their kind declares `missing="keep"`.
 
     Raises:
@@ -182,7 +182,7 @@ def convert(
       >>> folder = tempfile.mkdtemp()
       >>> print(sw.convert(variables, f"{folder}/linear", target=state).table().rows[0])
       ('params/bias', 'bias', 'params', '(3,)', 'float32', 'matched', '-')
-      >>> sw.inspect(f"{folder}/linear")["params"].elements
+      >>> sw.inspect(f"{folder}/linear")["params"].size
       9
     """
     to = _format(dst, to)
@@ -239,9 +239,9 @@ def _conversion(source: Source, final: Any, to: str, fitted: Fit) -> Conversion:
         ),
         kept=tuple(fitted.kept),
         missing=tuple(fitted.missing),
-        problems=tuple(fitted.problems),
+        problems=tuple(fitted.problems.leaves),
         unexpected=tuple(fitted.unexpected),
-        hints=tuple(fitted.hints),
+        hints=tuple(fitted.problems.hints),
     )
 
 

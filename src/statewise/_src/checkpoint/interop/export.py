@@ -1,6 +1,6 @@
 """Writing what others read: safetensors files, plain Orbax checkpoints, Linen's variable collections.
 
-Each format has names of its own for the same leaves, and things that it cannot hold.  `obstacles` finds all of them
+Each format has names of its own for the same leaves, and things that it cannot hold.  `add_obstacles` finds all of them
 before anything is read or written; `export` writes, so that what has the final name is whole.
 """
 
@@ -32,9 +32,10 @@ from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.write import tree_handler
 from statewise._src.checkpoint.save import flush
 from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
 from statewise.errors import SaveError
 
-__all__ = ["FORMATS", "Piece", "collection_of", "destination", "export", "obstacles"]
+__all__ = ["FORMATS", "Piece", "add_obstacles", "collection_of", "destination", "export"]
 
 FORMATS = ("statewise", "orbax", "safetensors", "linen")
 
@@ -98,47 +99,39 @@ def collection_of(cls: Any) -> str | None:
 # --- what is in the way ----------------------------------------------------------------------------------------
 
 
-def obstacles(to: str, pieces: Sequence[Piece]) -> tuple[list[Leaf], list[str]]:
-    """The leaves that a format cannot hold, each with a note, and the hints."""
+def add_obstacles(problems: Problems, to: str, pieces: Sequence[Piece]) -> None:
+    """Adds the leaves that a format cannot hold."""
     if to == "statewise":
-        return [], []
+        return
     dtypes = SAFETENSORS_DTYPES.values() if to == "safetensors" else _STORABLE
-    wrong: list[Leaf] = []
-    hints: dict[str, None] = {}
-
-    def say(piece: Piece, note: str, hint: str) -> None:
-        wrong.append(dataclasses.replace(piece.leaf, note=note))
-        hints[hint] = None
-
     keys = keys_of(to, pieces)
     first: dict[str, Piece] = {}
     inner = {key[:depth]: piece for key, piece in zip(keys, pieces, strict=True) if key for depth in range(1, len(key))}
     for key, piece in zip(keys, pieces, strict=True):
         if piece.dtype not in dtypes:
             title = "safetensors" if to == "safetensors" else "Orbax"
-            say(
-                piece,
+            problems.add(
+                piece.leaf,
                 f"{title} has no {piece.dtype}",
                 f"state.cast(...) to a dtype that it has, or leave it out: rename={{{piece.source!r}: None}}",
             )
         if key is None:
-            say(
-                piece,
+            problems.add(
+                piece.leaf,
                 "is no Variable, so that it belongs to no Linen collection",
                 f"hold it in an nnx.Variable, or leave it out: rename={{{piece.source!r}: None}}",
             )
             continue
         if not _is_utf8("".join(key)):
-            say(piece, "has a name that is not UTF-8", _RENAME_ONE)
+            problems.add(piece.leaf, "has a name that is not UTF-8", _RENAME_ONE)
             continue
         other = first.setdefault(".".join(key), piece)  # which is how Orbax writes a key
         if other is not piece:
-            say(piece, f"would have the same name as {format_path(other.path)}", _RENAME)
+            problems.add(piece.leaf, f"would have the same name as {format_path(other.path)}", _RENAME)
         elif key in inner:
-            say(piece, f"would stand where {format_path(inner[key].path)} hangs below", _RENAME)
+            problems.add(piece.leaf, f"would stand where {format_path(inner[key].path)} hangs below", _RENAME)
         elif key == ("__metadata__",) and to == "safetensors":
-            say(piece, "has a name that safetensors keeps for itself", _RENAME)
-    return wrong, list(hints)
+            problems.add(piece.leaf, "has a name that safetensors keeps for itself", _RENAME)
 
 
 _RENAME_ONE = "give it another name: rename={'name in the source': 'another/path'}"

@@ -20,12 +20,23 @@ from flax import nnx
 from statewise._src.checkpoint.format.keys import OrbaxKeys
 from statewise._src.checkpoint.format.manifest import ArrayRecord
 from statewise._src.checkpoint.format.records import Placed, records_of
-from statewise._src.checkpoint.interop.export import Piece, collection_of, obstacles
+from statewise._src.checkpoint.interop.export import Piece, add_obstacles, collection_of
 from statewise._src.checkpoint.interop.sources import ARRAY, Source, SourceArray, is_linen, known_collection
 from statewise._src.checkpoint.renested import arguments, objects
 from statewise._src.common import compat
-from statewise._src.common.paths import Leaf, Path, format_path, format_shape
-from statewise._src.core.cast import can_cast
+from statewise._src.common.compare import (
+    MISSING,
+    Field,
+    LeafFacts,
+    Mismatch,
+    compare_leaf,
+    fields_of,
+    note_of,
+    uncastable,
+)
+from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise._src.plan.tables import OPTIMIZER
 from statewise.errors import RestoreError, StructureError
@@ -33,6 +44,8 @@ from statewise.errors import RestoreError, StructureError
 __all__ = ["Fit", "compare_tied", "fit", "fit_alone"]
 
 CAST = "sw.convert(src, dst, ..., cast=True)"
+_SIZES = "build the model with the sizes of the source, or rename another to it"
+_DTYPE = "plan the model with the dtype of the source"
 RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's unexpected"
 
 
@@ -43,24 +56,16 @@ class Fit:
     pieces: list[Piece] = dataclasses.field(default_factory=list)
     kept: list[Leaf] = dataclasses.field(default_factory=list)
     missing: list[Leaf] = dataclasses.field(default_factory=list)
-    problems: list[Leaf] = dataclasses.field(default_factory=list)
+    problems: Problems = dataclasses.field(default_factory=Problems)
     unexpected: list[str] = dataclasses.field(default_factory=list)
-    hints: dict[str, None] = dataclasses.field(default_factory=dict)
     # Tied leaves that the source has under more than one of their paths: the leaf, what it is made of, another.
     tied: list[tuple[Leaf, SourceArray, SourceArray]] = dataclasses.field(default_factory=list)
 
-    def problem(self, leaf: Leaf, note: str, hint: str) -> None:
-        """Notes what is in the way of one leaf."""
-        self.problems.append(dataclasses.replace(leaf, note=note))
-        self.hints[hint] = None
-
     def finished(self, source: Source, to: str) -> Fit:
-        """With what the format cannot hold, and what is left over."""
-        wrong, hints = obstacles(to, self.pieces)
+        """With what the format cannot hold, and what is unexpected."""
+        add_obstacles(self.problems, to, self.pieces)
         # A leaf of several arrays is one leaf all the same.
-        self.problems = list(dict.fromkeys([*self.problems, *wrong]))
         self.missing, self.kept = list(dict.fromkeys(self.missing)), list(dict.fromkeys(self.kept))
-        self.hints |= dict.fromkeys(hints)
         used = {piece.source for piece in self.pieces} | {other.name for _, _, other in self.tied}
         self.unexpected = [entry.name for entry in source.entries if entry.name not in used] + list(source.others)
         return self
@@ -81,7 +86,8 @@ def compare_tied(source: Source, fitted: Fit) -> None:
         if one.shape == other.shape and (not is_alike or same_values(arrays[one.name], arrays[other.name])):
             continue
         hint = f"untie the leaves in the model before planning it, or leave one out: rename={{{other.name!r}: None}}"
-        fitted.problem(leaf, f"is tied, and has two different values in the source: {one.name} and {other.name}", hint)
+        note = f"is tied, and has two different values in the source: {one.name} and {other.name}"
+        fitted.problems.add(leaf, note, hint)
 
 
 def same_values(one: np.ndarray, other: np.ndarray) -> bool:
@@ -135,7 +141,7 @@ def fit_alone(source: Source, to: str, rename: Any) -> Fit:
     first: dict[str, SourceArray] = {}
     for entry in source.entries:
         if first.setdefault(entry.name, entry) is not entry:
-            made.problem(entry.leaf(), "has the same name as another in the source", _SAME_NAME)
+            made.problems.add(entry.leaf(), "has the same name as another in the source", _SAME_NAME)
             continue
         text = renamed.get(entry.name, "")
         if text is None:
@@ -146,7 +152,7 @@ def fit_alone(source: Source, to: str, rename: Any) -> Fit:
             continue  # Linen's variables hold neither an optimizer's state nor averages
         if to == "linen" and entry.type is None:
             if len(path) < 2 or not linen:
-                made.problem(leaf, "is in no collection that NNX knows", _COLLECTION)
+                made.problems.add(leaf, "is in no collection that NNX knows", _COLLECTION)
                 continue
             leaf, path = dataclasses.replace(leaf, type=f"collection:{path[0]}"), path[1:]
         made.pieces.append(Piece(path, leaf, entry.dtype, entry.shape, entry.prng, entry.name))
@@ -219,7 +225,7 @@ class _Fitter:
                 continue
             other = self.by_text.setdefault(self.plain(text), entry)
             if other is not entry:
-                self.made.problem(entry.leaf(), f"has the same path as {other.name}", RENAME)
+                self.made.problems.add(entry.leaf(), f"has the same path as {other.name}", RENAME)
 
     def plain(self, text: str) -> str:
         """A name as a path's text; in a safetensors file dots stand for slashes."""
@@ -275,7 +281,7 @@ class _Fitter:
             other = first.setdefault(one.entry.name, one)
             if other is not one:
                 note = f"its name in the source is also that of {format_path(other.path)}"
-                self.made.problem(one.leaf, note, RENAME)
+                self.made.problems.add(one.leaf, note, RENAME)
 
     # --- one array -----------------------------------------------------------------------------------------------
 
@@ -299,20 +305,20 @@ class _Fitter:
             return
         self.made.missing.append(dataclasses.replace(one.leaf, note=why))
         if foreign or declared:
-            self.made.hints["a target with values, which are kept: target=plan.take(model)"] = None
+            self.made.problems.hint("a target with values, which are kept: target=plan.take(model)")
         else:
-            self.made.hints[RENAME] = None
+            self.made.problems.hint(RENAME)
             keep = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], missing='keep'))"
             own = f"or, to keep the target's values: {keep}"
             # An abstract target has none.
             plan = f"kinds.plan({arguments(self.target.tables)}).take({objects(self.target.tables)})"
             others = f"or, to begin with a model's values: kinds = {keep}; target = {plan}"
-            self.made.hints[own if self.has_values[kind] else others] = None
+            self.made.problems.hint(own if self.has_values[kind] else others)
 
     def where(self, one: _Wanted) -> str:
         """That it is missing, and where something of its path is instead."""
         entry = self.below.get(self.plain(format_path(one.path)))
-        return "missing from the source" + (f", where {entry.name} is of another type" if entry else "")
+        return note_of(MISSING, "source") + (f", where {entry.name} is of another type" if entry else "")
 
     @functools.cached_property
     def below(self) -> dict[str, SourceArray]:
@@ -323,25 +329,25 @@ class _Fitter:
 
     def compare(self, one: _Wanted, entry: SourceArray) -> None:
         """Whether an entry has what a leaf wants."""
-        shape, dtype = one.stored
-        prng = one.array.prng
-        told = entry.prng is not None or self.source.format == "statewise"
-        if told and entry.prng != prng:
-            is_ = f"a PRNG key of {entry.prng}" if entry.prng else "no PRNG key"
+        (shape, dtype), prng = one.stored, one.array.prng
+        # Other formats do not say of an array that it holds the words of a PRNG key.
+        if entry.prng != prng and (entry.prng is not None or self.source.format == "statewise"):
+            key, other = (f"key<{each}>" if each else name for each, name in ((prng, dtype), (entry.prng, entry.dtype)))
             hint = f"make the key with jax.random.key(seed, impl={entry.prng!r})" if entry.prng else RENAME
-            self.made.problem(one.leaf, f"is {is_} in the source", hint)
-        elif entry.shape != shape:
-            note = f"is {format_shape(entry.shape)} {entry.dtype} in the source"
-            self.made.problem(one.leaf, note, "build the model with the sizes of the source, or rename another to it")
-        elif entry.dtype == dtype:
+            self.made.problems.add(one.leaf, note_of([Mismatch(Field.DTYPE, key, other)], "source"), hint)
+            return
+        facts = (LeafFacts(None, (ArraySpec(*each),)) for each in ((shape, dtype), (entry.shape, entry.dtype)))
+        mismatches = compare_leaf(*facts)
+        end = uncastable(mismatches)
+        if prng is not None and mismatches:
+            end = end or f", which does not become {dtype}"
+        if not mismatches:
             self.made.pieces.append(one.piece(entry.name))
-        elif prng is not None or not can_cast(entry.dtype, dtype):
-            note = f"is {entry.dtype} in the source, which does not become {dtype}"
-            self.made.problem(one.leaf, note, "plan the model with the dtype of the source")
-        elif not self.cast:
-            self.made.problem(one.leaf, f"is {entry.dtype} in the source", CAST)
-        else:
+        elif self.cast and not end and fields_of(mismatches) == (Field.DTYPE,):
             self.made.pieces.append(one.piece(entry.name, f"from {entry.dtype} to {dtype}"))
+        else:
+            hint = _SIZES if Field.SHAPE in fields_of(mismatches) else _DTYPE if end else CAST
+            self.made.problems.add(one.leaf, note_of(mismatches, "source") + end, hint)
 
 
 def _is_of_run(leaf: Leaf) -> bool:

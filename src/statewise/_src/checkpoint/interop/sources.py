@@ -18,6 +18,7 @@ from flax.core import meta
 
 from statewise._src.checkpoint.format.keys import dtype_of, prng_of
 from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.core.usable import check_concrete
 from statewise.errors import StructureError
 
 __all__ = ["ARRAY", "Source", "SourceArray", "is_linen", "known_collection", "open_mapping"]
@@ -120,13 +121,13 @@ def open_mapping(tree: Mapping[Any, Any]) -> Source:
         )
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
-        abstract = [entry.leaf("has no values") for entry in entries if _is_abstract(arrays[entry.name])]
-        if abstract:
-            raise StructureError(
-                "The source is abstract: it has shapes but no values.",
-                leaves=abstract,
-                hint="sw.convert(..., dry_run=True), or variables with values",
-            )
+        check_concrete(
+            arrays.values(),
+            "convert",
+            "sw.convert(..., dry_run=True), or variables with values",
+            subject="The source",
+            leaves=[entry.leaf("has no values") for entry in entries if _is_abstract(arrays[entry.name])],
+        )
         return {name: np.asarray(arrays[name]) for name in names}
 
     return Source("the mapping", "mapping", tuple(entries), read)

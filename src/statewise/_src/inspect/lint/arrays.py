@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import arrays_of, is_array
+from statewise._src.common.nnx_graph import arrays_of, is_array, is_deleted
 from statewise._src.common.paths import Leaf, Path, format_path
-from statewise._src.core.state_data import is_deleted
-from statewise._src.inspect.lint.finding import Found, Rule, counted
+from statewise._src.common.problems import counted
+from statewise._src.inspect.lint.finding import Found, Rule
 from statewise._src.inspect.lint.subject import Subject
 
 __all__ = ["RULES"]

@@ -9,10 +9,11 @@ from typing import Any
 from flax import nnx
 
 from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import counted
 from statewise._src.filters.combinators import compound, describe, normalize, predicate
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Exactly
-from statewise._src.inspect.lint.finding import Found, Rule, counted
+from statewise._src.inspect.lint.finding import Found, Rule
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import trainings
 from statewise._src.inspect.positions import WHY, is_named_position, may_be_position, restart_hint

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.problems import counted
 from statewise._src.common.tables import Shown, Table, leaf_dict
 from statewise._src.inspect.lint.subject import Subject
 
-__all__ = ["Finding", "Findings", "Found", "Rule", "counted"]
+__all__ = ["Finding", "Findings", "Found", "Rule"]
 
 _NAMED = 3  # leaves in the one line of a finding
 _SHOWN = 10  # and below it
@@ -117,11 +118,6 @@ class Findings(Shown, list[Finding]):
     def to_json(self) -> str:
         """The findings as JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-
-def counted(number: int, one: str, several: str) -> str:
-    """Writes a number with what is counted: `1 leaf is`, `3 leaves are`."""
-    return f"1 {one}" if number == 1 else f"{number} {several}"
 
 
 class Found(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.inspect.lint.finding import Found, Rule, counted
+from statewise._src.common.problems import counted
+from statewise._src.inspect.lint.finding import Found, Rule
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.leaf_specs import is_sown
 

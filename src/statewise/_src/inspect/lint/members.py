@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common.problems import counted
 from statewise._src.core.plan import Plan, State, tables_in
 from statewise._src.core.vmap_axes import is_stream
-from statewise._src.inspect.lint.finding import Finding, Found, Rule, counted
+from statewise._src.inspect.lint.finding import Finding, Found, Rule
 from statewise._src.inspect.lint.read_values import is_readable
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.tables import PlanTables

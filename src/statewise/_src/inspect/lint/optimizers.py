@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_bytes
-from statewise._src.inspect.lint.finding import Found, Rule, counted
+from statewise._src.inspect.lint.finding import Found, Rule
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import Training, trainings
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.paths import Path, format_path
-from statewise._src.inspect.lint.finding import Found, Rule, counted
+from statewise._src.common.problems import counted
+from statewise._src.inspect.lint.finding import Found, Rule
 from statewise._src.inspect.lint.subject import Subject
 
 __all__ = ["RULES"]

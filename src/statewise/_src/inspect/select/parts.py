@@ -12,7 +12,6 @@ something to compare with.  It works wherever NNX's does: in `nnx.merge`, as a s
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,20 +20,24 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.common.compare import MISSING, UNEXPECTED, LeafFacts, compare_leaf, note_of
 from statewise._src.common.nnx_graph import (
     ONE,
     ArraySpec,
     ModelError,
     ModelGraph,
     arrays_of,
+    is_deleted,
     make_leaf,
     raw_value,
     row_of,
     spec_of,
 )
-from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
+from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import put_values
 from statewise._src.core.plan import Kinds
+from statewise._src.core.usable import is_abstract
 from statewise._src.inspect.select.new_values import fresh_values
 from statewise._src.inspect.select.select import check_kinds, look
 from statewise._src.plan.match import claim
@@ -50,26 +53,21 @@ class Slot:
     Attributes:
       path: the leaf's first path.
       cls: the Variable's type; `jax.Array` for a raw array.
-      specs: shape and dtype of each array in its value; None where only the type is known.
+      specs: shape and dtype of each array in its value, the type of what is none; None where only the type of the leaf
+        is known.
       structure: the structure of its value; None where only the type is known.
     """
 
     path: Path
     cls: type
-    specs: tuple[ArraySpec | None, ...] | None
+    specs: tuple[Any, ...] | None
     structure: Any
 
     @property
     def leaf(self) -> Leaf:
         """The slot as a row of an error."""
-        specs = [spec for spec in self.specs or () if spec is not None]
+        specs = [spec for spec in self.specs or () if isinstance(spec, ArraySpec)]
         return make_leaf(self.path, self.cls, specs, self.structure is not None and self.structure == ONE, None)
-
-    def __str__(self) -> str:
-        leaf = self.leaf
-        if self.specs is None:
-            return format_type(leaf.type)
-        return f"{format_type(leaf.type)}{format_shape(leaf.shape)} {format_dtype(leaf.dtype)}"
 
 
 @jax.tree_util.register_static
@@ -137,7 +135,8 @@ def _slots(found: ModelGraph) -> tuple[Slot, ...]:
     slots = []
     for path, leaf in zip(found.paths, found.leaves, strict=True):
         arrays, structure = arrays_of(raw_value(leaf))
-        slots.append(Slot(path, compat.variable_type(leaf), tuple(map(_exact_spec, arrays)), structure))
+        specs = tuple([_exact_spec(array) or type(array) for array in arrays])
+        slots.append(Slot(path, compat.variable_type(leaf), specs, structure))
     return tuple(slots)
 
 
@@ -162,7 +161,7 @@ def merge(
       old model's.  Parts of raw arrays make new ones.
 
     Raises:
-      StructureError: leaves that are missing, left over, given twice, or of another type, shape or dtype than the
+      StructureError: leaves that are missing, unexpected, given twice, or of another type, shape or dtype than the
         model had; all of them.
 
     Example:
@@ -172,8 +171,8 @@ def merge(
       >>> del parts["params"]["bias"]
       >>> sw.merge(graphdef, parts)
       Traceback (most recent call last):
-      statewise.errors.StructureError: The parts do not make up the model: 1 missing.
-        bias: Param(3,) float32  (missing)
+      statewise.errors.StructureError: The parts do not make up the model: 1 leaf differs.
+        bias: Param(3,) float32  (missing from the parts)
         hint: graphdef, parts = sw.split(model, kinds)  # both of one model
     """
     if not isinstance(graphdef, nnx.GraphDef):
@@ -182,7 +181,7 @@ def merge(
         )
     slots = graphdef.slots if isinstance(graphdef, CheckedGraphDef) else _slots_of_plain(graphdef)
     known = {slot.path: slot for slot in slots}
-    problems: list[tuple[str, Leaf]] = []
+    problems = Problems()
     given: dict[Path, Any] = {}
     where: dict[Path, list[str]] = {}
     for name, part in _named_parts(parts):
@@ -191,17 +190,16 @@ def merge(
             where.setdefault(path, []).append(name)
     for path, leaf in given.items():
         if len(where[path]) > 1:
-            problems.append(("given twice", row_of(path, leaf, note=f"given in {' and '.join(where[path])}")))
-        problems += _problems(known.get(path), path, leaf, known)
-    problems += [
-        ("missing", dataclasses.replace(slot.leaf, note="missing")) for slot in slots if slot.path not in given
-    ]
-    if problems:
-        raise _error(
-            "The parts do not make up the model",
-            problems,
-            "graphdef, parts = sw.split(model, kinds)  # both of one model",
-        )
+            problems.add(row_of(path, leaf), f"given in {' and '.join(where[path])}")
+        _compare(problems, known, path, leaf, "parts")
+    for slot in slots:
+        if slot.path not in given:
+            problems.add(slot.leaf, note_of(MISSING, "parts"))
+    problems.raise_as(
+        StructureError,
+        "The parts do not make up the model: {n} leaves differ.",
+        "graphdef, parts = sw.split(model, kinds)  # both of one model",
+    )
     return nnx.unflatten(graphdef, [given[slot.path] for slot in slots])
 
 
@@ -253,57 +251,48 @@ def _nested(part: Mapping[Any, Any], at: Path, known: Mapping[Path, Any]) -> Ite
             yield path, nnx.to_pure_dict(value) if isinstance(value, nnx.State) else value
 
 
-def _problems(slot: Slot | None, path: Path, leaf: Any, known: Mapping[Path, Slot]) -> Iterator[tuple[str, Leaf]]:
-    """What keeps a leaf from going where it says, each as a word for the count and a row for the list."""
+def _compare(problems: Problems, known: Mapping[Path, Slot], path: Path, leaf: Any, found_in: str) -> None:
+    """Adds what keeps a leaf from going where its path says."""
+    slot = known.get(path)
     if slot is None:
-        yield "unexpected", row_of(path, leaf, note=_why_unexpected(path, known))
+        problems.add(row_of(path, leaf), _why_unexpected(path, known))
         return
-    arrays, structure = arrays_of(raw_value(leaf))
-    if any(isinstance(array, jax.Array) and not _traced(array) and array.is_deleted() for array in arrays):
-        yield "donated", make_leaf(path, compat.variable_type(leaf), [], False, None, note="its array was donated")
+    if compat.reference(leaf):
+        problems.add(slot.leaf, f"is a reference in the {found_in}")
         return
-    words = ["a reference"] if compat.reference(leaf) else _differences(slot, leaf, arrays, structure)
-    if words:
-        yield " and ".join(words), row_of(path, leaf, note=f"{' and '.join(words)}: the model has {slot}")
-
-
-def _traced(array: Any) -> bool:
-    return isinstance(array, compat.Tracer)
-
-
-def _differences(slot: Slot, leaf: Any, arrays: Sequence[Any], structure: Any) -> list[str]:
-    words = []
-    if isinstance(leaf, nnx.Variable) and compat.variable_type(leaf) is not slot.cls:
-        words.append("retyped")
+    facts = _facts(leaf)
+    expected = LeafFacts(slot.cls, slot.specs or (), slot.structure)
     if slot.specs is None:
-        return words
-    if structure != slot.structure:
-        return [*words, "of another structure"]
-    pairs = list(zip(map(_exact_spec, arrays), slot.specs, strict=True))
-    if any((given is None) != (had is None) for given, had in pairs):
-        return [*words, "no array"]
-    specs = [(given, had) for given, had in pairs if given is not None and had is not None]
-    if any(given.shape != had.shape for given, had in specs):
-        words.append("reshaped")
-    # NumPy's float64 comes back from JAX as float32: that is no change, the reverse is one.
-    if any(given.dtype not in (had.dtype, _canonical(had.dtype)) for given, had in specs):
-        words.append("recast")
-    return words
+        facts = facts._replace(arrays=(), structure=None)
+    else:
+        # NumPy's float64 comes back from JAX as float32: that is not a change, the reverse is one.
+        pairs = zip(expected.arrays, facts.arrays, strict=False)
+        own = tuple(ours._replace(dtype=theirs.dtype) if _is_narrowed(ours, theirs) else ours for ours, theirs in pairs)
+        expected = expected._replace(arrays=own + expected.arrays[len(own) :])
+    mismatches = compare_leaf(expected, facts)
+    if mismatches:
+        problems.add(slot.leaf, note_of(mismatches, found_in))
 
 
-def _canonical(dtype: Any) -> Any:
-    return jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype
+def _facts(leaf: Any) -> LeafFacts:
+    arrays, structure = arrays_of(raw_value(leaf))
+    specs = tuple([_exact_spec(array) or type(array) for array in arrays])
+    # A raw array may become a Variable of any type.
+    type_ = compat.variable_type(leaf) if compat.is_variable(leaf) else None
+    return LeafFacts(type_, specs, structure, donated=any(map(is_deleted, arrays)))
 
 
-def _why_unexpected(path: Path, known: Mapping[Path, Slot]) -> str:
+def _is_narrowed(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, type) or isinstance(theirs, type) or not isinstance(ours.dtype, np.dtype):
+        return False
+    return bool(jax.dtypes.canonicalize_dtype(ours.dtype) == theirs.dtype)
+
+
+def _why_unexpected(path: Path, known: Mapping[Path, Any]) -> str:
     text = format_path(path)
     same = next((other for other in known if format_path(other) == text), None)
-    return f"left over: the model's path is {same!r}, this one is {path!r}" if same else "left over: not in the model"
-
-
-def _error(fact: str, problems: Sequence[tuple[str, Leaf]], hint: str) -> StructureError:
-    counts = ", ".join(f"{number} {word}" for word, number in Counter(word for word, _ in problems).items())
-    return StructureError(f"{fact}: {counts}.", leaves=[leaf for _, leaf in problems], hint=hint)
+    note = note_of(UNEXPECTED, "", expected_in="model")
+    return f"{note}, whose path is {same!r}: this one is {path!r}" if same else note
 
 
 def update(model: object, state: Mapping[Any, Any]) -> None:
@@ -328,42 +317,46 @@ def update(model: object, state: Mapping[Any, Any]) -> None:
       >>> sw.update(model, {"bias": jnp.ones(4)})
       >>> sw.update(model, {"kernel": jnp.ones((9, 9))})
       Traceback (most recent call last):
-      statewise.errors.StructureError: The state does not fit the model: 1 reshaped.
-        kernel: Array(9, 9) float32  (reshaped: the model has Param(4, 4) float32)
+      statewise.errors.StructureError: The state does not fit the model: 1 leaf differs.
+        kernel: Param(4, 4) float32  (is (9, 9) in the state)
         hint: print(sw.explain(model, ...))  # every path, type, shape and dtype of the model
     """
     found = look(model)
     known = {slot.path: slot for slot in _slots(found)}
     live = dict(zip(found.paths, found.leaves, strict=True))
     given = dict(_flat(state, known))
-    problems: list[tuple[str, Leaf]] = []
+    problems = Problems()
     for path, leaf in given.items():
-        more = list(_problems(known.get(path), path, leaf, known))
-        if not more and _is_abstract(leaf) and not _is_abstract(live[path]):
-            more = [("without an array", row_of(path, leaf, note="a shape and dtype only: the model has an array"))]
-        if more and path not in known:
-            more = _tied(model, path, live) or more
-        problems += more
-    if problems:
-        hint = "print(sw.explain(model, ...))  # every path, type, shape and dtype of the model"
-        raise _error("The state does not fit the model", problems, hint)
+        tie = "" if path in known else _tie(model, path, live)
+        if tie:
+            problems.add(row_of(path, leaf), tie)
+            continue
+        count = len(problems)
+        _compare(problems, known, path, leaf, "state")
+        if len(problems) == count and _is_abstract(leaf) and not _is_abstract(live[path]):
+            problems.add(row_of(path, leaf), "a shape and dtype only: the model has an array")
+    problems.raise_as(
+        StructureError,
+        "The state does not fit the model: {n} leaves differ.",
+        "print(sw.explain(model, ...))  # every path, type, shape and dtype of the model",
+    )
     put_values(model, found.leaves, list(fresh_values(given, live)))
 
 
 def _is_abstract(leaf: Any) -> bool:
-    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays_of(raw_value(leaf))[0])
+    return is_abstract(arrays_of(raw_value(leaf))[0])
 
 
-def _tied(model: Any, path: Path, live: Mapping[Path, Any]) -> list[tuple[str, Leaf]]:
-    """Says so where a path reaches a leaf that goes by another path: weights that are tied in the model."""
+def _tie(model: Any, path: Path, live: Mapping[Path, Any]) -> str:
+    """Returns a note where a path reaches a leaf that goes by another path: weights that are tied in the model."""
     at = model
     for key in path:
         at = getattr(at, key, None) if isinstance(key, str) and hasattr(at, key) else _item(at, key)
     for first, leaf in live.items():
         # An nnx.List has its items as attributes too: "0" for 0 is another key, and no tie.
         if leaf is at and isinstance(leaf, nnx.Variable) and format_path(first) != format_path(path):
-            return [("tied", row_of(path, leaf, note=f"tied: the same leaf as {format_path(first)}, which names it"))]
-    return []
+            return f"tied: the same leaf as {format_path(first)}, which names it"
+    return ""
 
 
 def _item(thing: Any, key: Any) -> Any:

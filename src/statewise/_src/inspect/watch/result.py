@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
+from statewise._src.common.compare import MISSING, Field, LeafFacts, Mismatch, change_of, compare_leaf, fields_of
+from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.tables import Table, format_count, leaf_dict
 from statewise._src.inspect.watch.snapshot import Print, Snapshot
 
 __all__ = ["LeafChange", "changes_between", "seen_table"]
 
-# The ways in which an expected change may have come about; a leaf that is lost or came untied was not trained.
-MOVED = frozenset({"value", "retyped", "reshaped", "recast", "added"})
+# How an expected change may have come about; a leaf that is missing, donated or tied otherwise was not trained.
+MOVED = frozenset({"value", "type", "structure", "shape", "dtype", "unexpected"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,12 +22,13 @@ class LeafChange:
     """What became of one leaf.
 
     Attributes:
-      leaf: the leaf as it is now; one that was removed as it was.
+      leaf: the leaf as it is now; one that is missing now as it was.
       kind: the name of its kind, before if it was there before; `(no kind)` where none claims it.
-      how: `same`, `value` (other values), `recast`, `reshaped`, `retyped`, `added`, `removed`, `untied` (a path of a
-        tied leaf that is a leaf of its own now), `tied` (the contrary; also a path that now leads to another leaf), or
-        `gone` (donated, nothing in its place).
-      was: what it was before, in words, where that is more than other values; else empty.
+      what: the fields that differ; empty where nothing does.  `value`, `type`, `structure`, `shape`, `dtype`;
+        `missing`, if it is not there any more; `unexpected`, if it was not there before; `ties`, if a path of a tied
+        leaf leads to a leaf of its own now, or to another one, or if a path is tied that was not; `donated`, if an
+        array was donated, and no other was put in.
+      why: the same in words, where that is more than other values; else empty.
 
     Example:
       >>> from flax import nnx
@@ -34,14 +36,14 @@ class LeafChange:
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> with sw.watch(model) as seen:
       ...     model.bias[...] += 1
-      >>> [(change.path, change.kind, change.how) for change in seen.leaves]
-      [(('bias',), 'params', 'value'), (('kernel',), 'params', 'same')]
+      >>> [(change.path, change.kind, change.what) for change in seen.leaves]
+      [(('bias',), 'params', ('value',)), (('kernel',), 'params', ())]
     """
 
     leaf: Leaf
     kind: str
-    how: str
-    was: str = ""
+    what: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def path(self) -> Path:
@@ -49,42 +51,59 @@ class LeafChange:
         return self.leaf.path
 
     def describe(self) -> str:
-        """The change in words: `reshaped, was (2, 3)`."""
-        return f"{self.how}, {self.was}" if self.was else self.how
-
-    def noted(self, note: str) -> Leaf:
-        """The leaf with a note, for an error."""
-        return dataclasses.replace(self.leaf, note=note)
+        """Returns the change in words: `shape: (2, 3) to (3, 2)`; `same` where there is none."""
+        what = ", ".join(self.what) or "same"
+        return f"{what}: {self.why}" if self.why else what
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data."""
-        return leaf_dict(self.leaf) | {"kind": self.kind, "how": self.how, "was": self.was}
+        return leaf_dict(self.leaf) | {"kind": self.kind, "what": list(self.what), "why": self.why}
 
 
 def changes_between(before: Snapshot, after: Snapshot) -> tuple[LeafChange, ...]:
-    """What became of each leaf: those that were there, in their order, then the new ones."""
+    """Returns what became of each leaf: those that were there, in their order, then the new ones."""
     changes = []
     for path, old in before.prints.items():
         new = after.prints.get(path)
-        if new is not None:
-            changes.append(_change(old, new))
-        elif path in after.aliases:
-            changes.append(LeafChange(old.leaf, old.kind, "tied", f"now {format_path(after.aliases[path])}"))
+        if new is None and path in after.aliases:
+            changes.append(_retied(old.leaf, old.kind, None, after.aliases[path]))
         else:
-            changes.append(LeafChange(old.leaf, old.kind, "removed"))
+            changes.append(_change(old, new))
     for path, new in after.prints.items():
-        if path in before.prints:
-            continue
         if path in before.aliases:
             first = before.aliases[path]
-            changes.append(LeafChange(new.leaf, before.prints[first].kind, "untied", f"was {format_path(first)}"))
-        else:
-            changes.append(LeafChange(new.leaf, new.kind, "added"))
+            changes.append(_retied(new.leaf, before.prints[first].kind, first, None))
+        elif path not in before.prints:
+            changes.append(_change(None, new))
     return (*changes, *_other_paths(before, after))
 
 
+def _change(old: Print | None, new: Print | None) -> LeafChange:
+    """Compares one leaf; of one that was there before, it is the kind that it had."""
+    mismatches = compare_leaf(_facts(old), _facts(new))
+    is_gone = Field.DONATED in fields_of(mismatches)
+    shown, known = (old if is_gone else new) or old, old or new
+    assert shown is not None, "asked of a leaf that was there before, or is now"
+    assert known is not None, "likewise"
+    return LeafChange(shown.leaf, known.kind, fields_of(mismatches), change_of(mismatches))
+
+
+def _facts(print_: Print | None) -> LeafFacts | None:
+    if print_ is None:
+        return None
+    is_gone = print_.prints is None
+    return LeafFacts(print_.leaf.type, print_.specs, print_.structure, values=print_.prints, donated=is_gone)
+
+
+def _retied(leaf: Leaf, kind: str, old: Path | None, new: Path | None) -> LeafChange:
+    """A path that led to the leaf `old`, and leads to `new` now; None for a leaf of its own, or for none."""
+    was, now = ("nothing" if first is None else format_path(first) for first in (old, new))
+    mismatches = (Mismatch(Field.TIES, was, now),)
+    return LeafChange(leaf, kind, fields_of(mismatches), change_of(mismatches))
+
+
 def _other_paths(before: Snapshot, after: Snapshot) -> Iterator[LeafChange]:
-    """Further paths of tied leaves that are gone, that are new, or that lead to another leaf than before."""
+    """Further paths of tied leaves that are not there any more, that are new, or that lead to another leaf."""
 
     def is_there(path: Path) -> bool:
         return path in after.prints or path in after.aliases
@@ -93,36 +112,22 @@ def _other_paths(before: Snapshot, after: Snapshot) -> Iterator[LeafChange]:
     for path, first in before.aliases.items():
         ways.setdefault(first, [first]).append(path)
     for path, first in before.aliases.items():
-        # What it was tied to, by the first of its paths that is left; where none is, the leaf as a whole is told of.
+        # What it was tied to, by the first of its paths that is left; where none is, the leaf itself is missing.
         left = next((way for way in ways[first] if way != path and is_there(way)), None)
         if left is None or path in after.prints:
             continue
-        old, was, now = before.prints[first], f"was {format_path(first)}", after.aliases.get(path)
+        old, now = before.prints[first], after.aliases.get(path)
         leaf = dataclasses.replace(old.leaf, path=path, aliases=())
         if now is None:
-            yield LeafChange(leaf, old.kind, "removed", was)
+            yield LeafChange(leaf, old.kind, fields_of(MISSING), f"tied to {format_path(first)}")
         elif now != after.aliases.get(left, left):
-            yield LeafChange(leaf, old.kind, "tied", f"now {format_path(now)}, {was}")
+            yield _retied(leaf, old.kind, first, now)
     for path, first in after.aliases.items():
         if path in before.prints or path in before.aliases:
             continue
         if first in before.prints or first in before.aliases:
             new = after.prints[first]
-            leaf = dataclasses.replace(new.leaf, path=path, aliases=())
-            yield LeafChange(leaf, new.kind, "tied", f"now {format_path(first)}")
-
-
-def _change(old: Print, new: Print) -> LeafChange:
-    if new.prints is None:
-        return LeafChange(old.leaf, old.kind, "gone", "donated, nothing in its place")
-    if new.leaf.type is not old.leaf.type:
-        return LeafChange(new.leaf, old.kind, "retyped", f"was {format_type(old.leaf.type)}")
-    if new.specs != old.specs or new.structure != old.structure:
-        shapes = [getattr(spec, "shape", None) for spec in old.specs]
-        if shapes == [getattr(spec, "shape", None) for spec in new.specs] and new.structure == old.structure:
-            return LeafChange(new.leaf, old.kind, "recast", f"was {format_dtype(old.leaf.dtype)}")
-        return LeafChange(new.leaf, old.kind, "reshaped", f"was {format_shape(old.leaf.shape)}")
-    return LeafChange(new.leaf, old.kind, "same" if new.prints == old.prints else "value")
+            yield _retied(dataclasses.replace(new.leaf, path=path, aliases=()), new.kind, None, first)
 
 
 def seen_table(
@@ -141,7 +146,7 @@ def seen_table(
     """
     rows = []
     for kind, own in by_kind.items():
-        changed = sum(change.how != "same" for change in own)
+        changed = sum(bool(change.what) for change in own)
         says = "-"
         if kind in missed:
             says = "expected to change, nothing " + ("got new values" if changed else "did")
@@ -150,13 +155,9 @@ def seen_table(
         numbers = [format_count(number) if number else "-" for number in (changed, len(own) - changed)]
         rows.append((kind, format_count(len(own)), *numbers, says))
     changes = [change for own in by_kind.values() for change in own]
-    told = [
-        change
-        for change in changes
-        if change.how not in ("same", "value") or (change.how == "value" and change.kind in frozen)
-    ]
-    lines = [(format_path(change.path), change.kind, change.describe()) for change in told]
-    lines += [(path, "-", f"{was!r} became {now!r}") for path, (was, now) in static.items()]
-    below = Table("to look at", ("path", "kind", "what"), tuple(lines)) if lines else None
+    told = [change for change in changes if change.what and (change.what != ("value",) or change.kind in frozen)]
+    lines = [(format_path(change.path), change.kind, ", ".join(change.what), change.why or "-") for change in told]
+    lines += [(path, "-", "static", f"{was!r} to {now!r}") for path, (was, now) in static.items()]
+    below = Table("to look at", ("path", "kind", "what", "why"), tuple(lines)) if lines else None
     columns = ("kind", "leaves", "changed", "unchanged", "remark")
     return Table("watch", columns, tuple(rows), right=("leaves", "changed", "unchanged"), below=below)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ONE, ModelGraph, arrays_of, make_leaf, named, raw_value, read_graph, spec_of
+from statewise._src.common.nnx_graph import (
+    ONE,
+    ModelGraph,
+    arrays_of,
+    is_deleted,
+    make_leaf,
+    named,
+    raw_value,
+    read_graph,
+    spec_of,
+)
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
+from statewise._src.core.check_objects import plain_attributes
 from statewise._src.core.plan import Kinds, State
-from statewise._src.core.state_data import check_not_donated, is_deleted
+from statewise._src.core.state_data import check_not_donated
+from statewise._src.core.usable import check_concrete, check_untraced, is_abstract
 from statewise._src.filters.explain import type_only
 from statewise._src.inspect.watch.fingerprints import fingerprints
 from statewise._src.plan.match import claimants
 from statewise._src.plan.spelled_paths import Reading, check_claimed
-from statewise.errors import StructureError
 
 __all__ = ["NO_KIND", "Print", "Snapshot", "snapshot_of"]
 
@@ -82,8 +91,7 @@ def snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str] = (),
 
 
 def _snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str], there: bool) -> Snapshot:
-    if isinstance(jnp.zeros(()), compat.Tracer):
-        raise _traced()
+    check_untraced([jnp.zeros(())], *_TRACED, subject="The model")
     if isinstance(objects[0], State):
         return _of_state(objects[0])
     found = read_graph(objects, names)
@@ -134,15 +142,14 @@ def _claims(kinds: Kinds, found: ModelGraph, aliases: Mapping[Path, tuple[Path, 
 
 def _printed(leaves: Sequence[tuple[Leaf, str, Sequence[Any], Any]]) -> dict[Path, Print]:
     flat = [array for _, _, arrays, _ in leaves for array in arrays]
-    if any(isinstance(array, compat.Tracer) for array in flat):
-        raise _traced()
-    abstract = [leaf for leaf, _, arrays, _ in leaves if any(isinstance(a, jax.ShapeDtypeStruct) for a in arrays)]
-    if abstract:
-        raise StructureError(
-            "The model is abstract: it has shapes but no values to watch.",
-            leaves=abstract,
-            hint="sw.watch(model)  # built for real, not by nnx.eval_shape",
-        )
+    check_untraced(flat, *_TRACED, subject="The model")
+    check_concrete(
+        flat,
+        "watch",
+        "sw.watch(model)  # built for real, not by nnx.eval_shape",
+        subject="The model",
+        leaves=[leaf for leaf, _, arrays, _ in leaves if is_abstract(arrays)],
+    )
     there = [_as_jax_sees_it(array) for array in flat if spec_of(array) is not None and not is_deleted(array)]
     sums = iter(fingerprints(there))
     prints = {}
@@ -166,19 +173,10 @@ def _as_jax_sees_it(array: Any) -> Any:
 def _statics(objects: Sequence[Any], names: Sequence[str]) -> dict[Path, Any]:
     several = len(objects) > 1 or bool(names)
     return {
-        (named((position,), names) if several else ()) + (*path, name): value
+        (named((position,), names) if several else ()) + path: value
         for position, thing in enumerate(objects)
-        for path, module in nnx.iter_modules(thing)
-        for name, value in vars(module).items()
-        if isinstance(value, _PLAIN) and not name.startswith("_")
+        for path, value in plain_attributes(thing).items()
     }
 
 
-_PLAIN = (bool, int, float, str, type(None), enum.Enum)
-
-
-def _traced() -> StructureError:
-    return StructureError(
-        "Inside jax.jit there are no values to watch: the code is being traced.",
-        hint="with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call",
-    )
+_TRACED = ("watch", "with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call")

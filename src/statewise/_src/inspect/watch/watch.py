@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+from statewise._src.common.compare import Field, is_same_static
 from statewise._src.common.object_names import given
-from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.paths import format_path
+from statewise._src.common.problems import Problems
 from statewise._src.common.tables import Shown, Table
 from statewise._src.core.plan import Kinds, State
 from statewise._src.core.state_data import check_not_donated
@@ -175,7 +177,7 @@ class Watch(Shown):
         self._static = {
             format_path(path): (value, after.statics[path])
             for path, value in before.statics.items()
-            if path in after.statics and not _same(after.statics[path], value)
+            if path in after.statics and not is_same_static(after.statics[path], value)
         }
         self._before = Snapshot({}, {}, {})
         if self.expect is not None:
@@ -234,17 +236,17 @@ class Watch(Shown):
     @property
     def changed(self) -> dict[str, tuple[LeafChange, ...]]:
         """The leaves that changed in any way, by kind; a kind in which none did is not there."""
-        return self._by_kind([change for change in self.leaves if change.how != "same"])
+        return self._by_kind([change for change in self.leaves if change.what])
 
     @property
     def unchanged(self) -> dict[str, tuple[LeafChange, ...]]:
         """The leaves that are as they were, by kind; a kind that has none is not there."""
-        return self._by_kind([change for change in self.leaves if change.how == "same"])
+        return self._by_kind([change for change in self.leaves if not change.what])
 
     @property
-    def untied(self) -> tuple[LeafChange, ...]:
-        """The paths of tied leaves that are leaves of their own now."""
-        return tuple(change for change in self.leaves if change.how == "untied")
+    def ties(self) -> dict[str, tuple[LeafChange, ...]]:
+        """By kind, the paths that are tied otherwise than they were: to another leaf, or to none, or newly."""
+        return self._by_kind([change for change in self.leaves if Field.TIES in change.what])
 
     @property
     def missed(self) -> dict[str, tuple[LeafChange, ...]]:
@@ -254,7 +256,7 @@ class Watch(Shown):
     @property
     def violations(self) -> tuple[LeafChange, ...]:
         """The leaves of frozen kinds that changed in any way."""
-        return tuple(change for change in self.leaves if change.how != "same" and self._is_frozen(change.kind))
+        return tuple(change for change in self.leaves if change.what and self._is_frozen(change.kind))
 
     @property
     def static(self) -> dict[str, tuple[Any, Any]]:
@@ -269,13 +271,12 @@ class Watch(Shown):
         """
         missed = self._missed_kinds()
         by_kind = self._by_kind(self.leaves)
-        odd: list[Leaf] = [
-            change.noted("did not change" if change.how == "same" else change.describe())
-            for kind in missed
-            for change in by_kind[kind]
-        ]
-        odd += [change.noted(f"frozen, but {_did(change)}") for change in self.violations]
-        if not odd:
+        problems = Problems()
+        for change in (change for kind in missed for change in by_kind[kind]):
+            problems.add(change.leaf, change.describe() if change.what else "did not change")
+        for change in self.violations:
+            problems.add(change.leaf, f"frozen, but {'changed' if change.what == ('value',) else change.describe()}")
+        if not problems:
             return
         frozen = list(self._by_kind(self.violations))
         # What was donated, or removed, has changed; trained it was not.
@@ -288,14 +289,8 @@ class Watch(Shown):
         )
         hints += ["seen.compare(model) at the end of the block, where the code returns a new model"] if missed else []
         hints += ["nnx.Optimizer(model, tx, wrt=filter) with a filter that leaves them out"] if frozen else []
-        kinds = [*missed, *frozen]
         fact = "; ".join(facts)
-        raise WatchError(
-            f"{fact[0].upper()}{fact[1:]}.",
-            leaves=odd,
-            kind=kinds[0] if len(kinds) == 1 else None,
-            hint="\nor, ".join(hints),
-        )
+        problems.raise_as(WatchError, f"{fact[0].upper()}{fact[1:]}.", "\nor, ".join(hints))
 
     def _by_kind(self, changes: Sequence[LeafChange]) -> dict[str, tuple[LeafChange, ...]]:
         """Changes by kind, in the order of the declaration; what stands under no kind of it comes last."""
@@ -309,7 +304,7 @@ class Watch(Shown):
         return any(self.kinds[name].frozen for name in kind.split(" and ") if name in self.kinds)
 
     def _missed_kinds(self) -> list[str]:
-        moved = {change.kind for change in self.leaves if change.how in MOVED}
+        moved = {change.kind for change in self.leaves if MOVED.intersection(change.what)}
         there = self._by_kind(self.leaves)
         return [kind for kind in there if kind in (self.expect or ()) and kind not in moved]
 
@@ -332,15 +327,6 @@ class Watch(Shown):
     def to_json(self) -> str:
         """What was seen as JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-
-def _did(change: LeafChange) -> str:
-    return "changed" if change.how == "value" else change.describe()
-
-
-def _same(one: Any, other: Any) -> bool:
-    # 1 == True, and nan != nan: neither is meant.
-    return type(one) is type(other) and (one == other or repr(one) == repr(other))
 
 
 def _plain(value: Any) -> Any:

@@ -66,10 +66,10 @@ function leavesSection() {
       title: "elements",
       width: "7rem",
       number: true,
-      by: (leaf) => leaf.elements,
-      cell: (leaf) => formatCount(leaf.elements),
+      by: (leaf) => leaf.size,
+      cell: (leaf) => formatCount(leaf.size),
     },
-    { title: "bytes", width: "6rem", number: true, by: (leaf) => leaf.bytes, cell: (leaf) => formatBytes(leaf.bytes) },
+    { title: "bytes", width: "6rem", number: true, by: (leaf) => leaf.nbytes, cell: (leaf) => formatBytes(leaf.nbytes) },
   ];
   if (report.memory) {
     columns.push({
@@ -102,7 +102,7 @@ function leavesSection() {
       leaf.note || "",
     ].join(" ");
   const sum = (leaves) =>
-    `${leaves.length === 1 ? " leaf" : " leaves"}, ${formatBytes(leaves.reduce((total, leaf) => total + leaf.bytes, 0))}`;
+    `${leaves.length === 1 ? " leaf" : " leaves"}, ${formatBytes(leaves.reduce((total, leaf) => total + leaf.nbytes, 0))}`;
   const groups = { label: "kinds", names: used, of: (leaf) => leaf.kind };
   return new BigTable(byId("leaves-table"), { label: "leaves", rows: report.leaves, columns, search, groups, sum });
 }
@@ -116,11 +116,11 @@ function mapSection(table) {
     openLeaf: (leaf) => table.reveal(leaf),
   });
   const measures = [
-    ["bytes", "Bytes"],
-    ["elements", "Elements"],
+    ["nbytes", "Bytes"],
+    ["size", "Elements"],
   ];
   if (report.memory) measures.push(["device", "Per device"]);
-  choices(byId("map-size"), measures, "bytes", (name) => map.measure(name));
+  choices(byId("map-size"), measures, "nbytes", (name) => map.measure(name));
   const show = (how) => map.show(makeTree(report.leaves, how === "kind", "all"));
   choices(
     byId("map-group"),

@@ -8,8 +8,8 @@ function header(report) {
   const total = report.total;
   const tiles = [
     ["leaves", formatCount(total.leaves), "leaves"],
-    ["leaves", formatCount(total.elements), "elements"],
-    ["map", formatBytes(total.bytes), "in total"],
+    ["leaves", formatCount(total.size), "elements"],
+    ["map", formatBytes(total.nbytes), "in total"],
   ];
   if (report.memory)
     tiles.push([
@@ -115,11 +115,11 @@ function kindsSection(report, hueOf) {
     const share = make(
       "span",
       { className: "shares" },
-      bar(total.bytes ? kind.bytes / total.bytes : 0, hueOf(kind.name)),
-      formatShare(kind.bytes, total.bytes),
+      bar(total.nbytes ? kind.nbytes / total.nbytes : 0, hueOf(kind.name)),
+      formatShare(kind.nbytes, total.nbytes),
     );
     const handling = make("span", { className: "tags" }, ...handlings(kind.handling));
-    const counts = [formatCount(kind.leaves), formatCount(kind.elements), formatBytes(kind.bytes)];
+    const counts = [formatCount(kind.leaves), formatCount(kind.size), formatBytes(kind.nbytes)];
     const row = make(
       "tr",
       { className: kind.leaves ? "" : "none" },
@@ -130,8 +130,8 @@ function kindsSection(report, hueOf) {
   const sums = [
     "total",
     formatCount(total.leaves),
-    formatCount(total.elements),
-    formatBytes(total.bytes),
+    formatCount(total.size),
+    formatBytes(total.nbytes),
     "",
     "",
     "",
@@ -192,10 +192,10 @@ function memorySection(memory, hueOf) {
         kind.name,
         hueOf(kind.name),
         formatCount(kind.arrays),
-        formatBytes(kind.bytes),
+        formatBytes(kind.nbytes),
         formatBytes(kind.per_device),
         formatBytes(kind.host),
-        kind.saves ? formatBytes(kind.saves) : "-",
+        kind.saving_if_sharded ? formatBytes(kind.saving_if_sharded) : "-",
       ),
     );
   if (memory.gradients) rows.push(line("gradients", null, "", "", formatBytes(memory.gradients), "", ""));

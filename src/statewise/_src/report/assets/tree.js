@@ -1,6 +1,6 @@
 // The tree that the map shows, of leaves by kind and path or by path alone, and the layout of its cells.
 
-const MEASURES = ["bytes", "elements", "device"];
+const MEASURES = ["nbytes", "size", "device"];
 const CROWD = 120; // more children than this are grouped into ranges: `0 … 31`, `32 … 63`
 
 // Makes the tree of all leaves. A group with a single member is merged with it: `a/b/c`, not three cells to click through.

@@ -12,7 +12,7 @@ class Treemap {
   constructor(host, parts) {
     this.host = host;
     this.parts = parts; // crumbs, readout, spoken: elements; hueOf, titleOf, openLeaf: functions
-    this.name = "bytes";
+    this.name = "nbytes";
     this.cells = [];
     host.addEventListener("keydown", (event) => this.key(event));
     host.addEventListener("click", (event) => this.click(event));
@@ -180,7 +180,7 @@ class Treemap {
       : [plural(node.leaves, "leaf", "leaves")];
     return [
       ...what,
-      `${this.format(node[this.name])} ${this.name === "bytes" ? "" : WORDS[this.name]}`.trim(),
+      `${this.format(node[this.name])} ${this.name === "nbytes" ? "" : WORDS[this.name]}`.trim(),
       of,
     ].join(" · ");
   }
@@ -190,11 +190,11 @@ class Treemap {
   }
 
   format(number) {
-    return this.name === "elements" ? formatCount(number) : formatBytes(number);
+    return this.name === "size" ? formatCount(number) : formatBytes(number);
   }
 }
 
-const WORDS = { bytes: "bytes", elements: "elements", device: "on each device" };
+const WORDS = { nbytes: "bytes", size: "elements", device: "on each device" };
 const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 // Distributes a number of elements by area.

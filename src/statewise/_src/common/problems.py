@@ -1,0 +1,100 @@
+"""A collector of problems: leaves with what is wrong with each, and hints; raised once, with all of them.
+
+The number of leaves stands in the text of the error in the singular or in the plural; that is decided here alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from statewise._src.common.paths import Leaf, format_shape
+from statewise.errors import StatewiseError
+
+__all__ = ["Problems", "add_change", "counted"]
+
+# Of the verbs that follow "{n} leaves" in a message.
+_SINGULAR = {"are": "is", "have": "has", "differ": "differs"}
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """Returns a number with what is counted: `1 leaf is`, `1,234 leaves are`."""
+    return f"{number:,} {one if number == 1 else several}"
+
+
+class Problems:
+    """Leaves with what is wrong with each; false while there are none.
+
+    Attributes:
+      leaves: the leaves, each with its note; what is added twice is one problem.
+      hints: the hints, in the order in which they came.
+    """
+
+    def __init__(self, leaves: Iterable[Leaf] = ()) -> None:
+        self._leaves: dict[Leaf, None] = dict.fromkeys(leaves)
+        self._hints: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """The leaves, each with its note."""
+        return list(self._leaves)
+
+    @property
+    def hints(self) -> list[str]:
+        """The hints, each once."""
+        return list(self._hints)
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of all the leaves, if they have one in common."""
+        kinds = {leaf.kind for leaf in self._leaves}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def add(self, leaf: Leaf, note: str = "", *hints: str) -> None:
+        """Adds a leaf, with what is wrong with it, and hints."""
+        self._leaves[dataclasses.replace(leaf, note=note) if note else leaf] = None
+        self.hint(*hints)
+
+    def hint(self, *hints: str) -> None:
+        """Adds hints."""
+        self._hints |= dict.fromkeys(filter(None, hints))
+
+    def raise_as(
+        self, error: type[StatewiseError], message: str, hint: str | None = None, *, cause: Any = None
+    ) -> None:
+        """Raises an error with all the problems; does nothing where there are none.
+
+        Args:
+          error: the class of the error.
+          message: the fact; `{n} leaves` and the verb after it become singular where there is one leaf.
+          hint: a hint for all of them; by default those that were added.
+          cause: the exception that led here, if one did.
+        """
+        if self._leaves:
+            raise error(
+                _in_number(message, len(self)),
+                leaves=self.leaves,
+                kind=self.kind,
+                hint="\n".join(self._hints) if hint is None else hint,
+            ) from cause
+
+
+def add_change(problems: Problems, leaf: Leaf, old: Any, new: Any) -> bool:
+    """Adds a leaf where what would replace its array has another shape or dtype; returns whether it has."""
+    changes = (old.shape, old.dtype) != (new.shape, new.dtype)
+    if changes:
+        problems.add(leaf, f"would become {format_shape(new.shape)} {new.dtype}")
+    return bool(changes)
+
+
+def _in_number(message: str, number: int) -> str:
+    return re.sub(
+        r"\{n\} leaves (\w+)",
+        lambda match: counted(number, f"leaf {_SINGULAR.get(match[1], match[1])}", f"leaves {match[1]}"),
+        message,
+    )
