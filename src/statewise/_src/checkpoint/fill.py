@@ -63,7 +63,7 @@ def _restarted(plan: PlanTables, leaf: Leaf, position: int, value: Any, lost: li
     def fn(value: Any) -> Any:
         return fresh_value(restart, value, path, each, functools.partial(as_jax, leaf, lost=lost))
 
-    axis = plan.member_axis(kind, position)
+    axis = plan.by_kind[kind][position].axis
     if axis is not None:
         fn = jax.vmap(fn, in_axes=axis, out_axes=axis)
         lies = value.sharding
@@ -150,4 +150,5 @@ def _averaged(plan: PlanTables, kind: str, position: int) -> list[tuple[str, int
     average, start = next(
         (one, start) for one, start in averages_in(plan, kind) if position - start < len(one.layout.specs)
     )
-    return plan.params_of(average)[position - start : position - start + 1]
+    sources = plan.arrays_of(average).sources[position - start : position - start + 1]
+    return [(source.kind, source.position) for source in sources]

@@ -274,7 +274,7 @@ def _state(
                 array = array.astype(ours.dtype)
             at, change = source.placed.start + offset, source.changes[offset]
             if isinstance(change, Resized):
-                array = resized(array, change, _sharding_at(target, kind, at), plan.member_axis(kind, at))
+                array = resized(array, change, _sharding_at(target, kind, at), plan.by_kind[kind][at].axis)
             elif change is not None:
                 array = regrouped(array, change, own_members.get((kind, at)), _sharding_at(target, kind, at))
             elif not isinstance(array, jax.Array):  # of a dtype that JAX did not have

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 
+from statewise._src.common.graphdef import is_tree
 from statewise._src.common.nnx_graph import named, rebuild
 from statewise._src.common.paths import Path
 
@@ -25,7 +26,7 @@ def aliases_of(
       names: the objects' names, with which the paths start.
     """
     # Finding duplicates takes as long as flattening, and few models have any; the graph definition shows whether.
-    if not any(type(node).__name__ == "NodeRef" for node in graphdef.nodes):
+    if is_tree(graphdef):
         return {}
     objects = rebuild(graphdef, [None] * len(paths), several)
     duplicates = nnx.find_duplicates(objects if several else objects[0])
@@ -33,22 +34,22 @@ def aliases_of(
     shared = [group for group in groups if not _cyclic(group)]
     if not shared:
         return {}
+    by_prefix: dict[Path, list[list[Path]]] = {}
+    for group in shared:
+        for prefix in group:
+            by_prefix.setdefault(prefix, []).append(group)
     aliases: dict[Path, tuple[Path, ...]] = {}
     for first in paths:
-        ways = {first}
-        grew = True
-        # Replace shared prefixes until nothing is new: a shared leaf in a shared module has the product of their paths.
-        while grew:
-            more = {
-                other + way[len(prefix) :]
-                for way in ways
-                for group in shared
-                for prefix in group
-                if way[: len(prefix)] == prefix
+        ways, new = {first}, {first}
+        while new:  # a shared leaf inside a shared module has the product of their paths
+            new = {
+                other + way[length:]
+                for way in new
+                for length in range(len(way) + 1)
+                for group in by_prefix.get(way[:length], ())
                 for other in group
-            }
-            grew = not more <= ways
-            ways |= more
+            } - ways
+            ways |= new
         if len(ways) > 1:
             aliases[first] = tuple(sorted(ways - {first}, key=lambda path: [str(key) for key in path]))
     return aliases
@@ -56,4 +57,5 @@ def aliases_of(
 
 def _cyclic(paths: Sequence[Path]) -> bool:
     """Returns whether an object contains itself (a child that knows its parent), which gives infinitely many paths."""
-    return any(path != other and other[: len(path)] == path for path in paths for other in paths)
+    known = set(paths)
+    return any(path[:length] in known for path in paths for length in range(len(path)))

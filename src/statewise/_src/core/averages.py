@@ -27,8 +27,7 @@ __all__ = ["averages_in", "begun_again", "check_starts", "with_averages"]
 
 def averages_in(plan: PlanTables, name: str) -> list[tuple[Average, int]]:
     """The averages of a name, each with where it begins in their kind."""
-    spans = plan.derived_spans[len(plan.optimizers) :]
-    return [(one, start) for one, (start, _) in zip(plan.averages, spans, strict=True) if one.into == name]
+    return [(one.derived, one.start) for one in plan.derived_arrays if one.derived.mirrors and one.derived.into == name]
 
 
 def with_averages(state: StateT, name: str) -> StateT:

@@ -95,7 +95,6 @@ def begun(plan: PlanTables, number: int, arrays: Sequence[Any]) -> list[Any]:
     members = plan.ensemble
     if members is None:
         return one.init(arrays)
-    start, stop = plan.derived_spans[number]
-    given = [members.of(kind)[at] for kind, at in plan.params_of(one)]
-    made = list(members.of(one.into)[start:stop])
+    placed = plan.derived_arrays[number]
+    given, made = [array.axis for array in placed.sources], [array.axis for array in placed.arrays]
     return list(members.each(members.single.derived[number].init, list(arrays), given, made))

@@ -68,11 +68,11 @@ def take(
         for array in arrays_of(raw_value(leaf))[0]:
             # Each is placed before the next is copied: a device holds one whole array at a time, never all.
             parts[row.kind].append(place.array(row.kind, len(parts[row.kind]), array, copy))
-    for number, one in enumerate(plan.derived):
+    for one in plan.derived_arrays:
         with explained("plan.take", mesh, parts):
-            fresh = list(begun(plan, number, [parts[kind][at] for kind, at in plan.params_of(one)]))
-        for array in fresh:
-            parts[one.into].append(place.derived(one.into, len(parts[one.into]), array))
+            fresh = list(begun(plan, one.order, [parts[source.kind][source.position] for source in one.sources]))
+        for own, array in zip(one.arrays, fresh, strict=True):
+            parts[own.kind].append(place.derived(own.kind, own.position, array))
     return place.state({kind: made.pack(kind, tuple(arrays)) for kind, arrays in parts.items()})
 
 
@@ -118,7 +118,7 @@ def init(plan: PlanTables, make_model: object, mesh: Any) -> StateData:
 def _spread(plan: PlanTables, copies: PerDeviceArrays, kind: str, part: Sequence[Any]) -> list[Any]:
     mine = copies.of(kind)  # never a packed kind, so slots are positions
     return [
-        spread(array, copies.devices, axis=plan.member_axis(kind, at)) if at in mine else array
+        spread(array, copies.devices, axis=plan.by_kind[kind][at].axis) if at in mine else array
         for at, array in enumerate(part)
     ]
 
@@ -149,7 +149,7 @@ class _Places:
             return array
         copies = self._plan.per_device
         if copies and position in copies.of(kind):
-            return spread(array, copies.devices, self._arrays[kind][position], self._plan.member_axis(kind, position))
+            return spread(array, copies.devices, self._arrays[kind][position], self._plan.by_kind[kind][position].axis)
         return jax.device_put(array, self._arrays[kind][position])
 
     def derived(self, kind: str, position: int, array: Any) -> Any:

@@ -89,10 +89,10 @@ def _folded_for(kind: str, of: Mapping[str, Sequence[str]], have: Sequence[str])
 def _with_averages(plan: PlanTables, copies: PerDeviceArrays, kinds: Sequence[str]) -> PerDeviceArrays:
     """What is folded with these kinds: their averages lie as they do."""
     found = {kind: set(copies.of(kind)) for kind in kinds}
-    for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
-        mine = copies.of(one.into).intersection(range(start, stop))
-        if mine and set(one.kinds) & set(kinds):
-            found.setdefault(one.into, set()).update(mine)
+    for one in plan.derived_arrays:
+        own = copies.of(one.derived.into).intersection(array.position for array in one.arrays)
+        if own and set(one.derived.kinds) & set(kinds):
+            found.setdefault(one.derived.into, set()).update(own)
     return copies._replace(positions=tuple((kind, frozenset(at)) for kind, at in found.items()))
 
 

@@ -35,9 +35,9 @@ from statewise._src.core.state_data import (
     donated_error,
 )
 from statewise._src.core.usable import check_concrete
+from statewise._src.plan.arrays import DerivedArrays
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.fresh_values import drawn_value, fresh_value, keys_of, takes
-from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
@@ -265,19 +265,17 @@ def _begun(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]:
     plan = chosen.plan
     fresh: dict[int, Any] = {}
     for number in chosen.groups:
-        group, (start, _) = plan.optimizers[number], plan.optimizer_spans[number]
-        params = [(at in _per_device(plan, kind), now[kind][at]) for kind, at in plan.params_of(group)]
-        made = _init(plan, group, [array for _, array in params], [0 if each else None for each, _ in params], start)
-        fresh.update(enumerate(made, start))
+        placed = plan.arrays_of(plan.optimizers[number])
+        params = [now[source.kind][source.position] for source in placed.sources]
+        fresh.update(enumerate(_init(plan, placed, params), placed.start))
     return fresh
 
 
-def _init(
-    plan: PlanTables, group: OptimizerGroup, params: Sequence[Any], axes: Sequence[int | None], start: int
-) -> list[Any]:
-    mine = _per_device(plan, OPTIMIZER)
-    if plan.per_device is None or not (mine or any(axis is not None for axis in axes)):
-        return group.init(params)
+def _init(plan: PlanTables, group: DerivedArrays, params: Sequence[Any]) -> list[Any]:
+    init = group.derived.init
+    if plan.per_device is None or not (_per_device(plan, OPTIMIZER) or any(source.devices for source in group.sources)):
+        return list(init(params))
     # On each device of its own parameters; what is not kept for each, is alike on all.
-    made = jax.vmap(group.init, (list(axes),), axis_size=plan.per_device.devices)(list(params))
-    return [array if at in mine else array[0] for at, array in enumerate(made, start)]
+    axes = [0 if source.devices else None for source in group.sources]
+    states = jax.vmap(init, (axes,), axis_size=plan.per_device.devices)(list(params))
+    return [state if array.devices else state[0] for array, state in zip(group.arrays, states, strict=True)]

@@ -55,8 +55,8 @@ class Chosen(NamedTuple):
         """Which of a kind's arrays are renewed."""
         if kind != OPTIMIZER or self.whole:
             return frozenset(range(len(self.plan.specs[kind])))
-        spans = (self.plan.optimizer_spans[number] for number in self.groups)
-        return frozenset(at for start, stop in spans for at in range(start, stop))
+        groups = (self.plan.arrays_of(self.plan.optimizers[number]) for number in self.groups)
+        return frozenset(array.position for group in groups for array in group.arrays)
 
     def axis(self, kind: str) -> int | None:
         """The axis of a kind's slots; None where it has none.

@@ -109,7 +109,7 @@ def transfer(
     parts: dict[str, list[Any]] = {kind: [] for kind in names}
     for move in moves:
         place = places[move.to][len(parts[move.to])] if move.to in places else None
-        count, axis = devices if move.spreads else 0, plan.member_axis(move.to, len(parts[move.to]))
+        count, axis = devices if move.spreads else 0, plan.by_kind[move.to][len(parts[move.to])].axis
         parts[move.to].append(carried(taken[move.kind][move.position], move.spec, place, count, axis))
     parts |= begun_averages(plan, into, parts, mesh)
     return State.wrap(arrived(plan, into, parts, places))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from statewise._src.common.compare import MISSING, Field, LeafFacts, compare_leaf, note_of, uncastable
 from statewise._src.common.nnx_graph import ONE, ArraySpec
 from statewise._src.common.paths import Leaf, format_path
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.members import Axis, place_of, shrunk
 from statewise._src.plan.tables import PlanTables
 
@@ -48,20 +49,15 @@ def leaves_of(plan: PlanTables) -> Iterator[Found]:
     copies, many = plan.per_device, plan.members or 0
     for row, span, leaf in zip(plan.rows, plan.spans, plan.leaves, strict=False):
         each = copies is not None and not copies.of(row.kind).isdisjoint(range(span.start, span.stop))
-        axes = tuple(_axis(plan, row.kind, at) for at in range(span.start, span.stop))
+        axes = tuple(map(_axis, plan.by_kind[row.kind][span.start : span.stop]))
         yield Found(leaf, row.specs, row.structure, span.start, copies.devices if copies and each else 0, many, axes)
-    derived = iter(plan.leaves[len(plan.rows) :])
-    for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
-        for position, spec in enumerate(one.layout.specs, start):
-            each = copies is not None and position in copies.of(one.into)
-            axes = (_axis(plan, one.into, position),)
-            yield Found(next(derived), (spec,), ONE, position, copies.devices if copies and each else 0, many, axes)
+    for array in (array for one in plan.derived_arrays for array in one.arrays):
+        yield Found(array.leaf, (array.spec,), ONE, array.position, array.devices, many, (_axis(array),))
 
 
-def _axis(plan: PlanTables, kind: str, position: int) -> Axis:
-    """The axis of the members, from the front."""
-    axis = plan.member_axis(kind, position)
-    return axis if axis is None else place_of(axis, len(plan.specs[kind][position].shape))
+def _axis(array: ArrayInfo) -> Axis:
+    """Returns the axis of the members, from the front."""
+    return array.axis if array.axis is None else place_of(array.axis, len(array.spec.shape))
 
 
 OTHER = "the models differ: plan the target's model as the source's was made"

@@ -20,7 +20,6 @@ from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import ArraySpec, is_deleted, raw_value, spec_of, value_of
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems
-from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import plain_key
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
@@ -35,16 +34,17 @@ def view(plan: PlanTables, kind: str, arrays: Sequence[Any]) -> Any:
         for row, span in zip(plan.rows, plan.spans, strict=True)
         if row.kind == kind
     ]
-    for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
-        if isinstance(one, Average) and one.into == kind:
-            flat += zip(one.layout.paths, arrays[start:stop], strict=True)
+    views: dict[str, Any] = {}
+    for one in plan.derived_arrays:
+        if one.derived.into == kind:
+            own, layout, label = arrays[one.start : one.stop], one.derived.layout, one.derived.label
+            if label is None:
+                flat += zip(layout.paths, own, strict=True)
+            else:
+                views[label] = jax.tree.unflatten(layout.structure, own)
     objects = nnx.from_flat_state(flat)
-    if kind != "optimizer" or not plan.optimizers:
+    if not views:
         return objects
-    views = {
-        group.label: jax.tree.unflatten(group.layout.structure, arrays[start:stop])
-        for group, (start, stop) in zip(plan.optimizers, plan.optimizer_spans, strict=True)
-    }
     return {"objects": objects, **views} if flat else views
 
 

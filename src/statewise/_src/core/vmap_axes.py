@@ -19,7 +19,6 @@ from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems
 from statewise._src.core.state_data import StateData
-from statewise._src.plan.averages import Average
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.members import Axis
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
@@ -82,13 +81,14 @@ def _check_given(plan: PlanTables, given: Mapping[str, Any], call: str) -> None:
 def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[dict[str, list[Axis]], bool]:
     """The axis of each array of each kind, and whether those of optimizer state follow what it is of."""
     found = {kind: _each(plan, kind, given.get(kind, default)) for kind in plan.kinds}
-    for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
-        if isinstance(one, Average) and one.into not in given:
+    for one in plan.derived_arrays:
+        into = found[one.derived.into]
+        if one.derived.mirrors and one.derived.into not in given:
             # Each as what it is the average of; the count of a schedule is one for all, or each member's own.
-            of = [found[kind][at] for kind, at in plan.params_of(one)]
-            found[one.into][start : start + len(of)] = of
-            if default is not None and len(one.layout.specs) > len(of):
-                found[one.into][start + len(of)] = 0 if _first(of) is not None else None
+            of = [found[source.kind][source.position] for source in one.sources]
+            into[one.start : one.start + len(of)] = of
+            if default is not None and len(one.arrays) > len(of):
+                into[one.start + len(of)] = 0 if _first(of) is not None else None
     follows = OPTIMIZER in plan.kinds and OPTIMIZER not in given
     if follows:
         found[OPTIMIZER] = _followed(plan, found)
@@ -98,13 +98,13 @@ def _found(plan: PlanTables, given: Mapping[str, Any], default: Axis) -> tuple[d
 def _check_averages(plan: PlanTables, found: Mapping[str, Sequence[Axis]], given: Mapping[str, Any]) -> None:
     """An average is read in the place of what it is of, so each member has the one where it has the other."""
     problems = Problems()
-    for one, (start, _) in zip(plan.derived, plan.derived_spans, strict=True):
-        if not isinstance(one, Average):
+    for one in plan.derived_arrays:
+        if not one.derived.mirrors:
             continue
-        for at, (kind, position) in enumerate(plan.params_of(one), start):
-            if found[one.into][at] != found[kind][position]:
-                note = f"axis {found[one.into][at]}, an average of what has axis {found[kind][position]}"
-                problems.add(plan.leaf_of_array[one.into][at], note)
+        for array, source in zip(one.arrays, one.sources, strict=False):
+            axis, wanted = found[array.kind][array.position], found[source.kind][source.position]
+            if axis != wanted:
+                problems.add(array.leaf, f"axis {axis}, an average of what has axis {wanted}")
     if problems:
         own = problems.leaves[0].kind
         rest = ", ".join(f"{kind}={axis!r}" for kind, axis in given.items() if kind != own and _is_axis(axis))
@@ -176,8 +176,10 @@ def _followed(plan: PlanTables, found: Mapping[str, Sequence[Axis]]) -> list[Axi
         if isinstance(leaf.type, type) and issubclass(leaf.type, nnx.Param)
     ]
     made = [_first(params)] * len(plan.specs[OPTIMIZER])
-    for group, (start, stop) in zip(plan.optimizers, plan.optimizer_spans, strict=True):
-        made[start:stop] = [_first([found[kind][at] for kind, at in plan.params_of(group)])] * (stop - start)
+    for one in plan.derived_arrays:
+        if one.derived.into == OPTIMIZER:
+            axis = _first([found[source.kind][source.position] for source in one.sources])
+            made[one.start : one.stop] = [axis] * len(one.arrays)
     return made
 
 

@@ -132,12 +132,30 @@ class Path(Ours):
 
     def matches(self, path: paths.Path) -> bool:
         """Returns whether exactly this path matches."""
-        if not path:  # no segments: matched only by `**`, and by `.`, as which it is printed
+        return self.matches_text(_segments(path))
+
+    def matches_text(self, segments: str) -> bool:
+        """Returns whether a path matches that is given as text, with a slash after each of its segments."""
+        if not segments:  # no segments: matched only by `**`, and by `.`, as which it is printed
             return self.pattern in ("**", ".")
-        return self._glob.fullmatch(paths.format_path(path) + "/") is not None
+        return self._glob.fullmatch(segments) is not None
 
     def __repr__(self) -> str:
         return f"Path({self.pattern!r})"
+
+
+# The path that was last written as text.  Each leaf is shown to all kinds before the next one is.
+_latest: tuple[paths.Path, str] = ((), "")
+
+
+def _segments(path: paths.Path) -> str:
+    """Returns a path as text, with a slash after each segment."""
+    global _latest
+    known, text = _latest
+    if known is not path:
+        text = paths.format_path(path) + "/" if path else ""
+        _latest = path, text
+    return text
 
 
 @functools.cache

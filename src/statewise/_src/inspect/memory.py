@@ -238,9 +238,9 @@ def memory(
 
 def _gradients(plan: PlanTables, placed: Mapping[str, tuple[ArrayPlacement, ...]], sizes: Mapping[str, int]) -> int:
     return sum(
-        plan.specs[kind][at].nbytes // placed[kind][at].parts(sizes)
+        source.spec.nbytes // placed[source.kind][source.position].parts(sizes)
         for group in plan.optimizers
-        for kind, at in plan.params_of(group)
+        for source in plan.arrays_of(group).sources
     )
 
 

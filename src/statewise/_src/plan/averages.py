@@ -4,19 +4,18 @@
 step which updates some of the kinds moves their averages alone.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the base's fields are read at run time.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Path
-from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, DerivedLayout, check_no_loss, unfit
+from statewise._src.plan.derived import WITHOUT_INTEGERS, Companions, Derived, DerivedLayout, check_no_loss, unfit
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.kind import Kind, unknown_kind
 from statewise._src.plan.optimizer_state import OPTIMIZER
@@ -40,14 +39,17 @@ class Average(Derived):
 
     ema: EMA
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Average) and self._identity() == other._identity()
+    mirrors: ClassVar[bool] = True
 
-    def __hash__(self) -> int:
-        return hash((self.kinds, self.ema, len(self.rows)))
+    @property
+    def rule(self) -> EMA:
+        """How they follow the kind."""
+        return self.ema
 
-    def _identity(self) -> tuple[Any, ...]:
-        return self.kinds, self.ema, self.rows, self.overridden
+    def companions(self) -> Companions:
+        """Returns that each average may be packed as the array that it is of."""
+        count = len(self.paths)
+        return Companions((None,) * count, tuple((at,) for at in range(count)))
 
     @property
     def kind(self) -> str:
@@ -72,7 +74,9 @@ class Average(Derived):
         if self.ema.schedule:
             found.append(_COUNT)
             paths.append((COUNTS, self.kind))
-        return DerivedLayout(jax.tree.structure(found), tuple(paths), self.overridden or tuple(found))
+        # An average is placed as the leaf after the kind's name in its path; there is no leaf after a count's.
+        roots = tuple(len(path) if path[0] == COUNTS else 1 for path in paths)
+        return DerivedLayout(jax.tree.structure(found), tuple(paths), self.overridden or tuple(found), roots)
 
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """The averages at the start: copies of the values, and no update."""

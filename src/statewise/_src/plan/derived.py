@@ -9,8 +9,8 @@ have paths of their own.  All that places, packs, saves, moves and shows a state
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,16 @@ from statewise._src.common.nnx_graph import ONE, ArraySpec, make_leaf, value_of
 from statewise._src.common.paths import Leaf, Path
 from statewise.errors import StructureError
 
-__all__ = ["WITHOUT_INTEGERS", "Derived", "DerivedLayout", "check_no_loss", "keys_within", "plain_key", "unfit"]
+__all__ = [
+    "WITHOUT_INTEGERS",
+    "Companions",
+    "Derived",
+    "DerivedLayout",
+    "check_no_loss",
+    "keys_within",
+    "plain_key",
+    "unfit",
+]
 
 WITHOUT_INTEGERS = (
     "claim them by a kind of their own: "
@@ -45,19 +54,61 @@ class DerivedLayout(NamedTuple):
     roots: tuple[int | None, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Derived(abc.ABC):
-    """Arrays that are made from the leaves of some kinds.
+class Companions(NamedTuple):
+    """Which derived arrays are made element by element of one source each, and so may be packed in its order.
 
     Attributes:
+      signatures: for each source what is computed; those of equal signatures may share a buffer.
+      own: for each source the derived arrays that go with it, by their order.
+    """
+
+    signatures: tuple[Hashable, ...]
+    own: tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derived(abc.ABC):
+    """Arrays that are made from the leaves of some kinds: of a plan's *sources*.
+
+    A new kind of derived arrays is a subclass, and a `step_update` for it where train steps move it.
+
+    Attributes:
+      trains: whether a train step moves the sources themselves by it, by their gradients.
+      mirrors: whether its first arrays are each a value of the source in the same place, and can stand in for it.
       kinds: the names of the kinds.
       rows: path, shapes and structure of the leaves, in the order of the plan.
       overridden: shapes and dtypes of what was cast, or is of an ensemble, where they differ from what `init` makes.
     """
 
+    trains: ClassVar[bool] = False
+    mirrors: ClassVar[bool] = False
+
     kinds: tuple[str, ...]
     rows: tuple[tuple[Path, tuple[ArraySpec, ...], Any], ...]
     overridden: tuple[ArraySpec, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Derived) and type(other) is type(self) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.kinds, self.rule, len(self.rows)))
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.kinds, self.rule, self.rows, self.overridden
+
+    @property
+    @abc.abstractmethod
+    def rule(self) -> Hashable:
+        """What it is made by: two that are made by equal rules from equal leaves are equal."""
+
+    @property
+    def label(self) -> str | None:
+        """The key of its own pytree in `state[kind]`; None where its arrays are shown by their paths."""
+        return None
+
+    def companions(self) -> Companions | None:
+        """Returns which of its arrays may be packed in the order of the sources; None where it is to stay apart."""
+        return None
 
     @property
     @abc.abstractmethod
@@ -90,6 +141,11 @@ class Derived(abc.ABC):
         """The leaves' arrays, in order, as an `nnx.State` of plain arrays, nested by path."""
         flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
         return nnx.from_flat_state(flat)
+
+    def arrays(self, params: Any) -> list[Any]:
+        """Returns the leaves' arrays in order, from the nested state: the inverse of `params`."""
+        flat: dict[Any, Any] = dict(nnx.to_flat_state(params))
+        return [flat[path] for path in self.paths]
 
     def recast(self, params: Mapping[Path, tuple[ArraySpec, ...]], own: Sequence[ArraySpec]) -> "Derived":
         """The same of leaves (by path) of other shapes or dtypes, itself of these."""

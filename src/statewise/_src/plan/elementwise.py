@@ -31,7 +31,7 @@ import optax
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Path
-from statewise._src.plan.optimizer_state import OptimizerGroup
+from statewise._src.plan.derived import Derived
 
 __all__ = ["Elementwise", "prove_elementwise"]
 
@@ -161,11 +161,11 @@ def _bind(primitive: Any, params: dict[str, Any], values: Sequence[Any], shape: 
     return primitive.bind(*values, **params)
 
 
-def prove_elementwise(group: OptimizerGroup) -> Elementwise | None:
-    """Tries to prove that an optimizer is elementwise on the leaves that it updates; None where it is not."""
+def prove_elementwise(group: Derived, tx: Any) -> Elementwise | None:
+    """Tries to prove that a transformation is elementwise on the leaves that it updates; None where it is not."""
     specs = [spec for _, row_specs, _ in group.rows for spec in row_specs]
     try:
-        return _Proof(group, specs).conclude()
+        return _Proof(group, tx, specs).conclude()
     except _Refused:
         return None
 
@@ -173,8 +173,9 @@ def prove_elementwise(group: OptimizerGroup) -> Elementwise | None:
 class _Proof:
     """The nodes of one optimizer's jaxpr."""
 
-    def __init__(self, group: OptimizerGroup, specs: list[ArraySpec]) -> None:
+    def __init__(self, group: Derived, tx: Any, specs: list[ArraySpec]) -> None:
         self.group = group
+        self.tx = tx
         self.specs = specs
         self.nodes: list[tuple[Any, ...]] = []
         self.numbers: dict[Any, int] = {}
@@ -184,7 +185,7 @@ class _Proof:
         self.roles = _roles(group, specs)
 
     def conclude(self) -> Elementwise:
-        closed = _traced(self.group, self.specs)
+        closed = _traced(self.group, self.tx, self.specs)
         jaxpr = compat.inner_jaxpr(closed)
         # In the order of `_traced`: params, grads, moments, loss.
         inputs = iter(jaxpr.invars)
@@ -354,7 +355,7 @@ class _Same:
         return id(self.eqn)
 
 
-def _traced(group: OptimizerGroup, specs: Sequence[ArraySpec]) -> Any:
+def _traced(group: Derived, tx: Any, specs: Sequence[ArraySpec]) -> Any:
     """The jaxpr of one update: (params, grads, moments, loss) -> (new params, new moments)."""
 
     def refuse(*_: Any) -> Any:
@@ -363,7 +364,7 @@ def _traced(group: OptimizerGroup, specs: Sequence[ArraySpec]) -> Any:
     def update(params: Any, grads: Any, moments: Any, loss: Any) -> Any:
         nested, gradients = group.params(params), group.params(grads)
         state = jax.tree.unflatten(group.layout.structure, moments)
-        updates, state = group.tx.update(gradients, state, nested, value=loss, grad=gradients, value_fn=refuse)
+        updates, state = tx.update(gradients, state, nested, value=loss, grad=gradients, value_fn=refuse)
         new = optax.apply_updates(nested, updates)
         return group.arrays(new), group.layout.structure.flatten_up_to(state)
 
@@ -372,7 +373,7 @@ def _traced(group: OptimizerGroup, specs: Sequence[ArraySpec]) -> Any:
     return jax.make_jaxpr(update)(shapes, shapes, moments, jax.ShapeDtypeStruct((), jnp.float32))
 
 
-def _roles(group: OptimizerGroup, specs: Sequence[ArraySpec]) -> tuple[tuple[str, int] | None, ...]:
+def _roles(group: Derived, specs: Sequence[ArraySpec]) -> tuple[tuple[str, int] | None, ...]:
     """For each array of the optimizer's state, the leaf whose path its own ends with, and what stands before it."""
     by_path = {path: leaf for leaf, path in enumerate(group.paths)}
     lengths = sorted({len(path) for path in by_path}, reverse=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.common.graphdef import read_tree
 from statewise._src.common.nnx_graph import (
     ONE,
     ArraySpec,
@@ -89,39 +90,64 @@ def is_sown(type_: type) -> bool:
 
 
 def drop_sown(
-    kinds: Mapping[str, Kind], objects: Sequence[Any], found: ModelGraph, claims: list[str]
+    kinds: Mapping[str, Kind], objects: Sequence[Any], graph: ModelGraph, claims: list[str]
 ) -> tuple[ModelGraph, list[str], tuple[Leaf, ...]]:
     """Takes what an earlier `sow` left in the model out of the plan: a step would find it there, and add to it."""
-    paths = _sown(kinds, found, claims, objects)
-    if not paths:
-        return found, claims, ()
-    dropped = tuple(
-        row_of(path, leaf, kind)
-        for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True)
-        if path in paths
+    candidates = _candidates(kinds, graph, claims)
+    if not candidates:
+        return graph, claims, ()
+    tree = read_tree(graph.graphdef)
+    if tree is None:
+        return _drop_shared(kinds, objects, graph, claims)
+    sown = {number for number in candidates if issubclass(tree.owner(number), nnx.Module)}
+    kept = [number for number in range(len(graph.leaves)) if number not in sown]
+    remaining = graph._replace(
+        graphdef=tree.without(sown),
+        paths=tuple(graph.paths[number] for number in kept),
+        leaves=tuple(graph.leaves[number] for number in kept),
     )
-    copies = rebuild(found.graphdef, [raw_value(leaf) for leaf in found.leaves], found.several)
+    return remaining, [claims[number] for number in kept], _rows_at(graph, claims, sorted(sown))
+
+
+def _candidates(kinds: Mapping[str, Kind], graph: ModelGraph, claims: Sequence[str]) -> list[int]:
+    """Returns the ephemeral leaves that may come from `sow`: it makes attributes of modules, never items of a list."""
+    ephemeral = {name for name, kind in kinds.items() if not kind.saved}
+    return [
+        number
+        for number, (leaf, kind) in enumerate(zip(graph.leaves, claims, strict=True))
+        if kind in ephemeral and is_sown(compat.variable_type(leaf)) and isinstance(graph.paths[number][-1], str)
+    ]
+
+
+def _rows_at(graph: ModelGraph, claims: Sequence[str], numbers: Sequence[int]) -> tuple[Leaf, ...]:
+    return tuple(row_of(graph.paths[number], graph.leaves[number], claims[number]) for number in numbers)
+
+
+def _drop_shared(
+    kinds: Mapping[str, Kind], objects: Sequence[Any], graph: ModelGraph, claims: list[str]
+) -> tuple[ModelGraph, list[str], tuple[Leaf, ...]]:
+    """Does the same where several paths reach one object, by a copy of the objects: NNX tells what is then first."""
+    paths = _sown(kinds, graph, claims, objects)
+    if not paths:
+        return graph, claims, ()
+    dropped = _rows_at(graph, claims, [number for number, path in enumerate(graph.paths) if path in paths])
+    copies = rebuild(graph.graphdef, [raw_value(leaf) for leaf in graph.leaves], graph.several)
     while paths:  # what other paths reach too is still there, at the next of them
-        sown = frozenset(map(found.numbered, paths))
-        nnx.pop(copies if found.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
-        found = read_graph(copies, found.names)
-        claims = claim(kinds, found, there=False)  # a kind all of whose leaves were sown has claimed them before
-        paths = _sown(kinds, found, claims, copies)
-    return found, claims, dropped
+        sown = frozenset(map(graph.numbered, paths))
+        nnx.pop(copies if graph.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
+        graph = read_graph(copies, graph.names)
+        claims = claim(kinds, graph, there=False)  # a kind all of whose leaves were sown has claimed them before
+        paths = _sown(kinds, graph, claims, copies)
+    return graph, claims, dropped
 
 
 def _sown(
-    kinds: Mapping[str, Kind], found: ModelGraph, claims: Sequence[str], objects: Sequence[Any]
+    kinds: Mapping[str, Kind], graph: ModelGraph, claims: Sequence[str], objects: Sequence[Any]
 ) -> frozenset[Path]:
-    """The paths of ephemeral leaves that `sow` made: it makes attributes of modules, never items of a list."""
-    ephemeral = {name for name, kind in kinds.items() if not kind.saved}
-    paths = [
-        path
-        for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True)
-        if kind in ephemeral and is_sown(compat.variable_type(leaf)) and isinstance(path[-1], str)
-    ]
+    """Returns the paths of ephemeral leaves that `sow` made."""
+    paths = [graph.paths[number] for number in _candidates(kinds, graph, claims)]
     if not paths:
         return frozenset()
-    root: Any = tuple(objects) if found.several else objects[0]
-    modules = {named(tuple(path), found.names) for path, _ in nnx.iter_modules(root)}
+    root: Any = tuple(objects) if graph.several else objects[0]
+    modules = {named(tuple(path), graph.names) for path, _ in nnx.iter_modules(root)}
     return frozenset(path for path in paths if path[:-1] in modules)

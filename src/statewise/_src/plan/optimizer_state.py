@@ -10,7 +10,7 @@ asked when a plan first needs it.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,16 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
-from statewise._src.plan.derived import WITHOUT_INTEGERS, Derived, DerivedLayout, check_no_loss, plain_key, unfit
+from statewise._src.plan.derived import (
+    WITHOUT_INTEGERS,
+    Companions,
+    Derived,
+    DerivedLayout,
+    check_no_loss,
+    plain_key,
+    unfit,
+)
+from statewise._src.plan.elementwise import PARAM, Elementwise, prove_elementwise
 from statewise._src.plan.kind import Kind, unknown_kind
 from statewise.errors import DeclarationError
 
@@ -40,14 +49,28 @@ class OptimizerGroup(Derived):
     tx: Any
     given: Any
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OptimizerGroup) and self._identity() == other._identity()
+    trains: ClassVar[bool] = True
 
-    def __hash__(self) -> int:
-        return hash((self.kinds, id(self.given), len(self.rows)))
+    @property
+    def rule(self) -> int:
+        """The transformation as the user gave it, by identity."""
+        return id(self.given)
 
-    def _identity(self) -> tuple[Any, ...]:
-        return self.kinds, id(self.given), self.rows, self.overridden
+    def proof(self) -> Elementwise | None:
+        """Tries to prove that the optimizer is elementwise on the leaves that it updates; None where it is not."""
+        return prove_elementwise(self, self.tx)
+
+    def companions(self) -> Companions | None:
+        """Returns which moments go with each parameter, where the optimizer is elementwise."""
+        proof = self.proof()
+        if proof is None:
+            return None
+        by_role = {role: at for at, role in enumerate(proof.roles) if role is not None}
+        own = tuple(
+            tuple(by_role[role, leaf] for role, _ in signature if role != PARAM)
+            for leaf, signature in enumerate(proof.signatures)
+        )
+        return Companions(proof.signatures, own)
 
     @property
     def into(self) -> str:
@@ -63,11 +86,6 @@ class OptimizerGroup(Derived):
     def label(self) -> str:
         """The group's name in paths and in `state["optimizer"]`: `params`, or `params+lora` for a joint update."""
         return "+".join(self.kinds)
-
-    def arrays(self, params: Any) -> list[Any]:
-        """The group's arrays in order, from the nested state: the inverse of `params`."""
-        flat: dict[Any, Any] = dict(nnx.to_flat_state(params))
-        return [flat[path] for path in self.paths]
 
     @functools.cached_property
     def layout(self) -> DerivedLayout:

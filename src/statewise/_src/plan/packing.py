@@ -21,8 +21,6 @@ import numpy as np
 
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import format_shape
-from statewise._src.plan.elementwise import PARAM, prove_elementwise
-from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise.errors import StructureError
 
 __all__ = ["PackedBuffer", "Packing", "choose", "pack", "separated", "unpack"]
@@ -140,66 +138,62 @@ def separated(buffer: PackedBuffer, flat: Any) -> list[Any]:
 
 
 def choose(
-    specs: Mapping[str, Sequence[ArraySpec]],
-    kinds: Sequence[str],
-    groups: Sequence[tuple[OptimizerGroup, Sequence[tuple[str, int]], Sequence[int]]],
-    averages: Sequence[tuple[str, str, int]] = (),
+    specs: Mapping[str, Sequence[ArraySpec]], kinds: Sequence[str], derived: Sequence[Any]
 ) -> dict[str, Packing]:
     """Decides which arrays of these kinds share buffers.
 
     Args:
       specs: the shape and dtype of each array of each kind.
       kinds: the kinds to pack.
-      groups: each optimizer, with the kind and position of each array that it updates, and the position of each
-        array of its own state within kind `optimizer`.
-      averages: of each kind that is averaged, the kind that the averages stand in, and where they begin there.
+      derived: all that is derived, with its arrays.
 
     Returns:
       the packing of each kind that has at least one buffer.
     """
-    classes: dict[tuple[str, int], Any] = {}
-    chained: dict[str, list[tuple[int, ...]]] = {}
-    for number, (group, params, moments) in enumerate(groups):
-        proof = prove_elementwise(group)
-        if proof is None or "optimizer" not in kinds:
+    classes: dict[tuple[str, int], list[Any]] = {}
+    # What is derived is packed in the order of its sources: of each source, by what is derived, the positions there.
+    followers: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
+    for one in derived:
+        into = one.derived.into
+        companions = one.derived.companions() if into in kinds else None
+        if companions is None:
             continue
-        by_role = {role: moments[at] for at, role in enumerate(proof.roles) if role is not None}
-        for leaf, (spot, signature) in enumerate(zip(params, proof.signatures, strict=True)):
-            own = [(role, by_role[role, leaf]) for role, _ in signature if role != PARAM]
-            dtypes = tuple(str(specs["optimizer"][position].dtype) for _, position in own)
-            classes[spot] = (number, signature, dtypes)
-            if _is_small(specs[spot[0]][spot[1]]):
-                chained.setdefault(spot[0], []).append((spot[1], *(position for _, position in own)))
+        for source, signature, own in zip(one.sources, companions.signatures, companions.own, strict=True):
+            spot = (source.kind, source.position)
+            positions = tuple(one.start + at for at in own)
+            dtypes = tuple(str(specs[into][position].dtype) for position in positions)
+            classes.setdefault(spot, []).append((one.order, signature, dtypes))
+            followers.setdefault(spot, []).append((into, positions))
+    following: dict[str, list[tuple[int, ...]]] = {one.derived.into: [] for one in derived}
     packings: dict[str, Packing] = {}
-    # What is derived is packed in the order of what it is derived from.
-    following: dict[str, list[tuple[int, ...]]] = {into: [] for into in ("optimizer", *(one[1] for one in averages))}
     for kind in kinds:
         if kind in following:
             continue
         packings[kind] = _packing(specs[kind], kind, classes)
-        follow = {position: rest for position, *rest in chained.get(kind, ())}
         for buffer in packings[kind].buffers:
-            rows = [follow[position] for position in buffer.positions if position in follow]
-            following["optimizer"] += [tuple(column) for column in zip(*rows, strict=True)]
-            for of, into, start in averages:
-                if of == kind:
-                    following[into].append(tuple(start + position for position in buffer.positions))
+            # The arrays of a buffer are of one class, and so have the same followers.
+            rows = [followers.get((kind, position), []) for position in buffer.positions]
+            for column in zip(*rows, strict=True):
+                following[column[0][0]] += zip(*(positions for _, positions in column), strict=True)
     for kind, buffers in following.items():
         if kind in kinds:
             taken = {position for positions in buffers for position in positions}
             rest = _packing(specs[kind], kind, classes, without=taken)
-            made = tuple(_buffer(specs[kind], positions) for positions in buffers)
-            packings[kind] = Packing(rest.loose, (*made, *rest.buffers))
+            joined = tuple(_buffer(specs[kind], positions) for positions in buffers)
+            packings[kind] = Packing(rest.loose, (*joined, *rest.buffers))
     return {kind: packing for kind, packing in packings.items() if packing.buffers}
 
 
 def _packing(
-    specs: Sequence[ArraySpec], kind: str, classes: Mapping[tuple[str, int], Any], without: set[int] | None = None
+    specs: Sequence[ArraySpec],
+    kind: str,
+    classes: Mapping[tuple[str, int], Sequence[Any]],
+    without: set[int] | None = None,
 ) -> Packing:
     alike: dict[Any, list[int]] = {}
     for position, spec in enumerate(specs):
         if position not in (without or ()) and _is_small(spec):
-            alike.setdefault((str(spec.dtype), classes.get((kind, position))), []).append(position)
+            alike.setdefault((str(spec.dtype), tuple(classes.get((kind, position), ()))), []).append(position)
     buffers = [_buffer(specs, positions) for positions in alike.values() if len(positions) >= FEWEST]
     packed = {position for buffer in buffers for position in buffer.positions} | (without or set())
     return Packing(tuple(position for position in range(len(specs)) if position not in packed), tuple(buffers))

@@ -11,11 +11,12 @@ from flax import nnx
 from statewise._src.common.nnx_graph import read_graph
 from statewise._src.common.object_names import check_name, given
 from statewise._src.plan.averages import check_averages
+from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.leaf_specs import drop_sown, rows_of
 from statewise._src.plan.match import claim
 from statewise._src.plan.optimizer_state import check_optimizers
-from statewise._src.plan.tables import OPTIMIZER, PlanTables, make_tables
+from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["resolve_plan"]
@@ -59,14 +60,17 @@ def resolve_plan(
     if groups and OPTIMIZER not in kinds:
         kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
     added, shadows = check_averages(kinds, rows, averages or {})
-    return make_tables(
-        with_kinds(kinds, added),
-        found.graphdef,
-        rows,
-        (*groups, *shadows),
-        object_count=len(objects),
-        names=names,
-        excluded=dropped,
+    derived = (*groups, *shadows)
+    return intern(
+        PlanTables(
+            with_kinds(kinds, added),
+            found.graphdef,
+            rows,
+            derived,
+            object_count=len(objects),
+            names=names,
+            excluded=dropped,
+        )
     )
 
 

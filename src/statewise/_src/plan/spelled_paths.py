@@ -14,6 +14,7 @@ keys may hold slashes and stars, and the keys `0` and `"0"` are written alike.
 import difflib
 import functools
 import keyword
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,9 +88,10 @@ class Reading:
         self.found = found
         if aliases is None:
             aliases = aliases_of(found.graphdef, found.paths, found.several, found.names)
-        # Each leaf's paths, its own first, and all of them as filters see them.
+        # Each leaf's paths, its own first.
         self.all = tuple((path, *aliases.get(path, ())) for path in found.paths)
-        self.ways = tuple(found.ways(*paths) for paths in self.all)
+        self._matched: dict[Glob, list[int]] = {}
+        self.corrections: dict[Any, Any] = {}  # what `corrected` has worked out
 
     def matched(self, filter: Any) -> list[int]:
         """The leaves that a part of a filter which spells a path matches, by any of their paths.
@@ -98,26 +100,40 @@ class Reading:
           FilterError: it could mean one leaf or another.
         """
         if not isinstance(filter, Glob):
-            found = self.found
+            graph = self.found
             return [
                 number
                 for number, paths in enumerate(self.all)
-                if any(filter(found.relative(path), found.leaves[number]) for path in paths)
+                if any(filter(graph.relative(path), graph.leaves[number]) for path in paths)
             ]
-        relative = {
-            number: [path for path in paths if filter.matches(self.found.relative(path))]
-            for number, paths in enumerate(self.all)
-        }
-        relative = {number: paths for number, paths in relative.items() if paths}
+        if filter not in self._matched:
+            self._matched[filter] = self._matched_by_glob(filter)
+        return self._matched[filter]
+
+    def _matched_by_glob(self, filter: Glob) -> list[int]:
+        relative = _matching(filter, self._relative)
         printed: dict[int, list[Path]] = {}
         if filter.positional and self.found.several and not self.found.names:
-            for number, paths in enumerate(self.all):
-                if whole := [path for path in paths if filter.matches(path)]:
-                    printed[number] = whole
+            printed = _matching(filter, self._printed)
         if relative and printed and relative.keys() != printed.keys():
             raise self._twofold(filter, relative, printed)
         self._check_exact(filter, printed or relative, bool(printed))
         return sorted(printed or relative)
+
+    @functools.cached_property
+    def ways(self) -> tuple[Path, ...]:
+        """All paths of each leaf, as filters see them."""
+        return tuple(self.found.ways(*paths) for paths in self.all)
+
+    @functools.cached_property
+    def _relative(self) -> list[list[tuple[Path, str]]]:
+        """The paths of each leaf, with their text within the object."""
+        return [[(path, _segments(self.found.relative(path))) for path in paths] for paths in self.all]
+
+    @functools.cached_property
+    def _printed(self) -> list[list[tuple[Path, str]]]:
+        """The paths of each leaf, with their text as they are printed."""
+        return [[(path, _segments(path)) for path in paths] for paths in self.all]
 
     def check(self, filter: Any) -> None:
         """Refuses a filter in which a path could mean one leaf or another.
@@ -186,21 +202,44 @@ class Reading:
         return {str(key): None for paths in self.all for path in paths for key in path}
 
 
+def _segments(path: Path) -> str:
+    """Returns a path as text, with a slash after each segment."""
+    return format_path(path) + "/" if path else ""
+
+
+def _matching(filter: Glob, texts: Sequence[Sequence[tuple[Path, str]]]) -> dict[int, list[Path]]:
+    """Returns the leaves that a glob matches, by number, each with those of its paths that it matches."""
+    matching = {}
+    for number, ways in enumerate(texts):
+        if paths := [path for path, text in ways if filter.matches_text(text)]:
+            matching[number] = paths
+    return matching
+
+
 def nearest(reading: Reading, filter: Any) -> list[str]:
     """The paths that are nearest to one that matches nothing, as text; the nearest first."""
     fixed = corrected(reading, filter)
     if fixed is not None:
         return [format_path(reading.found.paths[number]) for number in reading.matched(fixed)][:_SHOWN]
     wanted = _text(filter).replace("/**", "").replace("**/", "")
-    return sorted(reading.texts, key=lambda text: -_likeness(wanted, text))[:_SHOWN]
+    best: list[tuple[float, str]] = []
+    letters = Counter(wanted)
+    for text in reading.texts:
+        # What comes later must be nearer to be shown.  Comparing in full is slow: most are out by their letters.
+        least = best[-1][0] if len(best) == _SHOWN else -1.0
+        parts = {text, text.rpartition("/")[0] or text, text.partition("/")[2] or text}
+        close = [part for part in parts if _at_most(wanted, letters, part) > least]
+        likeness = max((difflib.SequenceMatcher(None, wanted, part).ratio() for part in close), default=-1.0)
+        if likeness > least:
+            # The sort is stable: of paths that are equally near, the first comes first.
+            best = sorted([*best, (likeness, text)], key=lambda pair: -pair[0])[:_SHOWN]
+    return [text for _, text in best]
 
 
-def _likeness(wanted: str, text: str) -> float:
-    """How like a path is to what was wanted: as a whole, or at its beginning or end, since much may be left out."""
-    return max(
-        difflib.SequenceMatcher(None, wanted, part).ratio()
-        for part in (text, text.rpartition("/")[0] or text, text.partition("/")[2] or text)
-    )
+def _at_most(wanted: str, letters: Mapping[str, int], part: str) -> float:
+    """Returns an upper bound of how like two texts are: their letters alone, in any order."""
+    shared = sum(min(count, part.count(letter)) for letter, count in letters.items())
+    return 2 * shared / ((len(wanted) + len(part)) or 1)
 
 
 def _text(filter: Any) -> str:
@@ -215,7 +254,13 @@ def _first(filter: Any) -> str:
 
 
 def corrected(reading: Reading, filter: Any) -> Any | None:
-    """The filter with each key that no path has replaced by the nearest; None where that matches nothing either."""
+    """Returns the filter with each key that no path has replaced by the nearest; None where that matches nothing."""
+    if filter not in reading.corrections:
+        reading.corrections[filter] = _corrected(reading, filter)
+    return reading.corrections[filter]
+
+
+def _corrected(reading: Reading, filter: Any) -> Any | None:
     if type(filter) is nnx.PathContains:
         near = difflib.get_close_matches(str(filter.key), reading.keys, n=1)
         return (

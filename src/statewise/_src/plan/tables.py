@@ -15,14 +15,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 
 from statewise._src.common.nnx_graph import ONE, ArraySpec, make_leaf
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
+from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Slot
 from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived
 from statewise._src.plan.intern import intern
@@ -33,7 +34,7 @@ from statewise._src.plan.optimizer_state import OPTIMIZER, OptimizerGroup
 from statewise._src.plan.packing import PackedBuffer, Packing, choose, pack, unpack
 from statewise._src.plan.per_device import PerDeviceArrays
 
-__all__ = ["OPTIMIZER", "PlanTables", "make_tables"]
+__all__ = ["OPTIMIZER", "PlanTables"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +79,7 @@ class PlanTables:
         counts = ", ".join(f"{kind}={len(specs)}" for kind, specs in self.specs.items() if specs)
         return f"Plan({'' if self.members is None else f'an ensemble of {self.members}: '}{counts})"
 
-    # Identity is equality: `make_tables` gives out one object for equal tables.
+    # Identity is equality: `intern` gives out one object for equal tables.
 
     def __deepcopy__(self, memo: Any) -> PlanTables:
         return self
@@ -113,12 +114,12 @@ class PlanTables:
     @functools.cached_property
     def optimizers(self) -> tuple[OptimizerGroup, ...]:
         """The optimizers."""
-        return tuple(one for one in self.derived if isinstance(one, OptimizerGroup))
+        return tuple(cast(OptimizerGroup, one) for one in self.derived if one.trains)
 
     @functools.cached_property
     def averages(self) -> tuple[Average, ...]:
         """The averages, one for each kind and name."""
-        return tuple(one for one in self.derived if isinstance(one, Average))
+        return tuple(cast(Average, one) for one in self.derived if one.mirrors)
 
     @functools.cached_property
     def specs(self) -> dict[str, tuple[ArraySpec, ...]]:
@@ -142,20 +143,93 @@ class PlanTables:
         return tuple(spans)
 
     @functools.cached_property
-    def derived_spans(self) -> tuple[tuple[int, int], ...]:
-        """For all that is derived, in order, where its arrays stand in the part of its kind."""
-        used = {one.into: sum(len(row.specs) for row in self.rows if row.kind == one.into) for one in self.derived}
-        spans = []
-        for one in self.derived:
-            start = used[one.into]
-            used[one.into] = start + len(one.layout.specs)
-            spans.append((start, used[one.into]))
-        return tuple(spans)
+    def arrays(self) -> tuple[ArrayInfo, ...]:
+        """Every array of a state, by number: kind by kind, in the order of the plan."""
+        arrays: list[ArrayInfo] = []
+        for index, (kind, specs) in enumerate(self.specs.items()):
+            slot_of = {
+                position: (slot, content if isinstance(content, PackedBuffer) else None)
+                for slot, content in enumerate(self.slots[index])
+                for position in (content.positions if isinstance(content, PackedBuffer) else (content,))
+            }
+            per_device = self.per_device.of(kind) if self.per_device else frozenset()
+            axes = self.ensemble.of(kind) if self.ensemble else (None,) * len(specs)
+            for position, (spec, held, axis) in enumerate(zip(specs, self.held_specs[kind], axes, strict=True)):
+                devices = self.per_device.devices if self.per_device and position in per_device else 0
+                slot, buffer = slot_of[position]
+                leaf, derived = self._owners[kind][position]
+                info = ArrayInfo(len(arrays), kind, position, slot, buffer, leaf, spec, held, derived, devices, axis)
+                arrays.append(info)
+        return tuple(arrays)
 
-    @property
-    def optimizer_spans(self) -> tuple[tuple[int, int], ...]:
-        """For each optimizer, where its state's arrays stand in the part of kind `optimizer`."""
-        return self.derived_spans[: len(self.optimizers)]
+    @functools.cached_property
+    def by_kind(self) -> dict[str, tuple[ArrayInfo, ...]]:
+        """The arrays of each kind, by position."""
+        arrays = iter(self.arrays)
+        return {kind: tuple(itertools.islice(arrays, len(specs))) for kind, specs in self.specs.items()}
+
+    @functools.cached_property
+    def stored(self) -> dict[str, tuple[Slot, ...]]:
+        """What a state stores in each slot of each kind's part."""
+        stored = {}
+        for kind, arrays in self.by_kind.items():
+            contents = self.slots[self.kind_index[kind]]
+            stored[kind] = tuple(
+                Slot(kind, index, tuple(arrays[position] for position in content.positions), content)
+                if isinstance(content, PackedBuffer)
+                else Slot(kind, index, (arrays[content],), None)
+                for index, content in enumerate(contents)
+            )
+        return stored
+
+    @functools.cached_property
+    def buffers(self) -> tuple[Slot, ...]:
+        """The slots that hold several arrays, kind by kind."""
+        return tuple(slot for slots in self.stored.values() for slot in slots if slot.buffer is not None)
+
+    @functools.cached_property
+    def _starts(self) -> tuple[int, ...]:
+        """For all that is derived, the position of its first array in its kind."""
+        used = {one.into: sum(len(row.specs) for row in self.rows if row.kind == one.into) for one in self.derived}
+        starts = []
+        for one in self.derived:
+            starts.append(used[one.into])
+            used[one.into] += len(one.layout.specs)
+        return tuple(starts)
+
+    @functools.cached_property
+    def _owners(self) -> dict[str, list[tuple[Leaf, Derived | None]]]:
+        """For each array of each kind, the leaf that it belongs to, and what it is derived with."""
+        owners: dict[str, list[tuple[Leaf, Derived | None]]] = {kind: [] for kind in self.kinds}
+        leaves = iter(self.leaves)
+        for row in self.rows:
+            owners[row.kind].extend([(next(leaves), None)] * len(row.specs))
+        for one in self.derived:
+            owners[one.into].extend((leaf, one) for leaf in itertools.islice(leaves, len(one.layout.specs)))
+        return owners
+
+    @functools.cached_property
+    def derived_arrays(self) -> tuple[DerivedArrays, ...]:
+        """All that is derived, each with its own arrays and those that it is derived from."""
+        placed = []
+        for index, (one, start) in enumerate(zip(self.derived, self._starts, strict=True)):
+            own = self.by_kind[one.into][start : start + len(one.layout.specs)]
+            sources = tuple(
+                array
+                for span in self.spans
+                if span.kind in one.kinds
+                for array in self.by_kind[span.kind][span.start : span.stop]
+            )
+            placed.append(DerivedArrays(one, index, start, own, sources))
+        return tuple(placed)
+
+    def numbers(self, spots: Iterable[tuple[str, int]]) -> list[int]:
+        """Returns the numbers of arrays, from their kinds and positions."""
+        return [self.by_kind[kind][position].number for kind, position in spots]
+
+    def arrays_of(self, derived: Derived) -> DerivedArrays:
+        """Returns something derived with its arrays."""
+        return self.derived_arrays[self.derived.index(derived)]
 
     @functools.cached_property
     def kind_index(self) -> dict[str, int]:
@@ -207,35 +281,15 @@ class PlanTables:
     @functools.cached_property
     def slot_axes(self) -> dict[str, tuple[Axis, ...]]:
         """For each kind the axis of the members in each slot of its part; all None where the plan is of one model."""
-        members = self.ensemble
-        if members is None:
-            return {kind: (None,) * size for kind, size in zip(self.kinds, self.sizes, strict=True)}
-        return {
-            kind: tuple(members.of(kind)[slot if isinstance(slot, int) else slot.positions[0]] for slot in here)
-            for kind, here in zip(self.kinds, self.slots, strict=True)
-        }
-
-    def member_axis(self, kind: str, position: int) -> Axis:
-        """The axis of the members in one array; None where there is none."""
-        return None if self.ensemble is None else self.ensemble.of(kind)[position]
-
-    @functools.cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """For each kind (by its number), how many arrays the kinds before it have."""
-        return (0, *itertools.accumulate(map(len, self.specs.values())))
+        return {kind: tuple(slot.arrays[0].axis for slot in slots) for kind, slots in self.stored.items()}
 
     @functools.cached_property
     def leaf_of_slot(self) -> dict[str, list[Leaf]]:
         """For each kind, the leaf in each slot of its part; a buffer counts as one that is named for what it holds."""
         leaves = {}
-        for kind, rows in self.leaf_of_array.items():
-            packing = self.packing.get(kind)
-            if packing:
-                rows = [rows[at] for at in packing.loose]
-                for number, buffer in enumerate(packing.buffers):
-                    name = f"buffer {number} of {len(buffer.positions)} arrays"
-                    rows.append(Leaf((name,), kind, jax.Array, buffer.spec.shape, buffer.spec.dtype))
-            leaves[kind] = rows
+        for kind, slots in self.stored.items():
+            loose = sum(slot.buffer is None for slot in slots)
+            leaves[kind] = [slot.leaf(slot.position - loose) for slot in slots]
         return leaves
 
     @functools.cached_property
@@ -273,23 +327,10 @@ class PlanTables:
             return pack(packing, arrays) if packing else arrays
         return tuple(members.each(lambda arrays: pack(packing, arrays), arrays, members.of(kind), self.slot_axes[kind]))
 
-    def params_of(self, group: Derived) -> list[tuple[str, int]]:
-        """Kind and position of each array that something is derived from, in its order."""
-        return [
-            (span.kind, position)
-            for span in self.spans
-            if span.kind in group.kinds
-            for position in range(span.start, span.stop)
-        ]
-
     @functools.cached_property
     def leaf_of_array(self) -> dict[str, list[Leaf]]:
         """For each kind, the leaf that each array of its part belongs to."""
-        rows: dict[str, list[Leaf]] = {kind: [] for kind in self.kinds}
-        arrays = [len(row.specs) for row in self.rows] + [1] * (len(self.leaves) - len(self.rows))
-        for leaf, count in zip(self.leaves, arrays, strict=True):
-            rows[leaf.kind or ""].extend([leaf] * count)
-        return rows
+        return {kind: [leaf for leaf, _ in part] for kind, part in self._owners.items()}
 
     # --- tables made from these ------------------------------------------------------------------------------
 
@@ -311,8 +352,8 @@ class PlanTables:
         # What would be derived from leaves of these dtypes does not matter: it is there already.
         by_path = {row.path: row.specs for row in rows}
         derived = tuple(
-            one.recast(by_path, specs.get(one.into, self.specs[one.into])[start:stop])
-            for one, (start, stop) in zip(self.derived, self.derived_spans, strict=True)
+            one.recast(by_path, specs.get(one.into, self.specs[one.into])[start : start + len(one.layout.specs)])
+            for one, start in zip(self.derived, self._starts, strict=True)
         )
         plain = self.changed(rows=tuple(rows), derived=derived, packing={}, per_device=None)
         return plain.with_packing(tuple(self.packing)) if self.packing else plain
@@ -321,13 +362,7 @@ class PlanTables:
         """This plan with the small arrays of these kinds in few buffers."""
         if self.ensemble is not None:
             return self.ensemble.single.with_packing(kinds).with_members(self.ensemble)
-        groups = [
-            (group, self.params_of(group), range(*span))
-            for group, span in zip(self.optimizers, self.optimizer_spans, strict=True)
-        ]
-        spans = self.derived_spans[len(self.optimizers) :]
-        averages = [(one.kind, one.into, start) for one, (start, _) in zip(self.averages, spans, strict=True)]
-        return self.changed(packing=choose(self.specs, kinds, groups, averages), per_device=None)
+        return self.changed(packing=choose(self.specs, kinds, self.derived_arrays), per_device=None)
 
     @property
     def plain(self) -> PlanTables:
@@ -352,20 +387,6 @@ class PlanTables:
         ]
         derived = [
             dataclasses.replace(one, overridden=members.grown_at(one.into, start, one.layout.specs))
-            for one, (start, _) in zip(self.derived, self.derived_spans, strict=True)
+            for one, start in zip(self.derived, self._starts, strict=True)
         ]
         return intern(dataclasses.replace(self, rows=tuple(rows), derived=tuple(derived), ensemble=members))
-
-
-def make_tables(
-    kinds: Mapping[str, Kind],
-    graphdef: Any,
-    rows: tuple[LeafSpec, ...],
-    derived: tuple[Derived, ...],
-    *,
-    object_count: int,
-    names: tuple[str, ...],
-    excluded: tuple[Leaf, ...],
-) -> PlanTables:
-    """Returns the tables of a plan; equal ones are one object."""
-    return intern(PlanTables(kinds, graphdef, rows, derived, object_count=object_count, names=names, excluded=excluded))

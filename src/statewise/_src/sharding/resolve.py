@@ -19,7 +19,6 @@ from flax import nnx
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
-from statewise._src.plan.averages import Average
 from statewise._src.plan.derived import Derived, keys_within
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import (
@@ -359,13 +358,10 @@ class _Resolver:
 
 def _as_owner(derived: Derived, at: int, owners: Owners) -> ArrayPlacement:
     """Returns the placement of a derived array, following its owner's."""
-    if not isinstance(derived, Average):
-        # Within the parameters: otherwise the first moment of `kernel` could be that of a parameter `mu/kernel`.
-        path, root = derived.layout.paths[at], derived.layout.roots[at] if derived.layout.roots else None
-        owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
-        return follow(path, derived.layout.specs[at].shape, owned)
-    owner = owners.get(derived.paths[at]) if at < len(derived.paths) else None
-    return owner[0][1] if owner else ArrayPlacement()
+    # Within the parameters: otherwise the first moment of `kernel` could be that of a parameter `mu/kernel`.
+    path, root = derived.layout.paths[at], derived.layout.roots[at] if derived.layout.roots else None
+    owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
+    return follow(path, derived.layout.specs[at].shape, owned)
 
 
 def _is_moment(row: Any) -> bool:

@@ -1,9 +1,9 @@
-"""The arrays of a state that are passed to a compiled function, and how its program finds them.
+"""Which arrays of a state cross into a compiled function, and how its program finds them.
 
-The compiled function takes only the slots of a state's parts that the program reads or writes, grouped by kind:
-`donated` slots are written and returned; `read_only` slots are only read.  Inside, the program refers to arrays by
-their number among all arrays of the plan.  If a part is packed, `unpack` takes the needed arrays out of the buffers,
-and `pack` concatenates the new ones, unless the program computed a buffer as a unit.
+The compiled function takes just the slots of a state's parts that the program reads or writes, grouped by kind:
+`donated` are written, and come back; `read_only` are only read.  Inside, the program speaks of arrays by their number
+among all arrays of the plan.  Where a part is packed, `unpack` takes the arrays that are needed out of the
+buffers, and `pack` puts the new ones together again, unless the program made a buffer as a whole.
 """
 
 from __future__ import annotations
@@ -16,36 +16,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.plan.packing import PackedBuffer, separated
+from statewise._src.plan.arrays import Slot, Spot
+from statewise._src.plan.packing import separated
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Arrays", "Operand", "Operands", "numbers_of", "operands_of"]
+__all__ = ["Arrays", "Operand", "Operands", "joined", "operands_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operand:
-    """All, or some, of the slots of one kind's part.
+    """Some slots of one kind's part: all of them, or some.
 
     Attributes:
       kind: the position of the kind.
-      slots: the slots.
-      pick: selects them from a part's arrays; None for all of them.
+      name: its name.
+      slots: which slots.
+      pick: takes them out of a part's arrays; None where it is all of them.
     """
 
     kind: int
+    name: str
     slots: tuple[int, ...]
     pick: Callable[[Sequence[Any]], Any] | None
 
     @classmethod
-    def of(cls, kind: int, slots: Sequence[int], size: int) -> Operand:
-        """Makes the operand of these slots of a part with `size` slots."""
+    def of(cls, kind: int, stored: Sequence[Slot], size: int) -> Operand:
+        """Returns the operand of these slots of a part that has so many."""
+        slots = tuple(slot.position for slot in stored)
         pick: Callable[[Sequence[Any]], Any] | None = None
         if len(slots) == 1 and size > 1:
             only = slots[0]
-            pick = lambda arrays: (arrays[only],)  # noqa: E731 - itemgetter returns a bare item for one
+            pick = lambda arrays: (arrays[only],)  # noqa: E731 - itemgetter gives a bare item for one
         elif len(slots) < size:
             pick = operator.itemgetter(*slots)
-        return cls(kind, tuple(slots), pick)
+        return cls(kind, stored[0].kind, slots, pick)
 
 
 @dataclasses.dataclass(slots=True)
@@ -53,29 +57,29 @@ class Arrays:
     """The arrays inside a program.
 
     Attributes:
-      flat: the arrays by number; None for those that are not needed.
-      slots: the operands, by kind and slot.
-      made: the buffers that the program computed as a unit, by kind and slot.
+      flat: by number; None for those that are not needed.
+      slots: what came in, by kind and slot.
+      made: buffers that the program made as a whole, by kind and slot.
     """
 
     flat: list[Any]
-    slots: dict[tuple[int, int], Any]
-    made: dict[tuple[int, int], Any]
+    slots: dict[Spot, Any]
+    made: dict[Spot, Any]
 
     def store(self, numbers: Sequence[int], arrays: Sequence[Any]) -> None:
-        """Sets the new values of arrays."""
+        """Gives arrays new values."""
         for number, array in zip(numbers, arrays, strict=True):
             self.flat[number] = array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operands:
-    """The arrays that are passed to the compiled function.
+    """Which arrays cross into the compiled function, and how.
 
     Attributes:
       plan: the plan.
-      donated: the slots that are written; their buffers are donated, and the new values are returned in the same order.
-      read_only: the slots that are only read.
+      donated: slots that are written; their buffers are given away, and the new values come back so.
+      read_only: slots that are only read.
       needed: the numbers of the arrays that the program uses one by one.
     """
 
@@ -85,75 +89,65 @@ class Operands:
     needed: frozenset[int]
 
     def unpack(self, donated: Any, read_only: Any) -> Arrays:
-        """Returns the arrays inside the program, from the operands."""
-        offsets = self.plan.offsets
-        arrays = Arrays([None] * sum(map(len, self.plan.specs.values())), {}, {})
-        for group, parts in ((self.donated, donated), (self.read_only, read_only)):
-            for operand, values in zip(group, parts, strict=True):
-                for slot, value in zip(operand.slots, values, strict=True):
-                    arrays.slots[operand.kind, slot] = value
-                    content = self.plan.slots[operand.kind][slot]
-                    # An array's number is its kind's offset plus its position in the kind.
-                    if not isinstance(content, PackedBuffer):
-                        arrays.flat[offsets[operand.kind] + content] = value
-                    elif any(offsets[operand.kind] + position in self.needed for position in content.positions):
-                        numbers = [offsets[operand.kind] + position for position in content.positions]
-                        arrays.store(numbers, separated(content, value))
+        """Returns the arrays inside the program, from what crossed."""
+        arrays = Arrays([None] * len(self.plan.arrays), {}, {})
+        for operands, parts in ((self.donated, donated), (self.read_only, read_only)):
+            for operand, values in zip(operands, parts, strict=True):
+                for slot, value in zip(self._slots(operand), values, strict=True):
+                    arrays.slots[slot.spot] = value
+                    if slot.buffer is None:
+                        arrays.flat[slot.arrays[0].number] = value
+                    elif not self.needed.isdisjoint(slot.numbers):
+                        arrays.store(slot.numbers, separated(slot.buffer, value))
         return arrays
 
     def pack(self, arrays: Arrays) -> tuple[tuple[Any, ...], ...]:
-        """Returns the new values of the donated slots, grouped by kind."""
-        return tuple(
-            tuple(self._packed(arrays, operand.kind, slot) for slot in operand.slots) for operand in self.donated
-        )
+        """Returns the donated slots' new values, grouped by kind."""
+        return tuple(tuple(_stored(arrays, slot) for slot in self._slots(operand)) for operand in self.donated)
 
-    def _packed(self, arrays: Arrays, kind: int, slot: int) -> Any:
-        """Returns the new value of a slot: a buffer computed as a unit, a concatenated buffer, or an array."""
-        if (kind, slot) in arrays.made:
-            return arrays.made[kind, slot]
-        content, offset = self.plan.slots[kind][slot], self.plan.offsets[kind]
-        if isinstance(content, PackedBuffer):
-            return joined([arrays.flat[offset + position] for position in content.positions])
-        return arrays.flat[offset + content]
+    def _slots(self, operand: Operand) -> list[Slot]:
+        stored = self.plan.stored[operand.name]
+        return [stored[slot] for slot in operand.slots]
+
+
+def _stored(arrays: Arrays, slot: Slot) -> Any:
+    """Returns the new value of what is stored in a slot."""
+    if slot.spot in arrays.made:
+        return arrays.made[slot.spot]
+    values = [arrays.flat[number] for number in slot.numbers]
+    return values[0] if slot.buffer is None else joined(values)
 
 
 def joined(arrays: Sequence[Any]) -> Any:
     """Concatenates arrays into one buffer, inside a compiled function."""
-    # Without the barrier XLA fuses the computations of all these arrays into one enormous kernel.
+    # Without the barrier XLA fuses whatever made the arrays into one enormous kernel.
     arrays = jax.lax.optimization_barrier(list(arrays))
     return jnp.concatenate([jnp.ravel(array) for array in arrays])
 
 
-def numbers_of(plan: PlanTables, spots: Sequence[tuple[str, int]]) -> list[int]:
-    """Returns the numbers of arrays, given their kinds and positions."""
-    return [plan.offsets[plan.kind_index[kind]] + position for kind, position in spots]
-
-
 def operands_of(
-    plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[tuple[int, int]] = ()
+    plan: PlanTables, read: Collection[int], written: Collection[int], whole: Collection[Spot] = ()
 ) -> Operands:
     """Returns the operands of a program.
 
     Args:
       plan: the plan.
-      read: the numbers of the arrays that it reads individually.
-      written: the numbers of the arrays that it writes, individually or in buffers.
-      whole: the buffers, by kind and slot, that it computes as a unit.
+      read: the numbers of the arrays that it reads one by one.
+      written: the numbers of the arrays that it writes, one by one or in whole buffers.
+      whole: the buffers, by kind and slot, that it makes as a whole.
     """
     donated, read_only, needed = [], [], set(read)
-    for kind, contents in enumerate(plan.slots):
+    for kind, slots in enumerate(plan.stored.values()):
         gives, keeps = [], []
-        for slot, content in enumerate(contents):
-            positions = content.positions if isinstance(content, PackedBuffer) else (content,)
-            numbers = [plan.offsets[kind] + position for position in positions]
-            if any(number in written for number in numbers):
+        for slot in slots:
+            if any(number in written for number in slot.numbers):
                 gives.append(slot)
-                if (kind, slot) not in whole:
-                    needed.update(numbers)  # the unwritten arrays of the buffer are concatenated with the new ones
-            elif any(number in read for number in numbers):
+                if slot.spot not in whole:
+                    needed.update(slot.numbers)  # those that are not written are put back as they were
+            elif any(number in read for number in slot.numbers):
                 keeps.append(slot)
         if gives:
-            donated.append(Operand.of(kind, gives, len(contents)))
+            donated.append(Operand.of(kind, gives, len(slots)))
         if keeps:
-            read_only.append(Operand.of(kind, keeps, len(contents)))
+            read_only.append(Operand.of(kind, keeps, len(slots)))
     return Operands(plan, tuple(donated), tuple(read_only), frozenset(needed))

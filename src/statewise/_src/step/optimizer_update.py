@@ -1,9 +1,10 @@
-"""An optimizer's update inside a compiled step: leaf by leaf, or on complete buffers where that is proven correct."""
+"""One optimizer's update inside a compiled step: leaf by leaf, or on whole buffers where that is proven."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from statewise._src.common.nnx_graph import spec_of
-from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise, prove_elementwise
+from statewise._src.plan.arrays import Spot, numbers_of
+from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise
 from statewise._src.plan.optimizer_state import OptimizerGroup
-from statewise._src.plan.packing import PackedBuffer
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.operands import Arrays, joined, numbers_of
+from statewise._src.step.operands import Arrays, joined
+from statewise._src.step.step_update import Gradients, Moved, StepUpdate, step_update
 from statewise.errors import StructureError
 
 __all__ = ["Update"]
@@ -23,29 +25,29 @@ __all__ = ["Update"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Whole:
-    """A buffer of parameters that is updated as a unit.
+    """A buffer of parameters that is updated as a whole.
 
     Attributes:
       spot: its kind and slot.
-      leaves: the optimizer's leaves in it, in order.
-      moments: the slot and kind of each role's buffer.
+      leaves: which of the optimizer's leaves are in it, in order.
+      moments: the slot, and kind, of each role's buffer.
     """
 
-    spot: tuple[int, int]
+    spot: Spot
     leaves: tuple[int, ...]
-    moments: dict[str, tuple[int, int]]
+    moments: dict[str, Spot]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Update:
+class Update(StepUpdate):
     """One optimizer's update.
 
     Attributes:
       group: the optimizer and its leaves.
       params: the numbers of the arrays that it updates, in its order.
       moments: the numbers of the arrays of its own state.
-      buffers: the buffers that it updates as a unit; empty if it goes leaf by leaf.
-      proof: the proof that this is correct; None if it goes leaf by leaf.
+      buffers: those that it updates as a whole; none where it goes leaf by leaf.
+      proof: that it may; None where it goes leaf by leaf.
     """
 
     group: OptimizerGroup
@@ -55,27 +57,30 @@ class Update:
     proof: Elementwise | None
 
     @classmethod
-    def of(cls, plan: PlanTables, group: OptimizerGroup, written: Collection[int]) -> Update:
-        """Builds the update of a group; `written` are the numbers of the arrays that the function itself writes."""
-        params = tuple(numbers_of(plan, plan.params_of(group)))
-        start, stop = plan.optimizer_spans[plan.optimizers.index(group)]
-        moments = tuple(numbers_of(plan, [("optimizer", position) for position in range(start, stop)]))
-        proof = prove_elementwise(group) if plan.packing else None
+    def of(cls, plan: PlanTables, group: OptimizerGroup, written: AbstractSet[int]) -> Update:
+        """Returns the update of a group; `written` are the numbers of arrays that are written before."""
+        placed = plan.arrays_of(group)
+        params, moments = numbers_of(placed.sources), numbers_of(placed.arrays)
+        proof = group.proof() if plan.packing else None
         buffers = _whole_buffers(plan, proof, params, moments, written) if proof else ()
         return cls(group, params, moments, buffers, proof if buffers else None)
 
     @property
-    def whole(self) -> set[tuple[int, int]]:
-        """Returns the buffers, by kind and slot, that this computes as a unit."""
+    def differentiates(self) -> tuple[int, ...]:
+        """Returns the numbers of the parameters."""
+        return self.params
+
+    @property
+    def whole(self) -> set[Spot]:
+        """Returns the buffers, by kind and slot, that it computes as a unit."""
         return {spot for buffer in self.buffers for spot in (buffer.spot, *buffer.moments.values())}
 
     @property
     def reads(self) -> set[int]:
-        """Returns the numbers of the arrays that it reads individually."""
+        """Returns the numbers of the arrays that it reads one by one."""
         if self.proof is None:
             return {*self.params, *self.moments}
         inside = {leaf for buffer in self.buffers for leaf in buffer.leaves}
-        # Moments of leaves in a buffer are read with the buffer; `None` owners are scalars such as counts.
         apart = {
             number
             for number, owner in zip(self.moments, self.proof.roles, strict=True)
@@ -88,15 +93,20 @@ class Update:
         """Returns the numbers of the arrays that it writes."""
         return {*self.params, *self.moments}
 
-    def run(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
+    def run(self, arrays: Arrays, gradients: Gradients) -> None:
         """Updates the arrays."""
-        if self.proof is None:
-            self._run_by_leaf(arrays, grads, loss, loss_of)
-        else:
-            self._run_on_buffers(self.proof, arrays, grads, loss)
+        grads = [gradients.of[number] for number in self.params]
+        if self.proof is not None:
+            self._run_on_buffers(self.proof, arrays, grads, gradients.loss)
+            return
+
+        def loss_of(params: Any) -> Any:
+            return gradients.loss_with(self.params, self.group.arrays(params))
+
+        self._run_by_leaf(arrays, grads, gradients.loss, loss_of)
 
     def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
-        """Runs Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
+        """By Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
         group, layout = self.group, self.group.layout
         params = group.params([arrays.flat[number] for number in self.params])
         gradients = group.params(grads)
@@ -108,16 +118,15 @@ class Update:
         arrays.store(self.moments, moments)
 
     def _run_on_buffers(self, proof: Elementwise, arrays: Arrays, grads: Sequence[Any], loss: Any) -> None:
-        """Runs the proven program: the same primitives, on buffers and on the leaves outside of them."""
+        """Runs the proven primitives on buffers, and on the leaves outside of buffers."""
         params = [arrays.flat[number] for number in self.params]
         moments = [arrays.flat[number] for number in self.moments]
         run = proof.shared(params, grads, moments, jnp.asarray(loss, jnp.float32))
         for buffer in self.buffers:
             inside = {PARAM: arrays.slots[buffer.spot], GRAD: joined([grads[leaf] for leaf in buffer.leaves])}
             inside |= {role: arrays.slots[spot] for role, spot in buffer.moments.items()}
-            for role, new in run.leaf(proof.signatures[buffer.leaves[0]], inside).items():
-                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = new
-        # The leaves outside of the buffers, one by one.
+            for role, made in run.leaf(proof.signatures[buffer.leaves[0]], inside).items():
+                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = made
         owned = {leaf for buffer in self.buffers for leaf in buffer.leaves}
         where = {owner: number for number, owner in zip(self.moments, proof.roles, strict=True) if owner is not None}
         for leaf, number in enumerate(self.params):
@@ -126,11 +135,11 @@ class Update:
             roles = [role for role, _ in proof.signatures[leaf] if role != PARAM]
             alone = {PARAM: params[leaf], GRAD: grads[leaf]}
             alone |= {role: arrays.flat[where[role, leaf]] for role in roles}
-            for role, new in run.leaf(proof.signatures[leaf], alone).items():
-                arrays.flat[number if role == PARAM else where[role, leaf]] = new
-        for number, new in zip(self.moments, run.shared_moments(), strict=True):
-            if new is not None:
-                arrays.flat[number] = new
+            for role, made in run.leaf(proof.signatures[leaf], alone).items():
+                arrays.flat[number if role == PARAM else where[role, leaf]] = made
+        for number, made in zip(self.moments, run.shared_moments(), strict=True):
+            if made is not None:
+                arrays.flat[number] = made
 
     def _check(self, moments: Sequence[Any]) -> None:
         layout = self.group.layout
@@ -144,25 +153,19 @@ class Update:
                 f"The optimizer of {self.group.label} changes the shape or dtype of its own state:\n  "
                 + "\n  ".join(changed),
                 kind="optimizer",
-                hint="use an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes that of mu",
+                hint="an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes the moments'",
             )
 
 
 def _whole_buffers(
-    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
+    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: AbstractSet[int]
 ) -> tuple[_Whole, ...]:
-    """Returns the buffers whose leaves have one signature, and whose moments are in buffers of the same order."""
-    # By number: a buffer qualifies if each role's moments of its leaves are exactly the contents of another buffer.
+    """Returns the buffers whose leaves have one signature and whose moments are in buffers of the same order."""
     leaf_of = {number: leaf for leaf, number in enumerate(params)}
     number_of = {owner: number for number, owner in zip(moments, proof.roles, strict=True) if owner is not None}
-    buffers = {
-        tuple(plan.offsets[kind] + position for position in content.positions): (kind, slot)
-        for kind, contents in enumerate(plan.slots)
-        for slot, content in enumerate(contents)
-        if isinstance(content, PackedBuffer)
-    }
-    whole = []
-    for numbers, spot in buffers.items():
+    spots = {slot.numbers: slot.spot for slot in plan.buffers}
+    buffers = []
+    for numbers, spot in spots.items():
         if not all(number in leaf_of and number not in written for number in numbers):
             continue
         leaves = tuple(leaf_of[number] for number in numbers)
@@ -170,6 +173,11 @@ def _whole_buffers(
         if any(proof.signatures[leaf] != signature for leaf in leaves):
             continue
         rows = {role: tuple(number_of[role, leaf] for leaf in leaves) for role, _ in signature if role != PARAM}
-        if all(row in buffers for row in rows.values()):
-            whole.append(_Whole(spot, leaves, {role: buffers[row] for role, row in rows.items()}))
-    return tuple(whole)
+        if all(row in spots for row in rows.values()):
+            buffers.append(_Whole(spot, leaves, {role: spots[row] for role, row in rows.items()}))
+    return tuple(buffers)
+
+
+@step_update.register(OptimizerGroup)
+def _(derived: OptimizerGroup, plan: PlanTables, moved: Moved) -> Update:
+    return Update.of(plan, derived, moved.numbers)

@@ -1,9 +1,10 @@
-"""Turns a traced call into the function that is compiled.
+"""From a traced call to the function that gets compiled.
 
-There are two programs for a trace.  `_forward` runs it.  `_train` differentiates it with respect to the arrays of some
-optimizers, applies these and moves the averages: it differentiates the jaxpr, so the user's code is traced once.  Both
-map `(donated, read_only, args, kwargs)` to `(written, output)`, where `donated` and `written` are the arrays that
-change and `read_only` those that are only read, each grouped by kind (see `operands`).
+Two programs are made of the same trace.  `forward` runs it.  `train` differentiates it with respect to the
+arrays of some optimizers, applies these and moves the averages: the jaxpr is the function that is differentiated, so
+the user's code is traced once.  Both go from `(donated, read_only, args, kwargs)` to `(written, output)`, where
+`donated` and `written` are the arrays that change and `read_only` those that are only read, each grouped by kind (see
+`operands`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 import jax
 
+from statewise._src.plan.arrays import Spot
 from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import as_it_came
-from statewise._src.step.average_update import Averaging, averagings
-from statewise._src.step.operands import Operands, numbers_of, operands_of
-from statewise._src.step.optimizer_update import Update
+from statewise._src.step import average_update, optimizer_update  # noqa: F401 - they register their updates
+from statewise._src.step.operands import Operands, operands_of
+from statewise._src.step.step_update import Gradients, StepUpdate, step_updates
 from statewise._src.step.trace import Traced
 
 __all__ = ["Program", "program_of"]
@@ -31,106 +33,95 @@ def program_of(
 ) -> tuple[Program, Operands]:
     """Returns the program of a traced call, which trains if there are optimizers to run, and its operands.
 
-    If it runs on each device of some mesh axes, loss and gradients are averaged over them.
+    Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
     """
     read = {number for number in range(traced.inputs) if traced.effects.read[number]}
-    written = set(numbers_of(plan, traced.written))
+    written = set(plan.numbers(traced.written))
     if not groups:
         operands = operands_of(plan, read, written)
         return _as_they_came(_forward(plan, traced, operands)), operands
-    updates = [Update.of(plan, group, written) for group in groups]
-    whole = set()
+    updates = step_updates(plan, groups, traced.written)
+    whole: set[Spot] = set()
     for update in updates:
         read |= update.reads
         written |= update.writes
         whole |= update.whole
-    averages = averagings(plan, groups, traced.written, written)
-    for average in averages:
-        read |= average.reads
-        written |= average.writes
-        whole |= average.whole
     operands = operands_of(plan, read, written, whole)
-    return _as_they_came(_train(plan, traced, operands, updates, averages, axes)), operands
+    return _as_they_came(_train(plan, traced, operands, updates, axes)), operands
 
 
 def _as_they_came(run: Program) -> Program:
-    """Gives each written array the type of its operand: on Explicit axes, the same sharding."""
+    """Wraps a program so that what it writes keeps the types of its operands: on Explicit axes, the same sharding."""
 
     def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         written, out = run(donated, read_only, args, kwargs)
-        typed = [
+        held = [
             tuple(as_it_came(new, old) for new, old in zip(*both, strict=True))
             for both in zip(written, donated, strict=True)
         ]
-        return tuple(typed), out
+        return tuple(held), out
 
     return program
 
 
 def _forward(plan: PlanTables, traced: Traced, operands: Operands) -> Program:
     """Makes the program that runs the traced call."""
-    spots = numbers_of(plan, traced.written)
+    numbers = plan.numbers(traced.written)
 
     def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         arrays = operands.unpack(donated, read_only)
         outputs, written = traced.run(arrays.flat + jax.tree.leaves((args, kwargs)))
-        arrays.store(spots, written)
+        arrays.store(numbers, written)
         return operands.pack(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
 
 
 def _train(
-    plan: PlanTables,
-    traced: Traced,
-    operands: Operands,
-    updates: Sequence[Update],
-    averages: Sequence[Averaging],
-    axes: tuple[str, ...],
+    plan: PlanTables, traced: Traced, operands: Operands, updates: Sequence[StepUpdate], axes: tuple[str, ...]
 ) -> Program:
-    """Makes the program that differentiates the traced call, applies the optimizers, and moves the averages.
+    """Makes the program that differentiates the traced call and runs the updates: optimizers first, then averages.
 
-    Its output is the loss, or (loss, aux); with what was captured beside it if the step captures.
+    The output is the loss, or (loss, aux); `captured` beside it if the step captures.
     """
-    spots = numbers_of(plan, traced.written)
+    numbers = plan.numbers(traced.written)
+    differentiated = [number for update in updates for number in update.differentiates]
 
     def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         arrays = operands.unpack(donated, read_only)
         rest = jax.tree.leaves((args, kwargs))
         before = list(arrays.flat)
 
-        def loss_of(wrt: list[list[Any]]) -> tuple[Any, Any]:
-            # The traced call reads parameters by number: put the values to differentiate in place of the current ones.
+        def loss_of(wrt: dict[int, Any]) -> tuple[Any, Any]:
             values = list(before)
-            for update, given in zip(updates, wrt, strict=True):
-                for number, array in zip(update.params, given, strict=True):
-                    values[number] = array
+            for number, array in wrt.items():
+                values[number] = array
             outputs, written = traced.run(values + rest)
             return outputs[0], (outputs, written)
 
-        wrt = [[before[number] for number in update.params] for update in updates]
+        wrt = {number: before[number] for number in differentiated}
         (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(wrt)
         if axes:
             grads, outputs = jax.lax.pmean(grads, axes), [jax.lax.pmean(outputs[0], axes), *outputs[1:]]
-        # First the function's own writes, then the update on top of them, as with `nnx.Optimizer`: layers that
-        # normalize their own weights are updated from the normalized ones.
-        arrays.store(spots, written)
-        for number, update in enumerate(updates):
-            # Optimizers that evaluate the loss (a line search) vary their own group; the others stay as they were.
-            def loss_of_group(given: Any, number: int = number, update: Update = update) -> Any:
-                return loss_of([*wrt[:number], update.group.arrays(given), *wrt[number + 1 :]])[0]
 
-            value_of = averaged(loss_of_group, axes) if axes else loss_of_group
-            update.run(arrays, grads[number], outputs[0], value_of)
-        for average in averages:
-            average.run(arrays)
+        def loss_with(numbers: Sequence[int], values: Sequence[Any]) -> Any:
+            def loss_of_these(values: Sequence[Any]) -> Any:
+                return loss_of(wrt | dict(zip(numbers, values, strict=True)))[0]
+
+            return (averaged(loss_of_these, axes) if axes else loss_of_these)(list(values))
+
+        # First what the function wrote, then the updates on top of it, as `nnx.Optimizer` has it: layers that
+        # normalize their own weights are updated from the normalized ones.
+        arrays.store(numbers, written)
+        for update in updates:
+            update.run(arrays, Gradients(outputs[0], grads, loss_with))
         return operands.pack(arrays), jax.tree.unflatten(traced.out_tree, outputs)
 
     return program
 
 
 def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Averages a loss, and its gradients, over the devices: for optimizers that evaluate it."""
+    """Averages a loss, and its gradients, over the devices: for optimizers that evaluate the loss."""
 
     def value(given: Any) -> Any:
         return jax.lax.pmean(loss_of(given), axes)
@@ -142,6 +133,6 @@ def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[
     def backward(pull: Any, cotangent: Any) -> Any:
         return jax.lax.pmean(pull(cotangent), axes)
 
-    mean = jax.custom_vjp(value)
-    mean.defvjp(forward, backward)
-    return mean
+    made = jax.custom_vjp(value)
+    made.defvjp(forward, backward)
+    return made

@@ -16,7 +16,6 @@ from statewise._src.step.closures import brought, read_by
 from statewise._src.step.contract import Contract
 from statewise._src.step.dependence import differentiably_reached
 from statewise._src.step.function import called_as
-from statewise._src.step.operands import numbers_of
 from statewise._src.step.outside_writes import own_name
 from statewise._src.step.trace import Traced
 from statewise.errors import StatewiseWarning, StructureError
@@ -33,15 +32,15 @@ def _spots(plan: PlanTables, contract: Contract) -> dict[str, list[tuple[str, in
     """Returns kind and position of each non-empty array that is differentiated, by kind."""
     spots_of: dict[str, list[tuple[str, int]]] = {}
     for group in contract.groups:
-        for kind, position in plan.params_of(group):
-            if plan.specs[kind][position].size:
-                spots_of.setdefault(kind, []).append((kind, position))
+        for array in plan.arrays_of(group).sources:
+            if array.spec.size:
+                spots_of.setdefault(array.kind, []).append((array.kind, array.position))
     return spots_of
 
 
 def _reaching(plan: PlanTables, traced: Traced, spots: Sequence[tuple[str, int]]) -> bool:
     """Returns whether a gradient may pass from the loss to one of these arrays."""
-    chosen = set(numbers_of(plan, spots))
+    chosen = set(plan.numbers(spots))
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     return differentiably_reached(traced.effects.jaxpr, [number in chosen for number in read])[0]
 
@@ -64,7 +63,7 @@ def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, 
         return
     leaves, any_read = [], False
     for kind, position in spots:
-        read = traced.effects.read[numbers_of(plan, [(kind, position)])[0]]
+        read = traced.effects.read[plan.by_kind[kind][position].number]
         any_read |= read
         note = "read, but no gradient passes" if read else "not read"
         leaves.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))

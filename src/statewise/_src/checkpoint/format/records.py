@@ -11,12 +11,13 @@ import jax
 from statewise._src.checkpoint.format.keys import dtype_name, prng_of, type_name
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
 from statewise._src.checkpoint.format.per_device import placement_of
-from statewise._src.common.nnx_graph import ONE, ArraySpec
+from statewise._src.common.nnx_graph import ONE
 from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Path
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits, check_not_donated
 from statewise._src.core.usable import check_concrete, check_untraced
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
@@ -61,28 +62,22 @@ def _records(plan: PlanTables) -> list[Placed]:
     leaves = iter(plan.leaves)
     for row, span in zip(plan.rows, plan.spans, strict=True):
         leaf = next(leaves)
-        specs = plan.held_specs[span.kind][span.start : span.stop]
-        each = plan.per_device.of(span.kind) if plan.per_device else ()
+        own = plan.by_kind[span.kind][span.start : span.stop]
         arrays = tuple(
-            _record(plan, span.kind, at, within, spec, plan.per_device.devices if plan.per_device and at in each else 0)
-            for at, (within, spec) in enumerate(
-                zip(keys_within(row.structure, len(specs)), specs, strict=True), span.start
-            )
+            _record(plan, array, within)
+            for array, within in zip(own, keys_within(row.structure, len(own)), strict=True)
         )
         structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
         placed.append(Placed(record, span.start))
-    for one, (start, stop) in zip(plan.derived, plan.derived_spans, strict=True):
-        for position in range(start, stop):
-            leaf = next(leaves)
-            copies = plan.per_device
-            devices = copies.devices if copies and position in copies.of(one.into) else 0
-            array = _record(plan, one.into, position, (), plan.held_specs[one.into][position], devices)
-            placed.append(Placed(LeafRecord(leaf.path, one.into, type_name(jax.Array), None, (array,)), position))
+    for array in (array for one in plan.derived_arrays for array in one.arrays):
+        record = LeafRecord(array.leaf.path, array.kind, type_name(jax.Array), None, (_record(plan, array, ()),))
+        placed.append(Placed(record, array.position))
     return placed
 
 
-def _record(plan: PlanTables, kind: str, position: int, within: Path, spec: ArraySpec, devices: int) -> ArrayRecord:
+def _record(plan: PlanTables, array: ArrayInfo, within: Path) -> ArrayRecord:
+    spec = array.held
     prng = prng_of(spec.dtype)
     stored: tuple[tuple[int, ...], str] | None = None
     if prng is not None:
@@ -90,7 +85,7 @@ def _record(plan: PlanTables, kind: str, position: int, within: Path, spec: Arra
         stored = (words.shape, str(words.dtype))
     elif str(spec.dtype) not in _STORABLE:
         stored = (spec.shape, "uint8")
-    placement = placement_of(devices, plan.ensemble, plan.member_axis(kind, position), len(spec.shape))
+    placement = placement_of(array.devices, plan.ensemble, array.axis, len(spec.shape))
     return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored, placement=placement)
 
 

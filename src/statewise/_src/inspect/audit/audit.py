@@ -6,7 +6,6 @@ Nothing runs and nothing is compiled, so that it works on abstract states, and o
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -19,18 +18,17 @@ from statewise._src.core.member_view import as_one, is_of_one_member
 from statewise._src.core.plan import Kinds, State
 from statewise._src.core.templates import abstract
 from statewise._src.inspect.audit.result import Audit, LeafAudit
-from statewise._src.plan.packing import PackedBuffer
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained, sharding_of_type
 from statewise._src.step.aot import no_state
-from statewise._src.step.average_update import averagings
 from statewise._src.step.contract import Contract
 from statewise._src.step.definition import Definition
 from statewise._src.step.dependence import zero_gradients
 from statewise._src.step.function import called_as
-from statewise._src.step.operands import Operand, numbers_of
+from statewise._src.step.operands import Operand
 from statewise._src.step.shard_map import traced_on_one
 from statewise._src.step.step import Step, definition_of
+from statewise._src.step.step_update import step_updates
 from statewise._src.step.trace import Traced
 from statewise._src.step.warnings import check_trains, warnings_of
 from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
@@ -173,20 +171,13 @@ class _Touched:
         operands = definition.make_entry(plan, traced, contract).operands
         self.donated = _numbers(plan, operands.donated)
         self.passed_to_jit = self.donated | _numbers(plan, operands.read_only)
-        self.packed = {number for numbers, is_buffer in _contents(plan).values() if is_buffer for number in numbers}
-        by_function = set(numbers_of(plan, traced.written))
-        self.undeclared = set(numbers_of(plan, [spot for spot in traced.written if spot[0] not in contract.allowed]))
-        self.differentiated = {
-            number for group in contract.groups for number in numbers_of(plan, plan.params_of(group))
-        }
-        moments = {
-            number
-            for group, span in zip(plan.optimizers, plan.optimizer_spans, strict=True)
-            if group in contract.groups
-            for number in numbers_of(plan, [("optimizer", position) for position in range(*span)])
-        }
-        for average in averagings(plan, contract.groups, traced.written, ()):
-            moments |= average.writes
+        self.packed = {array.number for array in plan.arrays if array.buffer is not None}
+        by_function = set(plan.numbers(traced.written))
+        self.undeclared = set(plan.numbers(spot for spot in traced.written if spot[0] not in contract.allowed))
+        self.differentiated = _differentiated(plan, contract)
+        moments: set[int] = set()
+        for update in step_updates(plan, contract.groups, traced.written):
+            moments |= update.writes - self.differentiated
         # An array of its own is passed only if it is read or written; one in a buffer, also because of its neighbours.
         alone = self.passed_to_jit - self.packed
         self.updated = (self.differentiated | moments | (self.donated & alone)) - (by_function - self.differentiated)
@@ -195,30 +186,20 @@ class _Touched:
         self.read = in_function | self.differentiated | moments | (alone - self.donated)
 
 
-def _contents(plan: PlanTables) -> dict[tuple[int, int], tuple[list[int], bool]]:
-    """The numbers of the arrays in each slot, by kind and slot, and whether it is a buffer of several."""
-    found = {}
-    for kind, contents in enumerate(plan.slots):
-        for slot, content in enumerate(contents):
-            is_buffer = isinstance(content, PackedBuffer)
-            positions: Sequence[int] = content.positions if isinstance(content, PackedBuffer) else (content,)
-            found[kind, slot] = [plan.offsets[kind] + position for position in positions], is_buffer
-    return found
+def _differentiated(plan: PlanTables, contract: Contract) -> set[int]:
+    return {array.number for group in contract.groups for array in plan.arrays_of(group).sources}
 
 
 def _numbers(plan: PlanTables, operands: Sequence[Operand]) -> set[int]:
-    contents = _contents(plan)
-    return {number for route in operands for slot in route.slots for number in contents[route.kind, slot][0]}
+    return {number for one in operands for slot in one.slots for number in plan.stored[one.name][slot].numbers}
 
 
 def _numbers_of_leaves(plan: PlanTables) -> list[tuple[Leaf, list[int]]]:
     """Each leaf, kind by kind, with the numbers of its arrays."""
     # A leaf that holds None has no array, and a row all the same.
     found: dict[int, tuple[Leaf, list[int]]] = {id(leaf): (leaf, []) for leaf in plan.leaves}
-    number = itertools.count()
-    for leaves in plan.leaf_of_array.values():
-        for leaf in leaves:
-            found[id(leaf)][1].append(next(number))
+    for array in plan.arrays:
+        found[id(array.leaf)][1].append(array.number)
     order = list(plan.kinds)
     return sorted(found.values(), key=lambda entry: order.index(entry[0].kind or ""))
 
@@ -252,7 +233,7 @@ def _zero_gradients(plan: PlanTables, traced: Traced, contract: Contract) -> set
     """The numbers of the differentiated arrays whose gradient is zero whatever the values."""
     if not contract.trains:
         return set()
-    differentiated = {number for group in contract.groups for number in numbers_of(plan, plan.params_of(group))}
+    differentiated = _differentiated(plan, contract)
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     shapes = {
         number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=sharding_of_type(var.aval))

@@ -68,7 +68,7 @@ def _same_noise(state: State) -> Iterator[Found]:
         if not is_stream(leaf, row.specs):
             continue
         for at in range(span.start, span.stop):
-            axis = plan.member_axis(row.kind, at)
+            axis = plan.by_kind[row.kind][at].axis
             if axis is None or not jnp.issubdtype(plan.specs[row.kind][at].dtype, jax.dtypes.prng_key):
                 continue
             keys = np.moveaxis(
