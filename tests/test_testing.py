@@ -111,7 +111,7 @@ def test_what_lies_elsewhere_is_in_the_error() -> None:
 
 def test_states_of_other_leaves_do_not_lie_alike() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(AssertionError, match="They hold other leaves"):
+    with pytest.raises(AssertionError, match="The states have different leaves"):
         testing.assert_same_placement(state_of(), sw.plan(model).take(model))
 
 

@@ -44,7 +44,7 @@ def test_types_of_leaves_are_known_by_name() -> None:
 
     assert parse_filter("~Elsewhere", multi_state, {"Elsewhere": Elsewhere}) == nnx.Not(Elsewhere)
     assert describe(parse_filter("Meta('sizes', [1, {'a': (2,)}])", multi_state, {})).startswith("Meta(")
-    with pytest.raises(UsageError, match="leaves are of: Elsewhere"):
+    with pytest.raises(UsageError, match="the types of the model's leaves: Elsewhere"):
         parse_filter("Nowhere", multi_state, {"Elsewhere": Elsewhere})
     with pytest.raises(FilterError):
         parse_filter("Path('')", multi_state, {})

@@ -93,7 +93,7 @@ def test_a_killed_training_goes_on_with_the_very_same_losses(ran: tuple[demo.Dem
 
 def test_a_training_that_ends_by_itself_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupted.dataclasses, "asdict", lambda settings: {"no such setting": 1})
-    with pytest.raises(AssertionError, match="ended by itself"):
+    with pytest.raises(AssertionError, match="exited by itself"):
         interrupted.killed_and_resumed(SMALL, load_topics())
 
 

@@ -1,4 +1,4 @@
-"""Rules of modes: modules that train where the rest of the program evaluates."""
+"""Rules of modes: modules that train while the rest of the program evaluates."""
 
 from __future__ import annotations
 

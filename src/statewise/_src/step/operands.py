@@ -41,7 +41,7 @@ class Operand:
 
     @classmethod
     def of(cls, kind: int, stored: Sequence[Slot], size: int) -> Operand:
-        """Returns the operand of these slots of a part that has so many."""
+        """Returns the operand of these slots of a part with `size` slots."""
         slots = tuple(slot.position for slot in stored)
         pick: Callable[[Sequence[Any]], Any] | None = None
         if len(slots) == 1 and size > 1:
@@ -111,7 +111,7 @@ class Operands:
 
 
 def _stored(arrays: Arrays, slot: Slot) -> Any:
-    """Returns the new value of what is stored in a slot."""
+    """Returns the new value of a slot."""
     if slot.spot in arrays.made:
         return arrays.made[slot.spot]
     values = [arrays.flat[number] for number in slot.numbers]

@@ -106,7 +106,7 @@ class Update(StepUpdate):
         self._run_by_leaf(arrays, grads, gradients.loss, loss_of)
 
     def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
-        """By Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
+        """Runs Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
         group, layout = self.group, self.group.layout
         params = group.params([arrays.flat[number] for number in self.params])
         gradients = group.params(grads)
