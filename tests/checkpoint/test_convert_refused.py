@@ -144,7 +144,7 @@ def test_a_key_of_a_checkpoint_of_statewise_stays_a_key(tmp_path: Path) -> None:
     sw.save(tmp_path / "first", taken(w=nnx.Variable(jnp.ones(2, jnp.uint32))))
     with pytest.raises(sw.RestoreError) as caught:
         convert(tmp_path / "first", tmp_path / "out", target=taken(w=nnx.Variable(jax.random.key(0))))
-    assert [leaf.note for leaf in caught.value.leaves] == ["is no PRNG key in the source"]
+    assert [leaf.note for leaf in caught.value.leaves] == ["is uint32 in the source"]
 
 
 # --- what a format cannot hold ---------------------------------------------------------------------------------

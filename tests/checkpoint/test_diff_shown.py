@@ -33,18 +33,18 @@ def found() -> Diff:
 
 TABLE = """\
 a state and a model (Node): 3 of 5 leaves differ
-path  kind    what     why
---------------------------------------------------------
-b     params  changed  6 of 6 elements by up to 0.25
-more  params  added    Param(2,) float32
-s     stats   changed  1 of 2 elements, NaN in one alone
+path  kind    what        why
+-----------------------------------------------------------
+b     params  value       6 of 6 elements by up to 0.25
+more  params  unexpected  Param(2,) float32
+s     stats   value       1 of 2 elements, NaN in one alone
 
 kinds
 kind    leaves  outcome
-------------------------------------------
-params       3  same 1, changed 1, added 1
+---------------------------------------------
+params       3  same 1, value 1, unexpected 1
 cache        1  same 1
-stats        1  changed 1"""
+stats        1  value 1"""
 
 
 def test_it_prints_a_line_for_each_leaf_that_differs_and_for_each_kind(found: Diff) -> None:

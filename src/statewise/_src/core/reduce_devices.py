@@ -19,7 +19,7 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise._src.core.state_data import Part, StateT, check_fits, check_not_donated
-from statewise._src.core.usable import check_concrete
+from statewise._src.core.usable import check_concrete_kinds
 from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import folded
@@ -64,11 +64,11 @@ def reduce_devices(state: StateT, kinds: Sequence[str], how: object) -> StateT:
     touched = tuple(kind for kind, _ in folds.positions)
     check_not_donated(state, touched)
     check_fits(state, touched)
-    check_concrete(
-        (array for kind in touched for array in state.part(kind).arrays),
+    check_concrete_kinds(
+        state,
+        touched,
         "reduce",
         "state, report = sw.restore(path, state)  # then reduce what comes out of it",
-        kind=touched[0],
     )
     if how == "mean":
         _check_means(plan, copies, chosen)

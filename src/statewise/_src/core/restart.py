@@ -34,7 +34,7 @@ from statewise._src.core.state_data import (
     deleted_kinds,
     donated_error,
 )
-from statewise._src.core.usable import check_concrete
+from statewise._src.core.usable import check_concrete_kinds
 from statewise._src.plan.arrays import DerivedArrays
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.fresh_values import drawn_value, fresh_value, keys_of, takes
@@ -61,11 +61,11 @@ def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT
     chosen = choose(single_of(plan), kinds, by_slot=where is not None, key=key)
     read = (*chosen.kinds, *chosen.needed)
     check_not_donated(state, (*read, *followers(plan, chosen.kinds)))
-    check_concrete(
-        (array for kind in read for array in state.part(kind).arrays),
+    check_concrete_kinds(
+        state,
+        read,
         "restart",
         "state = plan.take(model)  # or restore into it: state, report = sw.restore(path, state)",
-        kind=read[0],
     )
     if where is not None or chosen.by_init:
         check_fits(state, read)

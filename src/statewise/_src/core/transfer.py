@@ -32,7 +32,7 @@ from statewise._src.core.transfer_arrays import (
     places_for,
 )
 from statewise._src.core.transfer_match import OTHER, Found, difference, leaves_of
-from statewise._src.core.usable import check_concrete
+from statewise._src.core.usable import check_concrete_kinds
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import check_devices, copies_on, on_mesh, with_copies
@@ -268,10 +268,10 @@ def _object_of(src: PlanTables, wanted: Sequence[Found], have: Mapping[Path, Fou
 
 
 def _check_abstract(src: StateData, kinds: Sequence[str]) -> None:
-    check_concrete(
-        (array for kind in kinds for array in src.part(kind).arrays),
+    check_concrete_kinds(
+        src,
+        kinds,
         "transfer",
         "src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)",
         subject="The source",
-        kind=kinds[0],
     )

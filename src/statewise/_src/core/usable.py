@@ -12,10 +12,12 @@ import jax
 
 from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Leaf
+from statewise._src.core.state_data import StateData
 from statewise.errors import StructureError
 
 __all__ = [
     "check_concrete",
+    "check_concrete_kinds",
     "check_model_arrays",
     "check_untraced",
     "is_abstract",
@@ -60,6 +62,18 @@ def check_concrete(
     if is_abstract(arrays):
         fact = f"{subject} is abstract: it has shapes but no values to {purpose}."
         raise StructureError(fact, leaves=leaves, kind=kind, hint=hint) from cause
+
+
+def check_concrete_kinds(
+    state: StateData, kinds: Iterable[str], purpose: str, hint: str, *, subject: str = "This state"
+) -> None:
+    """Raises where a kind of a state is abstract; for the arguments see `check_concrete`.
+
+    Raises:
+      StructureError: there are shapes, but no values.
+    """
+    for kind in kinds:
+        check_concrete(state.part(kind).arrays, purpose, hint, kind=kind, subject=subject)
 
 
 def check_untraced(arrays: Iterable[Any], purpose: str, hint: str, *, subject: str = "This state") -> None:

@@ -85,7 +85,8 @@ def _change(old: Print | None, new: Print | None) -> LeafChange:
     shown, known = (old if is_gone else new) or old, old or new
     assert shown is not None, "asked of a leaf that was there before, or is now"
     assert known is not None, "likewise"
-    return LeafChange(shown.leaf, known.kind, fields_of(mismatches), change_of(mismatches))
+    why = "nothing in its place" if is_gone else change_of(mismatches)
+    return LeafChange(shown.leaf, known.kind, fields_of(mismatches), why)
 
 
 def _facts(print_: Print | None) -> LeafFacts | None:
