@@ -12,7 +12,7 @@ from flax import nnx
 
 import statewise as sw
 from statewise._src.core.plan import tables_of
-from statewise._src.plan.elementwise import PARAM, Elementwise, prove_elementwise
+from statewise._src.plan.elementwise import PARAM, Elementwise
 from statewise._src.plan.optimizer_state import OptimizerGroup
 
 
@@ -92,7 +92,7 @@ def flat_update(proof: Elementwise, params: list[Any], grads: list[Any], moments
 @pytest.mark.parametrize("name", PROVEN)
 def test_an_update_on_buffers_is_optaxs_own(name: str) -> None:
     group = group_of(PROVEN[name])
-    proof = prove_elementwise(group)
+    proof = group.proof()
     assert proof is not None
     keys = iter(jax.random.split(jax.random.key(0), 64))
     params = [jax.random.normal(next(keys), specs[0].shape) for _, specs, _ in group.rows]
@@ -120,11 +120,11 @@ def test_an_update_on_buffers_is_optaxs_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_elementwise_is_not_proven(name: str) -> None:
-    assert prove_elementwise(group_of(REFUSED[name])) is None
+    assert group_of(REFUSED[name]).proof() is None
 
 
 def test_leaves_that_are_updated_apart_have_different_signatures() -> None:
-    proof = prove_elementwise(group_of(PROVEN["masked decay"]))
+    proof = group_of(PROVEN["masked decay"]).proof()
     assert proof is not None
     by_leaf = dict(zip([path[-1] for path, _, _ in proof_rows("masked decay")], proof.signatures, strict=True))
     assert by_leaf["bias"] == by_leaf["gain"] != by_leaf["kernel"]
@@ -164,14 +164,14 @@ SNEAKY = {
 
 @pytest.mark.parametrize("name", SNEAKY)
 def test_an_optimizer_cannot_pass_for_elementwise(name: str) -> None:
-    assert prove_elementwise(group_of(SNEAKY[name])) is None
+    assert group_of(SNEAKY[name]).proof() is None
 
 
 def test_constants_that_differ_by_leaf_keep_leaves_apart() -> None:
     def by_rank(updates: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf * (leaf.ndim + 1.0), updates)
 
-    proof = prove_elementwise(group_of(leafwise(by_rank)))
+    proof = group_of(leafwise(by_rank)).proof()
     assert proof is not None
     assert len(set(proof.signatures)) == 3
 
@@ -185,6 +185,6 @@ def test_constants_that_differ_by_leaf_keep_leaves_apart() -> None:
 )
 def test_a_norm_of_each_leaf_keeps_all_leaves_apart(tx: Any) -> None:
     """A norm is shared by the elements of its leaf, so the proof holds; but no two leaves can have one buffer."""
-    proof = prove_elementwise(group_of(tx))
+    proof = group_of(tx).proof()
     assert proof is not None
     assert len(set(proof.signatures)) == len(proof.signatures)
