@@ -77,7 +77,7 @@ def _flat(cls: type[_Parts], filter: Any) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Parts(Ours):
-    parts: tuple[Filter, ...]
+    parts: tuple[Any, ...]  # filters, once `__post_init__` has checked them
     # Compiled once; not part of the filter's equality, hash and text.
     _predicates: tuple[Predicate, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
