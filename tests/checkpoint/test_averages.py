@@ -59,9 +59,9 @@ def test_inspect_and_diff_show_averages(tmp_path: Path) -> None:
     state = trained(plan)
     sw.save(tmp_path / "run", state)
     assert sw.inspect(tmp_path / "run")["ema"].leaves == 3
-    assert not any(sw.diff(tmp_path / "run", state).changed.values())
+    assert not any(sw.diff(tmp_path / "run", state).value.values())
     later, _ = train(state, X)
-    assert set(sw.diff(tmp_path / "run", later).changed) == {"params", "optimizer", "ema"}
+    assert set(sw.diff(tmp_path / "run", later).value) == {"params", "optimizer", "ema"}
 
 
 def test_a_checkpoint_without_averages_is_refused_with_the_hint(tmp_path: Path) -> None:

@@ -171,8 +171,8 @@ def test_optimizer_state_counts() -> None:
     trained_ = sw.plan(model, optimizers={"params": optax.sgd(0.1, momentum=0.9)}).take(model)
     stepped, _ = sw.train_step(lambda model: model.w.sum())(jax.tree.map(jnp.copy, trained_))
     assert lines(diff(trained_, stepped)) == [
-        "w [params] changed: 6 of 6 elements by up to 0.1",
-        "optimizer/params/0/trace/w [optimizer] changed: 6 of 6 elements by up to 1",
+        "w [params] value: 6 of 6 elements by up to 0.1",
+        "optimizer/params/0/trace/w [optimizer] value: 6 of 6 elements by up to 1",
     ]
     assert lines(diff(model, trained_)) == ["optimizer/params/0/trace/w [optimizer] added: Array(2, 3) float32"]
 
@@ -214,8 +214,8 @@ def test_numbers_of_64_bits_are_compared_exactly(tmp_path: pathlib.Path) -> None
                 tmp_path / str(number), state_of(v=nnx.Variable(extremes), w=nnx.Param(jnp.array([1 / 3 + number])))
             )
     assert lines(diff(tmp_path / "0", tmp_path / "1")) == [
-        "w [params] changed: 1 of 1 element by up to 1",
-        "v [variables] changed: 2 of 3 elements by up to 1",
+        "w [params] value: 1 of 1 element by up to 1",
+        "v [variables] value: 2 of 3 elements by up to 1",
     ]
 
 
@@ -287,7 +287,7 @@ def test_an_abstract_side_is_compared_in_shape_alone() -> None:
     assert str(diff(state_of(w=nnx.Param(ONES)).plan, nnx.eval_shape(lambda: Node(w=nnx.Param(ONES))))) == (
         "a plan and a model (Node): no leaf differs; the values of 1 were not compared\n"
         "kind    leaves  outcome\n"
-        "----------------------------\n"
+        "------------------------------\n"
         "params       1  not compared 1"
     )
 
@@ -322,7 +322,7 @@ def test_a_saved_kind_that_is_ephemeral_now_is_compared(tmp_path: pathlib.Path) 
     model = Node(w=nnx.Param(ONES), c=nnx.Cache(ONES))
     sw.save(tmp_path / "run", ALL_SAVED.plan(model).take(model))
     model.c[...] += 1
-    assert lines(diff(tmp_path / "run", model)) == ["c [cache] changed: 6 of 6 elements by up to 1"]
+    assert lines(diff(tmp_path / "run", model)) == ["c [cache] value: 6 of 6 elements by up to 1"]
 
 
 def test_an_adapter_is_compared_with_its_base(tmp_path: pathlib.Path) -> None:
@@ -333,7 +333,7 @@ def test_an_adapter_is_compared_with_its_base(tmp_path: pathlib.Path) -> None:
     assert not found
     assert found.same == {"params": 1, "lora": 1}
     other = state_of(w=nnx.Param(2 * ONES), a=nnx.LoRAParam(jnp.zeros(2)))
-    assert list(diff(tmp_path / "adapter", other).changed) == ["params", "lora"]
+    assert list(diff(tmp_path / "adapter", other).value) == ["params", "lora"]
     shutil.rmtree(tmp_path / "base")
     with refused(
         sw.RestoreError,
