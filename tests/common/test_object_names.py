@@ -185,7 +185,7 @@ def test_named_objects_are_watched_and_linted() -> None:
     with sw.watch(policy=policy, reference=reference) as seen:
         error = refused(lambda: seen.compare(policy=policy, other=reference), sw.StructureError)
     assert error.message == "Watched are policy, reference, but handed over are policy, other."
-    assert error.hint == "seen.compare(policy=policy, reference=reference)"
+    assert error.hint == "watch.compare(policy=policy, reference=reference)"
     zeros = nnx.Dict(running_var=nnx.BatchStat(jnp.zeros(2)))
     (finding,) = sw.lint(policy=policy, statistics=zeros)
     assert paths_of(finding.leaves) == ["statistics/running_var"]
@@ -223,7 +223,7 @@ def test_positions_and_names_do_not_mix() -> None:
         (lambda: plan.take(first, reference=second), "plan.take(policy=policy, reference=reference)"),
         (lambda: plan.put(state, first, reference=second), "plan.put(state, policy=policy, reference=reference)"),
     ):
-        error = refused(door)
+        error = refused(door, sw.StructureError if hint.startswith("plan.") else sw.DeclarationError)
         assert error.message == "Pass objects by position or by name, not both: 1 and reference."
         assert error.hint == hint
 

@@ -21,27 +21,27 @@ from watched import FROZEN, Tied, X, Y, hows, make, paths, train
 
 def test_a_block_that_does_nothing_changes_nothing() -> None:
     model, _ = make()
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         nnx.view(model, deterministic=True, use_running_average=True)(X)
-    assert paths(seen.changed) == {"variables": ["hits"]}
-    with sw.watch(model) as seen:
+    assert paths(watch.changed) == {"variables": ["hits"]}
+    with sw.watch(model) as watch:
         pass
-    assert seen.changed == {}
-    assert sum(map(len, seen.unchanged.values())) == 9
+    assert watch.changed == {}
+    assert sum(map(len, watch.unchanged.values())) == 9
 
 
 def test_a_step_under_nnx_jit_changes_what_it_writes() -> None:
     model, optimizer = make()
-    with sw.watch((model, optimizer)) as seen:
+    with sw.watch((model, optimizer)) as watch:
         nnx.jit(train)(model, optimizer, X, Y)
-    changed = paths(seen.changed)
+    changed = paths(watch.changed)
     assert list(changed) == ["params", "stats", "rng", "optimizer", "variables"]
     assert {"0/dense/kernel", "0/norm/bias"} <= set(changed["params"])
     assert changed["stats"] == ["0/norm/mean", "0/norm/var"]
     assert changed["rng"] == ["0/drop/rngs/count"]
     assert "1/step" in changed["optimizer"]
     assert changed["variables"] == ["0/hits"]
-    assert "0/drop/rngs/key" in paths(seen.unchanged)["rng"]
+    assert "0/drop/rngs/key" in paths(watch.unchanged)["rng"]
 
 
 def test_what_changed_is_what_numpy_finds_changed() -> None:
@@ -59,21 +59,21 @@ def test_what_changed_is_what_numpy_finds_changed() -> None:
         }
 
     before = arrays()
-    with sw.watch([model, optimizer]) as seen:
+    with sw.watch([model, optimizer]) as watch:
         nnx.jit(train)(model, optimizer, X, Y)
     after = arrays()
-    assert hows(seen) == {path: "same" if before[path] == after[path] else "value" for path in before}
+    assert hows(watch) == {path: "same" if before[path] == after[path] else "value" for path in before}
 
 
 def test_the_dropped_update_of_a_plain_jit_is_found() -> None:
     model, optimizer = make()
     dropped = jax.jit(train)
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         dropped(model, optimizer, X, Y)
-    assert seen.changed == {}
+    assert watch.changed == {}
     hint = (
         "nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-        "or, seen.compare(model) at the end of the block, where the code returns a new model"
+        "or, watch.compare(model) at the end of the block, where the code returns a new model"
     )
     with (
         refused(
@@ -89,11 +89,11 @@ def test_the_dropped_update_of_a_plain_jit_is_found() -> None:
             ],
             hint=hint,
         ),
-        sw.watch(model, expect=("params", "stats")) as seen,
+        sw.watch(model, expect=("params", "stats")) as watch,
     ):
         dropped(model, optimizer, X, Y)
     # The report is there for all that.
-    assert list(seen.missed) == ["params", "stats"]
+    assert list(watch.missed) == ["params", "stats"]
     with sw.watch(model, expect="params"):
         nnx.jit(train)(model, optimizer, X, Y)
 
@@ -107,9 +107,9 @@ def test_one_missed_kind_is_named_by_the_error() -> None:
 
 def test_a_leaf_that_does_not_move_with_its_kind_is_missed_but_no_error() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    with sw.watch(model, expect="params") as seen:
+    with sw.watch(model, expect="params") as watch:
         model.kernel[...] += 1
-    assert paths(seen.missed) == {"params": ["bias"]}
+    assert paths(watch.missed) == {"params": ["bias"]}
 
 
 def test_a_changed_frozen_base_is_found() -> None:
@@ -120,9 +120,9 @@ def test_a_changed_frozen_base_is_found() -> None:
     def step(model: nnx.LoRA, optimizer: nnx.Optimizer[nnx.LoRA]) -> None:
         optimizer.update(model, nnx.grad(lambda model: (model(X) ** 2).mean())(model))
 
-    with sw.watch(model, FROZEN) as seen:
+    with sw.watch(model, FROZEN) as watch:
         step(model, optimizer)
-    assert [sw.format_path(change.path) for change in seen.violations] == ["base_module/bias", "base_module/kernel"]
+    assert [sw.format_path(change.path) for change in watch.violations] == ["base_module/bias", "base_module/kernel"]
     with (
         refused(
             sw.WatchError,
@@ -144,9 +144,9 @@ def test_a_changed_frozen_base_is_found() -> None:
         diff = nnx.DiffState(0, nnx.LoRAParam)
         optimizer.update(model, nnx.grad(lambda model: (model(X) ** 2).mean(), argnums=diff)(model))
 
-    with sw.watch(model, FROZEN, expect="lora") as seen:
+    with sw.watch(model, FROZEN, expect="lora") as watch:
         right_step(model, right)
-    assert seen.violations == ()
+    assert watch.violations == ()
 
 
 def test_an_empty_expectation_asks_for_what_is_frozen_alone() -> None:
@@ -156,28 +156,28 @@ def test_an_empty_expectation_asks_for_what_is_frozen_alone() -> None:
         pass
     with pytest.raises(sw.WatchError, match="Params changed, though frozen"), sw.watch(model, kinds, expect=()):
         model.bias[...] += 1
-    with sw.watch(model, kinds) as seen:
+    with sw.watch(model, kinds) as watch:
         model.bias[...] += 1
-    assert len(seen.violations) == 1
+    assert len(watch.violations) == 1
     with pytest.raises(sw.WatchError):
-        seen.check()
+        watch.check()
 
 
 def test_a_single_flipped_bit_is_found() -> None:
     model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
     bits = np.array(model.kernel[...])
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         bits.view(np.uint32)[17, 5] ^= 1
         model.kernel[...] = jnp.asarray(bits)
-    assert hows(seen) == {"bias": "same", "kernel": "value"}
+    assert hows(watch) == {"bias": "same", "kernel": "value"}
 
 
 def test_ten_thousand_leaves_are_watched() -> None:
     model = nnx.List([nnx.Param(np.full(3, number, np.float32)) for number in range(10_000)])
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model[1234][...] = model[1234][...] + 1
-    assert paths(seen.changed) == {"params": ["1234"]}
-    assert len(seen.leaves) == 10_000
+    assert paths(watch.changed) == {"params": ["1234"]}
+    assert len(watch.leaves) == 10_000
 
 
 # --- what became of leaves ---------------------------------------------------------------------------------------
@@ -185,13 +185,13 @@ def test_ten_thousand_leaves_are_watched() -> None:
 
 def test_leaves_added_removed_retyped_reshaped_and_recast_are_told_apart() -> None:
     model: Any = nnx.Dict({name: nnx.Param(jnp.ones((2, 3))) for name in ("cast", "kept", "lost", "shape", "type")})
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.cast.set_value(model.cast[...].astype(jnp.bfloat16))
         del model.lost
         model.shape.set_value(jnp.ones((3, 2)))
         model.type = nnx.BatchStat(jnp.ones((2, 3)))
         model.new = nnx.Cache(jnp.zeros(2))
-    assert {sw.format_path(change.path): change.describe() for change in seen.leaves} == {
+    assert {sw.format_path(change.path): change.describe() for change in watch.leaves} == {
         "cast": "dtype: float32 to bfloat16",
         "kept": "same",
         "lost": "missing",
@@ -200,34 +200,34 @@ def test_leaves_added_removed_retyped_reshaped_and_recast_are_told_apart() -> No
         "type": "type: Param to BatchStat",
     }
     # Of a leaf that was there before it is the kind that it had.
-    assert paths(seen.changed) == {"params": ["cast", "lost", "shape", "type"], "cache": ["new"]}
+    assert paths(watch.changed) == {"params": ["cast", "lost", "shape", "type"], "cache": ["new"]}
 
 
 def test_another_structure_of_a_value_is_another_shape() -> None:
     model = nnx.Dict(pair=nnx.Variable((jnp.ones(2), jnp.ones(3))), name=nnx.Variable(jnp.ones(())))
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.pair.set_value((jnp.ones(2), jnp.zeros(3)))
         model.name.set_value((jnp.ones(()),))
-    assert hows(seen) == {"name": "structure", "pair": "value"}
+    assert hows(watch) == {"name": "structure", "pair": "value"}
 
 
 def test_a_tie_that_came_apart_is_found() -> None:
     model = Tied()
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.head.kernel = nnx.Param(jnp.copy(model.embed.embedding[...]))
-    assert {sw.format_path(change.path): change.describe() for change in seen.leaves} == {
+    assert {sw.format_path(change.path): change.describe() for change in watch.leaves} == {
         "embed/embedding": "same",
         "head/kernel": "ties: tied to embed/embedding, then to nothing",
     }
-    assert {kind: [row.path for row in rows] for kind, rows in seen.ties.items()} == {"params": [("head", "kernel")]}
+    assert {kind: [row.path for row in rows] for kind, rows in watch.ties.items()} == {"params": [("head", "kernel")]}
 
 
 def test_a_new_tie_is_found() -> None:
     model = Tied()
     model.head.kernel = nnx.Param(jnp.copy(model.embed.embedding[...]))
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.head.kernel = model.embed.embedding
-    assert {sw.format_path(change.path): change.describe() for change in seen.leaves} == {
+    assert {sw.format_path(change.path): change.describe() for change in watch.leaves} == {
         "embed/embedding": "same",
         "head/kernel": "ties: tied to nothing, then to embed/embedding",
     }
@@ -264,46 +264,46 @@ def test_a_further_path_of_a_tied_leaf_that_is_new_gone_or_leads_elsewhere_is_fo
     change: Callable[[nnx.Dict], None], path: str, told: str
 ) -> None:
     model = three()
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         change(model)
-    assert {sw.format_path(row.path): row.describe() for row in seen.leaves} == {"a": "same", "c": "same", path: told}
+    assert {sw.format_path(row.path): row.describe() for row in watch.leaves} == {"a": "same", "c": "same", path: told}
 
 
 def test_a_tied_leaf_that_is_gone_as_a_whole_is_told_of_once() -> None:
     model = three()
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         del model.a, model.z
-    assert hows(seen) == {"a": "missing", "c": "same"}
+    assert hows(watch) == {"a": "missing", "c": "same"}
 
 
 def test_a_model_that_stays_tied_is_the_same() -> None:
     model = three()
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.z = model.a
-    assert seen.changed == {}
+    assert watch.changed == {}
 
 
 def test_a_modules_plain_attributes_are_compared() -> None:
     model, _ = make()
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.eval()
-    assert seen.changed == {}
-    assert seen.static == {"drop/deterministic": (False, True), "norm/use_running_average": (False, True)}
+    assert watch.changed == {}
+    assert watch.static == {"drop/deterministic": (False, True), "norm/use_running_average": (False, True)}
 
 
 def test_donated_arrays_are_no_problem_where_others_take_their_place() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     move = jax.jit(lambda kernel: kernel + 1, donate_argnums=0)
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.kernel.set_value(move(model.kernel.get_value()))
-    assert hows(seen) == {"bias": "same", "kernel": "value"}
+    assert hows(watch) == {"bias": "same", "kernel": "value"}
 
 
 def test_an_array_that_was_donated_and_not_replaced_is_gone() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         model.kernel.get_value().delete()
-    assert hows(seen) == {"bias": "same", "kernel": "donated"}
+    assert hows(watch) == {"bias": "same", "kernel": "donated"}
 
 
 def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:
@@ -320,34 +320,34 @@ def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:
             ],
             kind="params",
             hint="nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-            "or, seen.compare(model) at the end of the block, where the code returns a new model",
+            "or, watch.compare(model) at the end of the block, where the code returns a new model",
         ),
-        sw.watch(model, expect="params") as seen,
+        sw.watch(model, expect="params") as watch,
     ):
         jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)(nnx.state(model))
-    assert "expected to change, nothing got new values" in str(seen)
+    assert "expected to change, nothing got new values" in str(watch)
 
 
 def test_arrays_of_numpy_and_numbers_are_what_they_become_in_jax() -> None:
     model: Any = nnx.Dict(wide=nnx.Param(np.ones(3)), count=nnx.Variable(7))
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         nnx.jit(lambda model: model.count.set_value(model.count.get_value() + 0))(model)
     assert isinstance(model.wide.get_value(), jax.Array)
-    assert hows(seen) == {"count": "same", "wide": "same"}
-    with sw.watch({"huge": nnx.Variable(1e300)}) as seen:  # no number of 32 bits, and no reason to warn
+    assert hows(watch) == {"count": "same", "wide": "same"}
+    with sw.watch({"huge": nnx.Variable(1e300)}) as watch:  # no number of 32 bits, and no reason to warn
         pass
-    assert seen.changed == {}
+    assert watch.changed == {}
 
 
 def test_keys_numbers_and_text_are_compared_too() -> None:
     model: Any = nnx.Dict(
         key=nnx.RngKey(jax.random.key(0)), number=nnx.Variable(1.5), text=nnx.Variable("a"), none=nnx.Variable(None)
     )
-    with sw.watch(model) as seen:
+    with sw.watch(model) as watch:
         pass
-    assert seen.changed == {}
-    with sw.watch(model) as seen:
+    assert watch.changed == {}
+    with sw.watch(model) as watch:
         model.key.set_value(jax.random.key(1))
         model.number.set_value(2.5)
         model.text.set_value("b")
-    assert hows(seen) == {"key": "value", "none": "same", "number": "value", "text": "value"}
+    assert hows(watch) == {"key": "value", "none": "same", "number": "value", "text": "value"}

@@ -20,8 +20,8 @@ CODE = {
         "model.eval()",
     ],
     "@sw.step\ndef f(model, x): ...": ["@sw.step\ndef f(model, x): ..."],
-    "with sw.watch(model) as seen:\n    train(model, x)\nprint(seen)": [
-        "with sw.watch(model) as seen:\n    train(model, x)\nprint(seen)"
+    "with sw.watch(model) as watch:\n    train(model, x)\nprint(watch)": [
+        "with sw.watch(model) as watch:\n    train(model, x)\nprint(watch)"
     ],
     "kinds = kinds | sw.Kinds(a=b)\nor, for all of them at once: kinds = kinds | sw.Kinds(rest=sw.Kind(...))": [
         "kinds = kinds | sw.Kinds(a=b)",

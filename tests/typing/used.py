@@ -269,12 +269,12 @@ findings = sw.lint(policy=model, reference=model)
 finding: Finding = findings[0]
 print(finding.code, finding.hint, finding.leaves)
 
-with sw.watch(model, kinds, expect="params") as seen:
+with sw.watch(model, kinds, expect="params") as watch:
     train(state, x)
-    seen.compare(model)
+    watch.compare(model)
 watch: Watch = sw.watch(policy=model, reference=model, expect=("params",))
-changes: dict[str, tuple[LeafChange, ...]] = seen.changed
-print(changes["params"][0].path, seen.unchanged, seen.violations, seen.table())
+changes: dict[str, tuple[LeafChange, ...]] = watch.changed
+print(changes["params"][0].path, watch.unchanged, watch.violations, watch.table())
 
 report: Report = sw.report(model, "run/step_1", kinds=kinds, mesh={"data": 4})
 sw.report(plan, mesh=abstract_mesh).write("report.html")

@@ -34,9 +34,9 @@ class LeafChange:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-      >>> with sw.watch(model) as seen:
+      >>> with sw.watch(model) as watch:
       ...     model.bias[...] += 1
-      >>> [(change.path, change.kind, change.what) for change in seen.leaves]
+      >>> [(change.path, change.kind, change.what) for change in watch.leaves]
       [(('bias',), 'params', ('value',)), (('kernel',), 'params', ())]
     """
 

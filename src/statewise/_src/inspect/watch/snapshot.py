@@ -179,4 +179,4 @@ def _statics(objects: Sequence[Any], names: Sequence[str]) -> dict[Path, Any]:
     }
 
 
-_TRACED = ("watch", "with sw.watch(model) as seen:\n    train(model, x)  # the block around the compiled call")
+_TRACED = ("watch", "with sw.watch(model) as watch:\n    train(model, x)  # the block around the compiled call")

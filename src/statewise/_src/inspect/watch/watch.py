@@ -41,9 +41,9 @@ def watch(
 ) -> Watch:
     """Watches a model while a block of any code runs: `nnx.jit`, plain `jax.jit`, a trainer of somebody else's.
 
-    Use it as `with sw.watch(model) as seen:`.  After the block `seen.changed` says which kinds changed, and in which
-    leaves; `print(seen)` shows it.  Where the code does not change the model but returns a new one (a state, Equinox),
-    hand that over at the end of the block: `seen.compare(model)`.
+    Use it as `with sw.watch(model) as watch:`.  After the block `watch.changed` says which kinds changed, and in which
+    leaves; `print(watch)` shows it.  Where the code does not change the model but returns a new one (a state, Equinox),
+    hand that over at the end of the block: `watch.compare(model)`.
 
     Args:
       model: a module, an `nnx.Optimizer`, a state, or a tuple or list of objects.
@@ -72,9 +72,9 @@ def watch(
       >>> @jax.jit  # not nnx.jit: what it writes is dropped
       ... def train(model):
       ...     model.kernel[...] -= 0.1
-      >>> with sw.watch(model) as seen:
+      >>> with sw.watch(model) as watch:
       ...     train(model)
-      >>> print(seen)
+      >>> print(watch)
       watch
       kind    leaves  changed  unchanged  remark
       ------------------------------------------
@@ -85,7 +85,7 @@ def watch(
     objects = () if model is NOTHING else tuple(model) if isinstance(model, (tuple, list)) else (model,)
     objects, names = given(objects, named, "sw.watch")
     if not objects:
-        raise StructureError("There is nothing to watch.", hint="with sw.watch(model) as seen:")
+        raise StructureError("There is nothing to watch.", hint="with sw.watch(model) as watch:")
     if isinstance(model, State):
         if kinds is not None and kinds != model.plan.kinds:
             raise DeclarationError("A state is watched by its own kinds.", hint="sw.watch(state)")
@@ -115,11 +115,11 @@ class Watch(Shown):
       >>> from flax import nnx
       >>> import statewise as sw
       >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-      >>> with sw.watch(model) as seen:
+      >>> with sw.watch(model) as watch:
       ...     model.mean[...] += 1
       >>> {
       ...     kind: [sw.format_path(change.path) for change in changes]
-      ...     for kind, changes in seen.changed.items()
+      ...     for kind, changes in watch.changed.items()
       ... }
       {'stats': ['mean']}
     """
@@ -147,7 +147,7 @@ class Watch(Shown):
     def __enter__(self) -> Watch:
         if self._before is not None:
             raise StructureError(
-                "This watch has been used.", hint="with sw.watch(model) as seen:  # one for each block"
+                "This watch has been used.", hint="with sw.watch(model) as watch:  # one for each block"
             )
         self._before = snapshot_of(self._objects, self.kinds, self._names)
         held = {row.kind for row in self._before.prints.values()}
@@ -199,25 +199,25 @@ class Watch(Shown):
           >>> import statewise as sw
           >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
           >>> state = sw.plan(model).take(model)
-          >>> with sw.watch(state) as seen:
+          >>> with sw.watch(state) as watch:
           ...     state = jax.tree.map(lambda array: array + 1, state)
-          ...     seen.compare(state)
-          >>> list(seen.changed)
+          ...     watch.compare(state)
+          >>> list(watch.changed)
           ['params']
         """
-        objects, names = given(objects, named, "seen.compare")
+        objects, names = given(objects, named, "watch.compare")
         if names:
             if set(names) != set(self._names):
                 raise StructureError(
                     f"Watched are {', '.join(self._names) or 'objects without names'}, "
                     f"but handed over are {', '.join(names)}.",
-                    hint=f"seen.compare({', '.join(f'{name}={name}' for name in self._names) or 'model'})",
+                    hint=f"watch.compare({', '.join(f'{name}={name}' for name in self._names) or 'model'})",
                 )
             objects = tuple(named[name] for name in self._names)
         if len(objects) != len(self._refs):
             raise StructureError(
                 f"{len(self._refs)} objects are watched, but {len(objects)} are handed over.",
-                hint="seen.compare(...)  # inside the block, with as many objects as were given to sw.watch",
+                hint="watch.compare(...)  # inside the block, with as many objects as were given to sw.watch",
             )
         self._given = objects
 
@@ -229,7 +229,7 @@ class Watch(Shown):
         if self._leaves is None:
             raise StructureError(
                 "What was seen is known when the block has ended without an error.",
-                hint="with sw.watch(model) as seen:\n    train(model, x)\nprint(seen)",
+                hint="with sw.watch(model) as watch:\n    train(model, x)\nprint(watch)",
             )
         return self._leaves
 
@@ -287,7 +287,7 @@ class Watch(Shown):
         hints = (
             ["nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped"] if missed else []
         )
-        hints += ["seen.compare(model) at the end of the block, where the code returns a new model"] if missed else []
+        hints += ["watch.compare(model) at the end of the block, where the code returns a new model"] if missed else []
         hints += ["nnx.Optimizer(model, tx, wrt=filter) with a filter that leaves them out"] if frozen else []
         fact = "; ".join(facts)
         problems.raise_as(WatchError, f"{fact[0].upper()}{fact[1:]}.", "\nor, ".join(hints))
@@ -343,7 +343,7 @@ def _reference(thing: Any) -> Callable[[], Any]:
 
 def _alive(refs: Sequence[Callable[[], Any]]) -> tuple[Any, ...]:
     objects = tuple(ref() for ref in refs)
-    hint = "seen.compare(state)  # at the end of the block: what the step returned"
+    hint = "watch.compare(state)  # at the end of the block: what the step returned"
     if any(thing is None for thing in objects):
         raise StructureError("What was watched is no longer there; the code has made another in its place.", hint=hint)
     if isinstance(objects[0], State):
