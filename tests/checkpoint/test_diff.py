@@ -174,7 +174,7 @@ def test_optimizer_state_counts() -> None:
         "w [params] value: 6 of 6 elements by up to 0.1",
         "optimizer/params/0/trace/w [optimizer] value: 6 of 6 elements by up to 1",
     ]
-    assert lines(diff(model, trained_)) == ["optimizer/params/0/trace/w [optimizer] added: Array(2, 3) float32"]
+    assert lines(diff(model, trained_)) == ["optimizer/params/0/trace/w [optimizer] unexpected: Array(2, 3) float32"]
 
 
 # --- values ------------------------------------------------------------------------------------------------------
