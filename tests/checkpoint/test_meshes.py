@@ -73,7 +73,7 @@ def test_the_checksums_of_a_checkpoint_do_not_depend_on_the_mesh(
     for number, state in enumerate(states.values()):
         sw.save(tmp_path / str(number), state)
     for number in range(1, len(states)):
-        assert not sw.diff(tmp_path / "0", tmp_path / str(number)).changed
+        assert not sw.diff(tmp_path / "0", tmp_path / str(number)).value
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

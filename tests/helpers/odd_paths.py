@@ -57,7 +57,7 @@ def assert_works(path: Any) -> None:
     assert_kept(state)
     assert sw.preview(path, STATE).ok
     assert sw.inspect(path)["params"].size == 9
-    assert not sw.diff(path, STATE).changed
+    assert not sw.diff(path, STATE).value
 
 
 # Names as a file system has them: bytes without a slash or null, which Python shows as text.

@@ -215,7 +215,7 @@ def test_a_watch_that_is_printed_too_early() -> None:
         model.kernel[...] += x
 
     code = hint_of(sw.StructureError, lambda: sw.watch(model).changed, "with")
-    assert set(run(code, model=model, train=train, x=1.0)["seen"].changed) == {"params"}
+    assert set(run(code, model=model, train=train, x=1.0)["watch"].changed) == {"params"}
 
 
 def test_expect_is_no_kind() -> None:

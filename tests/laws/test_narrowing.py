@@ -329,7 +329,7 @@ def test_scan_layers_refuses_numpys_numbers() -> None:
 
 def test_a_difference_sees_what_a_state_would_not_hold() -> None:
     narrow = int(np.int64(5 * 10**12).astype(np.int32))
-    assert sw.diff(model_of(a=np.array([5 * 10**12])), model_of(a=jnp.array([narrow]))).changed
+    assert sw.diff(model_of(a=np.array([5 * 10**12])), model_of(a=jnp.array([narrow]))).value
 
 
 def test_integers_and_floats_do_not_become_each_other(tmp_path: Path) -> None:

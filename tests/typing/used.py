@@ -295,7 +295,7 @@ assert_type(sw.inspect(FilePath("run/step_1")), Census)
 difference: Diff = sw.diff("run/step_1", model, kinds=kinds)
 sw.diff(plan, state)
 leaf_diffs: tuple[LeafDiff, ...] = difference.leaves
-print(bool(difference), difference.changed, difference.not_saved, leaf_diffs[0].why)
+print(bool(difference), difference.value, difference.not_saved, leaf_diffs[0].why)
 conversion: Conversion = sw.convert(
     "model.safetensors", "run/ours", target=plan.abstract(), rename={"a": "b", "c": None}
 )
