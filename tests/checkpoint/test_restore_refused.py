@@ -374,5 +374,5 @@ def test_only_names_kinds(tmp_path: pathlib.Path, only: Any) -> None:
     state = state_of(a=nnx.Param(jnp.ones(2)))
     sw.save(tmp_path / "run", state)
     for call in (sw.save, sw.restore, sw.preview):
-        with refused(sw.DeclarationError, f"only={only!r} names no kinds.", hint="only=('params',)"):
+        with refused(sw.DeclarationError, f"only={only!r} does not name kinds.", hint="only=('params',)"):
             call(tmp_path / "run", state, only=only)

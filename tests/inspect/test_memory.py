@@ -153,9 +153,9 @@ def test_the_table_has_a_column_for_other_memory_where_there_is_some() -> None:
     assert str(counted).splitlines() == [
         "memory of each of 2 devices, mesh (data=2): ACTIVATIONS ARE NOT IN IT",
         "kind    arrays    bytes  per device     host  saved if sharded",
-        "------------------------------------------------------------",
-        "params       1  4.0 KiB         0 B  4.0 KiB               -",
-        "------------------------------------------------------------",
+        "--------------------------------------------------------------",
+        "params       1  4.0 KiB         0 B  4.0 KiB                 -",
+        "--------------------------------------------------------------",
         "total                           0 B",
         "",
         "the largest leaves",

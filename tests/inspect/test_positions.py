@@ -173,7 +173,7 @@ def test_each_leaf_is_what_its_own_variable_says(model: Node, two: bool) -> None
     plan = KINDS.plan(*objects)
     flat = nnx.flatten(objects if two else objects[0])[1]
     live = dict(zip(map(tuple, flat.paths), flat.leaves, strict=True))
-    known = metadata_of(plan)
+    known = metadata_of(tables_of(plan))
     assert known.keys() == live.keys()
     state, lies, axes = plan.take(*objects), plan.shardings(MESH), plan.axes(params=0, rest=None)
     for leaf in plan.leaves:

@@ -104,7 +104,7 @@ class Memory(Shown):
     def table(self) -> Table:
         """One line for each kind, one for the gradients; below, the largest leaves."""
         host = any(one.host for one in self.kinds)
-        columns = ("kind", "arrays", "bytes", "per device", *(["host"] if host else []), "saved if split")
+        columns = ("kind", "arrays", "bytes", "per device", *(["host"] if host else []), "saved if sharded")
 
         def line(name: str, arrays: str, whole: str, here: int, there: str, saves: str) -> tuple[str, ...]:
             return (name, arrays, whole, format_bytes(here), *([there] if host else []), saves)
@@ -183,12 +183,12 @@ def memory(
       ...     sw.memory(kinds.plan(model, optimizers={"params": optax.adam(1e-3)}), {"data": 4, "model": 2})
       ... )
       memory of each of 8 devices, mesh (data=4, model=2): ACTIVATIONS ARE NOT IN IT
-      kind       arrays     bytes  per device  saved if split
-      -------------------------------------------------------
-      params          1  16.0 MiB     2.0 MiB               -
-      optimizer       3  32.0 MiB     4.0 MiB               -
+      kind       arrays     bytes  per device  saved if sharded
+      ---------------------------------------------------------
+      params          1  16.0 MiB     2.0 MiB                 -
+      optimizer       3  32.0 MiB     4.0 MiB                 -
       gradients                       2.0 MiB
-      -------------------------------------------------------
+      ---------------------------------------------------------
       total                           8.0 MiB
       <BLANKLINE>
       the largest leaves
