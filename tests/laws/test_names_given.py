@@ -37,7 +37,7 @@ def calls(tmp_path: Path) -> dict[str, Callable[[Any], Any]]:
 def test_what_names_no_kinds_is_refused(tmp_path: Path, given: Any) -> None:
     for option, call in calls(tmp_path).items():
         name = option.rstrip("=")
-        with refused(sw.DeclarationError, f"{name}={given!r} names no kinds.", hint=f"{name}=('params',)"):
+        with refused(sw.DeclarationError, f"{name}={given!r} does not name kinds.", hint=f"{name}=('params',)"):
             call(given)
 
 
@@ -58,7 +58,7 @@ def test_whatever_holds_names_will_do(tmp_path: Path) -> None:
 
 
 def test_traps_watched_kinds_and_steps_likewise() -> None:
-    with refused(sw.DeclarationError, f"ignore={nnx.Param!r} names no rules.", hint="ignore=('tied-weights',)"):
+    with refused(sw.DeclarationError, f"ignore={nnx.Param!r} does not name rules.", hint="ignore=('tied-weights',)"):
         sw.lint(model(), ignore=nnx.Param)  # type: ignore[arg-type]
     with pytest.raises(sw.DeclarationError, match="does not name kinds"):
         sw.watch(model(), expect={"params": 1})
