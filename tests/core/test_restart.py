@@ -259,7 +259,7 @@ def test_slots_of_stacked_states_are_not_guessed() -> None:
     """Its first axis is no slot: in a stack of four it would even have the right length."""
     stacked = jax.tree.map(lambda array: jnp.stack([array] * SLOTS), taken())
     with pytest.raises(
-        sw.StructureError, match=r"k: Cache\(4, 2, 3\) float32  kind=cache  \(is \(4, 4, 2, 3\) float32\)"
+        sw.StructureError, match=r"k: Cache\(4, 2, 3\) float32  kind=cache  \(is \(4, 4, 2, 3\) in the state\)"
     ):
         stacked.restart("cache", where=[0])
     assert not stacked.restart("cache")["cache"]["k"].any()
