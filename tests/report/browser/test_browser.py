@@ -126,7 +126,7 @@ def test_a_comma_within_a_treatment_parts_nothing(open_page: Open) -> None:
 
 def test_memory_of_each_device_is_shown_with_what_is_not_in_it(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
-    assert "Activations are not in it" in page.locator("#memory-note").inner_text()
+    assert "Activations are not included" in page.locator("#memory-note").inner_text()
     assert [(row[0], row[3]) for row in rows(page, "#memory-table")] == [
         (kind.name, format_bytes(kind.per_device)) for kind in report.memory.kinds if kind.arrays
     ]
