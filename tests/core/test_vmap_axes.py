@@ -293,7 +293,7 @@ def test_arrays_packed_together_have_one_axis() -> None:
         "Arrays that are packed into one buffer have one axis.",
         leaves=["3: Variable(2,) float32  kind=variables  (axis 0, packed with others of axis None)"],
         kind="variables",
-        hint="one axis for the whole kind, or take the state without pack=",
+        hint="one axis for all of the kind, or take the state without pack=",
     ):
         plan.axes(variables=lambda path, shape: 0 if path == (3,) else None)
 

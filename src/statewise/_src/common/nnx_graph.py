@@ -132,7 +132,7 @@ def read_graph(objects: Sequence[Any], names: Sequence[str] = ()) -> ModelGraph:
     places: Sequence[int | str] = names or range(len(objects))
     for place, thing in zip(places, objects, strict=True):
         _check_object(place, thing)
-        if type(thing).__module__.startswith("statewise._src."):  # a plan or a state
+        if not isinstance(thing, nnx.Pytree) and type(thing).__module__.startswith("statewise._src."):
             raise ModelError(
                 f"Object {place} is a {type(thing).__name__}, not a model.",
                 hint="state['params'] gives a kind's arrays, sw.census(state) counts them, plan.build(state) a model",

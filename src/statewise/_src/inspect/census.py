@@ -109,10 +109,10 @@ def census(model: object, kinds: Kinds | None = None) -> Census:
       >>> print(sw.census(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), kinds))
       census
       kind    leaves  elements  bytes  dtypes   types      handling
-      --------------------------------------------------------------
+      -------------------------------------------------------------
       params       2         6   24 B  float32  Param      -
       stats        2         6   24 B  float32  BatchStat  frozen
-      --------------------------------------------------------------
+      -------------------------------------------------------------
       total        4        12   48 B
     """
     if kinds is not None:

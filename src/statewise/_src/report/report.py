@@ -155,9 +155,9 @@ def report(
       >>> print(sw.report(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), kinds=sw.Kinds(weights=sw.Kind(nnx.Param))))
       report of Linear: 2 leaves, 36 B, 0 findings
       kind     leaves  elements  bytes  dtypes   types  handling
-      -----------------------------------------------------------
+      ----------------------------------------------------------
       weights       2         9   36 B  float32  Param  -
-      -----------------------------------------------------------
+      ----------------------------------------------------------
       total         2         9   36 B
     """
     models = [side for side in (target, other) if side is not None and _is_model(side)]
