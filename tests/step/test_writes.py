@@ -18,6 +18,7 @@ from flax import nnx
 
 import statewise as sw
 from statewise._src.core.plan import tables_of
+from statewise._src.step.step import definition_of
 
 MESH = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
@@ -68,7 +69,7 @@ def written(fn: Callable[..., Any], model: Any, *args: Any) -> set[str]:
     """The leaves that a step of this function writes, as its trace has it."""
     plan = sw.plan(model)
     step = sw.step(fn, writes=tuple(plan.kinds))
-    traced, *_ = step._trace(plan.take(model), args, {})
+    traced, *_ = definition_of(step).trace_checked(plan.take(model), args, {})
     return {sw.format_path(tables_of(plan).leaf_of_array[kind][position].path) for kind, position in traced.written}
 
 

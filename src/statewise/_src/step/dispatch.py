@@ -41,7 +41,10 @@ class NewSignature(Exception):
 _tracing = threading.local()
 
 # The runtime's errors about arrays that are deleted, or donated twice.
-_ABOUT_BUFFERS = re.compile(r"delete|donat", re.IGNORECASE)
+# JAX's own phrases: an error of a callback quotes source code, ours too, which speaks of donation.
+_ABOUT_BUFFERS = re.compile(
+    r"has been deleted|deleted or donated|donate the same buffer|previously donated|donate a buffer", re.IGNORECASE
+)
 
 
 class CompiledStep:
