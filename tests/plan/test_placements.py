@@ -274,7 +274,7 @@ def test_init_cannot_see_arrays_outside_of_variables() -> None:
     with refused(
         sw.StructureError,
         "Arrays outside of Variables are static to NNX where a model is made inside jax.jit.",
-        leaves=["table: Array(3,) float32  kind=variables  (missing)"],
+        leaves=["table: Array(3,) float32  kind=variables  (missing from the model)"],
         hint="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
     ):
         sw.plan(Raw()).init(Raw, mesh)
