@@ -269,9 +269,9 @@ findings = sw.lint(policy=model, reference=model)
 finding: Finding = findings[0]
 print(finding.code, finding.hint, finding.leaves)
 
-with sw.watch(model, kinds, expect="params") as watch:
+with sw.watch(model, kinds, expect="params") as block:
     train(state, x)
-    watch.compare(model)
+    block.compare(model)
 watch: Watch = sw.watch(policy=model, reference=model, expect=("params",))
 changes: dict[str, tuple[LeafChange, ...]] = watch.changed
 print(changes["params"][0].path, watch.unchanged, watch.violations, watch.table())
