@@ -30,6 +30,14 @@ LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
 FENCE = re.compile(r"^(?P<fence> *```)python[^\n]*\n(?P<prompt> *>>>)?", re.MULTILINE)
 
 
+def on_config(config: Any) -> Any:
+    """Turns on instant navigation if the site has an address."""
+    if config.site_url:
+        # Not for a site that is read from a folder: there the theme would stop before it adds the copy buttons.
+        config.theme["features"].append("navigation.instant")
+    return config
+
+
 def notebook_to_markdown(notebook: dict[str, Any]) -> str:
     """Returns the cells of a notebook and what they printed or showed, as a page."""
     parts = []

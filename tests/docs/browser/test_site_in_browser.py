@@ -54,3 +54,14 @@ def test_the_palette_follows_the_reader_and_its_toggle(page: Page, site: Path) -
     expect(body).to_have_attribute("data-md-color-scheme", "default")
     page.get_by_title("Switch to dark").click()
     expect(body).to_have_attribute("data-md-color-scheme", "slate")
+
+
+def test_a_copied_session_is_what_was_typed(page: Page, site: Path) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto((site / "index.html").as_uri())
+    page.locator(".home .md-clipboard, .home .md-code__button").first.click()
+    expect(page.locator(".md-dialog, [data-md-component=dialog]").first).to_contain_text("Copied")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert "sw.plan(model).take(model)" in copied
+    assert ">>>" not in copied
+    assert "Traceback" not in copied
