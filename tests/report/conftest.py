@@ -1,35 +1,20 @@
-"""A real Chromium, driven by Playwright's protocol, for the tests of the page.
-
-The browser is the machine's own: `STATEWISE_CHROMIUM` names one, or it is found on the path; none is downloaded.  One
-browser serves a file of tests and no more: while it runs, Playwright holds this thread's event loop, which others need.
-"""
+"""Reports to look at, and a browser to open them in."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
+import browsers
 import statewise as sw
 from reported import Net, many
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-WITHOUT = (
-    "there is no Chromium: `make browser-tests` as root, or `apt-get install chromium`, or name one: "
-    "STATEWISE_CHROMIUM=/path/to/chrome"
-)
-
 Open = Callable[..., Page]
 
-
-def chromium() -> str | None:
-    """The path of a browser; None where there is none."""
-    found = (shutil.which(name) for name in NAMES)
-    return os.environ.get("STATEWISE_CHROMIUM") or next(filter(None, found), None)
+browser = browsers.browser  # a fixture
 
 
 @pytest.fixture(scope="session")
@@ -42,18 +27,6 @@ def net() -> sw.results.Report:
 def ten_thousand() -> sw.results.Report:
     """Of a model of ten thousand leaves."""
     return sw.report(many(10_000))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = chromium()
-    if path is None:
-        pytest.skip(WITHOUT)
-    with sync_playwright() as playwright:
-        # Its sandbox needs rights that containers and root do not have; all it opens here is a page of ours.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from statewise._src.common.compare import (
     note_of,
     uncastable,
 )
-from statewise._src.common.nnx_graph import is_deleted
+from statewise._src.common.nnx_graph import is_abstract, is_deleted
 from statewise._src.common.paths import Path, format_path
 from statewise._src.core.plan import State
 from statewise._src.plan.averages import averaged_kind
@@ -221,7 +221,7 @@ class _Matcher:
         part: Sequence[Any] = self.state.part(placed.record.kind).arrays
         if placed.record.kind not in self.plan.packing:
             part = part[placed.start : placed.start + len(placed.record.arrays)]
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in part):
+        if is_abstract(part):
             return "the target is abstract: it has no value to keep"
         return "the target was donated: its value was donated" if any(map(is_deleted, part)) else ""
 

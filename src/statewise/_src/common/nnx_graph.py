@@ -7,7 +7,7 @@ or dict of arrays; `arrays_of` and `value_of` go between a value and the arrays 
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,10 @@ __all__ = [
     "ModelError",
     "ModelGraph",
     "arrays_of",
+    "is_abstract",
     "is_array",
     "is_deleted",
+    "is_traced",
     "named",
     "numbered",
     "read_graph",
@@ -215,6 +217,16 @@ def is_array(value: Any) -> bool:
 def is_deleted(array: Any) -> bool:
     """Returns whether this was an array, and its buffer was donated."""
     return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
+
+
+def is_abstract(arrays: Iterable[Any]) -> bool:
+    """Returns whether any of these is a shape and dtype only."""
+    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
+
+
+def is_traced(arrays: Iterable[Any]) -> bool:
+    """Returns whether any of these is being traced."""
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def raw_value(leaf: Any) -> Any:

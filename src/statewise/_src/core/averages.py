@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, may_lose
+from statewise._src.common.nnx_graph import is_abstract
 from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
 from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.plan.averages import Average
@@ -108,7 +109,7 @@ def _replaced(state: StateT, from_: Sequence[str], into: Sequence[str], program:
     plan, made = state.tables, list(state.parts)
     check_not_donated(state, from_)
     given = [state.part(kind).arrays for kind in from_]
-    if any(isinstance(array, jax.ShapeDtypeStruct) for part in given for array in part):
+    if any(map(is_abstract, given)):
         return state.make(plan, made)  # of shapes there is nothing to copy
     if plan.packing:
         check_fits(state, from_)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
+from statewise._src.common.nnx_graph import is_abstract, is_traced
 from statewise._src.common.problems import Problems
 from statewise._src.core.batches import check_not_batch, hint_of_batch
 from statewise._src.core.member_view import single_of
 from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
 from statewise._src.core.templates import abstract, shardings
-from statewise._src.core.usable import is_abstract, is_traced
 from statewise._src.core.vmap_axes import axes_of_members
 from statewise._src.plan.members import Axis, Members, place_of
 from statewise._src.plan.tables import PlanTables

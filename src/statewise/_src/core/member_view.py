@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
-from statewise._src.common.nnx_graph import arrays_of, raw_value, read_graph, spec_of
+from statewise._src.common.nnx_graph import arrays_of, is_traced, raw_value, read_graph, spec_of
 from statewise._src.core.check_objects import names_for
 from statewise._src.core.state_data import StateData, StateT
 from statewise._src.plan.derived import Derived
@@ -52,7 +50,7 @@ def holds_one_member(plan: PlanTables, objects: Sequence[Any]) -> bool:
     live = {path: arrays_of(raw_value(leaf))[0] for path, leaf in zip(found.paths, found.leaves, strict=True)}
     rows = single_of(plan).rows
     fit = all(row.path in live and tuple(map(spec_of, live[row.path])) == row.specs for row in rows)
-    return fit and any(isinstance(array, jax.core.Tracer) for row in rows for array in live[row.path])
+    return fit and any(is_traced(live[row.path]) for row in rows)
 
 
 def as_one(state: StateT) -> StateT:

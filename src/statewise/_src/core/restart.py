@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from statewise._src.common.narrowing import WIDE, as_jax, refuse
-from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.nnx_graph import ArraySpec, is_traced
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.averages import averages_in, begun_again
@@ -74,7 +74,7 @@ def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT
     places = tuple(state.part(name).places() for name in chosen.kinds)
     try:
         # Inside of a transform it is the transform that owns the arrays.
-        donate = not any(isinstance(array, jax.core.Tracer) for part in old for array in part)
+        donate = not any(map(is_traced, old))
         program = _program(plan, chosen, slots is not None, places, donate)
         fresh = program(old, others, slots, _beside(key, places))
     except (RuntimeError, ValueError) as error:
@@ -86,7 +86,7 @@ def restart(state: StateT, kinds: Sequence[str], where: Any, key: Any) -> StateT
     made = list(state.parts)
     for name, arrays in zip(chosen.kinds, fresh, strict=True):
         part = state.part(name)
-        if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+        if not is_traced(arrays):
             part.donated_by = f"restart({name!r})"
         made[plan.kind_index[name]] = Part(tuple(arrays))
     return followed(state.make(plan, made), chosen, slots)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statewise._src.common.nnx_graph import is_abstract
 from statewise._src.core.averages import averages_in, check_starts
 from statewise._src.core.restart_slots import only_where
 from statewise._src.core.restart_targets import Chosen
@@ -37,7 +38,7 @@ def followed(state: StateT, chosen: Chosen, slots: Any) -> StateT:
         check_starts(state, name)
         mine = _mine(plan, chosen, name)
         old = state.part(name)
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in old.arrays):
+        if is_abstract(old.arrays):
             continue
         given = [old.arrays, *(state.part(one.kind).arrays for one, _ in mine)]
         program = _program(plan, chosen, name, old.places())

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from statewise._src.common.nnx_graph import is_deleted
+from statewise._src.common.nnx_graph import is_abstract, is_deleted, is_traced
 from statewise._src.common.paths import Leaf
 from statewise._src.core.state_data import StateData
 from statewise.errors import StructureError
@@ -20,19 +20,7 @@ __all__ = [
     "check_concrete_kinds",
     "check_model_arrays",
     "check_untraced",
-    "is_abstract",
-    "is_traced",
 ]
-
-
-def is_abstract(arrays: Iterable[Any]) -> bool:
-    """Returns whether any of these is a shape and dtype only."""
-    return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
-
-
-def is_traced(arrays: Iterable[Any]) -> bool:
-    """Returns whether any of these is being traced."""
-    return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def check_concrete(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.nnx_graph import ArraySpec, is_abstract, is_traced
 from statewise._src.common.paths import format_shape
 from statewise.errors import StructureError
 
@@ -58,9 +58,9 @@ class PackedBuffer(NamedTuple):
 
     def join(self, arrays: Sequence[Any]) -> Any:
         """The buffer of these arrays."""
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
+        if is_abstract(arrays):
             return jax.ShapeDtypeStruct((sum(array.size for array in arrays),), arrays[0].dtype)
-        if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        if is_traced(arrays):
             return jnp.concatenate([jnp.ravel(array) for array in arrays])
         return jnp.asarray(np.concatenate([np.ravel(np.asarray(array)) for array in arrays]))
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import jax
 
-from statewise._src.common.nnx_graph import ONE, ArraySpec, make_leaf
+from statewise._src.common.nnx_graph import ONE, ArraySpec, is_abstract, make_leaf
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Slot
@@ -315,7 +315,7 @@ class PlanTables:
         members = self.ensemble
         if packing is None or members is None or not all(hasattr(array, "dtype") for array in part):
             return unpack(packing, part) if packing else part
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in part):
+        if is_abstract(part):
             return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in self.held_specs[kind])
         return tuple(members.each(lambda part: unpack(packing, part), part, self.slot_axes[kind], members.of(kind)))
 

@@ -21,11 +21,11 @@ from statewise._src.checkpoint.format.locate import find_with_base
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import records_of, unpacked
 from statewise._src.common.narrowing import as_jax
-from statewise._src.common.nnx_graph import arrays_of, raw_value, read_graph
+from statewise._src.common.nnx_graph import arrays_of, is_abstract, is_traced, raw_value, read_graph
 from statewise._src.common.paths import Leaf
 from statewise._src.core.plan import Plan, State
 from statewise._src.core.state_data import check_fits, check_not_donated
-from statewise._src.core.usable import check_model_arrays, check_untraced, is_abstract, is_traced
+from statewise._src.core.usable import check_model_arrays, check_untraced
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.resolve import resolve_plan
 from statewise._src.plan.tables import PlanTables

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -34,7 +33,7 @@ from statewise._src.common.compare import (
     note_of,
     uncastable,
 )
-from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.nnx_graph import ArraySpec, is_abstract
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -214,10 +213,7 @@ class _Fitter:
         self.made = Fit()
         self.orbax = OrbaxKeys()
         self.by_text: dict[str, SourceArray] = {}
-        self.has_values = {
-            kind: not any(isinstance(array, jax.ShapeDtypeStruct) for array in target.part(kind).arrays)
-            for kind in target.tables.kinds
-        }
+        self.has_values = {kind: not is_abstract(target.part(kind).arrays) for kind in target.tables.kinds}
         renamed = _renamed(source, rename)
         for entry in source.entries:
             text = renamed.get(entry.name, entry.name)

@@ -27,6 +27,7 @@ from statewise._src.common.nnx_graph import (
     ModelError,
     ModelGraph,
     arrays_of,
+    is_abstract,
     is_deleted,
     make_leaf,
     raw_value,
@@ -37,7 +38,6 @@ from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import put_values
 from statewise._src.core.plan import Kinds
-from statewise._src.core.usable import is_abstract
 from statewise._src.inspect.select.new_values import fresh_values
 from statewise._src.inspect.select.select import check_kinds, look
 from statewise._src.plan.match import claim

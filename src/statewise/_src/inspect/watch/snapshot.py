@@ -15,6 +15,7 @@ from statewise._src.common.nnx_graph import (
     ONE,
     ModelGraph,
     arrays_of,
+    is_abstract,
     is_deleted,
     make_leaf,
     named,
@@ -27,7 +28,7 @@ from statewise._src.common.ties import aliases_of
 from statewise._src.core.check_objects import plain_attributes
 from statewise._src.core.plan import Kinds, State
 from statewise._src.core.state_data import check_not_donated
-from statewise._src.core.usable import check_concrete, check_untraced, is_abstract
+from statewise._src.core.usable import check_concrete, check_untraced
 from statewise._src.filters.explain import type_only
 from statewise._src.inspect.watch.fingerprints import fingerprints
 from statewise._src.plan.match import claimants
