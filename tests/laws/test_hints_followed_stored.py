@@ -204,8 +204,8 @@ def test_a_step_of_one_on_a_state_of_all() -> None:
 def test_nothing_is_watched() -> None:
     head = hint_of(sw.StructureError, lambda: sw.watch().__enter__())
     model = linear()
-    seen = run(f"{head}\n    model.kernel[...] += 1", model=model)["seen"]
-    assert set(seen.changed) == {"params"}
+    watch = run(f"{head}\n    model.kernel[...] += 1", model=model)["watch"]
+    assert set(watch.changed) == {"params"}
 
 
 def test_a_watch_that_is_printed_too_early() -> None:
