@@ -53,37 +53,17 @@ class UpdateCount(Derived):
         return [jnp.zeros((), jnp.int32)]
 
 
-@dataclasses.dataclass(frozen=True)
-class CountUpdate(StepUpdate):
-    """Counts one more update."""
-
-    number: int
-
-    @property
-    def reads(self) -> set[int]:
-        return {self.number}
-
-    @property
-    def writes(self) -> set[int]:
-        return {self.number}
-
-    @property
-    def whole(self) -> set[Any]:
-        return set()
-
-    @property
-    def differentiates(self) -> tuple[int, ...]:
-        return ()
-
-    def run(self, arrays: Arrays, gradients: Gradients) -> None:
-        arrays.flat[self.number] = arrays.flat[self.number] + 1
-
-
 @step_update.register(UpdateCount)
-def _(derived: UpdateCount, plan: PlanTables, moved: Moved) -> CountUpdate | None:
+def _(derived: UpdateCount, plan: PlanTables, moved: Moved) -> StepUpdate | None:
+    """Counts one more update."""
     if moved.kinds.isdisjoint(derived.kinds):
         return None
-    return CountUpdate(plan.arrays_of(derived).arrays[0].number)
+    number = plan.arrays_of(derived).arrays[0].number
+
+    def run(arrays: Arrays, gradients: Gradients) -> None:
+        arrays.flat[number] = arrays.flat[number] + 1
+
+    return StepUpdate(reads={number}, writes={number}, run=run)
 
 
 def counted(plan: sw.Plan) -> Plan:

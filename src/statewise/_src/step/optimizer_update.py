@@ -1,10 +1,9 @@
-"""One optimizer's update inside a compiled step: leaf by leaf, or on whole buffers where that is proven."""
+"""One optimizer's update inside a compiled step: leaf by leaf, or on whole buffers if that is proven to be the same."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from statewise._src.step.operands import Arrays, joined
 from statewise._src.step.step_update import Gradients, Moved, StepUpdate, step_update
 from statewise.errors import StructureError
 
-__all__ = ["Update"]
+__all__: list[str] = []
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class _Whole:
     Attributes:
       spot: its kind and slot.
       leaves: which of the optimizer's leaves are in it, in order.
-      moments: the slot, and kind, of each role's buffer.
+      moments: the kind and slot of each role's buffer.
     """
 
     spot: Spot
@@ -39,15 +38,15 @@ class _Whole:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Update(StepUpdate):
+class _Update:
     """One optimizer's update.
 
     Attributes:
       group: the optimizer and its leaves.
       params: the numbers of the arrays that it updates, in its order.
       moments: the numbers of the arrays of its own state.
-      buffers: those that it updates as a whole; none where it goes leaf by leaf.
-      proof: that it may; None where it goes leaf by leaf.
+      buffers: those that it updates as a whole; none if it goes leaf by leaf.
+      proof: that it may; None if it goes leaf by leaf.
     """
 
     group: OptimizerGroup
@@ -56,62 +55,24 @@ class Update(StepUpdate):
     buffers: tuple[_Whole, ...]
     proof: Elementwise | None
 
-    @classmethod
-    def of(cls, plan: PlanTables, group: OptimizerGroup, written: AbstractSet[int]) -> Update:
-        """Returns the update of a group; `written` are the numbers of arrays that are written before."""
-        placed = plan.arrays_of(group)
-        params, moments = numbers_of(placed.sources), numbers_of(placed.arrays)
-        proof = group.proof() if plan.packing else None
-        buffers = _whole_buffers(plan, proof, params, moments, written) if proof else ()
-        return cls(group, params, moments, buffers, proof if buffers else None)
-
-    @property
-    def differentiates(self) -> tuple[int, ...]:
-        """Returns the numbers of the parameters."""
-        return self.params
-
-    @property
-    def whole(self) -> set[Spot]:
-        """Returns the buffers, by kind and slot, that it computes as a unit."""
-        return {spot for buffer in self.buffers for spot in (buffer.spot, *buffer.moments.values())}
-
-    @property
-    def reads(self) -> set[int]:
-        """Returns the numbers of the arrays that it reads one by one."""
-        if self.proof is None:
-            return {*self.params, *self.moments}
-        inside = {leaf for buffer in self.buffers for leaf in buffer.leaves}
-        apart = {
-            number
-            for number, owner in zip(self.moments, self.proof.roles, strict=True)
-            if owner is None or owner[1] not in inside
-        }
-        return {*self.params, *apart}
-
-    @property
-    def writes(self) -> set[int]:
-        """Returns the numbers of the arrays that it writes."""
-        return {*self.params, *self.moments}
-
     def run(self, arrays: Arrays, gradients: Gradients) -> None:
         """Updates the arrays."""
         grads = [gradients.of[number] for number in self.params]
-        if self.proof is not None:
+        if self.proof is None:
+            self._run_by_leaf(arrays, grads, gradients)
+        else:
             self._run_on_buffers(self.proof, arrays, grads, gradients.loss)
-            return
 
-        def loss_of(params: Any) -> Any:
-            return gradients.loss_with(self.params, self.group.arrays(params))
-
-        self._run_by_leaf(arrays, grads, gradients.loss, loss_of)
-
-    def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], loss: Any, loss_of: Callable[[Any], Any]) -> None:
+    def _run_by_leaf(self, arrays: Arrays, grads: Sequence[Any], gradients: Gradients) -> None:
         """Runs Optax.  Extra arguments (`value`, `grad`, `value_fn`) go to the transformations that take them."""
         group, layout = self.group, self.group.layout
-        params = group.params([arrays.flat[number] for number in self.params])
-        gradients = group.params(grads)
+        params, grad = group.params([arrays.flat[number] for number in self.params]), group.params(grads)
         state = jax.tree.unflatten(layout.structure, [arrays.flat[number] for number in self.moments])
-        updates, state = group.tx.update(gradients, state, params, value=loss, grad=gradients, value_fn=loss_of)
+
+        def loss_of(params: Any) -> Any:
+            return gradients.loss_with(self.params, group.arrays(params))
+
+        updates, state = group.tx.update(grad, state, params, value=gradients.loss, grad=grad, value_fn=loss_of)
         moments = [jnp.asarray(leaf) for leaf in layout.structure.flatten_up_to(state)]
         self._check(moments)
         arrays.store(self.params, group.arrays(optax.apply_updates(params, updates)))
@@ -123,23 +84,23 @@ class Update(StepUpdate):
         moments = [arrays.flat[number] for number in self.moments]
         run = proof.shared(params, grads, moments, jnp.asarray(loss, jnp.float32))
         for buffer in self.buffers:
-            inside = {PARAM: arrays.slots[buffer.spot], GRAD: joined([grads[leaf] for leaf in buffer.leaves])}
-            inside |= {role: arrays.slots[spot] for role, spot in buffer.moments.items()}
-            for role, made in run.leaf(proof.signatures[buffer.leaves[0]], inside).items():
-                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = made
-        owned = {leaf for buffer in self.buffers for leaf in buffer.leaves}
+            inputs = {PARAM: arrays.slots[buffer.spot], GRAD: joined([grads[leaf] for leaf in buffer.leaves])}
+            inputs |= {role: arrays.slots[spot] for role, spot in buffer.moments.items()}
+            # All leaves of a buffer have one signature: the first one's is the buffer's.
+            for role, new in run.leaf(proof.signatures[buffer.leaves[0]], inputs).items():
+                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = new
+        in_buffers = {leaf for buffer in self.buffers for leaf in buffer.leaves}
         where = {owner: number for number, owner in zip(self.moments, proof.roles, strict=True) if owner is not None}
         for leaf, number in enumerate(self.params):
-            if leaf in owned:
+            if leaf in in_buffers:
                 continue
             roles = [role for role, _ in proof.signatures[leaf] if role != PARAM]
-            alone = {PARAM: params[leaf], GRAD: grads[leaf]}
-            alone |= {role: arrays.flat[where[role, leaf]] for role in roles}
-            for role, made in run.leaf(proof.signatures[leaf], alone).items():
-                arrays.flat[number if role == PARAM else where[role, leaf]] = made
-        for number, made in zip(self.moments, run.shared_moments(), strict=True):
-            if made is not None:
-                arrays.flat[number] = made
+            inputs = {PARAM: params[leaf], GRAD: grads[leaf]} | {role: arrays.flat[where[role, leaf]] for role in roles}
+            for role, new in run.leaf(proof.signatures[leaf], inputs).items():
+                arrays.flat[number if role == PARAM else where[role, leaf]] = new
+        for number, new in zip(self.moments, run.shared_moments(), strict=True):
+            if new is not None:
+                arrays.flat[number] = new
 
     def _check(self, moments: Sequence[Any]) -> None:
         layout = self.group.layout
@@ -158,7 +119,7 @@ class Update(StepUpdate):
 
 
 def _whole_buffers(
-    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: AbstractSet[int]
+    plan: PlanTables, proof: Elementwise, params: Sequence[int], moments: Sequence[int], written: Collection[int]
 ) -> tuple[_Whole, ...]:
     """Returns the buffers whose leaves have one signature and whose moments are in buffers of the same order."""
     leaf_of = {number: leaf for leaf, number in enumerate(params)}
@@ -179,5 +140,22 @@ def _whole_buffers(
 
 
 @step_update.register(OptimizerGroup)
-def _(derived: OptimizerGroup, plan: PlanTables, moved: Moved) -> Update:
-    return Update.of(plan, derived, moved.numbers)
+def _(derived: OptimizerGroup, plan: PlanTables, moved: Moved) -> StepUpdate:
+    placed = plan.arrays_of(derived)
+    params, moments = numbers_of(placed.sources), numbers_of(placed.arrays)
+    proof = derived.proof() if plan.packing else None
+    buffers = _whole_buffers(plan, proof, params, moments, moved.numbers) if proof else ()
+    update = _Update(derived, params, moments, buffers, proof if buffers else None)
+    reads = {*params, *moments}
+    if update.proof is not None:
+        # The moments of leaves in whole buffers are in buffers too, and are not read one by one.
+        in_buffers = {leaf for buffer in buffers for leaf in buffer.leaves}
+        owners = zip(moments, update.proof.roles, strict=True)
+        reads -= {number for number, owner in owners if owner is not None and owner[1] in in_buffers}
+    return StepUpdate(
+        reads=reads,
+        writes={*params, *moments},
+        run=update.run,
+        whole={spot for buffer in buffers for spot in (buffer.spot, *buffer.moments.values())},
+        differentiates=params,
+    )

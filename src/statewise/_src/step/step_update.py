@@ -1,12 +1,11 @@
 """What a train step does for each derived thing of a plan: an optimizer's update, an average's step, and others.
 
-`step_update` gives the update of one.  It is a generic function: the file that defines a new subclass of `Derived`
-registers how a train step moves it, and nothing else has to know.
+`step_update` returns the update of one of them.  It is a generic function: the file that defines a new subclass of
+`Derived` registers how a train step moves it, and no other file needs to change.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -49,40 +48,31 @@ class Moved:
     numbers: frozenset[int]
 
 
-class StepUpdate(abc.ABC):
-    """One update of a train step, static."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepUpdate:
+    """One update of a train step, static.
 
-    @property
-    @abc.abstractmethod
-    def reads(self) -> AbstractSet[int]:
-        """Returns the numbers of the arrays that it reads one by one."""
+    Attributes:
+      reads: the numbers of the arrays that it reads one by one.
+      writes: the numbers of the arrays that it writes.
+      run: updates the arrays.
+      whole: the buffers, by kind and slot, that it computes as a unit.
+      differentiates: the numbers of the arrays whose gradients it takes.
+    """
 
-    @property
-    @abc.abstractmethod
-    def writes(self) -> AbstractSet[int]:
-        """Returns the numbers of the arrays that it writes."""
-
-    @property
-    @abc.abstractmethod
-    def whole(self) -> AbstractSet[Spot]:
-        """Returns the buffers, by kind and slot, that it computes as a unit."""
-
-    @property
-    @abc.abstractmethod
-    def differentiates(self) -> Sequence[int]:
-        """Returns the numbers of the arrays whose gradients it takes; none if it takes no gradient."""
-
-    @abc.abstractmethod
-    def run(self, arrays: Arrays, gradients: Gradients) -> None:
-        """Updates the arrays."""
+    reads: AbstractSet[int]
+    writes: AbstractSet[int]
+    run: Callable[[Arrays, Gradients], None]
+    whole: AbstractSet[Spot] = frozenset()
+    differentiates: Sequence[int] = ()
 
 
 @functools.singledispatch
 def step_update(derived: Derived, plan: PlanTables, moved: Moved) -> StepUpdate | None:
-    """Returns what a train step does for something derived; None where it leaves it as it is.
+    """Returns what a train step does for something derived; None if it leaves it unchanged.
 
     Args:
-      derived: which.
+      derived: the optimizer, the average, or another.
       plan: the plan.
       moved: what the step writes before.
     """
@@ -94,19 +84,19 @@ def step_updates(plan: PlanTables, trained: Sequence[Derived], written: Sequence
 
     Args:
       plan: the plan.
-      trained: those that it trains by.
+      trained: the optimizers that it runs.
       written: kind and position of the arrays that its function writes.
     """
     if not trained:
         return []
-    kinds = {kind for one in trained for kind in one.kinds} | {kind for kind, _ in written}
+    kinds = frozenset([*(kind for derived in trained for kind in derived.kinds), *(kind for kind, _ in written)])
     numbers = frozenset(plan.numbers(written))
     updates: list[StepUpdate] = []
-    # What moves the sources runs first: the others follow the values that it makes.
-    for one in sorted(plan.derived, key=lambda one: not one.trains):
-        if one.trains and one not in trained:
+    # What moves the sources runs first: the others follow the values that it computes.
+    for derived in sorted(plan.derived, key=lambda derived: not derived.trains):
+        if derived.trains and derived not in trained:
             continue
-        update = step_update(one, plan, Moved(frozenset(kinds), numbers))
+        update = step_update(derived, plan, Moved(kinds, numbers))
         if update is not None:
             updates.append(update)
             numbers |= update.writes
