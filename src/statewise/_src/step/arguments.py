@@ -13,7 +13,7 @@ import jax
 
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["Arguments", "JitOptions", "Split"]
+__all__ = ["Arguments", "Bound", "JitOptions", "Split", "merged", "parameters_of"]
 
 
 class JitOptions(TypedDict, total=False):
@@ -32,10 +32,8 @@ class JitOptions(TypedDict, total=False):
     device: jax.Device | None
 
 
-_OPTIONS = frozenset(
-    {"out_shardings", "in_shardings", "compiler_options", "keep_unused", "inline", "backend", "device"}
-)
-_ARRAYS = frozenset({"static_argnames", "static_argnums", "donate_argnames", "donate_argnums"})
+_CHOICES = frozenset({"static_argnames", "static_argnums", "donate_argnames", "donate_argnums"})
+_OPTIONS = JitOptions.__optional_keys__ - _CHOICES  # passed to `jax.jit` as they are
 
 
 class Split(NamedTuple):
@@ -66,13 +64,13 @@ class Arguments:
     """
 
     def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        unknown = sorted(set(options) - _OPTIONS - _ARRAYS)
+        unknown = sorted(set(options) - _OPTIONS - _CHOICES)
         if unknown:
             raise DeclarationError(
                 f"A step does not take the option {unknown[0]!r}.",
-                hint="one of: " + ", ".join(sorted(_OPTIONS | _ARRAYS)),
+                hint="one of: " + ", ".join(sorted(_OPTIONS | _CHOICES)),
             )
-        names = _names(fn)
+        names = tuple(parameter.name for parameter in parameters_of(fn) or ())
         self.static = _positions(names, options, "static", fn)
         self.donated = _positions(names, options, "donate", fn)
         self.names = names
@@ -98,7 +96,7 @@ class Arguments:
                     taken[position] = args[position]
                     rest_args[position] = None
             for name in kwargs:
-                if name in chosen or (name in self.names and self.names.index(name) in chosen):
+                if name in chosen:
                     taken[name] = kwargs[name]
                     rest_kwargs[name] = None
         return Split(tuple(rest_args), rest_kwargs, donated, static)
@@ -154,26 +152,50 @@ def merged(
     return tuple(full_args), full_kwargs
 
 
-def _names(fn: Callable[..., Any]) -> tuple[str, ...]:
+class Bound:
+    """A function with its static arguments bound.
+
+    Args:
+      fn: the function.
+      static: the arguments, by position after the objects or by name.
+      objects: the number of planned objects that the function takes first.
+      names: the name of each static argument.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], static: Mapping[Any, Any], objects: int, names: Mapping[Any, str]
+    ) -> None:
+        self.fn, self.static, self.objects, self.names = fn, dict(static), objects, dict(names)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        full_args, full_kwargs = merged(args[self.objects :], kwargs, self.static)
+        return self.fn(*args[: self.objects], *full_args, **full_kwargs)
+
+
+def parameters_of(fn: Any) -> list[inspect.Parameter] | None:
+    """Returns a function's parameters, bound ones too; None if they cannot be determined."""
     try:
-        return tuple(inspect.signature(fn).parameters)
+        return list(inspect.signature(fn.fn if isinstance(fn, Bound) else fn).parameters.values())
     except (TypeError, ValueError):
-        return ()  # builtins have no signature; their parameters can be named by position
+        return None  # a builtin without a signature
 
 
 def _positions(
     names: tuple[str, ...], options: Mapping[str, Any], which: str, fn: Callable[..., Any]
 ) -> frozenset[Any]:
-    """Returns the chosen parameters: names, and positions for those given by number."""
+    """Returns the names of the chosen parameters; positions if their names are unknown."""
     chosen = set(_many(options.get(f"{which}_argnames")))
     numbers = set(_many(options.get(f"{which}_argnums")))
-    missing = sorted(name for name in chosen if names and name not in names)
-    missing += [str(number) for number in sorted(numbers) if names and not -len(names) <= number < len(names)]
+    if not names:
+        return frozenset(chosen | numbers)
+    missing = sorted(name for name in chosen if name not in names)
+    missing += [str(number) for number in sorted(numbers) if not -len(names) <= number < len(names)]
     if missing:
         raise DeclarationError(
             f"{which}: {getattr(fn, '__name__', fn)} has no parameter {missing[0]}.", hint="one of: " + ", ".join(names)
         )
-    return frozenset(chosen | {number % len(names) if names else number for number in numbers})
+    return frozenset(chosen | {names[number] for number in numbers})
 
 
 def _many(given: Any) -> Iterable[Any]:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import named, raw_value, row_of
 from statewise._src.common.paths import Path
+from statewise._src.common.problems import Problems
 from statewise._src.filters.combinators import predicate
 from statewise._src.filters.explain import type_only
 from statewise._src.plan.kind import Kind, unknown_kind
@@ -63,13 +64,13 @@ class Capture:
         """Calls the function; returns its output and what was sown: (object's position, state) for each type."""
         if not self.names:
             return fn(*objects, *args, **kwargs), []
-        types = self._types()
+        types, sown = self._types(), list[tuple[int, Any]]()
         run: Callable[[], Any] = functools.partial(fn, *objects, *args, **kwargs)
         for position, obj in enumerate(objects):
             if isinstance(obj, nnx.Module):
-                run = _capturing(run, obj, position, types)
+                run = _capturing(run, obj, position, types, sown)
         try:
-            sown = _Sown.of(run())
+            return run(), sown
         except ValueError as error:
             if not _POPPED.match(str(error)):
                 raise
@@ -80,21 +81,19 @@ class Capture:
                 hint="take capture= out of the step's decorator: a function that pops its own leaves needs none\n"
                 "or, read the Variables instead: model.loss.get_value()",
             ) from error
-        return sown.value, sown.sown
 
-    def claims(self, plan: PlanTables, path: Path, leaf: Any) -> bool:
+    def claims(self, path: Path, leaf: Any) -> bool:
         """Returns whether a new leaf belongs to a captured kind."""
         return bool(self.names) and self._claimants(path, leaf)[:1] in {(name,) for name in self.names}
 
-    def takes(self, plan: PlanTables, row: LeafSpec, now: Any) -> bool:
-        """Returns whether this collector hands out the change that a function made to a leaf of an earlier call.
+    def takes(self, row: LeafSpec, now: Any) -> bool:
+        """Returns whether this collector returns the change that a function made to a leaf of an earlier call.
 
         Args:
-          plan: the plan.
           row: the leaf.
-          now: the Variable that the function put in its place; None if it removed the leaf.
+          now: the Variable that the function replaced it with; None if it removed the leaf.
         """
-        return row.kind in self.names if now is None else self.claims(plan, row.path, now)
+        return row.kind in self.names if now is None else self.claims(row.path, now)
 
     def collect(
         self,
@@ -123,20 +122,19 @@ class Capture:
         for path, leaf in live.items():
             if path not in planned:
                 flat[self._claimants(path, leaf)[0]][path] = raw_value(leaf)
-        twice = []
+        problems = Problems()
         for position, state in sown:
             for path, leaf in nnx.to_flat_state(state):
                 full = named((position, *path), plan.names) if plan.several else path
                 values = flat[self._claimants(path, leaf)[0]]
                 if full in values:
-                    twice.append(row_of(full, leaf))
+                    problems.add(row_of(full, leaf))
                 values[full] = raw_value(leaf)
-        if twice:
-            raise StructureError(
-                "The function sows under a name to which it also assigns a Variable.",
-                leaves=twice,
-                hint="self.sow(nnx.Intermediate, 'another_name', value)",
-            )
+        problems.raise_as(
+            StructureError,
+            "The function sows under a name to which it also assigns a Variable.",
+            "self.sow(nnx.Intermediate, 'another_name', value)",
+        )
         states = {name: nnx.from_flat_state(list(leaves.items())) for name, leaves in flat.items()}
         return out, states[self.names[0]] if self.single else states
 
@@ -151,27 +149,20 @@ class Capture:
         )
 
 
-class _Sown:
-    """An output with what was sown while computing it: (object's position, state) for each type and object."""
+def _capturing(
+    run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...], sown: list[tuple[int, Any]]
+) -> Callable[[], Any]:
+    """Wraps a call so that it also appends what the module sows to `sown`."""
 
-    def __init__(self, value: Any, sown: list[tuple[int, Any]]) -> None:
-        self.value, self.sown = value, sown
-
-    @classmethod
-    def of(cls, obj: Any) -> _Sown:
-        return obj if isinstance(obj, _Sown) else cls(obj, [])
-
-
-def _capturing(run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...]) -> Callable[[], Any]:
-    def captured() -> _Sown:
-        value, *states = nnx.capture(lambda _: _Sown.of(run()), *types)(module)
-        return _Sown(value.value, value.sown + [(position, state) for state in states])
+    def captured() -> Any:
+        out, *states = nnx.capture(lambda _: run(), *types)(module)
+        sown.extend((position, state) for state in states)
+        return out
 
     return captured
 
 
 def _subclasses(cls: type) -> Iterator[type]:
     yield cls
-    below: list[type] = cls.__subclasses__()
-    for sub in below:
-        yield from _subclasses(sub)
+    for subclass in cls.__subclasses__():
+        yield from _subclasses(subclass)

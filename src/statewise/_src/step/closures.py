@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,30 +21,10 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of
 from statewise._src.common.paths import Leaf
-from statewise._src.step.arguments import merged
+from statewise._src.plan.derived import plain_key
+from statewise._src.step.arguments import Bound
 
-__all__ = ["STATIC", "Bound", "Brought", "arrays_in", "brought", "holder_of", "layers_of", "parts_of", "read_by"]
-
-
-class Bound:
-    """A function with its static arguments bound.
-
-    Args:
-      fn: the function.
-      static: the arguments, by position after the objects or by name.
-      objects: the number of planned objects that the function takes first.
-      names: the name of each static argument.
-    """
-
-    def __init__(
-        self, fn: Callable[..., Any], static: Mapping[Any, Any], objects: int, names: Mapping[Any, str]
-    ) -> None:
-        self.fn, self.static, self.objects, self.names = fn, dict(static), objects, dict(names)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function."""
-        full_args, full_kwargs = merged(args[self.objects :], kwargs, self.static)
-        return self.fn(*args[: self.objects], *full_args, **full_kwargs)
+__all__ = ["STATIC", "Brought", "arrays_in", "brought", "holder_of", "layers_of", "parts_of", "read_by"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,17 +46,7 @@ class Brought:
 
 
 # Objects inside these packages are not the user's, and there are many of them.
-_LIBRARIES = {
-    "flax",
-    "jax",
-    "jaxlib",
-    "numpy",
-    "optax",
-    "orbax",
-    "scipy",
-    "statewise",
-    *sys.stdlib_module_names,
-}
+_LIBRARIES = {"flax", "jax", "jaxlib", "numpy", "optax", "orbax", "scipy", "statewise", *sys.stdlib_module_names}
 _LIBRARIES -= {"__main__"}
 STATIC = "a static argument"
 _DEEPEST = 5
@@ -100,16 +70,16 @@ def layers_of(fn: Any) -> Iterator[Any]:
 
 def brought(fn: Any) -> list[Brought]:
     """Returns the NNX objects that a function reaches by closure, globals, defaults, partial, or as its `self`."""
-    reached: list[Brought] = []
-    _Search(reached).callable_(fn, "its")
-    return reached
+    search = _Search()
+    search.callable_(fn, "its")
+    return search.reached
 
 
 class _Search:
     """Follows references from a function, visiting each object once."""
 
-    def __init__(self, reached: list[Brought]) -> None:
-        self.reached = reached
+    def __init__(self) -> None:
+        self.reached: list[Brought] = []
         self.seen: set[int] = set()
 
     def callable_(self, fn: Any, whose: str) -> None:
@@ -120,9 +90,8 @@ class _Search:
             fn = fn.fn
         for layer in layers_of(fn):
             if isinstance(layer, functools.partial):
-                for position, value in enumerate(layer.args):
-                    self.value(value, f"partial.args[{position}]", "an argument of the partial", 0)
-                for name, value in layer.keywords.items():
+                positional = ((f"partial.args[{position}]", value) for position, value in enumerate(layer.args))
+                for name, value in (*positional, *layer.keywords.items()):
                     self.value(value, name, "an argument of the partial", 0)
             elif isinstance(layer, types.MethodType):
                 self.value(layer.__self__, "self", "the object of the method", 0)
@@ -145,8 +114,9 @@ class _Search:
             self.value(value, name, f"a default of {whose} parameters", depth)
         if _is_library(fn.__globals__.get("__name__")):
             return  # a wrapper of JAX or Flax
-        names = {name: None for code in _codes(fn.__code__) for name in _globals_read(code)}
-        attributes = {name for code in _codes(fn.__code__) for name in code.co_names}
+        codes = list(_codes(fn.__code__))
+        names = dict.fromkeys(name for code in codes for name in _globals_read(code))
+        attributes = {name for code in codes for name in code.co_names}
         for name in names:
             value = fn.__globals__.get(name)
             if not isinstance(value, types.ModuleType):
@@ -230,28 +200,25 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 def parts_of(obj: Any) -> Iterator[Any]:
     """Yields an NNX object and all objects and Variables in it."""
     if isinstance(obj, nnx.State):
-        yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        yield from jax.tree.leaves(obj, is_leaf=compat.is_variable)
     else:
         yield from (value for _, value in nnx.iter_graph(obj))
 
 
 def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
     """Returns the leaves of an NNX object, each with its arrays."""
-    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
-    rows = []
-    for keys, leaf in leaves:
-        path = tuple(next(getattr(key, name) for name in ("name", "key", "idx") if hasattr(key, name)) for key in keys)
-        if isinstance(leaf, nnx.Variable) or is_array(leaf):
-            rows.append((row_of(path, leaf), arrays_of(raw_value(leaf))[0]))
-    return rows
+    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=compat.is_variable)[0]
+    return [
+        (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(raw_value(leaf))[0])
+        for keys, leaf in leaves
+        if isinstance(leaf, nnx.Variable) or is_array(leaf)
+    ]
 
 
 def holder_of(candidates: Iterable[Brought], part: Any) -> Brought | None:
     """Returns the entry that is, or contains, an NNX object or Variable."""
-    for candidate in candidates:
-        if any(other is part for other in parts_of(candidate.obj)):
-            return candidate
-    return None
+    holds = (candidate for candidate in candidates if any(other is part for other in parts_of(candidate.obj)))
+    return next(holds, None)
 
 
 def read_by(jaxpr: Any, consts: Sequence[Any], candidates: Iterable[Brought]) -> list[tuple[Brought, list[Leaf]]]:

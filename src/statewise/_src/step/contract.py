@@ -1,7 +1,7 @@
 """The contract of a step: what it may write, resolved for one plan.
 
 `@sw.step` may write exactly the kinds that it names.  `@sw.train_step` may also write what training is expected to
-move:  every kind that is neither frozen, nor ephemeral, nor holds `nnx.Param`.  The kinds that it differentiates are
+move: every kind that is neither frozen, nor ephemeral, nor holds `nnx.Param`.  The kinds that it differentiates are
 written by their optimizers alone.
 """
 
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common.nnx_graph import numbered
+from statewise._src.common.paths import Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.trace import ITS_OPTIMIZER, Traced
-from statewise.errors import DeclarationError, StructureError
+from statewise._src.step.trace import Traced, objects_of
+from statewise.errors import DeclarationError, StructureError, UndeclaredWriteError
 
-__all__ = ["Contract", "check_loss", "plain_contract", "train_contract"]
+__all__ = ["Contract", "check_loss", "check_writes", "describe_options", "plain_contract", "train_contract"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Contract:
     returns_state: bool
     hint: str
 
+    def with_writes(self, plan: PlanTables, kinds: Iterable[str]) -> str:
+        """Returns the decorator, as code, with these kinds in `writes` beside those that it names."""
+        return self.hint.format(kinds=repr(tuple(sorted({*self.named, *kinds}, key=list(plan.kinds).index))))
+
 
 def plain_contract(plan: PlanTables, name: str, writes: Sequence[str], options: str = "") -> Contract:
     """Returns the contract of `@sw.step(writes=...)`; `options` is what `describe_options` returns."""
@@ -73,19 +80,17 @@ def train_contract(
     has_aux: bool,
     options: str = "",
 ) -> Contract:
-    """Returns the contract of `@sw.train_step(wrt=..., writes=...)`; `options` as for `plain_contract`."""
+    """Returns the contract of `@sw.train_step(wrt=..., writes=...)`; the arguments are as for `plain_contract`."""
     groups = _groups(plan, name, wrt)
     trained = [kind for group in groups for kind in group.kinds if kind not in (writes or ())]
-    if writes is None or writes:
-        _check_writable(plan, name, writes or ())
-        allowed = {kind for kind in plan.kinds if _moves_in_training(plan, kind)} | set(writes or ())
-    else:
-        allowed = set()
-    why_not = _frozen(plan) | dict.fromkeys(trained, ITS_OPTIMIZER)
+    _check_writable(plan, name, writes or ())
+    allowed = set(writes or ())
+    if writes is None or writes:  # empty: the function may write nothing, not even the defaults
+        allowed |= {kind for kind in plan.kinds if _moves_in_training(plan, kind)}
     return Contract(
         allowed=frozenset(allowed - set(trained)),
         named=tuple(writes or ()),
-        why_not=why_not,
+        why_not=_frozen(plan) | dict.fromkeys(trained, ITS_OPTIMIZER),
         groups=groups,
         trains=True,
         has_aux=has_aux,
@@ -147,6 +152,80 @@ def _groups(plan: PlanTables, name: str, wrt: Sequence[str] | None) -> tuple[Opt
     if not chosen:
         raise DeclarationError(f"{name} differentiates nothing: wrt is empty.", hint="wrt='params', or @sw.step")
     return chosen
+
+
+# Why the function of a train step may not write a kind.
+ITS_OPTIMIZER = "written by its optimizer alone"
+
+
+def check_writes(
+    plan: PlanTables, traced: Traced, contract: Contract, name: str, evaluated: Callable[[], Traced]
+) -> None:
+    """Checks that the function writes only kinds that it may write.
+
+    Args:
+      plan: the plan.
+      traced: the traced call.
+      contract: what the step may do.
+      name: the step's name.
+      evaluated: traces the same call after `model.eval()`; called only if there is something to reject.
+    """
+    undeclared = [(kind, position) for kind, position in traced.written if kind not in contract.allowed]
+    if not undeclared:
+        return
+    why, owners, problems = contract.why_not, _owners(plan), Problems()
+    for kind, position in undeclared:
+        leaf = plan.by_kind[kind][position].leaf
+        problems.add(leaf, f"written in {owners[leaf.path]}" + (f"; {why[kind]}" if kind in why else ""))
+    kinds = tuple(dict.fromkeys(kind for kind, _ in undeclared))
+    free = [kind for kind in kinds if kind not in why]
+    lines = [contract.with_writes(plan, free)] if free else []
+    trained = [kind for kind in kinds if why.get(kind) == ITS_OPTIMIZER]
+    if trained:
+        # nnx.SpectralNorm and nnx.WeightNorm do this; the update is then applied on top of the function's writes.
+        lines.append(f"if a layer normalizes its own weights: {contract.with_writes(plan, trained)}")
+    lines += _eval_hint(plan, undeclared, contract, evaluated)
+    raise UndeclaredWriteError(
+        f"{name} writes {', '.join(kinds)}, which it does not declare.",
+        leaves=problems.leaves,
+        kind=kinds[0],
+        hint="\nor, ".join(lines),
+    )
+
+
+_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _eval_hint(
+    plan: PlanTables, undeclared: Sequence[tuple[str, int]], contract: Contract, evaluated: Callable[[], Traced]
+) -> list[str]:
+    """Returns the hint to evaluate, if the function then writes fewer undeclared kinds, and what is left to declare."""
+    try:
+        written = set(evaluated().written)
+    except _RAISED:  # with other flags the user's function fails: then evaluating does not help
+        return []
+    left = {kind for kind, position in undeclared if (kind, position) in written}
+    if left & set(contract.why_not) or written.issuperset(undeclared):
+        return []
+    line = "if the function only evaluates: model.eval() as its first line"
+    return [f"{line}, and {contract.with_writes(plan, left)}" if left else line]
+
+
+def _owners(plan: PlanTables) -> dict[Path, str]:
+    """Returns, for each leaf, a description of the module that holds it."""
+    owners = {}
+    objects: Any = objects_of(plan)
+    for row in plan.rows:
+        holder, length = (objects if plan.several else objects[0]), 0
+        owner = type(holder).__name__
+        # The deepest module on the way counts: not a list or dict in it, nor the random streams.
+        for depth, key in enumerate(numbered(row.path, plan.names)[:-1], start=1):
+            holder = getattr(holder, key) if isinstance(key, str) and hasattr(holder, key) else holder[key]
+            first = plan.several and depth == 1  # one of several objects, which need not be a module
+            if first or (isinstance(holder, nnx.Module) and not isinstance(holder, (nnx.Rngs, nnx.RngStream))):
+                owner, length = type(holder).__name__, depth
+        owners[row.path] = f"{owner} {format_path(row.path[:length])}" if length else owner
+    return owners
 
 
 def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) -> None:

@@ -16,19 +16,17 @@ import jax
 
 from statewise._src.core.plan import State
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.arguments import Arguments, merged
+from statewise._src.step.arguments import Arguments, Bound, merged
 from statewise._src.step.capture import Capture
-from statewise._src.step.closures import Bound
-from statewise._src.step.contract import Contract, check_loss
+from statewise._src.step.contract import Contract, check_loss, check_writes
 from statewise._src.step.dispatch import CompiledStep
 from statewise._src.step.function import check_capacity
 from statewise._src.step.outside_writes import check_not_baked, check_written_arguments
 from statewise._src.step.passed_objects import check_foreign_objects
 from statewise._src.step.program import program_of
 from statewise._src.step.shard_map import check_replicated, local_arguments, program_on_each, specs_of, traced_on_one
-from statewise._src.step.trace import Traced, evaluating, trace
-from statewise._src.step.trace import check_writes as check_undeclared
-from statewise._src.step.warnings import check_trains, objects_of, warnings_of
+from statewise._src.step.trace import Traced, evaluating, objects_of, trace
+from statewise._src.step.warnings import check_trains, warnings_of
 
 __all__ = ["ContractOf", "Definition"]
 
@@ -98,14 +96,11 @@ class Definition:
 
     def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
         """Raises where the function writes something that its contract does not allow."""
-        check_undeclared(
+        check_writes(
             state.tables,
             traced,
-            contract.allowed,
-            contract.named,
-            contract.why_not,
+            contract,
             self.name,
-            contract.hint,
             lambda: self.traced(state, args, kwargs, evaluated=True)[0],
         )
 

@@ -15,10 +15,11 @@ from flax import nnx
 from statewise._src.core.plan import Kinds
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.match import claimants
+from statewise._src.step.arguments import parameters_of
 from statewise._src.step.closures import arrays_in, layers_of
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "parameters_of"]
+__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "positional_names"]
 
 
 def called_as(name: str, otherwise: str = "step") -> str:
@@ -172,15 +173,12 @@ def _shown(obj: Any) -> str:
     return f"a {type(obj).__name__}"
 
 
-def parameters_of(fn: Any) -> list[inspect.Parameter] | None:
-    """Returns a function's parameters; None if they cannot be determined."""
-    try:
-        return list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        return None  # a builtin without a signature
-
-
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def positional_names(fn: Any) -> list[str]:
+    """Returns the names of a function's positional parameters; none if they cannot be determined."""
+    return [parameter.name for parameter in parameters_of(fn) or () if parameter.kind in _BY_POSITION]
 
 
 def check_capacity(
@@ -198,7 +196,7 @@ def check_capacity(
     parameters = parameters_of(fn)
     if parameters is None or any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return
-    own = [parameter.name for parameter in parameters if parameter.kind in _BY_POSITION]
+    own = positional_names(fn)
     if len(own) >= objects + len(args):
         return
     # The hint reuses the function's own names: the first for the first object, the rest for the arguments.

@@ -15,6 +15,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, is_array, make_leaf, numbered, row_of
 from statewise._src.common.paths import Leaf, Path, format_type
+from statewise._src.common.problems import Problems
 from statewise._src.filters.explain import as_code
 from statewise._src.filters.primitives import Exactly
 from statewise._src.plan.leaf_specs import LeafSpec
@@ -25,6 +26,9 @@ from statewise._src.step.graft import at
 from statewise.errors import StructureError
 
 __all__ = ["assigned", "leaf_of"]
+
+
+_MADE, _REMOVED, _REPLACED = "made by the function", "removed", "replaced by another Variable"
 
 
 def assigned(
@@ -42,32 +46,31 @@ def assigned(
     Raises:
       StructureError: the function made, removed or replaced leaves that the step does not capture; lists all of them.
     """
-    problems: list[Leaf] = []
-    captured_paths: set[Path] = set()
+    problems = Problems()
+    captured: set[Path] = set()
     root = objects if plan.several else objects[0]
     for row, leaf_before in zip(plan.rows, before, strict=True):
         now = live.get(row.path)
         if now is None or (isinstance(leaf_before, nnx.Variable) and now is not leaf_before):
-            note = "removed" if now is None else "replaced by another Variable"
             if now is not None and type(now) is type(leaf_before) and _is_bridged(root, numbered(row.path, plan.names)):
                 continue
-            if not plan.kinds[row.kind].saved and capture.takes(plan, row, now):
-                captured_paths.add(row.path)
+            if not plan.kinds[row.kind].saved and capture.takes(row, now):
+                captured.add(row.path)
             else:
-                problems.append(leaf_of(row, note))
+                problems.add(leaf_of(row, _REMOVED if now is None else _REPLACED))
         elif not isinstance(now, nnx.Variable) and not is_array(now):
-            problems.append(leaf_of(row, f"replaced by {type(now).__name__}"))
+            problems.add(leaf_of(row, f"replaced by {type(now).__name__}"))
     planned = {row.path for row in plan.rows}
     for path, leaf in live.items():
-        if path not in planned and not capture.claims(plan, path, leaf):
-            problems.append(row_of(path, leaf, note="made by the function"))
+        if path not in planned and not capture.claims(path, leaf):
+            problems.add(row_of(path, leaf), _MADE)
     if problems:
         raise StructureError(
             f"{name} changes which Variables the model has; a state cannot take new ones.",
-            leaves=problems,
-            hint="\nor, ".join(_hints(plan, problems, live)),
+            leaves=problems.leaves,
+            hint="\nor, ".join(_hints(plan, problems.leaves, live)),
         )
-    return frozenset(captured_paths)
+    return frozenset(captured)
 
 
 def leaf_of(row: LeafSpec, note: str) -> Leaf:
@@ -86,28 +89,28 @@ def _is_bridged(objects: Any, path: Path) -> bool:
 _KEPT = (nnx.Param, nnx.BatchStat, nnx.Cache, nnx.RngState, nnx.OptState, compat.MetricState)
 
 
+_ASSIGN = "assign values, not Variables: self.count[...] = self.count[...] + 1"
+
+
 def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> list[str]:
-    made = [leaf for leaf in problems if leaf.note == "made by the function"]
-    replaced = [leaf for leaf in problems if leaf.note == "replaced by another Variable"]
-    removed = [leaf for leaf in problems if leaf.note == "removed"]
+    made = [leaf for leaf in problems if leaf.note == _MADE]
+    replaced = [leaf for leaf in problems if leaf.note == _REPLACED]
     hints = []
     new = [dataclasses.replace(leaf, type=compat.variable_type(live[leaf.path])) for leaf in made + replaced]
     for_a_call = next((leaf for leaf in new if _is_for_a_call(leaf.type)), None)
     if any(plan.kinds[leaf.kind or ""].saved for leaf in replaced):
-        hints.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
+        hints.append(_ASSIGN)
     if for_a_call:
         hints.append(_captured(plan, for_a_call))
     if made and not all(_is_for_a_call(leaf.type) for leaf in made):
         hints.append("make the Variable before the plan (with model.init_cache(...), for example)")
-    left_behind = next((leaf for leaf in removed if _is_for_a_call(leaf.type)), None)
+    left_behind = next((leaf for leaf in problems if leaf.note == _REMOVED and _is_for_a_call(leaf.type)), None)
     if left_behind:
         hints.append(
             f"nnx.pop(model, {as_code(Exactly(left_behind.type))})  "
             "# before planning: an earlier call left it there, and every call makes it"
         )
-    if not hints:
-        hints.append("assign values, not Variables: self.count[...] = self.count[...] + 1")
-    return hints
+    return hints or [_ASSIGN]
 
 
 def _is_for_a_call(type_: type) -> bool:

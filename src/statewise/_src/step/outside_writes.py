@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import keyword
 import re
 from collections.abc import Callable, Sequence
@@ -12,31 +12,28 @@ import jax
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelGraph, row_of
-from statewise._src.common.paths import Leaf, Path
-from statewise._src.step.closures import STATIC, Bound, Brought, brought, holder_of, parts_of, read_by
+from statewise._src.step.arguments import Bound, parameters_of
+from statewise._src.step.closures import STATIC, Brought, brought, holder_of, parts_of, read_by
 from statewise._src.step.effects import Effects
-from statewise._src.step.function import called_as, parameters_of
+from statewise._src.step.function import called_as, positional_names
 from statewise._src.step.passed_objects import Passed, WrittenArgument
 from statewise.errors import StructureError
 
-__all__ = ["check_not_baked", "check_written_arguments", "names_of_objects", "own_name", "written_outside"]
+__all__ = ["check_not_baked", "check_written_arguments", "instead_of", "written_outside"]
 
 
-def names_of_objects(fn: Any, objects: int) -> list[str]:
-    """Returns the function's names for the planned objects; `model` where they cannot be determined."""
-    fn = fn.fn if isinstance(fn, Bound) else fn
-    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = [parameter.name for parameter in parameters_of(fn) or () if parameter.kind in positional]
-    rest = ["model"] if not own else []
-    return [*own[:objects], *rest, *(f"object_{number}" for number in range(2, objects + 1))][:objects]
+def _names_of_objects(fn: Any, objects: int) -> list[str]:
+    """Returns the function's names for the planned objects; `model` if they cannot be determined."""
+    own = positional_names(fn) or ["model"]
+    return [*own[:objects], *(f"object_{number}" for number in range(2, objects + 1))][:objects]
 
 
 def _with_more(fn: Any, objects: int, more: Sequence[tuple[str, str]], name: str, optimizers: bool) -> str:
     """Returns code that plans more objects, with the function's new signature; `more` are (expression, parameter)."""
-    firsts = names_of_objects(fn, objects)
+    firsts = _names_of_objects(fn, objects)
     expressions = ", ".join([*firsts, *(expression for expression, _ in more)])
     called = [parameter for _, parameter in more]
-    parameters = parameters_of(fn.fn if isinstance(fn, Bound) else fn) or ()
+    parameters = parameters_of(fn) or ()
     own = [parameter for parameter in parameters if parameter.name not in firsts]
     left = [str(parameter.replace(annotation=parameter.empty)) for parameter in own if parameter.name not in called]
     signature = ", ".join([*firsts, *called, *left])
@@ -75,8 +72,7 @@ def check_written_arguments(
         expression = argument + jax.tree_util.keystr(write.inside)
         shown[expression] = write.object.__name__
         more.setdefault(expression, _identifier(expression, write.object, more))
-        path: Path = (expression, *write.leaf.path)
-        leaves.append(_moved(write.leaf, path))
+        leaves.append(dataclasses.replace(write.leaf, path=(expression, *write.leaf.path)))
     listed = ", ".join(f"`{expression}` ({cls})" for expression, cls in shown.items())
     raise StructureError(
         f"{name} writes to its argument{'s' * (len(shown) > 1)} {listed}, and the write would be lost: the function "
@@ -84,10 +80,6 @@ def check_written_arguments(
         leaves=leaves,
         hint=_with_more(fn, objects, list(more.items()), name, optimizers),
     )
-
-
-def _moved(leaf: Leaf, path: Path) -> Leaf:
-    return Leaf(path, leaf.kind, leaf.type, leaf.shape, leaf.dtype, size=leaf.size, nbytes=leaf.nbytes, note=leaf.note)
 
 
 def _identifier(expression: str, cls: type, taken: dict[str, str]) -> str:
@@ -110,16 +102,18 @@ def check_not_baked(effects: Effects, fn: Any, name: str) -> None:
     for argument, leaves in read_by(effects.jaxpr, effects.consts, static):
         raise StructureError(
             f"{name} reads Variables of {argument}: they would be constants of the compiled step.",
-            leaves=[_moved(leaf, (argument.name, *leaf.path)) for leaf in leaves],
+            leaves=[dataclasses.replace(leaf, path=(argument.name, *leaf.path)) for leaf in leaves],
             hint=f"take {argument.name!r} out of static_argnames: Variables that are only read may be passed",
         )
 
 
-def own_name(used: Brought, objects: Sequence[Any], fn: Any) -> str | None:
-    """Returns the function's name for the planned object that was probably meant: the one of the same type."""
-    names = names_of_objects(fn, len(objects))
+def instead_of(used: Brought, objects: Sequence[Any], fn: Any) -> str | None:
+    """Returns the hint to use the planned object that was probably meant, of the same type; None if there is none."""
+    names = _names_of_objects(fn, len(objects))
     same = [name for name, planned in zip(names, objects, strict=True) if type(planned) is type(used.obj)]
-    return same[0] if same and same[0] != used.name else None
+    if not same or same[0] == used.name:
+        return None
+    return f"use `{same[0]}`, the step's argument, instead of `{used.name}`"
 
 
 def written_outside(
@@ -161,10 +155,9 @@ def _brought_and_written(
     paths = [] if isinstance(obj, nnx.State) else list(nnx.iter_graph(obj))
     path = next((path for path, other in paths if other is part), ())
     leaves = [row_of((used.name, *path), part, note="written")] if isinstance(part, nnx.Variable) else []
-    own = own_name(used, objects, fn)
-    lines = [f"use `{own}`, the step's argument, instead of `{used.name}`"] if own else []
+    instead = instead_of(used, objects, fn)
     plan = _with_more(fn, len(objects), [(used.name, _identifier(used.name, type(obj), {}))], name, optimizers)
-    lines.append(f"or plan it as an additional object:\n{plan}" if own else plan)
+    lines = [instead, f"or plan it as an additional object:\n{plan}"] if instead else [plan]
     return StructureError(
         f"{name} writes to {used}: a step writes only the objects that it receives.",
         leaves=leaves,

@@ -35,8 +35,9 @@ from statewise._src.core.plan import Kinds
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.leaf_specs import is_sown
 from statewise._src.plan.match import claim
+from statewise._src.step.arguments import parameters_of
 from statewise._src.step.effects import Effects, effects_of
-from statewise._src.step.function import check_function, parameters_of
+from statewise._src.step.function import check_function
 from statewise._src.step.graft import graft
 from statewise._src.step.outside_writes import check_written_arguments
 from statewise._src.step.passed_objects import Passed

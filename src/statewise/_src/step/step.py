@@ -33,7 +33,7 @@ from statewise._src.step.arguments import Arguments, merged
 from statewise._src.step.definition import ContractOf, Definition
 from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
 from statewise._src.step.function import called_as, check_function, kind_names
-from statewise._src.step.trace import Eager
+from statewise._src.step.trace import eager_form
 from statewise.errors import StructureError
 
 __all__ = ["Step", "definition_of"]
@@ -249,15 +249,8 @@ class Step(Generic[P, R_co]):
         capture = self._definition.capture_for(plan)
         split = self._definition.arguments.split(args, kwargs, plan.object_count)
         dynamic = merged(split.args, split.kwargs, split.donated)
-        eager = Eager.of(
-            traced,
-            plan,
-            self._definition.bound(split.static, plan.object_count),
-            state,
-            dynamic,
-            capture,
-            self._definition.name,
-        )
+        bound = self._definition.bound(split.static, plan.object_count)
+        eager = eager_form(traced, plan, bound, state, dynamic, capture, self._definition.name)
         entry = self._definition.make_entry(plan, eager, contract)
         donated, _, read_only, _, _ = entry.operands_from(state, args, kwargs)
         written, out = entry.program(donated, read_only, *dynamic)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     arrays_of,
-    numbered,
     raw_value,
     read_graph,
     rebuild,
@@ -31,7 +30,8 @@ from statewise._src.common.nnx_graph import (
     spec_of,
     value_of,
 )
-from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape
+from statewise._src.common.paths import Leaf, Path, format_dtype, format_shape
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
 from statewise._src.plan.tables import PlanTables
@@ -40,10 +40,10 @@ from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
 from statewise._src.step.object_changes import assigned, leaf_of
 from statewise._src.step.outside_writes import written_outside
-from statewise._src.step.passed_objects import Passed, WrittenArgument
-from statewise.errors import StructureError, UndeclaredWriteError
+from statewise._src.step.passed_objects import Passed, WrittenArgument, is_object
+from statewise.errors import StructureError
 
-__all__ = ["Eager", "Traced", "call_once", "check_not_model", "check_output", "check_writes", "evaluating", "trace"]
+__all__ = ["Traced", "check_not_model", "check_output", "eager_form", "evaluating", "objects_of", "trace"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,8 +57,9 @@ class Traced:
       outputs: the number of arrays in the output.
       written: (kind, position) of each written array, in the order in which the jaxpr returns them.
       closes_over_tracers: whether the function used a tracer of an outer trace that is not an argument.
-      lost_writes: (kind, position) of each array whose only new value is lost.
+      lost_writes: the same of each array whose only new value is lost.
       passed: what is written to objects among the arguments.
+      eager: what runs instead of the jaxpr, under `jax.disable_jit`.
     """
 
     effects: Effects
@@ -69,59 +70,43 @@ class Traced:
     closes_over_tracers: bool
     lost_writes: tuple[tuple[str, int], ...] = ()
     passed: tuple[WrittenArgument, ...] = ()
+    eager: Callable[[Sequence[Any]], tuple[list[Any], list[Any]]] | None = None
 
     def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Returns the outputs and the written arrays, from the values of all inputs (None for those not read)."""
+        if self.eager is not None:
+            return self.eager(flat)
         reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
         results = compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
         return results[: self.outputs], results[self.outputs :]
 
 
-def _logical(plan: PlanTables, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns a kind's arrays in order; of a packed or `PerDevice` part only shapes and dtypes, which a trace needs."""
-    if kind not in plan.packing and not plan.per_device:
-        return arrays
-    return tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in plan.specs[kind])
+def eager_form(
+    traced: Traced,
+    plan: PlanTables,
+    fn: Callable[..., Any],
+    state: State,
+    dynamic: tuple[Any, Any],
+    capture: Capture,
+    name: str,
+) -> Traced:
+    """Returns a traced call that runs the user's function itself instead of the jaxpr: for `jax.disable_jit`.
 
+    `dynamic` is the call's (args, kwargs).
+    """
+    unpacked = zip(plan.kinds, state.parts, strict=True)
+    stored = [array for kind, part in unpacked for array in plan.unpack(kind, part.arrays)]
+    structure = jax.tree.structure(dynamic)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Eager(Traced):
-    """A traced call that runs the user's function itself, on values, instead of the jaxpr: for `jax.disable_jit`."""
-
-    call: Callable[[Sequence[Any], Any, Any], tuple[list[Any], list[list[Any]]]] = dataclasses.field(kw_only=True)
-    arrays: Sequence[Any] = dataclasses.field(kw_only=True)
-    dynamic: Any = dataclasses.field(kw_only=True)
-
-    @classmethod
-    def of(
-        cls,
-        traced: Traced,
-        plan: PlanTables,
-        fn: Callable[..., Any],
-        state: State,
-        dynamic: tuple[Any, Any],
-        capture: Capture,
-        name: str,
-    ) -> Eager:
-        """Makes the eager form of a traced call; `dynamic` is its (args, kwargs)."""
-
-        def call(parts: Sequence[Any], args: Any, kwargs: Any) -> tuple[list[Any], list[list[Any]]]:
-            out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
-            return jax.tree.leaves(out), after
-
-        unpacked = zip(plan.kinds, state.parts, strict=True)
-        arrays = [array for kind, part in unpacked for array in plan.unpack(kind, part.arrays)]
-        fields = {field.name: getattr(traced, field.name) for field in dataclasses.fields(Traced)}
-        return cls(**fields, call=call, arrays=arrays, dynamic=(plan, dynamic))
-
-    def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Returns the outputs and the written arrays; arrays that are not read come from the state."""
-        plan, dynamic = self.dynamic
-        arrays = iter(stored if given is None else given for stored, given in zip(self.arrays, flat, strict=False))
+    def run(flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        # The program passes None for arrays that the jaxpr does not read; the function itself takes all of them.
+        arrays = iter(old if given is None else given for old, given in zip(stored, flat, strict=False))
         parts = [list(itertools.islice(arrays, len(specs))) for specs in plan.specs.values()]
-        args, kwargs = jax.tree.unflatten(jax.tree.structure(dynamic), flat[self.inputs :])
-        outputs, after = self.call(parts, args, kwargs)
-        return outputs, [after[plan.kind_index[kind]][position] for kind, position in self.written]
+        args, kwargs = jax.tree.unflatten(structure, flat[traced.inputs :])
+        out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
+        return jax.tree.leaves(out), [after[plan.kind_index[kind]][position] for kind, position in traced.written]
+
+    return dataclasses.replace(traced, eager=run)
 
 
 def trace(
@@ -139,7 +124,13 @@ def trace(
         hint="inside jax.vmap the mapped axis is missing: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
         "for other dtypes: state.cast(params='bfloat16')",
     )
-    parts = [_logical(plan, kind, part.arrays) for kind, part in zip(plan.kinds, state.parts, strict=True)]
+    # Of a packed or `PerDevice` part a trace gets only shapes and dtypes: it sees the arrays as the model has them.
+    parts = [
+        tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs)
+        if kind in plan.packing or plan.per_device
+        else part.arrays
+        for (kind, specs), part in zip(plan.specs.items(), state.parts, strict=True)
+    ]
     box: dict[str, Any] = {}
 
     def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
@@ -150,41 +141,37 @@ def trace(
         return leaves, [array for part in after for array in part], passed.after(out)
 
     closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
-    where = [(kind, position) for kind, part in zip(plan.kinds, parts, strict=True) for position in range(len(part))]
-    outputs = box["out_tree"].num_leaves
+    outputs, inputs = box["out_tree"].num_leaves, len(plan.arrays)
     unclear = [number for _, number in box["passed"].unclear]
     # The function's output is followed by the new values: of the state's arrays, then of unclear arguments.
-    sources = [*range(len(where)), *(len(where) + number for number in unclear)]
+    sources = [*range(inputs), *(inputs + number for number in unclear)]
     effects = effects_of(closed, [(outputs + index, source) for index, source in enumerate(sources)])
-    written = effects.written[: len(where)]
+    written = effects.written[:inputs]
     return Traced(
         effects=effects,
-        inputs=len(where),
+        inputs=inputs,
         out_tree=box["out_tree"],
         outputs=outputs,
-        written=tuple(spot for spot, is_written in zip(where, written, strict=True) if is_written),
+        written=_spots(plan, [number for number, is_written in enumerate(written) if is_written]),
         closes_over_tracers=any(isinstance(const, compat.Tracer) for const in effects.consts),
-        lost_writes=_dropped(plan, closed, where, written),
-        passed=box["passed"].lost(effects.written[len(where) :]),
+        lost_writes=_dropped(plan, closed, written),
+        passed=box["passed"].lost(effects.written[inputs:]),
     )
 
 
-def _dropped(
-    plan: PlanTables, closed: Any, where: Sequence[tuple[str, int]], written: Sequence[bool]
-) -> tuple[tuple[str, int], ...]:
+def _spots(plan: PlanTables, numbers: Iterable[int]) -> tuple[tuple[str, int], ...]:
+    """Returns the kinds and positions of arrays, from their numbers."""
+    return tuple((plan.arrays[number].kind, plan.arrays[number].position) for number in numbers)
+
+
+def _dropped(plan: PlanTables, closed: Any, written: Sequence[bool]) -> tuple[tuple[str, int], ...]:
     """Returns the arrays whose only new value is lost; parameters are not considered, as optimizers write them."""
     numbers = [
-        number
-        for number, (kind, position) in enumerate(where)
-        if not written[number] and not issubclass(_type_at(plan, kind, position), nnx.Param)
+        array.number
+        for array in plan.arrays
+        if not written[array.number] and not issubclass(array.leaf.type, nnx.Param)
     ]
-    dropped = dropped_inputs(closed, numbers) if numbers else frozenset()
-    return tuple(spot for number, spot in enumerate(where) if number in dropped)
-
-
-def _type_at(plan: PlanTables, kind: str, position: int) -> type:
-    type_: type = plan.leaf_of_array[kind][position].type
-    return type_
+    return _spots(plan, sorted(dropped_inputs(closed, numbers)) if numbers else ())
 
 
 def call_once(
@@ -225,33 +212,32 @@ def _arrays_after(
 ) -> list[list[Any]]:
     after = [list(part) for part in parts]
     values: dict[tuple[str, int], Sequence[Any]] = {}
-    problems, given = [], []
+    problems, given = Problems(), []
     for row, span in zip(plan.rows, plan.spans, strict=True):
         if row.path in captured:
             continue
         arrays, structure = arrays_of(raw_value(live[row.path]))
         specs = tuple(map(spec_of, arrays))
         if structure != row.structure:
-            problems.append(leaf_of(row, "becomes a value of another structure"))
+            problems.add(leaf_of(row, "becomes a value of another structure"))
         elif specs != row.specs:
-            was = [f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs]
-            problems.append(leaf_of(row, "becomes " + ", ".join(was)))
+            becomes = [
+                f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs
+            ]
+            problems.add(leaf_of(row, "becomes " + ", ".join(becomes)))
         else:
             pairs = zip(arrays, row.specs, strict=True)
             given += [
                 (leaf_of(row, ""), array, spec.dtype) for array, spec in pairs if not isinstance(array, jax.Array)
             ]
             values[span.kind, span.start] = arrays
-    if problems:
-        hint = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
-        sown = [leaf.kind for leaf in problems if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
-        if sown:  # `sow` appends to what an earlier call left there
-            hint = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {hint}"
-        raise StructureError(
-            f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.",
-            leaves=problems,
-            hint=hint,
-        )
+    hint = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
+    sown = [leaf.kind for leaf in problems.leaves if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
+    if sown:  # `sow` appends to what an earlier call left there
+        hint = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {hint}"
+    problems.raise_as(
+        StructureError, f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.", hint
+    )
     check_given(given, before=f"{name} assigns numbers that JAX cannot represent. ")
     for (kind, start), new in values.items():
         after[plan.kind_index[kind]][start : start + len(new)] = map(jnp.asarray, new)
@@ -261,26 +247,21 @@ def _arrays_after(
 def check_not_model(out: Any, leaves: Sequence[Any], name: str) -> None:
     """Checks that an output does not hold the model itself, or one of its Variables."""
     own = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
-
-    def is_object(obj: Any) -> bool:
-        return isinstance(obj, (nnx.Variable, nnx.Pytree, nnx.State))
-
-    returned = []
+    returned = Problems()
     for value in jax.tree.leaves(out, is_leaf=is_object):
         if isinstance(value, nnx.State) or not is_object(value):
             continue  # an nnx.State of Variables is data: it is returned as an nnx.State
         held = read_graph([[value]])
-        returned += [
-            row_of(path[1:], leaf) for path, leaf in zip(held.paths, held.leaves, strict=True) if id(leaf) in own
-        ]
+        for path, leaf in zip(held.paths, held.leaves, strict=True):
+            if id(leaf) in own:
+                returned.add(row_of(path[1:], leaf))
         if isinstance(value, nnx.Module) and not held.leaves:
-            returned.append(Leaf((), None, type(value), None, None, note="a module"))
-    if returned:
-        raise StructureError(
-            f"{name} returns the model, or Variables of it; they exist only inside the step.",
-            leaves=returned,
-            hint="return arrays: model.kernel[...]; the step returns the state by itself",
-        )
+            returned.add(Leaf((), None, type(value), None, None, note="a module"))
+    returned.raise_as(
+        StructureError,
+        f"{name} returns the model, or Variables of it; they exist only inside the step.",
+        "return arrays: model.kernel[...]; the step returns the state by itself",
+    )
 
 
 def check_output(leaves: Sequence[Any], name: str) -> None:
@@ -291,83 +272,6 @@ def check_output(leaves: Sequence[Any], name: str) -> None:
                 f"{name} returns {type(leaf).__name__}, which is not an array.",
                 hint="return arrays, numbers, or tuples, lists and dicts of them",
             )
-
-
-# Why the function of a train step may not write a kind.
-ITS_OPTIMIZER = "written by its optimizer alone"
-
-
-def check_writes(
-    plan: PlanTables,
-    traced: Traced,
-    allowed: frozenset[str],
-    named: Sequence[str],
-    why: dict[str, str],
-    name: str,
-    hint: str,
-    evaluated: Callable[[], Traced],
-) -> None:
-    """Checks that the function writes only kinds that it may write.
-
-    Args:
-      plan: the plan.
-      traced: the traced call.
-      allowed: the kinds that may be written.
-      named: the kinds among them that the user named.
-      why: for some other kinds, why they may not be written.
-      name: the step's name.
-      hint: the decorator with other writes; `{kinds}` stands for them.
-      evaluated: traces the same call after `model.eval()`; called only if there is something to reject.
-    """
-    undeclared = [(kind, position) for kind, position in traced.written if kind not in allowed]
-    if not undeclared:
-        return
-    owners = _owners(plan)
-    leaves: dict[Path, Leaf] = {}
-    for kind, position in undeclared:
-        leaf = plan.leaf_of_array[kind][position]
-        note = f"written in {owners[leaf.path]}" + (f"; {why[kind]}" if kind in why else "")
-        leaves[leaf.path] = dataclasses.replace(leaf, note=note)
-    kinds = tuple(dict.fromkeys(kind for kind, _ in undeclared))
-    order = list(plan.kinds).index
-    free = [kind for kind in kinds if kind not in why]
-    lines = [hint.format(kinds=repr(tuple(sorted({*named, *free}, key=order))))] if free else []
-    trained = [kind for kind in kinds if why.get(kind) == ITS_OPTIMIZER]
-    if trained:
-        # nnx.SpectralNorm and nnx.WeightNorm do this; the update is then applied on top of the function's writes.
-        also = hint.format(kinds=repr(tuple(sorted({*named, *trained}, key=order))))
-        lines.append(f"if a layer normalizes its own weights: {also}")
-    lines += _eval_hint(plan, undeclared, evaluated, hint, named, why)
-    raise UndeclaredWriteError(
-        f"{name} writes {', '.join(kinds)}, which it does not declare.",
-        leaves=leaves.values(),
-        kind=kinds[0],
-        hint="\nor, ".join(lines),
-    )
-
-
-_RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def _eval_hint(
-    plan: PlanTables,
-    undeclared: Sequence[tuple[str, int]],
-    evaluated: Callable[[], Traced],
-    hint: str,
-    named: Sequence[str],
-    why: Mapping[str, str],
-) -> list[str]:
-    """Returns the hint to evaluate, if the function then writes fewer undeclared kinds, and what is left to declare."""
-    try:
-        written = set(evaluated().written)
-    except _RAISED:  # with other flags the user's function fails: then evaluating does not help
-        return []
-    left = {kind for kind, position in undeclared if (kind, position) in written}
-    if left & set(why) or all(spot in written for spot in undeclared):
-        return []
-    line = "if the function only evaluates: model.eval() as its first line"
-    kinds = tuple(sorted({*named, *left}, key=list(plan.kinds).index))
-    return [f"{line}, and {hint.format(kinds=repr(kinds))}" if left else line]
 
 
 def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
@@ -382,17 +286,6 @@ def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
     return evaluated
 
 
-def _owners(plan: PlanTables) -> dict[Path, str]:
-    """Returns, for each leaf, a description of the module that holds it."""
-    owners = {}
-    objects: Any = rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
-    for row in plan.rows:
-        current, at = (objects if plan.several else objects[0]), 0
-        owner = type(current).__name__
-        for depth, key in enumerate(numbered(row.path, plan.names)[:-1], start=1):
-            current = getattr(current, key) if isinstance(key, str) and hasattr(current, key) else current[key]
-            first = plan.several and depth == 1  # one of several objects, which need not be a module
-            if first or (isinstance(current, nnx.Module) and not isinstance(current, (nnx.Rngs, nnx.RngStream))):
-                owner, at = type(current).__name__, depth
-        owners[row.path] = f"{owner} {format_path(row.path[:at])}" if at else owner
-    return owners
+def objects_of(plan: PlanTables) -> tuple[Any, ...]:
+    """Returns the planned objects, with empty leaves."""
+    return rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)

@@ -5,44 +5,46 @@ What certainly has no effect is rejected.  What may be intended is a `StatewiseW
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from statewise._src.common.nnx_graph import rebuild
 from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.closures import brought, read_by
+from statewise._src.step.closures import Brought, brought, read_by
 from statewise._src.step.contract import Contract
 from statewise._src.step.dependence import differentiably_reached
 from statewise._src.step.function import called_as
-from statewise._src.step.outside_writes import own_name
-from statewise._src.step.trace import Traced
+from statewise._src.step.outside_writes import instead_of
+from statewise._src.step.trace import Traced, objects_of
 from statewise.errors import StatewiseWarning, StructureError
 
-__all__ = ["check_trains", "objects_of", "warnings_of"]
+__all__ = ["check_trains", "warnings_of"]
 
 
-def objects_of(plan: PlanTables) -> tuple[Any, ...]:
-    """Returns the planned objects, with empty leaves."""
-    return rebuild(plan.graphdef, [None] * len(plan.rows), plan.several)
-
-
-def _spots(plan: PlanTables, contract: Contract) -> dict[str, list[tuple[str, int]]]:
-    """Returns kind and position of each non-empty array that is differentiated, by kind."""
-    spots_of: dict[str, list[tuple[str, int]]] = {}
+def _differentiated(plan: PlanTables, contract: Contract) -> dict[str, list[ArrayInfo]]:
+    """Returns the non-empty arrays that are differentiated, by kind."""
+    arrays_of: dict[str, list[ArrayInfo]] = {}
     for group in contract.groups:
         for array in plan.arrays_of(group).sources:
             if array.spec.size:
-                spots_of.setdefault(array.kind, []).append((array.kind, array.position))
-    return spots_of
+                arrays_of.setdefault(array.kind, []).append(array)
+    return arrays_of
 
 
-def _reaching(plan: PlanTables, traced: Traced, spots: Sequence[tuple[str, int]]) -> bool:
+def _reaching(traced: Traced, arrays: Sequence[ArrayInfo]) -> bool:
     """Returns whether a gradient may pass from the loss to one of these arrays."""
-    chosen = set(plan.numbers(spots))
-    read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
-    return differentiably_reached(traced.effects.jaxpr, [number in chosen for number in read])[0]
+    chosen = {array.number for array in arrays}
+    # The jaxpr takes only what is read, and its first output is the loss.
+    inputs = [number in chosen for number, is_read in enumerate(traced.effects.read) if is_read]
+    return differentiably_reached(traced.effects.jaxpr, inputs)[0]
+
+
+def _instead(plan: PlanTables, traced: Traced, fn: Any) -> list[tuple[Brought, str | None]]:
+    """Returns the objects from outside that a function reads, each with the hint to use a planned one instead."""
+    outside = read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn))
+    return [(used, instead_of(used, objects_of(plan), fn)) for used, _ in outside]
 
 
 def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> None:
@@ -58,23 +60,18 @@ def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, 
     Raises:
       StructureError: the step would train nothing.
     """
-    spots = [spot for kind in _spots(plan, contract).values() for spot in kind]
-    if not spots or _reaching(plan, traced, spots):
+    arrays = [array for of_kind in _differentiated(plan, contract).values() for array in of_kind]
+    if not arrays or _reaching(traced, arrays):
         return
-    leaves, any_read = [], False
-    for kind, position in spots:
-        read = traced.effects.read[plan.by_kind[kind][position].number]
-        any_read |= read
-        note = "read, but no gradient passes" if read else "not read"
-        leaves.append(dataclasses.replace(plan.leaf_of_array[kind][position], note=note))
+    problems = Problems()
+    for array in arrays:
+        is_read = traced.effects.read[array.number]
+        problems.add(array.leaf, "read, but no gradient passes" if is_read else "not read")
+    outside = _instead(plan, traced, fn)
     fact = f"{name} trains nothing: no leaf that it differentiates reaches the loss."
-    lines = []
-    for used, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
-        fact += f" The function reads {used}."
-        own = own_name(used, objects_of(plan), fn)
-        if own:
-            lines.append(f"use `{own}`, the step's argument, instead of `{used.name}`")
-    if any_read:
+    fact += "".join(f" The function reads {used}." for used, _ in outside)
+    lines = [instead for _, instead in outside if instead]
+    if any(traced.effects.read[array.number] for array in arrays):
         lines.append(
             "jax.lax.stop_gradient, argmax, rounding, comparisons and integers do not pass gradients: "
             f"sw.audit({called_as(name)}, state, ...)"
@@ -82,7 +79,7 @@ def check_trains(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, 
     if not lines:
         lines.append("compute the loss from the function's arguments: return loss(model(x), y)")
         lines.append("if nothing should be trained: @sw.step")
-    raise StructureError(fact, leaves=list(dict.fromkeys(leaves)), hint="\n".join(lines))
+    problems.raise_as(StructureError, fact, "\n".join(lines))
 
 
 def warnings_of(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str) -> list[StatewiseWarning]:
@@ -95,9 +92,12 @@ def warnings_of(plan: PlanTables, traced: Traced, contract: Contract, fn: Any, n
       fn: the function.
       name: the step's name.
     """
+    lost = Problems()
+    for kind, position in traced.lost_writes:
+        lost.add(plan.by_kind[kind][position].leaf, "written under a plain jax.jit or jax.checkpoint")
     return [
-        *_unwritten(plan, traced, contract, name),
-        *_dropped(plan, traced, contract, name),
+        *_unwritten(plan, traced, contract, lost.leaves, name),
+        *_dropped(traced, contract, lost.leaves, name),
         *_kinds_untrained(plan, traced, contract, name),
         *_all_from_outside(plan, traced, contract, fn, name),
     ]
@@ -110,36 +110,27 @@ _LOST = (
 )
 
 
-def _dropped_leaves(plan: PlanTables, traced: Traced) -> list[Leaf]:
-    note = "written under a plain jax.jit or jax.checkpoint"
-    rows = [plan.leaf_of_array[kind][position] for kind, position in traced.lost_writes]
-    return list(dict.fromkeys(dataclasses.replace(row, note=note) for row in rows))
-
-
-def _unwritten(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
+def _unwritten(
+    plan: PlanTables, traced: Traced, contract: Contract, lost: Sequence[Leaf], name: str
+) -> list[StatewiseWarning]:
     """Returns a warning for each kind in `writes` that is never written."""
     written = {kind for kind, _ in traced.written} | {kind for group in contract.groups for kind in group.kinds}
-    dropped = _dropped_leaves(plan, traced)
-    unwritten = []
-    for kind in contract.named:
-        if kind in written or not plan.specs[kind]:
-            continue
-        unwritten.append(
-            StatewiseWarning(
-                f"{name} declares that it writes {kind}, but never writes it.",
-                leaves=[leaf for leaf in dropped if leaf.kind == kind],
-                kind=kind,
-                hint=f"{_LOST}\nif it should not write {kind}: take {kind!r} out of writes",
-            )
+    return [
+        StatewiseWarning(
+            f"{name} declares that it writes {kind}, but never writes it.",
+            leaves=[leaf for leaf in lost if leaf.kind == kind],
+            kind=kind,
+            hint=f"{_LOST}\nif it should not write {kind}: take {kind!r} out of writes",
         )
-    return unwritten
+        for kind in contract.named
+        if kind not in written and plan.specs[kind]
+    ]
 
 
-def _dropped(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
+def _dropped(traced: Traced, contract: Contract, lost: Sequence[Leaf], name: str) -> list[StatewiseWarning]:
     """Returns a warning for lost writes to kinds that `_unwritten` does not report."""
-    written = {kind for kind, _ in traced.written}
-    named = {kind for kind in contract.named if kind not in written}
-    leaves = [leaf for leaf in _dropped_leaves(plan, traced) if leaf.kind not in named]
+    reported = set(contract.named) - {kind for kind, _ in traced.written}
+    leaves = [leaf for leaf in lost if leaf.kind not in reported]
     if not leaves:
         return []
     kinds = list(dict.fromkeys(leaf.kind for leaf in leaves))
@@ -155,22 +146,22 @@ def _dropped(plan: PlanTables, traced: Traced, contract: Contract, name: str) ->
 
 
 def _kinds_untrained(plan: PlanTables, traced: Traced, contract: Contract, name: str) -> list[StatewiseWarning]:
-    """Returns a warning for each differentiated kind of which no leaf reaches the loss, where other kinds do."""
-    kinds = _spots(plan, contract)
-    if len(kinds) < 2:
+    """Returns a warning for each differentiated kind of which no leaf reaches the loss, if other kinds do."""
+    arrays_of = _differentiated(plan, contract)
+    if len(arrays_of) < 2:
         return []
-    reaching = {kind: _reaching(plan, traced, spots) for kind, spots in kinds.items()}
-    if not any(reaching.values()):
+    unreached = [kind for kind, arrays in arrays_of.items() if not _reaching(traced, arrays)]
+    if len(unreached) == len(arrays_of):
         return []  # `check_trains` rejects this
     untrained = []
-    for kind in (kind for kind, reaches in reaching.items() if not reaches):
+    for kind in unreached:
         group = next(group for group in contract.groups if kind in group.kinds)
         others = tuple(kind for other in contract.groups if other is not group for kind in other.kinds)
         hint = f"@sw.train_step(wrt={others!r})" if len(group.kinds) == 1 else "a separate optimizer for each kind"
         untrained.append(
             StatewiseWarning(
                 f"{name} differentiates {kind}, but no leaf of it reaches the loss: its optimizer sees only zeros.",
-                leaves=list(dict.fromkeys(plan.leaf_of_array[kind][position] for _, position in kinds[kind])),
+                leaves=list(dict.fromkeys(array.leaf for array in arrays_of[kind])),
                 kind=kind,
                 hint=f"if this step should not train it: {hint}",
             )
@@ -184,15 +175,11 @@ def _all_from_outside(
     """Returns a warning if a step that does not train reads nothing of its state, but an object from outside."""
     if contract.trains or traced.written or any(traced.effects.read[: traced.inputs]):
         return []
-    outside = []
-    for used, _ in read_by(traced.effects.jaxpr, traced.effects.consts, brought(fn)):
-        own = own_name(used, objects_of(plan), fn)
-        if own:
-            outside.append(
-                StatewiseWarning(
-                    f"{name} reads nothing of its state; it reads {used}, whose arrays are constants of the compiled "
-                    "step.",
-                    hint=f"use `{own}`, the step's argument, instead of `{used.name}`",
-                )
-            )
-    return outside
+    return [
+        StatewiseWarning(
+            f"{name} reads nothing of its state; it reads {used}, whose arrays are constants of the compiled step.",
+            hint=instead,
+        )
+        for used, instead in _instead(plan, traced, fn)
+        if instead
+    ]
