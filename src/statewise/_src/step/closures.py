@@ -200,14 +200,14 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 def parts_of(obj: Any) -> Iterator[Any]:
     """Yields an NNX object and all objects and Variables in it."""
     if isinstance(obj, nnx.State):
-        yield from jax.tree.leaves(obj, is_leaf=compat.is_variable)
+        yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     else:
         yield from (value for _, value in nnx.iter_graph(obj))
 
 
 def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
     """Returns the leaves of an NNX object, each with its arrays."""
-    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=compat.is_variable)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
     return [
         (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(raw_value(leaf))[0])
         for keys, leaf in leaves

@@ -1,13 +1,14 @@
 """NNX objects among a step's arguments, to which the function's writes would be lost.
 
 JAX flattens an argument and rebuilds a copy for the trace.  Reading the copy is as good as reading the original, but
-writes go to the copy.  So the Variables in the arguments are compared before and after the call, and the program tells
+writes go to the copy.  So the Variables in the arguments are compared before and after the call, and the program shows
 which of them hold another value (see `effects`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of, spec_of
 from statewise._src.common.paths import Leaf, Path
+from statewise._src.plan.derived import plain_key
 from statewise.errors import StructureError
 
 __all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "is_object"]
@@ -55,7 +57,7 @@ def _flat(obj: Any) -> dict[tuple[Any, ...], Any]:
 
 
 def _path(keys: tuple[Any, ...]) -> Path:
-    return tuple(next(getattr(key, name) for name in ("name", "key", "idx") if hasattr(key, name)) for key in keys)
+    return tuple(map(plain_key, keys))
 
 
 class Passed:
@@ -72,9 +74,11 @@ class Passed:
         self._number: dict[int, int] = {}
         if self._objects:
             self._number = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((args, kwargs)))}
-        self._before = [_flat(obj) for _, obj in self._objects]
-        self._values = [{keys: raw_value(leaf) for keys, leaf in flat.items()} for flat in self._before]
-        self._rows = [{keys: row_of(_path(keys), leaf) for keys, leaf in flat.items()} for flat in self._before]
+        # The leaves of each object by their keys, with what they hold, and as data: all of it from before the call.
+        self._before = [
+            {keys: (leaf, raw_value(leaf), row_of(_path(keys), leaf)) for keys, leaf in _flat(obj).items()}
+            for _, obj in self._objects
+        ]
         # Set by `after`: leaves that were replaced, and those whose arrays the program must decide about.
         self.written: list[WrittenArgument] = []
         self.unclear: list[tuple[WrittenArgument, int]] = []
@@ -87,7 +91,7 @@ class Passed:
     @property
     def variables(self) -> list[tuple[Path, Any]]:
         """Returns the leaves, with their paths in their objects."""
-        return [(_path(keys), leaf) for flat in self._before for keys, leaf in flat.items()]
+        return [(_path(keys), leaf) for before in self._before for keys, (leaf, _, _) in before.items()]
 
     def after(self, out: Any) -> list[Any]:
         """Examines the objects after the call; returns the arrays that the program must decide about, as in `unclear`.
@@ -98,28 +102,28 @@ class Passed:
         if not self._objects:
             return []
         returned = {id(leaf) for leaf in jax.tree.leaves(out, is_leaf=_is_variable) if _is_variable(leaf)}
-        for number, (keys, obj) in enumerate(self._objects):
+        for (keys, obj), before in zip(self._objects, self._before, strict=True):
             now = _flat(obj)
-            for leaf_keys, row in self._rows[number].items():
+            write_to = functools.partial(WrittenArgument, _place(keys), keys[2:], type(obj))
+            for leaf_keys, (_, value, row) in before.items():
                 leaf = now.pop(leaf_keys, None)
                 if id(leaf) in returned:
                     continue
-                was = arrays_of(self._values[number][leaf_keys])
-                given = None if leaf is None else arrays_of(raw_value(leaf))
-                note = _difference(was, given)
-                write = WrittenArgument(_place(keys), keys[2:], type(obj), dataclasses.replace(row, note=note))
-                if note != _WRITTEN or given is None:
+                old, new = arrays_of(value), None if leaf is None else arrays_of(raw_value(leaf))
+                note = _difference(old, new)
+                write = write_to(dataclasses.replace(row, note=note))
+                if note != _WRITTEN or new is None:
                     self.written.append(write)
                     continue
                 # A new tracer may hold the same value (after nnx.jit, say): only the program knows.
-                for before, array in zip(was[0], given[0], strict=True):
-                    if array is not before:
-                        self.unclear.append((write, self._number[id(before)]))
+                for old_array, array in zip(old[0], new[0], strict=True):
+                    if array is not old_array:
+                        self.unclear.append((write, self._number[id(old_array)]))
                         arrays.append(array)
             if not isinstance(obj, nnx.State):
                 self.written += [
-                    WrittenArgument(_place(keys), keys[2:], type(obj), row_of(_path(own), leaf, note="made"))
-                    for own, leaf in now.items()
+                    write_to(row_of(_path(leaf_keys), leaf, note="made"))
+                    for leaf_keys, leaf in now.items()
                     if id(leaf) not in returned and (_is_variable(leaf) or is_array(leaf))
                 ]
         return arrays
@@ -150,13 +154,13 @@ def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -
 def check_foreign_objects(named: Iterator[tuple[str, Any]], step: str) -> None:
     """Checks that no argument holds an NNX object that JAX cannot flatten: of `pytree=False`, or a hijax Variable."""
     for name, value in named:
+        argument = name if name.isidentifier() else "argument"
         for leaf in jax.tree.leaves(value):
             if compat.reference(leaf).startswith("hijax"):
                 raise StructureError(
                     f"The argument {name} of {step} holds a hijax Variable, which every version of Flax writes "
                     "differently.",
-                    hint=f"{name if name.isidentifier() else 'argument'} = "
-                    f"nnx.with_vars({name if name.isidentifier() else 'argument'}, hijax=False, ref=False)"
+                    hint=f"{argument} = nnx.with_vars({argument}, hijax=False, ref=False)"
                     "  # a copy with plain Variables",
                 )
             if isinstance(leaf, nnx.Pytree):
