@@ -6,7 +6,7 @@ where the caller passes one state.  Positions given by the user count the functi
 
 # No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
@@ -105,6 +105,10 @@ class Arguments:
         """Returns an argument's name, given its name or its position after that many objects."""
         return place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int) -> Iterator[tuple[str, Any]]:
+        """Yields the arguments with their names."""
+        yield from ((self.name_of(place, objects), value) for place, value in (*enumerate(args), *kwargs.items()))
+
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None
 
@@ -121,7 +125,7 @@ class Arguments:
             hint="a tuple instead of a list, a frozen dataclass instead of a dict; or make the argument not static",
         )
 
-    def jit(self, program: Callable[..., Any], donate: bool = True, written: Any = None) -> Any:
+    def jit(self, program: Callable[..., Any], donate: bool = True, written: Any = None) -> jax.stages.Wrapped:
         """Compiles a program (donated, donated arguments, read_only, args, kwargs) -> (written, output).
 
         Args:

@@ -76,13 +76,14 @@ class Definition:
         """Traces one call, optionally after `model.eval()`; also returns how the arguments are split among devices."""
         plan, copies = state.tables, state.tables.per_device
         capture = self.capture_for(plan)
-        split = self.arguments.split(args, kwargs, plan.object_count)
-        dynamic = merged(split.args, split.kwargs, split.donated)
-        bound = self.bound(split.static, plan.object_count)
+        bound, dynamic = self.bound(args, kwargs, plan.object_count)
         if evaluated:
             bound = evaluating(bound, plan.object_count)
         name_of = functools.partial(self.arguments.name_of, objects=plan.object_count)
-        self._check_arguments(plan, args, dynamic, name_of)
+        check_capacity(
+            self.fn, plan.object_count, args, self.name, lambda: [type(planned) for planned in objects_of(plan)]
+        )
+        check_foreign_objects(self.arguments.named(*dynamic, plan.object_count), self.name)
         specs: Any = ()
         if copies is None:
             traced = trace(plan, bound, state, *dynamic, capture, self.name)
@@ -96,20 +97,8 @@ class Definition:
 
     def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
         """Raises where the function writes something that its contract does not allow."""
-        check_writes(
-            state.tables,
-            traced,
-            contract,
-            self.name,
-            lambda: self.traced(state, args, kwargs, evaluated=True)[0],
-        )
-
-    def _check_arguments(self, plan: PlanTables, args: Any, dynamic: Any, name_of: Callable[[Any], str]) -> None:
-        """Checks that the function takes this many arguments, and that JAX can pass them."""
-        types = lambda: [type(planned) for planned in objects_of(plan)]  # noqa: E731
-        check_capacity(self.fn, plan.object_count, args, self.name, types)
-        named = ((name_of(place), value) for place, value in (*enumerate(dynamic[0]), *dynamic[1].items()))
-        check_foreign_objects(named, self.name)
+        evaluated = functools.partial(self.traced, state, args, kwargs, evaluated=True)
+        check_writes(state.tables, traced, contract, self.name, lambda: evaluated()[0])
 
     def judge(self, plan: PlanTables, traced: Traced, contract: Contract) -> None:
         """Rejects a train step that trains nothing, and warns of probable mistakes."""
@@ -117,12 +106,16 @@ class Definition:
         for warning in warnings_of(plan, traced, contract, self.fn, self.name):
             warnings.warn(warning, stacklevel=6)  # points at the call of the step
 
-    def bound(self, static: dict[Any, Any], objects: int) -> Callable[..., Any]:
-        """Returns the user's function with the static arguments bound, after this many objects."""
-        if not static:
-            return self.fn
-        names = {place: self.arguments.name_of(place, objects) for place in static}
-        return Bound(self.fn, static, objects, names)
+    def bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int
+    ) -> tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Returns the user's function with the static arguments bound, and the other arguments as (args, kwargs)."""
+        split = self.arguments.split(args, kwargs, objects)
+        dynamic = merged(split.args, split.kwargs, split.donated)
+        if not split.static:
+            return self.fn, dynamic
+        names = {place: self.arguments.name_of(place, objects) for place in split.static}
+        return Bound(self.fn, split.static, objects, names), dynamic
 
     def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> CompiledStep:
         """Makes the entry of a traced call; `specs` is None where only its operands are of interest, as in an audit."""

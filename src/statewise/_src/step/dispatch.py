@@ -7,11 +7,10 @@ new state.  The cost does not depend on the size of the model, only on what the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from statewise._src.common import compat
+from statewise._src.common.paths import Leaf
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import Part, check_unshared, deleted_kinds, donated_error
 from statewise._src.core.usable import check_concrete
@@ -82,8 +83,8 @@ class CompiledStep:
             (operand.kind, None if operand.pick is None else operand.slots) for operand in operands.donated
         )
         # Compilations of the program: by whether it receives the written arrays' buffers, and by their shardings.
-        self._fns: dict[Any, Any] = {}
-        self._traced: dict[Any, Any] = {}
+        self._fns: dict[Any, jax.stages.Wrapped] = {}
+        self._traced: dict[Any, jax.stages.Wrapped] = {}
 
     def _checked(self, donated: Any, given: Any, read_only: Any, args: Any, kwargs: Any) -> Any:
         # JAX calls this only to trace.  Outside `tracing`, that means a signature that was not checked yet.
@@ -121,7 +122,8 @@ class CompiledStep:
         parts = state.parts
         for kind in self._touches:
             if parts[kind].donated_by is not None:
-                self._check_donated(state)
+                touched = [name for number, name in enumerate(self.plan.kinds) if number in self._touches]
+                raise donated_error(state, [name for name in touched if state.part(name).donated_by])
         operands = self.operands_from(state, args, kwargs)
         donate = True
         places: tuple[PartShardings | None, ...] = ()
@@ -154,14 +156,12 @@ class CompiledStep:
             # A different compilation of this program was traced already; only that one can tell whether the signature
             # is new.
             jax.eval_shape(next(iter(self._traced.values())), *operands)
-            with self.tracing():
-                results = fn(*operands)
-        else:
+        with self.tracing() if self._traced else contextlib.nullcontext():
             results = fn(*operands)
         self._traced[key] = fn
         return results
 
-    def compiled(self, donate: bool, places: tuple[PartShardings | None, ...]) -> Any:
+    def compiled(self, donate: bool, places: tuple[PartShardings | None, ...]) -> jax.stages.Wrapped:
         """Returns the function, compiled for parts with these shardings; `()` leaves them to XLA."""
         if not any(places):
             places = ()
@@ -177,10 +177,7 @@ class CompiledStep:
 
     def lower(self, state: State, args: Any, kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function for a state, which may be abstract, and these arguments."""
-        lowered: jax.stages.Lowered = self.compiled(True, self._places(state.parts)).lower(
-            *self.operands_from(state, args, kwargs)
-        )
-        return lowered
+        return self.compiled(True, self._places(state.parts)).lower(*self.operands_from(state, args, kwargs))
 
     def received(
         self, state: State, written: Any, donated: bool = True, places: tuple[PartShardings | None, ...] = ()
@@ -205,10 +202,6 @@ class CompiledStep:
                 parts[kind].donated_by = self.name
         return State.make(self.plan, new)
 
-    def _check_donated(self, state: State) -> None:
-        names = list(self.plan.kinds)
-        raise donated_error(state, [names[kind] for kind in sorted(self._touches) if state.parts[kind].donated_by])
-
     def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Explains a runtime error about arrays that are deleted, donated twice, or abstract."""
         check_concrete(
@@ -228,45 +221,39 @@ class CompiledStep:
         if deleted:
             raise donated_error(state, deleted) from error
         check_unshared(state)
-        leaves = jax.tree.leaves((args, kwargs))
-        position_of = {
-            id(array): (kind, position)
-            for kind, part in zip(self.plan.kinds, state.parts, strict=True)
-            for position, array in enumerate(part.arrays)
-        }
-        for leaf in leaves:
-            if isinstance(leaf, compat.Tracer) or not isinstance(leaf, jax.Array):
+        leaf_of = {id(array): leaf for leaf, array in self._stored(state, range(len(state.parts)))}
+        for array in jax.tree.leaves((args, kwargs)):
+            if isinstance(array, compat.Tracer) or not isinstance(array, jax.Array):
                 continue
-            if leaf.is_deleted():
+            if array.is_deleted():
                 raise StructureError(
-                    f"An argument of {self.name}, {leaf.dtype}{list(leaf.shape)}, was donated by an earlier step.",
+                    f"An argument of {self.name}, {array.dtype}{list(array.shape)}, was donated by an earlier step.",
                     hint="copy it before that step: kept = jnp.copy(array)",
                 ) from error
-            if id(leaf) in position_of:
-                kind, position = position_of[id(leaf)]
+            if id(array) in leaf_of:
+                leaf = leaf_of[id(array)]
                 raise StructureError(
                     f"An argument of {self.name} is an array of the state, which the step donates.",
-                    leaves=[self.plan.leaf_of_slot[kind][position]],
-                    kind=kind,
+                    leaves=[leaf],
+                    kind=leaf.kind,
                     hint="pass a copy: jnp.copy(array)",
                 ) from error
 
     def _check_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
         """Raises for arrays on devices other than those of the first array of the state that the step touches."""
-        touched = [(kind, array, self.plan.leaf_of_slot[kind][slot]) for kind, slot, array in self._touched(state)]
-        expected = next((_devices(array) for _, array, _ in touched if _devices(array)), ())
-        leaves = [
-            dataclasses.replace(leaf, note=f"on {_listed(_devices(array))}")
-            for _, array, leaf in touched
-            if _devices(array) not in ((), expected)
-        ]
+        touched = self._stored(state, sorted(self._touches))
+        expected = next((_devices(array) for _, array in touched if _devices(array)), ())
+        problems = Problems()
+        for leaf, array in touched:
+            if _devices(array) not in ((), expected):
+                problems.add(leaf, f"on {_listed(_devices(array))}")
         given = [
             f"{name}{jax.tree_util.keystr(path)} on {_listed(_devices(leaf))}"
-            for name, value in self._named(args, kwargs)
+            for name, value in self.arguments.named(args, kwargs, self.objects)
             for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
             if isinstance(leaf, jax.Array) and _devices(leaf) not in ((), expected)
         ]
-        if not leaves and not given:
+        if not problems and not given:
             return
         arguments = f" Of its arguments: {'; '.join(given[:10])}." if given else ""
         hints = []
@@ -274,25 +261,19 @@ class CompiledStep:
             hints = ["state = jax.device_put(state, plan.shardings(mesh))  # or restore it there: plan.abstract(mesh)"]
         elif given:
             hints = ["x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data')))  # the state's mesh"]
-        if leaves:
+        if problems:
             hints.append("state = jax.device_put(state, plan.shardings(mesh))  # everything on one mesh")
         raise PlacementError(
             f"{self.name} got arrays on different devices; the state is on {_listed(expected)}.{arguments}",
-            leaves=list(dict.fromkeys(leaves)),
-            kind=leaves[0].kind if leaves else None,
+            leaves=problems.leaves,
+            kind=problems.leaves[0].kind if problems else None,
             hint="\n".join(hints),
         ) from error
 
-    def _named(self, args: Any, kwargs: Any) -> Iterator[tuple[str, Any]]:
-        """Yields the arguments with their names."""
-        yield from ((self.arguments.name_of(place, self.objects), value) for place, value in enumerate(args))
-        yield from kwargs.items()
-
-    def _touched(self, state: State) -> Iterator[tuple[str, int, Any]]:
-        """Yields kind, slot and array of the state, for all arrays of the kinds that the step touches."""
-        for number in sorted(self._touches):
-            kind = tuple(self.plan.kinds)[number]
-            yield from ((kind, slot, array) for slot, array in enumerate(state.parts[number].arrays))
+    def _stored(self, state: State, kinds: Iterable[int]) -> list[tuple[Leaf, Any]]:
+        """Returns what the state stores of some kinds, each array with its leaf."""
+        leaves = list(self.plan.leaf_of_slot.values())
+        return [pair for kind in kinds for pair in zip(leaves[kind], state.parts[kind].arrays, strict=True)]
 
 
 def _devices(array: Any) -> tuple[int, ...]:
@@ -337,12 +318,10 @@ def _types(value: Any) -> Any:
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # an array of keys has no weak_type
-    try:
-        type_ = jax.typeof(leaf)
-    except TypeError:
-        return type(leaf)  # JAX raises a clear error when it traces it
-    if not hasattr(type_, "shape"):
-        return type_  # not an array: a hijax Variable, which `check_foreign_objects` rejects
+    type_ = _type_of(leaf)
+    # Not an array: JAX raises a clear error when it traces it, and `check_foreign_objects` rejects hijax Variables.
+    if isinstance(type_, type) or not hasattr(type_, "shape"):
+        return type_
     return type_.shape, type_.dtype, getattr(type_, "weak_type", False)
 
 

@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -19,12 +19,22 @@ from statewise._src.step.arguments import parameters_of
 from statewise._src.step.closures import arrays_in, layers_of
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "positional_names"]
+__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "named_like", "positional_names"]
+
+
+WrapperT = TypeVar("WrapperT", bound=Callable[..., Any])
 
 
 def called_as(name: str, otherwise: str = "step") -> str:
     """Returns a function's name as code can use it; a lambda has none, so it gets `otherwise`."""
     return name if name.isidentifier() else otherwise
+
+
+def named_like(wrapper: WrapperT, fn: Any) -> WrapperT:
+    """Gives a wrapper the name and docstring of its function, but not its annotations: it takes or returns others."""
+    functools.update_wrapper(wrapper, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
+    del vars(wrapper)["__wrapped__"]
+    return wrapper
 
 
 def check_function(fn: Any, decorator: str) -> None:
@@ -85,8 +95,7 @@ def _check_transform(fn: Any, transform: str, decorator: str) -> None:
         inner = f"{transform}(lambda {x}: {name}({given}))({x})"
         hint = f"sw.{decorator}(lambda {given}: {inner})"
     raise StructureError(
-        f"sw.{decorator} received {name} under {transform}, which would lose its writes to the model.",
-        hint=hint,
+        f"sw.{decorator} received {name} under {transform}, which would lose its writes to the model.", hint=hint
     )
 
 

@@ -7,7 +7,6 @@ and eagerly.  As with `nnx.grad`, the model keeps what the function writes to it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -31,6 +30,7 @@ from statewise._src.common.write_values import put_values
 from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.plan.spelled_paths import Reading, nearest, spelled
 from statewise._src.sharding.explicit_axes import explained
+from statewise._src.step.function import named_like
 from statewise.errors import FilterError, StructureError
 
 __all__ = ["grad", "value_and_grad"]
@@ -107,7 +107,7 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
         state = _gradients(graph, chosen, flat, grads)
         return ((loss, aux) if has_aux else loss), state
 
-    return _named_like(differentiated, fn)
+    return named_like(differentiated, fn)
 
 
 def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -170,14 +170,7 @@ def grad(fn: Callable[..., Any], wrt: Filter = nnx.Param, has_aux: bool = False)
         value, grads = both(model, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
-    return _named_like(gradient, fn)
-
-
-def _named_like(wrapper: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a wrapper the name of its function, but not its annotations: it returns something else."""
-    functools.update_wrapper(wrapper, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
-    del vars(wrapper)["__wrapped__"]
-    return wrapper
+    return named_like(gradient, fn)
 
 
 def _check_chosen(graph: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:

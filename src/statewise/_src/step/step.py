@@ -14,7 +14,6 @@ with the model.
 """
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
@@ -29,10 +28,10 @@ from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_membe
 from statewise._src.core.plan import State
 from statewise._src.sharding.explicit_axes import explained
 from statewise._src.step.aot import Lowered, no_state
-from statewise._src.step.arguments import Arguments, merged
+from statewise._src.step.arguments import Arguments
 from statewise._src.step.definition import ContractOf, Definition
 from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
-from statewise._src.step.function import called_as, check_function, kind_names
+from statewise._src.step.function import called_as, check_function, kind_names, named_like
 from statewise._src.step.trace import eager_form
 from statewise.errors import StructureError
 
@@ -41,10 +40,6 @@ __all__ = ["Step", "definition_of"]
 
 def _is_shape(obj: object) -> bool:
     return isinstance(obj, tuple) and all(isinstance(size, int) for size in obj)
-
-
-def _kinds_captured(names: object, decorator: str) -> str | tuple[str, ...]:
-    return names if isinstance(names, str) else kind_names(names, "capture", decorator)
 
 
 P = ParamSpec("P")
@@ -83,15 +78,15 @@ class Step(Generic[P, R_co]):
     ) -> None:
         if not callable(fn):
             check_function(fn, decorator)
-        # Without the annotations: those of `fn` name the model, where a step takes the state.
-        functools.update_wrapper(self, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
-        del self.__dict__["__wrapped__"]
+        named_like(self, fn)
+        if capture is not None and not isinstance(capture, str):
+            capture = kind_names(capture, "capture", decorator)
         self._definition = Definition(
             fn,
             getattr(fn, "__name__", type(fn).__name__),
             decorator,
             contract_of,
-            None if capture is None else _kinds_captured(capture, decorator),
+            capture,
             Arguments(fn, jit_options),
         )
         self._lock = threading.RLock()
@@ -247,9 +242,7 @@ class Step(Generic[P, R_co]):
             traced, contract, _ = self._definition.trace_checked(state, args, kwargs)
             self._definition.judge(plan, traced, contract)
         capture = self._definition.capture_for(plan)
-        split = self._definition.arguments.split(args, kwargs, plan.object_count)
-        dynamic = merged(split.args, split.kwargs, split.donated)
-        bound = self._definition.bound(split.static, plan.object_count)
+        bound, dynamic = self._definition.bound(args, kwargs, plan.object_count)
         eager = eager_form(traced, plan, bound, state, dynamic, capture, self._definition.name)
         entry = self._definition.make_entry(plan, eager, contract)
         donated, _, read_only, _, _ = entry.operands_from(state, args, kwargs)
