@@ -19,97 +19,67 @@ __all__ = ["step", "train_step"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# A function of the planned objects.  Its type does not say how many it takes, so only the first is left out of P.
+_Function = Callable[Concatenate[Any, P], R]
 Captured = nnx.State[Any, Any] | dict[str, Any]
 
 
 class _MakesStep(Protocol):
-    """What `step` with options is: a decorator; the step returns what the function does."""
+    """The decorator that options make, for a step that returns what the function does."""
 
-    def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, R]: ...
+    def __call__(self, fn: _Function[P, R], /) -> Step[P, R]: ...
 
 
 class _MakesWriting(Protocol):
-    """The same of a step that returns a state too."""
+    """The decorator for a step that also returns a state."""
 
-    def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, tuple[State, R]]: ...
+    def __call__(self, fn: _Function[P, R], /) -> Step[P, tuple[State, R]]: ...
 
 
 class _MakesCapturing(Protocol):
-    """The same of a step that hands out what its function sows or assigns."""
+    """The decorator for a step that also returns what its function sows or assigns."""
 
-    def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, tuple[R, Captured]]: ...
+    def __call__(self, fn: _Function[P, R], /) -> Step[P, tuple[R, Captured]]: ...
 
 
 class _MakesBoth(Protocol):
-    """The same of a step that does both."""
+    """The decorator for a step that does both."""
 
-    def __call__(self, fn: Callable[Concatenate[Any, P], R], /) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
+    def __call__(self, fn: _Function[P, R], /) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
 
 
-# `()` is a sequence of names as well, for mypy: what matches first counts.
+# For mypy `()` is a sequence of names too, so these overloads overlap; the first that matches counts.
 @overload
 def step(  # type: ignore[overload-overlap]
-    fn: Callable[Concatenate[Any, P], R],
-    *,
-    writes: tuple[()] = (),
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
+    fn: _Function[P, R], *, writes: tuple[()] = (), capture: None = None, **jit_options: Unpack[JitOptions]
 ) -> Step[P, R]: ...
 @overload
 def step(
-    fn: Callable[Concatenate[Any, P], R],
-    *,
-    writes: str | Sequence[str],
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
+    fn: _Function[P, R], *, writes: str | Sequence[str], capture: None = None, **jit_options: Unpack[JitOptions]
 ) -> Step[P, tuple[State, R]]: ...
 @overload
 def step(  # type: ignore[overload-overlap]
-    fn: Callable[Concatenate[Any, P], R],
-    *,
-    writes: tuple[()] = (),
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
+    fn: _Function[P, R], *, writes: tuple[()] = (), capture: str | Sequence[str], **jit_options: Unpack[JitOptions]
 ) -> Step[P, tuple[R, Captured]]: ...
 @overload
 def step(
-    fn: Callable[Concatenate[Any, P], R],
-    *,
-    writes: str | Sequence[str],
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
+    fn: _Function[P, R], *, writes: str | Sequence[str], capture: str | Sequence[str], **jit_options: Unpack[JitOptions]
 ) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
 @overload
 def step(  # type: ignore[overload-overlap]
-    fn: None = None,
-    *,
-    writes: tuple[()] = (),
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
+    fn: None = None, *, writes: tuple[()] = (), capture: None = None, **jit_options: Unpack[JitOptions]
 ) -> _MakesStep: ...
 @overload
 def step(
-    fn: None = None,
-    *,
-    writes: str | Sequence[str],
-    capture: None = None,
-    **jit_options: Unpack[JitOptions],
+    fn: None = None, *, writes: str | Sequence[str], capture: None = None, **jit_options: Unpack[JitOptions]
 ) -> _MakesWriting: ...
 @overload
 def step(  # type: ignore[overload-overlap]
-    fn: None = None,
-    *,
-    writes: tuple[()] = (),
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
+    fn: None = None, *, writes: tuple[()] = (), capture: str | Sequence[str], **jit_options: Unpack[JitOptions]
 ) -> _MakesCapturing: ...
 @overload
 def step(
-    fn: None = None,
-    *,
-    writes: str | Sequence[str],
-    capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
+    fn: None = None, *, writes: str | Sequence[str], capture: str | Sequence[str], **jit_options: Unpack[JitOptions]
 ) -> _MakesBoth: ...
 def step(
     fn: Callable[..., Any] | None = None,
@@ -166,7 +136,7 @@ def step(
 
 @overload
 def train_step(
-    fn: Callable[Concatenate[Any, P], R],
+    fn: _Function[P, R],
     *,
     wrt: str | Sequence[str] | None = None,
     writes: str | Sequence[str] | None = None,
@@ -176,7 +146,7 @@ def train_step(
 ) -> Step[P, tuple[State, R]]: ...
 @overload
 def train_step(
-    fn: Callable[Concatenate[Any, P], R],
+    fn: _Function[P, R],
     *,
     wrt: str | Sequence[str] | None = None,
     writes: str | Sequence[str] | None = None,

@@ -25,45 +25,21 @@ from typing import Any
 
 from statewise._src.common import compat
 
-__all__ = ["Effects", "body_of", "effects_of", "forwarded"]
+__all__ = ["PLAIN_CALLS", "RESHAPES", "SAME_VALUE", "Effects", "body_of", "effects_of", "forwarded"]
 
+# Where a leaf is placed is declared by its kind, not decided by a step.
+_PLACES = frozenset({"device_put", "layout_constraint", "reshard", "sharding_constraint"})
 # Each output is the operand at the same position: these primitives change its derivative, name or placement, not its
-# value.  Where a leaf is placed is declared by its kind, not decided by a step.
-_SAME_VALUE = frozenset(
-    {
-        "copy",
-        "device_put",
-        "layout_constraint",
-        "name",
-        "optimization_barrier",
-        "random_clone",
-        "reshard",
-        "sharding_constraint",
-        "stop_gradient",
-    }
-)
-
+# value.
+SAME_VALUE = _PLACES | {"copy", "name", "optimization_barrier", "random_clone", "stop_gradient"}
 # The same elements in the same order, with another shape (`_keeps_order` checks the order).
-_RESHAPES = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze"})
+RESHAPES = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze"})
 
-# Primitives that call one body, once, on their own operands, and the parameters that may hold it.
-_CALLS = frozenset(
-    {
-        "checkpoint",
-        "closed_call",
-        "composite",
-        "compute_on",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vmap_call",
-        "jit",
-        "pjit",
-        "remat",
-        "remat2",
-        "shard_map",
-    }
-)
+# Primitives that call one body, once, on their own operands, and return what it returns.
+PLAIN_CALLS = frozenset({"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2"})
+_CUSTOM_CALLS = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vmap_call"})
+_CALLS = PLAIN_CALLS | _CUSTOM_CALLS | {"composite", "compute_on", "shard_map"}
+# The parameters that may hold the body.
 _BODIES = ("jaxpr", "call_jaxpr", "call")
 
 
@@ -178,7 +154,7 @@ class _Walk:
         eqn, position = self.maker[var]
         name = eqn.primitive.name
         first: Any = eqn.invars[0] if eqn.invars else None
-        if name in _SAME_VALUE:
+        if name in SAME_VALUE:
             return [(eqn.invars[position], ())]
         if name == "convert_element_type" and first.aval.dtype == var.aval.dtype:
             return [(first, ())]
@@ -186,7 +162,7 @@ class _Walk:
             return [(first, ((name, tuple(eqn.params["permutation"])),))]
         if name in ("random_wrap", "random_unwrap"):
             return [(first, ((name, (len(var.aval.shape), len(first.aval.shape))),))]
-        if name in _RESHAPES:
+        if name in RESHAPES:
             return [(first, (("reshape", (var.aval.shape, first.aval.shape)),))] if _keeps_order(eqn) else ()
         if id(eqn) not in self.known:
             self.known[id(eqn)] = _through(eqn)

@@ -15,26 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from statewise._src.common import compat
-from statewise._src.step.effects import body_of
+from statewise._src.step.effects import PLAIN_CALLS, RESHAPES, SAME_VALUE, body_of
 
 __all__ = ["dropped_inputs"]
 
-# The outputs of these calls' bodies are what the function returned, and nothing else.
-_COPIES = frozenset({"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2"})
-
-# The same elements with another name, dtype or layout: not a new value by itself.
-_MOVES = frozenset(
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "optimization_barrier",
-        "reshape",
-        "sharding_constraint",
-        "squeeze",
-        "stop_gradient",
-    }
-)
+# The same elements with another name, placement, dtype or shape: not a new value by itself.
+_MOVES = SAME_VALUE | RESHAPES | {"convert_element_type"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,7 +110,7 @@ def _through(eqn: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tag
         return tuple(next((tag for tag in tags if tag is not None), None) for tags in zip(*branches, strict=True))
     body = body_of(eqn)
     if body is not None:
-        return _in_body(eqn, body, operands, dropped, inside or name in _COPIES)
+        return _in_body(eqn, body, operands, dropped, inside or name in PLAIN_CALLS)
     if name.startswith("random_"):
         return none  # drawing from a key makes another key, not a new value of the stream
     # Element by element: the result has the same shape as the leaf.
