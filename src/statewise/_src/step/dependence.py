@@ -12,7 +12,6 @@ gradient.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.common import compat
-from statewise._src.step.effects import body_of
+from statewise._src.step.flow import Flow, is_reference
 
 __all__ = ["differentiably_reached", "reached", "zero_gradients"]
 
@@ -65,7 +64,7 @@ def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
       closed: a closed or open jaxpr.
       inputs: for each input, whether it is chosen.
     """
-    return _Walk().outputs(closed, tuple(inputs))
+    return _Dependence().outputs(closed, tuple(inputs))
 
 
 def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
@@ -90,81 +89,44 @@ def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
     return _Tangents().outputs(closed, tuple(inputs))
 
 
-class _Walk:
-    """Follows values forward through jaxprs; caches the answer for each body and each choice of inputs."""
+# The results are zero if one factor is, or if the operand is.
+_PRODUCTS = frozenset({"mul", "dot_general"})
+_SHAPED = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "neg", "copy"})
+
+
+class _Dependence(Flow[bool]):
+    """Whether values depend on the chosen inputs."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[int, _Flags], _Flags] = {}
+        super().__init__(False, True)
+        self._zeros: set[Any] = set()
 
     def outputs(self, closed: Any, inputs: _Flags) -> _Flags:
-        jaxpr = compat.inner_jaxpr(closed)
+        """Returns which outputs of a jaxpr depend on the chosen inputs; walks nothing if none is chosen."""
         if not any(inputs):
-            return (False,) * len(jaxpr.outvars)
-        key = id(jaxpr), inputs  # ids stay valid: the outer jaxpr keeps its bodies alive
-        if key not in self.known:
-            touched = {var for var, chosen in zip(jaxpr.invars, inputs, strict=True) if chosen}
-            zeros: set[Any] = set()
-            for eqn in jaxpr.eqns:
-                flags = tuple(_is_in(touched, var) for var in eqn.invars)
-                # A product with a known zero is zero, even if the other factor depends on an input.
-                if eqn.primitive.name in _PRODUCTS and any(_is_zero(zeros, var) for var in eqn.invars):
-                    zeros.update(eqn.outvars)
-                elif any(flags):
-                    through = self.through(eqn, flags)
-                    touched.update(var for var, flag in zip(eqn.outvars, through, strict=True) if flag)
-                    touched.update(_through_references(eqn))
-                elif eqn.primitive.name in _SHAPED and _is_zero(zeros, eqn.invars[0]):
-                    zeros.update(eqn.outvars)
-            self.known[key] = tuple(_is_in(touched, var) for var in jaxpr.outvars)
-        return self.known[key]
+            return (False,) * len(compat.inner_jaxpr(closed).outvars)
+        return super().outputs(closed, inputs)
 
-    def through(self, eqn: Any, flags: _Flags) -> _Flags:
-        """Returns which results of an equation depend on its chosen operands."""
+    def follow(self, eqn: Any, ins: _Flags, facts: dict[Any, bool]) -> None:
+        """Adds which results of an equation depend on the chosen inputs, and which are zero."""
         name = eqn.primitive.name
-        if name == "scan":
-            return self.through_scan(eqn, flags)
-        if name == "while":
-            return self.through_while(eqn, flags)
-        # Operand 0 is the branch index: if it depends on an input, every result does (the last line).
-        if name == "cond" and not flags[0]:
-            branches = [self.outputs(branch, flags[1:]) for branch in eqn.params["branches"]]
-            return tuple(any(of_branches) for of_branches in zip(*branches, strict=True))
-        # A body's inputs may differ from the operands in number (custom rules); then assume that everything depends.
-        body = body_of(eqn)
-        if body is not None and len(compat.inner_jaxpr(body).invars) == len(flags):
-            return self.outputs(body, flags)
-        return (True,) * len(eqn.outvars)
+        # A product with a known zero is zero, even if the other factor depends on an input.
+        if name in _PRODUCTS and any(map(self._is_zero, eqn.invars)):
+            self._zeros.update(eqn.outvars)
+        elif any(ins):
+            super().follow(eqn, ins, facts)
+            # One operand is a reference (`jax.new_ref`): which one is written, or which part is read again, is not
+            # tracked, so any may be.
+            references = [var for var in eqn.invars if is_reference(var)]
+            if references:
+                facts.update((var, True) for var in (*references, *eqn.outvars) if _is_inexact(var))
+        elif name in _SHAPED and self._is_zero(eqn.invars[0]):
+            self._zeros.update(eqn.outvars)
 
-    def through_scan(self, eqn: Any, flags: _Flags) -> _Flags:
-        consts, carry = compat.scan_counts(eqn)
-        length = eqn.params["length"]
-        if not length:  # the carry comes out as it went in, and the stacked outputs are empty
-            return flags[consts : consts + carry] + (False,) * (len(eqn.outvars) - carry)
-        return self.settled(eqn.params["jaxpr"], flags, consts, carry, length)
-
-    def through_while(self, eqn: Any, flags: _Flags) -> _Flags:
-        # Operands: the condition's constants, the body's constants, the carried values.
-        cond_consts, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = len(flags) - cond_consts - consts
-        results = self.settled(eqn.params["body_jaxpr"], flags[cond_consts:], consts, carry)
-        carried = tuple(a or b for a, b in zip(results, flags[cond_consts + consts :], strict=True))
-        # If the number of iterations depends on an input, so does everything that is carried.
-        (count,) = self.outputs(eqn.params["cond_jaxpr"], flags[:cond_consts] + carried)
-        return (True,) * carry if count else carried
-
-    def settled(self, body: Any, flags: _Flags, consts: int, carry: int, length: int | None = None) -> _Flags:
-        """Returns which results of a loop's body depend on the inputs, after enough iterations of the loop."""
-        for iteration in itertools.count(1):
-            results = self.outputs(body, flags)
-            if iteration == length:
-                break
-            # A result that depends on an input is carried into the next iteration, as an input of the body.
-            carried = tuple(a or b for a, b in zip(flags[consts : consts + carry], results, strict=False))
-            grown = flags[:consts] + carried + flags[consts + carry :]
-            if grown == flags:
-                break
-            flags = grown
-        return results
+    def _is_zero(self, var: Any) -> bool:
+        if isinstance(var, compat.Literal):
+            return np.ndim(var.val) == 0 and bool(np.all(np.asarray(var.val) == 0))
+        return var in self._zeros
 
 
 # Primitives whose derivatives are zero everywhere.
@@ -173,46 +135,18 @@ _FLAT = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})  # except
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
-class _Tangents(_Walk):
-    """Follows derivatives forward: only inexact dtypes have any."""
+class _Tangents(_Dependence):
+    """Whether values have a derivative with respect to the chosen inputs: only inexact dtypes have any."""
 
-    def through(self, eqn: Any, flags: _Flags) -> _Flags:
+    def through(self, eqn: Any, ins: _Flags) -> _Flags:
         """Returns which results of an equation may have a derivative with respect to its chosen operands."""
         name = eqn.primitive.name
         if name in _FLAT and not (name == "sign" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)):
             return (False,) * len(eqn.outvars)
-        passes = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, flags)
+        passes = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, ins)
         return tuple(flag and _is_inexact(var) for var, flag in zip(eqn.outvars, passes, strict=True))
-
-
-def _through_references(eqn: Any) -> list[Any]:
-    """Returns what else may depend on an equation's operands if one is a reference (`jax.new_ref`).
-
-    It does not track which of several references is written, or which part is read again: any may be.
-    """
-    references = [var for var in eqn.invars if _is_reference(var)]
-    return [var for var in (*references, *eqn.outvars) if _is_inexact(var)] if references else []
-
-
-def _is_reference(var: Any) -> bool:
-    return not isinstance(var, compat.Literal) and hasattr(var.aval, "inner_aval")
 
 
 def _is_inexact(var: Any) -> bool:
     dtype = getattr(var.aval, "dtype", None)
     return dtype is not None and bool(jnp.issubdtype(dtype, jnp.inexact))
-
-
-def _is_in(touched: set[Any], var: Any) -> bool:
-    return not isinstance(var, compat.Literal) and var in touched
-
-
-# Zero if one factor is; and zero if the operand is.
-_PRODUCTS = frozenset({"mul", "dot_general"})
-_SHAPED = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "neg", "copy"})
-
-
-def _is_zero(zeros: set[Any], var: Any) -> bool:
-    if isinstance(var, compat.Literal):
-        return np.ndim(var.val) == 0 and bool(np.all(np.asarray(var.val) == 0))
-    return var in zeros

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from statewise._src.common import compat
@@ -49,15 +50,21 @@ class Effects:
 
     Attributes:
       written: per tracked output, whether it differs from its input.
+      used: per output, whether it is returned: an unwritten one is not.
       read: per input, whether any used output needs it.
       jaxpr: the open jaxpr, reduced to the used outputs and the read inputs.
       consts: the values of its constants.
     """
 
     written: tuple[bool, ...]
+    used: tuple[bool, ...]
     read: tuple[bool, ...]
     jaxpr: Any
     consts: tuple[Any, ...]
+
+    def run(self, inputs: Iterable[Any]) -> list[Any]:
+        """Returns the used outputs, from the values of all inputs (None for those not read)."""
+        return compat.eval_jaxpr(self.jaxpr, self.consts, list(itertools.compress(inputs, self.read)))
 
 
 def effects_of(closed: Any, tracked: Sequence[tuple[int, int]]) -> Effects:
@@ -75,9 +82,9 @@ def effects_of(closed: Any, tracked: Sequence[tuple[int, int]]) -> Effects:
     written = tuple(origins[out] != source for out, source in tracked)
     # An unwritten output is not returned, so what was only needed to return it is not read either.
     unwritten = {out for (out, _), is_written in zip(tracked, written, strict=True) if not is_written}
-    used = [position not in unwritten for position in range(len(jaxpr.outvars))]
+    used = tuple(position not in unwritten for position in range(len(jaxpr.outvars)))
     smaller, read = compat.dce(jaxpr, used)
-    return Effects(written=written, read=tuple(read), jaxpr=smaller, consts=tuple(closed.consts))
+    return Effects(written, used, tuple(read), smaller, tuple(closed.consts))
 
 
 def forwarded(closed: Any) -> tuple[int | None, ...]:

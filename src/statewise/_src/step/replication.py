@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from statewise._src.common import compat
-from statewise._src.step.effects import body_of
+from statewise._src.step.flow import Flow, is_reference
 
 __all__ = ["varying"]
 
@@ -32,89 +32,51 @@ def varying(jaxpr: Any, inputs: Sequence[Axes], axes: Axes) -> list[Axes]:
       inputs: the axes over which each input varies.
       axes: the axes of interest.
     """
-    jaxpr = compat.inner_jaxpr(jaxpr)
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def of(var: Any) -> Axes:
-        return NOWHERE if isinstance(var, compat.Literal) else known.get(var, NOWHERE)
-
-    for eqn in jaxpr.eqns:
-        ins = [of(var) for var in eqn.invars]
-        refs = [var for var in eqn.invars if _is_ref(var)]
-        if refs:
-            # A value that is written to one reference may be read from another, and a body may do so in any iteration.
-            over = axes if any(map(_has_jaxpr, eqn.params.values())) else NOWHERE.union(_named(eqn) & axes, *ins)
-            known.update(dict.fromkeys([*refs, *eqn.outvars], over))
-        else:
-            known.update(zip(eqn.outvars, _through(eqn, ins, axes), strict=True))
-    return [of(var) for var in jaxpr.outvars]
+    return list(_Varying(NOWHERE, axes).outputs(jaxpr, tuple(inputs)))
 
 
-def _through(eqn: Any, ins: list[Axes], axes: Axes) -> list[Axes]:
-    """Returns the axes over which each result of one equation may vary."""
-    name, count = eqn.primitive.name, len(eqn.outvars)
-    joined = NOWHERE.union(*ins)
-    over = _named(eqn) & axes  # `axis_index` varies over its axis
-    if name in _JOINS:
+class _Varying(Flow[Axes]):
+    """The axes over which values may vary."""
+
+    def follow(self, eqn: Any, ins: tuple[Axes, ...], facts: dict[Any, Axes]) -> None:
+        """Adds the axes over which the results of an equation, and the references that it may write, may vary."""
+        references = [var for var in eqn.invars if is_reference(var)]
+        if not references:
+            super().follow(eqn, ins, facts)
+            return
+        # A value that is written to one reference may be read from another, and a body may do so in any iteration.
+        calls = any(map(_has_jaxpr, eqn.params.values()))
+        over = self.everything if calls else self.join(ins) | self._named(eqn)
+        facts.update(dict.fromkeys([*references, *eqn.outvars], over))
+
+    def through(self, eqn: Any, ins: tuple[Axes, ...]) -> tuple[Axes, ...]:
+        """Returns the axes over which each result of one equation may vary."""
+        if eqn.primitive.name not in _JOINS:
+            return super().through(eqn, ins)
+        over, count = self._named(eqn), len(eqn.outvars)
         if eqn.params.get("axis_index_groups") is not None:
-            return [joined | over] * count  # the same within each group only
+            return (self.join(ins) | over,) * count  # the same within each group only
         # A collective of several operands treats each on its own.
-        return [operand - over for operand in ins] if len(ins) == count else [joined - over] * count
-    if name == "scan":
-        return _through_scan(eqn, ins, axes)
-    if name == "while":
-        return _through_while(eqn, ins, axes)
-    if name == "cond":
-        index, *operands = ins
-        # If the branch index varies, so do all results.
-        branches = [varying(branch, operands, axes) for branch in eqn.params["branches"]]
-        return [index.union(*of_branches) for of_branches in zip(*branches, strict=True)]
-    body = None if name == "shard_map" else body_of(eqn)
-    if body is not None and len(compat.inner_jaxpr(body).invars) == len(ins):
-        return varying(body, ins, axes)
-    if any(map(_has_jaxpr, eqn.params.values())):
-        return [axes] * count  # an unknown way of calling a body: assume that everything varies
-    return [joined | over] * count
+        return tuple(operand - over for operand in ins) if len(ins) == count else (self.join(ins) - over,) * count
 
+    def body(self, eqn: Any) -> Any:
+        """Returns the body of an equation; that of a `shard_map` runs on other devices than its caller."""
+        return None if eqn.primitive.name == "shard_map" else super().body(eqn)
 
-def _named(eqn: Any) -> Axes:
-    """Returns the mesh axes that an equation refers to: those of a collective or of `axis_index`."""
-    named: set[str] = set()
-    for key in ("axes", "axis_name"):
-        value = eqn.params.get(key, ())
-        named.update(axis for axis in (value if isinstance(value, tuple) else (value,)) if isinstance(axis, str))
-    return frozenset(named)
+    def computed(self, eqn: Any, ins: tuple[Axes, ...]) -> Axes:
+        """Returns the axes over which the results of an equation without a known body may vary."""
+        if any(map(_has_jaxpr, eqn.params.values())):
+            return self.everything  # an unknown way of calling a body
+        return self.join(ins) | self._named(eqn)  # `axis_index` varies over its axis
+
+    def _named(self, eqn: Any) -> Axes:
+        """Returns the mesh axes that an equation refers to: those of a collective or of `axis_index`."""
+        values = [eqn.params.get(key, ()) for key in ("axes", "axis_name")]
+        return self.everything & {
+            name for value in values for name in (value if isinstance(value, tuple) else (value,))
+        }
 
 
 def _has_jaxpr(value: Any) -> bool:
     several = value if isinstance(value, tuple | list) else (value,)
     return any(hasattr(compat.inner_jaxpr(candidate), "eqns") for candidate in several)
-
-
-def _is_ref(var: Any) -> bool:
-    """Returns whether a variable is a reference to an array that changes in place."""
-    return hasattr(var.aval, "inner_aval")
-
-
-def _through_scan(eqn: Any, ins: list[Axes], axes: Axes) -> list[Axes]:
-    # Operands: constants, carried, scanned.  Iterate until what is carried stops varying over more axes.
-    consts, carry = compat.scan_counts(eqn)
-    while True:
-        outs = varying(eqn.params["jaxpr"], ins, axes)
-        after = [before | now for before, now in zip(ins[consts : consts + carry], outs[:carry], strict=True)]
-        if after == ins[consts : consts + carry]:
-            return [*after, *outs[carry:]]
-        ins = [*ins[:consts], *after, *ins[consts + carry :]]
-
-
-def _through_while(eqn: Any, ins: list[Axes], axes: Axes) -> list[Axes]:
-    before, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    of_cond, of_body, carried = ins[:before], ins[before : before + consts], ins[before + consts :]
-    while True:
-        # If devices run a different number of iterations, everything that is carried differs.
-        iterations = varying(eqn.params["cond_jaxpr"], [*of_cond, *carried], axes)[0]
-        outs = varying(eqn.params["body_jaxpr"], [*of_body, *carried], axes)
-        after = [now | out | iterations for now, out in zip(carried, outs, strict=True)]
-        if after == carried:
-            return carried
-        carried = after

@@ -9,6 +9,9 @@ it does not write.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -20,7 +23,7 @@ from statewise._src.core.plan import State
 from statewise._src.core.state_data import Part, check_not_donated
 from statewise._src.filters.combinators import Filter
 from statewise._src.plan.kind import unknown_kind
-from statewise._src.step.scan_modules import count_layers, scan_module
+from statewise._src.step.scan_modules import count_layers, replaced, scan_module
 from statewise._src.step.step import Step, definition_of
 from statewise.errors import StructureError
 
@@ -106,16 +109,16 @@ def scan_layers(
       >>> print(sw.scan_layers(run, layers, jnp.array(1.0)), layers.calls[...])
       24.0 [1 1 1]
     """
-    if isinstance(layers, State) and layers.tables.ensemble is not None:
-        # The layers are the members of an ensemble: one member is a state of the plan for a single model.
-        axes = layers.tables.slot_axes
-        common = [kind for kind, part in axes.items() if part and set(part) == {None}]
-        names = tuple(dict.fromkeys([*_names(layers, shared), *common]))
-        after, x = _scan_state(fn, as_one(layers), x, names, reverse, unroll)
-        return as_ensemble(layers.tables.ensemble, after), x
-    if isinstance(layers, State):
-        return _scan_state(fn, layers, x, _names(layers, shared), reverse, unroll)
-    return scan_module(fn, layers, x, shared, reverse, unroll)
+    scan = functools.partial(jax.lax.scan, reverse=reverse, unroll=unroll)
+    if not isinstance(layers, State):
+        return scan_module(fn, layers, x, shared, scan)
+    names = _names(layers, shared)
+    if layers.tables.ensemble is None:
+        return _scan_state(fn, layers, x, names, scan)
+    # The layers are the members of an ensemble: one member is a state of the plan for a single model.
+    common = [kind for kind, axes in layers.tables.slot_axes.items() if axes and set(axes) == {None}]
+    after, x = _scan_state(fn, as_one(layers), x, (*names, *common), scan)
+    return as_ensemble(layers.tables.ensemble, after), x
 
 
 # --- a state -----------------------------------------------------------------------------------------------------
@@ -130,63 +133,49 @@ def _names(state: State, shared: Any) -> tuple[str, ...]:
 
 
 def _scan_state(
-    fn: Callable[..., Any], state: State, x: Any, shared: Sequence[str], reverse: bool, unroll: int
+    fn: Callable[..., Any], state: State, x: Any, shared: Sequence[str], scan: Callable[..., Any]
 ) -> tuple[State, Any]:
     plan = state.tables
     check_not_donated(state, plan.kinds)
-    arrays = [array for part in state.parts for array in part.arrays]
-    stacked = [kind not in shared for kind, specs in plan.stored_specs.items() for _ in specs]
-    leaves = [leaf for kind in plan.kinds for leaf in plan.leaf_of_slot[kind]]
+    arrays, structure = [array for part in state.parts for array in part.arrays], jax.tree.structure(state)
+    many = [kind not in shared for kind, specs in plan.stored_specs.items() for _ in specs]
+    leaves = [leaf for part in plan.leaf_of_slot.values() for leaf in part]
     specs = [spec for part in plan.stored_specs.values() for spec in part]
-    layers = count_layers(list(zip(leaves, arrays, stacked, strict=True)), [spec.shape for spec in specs])
-
-    def layer_of(values: Sequence[Any]) -> State:
-        return jax.tree.unflatten(jax.tree.structure(state), values)
-
+    layers = count_layers(list(zip(leaves, arrays, many, strict=True)), [spec.shape for spec in specs])
     captures = isinstance(fn, Step) and definition_of(fn).captures
 
     def run(values: Sequence[Any], x: Any) -> tuple[list[Any], Any, Any]:
-        layer = layer_of(values)
+        layer: State = jax.tree.unflatten(structure, values)
         after, x = _result(fn(layer, x), layer)
         x, captured = x if captures else (x, None)
         return [array for part in after.parts for array in part.arrays], x, captured
 
     # A dry run on one slice finds the written leaves: a step returns the others unchanged.
-    written: list[bool] = []
+    written: list[int] = []
 
     def find_written(values: Sequence[Any], x: Any) -> None:
-        written[:] = [now is not was for now, was in zip(run(values, x)[0], values, strict=True)]
+        pairs = enumerate(zip(run(values, x)[0], values, strict=True))
+        written[:] = [number for number, (new, old) in pairs if new is not old]
 
-    ones = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs]
-    jax.eval_shape(find_written, ones, x)
-    carried = [is_written and not many for is_written, many in zip(written, stacked, strict=True)]
-    returned = [is_written and many for is_written, many in zip(written, stacked, strict=True)]
+    jax.eval_shape(find_written, [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs], x)
+    # Arrays by number: stacked ones are scanned, and returned if they are written; shared ones that are written are
+    # carried; the rest are constants of the loop.
+    sliced = [number for number, is_stacked in enumerate(many) if is_stacked]
+    carried = [number for number in written if not many[number]]
+    returned = [number for number in written if many[number]]
 
     def run_layer(carry: Any, slices: Sequence[Any]) -> Any:
-        values, rest, sliced = [], iter(carry[0]), iter(slices)
-        for array, many, goes_on in zip(arrays, stacked, carried, strict=True):
-            values.append(next(sliced) if many else next(rest) if goes_on else array)
-        after, x, captured = run(values, carry[1])
+        after, x, captured = run(replaced(arrays, (sliced, slices), (carried, carry[0])), carry[1])
         return (_chosen(after, carried), x), (_chosen(after, returned), captured)
 
-    carry, (out, captured) = jax.lax.scan(
-        run_layer,
-        (_chosen(arrays, carried), x),
-        _chosen(arrays, stacked),
-        length=layers,
-        reverse=reverse,
-        unroll=unroll,
-    )
-    last, new = iter(carry[0]), iter(out)
-    merged = [
-        next(new) if is_returned else next(last) if goes_on else array
-        for array, is_returned, goes_on in zip(arrays, returned, carried, strict=True)
-    ]
-    return _with_arrays(state, merged), (carry[1], captured) if captures else carry[1]
+    start = _chosen(arrays, carried), x
+    (values, x), (new, captured) = scan(run_layer, start, _chosen(arrays, sliced), length=layers)
+    after = _with_arrays(state, replaced(arrays, (carried, values), (returned, new)))
+    return after, (x, captured) if captures else x
 
 
-def _chosen(values: Sequence[Any], which: Sequence[bool]) -> list[Any]:
-    return [value for value, chosen in zip(values, which, strict=True) if chosen]
+def _chosen(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+    return [values[number] for number in numbers]
 
 
 def _result(result: Any, layer: State) -> tuple[State, Any]:
@@ -204,10 +193,6 @@ def _with_arrays(state: State, arrays: Sequence[Any]) -> State:
     """Returns the state with other arrays; it shares the parts whose arrays are all the same."""
     left, parts = iter(arrays), []
     for part in state.parts:
-        new = tuple(next(left) for _ in part.arrays)
-        parts.append(part if all(map(_same, new, part.arrays)) else Part(new))
+        new = tuple(itertools.islice(left, len(part.arrays)))
+        parts.append(part if all(map(operator.is_, new, part.arrays)) else Part(new))
     return State.make(state.tables, parts)
-
-
-def _same(array: Any, other: Any) -> bool:
-    return array is other

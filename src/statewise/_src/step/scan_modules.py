@@ -9,7 +9,9 @@ stacked, and put into the module at the layer's path, as `nnx.scan` does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ from statewise._src.common.nnx_graph import (
     value_of,
 )
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_shape
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import Kinds
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.leaf_specs import is_sown
@@ -44,11 +47,11 @@ from statewise._src.step.passed_objects import Passed
 from statewise._src.step.trace import check_not_model, check_output
 from statewise.errors import StructureError
 
-__all__ = ["count_layers", "scan_module"]
+__all__ = ["count_layers", "replaced", "scan_module"]
 
 
-def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, reverse: bool, unroll: int) -> Any:
-    """Runs the layers of a module; see `scan_layers`."""
+def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, scan: Callable[..., Any]) -> Any:
+    """Runs the layers of a module; see `scan_layers`.  `scan` is `jax.lax.scan` with its options."""
     check_function(fn, "scan_layers")
     stack = _Stack.of(module, shared)
     layers = stack.count()
@@ -57,43 +60,40 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, revers
     carried = layer.carried(stack)
     # Arrays by number: stacked ones that are read are scanned, shared ones that are written are carried; the rest are
     # constants of the loop.
-    reads, of_state = layer.effects.read, sum(map(len, stack.arrays))
-    flat = [array for arrays in stack.arrays for array in arrays]
-    many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
-    sliced = [read and of for read, of in zip(reads[:of_state], many, strict=True)]
+    arrays = [array for _, array, _ in stack.flat]
+    read = zip(stack.flat, layer.effects.read, strict=False)
+    sliced = [number for number, ((_, _, many), is_read) in enumerate(read) if many and is_read]
     outputs = [slot for slot in layer.slots if slot.after is not None]
 
     def run_layer(carry: Any, slices: Any) -> Any:
-        held, x = carry
-        rest = dict(zip(carried, held, strict=True))
-        taken = iter(slices)
-        values = [
-            next(taken) if is_slice else rest.get(number, array)
-            for number, (array, is_slice) in enumerate(zip(flat, sliced, strict=True))
-        ]
-        results = layer.run(values, x)
-        x = jax.tree.unflatten(layer.out_tree, results[: layer.out_tree.num_leaves])
-        written = list(zip(outputs, results[layer.out_tree.num_leaves :], strict=True))
-        new = {slot.before: array for slot, array in written if slot.before in rest}
-        return ([new[number] for number in carried], x), [array for slot, array in written if slot.before not in rest]
+        values, x = carry
+        results = iter(layer.run(replaced(arrays, (sliced, slices), (carried, values)), x))
+        x = jax.tree.unflatten(layer.out_tree, itertools.islice(results, layer.out_tree.num_leaves))
+        written = list(zip(outputs, results, strict=True))
+        new = {slot.before: array for slot, array in written if slot.before in carried}
+        made = [array for slot, array in written if slot.before not in carried]
+        return ([new[number] for number in carried], x), made
 
-    carry, returned = jax.lax.scan(
-        run_layer,
-        ([flat[number] for number in carried], x),
-        [array for array, is_slice in zip(flat, sliced, strict=True) if is_slice],
-        length=layers,
-        reverse=reverse,
-        unroll=unroll,
-    )
-    new, last = iter(returned), dict(zip(carried, carry[0], strict=True))
+    start = [arrays[number] for number in carried], x
+    (values, x), returned = scan(run_layer, start, [arrays[number] for number in sliced], length=layers)
+    new, last = iter(returned), dict(zip(carried, values, strict=True))
     after = []
     for slot in layer.slots:
         if slot.after is None and slot.before is not None:
-            after.append(flat[slot.before])
+            after.append(arrays[slot.before])
         else:
             after.append(last[slot.before] if slot.before in last else next(new))
     _write(stack, layer, after)
-    return carry[1]
+    return x
+
+
+def replaced(arrays: Sequence[Any], *changes: tuple[Sequence[int], Iterable[Any]]) -> list[Any]:
+    """Returns the arrays with some of them replaced: by number, and the new values in the same order."""
+    after = list(arrays)
+    for numbers, values in changes:
+        for number, value in zip(numbers, values, strict=True):
+            after[number] = value
+    return after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,32 +125,29 @@ class _Stack:
         ]
         return cls(module, graph, arrays, [structure for _, structure in held], stacked)
 
-    def row(self, number: int, note: str = "") -> Leaf:
+    def row(self, number: int) -> Leaf:
         """Returns a leaf as data."""
-        return row_of(self.graph.paths[number], self.graph.leaves[number], note=note)
+        return row_of(self.graph.paths[number], self.graph.leaves[number])
+
+    @functools.cached_property
+    def flat(self) -> list[tuple[int, Any, bool]]:
+        """All arrays, each with the number of its leaf, and whether it has a slice for each layer."""
+        leaves = enumerate(zip(self.arrays, self.stacked, strict=True))
+        return [(number, array, many) for number, (arrays, many) in leaves for array in arrays]
 
     def count(self) -> int:
         """Returns the number of layers."""
-        rows = [
-            (self.row(number), array, many)
-            for number, (arrays, many) in enumerate(zip(self.arrays, self.stacked, strict=True))
-            for array in arrays
-        ]
-        return count_layers(rows, None)
+        return count_layers([(self.row(number), array, many) for number, array, many in self.flat], None)
 
     def layer_arrays(self) -> list[Any]:
         """Returns the shapes and dtypes of one layer's arrays."""
-        return [
-            jax.ShapeDtypeStruct(array.shape[many:], array.dtype)
-            for arrays, many in zip(self.arrays, self.stacked, strict=True)
-            for array in arrays
-        ]
+        return [jax.ShapeDtypeStruct(array.shape[many:], array.dtype) for _, array, many in self.flat]
 
     def values(self, flat: Sequence[Any]) -> list[Any]:
         """Returns the leaves' values that consist of these arrays."""
         left = iter(flat)
         return [
-            value_of([next(left) for _ in arrays], structure)
+            value_of(list(itertools.islice(left, len(arrays))), structure)
             for arrays, structure in zip(self.arrays, self.structures, strict=True)
         ]
 
@@ -194,7 +191,6 @@ class _Layer:
     name: str
     call: Callable[[Sequence[Any], Any], list[Any]]
     effects: Effects
-    used: list[bool]
     out_tree: Any
     after: _After
     slots: list[_Slot]
@@ -202,42 +198,38 @@ class _Layer:
     def run(self, values: Sequence[Any], x: Any) -> list[Any]:
         """Returns the outputs and the arrays that are written or new."""
         if compat.jit_is_disabled():  # the user wants to step through the function itself
-            return [array for array, used in zip(self.call(values, x), self.used, strict=True) if used]
-        flat = [*values, *jax.tree.leaves(x)]
-        reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
-        return compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
+            return list(itertools.compress(self.call(values, x), self.effects.used))
+        return self.effects.run([*values, *jax.tree.leaves(x)])
 
     def check(self, stack: _Stack) -> None:
         """Checks that the layer does not remove leaves or change the shape or dtype of shared ones."""
-        problems = []
+        problems = Problems()
         for number in set(range(len(stack.arrays))) - set(self.after.origins):
             if stack.graph.paths[number] not in self.after.paths:
                 if stack.arrays[number]:  # otherwise nothing is lost: nothing was sown yet, for example
-                    problems.append(stack.row(number, "removed"))
+                    problems.add(stack.row(number), "removed")
             elif not stack.stacked[number]:
-                problems.append(stack.row(number, "replaced by another Variable"))
+                problems.add(stack.row(number), "replaced by another Variable")
         for number, (origin, structure) in enumerate(zip(self.after.origins, self.after.structures, strict=True)):
             if origin is None or stack.stacked[origin] or not stack.arrays[origin]:
                 continue
             specs = [slot.after for slot in self.slots if slot.leaf == number and slot.after]
             if structure != stack.structures[origin]:
-                problems.append(stack.row(origin, "becomes a value of another structure"))
+                problems.add(stack.row(origin), "becomes a value of another structure")
             elif any(spec not in map(spec_of, stack.arrays[origin]) for spec in specs):
                 shown = ", ".join(f"{format_shape(spec.shape)} {format_dtype(spec.dtype)}" for spec in specs)
-                problems.append(stack.row(origin, f"becomes {shown}"))
-        if problems:
-            raise StructureError(
-                f"{self.name} removes leaves of its layer, or changes what all layers share.",
-                leaves=problems,
-                hint="assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
-                "if a layer removes a leaf, remove it from all of them: nnx.pop(layers, filter)  # before the scan",
-            )
+                problems.add(stack.row(origin), f"becomes {shown}")
+        problems.raise_as(
+            StructureError,
+            f"{self.name} removes leaves of its layer, or changes what all layers share.",
+            "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)\n"
+            "if a layer removes a leaf, remove it from all of them: nnx.pop(layers, filter)  # before the scan",
+        )
 
     def carried(self, stack: _Stack) -> list[int]:
         """Returns the numbers of the arrays that are carried from layer to layer: shared ones that are written."""
-        many = [of for arrays, of in zip(stack.arrays, stack.stacked, strict=True) for _ in arrays]
         written = [slot.before for slot in self.slots if slot.after is not None and slot.before is not None]
-        return [number for number in written if not many[number]]
+        return [number for number in written if not stack.flat[number][2]]
 
 
 def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]:
@@ -277,12 +269,11 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
     slots = _slots(stack, after, closed.out_avals[outputs:])
     tracked = [(outputs + index, slot.before) for index, slot in enumerate(slots) if slot.before is not None]
     effects = effects_of(closed, tracked)
-    unwritten = {out for (out, _), written in zip(tracked, effects.written, strict=True) if not written}
-    used = [number not in unwritten for number in range(outputs + len(slots))]
     slots = [
-        slot if used[outputs + index] else dataclasses.replace(slot, after=None) for index, slot in enumerate(slots)
+        slot if used else dataclasses.replace(slot, after=None)
+        for slot, used in zip(slots, effects.used[outputs:], strict=True)
     ]
-    return _Layer(name, call, effects, used, box["out_tree"], after, slots), x
+    return _Layer(name, call, effects, box["out_tree"], after, slots), x
 
 
 def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -> None:
@@ -298,7 +289,7 @@ def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -
 
     with jax.disable_jit(False):
         closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
-    passed, before = box["passed"], sum(map(len, stack.arrays))
+    passed, before = box["passed"], len(stack.flat)
     tracked = [(index, before + number) for index, (_, number) in enumerate(passed.unclear)]
     effects = effects_of(closed, tracked)
     names = [parameter.name for parameter in parameters_of(fn) or ()]
@@ -321,9 +312,7 @@ def _after(before: ModelGraph, after: ModelGraph, structures: Sequence[Any]) -> 
 
 def _slots(stack: _Stack, after: _After, avals: Sequence[Any]) -> list[_Slot]:
     # The number of a leaf's first array among all arrays of the layer.
-    starts = [0]
-    for arrays in stack.arrays:
-        starts.append(starts[-1] + len(arrays))
+    starts = list(itertools.accumulate(map(len, stack.arrays), initial=0))
     left, slots = iter(avals), []
     for leaf, (origin, structure) in enumerate(zip(after.origins, after.structures, strict=True)):
         same = origin is not None and structure == stack.structures[origin]  # otherwise all arrays of the leaf are new
@@ -366,27 +355,26 @@ def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[
       shapes: the shape of each in one layer; None if unknown.
     """
     counts: list[int] = []
-    problems: list[Leaf] = []
+    problems = Problems()
     for number, (leaf, array, many) in enumerate(rows):
         spec = spec_of(array)
         shape = spec.shape if spec else ()
         own = None if shapes is None else shapes[number]
         if many and (not shape or (own is not None and shape[1:] != own)):
-            problems.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, without an axis for the layers"))
+            problems.add(leaf, f"is {format_shape(shape)}, without an axis for the layers")
         elif not many and own is not None and shape != own:
-            problems.append(dataclasses.replace(leaf, note=f"is {format_shape(shape)}, but shared by the layers"))
+            problems.add(leaf, f"is {format_shape(shape)}, but shared by the layers")
         elif many:
             counts.append(shape[0])
             if shape[0] != counts[0]:
-                problems.append(dataclasses.replace(leaf, note=f"{shape[0]} layers, others have {counts[0]}"))
-    if problems:
-        raise StructureError(
-            "Not every leaf has one slice for each layer.",
-            leaves=list(dict.fromkeys(problems)),
-            hint="stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
-            "or jax.vmap(lambda key: plan.take(...))(keys)\n"
-            "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)",
-        )
+                problems.add(leaf, f"{shape[0]} layers, others have {counts[0]}")
+    problems.raise_as(
+        StructureError,
+        "Not every leaf has one slice for each layer.",
+        "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
+        "or jax.vmap(lambda key: plan.take(...))(keys)\n"
+        "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)",
+    )
     if not counts:
         raise StructureError(
             "The number of layers is unknown: every leaf is shared.",

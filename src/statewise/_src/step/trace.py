@@ -76,8 +76,7 @@ class Traced:
         """Returns the outputs and the written arrays, from the values of all inputs (None for those not read)."""
         if self.eager is not None:
             return self.eager(flat)
-        reads = [value for value, read in zip(flat, self.effects.read, strict=True) if read]
-        results = compat.eval_jaxpr(self.effects.jaxpr, self.effects.consts, reads)
+        results = self.effects.run(flat)
         return results[: self.outputs], results[self.outputs :]
 
 
