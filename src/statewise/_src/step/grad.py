@@ -7,6 +7,7 @@ and eagerly.  As with `nnx.grad`, the model keeps what the function writes to it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -26,6 +27,7 @@ from statewise._src.common.nnx_graph import (
     value_of,
 )
 from statewise._src.common.paths import Path
+from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import put_values
 from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.plan.spelled_paths import Reading, nearest, spelled
@@ -81,13 +83,15 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
         ]
         _check_chosen(graph, chosen, wrt)
         flat = [arrays_of(raw_value(leaf)) for leaf in graph.leaves]
-        diff = [arrays for (arrays, _), is_chosen in zip(flat, chosen, strict=True) if is_chosen]
+        diff = [arrays for arrays, _ in itertools.compress(flat, chosen)]
         check_given(
             (row_of(graph.relative(path), leaf), array, spec.dtype)
             for path, leaf, (arrays, _) in zip(graph.paths, graph.leaves, flat, strict=True)
-            for array, spec in zip(arrays, map(spec_of, arrays), strict=True)
-            if spec is not None and not isinstance(array, jax.Array)
+            for array in arrays
+            if not isinstance(array, jax.Array) and (spec := spec_of(array)) is not None
         )
+
+        new_paths: list[Path] = []
 
         def pure(diff: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
             given = iter(diff)
@@ -99,13 +103,19 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
             own_args, own_kwargs = arguments(objects[1:])
             out = fn(objects[0], *own_args, **own_kwargs)
             loss, aux = _loss_of(out, has_aux)
-            return loss, (aux, *_changes(graph, values, read_graph(objects)))
+            changed, new = _changes(graph, values, read_graph(objects))
+            # Paths cannot leave a trace, and do not sort as keys of a dict may have to: only the Variables are outputs.
+            new_paths[:] = new
+            return loss, (aux, changed, list(new.values()))
 
         with explained(getattr(fn, "__name__", type(fn).__name__), diff, flat, args, kwargs):
             (loss, (aux, changed, new_leaves)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
-        _write_back((model, *others), graph, changed, new_leaves)
-        state = _gradients(graph, chosen, flat, grads)
-        return ((loss, aux) if has_aux else loss), state
+        root = (model, *others) if graph.several else model
+        writes = [(graph.paths[number], graph.leaves[number], value) for number, value in changed.items()]
+        put_values(root, graph.leaves, writes)
+        if new_leaves:
+            nnx.update(root, nnx.from_flat_state(list(zip(new_paths, new_leaves, strict=True))))
+        return ((loss, aux) if has_aux else loss), _gradients(graph, chosen, flat, grads)
 
     return named_like(differentiated, fn)
 
@@ -116,15 +126,12 @@ def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]],
     `nnx.Rngs` or metrics that are passed beside the model are written like the model.
     """
     leaves, structure = jax.tree.flatten(arguments, is_leaf=_is_object)
-    places = [place for place, leaf in enumerate(leaves) if _is_object(leaf)]
 
     def with_objects(objects: Sequence[Any]) -> Any:
-        filled = list(leaves)
-        for place, obj in zip(places, objects, strict=True):
-            filled[place] = obj
-        return jax.tree.unflatten(structure, filled)
+        given = iter(objects)
+        return jax.tree.unflatten(structure, [next(given) if _is_object(leaf) else leaf for leaf in leaves])
 
-    return [leaves[place] for place in places], with_objects
+    return list(filter(_is_object, leaves)), with_objects
 
 
 def _is_object(obj: Any) -> bool:
@@ -176,10 +183,10 @@ def grad(fn: Callable[..., Any], wrt: Filter = nnx.Param, has_aux: bool = False)
 def _check_chosen(graph: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:
     if not any(chosen):
         # Only the model's leaves: other objects among the arguments are not differentiated.
-        model = [number for number, path in enumerate(graph.paths) if _of_model(graph, path)]
+        of_model = [_of_model(graph, path) for path in graph.paths]
         own = graph._replace(
-            paths=tuple(graph.relative(graph.paths[number]) for number in model),
-            leaves=tuple(graph.leaves[number] for number in model),
+            paths=tuple(map(graph.relative, itertools.compress(graph.paths, of_model))),
+            leaves=tuple(itertools.compress(graph.leaves, of_model)),
             several=False,
         )
         near = [text for part in spelled(wrt) if not part.negated for text in nearest(Reading(own, {}), part.filter)]
@@ -188,17 +195,15 @@ def _check_chosen(graph: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:
             f"wrt={describe(wrt)} matches no leaf of the model, so there is nothing to differentiate.{also}",
             hint="sw.explain(model, wrt) shows what it matches",
         )
-    unfit = [
-        row_of(graph.relative(path), leaf, note="cannot be differentiated")
-        for path, leaf, is_chosen in zip(graph.paths, graph.leaves, chosen, strict=True)
-        if is_chosen and any(not _is_float(array) for array in arrays_of(raw_value(leaf))[0])
-    ]
-    if unfit:
-        raise StructureError(
-            f"wrt={describe(wrt)} matches leaves that do not hold floating-point numbers.",
-            leaves=unfit,
-            hint="wrt=nnx.All(..., sw.Where(lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)))",
-        )
+    problems = Problems()
+    for path, leaf, is_chosen in zip(graph.paths, graph.leaves, chosen, strict=True):
+        if is_chosen and not all(map(_is_float, arrays_of(raw_value(leaf))[0])):
+            problems.add(row_of(graph.relative(path), leaf), "cannot be differentiated")
+    problems.raise_as(
+        StructureError,
+        f"wrt={describe(wrt)} matches leaves that do not hold floating-point numbers.",
+        "wrt=nnx.All(..., sw.Where(lambda path, leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)))",
+    )
 
 
 def _is_float(array: Any) -> bool:
@@ -218,55 +223,29 @@ def _loss_of(out: Any, has_aux: bool) -> tuple[Any, Any]:
     return loss, aux
 
 
-def _changes(graph: ModelGraph, before: Sequence[Any], after: ModelGraph) -> tuple[dict[int, Any], list[Any]]:
-    """Returns what the function wrote: new values by the leaf's position, and the Variables that it made."""
+def _changes(graph: ModelGraph, before: Sequence[Any], after: ModelGraph) -> tuple[dict[int, Any], dict[Path, Any]]:
+    """Returns what the function wrote: new values by the leaf's position, and the Variables that it made, by path."""
     now = dict(zip(after.paths, after.leaves, strict=True))
     changed: dict[int, Any] = {}
-    for position, (path, value) in enumerate(zip(graph.paths, before, strict=True)):
+    for position, (path, old) in enumerate(zip(graph.paths, before, strict=True)):
         if path not in now:
             raise StructureError(
                 "The function removes a leaf of the model.",
                 leaves=[row_of(path, graph.leaves[position])],
                 hint="keep the model's structure, and call nnx.pop on the model outside of the function",
             )
-        value_now = raw_value(now.pop(path))
-        if value_now is not value:
-            changed[position] = value_now
-    return changed, [_NewLeaf(path, leaf) for path, leaf in now.items()]
-
-
-@jax.tree_util.register_pytree_node_class
-class _NewLeaf:
-    """A Variable that the function made, on its way out of the trace."""
-
-    def __init__(self, path: Path, leaf: Any) -> None:
-        self.path, self.leaf = path, leaf
-
-    def tree_flatten(self) -> tuple[tuple[Any], Path]:
-        return (self.leaf,), self.path
-
-    @classmethod
-    def tree_unflatten(cls, path: Path, children: tuple[Any]) -> _NewLeaf:
-        return cls(path, children[0])
-
-
-def _write_back(
-    objects: Sequence[Any], graph: ModelGraph, changed: dict[int, Any], new_leaves: Sequence[_NewLeaf]
-) -> None:
-    root = tuple(objects) if graph.several else objects[0]
-    put_values(root, graph.leaves, [(graph.paths[at], graph.leaves[at], value) for at, value in changed.items()])
-    if new_leaves:
-        flat: list[tuple[Any, Any]] = [(new.path, new.leaf) for new in new_leaves]
-        nnx.update(root, nnx.from_flat_state(flat))
+        value = raw_value(now.pop(path))
+        if value is not old:
+            changed[position] = value
+    return changed, now
 
 
 def _gradients(graph: ModelGraph, chosen: Sequence[bool], flat: Sequence[Any], grads: Sequence[Sequence[Any]]) -> Any:
-    given = iter(grads)
     leaves: list[tuple[Any, Any]] = []
-    for path, leaf, is_chosen, (_, structure) in zip(graph.paths, graph.leaves, chosen, flat, strict=True):
-        if is_chosen:
-            value = value_of(next(given), structure)
-            leaves.append((graph.relative(path), leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+    of_chosen = itertools.compress(zip(graph.paths, graph.leaves, flat, strict=True), chosen)
+    for (path, leaf, (_, structure)), arrays in zip(of_chosen, grads, strict=True):
+        value = value_of(arrays, structure)
+        leaves.append((graph.relative(path), leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
     if not leaves[0][0]:
         return leaves[0][1]  # the model is one Variable, and so is its gradient
     return nnx.from_flat_state(leaves)

@@ -104,7 +104,8 @@ class Passed:
         returned = {id(leaf) for leaf in jax.tree.leaves(out, is_leaf=_is_variable) if _is_variable(leaf)}
         for (keys, obj), before in zip(self._objects, self._before, strict=True):
             now = _flat(obj)
-            write_to = functools.partial(WrittenArgument, _place(keys), keys[2:], type(obj))
+            # Keys in (args, kwargs): which of the two, the argument's position or name, and the way inside it.
+            write_to = functools.partial(WrittenArgument, plain_key(keys[1]), keys[2:], type(obj))
             for leaf_keys, (_, value, row) in before.items():
                 leaf = now.pop(leaf_keys, None)
                 if id(leaf) in returned:
@@ -135,11 +136,6 @@ class Passed:
 
 
 _WRITTEN = "written"
-
-
-def _place(keys: tuple[Any, ...]) -> Any:
-    """Returns the argument's position or name, from the keys that lead to it in (args, kwargs)."""
-    return getattr(keys[1], "idx", getattr(keys[1], "key", None))
 
 
 def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -> str:

@@ -14,8 +14,9 @@ is traced.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from statewise._src.common import compat
-from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.problems import Problems
+from statewise._src.plan.derived import plain_key
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Operand, Operands
@@ -85,11 +87,10 @@ def local_arguments(
             continue
         shape = list(leaf.shape)
         for axis, names in enumerate(spec):
-            parts = _count(copies, _names(names))
+            parts = math.prod(copies.mesh.shape[name] for name in _names(names))
             if shape[axis] % parts:
-                first, *rest = keys[1:]
-                place = name_of(getattr(first, "idx", getattr(first, "key", None)))
-                uneven.append((place + jax.tree_util.keystr(tuple(rest)), leaf, axis, parts))
+                place = name_of(plain_key(keys[1])) + jax.tree_util.keystr(keys[2:])
+                uneven.append((place, leaf, axis, parts))
             shape[axis] //= parts
         # For NumPy's float64 too: `typeof` gives the dtype that JAX converts it to.
         type_ = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
@@ -102,10 +103,6 @@ def local_arguments(
             f"or replicate the array: jax.device_put({uneven[0][0]}, jax.NamedSharding(mesh, jax.P()))",
         )
     return jax.tree.unflatten(structure, local)
-
-
-def _count(copies: PerDeviceArrays, names: Sequence[str]) -> int:
-    return functools.reduce(lambda count, name: count * int(copies.mesh.shape[name]), names, 1)
 
 
 def _on_each(copies: PerDeviceArrays, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -143,21 +140,19 @@ def check_replicated(plan: PlanTables, traced: Traced, specs: Sequence[Any], ste
     assert copies is not None
     axes = frozenset(copies.axes)
     # Inputs: the arrays of the state, then those of the arguments; only those that are read are inputs of the jaxpr.
-    inputs = [axes if at in copies.of(kind) else NOWHERE for kind, own in plan.specs.items() for at in range(len(own))]
+    inputs = [axes if array.devices else NOWHERE for array in plan.arrays]
     inputs += [frozenset(name for names in spec for name in _names(names)) for spec in specs]
-    read = [over for over, is_read in zip(inputs, traced.effects.read, strict=True) if is_read]
-    outputs = varying(traced.effects.jaxpr, read, axes)
-    varied: dict[Path, Leaf] = {}
+    outputs = varying(traced.effects.jaxpr, list(itertools.compress(inputs, traced.effects.read)), axes)
+    problems = Problems()
     for (kind, position), over in zip(traced.written, outputs[traced.outputs :], strict=True):
         if over and position not in copies.of(kind):
-            leaf = plan.leaf_of_array[kind][position]
-            varied[leaf.path] = dataclasses.replace(leaf, note="differs from device to device")
-    if varied:
-        kinds = list(dict.fromkeys(leaf.kind for leaf in varied.values()))
+            problems.add(plan.by_kind[kind][position].leaf, "differs from device to device")
+    if problems:
+        kinds = list(dict.fromkeys(leaf.kind for leaf in problems.leaves))
         raise PlacementError(
             f"`{step}` would write a different value on each device to {', '.join(map(repr, kinds))}, "
             f"which {'is' if len(kinds) == 1 else 'are'} replicated.",
-            leaves=varied.values(),
+            leaves=problems.leaves,
             kind=kinds[0],
             hint=f"keep a value for each device: {kinds[0]}=sw.Kind(..., placement=sw.PerDevice({copies.words}))\n"
             f"or average before writing: jax.lax.pmean(value, {copies.words})",
@@ -180,59 +175,57 @@ def program_on_each(
     copies = plan.per_device
     assert copies is not None
     each = jax.P(copies.axes)
-    parts = operands.donated, operands.read_only
     # `PerDevice` arrays have a leading axis for the devices, which each device sees as an axis of size 1.
-    ours = [[[_is_ours(plan, copies, operand, slot) for slot in operand.slots] for operand in part] for part in parts]
-    specs_of_parts = [[tuple(each if own else WHOLE for own in operand) for operand in part] for part in ours]
+    donated_own, read_only_own = (
+        [tuple(_is_own(plan, operand, slot) for slot in operand.slots) for operand in part]
+        for part in (operands.donated, operands.read_only)
+    )
+    donated_specs, read_only_specs = (
+        [tuple(each if own else WHOLE for own in operand) for operand in part] for part in (donated_own, read_only_own)
+    )
 
     # On one device: remove the leading axis of size 1, run, and put it back.
     def on_one(donated: Any, read_only: Any, leaves: Any, structure: Any) -> tuple[Any, Any]:
-        donated, read_only = (
-            [
-                tuple(x[0] if own else x for x, own in zip(arrays, operand, strict=True))
-                for arrays, operand in zip(part, own_of_part, strict=True)
-            ]
-            for part, own_of_part in zip((donated, read_only), ours, strict=True)
-        )
-        args, kwargs = jax.tree.unflatten(structure, leaves)
-        written, out = program(donated, read_only, args, kwargs)
-        written = tuple(
-            tuple(x[None] if own else x for x, own in zip(arrays, operand, strict=True))
-            for arrays, operand in zip(written, ours[0], strict=True)
-        )
+        donated = _map(lambda x, own: x[0] if own else x, donated, donated_own)
+        read_only = _map(lambda x, own: x[0] if own else x, read_only, read_only_own)
+        written, out = program(donated, read_only, *jax.tree.unflatten(structure, leaves))
         flat, box["out"] = jax.tree.flatten(out)
-        return written, [
+        # An output that differs is concatenated along its first axis; a number gets one.
+        stacked = [
             jnp.asarray(x)[None] if alone and not jnp.ndim(x) else x for x, alone in zip(flat, differ, strict=True)
         ]
+        return _map(lambda x, own: x[None] if own else x, written, donated_own), stacked
 
     box: dict[str, Any] = {}
 
     def on_all(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten((args, kwargs))
-        leaves = [_resharded(copies, leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
-        donated, read_only = (
-            [
-                tuple(_resharded(copies, *pair) for pair in zip(*both, strict=True))
-                for both in zip(part, own, strict=True)
-            ]
-            for part, own in zip((donated, read_only), specs_of_parts, strict=True)
-        )
+        resharded = functools.partial(_resharded, copies)
         mapped = _on_each(
             copies,
-            lambda donated, read_only, leaves: on_one(donated, read_only, leaves, structure),
-            (specs_of_parts[0], specs_of_parts[1], list(specs)),
-            (tuple(specs_of_parts[0]), [each if alone else WHOLE for alone in differ]),
+            functools.partial(on_one, structure=structure),
+            (donated_specs, read_only_specs, list(specs)),
+            (donated_specs, [each if alone else WHOLE for alone in differ]),
         )
-        written, flat = mapped(donated, read_only, leaves)
-        return written, jax.tree.unflatten(box["out"], flat)
+        written, flat = mapped(
+            _map(resharded, donated, donated_specs),
+            _map(resharded, read_only, read_only_specs),
+            list(map(resharded, leaves, specs)),
+        )
+        return tuple(written), jax.tree.unflatten(box["out"], flat)
 
     return on_all
 
 
-def _is_ours(plan: PlanTables, copies: PerDeviceArrays, operand: Operand, slot: int) -> bool:
+def _map(fn: Callable[[Any, Any], Any], arrays: Any, others: Any) -> list[tuple[Any, ...]]:
+    """Maps a function over the arrays of operands, each with something that is known of it."""
+    return [tuple(map(fn, *pair)) for pair in zip(arrays, others, strict=True)]
+
+
+def _is_own(plan: PlanTables, operand: Operand, slot: int) -> bool:
     """Returns whether the operand in a slot has the leading axis for the devices; a buffer never has."""
-    kind = list(plan.kinds)[operand.kind]
-    return plan.slots[operand.kind][slot] in copies.of(kind)
+    stored = plan.stored[operand.name][slot]
+    return stored.buffer is None and stored.arrays[0].devices > 0
 
 
 def _resharded(copies: PerDeviceArrays, array: Any, spec: Any) -> Any:
