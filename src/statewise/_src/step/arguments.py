@@ -6,14 +6,15 @@ where the caller passes one state.  Positions given by the user count the functi
 
 # No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["Arguments", "Bound", "JitOptions", "Split", "merged", "parameters_of"]
+__all__ = ["Arguments", "Bound", "JitOptions", "Split", "merged", "parameters_of", "unused_name"]
 
 
 class JitOptions(TypedDict, total=False):
@@ -206,3 +207,9 @@ def _many(given: Any) -> Iterable[Any]:
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, int)) else tuple(given)
+
+
+def unused_name(name: str, taken: Collection[str]) -> str:
+    """Returns a name for a parameter, with a number behind it if it is taken."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Unpack, overload
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 
 from flax import nnx
 
@@ -24,31 +24,8 @@ _Function = Callable[Concatenate[Any, P], R]
 Captured = nnx.State[Any, Any] | dict[str, Any]
 
 
-class _MakesStep(Protocol):
-    """The decorator that options make, for a step that returns what the function does."""
-
-    def __call__(self, fn: _Function[P, R], /) -> Step[P, R]: ...
-
-
-class _MakesWriting(Protocol):
-    """The decorator for a step that also returns a state."""
-
-    def __call__(self, fn: _Function[P, R], /) -> Step[P, tuple[State, R]]: ...
-
-
-class _MakesCapturing(Protocol):
-    """The decorator for a step that also returns what its function sows or assigns."""
-
-    def __call__(self, fn: _Function[P, R], /) -> Step[P, tuple[R, Captured]]: ...
-
-
-class _MakesBoth(Protocol):
-    """The decorator for a step that does both."""
-
-    def __call__(self, fn: _Function[P, R], /) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
-
-
 # For mypy `()` is a sequence of names too, so these overloads overlap; the first that matches counts.
+# Without a function they return the decorator.
 @overload
 def step(  # type: ignore[overload-overlap]
     fn: _Function[P, R], *, writes: tuple[()] = (), capture: None = None, **jit_options: Unpack[JitOptions]
@@ -68,19 +45,19 @@ def step(
 @overload
 def step(  # type: ignore[overload-overlap]
     fn: None = None, *, writes: tuple[()] = (), capture: None = None, **jit_options: Unpack[JitOptions]
-) -> _MakesStep: ...
+) -> Callable[[_Function[P, R]], Step[P, R]]: ...
 @overload
 def step(
     fn: None = None, *, writes: str | Sequence[str], capture: None = None, **jit_options: Unpack[JitOptions]
-) -> _MakesWriting: ...
+) -> Callable[[_Function[P, R]], Step[P, tuple[State, R]]]: ...
 @overload
 def step(  # type: ignore[overload-overlap]
     fn: None = None, *, writes: tuple[()] = (), capture: str | Sequence[str], **jit_options: Unpack[JitOptions]
-) -> _MakesCapturing: ...
+) -> Callable[[_Function[P, R]], Step[P, tuple[R, Captured]]]: ...
 @overload
 def step(
     fn: None = None, *, writes: str | Sequence[str], capture: str | Sequence[str], **jit_options: Unpack[JitOptions]
-) -> _MakesBoth: ...
+) -> Callable[[_Function[P, R]], Step[P, tuple[State, tuple[R, Captured]]]]: ...
 def step(
     fn: Callable[..., Any] | None = None,
     *,
@@ -163,7 +140,7 @@ def train_step(
     has_aux: bool = False,
     capture: None = None,
     **jit_options: Unpack[JitOptions],
-) -> _MakesWriting: ...
+) -> Callable[[_Function[P, R]], Step[P, tuple[State, R]]]: ...
 @overload
 def train_step(
     fn: None = None,
@@ -173,7 +150,7 @@ def train_step(
     has_aux: bool = False,
     capture: str | Sequence[str],
     **jit_options: Unpack[JitOptions],
-) -> _MakesBoth: ...
+) -> Callable[[_Function[P, R]], Step[P, tuple[State, tuple[R, Captured]]]]: ...
 def train_step(
     fn: Callable[..., Any] | None = None,
     *,

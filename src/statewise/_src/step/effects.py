@@ -21,12 +21,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from statewise._src.common import compat
 
-__all__ = ["PLAIN_CALLS", "RESHAPES", "SAME_VALUE", "Effects", "body_of", "effects_of", "forwarded"]
+__all__ = ["PLAIN_CALLS", "RESHAPES", "SAME_VALUE", "Effects", "alike", "body_of", "effects_of", "forwarded"]
 
 # Where a leaf is placed is declared by its kind, not decided by a step.
 _PLACES = frozenset({"device_put", "layout_constraint", "reshard", "sharding_constraint"})
@@ -103,7 +103,7 @@ def forwarded(closed: Any) -> tuple[int | None, ...]:
         (source, moves), *others = sources or [(-1, ())]
         unchanged = source >= 0 and not moves and not others
         # An output whose shape or dtype differs from the input's is not that input, whatever produced it.
-        origins.append(source if unchanged and _alike(var, jaxpr.invars[source]) else None)
+        origins.append(source if unchanged and alike(var.aval, jaxpr.invars[source].aval) else None)
     return tuple(origins)
 
 
@@ -201,8 +201,9 @@ def _moved(moves: _Moves, move: _Move) -> _Moves:
     return (*moves, *first)
 
 
-def _alike(first: Any, second: Any) -> bool:
-    return bool(first.aval.shape == second.aval.shape and first.aval.dtype == second.aval.dtype)
+def alike(aval: Any, other: Any) -> bool:
+    """Returns whether two types of a jaxpr have the same shape and dtype."""
+    return bool(aval.shape == other.shape and aval.dtype == other.dtype)
 
 
 def _keeps_order(eqn: Any) -> bool:
@@ -228,19 +229,13 @@ def body_of(eqn: Any) -> Any:
 
 def _through(eqn: Any) -> tuple[_Sources, ...]:
     """Returns, for each output of an equation, its sources among the operands."""
-    name = eqn.primitive.name
-    if name == "scan":
-        return _through_scan(eqn)
-    if name == "while":
-        return _through_while(eqn)
-    if name == "cond":
-        return _through_cond(eqn)
-    if name == "select_n":
-        # Operand 0 selects; each case is a candidate.
-        return (frozenset((case, ()) for case in range(1, len(eqn.invars))),)
-    if name in _CALLS:
-        return _through_call(eqn)
-    return (_COMPUTED,) * len(eqn.outvars)
+    through = _THROUGH.get(eqn.primitive.name)
+    return (_COMPUTED,) * len(eqn.outvars) if through is None else through(eqn)
+
+
+def _through_select(eqn: Any) -> tuple[_Sources, ...]:
+    # Operand 0 selects; each case is a candidate.
+    return (frozenset((case, ()) for case in range(1, len(eqn.invars))),)
 
 
 def _through_call(eqn: Any) -> tuple[_Sources, ...]:
@@ -315,3 +310,12 @@ def _settled(body: Sequence[frozenset[int]], position: int, consts: int, carry: 
         # A value from another carried one may be, one iteration later, whatever that one is.
         pending.extend(source - consts for source in body[current] if source >= consts)
     return frozenset(sources)
+
+
+_THROUGH: dict[str, Callable[[Any], tuple[_Sources, ...]]] = {
+    "scan": _through_scan,
+    "while": _through_while,
+    "cond": _through_cond,
+    "select_n": _through_select,
+    **dict.fromkeys(_CALLS, _through_call),
+}

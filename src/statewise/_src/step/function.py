@@ -15,11 +15,19 @@ from flax import nnx
 from statewise._src.core.plan import Kinds
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.match import claimants
-from statewise._src.step.arguments import parameters_of
+from statewise._src.step.arguments import parameters_of, unused_name
 from statewise._src.step.closures import arrays_in, layers_of
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "named_like", "positional_names"]
+__all__ = [
+    "called_as",
+    "check_capacity",
+    "check_function",
+    "kind_names",
+    "named_like",
+    "positional_names",
+    "unused_name",
+]
 
 
 WrapperT = TypeVar("WrapperT", bound=Callable[..., Any])
@@ -81,8 +89,7 @@ def _check_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
 
 
 def _check_transform(fn: Any, transform: str, decorator: str) -> None:
-    name = getattr(fn, "__name__", type(fn).__name__)
-    name = called_as(name, "f")
+    name = called_as(getattr(fn, "__name__", type(fn).__name__), "f")
     given = "layer, x" if decorator == "scan_layers" else "model, x"
     if transform == "jax.jit":
         hint = f"sw.{decorator}({name}), where {name} is the function itself: a step compiles it"
@@ -91,9 +98,7 @@ def _check_transform(fn: Any, transform: str, decorator: str) -> None:
     elif transform == "jax.checkpoint":
         hint = f"sw.{decorator}(nnx.remat({name}))"
     else:
-        x = given.rpartition(" ")[2]
-        inner = f"{transform}(lambda {x}: {name}({given}))({x})"
-        hint = f"sw.{decorator}(lambda {given}: {inner})"
+        hint = f"sw.{decorator}(lambda {given}: {transform}(lambda x: {name}({given}))(x))"
     raise StructureError(
         f"sw.{decorator} received {name} under {transform}, which would lose its writes to the model.", hint=hint
     )
@@ -122,16 +127,16 @@ def _sample(x: Any) -> Any:
 @functools.cache
 def _transforms() -> dict[Any, str]:
     """Returns the transforms by what they make, determined by making one of each: no private JAX name is needed."""
-    wrapped: dict[str, Callable[..., Any]] = {
-        "jax.jit": jax.jit(_sample),
-        "jax.checkpoint": jax.checkpoint(_sample),
-        "jax.vmap": jax.vmap(_sample),
-        "jax.grad": jax.grad(_sample),
-        "jax.value_and_grad": jax.value_and_grad(_sample),
-        "jax.jacfwd": jax.jacfwd(_sample),
-        "jax.jacrev": jax.jacrev(_sample),
+    transforms: dict[str, Callable[..., Any]] = {
+        "jax.jit": jax.jit,
+        "jax.checkpoint": jax.checkpoint,
+        "jax.vmap": jax.vmap,
+        "jax.grad": jax.grad,
+        "jax.value_and_grad": jax.value_and_grad,
+        "jax.jacfwd": jax.jacfwd,
+        "jax.jacrev": jax.jacrev,
     }
-    return {_made_by(fn): name for name, fn in wrapped.items()}
+    return {_made_by(transform(_sample)): name for name, transform in transforms.items()}
 
 
 def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
@@ -143,11 +148,11 @@ def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
     if isinstance(names, str):
         return (names,)
     several = isinstance(names, Collection) and not isinstance(names, type | dict)
-    many = tuple(names) if several else (names,)
-    if all(isinstance(name, str) for name in many):
-        return many
-    wrong = next(name for name in many if not isinstance(name, str))
-    kinds = [_kind_of(name) for name in many]
+    listed = tuple(names) if several else (names,)
+    if all(isinstance(name, str) for name in listed):
+        return listed
+    wrong = next(name for name in listed if not isinstance(name, str))
+    kinds = [_kind_of(name) for name in listed]
     if all(kinds):
         code = repr(kinds[0]) if len(kinds) == 1 else repr(tuple(kinds))
         hint = f"{option}={code}  # of the standard kinds; for your own kinds: print(plan)"
@@ -226,9 +231,6 @@ def _object_names(types_: Sequence[type], first: str | None, taken: Sequence[str
     """Returns parameter names for the planned objects: the function's own name for the first, then names by type."""
     names: list[str] = []
     for position, cls in enumerate(types_):
-        name = "model" if position == 0 else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
-        if position == 0 and first is not None:
-            name = first
-        free = [name, *(f"{name}_{number}" for number in range(2, len(types_) + 3))]
-        names.append(next(candidate for candidate in free if candidate not in names and candidate not in taken))
+        snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        names.append(unused_name(snake_case if position else first or "model", [*names, *taken]))
     return names

@@ -60,12 +60,7 @@ def _root(target: Any, copy: Any, path: Path) -> Path:
 
 
 def _child(target: Any, key: Any) -> Any:
-    if isinstance(target, Mapping | list | tuple | nnx.List):
-        try:
-            return target[key]
-        except (KeyError, IndexError):
-            return _MISSING
-    if isinstance(key, str):
+    if isinstance(key, str) and not isinstance(target, Mapping | list | tuple | nnx.List):
         return getattr(target, key, _MISSING)
     try:
         return target[key]

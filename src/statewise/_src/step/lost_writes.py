@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from statewise._src.common import compat
-from statewise._src.step.effects import PLAIN_CALLS, RESHAPES, SAME_VALUE, body_of
+from statewise._src.step.effects import PLAIN_CALLS, RESHAPES, SAME_VALUE, alike, body_of
 
 __all__ = ["dropped_inputs"]
 
@@ -81,7 +81,7 @@ def _walk(jaxpr: Any, tags: _Tags, dropped: set[int], inside: bool) -> _Tags:
                 continue
             origins[var] = tag
             # A new value of the leaf's shape and dtype that nothing uses: the write was lost.
-            if inside and tag.changed and var not in used and _alike(var.aval, tag.aval):
+            if inside and tag.changed and var not in used and alike(var.aval, tag.aval):
                 dropped.add(tag.of)
     return tuple(None if isinstance(var, compat.Literal) else origins.get(var) for var in jaxpr.outvars)
 
@@ -114,11 +114,10 @@ def _through(eqn: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tag
     if name.startswith("random_"):
         return none  # drawing from a key makes another key, not a new value of the stream
     # Element by element: the result has the same shape as the leaf.
-    changed = name not in _MOVES
     tag = next((operand for operand in operands if operand is not None), None)
     if tag is None or len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape != tag.aval.shape:
         return none
-    return (_Origin(tag.of, tag.aval, tag.changed or changed),)
+    return (_Origin(tag.of, tag.aval, tag.changed or name not in _MOVES),)
 
 
 def _in_body(eqn: Any, closed: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tags:
@@ -137,7 +136,3 @@ def _in_body(eqn: Any, closed: Any, operands: _Tags, dropped: set[int], inside: 
         None if tag is None else dataclasses.replace(tag, aval=outside[tag.of])
         for _, tag in zip(eqn.outvars, results, strict=True)
     )
-
-
-def _alike(first: Any, second: Any) -> bool:
-    return bool(first.shape == second.shape and first.dtype == second.dtype)

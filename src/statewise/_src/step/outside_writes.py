@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelGraph, row_of
-from statewise._src.step.arguments import Bound, parameters_of
+from statewise._src.step.arguments import Bound, parameters_of, unused_name
 from statewise._src.step.closures import STATIC, Brought, brought, holder_of, parts_of, read_by
 from statewise._src.step.effects import Effects
 from statewise._src.step.function import called_as, positional_names
@@ -87,8 +87,7 @@ def _identifier(expression: str, cls: type, taken: dict[str, str]) -> str:
     words: list[str] = re.findall(r"[A-Za-z_]\w*", expression)
     name = words[-1] if words else cls.__name__.lower()
     name += "_" * keyword.iskeyword(name)
-    free = [name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))]
-    return next(candidate for candidate in free if candidate not in taken.values())
+    return unused_name(name, taken.values())
 
 
 def check_not_baked(effects: Effects, fn: Any, name: str) -> None:
