@@ -25,7 +25,7 @@ from statewise._src.step.outside_writes import check_not_baked, check_written_ar
 from statewise._src.step.passed_objects import check_foreign_objects
 from statewise._src.step.program import program_of
 from statewise._src.step.shard_map import check_replicated, local_arguments, program_on_each, specs_of, traced_on_one
-from statewise._src.step.trace import Traced, evaluating, objects_of, trace
+from statewise._src.step.trace import Call, Traced, evaluating, objects_of
 from statewise._src.step.warnings import check_trains, warnings_of
 
 __all__ = ["ContractOf", "Definition"]
@@ -58,10 +58,6 @@ class Definition:
         """Returns whether the step returns what its function sows or assigns."""
         return bool(self.captured)
 
-    def capture_for(self, plan: PlanTables) -> Capture:
-        """Returns a new collector for the values that one call sows or assigns."""
-        return Capture(plan.kinds, self.captured)
-
     def trace_checked(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
         """Traces and checks one call; for a step that runs on each device, also returns how the arguments are split."""
         plan = state.tables
@@ -75,10 +71,9 @@ class Definition:
     def traced(self, state: State, args: Any, kwargs: Any, *, evaluated: bool = False) -> tuple[Traced, Any]:
         """Traces one call, optionally after `model.eval()`; also returns how the arguments are split among devices."""
         plan, copies = state.tables, state.tables.per_device
-        capture = self.capture_for(plan)
-        bound, dynamic = self.bound(args, kwargs, plan.object_count)
+        call, dynamic = self.call(plan, args, kwargs)
         if evaluated:
-            bound = evaluating(bound, plan.object_count)
+            call = dataclasses.replace(call, fn=evaluating(call.fn, plan.object_count))
         name_of = functools.partial(self.arguments.name_of, objects=plan.object_count)
         check_capacity(
             self.fn, plan.object_count, args, self.name, lambda: [type(planned) for planned in objects_of(plan)]
@@ -86,13 +81,13 @@ class Definition:
         check_foreign_objects(self.arguments.named(*dynamic, plan.object_count), self.name)
         specs: Any = ()
         if copies is None:
-            traced = trace(plan, bound, state, *dynamic, capture, self.name)
+            traced = call.trace(state, *dynamic)
         else:
             specs = specs_of(copies, jax.tree.leaves(dynamic))
             local = local_arguments(copies, *dynamic, specs, name_of, self.name)
-            traced = traced_on_one(copies, lambda: trace(plan, bound, state, *local, capture, self.name))
-        check_written_arguments(traced.passed, bound, plan.object_count, name_of, self.name, bool(plan.optimizers))
-        check_not_baked(traced.effects, bound, self.name)
+            traced = traced_on_one(copies, lambda: call.trace(state, *local))
+        check_written_arguments(traced.passed, call.fn, plan.object_count, name_of, self.name, bool(plan.optimizers))
+        check_not_baked(traced.effects, call.fn, self.name)
         return traced, specs
 
     def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
@@ -106,16 +101,15 @@ class Definition:
         for warning in warnings_of(plan, traced, contract, self.fn, self.name):
             warnings.warn(warning, stacklevel=6)  # points at the call of the step
 
-    def bound(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int
-    ) -> tuple[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Returns the user's function with the static arguments bound, and the other arguments as (args, kwargs)."""
-        split = self.arguments.split(args, kwargs, objects)
-        dynamic = merged(split.args, split.kwargs, split.donated)
-        if not split.static:
-            return self.fn, dynamic
-        names = {place: self.arguments.name_of(place, objects) for place in split.static}
-        return Bound(self.fn, split.static, objects, names), dynamic
+    def call(self, plan: PlanTables, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, tuple[Any, Any]]:
+        """Returns the function with its static arguments bound, and the other arguments: (args, kwargs)."""
+        capture = Capture(plan.kinds, self.captured)
+        split = self.arguments.split(args, kwargs, plan.object_count)
+        fn = self.fn
+        if split.static:
+            names = {place: self.arguments.name_of(place, plan.object_count) for place in split.static}
+            fn = Bound(self.fn, split.static, plan.object_count, names)
+        return Call(plan, fn, capture, self.name), merged(split.args, split.kwargs, split.donated)
 
     def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> CompiledStep:
         """Makes the entry of a traced call; `specs` is None where only its operands are of interest, as in an audit."""

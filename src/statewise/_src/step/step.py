@@ -32,7 +32,6 @@ from statewise._src.step.arguments import Arguments
 from statewise._src.step.definition import ContractOf, Definition
 from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
 from statewise._src.step.function import called_as, check_function, kind_names, named_like
-from statewise._src.step.trace import eager_form
 from statewise.errors import StructureError
 
 __all__ = ["Step", "definition_of"]
@@ -241,9 +240,8 @@ class Step(Generic[P, R_co]):
         with jax.disable_jit(False):
             traced, contract, _ = self._definition.trace_checked(state, args, kwargs)
             self._definition.judge(plan, traced, contract)
-        capture = self._definition.capture_for(plan)
-        bound, dynamic = self._definition.bound(args, kwargs, plan.object_count)
-        eager = eager_form(traced, plan, bound, state, dynamic, capture, self._definition.name)
+        call, dynamic = self._definition.call(plan, args, kwargs)
+        eager = call.eager(traced, state, dynamic)
         entry = self._definition.make_entry(plan, eager, contract)
         donated, _, read_only, _, _ = entry.operands_from(state, args, kwargs)
         written, out = entry.program(donated, read_only, *dynamic)

@@ -22,6 +22,7 @@ from flax.errors import TraceContextError
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
+    ArraySpec,
     arrays_of,
     raw_value,
     read_graph,
@@ -34,6 +35,7 @@ from statewise._src.common.paths import Leaf, Path, format_dtype, format_shape
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.capture import Capture
 from statewise._src.step.effects import Effects, effects_of
@@ -43,7 +45,7 @@ from statewise._src.step.outside_writes import written_outside
 from statewise._src.step.passed_objects import Passed, WrittenArgument, is_object
 from statewise.errors import StructureError
 
-__all__ = ["Traced", "check_not_model", "check_output", "eager_form", "evaluating", "objects_of", "trace"]
+__all__ = ["Call", "Traced", "check_not_model", "check_output", "evaluating", "objects_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,167 +82,159 @@ class Traced:
         return results[: self.outputs], results[self.outputs :]
 
 
-def eager_form(
-    traced: Traced,
-    plan: PlanTables,
-    fn: Callable[..., Any],
-    state: State,
-    dynamic: tuple[Any, Any],
-    capture: Capture,
-    name: str,
-) -> Traced:
-    """Returns a traced call that runs the user's function itself instead of the jaxpr: for `jax.disable_jit`.
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A step's function, as it is called on the planned objects.
 
-    `dynamic` is the call's (args, kwargs).
+    Attributes:
+      plan: the plan.
+      fn: the function, with its static arguments bound.
+      capture: the collector of what it sows or assigns.
+      name: the step's name.
     """
-    unpacked = zip(plan.kinds, state.parts, strict=True)
-    stored = [array for kind, part in unpacked for array in plan.unpack(kind, part.arrays)]
-    structure = jax.tree.structure(dynamic)
 
-    def run(flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        # The program passes None for arrays that the jaxpr does not read; the function itself takes all of them.
-        arrays = iter(old if given is None else given for old, given in zip(stored, flat, strict=False))
-        parts = [list(itertools.islice(arrays, len(specs))) for specs in plan.specs.values()]
-        args, kwargs = jax.tree.unflatten(structure, flat[traced.inputs :])
-        out, after = call_once(plan, fn, parts, args, kwargs, capture, name)
-        return jax.tree.leaves(out), [after[plan.kind_index[kind]][position] for kind, position in traced.written]
+    plan: PlanTables
+    fn: Callable[..., Any]
+    capture: Capture
+    name: str
 
-    return dataclasses.replace(traced, eager=run)
+    def trace(self, state: State, args: Any, kwargs: Any) -> Traced:
+        """Traces `fn(*objects, *args, **kwargs)` over a state.
+
+        Raises:
+          StructureError: the state does not fit its plan; the function returns the model, or makes, removes or replaces
+            Variables, or changes their shapes or dtypes.
+        """
+        plan = self.plan
+        check_fits(
+            state,
+            plan.kinds,
+            hint="inside jax.vmap the mapped axis is missing: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
+            "for other dtypes: state.cast(params='bfloat16')",
+        )
+        # Of a packed or `PerDevice` part a trace gets only shapes and dtypes: it sees the arrays as the model has them.
+        arrays = [
+            array
+            for (kind, specs), part in zip(plan.specs.items(), state.parts, strict=True)
+            for array in (list(map(_abstract, specs)) if kind in plan.packing or plan.per_device else part.arrays)
+        ]
+        box: dict[str, Any] = {}
+
+        def flat_call(arrays: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
+            passed = box["passed"] = Passed(args, kwargs)
+            out, after = self.run(arrays, args, kwargs, passed)
+            leaves, box["out_tree"] = jax.tree.flatten(out)
+            check_output(leaves, self.name)
+            return leaves, after, passed.after(out)
+
+        closed = jax.make_jaxpr(flat_call)(arrays, args, kwargs)
+        outputs, inputs = box["out_tree"].num_leaves, len(arrays)
+        unclear = [number for _, number in box["passed"].unclear]
+        # The function's output is followed by the new values: of the state's arrays, then of unclear arguments.
+        sources = [*range(inputs), *(inputs + number for number in unclear)]
+        effects = effects_of(closed, [(outputs + index, source) for index, source in enumerate(sources)])
+        # Parameters are not considered, as optimizers write them.
+        unwritten = [
+            array.number
+            for array, is_written in zip(plan.arrays, effects.written, strict=False)
+            if not is_written and not issubclass(array.leaf.type, nnx.Param)
+        ]
+        dropped = dropped_inputs(closed, unwritten) if unwritten else ()
+        return Traced(
+            effects=effects,
+            inputs=inputs,
+            out_tree=box["out_tree"],
+            outputs=outputs,
+            written=_spots(itertools.compress(plan.arrays, effects.written[:inputs])),
+            closes_over_tracers=any(isinstance(const, compat.Tracer) for const in effects.consts),
+            lost_writes=_spots(plan.arrays[number] for number in sorted(dropped)),
+            passed=box["passed"].lost(effects.written[inputs:]),
+        )
+
+    def eager(self, traced: Traced, state: State, dynamic: tuple[Any, Any]) -> Traced:
+        """Returns the traced call of (args, kwargs) so that it runs the function itself: for `jax.disable_jit`."""
+        unpacked = zip(self.plan.kinds, state.parts, strict=True)
+        stored = [array for kind, part in unpacked for array in self.plan.unpack(kind, part.arrays)]
+        structure = jax.tree.structure(dynamic)
+
+        def run(flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            # The program passes None for arrays that the jaxpr does not read; the function itself takes all of them.
+            arrays = [old if given is None else given for old, given in zip(stored, flat, strict=False)]
+            out, after = self.run(arrays, *jax.tree.unflatten(structure, flat[traced.inputs :]))
+            return jax.tree.leaves(out), [after[number] for number in self.plan.numbers(traced.written)]
+
+        return dataclasses.replace(traced, eager=run)
+
+    def run(self, arrays: Sequence[Any], args: Any, kwargs: Any, passed: Passed | None = None) -> tuple[Any, list[Any]]:
+        """Calls the function on fresh objects that hold these arrays; returns its output and the arrays afterwards."""
+        plan = self.plan
+        values = [
+            value_of([arrays[number] for number in numbers], row.structure)
+            for row, numbers in zip(plan.rows, _numbers_of_rows(plan), strict=True)
+        ]
+        objects = rebuild(plan.graphdef, values, plan.several)
+        before = read_graph(objects, plan.names)
+        try:
+            # If hijax Variables are the default, sown values would be hijax too, and `nnx.capture` does not recognize
+            # them.
+            with nnx.var_defaults(hijax=False, ref=False):
+                out, sown = self.capture.call(self.fn, objects, args, kwargs)
+        except TraceContextError as error:
+            known = Passed((), {}) if passed is None else passed
+            outside = written_outside(error, self.fn, objects, before, known, self.name, bool(plan.optimizers))
+            if outside is None:
+                raise
+            raise outside from error
+        check_not_model(out, before.leaves, self.name)
+        after = read_graph(objects, plan.names)
+        live = dict(zip(after.paths, after.leaves, strict=True))
+        replaced = assigned(plan, objects, before.leaves, live, self.capture, self.name)
+        captured = self.capture.collect(plan, live, replaced, out, sown)
+        return captured, self._arrays_after(arrays, live, replaced)
+
+    def _arrays_after(self, arrays: Sequence[Any], live: dict[Path, Any], captured: frozenset[Path]) -> list[Any]:
+        """Returns the new arrays of the state; those of captured leaves stay as they were."""
+        plan, changed = self.plan, dict[int, Any]()
+        problems, given = Problems(), []
+        for row, numbers in zip(plan.rows, _numbers_of_rows(plan), strict=True):
+            if row.path in captured:
+                continue
+            new, structure = arrays_of(raw_value(live[row.path]))
+            specs = tuple(map(spec_of, new))
+            if structure != row.structure:
+                problems.add(leaf_of(row, "becomes a value of another structure"))
+            elif specs != row.specs:
+                shown = (f"{format_shape(spec.shape)} {format_dtype(spec.dtype)}" if spec else "- -" for spec in specs)
+                problems.add(leaf_of(row, "becomes " + ", ".join(shown)))
+            else:
+                for number, array, spec in zip(numbers, new, row.specs, strict=True):
+                    changed[number] = array
+                    if not isinstance(array, jax.Array):
+                        given.append((leaf_of(row, ""), array, spec.dtype))
+        hint = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
+        sown = [leaf.kind for leaf in problems.leaves if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
+        if sown:  # `sow` appends to what an earlier call left there
+            hint = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {hint}"
+        problems.raise_as(
+            StructureError,
+            f"{self.name} changes the shape or dtype of leaves; a state keeps both from step to step.",
+            hint,
+        )
+        check_given(given, before=f"{self.name} assigns numbers that JAX cannot represent. ")
+        return [jnp.asarray(changed[number]) if number in changed else array for number, array in enumerate(arrays)]
 
 
-def trace(
-    plan: PlanTables, fn: Callable[..., Any], state: State, args: Any, kwargs: Any, capture: Capture, name: str
-) -> Traced:
-    """Traces `fn(*objects, *args, **kwargs)` over a state.
-
-    Raises:
-      StructureError: the state does not fit its plan; the function returns the model, or makes, removes or replaces
-        Variables, or changes their shapes or dtypes.
-    """
-    check_fits(
-        state,
-        plan.kinds,
-        hint="inside jax.vmap the mapped axis is missing: jax.vmap(step, in_axes=(plan.axes(params=0), ...))\n"
-        "for other dtypes: state.cast(params='bfloat16')",
-    )
-    # Of a packed or `PerDevice` part a trace gets only shapes and dtypes: it sees the arrays as the model has them.
-    parts = [
-        tuple(jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs)
-        if kind in plan.packing or plan.per_device
-        else part.arrays
-        for (kind, specs), part in zip(plan.specs.items(), state.parts, strict=True)
-    ]
-    box: dict[str, Any] = {}
-
-    def flat_call(parts: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        passed = box["passed"] = Passed(args, kwargs)
-        out, after = call_once(plan, fn, parts, args, kwargs, capture, name, passed)
-        leaves, box["out_tree"] = jax.tree.flatten(out)
-        check_output(leaves, name)
-        return leaves, [array for part in after for array in part], passed.after(out)
-
-    closed = jax.make_jaxpr(flat_call)(parts, args, kwargs)
-    outputs, inputs = box["out_tree"].num_leaves, len(plan.arrays)
-    unclear = [number for _, number in box["passed"].unclear]
-    # The function's output is followed by the new values: of the state's arrays, then of unclear arguments.
-    sources = [*range(inputs), *(inputs + number for number in unclear)]
-    effects = effects_of(closed, [(outputs + index, source) for index, source in enumerate(sources)])
-    written = effects.written[:inputs]
-    return Traced(
-        effects=effects,
-        inputs=inputs,
-        out_tree=box["out_tree"],
-        outputs=outputs,
-        written=_spots(plan, [number for number, is_written in enumerate(written) if is_written]),
-        closes_over_tracers=any(isinstance(const, compat.Tracer) for const in effects.consts),
-        lost_writes=_dropped(plan, closed, written),
-        passed=box["passed"].lost(effects.written[inputs:]),
-    )
+def _abstract(spec: ArraySpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
 
 
-def _spots(plan: PlanTables, numbers: Iterable[int]) -> tuple[tuple[str, int], ...]:
-    """Returns the kinds and positions of arrays, from their numbers."""
-    return tuple((plan.arrays[number].kind, plan.arrays[number].position) for number in numbers)
+def _numbers_of_rows(plan: PlanTables) -> list[list[int]]:
+    """Returns, for each row of a plan, the numbers of its arrays."""
+    return [[array.number for array in plan.by_kind[span.kind][span.start : span.stop]] for span in plan.spans]
 
 
-def _dropped(plan: PlanTables, closed: Any, written: Sequence[bool]) -> tuple[tuple[str, int], ...]:
-    """Returns the arrays whose only new value is lost; parameters are not considered, as optimizers write them."""
-    numbers = [
-        array.number
-        for array in plan.arrays
-        if not written[array.number] and not issubclass(array.leaf.type, nnx.Param)
-    ]
-    return _spots(plan, sorted(dropped_inputs(closed, numbers)) if numbers else ())
-
-
-def call_once(
-    plan: PlanTables,
-    fn: Callable[..., Any],
-    parts: Sequence[Sequence[Any]],
-    args: Any,
-    kwargs: Any,
-    capture: Capture,
-    name: str,
-    passed: Passed | None = None,
-) -> tuple[Any, list[list[Any]]]:
-    """Calls the function on fresh objects that hold these arrays; returns its output and the arrays after the call."""
-    by_kind = dict(zip(plan.kinds, parts, strict=True))
-    values = [value_of(by_kind[span.kind][span.start : span.stop], span.structure) for span in plan.spans]
-    objects = rebuild(plan.graphdef, values, plan.several)
-    before = read_graph(objects, plan.names)
-    try:
-        # If hijax Variables are the default, sown values would be hijax too, and `nnx.capture` does not recognize them.
-        with nnx.var_defaults(hijax=False, ref=False):
-            out, sown = capture.call(fn, objects, args, kwargs)
-    except TraceContextError as error:
-        known = Passed((), {}) if passed is None else passed
-        outside = written_outside(error, fn, objects, before, known, name, bool(plan.optimizers))
-        if outside is None:
-            raise
-        raise outside from error
-    check_not_model(out, before.leaves, name)
-    after = read_graph(objects, plan.names)
-    live = dict(zip(after.paths, after.leaves, strict=True))
-    replaced = assigned(plan, objects, before.leaves, live, capture, name)
-    captured = capture.collect(plan, live, replaced, out, sown)
-    return captured, _arrays_after(plan, parts, live, replaced, name)
-
-
-def _arrays_after(
-    plan: PlanTables, parts: Sequence[Sequence[Any]], live: dict[Path, Any], captured: frozenset[Path], name: str
-) -> list[list[Any]]:
-    after = [list(part) for part in parts]
-    values: dict[tuple[str, int], Sequence[Any]] = {}
-    problems, given = Problems(), []
-    for row, span in zip(plan.rows, plan.spans, strict=True):
-        if row.path in captured:
-            continue
-        arrays, structure = arrays_of(raw_value(live[row.path]))
-        specs = tuple(map(spec_of, arrays))
-        if structure != row.structure:
-            problems.add(leaf_of(row, "becomes a value of another structure"))
-        elif specs != row.specs:
-            becomes = [
-                f"{format_shape(spec.shape) if spec else '-'} {format_dtype(spec and spec.dtype)}" for spec in specs
-            ]
-            problems.add(leaf_of(row, "becomes " + ", ".join(becomes)))
-        else:
-            pairs = zip(arrays, row.specs, strict=True)
-            given += [
-                (leaf_of(row, ""), array, spec.dtype) for array, spec in pairs if not isinstance(array, jax.Array)
-            ]
-            values[span.kind, span.start] = arrays
-    hint = "assign a value of the leaf's own shape and dtype: leaf[...] = value.astype(leaf.dtype)"
-    sown = [leaf.kind for leaf in problems.leaves if not plan.kinds[leaf.kind or ""].saved and leaf.shape is None]
-    if sown:  # `sow` appends to what an earlier call left there
-        hint = f"capture={sown[0]!r}  # in the step's decorator, where it is sown\nor, {hint}"
-    problems.raise_as(
-        StructureError, f"{name} changes the shape or dtype of leaves; a state keeps both from step to step.", hint
-    )
-    check_given(given, before=f"{name} assigns numbers that JAX cannot represent. ")
-    for (kind, start), new in values.items():
-        after[plan.kind_index[kind]][start : start + len(new)] = map(jnp.asarray, new)
-    return after
+def _spots(arrays: Iterable[ArrayInfo]) -> tuple[tuple[str, int], ...]:
+    return tuple((array.kind, array.position) for array in arrays)
 
 
 def check_not_model(out: Any, leaves: Sequence[Any], name: str) -> None:
