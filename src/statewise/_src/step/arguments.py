@@ -5,6 +5,7 @@ where the caller passes one state.  Positions given by the user count the functi
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -157,20 +158,21 @@ def merged(
     return tuple(full_args), full_kwargs
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Bound:
     """A function with its static arguments bound.
 
-    Args:
+    Attributes:
       fn: the function.
       static: the arguments, by position after the objects or by name.
       objects: the number of planned objects that the function takes first.
       names: the name of each static argument.
     """
 
-    def __init__(
-        self, fn: Callable[..., Any], static: Mapping[Any, Any], objects: int, names: Mapping[Any, str]
-    ) -> None:
-        self.fn, self.static, self.objects, self.names = fn, dict(static), objects, dict(names)
+    fn: Callable[..., Any]
+    static: dict[Any, Any]
+    objects: int
+    names: dict[Any, str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function."""

@@ -32,6 +32,10 @@ __all__ = ["Capture"]
 _POPPED = re.compile(r"Cannot pop key .* from node of type tuple")
 
 
+# The position of an object, and what its modules sowed of one type.
+Sown = tuple[int, Any]
+
+
 class Capture:
     """The kinds of new leaves that a step returns beside its output.
 
@@ -60,11 +64,11 @@ class Capture:
 
     def call(
         self, fn: Callable[..., Any], objects: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, list[tuple[int, Any]]]:
-        """Calls the function; returns its output and what was sown: (object's position, state) for each type."""
+    ) -> tuple[Any, list[Sown]]:
+        """Calls the function; returns its output and what was sown."""
         if not self.names:
             return fn(*objects, *args, **kwargs), []
-        types, sown = self._types(), list[tuple[int, Any]]()
+        types, sown = self._types(), list[Sown]()
         run: Callable[[], Any] = functools.partial(fn, *objects, *args, **kwargs)
         for position, obj in enumerate(objects):
             if isinstance(obj, nnx.Module):
@@ -96,12 +100,7 @@ class Capture:
         return row.kind in self.names if now is None else self.claims(row.path, now)
 
     def collect(
-        self,
-        plan: PlanTables,
-        live: Mapping[Path, Any],
-        assigned: frozenset[Path],
-        out: Any,
-        sown: Sequence[tuple[int, Any]],
+        self, plan: PlanTables, live: Mapping[Path, Any], assigned: frozenset[Path], out: Any, sown: Sequence[Sown]
     ) -> Any:
         """Returns the step's output: unchanged, or (output, captured).
 
@@ -110,7 +109,7 @@ class Capture:
           live: all leaves after the call, by path.
           assigned: the paths of planned leaves that the function replaced.
           out: what the function returned.
-          sown: what `nnx.capture` collected: (object's position, state).
+          sown: what `nnx.capture` collected.
 
         Raises:
           StructureError: the function both assigns and sows under one name.
@@ -150,7 +149,7 @@ class Capture:
 
 
 def _capturing(
-    run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...], sown: list[tuple[int, Any]]
+    run: Callable[[], Any], module: nnx.Module, position: int, types: tuple[type, ...], sown: list[Sown]
 ) -> Callable[[], Any]:
     """Wraps a call so that it also appends what the module sows to `sown`."""
 

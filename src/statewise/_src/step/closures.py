@@ -10,6 +10,7 @@ import dataclasses
 import dis
 import functools
 import inspect
+import itertools
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def layers_of(fn: Any) -> Iterator[Any]:
 def brought(fn: Any) -> list[Brought]:
     """Returns the NNX objects that a function reaches by closure, globals, defaults, partial, or as its `self`."""
     search = _Search()
-    search.callable_(fn, "its")
+    search.callable_(fn)
     return search.reached
 
 
@@ -82,28 +83,28 @@ class _Search:
         self.reached: list[Brought] = []
         self.seen: set[int] = set()
 
-    def callable_(self, fn: Any, whose: str) -> None:
+    def callable_(self, fn: Any) -> None:
         """Follows the function that a step was made from."""
         if isinstance(fn, Bound):
             for place, value in fn.static.items():
-                self.value(value, fn.names[place], STATIC, 0)
+                self.value(value, fn.names[place], STATIC)
             fn = fn.fn
         for layer in layers_of(fn):
             if isinstance(layer, functools.partial):
                 positional = ((f"partial.args[{position}]", value) for position, value in enumerate(layer.args))
                 for name, value in (*positional, *layer.keywords.items()):
-                    self.value(value, name, "an argument of the partial", 0)
+                    self.value(value, name, "an argument of the partial")
             elif isinstance(layer, types.MethodType):
-                self.value(layer.__self__, "self", "the object of the method", 0)
+                self.value(layer.__self__, "self", "the object of the method")
             elif isinstance(layer, types.FunctionType):
-                self.function(layer, whose, 0)
+                self.function(layer, "its")
             elif not isinstance(layer, (types.BuiltinFunctionType, type)):
-                self.value(layer, "self", "the object that is called", 0)
+                self.value(layer, "self", "the object that is called")
                 call = inspect.getattr_static(type(layer), "__call__", None)
                 if isinstance(call, types.FunctionType) and not _is_library(call.__module__):
-                    self.function(call, "the object's", 0)
+                    self.function(call, "the object's")
 
-    def function(self, fn: types.FunctionType, whose: str, depth: int) -> None:
+    def function(self, fn: types.FunctionType, whose: str, depth: int = 0) -> None:
         """Follows a plain function's closure, its defaults, and the global variables that it reads."""
         if id(fn) in self.seen or depth > _DEEPEST:
             return
@@ -115,7 +116,8 @@ class _Search:
         if _is_library(fn.__globals__.get("__name__")):
             return  # a wrapper of JAX or Flax
         codes = list(_codes(fn.__code__))
-        names = dict.fromkeys(name for code in codes for name in _globals_read(code))
+        instructions = itertools.chain.from_iterable(map(dis.get_instructions, codes))
+        names = dict.fromkeys(op.argval for op in instructions if op.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         attributes = {name for code in codes for name in code.co_names}
         for name in names:
             value = fn.__globals__.get(name)
@@ -125,7 +127,7 @@ class _Search:
                 for attribute in sorted(attributes & set(vars(value))):
                     self.value(vars(value)[attribute], f"{name}.{attribute}", "a global variable", depth)
 
-    def value(self, value: Any, name: str, where: str, depth: int) -> None:
+    def value(self, value: Any, name: str, where: str, depth: int = 0) -> None:
         """Follows the object that a name refers to."""
         if id(value) in self.seen or depth > _DEEPEST or len(self.seen) > _MOST:
             return
@@ -165,12 +167,6 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             yield from _codes(const)
-
-
-def _globals_read(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
 
 
 def _is_library(module: str | None) -> bool:

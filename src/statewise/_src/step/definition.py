@@ -126,6 +126,6 @@ class Definition:
             program,
             operands,
             self.arguments,
-            returns_state=contract.returns_state,
-            closes_over_tracers=traced.closes_over_tracers,
+            contract.returns_state,
+            traced.closes_over_tracers,
         )

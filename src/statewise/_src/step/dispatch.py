@@ -7,6 +7,7 @@ new state.  The cost does not depend on the size of the model, only on what the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import threading
@@ -48,34 +49,33 @@ _ABOUT_BUFFERS = re.compile(
 )
 
 
+@dataclasses.dataclass(eq=False)
 class CompiledStep:
     """A compiled step.
 
     Attributes:
+      plan: the plan.
+      name: the step's name.
       program: from (donated, read_only, args, kwargs) to (written, output); the function that is compiled.
       operands: the arrays that are passed to it.
+      arguments: how the step's other arguments are passed.
+      returns_state: whether a call returns a state beside the output.
+      closes_over_tracers: whether the program belongs to an outer trace, and cannot be used after it.
+      ready: whether it has been called successfully.
     """
 
-    def __init__(
-        self,
-        plan: PlanTables,
-        name: str,
-        program: Callable[..., Any],
-        operands: Operands,
-        arguments: Arguments,
-        *,
-        returns_state: bool,
-        closes_over_tracers: bool,
-    ) -> None:
-        self.plan = plan
-        self.name = name
-        self.program = program
-        self.operands = operands
-        self.arguments = arguments
-        self.objects = plan.object_count
-        self.returns_state = returns_state
-        self.closes_over_tracers = closes_over_tracers
-        self.ready = False
+    plan: PlanTables
+    name: str
+    program: Callable[..., Any]
+    operands: Operands
+    arguments: Arguments
+    returns_state: bool
+    closes_over_tracers: bool
+    ready: bool = False
+
+    def __post_init__(self) -> None:
+        # Computed once: these are all that a call needs of the operands.
+        operands = self.operands
         self._donates = tuple((operand.kind, operand.pick) for operand in operands.donated)
         self._keeps = tuple((operand.kind, operand.pick) for operand in operands.read_only)
         self._touches = tuple({operand.kind for operand in (*operands.donated, *operands.read_only)})
@@ -109,7 +109,7 @@ class CompiledStep:
         read_only = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._keeps]
         if self.arguments.plain:
             return donated, {}, read_only, args, kwargs
-        split = self.arguments.split(args, kwargs, self.objects)
+        split = self.arguments.split(args, kwargs, self.plan.object_count)
         return donated, split.donated, read_only, split.args, split.kwargs
 
     def run(self, state: State, args: Any, kwargs: Any, fn: Callable[..., Any] | None = None) -> Any:
@@ -249,7 +249,7 @@ class CompiledStep:
                 problems.add(leaf, f"on {_listed(_devices(array))}")
         given = [
             f"{name}{jax.tree_util.keystr(path)} on {_listed(_devices(leaf))}"
-            for name, value in self.arguments.named(args, kwargs, self.objects)
+            for name, value in self.arguments.named(args, kwargs, self.plan.object_count)
             for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
             if isinstance(leaf, jax.Array) and _devices(leaf) not in ((), expected)
         ]

@@ -9,6 +9,7 @@ the user's code is traced once.  Both go from `(donated, read_only, args, kwargs
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,19 +36,16 @@ def program_of(
 
     Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
     """
-    read = {number for number in range(traced.inputs) if traced.effects.read[number]}
-    written = set(plan.numbers(traced.written))
-    if not groups:
-        operands = operands_of(plan, read, written)
-        return _as_they_came(_forward(plan, traced, operands)), operands
     updates = step_updates(plan, groups, traced.written)
-    whole: set[Spot] = set()
-    for update in updates:
-        read |= update.reads
-        written |= update.writes
-        whole |= update.whole
-    operands = operands_of(plan, read, written, whole)
-    return _as_they_came(_train(plan, traced, operands, updates, axes)), operands
+    read = set(itertools.compress(range(traced.inputs), traced.effects.read))
+    operands = operands_of(
+        plan,
+        read.union(*(update.reads for update in updates)),
+        set(plan.numbers(traced.written)).union(*(update.writes for update in updates)),
+        frozenset[Spot]().union(*(update.whole for update in updates)),
+    )
+    run = _train(plan, traced, operands, updates, axes) if groups else _forward(plan, traced, operands)
+    return _as_they_came(run), operands
 
 
 def _as_they_came(run: Program) -> Program:
@@ -55,11 +53,7 @@ def _as_they_came(run: Program) -> Program:
 
     def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         written, out = run(donated, read_only, args, kwargs)
-        held = [
-            tuple(as_it_came(new, old) for new, old in zip(*both, strict=True))
-            for both in zip(written, donated, strict=True)
-        ]
-        return tuple(held), out
+        return tuple(tuple(map(as_it_came, *pair)) for pair in zip(written, donated, strict=True)), out
 
     return program
 
@@ -133,6 +127,6 @@ def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[
     def backward(pull: Any, cotangent: Any) -> Any:
         return jax.lax.pmean(pull(cotangent), axes)
 
-    made = jax.custom_vjp(value)
-    made.defvjp(forward, backward)
-    return made
+    differentiable = jax.custom_vjp(value)
+    differentiable.defvjp(forward, backward)
+    return differentiable
