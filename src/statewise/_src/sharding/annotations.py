@@ -17,6 +17,7 @@ import numpy as np
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import read_graph, rebuild
 from statewise._src.common.paths import Path
+from statewise._src.common.problems import counted
 from statewise._src.plan.placements import FromMetadata, Sharded, axes_of, merged_rules
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import PlacementError
@@ -53,26 +54,27 @@ def annotated(placement: FromMetadata, metadata: Mapping[str, Any], shape: tuple
     rules = merged_rules(placement.rules or (), own)
     unruled = [name for axis in names for name in axes_of(axis) if placement.rules is not None and name not in rules]
     if unruled:
-        listed = [(name, None) for name in dict.fromkeys(unruled)]
+        missing = list(dict.fromkeys(unruled))
         raise PlacementError(
-            f"no rule for {', '.join(map(repr, dict.fromkeys(unruled)))}.", hint=f"add a rule for each: {listed}"
+            f"no rule for {', '.join(map(repr, missing))}.",
+            hint=f"add a rule for each: {[(name, None) for name in missing]}",
         )
     return Sharded(*(_ruled(axis, rules) for axis in names))
 
 
 def _check_rank(names: tuple[Any, ...], shape: tuple[int, ...]) -> None:
     """Checks that metadata is applied to the axes that it was written for."""
-    entries = "1 entry" if len(names) == 1 else f"{len(names)} entries"
-    axes = "1 axis" if len(shape) == 1 else f"{len(shape)} axes"
+    entries, axes = counted(len(names), "entry", "entries"), counted(len(shape), "axis", "axes")
+    fact = f"out_sharding={names!r} has {entries}, the array {axes}."
     if len(names) > len(shape):
         raise PlacementError(
-            f"out_sharding={names!r} has {entries}, the array {axes}.",
+            fact,
             hint=f"leaf.set_metadata(out_sharding={_filled(names, shape)!r})"
             "  # an entry for each axis: a layer that was taken out of a stack keeps the stack's entries",
         )
     if len(names) < len(shape) and any(map(axes_of, names)):
         raise PlacementError(
-            f"out_sharding={names!r} has {entries}, the array {axes}.",
+            fact,
             hint="transform_metadata={nnx.PARTITION_NAME: None}"
             "  # in the nnx.vmap that stacks the layers: the layers' axis is the first, and has no entry\n"
             f"or, if nothing is stacked, an entry for each axis: out_sharding={_filled(names, shape)!r}\n"
@@ -83,9 +85,7 @@ def _check_rank(names: tuple[Any, ...], shape: tuple[int, ...]) -> None:
 
 def _filled(names: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Any, ...]:
     """Returns the entries, cut or filled up to this many axes."""
-    if len(names) > len(shape):
-        return names[len(names) - len(shape) :]
-    return names + (None,) * (len(shape) - len(names))
+    return names[max(len(names) - len(shape), 0) :] + (None,) * (len(shape) - len(names))
 
 
 def _ruled(axis: Any, rules: Mapping[str, Any]) -> Any:

@@ -18,11 +18,11 @@ __all__ = ["of_all_members", "resolved_members"]
 def of_all_members(members: Members, placement: ArrayPlacement, axis: Axis, spec: ArraySpec) -> ArrayPlacement:
     """Returns the placement of an array of all members, given that of one member in a state of one."""
     rank = len(spec.shape) - (bool(placement.each) and members.single.per_device is not None)
-    return placement.grown(axis, rank, _over(members))
+    return _grown(members, placement, axis, rank)
 
 
-def _over(members: Members) -> tuple[str, ...]:
-    return () if members.over is None else (members.over,)
+def _grown(members: Members, placement: ArrayPlacement, axis: Axis, rank: int) -> ArrayPlacement:
+    return placement.grown(axis, rank, () if members.over is None else (members.over,))
 
 
 def resolved_members(
@@ -44,15 +44,13 @@ def resolved_members(
     placed: dict[str, tuple[ArrayPlacement, ...]] = {}
     problems = Problems()
     for kind, part in single.items():
-        specs, axes, leaves = members.single.specs[kind], members.of(kind), plan.leaf_of_array[kind]
-        for placement, axis, leaf in zip(part, axes, leaves, strict=True):
+        of_kind = []
+        for placement, array in zip(part, plan.by_kind[kind], strict=True):
             used = {name for names in (*placement.axes, placement.each) for name in names}
-            if axis is not None and members.over in used:
-                problems.add(leaf, f"already split over {members.over!r} within each member")
-        placed[kind] = tuple(
-            placement.grown(axis, len(spec.shape), _over(members))
-            for placement, axis, spec in zip(part, axes, specs, strict=True)
-        )
+            if array.axis is not None and members.over in used:
+                problems.add(array.leaf, f"already split over {members.over!r} within each member")
+            of_kind.append(_grown(members, placement, array.axis, len(array.spec.shape) - 1))
+        placed[kind] = tuple(of_kind)
     problems.raise_as(
         PlacementError,
         f"The members cannot be split over {members.over!r}: {{n}} leaves of each already are, on the mesh "

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -58,28 +59,25 @@ Placed = Mapping[str, Sequence[ArrayPlacement]]
 def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> list[list[jax.NamedSharding]]:
     """Returns, for each kind, the sharding of each slot of its part; see `Plan.shardings`."""
     members = plan.ensemble
-    if members is not None:
-        placed = resolve(members.single, mesh)
-    placed = resolve(plan, mesh) if placed is None else placed
-    known: dict[ArrayPlacement, jax.NamedSharding] = {}
-    slots = []
-    for kind, contents in zip(plan.kinds, plan.slots, strict=True):
-        packing = plan.packing.get(kind)
-        if packing:
-            _check_packed(plan if members is None else members.single, kind, placed[kind])
-        placements = [placed[kind][slot if isinstance(slot, int) else slot.positions[0]] for slot in contents]
-        # A buffer has one axis, whatever its arrays have.
-        placements = [
-            placement if isinstance(slot, int) else ArrayPlacement((), placement.memory)
-            for placement, slot in zip(placements, contents, strict=True)
-        ]
-        if members is not None:
-            specs = members.single.stored_specs[kind]
-            placements = [
-                of_all_members(members, *each) for each in zip(placements, plan.slot_axes[kind], specs, strict=True)
-            ]
-        slots.append([_known(known, placement, mesh) for placement in placements])
-    return slots
+    single = plan if members is None else members.single
+    if members is not None or placed is None:
+        placed = resolve(single, mesh)
+    sharding_of = _shardings_on(mesh)
+    shardings = []
+    for kind, slots in single.stored.items():
+        if kind in plan.packing:
+            _check_packed(single, kind, placed[kind])
+        of_kind = []
+        for slot, slot_of_all in zip(slots, plan.stored[kind], strict=True):
+            placement = placed[kind][slot.arrays[0].position]
+            if slot.buffer is not None:  # a buffer has one axis, whatever its arrays have
+                placement = ArrayPlacement((), placement.memory)
+            if members is not None:
+                spec = slot.arrays[0].held if slot.buffer is None else slot.buffer.spec
+                placement = of_all_members(members, placement, slot_of_all.arrays[0].axis, spec)
+            of_kind.append(sharding_of(placement))
+        shardings.append(of_kind)
+    return shardings
 
 
 def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerDeviceArrays | None:
@@ -89,14 +87,12 @@ def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerD
         if all(kind.placement is None or isinstance(kind.placement, known) for kind in plan.kinds.values()):
             return None
         placed = resolve(plan, mesh)
-    positions: list[tuple[str, frozenset[int]]] = []
-    axes: tuple[str, ...] = ()
-    for kind, part in placed.items():
-        own = frozenset(position for position, placement in enumerate(part) if placement.each)
-        if own:
-            axes = part[min(own)].each
-            positions.append((kind, own))
-    return PerDeviceArrays(mesh, axes, tuple(positions)) if positions else None
+    own = {kind: frozenset(index for index, array in enumerate(part) if array.each) for kind, part in placed.items()}
+    positions = tuple((kind, indices) for kind, indices in own.items() if indices)
+    if not positions:
+        return None
+    kind, indices = positions[0]  # all of them have the same axes
+    return PerDeviceArrays(mesh, placed[kind][min(indices)].each, positions)
 
 
 def on_mesh(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PlanTables:
@@ -106,30 +102,29 @@ def on_mesh(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PlanTa
 
 def with_copies(plan: PlanTables, copies: PerDeviceArrays | None) -> PlanTables:
     """Returns a plan with these `PerDevice` arrays."""
-    if copies == plan.per_device:
-        return plan
-    return plan.changed(per_device=copies)
+    return plan if copies == plan.per_device else plan.changed(per_device=copies)
 
 
 def array_shardings(plan: PlanTables, mesh: Any) -> dict[str, list[jax.NamedSharding]]:
     """Returns, for each kind, the sharding of each of its arrays, in the order of the plan."""
-    known: dict[ArrayPlacement, jax.NamedSharding] = {}
-    return {kind: [_known(known, placement, mesh) for placement in part] for kind, part in resolve(plan, mesh).items()}
+    sharding_of = _shardings_on(mesh)
+    return {kind: list(map(sharding_of, part)) for kind, part in resolve(plan, mesh).items()}
 
 
-def _known(known: dict[ArrayPlacement, jax.NamedSharding], placement: ArrayPlacement, mesh: Any) -> jax.NamedSharding:
-    if placement not in known:
-        known[placement] = placement.sharding(mesh)
-    return known[placement]
+def _shardings_on(mesh: Any) -> Callable[[ArrayPlacement], jax.NamedSharding]:
+    """Returns a function that makes the sharding of a placement, one object for equal placements."""
+    return functools.cache(lambda placement: placement.sharding(mesh))
 
 
 def _check_packed(plan: PlanTables, kind: str, placed: Sequence[ArrayPlacement]) -> None:
     problems = Problems()
-    for buffer in plan.packing[kind].buffers:
-        for position in buffer.positions:
-            if placed[position].split or placed[position].memory != placed[buffer.positions[0]].memory:
-                note = "packed, and split over the mesh" if placed[position].split else "packed with other memory"
-                problems.add(plan.leaf_of_array[kind][position], note)
+    for array in plan.by_kind[kind]:
+        if array.buffer is not None:
+            placement = placed[array.position]
+            if placement.split:
+                problems.add(array.leaf, "packed, and split over the mesh")
+            elif placement.memory != placed[array.buffer.positions[0]].memory:
+                problems.add(array.leaf, "packed with other memory")
     others = tuple(name for name in plan.packing if name != kind)
     problems.raise_as(
         PlacementError,
@@ -170,6 +165,14 @@ class _Fault(Exception):
 _AVERAGED = "placement=sw.Replicated() for kinds with an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
 
 
+class _ModelArray(NamedTuple):
+    """One array of the model: its leaf, the keys that lead to it within the leaf's value, its shape and dtype."""
+
+    leaf: Leaf
+    keys: Path
+    spec: ArraySpec
+
+
 class _Resolver:
     """Resolves array by array, and collects what is wrong until all arrays were resolved."""
 
@@ -178,38 +181,42 @@ class _Resolver:
         self.problems = Problems()  # without duplicates: several placements may fail for one leaf
         self.updated = {kind for group in plan.optimizers for kind in group.kinds}
         self.each: tuple[str, ...] = ()  # the axes of everything that is `PerDevice`
-        self.owned: dict[Path, list[tuple[int, Leaf, ArraySpec]]] = {}  # by path: the leaves that moments may belong to
+        self.arrays = [
+            _ModelArray(leaf, keys, spec)
+            for row, leaf in zip(plan.rows, plan.leaves, strict=False)
+            for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True)
+        ]
+        self.owned: dict[Path, list[_ModelArray]] = {}  # by path: the leaves that moments may belong to
         self.owners: Owners = {}  # by path, as the objects' own optimizers see it
         self.owners_in_groups: Owners = {}  # by path, prefixed by the object's position if there are several
 
     def rows(self) -> dict[str, list[ArrayPlacement]]:
         """Returns the placements of the model's own arrays."""
         plan = self.plan
-        placements: dict[int, list[ArrayPlacement]] = {}
-        numbered = list(enumerate(zip(plan.rows, plan.leaves[: len(plan.rows)], strict=True)))
+        placements = [ArrayPlacement()] * len(self.arrays)
         # Optimizers come last: they follow the placements of the others.
-        for number, (row, leaf) in sorted(numbered, key=lambda item: _is_moment(item[1][0])):
-            placement = plan.kinds[row.kind].placement
-            placements[number] = []
-            for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
-                paths = [plan.relative(path) + keys for path in (row.path, *leaf.aliases)]
-                # An optimizer among the objects stores paths relative to its own model: without the object's name or
-                # position.
-                bare = row.path[plan.several :] + keys
-                if placement is None and _is_moment(row):
-                    placements[number].append(follow(bare, spec.shape, self.owners))
-                    continue
-                if isinstance(placement, FromMetadata) and _is_moment(row):
-                    resolved = self._moment(placement, [bare], spec, leaf, number)
-                else:
-                    resolved = self.place(placement, paths, spec, leaf, number)
-                    self.owned.setdefault(bare, []).append((number, leaf, spec))
-                placements[number].append(resolved)
-                self.owners.setdefault(bare, []).append((spec.shape, resolved))
-                self.owners_in_groups[row.path + keys] = [(spec.shape, resolved)]
+        for index in sorted(range(len(self.arrays)), key=lambda index: _is_moment(self.arrays[index].leaf)):
+            array = self.arrays[index]
+            leaf, keys, spec = array
+            placement = plan.kinds[leaf.kind or ""].placement
+            # An optimizer among the objects stores paths relative to its own model: without the object's name or
+            # position.
+            bare = leaf.path[plan.several :] + keys
+            if placement is None and _is_moment(leaf):
+                placements[index] = follow(bare, spec.shape, self.owners)
+                continue
+            if isinstance(placement, FromMetadata) and _is_moment(leaf):
+                resolved = self._moment(placement, bare, array)
+            else:
+                paths = [plan.relative(path) + keys for path in (leaf.path, *leaf.aliases)]
+                resolved = self.place(placement, paths, spec, leaf)
+                self.owned.setdefault(bare, []).append(array)
+            placements[index] = resolved
+            self.owners.setdefault(bare, []).append((spec.shape, resolved))
+            self.owners_in_groups[leaf.path + keys] = [(spec.shape, resolved)]
         placed: dict[str, list[ArrayPlacement]] = {kind: [] for kind in plan.kinds}
-        for number, (row, _) in numbered:
-            placed[row.kind].extend(placements[number])
+        for array, resolved in zip(self.arrays, placements, strict=True):
+            placed[array.leaf.kind or ""].append(resolved)
         return placed
 
     def derived(self) -> Iterator[tuple[str, ArrayPlacement]]:
@@ -221,44 +228,38 @@ class _Resolver:
             annotated = placement if isinstance(placement, FromMetadata) else None
             owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated, derived.kinds)
             owners = {path: owners[path] for path in derived.paths if path in owners}
-            for at, (spec, leaf) in enumerate(zip(derived.layout.specs, leaves, strict=False)):
-                as_owner = _as_owner(derived, at, owners)
+            for index, (spec, leaf) in enumerate(zip(derived.layout.specs, leaves, strict=False)):
+                as_owner = _as_owner(derived, index, owners)
                 if placement is None or annotated is not None:
                     yield derived.into, as_owner
                 elif as_owner.each:
-                    note = "an average of a PerDevice leaf, with another placement"
-                    hint = (
-                        f"{derived.into}=sw.Kind(sw.EMA)  # without a placement, averages are placed like their leaves"
+                    self.problems.add(
+                        leaf,
+                        "an average of a PerDevice leaf, with another placement",
+                        f"{derived.into}=sw.Kind(sw.EMA)  # without a placement, averages are placed like their leaves",
                     )
-                    self.problems.add(leaf, note, *hint.splitlines())
                     yield derived.into, ArrayPlacement()
                 else:
-                    yield derived.into, self.place(placement, [leaf.path], spec, leaf)
+                    yield derived.into, self.place(placement, [leaf.path], spec, leaf, derived=True)
 
-    def _moment(
-        self, placement: FromMetadata, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, number: int
-    ) -> ArrayPlacement:
+    def _moment(self, placement: FromMetadata, path: Path, moment: _ModelArray) -> ArrayPlacement:
         """Returns a moment's placement by metadata: NNX copies the parameter's, but a factored moment lacks an axis."""
-        path = paths[0]
         for start in range(len(path)):
             owned = self.owned.get(path[start:], ())
-            if any(of.shape == spec.shape for _, _, of in owned):
+            if any(own.spec.shape == moment.spec.shape for own in owned):
                 break
             if owned:
-                owners = [(of.shape, self.place(placement, [path[start:]], of, own, at)) for at, own, of in owned]
-                return follow(path, spec.shape, {path[start:]: owners})
-        return self.place(placement, paths, spec, leaf, number)
+                owners = [(own.spec.shape, self.place(placement, [path[start:]], own.spec, own.leaf)) for own in owned]
+                return follow(path, moment.spec.shape, {path[start:]: owners})
+        return self.place(placement, [path], moment.spec, moment.leaf)
 
     def _annotated_owners(self, placement: FromMetadata, kinds: Sequence[str]) -> Owners:
         """Returns the leaves of these kinds, placed by this placement."""
-        owners: Owners = {}
-        for number, (row, leaf) in enumerate(zip(self.plan.rows, self.plan.leaves, strict=False)):
-            if row.kind not in kinds:
-                continue
-            for keys, spec in zip(keys_within(row.structure, len(row.specs)), row.specs, strict=True):
-                resolved = self.place(placement, [row.path], spec, leaf, number)
-                owners[row.path + keys] = [(spec.shape, resolved)]
-        return owners
+        return {
+            leaf.path + keys: [(spec.shape, self.place(placement, [leaf.path], spec, leaf))]
+            for leaf, keys, spec in self.arrays
+            if leaf.kind in kinds
+        }
 
     @functools.cached_property
     def metadata(self) -> dict[Path, Mapping[str, Any]]:
@@ -266,12 +267,12 @@ class _Resolver:
         return metadata_of(self.plan)
 
     def place(
-        self, placement: Any, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, number: int | None = None
+        self, placement: Any, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf, *, derived: bool = False
     ) -> ArrayPlacement:
-        """Returns the placement of one array, given its kind's; by any of its paths, and the number of its row."""
+        """Returns the placement of one array of a leaf, given its kind's; `paths` are all that reach it."""
         try:
-            resolved = self._place(placement, paths, spec, number)
-            if resolved.each and (number is None or leaf.kind in self.updated):
+            resolved = self._place(placement, paths, spec, None if derived else leaf)
+            if resolved.each and (derived or leaf.kind in self.updated):
                 raise _Fault("PerDevice, but updated by gradients that are averaged over the devices", _AVERAGED)
             return resolved
         except _Fault as fault:
@@ -279,7 +280,7 @@ class _Resolver:
             self.problems.add(dataclasses.replace(leaf, shape=shape), fault.note, *fault.hint.splitlines())
             return ArrayPlacement()
 
-    def _place(self, placement: Any, paths: Sequence[Path], spec: ArraySpec, number: int | None) -> ArrayPlacement:
+    def _place(self, placement: Any, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf | None) -> ArrayPlacement:
         if placement is not None and not isinstance(placement, PLACEMENTS):
             answers = [_ask(placement, path, spec.shape) for path in paths]
             for path, answer in zip(paths, answers, strict=True):
@@ -290,7 +291,7 @@ class _Resolver:
                     )
             placement = answers[0]
         if isinstance(placement, FromMetadata):
-            placement = None if number is None else self._annotated(placement, number, spec)
+            placement = None if leaf is None else self._annotated(placement, leaf.path, spec)
         if placement is None:
             return ArrayPlacement()
         if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
@@ -301,10 +302,10 @@ class _Resolver:
         axes = placement.axes if isinstance(placement, Sharded) else ()
         return ArrayPlacement(self._fit(axes, spec.shape), placement.memory)
 
-    def _annotated(self, placement: FromMetadata, number: int, spec: ArraySpec) -> Sharded | None:
-        """Returns the placement that a row's metadata gives an array in it."""
+    def _annotated(self, placement: FromMetadata, path: Path, spec: ArraySpec) -> Sharded | None:
+        """Returns the placement that a leaf's metadata gives an array in it."""
         try:
-            return annotated(placement, self.metadata[self.plan.rows[number].path], spec.shape)
+            return annotated(placement, self.metadata[path], spec.shape)
         except PlacementError as error:
             raise _Fault(error.message.rstrip("."), error.hint or "") from error
 
@@ -336,37 +337,35 @@ class _Resolver:
                 f"sw.Sharded({shown}) if len(shape) >= {len(axes)} else sw.Replicated()",
             )
         split = [axes_of(axis) for axis in axes] + [()] * (len(shape) - len(axes))
-        uneven = [
-            (at, names)
-            for at, names in enumerate(split)
-            if shape[at] % ArrayPlacement((names,)).parts(self.sizes) and names
-        ]
+        parts = [math.prod(self.sizes[name] for name in names) for names in split]
+        uneven = [axis for axis in range(len(shape)) if shape[axis] % parts[axis]]
         if uneven:
-            at, first = uneven[0]
-            parts = ArrayPlacement((first,)).parts(self.sizes)
-            notes = []
-            for axis, over in uneven:
-                by = describe_mesh({name: self.sizes[name] for name in over})
-                notes.append(f"axis {axis} of {shape[axis]} does not divide by {by}")
+            first = uneven[0]
+            by = [describe_mesh({name: self.sizes[name] for name in names}) for names in split]
             raise _Fault(
-                "; ".join(notes),
+                "; ".join(f"axis {axis} of {shape[axis]} does not divide by {by[axis]}" for axis in uneven),
                 "place by shape: placement=lambda path, shape: "
-                f"sw.Sharded({shown}) if len(shape) > {at} and shape[{at}] % {parts} == 0 else sw.Replicated()",
+                f"sw.Sharded({shown}) if len(shape) > {first} and shape[{first}] % {parts[first]} == 0 "
+                "else sw.Replicated()",
             )
         return tuple(split)
 
 
-def _as_owner(derived: Derived, at: int, owners: Owners) -> ArrayPlacement:
+def _as_owner(derived: Derived, index: int, owners: Owners) -> ArrayPlacement:
     """Returns the placement of a derived array, following its owner's."""
-    # Within the parameters: otherwise the first moment of `kernel` could be that of a parameter `mu/kernel`.
-    path, root = derived.layout.paths[at], derived.layout.roots[at] if derived.layout.roots else None
-    owned = owners if root is None else {path[root:]: owners[path[root:]]} if path[root:] in owners else {}
-    return follow(path, derived.layout.specs[at].shape, owned)
+    layout = derived.layout
+    path = layout.paths[index]
+    root = layout.roots[index] if layout.roots else None
+    if root is not None:
+        # Within the parameters: otherwise the first moment of `kernel` could be that of a parameter `mu/kernel`.
+        own = path[root:]
+        owners = {own: owners[own]} if own in owners else {}
+    return follow(path, layout.specs[index].shape, owners)
 
 
-def _is_moment(row: Any) -> bool:
-    """Returns whether this is state of an `nnx.Optimizer`."""
-    return row.kind == OPTIMIZER or issubclass(row.type, nnx.OptState)
+def _is_moment(leaf: Leaf) -> bool:
+    """Returns whether a leaf is state of an `nnx.Optimizer`."""
+    return leaf.kind == OPTIMIZER or issubclass(leaf.type, nnx.OptState)
 
 
 def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
@@ -376,9 +375,8 @@ def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
         answer = function(path, shape)
     except Exception as error:  # a user's function may raise anything
         text = (str(error).splitlines() or [""])[0]
-        raise _Fault(
-            f"{name} raised {type(error).__name__}: {text}", f"{name}(path, shape) must handle every leaf"
-        ) from (error)
+        note = f"{name} raised {type(error).__name__}: {text}"
+        raise _Fault(note, f"{name}(path, shape) must handle every leaf") from error
     if not isinstance(answer, PLACEMENTS):
         raise _Fault(
             f"{name} returned {type(answer).__name__}",
