@@ -52,11 +52,11 @@ class ArrayPlacement(NamedTuple):
         if axis is None:
             return self
         # In the stored array the axis of `each` comes first, so positions in `axes` are one less.
-        at = axis % (rank + bool(self.each) + 1) - bool(self.each)
-        if at < 0:
+        index = axis % (rank + bool(self.each) + 1) - bool(self.each)
+        if index < 0:
             return self._replace(before=(over,))
         axes = (*self.axes, *[()] * (rank - len(self.axes)))
-        return self._replace(axes=(*axes[:at], over, *axes[at:]))
+        return self._replace(axes=(*axes[:index], over, *axes[index:]))
 
     def sharding(self, mesh: Any) -> jax.NamedSharding:
         """Returns the JAX sharding."""
@@ -97,7 +97,6 @@ def _as_owner(
         # size.
         by_size = np.argsort(owner_shape)
         named = {"v_row": by_size[-1], "v_col": by_size[-2]}
-        answers = [
-            answers[removed.index(at)] for name, at in named.items() if name in path and at in removed
-        ] or answers
+        by_name = [answers[removed.index(axis)] for name, axis in named.items() if name in path and axis in removed]
+        answers = by_name or answers
     return answers[0] if len(set(answers)) == 1 else None

@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 __all__ = ["moved"]
 
 
-def moved(array: jax.Array, sharding: Any) -> jax.Array:
+def moved(array: jax.Array, sharding: Sharding) -> jax.Array:
     """Copies an array to a sharding; the copy shares no memory with the array.
 
     Args:
@@ -28,29 +29,25 @@ def moved(array: jax.Array, sharding: Any) -> jax.Array:
     if source.is_equivalent_to(sharding, array.ndim):
         # The same shards on the same devices may still belong to another mesh, and a step takes arrays of only one.
         return jnp.copy(array) if source == sharding else _put(array, sharding)
-    if (
-        not (source.is_fully_addressable and sharding.is_fully_addressable)
-        or source.memory_kind != sharding.memory_kind
-    ):
+    addressable = source.is_fully_addressable and sharding.is_fully_addressable
+    if not addressable or source.memory_kind != sharding.memory_kind:
         return _put(array, sharding)
-    source_devices, target_devices = _devices(source), _devices(sharding)
-    if source_devices == target_devices:
+    if _devices(source) == _devices(sharding):
         return _copied(sharding)(array)
-    if not (_is_replicated(source) and _is_replicated(sharding)):
-        same_count = source_devices and target_devices and len(source_devices) == len(target_devices)
-        split = _on_devices_of(source, sharding) if same_count else None
+    if not (source.is_fully_replicated and sharding.is_fully_replicated):
+        split = _on_devices_of(source, sharding)
         if split is not None:
             array = _copied(split)(array)
-        elif not _is_replicated(source) and isinstance(source, jax.NamedSharding):
+        elif not source.is_fully_replicated and isinstance(source, jax.NamedSharding):
             array = _copied(jax.NamedSharding(source.mesh, jax.P(), memory_kind=source.memory_kind))(array)
-        if split is None and not _is_replicated(sharding):
+        if split is None and not sharding.is_fully_replicated:
             # JAX splits an array on one device there, but a replicated one on the host.
             first = array.addressable_shards[0].device
             array = jax.device_put(array, jax.sharding.SingleDeviceSharding(first, memory_kind=source.memory_kind))
     return _put(array, sharding)
 
 
-def _put(array: jax.Array, sharding: Any) -> jax.Array:
+def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
     # If a device already has the data, JAX may return the same memory, and a step donates what its state holds.
     # Between an accelerator's memory and its host's JAX always copies, at eight times the rate of a second copy.
     source = array.sharding
@@ -59,33 +56,30 @@ def _put(array: jax.Array, sharding: Any) -> jax.Array:
     return jax.device_put(array, sharding)
 
 
-def _is_on_cpu(sharding: Any) -> bool:
+def _is_on_cpu(sharding: Sharding) -> bool:
     """Returns whether all of a sharding's memory kinds are the host's memory."""
     return any(device.platform == "cpu" for device in sharding.device_set)
 
 
-def _is_replicated(sharding: Any) -> bool:
-    return bool(sharding.is_fully_replicated)
-
-
-def _devices(sharding: Any) -> list[Any] | None:
+def _devices(sharding: Sharding) -> list[Any] | None:
     """Returns the devices of a sharding, in their order; None if the order is unknown."""
     if isinstance(sharding, jax.NamedSharding):
         return list(sharding.mesh.devices.flat)
     return list(sharding.device_set) if len(sharding.device_set) == 1 else None
 
 
-def _on_devices_of(source: Any, sharding: Any) -> Any:
-    """Returns the split of a sharding, on the devices of another one's mesh; None for other types of sharding."""
+def _on_devices_of(source: Sharding, sharding: Sharding) -> jax.NamedSharding | None:
+    """Returns the split of a sharding, on as many devices of another one's mesh; None if that is not possible."""
     if not (isinstance(source, jax.NamedSharding) and isinstance(sharding, jax.NamedSharding)):
         return None
     target = sharding.mesh
-    mesh = jax.sharding.Mesh(
-        source.mesh.devices.reshape(target.devices.shape), target.axis_names, axis_types=target.axis_types
-    )
+    if source.mesh.size != target.size:
+        return None
+    devices = source.mesh.devices.reshape(target.devices.shape)
+    mesh = jax.sharding.Mesh(devices, target.axis_names, axis_types=target.axis_types)
     return jax.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 @functools.lru_cache(maxsize=256)
-def _copied(sharding: Any) -> Any:
+def _copied(sharding: Sharding) -> Any:
     return jax.jit(jnp.copy, out_shardings=sharding)

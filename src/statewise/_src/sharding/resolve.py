@@ -154,14 +154,6 @@ def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]
     return {kind: tuple(placed[kind]) for kind in plan.kinds}
 
 
-class _Fault(Exception):
-    """Raised for one array that cannot be placed: why, and the hint."""
-
-    def __init__(self, note: str, hint: str) -> None:
-        super().__init__(note)
-        self.note, self.hint = note, hint
-
-
 _AVERAGED = "placement=sw.Replicated() for kinds with an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
 
 
@@ -273,50 +265,47 @@ class _Resolver:
         try:
             resolved = self._place(placement, paths, spec, None if derived else leaf)
             if resolved.each and (derived or leaf.kind in self.updated):
-                raise _Fault("PerDevice, but updated by gradients that are averaged over the devices", _AVERAGED)
+                raise PlacementError(
+                    "PerDevice, but updated by gradients that are averaged over the devices", hint=_AVERAGED
+                )
             return resolved
-        except _Fault as fault:
+        except PlacementError as error:
             shape = leaf.shape if leaf.shape is not None else spec.shape
-            self.problems.add(dataclasses.replace(leaf, shape=shape), fault.note, *fault.hint.splitlines())
+            note, hints = error.message.rstrip("."), (error.hint or "").splitlines()
+            self.problems.add(dataclasses.replace(leaf, shape=shape), note, *hints)
             return ArrayPlacement()
 
     def _place(self, placement: Any, paths: Sequence[Path], spec: ArraySpec, leaf: Leaf | None) -> ArrayPlacement:
         if placement is not None and not isinstance(placement, PLACEMENTS):
             answers = [_ask(placement, path, spec.shape) for path in paths]
+            same = f"{describe_placement(placement)} must return the same placement for all paths of a tied leaf"
             for path, answer in zip(paths, answers, strict=True):
                 if answer != answers[0]:
-                    raise _Fault(
-                        f"tied: {answers[0]!r} by this path, {answer!r} as {format_path(path)}",
-                        f"{describe_placement(placement)} must return the same placement for all paths of a tied leaf",
-                    )
+                    note = f"tied: {answers[0]!r} by this path, {answer!r} as {format_path(path)}"
+                    raise PlacementError(note, hint=same)
             placement = answers[0]
         if isinstance(placement, FromMetadata):
-            placement = None if leaf is None else self._annotated(placement, leaf.path, spec)
+            placement = None if leaf is None else annotated(placement, self.metadata[leaf.path], spec.shape)
         if placement is None:
             return ArrayPlacement()
         if placement.memory is not None and self.memories is not None and placement.memory not in self.memories:
             known = ", ".join(sorted(self.memories))
-            raise _Fault(f"the devices have no memory {placement.memory!r}", f"use one of their memories: {known}")
+            raise PlacementError(
+                f"the devices have no memory {placement.memory!r}", hint=f"use one of their memories: {known}"
+            )
         if isinstance(placement, PerDevice):
             return self._each(placement)
         axes = placement.axes if isinstance(placement, Sharded) else ()
         return ArrayPlacement(self._fit(axes, spec.shape), placement.memory)
-
-    def _annotated(self, placement: FromMetadata, path: Path, spec: ArraySpec) -> Sharded | None:
-        """Returns the placement that a leaf's metadata gives an array in it."""
-        try:
-            return annotated(placement, self.metadata[path], spec.shape)
-        except PlacementError as error:
-            raise _Fault(error.message.rstrip("."), error.hint or "") from error
 
     def _each(self, placement: PerDevice) -> ArrayPlacement:
         """Returns the placement of one value for each device."""
         self._check_known(placement.axes)
         self.each = self.each or placement.axes
         if placement.axes != self.each:
-            raise _Fault(
+            raise PlacementError(
                 f"{placement!r}, but others have PerDevice({', '.join(map(repr, self.each))})",
-                "use the same axes for every PerDevice kind",
+                hint="use the same axes for every PerDevice kind",
             )
         return ArrayPlacement((), placement.memory, placement.axes)
 
@@ -324,16 +313,18 @@ class _Resolver:
         unknown = [name for axis in axes for name in axes_of(axis) if name not in self.sizes]
         if unknown:
             names = ", ".join(map(repr, dict.fromkeys(unknown)))
-            raise _Fault(f"the mesh has no axis {names}", f"use an axis of the mesh: {', '.join(self.sizes)}")
+            raise PlacementError(
+                f"the mesh has no axis {names}", hint=f"use an axis of the mesh: {', '.join(self.sizes)}"
+            )
 
     def _fit(self, axes: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         """Returns the mesh axes of each axis of an array."""
         self._check_known(axes)
         shown = ", ".join(map(repr, axes))
         if len(axes) > len(shape):
-            raise _Fault(
+            raise PlacementError(
                 f"Sharded({shown}) has {len(axes)} axes, the array {len(shape)}",
-                "place by the number of axes: placement=lambda path, shape: "
+                hint="place by the number of axes: placement=lambda path, shape: "
                 f"sw.Sharded({shown}) if len(shape) >= {len(axes)} else sw.Replicated()",
             )
         split = [axes_of(axis) for axis in axes] + [()] * (len(shape) - len(axes))
@@ -342,9 +333,9 @@ class _Resolver:
         if uneven:
             first = uneven[0]
             by = [describe_mesh({name: self.sizes[name] for name in names}) for names in split]
-            raise _Fault(
+            raise PlacementError(
                 "; ".join(f"axis {axis} of {shape[axis]} does not divide by {by[axis]}" for axis in uneven),
-                "place by shape: placement=lambda path, shape: "
+                hint="place by shape: placement=lambda path, shape: "
                 f"sw.Sharded({shown}) if len(shape) > {first} and shape[{first}] % {parts[first]} == 0 "
                 "else sw.Replicated()",
             )
@@ -376,10 +367,10 @@ def _ask(function: Any, path: Path, shape: tuple[int, ...]) -> Any:
     except Exception as error:  # a user's function may raise anything
         text = (str(error).splitlines() or [""])[0]
         note = f"{name} raised {type(error).__name__}: {text}"
-        raise _Fault(note, f"{name}(path, shape) must handle every leaf") from error
+        raise PlacementError(note, hint=f"{name}(path, shape) must handle every leaf") from error
     if not isinstance(answer, PLACEMENTS):
-        raise _Fault(
+        raise PlacementError(
             f"{name} returned {type(answer).__name__}",
-            f"{name}(path, shape) returns a placement for every leaf: sw.Replicated() or sw.Sharded('data', None)",
+            hint=f"{name}(path, shape) returns a placement for every leaf: sw.Replicated() or sw.Sharded('data', None)",
         )
     return answer

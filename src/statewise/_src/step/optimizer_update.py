@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from statewise._src.common.nnx_graph import spec_of
-from statewise._src.plan.arrays import Spot, numbers_of
+from statewise._src.common.paths import format_shape
+from statewise._src.common.problems import Problems
+from statewise._src.plan.arrays import ArrayInfo, Spot, numbers_of
 from statewise._src.plan.elementwise import GRAD, PARAM, Elementwise
 from statewise._src.plan.optimizer_state import OptimizerGroup
 from statewise._src.plan.tables import PlanTables
@@ -44,13 +46,15 @@ class _Update:
     Attributes:
       group: the optimizer and its leaves.
       params: the numbers of the arrays that it updates, in its order.
-      moments: the numbers of the arrays of its own state.
+      arrays: the arrays of its own state.
+      moments: their numbers.
       buffers: those that it updates as a whole; none if it goes leaf by leaf.
       proof: that it may; None if it goes leaf by leaf.
     """
 
     group: OptimizerGroup
     params: tuple[int, ...]
+    arrays: tuple[ArrayInfo, ...]
     moments: tuple[int, ...]
     buffers: tuple[_Whole, ...]
     proof: Elementwise | None
@@ -103,19 +107,15 @@ class _Update:
                 arrays.flat[number] = new
 
     def _check(self, moments: Sequence[Any]) -> None:
-        layout = self.group.layout
-        changed = [
-            f"{'/'.join(map(str, path))}: {spec.shape} {spec.dtype} becomes {array.shape} {array.dtype}"
-            for path, spec, array in zip(layout.paths, layout.specs, moments, strict=True)
-            if spec_of(array) != spec
-        ]
-        if changed:
-            raise StructureError(
-                f"The optimizer of {self.group.label} changes the shape or dtype of its own state:\n  "
-                + "\n  ".join(changed),
-                kind="optimizer",
-                hint="an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes the moments'",
-            )
+        problems = Problems()
+        for array, new in zip(self.arrays, moments, strict=True):
+            if spec_of(new) != array.spec:
+                problems.add(array.leaf, f"becomes {format_shape(new.shape)} {new.dtype}")
+        problems.raise_as(
+            StructureError,
+            f"The optimizer of {self.group.label} changes the shape or dtype of its own state.",
+            "an optimizer whose state keeps its dtypes; optax.adam(..., mu_dtype=...) fixes the moments'",
+        )
 
 
 def _whole_buffers(
@@ -145,7 +145,7 @@ def _(derived: OptimizerGroup, plan: PlanTables, moved: Moved) -> StepUpdate:
     params, moments = numbers_of(placed.sources), numbers_of(placed.arrays)
     proof = derived.proof() if plan.packing else None
     buffers = _whole_buffers(plan, proof, params, moments, moved.numbers) if proof else ()
-    update = _Update(derived, params, moments, buffers, proof if buffers else None)
+    update = _Update(derived, params, placed.arrays, moments, buffers, proof if buffers else None)
     reads = {*params, *moments}
     if update.proof is not None:
         # The moments of leaves in whole buffers are in buffers too, and are not read one by one.

@@ -28,6 +28,7 @@ from statewise._src.common import compat
 from statewise._src.common.problems import Problems
 from statewise._src.plan.derived import plain_key
 from statewise._src.plan.per_device import PerDeviceArrays
+from statewise._src.plan.placements import axes_of
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Operand, Operands
 from statewise._src.step.program import Program
@@ -51,12 +52,8 @@ def _spec(copies: PerDeviceArrays, leaf: Any) -> Any:
     sharding = _sharding(copies, leaf)
     if sharding is None:
         return jax.P(copies.axes)
-    own = [tuple(axis for axis in _names(axes) if axis in copies.axes) for axes in sharding.spec]
+    own = [tuple(axis for axis in axes_of(axes) if axis in copies.axes) for axes in sharding.spec]
     return jax.P(*(axes or None for axes in own)) if any(own) else WHOLE
-
-
-def _names(axes: Any) -> tuple[Any, ...]:
-    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 def _sharding(copies: PerDeviceArrays, leaf: Any) -> jax.NamedSharding | None:
@@ -87,7 +84,7 @@ def local_arguments(
             continue
         shape = list(leaf.shape)
         for axis, names in enumerate(spec):
-            parts = math.prod(copies.mesh.shape[name] for name in _names(names))
+            parts = math.prod(copies.mesh.shape[name] for name in axes_of(names))
             if shape[axis] % parts:
                 place = name_of(plain_key(keys[1])) + jax.tree_util.keystr(keys[2:])
                 uneven.append((place, leaf, axis, parts))
@@ -141,7 +138,7 @@ def check_replicated(plan: PlanTables, traced: Traced, specs: Sequence[Any], ste
     axes = frozenset(copies.axes)
     # Inputs: the arrays of the state, then those of the arguments; only those that are read are inputs of the jaxpr.
     inputs = [axes if array.devices else NOWHERE for array in plan.arrays]
-    inputs += [frozenset(name for names in spec for name in _names(names)) for spec in specs]
+    inputs += [frozenset(name for names in spec for name in axes_of(names)) for spec in specs]
     outputs = varying(traced.effects.jaxpr, list(itertools.compress(inputs, traced.effects.read)), axes)
     problems = Problems()
     for (kind, position), over in zip(traced.written, outputs[traced.outputs :], strict=True):
@@ -233,9 +230,9 @@ def _resharded(copies: PerDeviceArrays, array: Any, spec: Any) -> Any:
     if AxisType.Explicit not in copies.mesh.axis_types or not jnp.ndim(array):
         return array
     sharding = getattr(jax.typeof(array), "sharding", None)
-    now = [_names(axes) for axes in sharding.spec] if isinstance(sharding, jax.NamedSharding) else []
+    now = [axes_of(axes) for axes in sharding.spec] if isinstance(sharding, jax.NamedSharding) else []
     now += [()] * (jnp.ndim(array) - len(now))
-    wanted = [_names(axes) for axes in spec] + [()] * (len(now) - len(spec))
+    wanted = [axes_of(axes) for axes in spec] + [()] * (len(now) - len(spec))
     # The axes of `PerDevice` as wanted; every other axis of the mesh stays where it is.
     full = [(*new, *(name for name in old if name not in copies.axes)) for old, new in zip(now, wanted, strict=True)]
     return jax.reshard(array, jax.NamedSharding(copies.mesh, jax.P(*(axes or None for axes in full))))
