@@ -136,6 +136,7 @@ class Arguments:
           written: the shardings of the written arrays; None leaves them to XLA.
         """
         options = dict(self.jit_options)
+        # The user's shardings are of the output and of the arguments; the program returns and takes more than these.
         if written is not None or "out_shardings" in options:
             options["out_shardings"] = (written, options.get("out_shardings"))
         if "in_shardings" in options:

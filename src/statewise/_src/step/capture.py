@@ -70,6 +70,7 @@ class Capture:
             return fn(*objects, *args, **kwargs), []
         types, sown = self._types(), list[Sown]()
         run: Callable[[], Any] = functools.partial(fn, *objects, *args, **kwargs)
+        # `nnx.capture` observes one module, so the calls are nested, one for each.
         for position, obj in enumerate(objects):
             if isinstance(obj, nnx.Module):
                 run = _capturing(run, obj, position, types, sown)
@@ -118,12 +119,14 @@ class Capture:
             return out
         flat: dict[str, dict[Any, Any]] = {name: {} for name in self.names}
         planned = {row.path for row in plan.rows} - assigned
+        # What the function assigned, or sowed outside of `nnx.capture`, is among the leaves of the objects.
         for path, leaf in live.items():
             if path not in planned:
                 flat[self._claimants(path, leaf)[0]][path] = raw_value(leaf)
         problems = Problems()
         for position, state in sown:
             for path, leaf in nnx.to_flat_state(state):
+                # `nnx.capture` runs once for each object: its paths start there.
                 full = named((position, *path), plan.names) if plan.several else path
                 values = flat[self._claimants(path, leaf)[0]]
                 if full in values:

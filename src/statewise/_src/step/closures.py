@@ -50,8 +50,9 @@ class Brought:
 _LIBRARIES = {"flax", "jax", "jaxlib", "numpy", "optax", "orbax", "scipy", "statewise", *sys.stdlib_module_names}
 _LIBRARIES -= {"__main__"}
 STATIC = "a static argument"
+# Limits of the search: how many references in a row, and how many objects are visited.
 _DEEPEST = 5
-_MOST = 2000  # objects visited
+_MOST = 2000
 
 
 def layers_of(fn: Any) -> Iterator[Any]:
@@ -118,6 +119,7 @@ class _Search:
         codes = list(_codes(fn.__code__))
         instructions = itertools.chain.from_iterable(map(dis.get_instructions, codes))
         names = dict.fromkeys(op.argval for op in instructions if op.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+        # The bytecode of `module.model` loads `module`, then an attribute: any name that the code mentions may be it.
         attributes = {name for code in codes for name in code.co_names}
         for name in names:
             value = fn.__globals__.get(name)
@@ -219,6 +221,7 @@ def holder_of(candidates: Iterable[Brought], part: Any) -> Brought | None:
 
 def read_by(jaxpr: Any, consts: Sequence[Any], candidates: Iterable[Brought]) -> list[tuple[Brought, list[Leaf]]]:
     """Returns the objects whose arrays are constants of a program, each with the leaves concerned."""
+    # By identity: a constant of the program is the very array that the object held when it was traced.
     held = {id(const) for const in consts} | set(_constants(jaxpr))
     objects = []
     for candidate in candidates:

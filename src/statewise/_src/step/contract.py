@@ -193,6 +193,7 @@ def check_writes(
     )
 
 
+# What a user's function may raise; an error of JAX or of Statewise is one of these too.
 _RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -230,6 +231,7 @@ def _owners(plan: PlanTables) -> dict[Path, str]:
 
 def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) -> None:
     """Raises where the function of a train step does not return a loss: a real scalar, alone or with aux."""
+    # With `capture=` the output is (out, captured); the loss is the first leaf either way.
     tree = traced.out_tree.children()[0] if captures else traced.out_tree
     if contract.has_aux:
         parts = tree.children()

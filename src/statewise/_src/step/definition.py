@@ -85,6 +85,7 @@ class Definition:
         else:
             specs = specs_of(copies, jax.tree.leaves(dynamic))
             local = local_arguments(copies, *dynamic, specs, name_of, self.name)
+            # The function sees what one device sees: its part of the arguments, and the mesh axes by name.
             traced = traced_on_one(copies, lambda: call.trace(state, *local))
         check_written_arguments(traced.passed, call.fn, plan.object_count, name_of, self.name, bool(plan.optimizers))
         check_not_baked(traced.effects, call.fn, self.name)
@@ -105,6 +106,7 @@ class Definition:
         """Returns the function with its static arguments bound, and the other arguments: (args, kwargs)."""
         capture = Capture(plan.kinds, self.captured)
         split = self.arguments.split(args, kwargs, plan.object_count)
+        # Static values are part of the function; only the others are inputs of the trace.
         fn = self.fn
         if split.static:
             names = {place: self.arguments.name_of(place, plan.object_count) for place in split.static}

@@ -19,15 +19,7 @@ from statewise._src.step.arguments import parameters_of, unused_name
 from statewise._src.step.closures import arrays_in, layers_of
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = [
-    "called_as",
-    "check_capacity",
-    "check_function",
-    "kind_names",
-    "named_like",
-    "positional_names",
-    "unused_name",
-]
+__all__ = ["called_as", "check_capacity", "check_function", "kind_names", "named_like", "positional_names"]
 
 
 WrapperT = TypeVar("WrapperT", bound=Callable[..., Any])
@@ -64,6 +56,7 @@ def check_function(fn: Any, decorator: str) -> None:
         if isinstance(layer, (nnx.Pytree, nnx.Variable)) and arrays_in(layer):
             _check_model(layer, layers, decorator)
     for layer in layers:
+        # An object may be transformed by its class: `__call__ = jax.jit(...)`, or a decorated `__call__`.
         called = inspect.getattr_static(type(layer), "__call__", None)
         transform = _transform(layer) or _transform(called)
         if transform is not None:

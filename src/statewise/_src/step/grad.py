@@ -93,6 +93,7 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
 
         new_paths: list[Path] = []
 
+        # Only the chosen arrays are arguments: JAX differentiates with respect to all of them, and the rest is constant.
         def pure(diff: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
             given = iter(diff)
             values = [
@@ -235,6 +236,7 @@ def _changes(graph: ModelGraph, before: Sequence[Any], after: ModelGraph) -> tup
                 hint="keep the model's structure, and call nnx.pop on the model outside of the function",
             )
         value = raw_value(now.pop(path))
+        # By identity: an unwritten leaf holds the very value that it was rebuilt from.
         if value is not old:
             changed[position] = value
     return changed, now

@@ -40,8 +40,9 @@ def graft(target: Any, copy: Any, paths: Iterable[Path]) -> None:
       paths: the paths of leaves.
     """
     roots = {_root(target, copy, tuple(path)) for path in paths}
-    # Items of a list in order: new ones are appended.
+    # Items of a list in the order of their numbers, as new ones are appended; hence the zeros before short ones.
     for root in sorted(roots, key=lambda path: [(not isinstance(key, int), str(key).zfill(12)) for key in path]):
+        # What is inside of another part that moves moves with it.
         if not any(root[:length] in roots for length in range(1, len(root))):
             _put(at(target, root[:-1]), root[-1], at(copy, root))
 

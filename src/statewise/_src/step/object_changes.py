@@ -54,6 +54,7 @@ def assigned(
         if now is None or (isinstance(leaf_before, nnx.Variable) and now is not leaf_before):
             if now is not None and type(now) is type(leaf_before) and _is_bridged(root, numbered(row.path, plan.names)):
                 continue
+            # The leaf of an ephemeral kind belongs to an earlier call; this call's is returned beside the output.
             if not plan.kinds[row.kind].saved and capture.takes(row, now):
                 captured.add(row.path)
             else:
@@ -127,6 +128,7 @@ def _captured(plan: PlanTables, leaf: Leaf) -> str:
     sown = issubclass(leaf.type, nnx.Intermediate)
     of = nnx.Intermediate if sown else leaf.type
     name, type_ = free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)
+    # Nobody else claims the type; or only such leaves are in the kind that does; or they are taken out of it.
     if only is None or plan.kinds[only].rest:
         line = f"kinds = kinds | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
     elif all(issubclass(row.type, of) for row in plan.rows if row.kind == only):

@@ -102,6 +102,7 @@ class _Update:
             inputs = {PARAM: params[leaf], GRAD: grads[leaf]} | {role: arrays.flat[where[role, leaf]] for role in roles}
             for role, new in run.leaf(proof.signatures[leaf], inputs).items():
                 arrays.flat[number if role == PARAM else where[role, leaf]] = new
+        # Moments that all leaves share, such as the count of steps; None for a leaf's own.
         for number, new in zip(self.moments, run.shared_moments(), strict=True):
             if new is not None:
                 arrays.flat[number] = new
@@ -124,9 +125,11 @@ def _whole_buffers(
     """Returns the buffers whose leaves have one signature and whose moments are in buffers of the same order."""
     leaf_of = {number: leaf for leaf, number in enumerate(params)}
     number_of = {owner: number for number, owner in zip(moments, proof.roles, strict=True) if owner is not None}
+    # By the numbers of its arrays, in order: two buffers correspond if these do.
     spots = {slot.numbers: slot.spot for slot in plan.buffers}
     buffers = []
     for numbers, spot in spots.items():
+        # What the function itself writes is no longer what came in as a buffer.
         if not all(number in leaf_of and number not in written for number in numbers):
             continue
         leaves = tuple(leaf_of[number] for number in numbers)

@@ -32,6 +32,7 @@ def _with_more(fn: Any, objects: int, more: Sequence[tuple[str, str]], name: str
     """Returns code that plans more objects, with the function's new signature; `more` are (expression, parameter)."""
     firsts = _names_of_objects(fn, objects)
     expressions = ", ".join([*firsts, *(expression for expression, _ in more)])
+    # Among the function's own parameters, those of the planned objects come first, and the new ones move there.
     called = [parameter for _, parameter in more]
     parameters = parameters_of(fn) or ()
     own = [parameter for parameter in parameters if parameter.name not in firsts]
@@ -64,10 +65,12 @@ def check_written_arguments(
     """
     if not written:
         return
+    # From the expression that leads to each object (`batch['metrics']`) to the parameter that it would become.
     more: dict[str, str] = {}
     leaves, shown = [], {}
     for write in written:
         argument = name_of(write.place)
+        # An argument without a name is "number 3": as code, an item of `args`.
         argument = argument if argument.isidentifier() else f"args[{argument.rpartition(' ')[2]}]"
         expression = argument + jax.tree_util.keystr(write.inside)
         shown[expression] = write.object.__name__
@@ -132,6 +135,8 @@ def written_outside(
     part = _written_part(error)
     if part is None:
         return None
+    # Flax rejects the write because the object belongs to an outer trace.  If it is one that the function received,
+    # the inner trace is one that the function started itself.
     of_model = zip(before.paths, before.leaves, strict=True)
     for what, known in (("the model", of_model), ("an argument", passed.variables)):
         leaves = [row_of(path, leaf, note="written") for path, leaf in known if leaf is part]
@@ -166,6 +171,7 @@ def _brought_and_written(
 
 def _written_part(error: Exception) -> Any:
     """Returns the Variable or module that Flax refused to write: `self` of the last method in the traceback."""
+    # Flax's error does not carry the object, so it is read from the frames: the innermost one comes last.
     part, trace = None, error.__traceback__
     while trace is not None:
         own = trace.tb_frame.f_locals.get("self")

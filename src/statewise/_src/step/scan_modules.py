@@ -67,6 +67,7 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, scan: 
 
     def run_layer(carry: Any, slices: Any) -> Any:
         values, x = carry
+        # The outputs come first, then the written and new arrays in the order of `outputs`.
         results = iter(layer.run(replaced(arrays, (sliced, slices), (carried, values)), x))
         x = jax.tree.unflatten(layer.out_tree, itertools.islice(results, layer.out_tree.num_leaves))
         written = list(zip(outputs, results, strict=True))
@@ -76,6 +77,7 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, scan: 
 
     start = [arrays[number] for number in carried], x
     (values, x), returned = scan(run_layer, start, [arrays[number] for number in sliced], length=layers)
+    # An array is unchanged, was carried, or comes stacked from the scan.
     new, last = iter(returned), dict(zip(carried, values, strict=True))
     after = []
     for slot in layer.slots:
@@ -204,6 +206,7 @@ class _Layer:
     def check(self, stack: _Stack) -> None:
         """Checks that the layer does not remove leaves or change the shape or dtype of shared ones."""
         problems = Problems()
+        # Leaves that no leaf of the layer afterwards comes from: gone, or another Variable is at the same path.
         for number in set(range(len(stack.arrays))) - set(self.after.origins):
             if stack.graph.paths[number] not in self.after.paths:
                 if stack.arrays[number]:  # otherwise nothing is lost: nothing was sown yet, for example
@@ -289,6 +292,7 @@ def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -
 
     with jax.disable_jit(False):
         closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
+    # The arrays of `x` follow those of the layer among the inputs.
     passed, before = box["passed"], len(stack.flat)
     tracked = [(index, before + number) for index, (_, number) in enumerate(passed.unclear)]
     effects = effects_of(closed, tracked)
@@ -299,14 +303,11 @@ def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -
 
 def _after(before: ModelGraph, after: ModelGraph, structures: Sequence[Any]) -> _After:
     # A Variable keeps its identity; a raw array is recognized by its path.
-    variables = {id(leaf): number for number, leaf in enumerate(before.leaves) if isinstance(leaf, nnx.Variable)}
-    raw = {
-        path: number for number, path in enumerate(before.paths) if not isinstance(before.leaves[number], nnx.Variable)
-    }
-    origins = tuple(
-        variables.get(id(leaf)) if isinstance(leaf, nnx.Variable) else raw.get(path)
-        for path, leaf in zip(after.paths, after.leaves, strict=True)
-    )
+    def key(path: Path, leaf: Any) -> Any:
+        return id(leaf) if isinstance(leaf, nnx.Variable) else path
+
+    number_of = {key(*pair): number for number, pair in enumerate(zip(before.paths, before.leaves, strict=True))}
+    origins = tuple(number_of.get(key(*pair)) for pair in zip(after.paths, after.leaves, strict=True))
     return _After(after.graphdef, after.paths, origins, tuple(structures))
 
 
@@ -326,12 +327,13 @@ def _slots(stack: _Stack, after: _After, avals: Sequence[Any]) -> list[_Slot]:
 def _write(stack: _Stack, layer: _Layer, arrays: Sequence[Any]) -> None:
     """Writes the new values, and what the layers made, to the module."""
     after, left = layer.after, iter(zip(layer.slots, arrays, strict=True))
-    values, replaced = [], []
+    values, grafted = [], []
     for path, origin, structure in zip(after.paths, after.origins, after.structures, strict=True):
         own = [next(left) for _ in range(1 if structure is ONE else structure.num_leaves)]
         value = value_of([array for _, array in own], structure)
+        # New, or moved to another path: the module needs its container too, not only its value.
         if origin is None or path != stack.graph.paths[origin]:
-            replaced.append(path)
+            grafted.append(path)
         if origin is None:
             values.append(value)
             continue
@@ -340,11 +342,11 @@ def _write(stack: _Stack, layer: _Layer, arrays: Sequence[Any]) -> None:
         if changed and isinstance(leaf, nnx.Variable):
             leaf.set_raw_value(value)
         elif changed:
-            replaced.append(path)
+            grafted.append(path)
         values.append(leaf if isinstance(leaf, nnx.Variable) else value)
-    if replaced:
+    if grafted:
         (copy,) = rebuild(after.graphdef, values, several=False)
-        graft(stack.module, copy, replaced)
+        graft(stack.module, copy, grafted)
 
 
 def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[int, ...]] | None) -> int:

@@ -114,6 +114,7 @@ def _unwritten(
     plan: PlanTables, traced: Traced, contract: Contract, lost: Sequence[Leaf], name: str
 ) -> list[StatewiseWarning]:
     """Returns a warning for each kind in `writes` that is never written."""
+    # An optimizer writes its kinds even if the function does not.
     written = {kind for kind, _ in traced.written} | {kind for group in contract.groups for kind in group.kinds}
     return [
         StatewiseWarning(
@@ -129,6 +130,7 @@ def _unwritten(
 
 def _dropped(traced: Traced, contract: Contract, lost: Sequence[Leaf], name: str) -> list[StatewiseWarning]:
     """Returns a warning for lost writes to kinds that `_unwritten` does not report."""
+    # `_unwritten` lists the lost writes of the kinds that are named and not written at all.
     reported = set(contract.named) - {kind for kind, _ in traced.written}
     leaves = [leaf for leaf in lost if leaf.kind not in reported]
     if not leaves:
@@ -173,6 +175,7 @@ def _all_from_outside(
     plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str
 ) -> list[StatewiseWarning]:
     """Returns a warning if a step that does not train reads nothing of its state, but an object from outside."""
+    # If it trained, `check_trains` would have rejected it.
     if contract.trains or traced.written or any(traced.effects.read[: traced.inputs]):
         return []
     return [
@@ -181,5 +184,5 @@ def _all_from_outside(
             hint=instead,
         )
         for used, instead in _instead(plan, traced, fn)
-        if instead
+        if instead  # an object of another type may well be a constant on purpose
     ]
