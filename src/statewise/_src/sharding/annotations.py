@@ -51,6 +51,7 @@ def annotated(placement: FromMetadata, metadata: Mapping[str, Any], shape: tuple
             f"out_sharding is {names!r}.", hint="out_sharding=('embed', None)  # a name for each axis, or None"
         )
     _check_rank(tuple(names), shape)
+    # The kind's rules and the Variable's own, which must agree.  Without the kind's, a name may be a mesh axis itself.
     rules = merged_rules(placement.rules or (), own)
     unruled = [name for axis in names for name in axes_of(axis) if placement.rules is not None and name not in rules]
     if unruled:
@@ -72,6 +73,7 @@ def _check_rank(names: tuple[Any, ...], shape: tuple[int, ...]) -> None:
             hint=f"leaf.set_metadata(out_sharding={_filled(names, shape)!r})"
             "  # an entry for each axis: a layer that was taken out of a stack keeps the stack's entries",
         )
+    # Metadata that names no axis replicates an array of any rank.
     if len(names) < len(shape) and any(map(axes_of, names)):
         raise PlacementError(
             fact,

@@ -7,7 +7,7 @@ in Adafactor) that of the remaining axes; everything else, such as counts and sc
 
 # No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -58,7 +58,7 @@ class ArrayPlacement(NamedTuple):
         axes = (*self.axes, *[()] * (rank - len(self.axes)))
         return self._replace(axes=(*axes[:index], over, *axes[index:]))
 
-    def sharding(self, mesh: Any) -> jax.NamedSharding:
+    def sharding(self, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> jax.NamedSharding:
         """Returns the JAX sharding."""
         axes = (*self.before, self.each, *self.axes) if self.each else self.axes
         spec = [names[0] if len(names) == 1 else names or None for names in axes]

@@ -17,6 +17,7 @@ __all__ = ["of_all_members", "resolved_members"]
 
 def of_all_members(members: Members, placement: ArrayPlacement, axis: Axis, spec: ArraySpec) -> ArrayPlacement:
     """Returns the placement of an array of all members, given that of one member in a state of one."""
+    # In a state the array of one member may have the leading axis of `PerDevice` already, which `grown` adds itself.
     rank = len(spec.shape) - (bool(placement.each) and members.single.per_device is not None)
     return _grown(members, placement, axis, rank)
 
@@ -49,6 +50,7 @@ def resolved_members(
             used = {name for names in (*placement.axes, placement.each) for name in names}
             if array.axis is not None and members.over in used:
                 problems.add(array.leaf, f"already split over {members.over!r} within each member")
+            # The plan of all members knows the shape with their axis; `grown` takes the rank of one member's array.
             of_kind.append(_grown(members, placement, array.axis, len(array.spec.shape) - 1))
         placed[kind] = tuple(of_kind)
     problems.raise_as(

@@ -14,21 +14,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from statewise.errors import PlacementError, StatewiseError
 
 __all__ = ["as_it_came", "explained", "explicit_axes", "explicit_sharding", "sharding_of_type"]
 
 
-def explicit_axes(mesh: Any) -> tuple[str, ...]:
+def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the names of a mesh's Explicit axes."""
     return tuple(
         str(name) for name, type_ in zip(mesh.axis_names, mesh.axis_types, strict=True) if type_ is AxisType.Explicit
     )
 
 
-def explicit_sharding(array: Any) -> jax.NamedSharding | None:
+def explicit_sharding(array: object) -> jax.NamedSharding | None:
     """Returns the sharding in the type of an array or tracer; None if its type does not have one."""
     try:
         return sharding_of_type(jax.typeof(array))
@@ -36,7 +36,7 @@ def explicit_sharding(array: Any) -> jax.NamedSharding | None:
         return None
 
 
-def sharding_of_type(type_: Any) -> jax.NamedSharding | None:
+def sharding_of_type(type_: object) -> jax.NamedSharding | None:
     """Returns the sharding in a type, as jaxprs have them; None if it does not have one."""
     sharding = getattr(type_, "sharding", None)
     return sharding if isinstance(sharding, jax.NamedSharding) and explicit_axes(sharding.mesh) else None
@@ -51,7 +51,7 @@ def as_it_came(new: Any, old: Any) -> Any:
 
 
 @contextlib.contextmanager
-def explained(name: str, *given: Any) -> Iterator[None]:
+def explained(name: str, *given: object) -> Iterator[None]:
     """Explains errors of JAX that are about Explicit axes.
 
     Args:
@@ -71,6 +71,7 @@ def explained(name: str, *given: Any) -> Iterator[None]:
             raise
         axes = explicit_axes(mesh)
         listed = " and ".join(map(repr, axes))
+        # The first line of JAX's error is the fact; what follows shows its own call stack.
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         sizes = tuple(int(size) for size in mesh.shape.values())
         raise PlacementError(
@@ -83,13 +84,12 @@ def explained(name: str, *given: Any) -> Iterator[None]:
         ) from error
 
 
-def _explicit_mesh(given: Any) -> Any:
+def _explicit_mesh(given: object) -> Mesh | AbstractMesh | None:
     """Returns the first mesh with Explicit axes: one of those given, otherwise the current mesh."""
-    is_mesh = (jax.sharding.Mesh, jax.sharding.AbstractMesh)
-    for leaf in jax.tree.leaves(given, is_leaf=lambda node: isinstance(node, is_mesh)):
+    for leaf in jax.tree.leaves(given, is_leaf=lambda node: isinstance(node, Mesh | AbstractMesh)):
         sharding = getattr(leaf, "sharding", None) or explicit_sharding(leaf)
-        mesh = leaf if isinstance(leaf, is_mesh) else getattr(sharding, "mesh", None)
-        if isinstance(mesh, is_mesh) and explicit_axes(mesh):
+        mesh = leaf if isinstance(leaf, Mesh | AbstractMesh) else getattr(sharding, "mesh", None)
+        if isinstance(mesh, Mesh | AbstractMesh) and explicit_axes(mesh):
             return mesh
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if explicit_axes(mesh) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -12,7 +11,7 @@ from statewise.errors import PlacementError
 __all__ = ["axis_sizes", "check_devices", "describe_mesh", "memories"]
 
 
-def axis_sizes(mesh: Any) -> dict[str, int]:
+def axis_sizes(mesh: object) -> dict[str, int]:
     """Returns the axes of a mesh and their sizes.
 
     Raises:
@@ -23,7 +22,7 @@ def axis_sizes(mesh: Any) -> dict[str, int]:
     return {str(name): int(size) for name, size in mesh.shape.items()}
 
 
-def check_devices(mesh: Any) -> None:
+def check_devices(mesh: object) -> None:
     """Checks that a mesh has devices to put arrays on."""
     axis_sizes(mesh)
     if not isinstance(mesh, jax.sharding.Mesh):
@@ -38,7 +37,7 @@ def describe_mesh(sizes: Mapping[str, int]) -> str:
     return "(" + ", ".join(f"{name}={size}" for name, size in sizes.items()) + ")"
 
 
-def memories(mesh: Any) -> set[str] | None:
+def memories(mesh: object) -> set[str] | None:
     """Returns the kinds of memory of a mesh's devices; None for an abstract mesh."""
     if not isinstance(mesh, jax.sharding.Mesh):
         return None

@@ -36,6 +36,7 @@ class PartShardings:
 # The shardings of a part whose arrays were not inspected yet.
 UNKNOWN: Any = PartShardings(())
 
+# By value, weakly: equal shardings stay one object as long as a part, or a compiled step, refers to it.
 _known: weakref.WeakValueDictionary[tuple[Any, ...], PartShardings] = weakref.WeakValueDictionary()
 
 
@@ -47,7 +48,7 @@ def part_shardings_of(arrays: Sequence[Any]) -> PartShardings | None:
     return _known.setdefault(shardings, PartShardings(shardings))
 
 
-def _sharding(array: Any) -> jax.NamedSharding | None:
+def _sharding(array: object) -> jax.NamedSharding | None:
     if isinstance(array, compat.Tracer):
         return None
     sharding = getattr(array, "sharding", None)
@@ -56,6 +57,6 @@ def _sharding(array: Any) -> jax.NamedSharding | None:
     return None
 
 
-def is_on_one_device(array: Any) -> bool:
+def is_on_one_device(array: object) -> bool:
     """Returns whether an array is known to be on one device, not on a mesh, as then all of a function's results are."""
     return isinstance(array, jax.Array) and isinstance(array.sharding, jax.sharding.SingleDeviceSharding)

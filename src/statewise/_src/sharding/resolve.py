@@ -62,6 +62,7 @@ def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) ->
     single = plan if members is None else members.single
     if members is not None or placed is None:
         placed = resolve(single, mesh)
+    # An ensemble is placed by its single member, and then gets the members' axis.
     sharding_of = _shardings_on(mesh)
     shardings = []
     for kind, slots in single.stored.items():
@@ -83,6 +84,7 @@ def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) ->
 def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerDeviceArrays | None:
     """Returns which arrays of a plan are `PerDevice` on a mesh; None if none is."""
     if placed is None:
+        # Neither PerDevice nor a function that may return it: there is nothing to resolve.
         known = (Replicated, Sharded, FromMetadata)
         if all(kind.placement is None or isinstance(kind.placement, known) for kind in plan.kinds.values()):
             return None
@@ -219,6 +221,7 @@ class _Resolver:
             # Derived arrays have no metadata of their own: their owner's counts, by the rules of this kind.
             annotated = placement if isinstance(placement, FromMetadata) else None
             owners = self.owners_in_groups if annotated is None else self._annotated_owners(annotated, derived.kinds)
+            # Only the leaves that it is derived from: a moment's path may also end like that of another leaf.
             owners = {path: owners[path] for path in derived.paths if path in owners}
             for index, (spec, leaf) in enumerate(zip(derived.layout.specs, leaves, strict=False)):
                 as_owner = _as_owner(derived, index, owners)

@@ -103,7 +103,7 @@ class Arguments:
                     rest_kwargs[name] = None
         return Split(tuple(rest_args), rest_kwargs, donated, static)
 
-    def name_of(self, place: Any, objects: int) -> str:
+    def name_of(self, place: int | str, objects: int) -> str:
         """Returns an argument's name, given its name or its position after that many objects."""
         return place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
 
@@ -114,7 +114,7 @@ class Arguments:
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None
 
-    def unhashable(self, static: Iterable[tuple[Any, Any]], objects: int) -> StructureError:
+    def unhashable(self, static: Iterable[tuple[Any, object]], objects: int) -> StructureError:
         """Returns the error for static arguments, one of which cannot be hashed."""
         for place, value in static:
             try:

@@ -255,7 +255,7 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) ->
         raise StructureError(f"The loss of {name} is {loss.dtype}, not a real floating-point number.", hint=hint)
 
 
-def describe_options(**options: Any) -> str:
+def describe_options(**options: object) -> str:
     """Returns, as code, the options of a decorator other than `writes` that differ from their defaults.
 
     Braces are doubled, because `format` fills in the result.  A value whose repr is not code becomes an ellipsis.
@@ -265,7 +265,7 @@ def describe_options(**options: Any) -> str:
     return shown.replace("{", "{{").replace("}", "}}")
 
 
-def _as_code(value: Any) -> str:
+def _as_code(value: object) -> str:
     if isinstance(value, tuple | list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
     try:

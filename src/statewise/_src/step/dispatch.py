@@ -276,7 +276,7 @@ class CompiledStep:
         return [pair for kind in kinds for pair in zip(leaves[kind], state.parts[kind].arrays, strict=True)]
 
 
-def _devices(array: Any) -> tuple[int, ...]:
+def _devices(array: object) -> tuple[int, ...]:
     """Returns the ids of the devices that an array must stay on; empty for one that JAX may move."""
     if isinstance(array, compat.Tracer) or not getattr(array, "committed", False):
         return ()
@@ -309,13 +309,13 @@ def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: PlanTables) -> 
     return structure, tuple(map(_leaf_key, leaves)), static, types, specs
 
 
-def _types(value: Any) -> Any:
+def _types(value: object) -> Any:
     if isinstance(value, (tuple, frozenset)):
         return type(value), tuple(map(_types, value))
     return type(value)
 
 
-def _leaf_key(leaf: Any) -> Any:
+def _leaf_key(leaf: object) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # an array of keys has no weak_type
     type_ = _type_of(leaf)
@@ -331,7 +331,7 @@ def full_key(state: State, arguments: Any) -> Any:
     return _settings(), tuple(map(_type_of, leaves))
 
 
-def _type_of(leaf: Any) -> Any:
+def _type_of(leaf: object) -> Any:
     try:
         return jax.typeof(leaf)
     except TypeError:

@@ -37,7 +37,7 @@ def named_like(wrapper: WrapperT, fn: Any) -> WrapperT:
     return wrapper
 
 
-def check_function(fn: Any, decorator: str) -> None:
+def check_function(fn: object, decorator: str) -> None:
     """Checks that a step can be made of a function: not a model, a method of one, or a function under a JAX transform.
 
     Args:
@@ -65,7 +65,7 @@ def check_function(fn: Any, decorator: str) -> None:
             break  # what somebody else's decorator does with the function that it wraps is unknown
 
 
-def _check_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
+def _check_model(model: object, layers: Sequence[Any], decorator: str) -> None:
     name = type(model).__name__
     method = next((layer.__name__ for layer in layers if isinstance(layer, types.MethodType)), "__call__")
     written = "model" if method == "__call__" else f"model.{method}"
@@ -81,7 +81,7 @@ def _check_model(model: Any, layers: Sequence[Any], decorator: str) -> None:
     )
 
 
-def _check_transform(fn: Any, transform: str, decorator: str) -> None:
+def _check_transform(fn: object, transform: str, decorator: str) -> None:
     name = called_as(getattr(fn, "__name__", type(fn).__name__), "f")
     given = "layer, x" if decorator == "scan_layers" else "model, x"
     if transform == "jax.jit":
@@ -97,42 +97,34 @@ def _check_transform(fn: Any, transform: str, decorator: str) -> None:
     )
 
 
-def _transform(fn: Any) -> str | None:
+def _transform(fn: object) -> str | None:
     """Returns the JAX transform that made a callable, if it is one that passes a copy of the model to the function."""
     return _transforms().get(_made_by(fn)) if fn is not None else None
 
 
-def _made_by(fn: Any) -> Any:
+def _made_by(fn: object) -> Any:
     """Returns what distinguishes the callables of one transform from others: their type and their shared code."""
-    code = getattr(fn, "__code__", None) if isinstance(fn, types.FunctionType) else None
-    if code is None:
+    if not isinstance(fn, types.FunctionType):
         return type(fn)
     # One wrapper may serve several transforms: the functions that it calls tell them apart, except the user's own.
     cells = [cell.cell_contents for cell in fn.__closure__ or () if cell != types.CellType()]
-    own = getattr(fn, "__wrapped__", None)
-    return code, tuple(cell.__code__ for cell in cells if isinstance(cell, types.FunctionType) and cell is not own)
+    calls = [cell for cell in cells if isinstance(cell, types.FunctionType) and cell is not vars(fn).get("__wrapped__")]
+    return fn.__code__, tuple(called.__code__ for called in calls)
 
 
-def _sample(x: Any) -> Any:
+def _sample(x: object) -> object:
     return x
 
 
 @functools.cache
 def _transforms() -> dict[Any, str]:
     """Returns the transforms by what they make, determined by making one of each: no private JAX name is needed."""
-    transforms: dict[str, Callable[..., Any]] = {
-        "jax.jit": jax.jit,
-        "jax.checkpoint": jax.checkpoint,
-        "jax.vmap": jax.vmap,
-        "jax.grad": jax.grad,
-        "jax.value_and_grad": jax.value_and_grad,
-        "jax.jacfwd": jax.jacfwd,
-        "jax.jacrev": jax.jacrev,
-    }
-    return {_made_by(transform(_sample)): name for name, transform in transforms.items()}
+    differentiating = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.jacrev)
+    transforms: tuple[Any, ...] = (jax.jit, jax.checkpoint, jax.vmap, *differentiating)
+    return {_made_by(transform(_sample)): f"jax.{transform.__name__}" for transform in transforms}
 
 
-def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
+def kind_names(names: object, option: str, decorator: str) -> tuple[str, ...]:
     """Returns the names of kinds in an option of a decorator: one name, or several.
 
     Raises:
@@ -140,8 +132,9 @@ def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         return (names,)
-    several = isinstance(names, Collection) and not isinstance(names, type | dict)
-    listed = tuple(names) if several else (names,)
+    listed: tuple[Any, ...] = (names,)
+    if isinstance(names, Collection) and not isinstance(names, type | dict):
+        listed = tuple(names)
     if all(isinstance(name, str) for name in listed):
         return listed
     wrong = next(name for name in listed if not isinstance(name, str))
@@ -160,7 +153,7 @@ def kind_names(names: Any, option: str, decorator: str) -> tuple[str, ...]:
     )
 
 
-def _kind_of(obj: Any) -> str | None:
+def _kind_of(obj: object) -> str | None:
     """Returns the standard kind that a type, or a name, refers to."""
     if isinstance(obj, str):
         return obj
@@ -172,7 +165,7 @@ def _kind_of(obj: Any) -> str | None:
     return None
 
 
-def _shown(obj: Any) -> str:
+def _shown(obj: object) -> str:
     if isinstance(obj, type):
         return f"the type {as_code(obj) if issubclass(obj, nnx.Variable) else obj.__name__}"
     if obj is None or obj is ... or isinstance(obj, (bool, int, float)):

@@ -93,7 +93,7 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
 
         new_paths: list[Path] = []
 
-        # Only the chosen arrays are arguments: JAX differentiates with respect to all of them, and the rest is constant.
+        # JAX differentiates with respect to all of `diff`, so the other arrays are constants.
         def pure(diff: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
             given = iter(diff)
             values = [
@@ -135,7 +135,7 @@ def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]],
     return list(filter(_is_object, leaves)), with_objects
 
 
-def _is_object(obj: Any) -> bool:
+def _is_object(obj: object) -> bool:
     return isinstance(obj, (nnx.Pytree, nnx.Variable)) and not isinstance(obj, nnx.State)
 
 
@@ -207,7 +207,7 @@ def _check_chosen(graph: ModelGraph, chosen: Sequence[bool], wrt: Any) -> None:
     )
 
 
-def _is_float(array: Any) -> bool:
+def _is_float(array: object) -> bool:
     spec = spec_of(array)
     return spec is not None and bool(jnp.issubdtype(spec.dtype, jnp.inexact))
 

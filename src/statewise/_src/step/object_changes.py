@@ -128,7 +128,8 @@ def _captured(plan: PlanTables, leaf: Leaf) -> str:
     sown = issubclass(leaf.type, nnx.Intermediate)
     of = nnx.Intermediate if sown else leaf.type
     name, type_ = free_name(plan.kinds, "sown" if sown else format_type(of).strip("_").lower()), as_code(of)
-    # Nobody else claims the type; or only such leaves are in the kind that does; or they are taken out of it.
+    # If no kind claims the type, it gets one; if the kind that does holds nothing else, that one becomes ephemeral;
+    # otherwise the type is taken out of it.
     if only is None or plan.kinds[only].rest:
         line = f"kinds = kinds | sw.Kinds({name}=sw.Kind({type_}, saved=False))"
     elif all(issubclass(row.type, of) for row in plan.rows if row.kind == only):

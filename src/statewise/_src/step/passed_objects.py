@@ -41,12 +41,12 @@ class WrittenArgument:
     leaf: Leaf
 
 
-def is_object(obj: Any) -> bool:
+def is_object(obj: object) -> bool:
     """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable, an `nnx.State`."""
     return isinstance(obj, (nnx.Variable, nnx.Pytree, nnx.State))
 
 
-def _is_variable(obj: Any) -> bool:
+def _is_variable(obj: object) -> bool:
     return isinstance(obj, nnx.Variable)
 
 

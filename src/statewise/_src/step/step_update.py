@@ -99,5 +99,5 @@ def step_updates(plan: PlanTables, trained: Sequence[Derived], written: Sequence
         update = step_update(derived, plan, Moved(kinds, numbers))
         if update is not None:
             updates.append(update)
-            numbers |= update.writes  # an average after an optimizer must not take the old buffer
+            numbers |= update.writes  # no longer in the buffers that came in
     return updates

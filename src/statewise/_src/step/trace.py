@@ -237,7 +237,7 @@ def _spots(arrays: Iterable[ArrayInfo]) -> tuple[tuple[str, int], ...]:
     return tuple((array.kind, array.position) for array in arrays)
 
 
-def check_not_model(out: Any, leaves: Sequence[Any], name: str) -> None:
+def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
     """Checks that an output does not hold the model itself, or one of its Variables."""
     own = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
     returned = Problems()
@@ -257,7 +257,7 @@ def check_not_model(out: Any, leaves: Sequence[Any], name: str) -> None:
     )
 
 
-def check_output(leaves: Sequence[Any], name: str) -> None:
+def check_output(leaves: Sequence[object], name: str) -> None:
     """Checks that all parts of an output are arrays or numbers."""
     for leaf in leaves:
         if spec_of(leaf) is None:

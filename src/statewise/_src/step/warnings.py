@@ -175,7 +175,7 @@ def _all_from_outside(
     plan: PlanTables, traced: Traced, contract: Contract, fn: Any, name: str
 ) -> list[StatewiseWarning]:
     """Returns a warning if a step that does not train reads nothing of its state, but an object from outside."""
-    # If it trained, `check_trains` would have rejected it.
+    # Of a train step `check_trains` rejects this.
     if contract.trains or traced.written or any(traced.effects.read[: traced.inputs]):
         return []
     return [
