@@ -18,7 +18,7 @@ __all__ = ["ArrayPlacement", "Owners", "follow"]
 
 
 class ArrayPlacement(NamedTuple):
-    """How one array is placed on a mesh.
+    """The placement of one array on a mesh.
 
     Attributes:
       axes: for each axis of the array, the mesh axes that split it.

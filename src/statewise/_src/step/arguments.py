@@ -1,4 +1,4 @@
-"""A step's arguments: which are static, which are donated, and what tells one signature from another.
+"""A step's arguments: which are static, which are donated, and by which names and positions they are passed.
 
 `jax.jit` counts a function's parameters by position or by name.  A step's function takes the planned objects first,
 where the caller passes one state.  Positions given by the user count the function's own parameters.
@@ -55,7 +55,7 @@ class Split(NamedTuple):
 
 
 class Arguments:
-    """How a step's arguments are passed to its compiled function.
+    """The handling of a step's arguments: which are passed to its compiled function, and how.
 
     Args:
       fn: the user's function.

@@ -52,24 +52,24 @@ class _Averaging:
             decay = self.average.ema.schedule(count)
             arrays.flat[self.count] = count + 1
         for spot, average in self.buffers.items():
-            arrays.made[average] = _moved(decay, arrays.slots[average], self._buffer(arrays, spot))
+            arrays.computed[average] = _moved(decay, arrays.slots[average], self._buffer(arrays, spot))
         # An optimizer may have computed arrays in buffers whose averages are not packed in the same way.
-        computed: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         for spot, slot in self.contents.items():
-            if slot.buffer is not None and spot in arrays.made and spot not in self.buffers:
-                computed |= zip(slot.numbers, separated(slot.buffer, arrays.made[spot]), strict=True)
+            if slot.buffer is not None and spot in arrays.computed and spot not in self.buffers:
+                values |= zip(slot.numbers, separated(slot.buffer, arrays.computed[spot]), strict=True)
         for number, average_number in self.alone:
-            value = computed.get(number, arrays.flat[number])
+            value = values.get(number, arrays.flat[number])
             arrays.flat[average_number] = _moved(decay, arrays.flat[average_number], value)
 
     def _buffer(self, arrays: Arrays, spot: Spot) -> Any:
         """Returns the current value of a buffer of the averaged kind."""
-        if spot not in arrays.made:
+        if spot not in arrays.computed:
             numbers = self.contents[spot].numbers
             if self.written.isdisjoint(numbers):
                 return arrays.slots[spot]
-            arrays.made[spot] = joined([arrays.flat[number] for number in numbers])
-        return arrays.made[spot]
+            arrays.computed[spot] = joined([arrays.flat[number] for number in numbers])
+        return arrays.computed[spot]
 
 
 @step_update.register(Average)

@@ -30,7 +30,7 @@ __all__ = ["Contract", "check_loss", "check_writes", "describe_options", "plain_
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-    """What a step may do to a state of one plan.
+    """The permissions of a step on the states of one plan.
 
     Attributes:
       allowed: the kinds that its function may write.

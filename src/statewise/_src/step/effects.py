@@ -268,7 +268,7 @@ def _through_scan(eqn: Any) -> tuple[_Sources, ...]:
     runs = eqn.params["length"] > 0
     carried = [_settled(body, position, consts, carry, runs) for position in range(carry)]
     # A stacked output is an operand only if it is a scanned one; a stacked constant or carry is new.
-    stacked = [sources if all(at >= consts + carry for at in sources) else frozenset() for sources in body[carry:]]
+    stacked = [of if all(source >= consts + carry for source in of) else frozenset() for of in body[carry:]]
     return tuple(frozenset((source, ()) for source in sources) for sources in carried + stacked)
 
 

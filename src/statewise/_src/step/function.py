@@ -62,7 +62,7 @@ def check_function(fn: object, decorator: str) -> None:
         if transform is not None:
             _check_transform(layer, transform, decorator)
         if not isinstance(layer, (functools.partial, types.MethodType)):
-            break  # what somebody else's decorator does with the function that it wraps is unknown
+            break  # it is unknown what a user's decorator does with the function that it wraps
 
 
 def _check_model(model: object, layers: Sequence[Any], decorator: str) -> None:

@@ -4,7 +4,7 @@ A model that is passed through one of these as an argument is flattened and rebu
 that copy and disappear with it.  The jaxpr shows it: a new value was computed from the leaf, element by element
 (`count + 1`, `0.99 * mean + 0.01 * batch_mean`), and nothing uses it.
 
-A new value that is also used (a cache that attention reads at once) cannot be distinguished from an intermediate
+A new value that is also used (a cache that attention reads right away) cannot be distinguished from an intermediate
 result.  So every reported write was lost, but not every lost write is reported.
 """
 
@@ -59,8 +59,8 @@ def dropped_inputs(closed: Any, inputs: Sequence[int]) -> frozenset[int]:
       frozenset({0})
     """
     jaxpr = compat.inner_jaxpr(closed)
-    chosen = set(inputs)
-    tags = tuple(_Origin(at, var.aval, False) if at in chosen else None for at, var in enumerate(jaxpr.invars))
+    chosen = {position: _Origin(position, jaxpr.invars[position].aval, False) for position in inputs}
+    tags = tuple(map(chosen.get, range(len(jaxpr.invars))))
     dropped: set[int] = set()
     _walk(jaxpr, tags, dropped, inside=False)
     return frozenset(dropped)

@@ -94,16 +94,16 @@ _ASSIGN = "assign values, not Variables: self.count[...] = self.count[...] + 1"
 
 
 def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any]) -> list[str]:
-    made = [leaf for leaf in problems if leaf.note == _MADE]
+    added = [leaf for leaf in problems if leaf.note == _MADE]
     replaced = [leaf for leaf in problems if leaf.note == _REPLACED]
     hints = []
-    new = [dataclasses.replace(leaf, type=compat.variable_type(live[leaf.path])) for leaf in made + replaced]
+    new = [dataclasses.replace(leaf, type=compat.variable_type(live[leaf.path])) for leaf in added + replaced]
     for_a_call = next((leaf for leaf in new if _is_for_a_call(leaf.type)), None)
     if any(plan.kinds[leaf.kind or ""].saved for leaf in replaced):
         hints.append(_ASSIGN)
     if for_a_call:
         hints.append(_captured(plan, for_a_call))
-    if made and not all(_is_for_a_call(leaf.type) for leaf in made):
+    if added and not all(_is_for_a_call(leaf.type) for leaf in added):
         hints.append("make the Variable before the plan (with model.init_cache(...), for example)")
     left_behind = next((leaf for leaf in problems if leaf.note == _REMOVED and _is_for_a_call(leaf.type)), None)
     if left_behind:

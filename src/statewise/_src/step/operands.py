@@ -1,9 +1,9 @@
-"""Which arrays of a state cross into a compiled function, and how its program finds them.
+"""The arrays of a state that are passed to a compiled function, and how its program finds them.
 
 The compiled function takes just the slots of a state's parts that the program reads or writes, grouped by kind:
 `donated` are written, and come back; `read_only` are only read.  Inside, the program speaks of arrays by their number
 among all arrays of the plan.  Where a part is packed, `unpack` takes the arrays that are needed out of the
-buffers, and `pack` puts the new ones together again, unless the program made a buffer as a whole.
+buffers, and `pack` joins the new ones again, unless the program has computed a buffer as a unit.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Arrays:
     Attributes:
       flat: by number; None for those that are not needed.
       slots: what came in, by kind and slot.
-      made: buffers that the program made as a whole, by kind and slot.
+      computed: buffers that the program has computed as a unit, by kind and slot.
     """
 
     flat: list[Any]
     slots: dict[Spot, Any]
-    made: dict[Spot, Any]
+    computed: dict[Spot, Any]
 
     def store(self, numbers: Sequence[int], arrays: Sequence[Any]) -> None:
         """Gives arrays new values."""
@@ -74,11 +74,11 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operands:
-    """Which arrays cross into the compiled function, and how.
+    """The arrays that are passed to a compiled function.
 
     Attributes:
       plan: the plan.
-      donated: slots that are written; their buffers are given away, and the new values come back so.
+      donated: slots that are written; their memory is donated, and the new values are returned in the same order.
       read_only: slots that are only read.
       needed: the numbers of the arrays that the program uses one by one.
     """
@@ -89,7 +89,7 @@ class Operands:
     needed: frozenset[int]
 
     def unpack(self, donated: Any, read_only: Any) -> Arrays:
-        """Returns the arrays inside the program, from what crossed."""
+        """Returns the arrays inside the program, from what was passed."""
         arrays = Arrays([None] * len(self.plan.arrays), {}, {})
         for operands, parts in ((self.donated, donated), (self.read_only, read_only)):
             for operand, values in zip(operands, parts, strict=True):
@@ -112,8 +112,8 @@ class Operands:
 
 def _stored(arrays: Arrays, slot: Slot) -> Any:
     """Returns the new value of a slot."""
-    if slot.spot in arrays.made:
-        return arrays.made[slot.spot]
+    if slot.spot in arrays.computed:
+        return arrays.computed[slot.spot]
     values = [arrays.flat[number] for number in slot.numbers]
     return values[0] if slot.buffer is None else joined(values)
 
@@ -134,7 +134,7 @@ def operands_of(
       plan: the plan.
       read: the numbers of the arrays that it reads one by one.
       written: the numbers of the arrays that it writes, one by one or in whole buffers.
-      whole: the buffers, by kind and slot, that it makes as a whole.
+      whole: the buffers, by kind and slot, that it computes as a unit.
     """
     donated, read_only, needed = [], [], set(read)
     for kind, slots in enumerate(plan.stored.values()):

@@ -92,7 +92,7 @@ class _Update:
             inputs |= {role: arrays.slots[spot] for role, spot in buffer.moments.items()}
             # All leaves of a buffer have one signature: the first one's is the buffer's.
             for role, new in run.leaf(proof.signatures[buffer.leaves[0]], inputs).items():
-                arrays.made[buffer.spot if role == PARAM else buffer.moments[role]] = new
+                arrays.computed[buffer.spot if role == PARAM else buffer.moments[role]] = new
         in_buffers = {leaf for buffer in self.buffers for leaf in buffer.leaves}
         where = {owner: number for number, owner in zip(self.moments, proof.roles, strict=True) if owner is not None}
         for leaf, number in enumerate(self.params):
@@ -129,7 +129,7 @@ def _whole_buffers(
     spots = {slot.numbers: slot.spot for slot in plan.buffers}
     buffers = []
     for numbers, spot in spots.items():
-        # What the function itself writes is no longer what came in as a buffer.
+        # The function must not have written them: the buffer that came in would be outdated.
         if not all(number in leaf_of and number not in written for number in numbers):
             continue
         leaves = tuple(leaf_of[number] for number in numbers)

@@ -72,8 +72,8 @@ def scan_module(fn: Callable[..., Any], module: Any, x: Any, shared: Any, scan: 
         x = jax.tree.unflatten(layer.out_tree, itertools.islice(results, layer.out_tree.num_leaves))
         written = list(zip(outputs, results, strict=True))
         new = {slot.before: array for slot, array in written if slot.before in carried}
-        made = [array for slot, array in written if slot.before not in carried]
-        return ([new[number] for number in carried], x), made
+        stacked = [array for slot, array in written if slot.before not in carried]
+        return ([new[number] for number in carried], x), stacked
 
     start = [arrays[number] for number in carried], x
     (values, x), returned = scan(run_layer, start, [arrays[number] for number in sliced], length=layers)

@@ -8,9 +8,9 @@ A call does the following:
 - Every other time, the arrays are taken from the state's parts, that function is called, and the new arrays are put
   into a new state that shares all other parts.
 
-JAX itself distinguishes signatures: the compiled function is called at once, and if JAX starts to trace it again, then
-the signature (or JAX's configuration) is new, and the call starts over.  So the Python work of a call does not grow
-with the model.
+JAX itself distinguishes signatures: the compiled function is called without looking at them, and if JAX starts to trace
+it again, then the signature (or JAX's configuration) is new, and the call starts over.  So the Python work of a call
+does not grow with the model.
 """
 
 import dataclasses
@@ -234,7 +234,7 @@ class Step(Generic[P, R_co]):
         that went through one would look written.
         """
         plan = state.tables
-        if plan.per_device:  # Python cannot step through code on several devices at once
+        if plan.per_device:  # a debugger cannot step through code on several devices
             with jax.disable_jit(False):
                 return self(state, *args, **kwargs)
         with jax.disable_jit(False):

@@ -1,4 +1,4 @@
-"""What a train step does for each derived thing of a plan: an optimizer's update, an average's step, and others.
+"""The updates of a train step, one for each derived thing of a plan: an optimizer's update, an average's step, and others.
 
 `step_update` returns the update of one of them.  It is a generic function: the file that defines a new subclass of
 `Derived` registers how a train step moves it, and no other file needs to change.
@@ -22,7 +22,7 @@ __all__ = ["Gradients", "Moved", "StepUpdate", "step_update", "step_updates"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Gradients:
-    """What a train step has computed before its updates run.
+    """The results that a train step has computed before its updates run.
 
     Attributes:
       loss: the loss.
@@ -37,7 +37,7 @@ class Gradients:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Moved:
-    """What a train step writes before an update runs.
+    """The arrays that a train step writes before an update runs.
 
     Attributes:
       kinds: the kinds that its function writes, or that its optimizers update.
@@ -99,5 +99,5 @@ def step_updates(plan: PlanTables, trained: Sequence[Derived], written: Sequence
         update = step_update(derived, plan, Moved(kinds, numbers))
         if update is not None:
             updates.append(update)
-            numbers |= update.writes  # no longer in the buffers that came in
+            numbers |= update.writes  # the buffers that came in are outdated for these
     return updates

@@ -2,7 +2,7 @@
 
 The user's function is called once for each signature, on fresh modules made of tracers, inside `jax.make_jaxpr`.  The
 result is a jaxpr from the arrays of the state and the arguments to the function's output and the arrays' new values.
-From it `effects` determines what is read and what is written; the structure of the module before and after tells which
+From it `effects` determines what is read and what is written; the structure of the module before and after shows which
 Variables the function made, removed or replaced.  The whole contract is checked here, before anything is compiled, so
 it costs nothing in the compiled step.
 """
