@@ -1,4 +1,4 @@
-"""The updates of a train step, one for each derived thing of a plan: an optimizer's update, an average's step, and others.
+"""The updates of a train step, one for each derived thing of a plan: of an optimizer, of an average, or another.
 
 `step_update` returns the update of one of them.  It is a generic function: the file that defines a new subclass of
 `Derived` registers how a train step moves it, and no other file needs to change.
