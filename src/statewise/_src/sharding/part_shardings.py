@@ -49,12 +49,9 @@ def part_shardings_of(arrays: Sequence[Any]) -> PartShardings | None:
 
 
 def _sharding(array: object) -> jax.NamedSharding | None:
-    if isinstance(array, compat.Tracer):
-        return None
-    sharding = getattr(array, "sharding", None)
-    if isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh):
-        return sharding
-    return None
+    sharding = None if isinstance(array, compat.Tracer) else getattr(array, "sharding", None)
+    on_mesh = isinstance(sharding, jax.NamedSharding) and isinstance(sharding.mesh, jax.sharding.Mesh)
+    return sharding if on_mesh else None
 
 
 def is_on_one_device(array: object) -> bool:

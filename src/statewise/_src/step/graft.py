@@ -7,6 +7,7 @@ and puts them at the same paths of the object.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,18 +16,16 @@ from flax import nnx
 
 from statewise._src.common.paths import Path
 
-__all__ = ["at", "graft"]
+__all__ = ["graft", "part_at"]
 
 _MISSING = object()
 _NODES = (nnx.Variable, nnx.Pytree, jax.Array)
 _CHANGEABLE = (nnx.Pytree, Mapping, list)
 
 
-def at(target: Any, path: Path) -> Any:
+def part_at(target: Any, path: Path) -> Any:
     """Returns what is at a path of an object: an attribute or an item."""
-    for key in path:
-        target = _child(target, key)
-    return target
+    return functools.reduce(_child, path, target)
 
 
 def graft(target: Any, copy: Any, paths: Iterable[Path]) -> None:
@@ -44,7 +43,7 @@ def graft(target: Any, copy: Any, paths: Iterable[Path]) -> None:
     for root in sorted(roots, key=lambda path: [(not isinstance(key, int), str(key).zfill(12)) for key in path]):
         # What is inside of another part that moves moves with it.
         if not any(root[:length] in roots for length in range(1, len(root))):
-            _put(at(target, root[:-1]), root[-1], at(copy, root))
+            _put(part_at(target, root[:-1]), root[-1], part_at(copy, root))
 
 
 def _root(target: Any, copy: Any, path: Path) -> Path:

@@ -22,7 +22,7 @@ from statewise._src.plan.leaf_specs import LeafSpec
 from statewise._src.plan.match import claimants, free_name
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.capture import Capture
-from statewise._src.step.graft import at
+from statewise._src.step.graft import part_at
 from statewise.errors import StructureError
 
 __all__ = ["assigned", "leaf_of"]
@@ -81,7 +81,7 @@ def leaf_of(row: LeafSpec, note: str) -> Leaf:
 
 def _is_bridged(objects: Any, path: Path) -> bool:
     """Returns whether a leaf belongs to a Linen module in `nnx.bridge.ToNNX`, which writes by replacing Variables."""
-    return any(isinstance(at(objects, path[:depth]), nnx.bridge.ToNNX) for depth in range(len(path)))
+    return any(isinstance(part_at(objects, path[:depth]), nnx.bridge.ToNNX) for depth in range(len(path)))
 
 
 # --- the declaration that would allow it -----------------------------------------------------------------------
