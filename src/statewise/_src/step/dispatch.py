@@ -276,7 +276,7 @@ class CompiledStep:
         return [pair for kind in kinds for pair in zip(leaves[kind], state.parts[kind].arrays, strict=True)]
 
 
-def _devices(array: object) -> tuple[int, ...]:
+def _devices(array: Any) -> tuple[int, ...]:
     """Returns the ids of the devices that an array must stay on; empty for one that JAX may move."""
     if isinstance(array, compat.Tracer) or not getattr(array, "committed", False):
         return ()

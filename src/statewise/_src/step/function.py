@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from flax import nnx
@@ -22,15 +22,12 @@ from statewise.errors import DeclarationError, StructureError
 __all__ = ["called_as", "check_capacity", "check_function", "kind_names", "named_like", "positional_names"]
 
 
-WrapperT = TypeVar("WrapperT", bound=Callable[..., Any])
-
-
 def called_as(name: str, otherwise: str = "step") -> str:
     """Returns a function's name as code can use it; a lambda has none, so it gets `otherwise`."""
     return name if name.isidentifier() else otherwise
 
 
-def named_like(wrapper: WrapperT, fn: Any) -> WrapperT:
+def named_like(wrapper: Callable[..., Any], fn: object) -> Callable[..., Any]:
     """Gives a wrapper the name and docstring of its function, but not its annotations: it takes or returns others."""
     functools.update_wrapper(wrapper, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     del vars(wrapper)["__wrapped__"]
