@@ -27,7 +27,7 @@ def called_as(name: str, otherwise: str = "step") -> str:
     return name if name.isidentifier() else otherwise
 
 
-def named_like(wrapper: Callable[..., Any], fn: object) -> Callable[..., Any]:
+def named_like(wrapper: Callable[..., Any], fn: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a wrapper the name and docstring of its function, but not its annotations: it takes or returns others."""
     functools.update_wrapper(wrapper, fn, assigned=("__module__", "__name__", "__qualname__", "__doc__"))
     del vars(wrapper)["__wrapped__"]
