@@ -1,7 +1,7 @@
-"""The test room: eight fake CPU devices, no rank promotion, types checked at run time, warnings are errors, hints that
-are code are Python.
+"""Set-up of every test run: eight fake CPU devices, no rank promotion, types checked at run time, and hints that are
+code are checked to be Python.
 
-(That warnings are errors stands in pyproject.toml, so that it holds while test files are imported too.)
+Warnings are errors too; pyproject.toml says so, which covers the import of test files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ runtime_types.check_package()
 
 import jax
 import pytest
+import rich.style  # noqa: F401 - it draws a random number on import, which Hypothesis forbids inside a strategy
 from hypothesis import settings
 
 import quick
