@@ -133,7 +133,7 @@ class _Stack:
 
     @functools.cached_property
     def flat(self) -> list[tuple[int, Any, bool]]:
-        """All arrays, each with the number of its leaf, and whether it has a slice for each layer."""
+        """Returns all arrays, each with the number of its leaf, and whether it has a slice for each layer."""
         leaves = enumerate(zip(self.arrays, self.stacked, strict=True))
         return [(number, array, many) for number, (arrays, many) in leaves for array in arrays]
 
