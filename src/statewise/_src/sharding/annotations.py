@@ -73,7 +73,7 @@ def _check_rank(names: tuple[Any, ...], shape: tuple[int, ...]) -> None:
             hint=f"leaf.set_metadata(out_sharding={_filled(names, shape)!r})"
             "  # an entry for each axis: a layer that was taken out of a stack keeps the stack's entries",
         )
-    # Metadata that names no axis replicates an array of any rank.
+    # Without the name of an axis, metadata replicates an array of any rank.
     if len(names) < len(shape) and any(map(axes_of, names)):
         raise PlacementError(
             fact,

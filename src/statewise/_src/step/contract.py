@@ -57,7 +57,7 @@ class Contract:
         return self.hint.format(kinds=repr(tuple(sorted({*self.named, *kinds}, key=list(plan.kinds).index))))
 
 
-def plain_contract(plan: PlanTables, name: str, writes: Sequence[str], options: str = "") -> Contract:
+def plain_contract(plan: PlanTables, name: str, writes: Sequence[str], options: str) -> Contract:
     """Returns the contract of `@sw.step(writes=...)`; `options` is what `describe_options` returns."""
     _check_writable(plan, name, writes)
     return Contract(
@@ -73,12 +73,7 @@ def plain_contract(plan: PlanTables, name: str, writes: Sequence[str], options: 
 
 
 def train_contract(
-    plan: PlanTables,
-    name: str,
-    wrt: Sequence[str] | None,
-    writes: Sequence[str] | None,
-    has_aux: bool,
-    options: str = "",
+    plan: PlanTables, name: str, wrt: Sequence[str] | None, writes: Sequence[str] | None, has_aux: bool, options: str
 ) -> Contract:
     """Returns the contract of `@sw.train_step(wrt=..., writes=...)`; the arguments are as for `plain_contract`."""
     groups = _groups(plan, name, wrt)

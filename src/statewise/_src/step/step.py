@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import is_array
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member, single_of
 from statewise._src.core.plan import State
 from statewise._src.sharding.explicit_axes import explained
@@ -35,10 +34,6 @@ from statewise._src.step.function import called_as, check_function, kind_names, 
 from statewise.errors import StructureError
 
 __all__ = ["Step", "definition_of"]
-
-
-def _is_shape(obj: object) -> bool:
-    return isinstance(obj, tuple) and all(isinstance(size, int) for size in obj)
 
 
 P = ParamSpec("P")
@@ -164,7 +159,7 @@ class Step(Generic[P, R_co]):
     def _not_mapped(self, state: State, args: Any, call: str) -> StructureError:
         single, count = single_of(state.tables), state.tables.members
         names = [self._definition.arguments.name_of(place, single.object_count) for place in range(len(args))]
-        shapes = [jax.tree.leaves(jax.tree.map(jnp.shape, arg, is_leaf=is_array), is_leaf=_is_shape) for arg in args]
+        shapes = [list(map(jnp.shape, jax.tree.leaves(arg))) for arg in args]
         # Map what has an axis of the ensemble's size; the hint says to adjust the rest.
         axes = [str(0 if own and all(shape[:1] == (count,) for shape in own) else None) for own in shapes]
         returns = "(axes, 0)" if self._definition.contract_of(single, self._definition.name).returns_state else "0"

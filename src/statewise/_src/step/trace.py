@@ -89,7 +89,7 @@ class Call:
     Attributes:
       plan: the plan.
       fn: the function, with its static arguments bound.
-      capture: the collector of what it sows or assigns.
+      capture: collects the values that it sows or assigns.
       name: the step's name.
     """
 
