@@ -225,7 +225,7 @@ def _owners(plan: PlanTables) -> dict[Path, str]:
 
 
 def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) -> None:
-    """Raises where the function of a train step does not return a loss: a real scalar, alone or with aux."""
+    """Checks that the function of a train step returns a loss: a real scalar, alone or with aux."""
     # With `capture=` the output is (out, captured); the loss is the first leaf either way.
     tree = traced.out_tree.children()[0] if captures else traced.out_tree
     if contract.has_aux:

@@ -92,7 +92,7 @@ class Definition:
         return traced, specs
 
     def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
-        """Raises where the function writes something that its contract does not allow."""
+        """Checks that the function writes only what its contract allows."""
         evaluated = functools.partial(self.traced, state, args, kwargs, evaluated=True)
         check_writes(state.tables, traced, contract, self.name, lambda: evaluated()[0])
 
@@ -114,7 +114,7 @@ class Definition:
         return Call(plan, fn, capture, self.name), merged(split.args, split.kwargs, split.donated)
 
     def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> CompiledStep:
-        """Makes the entry of a traced call; `specs` is None where only its operands are of interest, as in an audit."""
+        """Makes the entry of a traced call; `specs` is None if only its operands are of interest, as in an audit."""
         copies = plan.per_device
         program, operands = program_of(plan, traced, contract.groups, copies.axes if copies else ())
         if copies and specs is not None:

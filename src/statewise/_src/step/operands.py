@@ -2,7 +2,7 @@
 
 The compiled function takes just the slots of a state's parts that the program reads or writes, grouped by kind:
 `donated` are written, and come back; `read_only` are only read.  Inside, the program speaks of arrays by their number
-among all arrays of the plan.  Where a part is packed, `unpack` takes the arrays that are needed out of the
+among all arrays of the plan.  If a part is packed, `unpack` takes the arrays that are needed out of the
 buffers, and `pack` joins the new ones again, unless the program has computed a buffer as a unit.
 """
 
@@ -31,7 +31,7 @@ class Operand:
       kind: the position of the kind.
       name: its name.
       slots: which slots.
-      pick: takes them out of a part's arrays; None where it is all of them.
+      pick: takes them out of a part's arrays; None if that is all of them.
     """
 
     kind: int

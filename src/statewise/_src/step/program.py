@@ -34,7 +34,7 @@ def program_of(
 ) -> tuple[Program, Operands]:
     """Returns the program of a traced call, which trains if there are optimizers to run, and its operands.
 
-    Where it runs on each device of some mesh axes, loss and gradients are averaged over them.
+    If it runs on each device of some mesh axes, loss and gradients are averaged over them.
     """
     updates = step_updates(plan, groups, traced.written)
     read = set(itertools.compress(range(traced.inputs), traced.effects.read))
