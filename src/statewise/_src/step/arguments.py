@@ -15,7 +15,7 @@ import jax
 
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["Arguments", "Bound", "JitOptions", "Split", "merged", "parameters_of", "unused_name"]
+__all__ = ["Args", "Arguments", "Bound", "JitOptions", "Kwargs", "Split", "merged", "parameters_of", "unused_name"]
 
 
 class JitOptions(TypedDict, total=False):
@@ -38,6 +38,10 @@ _CHOICES = frozenset({"static_argnames", "static_argnums", "donate_argnames", "d
 _OPTIONS = JitOptions.__optional_keys__ - _CHOICES  # passed to `jax.jit` as they are
 
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
 class Split(NamedTuple):
     """Arguments, separated by how they are passed.
 
@@ -48,10 +52,10 @@ class Split(NamedTuple):
       static: the static arguments, by position or name.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    donated: dict[Any, Any]
-    static: dict[Any, Any]
+    args: Args
+    kwargs: Kwargs
+    donated: dict[int | str, Any]
+    static: dict[int | str, Any]
 
 
 class Arguments:
@@ -84,13 +88,13 @@ class Arguments:
             )
         self.plain = not self.static and not self.donated
 
-    def split(self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int) -> Split:
+    def split(self, args: Args, kwargs: Kwargs, objects: int) -> Split:
         """Takes static and donated arguments out; `objects` is the number of planned objects."""
         if self.plain:
             return Split(args, kwargs, {}, {})
         rest_args, rest_kwargs = list(args), dict(kwargs)
-        donated: dict[Any, Any] = {}
-        static: dict[Any, Any] = {}
+        donated: dict[int | str, Any] = {}
+        static: dict[int | str, Any] = {}
         for chosen, taken in ((self.static, static), (self.donated, donated)):
             for position in range(len(args)):
                 # The user counts the function's own parameters, so the planned objects come first.
@@ -107,14 +111,14 @@ class Arguments:
         """Returns an argument's name, given its name or its position after that many objects."""
         return place if isinstance(place, str) else self._name(place + objects) or f"number {place}"
 
-    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any], objects: int) -> Iterator[tuple[str, Any]]:
+    def named(self, args: Args, kwargs: Kwargs, objects: int) -> Iterator[tuple[str, Any]]:
         """Yields the arguments with their names."""
         yield from ((self.name_of(place, objects), value) for place, value in (*enumerate(args), *kwargs.items()))
 
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None
 
-    def unhashable(self, static: Iterable[tuple[Any, object]], objects: int) -> StructureError:
+    def unhashable(self, static: Iterable[tuple[int | str, object]], objects: int) -> StructureError:
         """Returns the error for static arguments, one of which cannot be hashed."""
         for place, value in static:
             try:
@@ -144,9 +148,7 @@ class Arguments:
         return jax.jit(program, donate_argnums=(0, 1) if donate else (), **options)
 
 
-def merged(
-    args: tuple[Any, ...], kwargs: dict[str, Any], taken: dict[Any, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def merged(args: Args, kwargs: Kwargs, taken: dict[int | str, Any]) -> tuple[Args, Kwargs]:
     """Puts arguments that were taken out back at their positions and names."""
     if not taken:
         return args, kwargs
@@ -171,9 +173,9 @@ class Bound:
     """
 
     fn: Callable[..., Any]
-    static: dict[Any, Any]
+    static: dict[int | str, Any]
     objects: int
-    names: dict[Any, str]
+    names: dict[int | str, str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function."""

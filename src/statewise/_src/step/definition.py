@@ -16,7 +16,7 @@ import jax
 
 from statewise._src.core.plan import State
 from statewise._src.plan.tables import PlanTables
-from statewise._src.step.arguments import Arguments, Bound, merged
+from statewise._src.step.arguments import Args, Arguments, Bound, Kwargs, merged
 from statewise._src.step.capture import Capture
 from statewise._src.step.contract import Contract, check_loss, check_writes
 from statewise._src.step.dispatch import CompiledStep
@@ -58,7 +58,7 @@ class Definition:
         """Returns whether the step returns what its function sows or assigns."""
         return bool(self.captured)
 
-    def trace_checked(self, state: State, args: Any, kwargs: Any) -> tuple[Traced, Contract, Any]:
+    def trace_checked(self, state: State, args: Args, kwargs: Kwargs) -> tuple[Traced, Contract, Any]:
         """Traces and checks one call; for a step that runs on each device, also returns how the arguments are split."""
         plan = state.tables
         contract = self.contract_of(plan, self.name)
@@ -68,7 +68,7 @@ class Definition:
             check_loss(traced, contract, self.captures, self.name)
         return traced, contract, specs
 
-    def traced(self, state: State, args: Any, kwargs: Any, *, evaluated: bool = False) -> tuple[Traced, Any]:
+    def traced(self, state: State, args: Args, kwargs: Kwargs, *, evaluated: bool = False) -> tuple[Traced, Any]:
         """Traces one call, optionally after `model.eval()`; also returns how the arguments are split among devices."""
         plan, copies = state.tables, state.tables.per_device
         call, dynamic = self.call(plan, args, kwargs)
@@ -91,7 +91,7 @@ class Definition:
         check_not_baked(traced.effects, call.fn, self.name)
         return traced, specs
 
-    def check_writes(self, traced: Traced, contract: Contract, state: State, args: Any, kwargs: Any) -> None:
+    def check_writes(self, traced: Traced, contract: Contract, state: State, args: Args, kwargs: Kwargs) -> None:
         """Checks that the function writes only what its contract allows."""
         evaluated = functools.partial(self.traced, state, args, kwargs, evaluated=True)
         check_writes(state.tables, traced, contract, self.name, lambda: evaluated()[0])
@@ -102,7 +102,7 @@ class Definition:
         for warning in warnings_of(plan, traced, contract, self.fn, self.name):
             warnings.warn(warning, stacklevel=6)  # points at the call of the step
 
-    def call(self, plan: PlanTables, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, tuple[Any, Any]]:
+    def call(self, plan: PlanTables, args: Args, kwargs: Kwargs) -> tuple[Call, tuple[Args, Kwargs]]:
         """Returns the function with its static arguments bound, and the other arguments: (args, kwargs)."""
         capture = Capture(plan.kinds, self.captured)
         split = self.arguments.split(args, kwargs, plan.object_count)

@@ -26,7 +26,7 @@ from statewise._src.core.state_data import Part, check_unshared, deleted_kinds, 
 from statewise._src.core.usable import check_concrete
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, is_on_one_device
-from statewise._src.step.arguments import Arguments, merged
+from statewise._src.step.arguments import Args, Arguments, Kwargs, merged
 from statewise._src.step.function import called_as
 from statewise._src.step.operands import Operands
 from statewise._src.step.shard_map import specs_of
@@ -102,7 +102,7 @@ class CompiledStep:
         finally:
             _tracing.entry = before
 
-    def operands_from(self, state: State, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def operands_from(self, state: State, args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
         """Selects the arguments of the compiled function from a state and the step's arguments."""
         parts = state.parts
         donated = [parts[kind].arrays if pick is None else pick(parts[kind].arrays) for kind, pick in self._donates]
@@ -112,7 +112,7 @@ class CompiledStep:
         split = self.arguments.split(args, kwargs, self.plan.object_count)
         return donated, split.donated, read_only, split.args, split.kwargs
 
-    def run(self, state: State, args: Any, kwargs: Any, fn: Callable[..., Any] | None = None) -> Any:
+    def run(self, state: State, args: Args, kwargs: Kwargs, fn: Callable[..., Any] | None = None) -> Any:
         """Calls the compiled function, or another compilation of it, on a state.
 
         Raises:
@@ -175,7 +175,7 @@ class CompiledStep:
             self._fns[donate, places] = self.arguments.jit(self._checked, donate, written)
         return self._fns[donate, places]
 
-    def lower(self, state: State, args: Any, kwargs: Any) -> jax.stages.Lowered:
+    def lower(self, state: State, args: Args, kwargs: Kwargs) -> jax.stages.Lowered:
         """Lowers the function for a state, which may be abstract, and these arguments."""
         return self.compiled(True, self._places(state.parts)).lower(*self.operands_from(state, args, kwargs))
 
@@ -202,7 +202,7 @@ class CompiledStep:
                 parts[kind].donated_by = self.name
         return State.make(self.plan, new)
 
-    def _explain(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
+    def _explain(self, state: State, args: Args, kwargs: Kwargs, error: Exception) -> None:
         """Explains a runtime error about arrays that are deleted, donated twice, or abstract."""
         check_concrete(
             jax.tree.leaves(state),
@@ -239,7 +239,7 @@ class CompiledStep:
                     hint="pass a copy: jnp.copy(array)",
                 ) from error
 
-    def _check_other_devices(self, state: State, args: Any, kwargs: Any, error: Exception) -> None:
+    def _check_other_devices(self, state: State, args: Args, kwargs: Kwargs, error: Exception) -> None:
         """Raises for arrays on devices other than those of the first array of the state that the step touches."""
         touched = self._stored(state, sorted(self._touches))
         expected = next((_devices(array) for _, array in touched if _devices(array)), ())
@@ -288,7 +288,7 @@ def _listed(devices: tuple[int, ...]) -> str:
     return f"device {shown}" if len(devices) == 1 else f"devices {shown}"
 
 
-def args_key(args: Any, kwargs: Any, arguments: Arguments, plan: PlanTables) -> Any:
+def args_key(args: Args, kwargs: Kwargs, arguments: Arguments, plan: PlanTables) -> Any:
     """Returns a cheap key for the arguments of a signature: structure, shapes, dtypes and static values.
 
     For a step that runs on each device of a mesh, the key also contains how the arguments are split.

@@ -49,7 +49,7 @@ def check_written_arguments(
     written: Sequence[WrittenArgument],
     fn: Any,
     objects: int,
-    name_of: Callable[[Any], str],
+    name_of: Callable[[int | str], str],
     name: str,
     optimizers: bool,
 ) -> None:

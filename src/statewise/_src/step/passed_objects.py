@@ -35,7 +35,7 @@ class WrittenArgument:
       leaf: the leaf; its path starts at the object.
     """
 
-    place: Any
+    place: int | str
     inside: tuple[Any, ...]
     object: type
     leaf: Leaf

@@ -69,7 +69,7 @@ def _sharding(copies: PerDeviceArrays, leaf: Any) -> jax.NamedSharding | None:
 
 
 def local_arguments(
-    copies: PerDeviceArrays, args: Any, kwargs: Any, specs: Sequence[Any], name_of: Callable[[Any], str], step: str
+    copies: PerDeviceArrays, args: Any, kwargs: Any, specs: Sequence[Any], name_of: Callable[..., str], step: str
 ) -> tuple[Any, Any]:
     """Returns the arguments as one device sees them, by shape and dtype; numbers unchanged.
 

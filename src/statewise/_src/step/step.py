@@ -27,7 +27,7 @@ from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_membe
 from statewise._src.core.plan import State
 from statewise._src.sharding.explicit_axes import explained
 from statewise._src.step.aot import Lowered, no_state
-from statewise._src.step.arguments import Arguments
+from statewise._src.step.arguments import Args, Arguments, Kwargs
 from statewise._src.step.definition import ContractOf, Definition
 from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
 from statewise._src.step.function import called_as, check_function, kind_names, named_like
@@ -145,7 +145,7 @@ class Step(Generic[P, R_co]):
 
     # --- ensembles ---------------------------------------------------------------------------------------------
 
-    def _call_on_member(self, state: State, args: Any, kwargs: Any) -> Any:
+    def _call_on_member(self, state: State, args: Args, kwargs: Kwargs) -> Any:
         """Runs the step inside `jax.vmap`, where the arrays are those of one member, under the plan of the ensemble."""
         if not is_of_one_member(state):
             raise self._not_mapped(state, args, "{}(state{})")
@@ -174,7 +174,7 @@ class Step(Generic[P, R_co]):
 
     # --- a signature not seen before ---------------------------------------------------------------------------
 
-    def _call_new(self, state: State, args: Any, kwargs: Any) -> Any:
+    def _call_new(self, state: State, args: Args, kwargs: Kwargs) -> Any:
         """Calls the step with a signature that may be new: traces, checks and compiles if it is."""
         if compat.jit_is_disabled():
             with explained(self._definition.name, state, args, kwargs):
@@ -192,7 +192,7 @@ class Step(Generic[P, R_co]):
             entry.ready = True
             return result
 
-    def _run(self, entry: CompiledStep, state: State, args: Any, kwargs: Any) -> Any:
+    def _run(self, entry: CompiledStep, state: State, args: Args, kwargs: Kwargs) -> Any:
         result = entry.run(state, args, kwargs)
         if not entry.closes_over_tracers:
             plan = state.tables
@@ -204,7 +204,7 @@ class Step(Generic[P, R_co]):
                 self._only.pop(plan, None)
         return result
 
-    def _entry(self, state: State, args: Any, kwargs: Any, retrace: bool = False) -> CompiledStep:
+    def _entry(self, state: State, args: Args, kwargs: Kwargs, retrace: bool = False) -> CompiledStep:
         """Returns the entry for this plan and signature; traces the function if it is new."""
         entries = self._entries.setdefault(state.tables, {})
         key = (
@@ -222,7 +222,7 @@ class Step(Generic[P, R_co]):
 
     # --- without compilation, under jax.disable_jit ------------------------------------------------------------
 
-    def _call_eagerly(self, state: State, args: Any, kwargs: Any) -> Any:
+    def _call_eagerly(self, state: State, args: Args, kwargs: Kwargs) -> Any:
         """Runs the user's function on the arrays themselves, so that a debugger and `print` work.
 
         A trace still determines what it writes and whether it may: without compilation a scan unrolls, and every leaf

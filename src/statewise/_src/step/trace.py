@@ -37,6 +37,7 @@ from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
 from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
+from statewise._src.step.arguments import Args, Kwargs
 from statewise._src.step.capture import Capture
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
@@ -98,7 +99,7 @@ class Call:
     capture: Capture
     name: str
 
-    def trace(self, state: State, args: Any, kwargs: Any) -> Traced:
+    def trace(self, state: State, args: Args, kwargs: Kwargs) -> Traced:
         """Traces `fn(*objects, *args, **kwargs)` over a state.
 
         Raises:
@@ -151,7 +152,7 @@ class Call:
             passed=box["passed"].lost(effects.written[inputs:]),
         )
 
-    def eager(self, traced: Traced, state: State, dynamic: tuple[Any, Any]) -> Traced:
+    def eager(self, traced: Traced, state: State, dynamic: tuple[Args, Kwargs]) -> Traced:
         """Returns the traced call of (args, kwargs) so that it runs the function itself: for `jax.disable_jit`."""
         unpacked = zip(self.plan.kinds, state.parts, strict=True)
         stored = [array for kind, part in unpacked for array in self.plan.unpack(kind, part.arrays)]
@@ -165,7 +166,7 @@ class Call:
 
         return dataclasses.replace(traced, eager=run)
 
-    def run(self, arrays: Sequence[Any], args: Any, kwargs: Any, passed: Passed | None = None) -> tuple[Any, list[Any]]:
+    def run(self, arrays: list[Any], args: Args, kwargs: Kwargs, passed: Passed | None = None) -> tuple[Any, list[Any]]:
         """Calls the function on fresh objects that hold these arrays; returns its output and the arrays afterwards."""
         plan = self.plan
         values = [
