@@ -90,10 +90,10 @@ def draw_few_examples(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Keeps a worker's memory under 2 GB: clears caches between files, never within one."""
+    """Keeps a worker's memory under 2 GB by clearing caches, mostly between files."""
     yield
-    if nextitem is None or nextitem.path != item.path:
-        worker_memory.after_file(item.path.relative_to(TESTS).as_posix())
+    last_of_file = nextitem is None or nextitem.path != item.path
+    worker_memory.after_test(item.nodeid, last_of_file=last_of_file)
 
 
 @pytest.fixture(scope="session")
