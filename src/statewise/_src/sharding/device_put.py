@@ -56,7 +56,7 @@ def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
     return jax.device_put(array, sharding)
 
 
-def _is_on_cpu(sharding: Sharding) -> bool:
+def _is_on_cpu(sharding: Any) -> bool:
     """Returns whether all of a sharding's memory kinds are the host's memory."""
     return any(device.platform == "cpu" for device in sharding.device_set)
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -159,7 +159,8 @@ def resolve(plan: PlanTables, mesh: Any) -> dict[str, tuple[ArrayPlacement, ...]
 _AVERAGED = "placement=sw.Replicated() for kinds with an optimizer; for an ensemble: jax.vmap over plan.axes(params=0)"
 
 
-class _ModelArray(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ModelArray:
     """One array of the model: its leaf, the keys that lead to it within the leaf's value, its shape and dtype."""
 
     leaf: Leaf
@@ -191,7 +192,7 @@ class _Resolver:
         # Optimizers come last: they follow the placements of the others.
         for index in sorted(range(len(self.arrays)), key=lambda index: _is_moment(self.arrays[index].leaf)):
             array = self.arrays[index]
-            leaf, keys, spec = array
+            leaf, keys, spec = array.leaf, array.keys, array.spec
             placement = plan.kinds[leaf.kind or ""].placement
             # An optimizer among the objects stores paths relative to its own model: without the object's name or
             # position.
@@ -251,9 +252,11 @@ class _Resolver:
     def _annotated_owners(self, placement: FromMetadata, kinds: Sequence[str]) -> Owners:
         """Returns the leaves of these kinds, placed by this placement."""
         return {
-            leaf.path + keys: [(spec.shape, self.place(placement, [leaf.path], spec, leaf))]
-            for leaf, keys, spec in self.arrays
-            if leaf.kind in kinds
+            array.leaf.path + array.keys: [
+                (array.spec.shape, self.place(placement, [array.leaf.path], array.spec, array.leaf))
+            ]
+            for array in self.arrays
+            if array.leaf.kind in kinds
         }
 
     @functools.cached_property

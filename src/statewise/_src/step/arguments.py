@@ -113,7 +113,8 @@ class Arguments:
 
     def named(self, args: Args, kwargs: Kwargs, objects: int) -> Iterator[tuple[str, Any]]:
         """Yields the arguments with their names."""
-        yield from ((self.name_of(place, objects), value) for place, value in (*enumerate(args), *kwargs.items()))
+        yield from ((self.name_of(position, objects), value) for position, value in enumerate(args))
+        yield from kwargs.items()
 
     def _name(self, position: int) -> str | None:
         return self.names[position] if position < len(self.names) else None

@@ -166,5 +166,6 @@ def _capturing(
 
 def _subclasses(cls: type) -> Iterator[type]:
     yield cls
-    for subclass in cls.__subclasses__():
+    below: list[type] = cls.__subclasses__()
+    for subclass in below:
         yield from _subclasses(subclass)

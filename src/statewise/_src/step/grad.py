@@ -115,7 +115,8 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
         writes = [(graph.paths[number], graph.leaves[number], value) for number, value in changed.items()]
         put_values(root, graph.leaves, writes)
         if new_leaves:
-            nnx.update(root, nnx.from_flat_state(list(zip(new_paths, new_leaves, strict=True))))
+            new: list[tuple[Any, Any]] = list(zip(new_paths, new_leaves, strict=True))
+            nnx.update(root, nnx.from_flat_state(new))
         return ((loss, aux) if has_aux else loss), _gradients(graph, chosen, flat, grads)
 
     return named_like(differentiated, fn)
