@@ -358,6 +358,7 @@ def test_leaves_without_a_slice_for_each_layer_are_listed() -> None:
             "mean: BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)",
             "var: BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)",
         ],
+        kind="stats",
         hint=MEND,
     ):
         sw.scan_layers(block, given, X, shared="stats")

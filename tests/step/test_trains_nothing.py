@@ -144,6 +144,7 @@ def test_all_that_the_error_says() -> None:
         "loss trains nothing: no leaf that it differentiates reaches the loss. The function reads `model`, a variable "
         "of its closure.",
         leaves=["kernel: Param(3, 1) float32  kind=params  (not read)"],
+        kind="params",
         hint="use `m`, the step's argument, instead of `model`",
     ):
         sw.train_step(loss)(state_of(model), X)
