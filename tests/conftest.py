@@ -57,7 +57,7 @@ for made in (StatewiseError, StatewiseWarning, Finding):
     check_hints_of(made)
 
 # Compilation makes the first example of a property slow and the next ones fast: a deadline would only flicker.
-# CI draws the same examples every time, so that more of them would find nothing new; elsewhere each run looks at others.
+# CI draws the same examples every time, and more of them would find nothing new; elsewhere each run looks at others.
 settings.register_profile("statewise", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("statewise"), derandomize=True, max_examples=CI_EXAMPLES)
 # A quick run draws the same ones too, so that what it compiled is in JAX's cache the next time.
