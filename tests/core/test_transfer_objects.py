@@ -26,7 +26,7 @@ def test_of_two_that_fit_alike_none_is_guessed() -> None:
     src = sw.plan(STUDENT, TEACHER).take(STUDENT, TEACHER)
     with refused(
         sw.StructureError,
-        "The target may be any of the source's objects 0, 1: they fit alike.",
+        "The target may be any of the source's objects 0, 1: all fit equally well.",
         hint="one = src.plan.build(src)[0]\nsw.transfer(sw.plan(one).take(one), target)",
     ):
         sw.transfer(src, sw.plan(Net(0.0)))
