@@ -204,9 +204,9 @@ def test_states_that_do_not_stack() -> None:
     train(donated, X[0], Y[0])
     with pytest.raises(sw.StructureError, match="This state was donated"):
         PLAN.stack([donated, states_of(1)[0]])
-    with pytest.raises(sw.StructureError, match="and of a batch of states the plan of an ensemble"):
+    with pytest.raises(sw.StructureError, match="or a batch of states if the plan is of an ensemble"):
         PLAN.stack(batch())
-    with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them"):
+    with pytest.raises(sw.StructureError, match="The state's arrays do not have the shapes and dtypes of its plan"):
         PLAN.stacked(4).stack(batch())
     assert plan.stack([SMALL.abstract()] * 3)["params"]["w"].shape == plan.abstract()["params"]["w"].shape
 
@@ -317,7 +317,7 @@ def test_square_arrays_along_another_axis_are_not_taken_for_the_same(tmp_path: P
     plan = sw.plan(nnx.Dict(w=nnx.Param(jnp.ones(3))))
     states = plan.stack([plan.take(nnx.Dict(w=nnx.Param(jnp.full(3, float(i))))) for i in range(3)])
     other = plan.stacked(3, params=1)
-    with pytest.raises(sw.StructureError, match="The source is not what the target wants"):
+    with pytest.raises(sw.StructureError, match="The source does not fit the target"):
         sw.transfer(states, other)
     sw.save(tmp_path / "a", states)
     with pytest.raises(sw.RestoreError):

@@ -317,7 +317,7 @@ def test_of_an_ensemble_nothing_is_guessed() -> None:
     model = Tenants()
     plan = kinds_of().plan(model, optimizers={"lora": per_slot(optax.adam(1e-2))})
     stacked = jax.tree.map(lambda array: jnp.stack([array] * 3), plan.take(model))
-    with pytest.raises(sw.StructureError, match=r"^The state's arrays are not as its plan has them\."):
+    with pytest.raises(sw.StructureError, match=r"^The state's arrays do not have the shapes and dtypes of its plan\."):
         stacked.restart("lora", "optimizer", key=jax.random.key(0))
 
 

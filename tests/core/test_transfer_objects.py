@@ -76,5 +76,5 @@ def test_the_hint_names_the_kinds_that_the_source_has() -> None:
     assert caught.value.hint == hint
     moved = eval(hint.partition(": ")[2], {"sw": sw, "src": src, "state": state})
     assert np.array_equal(moved["weights"]["w"], jnp.zeros(2))
-    with pytest.raises(sw.DeclarationError, match="no floating-point dtype"):
+    with pytest.raises(sw.DeclarationError, match="not a floating-point dtype"):
         sw.transfer(src, state, kinds="weights", cast={"weights": "float16"})
