@@ -260,7 +260,7 @@ def test_no_state(given: Any) -> None:
 
 def test_the_model_and_the_state_in_the_wrong_order() -> None:
     plan, thing = sw.plan(model()), model()
-    with pytest.raises(sw.StructureError, match=r"^plan\.put wants a state, not Node\."):
+    with pytest.raises(sw.StructureError, match=r"^plan\.put takes a state, not Node\."):
         plan.put(thing, plan.take(thing))
 
 
