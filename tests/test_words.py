@@ -30,6 +30,7 @@ DONE = (
     "src/statewise/_src/common/tables.py",
     "src/statewise/_src/common/ties.py",
     "src/statewise/_src/common/write_values.py",
+    "src/statewise/_src/core",
     "src/statewise/_src/filters",
     "src/statewise/_src/sharding",
     "src/statewise/_src/step",

@@ -231,7 +231,7 @@ def test_a_state_inside_jit() -> None:
 def test_a_batch_of_states() -> None:
     check_either(
         sw.StructureError,
-        "The state's arrays are not as its plan has them.",
+        "The state's arrays do not have the shapes and dtypes of its plan.",
         jax.tree.map(lambda array: jnp.stack([array] * 4), state_of(w=nnx.Param(ONES))),
         leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) in the state)"],
         hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
@@ -246,7 +246,7 @@ def test_a_model_whose_arrays_are_gone() -> None:
     kinds.plan(model).take(model, copy=False).restart()
     check_either(
         sw.StructureError,
-        "The model's arrays are gone: they were taken with copy=False, and a step has donated them.",
+        "The model's arrays no longer exist: they were taken with copy=False, and a step has donated them.",
         model,
         leaves=["w: Param(2, 3) float32  kind=params"],
         hint="plan.put(state, model) gives it those of now; or compare the state",

@@ -125,7 +125,7 @@ def test_a_target_that_is_a_batch_of_states(tmp_path: pathlib.Path) -> None:
     sw.save(tmp_path / "run", state)
     with refused(
         sw.StructureError,
-        "The state's arrays are not as its plan has them.",
+        "The state's arrays do not have the shapes and dtypes of its plan.",
         leaves=["w: Param(2, 3) float32  kind=params  (is (4, 2, 3) in the state)"],
         hint="all of them as one ensemble: state = plan.stacked(4).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"

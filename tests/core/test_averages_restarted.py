@@ -114,7 +114,7 @@ def test_the_state_before_keeps_averages_that_nobody_donates() -> None:
 
 def test_averages_named_beside_slots_are_refused_with_the_call_that_works() -> None:
     state = trained()
-    with pytest.raises(sw.DeclarationError, match="or with what they are of") as caught:
+    with pytest.raises(sw.DeclarationError, match="or with the kinds that they track") as caught:
         state.restart("lora", "ema", where=[1], key=KEY)
     where, key = [1], KEY
     assert str(caught.value.hint) == "state.restart('lora', where=where, key=key)  # averages follow what is restarted"

@@ -61,7 +61,7 @@ def test_a_batch_of_states_is_told_the_plan_that_fits_it(tmp_path: Path, door: s
     states = batch()
     with pytest.raises(sw.StructureError) as caught:
         DOORS[door](tmp_path, states)
-    assert caught.value.message == "The state's arrays are not as its plan has them."
+    assert caught.value.message == "The state's arrays do not have the shapes and dtypes of its plan."
     assert "dense/kernel: Param(3, 4) float32  kind=params  (is (3, 3, 4) in the state)" in map(
         str, caught.value.leaves
     )
@@ -137,10 +137,12 @@ def test_axes_that_are_none() -> None:
         SMALL.stacked(3, params="0")
     with pytest.raises(sw.DeclarationError, match="There is no kind 'gates'"):
         SMALL.stacked(3, gates=0)
-    with pytest.raises(sw.StructureError, match="1 leaf has no such axis") as caught:
+    with pytest.raises(sw.StructureError, match="1 leaf has too few dimensions for the axis") as caught:
         SMALL.stacked(3, params=1, variables=1)
     assert [leaf.path for leaf in caught.value.leaves] == [("n",)]
-    with pytest.raises(sw.DeclarationError, match="Averages have the axes of what they are of") as refusal:
+    with pytest.raises(
+        sw.DeclarationError, match="Averages must have the axes of the values that they track"
+    ) as refusal:
         PLAN.stacked(3, params=0, ema=None)
     assert refusal.value.hint == "plan.stacked(8, params=0)  # without ema="
     with pytest.raises(sw.DeclarationError, match="over=0 is not the name of a mesh axis"):
@@ -187,7 +189,7 @@ def test_states_that_do_not_stack() -> None:
     ):
         plan.stack([small(), small()])
     for given, shown in (([], "nothing"), ([small(), 1, small()], "int"), ("abc", "str"), (3, "int")):
-        with pytest.raises(sw.StructureError, match=f"plan.stack wants a state of each member, not {shown}"):
+        with pytest.raises(sw.StructureError, match=f"plan.stack takes a state for each member, not {shown}"):
             plan.stack(given)
     other = sw.plan(nnx.Dict(w=nnx.Param(jnp.ones(2))))
     with pytest.raises(sw.StructureError, match="State 1 is of another plan"):
@@ -196,15 +198,15 @@ def test_states_that_do_not_stack() -> None:
         plan.stack([small(), small(), plan.stack([small()] * 3)])
     with pytest.raises(sw.StructureError, match="State 1 is abstract"):
         plan.stack([small(), SMALL.abstract(), small()])
-    with pytest.raises(sw.StructureError, match="is packed, or lies per device, otherwise than state 0"):
+    with pytest.raises(sw.StructureError, match="and state 0 differ in packing, or in their per-device values"):
         PLAN.stack([states_of(1)[0], states_of(1, pack=True)[0]])
     donated = states_of(1)[0]
     train(donated, X[0], Y[0])
     with pytest.raises(sw.StructureError, match="This state was donated"):
         PLAN.stack([donated, states_of(1)[0]])
-    with pytest.raises(sw.StructureError, match="and of a batch of states the plan of an ensemble"):
+    with pytest.raises(sw.StructureError, match="or a batch of states if the plan is of an ensemble"):
         PLAN.stack(batch())
-    with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them"):
+    with pytest.raises(sw.StructureError, match="The state's arrays do not have the shapes and dtypes of its plan"):
         PLAN.stacked(4).stack(batch())
     assert plan.stack([SMALL.abstract()] * 3)["params"]["w"].shape == plan.abstract()["params"]["w"].shape
 
@@ -213,11 +215,11 @@ def test_what_all_share_is_the_same_in_each() -> None:
     plan = SMALL.stacked(3, variables=None)
     with refused(
         sw.StructureError,
-        "All members share the kind 'variables', which is not the same in each state.",
-        leaves=["n: Variable() int32  kind=variables  (another in state 2 than in state 0)"],
+        "All members share the kind 'variables', but it is not the same in each state.",
+        leaves=["n: Variable() int32  kind=variables  (differs between state 2 and state 0)"],
         kind="variables",
         hint="give each member its own: plan.stacked(3, variables=0)\n"
-        "or make them alike first: state.replace(variables=states[0]['variables'])",
+        "or make them the same first: state.replace(variables=states[0]['variables'])",
     ):
         plan.stack([small(1.0, 5), small(2.0, 5), small(3.0, 6)])
     states = [small(1.0, 5), small(2.0, 5), small(3.0, 6)]
@@ -230,7 +232,7 @@ def test_what_all_share_is_the_same_in_each() -> None:
     assert not {id(array) for array in jax.tree.leaves(ensemble.member(0))} & {
         id(array) for array in jax.tree.leaves(ensemble)
     }
-    with pytest.raises(sw.StructureError, match="nobody can tell whether it is the same"):
+    with pytest.raises(sw.StructureError, match="its values in the states cannot be compared"):
         jax.jit(lambda *states: plan.stack(states))(*states)
     nan = sw.plan(nnx.Dict(w=nnx.Param(jnp.ones(2)), s=nnx.BatchStat(jnp.array(np.nan))))
     like = [nan.take(nnx.Dict(w=nnx.Param(jnp.ones(2)), s=nnx.BatchStat(jnp.array(np.nan)))) for _ in range(2)]
@@ -315,7 +317,7 @@ def test_square_arrays_along_another_axis_are_not_taken_for_the_same(tmp_path: P
     plan = sw.plan(nnx.Dict(w=nnx.Param(jnp.ones(3))))
     states = plan.stack([plan.take(nnx.Dict(w=nnx.Param(jnp.full(3, float(i))))) for i in range(3)])
     other = plan.stacked(3, params=1)
-    with pytest.raises(sw.StructureError, match="The source is not what the target wants"):
+    with pytest.raises(sw.StructureError, match="The source does not fit the target"):
         sw.transfer(states, other)
     sw.save(tmp_path / "a", states)
     with pytest.raises(sw.RestoreError):

@@ -155,8 +155,8 @@ def test_without_copying_the_model_shares_until_a_step_donates() -> None:
     train = sw.train_step(lambda model: (model.a[...] * model.b[...]).sum())
     state, _ = train(state)
     assert array.is_deleted()
-    hint = "plan.put(state, model) gives it those of now; without copy=False a model keeps its own arrays"
-    message = "The model's arrays are gone: they were taken with copy=False, and a step has donated them."
+    hint = "plan.put(state, model) gives it the current ones; without copy=False a model keeps its own arrays"
+    message = "The model's arrays no longer exist: they were taken with copy=False, and a step has donated them."
     gone = ["a: Param(2,) float32  kind=params", "b: Param(2,) float32  kind=params"]
     with refused(sw.StructureError, message, leaves=gone, hint=hint):
         plan.take(thing)

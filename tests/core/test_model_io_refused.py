@@ -123,7 +123,7 @@ def test_an_abstract_model_has_nothing_to_take() -> None:
         sw.StructureError,
         "The model is abstract: it has shapes but no values to take.",
         leaves=[str(leaf) for leaf in plan.leaves],
-        hint="plan.abstract() gives an abstract state; plan.take wants a model that was built for real",
+        hint="plan.abstract() gives an abstract state; plan.take needs a model with values",
     ):
         plan.take(nnx.eval_shape(model))
 
@@ -250,17 +250,17 @@ def test_a_state_of_another_plan_with_the_same_leaves() -> None:
 def test_no_state(given: Any) -> None:
     plan = sw.plan(model())
     name = type(given).__name__
-    message = f"plan.put wants a state, not {name}."
+    message = f"plan.put takes a state, not {name}."
     with refused(sw.StructureError, message, hint="plan.put(state, model)"):
         plan.put(given, model())
-    message = f"plan.build wants a state, not {name}."
+    message = f"plan.build takes a state, not {name}."
     with refused(sw.StructureError, message, hint="model = plan.build(state)"):
         plan.build(given)
 
 
 def test_the_model_and_the_state_in_the_wrong_order() -> None:
     plan, thing = sw.plan(model()), model()
-    with pytest.raises(sw.StructureError, match=r"^plan\.put wants a state, not Node\."):
+    with pytest.raises(sw.StructureError, match=r"^plan\.put takes a state, not Node\."):
         plan.put(thing, plan.take(thing))
 
 
@@ -276,7 +276,7 @@ def test_arrays_that_do_not_fit_the_plan() -> None:
         "two: Variable- -  kind=variables  (is (2, 1) in the state)",
         "two: Variable- -  kind=variables  (is (2,) in the state)",
     ]
-    message = "The state's arrays are not as its plan has them."
+    message = "The state's arrays do not have the shapes and dtypes of its plan."
     hint = (
         "all of them as one ensemble: state = plan.stacked(2).stack(states)\n"
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)\n"

@@ -138,7 +138,7 @@ def test_axes_map_whole_kinds() -> None:
     thing = nnx.BatchNorm(3, use_running_average=True, rngs=nnx.Rngs(0))
     plan = sw.plan(thing)
     state = plan.take(thing)
-    with pytest.raises(sw.StructureError, match=r"^What replaces kind 'stats' does not fit the plan\."):
+    with pytest.raises(sw.StructureError, match=r"^The replacement of kind 'stats' does not fit the plan\."):
         state.replace(stats=jax.tree.map(lambda array: jnp.stack([array, array + 1]), state["stats"]))
     stacked = jax.tree.map(lambda array: jnp.stack([array, array + 1]), state)
     run = sw.step(lambda model, x: model(x))

@@ -147,13 +147,12 @@ def test_folding_works_while_it_is_traced() -> None:
 def test_whole_numbers_and_keys_have_no_mean() -> None:
     with refused(
         sw.StructureError,
-        "Whole numbers, booleans and keys have no mean.",
+        "Integers, booleans and keys do not have a mean.",
         leaves=[
-            "count: Cache() int32  kind=cache  (has no mean)",
-            "drop/rngs/count: RngCount() uint32  kind=rng  (has no mean)",
-            "drop/rngs/key: RngKey() key<fry>  kind=rng  (has no mean)",
+            "count: Cache() int32  kind=cache  (does not have a mean)",
+            "drop/rngs/count: RngCount() uint32  kind=rng  (does not have a mean)",
+            "drop/rngs/key: RngKey() key<fry>  kind=rng  (does not have a mean)",
         ],
-        kind="cache",
         hint="state.reduce_devices('cache', 'rng', how='first')",
     ):
         different().reduce_devices("cache", "rng")
@@ -162,10 +161,10 @@ def test_whole_numbers_and_keys_have_no_mean() -> None:
 def test_a_function_that_keeps_the_axis_is_refused() -> None:
     with refused(
         sw.StructureError,
-        "What folds these values changes the shape or dtype of the leaf.",
+        "The function in how= changes the shape or dtype of a leaf.",
         leaves=["count: Cache() int32  kind=cache  (would become (4,) int32)"],
         kind="cache",
-        hint="a function that takes the leading axis away: how=lambda array: array.max(axis=0)",
+        hint="a function that removes the leading axis: how=lambda array: array.max(axis=0)",
     ):
         different().reduce_devices("cache", how=lambda array: array)
 
@@ -176,7 +175,7 @@ def test_a_function_that_keeps_the_axis_is_refused() -> None:
         (
             ("params",),
             "mean",
-            "Kind 'params' holds one value of each leaf: there is nothing to fold.",
+            "Kind 'params' has one value of each leaf: there is nothing to reduce.",
             "params",
             "state.reduce_devices('stats', 'cache', 'rng')",
         ),
@@ -202,13 +201,13 @@ def test_what_cannot_be_folded_is_said(kinds: Any, how: Any, message: str, kind:
 
 
 def test_a_state_with_one_value_of_everything_has_nothing_to_fold() -> None:
-    message = "This state holds one value of each leaf: there is nothing to fold."
-    with refused(sw.DeclarationError, message, hint="it can be used as it is"):
+    message = "This state has one value of each leaf: there is nothing to reduce."
+    with refused(sw.DeclarationError, message, hint="use it as it is"):
         PLAN.take(Own()).reduce_devices()
 
 
 def test_an_abstract_state_has_nothing_to_fold() -> None:
     message = "This state is abstract: it has shapes but no values to reduce."
-    hint = "state, report = sw.restore(path, state)  # then reduce what comes out of it"
+    hint = "state, report = sw.restore(path, state)  # then reduce the restored state"
     with refused(sw.StructureError, message, kind="stats", hint=hint):
         PLAN.abstract(MESH).reduce_devices("stats", how="mean")

@@ -221,14 +221,14 @@ def test_leaves_without_the_axis_or_of_another_length(where: Any) -> None:
         kind="cache",
         leaves=[
             "both: Cache- -  kind=cache  (2 slots)",
-            "index: Cache() int32  kind=cache  (has no such axis)",
+            "index: Cache() int32  kind=cache  (does not have this axis)",
             "small: Cache(2, 2) float32  kind=cache  (2 slots)",
         ],
         hint="kinds = plan.kinds.replace(cache=dataclasses.replace(plan.kinds['cache'], "
         f"of=nnx.All(plan.kinds['cache'].of, nnx.Not({odd})))) | "
         "sw.Kinds(cache_of_all=dataclasses.replace(plan.kinds['cache'], "
-        f"of=nnx.All(plan.kinds['cache'].of, {odd}), batch_axis=None))  # a kind apart\n"
-        "or restart them whole: state.restart('cache')",
+        f"of=nnx.All(plan.kinds['cache'].of, {odd}), batch_axis=None))  # a separate kind\n"
+        "or restart all slots: state.restart('cache')",
     ):
         state.restart("cache", where=where)
     assert not any(bool(array.any()) for array in jax.tree.leaves(state.restart("cache")))
@@ -241,7 +241,7 @@ def test_no_leaf_has_the_axis() -> None:
         sw.StructureError,
         "Not every leaf of cache has its batch axis.",
         kind="cache",
-        leaves=["index: Cache() int32  kind=cache  (has no such axis)"],
+        leaves=["index: Cache() int32  kind=cache  (does not have this axis)"],
         hint="state.restart('cache')",
     ):
         state.restart("cache", where=[0])
@@ -251,7 +251,9 @@ def test_the_attention_of_flax_has_one_index_for_all_slots() -> None:
     thing = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
     thing.init_cache((SLOTS, 5, 4))
     kinds = sw.Kinds.standard().replace(cache=KINDS["cache"])
-    with pytest.raises(sw.StructureError, match=r"cache_index: Cache\(\) int32  kind=cache  \(has no such axis\)"):
+    with pytest.raises(
+        sw.StructureError, match=r"cache_index: Cache\(\) int32  kind=cache  \(does not have this axis\)"
+    ):
         kinds.plan(thing).take(thing).restart("cache", where=[0])
 
 
@@ -281,7 +283,7 @@ def test_slots_of_stacked_states_are_not_guessed() -> None:
         (
             "whole",
             {"where": [0]},
-            "Kind 'whole' declares no batch_axis, so its slots cannot be told apart.",
+            "Kind 'whole' does not declare a batch_axis, so its slots cannot be distinguished.",
             "kinds = plan.kinds.replace(whole=dataclasses.replace(plan.kinds['whole'], batch_axis=0))",
         ),
     ],
@@ -300,7 +302,7 @@ def test_a_kind_without_leaves() -> None:
         sw.DeclarationError,
         "Kind 'cache' has no leaves in this model, so there is nothing to restart.",
         kind="cache",
-        hint="make the leaves before the plan is made: model.init_cache(...), say",
+        hint="make the leaves before the plan is made, as with model.init_cache(...)",
     ):
         state.restart("cache")
     with refused(
@@ -356,7 +358,7 @@ def test_one_array_in_two_leaves_of_a_state_made_by_hand() -> None:
     state = jax.tree.map(lambda _: array, plan.take(thing))
     with refused(
         sw.StructureError,
-        "a and b share one array; a step could not write them apart.",
+        "a and b share one array, so a step could not write them separately.",
         kind="cache",
         leaves=["a: Cache(4,) float32  kind=cache", "b: Cache(4,) float32  kind=cache"],
         hint="give one of them a copy: jax.tree.map(jnp.copy, part)",

@@ -59,7 +59,7 @@ def test_averages_take_no_key() -> None:
     plan = drawn().plan(model, averages={"lora": sw.EMA(0.9)})
     with refused(
         sw.DeclarationError,
-        "key= would do nothing: the averages 'ema' begin as copies.",
+        "key= would do nothing: the averages 'ema' restart as copies.",
         kind="ema",
         hint="state.restart('ema')",
     ):
@@ -164,7 +164,7 @@ def test_hints_for_leaves_without_slots_can_be_followed() -> None:
             plan.take(model).restart("cache", where=[1])
         names: dict[str, Any] = {"plan": plan, "sw": sw, "nnx": nnx, "dataclasses": __import__("dataclasses")}
         first, last = str(caught.value.hint).split("\n")
-        assert last == "or restart them whole: state.restart('cache')"
+        assert last == "or restart all slots: state.restart('cache')"
         exec(first, names)
         state = names["kinds"].plan(model).take(model).restart("cache", where=[1])
         assert state["cache"]["blocks"][0]["k"].tolist() == [[1, 1], [0, 0], [1, 1], [1, 1]]

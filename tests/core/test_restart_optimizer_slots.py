@@ -140,7 +140,7 @@ def test_slots_along_another_axis() -> None:
     plan = kinds.plan(model, optimizers={"lora": per_slot(tx, 1)})
     with refused(
         sw.DeclarationError,
-        "Kind 'optimizer' declares no batch_axis, so its slots cannot be told apart.",
+        "Kind 'optimizer' does not declare a batch_axis, so its slots cannot be distinguished.",
         kind="optimizer",
         hint="optimizer=sw.Kind(nnx.OptState, batch_axis=0)",
     ):
@@ -221,7 +221,7 @@ def test_a_joint_optimizer_is_not_restarted_by_half() -> None:
     state = plan.take(model)
     with refused(
         sw.DeclarationError,
-        "The optimizer of params+lora is a joint one: with lora the moments of params would begin again too.",
+        "The optimizer of params+lora is a joint one: with lora the moments of params would restart too.",
         kind="optimizer",
         leaves=["base/bias: Param(4,) float32  kind=params", "base/kernel: Param(4, 4) float32  kind=params"],
         hint="an optimizer for each: kinds.plan(model, optimizers={'params': tx, 'lora': tx})\n"
@@ -250,9 +250,11 @@ def test_the_hint_for_a_shared_count_can_be_followed(axis: int) -> None:
     state = plan.take(model)
     with pytest.raises(sw.StructureError) as caught:
         state.restart("lora", "optimizer", where=[1], key=jax.random.key(7))
-    assert "optimizer/lora/0/count: Array() int32  kind=optimizer  (has no such axis)" in map(str, caught.value.leaves)
+    assert "optimizer/lora/0/count: Array() int32  kind=optimizer  (does not have this axis)" in map(
+        str, caught.value.leaves
+    )
     *code, last = str(caught.value.hint).split("\n")
-    assert last == "or restart them whole: state.restart('lora', 'optimizer')"
+    assert last == "or restart all slots: state.restart('lora', 'optimizer')"
     if axis == 0:
         assert code == [
             "tx = plan.optimizers[('lora',)]",
@@ -278,8 +280,8 @@ def test_the_hint_where_other_optimizers_have_no_slots() -> None:
     with pytest.raises(sw.StructureError) as caught:
         plan.take(model).restart("optimizer", where=[1])
     assert caught.value.hint == (
-        "state.restart('lora', 'optimizer', where=where)  # theirs alone\n"
-        "or restart them whole: state.restart('optimizer')"
+        "state.restart('lora', 'optimizer', where=where)  # only their optimizers\n"
+        "or restart all slots: state.restart('optimizer')"
     )
 
 
@@ -315,7 +317,7 @@ def test_of_an_ensemble_nothing_is_guessed() -> None:
     model = Tenants()
     plan = kinds_of().plan(model, optimizers={"lora": per_slot(optax.adam(1e-2))})
     stacked = jax.tree.map(lambda array: jnp.stack([array] * 3), plan.take(model))
-    with pytest.raises(sw.StructureError, match=r"^The state's arrays are not as its plan has them\."):
+    with pytest.raises(sw.StructureError, match=r"^The state's arrays do not have the shapes and dtypes of its plan\."):
         stacked.restart("lora", "optimizer", key=jax.random.key(0))
 
 

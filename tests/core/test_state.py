@@ -229,7 +229,7 @@ def test_every_misfit_is_listed() -> None:
     before = jax.tree.leaves(state)
     with refused(
         sw.StructureError,
-        "What replaces kind 'params' does not fit the plan.",
+        "The replacement of kind 'params' does not fit the plan.",
         kind="params",
         leaves=[
             "layer/bias: Param(3,) float32  kind=params  (is a str in the replacement)",
@@ -250,7 +250,7 @@ def test_a_part_that_was_donated() -> None:
     sw.step(writes="stats")(lambda model, x: model.norm(x))(first, jnp.ones((2, 3)))
     with refused(
         sw.StructureError,
-        "What replaces kind 'stats' does not fit the plan.",
+        "The replacement of kind 'stats' does not fit the plan.",
         kind="stats",
         leaves=[
             "norm/mean: BatchStat(3,) float32  kind=stats  (donated by an earlier step)",
@@ -269,7 +269,7 @@ def test_one_array_in_two_leaves() -> None:
     hint = "give one of them a copy: jax.tree.map(jnp.copy, part)"
     with refused(
         sw.StructureError,
-        "layer/bias and norm/bias share one array; a step could not write them apart.",
+        "layer/bias and norm/bias share one array, so a step could not write them separately.",
         kind="params",
         leaves=["layer/bias: Param(3,) float32  kind=params", "norm/bias: Param(3,) float32  kind=params"],
         hint=hint,
@@ -277,7 +277,7 @@ def test_one_array_in_two_leaves() -> None:
         state.replace(params=part)
     with refused(
         sw.StructureError,
-        "layer/bias and norm/mean share one array; a step could not write them apart.",
+        "layer/bias and norm/mean share one array, so a step could not write them separately.",
         kind="stats",
         leaves=["layer/bias: Param(3,) float32  kind=params", "norm/mean: BatchStat(3,) float32  kind=stats"],
         hint=hint,
@@ -339,7 +339,7 @@ def test_a_cast_to_what_is_no_float(given: Any, shown: str | None) -> None:
     state = taken()
     with refused(
         sw.DeclarationError,
-        f"Kind 'params' cannot be cast to {shown or repr(given)}: no floating-point dtype.",
+        f"Kind 'params' cannot be cast to {shown or repr(given)}: it is not a floating-point dtype.",
         kind="params",
         hint="cast(params='bfloat16')",
     ):

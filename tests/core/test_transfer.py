@@ -161,7 +161,7 @@ def test_tied_leaves() -> None:
     assert one != other
     with refused(
         sw.StructureError,
-        "The source is not what the target wants: 1 leaf differs.",
+        "The source does not fit the target: 1 leaf differs.",
         leaves=["a: Param(3,) float32  kind=params  (tied here, apart in the source as a and b)"],
         kind="params",
         hint="tie them in the target as they are in the source: assign the same nnx.Variable, or two",
@@ -225,7 +225,7 @@ def test_another_dtype_wants_to_be_allowed() -> None:
     src, half = learner(), sw.plan(Model(nnx.Rngs(1), jnp.bfloat16))
     with refused(
         sw.StructureError,
-        "The source is not what the target wants: 3 leaves differ.",
+        "The source does not fit the target: 3 leaves differ.",
         leaves=[
             "embed/embedding: Param(8, 4) bfloat16  kind=params  (is float32 in the source)",
             "out/bias: Param(8,) bfloat16  kind=params  (is float32 in the source)",
@@ -251,7 +251,7 @@ def test_a_dtype_makes_the_targets_numbers_so() -> None:
     assert {array.dtype for array in jax.tree.leaves(found["stats"])} == {jnp.dtype(jnp.float32)}
     with refused(
         sw.DeclarationError,
-        "Kind 'params' cannot be cast to 'int32': no floating-point dtype.",
+        "Kind 'params' cannot be cast to 'int32': it is not a floating-point dtype.",
         kind="params",
         hint="cast(params='bfloat16')",
     ):
@@ -275,7 +275,7 @@ def test_floats_become_no_integers() -> None:
     src = sw.plan(nnx.Dict(a=nnx.Variable(jnp.ones(3)))).take(nnx.Dict(a=nnx.Variable(jnp.ones(3))))
     with refused(
         sw.StructureError,
-        "The source is not what the target wants: 1 leaf differs.",
+        "The source does not fit the target: 1 leaf differs.",
         leaves=["a: Variable(3,) int32  kind=variables  (is float32 in the source, which does not become int32)"],
         kind="variables",
         hint="the models differ: plan the target's model as the source's was made",
@@ -317,7 +317,7 @@ def test_everything_that_differs_is_listed() -> None:
     )
     with refused(
         sw.StructureError,
-        "The source is not what the target wants: 4 leaves differ.",
+        "The source does not fit the target: 4 leaves differ.",
         leaves=[
             "a: Param(3,) float32  kind=params  (is (2,) in the source)",
             "b: Variable(2,) float32  kind=variables  (is a Param in the source)",
@@ -332,7 +332,7 @@ def test_everything_that_differs_is_listed() -> None:
 def test_a_plan_has_no_values_of_its_own() -> None:
     with refused(
         sw.StructureError,
-        "A plan has no values of its own, and nothing gives any for cache.",
+        "A plan has no values of its own, so there are none for cache.",
         leaves=["seen: Cache(2, 4) float32  kind=cache"],
         kind="cache",
         hint="sw.transfer(src, plan.take(model), kinds=('params', 'stats', 'rng'))  # keeps the state's other kinds",
@@ -364,13 +364,13 @@ def test_what_is_no_state_and_no_plan() -> None:
     src = learner()
     with refused(
         sw.StructureError,
-        "sw.transfer moves out of a state, not Model.",
+        "sw.transfer copies from a state, not Model.",
         hint="sw.transfer(plan.take(model), target)",
     ):
         sw.transfer(Model(nnx.Rngs(0)), src.plan)
     with refused(
         sw.StructureError,
-        "sw.transfer moves into a plan or a state, not Model.",
+        "sw.transfer copies into a plan or a state, not Model.",
         hint="sw.transfer(src, plan), or sw.transfer(src, plan.take(model), kinds='params')",
     ):
         sw.transfer(src, Model(nnx.Rngs(0)))
@@ -389,7 +389,7 @@ def test_a_spent_target_and_an_abstract_one_tell_where() -> None:
 def test_one_of_many_has_to_be_taken_out_first() -> None:
     src = learner()
     many = jax.tree.map(lambda array: jnp.stack([array] * 2), src)
-    with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them") as caught:
+    with pytest.raises(sw.StructureError, match="do not have the shapes and dtypes of its plan") as caught:
         sw.transfer(many, sw.plan(Model(nnx.Rngs(1))))
     assert "jax.tree.map(lambda array: array[0], states)" in (caught.value.hint or "")
     assert same(sw.transfer(jax.tree.map(lambda array: array[0], many), src.plan), src)

@@ -26,7 +26,7 @@ def test_of_two_that_fit_alike_none_is_guessed() -> None:
     src = sw.plan(STUDENT, TEACHER).take(STUDENT, TEACHER)
     with refused(
         sw.StructureError,
-        "The target may be any of the source's objects 0, 1: they fit alike.",
+        "The target may be any of the source's objects 0, 1: all fit equally well.",
         hint="one = src.plan.build(src)[0]\nsw.transfer(sw.plan(one).take(one), target)",
     ):
         sw.transfer(src, sw.plan(Net(0.0)))
@@ -76,5 +76,5 @@ def test_the_hint_names_the_kinds_that_the_source_has() -> None:
     assert caught.value.hint == hint
     moved = eval(hint.partition(": ")[2], {"sw": sw, "src": src, "state": state})
     assert np.array_equal(moved["weights"]["w"], jnp.zeros(2))
-    with pytest.raises(sw.DeclarationError, match="no floating-point dtype"):
+    with pytest.raises(sw.DeclarationError, match="not a floating-point dtype"):
         sw.transfer(src, state, kinds="weights", cast={"weights": "float16"})

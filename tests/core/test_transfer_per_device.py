@@ -77,10 +77,10 @@ def test_many_values_become_one_by_folding_alone() -> None:
     src, plan = learner(), sw.plan(Model())
     with refused(
         sw.StructureError,
-        "The source is not what the target wants: 2 leaves differ.",
+        "The source does not fit the target: 2 leaves differ.",
         leaves=[
-            "norm/mean: BatchStat(3,) float32  kind=stats  (has a value of each of 4 devices in the source)",
-            "norm/var: BatchStat(3,) float32  kind=stats  (has a value of each of 4 devices in the source)",
+            "norm/mean: BatchStat(3,) float32  kind=stats  (has a value for each of 4 devices in the source)",
+            "norm/var: BatchStat(3,) float32  kind=stats  (has a value for each of 4 devices in the source)",
         ],
         kind="stats",
         hint="sw.transfer(src.reduce_devices('stats', how='mean'), ...)  # or how='first'",
@@ -93,10 +93,10 @@ def test_many_values_become_one_by_folding_alone() -> None:
 
 def test_keys_and_counts_have_no_mean_to_become_one_by() -> None:
     src, actor = learner(), sw.plan(Model()).take(Model())
-    note = "has a value of each of 4 devices in the source"
+    note = "has a value for each of 4 devices in the source"
     with refused(
         sw.StructureError,
-        "The source is not what the target wants: 2 leaves differ.",
+        "The source does not fit the target: 2 leaves differ.",
         leaves=[
             f"drop/rngs/count: RngCount() uint32  kind=rng  ({note})",
             f"drop/rngs/key: RngKey() key<fry>  kind=rng  ({note})",
@@ -115,8 +115,8 @@ def test_a_target_whose_kept_kinds_lie_per_device_takes_no_other_mesh() -> None:
     src = learner()
     with refused(
         sw.StructureError,
-        "The state that is the target has kinds that lie per device, or would have on this mesh: they cannot stay "
-        "where they are.",
+        "The target is a state with per-device values, or would have some on this mesh, so its other kinds cannot "
+        "keep their arrays.",
         hint="sw.transfer(src, kinds.plan(model), mesh=mesh)  # all of it, into the plan",
     ):
         sw.transfer(src, KINDS.plan(Model()).take(Model()), kinds="params", mesh=MESH)

@@ -247,12 +247,12 @@ def test_a_leaf_of_too_few_dimensions_is_named() -> None:
     plan = sw.plan(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     with refused(
         sw.StructureError,
-        "4 leaves have no such axis.",
+        "4 leaves have too few dimensions for the axis.",
         leaves=[
-            "bias: Param(3,) float32  kind=params  (with another axis it has 2; axis -3 is not one of them)",
-            "scale: Param(3,) float32  kind=params  (with another axis it has 2; axis -3 is not one of them)",
-            "mean: BatchStat(3,) float32  kind=stats  (with another axis it has 2; axis 2 is not one of them)",
-            "var: BatchStat(3,) float32  kind=stats  (with another axis it has 2; axis 2 is not one of them)",
+            "bias: Param(3,) float32  kind=params  (has rank 2 with the new axis, which cannot be -3)",
+            "scale: Param(3,) float32  kind=params  (has rank 2 with the new axis, which cannot be -3)",
+            "mean: BatchStat(3,) float32  kind=stats  (has rank 2 with the new axis, which cannot be 2)",
+            "var: BatchStat(3,) float32  kind=stats  (has rank 2 with the new axis, which cannot be 2)",
         ],
         hint="the first axis, which every array can have: plan.axes(params=0, stats=0)\n"
         "or one for each: plan.axes(params=lambda path, shape: 1 if len(shape) > 1 else 0)",
@@ -262,8 +262,8 @@ def test_a_leaf_of_too_few_dimensions_is_named() -> None:
     thing = nnx.Dict(count=nnx.Variable(jnp.array(0)))
     with refused(
         sw.StructureError,
-        "1 leaf has no such axis.",
-        leaves=["count: Variable() int32  kind=variables  (with another axis it has 1; axis 1 is not one of them)"],
+        "1 leaf has too few dimensions for the axis.",
+        leaves=["count: Variable() int32  kind=variables  (has rank 1 with the new axis, which cannot be 1)"],
         kind="variables",
         hint="the first axis, which every array can have: plan.axes(variables=0)\n"
         "or one for each: plan.axes(variables=lambda path, shape: 1 if len(shape) > 1 else 0)",
@@ -274,7 +274,7 @@ def test_a_leaf_of_too_few_dimensions_is_named() -> None:
 def test_a_function_that_gives_no_axis_is_refused() -> None:
     with refused(
         sw.DeclarationError,
-        "The function of kind 'stats' gives something else than axes.",
+        "The function of kind 'stats' returns something other than axes.",
         leaves=[
             "norm/mean: BatchStat(4,) float32  kind=stats  (given 'mean')",
             "norm/var: BatchStat(4,) float32  kind=stats  (given 'var')",
@@ -290,7 +290,7 @@ def test_arrays_packed_together_have_one_axis() -> None:
     plan = sw.plan(nnx.List(leaves)).take(nnx.List(leaves), pack=True).plan
     with refused(
         sw.StructureError,
-        "Arrays that are packed into one buffer have one axis.",
+        "Arrays that are packed into one buffer must have one axis.",
         leaves=["3: Variable(2,) float32  kind=variables  (axis 0, packed with others of axis None)"],
         kind="variables",
         hint="one axis for all of the kind, or take the state without pack=",
@@ -310,7 +310,7 @@ def test_random_streams_have_to_be_told() -> None:
         "drop/rngs/count: RngCount() uint32  kind=rng",
         "drop/rngs/key: RngKey() key<fry>  kind=rng",
     ]
-    message = "The model has random streams in rng, and plan.axes is not given what becomes of them."
+    message = "The model has random streams in rng, and plan.axes does not say whether they are shared."
     for given, said in (({}, ""), ({"params": 0, "stats": None}, "params=0, stats=None, ")):
         hint = (
             f"plan.axes({said}rng=0)  # each member draws noise of its own\n"

@@ -263,7 +263,7 @@ def test_slots_of_averages_are_refused() -> None:
     state = plan({"params": sw.EMA(0.9)}).take(model)
     with refused(
         sw.DeclarationError,
-        "The averages 'ema' have no slots: they begin again as a whole, or with what they are of.",
+        "The averages 'ema' have no slots of their own: they restart completely, or with the kinds that they track.",
         kind="ema",
         hint="state.restart('ema')",
     ):

@@ -44,7 +44,7 @@ def test_a_restart_to_declare_makes_no_adapter_of_zeros() -> None:
     with pytest.raises(sw.DeclarationError) as caught:
         plan.take(Adapter()).restart("lora", key=KEY)
     plan = pasted(caught.value.hint, plan=plan)["kinds"].plan(Adapter())
-    with pytest.raises(sw.DeclarationError, match="declares no batch_axis") as caught:
+    with pytest.raises(sw.DeclarationError, match="does not declare a batch_axis") as caught:
         plan.take(Adapter()).restart("lora", where=[1], key=KEY)
     plan = pasted(caught.value.hint, plan=plan)["kinds"].plan(Adapter())
     state = plan.take(Adapter()).restart("lora", where=[1], key=KEY)
@@ -74,7 +74,7 @@ def test_one_value_for_all_slots_is_not_given_a_batch_axis() -> None:
     with pytest.raises(sw.DeclarationError, match="one value for all slots") as caught:
         state.restart("lora", "counts", where=x, key=KEY)
     assert caught.value.hint == (
-        "state.restart('lora', where=where)  # and 'counts' goes on as it is\n"
+        "state.restart('lora', where=where)  # and 'counts' keeps its value\n"
         "or all slots: state.restart('lora', 'counts')"
     )
     assert [leaf.path for leaf in caught.value.leaves] == [("calls",)]

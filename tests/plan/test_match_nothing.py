@@ -266,7 +266,10 @@ def test_kinds_without_leaves_are_not_restored_saved_or_transferred(tmp_path: An
         assert error.hint == "those that have: params"
     assert not (tmp_path / "none").exists()
     error = refused(lambda: sw.transfer(state, state, kinds="lora"))
-    assert (error.message, error.hint) == ("kinds='lora' names no kind that has leaves.", "those that have: params")
+    assert (error.message, error.hint) == (
+        "kinds='lora' does not name a kind that has leaves.",
+        "those that have: params",
+    )
     restored, report = sw.restore(tmp_path / "all", state, only=("params", "stats"))  # one of them has
     assert [leaf.outcome for leaf in report.leaves] == ["restored"] * 4
     assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))

@@ -255,7 +255,7 @@ def test_init_wants_a_function() -> None:
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     with refused(
         sw.StructureError,
-        "plan.init wants a function that makes the model, not Linear.",
+        "plan.init takes a function that makes the model, not Linear.",
         hint="plan.init(lambda: Model(rngs=nnx.Rngs(0)), mesh)  # or plan.take(model, mesh=mesh)",
     ):
         sw.plan(model).init(model, jax.make_mesh((8,), ("data",)))
@@ -273,7 +273,7 @@ def test_init_cannot_see_arrays_outside_of_variables() -> None:
     mesh = jax.make_mesh((8,), ("data",))
     with refused(
         sw.StructureError,
-        "Arrays outside of Variables are static to NNX where a model is made inside jax.jit.",
+        "Arrays outside of Variables are static to NNX if a model is made inside jax.jit.",
         leaves=["table: Array(3,) float32  kind=variables  (missing from the model)"],
         hint="self.table = nnx.data(jnp.ones(3))  # or an nnx.Variable; or plan.take(make_model(), mesh=mesh)",
     ):

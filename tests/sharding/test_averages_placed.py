@@ -157,7 +157,7 @@ def test_a_fold_folds_averages_with_what_they_are_of() -> None:
         assert folded.plan.kinds["stats"].placement == sw.Replicated()
     with refused(
         sw.StructureError,
-        "This state has a value of each device in stats, ema, but a model holds one value of each leaf; "
+        "This state has per-device values in stats, ema, but a model holds one value of each leaf; "
         "plan.build would have to choose.",
         leaves=[
             f"{path}: {type_}(8,) float32  kind={kind}"

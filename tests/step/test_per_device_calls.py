@@ -217,7 +217,7 @@ def test_a_kind_is_replaced_and_cast_with_its_leading_axis() -> None:
     np.testing.assert_array_equal(out[0].astype(float), range(4))
     with refused(
         sw.StructureError,
-        "What replaces kind 'stats' does not fit the plan.",
+        "The replacement of kind 'stats' does not fit the plan.",
         leaves=["seen: BatchStat() float32  kind=stats  (is () in the replacement)"],
         kind="stats",
         hint="jax.tree.map(function, state['stats']) keeps the structure",
@@ -268,7 +268,7 @@ def test_a_model_cannot_take_the_values_of_all_devices(verb: str) -> None:
     state = fresh()
     with refused(
         sw.StructureError,
-        "This state has a value of each device in stats, but a model holds one value of each leaf; "
+        "This state has per-device values in stats, but a model holds one value of each leaf; "
         f"plan.{verb} would have to choose.",
         leaves=["seen: BatchStat() float32  kind=stats"],
         kind="stats",

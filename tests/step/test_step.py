@@ -316,7 +316,7 @@ def test_a_state_whose_arrays_do_not_fit_its_plan() -> None:
     state = jax.tree.map(lambda array: jnp.stack([array, array]), taken())
     with pytest.raises(sw.StructureError) as caught:
         sw.step(lambda model: model.w[...].sum())(state)
-    assert caught.value.message == "The state's arrays are not as its plan has them."
+    assert caught.value.message == "The state's arrays do not have the shapes and dtypes of its plan."
     assert len(caught.value.leaves) == len(jax.tree.leaves(state))
     assert "jax.vmap(step, in_axes=(plan.axes(params=0), ...))" in (caught.value.hint or "")
 

@@ -209,7 +209,7 @@ def test_one_array_in_two_leaves_of_a_state_made_by_hand() -> None:
     for _ in range(2):
         with refused(
             sw.StructureError,
-            "a and b share one array; a step could not write them apart.",
+            "a and b share one array, so a step could not write them separately.",
             leaves=["a: Param(2,) float32  kind=params", "b: Param(2,) float32  kind=params"],
             kind="params",
             hint="give one of them a copy: jax.tree.map(jnp.copy, part)",

@@ -202,7 +202,7 @@ def test_vmap_over_some_kinds() -> None:
 
 
 def test_vmap_with_the_wrong_axes_is_refused() -> None:
-    with pytest.raises(sw.StructureError, match="The state's arrays are not as its plan has them") as caught:
+    with pytest.raises(sw.StructureError, match="do not have the shapes and dtypes of its plan") as caught:
         jax.vmap(evaluate, in_axes=(PLAN.axes(stats=0, rng=None), None))(fresh(), X)
     assert [str(leaf) for leaf in caught.value.leaves] == [
         "norm/mean: BatchStat(3,) float32  kind=stats  (is () in the state)",

@@ -1,8 +1,11 @@
-"""Averages read: in the place of what they are of, and begun again.
+"""Averages swapped in for the values that they track, and restarted with them.
 
-`state.with_averages("ema")` is a state of the same plan whose averaged kinds hold the averages, so every step takes it
-as it is.  What it holds in their place are copies, in the dtypes and where the leaves were: no later step on the one
-state donates the other's.
+`state.with_averages("ema")` is a state of the same plan whose averaged kinds hold the averages, so every step accepts
+it.  It holds copies, in the dtypes and with the shardings of the values that they replace: no later step on one of the
+two states donates arrays of the other.
+
+When a kind restarts, its averages restart as copies of the new values, in the same slots.  Averages of the old values
+would hand the last tenant's adapter to the next one.
 """
 
 from __future__ import annotations
@@ -11,34 +14,44 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, may_lose
 from statewise._src.common.nnx_graph import is_abstract
-from statewise._src.core.member_view import as_ensemble, as_one, for_each_member, is_of_one_member, single_of
-from statewise._src.core.state_data import Part, StateData, StateT, check_fits, check_not_donated
+from statewise._src.core.member_view import as_ensemble, as_one, compiled, for_each_member, is_of_one_member, single_of
+from statewise._src.core.restart_slots import only_where
+from statewise._src.core.restart_targets import Chosen
+from statewise._src.core.state_data import (
+    StateData,
+    StateT,
+    check_fits,
+    check_not_donated,
+    kind_arrays,
+    kind_places,
+    with_arrays,
+)
 from statewise._src.plan.averages import Average
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["averages_in", "begun_again", "check_starts", "with_averages"]
+__all__ = ["averages_in", "followers", "with_averages", "with_restarted_averages"]
 
 
 def averages_in(plan: PlanTables, name: str) -> list[tuple[Average, int]]:
-    """The averages of a name, each with where it begins in their kind."""
-    return [(one.derived, one.start) for one in plan.derived_arrays if one.derived.mirrors and one.derived.into == name]
+    """Returns the averages of one name, each with the position of its first array in their kind."""
+    placed = (placed for placed in plan.derived_arrays if placed.derived.mirrors and placed.derived.into == name)
+    return [(each.derived, each.start) for each in placed]
 
 
 def with_averages(state: StateT, name: str) -> StateT:
-    """See `State.with_averages`."""
+    """Implements `State.with_averages`."""
     if is_of_one_member(state):
         return as_ensemble(state.tables.ensemble, with_averages(as_one(state), name))
     plan = state.tables
     averages = averages_in(plan, name)
     if not averages:
-        known = list(dict.fromkeys(one.into for one in plan.averages))
+        known = list(dict.fromkeys(average.into for average in plan.averages))
         raise DeclarationError(
             f"There are no averages {name!r}.",
             kind=str(name),
@@ -46,113 +59,125 @@ def with_averages(state: StateT, name: str) -> StateT:
             if known
             else f"kinds.plan(model, ..., averages={{'params': sw.EMA(0.999, name={name!r})}})",
         )
-    _check_casts(state, _narrowed_values(plan, name))
-    return _replaced(state, [name], [one.kind for one, _ in averages], _values, name)
-
-
-def begun_again(state: StateT, name: str) -> StateT:
-    """This state with the averages of a name as they are at the start: copies of the values."""
-    check_starts(state, name)
-    return _replaced(state, [one.kind for one, _ in averages_in(state.tables, name)], [name], _starts, name)
-
-
-def check_starts(state: StateData, name: str) -> None:
-    """Refuses values that the dtype of their averages cannot hold.
-
-    Raises:
-      StructureError: their leaves.
-    """
-    _check_casts(state, _narrowed_starts(state.tables, name))
-
-
-Narrowed = tuple[tuple[str, int, Any], ...]
+    _check_casts(state, name, to_values=True)
+    check_not_donated(state, [name])
+    arrays = state.part(name).arrays
+    if is_abstract(arrays):
+        return state  # shapes and dtypes are those of the values
+    if plan.packing:
+        check_fits(state, [name])
+    tracked = [average.kind for average, _ in averages]
+    values = _values_program(plan, name, kind_places(state, tracked))([arrays])
+    return with_arrays(state, dict(zip(tracked, values, strict=True)))
 
 
 @functools.lru_cache(maxsize=64)
-def _narrowed_values(plan: PlanTables, name: str) -> Narrowed:
-    """The slots of the averages, by kind and number, that take another dtype as values, and which."""
-    wanted: dict[int, Any] = {}
-    for one, start in averages_in(plan, name):
-        wanted |= {start + at: spec.dtype for at, spec in enumerate(plan.specs[one.kind])}
-    return _narrowed(plan, name, wanted)
+def _values_program(plan: PlanTables, name: str, places: tuple[PartShardings | None, ...]) -> Any:
+    """Returns the compiled function from the averages to the kinds that they track."""
+    single = single_of(plan)
+    averages = averages_in(single, name)
+
+    def values(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        own = single.unpack(name, tuple(parts[0]))
+        tracked = []
+        for average, start in averages:
+            specs = single.specs[average.kind]
+            arrays = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(own[start:], specs, strict=False)]
+            tracked.append(single.pack(average.kind, tuple(arrays)))
+        return tracked
+
+    kinds = [average.kind for average, _ in averages]
+    return compiled(for_each_member(plan, values, [name], kinds), places)
 
 
-@functools.lru_cache(maxsize=64)
-def _narrowed_starts(plan: PlanTables, name: str) -> Narrowed:
-    """The same of the slots of values that take another dtype as averages."""
-    made: Narrowed = ()
-    for one, _ in averages_in(plan, name):
-        made += _narrowed(plan, one.kind, {at: spec.dtype for at, spec in enumerate(one.layout.specs)})
-    return made
-
-
-def _narrowed(plan: PlanTables, kind: str, wanted: dict[int, Any]) -> Narrowed:
-    found: dict[tuple[str, int, Any], None] = {}
-    for slot, content in enumerate(plan.slots[plan.kind_index[kind]]):
-        for at in (content,) if isinstance(content, int) else content.positions:
-            if at in wanted and may_lose(plan.specs[kind][at].dtype, wanted[at]):
-                found[kind, slot, wanted[at]] = None
-    return tuple(found)
-
-
-def _check_casts(state: StateData, narrowed: Narrowed) -> None:
-    """Refuses values or averages that the dtype of the other cannot hold; looks at those alone that could be."""
+def _check_casts(state: StateData, name: str, *, to_values: bool) -> None:
+    narrowed = _narrowed(state.tables, name, to_values)
     check_not_donated(state, dict.fromkeys(kind for kind, _, _ in narrowed))
     casts = Casts()
     for kind, slot, dtype in narrowed:
         casts.add(state.tables.leaf_of_slot[kind][slot], state.part(kind).arrays[slot], dtype)
-    casts.check(StructureError, "averages and what they are of in a wider dtype: state.cast(params='float32')")
-
-
-def _replaced(state: StateT, from_: Sequence[str], into: Sequence[str], program: Any, name: str) -> StateT:
-    """A state with some kinds made from others."""
-    plan, made = state.tables, list(state.parts)
-    check_not_donated(state, from_)
-    given = [state.part(kind).arrays for kind in from_]
-    if any(map(is_abstract, given)):
-        return state.make(plan, made)  # of shapes there is nothing to copy
-    if plan.packing:
-        check_fits(state, from_)
-    places = tuple(state.part(kind).places() for kind in into)
-    for kind, arrays in zip(into, program(plan, name, places)(given), strict=True):
-        made[plan.kind_index[kind]] = Part(tuple(arrays))
-    return state.make(plan, made)
+    casts.check(StructureError, "a wider dtype for the values and their averages: state.cast(params='float32')")
 
 
 @functools.lru_cache(maxsize=64)
-def _values(plan: PlanTables, name: str, places: tuple[PartShardings | None, ...]) -> Any:
-    """From the averages to the kinds that they are of."""
-    whole, plan = plan, single_of(plan)
+def _narrowed(plan: PlanTables, name: str, to_values: bool) -> tuple[tuple[str, int, Any], ...]:
+    """Returns the kind and slot of each array whose numbers the other dtype may not represent, and that dtype."""
+    slots: dict[tuple[str, int, Any], None] = {}
+    for average, _ in averages_in(plan, name):
+        placed = plan.arrays_of(average)
+        # The count of a schedule comes after the averages, and does not have a source.
+        for own, source in zip(placed.arrays, placed.sources, strict=False):
+            old, new = (own, source) if to_values else (source, own)
+            if may_lose(old.spec.dtype, new.spec.dtype):
+                slots[old.kind, old.slot, new.spec.dtype] = None
+    return tuple(slots)
 
-    def values(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        shadows = plan.unpack(name, tuple(parts[0]))
-        made = []
-        for average, start in averages_in(plan, name):
-            specs = plan.specs[average.kind]
-            arrays = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(shadows[start:], specs, strict=False)]
-            made.append(plan.pack(average.kind, tuple(arrays)))
-        return made
 
-    outs = [average.kind for average, _ in averages_in(plan, name)]
-    return _compiled(for_each_member(whole, values, [name], outs), places)
+# --- restarting --------------------------------------------------------------------------------------------------
+
+
+def followers(plan: PlanTables, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the averages that track some of these kinds."""
+    return tuple(dict.fromkeys(average.into for average in plan.averages if average.kind in kinds))
+
+
+def with_restarted_averages(state: StateT, chosen: Chosen, names: Sequence[str], slots: Any) -> StateT:
+    """Returns a state with averages that restart from the values of the chosen kinds, as they are now.
+
+    A schedule's count restarts with its complete kind, and continues if only some slots restart: all slots share it.
+
+    Args:
+      state: the state.
+      chosen: the kinds.
+      names: the names of the averages.
+      slots: a boolean for each slot; None restarts all.
+
+    Raises:
+      StructureError: the dtype of an average cannot represent its value.
+    """
+    plan, restarted = state.tables, {}
+    for name in names:
+        _check_casts(state, name, to_values=False)
+        averages = averages_in(plan, name)
+        tracked = [average.kind for average, _ in averages if average.kind in chosen.kinds]
+        # Averages that restart completely are not read: they may have been donated.
+        is_complete = slots is None and len(tracked) == len(averages)
+        arrays = kind_arrays(state, tracked if is_complete else [name, *tracked])
+        if not any(map(is_abstract, arrays)):
+            program = _restart_program(plan, chosen, name, is_complete, state.part(name).places())
+            (restarted[name],) = program(arrays, slots)
+    return with_arrays(state, restarted) if restarted else state
 
 
 @functools.lru_cache(maxsize=64)
-def _starts(plan: PlanTables, name: str, places: tuple[PartShardings | None, ...]) -> Any:
-    """From the kinds that are averaged to fresh averages."""
-    whole, plan = plan, single_of(plan)
+def _restart_program(
+    plan: PlanTables, chosen: Chosen, name: str, is_complete: bool, places: PartShardings | None
+) -> Any:
+    """Returns the compiled function from the averages (unless complete), the tracked kinds and slots to averages."""
+    single, members = chosen.plan, plan.ensemble
+    averages = [(average, start) for average, start in averages_in(single, name) if average.kind in chosen.kinds]
+    infos = single.by_kind[name]
+    kinds = [*([] if is_complete else [name]), *(average.kind for average, _ in averages)]
+    axes = [plan.slot_axes[kind] for kind in kinds]
 
-    def starts(parts: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        fresh: list[Any] = []
-        for (average, _), part in zip(averages_in(plan, name), parts, strict=True):
-            fresh += average.init(plan.unpack(average.kind, tuple(part)))
-        return [plan.pack(name, tuple(fresh))]
+    def of_one(parts: list[tuple[Any, ...]], slots: Any) -> list[tuple[Any, ...]]:
+        parts = [single.unpack(kind, tuple(part)) for kind, part in zip(kinds, parts, strict=True)]
+        # All are copied, also those that do not restart: the old state must not share what the next step donates.
+        arrays: list[Any] = [None] * len(infos) if is_complete else [jnp.array(array) for array in parts.pop(0)]
+        for (average, start), values in zip(averages, parts, strict=True):
+            fresh = average.init(values)
+            if slots is None:
+                arrays[start : start + len(fresh)] = fresh
+                continue
+            axis = chosen.axis(average.kind) or 0
+            for position, value in enumerate(fresh[: len(values)], start):  # without the count of a schedule
+                arrays[position] = only_where(axis, slots, value, arrays[position], bool(infos[position].devices))
+        return [single.pack(name, tuple(arrays))]
 
-    ins = [average.kind for average, _ in averages_in(plan, name)]
-    return _compiled(for_each_member(whole, starts, ins, [name]), places)
+    def of_all(parts: list[tuple[Any, ...]], slots: Any) -> Any:
+        if members is None:
+            return of_one(parts, slots)
+        rows = 0 if slots is not None and slots.ndim == 2 else None  # a row for each member, or the same for all
+        return members.each(lambda given: of_one(*given), (parts, slots), (axes, rows), [plan.slot_axes[name]])
 
-
-def _compiled(fn: Any, places: tuple[PartShardings | None, ...]) -> Any:
-    there = [None if lie is None else lie.shardings for lie in places]
-    options: dict[str, Any] = {"out_shardings": there} if any(places) else {}
-    return jax.jit(fn, **options)
+    return compiled(of_all, [places])

@@ -1,93 +1,125 @@
-"""A state in other dtypes: a state of a new plan, which has them."""
+"""States in other dtypes: a cast state has a new plan, with the new dtypes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, refuse
-from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.nnx_graph import ArraySpec, is_abstract
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member
-from statewise._src.core.state_data import Part, StateT, check_not_donated
+from statewise._src.core.state_data import Part, StateData, StateT, check_not_donated
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["WIDER", "cast", "recast"]
+__all__ = ["WIDER", "arrays_in_order", "as_dtype", "cast", "parts_for"]
 
-
-def cast(state: StateT, dtypes: Mapping[str, Any]) -> StateT:
-    """See `State.cast`."""
-    if is_of_one_member(state):
-        return as_ensemble(state.tables.ensemble, cast(as_one(state), dtypes))
-    plan = state.tables
-    for kind in dtypes:
-        state.part(kind)
-    wanted = {kind: _floating(kind, given) for kind, given in dtypes.items()}
-    check_not_donated(state, wanted)
-    parts = {kind: plan.unpack(kind, state.part(kind).arrays) for kind in wanted}
-    # A float may become another float; complex numbers would lose a half.
-    floats = {kind: [jnp.issubdtype(spec.dtype, jnp.floating) for spec in plan.specs[kind]] for kind in wanted}
-    _check(plan, wanted, parts, floats)
-    specs, made = {}, {}
-    for kind, dtype in wanted.items():
-        arrays = tuple(
-            _cast(array, dtype) if is_float else array
-            for array, is_float in zip(parts[kind], floats[kind], strict=True)
-        )
-        specs[kind] = [ArraySpec(spec.shape, array.dtype) for spec, array in zip(plan.specs[kind], arrays, strict=True)]
-        made[kind] = arrays
-    return recast(state, with_copies(plan.with_specs(specs), plan.per_device), made)
-
-
-def _check(plan: PlanTables, wanted: Mapping[str, Any], parts: Mapping[str, Any], floats: Mapping[str, Any]) -> None:
-    """Refuses a cast that loses numbers."""
-    casts = {kind: Casts() for kind in wanted}
-    for kind, dtype in wanted.items():
-        for leaf, array, is_float in zip(plan.leaf_of_array[kind], parts[kind], floats[kind], strict=True):
-            if is_float:
-                casts[kind].add(leaf, array, dtype)
-    lost = {kind: one.lost() for kind, one in casts.items()}
-    held = {kind: casts[kind].holding(WIDER) if leaves else wanted[kind] for kind, leaves in lost.items()}
-    shown = ", ".join(f"{kind}={str(dtype)!r}" for kind, dtype in held.items() if dtype is not None)
-    hint = f"state.cast({shown})" if shown else "leave the kind out: its numbers are of its own dtype alone"
-    refuse([leaf for leaves in lost.values() for leaf in leaves], StructureError, hint)
-
-
-# What may hold the numbers that another dtype does not, the smallest first.
+# The dtypes to suggest if another one cannot represent some numbers, the smallest first.
 WIDER = ("bfloat16", "float32", "float64")
 
 
-def _cast(array: Any, dtype: Any) -> Any:
+def cast(state: StateT, dtypes: Mapping[str, object]) -> StateT:
+    """Implements `State.cast`."""
+    if is_of_one_member(state):
+        return as_ensemble(state.tables.ensemble, cast(as_one(state), dtypes))
+    plan = state.tables
+    parts = {kind: state.part(kind).arrays for kind in dtypes}
+    wanted = {kind: _floating(kind, dtype) for kind, dtype in dtypes.items()}
+    check_not_donated(state, wanted)
+    # A float may become another float; a complex number would lose its imaginary part.
+    floats = {
+        kind: [info for info in plan.by_kind[kind] if jnp.issubdtype(info.spec.dtype, jnp.floating)] for kind in wanted
+    }
+    arrays = {kind: list(arrays_in_order(plan, kind, part)) for kind, part in parts.items()}
+    _check_no_loss(wanted, floats, arrays)
+    specs = {kind: list(plan.specs[kind]) for kind in wanted}
+    for kind, dtype in wanted.items():
+        for info in floats[kind]:
+            arrays[kind][info.position] = as_dtype(arrays[kind][info.position], dtype)
+            specs[kind][info.position] = ArraySpec(info.spec.shape, dtype)
+    target = with_copies(plan.with_specs(specs), plan.per_device)
+    return state.make(target, parts_for(target, state, arrays))
+
+
+def _check_no_loss(
+    wanted: Mapping[str, Any], floats: Mapping[str, Sequence[ArrayInfo]], arrays: Mapping[str, Sequence[Any]]
+) -> None:
+    casts = {kind: Casts() for kind in wanted}
+    for kind, dtype in wanted.items():
+        for info in floats[kind]:
+            casts[kind].add(info.leaf, arrays[kind][info.position], dtype)
+    lost = {kind: planned.lost() for kind, planned in casts.items()}
+    dtypes = {kind: casts[kind].holding(WIDER) if leaves else wanted[kind] for kind, leaves in lost.items()}
+    shown = ", ".join(f"{kind}={str(dtype)!r}" for kind, dtype in dtypes.items() if dtype is not None)
+    hint = f"state.cast({shown})" if shown else "leave the kind out: only its own dtype can represent its numbers"
+    refuse([leaf for leaves in lost.values() for leaf in leaves], StructureError, hint)
+
+
+def as_dtype(array: Any, dtype: Any) -> Any:
+    """Returns an array, or a shape, in a dtype; itself if that is its own."""
     if isinstance(array, jax.ShapeDtypeStruct):
         return array.update(dtype=dtype)
-    return jax.lax.convert_element_type(array, dtype)
+    return array if array.dtype == dtype else jax.lax.convert_element_type(array, dtype)
 
 
-def recast(state: StateT, plan: PlanTables, arrays: Mapping[str, tuple[Any, ...]]) -> StateT:
-    """A state of another plan of the same leaves, with these arrays (in order) in some kinds; the rest is shared."""
-    old, made = state.tables, []
-    for kind, part in zip(old.kinds, state.parts, strict=True):
+def arrays_in_order(plan: PlanTables, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns a kind's arrays in the order of the plan, from the slots of its part."""
+    if kind not in plan.packing or is_abstract(part):
+        return plan.unpack(kind, part)
+    return _packing_program(plan, kind, False)(part)
+
+
+def parts_for(plan: PlanTables, state: StateData | None, arrays: Mapping[str, Sequence[Any]]) -> list[Part]:
+    """Returns parts for another plan of the same kinds.
+
+    Args:
+      plan: the plan.
+      state: a state, which keeps the parts of all other kinds; None if there are none.
+      arrays: arrays in the order of the plan, for some kinds.
+    """
+    parts = []
+    for kind in plan.kinds:
         if kind in arrays:
-            made.append(Part(plan.pack(kind, arrays[kind])))
-        elif plan.packing.get(kind) == old.packing.get(kind):
-            made.append(part)
-        else:  # another kind's dtypes have changed which arrays go together
-            made.append(Part(plan.pack(kind, old.unpack(kind, part.arrays))))
-    return state.make(plan, made)
+            part = Part(_packed(plan, kind, tuple(arrays[kind])))
+        elif state is None:
+            part = Part(())
+        else:
+            part = state.part(kind)
+            # Packing follows dtypes: those of another kind may have changed which arrays share a buffer.
+            if plan.packing.get(kind) != state.tables.packing.get(kind):
+                part = Part(_packed(plan, kind, arrays_in_order(state.tables, kind, part.arrays)))
+        parts.append(part)
+    return parts
+
+
+def _packed(plan: PlanTables, kind: str, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    if kind not in plan.packing or is_abstract(arrays):
+        return plan.pack(kind, arrays)
+    return _packing_program(plan, kind, True)(arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _packing_program(plan: PlanTables, kind: str, pack: bool) -> Any:
+    """Returns a compiled function that packs or unpacks a kind's arrays on the device: fast even for a few calls."""
+    return jax.jit(lambda arrays: (plan.pack if pack else plan.unpack)(kind, tuple(arrays)))
 
 
 def _floating(kind: str, given: Any) -> Any:
+    """Returns a floating-point dtype, checked."""
     try:
         dtype = None if given is None else jnp.dtype(given)
-    except (TypeError, ValueError):  # a dict is a dtype of fields to NumPy
+    except (TypeError, ValueError):  # NumPy reads a dict as a dtype with fields
         dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        shown = repr(given) if isinstance(given, (str, type)) or given is None else f"a {type(given).__name__}"
         raise DeclarationError(
-            f"Kind {kind!r} cannot be cast to {_shown(given)}: no floating-point dtype.",
+            f"Kind {kind!r} cannot be cast to {shown}: it is not a floating-point dtype.",
             kind=kind,
             hint=f"cast({kind}='bfloat16')",
         )
@@ -98,7 +130,3 @@ def _floating(kind: str, given: Any) -> Any:
             hint="jax.config.update('jax_enable_x64', True)  # before any array is made",
         )
     return dtype
-
-
-def _shown(given: Any) -> str:
-    return repr(given) if isinstance(given, (str, type)) or given is None else f"a {type(given).__name__}"

@@ -47,10 +47,9 @@ class KindsData(Mapping[str, Kind]):
         self._hash = hash(tuple(self._kinds.items()))
 
     def __getitem__(self, name: str) -> Kind:
-        try:
-            return self._kinds[name]
-        except KeyError:
-            raise unknown_kind(name, self) from None
+        if name not in self._kinds:
+            raise unknown_kind(name, self)
+        return self._kinds[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)
@@ -66,7 +65,7 @@ class KindsData(Mapping[str, Kind]):
         return isinstance(other, KindsData) and list(self._kinds.items()) == list(other._kinds.items())
 
     def __hash__(self) -> int:
-        return self._hash
+        return self._hash  # computed once: plans and steps look up tables by their kinds
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Built again on load: in another process the hashes of types differ.
@@ -98,9 +97,8 @@ class KindsData(Mapping[str, Kind]):
           'frozen'
         """
         for name in kinds:
-            if name not in self._kinds:
-                raise unknown_kind(name, self)
-        return type(self)(**{**self._kinds, **kinds})
+            self[name]  # raises for a kind that does not exist
+        return self | type(self)(**kinds)
 
 
 def _check_name(name: str) -> None:

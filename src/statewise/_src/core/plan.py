@@ -1,7 +1,7 @@
 """The three objects that users hold: kinds, a plan, and its states.
 
 `Kinds` are the declaration.  A `Plan` is static: kinds and optimizers resolved against one model.  A `State` is a plan
-with its arrays, registered as a pytree.  All are thin: the work is done by the other modules of this package, on the
+with its arrays, registered as a pytree.  All are thin: the other modules of this package do the work, on the
 plan's tables and the state's data.  They share a file because each names the others: kinds make plans, a plan has kinds
 and makes states, and a state has a plan.
 """
@@ -22,8 +22,8 @@ from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
 from statewise._src.core.kinds import KindsData, standard_kinds
 from statewise._src.core.reduce_devices import How
-from statewise._src.core.restart import Slots
-from statewise._src.core.state_data import Part, StateData, check_not_donated, check_unshared, register
+from statewise._src.core.restart_slots import Slots
+from statewise._src.core.state_data import StateData, check_not_donated, check_unshared, register, with_arrays
 from statewise._src.core.view import packed_for, unpacked_of, view
 from statewise._src.core.vmap_axes import MappedAxis
 from statewise._src.plan.ema import EMA
@@ -37,7 +37,8 @@ __all__ = ["Kinds", "Plan", "State", "plan", "tables_in", "tables_of"]
 Updated = TypeVar("Updated", bound=Sequence[str])
 Averaged = TypeVar("Averaged", bound=Sequence[str])
 
-_plans: weakref.WeakKeyDictionary[PlanTables, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+# Each plan by its tables.  A plan refers to its tables, so an entry lives exactly as long as the plan.
+_plans: weakref.WeakValueDictionary[PlanTables, Any] = weakref.WeakValueDictionary()
 _plans_lock = threading.Lock()
 
 
@@ -150,35 +151,33 @@ class Plan(Shown):
     def of(cls, tables: PlanTables) -> Plan:
         """Returns the plan that has these tables: the same object for as long as anything refers to it."""
         with _plans_lock:
-            known = _plans.get(tables)
-            plan = known() if known is not None else None
+            plan: Plan | None = _plans.get(tables)
             if plan is None:
-                plan = object.__new__(cls)
+                plan = _plans[tables] = object.__new__(cls)
                 plan._tables = tables
-                _plans[tables] = weakref.ref(plan)
             return plan
 
     # --- looking ---------------------------------------------------------------------------------------------
 
     @property
     def kinds(self) -> Kinds:
-        """The declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average."""
+        """Returns the declaration, plus the kind `optimizer` if there are optimizers, and a kind for each average."""
         kinds = self._tables.kinds
         return kinds if isinstance(kinds, Kinds) else Kinds(**kinds)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
-        """The leaves as data: path, kind, type, shape, dtype, aliases, size, nbytes."""
+        """Returns the leaves as data: path, kind, type, shape, dtype, aliases, size, nbytes."""
         return self._tables.leaves
 
     @property
     def excluded(self) -> tuple[Leaf, ...]:
-        """The leaves that an earlier `sow` left in the model; they are not part of a state."""
+        """Returns the leaves that an earlier `sow` left in the model; they are not part of a state."""
         return self._tables.excluded
 
     @property
     def members(self) -> int | None:
-        """The number of members of an ensemble; None for the plan of one model."""
+        """Returns the number of members of an ensemble; None for the plan of one model."""
         return self._tables.members
 
     def __getitem__(self, kind: str) -> tuple[Leaf, ...]:
@@ -192,15 +191,15 @@ class Plan(Shown):
 
     @property
     def optimizers(self) -> dict[tuple[str, ...], optax.GradientTransformation]:
-        """The optimizers, keyed by the kinds that each one updates."""
+        """Returns the optimizers, keyed by the kinds that each one updates."""
         return {group.kinds: group.tx for group in self._tables.optimizers}
 
     @property
     def averages(self) -> dict[tuple[str, ...], tuple[EMA, ...]]:
-        """The averages, keyed by the kinds that each one tracks."""
+        """Returns the averages, keyed by the kinds that each one tracks."""
         kinds: dict[EMA, tuple[str, ...]] = {}
-        for one in self._tables.averages:
-            kinds[one.ema] = (*kinds.get(one.ema, ()), one.kind)
+        for average in self._tables.averages:
+            kinds[average.ema] = (*kinds.get(average.ema, ()), average.kind)
         return {of: tuple(ema for ema, other in kinds.items() if other == of) for of in kinds.values()}
 
     def __repr__(self) -> str:
@@ -486,7 +485,7 @@ class State(StateData):
 
     @property
     def plan(self) -> Plan:
-        """The plan of this state."""
+        """Returns the plan of this state."""
         return Plan.of(self.tables)
 
     # --- a mapping from kinds to their parts -------------------------------------------------------------------
@@ -551,11 +550,8 @@ class State(StateData):
           >>> state["stats"]["var"]
           Array([0., 0., 0.], dtype=float32)
         """
-        made = list(self.parts)
-        for kind, given in parts.items():
-            now = self.part(kind).arrays
-            made[self.tables.kind_index[kind]] = Part(packed_for(self.tables, kind, given, now))
-        state = self.make(self.tables, made)
+        arrays = {kind: packed_for(self.tables, kind, new, self.part(kind).arrays) for kind, new in parts.items()}
+        state = with_arrays(self, arrays)
         check_unshared(state)
         return state
 

@@ -1,9 +1,9 @@
 """The data of a state: the tables of its plan, and one part for each kind.
 
-A part is a tuple of arrays.  States share parts: a step that writes one kind makes a new part for it and hands on the
-others as they are, and `replace` puts one set of weights beside many caches.  When a step donates arrays of a part, the
-part is marked *donated*; whichever state is used next with it says so, by name, instead of failing deep inside the
-runtime.
+A part is a tuple of arrays.  States share parts: a step that writes one kind makes a new part for it and passes on the
+others unchanged, and `replace` combines one set of weights with many caches.  When a step donates arrays of a part, the
+part is marked *donated*; whichever state is used next with it then raises an error that names the step, instead of
+failing deep inside the runtime.
 
 As a pytree a state has one leaf for each array, keyed by kind and path, and its tables as the static part.  JAX may put
 anything there (tracers, axes, shapes, shardings): nothing is checked when a state is unflattened, and everything when a
@@ -13,14 +13,14 @@ step is traced with it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
 
 from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Leaf, format_path
-from statewise._src.core.batches import misfits, unfitting
+from statewise._src.core.batches import misfit_error, misfits
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, part_shardings_of
@@ -35,7 +35,11 @@ __all__ = [
     "check_unshared",
     "deleted_kinds",
     "donated_error",
+    "kind_arrays",
+    "kind_places",
+    "mesh_of",
     "register",
+    "with_arrays",
 ]
 
 
@@ -44,35 +48,36 @@ class Part:
 
     Attributes:
       arrays: the arrays, in the order of the plan.
-      donated_by: what donated some of them, in words; None while all are there.
-      view: what `state[kind]` gives, once it was asked for.
-      lie: where they lie on a mesh; `UNKNOWN` until `places` was asked.
+      donated_by: the step that donated some of them; None while all exist.
+      shardings: their shardings on a mesh; `UNKNOWN` until `places` is called.
+      view: what `state[kind]` returns, once it was accessed.
     """
 
-    __slots__ = ("_ids", "arrays", "donated_by", "lie", "view")
+    __slots__ = ("_ids", "arrays", "donated_by", "shardings", "view")
 
-    def __init__(self, arrays: tuple[Any, ...], lie: PartShardings | None = UNKNOWN) -> None:
+    def __init__(self, arrays: tuple[Any, ...], shardings: PartShardings | None = UNKNOWN) -> None:
         self.arrays = arrays
         self.donated_by: str | None = None
-        self.lie = lie
+        self.shardings = shardings
         self.view: Any = None
         self._ids: frozenset[int] | None = None
 
     def ids(self) -> frozenset[int]:
-        """The identities of the arrays."""
+        """Returns the identities of the arrays."""
         if self._ids is None:
             self._ids = frozenset(map(id, self.arrays))
         return self._ids
 
     def places(self) -> PartShardings | None:
-        """Where the arrays lie on a mesh; None where none does."""
-        if self.lie is UNKNOWN:
-            self.lie = part_shardings_of(self.arrays)
-        return self.lie
+        """Returns the shardings of the arrays on a mesh; None if none is on a mesh."""
+        # Only when first asked: a state that is not on a mesh never pays for it, and a step passes them on.
+        if self.shardings is UNKNOWN:
+            self.shardings = part_shardings_of(self.arrays)
+        return self.shardings
 
 
 class StateData:
-    """The tables of a plan with its arrays: what every module below the public `State` takes and returns.
+    """The tables of a plan with its arrays: the form of a state that every module below the public `State` uses.
 
     Attributes:
       tables: the tables of the plan.
@@ -110,8 +115,39 @@ class StateData:
         return self.parts[index]
 
 
-# A function from states to states gives back the class that it was given: what users hold stays what users hold.
+# A function from states to states returns the class that it was given: a user's `State` remains a `State`.
 StateT = TypeVar("StateT", bound=StateData)
+
+
+def kind_arrays(state: StateData, kinds: Iterable[str]) -> list[tuple[Any, ...]]:
+    """Returns the arrays of some kinds."""
+    return [state.part(kind).arrays for kind in kinds]
+
+
+def kind_places(state: StateData, kinds: Iterable[str]) -> tuple[PartShardings | None, ...]:
+    """Returns the shardings of some kinds' arrays."""
+    return tuple([state.part(kind).places() for kind in kinds])
+
+
+def mesh_of(places: Iterable[PartShardings | None]) -> jax.sharding.Mesh | None:
+    """Returns the mesh that some parts are on; None if they are on none, or are being traced."""
+    shardings = (sharding for place in places if place is not None for sharding in place.shardings)
+    return next((sharding.mesh for sharding in shardings if sharding is not None), None)
+
+
+def with_arrays(state: StateT, arrays: Mapping[str, Iterable[Any]], plan: PlanTables | None = None) -> StateT:
+    """Returns a state with other arrays for some kinds; it shares the parts of all other kinds.
+
+    Args:
+      state: the state; it does not change.
+      arrays: for each of these kinds, what its part stores.
+      plan: the plan of the new state, with the same kinds, if it is another one.
+    """
+    parts = [
+        Part(tuple(arrays[kind])) if kind in arrays else part
+        for kind, part in zip(state.tables.kinds, state.parts, strict=True)
+    ]
+    return state.make(plan or state.tables, parts)
 
 
 def register(cls: type[StateData]) -> None:
@@ -125,6 +161,7 @@ def register(cls: type[StateData]) -> None:
         return list(zip(tables.slot_keys, children, strict=True)), tables
 
     def unflatten(tables: PlanTables, children: Iterable[Any]) -> StateData:
+        # JAX may pass anything as children, so nothing is checked; `islice` cuts them at the sizes of the parts.
         arrays = iter(children)
         return cls.make(tables, [Part(tuple(itertools.islice(arrays, size))) for size in tables.sizes])
 
@@ -134,11 +171,11 @@ def register(cls: type[StateData]) -> None:
 register(StateData)
 
 
-# --- what can be wrong with a state ----------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------
 
 
 def check_not_donated(state: StateData, kinds: Iterable[str]) -> None:
-    """Raises where a kind's arrays were donated."""
+    """Checks that no array of these kinds was donated."""
     # Arrays may also have been donated behind a part's back: by the user's own jit, or in a copy of the pytree.
     donated = [kind for kind in kinds if state.part(kind).donated_by or any(map(is_deleted, state.part(kind).arrays))]
     if donated:
@@ -146,11 +183,10 @@ def check_not_donated(state: StateData, kinds: Iterable[str]) -> None:
 
 
 def donated_error(state: StateData, kinds: Sequence[str]) -> StructureError:
-    """The error for a state that is used after its arrays were donated."""
+    """Returns the error for a state that is used after its arrays were donated."""
     by = next((state.part(kind).donated_by for kind in kinds if state.part(kind).donated_by), None) or "a step"
-    names = ", ".join(kinds)
     return StructureError(
-        f"This state was donated: {by} has donated its {names}.",
+        f"This state was donated: {by} has donated its {', '.join(kinds)}.",
         kind=kinds[0],
         hint="use the state that came back: state, out = step(state, ...)\n"
         "or keep a copy beforehand: kept = jax.tree.map(jnp.copy, state)",
@@ -158,39 +194,39 @@ def donated_error(state: StateData, kinds: Sequence[str]) -> StructureError:
 
 
 def deleted_kinds(state: StateData) -> list[str]:
-    """The kinds with arrays that are no longer there."""
+    """Returns the kinds with arrays that no longer exist."""
     return [
         kind for kind, part in zip(state.tables.kinds, state.parts, strict=True) if any(map(is_deleted, part.arrays))
     ]
 
 
 def check_fits(state: StateData, kinds: Iterable[str], hint: str | None = None) -> None:
-    """Raises where a kind's arrays have not the shapes and dtypes of the plan (as inside `jax.vmap`, or after it)."""
-    odd = misfits(state.tables, {kind: state.part(kind).arrays for kind in kinds})
-    if odd:
-        raise unfitting(state.tables, {kind: state.part(kind).arrays for kind in state.tables.kinds}, odd, hint)
+    """Checks that the arrays of these kinds have the plan's shapes and dtypes (inside `jax.vmap` they may not)."""
+    leaves = misfits(state.tables, {kind: state.part(kind).arrays for kind in kinds})
+    if leaves:
+        parts = {kind: state.part(kind).arrays for kind in state.tables.kinds}
+        raise misfit_error(state.tables, parts, leaves, hint)
 
 
 def check_unshared(state: StateData) -> None:
-    """Raises where one array stands in two leaves: a step that writes both would donate it twice."""
+    """Checks that no array belongs to two leaves: a step that writes both would donate it twice."""
+    # Parts remember the identities of their arrays, so a state whose parts were checked before costs one union.
     sets = [part.ids() for part in state.parts]
     if len(set().union(*sets)) == sum(len(part.arrays) for part in state.parts):
         return
-    seen: dict[int, tuple[str, int]] = {}
+    seen: dict[int, Leaf] = {}
     for kind, part in zip(state.tables.kinds, state.parts, strict=True):
-        for position, array in enumerate(part.arrays):
+        for leaf, array in zip(state.tables.leaf_of_slot[kind], part.arrays, strict=True):
+            # A state may hold other objects (axes, None), and those may well be one object.
             if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
                 continue
-            other = seen.setdefault(id(array), (kind, position))
-            if other != (kind, position):
-                rows = state.tables.leaf_of_slot
-                _raise_shared(rows[kind][position], rows[other[0]][other[1]])
-
-
-def _raise_shared(one: Leaf, other: Leaf) -> None:
-    raise StructureError(
-        f"{format_path(other.path)} and {format_path(one.path)} share one array; a step could not write them apart.",
-        leaves=[other, one],
-        kind=one.kind,
-        hint="give one of them a copy: jax.tree.map(jnp.copy, part)",
-    )
+            if id(array) in seen:
+                leaves = [seen[id(array)], leaf]
+                names = " and ".join(format_path(leaf.path) for leaf in leaves)
+                raise StructureError(
+                    f"{names} share one array, so a step could not write them separately.",
+                    leaves=leaves,
+                    kind=kind,
+                    hint="give one of them a copy: jax.tree.map(jnp.copy, part)",
+                )
+            seen[id(array)] = leaf

@@ -1,4 +1,4 @@
-"""States that hold something else instead of arrays: shapes, or shardings."""
+"""States of shapes, or of shardings, instead of arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["abstract", "shardings"]
 
 
 def abstract(plan: PlanTables, mesh: Any = None) -> StateData:
-    """See `Plan.abstract`."""
+    """Implements `Plan.abstract`."""
     placed = plan if mesh is None else on_mesh(plan, mesh)
     parts = [[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in part] for part in placed.stored_specs.values()]
     shapes = StateData.of(placed, parts)
@@ -24,6 +24,6 @@ def abstract(plan: PlanTables, mesh: Any = None) -> StateData:
 
 
 def shardings(plan: PlanTables, mesh: Any) -> StateData:
-    """See `Plan.shardings`."""
-    placed = resolve(plan, mesh)
+    """Implements `Plan.shardings`."""
+    placed = resolve(plan, mesh)  # once for both
     return StateData.of(on_mesh(plan, mesh, placed), slot_shardings(plan, mesh, placed))
