@@ -58,7 +58,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
     @property
     def saving(self) -> Saving:
-        """What a save writes; for Orbax's handler."""
+        """Returns what a save writes; for Orbax's handler."""
         return Saving(self.state, kinds_to_save(self.state, self.only), self.layout)
 
     def restored(self, directory: str | os.PathLike[str]) -> State:
@@ -81,13 +81,9 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
         return written()
 
-    async def load(self, directory: Any) -> Awaitable[None]:
+    async def load(self, directory: Any) -> Awaitable[State]:
         """Starts to load; returns an awaitable that ends when `state` and `report` are the restored ones."""
-
-        async def loaded() -> None:
-            await asyncio.to_thread(self.restored, epath(directory))
-
-        return loaded()
+        return asyncio.to_thread(self.restored, epath(directory))
 
 
 def checkpointable(
@@ -134,8 +130,7 @@ def checkpointable(
     """
     if not isinstance(state, State):
         raise StructureError(
-            f"sw.checkpointable wants a state, not {type(state).__name__}.",
-            hint="sw.checkpointable(plan.take(model))",
+            f"sw.checkpointable wants a state, not {type(state).__name__}.", hint="sw.checkpointable(plan.take(model))"
         )
     check_not_batch(state)
     check_layout(layout)

@@ -146,24 +146,24 @@ class Checkpoints:
 
     @property
     def directory(self) -> Any:
-        """The directory with the steps."""
+        """Returns the directory with the steps."""
         return self._directory
 
     @property
     def manager(self) -> Any:
-        """Orbax's `CheckpointManager`, for whatever else it can do."""
+        """Returns Orbax's `CheckpointManager`, for whatever else it can do."""
         return self._manager
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The complete steps on disk, in order, whatever wrote them."""
+        """Returns the complete steps on disk, in order, whatever wrote them."""
         # The manager's `reload` would forget a step that is being written, and then never delete it.
         steps = self._names.find_all(self._manager.directory)
         return tuple(sorted(entry.step for entry in steps if (entry.path / ITEM / NAME).exists()))
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step; None if there is none."""
+        """Returns the newest complete step; None if there is none."""
         return max(self.steps, default=None)
 
     def path(self, step: int | None = None) -> Any:
@@ -184,8 +184,7 @@ class Checkpoints:
     @property
     def _names(self) -> Any:
         return self._options.step_name_format or ocp.path.step.standard_name_format(
-            step_prefix=self._options.step_prefix,
-            step_format_fixed_length=self._options.step_format_fixed_length,
+            step_prefix=self._options.step_prefix, step_format_fixed_length=self._options.step_format_fixed_length
         )
 
     def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:

@@ -69,7 +69,7 @@ def extra_item(name: str, given: Any) -> Any:
 def _unusable(name: str) -> str:
     """Returns why a directory of a step cannot have this name; empty if it can."""
     if name == ITEM:
-        return "that is the state's name"
+        return "that is the state"
     if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
         return "it is a directory of the step"
     if name in _TAKEN:

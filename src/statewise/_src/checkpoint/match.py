@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from statewise._src.checkpoint.compare_records import CAST, TIE, UNTIE, compare_records, hint_of, is_alike
 from statewise._src.checkpoint.format.keys import PathId, path_id
 from statewise._src.checkpoint.format.locate import leaves_with_base
-from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
+from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.per_device import Refused, Resized, resize
 from statewise._src.checkpoint.format.records import Placed, kinds_of, records_of
 from statewise._src.checkpoint.members import Regrouped, asked_members, regroup
@@ -24,7 +24,7 @@ from statewise._src.checkpoint.renested import arguments, moved, objects, rename
 from statewise._src.checkpoint.restore_report import LeafRestore, Outcome, RestoreReport
 from statewise._src.common.compare import MISSING, UNEXPECTED, Field, Mismatch, fields_of, note_of, uncastable
 from statewise._src.common.nnx_graph import is_abstract, is_deleted
-from statewise._src.common.paths import Path, format_path
+from statewise._src.common.paths import format_path
 from statewise._src.core.plan import State
 from statewise._src.plan.averages import averaged_kind
 from statewise._src.plan.ema import EMA
@@ -32,7 +32,10 @@ from statewise._src.plan.fresh_values import takes
 from statewise._src.plan.optimizer_state import OPTIMIZER
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Match", "RestoreSource", "kinds_to_restore", "match"]
+__all__ = ["Match", "RestoreSource", "match"]
+
+# For each array, what happens to it for another number of devices or members; None for nothing.
+Changes = Sequence[Resized | Regrouped | Refused | None]
 
 
 class RestoreSource(NamedTuple):
@@ -66,22 +69,13 @@ class Match:
     restarted: tuple[Placed, ...]
 
 
-def kinds_to_restore(state: State, only: object) -> tuple[str, ...]:
-    """Returns the kinds that a restore writes.
-
-    Raises:
-      DeclarationError: a kind does not exist, or is never saved.
-    """
-    hint = "leave it out of only; state.restart('{name}') makes fresh values"
-    return kinds_of(state, only, ": no checkpoint holds it", hint)
-
-
 class _Matcher:
     def __init__(self, state: State, manifests: Sequence[Manifest], only: object, cast: bool, members: object) -> None:
         self.plan = state.tables
         self.state = state
         self.manifests = manifests
-        self.kinds = kinds_to_restore(state, only)
+        hint = "leave it out of only; state.restart('{name}') makes fresh values"
+        self.kinds = kinds_of(state, only, ": no checkpoint holds it", hint)
         self.only = only
         self.cast = cast
         self.members = asked_members(self.plan, manifests, members)
@@ -165,7 +159,8 @@ class _Matcher:
         if self.follows(record):
             self.begin(placed, why)
         elif not lost:
-            replaced = [name for name in optimized_kinds(self.plan, record.path) if name in self.replaced]
+            optimized = (each.kinds for each in self.plan.optimizers if record.path[:2] == (OPTIMIZER, each.label))
+            replaced = [name for name in next(optimized, ()) if name in self.replaced]
             verb = "is" if len(replaced) == 1 else "are"
             also = f", though of {', '.join(replaced)}, which {verb} restored" if replaced else ""
             self.say(record, "kept", why + also)
@@ -195,7 +190,7 @@ class _Matcher:
 
     @functools.cached_property
     def replaced(self) -> set[str]:
-        """The kinds of which something is restored, cast, resized or restarted; asked for after all of these."""
+        """Returns the kinds of which something is restored, cast, resized or restarted; asked for after all of these."""
         placed = [*(source.placed for source in self.sources), *self.restarted]
         return {record.kind for record, _ in placed if self.plan.kinds[record.kind].of is not EMA}
 
@@ -260,40 +255,32 @@ class _Matcher:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
         outcome: Outcome = "restored"
-        changes: Sequence[Resized | Regrouped | Refused | None] = (None,) * len(record.arrays)
+        changes: Changes = (None,) * len(record.arrays)
         words: dict[str, None] = {}
         # Nearly all leaves are alike; the rest of the work is only for the others.
         if self.members is not None or not is_alike(record, saved):
             mismatches = compare_records(record, saved)
-            casts = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE and _is_cast(mismatch)]
             if Field.STRUCTURE not in fields_of(mismatches):  # otherwise the arrays do not correspond
-                changes = [self.change(record, *pair) for pair in zip(record.arrays, saved.arrays, strict=True)]
-            if self.refuse(placed, saved, mismatches, casts, changes):
+                changes = [
+                    regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
+                    for pair in zip(record.arrays, saved.arrays, strict=True)
+                ]
+            if self.refuse(placed, saved, mismatches, changes):
                 return
             words = dict.fromkeys(change.words for change in changes if change is not None)
             if words:
                 outcome = "resized" if any(isinstance(change, Resized) for change in changes) else "regrouped"
-            elif casts:
-                outcome, words = "cast", dict.fromkeys(f"from {cast.found} to {cast.expected}" for cast in casts)
+            elif mismatches:  # all others were refused
+                outcome, words = "cast", dict.fromkeys(f"from {cast.found} to {cast.expected}" for cast in mismatches)
         self.say(record, outcome, ", ".join([*words, *["from the base"] * checkpoint]))
         accepted = tuple(change for change in changes if not isinstance(change, Refused))
         self.sources.append(RestoreSource(placed, saved, checkpoint, accepted))
 
-    def change(
-        self, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord
-    ) -> Resized | Regrouped | Refused | None:
-        """Returns what happens to an array for another number of devices, or of members."""
-        return regroup(self.plan, record, ours, theirs, self.members) or resize(self.plan, record, ours, theirs)
-
-    def refuse(
-        self,
-        placed: Placed,
-        saved: LeafRecord,
-        mismatches: Sequence[Mismatch],
-        casts: Sequence[Mismatch],
-        changes: Sequence[Resized | Regrouped | Refused | None],
-    ) -> bool:
+    def refuse(self, placed: Placed, saved: LeafRecord, mismatches: Sequence[Mismatch], changes: Changes) -> bool:
         """Returns whether a leaf cannot be restored, and says why."""
+        # A PRNG key and its words are not different dtypes of the same numbers.
+        dtypes = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE]
+        casts = [mismatch for mismatch in dtypes if "key<" not in mismatch.expected + mismatch.found]
         end = uncastable(casts) if self.cast else ""
         if self.cast and not end:
             mismatches = [mismatch for mismatch in mismatches if mismatch not in casts]
@@ -318,16 +305,6 @@ def _is_too_wide(dtype: str) -> bool:
     return bool(jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) != jnp.dtype(dtype))
 
 
-def _is_cast(mismatch: Mismatch) -> bool:
-    """Returns whether two dtypes differ in the numbers that they represent, and neither is a PRNG key's."""
-    return not any(dtype.startswith("key<") for dtype in (mismatch.expected, mismatch.found))
-
-
-def optimized_kinds(plan: PlanTables, path: Path) -> tuple[str, ...]:
-    """Returns the kinds that an optimizer's state is for, from the path of one of its leaves; else nothing."""
-    return next((one.kinds for one in plan.optimizers if path[:2] == (OPTIMIZER, one.label)), ())
-
-
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
 _RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
 _KEEP = "missing='keep'"
@@ -345,14 +322,7 @@ def _hint(words: str, declared: Mapping[str, str], plan: PlanTables) -> str:
     return f"{words}: {code}"
 
 
-def match(
-    path: Any,
-    manifests: Sequence[Manifest],
-    state: State,
-    only: object,
-    cast: bool,
-    members: object = None,
-) -> Match:
+def match(path: Any, manifests: Sequence[Manifest], state: State, only: object, cast: bool, members: object) -> Match:
     """Matches a target with a checkpoint, and its base if it has one."""
     matcher = _Matcher(state, manifests, only, cast, members)
     matcher.run()

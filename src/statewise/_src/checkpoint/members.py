@@ -43,7 +43,7 @@ class Regrouped(NamedTuple):
 
     @property
     def lacks(self) -> tuple[int, ...]:
-        """The members of the target that get nothing from the checkpoint."""
+        """Returns the members of the target that get nothing from the checkpoint."""
         if isinstance(self.chosen, int):
             return ()
         return tuple(index for index, member in enumerate(self.chosen) if member is None)

@@ -56,7 +56,7 @@ class RestoreReport(Shown):
       path: the checkpoint.
       leaves: what happens to each leaf, in the order of the target's kinds; then leaves only the checkpoint has.
       hints: for each sort of problem, what to change.
-      written: the versions of what wrote the checkpoint.
+      written: the versions of the software that wrote the checkpoint.
 
     Example:
       >>> import tempfile
@@ -78,18 +78,18 @@ class RestoreReport(Shown):
 
     @property
     def ok(self) -> bool:
-        """Whether a restore succeeds."""
+        """Returns whether a restore succeeds."""
         return not self.problems
 
     @property
     def problems(self) -> tuple[Leaf, ...]:
-        """The leaves that prevent a restore, each with what is wrong in its `note`."""
+        """Returns the leaves that prevent a restore, each with what is wrong in its `note`."""
         wrong = [entry for entry in self.leaves if entry.outcome == "problem"]
         return tuple(dataclasses.replace(entry.leaf, note=entry.why) for entry in wrong)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each kind, how many leaves had each outcome."""
+        """Counts for each kind how many leaves had each outcome."""
         counts: dict[str, Counter[str]] = {}
         for entry in self.leaves:
             counts.setdefault(entry.leaf.kind or "", Counter())[entry.outcome] += 1

@@ -1,7 +1,7 @@
 """`sw.diff`: two models, states or checkpoints, leaf by leaf.
 
-Leaves are matched by path.  What they are is compared first, without reading an array; then the values of those with the
-same shape, a few leaves at a time, so that two checkpoints larger than memory can be compared.
+Leaves are matched by path.  What they are is compared first, without reading an array; then the values of those with
+the same shape, a few leaves at a time, so that two checkpoints larger than memory can be compared.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -40,7 +40,7 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
     time.
 
     Args:
-      a: a module, or a tuple or list of objects; a state; a plan; or the path of what `sw.save` wrote.  Something
+      a: a module, or a tuple or list of objects; a state; a plan; or the path of a checkpoint.  Something
         abstract is compared without values.
       b: another of these; the two need not be of the same sort.
       kinds: the kinds to plan models by; by default those of the other side, if it is a state or a plan, and otherwise
@@ -129,25 +129,25 @@ class Pair:
 
     @property
     def leaf(self) -> LeafRecord:
-        """The leaf of the first, or of the second if only that has it."""
+        """Returns the leaf of the first, or of the second if only that has it."""
         leaf = self.first or self.second
         assert leaf is not None, "one of the two has the leaf"
         return leaf
 
     @property
     def both(self) -> tuple[LeafRecord, LeafRecord]:
-        """The two leaves, if both are there."""
+        """Returns the two leaves, if both are there."""
         assert self.first is not None and self.second is not None, "both have the leaf"  # noqa: PT018
         return self.first, self.second
 
     @property
     def is_both(self) -> bool:
-        """Whether both have the leaf."""
+        """Returns whether both have the leaf."""
         return self.first is not None and self.second is not None
 
     @functools.cached_property
     def mismatches(self) -> tuple[Mismatch, ...]:
-        """The differences that are known without values; members along another axis are another shape."""
+        """Returns the differences that are known without values; members along another axis are another shape."""
         mismatches = compare_leaf(self.first and self.first.facts, self.second and self.second.facts)
         if not self.is_both or Field.STRUCTURE in fields_of(mismatches):
             return mismatches
@@ -161,7 +161,7 @@ class Pair:
 
     @functools.cached_property
     def is_comparable(self) -> bool:
-        """Whether the two hold the same number of arrays, of the same shapes, and the same are PRNG keys."""
+        """Returns whether the two hold the same number of arrays, of the same shapes, and the same are PRNG keys."""
         if {*fields_of(self.mismatches)} & {Field.MISSING, Field.UNEXPECTED, Field.STRUCTURE, Field.SHAPE}:
             return False
         here, there = self.both

@@ -103,52 +103,52 @@ class Diff(Shown):
 
     @property
     def missing(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that only the first has."""
+        """Returns, by kind, the leaves that only the first has."""
         return self._of(Field.MISSING)
 
     @property
     def unexpected(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that only the second has."""
+        """Returns, by kind, the leaves that only the second has."""
         return self._of(Field.UNEXPECTED)
 
     @property
     def kind(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By the kind in the first, the leaves of another kind."""
+        """Returns, by the kind in the first, the leaves of another kind."""
         return self._of(Field.KIND)
 
     @property
     def type(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another type."""
+        """Returns, by kind, the leaves of another type."""
         return self._of(Field.TYPE)
 
     @property
     def structure(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves whose value is of another structure."""
+        """Returns, by kind, the leaves whose value is of another structure."""
         return self._of(Field.STRUCTURE)
 
     @property
     def shape(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another shape."""
+        """Returns, by kind, the leaves of another shape."""
         return self._of(Field.SHAPE)
 
     @property
     def dtype(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another dtype, or PRNG implementation."""
+        """Returns, by kind, the leaves of another dtype, or PRNG implementation."""
         return self._of(Field.DTYPE)
 
     @property
     def ties(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that are tied to other paths, or in only one of the two."""
+        """Returns, by kind, the leaves that are tied to other paths, or in only one of the two."""
         return self._of(Field.TIES)
 
     @property
     def value(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves with other values."""
+        """Returns, by kind, the leaves with other values."""
         return self._of(Field.VALUE)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each kind, how many leaves are the same, and how many differ in each field; one may count in several."""
+        """Counts for each kind how many leaves are the same, and how many differ in each field; one may count in several."""
         counts: dict[str, Counter[str]] = {}
         for name, known in (("same", self.same), ("not compared", self.not_compared)):
             for kind, number in known.items():

@@ -58,7 +58,7 @@ class Side:
 
     @functools.cached_property
     def tied(self) -> dict[PathId, LeafRecord]:
-        """The leaves by the ids of their other paths."""
+        """Returns the leaves by the ids of their other paths."""
         return {path_id(alias): leaf for leaf in self.records.values() for alias in leaf.aliases}
 
 

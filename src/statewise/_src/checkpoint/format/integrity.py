@@ -80,7 +80,6 @@ def _broken(folder: Any, manifest: Manifest, records: Sequence[LeafRecord]) -> l
 
 def stored_array(record: ArrayRecord, manifest: Manifest, read: Mapping[tuple[str, ...], Any]) -> Any:
     """Returns an array as it is stored, from what was read, by key."""
-    """An array as it is stored, out of what was read, by key."""
     shape, dtype = record.on_disk
     if record.key is not None:
         return read[record.key]

@@ -133,7 +133,7 @@ def _arriving(
 
 
 def _places(manifest: Manifest, wanted: Sequence[Wanted]) -> tuple[Mapping[Key, list[_Place]], dict[Key, Stored]]:
-    """Returns by key: where the parts of what is stored there go, and how to read it."""
+    """Returns by key where each part of a stored array goes, and how to read the array."""
     places: dict[Key, list[_Place]] = collections.defaultdict(list)
     trees: dict[Key, Stored] = {}
     for leaf, (record, shardings) in enumerate(wanted):

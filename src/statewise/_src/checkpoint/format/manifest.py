@@ -48,7 +48,7 @@ class ArrayRecord:
       shape: its shape; for PRNG keys the keys' shape.
       dtype: its dtype's name; `key` for PRNG keys.
       prng: the PRNG implementation of keys; None for anything else.
-      stored: the shape and dtype of what is stored, if they are not the array's own: the words of PRNG keys, the bytes
+      stored: the shape and dtype in storage, if they are not the array's own: the words of PRNG keys, the bytes
         of a dtype that Orbax does not have.
       key: its key in Orbax's tree; None if it is in a buffer, or has no elements and is not stored.
       buffer: the number of the buffer that it is in, and the element that it starts at; None if it has a key.
@@ -68,17 +68,17 @@ class ArrayRecord:
 
     @property
     def on_disk(self) -> tuple[tuple[int, ...], str]:
-        """The shape and dtype of what is stored."""
+        """Returns the shape and dtype in storage."""
         return self.stored or (self.shape, self.dtype)
 
     @property
     def numeric(self) -> tuple[tuple[int, ...], str]:
-        """The shape and dtype as other formats have the array: PRNG keys as their words."""
+        """Returns the shape and dtype as other formats have the array: PRNG keys as their words."""
         return self.on_disk if self.prng is not None else (self.shape, self.dtype)
 
     @property
     def elements(self) -> int:
-        """The number of elements; of PRNG keys the number of keys."""
+        """Returns the number of elements; of PRNG keys the number of keys."""
         return math.prod(self.shape)
 
 
@@ -113,7 +113,7 @@ class LeafRecord:
 
     @functools.cached_property
     def facts(self) -> LeafFacts:
-        """The leaf for a comparison; the dtype of PRNG keys names their implementation, `key<fry>`."""
+        """Returns the leaf for a comparison; the dtype of PRNG keys names their implementation, `key<fry>`."""
         dtypes = [f"key<{array.prng}>" if array.prng else array.dtype for array in self.arrays]
         return LeafFacts(
             self.type,
@@ -126,7 +126,7 @@ class LeafRecord:
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        """The leaf's text in a manifest, split at the sums of its arrays: a run writes the same leaves many times."""
+        """Returns the leaf's text in a manifest, split at the sums of its arrays: a run writes the same leaves many times."""
         # Inside a JSON string each quote has a backslash before it, so this text occurs only where the sums are.
         return content_text(_leaf_json(self)).split(_sums_text(_UNKNOWN))
 
@@ -179,7 +179,7 @@ class Manifest:
     """What a checkpoint records about itself.
 
     Attributes:
-      written: the versions of what wrote it, and when.
+      written: the versions of the software that wrote it, and when.
       layout: `named` or `packed`.
       kinds: the declaration, by name.
       leaves: the leaves.
@@ -207,7 +207,7 @@ class Manifest:
         return kind in self.kinds and self.kinds[kind].saved
 
     def stored(self, array: ArrayRecord) -> tuple[tuple[str, ...], tuple[int, ...], str] | None:
-        """Returns the key in Orbax's tree of what holds an array, and that one's shape and dtype.
+        """Returns the key in Orbax's tree under which an array is stored, and the shape and dtype of what is there.
 
         It is the array itself, or the buffer that it is in.  None for an array without elements, which is not stored.
         """
@@ -249,17 +249,9 @@ def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
         "structure": leaf.structure,
         "aliases": [encode_path(path) for path in leaf.aliases],
         "arrays": [
-            {
-                "within": encode_path(array.within),
-                "shape": list(array.shape),
-                "dtype": array.dtype,
-                "prng": array.prng,
-                "stored": None if array.stored is None else [list(array.stored[0]), array.stored[1]],
-                "key": None if array.key is None else list(array.key),
-                "buffer": None if array.buffer is None else list(array.buffer),
-                "sums": list(_UNKNOWN),
-                "placement": array.placement,
-            }
+            # The fields in their order, which is part of the format; JSON has lists for tuples.
+            {name: getattr(array, name) for name in ArrayRecord.__slots__}
+            | {"within": encode_path(array.within), "sums": _UNKNOWN}
             for array in leaf.arrays
         ],
     }

@@ -45,6 +45,8 @@ _COMPLETE = re.compile(rb'\{"statewise":[0-9]+,"sha256":"([0-9a-f]{64})","conten
 _DTYPE = re.compile(r"bool|(u?int|b?float|complex)[0-9]+(_\w+)?", re.ASCII)
 # The limits of an array's elements and axes, and of tuples nested in a path key.
 _MOST, _AXES, _DEEPEST = 1 << 62, 64, 16
+# The tags of path keys that JSON does not have, with the types of their values.
+_TAGS = {"tuple": list, "float": str, "bytes": str, "bool": bool, "none": type(None)}
 
 
 def read_manifest(directory: Any) -> Manifest:
@@ -66,13 +68,14 @@ def read_manifest(directory: Any) -> Manifest:
             f"{path} cannot be read: {error.strerror}.",
             hint=f"is it one of Statewise's? sw.convert({str(directory)!r}, ...) takes a plain Orbax checkpoint",
         ) from error
+    head = _HEAD.match(data)
+    if head is not None and int(head[1]) > FORMAT:
+        raise CorruptedError(
+            f"{path} is of format {int(head[1])}; this version of Statewise reads formats up to {FORMAT}.",
+            hint="update Statewise: pip install --upgrade statewise",
+        )
     try:
         return _parse(data)
-    except _NewerFormat as newer:
-        raise CorruptedError(
-            f"{path} is of format {newer}; this version of Statewise reads formats up to {FORMAT}.",
-            hint="update Statewise: pip install --upgrade statewise",
-        ) from newer
     except (RecursionError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         malformed = "it is nested too deeply" if isinstance(error, RecursionError) else "one of its fields is malformed"
         what = error if isinstance(error, _InvalidError) else malformed
@@ -89,10 +92,6 @@ class _InvalidError(ValueError):
     """What is wrong with a manifest, in words."""
 
 
-class _NewerFormat(Exception):
-    """The format of a manifest that a later version of Statewise wrote."""
-
-
 def _need(condition: Any, wrong: str) -> None:
     if not condition:
         raise _InvalidError(wrong)
@@ -102,8 +101,6 @@ def _parse(data: bytes) -> Manifest:
     head = _HEAD.match(data)
     if head is None:
         raise _InvalidError("it is not a manifest")
-    if int(head[1]) > FORMAT:
-        raise _NewerFormat(int(head[1]))
     complete = _COMPLETE.fullmatch(data)
     if complete is None:
         raise _InvalidError("it is incomplete")
@@ -212,11 +209,9 @@ def _is_path_key(key: Any, depth: int = 0) -> bool:
     if len(key) != 1:
         return False
     ((tag, value),) = key.items()
-    if tag == "tuple":
-        return isinstance(value, list) and depth < _DEEPEST and all(_is_path_key(part, depth + 1) for part in value)
-    if tag in ("float", "bytes"):
-        return isinstance(value, str)
-    return (tag == "bool" and isinstance(value, bool)) or (tag == "none" and value is None)
+    if not isinstance(value, _TAGS.get(tag, ())):
+        return False
+    return tag != "tuple" or (depth < _DEEPEST and all(_is_path_key(part, depth + 1) for part in value))
 
 
 # A manifest has thousands of leaves, so what follows is written for speed: the common case first, shapes and dtypes

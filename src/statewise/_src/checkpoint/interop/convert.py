@@ -81,7 +81,7 @@ class Conversion(Shown):
 
     @property
     def ok(self) -> bool:
-        """Whether the conversion succeeds."""
+        """Returns whether the conversion succeeds."""
         return not (self.problems or self.missing)
 
     def raise_problems(self) -> None:
@@ -189,10 +189,7 @@ def convert(
     """
     to = _format(dst, to)
     if target is not None and not isinstance(target, State):
-        raise StructureError(
-            f"The target of a conversion is a state, not {type(target).__name__}.",
-            hint=_TARGET,
-        )
+        raise StructureError(f"The target of a conversion is a state, not {type(target).__name__}.", hint=_TARGET)
     if target is not None:
         check_not_batch(target)
     elif to == "statewise":

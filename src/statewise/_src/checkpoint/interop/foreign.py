@@ -30,14 +30,7 @@ from statewise._src.common.problems import Problems
 from statewise._src.plan.derived import plain_key
 from statewise.errors import CorruptedError, RestoreError, StatewiseError
 
-__all__ = [
-    "SAFETENSORS_DTYPES",
-    "foreign_leaves",
-    "is_foreign",
-    "only_item",
-    "open_path",
-    "safetensors_package",
-]
+__all__ = ["SAFETENSORS_DTYPES", "foreign_leaves", "is_foreign", "only_item", "open_path", "safetensors_package"]
 
 # The dtypes of a safetensors file, by the format's codes; those that are missing here have no dtype in JAX.
 SAFETENSORS_DTYPES = {

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from flax import nnx
 
 from statewise._src.checkpoint.format.keys import OrbaxKeys
 from statewise._src.checkpoint.format.manifest import ArrayRecord
-from statewise._src.checkpoint.format.records import Placed, records_of
+from statewise._src.checkpoint.format.records import records_of
 from statewise._src.checkpoint.interop.export import Piece, add_obstacles, collection_of
 from statewise._src.checkpoint.interop.sources import ARRAY, Source, SourceArray, is_linen, known_collection
 from statewise._src.checkpoint.renested import arguments, objects
@@ -47,6 +47,8 @@ CAST = "sw.convert(src, dst, ..., cast=True)"
 _SIZES = "build the model with the sizes of the source, or rename another to it"
 _DTYPE = "plan the model with the dtype of the source"
 RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's unexpected"
+# Types of leaves that belong to a training run.
+_OF_RUN = (nnx.RngState, nnx.OptState, compat.MetricState)
 
 
 @dataclasses.dataclass
@@ -174,38 +176,9 @@ _SAME_NAME = "keys that only look alike (0 and '0') cannot be distinguished in a
 # --- with a target ---------------------------------------------------------------------------------------------
 
 
-def fit(source: Source, to: str, target: State, rename: Any, cast: bool) -> Fit:
-    """Fits the leaves of a target from a source."""
-    return _Fitter(source, target, rename, cast).run(to)
-
-
-@dataclasses.dataclass
-class _Wanted:
-    """An array of the target, and the entries that it is found in: one, and for a tied leaf those of other paths."""
-
-    placed: Placed
-    leaf: Leaf
-    array: ArrayRecord
-    position: int
-    entries: list[SourceArray]
-
-    @property
-    def kind(self) -> str:
-        return self.placed.record.kind
-
-    @property
-    def path(self) -> Path:
-        return self.placed.record.path + self.array.within
-
-    def piece(self, source: str | None, note: str = "") -> Piece:
-        shape, dtype = self.array.numeric
-        return Piece(self.path, self.leaf, dtype, shape, self.array.prng, source, (self.kind, self.position), note)
-
-
 class _Fitter:
     def __init__(self, source: Source, target: State, rename: Any, cast: bool) -> None:
         self.source = source
-        self.target = target
         self.plan = target.tables
         self.cast = cast
         self.fitted = Fit()
@@ -213,6 +186,8 @@ class _Fitter:
         self.orbax = OrbaxKeys()
         self.by_text: dict[str, SourceArray] = {}
         self.has_values = {kind: not is_abstract(target.part(kind).arrays) for kind in self.plan.kinds}
+        # The kinds that the plan keeps, not the model: an optimizer's state, averages.
+        self.derived = {OPTIMIZER, *(derived.into for derived in self.plan.derived)}
         renamed = _renamed(source, rename)
         for entry in source.entries:
             text = renamed.get(entry.name, entry.name)
@@ -227,24 +202,26 @@ class _Fitter:
         return text.replace(".", "/") if self.source.format == "safetensors" else text
 
     def run(self, to: str) -> Fit:
-        wanted = [
-            _Wanted(placed, leaf, array, placed.start + index, self.find(leaf, array))
-            for placed, leaf in zip(records_of(self.plan), self.plan.leaves, strict=True)
-            if self.plan.kinds[placed.record.kind].saved
-            and not (to == "linen" and collection_of(leaf.type) is None and self.is_derived(leaf))
-            for index, array in enumerate(placed.record.arrays)
-        ]
+        wanted: list[tuple[Piece, list[SourceArray]]] = []
+        for (record, start), leaf in zip(records_of(self.plan), self.plan.leaves, strict=True):
+            is_left_out = to == "linen" and collection_of(leaf.type) is None and record.kind in self.derived
+            if is_left_out or not self.plan.kinds[record.kind].saved:
+                continue
+            for position, array in enumerate(record.arrays, start):
+                path, (shape, dtype) = record.path + array.within, array.numeric
+                piece = Piece(path, leaf, dtype, shape, array.prng, at=(record.kind, position))
+                wanted.append((piece, self.find(leaf, array)))
         self.check_doubles(wanted)
-        present = {each.kind for each in wanted if each.entries}
-        for each in wanted:
-            if each.entries:
-                entry, *others = each.entries
-                self.compare(each, entry)
-                self.fitted.tied += [(each.leaf, entry, other) for other in others]
-            elif 0 in each.array.numeric[0]:
-                self.keep(each, "has no elements: there is nothing to read")
+        present = {piece.leaf.kind for piece, entries in wanted if entries}
+        for piece, entries in wanted:
+            if entries:
+                entry, *others = entries
+                self.compare(piece, entry)
+                self.fitted.tied += [(piece.leaf, entry, other) for other in others]
+            elif 0 in piece.shape:
+                self.keep(piece, "has no elements: there is nothing to read")
             else:
-                self.absent(each, present)
+                self.absent(piece, present)
         return self.fitted.finished(self.source, to)
 
     def find(self, leaf: Leaf, array: ArrayRecord) -> list[SourceArray]:
@@ -263,36 +240,34 @@ class _Fitter:
                 entries.setdefault(entry.name, entry)
         return list(entries.values())
 
-    def check_doubles(self, wanted: list[_Wanted]) -> None:
+    def check_doubles(self, wanted: Sequence[tuple[Piece, list[SourceArray]]]) -> None:
         """Adds leaves that would get one array: their paths only look alike (`0` and `"0"`, `a.b` and `a/b`)."""
-        first: dict[str, _Wanted] = {}
-        for each in wanted:
-            other = first.setdefault(each.entries[0].name, each) if each.entries else each
-            if other is not each:
-                note = f"its name in the source is also that of {format_path(other.path)}"
-                self.problems.add(each.leaf, note, RENAME)
+        first: dict[str, Piece] = {}
+        for piece, entries in wanted:
+            other = first.setdefault(entries[0].name, piece) if entries else piece
+            if other is not piece:
+                self.problems.add(
+                    piece.leaf, f"its name in the source is also that of {format_path(other.path)}", RENAME
+                )
 
     # --- one array -----------------------------------------------------------------------------------------------
 
-    def is_derived(self, leaf: Leaf) -> bool:
-        """Returns whether a leaf is kept by the plan, not the model: an optimizer's state, an average."""
-        return leaf.kind in {derived.into for derived in self.plan.derived}
+    def keep(self, piece: Piece, why: str) -> None:
+        self.fitted.kept.append(dataclasses.replace(piece.leaf, note=why))
+        self.fitted.pieces.append(piece)
 
-    def keep(self, wanted: _Wanted, why: str) -> None:
-        self.fitted.kept.append(dataclasses.replace(wanted.leaf, note=why))
-        self.fitted.pieces.append(wanted.piece(None))
-
-    def absent(self, wanted: _Wanted, present: set[str]) -> None:
+    def absent(self, piece: Piece, present: set[str | None]) -> None:
         """Handles a leaf that the source lacks: it keeps the target's value, if that is allowed, or is missing."""
-        kind = wanted.kind
+        leaf, kind = piece.leaf, piece.leaf.kind or ""
         declared = self.plan.kinds[kind].missing == "keep"
-        of_run = _is_of_run(wanted.leaf) or self.is_derived(wanted.leaf)
+        # What belongs to a training run is not in other programs' files of weights.
+        of_run = kind in self.derived or (isinstance(leaf.type, type) and issubclass(leaf.type, _OF_RUN))
         foreign = self.source.format != "statewise" and kind not in present and of_run
-        why = f"the source has no {kind}" if foreign else self.where(wanted)
+        why = f"the source has no {kind}" if foreign else self.where(piece)
         if (declared or foreign) and self.has_values[kind]:
-            self.keep(wanted, why)
+            self.keep(piece, why)
             return
-        self.fitted.missing.append(dataclasses.replace(wanted.leaf, note=why))
+        self.fitted.missing.append(dataclasses.replace(leaf, note=why))
         if foreign or declared:
             self.problems.hint("a target with values, which are kept: target=plan.take(model)")
             return
@@ -302,42 +277,41 @@ class _Fitter:
         others = f"or, to begin with a model's values: kinds = {keep}; target = {plan}"
         self.problems.hint(RENAME, own if self.has_values[kind] else others)
 
-    def where(self, wanted: _Wanted) -> str:
+    def where(self, piece: Piece) -> str:
         """Returns that a leaf is missing, and what the source has at its path instead."""
-        entry = self.below.get(self.plain(format_path(wanted.path)))
+        entry = self.below.get(self.plain(format_path(piece.path)))
         return note_of(MISSING, "source") + (f", where {entry.name} is of another type" if entry else "")
 
     @functools.cached_property
     def below(self) -> dict[str, SourceArray]:
-        """The entries in collections of Linen's variables, by their text without the collection."""
+        """Returns the entries in collections of Linen's variables, by their text without the collection."""
         parted = [(*text.partition("/"), entry) for text, entry in self.by_text.items()]
         known = {top for top in {top for top, *_ in parted} if known_collection(top)}
         return {rest: entry for top, _, rest, entry in parted if top in known}
 
-    def compare(self, wanted: _Wanted, entry: SourceArray) -> None:
+    def compare(self, piece: Piece, entry: SourceArray) -> None:
         """Compares an entry with the leaf that wants it."""
-        (shape, dtype), prng = wanted.array.numeric, wanted.array.prng
+        dtype, prng = piece.dtype, piece.prng
         # Other formats do not record that an array holds the words of a PRNG key.
         if entry.prng != prng and (entry.prng is not None or self.source.format == "statewise"):
             key, other = (f"key<{each}>" if each else name for each, name in ((prng, dtype), (entry.prng, entry.dtype)))
             hint = f"make the key with jax.random.key(seed, impl={entry.prng!r})" if entry.prng else RENAME
-            self.problems.add(wanted.leaf, note_of([Mismatch(Field.DTYPE, key, other)], "source"), hint)
+            self.problems.add(piece.leaf, note_of([Mismatch(Field.DTYPE, key, other)], "source"), hint)
             return
-        facts = (LeafFacts(None, (ArraySpec(*each),)) for each in ((shape, dtype), (entry.shape, entry.dtype)))
+        pairs = (piece.shape, dtype), (entry.shape, entry.dtype)
+        facts = (LeafFacts(None, (ArraySpec(*pair),)) for pair in pairs)
         mismatches = compare_leaf(*facts)
         end = uncastable(mismatches)
         if prng is not None and mismatches:
             end = end or f", which does not become {dtype}"
-        if not mismatches:
-            self.fitted.pieces.append(wanted.piece(entry.name))
-        elif self.cast and not end and fields_of(mismatches) == (Field.DTYPE,):
-            self.fitted.pieces.append(wanted.piece(entry.name, f"from {entry.dtype} to {dtype}"))
+        if not mismatches or (self.cast and not end and fields_of(mismatches) == (Field.DTYPE,)):
+            note = f"from {entry.dtype} to {dtype}" if mismatches else ""
+            self.fitted.pieces.append(dataclasses.replace(piece, source=entry.name, note=note))
         else:
             hint = _SIZES if Field.SHAPE in fields_of(mismatches) else _DTYPE if end else CAST
-            self.problems.add(wanted.leaf, note_of(mismatches, "source") + end, hint)
+            self.problems.add(piece.leaf, note_of(mismatches, "source") + end, hint)
 
 
-def _is_of_run(leaf: Leaf) -> bool:
-    """Returns whether a leaf belongs to a training run and not to a model, so that files of weights do not have it."""
-    types = (nnx.RngState, nnx.OptState, compat.MetricState)
-    return leaf.kind == OPTIMIZER or (isinstance(leaf.type, type) and issubclass(leaf.type, types))
+def fit(source: Source, to: str, target: State, rename: Any, cast: bool) -> Fit:
+    """Fits the leaves of a target from a source."""
+    return _Fitter(source, target, rename, cast).run(to)

@@ -70,7 +70,7 @@ class Source:
       format: `statewise`, `orbax`, `safetensors` or `mapping`.
       entries: the arrays that it has; none was read for this.
       read: returns the arrays of some entries, by name.
-      others: the names of what it has besides arrays.
+      others: the names of everything in it that is not an array.
     """
 
     name: str

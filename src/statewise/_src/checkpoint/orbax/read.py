@@ -47,12 +47,12 @@ class Stored(NamedTuple):
 
     @property
     def is_spread(self) -> bool:
-        """Whether other processes hold parts of it."""
+        """Returns whether other processes hold parts of it."""
         return self.sharding is not None and not self.sharding.is_fully_addressable
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Returns its size in bytes."""
         return math.prod(self.shape) * np.dtype(dtype_of(self.dtype)).itemsize
 
 

@@ -83,7 +83,7 @@ class _Array(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Returns its size in bytes."""
         return sum(part.nbytes for _, part in self.parts())
 
     def parts(self) -> tuple[tuple[tuple[int, ...], np.ndarray], ...]:
