@@ -7,7 +7,6 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import contextlib
-import errno
 import operator
 import os
 import time
@@ -126,10 +125,9 @@ class Checkpoints:
             create=True,
         )
         try:
-            if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
-            if isinstance(self._directory, FilePath) and self._options.create:
-                make_folder(self._directory)
+            is_local = isinstance(self._directory, FilePath)
+            if is_local and (self._options.create or self._directory.exists()):
+                make_folder(self._directory)  # raises for a file, which Orbax does not notice
             self._manager = self._opened()
         except OSError as error:
             raise SaveError(

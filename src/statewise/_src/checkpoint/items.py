@@ -45,7 +45,7 @@ def check_counts(max_to_keep: int | None, every: int) -> None:
             raise SaveError(f"{name}={count} is less than one step.", hint=f"{name}=1, or leave it out")
 
 
-def extra_item(name: str, given: Any) -> Any:
+def extra_item(name: str, given: object) -> Any:
     """Returns an extra item for Orbax; JSON is made now, because the data may change while it is being written."""
     if name in _OPTIONS:
         function, hint = _OPTIONS[name]

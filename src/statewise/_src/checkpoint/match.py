@@ -190,7 +190,7 @@ class _Matcher:
 
     @functools.cached_property
     def replaced(self) -> set[str]:
-        """Returns the kinds of which something is restored, cast, resized or restarted; asked for after all of these."""
+        """Returns the kinds of which something is restored, cast, resized or restarted; called after these."""
         placed = [*(source.placed for source in self.sources), *self.restarted]
         return {record.kind for record, _ in placed if self.plan.kinds[record.kind].of is not EMA}
 
@@ -322,7 +322,9 @@ def _hint(words: str, declared: Mapping[str, str], plan: PlanTables) -> str:
     return f"{words}: {code}"
 
 
-def match(path: Any, manifests: Sequence[Manifest], state: State, only: object, cast: bool, members: object) -> Match:
+def match(
+    path: object, manifests: Sequence[Manifest], state: State, only: object, cast: bool, members: object
+) -> Match:
     """Matches a target with a checkpoint, and its base if it has one."""
     matcher = _Matcher(state, manifests, only, cast, members)
     matcher.run()

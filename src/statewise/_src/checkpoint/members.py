@@ -49,6 +49,9 @@ class Regrouped(NamedTuple):
         return tuple(index for index, member in enumerate(self.chosen) if member is None)
 
 
+_Change = Regrouped | Refused
+
+
 def asked_members(plan: PlanTables, manifests: Sequence[Manifest], members: Any) -> Asked:
     """Checks `members=` against the target and the checkpoint, and returns it.
 
@@ -87,7 +90,7 @@ def asked_members(plan: PlanTables, manifests: Sequence[Manifest], members: Any)
     return tuple(chosen) if several else chosen[0]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value) if isinstance(value, int | float | str | list | tuple | None) else type(value).__name__
 
 
@@ -121,9 +124,7 @@ def regroup(
     return change
 
 
-def _into_one(
-    plan: PlanTables, record: LeafRecord, there: tuple[int, int] | None, asked: Asked
-) -> Regrouped | Refused | None:
+def _into_one(plan: PlanTables, record: LeafRecord, there: tuple[int, int] | None, asked: Asked) -> _Change | None:
     """Returns the change into one model's array, or into one that all members share."""
     if there is None:
         return None
@@ -135,9 +136,7 @@ def _into_one(
     return Refused(f"an ensemble of {there[0]}", "one of its members: sw.restore(path, target, members=0)")
 
 
-def _by_kind(
-    plan: PlanTables, record: LeafRecord, here: tuple[int, int], there: tuple[int, int] | None
-) -> Regrouped | Refused:
+def _by_kind(plan: PlanTables, record: LeafRecord, here: tuple[int, int], there: tuple[int, int] | None) -> _Change:
     """Returns the change without `members=`: `missing` decides about members that the checkpoint lacks."""
     if there is None:
         into_one = f"sw.restore(path, state, members=[{_numbers(here[0], 1)}])  # None: the state's own member"
@@ -160,9 +159,7 @@ def _by_kind(
     return Refused(f"an ensemble of {there[0]}", hint)
 
 
-def _as_asked(
-    ours: ArrayRecord, here: tuple[int, int], there: tuple[int, int] | None, asked: Asked
-) -> Regrouped | Refused | None:
+def _as_asked(ours: ArrayRecord, here: tuple[int, int], there: tuple[int, int] | None, asked: Asked) -> _Change | None:
     """Returns the change into the members of an ensemble, with `members=`."""
     assert isinstance(asked, tuple), "it was checked"
     if asked == tuple(range(here[0])) and here == there:

@@ -144,7 +144,7 @@ def inspect(path: str | os.PathLike[str]) -> Census:
     return Census(count_leaves(*leaves_on_disk(path)), members_on_disk(path))
 
 
-def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
+def leaves_on_disk(path: object) -> tuple[list[Leaf], dict[str, str]]:
     """Returns the leaves that `inspect` counts, and the handling of each kind in words; reads no array."""
     if is_foreign(path):
         leaves = foreign_leaves(path)
@@ -157,7 +157,7 @@ def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
     return list(map(_as_in_models, manifest.leaves)), handlings
 
 
-def members_on_disk(path: Any) -> int | None:
+def members_on_disk(path: object) -> int | None:
     """Returns the number of members of a checkpoint's ensemble; None for one model, or for another format."""
     return None if is_foreign(path) else count_members([read_manifest(find(path))])
 

@@ -107,7 +107,7 @@ def save(
             handler.close()
 
 
-def check_layout(layout: Any) -> None:
+def check_layout(layout: object) -> None:
     """Raises if a layout is unknown."""
     if layout not in ("named", "packed"):
         raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", hint="layout='packed'")
@@ -242,7 +242,7 @@ def _agreed(number: int) -> int:
 # --- over a base -----------------------------------------------------------------------------------------------
 
 
-def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> dict[str, str] | None:
+def _base(state: State, kinds: tuple[str, ...], base: object, final: FilePath) -> dict[str, str] | None:
     """Returns what the manifest records about the base: its path, and the digest that identifies it."""
     if base is None:
         return None

@@ -148,7 +148,7 @@ class Diff(Shown):
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Counts for each kind how many leaves are the same, and how many differ in each field; one may count in several."""
+        """Counts for each kind the leaves that are the same, and that differ in each field; one may be in several."""
         counts: dict[str, Counter[str]] = {}
         for name, known in (("same", self.same), ("not compared", self.not_compared)):
             for kind, number in known.items():

@@ -62,12 +62,12 @@ class Side:
         return {path_id(alias): leaf for leaf in self.records.values() for alias in leaf.aliases}
 
 
-def is_path(thing: Any) -> bool:
+def is_path(thing: object) -> bool:
     """Returns whether something is a path: text, or an object that stands for one."""
     return isinstance(thing, (str, os.PathLike))
 
 
-def side_of(thing: Any, kinds: Mapping[str, Kind]) -> Side:
+def side_of(thing: object, kinds: Mapping[str, Kind]) -> Side:
     """Makes the side of a model, a state, a plan, or a checkpoint on disk.
 
     Args:
@@ -90,7 +90,7 @@ def side_of(thing: Any, kinds: Mapping[str, Kind]) -> Side:
     return _of_model(thing, kinds)
 
 
-def _on_disk(path: Any) -> Side:
+def _on_disk(path: object) -> Side:
     folders, manifests = find_with_base(path)
     leaves = leaves_with_base(manifests)
     kinds = {name: kind.saved for name, kind in manifests[0].kinds.items()}

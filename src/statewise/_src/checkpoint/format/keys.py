@@ -8,6 +8,7 @@ as text, with dots escaped, made unique where two paths only look alike.  The ma
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -127,7 +128,7 @@ class OrbaxKeys:
     """
 
     def __init__(self) -> None:
-        self._nodes: dict[tuple[str, ...], dict[str, str]] = {}  # for each node: from a child's id to its text
+        self._texts: dict[tuple[tuple[str, ...], str], str] = {}  # from a node and a child's id to its text
         self._taken: set[tuple[str, ...]] = set()
 
     def key(self, path: Path) -> tuple[str, ...]:
@@ -144,17 +145,14 @@ class OrbaxKeys:
         return node
 
     def _child(self, node: tuple[str, ...], identity: str, name: str) -> str:
-        children = self._nodes.setdefault(node, {})
-        text = children.get(identity)
-        if text is None:
-            plain = text = _escaped(name)
-            number = 1
-            while (*node, text) in self._taken:  # the name of another child: "0" beside 0
-                number += 1
-                text = f"{plain}#{number}"
+        if (node, identity) not in self._texts:
+            plain = _escaped(name)
+            # Another child may have this name, "0" beside 0: then the next is "0#2".
+            texts = itertools.chain([plain], (f"{plain}#{number}" for number in itertools.count(2)))
+            text = next(text for text in texts if (*node, text) not in self._taken)
             self._taken.add((*node, text))
-            children[identity] = text
-        return text
+            self._texts[node, identity] = text
+        return self._texts[node, identity]
 
 
 def _escaped(text: str) -> str:

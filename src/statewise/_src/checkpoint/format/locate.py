@@ -17,7 +17,7 @@ from statewise.errors import CorruptedError, RestoreError
 __all__ = ["find", "find_with_base", "leaves_with_base"]
 
 
-def find(path: Any) -> Any:
+def find(path: object) -> Any:
     """Returns the directory of a checkpoint; for a step of a run, that of its only item that is a state.
 
     Raises:
@@ -62,7 +62,7 @@ def _entries(folder: Any) -> list[Any]:
     return sorted(folder.iterdir(), key=lambda entry: (int(entry.name) if entry.name.isdecimal() else -1, entry.name))
 
 
-def find_with_base(path: Any, base: Any = None) -> tuple[list[Any], list[Manifest]]:
+def find_with_base(path: object, base: object = None) -> tuple[list[Any], list[Manifest]]:
     """Returns the directory and the manifest of a checkpoint; then those of its base, if it has one.
 
     Args:
@@ -87,7 +87,7 @@ def find_with_base(path: Any, base: Any = None) -> tuple[list[Any], list[Manifes
     return [folder, place], [own, manifest]
 
 
-def _find_base(folder: Any, recorded: Mapping[str, str], given: Any) -> tuple[Any, Manifest]:
+def _find_base(folder: Any, recorded: Mapping[str, str], given: object) -> tuple[Any, Manifest]:
     place: Any = recorded["path"]
     try:
         places = _recorded(folder, recorded["path"]) if given is None else [place_of(given)]

@@ -114,19 +114,14 @@ class LeafRecord:
     @functools.cached_property
     def facts(self) -> LeafFacts:
         """Returns the leaf for a comparison; the dtype of PRNG keys names their implementation, `key<fry>`."""
-        dtypes = [f"key<{array.prng}>" if array.prng else array.dtype for array in self.arrays]
-        return LeafFacts(
-            self.type,
-            tuple(ArraySpec(array.shape, dtype) for array, dtype in zip(self.arrays, dtypes, strict=True)),
-            self.structure,
-            self.kind,
-            frozenset((path_id(alias), format_path(alias)) for alias in self.aliases),
-            within=tuple(array.within for array in self.arrays),
-        )
+        specs = [ArraySpec(each.shape, f"key<{each.prng}>" if each.prng else each.dtype) for each in self.arrays]
+        ties = frozenset((path_id(alias), format_path(alias)) for alias in self.aliases)
+        within = tuple(array.within for array in self.arrays)
+        return LeafFacts(self.type, tuple(specs), self.structure, self.kind, ties, within=within)
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        """Returns the leaf's text in a manifest, split at the sums of its arrays: a run writes the same leaves many times."""
+        """Returns the leaf's text in a manifest, split at its sums; cached, because a run writes it many times."""
         # Inside a JSON string each quote has a backslash before it, so this text occurs only where the sums are.
         return content_text(_leaf_json(self)).split(_sums_text(_UNKNOWN))
 
@@ -134,16 +129,9 @@ class LeafRecord:
     def _leaf(self) -> Leaf:
         array = self.arrays[0] if self.structure is None and self.arrays else None
         dtype: Any = None if array is None else dtype_of(array.dtype) if array.prng is None else f"key<{array.prng}>"
-        return Leaf(
-            path=self.path,
-            kind=self.kind,
-            type=self.type,
-            shape=array.shape if array else None,
-            dtype=dtype,
-            aliases=self.aliases,
-            size=sum(array.elements for array in self.arrays),
-            nbytes=sum(map(_nbytes, self.arrays)),
-        )
+        shape = None if array is None else array.shape
+        size, nbytes = sum(each.elements for each in self.arrays), sum(map(_nbytes, self.arrays))
+        return Leaf(self.path, self.kind, self.type, shape, dtype, self.aliases, size, nbytes)
 
 
 def _nbytes(array: ArrayRecord) -> int:

@@ -107,7 +107,7 @@ def check_savable(state: State, kinds: Collection[str]) -> None:
     check_concrete(arrays, "save", "sw.save(path, plan.take(model))")
 
 
-def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:
+def kinds_of(state: State, only: object, what: str, hint: str) -> tuple[str, ...]:
     """Returns the kinds that a save or a restore is about: those in `only`, by default all that are saved.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
-from statewise._src.checkpoint.interop.export import FORMATS, destination, export
+from statewise._src.checkpoint.interop.export import FORMATS, Piece, destination, export
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
 from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.interop.sources import Source, open_mapping
@@ -211,7 +211,7 @@ def convert(
     return dataclasses.replace(conversion, tree=export(to, final, fitted.pieces, arrays))
 
 
-def _format(dst: Any, to: str | None) -> str:
+def _format(dst: object, to: str | None) -> str:
     if to is None and dst is not None:
         to = "safetensors" if str(dst).endswith(".safetensors") else "statewise"
     if to not in FORMATS:
@@ -253,14 +253,13 @@ def _arrays(source: Source, fitted: Fit, target: State | None, conversion: Conve
     """Returns the array of each piece as it is written: PRNG keys as their words."""
     read = source.read([piece.source for piece in fitted.pieces if piece.source is not None])
     own = {} if target is None else _kept(fitted, target)
-    arrays = [
-        read[piece.source]
-        if piece.source is not None
-        else own[piece.at]
-        if piece.at in own
-        else np.zeros(piece.shape, piece.dtype)
-        for piece in fitted.pieces
-    ]
+
+    def value(piece: Piece) -> np.ndarray:
+        if piece.source is not None:
+            return read[piece.source]
+        return own[piece.at] if piece.at in own else np.zeros(piece.shape, piece.dtype)
+
+    arrays = list(map(value, fitted.pieces))
     casts = Casts(jax=False)
     for piece, array in zip(fitted.pieces, arrays, strict=True):
         casts.add(piece.leaf, array, piece.dtype)

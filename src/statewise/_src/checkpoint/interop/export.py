@@ -10,9 +10,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from types import ModuleType
@@ -155,7 +154,7 @@ def safetensors_name(path: Path) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def destination(path: Any, to: str = "orbax") -> FilePath:
+def destination(path: object, to: str = "orbax") -> FilePath:
     """Returns the path to write to.
 
     Raises:
@@ -221,21 +220,19 @@ def _metadata(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 @contextlib.contextmanager
 def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePath]:
     """Yields a path to write arrays to; afterwards it has the final name, or is removed if something went wrong."""
-    folder = final.parent / f".{short_name(final.name)}.tmp-{secrets.token_hex(4)}"
-    place = folder / "converted"  # a short name, because Orbax adds to it
+    prefix = f".{short_name(final.name)}.tmp-"
     try:
-        make_folder(folder.parent)
-        folder.mkdir()
-        with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [folder]):
-            yield place
-        flush(place)
-        _give_name(place, final)
+        make_folder(final.parent)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=final.parent, ignore_cleanup_errors=True) as folder:
+            place = FilePath(folder, "converted")  # a short name, because Orbax adds to it
+            with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [FilePath(folder)]):
+                yield place
+            flush(place)
+            _give_name(place, final)
     except SaveError:
         raise
     except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError
         raise write_error(final, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _give_name(place: FilePath, final: FilePath) -> None:

@@ -52,7 +52,7 @@ ORBAX_FILE = "_METADATA"
 # --- which -----------------------------------------------------------------------------------------------------
 
 
-def is_foreign(path: Any) -> bool:
+def is_foreign(path: object) -> bool:
     """Returns whether something at a path is not a checkpoint of Statewise, but may be one that `open_path` reads."""
     if not isinstance(path, (str, os.PathLike)):
         return False
@@ -62,7 +62,7 @@ def is_foreign(path: Any) -> bool:
     return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE))
 
 
-def open_path(path: Any) -> Source:
+def open_path(path: object) -> Source:
     """Opens a safetensors file, or a plain Orbax checkpoint.
 
     Raises:
@@ -112,7 +112,7 @@ def only_item(folder: Any, name: str) -> Any:
     return items[0] if items else None
 
 
-def foreign_leaves(path: Any) -> list[Leaf]:
+def foreign_leaves(path: object) -> list[Leaf]:
     """Returns the leaves of another program's file, each with a kind; reads no array.
 
     A safetensors file that Statewise wrote has the kinds; for Linen's variables each collection is one; anything else

@@ -135,7 +135,7 @@ def _renamed(source: Source, rename: object) -> dict[str, Any]:
 # --- without a target ------------------------------------------------------------------------------------------
 
 
-def fit_alone(source: Source, to: str, rename: Any) -> Fit:
+def fit_alone(source: Source, to: str, rename: object) -> Fit:
     """Fits everything in the source as it is, under the names of the other format."""
     renamed, fitted = _renamed(source, rename), Fit()
     linen = is_linen(source.entries)
@@ -177,7 +177,7 @@ _SAME_NAME = "keys that only look alike (0 and '0') cannot be distinguished in a
 
 
 class _Fitter:
-    def __init__(self, source: Source, target: State, rename: Any, cast: bool) -> None:
+    def __init__(self, source: Source, target: State, rename: object, cast: bool) -> None:
         self.source = source
         self.plan = target.tables
         self.cast = cast
@@ -312,6 +312,6 @@ class _Fitter:
             self.problems.add(piece.leaf, note_of(mismatches, "source") + end, hint)
 
 
-def fit(source: Source, to: str, target: State, rename: Any, cast: bool) -> Fit:
+def fit(source: Source, to: str, target: State, rename: object, cast: bool) -> Fit:
     """Fits the leaves of a target from a source."""
     return _Fitter(source, target, rename, cast).run(to)

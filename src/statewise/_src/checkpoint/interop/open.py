@@ -23,20 +23,18 @@ from statewise.errors import RestoreError
 __all__ = ["open_any"]
 
 
-def open_any(path: Any) -> Source:
+def open_any(path: object) -> Source:
     """Opens a checkpoint of any known format.
 
     Raises:
       RestoreError: there is nothing, or nothing in a known format.
       CorruptedError: it is not what was written.
     """
-    try:
-        os.fspath(path)
-    except TypeError:
+    if not isinstance(path, (str, bytes, os.PathLike)):
         raise RestoreError(
             f"{type(path).__name__} is neither a path nor a mapping.",
             hint="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first",
-        ) from None
+        )
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     item = only_item(folder, NAME) if folder.is_dir() else None
     return open_path(path) if item is None else _open_statewise(item)

@@ -50,11 +50,10 @@ def recognized(path: Any) -> Recognized:
     file = FilePath(os.fspath(path))
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
-    text, start, inside = str(file), head.lstrip()[:1], f"the directory that it is in: {str(file.parent)!r}"
-    if file.name == NAME:
-        return Recognized("the manifest of one", inside)
-    if file.name in _OF_ORBAX:
-        return Recognized("a file of an Orbax checkpoint", inside)
+    text, start = str(file), head.lstrip()[:1]
+    if file.name in (NAME, *_OF_ORBAX):
+        what = "the manifest of one" if file.name == NAME else "a file of an Orbax checkpoint"
+        return Recognized(what, f"the directory that it is in: {str(file.parent)!r}")
     if looks_like_safetensors(head):
         return Recognized("a safetensors file", _then_restored(repr(text)), False)
     for magic, what, hint in _MAGIC:

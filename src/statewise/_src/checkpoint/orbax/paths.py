@@ -56,13 +56,13 @@ def _text_of(path: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def is_url(path: Any) -> bool:
+def is_url(path: object) -> bool:
     """Returns whether a path is a URL, and not a path of the local file system."""
     text = _text_of(path)
     return text is not None and _URL.match(text) is not None
 
 
-def _checked_text(path: Any, error: type[StatewiseError], example: str, done: str, schemes: Collection[str]) -> str:
+def _checked_text(path: object, error: type[StatewiseError], example: str, done: str, schemes: Collection[str]) -> str:
     """Returns the text of a path; raises this error if it cannot be one, or is a URL of another scheme."""
     text = _text_of(path)
     if text is None:
@@ -93,7 +93,7 @@ def _absolute(text: str) -> str:
     return f"/{str(path).lstrip('/')}" if os.sep == "/" else str(path)
 
 
-def place_of(path: Any, example: str = "sw.restore('run/step_100', target)") -> Any:
+def place_of(path: object, example: str = "sw.restore('run/step_100', target)") -> Any:
     """Returns a path to read from, on any file system that Orbax can read.
 
     Args:
@@ -114,7 +114,7 @@ def place_of(path: Any, example: str = "sw.restore('run/step_100', target)") -> 
 
 
 def new_place(
-    path: Any,
+    path: object,
     *,
     arrays: bool = True,
     example: str,
@@ -147,7 +147,7 @@ def new_place(
     raise SaveError(f"There is already something at {final}, and nothing is overwritten.", hint=taken)
 
 
-def steps_in(directory: Any) -> Any:
+def steps_in(directory: object) -> Any:
     """Returns a directory for the steps of a run, which may exist already.
 
     Raises:
@@ -191,7 +191,7 @@ def spec_of(directory: Any) -> dict[str, Any]:
     return {"driver": "file", "path": f"{text.rstrip('/')}/"}
 
 
-def obstacle(path: Any) -> tuple[str, str]:
+def obstacle(path: object) -> tuple[str, str]:
     """Returns why TensorStore or Orbax cannot use a local path, and a similar one; empty texts if they can use it."""
     text = str(path)
     if is_url(text):
@@ -213,7 +213,7 @@ def obstacle(path: Any) -> tuple[str, str]:
     return "", ""
 
 
-def check_usable(path: Any, *, writing: bool = False, arrays: bool = True) -> None:
+def check_usable(path: object, *, writing: bool = False, arrays: bool = True) -> None:
     """Raises for a path that TensorStore or Orbax cannot use.
 
     Args:
