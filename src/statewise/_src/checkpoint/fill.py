@@ -34,11 +34,11 @@ def own_arrays(target: State, kind: str) -> tuple[Any, ...]:
     return unpacked(target, kind)
 
 
-def own_members(found: Match, target: State) -> dict[Spot, Any]:
+def own_members(matched: Match, target: State) -> dict[Spot, Any]:
     """Returns, by kind and position, the values of members that the checkpoint lacks: the target's, or fresh ones."""
     lacking = [
         source.placed
-        for source in found.sources
+        for source in matched.sources
         if any(isinstance(change, Regrouped) and change.lacks for change in source.changes)
     ]
     restarted = [placed for placed in lacking if target.tables.kinds[placed.record.kind].missing == "restart"]
@@ -100,11 +100,11 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[Spot, Any]:
     return fresh
 
 
-def start_averages(found: Match, target: State, new: dict[Spot, Any]) -> None:
+def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:
     """Adds the averages that start again, as copies of the restored values that they follow.
 
     Args:
-      found: what is restored and restarted.
+      matched: what is restored and restarted.
       target: the target, whose values are used where nothing is restored.
       new: the arrays of the new state so far, by kind and position.
     """
@@ -120,11 +120,11 @@ def start_averages(found: Match, target: State, new: dict[Spot, Any]) -> None:
         casts.add(info.leaf, value, info.spec.dtype)
         return jnp.array(value, dtype=info.spec.dtype)
 
-    for record, position in found.restarted:
+    for record, position in matched.restarted:
         if plan.kinds[record.kind].of is EMA:
             sharding = getattr(own(record.kind)[position], "sharding", None)
             new[record.kind, position] = jax.device_put(start(plan.by_kind[record.kind][position]), sharding)
-    for source in found.sources:
+    for source in matched.sources:
         (record, position), kind = source.placed, plan.kinds[source.placed.record.kind]
         change = source.changes[0] if source.changes else None
         if kind.of is EMA and kind.missing == "restart" and isinstance(change, Regrouped) and change.lacks:

@@ -107,62 +107,62 @@ def regroup(
     Returns:
       None if nothing happens to it, or if the shapes differ, which is another problem.
     """
-    here, there = members_of(ours), members_of(theirs)
+    own, saved = members_of(ours), members_of(theirs)
     if shape_of_one(ours) != shape_of_one(theirs):
         return None
-    if asked is None and (here == there or (ours.shape == theirs.shape and None in (here, there))):
+    if asked is None and (own == saved or (ours.shape == theirs.shape and None in (own, saved))):
         return None  # an array stacked by `nnx.vmap`, planned as one model, is the same array
-    if here is None:
-        change = _into_one(plan, record, there, asked)
+    if own is None:
+        change = _into_one(plan, record, saved, asked)
     elif asked is None:
-        change = _by_kind(plan, record, here, there)
+        change = _by_kind(plan, record, own, saved)
     else:
-        change = _as_asked(ours, here, there, asked)
+        change = _as_asked(ours, own, saved, asked)
     if isinstance(change, Regrouped) and devices_of(ours) != devices_of(theirs):
         hint = "restore it onto as many devices first, then sw.transfer the members that you want"
         return Refused(f"of {devices_of(theirs) or 1} devices, and of other members", hint)
     return change
 
 
-def _into_one(plan: PlanTables, record: LeafRecord, there: tuple[int, int] | None, asked: Asked) -> _Change | None:
+def _into_one(plan: PlanTables, record: LeafRecord, saved: tuple[int, int] | None, asked: Asked) -> _Change | None:
     """Returns the change into one model's array, or into one that all members share."""
-    if there is None:
+    if saved is None:
         return None
     if plan.members:
         hint = f"give each member its own here too: plan.stacked({plan.members}, {record.kind}=0)"
-        return Refused(f"a value for each of {there[0]} members", hint)
+        return Refused(f"a value for each of {saved[0]} members", hint)
     if isinstance(asked, int):
-        return Regrouped(asked, there[1], None, f"member {asked} of {there[0]}")
-    return Refused(f"an ensemble of {there[0]}", "one of its members: sw.restore(path, target, members=0)")
+        return Regrouped(asked, saved[1], None, f"member {asked} of {saved[0]}")
+    return Refused(f"an ensemble of {saved[0]}", "one of its members: sw.restore(path, target, members=0)")
 
 
-def _by_kind(plan: PlanTables, record: LeafRecord, here: tuple[int, int], there: tuple[int, int] | None) -> _Change:
+def _by_kind(plan: PlanTables, record: LeafRecord, own: tuple[int, int], saved: tuple[int, int] | None) -> _Change:
     """Returns the change without `members=`: `missing` decides about members that the checkpoint lacks."""
-    if there is None:
-        into_one = f"sw.restore(path, state, members=[{_numbers(here[0], 1)}])  # None: the state's own member"
-        into_all = f"sw.restore(path, state, members=[0] * {here[0]}, only=('params',))"
+    if saved is None:
+        into_one = f"sw.restore(path, state, members=[{_numbers(own[0], 1)}])  # None: the state's own member"
+        into_all = f"sw.restore(path, state, members=[0] * {own[0]}, only=('params',))"
         hint = f"into one member: {into_one}\nor into all, except for the random streams: {into_all}"
         return Refused("one model", hint)
-    if here[0] == there[0]:
+    if own[0] == saved[0]:
         # The axes of optimizer state and averages follow those of the kind that they are derived from.
         owner = {derived.into: derived.kinds for derived in plan.derived}.get(record.kind, (record.kind,))[0]
-        hint = f"the axis that it was saved with: plan.stacked({here[0]}, {owner}={there[1]})"
-        return Refused(f"an ensemble along axis {there[1]}", hint)
+        hint = f"the axis that it was saved with: plan.stacked({own[0]}, {owner}={saved[1]})"
+        return Refused(f"an ensemble along axis {saved[1]}", hint)
     missing = plan.kinds[record.kind].missing
-    if here[0] > there[0] and missing != "error":
-        chosen = tuple(index if index < there[0] else None for index in range(here[0]))
-        words = _words(chosen, there[0], "restarted" if missing == "restart" else "kept")
-        return Regrouped(chosen, there[1], here[1], words)
-    hint = f"say which of them: sw.restore(path, target, members=[{_numbers(here[0], there[0])}])"
-    if here[0] > there[0]:
+    if own[0] > saved[0] and missing != "error":
+        chosen = tuple(index if index < saved[0] else None for index in range(own[0]))
+        words = _words(chosen, saved[0], "restarted" if missing == "restart" else "kept")
+        return Regrouped(chosen, saved[1], own[1], words)
+    hint = f"say which of them: sw.restore(path, target, members=[{_numbers(own[0], saved[0])}])"
+    if own[0] > saved[0]:
         hint += "  # None: the target's own member, which has to have values"
-    return Refused(f"an ensemble of {there[0]}", hint)
+    return Refused(f"an ensemble of {saved[0]}", hint)
 
 
-def _as_asked(ours: ArrayRecord, here: tuple[int, int], there: tuple[int, int] | None, asked: Asked) -> _Change | None:
+def _as_asked(ours: ArrayRecord, own: tuple[int, int], saved: tuple[int, int] | None, asked: Asked) -> _Change | None:
     """Returns the change into the members of an ensemble, with `members=`."""
     assert isinstance(asked, tuple), "it was checked"
-    if asked == tuple(range(here[0])) and here == there:
+    if asked == tuple(range(own[0])) and own == saved:
         return None
     members = [member for member in asked if member is not None]
     if ours.prng is not None and len(set(members)) < len(members):
@@ -170,8 +170,8 @@ def _as_asked(ours: ArrayRecord, here: tuple[int, int], there: tuple[int, int] |
             "one random stream for several members, which would draw the same noise,",
             "restore the kinds without random streams, into a state that has its own: only=('params', 'stats')",
         )
-    known, axis = there or (1, None)
-    return Regrouped(asked, axis, here[1], _words(asked, known, "kept"))
+    known, axis = saved or (1, None)
+    return Regrouped(asked, axis, own[1], _words(asked, known, "kept"))
 
 
 def _words(chosen: tuple[int | None, ...], known: int, rest: str) -> str:

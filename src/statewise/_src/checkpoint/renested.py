@@ -26,7 +26,7 @@ def objects(plan: PlanTables) -> str:
 
 def arguments(plan: PlanTables) -> str:
     """Returns the arguments of `kinds.plan` that make a plan like this one, as code."""
-    optimized = ", optimizers=optimizers" if any(one.into == OPTIMIZER for one in plan.derived) else ""
+    optimized = ", optimizers=optimizers" if any(derived.into == OPTIMIZER for derived in plan.derived) else ""
     return objects(plan) + optimized + (", averages=averages" if plan.averages else "")
 
 

@@ -84,13 +84,13 @@ def restore(
       >>> print(report.table().title.split()[0], report.ok, state["params"]["kernel"].shape)
       restore True (2, 3)
     """
-    folders, manifests, found = _matched(path, target, only, cast, base, members)
-    found.report.raise_problems()
-    fresh = fresh_values(found.restarted, target)
-    own = own_members(found, target)
-    wanted = [(source.checkpoint, (source.record, _shardings(source, target))) for source in found.sources]
+    folders, manifests, matched = _matched(path, target, only, cast, base, members)
+    matched.report.raise_problems()
+    fresh = fresh_values(matched.restarted, target)
+    own = own_members(matched, target)
+    wanted = [(source.checkpoint, (source.record, _shardings(source, target))) for source in matched.sources]
     arrays = read_leaves(folders, manifests, wanted)
-    return _state(found, target, arrays, fresh, own), found.report
+    return _state(matched, target, arrays, fresh, own), matched.report
 
 
 def preview(
@@ -219,10 +219,10 @@ def _is_cast(array: Any, record: ArrayRecord) -> bool:
     return record.prng is None and array.dtype != dtype_of(record.dtype)
 
 
-def _check_casts(found: Match, arrays: Sequence[Sequence[Any]]) -> None:
+def _check_casts(matched: Match, arrays: Sequence[Sequence[Any]]) -> None:
     """Raises for casts that lose numbers."""
     floats, others = Casts(), Casts()
-    for source, read in zip(found.sources, arrays, strict=True):
+    for source, read in zip(matched.sources, arrays, strict=True):
         for array, record in zip(read, source.placed.record.arrays, strict=True):
             if _is_cast(array, record):
                 casts = floats if jnp.issubdtype(array.dtype, jnp.floating) else others
@@ -237,7 +237,7 @@ def _check_casts(found: Match, arrays: Sequence[Sequence[Any]]) -> None:
 
 
 def _state(
-    found: Match,
+    matched: Match,
     target: State,
     arrays: Sequence[Sequence[Any]],
     fresh: Mapping[Spot, Any],
@@ -245,8 +245,8 @@ def _state(
 ) -> State:
     plan = target.tables
     new: dict[Spot, Any] = {}
-    _check_casts(found, arrays)
-    for source, read in zip(found.sources, arrays, strict=True):
+    _check_casts(matched, arrays)
+    for source, read in zip(matched.sources, arrays, strict=True):
         record, start = source.placed
         triples = zip(read, record.arrays, source.changes, strict=True)
         for position, (array, of_array, change) in enumerate(triples, start):
@@ -261,7 +261,7 @@ def _state(
                 array = jax.device_put(array, _shardings(source, target)[position - start])
             new[spot] = array
     new |= fresh
-    start_averages(found, target, new)
+    start_averages(matched, target, new)
     own = functools.cache(functools.partial(own_arrays, target))
     parts = []
     for kind, infos in plan.by_kind.items():

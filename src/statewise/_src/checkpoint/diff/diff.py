@@ -72,7 +72,7 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
       >>> changes.same
       {'params': 1}
     """
-    models = [thing for thing in (a, b) if not (is_path(thing) or tables_in(thing) is not None)]
+    models = [each for each in (a, b) if not (is_path(each) or tables_in(each) is not None)]
     if kinds is not None:
         check_kinds(kinds)
         if not models:
@@ -80,7 +80,7 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
                 "Only a model is planned by kinds; states and checkpoints have theirs.", hint="sw.diff(a, b)"
             )
     else:
-        planned = [thing for thing in map(tables_in, (a, b)) if thing is not None]
+        planned = [each for each in map(tables_in, (a, b)) if each is not None]
         kinds = Plan.of(planned[0]).kinds if planned else Kinds.standard()
     return _diff(side_of(a, kinds), side_of(b, kinds))
 
@@ -148,15 +148,15 @@ class Pair:
     @functools.cached_property
     def mismatches(self) -> tuple[Mismatch, ...]:
         """Returns the differences that are known without values; members along another axis are another shape."""
-        mismatches = compare_leaf(self.first and self.first.facts, self.second and self.second.facts)
+        mismatches = compare_leaf(*(record if record is None else record.facts for record in (self.first, self.second)))
         if not self.is_both or Field.STRUCTURE in fields_of(mismatches):
             return mismatches
         axes = []
         for index, (ours, theirs) in enumerate(zip(*(record.arrays for record in self.both), strict=True)):
-            here, there = members_of(ours), members_of(theirs)
-            if here and there and here != there and ours.shape == theirs.shape:
+            first, second = members_of(ours), members_of(theirs)
+            if first and second and first != second and ours.shape == theirs.shape:
                 within = format_path(ours.within) if ours.within else ""
-                axes.append(Mismatch(Field.SHAPE, f"members along axis {here[1]}", str(there[1]), index, within))
+                axes.append(Mismatch(Field.SHAPE, f"members along axis {first[1]}", str(second[1]), index, within))
         return (*mismatches, *axes)
 
     @functools.cached_property
@@ -164,8 +164,8 @@ class Pair:
         """Returns whether the two hold the same number of arrays, of the same shapes, and the same are PRNG keys."""
         if {*fields_of(self.mismatches)} & {Field.MISSING, Field.UNEXPECTED, Field.STRUCTURE, Field.SHAPE}:
             return False
-        here, there = self.both
-        return all(ours.prng == theirs.prng for ours, theirs in zip(here.arrays, there.arrays, strict=True))
+        first, second = self.both
+        return all(ours.prng == theirs.prng for ours, theirs in zip(first.arrays, second.arrays, strict=True))
 
 
 def _not_saved(pairs: Sequence[Pair], first: Side, second: Side) -> set[str]:

@@ -62,16 +62,16 @@ class Side:
         return {path_id(alias): leaf for leaf in self.records.values() for alias in leaf.aliases}
 
 
-def is_path(thing: object) -> bool:
+def is_path(source: object) -> bool:
     """Returns whether something is a path: text, or an object that stands for one."""
-    return isinstance(thing, (str, os.PathLike))
+    return isinstance(source, (str, os.PathLike))
 
 
-def side_of(thing: object, kinds: Mapping[str, Kind]) -> Side:
+def side_of(source: object, kinds: Mapping[str, Kind]) -> Side:
     """Makes the side of a model, a state, a plan, or a checkpoint on disk.
 
     Args:
-      thing: one of these; for several objects that are planned together, a tuple or list.
+      source: one of these; for several objects that are planned together, a tuple or list.
       kinds: the kinds to plan a model by.
 
     Raises:
@@ -81,13 +81,13 @@ def side_of(thing: object, kinds: Mapping[str, Kind]) -> Side:
       UnclaimedError: leaves of a model that no kind claims.
       OverlapError: leaves of a model that several kinds claim.
     """
-    if is_path(thing):
-        return _on_disk(thing)
-    if isinstance(thing, State):
-        return _of_state(thing, "a state")
-    if isinstance(thing, Plan):
-        return _of_state(thing.abstract(), "a plan")
-    return _of_model(thing, kinds)
+    if is_path(source):
+        return _on_disk(source)
+    if isinstance(source, State):
+        return _of_state(source, "a state")
+    if isinstance(source, Plan):
+        return _of_state(source.abstract(), "a plan")
+    return _of_model(source, kinds)
 
 
 def _on_disk(path: object) -> Side:
@@ -148,7 +148,7 @@ def _of_model(model: Any, kinds: Mapping[str, Kind]) -> Side:
             return None
         return list(map(_as_taken, values))
 
-    names = " and ".join(type(thing).__name__ for thing in objects)
+    names = " and ".join(type(source).__name__ for source in objects)
     records = {record.id: record for record, _ in records_of(plan)}
     return Side(f"a model ({names})", records, _saved(plan), False, lambda asked: list(map(arrays, asked)))
 

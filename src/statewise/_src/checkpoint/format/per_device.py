@@ -112,14 +112,14 @@ def resize(plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: Arra
     Returns:
       None if nothing happens to it, or if the shapes differ, which is another problem.
     """
-    here, there = devices_of(ours), devices_of(theirs)
-    if here == there or shape_of_one(ours) != shape_of_one(theirs):
+    devices, saved = devices_of(ours), devices_of(theirs)
+    if devices == saved or shape_of_one(ours) != shape_of_one(theirs):
         return None
     keys = ", folded in with their numbers" if ours.prng is not None else ""
-    if not there:
-        return Resized("each", here, f"one value, on each of {here} devices{keys}")
-    what, (kind, _) = f"one value for each of {there} devices", _owner(plan, record)
-    if not here:
+    if not saved:
+        return Resized("each", devices, f"one value, on each of {devices} devices{keys}")
+    what, (kind, _) = f"one value for each of {saved} devices", _owner(plan, record)
+    if not devices:
         into = "with placement=sw.PerDevice(...): sw.restore(path, plan.abstract(mesh))"
         return Refused(what, f"{into}, then state.reduce_devices({kind!r})")
     how = _declared(plan, record, ours)
@@ -127,8 +127,8 @@ def resize(plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: Arra
         placement = f"{kind}=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))"
         return Refused(what, f"declare what happens to them: {placement}")
     if how == "mean" and (ours.prng is not None or not jnp.issubdtype(jnp.dtype(ours.dtype), jnp.inexact)):
-        return Refused(f"one value without a mean for each of {there} devices", "sw.PerDevice('data', resize='first')")
-    return Resized(how, here, f"the {how} of {there} devices' values, on each of {here}{keys}")
+        return Refused(f"one value without a mean for each of {saved} devices", "sw.PerDevice('data', resize='first')")
+    return Resized(how, devices, f"the {how} of {saved} devices' values, on each of {devices}{keys}")
 
 
 def _owner(plan: PlanTables, record: LeafRecord) -> tuple[str, Path]:

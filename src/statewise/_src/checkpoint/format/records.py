@@ -70,7 +70,7 @@ def _records(plan: PlanTables) -> list[Placed]:
         structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
         placed.append(Placed(record, span.start))
-    for array in (array for one in plan.derived_arrays for array in one.arrays):
+    for array in (array for derived in plan.derived_arrays for array in derived.arrays):
         record = LeafRecord(array.leaf.path, array.kind, type_name(jax.Array), None, (_record(plan, array, ()),))
         placed.append(Placed(record, array.position))
     return placed

@@ -91,11 +91,11 @@ def compare_tied(source: Source, fitted: Fit) -> None:
         fitted.problems.add(leaf, note, hint)
 
 
-def same_values(one: np.ndarray, other: np.ndarray) -> bool:
+def same_values(first: np.ndarray, second: np.ndarray) -> bool:
     """Returns whether two arrays hold the same numbers, whatever their dtypes are."""
-    if one.dtype != other.dtype:
-        one, other = (array.astype(np.result_type(array.dtype, np.float64)) for array in (one, other))
-    return one.tobytes() == other.tobytes() or bool(np.array_equal(one, other))
+    if first.dtype != second.dtype:
+        first, second = (array.astype(np.result_type(array.dtype, np.float64)) for array in (first, second))
+    return first.tobytes() == second.tobytes() or bool(np.array_equal(first, second))
 
 
 def _renamed(source: Source, rename: object) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Paths as Orbax takes them, made with the library that Orbax itself uses."""
+"""Paths as Orbax takes them, local with the library that Orbax itself uses."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def _literal_path() -> Any:
 
 def epath(path: Any) -> Any:
     """Returns a path on any file system that Orbax can write to, of the library that Orbax itself uses."""
-    made = epaths.Path(path)
+    local = epaths.Path(path)
     # Paths of other classes are on other file systems.
-    return _literal_path()(made) if type(made) is type(epaths.Path("/")) else made
+    return _literal_path()(local) if type(local) is type(epaths.Path("/")) else local
