@@ -74,6 +74,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
         handler = StateHandler()
         futures = await handler.begin(folder, self.saving)
 
+        # In threads, because `result` blocks and Orbax runs this in its event loop.
         async def written() -> None:
             for future in futures:
                 await asyncio.to_thread(future.result)

@@ -19,6 +19,7 @@ _MAKE_DATA = "give the Variable the key's words: jax.random.key_data(key)"
 
 def is_alike(record: LeafRecord, saved: LeafRecord) -> bool:
     """Returns whether a leaf in the checkpoint is exactly what it is in the target, as nearly all leaves are."""
+    # With equal facts the shapes are equal; their leading axes may still be devices in one and members in the other.
     return record.facts == saved.facts and all(
         devices_of(ours) == devices_of(theirs) and members_of(ours) == members_of(theirs)
         for ours, theirs in zip(record.arrays, saved.arrays, strict=True)
@@ -27,6 +28,7 @@ def is_alike(record: LeafRecord, saved: LeafRecord) -> bool:
 
 def compare_records(record: LeafRecord, saved: LeafRecord) -> tuple[Mismatch, ...]:
     """Compares two records; another number of devices or members, of the same shape each, is not a difference."""
+    # Shapes may differ in the axes of devices and members; the shape of one value has to be the same.
     return tuple(
         mismatch
         for mismatch in compare_leaf(record.facts, saved.facts)

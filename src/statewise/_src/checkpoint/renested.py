@@ -72,6 +72,7 @@ def _deeper(some: Sequence[LeafRecord], others: Sequence[LeafRecord]) -> tuple[L
 
     "Most" is half of the others or more, all below the same name.
     """
+    # The paths of optimizer state start with its kind, so they do not show where the model's objects are.
     known = {other.id: other for other in others if other.kind != OPTIMIZER}
     pairs = [(leaf, known[inner]) for leaf in some if (inner := path_id(leaf.path[1:])) in known]
     if not pairs or 2 * len(pairs) < len(known):

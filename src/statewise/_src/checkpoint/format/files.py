@@ -65,6 +65,7 @@ def sha256_of(path: Any, parts: Parts | None = None) -> str:
     """Returns the SHA-256 of a file, or of parts of it, one after the other: for each its first byte and its length."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        # In blocks, so that a large file is never in memory as a whole.
         for start, length in [(0, HASHED + 1)] if parts is None else parts:
             file.seek(start)
             left = length

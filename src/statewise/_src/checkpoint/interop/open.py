@@ -52,6 +52,7 @@ def _open_statewise(folder: Any) -> Source:
             path = leaf.path + array.within
             facts = leaf.kind, leaf.type, array.prng, leaf.aliases, leaf.kind in averages
             entries.append(SourceArray(format_path(path), path, *array.numeric, *facts))
+            # Paths that only look alike share a name; a conversion reports them before it reads.
             leaf_of[entries[-1].name] = identity
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:

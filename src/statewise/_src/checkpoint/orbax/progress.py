@@ -51,6 +51,7 @@ def growing(what: str, total: int, folders: Callable[[], Iterable[FilePath]]) ->
             while not ended.wait(LOOK):
                 tell(min(bytes_in(folders()), total))
 
+        # A daemon, which does not keep an interrupted process alive.
         watcher = threading.Thread(target=look, name="statewise-progress", daemon=True)
         watcher.start()
         try:
