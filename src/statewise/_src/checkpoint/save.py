@@ -265,7 +265,7 @@ def _base(state: State, kinds: tuple[str, ...], base: object, final: FilePath) -
 
 def _compare_with_base(state: State, kinds: tuple[str, ...], manifest: Manifest) -> Problems:
     laid = lay_out(state, kinds, "named")
-    sources, saved = iter(laid.sources), manifest.by_id()
+    sources, saved = iter(laid.sources), {leaf.id: leaf for leaf in manifest.leaves}
     problems = Problems()
     for record in laid.records:
         base = saved.get(record.id)

@@ -186,10 +186,6 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     digest: str = ""
 
-    def by_id(self) -> dict[PathId, LeafRecord]:
-        """Returns the leaves by their ids."""
-        return {leaf.id: leaf for leaf in self.leaves}
-
     def has_saved(self, kind: str) -> bool:
         """Returns whether the checkpoint itself has a kind, not its base."""
         return kind in self.kinds and self.kinds[kind].saved
