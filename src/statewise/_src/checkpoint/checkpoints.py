@@ -130,10 +130,8 @@ class Checkpoints:
                 make_folder(self._directory)  # raises for a file, which Orbax does not notice
             self._manager = self._opened()
         except OSError as error:
-            raise SaveError(
-                f"{self._directory} cannot be used: {error.strerror or error}.",
-                hint="a directory that can be written to",
-            ) from error
+            hint = "a directory that can be written to"
+            raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
 
     def _opened(self) -> Any:
         """Makes Orbax's manager, which looks at each step; again if another process has just removed one of them."""
@@ -204,10 +202,8 @@ class Checkpoints:
           StructureError: the state was donated, is abstract, or is being traced.
         """
         if self._closed:
-            raise SaveError(
-                f"Checkpoints({str(self._directory)!r}) is closed.",
-                hint="save inside its with block, or before checkpoints.close()",
-            )
+            hint = "save inside its with block, or before checkpoints.close()"
+            raise SaveError(f"Checkpoints({str(self._directory)!r}) is closed.", hint=hint)
         if not isinstance(force, (bool, np.bool_)):
             raise SaveError(f"force={force!r} is neither True nor False.", hint="another name, for an extra item")
         item = checkpointable(state, layout=self._layout)

@@ -60,10 +60,8 @@ def extra_item(name: str, given: object) -> Any:
     try:
         return ocp.args.JsonSave(json.loads(json.dumps(given, default=_number)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise SaveError(
-            f"The extra item {name!r} cannot be written as JSON: {error}.",
-            hint="Python numbers, such as float(loss); or an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)",
-        ) from error
+        hint = "Python numbers, such as float(loss); or an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)"
+        raise SaveError(f"The extra item {name!r} cannot be written as JSON: {error}.", hint=hint) from error
 
 
 def _unusable(name: str) -> str:
@@ -101,10 +99,8 @@ def check_metrics(best_fn: Any, metrics: Any) -> None:
     try:
         best_fn(metrics)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise SaveError(
-            f"best_fn cannot judge these metrics: {type(error).__name__}: {error}.",
-            hint="give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})",
-        ) from error
+        hint = "give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})"
+        raise SaveError(f"best_fn cannot judge these metrics: {type(error).__name__}: {error}.", hint=hint) from error
 
 
 def bytes_in(folders: Iterable[FilePath]) -> int:

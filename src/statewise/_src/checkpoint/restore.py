@@ -181,16 +181,10 @@ def _matched(
     path: object, target: object, only: object, cast: bool, base: object, members: object
 ) -> tuple[list[Any], list[Manifest], Match]:
     if not isinstance(target, State):
-        raise StructureError(
-            f"The target of a restore is a state, not {type(target).__name__}.",
-            hint="sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)",
-        )
-    check_untraced(
-        jax.tree.leaves(target),
-        "restore",
-        "restore before the function is called, and pass it the state",
-        subject="The target",
-    )
+        hint = "sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)"
+        raise StructureError(f"The target of a restore is a state, not {type(target).__name__}.", hint=hint)
+    hint = "restore before the function is called, and pass it the state"
+    check_untraced(jax.tree.leaves(target), "restore", hint, subject="The target")
     check_fits(target, target.tables.kinds)
     folders, manifests = find_with_base(path, base)
     return folders, manifests, match(path, manifests, target, only, cast, members)

@@ -87,12 +87,9 @@ def save(
         )
     kinds = kinds_to_save(state, only)
     check_layout(layout)
-    final = new_place(
-        path,
-        example="sw.save('run/step_100', state)",
-        store="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
-        "state=sw.checkpointable(state)))",
-    )
+    item = "state=sw.checkpointable(state)"
+    store = f"use Orbax's own manager there: manager.save(step, args=ocp.args.Composite({item}))"
+    final = new_place(path, example="sw.save('run/step_100', state)", store=store)
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
     first = jax.process_index() == 0  # this one shows the progress of all
     size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
@@ -159,10 +156,8 @@ def write_error(final: FilePath, error: Exception) -> SaveError:
             f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
             hint="another path for each writer",
         )
-    return SaveError(
-        f"{final} could not be written: {reason_of(error)}. Nothing of it is left.",
-        hint="free some space, or choose a directory that can be written to",
-    )
+    hint = "free some space, or choose a directory that can be written to"
+    return SaveError(f"{final} could not be written: {reason_of(error)}. Nothing of it is left.", hint=hint)
 
 
 def reason_of(error: Exception) -> str:

@@ -26,10 +26,8 @@ def find(path: object) -> Any:
     """
     folder = place_of(path)
     if not folder.exists():
-        raise RestoreError(
-            f"There is nothing at {folder}.",
-            hint="sw.save(path, state) writes a checkpoint; look for it beside this path",
-        )
+        hint = "sw.save(path, state) writes a checkpoint; look for it beside this path"
+        raise RestoreError(f"There is nothing at {folder}.", hint=hint)
     if folder.is_file():
         file = recognized(folder)
         raise RestoreError(f"{folder} is not a checkpoint of Statewise, but {file.what}.", hint=file.hint)
@@ -78,10 +76,8 @@ def find_with_base(path: object, base: object = None) -> tuple[list[Any], list[M
     own = read_manifest(folder)
     if own.base is None:
         if base is not None:
-            raise RestoreError(
-                f"{folder} was not saved over another checkpoint.",
-                hint="leave base out; to save over one: sw.save(path, state, only=..., base=base)",
-            )
+            hint = "leave base out; to save over one: sw.save(path, state, only=..., base=base)"
+            raise RestoreError(f"{folder} was not saved over another checkpoint.", hint=hint)
         return [folder], [own]
     place, manifest = _find_base(folder, own.base, base)
     return [folder, place], [own, manifest]
@@ -96,17 +92,13 @@ def _find_base(folder: Any, recorded: Mapping[str, str], given: object) -> tuple
         if given is not None:
             raise
     if isinstance(place, str) or not (place / NAME).exists():
-        raise RestoreError(
-            f"{folder} was saved over another checkpoint, which is not at {place}.",
-            hint="say where it is now: sw.restore(path, target, base=...)",
-        )
+        hint = "say where it is now: sw.restore(path, target, base=...)"
+        raise RestoreError(f"{folder} was saved over another checkpoint, which is not at {place}.", hint=hint)
     check_usable(place)
     manifest = read_manifest(place)
     if manifest.digest != recorded["digest"]:
-        raise RestoreError(
-            f"{place} is not the checkpoint that this one was saved over.",
-            hint="say where that one is: sw.restore(path, target, base=...)",
-        )
+        hint = "say where that one is: sw.restore(path, target, base=...)"
+        raise RestoreError(f"{place} is not the checkpoint that this one was saved over.", hint=hint)
     return place, manifest
 
 

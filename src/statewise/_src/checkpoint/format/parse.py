@@ -64,10 +64,8 @@ def read_manifest(directory: Any) -> Manifest:
             raise CorruptedError(f"{path} is not a manifest: it has {size} bytes, and the limit is {LARGEST}.")
         data = path.read_bytes()
     except OSError as error:
-        raise CorruptedError(
-            f"{path} cannot be read: {error.strerror}.",
-            hint=f"is it one of Statewise's? sw.convert({str(directory)!r}, ...) takes a plain Orbax checkpoint",
-        ) from error
+        hint = f"is it one of Statewise's? sw.convert({str(directory)!r}, ...) takes a plain Orbax checkpoint"
+        raise CorruptedError(f"{path} cannot be read: {error.strerror}.", hint=hint) from error
     head = _HEAD.match(data)
     if head is not None and int(head[1]) > FORMAT:
         raise CorruptedError(

@@ -263,12 +263,8 @@ def _arrays(source: Source, fitted: Fit, target: State | None, conversion: Conve
     casts = Casts(jax=False)
     for piece, array in zip(fitted.pieces, arrays, strict=True):
         casts.add(piece.leaf, array, piece.dtype)
-    casts.check(
-        RestoreError,
-        "plan the model with the dtype of the source",
-        before=f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}). ",
-        after="written",
-    )
+    before = f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}). "
+    casts.check(RestoreError, "plan the model with the dtype of the source", before=before, after="written")
     with np.errstate(all="ignore"):  # what NumPy would warn about has been checked
         pairs = zip(fitted.pieces, arrays, strict=True)
         return [array.astype(jnp.dtype(piece.dtype), copy=False) for piece, array in pairs]

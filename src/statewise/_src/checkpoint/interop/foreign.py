@@ -105,10 +105,8 @@ def only_item(folder: Any, name: str) -> Any:
     """
     items = _items_with(folder, name)
     if len(items) > 1:
-        raise RestoreError(
-            f"{folder} holds several items: {', '.join(item.name for item in items)}.",
-            hint=f"the path of one of them: {str(items[0])!r}",
-        )
+        hint = f"the path of one of them: {str(items[0])!r}"
+        raise RestoreError(f"{folder} holds several items: {', '.join(item.name for item in items)}.", hint=hint)
     return items[0] if items else None
 
 

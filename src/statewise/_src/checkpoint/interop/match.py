@@ -111,24 +111,20 @@ def _renamed(source: Source, rename: object) -> dict[str, Any]:
         unknown = [name for name in rename if name not in {*names, *source.others}]
         if unknown:
             near = difflib.get_close_matches(str(unknown[0]), names, n=3, cutoff=0.3) or names[:3]
+            hint = f"its names are like: {', '.join(map(repr, near))}" if near else "leave rename out"
             raise RestoreError(
-                f"rename names what the source does not have: {', '.join(map(repr, unknown[:5]))}.",
-                hint=f"its names are like: {', '.join(map(repr, near))}" if near else "leave rename out",
+                f"rename names what the source does not have: {', '.join(map(repr, unknown[:5]))}.", hint=hint
             )
         texts = dict(rename)
     elif callable(rename):
         texts = {name: rename(name) for name in names}
     else:
-        raise RestoreError(
-            f"rename is {type(rename).__name__}, neither a mapping nor a function.",
-            hint="rename={'name in the source': 'path/of/the/leaf'}",
-        )
+        hint = "rename={'name in the source': 'path/of/the/leaf'}"
+        raise RestoreError(f"rename is {type(rename).__name__}, neither a mapping nor a function.", hint=hint)
     for name, text in texts.items():
         if not (text is None or (isinstance(text, str) and text.strip("/"))):
-            raise RestoreError(
-                f"rename does not give a path for {name!r}, but {type(text).__name__}.",
-                hint="rename gives a path, 'layers/0/kernel', or None to leave a name out",
-            )
+            hint = "rename gives a path, 'layers/0/kernel', or None to leave a name out"
+            raise RestoreError(f"rename does not give a path for {name!r}, but {type(text).__name__}.", hint=hint)
     return {name: None if text is None else text.strip("/") for name, text in texts.items()}
 
 

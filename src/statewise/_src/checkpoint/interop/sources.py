@@ -121,13 +121,9 @@ def open_mapping(tree: Mapping[Any, Any]) -> Source:
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
         abstract = [entry for entry in entries if isinstance(arrays[entry.name], jax.ShapeDtypeStruct)]
-        check_concrete(
-            arrays.values(),
-            "convert",
-            "sw.convert(..., dry_run=True), or variables with values",
-            subject="The source",
-            leaves=[entry.leaf("has no values") for entry in abstract],
-        )
+        leaves = [entry.leaf("has no values") for entry in abstract]
+        hint = "sw.convert(..., dry_run=True), or variables with values"
+        check_concrete(arrays.values(), "convert", hint, subject="The source", leaves=leaves)
         return {name: np.asarray(arrays[name]) for name in names}
 
     return Source("the mapping", "mapping", tuple(entries), read)
