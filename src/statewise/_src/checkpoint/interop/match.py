@@ -112,9 +112,8 @@ def _renamed(source: Source, rename: object) -> dict[str, Any]:
         if unknown:
             near = difflib.get_close_matches(str(unknown[0]), names, n=3, cutoff=0.3) or names[:3]
             hint = f"its names are like: {', '.join(map(repr, near))}" if near else "leave rename out"
-            raise RestoreError(
-                f"rename names what the source does not have: {', '.join(map(repr, unknown[:5]))}.", hint=hint
-            )
+            shown = ", ".join(map(repr, unknown[:5]))
+            raise RestoreError(f"rename names what the source does not have: {shown}.", hint=hint)
         texts = dict(rename)
     elif callable(rename):
         texts = {name: rename(name) for name in names}
