@@ -137,11 +137,8 @@ def keys_of(to: str, pieces: Sequence[Piece]) -> list[tuple[str, ...] | None]:
     if to == "safetensors":
         return [(safetensors_name(piece.path),) for piece in pieces]
     if to == "linen":
-        collections = [collection_of(piece.leaf.type) for piece in pieces]
-        return [
-            None if name is None else (name, *map(str, piece.path))
-            for name, piece in zip(collections, pieces, strict=True)
-        ]
+        collections = ((collection_of(piece.leaf.type), piece.path) for piece in pieces)
+        return [None if name is None else (name, *map(str, path)) for name, path in collections]
     orbax = OrbaxKeys()
     return [orbax.key(piece.path) for piece in pieces]
 
@@ -160,13 +157,8 @@ def destination(path: object, to: str = "orbax") -> FilePath:
     Raises:
       SaveError: there is something already, or it cannot be written to.
     """
-    return new_place(
-        path,
-        arrays=to != "safetensors",
-        example="sw.convert(src, 'run/converted')",
-        store="convert to a local path, and then copy the result",
-        taken="another path",
-    )
+    example, store = "sw.convert(src, 'run/converted')", "convert to a local path, and then copy the result"
+    return new_place(path, arrays=to != "safetensors", example=example, store=store, taken="another path")
 
 
 def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> Any:

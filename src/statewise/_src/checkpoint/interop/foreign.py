@@ -159,16 +159,10 @@ def _open_safetensors(path: FilePath) -> Source:
             hint="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
         ) from error
     header.pop("__metadata__", None)
-    entries = [
-        SourceArray(
-            name,
-            tuple(name.split(".")),
-            tuple(facts["shape"]),
-            SAFETENSORS_DTYPES.get(facts["dtype"], facts["dtype"]),
-            **known.get(name, {}),
-        )
-        for name, facts in header.items()
-    ]
+    entries = []
+    for name, facts in header.items():
+        dtype = SAFETENSORS_DTYPES.get(facts["dtype"], facts["dtype"])
+        entries.append(SourceArray(name, tuple(name.split(".")), tuple(facts["shape"]), dtype, **known.get(name, {})))
     dtypes = {entry.name: entry.dtype for entry in entries}
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
@@ -181,9 +175,9 @@ def _open_safetensors(path: FilePath) -> Source:
                 data = np.fromfile(raw, np.uint8, stop - start)
                 if data.size != stop - start:
                     raise CorruptedError(f"{path} is corrupted: it has become shorter.", hint="fetch or write it again")
-                dtype = dtype_of(dtypes[name])
-                assert dtype is not None, "a dtype that JAX lacks fits no leaf"
-                arrays[name] = data.view(dtype).reshape(header[name]["shape"])
+                own = dtype_of(dtypes[name])
+                assert own is not None, "a dtype that JAX lacks fits no leaf"
+                arrays[name] = data.view(own).reshape(header[name]["shape"])
         return arrays
 
     return Source(str(path), "safetensors", tuple(entries), read)

@@ -241,9 +241,8 @@ class _Fitter:
         for piece, entries in wanted:
             other = first.setdefault(entries[0].name, piece) if entries else piece
             if other is not piece:
-                self.problems.add(
-                    piece.leaf, f"its name in the source is also that of {format_path(other.path)}", RENAME
-                )
+                note = f"its name in the source is also that of {format_path(other.path)}"
+                self.problems.add(piece.leaf, note, RENAME)
 
     # --- one array -----------------------------------------------------------------------------------------------
 
