@@ -288,12 +288,8 @@ def fails_in_safetensors(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fail", "name", "reason"),
     [
-        (fails_in_orbax, "plain", "RESOURCE_EXHAUSTED: No space left on device"),
-        (
-            fails_in_safetensors,
-            "a.safetensors",
-            "Error while serializing: I/O error: No space left on device (os error 28)",
-        ),
+        (fails_in_orbax, "plain", "No space left on device"),
+        (fails_in_safetensors, "a.safetensors", "No space left on device (os error 28)"),
     ],
 )
 def test_a_full_disk_leaves_nothing(

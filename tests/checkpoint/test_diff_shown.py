@@ -34,7 +34,7 @@ def found() -> Diff:
 TABLE = """\
 a state and a model (Node): 3 of 5 leaves differ
 path  kind    what        why
------------------------------------------------------------
+----------------------------------------------------------
 b     params  value       6 of 6 elements by up to 0.25
 more  params  unexpected  Param(2,) float32
 s     stats   value       1 of 2 elements, NaN in only one

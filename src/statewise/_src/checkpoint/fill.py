@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,20 +110,11 @@ def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:
     """
     plan, casts = target.tables, Casts()
     own = functools.cache(functools.partial(own_arrays, target))
-
-    def start(info: ArrayInfo) -> jax.Array:
-        source = _averaged(plan, info)
-        if source is None:
-            return jnp.zeros(info.spec.shape, info.spec.dtype)
-        spot = source.kind, source.position
-        value = new[spot] if spot in new else own(source.kind)[source.position]
-        casts.add(info.leaf, value, info.spec.dtype)
-        return jnp.array(value, dtype=info.spec.dtype)
-
     for record, position in matched.restarted:
         if plan.kinds[record.kind].of is EMA:
             sharding = getattr(own(record.kind)[position], "sharding", None)
-            new[record.kind, position] = jax.device_put(start(plan.by_kind[record.kind][position]), sharding)
+            first = _start(plan, plan.by_kind[record.kind][position], new, own, casts)
+            new[record.kind, position] = jax.device_put(first, sharding)
     for source in matched.sources:
         (record, position), kind = source.placed, plan.kinds[source.placed.record.kind]
         change = source.changes[0] if source.changes else None
@@ -132,14 +123,22 @@ def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:
             value, axis = new[record.kind, position], change.ours or 0
             starts = jnp.isin(jnp.arange(value.shape[axis]), jnp.array(change.lacks))
             starts = starts.reshape([-1 if dimension == axis else 1 for dimension in range(value.ndim)])
-            started = jnp.where(starts, start(plan.by_kind[record.kind][position]), value)
+            started = jnp.where(starts, _start(plan, plan.by_kind[record.kind][position], new, own, casts), value)
             new[record.kind, position] = jax.device_put(started, value.sharding)
     casts.check(RestoreError, "averages={'params': sw.EMA(0.999, dtype=jnp.float32)}")
 
 
-def _averaged(plan: PlanTables, info: ArrayInfo) -> ArrayInfo | None:
-    """Returns the array that an average follows; None for a count, which comes after the averages."""
+def _start(
+    plan: PlanTables, info: ArrayInfo, new: Mapping[Spot, Any], own: Callable[[str], tuple[Any, ...]], casts: Casts
+) -> jax.Array:
+    """Returns the first value of an average: that of the array that it follows, as it was restored; 0 for a count."""
     assert info.derived is not None, "an average is derived"
     average = plan.arrays_of(info.derived)
     index = info.position - average.start
-    return average.sources[index] if index < len(average.sources) else None
+    if index >= len(average.sources):  # counts come after the averages
+        return jnp.zeros(info.spec.shape, info.spec.dtype)
+    source = average.sources[index]
+    spot = source.kind, source.position
+    value = new[spot] if spot in new else own(source.kind)[source.position]
+    casts.add(info.leaf, value, info.spec.dtype)
+    return jnp.array(value, dtype=info.spec.dtype)

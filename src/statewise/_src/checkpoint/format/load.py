@@ -43,7 +43,6 @@ def read_leaves(
     folders: Sequence[Any],
     manifests: Sequence[Manifest],
     wanted: Sequence[tuple[int, Wanted]],
-    *,
     checked: bool = False,
 ) -> list[list[Any]]:
     """Reads leaves, each from the checkpoint (0) or from its base (1).

@@ -19,7 +19,7 @@ import numpy as np
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
-from statewise._src.checkpoint.interop.export import FORMATS, Piece, destination, export
+from statewise._src.checkpoint.interop.export import FORMATS, destination, export
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
 from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.interop.sources import Source, open_mapping
@@ -253,13 +253,12 @@ def _arrays(source: Source, fitted: Fit, target: State | None, conversion: Conve
     """Returns the array of each piece as it is written: PRNG keys as their words."""
     read = source.read([piece.source for piece in fitted.pieces if piece.source is not None])
     own = {} if target is None else _kept(fitted, target)
-
-    def value(piece: Piece) -> np.ndarray:
+    arrays = []
+    for piece in fitted.pieces:
         if piece.source is not None:
-            return read[piece.source]
-        return own[piece.at] if piece.at in own else np.zeros(piece.shape, piece.dtype)
-
-    arrays = list(map(value, fitted.pieces))
+            arrays.append(read[piece.source])
+        else:
+            arrays.append(own[piece.at] if piece.at in own else np.zeros(piece.shape, piece.dtype))
     casts = Casts(jax=False)
     for piece, array in zip(fitted.pieces, arrays, strict=True):
         casts.add(piece.leaf, array, piece.dtype)
