@@ -46,7 +46,7 @@ _DTYPE = re.compile(r"bool|(u?int|b?float|complex)[0-9]+(_\w+)?", re.ASCII)
 # The limits of an array's elements and axes, and of tuples nested in a path key.
 _MOST, _AXES, _DEEPEST = 1 << 62, 64, 16
 # The tags of path keys that JSON does not have, with the types of their values.
-_TAGS = {"tuple": list, "float": str, "bytes": str, "bool": bool, "none": type(None)}
+_TAGS: dict[str, type[Any]] = {"tuple": list, "float": str, "bytes": str, "bool": bool, "none": type(None)}
 
 
 def read_manifest(directory: Any) -> Manifest:

@@ -47,9 +47,9 @@ def _open_statewise(folder: Any) -> Source:
     leaf_of: dict[str, PathId] = {}
     for identity, (_, leaf) in leaves.items():
         for array in leaf.arrays:
-            path = leaf.path + array.within
-            facts = leaf.kind, leaf.type, array.prng, leaf.aliases, leaf.kind in averages
-            entries.append(SourceArray(format_path(path), path, *array.numeric, *facts))
+            path, (shape, dtype), is_average = leaf.path + array.within, array.numeric, leaf.kind in averages
+            facts = leaf.kind, leaf.type, array.prng, leaf.aliases, is_average
+            entries.append(SourceArray(format_path(path), path, shape, dtype, *facts))
             # Paths that only look alike share a name; a conversion reports them before it reads.
             leaf_of[entries[-1].name] = identity
 
