@@ -207,7 +207,8 @@ def _is_path_key(key: Any, depth: int = 0) -> bool:
     if len(key) != 1:
         return False
     ((tag, value),) = key.items()
-    if not isinstance(value, _TAGS.get(tag, ())):
+    expected = _TAGS.get(tag)
+    if expected is None or not isinstance(value, expected):
         return False
     return tag != "tuple" or (depth < _DEEPEST and all(_is_path_key(part, depth + 1) for part in value))
 
