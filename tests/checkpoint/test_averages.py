@@ -160,7 +160,7 @@ def test_a_leaf_of_the_model_at_the_place_of_an_average_is_refused(tmp_path: Pat
     plan = sw.plan(model, averages={"params": sw.EMA(0.5)})
     with refused(
         sw.StructureError,
-        "Two leaves have one path, by which a restore could not tell them apart.",
+        "Two leaves have one path, so that a restore could not distinguish them.",
         leaves=["ema/params/w: Variable(2,) float32  kind=variables", "ema/params/w: Array(2,) float32  kind=ema"],
         hint="give the model's attribute 'ema' another name: the plan keeps what it derives there",
     ):

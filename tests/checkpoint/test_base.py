@@ -92,7 +92,7 @@ def test_a_base_that_was_moved_is_asked_for(saved: pathlib.Path) -> None:
             hint=ELSEWHERE,
         ):
             look(saved / "adapter", state_with(5, 5), base=saved / "nowhere")
-        with refused(sw.RestoreError, "int is no path.", hint="sw.restore('run/step_100', target)"):
+        with refused(sw.RestoreError, "int is not a path.", hint="sw.restore('run/step_100', target)"):
             look(saved / "adapter", state_with(5, 5), base=3)
     state, report = sw.restore(saved / "adapter", state_with(5, 5), base=os.fspath(saved / "elsewhere"))
     assert contents(state) == contents(state_with(1, 7))
@@ -105,7 +105,7 @@ def test_another_checkpoint_in_its_place_is_not_believed(saved: pathlib.Path) ->
     for look in (sw.restore, sw.preview):
         with refused(
             sw.RestoreError,
-            f"{saved}/base is another checkpoint than the one that this was saved over.",
+            f"{saved}/base is not the checkpoint that this one was saved over.",
             hint=ANOTHER,
         ):
             look(saved / "adapter", state_with(5, 5))
@@ -127,7 +127,7 @@ def test_a_damaged_base_is_named(saved: pathlib.Path) -> None:
     whole = manifest.read_bytes()
     manifest.write_bytes(whole.replace(b"kernel", b"kernal"))
     with refused(
-        sw.CorruptedError, f"{manifest} is corrupted: its checksum is another.", hint="restore another checkpoint"
+        sw.CorruptedError, f"{manifest} is corrupted: its checksum does not match.", hint="restore another checkpoint"
     ):
         sw.restore(saved / "adapter", target)
     manifest.write_bytes(whole)

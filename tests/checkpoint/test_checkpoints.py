@@ -146,7 +146,7 @@ def test_two_objects_read_one_directory(tmp_path: pathlib.Path) -> None:
         writer.wait()
         assert reader.restore(numbered(0), extra=["metrics"]).extra == {"metrics": {"loss": 0.5}}
         hint = "another step; checkpoints.manager.delete(2) removes one that is corrupted"
-        with refused(sw.SaveError, f"There is a step 2 already in {tmp_path}.", hint=hint):
+        with refused(sw.SaveError, f"There is already a step 2 in {tmp_path}.", hint=hint):
             reader.save(2, numbered(3))
         assert reader.save(3, numbered(3))
         reader.wait()
@@ -225,9 +225,8 @@ def test_an_extra_item_is_saved_as_it_was_at_the_call(checkpoints: sw.Checkpoint
 def test_an_extra_item_that_json_cannot_hold_is_refused_at_the_call(checkpoints: sw.Checkpoints) -> None:
     with refused(
         sw.SaveError,
-        "The extra item 'metrics' is nothing that JSON can hold: Object of type ArrayImpl is not JSON serializable.",
-        hint="numbers as Python has them, float(loss) say; or an ocp.args.CheckpointArgs, such as "
-        "ocp.args.PyTreeSave(...)",
+        "The extra item 'metrics' cannot be written as JSON: Object of type ArrayImpl is not JSON serializable.",
+        hint="Python numbers, such as float(loss); or an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)",
     ):
         checkpoints.save(1, numbered(1), metrics={"loss": jnp.ones(2)})
     assert checkpoints.save(1, numbered(1), metrics={"loss": 1.0})
@@ -256,7 +255,7 @@ def test_a_restore_waits_for_what_is_being_written(checkpoints: sw.Checkpoints) 
 )
 def test_an_option_of_another_function_is_no_extra_item(tmp_path: pathlib.Path, name: str, of: str, hint: str) -> None:
     """It would be written as one, beside a whole state, and nobody would know."""
-    message = f"An extra item cannot be called {name!r}: that is an option of {of}, and none of a step's."
+    message = f"An extra item cannot be called {name!r}: that is an option of {of}, not of a step."
     with sw.Checkpoints(tmp_path) as checkpoints:
         with refused(sw.SaveError, message, hint=hint):
             checkpoints.save(1, numbered(1), **{name: ("params",)})
@@ -264,7 +263,7 @@ def test_an_option_of_another_function_is_no_extra_item(tmp_path: pathlib.Path, 
 
 
 def test_an_extra_item_does_not_take_the_state_s_place(checkpoints: sw.Checkpoints) -> None:
-    with refused(sw.SaveError, "An extra item cannot be called 'state': the state is.", hint="another name"):
+    with refused(sw.SaveError, "An extra item cannot be called 'state': that is the state.", hint="another name"):
         checkpoints.save(1, numbered(1), state={"x": 1})
 
 
@@ -273,7 +272,9 @@ def test_an_extra_item_s_name_is_that_of_a_folder(tmp_path: pathlib.Path, name: 
     with (
         sw.Checkpoints(tmp_path / "run") as checkpoints,
         refused(
-            sw.SaveError, f"An extra item cannot be called {name!r}: it is a folder of the step.", hint="another name"
+            sw.SaveError,
+            f"An extra item cannot be called {name!r}: it is a directory of the step.",
+            hint="another name",
         ),
     ):
         checkpoints.save(1, numbered(1), **{name: 1})
@@ -285,7 +286,7 @@ def test_an_item_that_is_not_there_is_refused_before_anything_is_read(
 ) -> None:
     checkpoints.save(1, numbered(1), metrics={"loss": 0.5})
     checkpoints.wait()
-    monkeypatch.setattr("statewise._src.checkpoint.restore.read_arrays", None)
+    monkeypatch.setattr("statewise._src.checkpoint.format.load.read_arrays", None)
     with refused(sw.RestoreError, "Step 1 has no item 'data'.", hint="one of: metrics, state"):
         checkpoints.restore(numbered(0), extra=["metrics", "data"])
 

@@ -51,7 +51,7 @@ def test_a_step_that_is_not_there_is_named_with_those_that_are(checkpoints: sw.C
 
 
 def test_a_step_is_not_written_over_neither_while_it_is_written_nor_after(checkpoints: sw.Checkpoints) -> None:
-    message = f"There is a step 1 already in {checkpoints.directory}."
+    message = f"There is already a step 1 in {checkpoints.directory}."
     checkpoints.save(1, numbered(1))
     for force in (False, True):
         with refused(sw.SaveError, message, hint=f"another step; {DELETE_1} removes one that is corrupted"):
@@ -83,7 +83,7 @@ def test_what_is_left_of_a_step_is_no_step_and_is_named_where_it_is_in_the_way(c
     checkpoints.wait()
     (checkpoints.directory / "1/state/statewise.json").unlink()
     assert checkpoints.latest == 0
-    message = f"What there is of step 1 in {checkpoints.directory} is no whole checkpoint."
+    message = f"Step 1 in {checkpoints.directory} is not a complete checkpoint."
     with refused(sw.SaveError, message, hint=DELETE_1):
         checkpoints.save(1, numbered(2))
     eval(DELETE_1)
@@ -130,7 +130,7 @@ def test_a_step_older_than_the_newest_is_not_silently_left_out(checkpoints: sw.C
 def test_a_step_is_a_number_from_zero_on(tmp_path: pathlib.Path, step: Any) -> None:
     with (
         sw.Checkpoints(tmp_path) as checkpoints,
-        refused(sw.SaveError, f"{step!r} is no number of a step.", hint="checkpoints.save(100, state)"),
+        refused(sw.SaveError, f"{step!r} is not the number of a step.", hint="checkpoints.save(100, state)"),
     ):
         checkpoints.save(step, numbered(1))
 
@@ -219,7 +219,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def failed(directory: Any) -> Any:
     return refused(
         sw.SaveError,
-        f"A step could not be written to {directory}: No space left on device. Earlier steps are whole.",
+        f"A step could not be written to {directory}: No space left on device. Earlier steps are complete.",
         hint="free some space, or choose a directory that can be written to",
     )
 
@@ -286,7 +286,7 @@ def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_i
     (tmp_path / "run").write_text("in the way")
     with refused(
         sw.SaveError,
-        f"A step could not be written to {tmp_path / 'run'}: Not a directory. Earlier steps are whole.",
+        f"A step could not be written to {tmp_path / 'run'}: Not a directory. Earlier steps are complete.",
         hint="free some space, or choose a directory that can be written to",
     ):
         checkpoints.save(2, numbered(2))

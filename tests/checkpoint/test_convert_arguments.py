@@ -28,7 +28,7 @@ A_STATE = "sw.convert(src, dst, target=plan.take(model)), or plan.abstract()"
 def test_a_checkpoint_of_statewise_needs_a_target(tmp_path: Path) -> None:
     with refused(
         sw.StructureError,
-        "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
+        "A checkpoint of Statewise needs a target, which has the kinds and types of the leaves.",
         hint=A_STATE,
     ):
         convert({"w": jnp.ones(1)}, tmp_path / "out")
@@ -44,7 +44,7 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
     for name in ("a.safetensors", "dir"):
         path = tmp_path / name
         path.write_text("precious") if "." in name else path.mkdir()
-        message = f"There is something at {path} already, and nothing is written over."
+        message = f"There is already something at {path}, and nothing is overwritten."
         with refused(sw.SaveError, message, hint="another path"):
             convert({"params": {"w": jnp.ones(1)}}, path, to="safetensors", dry_run=True)
     assert (tmp_path / "a.safetensors").read_text() == "precious"
@@ -53,25 +53,25 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dst", "options", "message", "hint"),
     [
-        ("out", {"to": "zip"}, "to='zip' is no format.", "one of: 'statewise', 'orbax', 'safetensors', 'linen'"),
+        ("out", {"to": "zip"}, "to='zip' is not a format.", "one of: 'statewise', 'orbax', 'safetensors', 'linen'"),
         (
             None,
             {},
-            "Where nothing is written, the format is to be told.",
+            "If nothing is written, to= has to name the format.",
             "one of: 'statewise', 'orbax', 'safetensors', 'linen'",
         ),
         (
             None,
             {"to": "safetensors"},
-            "to='safetensors' needs a place to write to.",
+            "to='safetensors' needs a path to write to.",
             "sw.convert(src, 'run/converted', ...)",
         ),
-        (3, {"to": "orbax"}, "int is no path.", "sw.convert(src, 'run/converted')"),
+        (3, {"to": "orbax"}, "int is not a path.", "sw.convert(src, 'run/converted')"),
         (
             "gs://bucket/a.safetensors",
             {},
-            "gs://bucket/a.safetensors is on an object store, which cannot rename a directory at once.",
-            "convert to a local path, and copy what is there then",
+            "gs://bucket/a.safetensors is on an object store, which cannot rename a directory atomically.",
+            "convert to a local path, and then copy the result",
         ),
     ],
 )
@@ -91,12 +91,12 @@ def test_a_destination_that_is_none_is_refused(dst: Any, options: dict[str, Any]
         (3, "rename is int, neither a mapping nor a function.", "rename={'name in the source': 'path/of/the/leaf'}"),
         (
             lambda name: 7,
-            "rename makes no path of 'bias', but int.",
+            "rename does not give a path for 'bias', but int.",
             "rename gives a path, 'layers/0/kernel', or None to leave a name out",
         ),
         (
             {"bias": "/"},
-            "rename makes no path of 'bias', but str.",
+            "rename does not give a path for 'bias', but str.",
             "rename gives a path, 'layers/0/kernel', or None to leave a name out",
         ),
         (lambda name: None, "the mapping has no arrays to convert.", "another source, or a rename that keeps some"),
@@ -110,7 +110,7 @@ def test_a_rename_that_is_none_is_refused(rename: Any, message: str, hint: str) 
 def test_orbax_stores_nothing_where_no_array_has_elements(tmp_path: Path) -> None:
     with refused(
         sw.SaveError,
-        f"There is nothing to write to {tmp_path / 'plain'}: no array has elements, and Orbax stores no others.",
+        f"There is nothing to write to {tmp_path / 'plain'}: no array has elements, and Orbax does not store others.",
         hint="sw.convert(src, 'run/converted.safetensors')",
     ):
         convert({"w": jnp.zeros((0, 2))}, tmp_path / "plain", to="orbax")

@@ -217,7 +217,7 @@ def test_keys_that_only_look_alike_are_refused(tmp_path: Path) -> None:
         convert({"w": {0: jnp.ones(1), "0": jnp.zeros(1)}}, tmp_path / "plain", to="orbax")
     assert [leaf.note for leaf in caught.value.leaves] == ["has the same name as another in the source"]
     assert caught.value.hint == (
-        "keys that only look alike (0 and '0') cannot be told apart in another format: change one of them"
+        "keys that only look alike (0 and '0') cannot be distinguished in another format: change one of them"
     )
 
 
@@ -225,14 +225,14 @@ def test_a_leaf_where_others_hang_below_is_refused(tmp_path: Path) -> None:
     rename = {"w": "v/part/whole", "v/part": "v/part"}
     with pytest.raises(sw.RestoreError) as caught:
         convert({"w": jnp.ones(1), "v": {"part": jnp.ones(1)}}, tmp_path / "plain", to="orbax", rename=rename)
-    assert [leaf.note for leaf in caught.value.leaves] == ["would stand where v/part/whole hangs below"]
+    assert [leaf.note for leaf in caught.value.leaves] == ["would be a parent of v/part/whole"]
     assert caught.value.hint == APART
 
 
 def test_the_name_that_safetensors_keeps_for_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         convert({"__metadata__": jnp.ones(1)}, tmp_path / "a.safetensors")
-    assert [leaf.note for leaf in caught.value.leaves] == ["has a name that safetensors keeps for itself"]
+    assert [leaf.note for leaf in caught.value.leaves] == ["has a name that safetensors reserves"]
 
 
 def test_an_array_outside_of_variables_has_no_collection(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_an_array_outside_of_variables_has_no_collection(tmp_path: Path) -> None
     with refused(
         sw.RestoreError,
         f"{source} does not become variables (linen): 1 leaf is in the way. Nothing was read or written.",
-        leaves=["raw: Array(2,) float32  kind=variables  (is no Variable, so that it belongs to no Linen collection)"],
+        leaves=["raw: Array(2,) float32  kind=variables  (is not a Variable, so that it is not in a Linen collection)"],
         hint="hold it in an nnx.Variable, or leave it out: rename={'raw': None}",
     ):
         convert(source, None, to="linen")
@@ -251,7 +251,7 @@ def test_an_array_outside_of_variables_has_no_collection(tmp_path: Path) -> None
 def test_without_types_there_are_no_collections(tmp_path: Path) -> None:
     with pytest.raises(sw.RestoreError) as caught:
         convert({"w": jnp.ones(1), "layer": {"v": jnp.ones(1)}}, None, to="linen")
-    assert [leaf.note for leaf in caught.value.leaves] == ["is in no collection that NNX knows"] * 2
+    assert [leaf.note for leaf in caught.value.leaves] == ["is not in a collection that NNX knows"] * 2
     assert caught.value.hint == (
         "say which type each leaf has: sw.convert(src, dst, to='linen', target=plan.abstract()); "
         "or register the collection: nnx.register_variable_name(name, Type)"
@@ -288,12 +288,8 @@ def fails_in_safetensors(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fail", "name", "reason"),
     [
-        (fails_in_orbax, "plain", "RESOURCE_EXHAUSTED: No space left on device"),
-        (
-            fails_in_safetensors,
-            "a.safetensors",
-            "Error while serializing: I/O error: No space left on device (os error 28)",
-        ),
+        (fails_in_orbax, "plain", "No space left on device"),
+        (fails_in_safetensors, "a.safetensors", "No space left on device (os error 28)"),
     ],
 )
 def test_a_full_disk_leaves_nothing(
@@ -302,7 +298,7 @@ def test_a_full_disk_leaves_nothing(
     fail(monkeypatch)
     with refused(
         sw.SaveError,
-        f"{tmp_path / name} could not be written: {reason}. Nothing of it was left.",
+        f"{tmp_path / name} could not be written: {reason}. Nothing of it is left.",
         hint="free some space, or choose a directory that can be written to",
     ):
         convert({"w": jnp.ones(1)}, tmp_path / name, to="safetensors" if "." in name else "orbax")
@@ -323,7 +319,7 @@ def test_of_two_writers_the_first_stays(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(os, "link", lambda place, path: (other_writes(), os.stat(place), os.symlink(place, path)))
     with refused(
         sw.SaveError,
-        f"Another writer has written {final} meanwhile; that one is whole, this one was dropped.",
+        f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
         hint="another path for each writer",
     ):
         convert({"w": jnp.ones(1)}, final, to="safetensors" if "." in name else "orbax")
@@ -345,7 +341,7 @@ def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file" / "a.safetensors"
     with refused(
         sw.SaveError,
-        f"{path} could not be written: Not a directory. Nothing of it was left.",
+        f"{path} could not be written: Not a directory. Nothing of it is left.",
         hint="free some space, or choose a directory that can be written to",
     ):
         convert({"w": jnp.ones(1)}, path)

@@ -118,7 +118,7 @@ def test_a_manifest_that_is_damaged_is_named_and_said_to_be(whole: Path, tmp_pat
     folder = tmp_path / "copy"
     shutil.copytree(whole / "named", folder)
     flipped(folder / "statewise.json", 1000, 0)
-    message = f"{folder / 'statewise.json'} is corrupted: its checksum is another."
+    message = f"{folder / 'statewise.json'} is corrupted: its checksum does not match."
     for reading in (sw.inspect, lambda path: sw.preview(path, state()), lambda path: sw.restore(path, state())):
         with refused(sw.CorruptedError, message, hint=AGAIN):
             reading(folder)

@@ -240,7 +240,7 @@ def test_zero_is_zero_whatever_its_sign() -> None:
 
 def test_nan_in_one_alone_is_said() -> None:
     found = values(jnp.array([1.0, math.nan, 3.0]), jnp.array([5.0, 2.0, 3.0]))
-    assert (found.elements, found.why) == (2, "2 of 3 elements, NaN in one alone")
+    assert (found.elements, found.why) == (2, "2 of 3 elements, NaN in only one")
     assert math.isnan(found.largest)
 
 

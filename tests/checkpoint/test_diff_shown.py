@@ -34,10 +34,10 @@ def found() -> Diff:
 TABLE = """\
 a state and a model (Node): 3 of 5 leaves differ
 path  kind    what        why
------------------------------------------------------------
+----------------------------------------------------------
 b     params  value       6 of 6 elements by up to 0.25
 more  params  unexpected  Param(2,) float32
-s     stats   value       1 of 2 elements, NaN in one alone
+s     stats   value       1 of 2 elements, NaN in only one
 
 kinds
 kind    leaves  outcome
@@ -129,7 +129,7 @@ def test_a_few_leaves_are_read_at_a_time(tmp_path: pathlib.Path, monkeypatch: py
         read.append([record.path[0] for record, _ in wanted])
         return plain(folder, manifest, wanted, **options)
 
-    monkeypatch.setattr("statewise._src.checkpoint.diff.sources.read_arrays", noted)
+    monkeypatch.setattr(reading, "read_arrays", noted)
     monkeypatch.setattr(reading, "corrupted_files", lambda *args: checked.append(args) or corrupted_files(*args))
     monkeypatch.setattr(differing, "BATCH", 4 * 64 * 4)
     sw.save(tmp_path / "one", state(1), layout=layout)
@@ -180,7 +180,7 @@ def test_a_path_where_nothing_is(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: pathlib.Path) -> None:
-    message = f"{tmp_path} is no checkpoint of Statewise: it has no statewise.json."
+    message = f"{tmp_path} is not a checkpoint of Statewise: it has no statewise.json."
     hint = f"sw.convert('{tmp_path}', ...) reads a plain Orbax checkpoint"
     check_either(sw.CorruptedError, message, tmp_path, hint=hint)
 
@@ -249,7 +249,7 @@ def test_a_model_whose_arrays_are_gone() -> None:
         "The model's arrays no longer exist: they were taken with copy=False, and a step has donated them.",
         model,
         leaves=["w: Param(2, 3) float32  kind=params"],
-        hint="plan.put(state, model) gives it those of now; or compare the state",
+        hint="plan.put(state, model) gives it the present arrays; or compare the state",
     )
 
 

@@ -326,5 +326,5 @@ def test_a_manifest_whose_members_do_not_fit_is_corrupted(tmp_path: Path) -> Non
         text = content_text(content)
         digest = hashlib.sha256(text.encode()).hexdigest()
         file.write_text(f'{{"statewise":1,"sha256":"{digest}","content":{text}}}\n')
-        with pytest.raises(sw.CorruptedError, match="an array has not a value for each member"):
+        with pytest.raises(sw.CorruptedError, match="an array does not have a value for each member"):
             sw.inspect(tmp_path / "a")

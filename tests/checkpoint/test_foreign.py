@@ -177,14 +177,14 @@ def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     with refused(
         sw.RestoreError,
-        f"{tmp_path} is no checkpoint that is known here: it has neither statewise.json nor Orbax's _METADATA.",
+        f"{tmp_path} is not a checkpoint in a known format: it has neither statewise.json nor Orbax's _METADATA.",
         hint="a checkpoint of Statewise, a plain Orbax checkpoint, or a .safetensors file",
     ):
         open_path(tmp_path)
 
 
 def test_what_is_no_path_is_refused() -> None:
-    with refused(sw.RestoreError, "int is no path.", hint="sw.restore('run/step_100', target)"):
+    with refused(sw.RestoreError, "int is not a path.", hint="sw.restore('run/step_100', target)"):
         sw.inspect(3)
 
 
@@ -272,7 +272,7 @@ def test_a_file_cut_off_anywhere_is_damage(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(sw.CorruptedError) as caught:
             open_path(path)
-        assert caught.value.message.startswith(f"{path} is corrupted, or no safetensors file: ")
+        assert caught.value.message.startswith(f"{path} is corrupted, or not a safetensors file: ")
 
 
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -299,7 +299,7 @@ def test_a_header_that_lies_is_damage(tmp_path: Path, header: Any, data: bytes, 
     for look in (open_path, sw.inspect):
         with pytest.raises(sw.CorruptedError) as caught:
             look(path)
-        assert caught.value.message.startswith(f"{path} is corrupted, or no safetensors file: ")
+        assert caught.value.message.startswith(f"{path} is corrupted, or not a safetensors file: ")
         assert says in caught.value.message
         assert caught.value.hint == (
             "fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files"

@@ -175,7 +175,7 @@ def test_a_second_object_is_named_as_the_reason_in_one_line(tmp_path: pathlib.Pa
         sw.restore(tmp_path / "run", plan.abstract())
     first, *_ = (caught.value.hint or "").splitlines()
     assert first == (
-        "the target plans 2 objects, the checkpoint is of one, and each path of several begins with the number of its "
+        "the target plans 2 objects, the checkpoint is of one, and each path of several starts with the number of its "
         "object: 's' is '0/s' in the target; restore that object alone, then take all: one = plan.kinds.plan(model); "
         "one.put(sw.restore(path, one.take(model), only=('stats', 'params'))[0], model)"
     )
@@ -192,7 +192,7 @@ def test_one_object_of_several_that_were_saved(tmp_path: pathlib.Path) -> None:
         sw.restore(tmp_path / "run", KINDS.plan(model_of()).abstract())
     first, *_ = (caught.value.hint or "").splitlines()
     assert first == (
-        "the checkpoint is of several objects, the target plans one, and each path of several begins with the number "
+        "the checkpoint is of several objects, the target plans one, and each path of several starts with the number "
         "of its object: '0/w' is 'w' in the target; plan as many as were saved: plan.kinds.plan(first, second)"
     )
 

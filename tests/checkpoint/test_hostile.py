@@ -153,7 +153,7 @@ FILES = ["../statewise.json", "/etc/passwd", "a/../../b", "a//b", "./a", "", "..
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_lies_outside_is_refused(name: str, folder: Path) -> None:
     rewritten(folder, lambda content: content["files"].update({name: {"bytes": 3}}))
-    with corrupted(folder, "a file lies outside"):
+    with corrupted(folder, "a file is outside of the checkpoint"):
         sw.restore(folder, state())
 
 
@@ -168,16 +168,16 @@ PAIR = "a pair of numbers is not a list of two"
 FACTS: list[tuple[dict[str, Any], str]] = [
     ({}, "a file has other fields"),
     ({"bytes": 9, "size": 9}, "a file has other fields"),
-    ({"bytes": -1}, "the size of a file is no count"),
-    ({"bytes": 9, "sha256": 9}, "a file's checksum is no text"),
+    ({"bytes": -1}, "the size of a file is not a count"),
+    ({"bytes": 9, "sha256": 9}, "a file's checksum is not text"),
     ({"bytes": 2**31, "sha256": SHA}, "a file is too large for a checksum of its own"),
     ({"bytes": 2**40, "sha256": SHA, "parts": [[0, 2**31]]}, "a file is too large for a checksum of its own"),
     ({"bytes": 9, "parts": [[0, 1]]}, "parts of a file have no checksum"),
-    ({"bytes": 9, "sha256": SHA, "parts": {}}, "its parts are no list"),
-    ({"bytes": 9, "sha256": SHA, "parts": [[8, 2]]}, "a part of a file lies beyond its end"),
+    ({"bytes": 9, "sha256": SHA, "parts": {}}, "its parts are not a list"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[8, 2]]}, "a part of a file extends beyond its end"),
     ({"bytes": 9, "sha256": SHA, "parts": [[0, 2], [1, 2]]}, "the parts of a file overlap"),
     ({"bytes": 9, "sha256": SHA, "parts": [[2, 0]]}, "the parts of a file overlap"),
-    ({"bytes": 9, "sha256": SHA, "parts": [[True, 1]]}, "a number is no count"),
+    ({"bytes": 9, "sha256": SHA, "parts": [[True, 1]]}, "a number is not a count"),
     ({"bytes": 9, "sha256": SHA, "parts": [[0]]}, PAIR),
 ]
 
@@ -192,7 +192,7 @@ def test_facts_of_a_file_that_cannot_be_are_refused(facts: Any, what: str, folde
 @pytest.mark.parametrize("key", [["a/b"], ["a.b"], ["..", "x"], [""], [], [1], ["a", None]], ids=str)
 def test_a_key_that_orbax_could_read_as_another_is_refused(key: Any, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(key=key, buffer=None))
-    with corrupted(folder, "a key is none"):
+    with corrupted(folder, "a key is invalid"):
         sw.restore(folder, state())
 
 
@@ -215,7 +215,7 @@ def test_a_pair_that_is_none_is_named(sums: Any, field: str, folder: Path) -> No
 @pytest.mark.parametrize("path", [[{"float": "x"}], [{"bytes": "x"}]], ids=str)
 def test_a_path_that_no_key_is_made_of_is_named(path: Any, folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"][0].update(path=path))
-    with corrupted(folder, "a path is none"):
+    with corrupted(folder, "a path is invalid"):
         sw.restore(folder, state())
 
 
@@ -250,16 +250,16 @@ def test_two_arrays_at_one_key_or_one_below_another_are_refused(below: list[str]
 
 
 SHAPES: list[tuple[Any, str]] = [
-    ([2**62], "an axis is no count"),
+    ([2**62], "an axis is not a count"),
     ([2**61, 2**61], "an array is larger than any can be"),
     ([1] * 65, "an array is larger than any can be"),
-    ([-1], "an axis is no count"),
-    ([2.0], "an axis is no count"),
-    ([True], "an axis is no count"),
-    (["2"], "an axis is no count"),
-    ([[2]], "an axis is no count"),
-    ("22", "its shapes are no list"),
-    (None, "its shapes are no list"),
+    ([-1], "an axis is not a count"),
+    ([2.0], "an axis is not a count"),
+    ([True], "an axis is not a count"),
+    (["2"], "an axis is not a count"),
+    ([[2]], "an axis is not a count"),
+    ("22", "its shapes are not a list"),
+    (None, "its shapes are not a list"),
 ]
 
 
@@ -334,13 +334,13 @@ def test_an_array_beyond_its_buffer_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(saved("packed"), folder)
     rewritten(folder, lambda content: content["leaves"][0]["arrays"][0].update(buffer=[0, 1]))
-    with corrupted(folder, "an array stands beyond its buffer"):
+    with corrupted(folder, "an array extends beyond its buffer"):
         sw.restore(folder, state())
 
 
 def test_a_leaf_that_is_listed_twice_is_refused(folder: Path) -> None:
     rewritten(folder, lambda content: content["leaves"].append(content["leaves"][0] | {"arrays": []}))
-    with corrupted(folder, "a leaf's value is no array"):
+    with corrupted(folder, "a leaf's value is not an array"):
         sw.restore(folder, state())
     again = {"key": None, "buffer": None, "shape": [0]}
     rewritten(
@@ -358,7 +358,7 @@ def test_a_path_that_is_nested_without_end_is_refused(folder: Path) -> None:
     for _ in range(17):
         key = {"tuple": [key]}
     rewritten(folder, lambda content: content["leaves"][0].update(path=[key]))
-    with corrupted(folder, "a path is none"):
+    with corrupted(folder, "a path is invalid"):
         sw.restore(folder, state())
 
 

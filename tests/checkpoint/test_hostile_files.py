@@ -33,22 +33,22 @@ def with_digest(content: bytes) -> bytes:
 
 
 NOT_ONE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "it is no manifest"),
-    "not JSON": (b"PK\x03\x04 and so on", "it is no manifest"),
-    "JSON of something else": (b'{"content":{}}', "it is no manifest"),
-    "cut": (b'{"statewise":1,"sha256":"', "it is not whole"),
-    "format 0": (b'{"statewise":0,"sha256":"","content":{}}\n', "it is no manifest"),
-    "format as text": (b'{"statewise":"1","sha256":"","content":{}}\n', "it is no manifest"),
-    "another digest": (TEXT % (b"0" * 64, b"{}"), "its checksum is another"),
+    "empty": (b"", "it is not a manifest"),
+    "not JSON": (b"PK\x03\x04 and so on", "it is not a manifest"),
+    "JSON of something else": (b'{"content":{}}', "it is not a manifest"),
+    "cut": (b'{"statewise":1,"sha256":"', "it is incomplete"),
+    "format 0": (b'{"statewise":0,"sha256":"","content":{}}\n', "it is not a manifest"),
+    "format as text": (b'{"statewise":"1","sha256":"","content":{}}\n', "it is not a manifest"),
+    "another digest": (TEXT % (b"0" * 64, b"{}"), "its checksum does not match"),
     "deep": (with_digest(b'{"a":' + DEEP + b"}"), "it is nested too deeply"),
-    "NaN": (with_digest(b'{"a":NaN}'), "it is no JSON of a manifest"),
-    "infinite": (with_digest(b'{"a":1e999}'), "it is no JSON of a manifest"),
-    "long number": (with_digest(b'{"a":' + b"9" * 9999 + b"}"), "it is no JSON of a manifest"),
+    "NaN": (with_digest(b'{"a":NaN}'), "its content is not JSON"),
+    "infinite": (with_digest(b'{"a":1e999}'), "its content is not JSON"),
+    "long number": (with_digest(b'{"a":' + b"9" * 9999 + b"}"), "its content is not JSON"),
     "a key twice": (with_digest(b'{"a":1,"a":2}'), "it is not written as Statewise writes it"),
     "spaces": (with_digest(b'{"a": 1}'), "it is not written as Statewise writes it"),
-    "not ASCII": (with_digest('{"a":"\u00e9"}'.encode()), "it is no JSON of a manifest"),
-    "other fields": (with_digest(b'{"a":1}'), "its fields are others"),
-    "open": (with_digest(b'{"a":1')[:-2] + b"}}\n", "its checksum is another"),
+    "not ASCII": (with_digest('{"a":"\u00e9"}'.encode()), "its content is not JSON"),
+    "other fields": (with_digest(b'{"a":1}'), "its content has other fields"),
+    "open": (with_digest(b'{"a":1')[:-2] + b"}}\n", "its checksum does not match"),
 }
 
 
@@ -76,7 +76,7 @@ def test_a_hundred_megabytes_are_not_read(folder: Path) -> None:
     with (
         refused(
             sw.CorruptedError,
-            f"{folder / NAME} is no manifest: it has 100000000 bytes, and may have {LARGEST}.",
+            f"{folder / NAME} is not a manifest: it has 100000000 bytes, and the limit is {LARGEST}.",
             hint=None,
         ),
         little_memory(),
@@ -101,7 +101,7 @@ def test_a_pipe_or_a_device_is_not_read(kind: str, name: str, folder: Path) -> N
     with pytest.raises(sw.CorruptedError) as caught:
         sw.restore(folder, state())
     assert size
-    assert caught.value.message.endswith(f"{name} is no file.")
+    assert caught.value.message.endswith(f"{name} is not a file.")
 
 
 def test_a_link_to_the_same_file_elsewhere_is_as_good(folder: Path, tmp_path: Path) -> None:

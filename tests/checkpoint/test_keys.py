@@ -122,7 +122,7 @@ def test_two_leaves_with_one_path_are_refused_before_anything_is_written(tmp_pat
     state = sw.plan(model, optimizers={"params": optax.adam(1e-3)}).take(model)
     with refused(
         sw.StructureError,
-        "Two leaves have one path, by which a restore could not tell them apart.",
+        "Two leaves have one path, so that a restore could not distinguish them.",
         leaves=[
             "optimizer/params/0/count: Variable(2,) float32  kind=variables",
             "optimizer/params/0/count: Array() int32  kind=optimizer",

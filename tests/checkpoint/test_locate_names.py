@@ -63,7 +63,7 @@ def test_an_extra_item_of_any_name_comes_back_or_is_refused_before_the_step_begi
         ("default", "that name is taken by Orbax or Statewise"),
         ("a.__lock", LOCK),
         ("\udcff", BYTES),
-        ("x" * 201, "it has 201 bytes, and may have 200"),
+        ("x" * 201, "it has 201 bytes, and the limit is 200"),
     ],
     ids=ascii,
 )

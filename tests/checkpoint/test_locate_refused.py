@@ -100,7 +100,7 @@ def test_a_path_that_leaves_no_room_for_the_files_in_it(tmp_path: pathlib.Path) 
     path = str(tmp_path) + f"/{'d' * 99}" * (room // 100)
     left = os.pathconf("/", "PC_PATH_MAX") - len(path)
     message = (
-        f"{path} cannot be written: of the {len(path) + left} bytes that a path may have it leaves {left} "
+        f"{path} cannot be written: of the {len(path) + left} bytes that a path may have, it leaves {left} "
         "for the names of the files below it, which take up to 512."
     )
     for write in WRITERS.values():
@@ -130,8 +130,8 @@ def test_a_path_of_many_folders(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", ""], ids=ascii)
 def test_text_that_is_no_path(path: str) -> None:
-    why = {"a\0b": "it has a null byte", "\ud800": "it has characters that no name of a file can have"}.get(path)
-    message = f"{path!r} cannot be a path: {why}." if why else "'' is no path."
+    why = {"a\0b": "it has a null byte", "\ud800": "it has characters that no file name can have"}.get(path)
+    message = f"{path!r} cannot be a path: {why}." if why else "'' is not a path."
     for write, hint in (
         (WRITERS["save"], "sw.save('run/step_100', state)"),
         (WRITERS["orbax"], "sw.convert(src, 'run/converted')"),
@@ -174,8 +174,8 @@ def test_the_path_that_is_proposed_for_what_looks_like_a_url_works(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (b"run", "bytes is no path."),
-        ("", "'' is no path."),
+        (b"run", "bytes is not a path."),
+        ("", "'' is not a path."),
         ("a\0b", "'a\\x00b' cannot be a path: it has a null byte."),
     ],
 )

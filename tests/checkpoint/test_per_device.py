@@ -158,7 +158,7 @@ def test_without_a_declaration_other_devices_are_refused(folder: Path, trained: 
         plan_of(rng="first").take(Net(), mesh=mesh_of(2)),
         f"norm/mean: BatchStat(2, 3) float32  kind=stats  {why}",
         f"norm/var: BatchStat(2, 3) float32  kind=stats  {why}",
-        hint="declare what becomes of them: stats=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))",
+        hint="declare what happens to them: stats=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))",
     )
 
 
@@ -212,7 +212,7 @@ def test_a_manifest_that_lies_about_its_devices_is_refused(tmp_path: Path, train
                 leaf["arrays"][0]["placement"]["per_device"] = devices
 
     rewritten(tmp_path / "saved", change)
-    with corrupted(tmp_path / "saved", "an array has not a value for each device"):
+    with corrupted(tmp_path / "saved", "an array does not have a value for each device"):
         sw.restore(tmp_path / "saved", trained)
 
 

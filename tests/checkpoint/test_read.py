@@ -104,5 +104,5 @@ def test_an_array_of_another_shape_is_not_read(tmp_path: Path) -> None:
     sw.save(tmp_path / "first", sw.plan(model).take(model))
     context = ts.Context()
     future = stored.open_stored(tmp_path / "first", ("w00",), context)
-    with pytest.raises(ValueError, match=r"an array of shape \(8,\) in the place of \(9,\)"):
+    with pytest.raises(ValueError, match=r"an array of shape \(8,\) instead of \(9,\)"):
         stored.opened(future, (9,))

@@ -25,12 +25,12 @@ from disagreeing import state_of
 from refusals import refused
 from statewise._src.checkpoint.interop.recognize import recognized
 
-READ = "what is read: a checkpoint of Statewise or of Orbax (its directory), or a .safetensors file"
+READ = "what can be read: a checkpoint of Statewise or of Orbax (its directory), or a .safetensors file"
 AS_DICT = "read it into nested dicts of arrays, and: sw.convert(arrays, 'converted', target=target)"
 UNPACK = "unpack it, and give what is in it"
 PICKLE = (
-    "it is not read, as a pickle can run any code; write its arrays as safetensors with the program that it is from: "
-    "safetensors.torch.save_file(tensors, 'model.safetensors'), or safetensors.numpy"
+    "it is not read, because a pickle can run any code; write its arrays as safetensors with the program that it is "
+    "from: safetensors.torch.save_file(tensors, 'model.safetensors'), or safetensors.numpy"
 )
 # Of torch.save: first the zip of today, then the plain pickle of before.
 TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -61,30 +61,30 @@ FILES: list[tuple[str, Callable[[pathlib.Path], None], str, str]] = [
     ("notes.txt", written("caf\u00e9\n".encode()), "a text file", READ),
     ("cut.txt", written(b"x" * 4095 + "\u00e9".encode()), "a text file", READ),
     ("nothing", written(b""), "an empty file", READ),
-    ("noise", written(b"\xff\xfe\x00\x01" * 9), "a file of a format that is not known here", READ),
+    ("noise", written(b"\xff\xfe\x00\x01" * 9), "a file in an unknown format", READ),
     ("model.pkl", written(pickle.dumps({"w": 1})), "a pickle", PICKLE),
     ("old.pt", written(TORCH), "a pickle", PICKLE),
-    ("model.pt", zipped("model/data.pkl", "model/data/0"), "a file of PyTorch, which holds a pickle", PICKLE),
-    ("model.keras", zipped("config.json", "model.weights.h5"), "a file of Keras", AS_DICT),
+    ("model.pt", zipped("model/data.pkl", "model/data/0"), "a PyTorch file, which holds a pickle", PICKLE),
+    ("model.keras", zipped("config.json", "model.weights.h5"), "a Keras file", AS_DICT),
     ("some.zip", zipped("a"), "a zip archive", UNPACK),
     ("broken.zip", written(b"PK\x03\x04...."), "a zip archive", UNPACK),
-    ("some.tar", tarred, "an archive of tar", UNPACK),
-    ("some.gz", written(gzip.compress(b"x")), "an archive of gzip", UNPACK),
-    ("some.zst", written(b"\x28\xb5\x2f\xfd\x00"), "an archive of zstd", UNPACK),
+    ("some.tar", tarred, "a tar archive", UNPACK),
+    ("some.gz", written(gzip.compress(b"x")), "a gzip archive", UNPACK),
+    ("some.zst", written(b"\x28\xb5\x2f\xfd\x00"), "a zstd archive", UNPACK),
     ("model.h5", written(b"\x89HDF\r\n\x1a\n\x00"), "an HDF5 file", AS_DICT),
     ("model.gguf", written(b"GGUF\x03\x00"), "a GGUF file", AS_DICT),
     # What stands under the name of what was wanted.
     (
         "lfs.safetensors",
         written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "a pointer of Git LFS, in the place of the file itself",
+        "a Git LFS pointer instead of the file itself",
         "git lfs pull",
     ),
     (
         "page.safetensors",
         written(b"\n<!doctype HTML><html>"),
         "an HTML page",
-        "fetch the file itself: this is a page about it, or of an error",
+        "fetch the file itself: this is a page about it, or about an error",
     ),
     ("named.safetensors", written(b'{"error": "not found"}'), "a JSON file", READ),
 ]
@@ -185,10 +185,10 @@ def test_a_folder_with_a_safetensors_file_names_it(tmp_path: pathlib.Path) -> No
     safetensors.flax.save_file(ARRAYS, tmp_path / "model.safetensors")
     hint = f"the path of that file: '{tmp_path}/model.safetensors'"
     target = target_of()
-    message = f"{tmp_path} is no checkpoint of Statewise: it has no statewise.json, but it holds model.safetensors."
+    message = f"{tmp_path} is not a checkpoint of Statewise: it has no statewise.json, but it holds model.safetensors."
     with refused(sw.CorruptedError, message, hint=hint):
         sw.restore(tmp_path, target)
-    message = f"{tmp_path} is no checkpoint that is known here: it has neither statewise.json nor Orbax's _METADATA"
+    message = f"{tmp_path} is not a checkpoint in a known format: it has neither statewise.json nor Orbax's _METADATA"
     with refused(sw.RestoreError, f"{message}, but it holds model.safetensors.", hint=hint):
         sw.convert(tmp_path, None, to="linen")
 
@@ -208,8 +208,8 @@ def msgpack(path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("name", "write", "what"),
     [
-        ("model.npz", npz, "an .npz file of NumPy"),
-        ("model.npy", npy, "an .npy file of NumPy"),
+        ("model.npz", npz, "a NumPy .npz file"),
+        ("model.npy", npy, "a NumPy .npy file"),
         ("flax_model.msgpack", msgpack, "a msgpack file"),
     ],
 )

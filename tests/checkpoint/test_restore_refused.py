@@ -54,7 +54,7 @@ def test_a_path_where_nothing_is(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("path", [None, 3, ("run",)], ids=str)
 def test_what_is_no_path(path: Any) -> None:
     check_all(
-        path, sw.RestoreError, f"{type(path).__name__} is no path.", "sw.restore('run/step_100', target)", sw.inspect
+        path, sw.RestoreError, f"{type(path).__name__} is not a path.", "sw.restore('run/step_100', target)", sw.inspect
     )
 
 
@@ -63,7 +63,7 @@ def test_a_folder_without_a_manifest(tmp_path: pathlib.Path) -> None:
     check_all(
         tmp_path / "empty",
         sw.CorruptedError,
-        f"{tmp_path}/empty is no checkpoint of Statewise: it has no statewise.json.",
+        f"{tmp_path}/empty is not a checkpoint of Statewise: it has no statewise.json.",
         f"sw.convert('{tmp_path}/empty', ...) reads a plain Orbax checkpoint",
     )
 
@@ -75,7 +75,7 @@ def test_a_step_stands_for_its_one_state_and_of_a_run_the_newest_is_named(tmp_pa
             manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
     hint = f"one of its items is: '{tmp_path}/run/10/state'"
-    message = f"{tmp_path}/run is no checkpoint of Statewise: it has no statewise.json."
+    message = f"{tmp_path}/run is not a checkpoint of Statewise: it has no statewise.json."
     check_all(tmp_path / "run", sw.CorruptedError, message, hint, sw.inspect)
     assert sw.preview(tmp_path / "run" / "10" / "state", trained()).ok
     assert sw.preview(tmp_path / "run" / "10", trained()).ok
@@ -90,7 +90,7 @@ def test_of_a_step_with_two_states_one_is_named(tmp_path: pathlib.Path) -> None:
     check_all(
         tmp_path / "run" / "1",
         sw.CorruptedError,
-        f"{tmp_path}/run/1 is no checkpoint of Statewise: it has no statewise.json.",
+        f"{tmp_path}/run/1 is not a checkpoint of Statewise: it has no statewise.json.",
         f"one of its items is: '{tmp_path}/run/1/actor'",
         sw.inspect,
     )

@@ -32,14 +32,14 @@ def test_what_is_no_state(tmp_path: pathlib.Path, state: Any) -> None:
 
 @pytest.mark.parametrize("path", [None, 3, ("run",)], ids=str)
 def test_what_is_no_path(path: Any) -> None:
-    with refused(sw.SaveError, f"{type(path).__name__} is no path.", hint="sw.save('run/step_100', state)"):
+    with refused(sw.SaveError, f"{type(path).__name__} is not a path.", hint="sw.save('run/step_100', state)"):
         sw.save(path, small())
 
 
 def test_an_object_store() -> None:
     with refused(
         sw.SaveError,
-        "gs://bucket/run is on an object store, which cannot rename a directory at once.",
+        "gs://bucket/run is on an object store, which cannot rename a directory atomically.",
         hint="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
         "state=sw.checkpointable(state)))",
     ):
@@ -60,7 +60,7 @@ def test_what_is_there_is_never_written_over(tmp_path: pathlib.Path, there: str)
     before = sorted(tmp_path.rglob("*"))
     with refused(
         sw.SaveError,
-        f"There is something at {path} already, and nothing is written over.",
+        f"There is already something at {path}, and nothing is overwritten.",
         hint="another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
     ):
         sw.save(path, small())

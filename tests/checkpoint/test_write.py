@@ -170,7 +170,7 @@ def test_a_write_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monke
         raise ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device [os_error_code=28]')
 
     monkeypatch.setattr(writing, "_write_together", full)
-    said = f"{tmp_path}/first could not be written: No space left on device. Nothing of it was left."
+    said = f"{tmp_path}/first could not be written: No space left on device. Nothing of it is left."
     with refused(sw.SaveError, said, hint="free some space, or choose a directory that can be written to"):
         sw.save(tmp_path / "first", taken({"a": jnp.ones(3)}))
     assert list(tmp_path.iterdir()) == []

@@ -89,14 +89,14 @@ def test_what_a_terminal_cannot_show_is_shown_escaped(run: Run) -> None:
     assert "\\udcff.safetensors to " in out
     status, _, err = run("convert", "\udcff.safetensors", "a\udcff", "--to", "orbax")
     assert status != 0
-    assert "it is not UTF-8, and TensorStore takes text alone" in err
+    assert "it is not UTF-8, and TensorStore takes only text" in err
 
 
 def test_damage_is_a_finding(run: Run) -> None:
     Path("broken.safetensors").write_bytes(b"x" * 20)
     status, out, err = run("inspect", "broken.safetensors")
     assert (status, out) == (1, "")
-    assert "is corrupted, or no safetensors file" in err
+    assert "is corrupted, or not a safetensors file" in err
     Path("first/statewise.json").write_text("{}")
     status, out, _ = run("inspect", "first", "--json")
     assert (status, json.loads(out)["error"]) == (1, "CorruptedError")
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_neither_equal_nor_different(run: Run) -> None:
         (["convert", "first", "a.safetensors", "--kinds", "x:y"], "--kinds and --abstract are for a --target"),
         (["convert", "first", "a.safetensors", "--rename", "kernel"], "--rename 'kernel' is not OLD=NEW"),
         (["convert", "first", "a.safetensors", "--rename", "kernal=w"], "rename names what the source does not have"),
-        (["convert", "empty", "a.safetensors"], "is no checkpoint that is known here"),
+        (["convert", "empty", "a.safetensors"], "is not a checkpoint in a known format"),
         (["convert", "first", "out", "--target", "models_of_checkpoints:mak"], "has no 'mak'; did you mean 'make'?"),
         (["diff", "first", "nothing"], "there is nothing at 'nothing', and it is not package.module:factory"),
         (["diff", "first", "no_such_module:make"], "there is no module 'no_such_module'"),

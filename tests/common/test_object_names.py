@@ -283,7 +283,7 @@ def test_a_checkpoint_of_objects_with_names_and_a_plan_without_and_the_reverse(t
     error = refused(lambda: sw.restore(tmp_path / "run", plan.abstract()), sw.RestoreError)
     assert error.hint is not None
     assert len(error.hint.splitlines()) == 1
-    begins = "the checkpoint's objects have names: plan them so" if named else "the checkpoint's objects have no names"
+    begins = "the checkpoint's objects have names: plan them" if named else "the checkpoint's objects have no names"
     assert error.hint.startswith(begins)
     assert (
         "kinds.plan(policy=policy, reference=reference)" if named else "kinds.plan(policy, reference)"

@@ -25,7 +25,7 @@ PATHS = tuple("/".join(NAMES[at : at + 5]) for at in range(0, len(NAMES), 5))
 # What TensorStore or Orbax cannot be given, why, and what is proposed instead.
 BACKSLASH = "TensorStore takes a backslash for a slash"
 LOCK = "TensorStore keeps names that end in .__lock for its own files"
-BYTES = "it is not UTF-8, and TensorStore takes text alone"
+BYTES = "it is not UTF-8, and TensorStore takes only text"
 URL = "Orbax takes 'gs:/' for the beginning of a URL"
 UNUSABLE = (
     ("a\\b", BACKSLASH, "a_b"),

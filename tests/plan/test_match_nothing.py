@@ -262,7 +262,7 @@ def test_kinds_without_leaves_are_not_restored_saved_or_transferred(tmp_path: An
         lambda: sw.preview(tmp_path / "all", state, only=("lora", "stats")),
     ):
         error = refused(door)
-        assert "names no kind that has leaves in this model." in error.message
+        assert "does not name a kind that has leaves in this model." in error.message
         assert error.hint == "those that have: params"
     assert not (tmp_path / "none").exists()
     error = refused(lambda: sw.transfer(state, state, kinds="lora"))

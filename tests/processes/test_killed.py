@@ -140,7 +140,7 @@ for size in (0, 100, 1000, 5000):
             sw.save(folder / "full", values, layout=layout)
         except sw.SaveError as error:
             full(resource.RLIM_INFINITY)
-            said = f"{{folder / 'full'}} could not be written: File too large. Nothing of it was left."
+            said = f"{{folder / 'full'}} could not be written: File too large. Nothing of it is left."
             assert error.message == said, error
             assert error.hint == {hint!r}, error
         else:
@@ -186,7 +186,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_and_loses_nothing(tmp_path:
 def test_a_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     final = tmp_path / "file" / "step"
-    message = f"{final} could not be written: Not a directory. Nothing of it was left."
+    message = f"{final} could not be written: Not a directory. Nothing of it is left."
     with refused(sw.SaveError, message, hint=SAYS_WHERE):
         sw.save(final, state())
     with pytest.raises(sw.SaveError, match="cannot be used"):
@@ -195,7 +195,7 @@ def test_a_path_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_directory_that_takes_no_files_cannot_be_written() -> None:
     before = sorted(os.listdir("/proc/self"))
-    with pytest.raises(sw.SaveError, match=r"could not be written: .*\. Nothing of it was left\."):
+    with pytest.raises(sw.SaveError, match=r"could not be written: .*\. Nothing of it is left\."):
         sw.save("/proc/self/step", state())
     with pytest.raises(sw.SaveError, match="cannot be used"):
         sw.Checkpoints("/proc/self/run")

@@ -1,7 +1,7 @@
-"""Keeping: states to disk and back.
+"""Checkpoints: states to disk and back.
 
-`saving` writes, `restoring` reads; both go through `records` (which leaf is what, and where it goes) and `manifest`
-(what a checkpoint says of itself).  `matching` compares a target with a manifest before anything is read, `report`
-says what came of it.  `handler` is the part that Orbax calls; `items` and `managed` stand on it.  `converting` goes to
-other formats and back, `differing` compares.
+`save` writes and `restore` reads.  Both use `format`: `records` (which leaf is what), `layout` (where it goes) and
+`manifest` (what a checkpoint records about itself).  `match` compares a target with a manifest before anything is read,
+and `restore_report` says what happens to each leaf.  `orbax` has the handler that Orbax calls; `checkpointable` and
+`checkpoints` are built on it.  `interop` converts other formats, `diff` compares.
 """

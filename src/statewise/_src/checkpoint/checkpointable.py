@@ -1,7 +1,7 @@
-"""`sw.checkpointable`: a state as an item of Orbax's own managers, beside a data iterator, metrics or whatever else.
+"""`sw.checkpointable`: a state as an item of Orbax's own managers, beside a data iterator, metrics or other items.
 
-One object for both of Orbax's interfaces.  For `ocp.CheckpointManager` and the checkpointers it is an argument with a
-handler of its own, to save and to restore; for the newer `orbax.checkpoint.v1` it is an object that saves and loads
+One object serves both of Orbax's interfaces.  For `ocp.CheckpointManager` and the checkpointers it is an argument with
+a handler of its own, to save and to restore.  For the newer `orbax.checkpoint.v1` it is an object that saves and loads
 itself.
 """
 
@@ -33,7 +33,7 @@ class Checkpointable(ocp.args.CheckpointArgs):
     """A state as an item of an Orbax checkpoint; made by `sw.checkpointable`.
 
     Attributes:
-      state: what is saved; what a restore goes into; after a restore, what was restored.
+      state: the state that is saved; the target of a restore; after a restore, the restored state.
       only: the kinds that are saved or restored; None for all that are `saved`.
       cast: whether a restore may change dtypes.
       layout: `named` or `packed`.
@@ -58,22 +58,23 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
     @property
     def saving(self) -> Saving:
-        """What a save writes.  For Orbax's handler."""
+        """Returns what a save writes; for Orbax's handler."""
         return Saving(self.state, kinds_to_save(self.state, self.only), self.layout)
 
     def restored(self, directory: str | os.PathLike[str]) -> State:
-        """Restores into `state` and gives it back.  For Orbax's handler."""
+        """Restores into `state` and returns it; for Orbax's handler."""
         self.state, self.report = restore(directory, self.state, only=self.only, cast=self.cast, members=self.members)
         return self.state
 
     # --- Orbax's newer interface: an object that saves and loads itself ----------------------------------------
 
     async def save(self, directory: Any) -> Awaitable[None]:
-        """Starts to save into a directory that Orbax makes; the returned awaitable ends when all is written."""
+        """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
         folder = epath(await directory.await_creation())
         handler = StateHandler()
         futures = await handler.begin(folder, self.saving)
 
+        # In threads, because `result` blocks and Orbax runs this in its event loop.
         async def written() -> None:
             for future in futures:
                 await asyncio.to_thread(future.result)
@@ -81,13 +82,9 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
         return written()
 
-    async def load(self, directory: Any) -> Awaitable[None]:
-        """Starts to load; the returned awaitable ends when `state` and `report` are those restored."""
-
-        async def loaded() -> None:
-            await asyncio.to_thread(self.restored, epath(directory))
-
-        return loaded()
+    async def load(self, directory: Any) -> Awaitable[State]:
+        """Starts to load; returns an awaitable that ends when `state` and `report` are the restored ones."""
+        return asyncio.to_thread(self.restored, epath(directory))
 
 
 def checkpointable(
@@ -98,22 +95,22 @@ def checkpointable(
     layout: str = "named",
     members: int | Sequence[int | None] | None = None,
 ) -> Checkpointable:
-    """A state as an item inside Orbax's own managers, to save it there or to restore into it.
+    """Makes an item of a state for Orbax's own managers, to save it there or to restore into it.
 
     Args:
-      state: to save: the state; to restore: the target, a state or an abstract one.
+      state: to save, the state; to restore, the target: a state or an abstract one.
       only: the kinds; by default all that are `saved`.
       cast: whether a restore may change dtypes.
       layout: `"named"` or `"packed"`.
-      members: to restore: which members of an ensemble, as `sw.restore` takes it.
+      members: to restore: which members of an ensemble, as in `sw.restore`.
 
     Returns:
-      what stands for the state in `ocp.args.Composite(...)`, or among the checkpointables of `orbax.checkpoint.v1`.
-      After a restore its `state` and `report` tell what came back.
+      what represents the state in `ocp.args.Composite(...)`, or among the checkpointables of `orbax.checkpoint.v1`.
+      After a restore, its `state` and `report` are the results.
 
     Raises:
-      StructureError: it is no state, or a batch of states under the plan of one.
-      DeclarationError: `only` names a kind that is not there, or one that is never saved.
+      StructureError: it is not a state, or it is a batch of states under the plan of one.
+      DeclarationError: `only` names a kind that does not exist, or one that is never saved.
 
     Example:
       >>> import tempfile
@@ -134,8 +131,7 @@ def checkpointable(
     """
     if not isinstance(state, State):
         raise StructureError(
-            f"sw.checkpointable wants a state, not {type(state).__name__}.",
-            hint="sw.checkpointable(plan.take(model))",
+            f"sw.checkpointable wants a state, not {type(state).__name__}.", hint="sw.checkpointable(plan.take(model))"
         )
     check_not_batch(state)
     check_layout(layout)

@@ -7,11 +7,9 @@ of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: ever
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import contextlib
-import errno
 import operator
 import os
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, SupportsIndex
@@ -38,13 +36,13 @@ __all__ = ["Checkpoints", "RestoreResult"]
 
 
 class RestoreResult(NamedTuple):
-    """What `Checkpoints.restore` gives.
+    """The result of `Checkpoints.restore`.
 
     Attributes:
       state: the state.
       report: what happened to each leaf.
-      step: of which step.
-      extra: the extra items that were asked for, by name.
+      step: the step that was restored.
+      extra: the requested extra items, by name.
 
     Example:
       >>> import tempfile
@@ -67,18 +65,19 @@ class RestoreResult(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run: a step each, written in the background, complete or not there at all.
+    """The checkpoints of a run: one for each step, written in the background, and complete or absent.
 
-    Use it as a context manager, or call `close`: an interpreter that ends while a step is being written loses that step
-    (never an earlier one).
+    Use it as a context manager, or call `close`: if the interpreter ends while a step is being written, that step is
+    lost (never an earlier one).
 
     Args:
-      directory: where the steps go; it is made if it is not there.
+      directory: where the steps go; it is made if it does not exist.
       max_to_keep: how many steps to keep, the newest; None for all.
       every: saves only steps that are a multiple of this; `save` returns False for the others.
       layout: `"named"` or `"packed"`, as in `sw.save`.
       asynchronous: writes in the background; `save` returns when the arrays are copied.
-      options: an `ocp.CheckpointManagerOptions` instead, for all that Orbax can do; the three above are then its.
+      options: an `ocp.CheckpointManagerOptions` for everything that Orbax can do; it replaces `max_to_keep`, `every`
+        and `asynchronous`.
 
     Raises:
       SaveError: the directory cannot be made or written.
@@ -115,30 +114,27 @@ class Checkpoints:
         self._directory = steps_in(directory)
         self._options = options or ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
-            # Not `save_interval_steps`: with that, Orbax saves the first step whatever its number.
+            # Not `save_interval_steps`, with which Orbax saves the first step whatever its number is.
             save_decision_policy=policies.AnySavePolicy(
                 [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
             ),
             enable_async_checkpointing=asynchronous,
-            # On a local disk that takes no time. In the background, where it fails what waits for it waits for minutes,
-            # and keeps the process from ending for as long.
+            # On a local disk this takes no time.  In the background, if it fails, whatever waits for it waits for
+            # minutes, and the process cannot end for as long.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=is_url(directory)),
             create=True,
         )
         try:
-            if isinstance(self._directory, FilePath) and self._directory.exists() and not self._directory.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))  # Orbax looks only if it is missing
-            if isinstance(self._directory, FilePath) and self._options.create:
-                make_folder(self._directory)
+            is_local = isinstance(self._directory, FilePath)
+            if is_local and (self._options.create or self._directory.exists()):
+                make_folder(self._directory)  # raises for a file, which Orbax does not notice
             self._manager = self._opened()
         except OSError as error:
-            raise SaveError(
-                f"{self._directory} cannot be used: {error.strerror or error}.",
-                hint="a directory that can be written to",
-            ) from error
+            hint = "a directory that can be written to"
+            raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
 
     def _opened(self) -> Any:
-        """Orbax's manager.  It looks at each step, and another process may be removing one of them: then once more."""
+        """Makes Orbax's manager, which looks at each step; again if another process has just removed one of them."""
         for _ in range(10):
             with contextlib.suppress(FileNotFoundError):
                 return ocp.CheckpointManager(epath(self._directory), options=self._options)
@@ -146,28 +142,28 @@ class Checkpoints:
 
     @property
     def directory(self) -> Any:
-        """Where the steps are."""
+        """Returns the directory with the steps."""
         return self._directory
 
     @property
     def manager(self) -> Any:
-        """Orbax's `CheckpointManager`, for what it can do besides."""
+        """Returns Orbax's `CheckpointManager`, for whatever else it can do."""
         return self._manager
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The complete steps on disk, in order, whoever wrote them."""
-        # Not by the manager's `reload`: that forgets a step which is being written, and so never deletes it later.
-        found = self._names.find_all(self._manager.directory)
-        return tuple(sorted(one.step for one in found if (one.path / ITEM / NAME).exists()))
+        """Returns the complete steps on disk, in order, whatever wrote them."""
+        # The manager's `reload` would forget a step that is being written, and then never delete it.
+        steps = self._names.find_all(self._manager.directory)
+        return tuple(sorted(entry.step for entry in steps if (entry.path / ITEM / NAME).exists()))
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step; None if there is none."""
+        """Returns the newest complete step; None if there is none."""
         return max(self.steps, default=None)
 
     def path(self, step: int | None = None) -> Any:
-        """Where the state of a step is, for `sw.restore`, `sw.inspect` and `sw.diff`; by default of the newest.
+        """Returns the path of a step's state, for `sw.restore`, `sw.inspect` and `sw.diff`; by default the newest's.
 
         Raises:
           RestoreError: there is no such step.
@@ -184,37 +180,34 @@ class Checkpoints:
     @property
     def _names(self) -> Any:
         return self._options.step_name_format or ocp.path.step.standard_name_format(
-            step_prefix=self._options.step_prefix,
-            step_format_fixed_length=self._options.step_format_fixed_length,
+            step_prefix=self._options.step_prefix, step_format_fixed_length=self._options.step_format_fixed_length
         )
 
     def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:
         """Saves a step.
 
         Args:
-          step: its number, larger than those of the steps that are there.
-          state: the state; it may be donated to the next step at once.
-          force: saves whatever `every` says, and beside newer steps; of these `max_to_keep` then counts the last saved.
-          **extra: more items: anything that JSON can hold, or an `ocp.args.CheckpointArgs` (a data iterator's, say).
+          step: its number, larger than those of the existing steps.
+          state: the state; it may be donated to the next step as soon as this returns.
+          force: saves whatever `every` says, and beside newer steps; `max_to_keep` then counts from the last one saved.
+          **extra: more items: anything that JSON can represent, or an `ocp.args.CheckpointArgs` (such as a data
+            iterator's).
 
         Returns:
           whether it was a step to save.
 
         Raises:
-          SaveError: the step, or a newer one, is there already, an extra item cannot be written, or the step could not
-            be, or all this is closed; where the background write of an earlier step has failed, that is said here, or
-            by `wait`.
-          StructureError: the state was donated, abstract, or being traced.
+          SaveError: the step, or a newer one, exists already; an extra item cannot be written; the step could not be
+            written; or this is closed.  If the background write of an earlier step failed, this reports it, or `wait`.
+          StructureError: the state was donated, is abstract, or is being traced.
         """
         if self._closed:
-            raise SaveError(
-                f"Checkpoints({str(self._directory)!r}) is closed.",
-                hint="save inside its with block, or before checkpoints.close()",
-            )
+            hint = "save inside its with block, or before checkpoints.close()"
+            raise SaveError(f"Checkpoints({str(self._directory)!r}) is closed.", hint=hint)
         if not isinstance(force, (bool, np.bool_)):
             raise SaveError(f"force={force!r} is neither True nor False.", hint="another name, for an extra item")
         item = checkpointable(state, layout=self._layout)
-        # Before Orbax begins: a save of its that fails halfway is in progress for ever.
+        # Before Orbax starts: a save that fails halfway is in progress forever for it.
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
         check_metrics(self._options.best_fn, metrics_of(items))
@@ -223,7 +216,7 @@ class Checkpoints:
         self._writing = False
         try:
             self._writing = bool(
-                # The metrics once more: where the options have a `best_fn`, Orbax goes by them.
+                # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
                 self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics_of(items), force=force)
             )
         except StatewiseError:
@@ -233,18 +226,18 @@ class Checkpoints:
         return self._writing
 
     def _new_step(self, given: object, force: bool) -> int:
-        """The number of a step that may be saved."""
+        """Returns the number of a step that may be saved."""
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
-            raise SaveError(f"{given!r} is no number of a step.", hint="checkpoints.save(100, state)")
+            raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
         known = {*self.steps, *self._manager.all_steps()}
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
             if step in self.steps or self._manager.is_saving_in_progress():
                 hint = f"another step; {remove} removes one that is corrupted"
-                raise SaveError(f"There is a step {step} already in {self._directory}.", hint=hint)
-            raise SaveError(f"What there is of step {step} in {self._directory} is no whole checkpoint.", hint=remove)
-        newer = sorted(one for one in known if one > step)
+                raise SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
+            raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
+        newer = sorted(number for number in known if number > step)
         if newer and not force:
             raise SaveError(
                 f"Step {step} is older than what {self._directory} holds: {', '.join(map(str, newer[-5:]))}.",
@@ -267,31 +260,31 @@ class Checkpoints:
 
         Args:
           target: a state, or an abstract one.
-          step: which one; by default the newest.
+          step: the step; by default the newest.
           only: the kinds to restore; by default all that are `saved`.
           cast: allows other dtypes.
           extra: names of extra items that were saved as JSON; or, by name, the `ocp.args.CheckpointArgs` to restore
             them with.
-          members: which members of an ensemble, as `sw.restore` takes it.
+          members: which members of an ensemble, as in `sw.restore`.
 
         Raises:
-          RestoreError: there is no such step or item, or target and checkpoint disagree.
+          RestoreError: there is no such step or item, or the target and the checkpoint do not match.
           SaveError: a step that was being written could not be.
-          CorruptedError: files or arrays that are not what was written.
+          CorruptedError: files or arrays are not what was written.
         """
-        self.wait()  # what was saved a moment ago is what somebody who goes back wants
+        self.wait()  # a step that was saved just now is one that a restore is expected to find
         step = self.latest if step is None else step
         path = self.path(step)
-        assert step is not None, "path has found one"
+        assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else extra
-        asked = dict(names) if isinstance(names, Mapping) else {name: ocp.args.JsonRestore() for name in names}
-        there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-        missing = [name for name in asked if name not in there]
+        wanted = dict(names) if isinstance(names, Mapping) else {name: ocp.args.JsonRestore() for name in names}
+        items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        missing = [name for name in wanted if name not in items]
         if missing:
-            raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(there))
+            raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
         state, report = restore(path, target, only=only, cast=cast, members=members)
-        items = dict(self._manager.restore(step, args=ocp.args.Composite(**asked)).items()) if asked else {}
-        return RestoreResult(state, report, step, items)
+        restored = dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)).items()) if wanted else {}
+        return RestoreResult(state, report, step, restored)
 
     def preview(
         self,
@@ -303,21 +296,21 @@ class Checkpoints:
         cast: bool = False,
         members: int | Sequence[int | None] | None = None,
     ) -> RestoreReport:
-        """What `restore` would do; see `sw.preview`."""
+        """Reports what `restore` would do; see `sw.preview`."""
         return preview(self.path(step), target, only=only, cast=cast, members=members)
 
     def inspect(self, step: int | None = None) -> Census:
-        """The census of a step; see `sw.inspect`."""
+        """Returns the census of a step; see `sw.inspect`."""
         return inspect(self.path(step))
 
     def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Waits until everything is written.
 
-        Where that is 256 MiB or more, a terminal shows a progress bar, and elsewhere the logger `statewise` gets a line
-        now and then.
+        If that is 256 MiB or more, a terminal shows a progress bar; elsewhere the logger `statewise` gets an occasional
+        line.
 
         Args:
-          progress: called a few times a second with the bytes written and the bytes in all, in place of the bar.
+          progress: called a few times a second with the bytes written and the total, instead of the bar.
 
         Raises:
           SaveError: something could not be written.
@@ -327,25 +320,22 @@ class Checkpoints:
             if progress is not None:
                 self._watch(progress, total)
             elif total >= LARGE:
-                self._show(total)
+                with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+                    self._watch(lambda written, _: tell(written), total)
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
-        """Tells how far the background write is, by the size of the files that it has made."""
+        """Reports the progress of the background write, by the size of the files that it has made."""
         while self._writing and self._manager.is_saving_in_progress():
             progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
             time.sleep(0.1)
         progress(total, total)
 
-    def _show(self, total: int) -> None:
-        with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
-            self._watch(lambda written, _: tell(written), total)
-
     def close(self) -> None:
-        """Waits until everything is written, and lets the directory go.
+        """Waits until everything is written, and closes Orbax's manager.
 
         Raises:
           SaveError: something could not be written.
@@ -359,7 +349,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> SaveError:
         known = error.hint if isinstance(error, StatewiseError) else None
         return SaveError(
-            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are whole.",
+            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are complete.",
             hint=known or "free some space, or choose a directory that can be written to",
         )
 
@@ -372,12 +362,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

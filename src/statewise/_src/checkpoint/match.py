@@ -1,7 +1,7 @@
-"""A target against a checkpoint: what a restore would do with each leaf, and everything that is in its way.
+"""Matching a target with a checkpoint: what a restore would do with each leaf, and everything that prevents it.
 
-All of this is decided from the manifest and the plan.  No array is read, and nothing of the target is touched, before
-it is known that the restore goes through.
+All of this is decided from the manifest and the plan.  No array is read, and nothing of the target is changed, before
+it is known that the restore succeeds.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -13,25 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from statewise._src.checkpoint.compare_records import CAST, TIE, UNTIE, compare_records, hints_of, is_alike
+from statewise._src.checkpoint.compare_records import CAST, TIE, UNTIE, compare_records, hint_of, is_alike
 from statewise._src.checkpoint.format.keys import PathId, path_id
+from statewise._src.checkpoint.format.locate import leaves_with_base
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
-from statewise._src.checkpoint.format.per_device import Resized, resize
+from statewise._src.checkpoint.format.per_device import Refused, Resized, resize
 from statewise._src.checkpoint.format.records import Placed, kinds_of, records_of
 from statewise._src.checkpoint.members import Regrouped, asked_members, regroup
 from statewise._src.checkpoint.renested import arguments, moved, objects, renamed
 from statewise._src.checkpoint.restore_report import LeafRestore, Outcome, RestoreReport
-from statewise._src.common.compare import (
-    MISSING,
-    UNEXPECTED,
-    Field,
-    Mismatch,
-    fields_of,
-    note_of,
-    uncastable,
-)
+from statewise._src.common.compare import MISSING, UNEXPECTED, Field, Mismatch, fields_of, note_of, uncastable
 from statewise._src.common.nnx_graph import is_abstract, is_deleted
-from statewise._src.common.paths import Path, format_path
+from statewise._src.common.paths import format_path
 from statewise._src.core.plan import State
 from statewise._src.plan.averages import averaged_kind
 from statewise._src.plan.ema import EMA
@@ -39,24 +32,31 @@ from statewise._src.plan.fresh_values import takes
 from statewise._src.plan.optimizer_state import OPTIMIZER
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Match", "kinds_to_restore", "match"]
+__all__ = ["Match", "RestoreSource", "match"]
+
+# For each array, what happens to it for another number of devices or members; None for nothing.
+Changes = Sequence[Resized | Regrouped | Refused | None]
 
 
 class RestoreSource(NamedTuple):
-    """A leaf of the target and the record of it in a checkpoint: the own one's (0) or its base (1).
+    """A leaf of the target, and where its values come from.
 
-    `changes` tells of each of its arrays what becomes of it on another number of devices, or of members.
+    Attributes:
+      placed: the leaf.
+      record: its record in a checkpoint.
+      checkpoint: the number of that checkpoint: 0, or 1 for the base.
+      changes: for each array, what happens to it for another number of devices or members; None for nothing.
     """
 
     placed: Placed
     record: LeafRecord
     checkpoint: int
-    changes: tuple[Resized | Regrouped | None, ...] = ()
+    changes: tuple[Resized | Regrouped | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """How a target and a checkpoint fit.
+    """The match of a target and a checkpoint.
 
     Attributes:
       report: what happens to each leaf.
@@ -69,35 +69,25 @@ class Match:
     restarted: tuple[Placed, ...]
 
 
-def kinds_to_restore(state: State, only: object) -> tuple[str, ...]:
-    """The kinds that a restore writes.
-
-    Raises:
-      DeclarationError: a kind that is not there, or is never saved.
-    """
-    hint = "leave it out of only; state.restart('{name}') makes fresh values"
-    return kinds_of(state, only, ": no checkpoint holds it", hint)
-
-
 class _Matcher:
     def __init__(self, state: State, manifests: Sequence[Manifest], only: object, cast: bool, members: object) -> None:
         self.plan = state.tables
         self.state = state
         self.manifests = manifests
-        self.kinds = kinds_to_restore(state, only)
-        self.all = only is None
+        hint = "leave it out of only; state.restart('{name}') makes fresh values"
+        self.kinds = kinds_of(state, only, ": no checkpoint holds it", hint)
+        self.only = only
         self.cast = cast
         self.members = asked_members(self.plan, manifests, members)
-        self.saved = [manifest.by_id() for manifest in manifests]
+        self.saved = leaves_with_base(manifests)
         self.done: list[LeafRestore] = []
-        self.only = only
-        # Hints in words; and those that declare something, with the kinds and what is declared of each.
+        # Hints, by their words; those that declare something have the kinds, and what to declare for each.
         self.hints: dict[str, dict[str, str]] = {}
-        self.wide: dict[str, bool] = {}
+        self.is_too_wide = functools.cache(_is_too_wide)  # for one restore: the configuration may change later
         self.sources: list[RestoreSource] = []
         self.restarted: list[Placed] = []
         self.lacking: list[LeafRecord] = []
-        # Under which leaf a path stands in the checkpoint that is another leaf's alias there.
+        # From the other paths of tied leaves in the checkpoint to those leaves.
         self.aliases = {
             path_id(alias): leaf for manifest in manifests for leaf in manifest.leaves for alias in leaf.aliases
         }
@@ -108,11 +98,15 @@ class _Matcher:
             self.hints.setdefault(hint, {})
 
     def declare(self, why: str, kind: str, handling: str) -> None:
-        """A hint that declares something; of all kinds at once, as a line for each would undo the one before."""
+        """Adds a hint that declares something, for all kinds in one line: a second line would undo the first."""
         self.hints.setdefault(why, {})[kind] = handling
 
+    def restart(self, placed: Placed, why: str) -> None:
+        self.say(placed.record, "restarted", why)
+        self.restarted.append(placed)
+
     def with_values(self) -> str:
-        """The hint for a target that has to have values."""
+        """Returns the hint for a target that has to have values."""
         options = ("" if self.only is None else f", only={self.only!r}") + (", cast=True" if self.cast else "")
         if self.members is not None:
             options += f", members={self.members if isinstance(self.members, int) else list(self.members)}"
@@ -126,98 +120,82 @@ class _Matcher:
             seen.add(record.id)
             if record.aliases:
                 tied |= {path_id(alias): record for alias in record.aliases}
-            found = self.find(record)
             if record.kind not in self.kinds:
                 self.without(placed)
-            elif found is None:
+            elif record.id not in self.saved:
                 self.missing(placed)
             else:
-                self.compare(placed, *found)
-        left = [leaf for name, leaf in self.saved[0].items() if name not in seen and self.is_asked(leaf.kind)]
+                self.compare(placed, *self.saved[record.id])
+        # Of the base, only what the target asks for matters.
+        left = [leaf for leaf in self.manifests[0].leaves if leaf.id not in seen and self.is_asked(leaf.kind)]
         for leaf in left:
             if leaf.id in tied:
                 why = f"a leaf of its own in the checkpoint, tied to {format_path(tied[leaf.id].path)} in the target"
                 self.say(leaf, "problem", why, [UNTIE])
         alone = [leaf for leaf in left if leaf.id not in tied]
         self.extra(alone)
+        # If both sides have leaves of a kind that the other lacks, keeping those of one leads to the other's error.
         both = {leaf.kind for leaf in alone}
-        for words, declared in list(self.hints.items()):
-            # Where a kind has leaves on either side alone, to keep one side's would lead to the other's error.
-            kinds = {kind: how for kind, how in declared.items() if kind not in both}
-            self.hints[words] = kinds
-            if declared and not kinds:
-                del self.hints[words]
+        self.hints = {
+            words: kinds
+            for words, declared in self.hints.items()
+            if (kinds := {kind: how for kind, how in declared.items() if kind not in both}) or not declared
+        }
         why = moved(self.lacking, alone, self.plan)
         if why:
             self.hints = {why: {}} | self.hints
 
-    def find(self, record: LeafRecord) -> tuple[LeafRecord, int] | None:
-        """The record of a leaf, in the checkpoint (0) or, of a kind that this leaves to its base, there (1)."""
-        for at, saved in enumerate(self.saved):
-            there = saved.get(record.id)
-            if there is not None and (at == 0 or not self.has_saved(there.kind)):
-                return there, at
-        return None
-
-    def has_saved(self, kind: str) -> bool:
-        """Whether the checkpoint itself holds a kind."""
-        declared = self.manifests[0].kinds.get(kind)
-        return declared is not None and declared.saved
-
     def is_asked(self, kind: str) -> bool:
-        """Whether a leaf of the checkpoint, of this kind, should be in the target: of unknown kinds, if all should."""
-        return kind in self.kinds or (self.all and kind not in self.plan.kinds)
+        """Returns whether a leaf of the checkpoint should be in the target; of unknown kinds, if all are restored."""
+        return kind in self.kinds or (self.only is None and kind not in self.plan.kinds)
 
     # --- one leaf ------------------------------------------------------------------------------------------------
 
     def without(self, placed: Placed) -> None:
-        """A leaf that keeps its value, if it has one."""
+        """Handles a leaf that is not restored: it keeps its value, if it has one."""
         record, lost = placed.record, self.lost(placed)
         kind = self.plan.kinds[record.kind]
         why = "not asked for" if kind.saved else "ephemeral, never saved"
         if self.follows(record):
             self.begin(placed, why)
         elif not lost:
-            of = [name for name in optimized_kinds(self.plan, record.path) if name in self.replaced]
-            also = f", though of {', '.join(of)}, which {'is' if len(of) == 1 else 'are'} restored" if of else ""
+            optimized = (each.kinds for each in self.plan.optimizers if record.path[:2] == (OPTIMIZER, each.label))
+            replaced = [name for name in next(optimized, ()) if name in self.replaced]
+            verb = "is" if len(replaced) == 1 else "are"
+            also = f", though of {', '.join(replaced)}, which {verb} restored" if replaced else ""
             self.say(record, "kept", why + also)
         elif not kind.saved and takes(kind.restart).key:
-            # Whatever is drawn is drawn by `state.restart(..., key=key)`, from a key that the program knows.
+            # A restore draws nothing: `state.restart(..., key=key)` does, from a key that the program knows.
             why = f"{why}, and its restart takes a key, which a restore does not have"
             draw = f"state.restart({record.kind!r}, key=jax.random.key(0))"
             self.say(record, "problem", why, [f"{self.with_values()}, and then: {draw}"])
         elif not kind.saved and (kind.restart is not None or kind.of is EMA):
-            self.say(record, "restarted", why)
-            self.restarted.append(placed)
+            self.restart(placed, why)
         else:
             self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
             if not kind.saved:
                 self.declare("or declare how it starts", record.kind, "restart=jnp.zeros_like")
 
     def follows(self, record: LeafRecord) -> bool:
-        """Whether a leaf is an average of a kind of which this restore replaces anything.
+        """Returns whether a leaf is an average of a kind of which this restore replaces anything.
 
-        It would be of other weights, so it begins again, unless it comes from the checkpoint itself.  What is derived
-        stands after the leaves that it is of: those have been compared when this is asked.
+        The average would be of other weights, so it starts again, unless the checkpoint has it.  Derived leaves come
+        after the leaves that they are derived from, so those are already matched here.
         """
-        if self.plan.kinds[record.kind].of is not EMA:
-            return False
-        return averaged_kind(record.path) in self.replaced
+        return self.plan.kinds[record.kind].of is EMA and averaged_kind(record.path) in self.replaced
 
     def begin(self, placed: Placed, why: str) -> None:
-        """An average that begins as a copy of what it is of."""
-        of = averaged_kind(placed.record.path)
-        self.say(placed.record, "restarted", f"{why}, and of {of}, which is restored")
-        self.restarted.append(placed)
+        """Restarts an average, as a copy of the values that it follows."""
+        self.restart(placed, f"{why}, and of {averaged_kind(placed.record.path)}, which is restored")
 
     @functools.cached_property
     def replaced(self) -> set[str]:
-        """The kinds of which something is restored, cast, resized or restarted."""
+        """Returns the kinds of which something is restored, cast, resized or restarted; called after these."""
         placed = [*(source.placed for source in self.sources), *self.restarted]
-        return {one.record.kind for one in placed if self.plan.kinds[one.record.kind].of is not EMA}
+        return {record.kind for record, _ in placed if self.plan.kinds[record.kind].of is not EMA}
 
     def lost(self, placed: Placed) -> str:
-        """Why a leaf of the target has no value to keep; empty if it has one."""
+        """Returns why a leaf of the target has no value to keep; empty if it has one."""
         part: Sequence[Any] = self.state.part(placed.record.kind).arrays
         if placed.record.kind not in self.plan.packing:
             part = part[placed.start : placed.start + len(placed.record.arrays)]
@@ -226,14 +204,14 @@ class _Matcher:
         return "the target was donated: its value was donated" if any(map(is_deleted, part)) else ""
 
     def missing(self, placed: Placed) -> None:
+        """Handles a leaf that the checkpoint lacks."""
         record = placed.record
         handling = self.plan.kinds[record.kind].missing
         other = self.aliases.get(record.id)
         why = note_of(MISSING, "checkpoint")
         lost = self.lost(placed) if handling == "keep" else ""
         if handling == "restart":
-            self.say(record, "restarted", why)
-            self.restarted.append(placed)
+            self.restart(placed, why)
         elif handling == "keep" and self.follows(record):
             self.begin(placed, why)
         elif handling == "keep" and not lost:
@@ -246,108 +224,91 @@ class _Matcher:
             self.lacking.append(record)
             self.say(record, "problem", why)
             kind = self.plan.kinds[record.kind]
+            # The hints of all kinds with the same words become one line.
             if kind.of is EMA:
-                self.declare("to begin with what is restored, declare it", record.kind, _ANEW)
+                self.declare("to begin with what is restored, declare it", record.kind, _RESTART)
             elif not self.lost(placed):
                 self.declare("to keep the target's values, declare it", record.kind, _KEEP)
             elif kind.restart is not None:
-                self.declare("to begin with fresh values, declare it", record.kind, _ANEW)
-            else:  # there is nothing to keep before there are values
+                self.declare("to begin with fresh values, declare it", record.kind, _RESTART)
+            else:  # there is no value to keep until the target has values
                 self.declare(_VALUES, record.kind, _KEEP)
 
     def extra(self, leaves: Sequence[LeafRecord]) -> None:
-        """Leaves that the checkpoint alone has."""
-        too_many = {leaf.kind for leaf in leaves}
-        there = {placed.record.kind for placed in records_of(self.plan)}
-        whole = tuple(kind for kind in self.kinds if kind in there - too_many)
+        """Handles leaves that only the checkpoint has."""
+        excess = {leaf.kind for leaf in leaves}
+        present = {placed.record.kind for placed in records_of(self.plan)}
+        complete = tuple(kind for kind in self.kinds if kind in present - excess)
         hint = "plan what was saved, optimizers included"
-        if whole:
-            kept = [placed for placed in records_of(self.plan) if placed.record.kind not in whole]
+        if complete:
+            kept = [placed for placed in records_of(self.plan) if placed.record.kind not in complete]
             target = "plan.take(model)" if any(map(self.lost, kept)) else "target"
-            hint += f"; or ask for the kinds you want: sw.restore(path, {target}, only={whole!r})"
+            hint += f"; or ask for the kinds you want: sw.restore(path, {target}, only={complete!r})"
         for leaf in leaves:
             self.say(leaf, "problem", note_of(UNEXPECTED, "checkpoint", expected_in="target"), [hint])
 
-    def compare(self, placed: Placed, there: LeafRecord, checkpoint: int) -> None:
+    def compare(self, placed: Placed, checkpoint: int, saved: LeafRecord) -> None:
+        """Handles a leaf that both sides have."""
         record = placed.record
         wide = [ours.dtype for ours in record.arrays if ours.prng is None and self.is_too_wide(ours.dtype)]
-        if (
-            not wide and self.members is None and is_alike(record, there)
-        ):  # as nearly all are: what follows looks for the difference
-            self.say(record, "restored", "from the base" if checkpoint else "")
-            self.sources.append(RestoreSource(placed, there, checkpoint, (None,) * len(record.arrays)))
-            return
         if wide:
             self.say(record, "problem", f"is {wide[0]}, and this process has no 64-bit numbers", [_WIDE])
             return
-        mismatches = compare_records(record, there)
-        casts = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE and _is_cast(mismatch)]
-        changes = self.changed(record, there, mismatches)
+        outcome: Outcome = "restored"
+        changes: Changes = (None,) * len(record.arrays)
+        words: dict[str, None] = {}
+        # Nearly all leaves are alike; the rest of the work is only for the others.
+        if self.members is not None or not is_alike(record, saved):
+            mismatches = compare_records(record, saved)
+            if Field.STRUCTURE not in fields_of(mismatches):  # otherwise the arrays do not correspond
+                changes = [
+                    regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
+                    for pair in zip(record.arrays, saved.arrays, strict=True)
+                ]
+            if self.refuse(placed, saved, mismatches, changes):
+                return
+            words = dict.fromkeys(change.words for change in changes if change is not None)
+            if words:
+                outcome = "resized" if any(isinstance(change, Resized) for change in changes) else "regrouped"
+            elif mismatches:  # all others were refused
+                outcome, words = "cast", dict.fromkeys(f"from {cast.found} to {cast.expected}" for cast in mismatches)
+        self.say(record, outcome, ", ".join([*words, *["from the base"] * checkpoint]))
+        accepted = tuple(change for change in changes if not isinstance(change, Refused))
+        self.sources.append(RestoreSource(placed, saved, checkpoint, accepted))
+
+    def refuse(self, placed: Placed, saved: LeafRecord, mismatches: Sequence[Mismatch], changes: Changes) -> bool:
+        """Returns whether a leaf cannot be restored, and says why."""
+        # A PRNG key and its words are not different dtypes of the same numbers.
+        dtypes = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE]
+        casts = [mismatch for mismatch in dtypes if "key<" not in mismatch.expected + mismatch.found]
         end = uncastable(casts) if self.cast else ""
         if self.cast and not end:
-            mismatches = tuple(mismatch for mismatch in mismatches if mismatch not in casts)
-        words = [one for one in changes if isinstance(one, tuple) and not isinstance(one, Resized | Regrouped)]
-        if mismatches or words:
-            more = tuple(Mismatch(Field.SHAPE, "", word) for word, _ in words)
-            hints = [_RECAST if end and hint == CAST else hint for hint in hints_of(mismatches, record, there)]
+            mismatches = [mismatch for mismatch in mismatches if mismatch not in casts]
+        refused = [change for change in changes if isinstance(change, Refused)]
+        if mismatches or refused:
+            more = [Mismatch(Field.SHAPE, "", each.words) for each in refused]
+            hints = [hint_of(mismatch, placed.record, saved) for mismatch in mismatches]
+            hints = [_RECAST if end and hint == CAST else hint for hint in hints]
             why = note_of((*mismatches, *more), "checkpoint") + end
-            self.say(record, "problem", why, [*hints, *(hint for _, hint in words)])
-            return
-        lacks = self.lacking_members(placed, changes)
-        if lacks:
-            self.say(record, "problem", lacks, [self.with_values()])
-            return
-        onto = list(dict.fromkeys(one.words for one in changes if one is not None))
-        if onto:
-            outcome: Outcome = "resized" if any(isinstance(one, Resized) for one in changes) else "regrouped"
-            self.say(record, outcome, ", ".join([*onto, *["from the base"] * checkpoint]))
-        elif casts:
-            onto = list(dict.fromkeys(f"from {cast.found} to {cast.expected}" for cast in casts))
-            self.say(record, "cast", ", ".join([*onto, *["from the base"] * checkpoint]))
-        else:
-            self.say(record, "restored", "from the base" if checkpoint else "")
-        self.sources.append(RestoreSource(placed, there, checkpoint, tuple(changes)))
-
-    def is_too_wide(self, dtype: str) -> bool:
-        """Whether this process has no such numbers."""
-        if dtype not in self.wide:
-            self.wide[dtype] = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) != jnp.dtype(dtype)
-        return self.wide[dtype]
-
-    def changed(self, record: LeafRecord, there: LeafRecord, mismatches: Sequence[Mismatch]) -> list[Any]:
-        """What becomes of each array on another number of devices, or of members; words where nothing can."""
-        if Field.STRUCTURE in fields_of(mismatches):
-            return [None] * len(record.arrays)
-        return [
-            regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
-            for pair in zip(record.arrays, there.arrays, strict=True)
-        ]
-
-    def lacking_members(self, placed: Placed, changes: Sequence[Any]) -> str:
-        """What is in the way where members that the checkpoint lacks are to keep values, and have none."""
-        lacks = [one.lacks for one in changes if isinstance(one, Regrouped) and one.lacks]
-        if not lacks or self.plan.kinds[placed.record.kind].missing == "restart":
-            return ""
-        lost = self.lost(placed)
-        return lost and f"members {', '.join(map(str, lacks[0]))} are not in the checkpoint, and {lost}"
+            self.say(placed.record, "problem", why, [*hints, *(each.hint for each in refused)])
+            return True
+        lacks = next((change.lacks for change in changes if isinstance(change, Regrouped) and change.lacks), ())
+        lost = self.lost(placed) if lacks and self.plan.kinds[placed.record.kind].missing != "restart" else ""
+        if lost:
+            why = f"members {', '.join(map(str, lacks))} are not in the checkpoint, and {lost}"
+            self.say(placed.record, "problem", why, [self.with_values()])
+        return bool(lost)
 
 
-def _is_cast(mismatch: Mismatch) -> bool:
-    """Whether two dtypes differ in what they hold of numbers; a PRNG key is another matter."""
-    return not any(dtype.startswith("key<") for dtype in (mismatch.expected, mismatch.found))
-
-
-def optimized_kinds(plan: PlanTables, path: Path) -> tuple[str, ...]:
-    """The kinds that an optimizer's state is of, from the path of one of its leaves; none for any other leaf."""
-    return next((one.kinds for one in plan.optimizers if path[:2] == (OPTIMIZER, one.label)), ())
+def _is_too_wide(dtype: str) -> bool:
+    """Returns whether this process does not have a dtype: 64-bit numbers have to be enabled."""
+    return bool(jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)) != jnp.dtype(dtype))
 
 
 _WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made"
 _RECAST = "plan the model with the dtype that was saved, restore, and convert it yourself"
 _KEEP = "missing='keep'"
-_ANEW = "missing='restart'"
-
-
+_RESTART = "missing='restart'"
 _VALUES = "to begin with a model's values, declare it, and restore into a state that has them"
 
 
@@ -362,19 +323,13 @@ def _hint(words: str, declared: Mapping[str, str], plan: PlanTables) -> str:
 
 
 def match(
-    path: Any,
-    manifests: Sequence[Manifest],
-    state: State,
-    only: object,
-    cast: bool,
-    members: object = None,
+    path: object, manifests: Sequence[Manifest], state: State, only: object, cast: bool, members: object
 ) -> Match:
-    """Compares a target with a checkpoint, and its base if it has one."""
+    """Matches a target with a checkpoint, and its base if it has one."""
     matcher = _Matcher(state, manifests, only, cast, members)
     matcher.run()
-    written: Mapping[str, str] = manifests[0].written
     hints = tuple(_hint(words, declared, state.tables) for words, declared in matcher.hints.items())
     if hints and (names := renamed(state.tables, manifests[0])):
-        hints = (names,)  # what else could be said of each leaf follows from that
-    report = RestoreReport(str(path), tuple(matcher.done), hints, dict(written))
+        hints = (names,)  # the other differences follow from this one
+    report = RestoreReport(str(path), tuple(matcher.done), hints, dict(manifests[0].written))
     return Match(report, tuple(matcher.sources), tuple(matcher.restarted))

@@ -1,9 +1,9 @@
-"""Members of an ensemble, in a checkpoint, and what a restore into another ensemble, or into one model, makes of them.
+"""The members of an ensemble in a checkpoint, and what a restore into another ensemble, or into one model, does.
 
-An array of an ensemble stands in a checkpoint as a state holds it; its placement in the manifest says how many members
-there are, and along which axis: `{"members": {"number": 8, "axis": 0}}`.  Into as many members it comes back as it was.
-Which of them go into another number is never guessed: `sw.restore(path, target, members=...)` says it, or, for those
-that the checkpoint lacks, the kind's `missing`.
+A checkpoint has an ensemble's array as a state holds it; its placement in the manifest gives the number of members and
+their axis: `{"members": {"number": 8, "axis": 0}}`.  Into the same number of members it is restored as it was.  Which
+of them go into another number is never guessed: `sw.restore(path, target, members=...)` says so, or, for those that the
+checkpoint lacks, the kind's `missing`.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -15,25 +15,25 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
-from statewise._src.checkpoint.format.per_device import devices_of, members_of, shape_of_one
+from statewise._src.checkpoint.format.per_device import Refused, count_members, devices_of, members_of, shape_of_one
 from statewise._src.plan.members import Axis
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
 
 __all__ = ["Asked", "Regrouped", "asked_members", "regroup", "regrouped"]
 
-# What `members=` says: for each member of the target that of the checkpoint, or None; for one model its number.
+# The value of `members=`: for each member of the target that of the checkpoint, or None; for one model its number.
 Asked = int | tuple[int | None, ...] | None
 
 
 class Regrouped(NamedTuple):
-    """What becomes of an array of other members.
+    """What happens to an array that goes into other members.
 
     Attributes:
-      chosen: as `Asked`: which of the checkpoint's members go where.
+      chosen: as in `Asked`, which of the checkpoint's members go where.
       theirs: the axis of the members in the checkpoint; None for one value.
       ours: their axis in the target.
-      words: what the report says of it.
+      words: what the report says about it.
     """
 
     chosen: int | tuple[int | None, ...]
@@ -43,185 +43,164 @@ class Regrouped(NamedTuple):
 
     @property
     def lacks(self) -> tuple[int, ...]:
-        """The members of the target that get nothing from the checkpoint."""
-        return () if isinstance(self.chosen, int) else tuple(at for at, one in enumerate(self.chosen) if one is None)
+        """Returns the members of the target that get nothing from the checkpoint."""
+        if isinstance(self.chosen, int):
+            return ()
+        return tuple(index for index, member in enumerate(self.chosen) if member is None)
+
+
+_Change = Regrouped | Refused
 
 
 def asked_members(plan: PlanTables, manifests: Sequence[Manifest], members: Any) -> Asked:
-    """What `members=` asks for, checked against target and checkpoint.
+    """Checks `members=` against the target and the checkpoint, and returns it.
 
     Raises:
-      RestoreError: it is not a number for one model, or not one for each member of an ensemble; a member that the
-        checkpoint does not have.
+      RestoreError: it is not a number for one model, or not one for each member of an ensemble; it names a member that
+        the checkpoint does not have.
     """
     if members is None:
         return None
-    have = _members_in(manifests)
-    known = have or 1
+    number = count_members(manifests)
+    known = number or 1
     several = isinstance(members, Iterable) and not isinstance(members, str | bytes)
     given = list(members) if several else [members]
-    example = ", ".join(str(at) if at < known else "None" for at in range(plan.members or 1))
-    hint = f"members=[{example}]" if plan.members else "members=0"
+    hint = f"members=[{_numbers(plan.members, known)}]" if plan.members else "members=0"
+    explained = f"{hint}  # for each member of the target that of the checkpoint, or None" if plan.members else hint
     if isinstance(members, Mapping | Set):
-        raise RestoreError(
-            f"members={members!r} has no order: nobody knows which member goes where.",
-            hint=f"{hint}  # for each member of the target that of the checkpoint, or None" if plan.members else hint,
-        )
+        raise RestoreError(f"members={members!r} has no order: it is unknown which member goes where.", hint=explained)
     if several is (plan.members is None):
         what = "one model" if plan.members is None else f"an ensemble of {plan.members}"
         raise RestoreError(f"members={_shown(members)} does not fit a target that is {what}.", hint=hint)
     if plan.members is not None and len(given) != plan.members:
         raise RestoreError(
-            f"members= names {len(given)} members, and the target is an ensemble of {plan.members}.",
-            hint=f"{hint}  # for each member of the target that of the checkpoint, or None",
+            f"members= names {len(given)} members, and the target is an ensemble of {plan.members}.", hint=explained
         )
     chosen: list[Any] = []
-    for one in given:
-        number = operator.index(one) if hasattr(one, "__index__") and not isinstance(one, bool) else one
-        if number is None and several:
+    for member in given:
+        # NumPy's integers are numbers here, but booleans are not.
+        is_index = hasattr(member, "__index__") and not isinstance(member, bool)
+        if member is None and several:
             chosen.append(None)
-        elif not isinstance(number, int) or isinstance(number, bool) or not -known <= number < known:
-            holds = f"an ensemble of {have}" if have else "one model"
-            raise RestoreError(f"The checkpoint is of {holds}: it has no member {_shown(one)}.", hint=hint)
+        elif is_index and -known <= operator.index(member) < known:
+            chosen.append(operator.index(member) % known)
         else:
-            chosen.append(number % known)
+            holds = f"an ensemble of {number}" if number else "one model"
+            raise RestoreError(f"The checkpoint is of {holds}: it has no member {_shown(member)}.", hint=hint)
     return tuple(chosen) if several else chosen[0]
 
 
-def _shown(thing: Any) -> str:
-    return repr(thing) if isinstance(thing, int | float | str | list | tuple | None) else type(thing).__name__
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, int | float | str | list | tuple | None) else type(value).__name__
 
 
-def _members_in(manifests: Sequence[Manifest]) -> int:
-    """How many members a checkpoint has; 0 for one model."""
-    found = (members_of(array) for manifest in manifests for _, array in manifest.arrays())
-    return next((one[0] for one in found if one is not None), 0)
+def _numbers(count: int, known: int) -> str:
+    """Returns a list of members as code: the numbers of those that the checkpoint has, then None."""
+    return ", ".join(str(index) if index < known else "None" for index in range(count))
 
 
 def regroup(
     plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord, asked: Asked
-) -> Regrouped | tuple[str, str] | None:
-    """What becomes of an array; or what it is in the checkpoint, which cannot be restored so, and the hint.
+) -> Regrouped | Refused | None:
+    """Returns what happens to an array that has other members in the checkpoint.
 
     Returns:
-      None where nothing has to become of it, or where the shapes differ, so that nothing can.
+      None if nothing happens to it, or if the shapes differ, which is another problem.
     """
-    here, there = members_of(ours), members_of(theirs)
+    own, saved = members_of(ours), members_of(theirs)
     if shape_of_one(ours) != shape_of_one(theirs):
         return None
-    if asked is None:
-        if here == there or (ours.shape == theirs.shape and None in (here, there)):
-            return None  # what `nnx.vmap` has stacked, planned as one model, is the same array
-        found: Regrouped | tuple[str, str] | None = _declared(plan, record, here, there)
-    elif here is None:
-        found = _of_one(plan, record, there, asked)
+    if asked is None and (own == saved or (ours.shape == theirs.shape and None in (own, saved))):
+        return None  # an array stacked by `nnx.vmap`, planned as one model, is the same array
+    if own is None:
+        change = _into_one(plan, record, saved, asked)
+    elif asked is None:
+        change = _by_kind(plan, record, own, saved)
     else:
-        found = _of_many(ours, here, there, asked)
-    if isinstance(found, Regrouped) and devices_of(ours) != devices_of(theirs):
+        change = _as_asked(ours, own, saved, asked)
+    if isinstance(change, Regrouped) and devices_of(ours) != devices_of(theirs):
         hint = "restore it onto as many devices first, then sw.transfer the members that you want"
-        return f"of {devices_of(theirs) or 1} devices, and of other members", hint
-    return found
+        return Refused(f"of {devices_of(theirs) or 1} devices, and of other members", hint)
+    return change
 
 
-def _declared(
-    plan: PlanTables, record: LeafRecord, here: tuple[int, int] | None, there: tuple[int, int] | None
-) -> Regrouped | tuple[str, str]:
-    """What the kinds alone say: of a larger ensemble what becomes of the members that the checkpoint lacks."""
-    many = plan.members or 0
-    if here is None:
-        assert there is not None, "they differ"
-        if many:
-            what = f"a value for each of {there[0]} members"
-            return what, f"give each member its own here too: plan.stacked({many}, {record.kind}=0)"
-        return f"an ensemble of {there[0]}", "one of its members: sw.restore(path, target, members=0)"
-    if there is None:
-        which = ", ".join(["0"] + ["None"] * (many - 1))
-        return (
-            "one model",
-            f"into one member: sw.restore(path, state, members=[{which}])  # None: the state's own member\n"
-            f"or into all, the random streams apart: sw.restore(path, state, members=[0] * {many}, only=('params',))",
-        )
-    if here[0] == there[0]:
-        hint = f"the axis that it was saved with: plan.stacked({many}, {_owner(plan, record)}={there[1]})"
-        return f"an ensemble along axis {there[1]}", hint
-    if here[0] > there[0] and plan.kinds[record.kind].missing != "error":
-        chosen = tuple(at if at < there[0] else None for at in range(here[0]))
-        return Regrouped(chosen, there[1], here[1], _words(plan, record.kind, chosen, there[0]))
-    which = ", ".join(str(at) if at < there[0] else "None" for at in range(here[0]))
-    hint = f"say which of them: sw.restore(path, target, members=[{which}])"
-    if here[0] > there[0]:
-        hint += "  # None: the target's own member, which has to have values"
-    return f"an ensemble of {there[0]}", hint
-
-
-def _owner(plan: PlanTables, record: LeafRecord) -> str:
-    """The kind whose axes an array follows: of optimizer state and averages that which they are of."""
-    derived = {one.into: one.kinds for one in plan.derived}
-    return derived.get(record.kind, (record.kind,))[0]
-
-
-def _of_one(
-    plan: PlanTables, record: LeafRecord, there: tuple[int, int] | None, asked: Asked
-) -> Regrouped | tuple[str, str] | None:
-    """Into one model, or into what all members share."""
-    if there is None:
+def _into_one(plan: PlanTables, record: LeafRecord, saved: tuple[int, int] | None, asked: Asked) -> _Change | None:
+    """Returns the change into one model's array, or into one that all members share."""
+    if saved is None:
         return None
+    if plan.members:
+        hint = f"give each member its own here too: plan.stacked({plan.members}, {record.kind}=0)"
+        return Refused(f"a value for each of {saved[0]} members", hint)
     if isinstance(asked, int):
-        return Regrouped(asked, there[1], None, f"member {asked} of {there[0]}")
-    hint = f"give each member its own here too: plan.stacked({plan.members}, {record.kind}=0)"
-    return f"a value for each of {there[0]} members", hint
+        return Regrouped(asked, saved[1], None, f"member {asked} of {saved[0]}")
+    return Refused(f"an ensemble of {saved[0]}", "one of its members: sw.restore(path, target, members=0)")
 
 
-def _of_many(
-    ours: ArrayRecord, here: tuple[int, int], there: tuple[int, int] | None, asked: Asked
-) -> Regrouped | tuple[str, str] | None:
-    """Into the members of an ensemble."""
+def _by_kind(plan: PlanTables, record: LeafRecord, own: tuple[int, int], saved: tuple[int, int] | None) -> _Change:
+    """Returns the change without `members=`: `missing` decides about members that the checkpoint lacks."""
+    if saved is None:
+        into_one = f"sw.restore(path, state, members=[{_numbers(own[0], 1)}])  # None: the state's own member"
+        into_all = f"sw.restore(path, state, members=[0] * {own[0]}, only=('params',))"
+        hint = f"into one member: {into_one}\nor into all, except for the random streams: {into_all}"
+        return Refused("one model", hint)
+    if own[0] == saved[0]:
+        # The axes of optimizer state and averages follow those of the kind that they are derived from.
+        owner = {derived.into: derived.kinds for derived in plan.derived}.get(record.kind, (record.kind,))[0]
+        hint = f"the axis that it was saved with: plan.stacked({own[0]}, {owner}={saved[1]})"
+        return Refused(f"an ensemble along axis {saved[1]}", hint)
+    missing = plan.kinds[record.kind].missing
+    if own[0] > saved[0] and missing != "error":
+        chosen = tuple(index if index < saved[0] else None for index in range(own[0]))
+        words = _words(chosen, saved[0], "restarted" if missing == "restart" else "kept")
+        return Regrouped(chosen, saved[1], own[1], words)
+    hint = f"say which of them: sw.restore(path, target, members=[{_numbers(own[0], saved[0])}])"
+    if own[0] > saved[0]:
+        hint += "  # None: the target's own member, which has to have values"
+    return Refused(f"an ensemble of {saved[0]}", hint)
+
+
+def _as_asked(ours: ArrayRecord, own: tuple[int, int], saved: tuple[int, int] | None, asked: Asked) -> _Change | None:
+    """Returns the change into the members of an ensemble, with `members=`."""
     assert isinstance(asked, tuple), "it was checked"
-    if asked == tuple(range(here[0])) and here == there:
+    if asked == tuple(range(own[0])) and own == saved:
         return None
-    numbers = [one for one in asked if one is not None]
-    if ours.prng is not None and len(set(numbers)) < len(numbers):
-        return (
+    members = [member for member in asked if member is not None]
+    if ours.prng is not None and len(set(members)) < len(members):
+        return Refused(
             "one random stream for several members, which would draw the same noise,",
             "restore the kinds without random streams, into a state that has its own: only=('params', 'stats')",
         )
-    known = there[0] if there else 1
-    axis = None if there is None else there[1]
-    return Regrouped(asked, axis, here[1], _chosen_words(asked, known, "kept"))
+    known, axis = saved or (1, None)
+    return Regrouped(asked, axis, own[1], _words(asked, known, "kept"))
 
 
-def _words(plan: PlanTables, kind: str, chosen: tuple[int | None, ...], known: int) -> str:
-    return _chosen_words(chosen, known, "restarted" if plan.kinds[kind].missing == "restart" else "kept")
-
-
-def _chosen_words(chosen: tuple[int | None, ...], known: int, rest: str) -> str:
-    numbers = [str(one) for one in chosen if one is not None]
-    lacking = [str(at) for at, one in enumerate(chosen) if one is None]
+def _words(chosen: tuple[int | None, ...], known: int, rest: str) -> str:
+    numbers = [str(member) for member in chosen if member is not None]
+    lacking = [str(index) for index, member in enumerate(chosen) if member is None]
     of = f"member{'s' * (len(numbers) != 1)} {', '.join(numbers)} of {known}" if numbers else f"no member of {known}"
     return of + (f"; {', '.join(lacking)} {rest}" if lacking else "")
 
 
 def regrouped(array: Any, change: Regrouped, own: Any, sharding: Any) -> Any:
-    """The array of the target's members.
+    """Returns the array of the target's members.
 
     Args:
-      array: as it was saved.
-      change: what becomes of it.
-      own: what the target's members have that get nothing from the checkpoint, in the target's shape; None if all do.
-      sharding: where it goes.
+      array: the array, as it was saved.
+      change: what happens to it.
+      own: the values of the target's members that get nothing from the checkpoint, in the target's shape; None if all
+        members get something.
+      sharding: the sharding of the result.
     """
     array = jnp.asarray(array)
     if isinstance(change.chosen, int):
-        made = _at(array, change.chosen, change.theirs)
+        members = _at(array, change.chosen, change.theirs)
     else:
-        made = jnp.stack(
-            [
-                _at(own, at, change.ours) if one is None else _at(array, one, change.theirs)
-                for at, one in enumerate(change.chosen)
-            ],
-            change.ours or 0,
-        )
-    return made if sharding is None else jax.device_put(made, sharding)
+        slices = [
+            _at(own, index, change.ours) if member is None else _at(array, member, change.theirs)
+            for index, member in enumerate(change.chosen)
+        ]
+        members = jnp.stack(slices, change.ours or 0)
+    return members if sharding is None else jax.device_put(members, sharding)
 
 
 def _at(array: Any, number: int, axis: Axis) -> Any:

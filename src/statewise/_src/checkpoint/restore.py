@@ -1,12 +1,13 @@
-"""`sw.restore`, `sw.preview` and `sw.inspect`: a checkpoint back into a state, or only looked at.
+"""`sw.restore`, `sw.preview` and `sw.inspect`: a checkpoint back into a state, or only inspected.
 
-In this order: read the manifest; compare it with the target, and refuse with everything that is wrong; look at the
-files; read the arrays; check their sums.  Only then is a state made; the target is never changed.
+The order is: read the manifest; compare it with the target, and raise with everything that is wrong; check the files;
+read the arrays; check their sums.  Only then is a state made.  The target is never changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.checkpoint.fill import begin_averages, fresh_values, own_arrays, own_members
+from statewise._src.checkpoint.fill import fresh_values, own_arrays, own_members, start_averages
 from statewise._src.checkpoint.format.keys import dtype_of
-from statewise._src.checkpoint.format.load import read_arrays
+from statewise._src.checkpoint.format.load import read_leaves
 from statewise._src.checkpoint.format.locate import find, find_with_base
-from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
+from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
-from statewise._src.checkpoint.format.per_device import Resized, members_of, resized
+from statewise._src.checkpoint.format.per_device import Resized, count_members, resized
 from statewise._src.checkpoint.interop.foreign import foreign_leaves, is_foreign
 from statewise._src.checkpoint.match import Match, RestoreSource, match
 from statewise._src.checkpoint.members import regrouped
-from statewise._src.checkpoint.orbax.paths import place_of
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.common.narrowing import WIDE, Casts, refuse
 from statewise._src.common.paths import Leaf
@@ -34,6 +34,7 @@ from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
 from statewise._src.core.usable import check_untraced
 from statewise._src.inspect.census import Census
+from statewise._src.plan.arrays import Spot
 from statewise.errors import RestoreError, StructureError
 
 __all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
@@ -48,29 +49,29 @@ def restore(
     base: str | os.PathLike[str] | None = None,
     members: int | Sequence[int | None] | None = None,
 ) -> tuple[State, RestoreReport]:
-    """Reads a checkpoint into a new state, exactly, or says why not.
+    """Restores a checkpoint into a new state, exactly, or says why it cannot.
 
     Args:
-      path: what `sw.save` wrote, or a step's item that an Orbax manager wrote of `sw.checkpointable`.
-      target: a state, or an abstract one (`plan.abstract()`): it says which leaves there are to be, of which shape and
-        dtype, and on which devices.  It stays as it is; leaves that are not restored keep its values, but for averages
-        (`sw.EMA`) of a kind that is: they begin again as copies of it.
-      only: the kinds to restore, `("params",)` say; by default all that are `saved`.
+      path: what `sw.save` wrote, or the item of a step that an Orbax manager wrote from `sw.checkpointable`.
+      target: a state, or an abstract one (`plan.abstract()`): it determines which leaves there are, their shapes and
+        dtypes, and their devices.  It does not change.  Leaves that are not restored keep its values, except for
+        averages (`sw.EMA`) of a kind that is restored: they start again as copies of it.
+      only: the kinds to restore, such as `("params",)`; by default all that are `saved`.
       cast: allows other dtypes, floating-point to floating-point and integer to integer; the report lists them.
-      base: where the checkpoint's base is, if it was moved since.
-      members: which members of an ensemble: for each member of the target the number of the checkpoint's, or None where
-        it gets none (it is then kept, or restarted where the kind says `missing="restart"`); into one model the number
-        of one.  A checkpoint of one model has the member 0.
+      base: where the checkpoint's base is, if it was moved.
+      members: which members of an ensemble: for each member of the target the number of the checkpoint's, or None if it
+        gets none (it is then kept, or restarted if the kind says `missing="restart"`); for one model the number of one.
+        A checkpoint of one model has the member 0.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
 
     Raises:
       RestoreError: the target and the checkpoint do not match: leaves are missing, unexpected, of another kind, type,
-        shape, dtype or structure, or tied differently, or keys are of another PRNG implementation.  All are listed;
-        nothing was read then.  Or a cast would lose numbers: rounding is fine, overflow is not.
-      CorruptedError: files or arrays that are not what was written; each is named.
-      DeclarationError: `only` names a kind that is not there, or one that is never saved.
+        shape, dtype or structure, or tied differently, or keys are of another PRNG implementation.  All are listed, and
+        nothing was read.  Or a cast would lose numbers: rounding is fine, overflow is not.
+      CorruptedError: files or arrays are not what was written; each is named.
+      DeclarationError: `only` names a kind that does not exist, or one that is never saved.
 
     Example:
       >>> import tempfile
@@ -83,12 +84,13 @@ def restore(
       >>> print(report.table().title.split()[0], report.ok, state["params"]["kernel"].shape)
       restore True (2, 3)
     """
-    folders, manifests, found = _matched(path, target, only, cast, base, members)
-    found.report.raise_problems()
-    fresh = fresh_values(found.restarted, target)
-    own = own_members(found, target)
-    arrays = _read(folders, manifests, found, target)
-    return _state(found, target, arrays, fresh, own), found.report
+    folders, manifests, matched = _matched(path, target, only, cast, base, members)
+    matched.report.raise_problems()
+    fresh = fresh_values(matched.restarted, target)
+    own = own_members(matched, target)
+    wanted = [(source.checkpoint, (source.record, _shardings(source, target))) for source in matched.sources]
+    arrays = read_leaves(folders, manifests, wanted)
+    return _state(matched, target, arrays, fresh, own), matched.report
 
 
 def preview(
@@ -100,14 +102,14 @@ def preview(
     base: str | os.PathLike[str] | None = None,
     members: int | Sequence[int | None] | None = None,
 ) -> RestoreReport:
-    """What `sw.restore` would do with the same arguments; reads no array, and raises for no disagreement.
+    """Reports what `sw.restore` would do with the same arguments; reads no array, and does not raise for mismatches.
 
     Returns:
-      the report; `report.ok` tells whether the restore would go through, `report.problems` what is in its way.
+      the report; `report.ok` says whether the restore would succeed, `report.problems` what prevents it.
 
     Raises:
-      CorruptedError: a manifest that is not what was written.
-      DeclarationError: `only` names a kind that is not there, or one that is never saved.
+      CorruptedError: a manifest is not what was written.
+      DeclarationError: `only` names a kind that does not exist, or one that is never saved.
 
     Example:
       >>> import tempfile
@@ -124,10 +126,10 @@ def preview(
 
 
 def inspect(path: str | os.PathLike[str]) -> Census:
-    """The census of a checkpoint, of a plain Orbax one, or of a safetensors file: no array is read.
+    """Returns the census of a checkpoint, of a plain Orbax one, or of a safetensors file; reads no array.
 
     Raises:
-      CorruptedError: no checkpoint that is known here, or one that is corrupted.
+      CorruptedError: it is not a checkpoint in a known format, or it is corrupted.
 
     Example:
       >>> import tempfile
@@ -142,9 +144,8 @@ def inspect(path: str | os.PathLike[str]) -> Census:
     return Census(count_leaves(*leaves_on_disk(path)), members_on_disk(path))
 
 
-def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
-    """The leaves of what `inspect` counts, and the handling of each kind in words; reads no array."""
-    path = place_of(path)
+def leaves_on_disk(path: object) -> tuple[list[Leaf], dict[str, str]]:
+    """Returns the leaves that `inspect` counts, and the handling of each kind in words; reads no array."""
     if is_foreign(path):
         leaves = foreign_leaves(path)
         return leaves, dict.fromkeys((leaf.kind or "" for leaf in leaves), "-")
@@ -156,17 +157,13 @@ def leaves_on_disk(path: Any) -> tuple[list[Leaf], dict[str, str]]:
     return list(map(_as_in_models, manifest.leaves)), handlings
 
 
-def members_on_disk(path: Any) -> int | None:
-    """How many members the ensemble of a checkpoint has; None for one of one model, or of another format."""
-    path = place_of(path)
-    if is_foreign(path):
-        return None
-    found = (members_of(array) for _, array in read_manifest(find(path)).arrays())
-    return next((one[0] for one in found if one is not None), None)
+def members_on_disk(path: object) -> int | None:
+    """Returns the number of members of a checkpoint's ensemble; None for one model, or for another format."""
+    return None if is_foreign(path) else count_members([read_manifest(find(path))])
 
 
 def _as_in_models(record: LeafRecord) -> Leaf:
-    """The leaf as a model's census shows it: there a PRNG key has the dtype that JAX calls `key<fry>`."""
+    """Returns the leaf as a model's census shows it: there the dtype of a PRNG key is JAX's, `key<fry>`."""
     leaf = record.leaf()
     if record.structure is not None or record.arrays[0].prng is None:
         return leaf
@@ -184,110 +181,86 @@ def _matched(
     path: object, target: object, only: object, cast: bool, base: object, members: object
 ) -> tuple[list[Any], list[Manifest], Match]:
     if not isinstance(target, State):
-        raise StructureError(
-            f"The target of a restore is a state, not {type(target).__name__}.",
-            hint="sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)",
-        )
-    check_untraced(
-        jax.tree.leaves(target),
-        "restore",
-        "restore before the function is called, and pass it the state",
-        subject="The target",
-    )
+        hint = "sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)"
+        raise StructureError(f"The target of a restore is a state, not {type(target).__name__}.", hint=hint)
+    hint = "restore before the function is called, and pass it the state"
+    check_untraced(jax.tree.leaves(target), "restore", hint, subject="The target")
     check_fits(target, target.tables.kinds)
     folders, manifests = find_with_base(path, base)
     return folders, manifests, match(path, manifests, target, only, cast, members)
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def _read(folders: Sequence[Any], manifests: Sequence[Manifest], found: Match, target: State) -> list[list[Any]]:
-    """The arrays of each source, as they were saved, where the target's are to be."""
-    read: dict[int, Any] = {}
-    for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
-        mine = [(at, source) for at, source in enumerate(found.sources) if source.checkpoint == number]
-        wanted = [(source.record, _shardings(source, target)) for _, source in mine]
-        for (at, _), arrays in zip(mine, read_arrays(folder, manifest, wanted), strict=True):
-            read[at] = arrays
-    return [read[at] for at in range(len(found.sources))]
-
-
-def _shardings(source: RestoreSource, target: State) -> list[Any]:
-    """Where each array of a leaf goes: to where the target's is."""
-    kind = source.placed.record.kind
-    parts = target.part(kind).arrays if kind not in target.tables.packing else None
-    made: list[Any] = []
-    for offset in range(len(source.record.arrays)):
-        array = parts[source.placed.start + offset] if parts is not None else None
-        if source.changes[offset] is not None:  # it is put there when it is what it has to become
-            made.append(None)
-            continue
-        made.append(getattr(array, "sharding", None) or _default_sharding())
-    return made
-
-
-def _default_sharding() -> Any:
-    return jnp.zeros(()).sharding
 
 
 # --- the new state -----------------------------------------------------------------------------------------------
 
 
 def _sharding_at(target: State, kind: str, position: int) -> Any:
-    """Where an array of the target lies; of one that is packed nobody can tell."""
+    """Returns the sharding of an array of the target; None for an array without one, or in a packed buffer."""
     packed = kind in target.tables.packing
     return None if packed else getattr(target.part(kind).arrays[position], "sharding", None)
 
 
-def _check_casts(found: Match, arrays: Sequence[Sequence[Any]]) -> None:
-    """Refuses casts that lose numbers."""
+def _shardings(source: RestoreSource, target: State) -> list[Any]:
+    """Returns the sharding to read each array of a leaf with: the target's."""
+    kind, default = source.placed.record.kind, jnp.zeros(()).sharding
+    return [
+        # An array that is changed goes to the target's devices only afterwards.
+        None if change is not None else _sharding_at(target, kind, position) or default
+        for position, change in enumerate(source.changes, source.placed.start)
+    ]
+
+
+def _is_cast(array: Any, record: ArrayRecord) -> bool:
+    return record.prng is None and array.dtype != dtype_of(record.dtype)
+
+
+def _check_casts(matched: Match, arrays: Sequence[Sequence[Any]]) -> None:
+    """Raises for casts that lose numbers."""
     floats, others = Casts(), Casts()
-    for source, read in zip(found.sources, arrays, strict=True):
-        for array, ours in zip(read, source.placed.record.arrays, strict=True):
-            if ours.prng is None and array.dtype != dtype_of(ours.dtype):
+    for source, read in zip(matched.sources, arrays, strict=True):
+        for array, record in zip(read, source.placed.record.arrays, strict=True):
+            if _is_cast(array, record):
                 casts = floats if jnp.issubdtype(array.dtype, jnp.floating) else others
-                casts.add(source.placed.record.leaf(), array, dtype_of(ours.dtype))
+                casts.add(source.placed.record.leaf(), array, dtype_of(record.dtype))
     lossy, rest = floats.lost(), others.lost()
-    held = floats.holding(WIDER) if lossy else None
-    kinds = ", ".join(f"{kind}={held!r}" for kind in dict.fromkeys(leaf.kind for leaf in lossy))
-    hints = [f"sw.restore(path, target.cast({kinds}), cast=True)"] if held else []
-    if rest or (lossy and not held):
+    wider = floats.holding(WIDER) if lossy else None
+    kinds = ", ".join(f"{kind}={wider!r}" for kind in dict.fromkeys(leaf.kind for leaf in lossy))
+    hints = [f"sw.restore(path, target.cast({kinds}), cast=True)"] if wider else []
+    if rest or (lossy and not wider):
         hints += ["plan the model with the dtype that was saved", WIDE]
     refuse([*lossy, *rest], RestoreError, "\n".join(hints))
 
 
 def _state(
-    found: Match,
+    matched: Match,
     target: State,
     arrays: Sequence[Sequence[Any]],
-    fresh: Mapping[tuple[str, int], Any],
-    own_members: Mapping[tuple[str, int], Any],
+    fresh: Mapping[Spot, Any],
+    own_members: Mapping[Spot, Any],
 ) -> State:
     plan = target.tables
-    new: dict[str, dict[int, Any]] = {}
-    _check_casts(found, arrays)
-    for source, read in zip(found.sources, arrays, strict=True):
-        kind = source.placed.record.kind
-        for offset, (array, ours) in enumerate(zip(read, source.placed.record.arrays, strict=True)):
-            if ours.prng is None and array.dtype != dtype_of(ours.dtype):
-                array = array.astype(ours.dtype)
-            at, change = source.placed.start + offset, source.changes[offset]
+    new: dict[Spot, Any] = {}
+    _check_casts(matched, arrays)
+    for source, read in zip(matched.sources, arrays, strict=True):
+        record, start = source.placed
+        triples = zip(read, record.arrays, source.changes, strict=True)
+        for position, (array, of_array, change) in enumerate(triples, start):
+            spot = record.kind, position
+            if _is_cast(array, of_array):
+                array = array.astype(of_array.dtype)
             if isinstance(change, Resized):
-                array = resized(array, change, _sharding_at(target, kind, at), plan.by_kind[kind][at].axis)
+                array = resized(array, change, _sharding_at(target, *spot), plan.by_kind[record.kind][position].axis)
             elif change is not None:
-                array = regrouped(array, change, own_members.get((kind, at)), _sharding_at(target, kind, at))
-            elif not isinstance(array, jax.Array):  # of a dtype that JAX did not have
-                array = jax.device_put(array, _shardings(source, target)[offset])
-            new.setdefault(kind, {})[at] = array
-    for (kind, position), array in fresh.items():
-        new.setdefault(kind, {})[position] = array
-    begin_averages(found, target, new)
+                array = regrouped(array, change, own_members.get(spot), _sharding_at(target, *spot))
+            elif not isinstance(array, jax.Array):  # it was read in a dtype that JAX does not have
+                array = jax.device_put(array, _shardings(source, target)[position - start])
+            new[spot] = array
+    new |= fresh
+    start_averages(matched, target, new)
+    own = functools.cache(functools.partial(own_arrays, target))
     parts = []
-    for kind in plan.kinds:
-        made, count = new.get(kind, {}), len(plan.specs[kind])
-        own = own_arrays(target, kind) if len(made) < count else ()
-        # What keeps its value is copied: a later step on one of the two states must not donate the other.
-        values = [made[at] if at in made else jnp.copy(own[at]) for at in range(count)]
+    for kind, infos in plan.by_kind.items():
+        spots = [(kind, position) for position in range(len(infos))]
+        # Values that are kept are copied: a later step on one of the two states must not donate the other's.
+        values = [new[spot] if spot in new else jnp.copy(own(kind)[spot[1]]) for spot in spots]
         parts.append(plan.pack(kind, tuple(values)))
     return State.of(plan, parts)

@@ -1,4 +1,4 @@
-"""What a restore does, or would do, leaf by leaf."""
+"""What a restore does, or would do, with each leaf."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class LeafRestore:
     """What a restore does with one leaf.
 
     Attributes:
-      leaf: the leaf, of the target; of the checkpoint where the target has none.
+      leaf: the leaf, of the target; of the checkpoint if the target has none.
       outcome: `restored`; `cast`, restored into another dtype; `resized`, per device and onto other devices;
-        `regrouped`, of other members of an ensemble; `kept`, the target's own value; `restarted`, a fresh one;
-        `problem`, which no restore gets past.
-      why: what there is to say of it; empty for what was simply restored.
+        `regrouped`, from other members of an ensemble; `kept`, the target's own value; `restarted`, a fresh one;
+        `problem`, which prevents a restore.
+      why: details; empty if the leaf was simply restored.
 
     Example:
       >>> import tempfile
@@ -54,9 +54,9 @@ class RestoreReport(Shown):
 
     Attributes:
       path: the checkpoint.
-      leaves: what happens to each leaf, in the order of the target's kinds; then leaves of the checkpoint alone.
+      leaves: what happens to each leaf, in the order of the target's kinds; then leaves only the checkpoint has.
       hints: for each sort of problem, what to change.
-      written: versions of what wrote the checkpoint.
+      written: the versions of the software that wrote the checkpoint.
 
     Example:
       >>> import tempfile
@@ -78,27 +78,28 @@ class RestoreReport(Shown):
 
     @property
     def ok(self) -> bool:
-        """Whether a restore goes through."""
+        """Returns whether a restore succeeds."""
         return not self.problems
 
     @property
     def problems(self) -> tuple[Leaf, ...]:
-        """The leaves that no restore gets past, each with what is wrong in its `note`."""
-        return tuple(dataclasses.replace(one.leaf, note=one.why) for one in self.leaves if one.outcome == "problem")
+        """Returns the leaves that prevent a restore, each with what is wrong in its `note`."""
+        wrong = [entry for entry in self.leaves if entry.outcome == "problem"]
+        return tuple(dataclasses.replace(entry.leaf, note=entry.why) for entry in wrong)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each kind, how many leaves had each outcome."""
+        """Counts for each kind how many leaves had each outcome."""
         counts: dict[str, Counter[str]] = {}
-        for one in self.leaves:
-            counts.setdefault(one.leaf.kind or "", Counter())[one.outcome] += 1
+        for entry in self.leaves:
+            counts.setdefault(entry.leaf.kind or "", Counter())[entry.outcome] += 1
         return {kind: dict(count) for kind, count in counts.items()}
 
     def __getitem__(self, kind: str) -> tuple[LeafRestore, ...]:
-        found = tuple(one for one in self.leaves if one.leaf.kind == kind)
-        if not found:
+        entries = tuple(entry for entry in self.leaves if entry.leaf.kind == kind)
+        if not entries:
             raise unknown_kind(kind, self.counts)
-        return found
+        return entries
 
     def __iter__(self) -> Iterator[LeafRestore]:
         return iter(self.leaves)
@@ -109,18 +110,17 @@ class RestoreReport(Shown):
         Raises:
           RestoreError: with all of them.
         """
-        if self.ok:
-            return
-        raise RestoreError(
-            f"{self.path} does not fit the target: {counted(len(self.problems), 'leaf differs', 'leaves differ')}. "
-            "Nothing was read or changed.",
-            leaves=self.problems,
-            hint="\n".join(self.hints),
-        )
+        if not self.ok:
+            raise RestoreError(
+                f"{self.path} does not fit the target: {counted(len(self.problems), 'leaf differs', 'leaves differ')}. "
+                "Nothing was read or changed.",
+                leaves=self.problems,
+                hint="\n".join(self.hints),
+            )
 
     def table(self) -> Table:
-        """A line for each leaf that was not simply restored; below, a line for each kind."""
-        odd = [one for one in self.leaves if one.outcome != "restored"]
+        """Returns a table with a line for each leaf that was not simply restored; below, a line for each kind."""
+        entries = [entry for entry in self.leaves if entry.outcome != "restored"]
         kinds = Table(
             "kinds",
             ("kind", "leaves", "outcome"),
@@ -131,22 +131,22 @@ class RestoreReport(Shown):
             right=("leaves",),
         )
         title = f"restore of {self.path}" + ("" if self.ok else ": does not go through")
-        if not odd:
+        if not entries:
             return dataclasses.replace(kinds, title=title)
-        rows = tuple((format_path(one.leaf.path), one.leaf.kind or "-", one.outcome, one.why or "-") for one in odd)
-        return Table(title, ("path", "kind", "outcome", "why"), rows, below=kinds)
+        rows = [(format_path(each.leaf.path), each.leaf.kind or "-", each.outcome, each.why or "-") for each in entries]
+        return Table(title, ("path", "kind", "outcome", "why"), tuple(rows), below=kinds)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """Returns the report as plain data."""
         return {
             "path": self.path,
             "ok": self.ok,
             "counts": self.counts,
-            "leaves": [leaf_dict(one.leaf) | {"outcome": one.outcome, "why": one.why} for one in self.leaves],
+            "leaves": [leaf_dict(entry.leaf) | {"outcome": entry.outcome, "why": entry.why} for entry in self.leaves],
             "hints": list(self.hints),
             "written": dict(self.written),
         }
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Returns the report as JSON."""
         return json.dumps(self.to_dict(), indent=2)

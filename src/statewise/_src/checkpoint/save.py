@@ -1,7 +1,7 @@
-"""`sw.save`: a state into a directory that is complete from the moment it is there.
+"""`sw.save`: a state into a directory that is complete from the moment it exists.
 
-Everything is written into a hidden directory beside the final one, which is then renamed: what has the final name is
-a whole checkpoint, and what was left behind by a process that died has another.
+Everything is written into a hidden directory beside the final one, which is then renamed.  So a directory with the
+final name is a complete checkpoint, and what a process left that died has another name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
 
-__all__ = ["flush", "kinds_to_save", "save"]
+__all__ = ["check_layout", "flush", "kinds_to_save", "reason_of", "save", "write_error"]
 
 
 def save(
@@ -48,26 +48,26 @@ def save(
     base: str | os.PathLike[str] | None = None,
     layout: str = "named",
 ) -> None:
-    """Writes a state to disk: every kind but the ephemeral ones, optimizer state included.
+    """Writes a state to disk: every kind except ephemeral ones, optimizer state included.
 
-    What stands at `path` afterwards is complete; if anything goes wrong, nothing stands there.  It is also a plain
-    Orbax checkpoint, in which each leaf has its own path.  With several processes, all of them call this.
+    What is at `path` afterwards is complete; if anything goes wrong, nothing is there.  It is also a plain Orbax
+    checkpoint, in which each leaf has its own path.  With several processes, all of them call this.
 
     Args:
       path: a directory that does not exist yet, on a file system that can rename; its parents are made.  Nothing is
-        ever written over: `sw.Checkpoints` keeps a directory for each step.
-      state: a state; it stays as it is.
-      only: the kinds to save, `("lora",)` say; by default all that are `saved`.
+        ever overwritten: `sw.Checkpoints` keeps a directory for each step.
+      state: a state; it does not change.
+      only: the kinds to save, such as `("lora",)`; by default all that are `saved`.
       base: the path of a checkpoint that has the kinds which `only` leaves out, unchanged; a restore takes them from
-        there.  That they are unchanged is checked by their checksums.  A base of its own it cannot have.  Where the
-        plan has an optimizer, its state is a kind too: `only=("lora", "optimizer")`.
-      layout: `"named"`, each array under its own path, or `"packed"`: arrays of up to a mebibyte share few arrays, for
-        speed, and only Statewise tells them apart.
+        there.  Their checksums are compared, so they are unchanged.  A base cannot have a base of its own.  If the plan
+        has an optimizer, its state is a kind too: `only=("lora", "optimizer")`.
+      layout: `"named"`, each array under its own path, or `"packed"`: arrays of up to a mebibyte share a few arrays,
+        for speed, and only Statewise can separate them.
 
     Raises:
       SaveError: there is something at `path` already, or it cannot be written (a full disk, no permission).
-      StructureError: the state was donated, abstract, or being traced; `base` has other values.
-      DeclarationError: `only` names a kind that is not there, or one that is declared ephemeral.
+      StructureError: the state was donated, is abstract, or is being traced; `base` has other values.
+      DeclarationError: `only` names a kind that does not exist, or one that is declared ephemeral.
 
     Example:
       >>> import tempfile
@@ -87,14 +87,11 @@ def save(
         )
     kinds = kinds_to_save(state, only)
     check_layout(layout)
-    final = new_place(
-        path,
-        example="sw.save('run/step_100', state)",
-        store="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
-        "state=sw.checkpointable(state)))",
-    )
+    item = "state=sw.checkpointable(state)"
+    store = f"use Orbax's own manager there: manager.save(step, args=ocp.args.Composite({item}))"
+    final = new_place(path, example="sw.save('run/step_100', state)", store=store)
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
-    first = jax.process_index() == 0  # it shows how far all of them are
+    first = jax.process_index() == 0  # this one shows the progress of all
     size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
     with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
         handler = StateHandler()
@@ -107,43 +104,44 @@ def save(
             handler.close()
 
 
-def check_layout(layout: Any) -> None:
-    """Raises where a layout is unknown."""
+def check_layout(layout: object) -> None:
+    """Raises if a layout is unknown."""
     if layout not in ("named", "packed"):
         raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", hint="layout='packed'")
 
 
 def kinds_to_save(state: State, only: object) -> tuple[str, ...]:
-    """The kinds that a save writes."""
+    """Returns the kinds that a save writes."""
     hint = "declare it saved: kinds.replace({name}=dataclasses.replace(kinds['{name}'], saved=True))"
     return kinds_of(state, only, ", and is never saved", hint)
 
 
 @contextlib.contextmanager
 def _committed(final: FilePath) -> Iterator[FilePath]:
-    """A directory to write into, which has the final name when all went well, and is gone when not."""
-    token = _agreed(secrets.token_hex(4))
-    temporary = final.parent / f".{short_name(final.name)}.tmp-{_host()}-{_agreed_number(os.getpid())}-{token}"
+    """Yields a directory to write into; afterwards it has the final name, or is removed if something went wrong."""
+    # All processes use one name, which the first of them chooses.
+    token = f"{_agreed(secrets.randbits(32)):08x}"
+    temporary = final.parent / f".{short_name(final.name)}.tmp-{_host()}-{_agreed(os.getpid())}-{token}"
     first = jax.process_index() == 0
     try:
         if first:
             make_folder(final.parent)
             _clear_abandoned(final)
             temporary.mkdir()
-        _sync("begun")
+        _sync("started")
         yield temporary
         if first:
+            # The order makes it safe against a crash: the data, then the name, then the directory with the name.
             flush(temporary)
             temporary.rename(final)
             _flush_one(final.parent)
         first = False  # nothing is left to remove
-    except StatewiseError:  # which has said all
+    except StatewiseError:
         raise
-    except OSError as error:
-        raise _failed(final, error) from error
-    except ValueError as error:  # how TensorStore reports what the file system refuses
-        if _is_of_disk(error):
-            raise _failed(final, error) from error
+    except (OSError, ValueError) as error:
+        # TensorStore reports what the file system rejects as a ValueError.
+        if isinstance(error, OSError) or _is_of_disk(error):
+            raise write_error(final, error) from error
         raise
     finally:
         if first:
@@ -151,30 +149,29 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
     _sync("committed")
 
 
-def _failed(final: FilePath, error: Exception) -> SaveError:
+def write_error(final: FilePath, error: Exception) -> SaveError:
+    """Returns the error for something that could not be written, and of which nothing is left."""
     if final.exists():
         return SaveError(
-            f"Another writer has written {final} meanwhile; that checkpoint is whole, this one was dropped.",
+            f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
             hint="another path for each writer",
         )
-    return SaveError(
-        f"{final} could not be written: {reason_of(error)}. Nothing of it was left.",
-        hint="free some space, or choose a directory that can be written to",
-    )
+    hint = "free some space, or choose a directory that can be written to"
+    return SaveError(f"{final} could not be written: {reason_of(error)}. Nothing of it is left.", hint=hint)
 
 
 def reason_of(error: Exception) -> str:
-    """What the system said, in its own words."""
+    """Returns what the system reported, in its own words."""
     if isinstance(error, StatewiseError):
         return error.message.rstrip(".")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    *first, last = str(error).split(" [")[0].split(": ")  # TensorStore says first where it was
+    *first, last = str(error).split(" [")[0].split(": ")  # TensorStore's text starts with where it was
     return f"{first[-1]}: {last}" if first and last.startswith('"') else last
 
 
 def _remove(folder: FilePath) -> None:
-    """Removes what was begun; again a little later, as threads of a failed write may just be making one more file."""
+    """Removes what was written; several times, because threads of a failed write may still make files for a moment."""
     for pause in (0.0, 0.02, 0.1, 0.5):
         time.sleep(pause)
         shutil.rmtree(folder, ignore_errors=True)
@@ -190,7 +187,7 @@ def _host() -> str:
 
 
 def _clear_abandoned(final: FilePath) -> None:
-    """Removes what processes of this machine have left that died while they wrote this very path."""
+    """Removes what processes of this machine left that died while they wrote to this same path."""
     start = f".{short_name(final.name)}.tmp-{_host()}-"
     for folder in final.parent.glob(f"{glob.escape(start)}*"):
         pid = folder.name.removeprefix(start).partition("-")[0]
@@ -201,20 +198,17 @@ def _clear_abandoned(final: FilePath) -> None:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # the process exists, and is another user's
     return True
 
 
 def flush(place: FilePath) -> None:
-    """Asks the system to have a file, or all of a directory, on the disk before the final name appears there."""
+    """Writes a file, or everything in a directory, from the system's cache to the disk."""
     below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
-    # Together: a file system with a journal then commits it once for several files.
+    # At the same time, because a file system with a journal then commits it once for several files.
     with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
-        for _ in pool.map(_flush_one, below or [place]):
-            pass
+        list(pool.map(_flush_one, below or [place]))  # raises what a thread raised
 
 
 def _flush_one(path: Any) -> None:
@@ -233,28 +227,25 @@ def _sync(name: str) -> None:
         multihost_utils.sync_global_devices(f"statewise.save.{name}")
 
 
-def _agreed_number(number: int) -> int:
+def _agreed(number: int) -> int:
+    """Returns the first process's number in all processes."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
 
 
-def _agreed(token: str) -> str:
-    return f"{_agreed_number(int(token, 16)):08x}"
-
-
 # --- over a base -----------------------------------------------------------------------------------------------
 
 
-def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> dict[str, str] | None:
-    """What the manifest says of the base: where it is, and the digest by which it is known again."""
+def _base(state: State, kinds: tuple[str, ...], base: object, final: FilePath) -> dict[str, str] | None:
+    """Returns what the manifest records about the base: its path, and the digest that identifies it."""
     if base is None:
         return None
     folder = FilePath(os.fspath(find(base)))
     manifest = read_manifest(folder)
     rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
     if not rest:
-        return None  # nothing is left to be found there
+        return None  # a restore would take nothing from it
     problems = _compare_with_base(state, rest, manifest)
     problems.raise_as(
         StructureError,
@@ -262,25 +253,25 @@ def _base(state: State, kinds: tuple[str, ...], base: Any, final: FilePath) -> d
         f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in problems.leaves))!r}; "
         "or a new base first: sw.save(base, state)",
     )
-    # Where links lead: a link called `latest` will lead elsewhere when this is read.
+    # With links followed: a link called `latest` may lead elsewhere when this is restored.
     path = os.path.relpath(os.path.realpath(folder), os.path.realpath(final.parent))
     return {"path": path, "digest": manifest.digest}
 
 
 def _compare_with_base(state: State, kinds: tuple[str, ...], manifest: Manifest) -> Problems:
     laid = lay_out(state, kinds, "named")
-    sources, saved = iter(laid.sources), manifest.by_id()
+    sources, saved = iter(laid.sources), {leaf.id: leaf for leaf in manifest.leaves}
     problems = Problems()
     for record in laid.records:
-        there = saved.get(record.id)
+        base = saved.get(record.id)
         sums = [sums_of(next(sources)) for _ in record.arrays]
-        found = None if there is None else _facts(there, [array.sums for array in there.arrays])
-        mismatches = compare_leaf(_facts(record, sums), found)
+        expected = None if base is None else _facts(base, [array.sums for array in base.arrays])
+        mismatches = compare_leaf(_facts(record, sums), expected)
         if mismatches:
             problems.add(record.leaf(), note_of(mismatches, "base"))
     return problems
 
 
 def _facts(record: LeafRecord, sums: Any) -> LeafFacts:
-    """What has to be the same for a restore to take a leaf from the base: arrays and values, by their checksums."""
+    """Returns what has to be the same for a restore to take a leaf from the base: its arrays, and their checksums."""
     return record.facts._replace(type=None, kind=None, ties=None, structure=None, within=None, values=sums)

@@ -1,4 +1,4 @@
-"""What `sw.diff` finds, as data: each leaf that differs, and how many are the same."""
+"""The result of `sw.diff`, as data: each leaf that differs, and how many are the same."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class LeafDiff:
     """How one leaf differs.
 
     Attributes:
-      leaf: the leaf in the first; in the second, where only that has it.
-      other: the leaf in the second; None where only one has it.
-      what: the fields that differ, one or more of `missing` (from the second), `unexpected` (in the second alone),
+      leaf: the leaf in the first; in the second, if only that has it.
+      other: the leaf in the second; None if only one has it.
+      what: the fields that differ, one or more of `missing` (from the second), `unexpected` (only in the second),
         `kind`, `type`, `structure`, `shape`, `dtype`, `ties`, `value`.
       why: the same in words.
       elements: how many elements have another value.
-      largest: the largest absolute difference of two elements; `nan` where one of the two alone is NaN; None where
-        no values differ, were compared, or can be subtracted (PRNG keys).
+      largest: the largest absolute difference of two elements; `nan` if only one of the two is NaN; None if no values
+        differ, were compared, or can be subtracted (PRNG keys).
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,13 +54,13 @@ class Diff(Shown):
     """How two models, states or checkpoints differ, leaf by leaf; true if they do; prints as a table.
 
     Attributes:
-      first: what was compared, in words; of a checkpoint its path.
-      second: with what.
+      first: what was compared, in words; for a checkpoint its path.
+      second: what it was compared with.
       leaves: the leaves that differ, by kind; the kind in the first counts.
       same: for each kind, how many leaves are the same.
-      not_compared: for each kind, how many leaves are the same as far as one knows without values: one side is
+      not_compared: for each kind, how many leaves are the same as far as is known without values, because one side is
         abstract.
-      not_saved: kinds that one side has, and that the other, a checkpoint, was not meant to hold.
+      not_saved: kinds that one side has, and that the other, a checkpoint, was not meant to have.
 
     Example:
       >>> from flax import nnx
@@ -96,107 +96,94 @@ class Diff(Shown):
 
     def _of(self, field: Field) -> dict[str, tuple[LeafDiff, ...]]:
         leaves: dict[str, list[LeafDiff]] = {}
-        for one in self.leaves:
-            if field in one.what:
-                leaves.setdefault(one.leaf.kind or "", []).append(one)
-        return {kind: tuple(some) for kind, some in leaves.items()}
+        for entry in self.leaves:
+            if field in entry.what:
+                leaves.setdefault(entry.leaf.kind or "", []).append(entry)
+        return {kind: tuple(entries) for kind, entries in leaves.items()}
 
     @property
     def missing(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that only the first has."""
+        """Returns, by kind, the leaves that only the first has."""
         return self._of(Field.MISSING)
 
     @property
     def unexpected(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that only the second has."""
+        """Returns, by kind, the leaves that only the second has."""
         return self._of(Field.UNEXPECTED)
 
     @property
     def kind(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By the kind in the first, the leaves of another kind."""
+        """Returns, by the kind in the first, the leaves of another kind."""
         return self._of(Field.KIND)
 
     @property
     def type(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another type."""
+        """Returns, by kind, the leaves of another type."""
         return self._of(Field.TYPE)
 
     @property
     def structure(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves whose value is of another structure."""
+        """Returns, by kind, the leaves whose value is of another structure."""
         return self._of(Field.STRUCTURE)
 
     @property
     def shape(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another shape."""
+        """Returns, by kind, the leaves of another shape."""
         return self._of(Field.SHAPE)
 
     @property
     def dtype(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves of another dtype, or PRNG implementation."""
+        """Returns, by kind, the leaves of another dtype, or PRNG implementation."""
         return self._of(Field.DTYPE)
 
     @property
     def ties(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves that other paths reach, or no others."""
+        """Returns, by kind, the leaves that are tied to other paths, or in only one of the two."""
         return self._of(Field.TIES)
 
     @property
     def value(self) -> dict[str, tuple[LeafDiff, ...]]:
-        """By kind, the leaves with other values."""
+        """Returns, by kind, the leaves with other values."""
         return self._of(Field.VALUE)
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Of each kind how many leaves are the same, and how many differ in each field; one may count in several."""
+        """Counts for each kind the leaves that are the same, and that differ in each field; one may be in several."""
         counts: dict[str, Counter[str]] = {}
         for name, known in (("same", self.same), ("not compared", self.not_compared)):
             for kind, number in known.items():
                 counts.setdefault(kind, Counter())[name] += number
-        for one in self.leaves:
-            counts.setdefault(one.leaf.kind or "", Counter()).update(one.what)
+        for entry in self.leaves:
+            counts.setdefault(entry.leaf.kind or "", Counter()).update(entry.what)
         return {kind: dict(count) for kind, count in counts.items()}
 
     def __getitem__(self, kind: str) -> tuple[LeafDiff, ...]:
         if kind not in self.counts:
             raise unknown_kind(kind, self.counts)
-        return tuple(one for one in self.leaves if one.leaf.kind == kind)
-
-    @property
-    def _sizes(self) -> Counter[str]:
-        """How many leaves each kind has."""
-        of_kinds = Counter(one.leaf.kind or "" for one in self.leaves)
-        return of_kinds + Counter(self.same) + Counter(self.not_compared)
+        return tuple(entry for entry in self.leaves if entry.leaf.kind == kind)
 
     def table(self) -> Table:
-        """A line for each leaf that differs; below, a line for each kind."""
-        total, sizes = sum(self._sizes.values()), self._sizes
-        found = (
-            f"{format_count(len(self.leaves))} of {format_count(total)} leaves differ" if self else "no leaf differs"
-        )
-        title = f"{self.first} and {self.second}: {found}"
+        """Returns a table with a line for each leaf that differs; below, a line for each kind."""
+        sizes = Counter(entry.leaf.kind or "" for entry in self.leaves)
+        sizes += Counter(self.same) + Counter(self.not_compared)
+        some = f"{format_count(len(self.leaves))} of {format_count(sizes.total())} leaves differ"
+        title = f"{self.first} and {self.second}: {some if self else 'no leaf differs'}"
         if self.not_compared:
             title += f"; the values of {format_count(sum(self.not_compared.values()))} were not compared"
         if self.not_saved:
             title += f"; left out: {', '.join(self.not_saved)}"
-        rows = tuple(
-            (
-                kind,
-                format_count(sizes[kind]),
-                ", ".join(f"{name} {format_count(number)}" for name, number in count.items()),
-            )
-            for kind, count in self.counts.items()
-        )
-        kinds = Table("kinds" if self else title, ("kind", "leaves", "outcome"), rows, right=("leaves",))
+        rows = []
+        for kind, count in self.counts.items():
+            outcome = ", ".join(f"{name} {format_count(number)}" for name, number in count.items())
+            rows.append((kind, format_count(sizes[kind]), outcome))
+        kinds = Table("kinds" if self else title, ("kind", "leaves", "outcome"), tuple(rows), right=("leaves",))
         if not self:
             return kinds
-        lines = tuple(
-            (format_path(one.leaf.path), one.leaf.kind or "-", ", ".join(one.what), one.why) for one in self.leaves
-        )
-        return Table(title, ("path", "kind", "what", "why"), lines, below=kinds)
+        lines = [(format_path(each.leaf.path), each.leaf.kind or "-", ", ".join(each.what), each.why) for each in self]
+        return Table(title, ("path", "kind", "what", "why"), tuple(lines), below=kinds)
 
     def to_dict(self) -> dict[str, Any]:
-        """The differences as plain data; a `largest` that JSON cannot hold is text, `nan` or `inf`."""
+        """Returns the differences as plain data; a `largest` that is not finite is text, `nan` or `inf`."""
         return {
             "first": self.first,
             "second": self.second,
@@ -204,18 +191,18 @@ class Diff(Shown):
             "counts": self.counts,
             "not_saved": list(self.not_saved),
             "leaves": [
-                leaf_dict(one.leaf)
+                leaf_dict(entry.leaf)
                 | {
-                    "other": None if one.other is None else leaf_dict(one.other),
-                    "what": list(one.what),
-                    "why": one.why,
-                    "elements_changed": one.elements,
-                    "largest": one.largest if one.largest is None or math.isfinite(one.largest) else str(one.largest),
+                    "other": None if entry.other is None else leaf_dict(entry.other),
+                    "what": list(entry.what),
+                    "why": entry.why,
+                    "elements_changed": entry.elements,
+                    "largest": entry.largest if math.isfinite(entry.largest or 0.0) else str(entry.largest),
                 }
-                for one in self.leaves
+                for entry in self.leaves
             ],
         }
 
     def to_json(self) -> str:
-        """The differences as JSON."""
+        """Returns the differences as JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)

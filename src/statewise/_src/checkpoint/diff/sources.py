@@ -1,6 +1,6 @@
-"""What `sw.diff` compares: models, states, plans and checkpoints as one thing, `Side`; and the arrays of two of them.
+"""The two sides of `sw.diff`: models, states, plans and checkpoints as a `Side`; and the comparison of two arrays.
 
-A side knows its leaves as records, without having read an array, and reads a few leaves at a time when it is asked to.
+A side has its leaves as records, without reading an array, and reads a few leaves at a time on request.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise._src.checkpoint.format.keys import PathId, path_id
-from statewise._src.checkpoint.format.load import read_arrays
-from statewise._src.checkpoint.format.locate import find_with_base
-from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
+from statewise._src.checkpoint.format.keys import PathId, path_id, words_of
+from statewise._src.checkpoint.format.load import read_leaves
+from statewise._src.checkpoint.format.locate import find_with_base, leaves_with_base
+from statewise._src.checkpoint.format.manifest import LeafRecord
 from statewise._src.checkpoint.format.records import records_of, unpacked
 from statewise._src.common.narrowing import as_jax
 from statewise._src.common.nnx_graph import arrays_of, is_abstract, is_traced, raw_value, read_graph
@@ -34,7 +34,7 @@ __all__ = ["Arrays", "Change", "Side", "compare", "is_path", "side_of"]
 
 Arrays = list[Any] | None
 
-# Elements at a time: their differences, in double precision, fit a core's cache.
+# The number of elements per step: their differences, in double precision, fit a core's cache.
 _CHUNK = 1 << 16
 
 
@@ -43,11 +43,11 @@ class Side:
     """One of the two things that are compared.
 
     Attributes:
-      name: what it is, in words; of a checkpoint its path.
-      records: its leaves, by the text of their paths.
-      kinds: the kinds that it declares, in order, each with whether it holds that kind's leaves.
+      name: what it is, in words; for a checkpoint its path.
+      records: its leaves, by the ids of their paths.
+      kinds: the kinds that it declares, in order, each with whether it has that kind's leaves.
       on_disk: whether it is a checkpoint.
-      read: reads leaves, given by their records: for each its arrays on the host, or None where there are no values.
+      read: reads leaves, given by their records: for each its arrays on the host, or None if there are no values.
     """
 
     name: str
@@ -58,75 +58,57 @@ class Side:
 
     @functools.cached_property
     def tied(self) -> dict[PathId, LeafRecord]:
-        """The leaves by the texts of their other paths."""
+        """Returns the leaves by the ids of their other paths."""
         return {path_id(alias): leaf for leaf in self.records.values() for alias in leaf.aliases}
 
 
-def is_path(thing: Any) -> bool:
-    """Whether something is a path: text, or an object that stands for one."""
-    return isinstance(thing, (str, os.PathLike))
+def is_path(source: object) -> bool:
+    """Returns whether something is a path: text, or an object that stands for one."""
+    return isinstance(source, (str, os.PathLike))
 
 
-def side_of(thing: Any, kinds: Mapping[str, Kind]) -> Side:
-    """Looks at a model, a state, a plan, or a checkpoint on disk.
+def side_of(source: object, kinds: Mapping[str, Kind]) -> Side:
+    """Makes the side of a model, a state, a plan, or a checkpoint on disk.
 
     Args:
-      thing: one of these; of several objects that are planned together, a tuple or list.
+      source: one of these; for several objects that are planned together, a tuple or list.
       kinds: the kinds to plan a model by.
 
     Raises:
       RestoreError: there is no such checkpoint, or not its base.
-      CorruptedError: a manifest that is not what was written.
-      StructureError: a state that was donated or being traced; a model that is none, or whose arrays are gone.
+      CorruptedError: a manifest is not what was written.
+      StructureError: the state was donated or is being traced; the model is not one, or its arrays are gone.
       UnclaimedError: leaves of a model that no kind claims.
       OverlapError: leaves of a model that several kinds claim.
     """
-    if is_path(thing):
-        return _on_disk(thing)
-    if isinstance(thing, State):
-        return _of_state(thing, "a state")
-    if isinstance(thing, Plan):
-        return _of_state(thing.abstract(), "a plan")
-    return _of_model(thing, kinds)
+    if is_path(source):
+        return _on_disk(source)
+    if isinstance(source, State):
+        return _of_state(source, "a state")
+    if isinstance(source, Plan):
+        return _of_state(source.abstract(), "a plan")
+    return _of_model(source, kinds)
 
 
-def _on_disk(path: Any) -> Side:
+def _on_disk(path: object) -> Side:
     folders, manifests = find_with_base(path)
-    own = manifests[0]
-    kinds = {name: kind.saved for name, kind in own.kinds.items()}
-    held: dict[PathId, tuple[int, LeafRecord]] = {}
-    for number, manifest in reversed(list(enumerate(manifests))):
-        lent = [leaf for leaf in manifest.leaves if number == 0 or not kinds.get(leaf.kind)]
-        held |= {leaf.id: (number, leaf) for leaf in lent}
-    kinds |= {leaf.kind: True for _, leaf in held.values()}
-    checked: set[int] = set()
+    leaves = leaves_with_base(manifests)
+    kinds = {name: kind.saved for name, kind in manifests[0].kinds.items()}
+    kinds |= {leaf.kind: True for _, leaf in leaves.values()}  # also those that its base has
+    checked = False
 
     def read(records: Sequence[LeafRecord]) -> list[Arrays]:
-        found: dict[PathId, Arrays] = {}
-        for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
-            mine = [record for record in records if held[record.id][0] == number]
-            arrays = _from_disk(folder, manifest, mine, files_checked=number in checked)
-            checked.add(number)
-            found |= {record.id: one for record, one in zip(mine, arrays, strict=True)}
-        return [found[record.id] for record in records]
+        nonlocal checked
+        wanted = [(leaves[record.id][0], (record, [None] * len(record.arrays))) for record in records]
+        arrays = read_leaves(folders, manifests, wanted, checked)
+        checked = True  # the files are checked once, not for each batch
+        return [list(map(words_of, of_leaf)) for of_leaf in arrays]
 
-    return Side(str(path), {name: leaf for name, (_, leaf) in held.items()}, kinds, True, read)
+    return Side(str(path), {identity: leaf for identity, (_, leaf) in leaves.items()}, kinds, True, read)
 
 
-def _from_disk(folder: Any, manifest: Manifest, records: Sequence[LeafRecord], *, files_checked: bool) -> list[Arrays]:
-    wanted = [(record, [None] * len(record.arrays)) for record in records]
-    read = read_arrays(folder, manifest, wanted, files_checked=files_checked) if wanted else []
-    return [[_on_host(array) for array in arrays] for arrays in read]
-
-
-def _on_host(array: Any) -> np.ndarray:
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return np.asarray(array)
-
-
-def _held(plan: PlanTables) -> dict[str, bool]:
-    """Of each kind, whether a checkpoint of this plan would hold it."""
+def _saved(plan: PlanTables) -> dict[str, bool]:
+    """Returns for each kind whether a checkpoint of this plan would have it."""
     return {name: kind.saved for name, kind in plan.kinds.items()}
 
 
@@ -135,31 +117,29 @@ def _of_state(state: State, name: str) -> Side:
     check_not_donated(state, state.tables.kinds)
     check_fits(state, state.tables.kinds)
     placed = {record.id: (record, start) for record, start in records_of(state.tables)}
-    parts: dict[str, tuple[Any, ...]] = {}
+    part = functools.cache(functools.partial(unpacked, state))
 
     def arrays(record: LeafRecord) -> Arrays:
         if is_abstract(state.part(record.kind).arrays):
             return None
-        if record.kind not in parts:
-            parts[record.kind] = unpacked(state, record.kind)
         start = placed[record.id][1]
-        return [_on_host(array) for array in parts[record.kind][start : start + len(record.arrays)]]
+        return list(map(words_of, part(record.kind)[start : start + len(record.arrays)]))
 
     records = {identity: record for identity, (record, _) in placed.items()}
-    return Side(name, records, _held(state.tables), False, lambda asked: list(map(arrays, asked)))
+    return Side(name, records, _saved(state.tables), False, lambda asked: list(map(arrays, asked)))
 
 
 def _of_model(model: Any, kinds: Mapping[str, Kind]) -> Side:
-    """A model as it is: planned, but nothing taken out of it or copied."""
+    """Makes the side of a model as it is: it is planned, but nothing is taken from it or copied."""
     objects = tuple(model) if isinstance(model, (tuple, list)) else (model,)
     plan = resolve_plan(kinds, objects)
-    found = read_graph(objects)
-    live = dict(zip(found.paths, found.leaves, strict=True))
+    graph = read_graph(objects)
+    live = dict(zip(graph.paths, graph.leaves, strict=True))
     check_model_arrays(
         ((record.leaf(), _values(live[record.path])) for record, _ in records_of(plan)),
         "compare",
-        abstract=None,  # it is compared without values
-        donated="plan.put(state, model) gives it those of now; or compare the state",
+        abstract=None,  # an abstract model is compared without values
+        donated="plan.put(state, model) gives it the present arrays; or compare the state",
     )
 
     def arrays(record: LeafRecord) -> Arrays:
@@ -168,16 +148,16 @@ def _of_model(model: Any, kinds: Mapping[str, Kind]) -> Side:
             return None
         return list(map(_as_taken, values))
 
-    names = " and ".join(type(thing).__name__ for thing in objects)
+    names = " and ".join(type(source).__name__ for source in objects)
     records = {record.id: record for record, _ in records_of(plan)}
-    return Side(f"a model ({names})", records, _held(plan), False, lambda asked: list(map(arrays, asked)))
+    return Side(f"a model ({names})", records, _saved(plan), False, lambda asked: list(map(arrays, asked)))
 
 
 def _as_taken(value: Any) -> np.ndarray:
-    """A value as a state would have it; as it is, where JAX would lose numbers of it."""
+    """Returns a value as a state would have it; unchanged if JAX would lose numbers."""
     lost: list[Leaf] = []
-    made = as_jax(Leaf((), None, type(value), None, None), value, lost)
-    return np.asarray(value) if lost else _on_host(made)
+    array = as_jax(Leaf((), None, type(value), None, None), value, lost)
+    return np.asarray(value) if lost else words_of(array)
 
 
 def _values(leaf: Any) -> list[Any]:
@@ -193,7 +173,7 @@ class Change:
 
     Attributes:
       elements: how many elements differ; NaN is the same as NaN, and 0.0 as -0.0.
-      largest: the largest absolute difference; `nan` where one of the two alone is NaN.
+      largest: the largest absolute difference; `nan` if only one of the two is NaN.
     """
 
     elements: int = 0
@@ -204,7 +184,7 @@ class Change:
 
 
 def compare(one: np.ndarray, other: np.ndarray) -> Change:
-    """Compares two arrays of one shape, of whatever dtypes, a piece at a time."""
+    """Compares two arrays of the same shape and any dtypes, a piece at a time."""
     change, one, other = Change(), one.reshape(-1), other.reshape(-1)
     for start in range(0, one.size, _CHUNK):
         change |= _compare(_wide(one[start : start + _CHUNK]), _wide(other[start : start + _CHUNK]))
@@ -212,7 +192,7 @@ def compare(one: np.ndarray, other: np.ndarray) -> Change:
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    """The same numbers in a dtype that NumPy knows, the widest of its family."""
+    """Returns the same numbers in a dtype of NumPy's, the widest of its family."""
     if array.dtype in (np.int64, np.uint64):
         return array
     if array.dtype == np.bool_ or jnp.issubdtype(array.dtype, jnp.integer):
@@ -223,18 +203,15 @@ def _wide(array: np.ndarray) -> np.ndarray:
 def _compare(one: np.ndarray, other: np.ndarray) -> Change:
     differs = one != other
     if one.dtype.kind not in "iu" or other.dtype.kind not in "iu":
-        differs &= ~(np.isnan(one) & np.isnan(other))
+        differs &= ~(np.isnan(one) & np.isnan(other))  # NaN is not equal to itself
     if not differs.any():
         return Change()
     one, other = one[differs], other[differs]
     if one.dtype == other.dtype and one.dtype.kind in "iu":
-        # Without sign the difference of two integers always fits, and is right modulo 2**64.
+        # As an unsigned number the difference of two integers always fits; it is right modulo 2**64.
         gaps: np.ndarray = np.maximum(one, other).astype(np.uint64) - np.minimum(one, other).astype(np.uint64)
     else:
+        wide = np.result_type(one, other, np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
-            gaps = np.abs(one.astype(_float(one)) - other.astype(_float(other)))
+            gaps = np.abs(one.astype(wide) - other.astype(wide))
     return Change(one.size, float(gaps.max()))
-
-
-def _float(array: np.ndarray) -> Any:
-    return np.float64 if array.dtype.kind in "iu" else array.dtype

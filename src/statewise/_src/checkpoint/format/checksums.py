@@ -1,4 +1,4 @@
-"""Checksums of arrays that do not depend on how an array is laid over devices.
+"""Checksums of arrays that do not depend on how an array is sharded.
 
 The elements of an array, in C order, are read as unsigned words `w[0], w[1], ...`: of 1, 2 or 4 bytes like the
 elements, of 4 where those are larger, in little-endian order; sub-byte integers count as one byte with the unused bits
@@ -7,9 +7,9 @@ transmissions", IEEE Transactions on Communications 30, 1982), with positions fo
 
     plain = w[0] + w[1] + ...          placed = 1 w[0] + 2 w[1] + 3 w[2] + ...
 
-Sums can be taken shard by shard, in any order, on the devices or on the host, and always give the same.  A change of
-one word always changes the first; the exchange of two words nearly always the second.  They find accidents: whoever
-changes a file on purpose can make them fit.
+Sums can be computed shard by shard, in any order, on the devices or on the host, and the result is always the same.  A
+change of one word always changes the first sum; an exchange of two words nearly always changes the second.  They detect
+accidents: someone who changes a file on purpose can make the sums match.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -26,16 +26,16 @@ __all__ = ["Pieces", "Sums", "held", "is_spread", "sums_of", "sums_of_runs"]
 Sums = tuple[int, int]
 
 _MODULUS = 1 << 32
-# From how many bytes on an accelerator sums up an array of its own: compiling that takes as long as the host does.
+# Arrays of this many bytes or more are summed on an accelerator; for smaller ones compiling takes longer than the host.
 _FAR = 1 << 25
-# Words at a time: what fits a core's cache.  2**32 * 2**16 * 2**15 stays below 2**64.
+# The number of words per step, which fit a core's cache.  The sums do not overflow: 2**32 * 2**16 * 2**15 < 2**64.
 _CHUNK = 1 << 16
 _PLACES = np.arange(1, _CHUNK + 1, dtype=np.uint64)
 _WORDS: dict[int, np.dtype] = {1: np.dtype("<u1"), 2: np.dtype("<u2")}
 
 
 def sums_of(array: Any) -> Sums:
-    """The two sums of an array, JAX's or NumPy's; of PRNG keys take `jax.random.key_data`.
+    """Returns the two sums of a JAX or NumPy array; of PRNG keys, pass `jax.random.key_data`.
 
     Example:
       >>> import numpy as np
@@ -43,22 +43,20 @@ def sums_of(array: Any) -> Sums:
       >>> sums_of(np.array([3, 5], np.uint8))
       (8, 13)
     """
-    if isinstance(array, Pieces):
-        return _of_pieces(array)
-    if isinstance(array, jax.Array) and (is_spread(array) or _is_far(array)):
-        plain, placed = _on_devices(array)
-        return int(plain), int(placed)
     if isinstance(array, jax.Array):
+        if is_spread(array) or _is_far(array):
+            plain, placed = _on_devices(array)
+            return int(plain), int(placed)
         array = held(array)
     return _of_pieces(array) if isinstance(array, Pieces) else _on_host(np.asarray(array))
 
 
 def sums_of_runs(flat: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[Sums]:
-    """The sums of many small arrays that stand in one: of each run of its elements, taken for itself.
+    """Returns the sums of many small arrays in one buffer: of each run of its elements, as if it were an array.
 
     Args:
-      flat: an array of one axis.
-      runs: of each run, where it begins and how many elements it has.
+      flat: the buffer, with one axis.
+      runs: for each run, its first element and its number of elements.
 
     Example:
       >>> import numpy as np
@@ -67,31 +65,33 @@ def sums_of_runs(flat: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[Sums
       [(8, 13), (7, 7)]
     """
     each = _words(flat[:1]).size  # an element of 8 bytes is two words
-    found: list[Sums] = []
-    for first, lengths in _neighbours(runs):
+    sums: list[Sums] = []
+    for first, lengths in _adjacent(runs):
         size = sum(lengths)
         if len(lengths) == 1:
-            found.append(_on_host(flat[first : first + size]))
+            sums.append(_on_host(flat[first : first + size]))
             continue
         words = _words(flat[first : first + size]).astype(np.uint64)
         starts = each * np.cumsum([0, *lengths[:-1]], dtype=np.int64)
         plain = np.add.reduceat(words, starts)
         words *= np.arange(1, words.size + 1, dtype=np.uint64)
-        # Modulo 2**64, as NumPy counts, is modulo 2**32 too.
+        # Each run counts its words from 1, so the words before it are subtracted from the place of each of its words.
+        # NumPy's sums are modulo 2**64, and therefore right modulo 2**32 too.
         placed = np.add.reduceat(words, starts) - starts.astype(np.uint64) * plain
-        found.extend(zip((plain % _MODULUS).tolist(), (placed % _MODULUS).tolist(), strict=True))
-    return found
+        sums.extend(zip((plain % _MODULUS).tolist(), (placed % _MODULUS).tolist(), strict=True))
+    return sums
 
 
-def _neighbours(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
-    """Runs that follow each other, some cache's worth of them: where the first begins, and their lengths.
+def _adjacent(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
+    """Yields groups of adjacent runs that fit in a cache: the first element of each group, and the runs' lengths.
 
-    One without elements is alone, as is one that is larger than that.
+    A run without elements is a group of its own (`reduceat` has no empty slices), as is a run that is too large.
     """
     most = 4 * _CHUNK
     first, end = 0, -1
     lengths: list[int] = []
     for start, length in runs:
+        # `end == first`: the group holds one run without elements.
         if start != end or not length or end == first or end - first >= most or length > most:
             if lengths:
                 yield first, lengths
@@ -103,21 +103,21 @@ def _neighbours(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int
 
 
 def is_spread(array: Any) -> bool:
-    """Whether only several processes together hold an array."""
+    """Returns whether parts of an array are on devices of other processes only."""
     return isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated)
 
 
 def _is_far(array: jax.Array) -> bool:
-    """Whether an array is summed up where it is: to bring it to the host takes longer than to read it did."""
+    """Returns whether an array is summed on its devices: to copy it to the host takes longer than to read it there."""
     return array.nbytes >= _FAR and all(device.platform != "cpu" for device in array.devices())
 
 
 class Pieces(NamedTuple):
-    """An array in pieces, as it lies on its devices: to put it together would take as much memory once more.
+    """An array in pieces, as its devices hold it: to assemble it would take the same amount of memory again.
 
     Attributes:
-      shape: of the whole array.
-      parts: where each piece begins along each axis, and the piece.
+      shape: the shape of the complete array.
+      parts: for each piece, its first index along each axis, and the piece.
     """
 
     shape: tuple[int, ...]
@@ -125,10 +125,10 @@ class Pieces(NamedTuple):
 
 
 def held(array: Any) -> "np.ndarray | Pieces":
-    """What an array of this process is now, whatever becomes of it: as one, or in pieces where devices share it.
+    """Returns the present values of an array of this process: as one array, or in pieces if devices share it.
 
-    Of JAX's it is views: whoever donates the array gets a copy of it instead.  NumPy's can be written at any time, also
-    one that is read-only, if it is a view of another.
+    A JAX array gives views: if it is donated later, JAX copies it first.  A NumPy array may be written to at any time,
+    even if it is read-only, because it may be a view of another; so it is copied.
     """
     if not isinstance(array, jax.Array):
         host = np.asarray(array)
@@ -137,6 +137,7 @@ def held(array: Any) -> "np.ndarray | Pieces":
         return np.asarray(array)
     if array.is_fully_replicated:
         return np.asarray(array.addressable_shards[0].data)
+    # Replicas of a shard have the same values: one of each is enough.
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     parts = ((tuple(axis.start or 0 for axis in shard.index), np.asarray(shard.data)) for shard in shards)
     return Pieces(array.shape, tuple(parts))
@@ -145,16 +146,17 @@ def held(array: Any) -> "np.ndarray | Pieces":
 def _of_pieces(array: Pieces) -> Sums:
     plain = placed = 0
     for start, part in array.parts:
-        one = _on_host(part) if part.shape == array.shape else _of_piece(part, start, array.shape)
-        plain, placed = plain + one[0], placed + one[1]
+        sums = _on_host(part) if part.shape == array.shape else _of_piece(part, start, array.shape)
+        plain, placed = plain + sums[0], placed + sums[1]
     return plain % _MODULUS, placed % _MODULUS
 
 
 def _of_piece(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> Sums:
-    """The sums of the words of a piece, each with its place in the whole."""
+    """Returns the sums of the words of a piece, each with its place in the complete array."""
     if not part.size:
         return 0, 0
     words = _words(part).reshape(*part.shape, -1)  # an element of 8 bytes is two words
+    # Strides in words, along the axes of the complete array and along the words of one element.
     strides = [math.prod((*shape[axis + 1 :], words.shape[-1])) for axis in range(part.ndim)] + [1]
     first = 1 + sum(begin * stride for begin, stride in zip(start, strides, strict=False))
     rows = max(1, _CHUNK * words.shape[0] // words.size)
@@ -163,16 +165,17 @@ def _of_piece(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) 
         chunk = words[row : row + rows].astype(np.uint64)
         total = int(chunk.sum())
         plain += total
+        # The place of a word is linear in its index: `placed` is the sum over the axes, each with its stride.
         placed += (first + row * strides[0]) * total
         for axis, stride in enumerate(strides):
             along = chunk.sum(axis=tuple(other for other in range(chunk.ndim) if other != axis))
-            # Modulo 2**64, as NumPy counts, is modulo 2**32 too.
+            # NumPy's sums are modulo 2**64, and therefore right modulo 2**32 too.
             placed += stride * int(np.dot(along, np.arange(along.size, dtype=np.uint64)))
     return plain % _MODULUS, placed % _MODULUS
 
 
 def _words(array: np.ndarray) -> np.ndarray:
-    words: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(_word(array.dtype))
+    words: np.ndarray = np.ascontiguousarray(array).reshape(-1).view(_WORDS.get(array.dtype.itemsize, np.dtype("<u4")))
     bits = _sub_byte_bits(array.dtype)
     return words & np.uint8((1 << bits) - 1) if bits else words
 
@@ -188,12 +191,8 @@ def _on_host(array: np.ndarray) -> Sums:
     return plain % _MODULUS, placed % _MODULUS
 
 
-def _word(dtype: np.dtype) -> np.dtype:
-    return _WORDS.get(dtype.itemsize, np.dtype("<u4"))
-
-
 def _sub_byte_bits(dtype: Any) -> int:
-    """How many bits an element has, where that is less than a byte; 0 for all others."""
+    """Returns the number of bits of an element if that is less than a byte; 0 for all others."""
     if dtype.kind == "b" or dtype.itemsize > 1:
         return 0
     bits = jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).bits
@@ -202,7 +201,7 @@ def _sub_byte_bits(dtype: Any) -> int:
 
 @jax.jit
 def _on_devices(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same sums where no process holds the whole array: XLA adds them up over the shards."""
+    """Computes the same sums where no process has the complete array: XLA adds them over the shards."""
     if array.dtype == jnp.bool_:
         words = array.astype(jnp.uint32)
     else:

@@ -1,8 +1,8 @@
-"""The files of a checkpoint, and how each is known to be what was written.
+"""The files of a checkpoint, and the checks that they are what was written.
 
-A small file has a SHA-256.  Of a large one most is the arrays', which have checksums of their own, looked at when an
-array has been read; a second pass over all of it would take as long again.  What is left between and behind them, the
-database's index say, has a SHA-256: so no bit of a checkpoint can change without being noticed.
+A small file has a SHA-256.  Most of a large file is arrays, which have checksums of their own, compared when an array
+has been read; a second pass over the file would take the same time again.  The bytes between and after the arrays, such
+as the database's index, have a SHA-256.  So no bit of a checkpoint can change unnoticed.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ __all__ = ["HASHED", "files_of", "sha256_of"]
 
 # Files up to this size have a SHA-256 of all their bytes.
 SMALL_FILE = 1024 * 1024
-# No file has a SHA-256 of more than this: to look for it would take seconds, and a forged one would take hours.
+# No file has a SHA-256 of more than this: checking it would take seconds, and for a forged size hours.
 HASHED = 1 << 30
-# Where a state is all of a checkpoint, Orbax keeps the times of its commit beside it, and writes them last.
+# If a state is a complete checkpoint, Orbax keeps the times of its commit beside it, and writes them last.
 _OF_ORBAX = "_CHECKPOINT_METADATA"
-# TensorStore's text for a value that stands in a file: folder, file, where it begins, and its length.
+# TensorStore's text for the position of a value: folder, file, first byte, and length.
 _VALUE = re.compile(r"value:([^:]*):([^:]*):([0-9]+):([0-9]+)")
 
 Parts = Sequence[Sequence[int]]
 
 
 def files_of(directory: Any) -> dict[str, dict[str, Any]]:
-    """Every file below a directory but the manifest and what changes later, as the manifest has it.
+    """Returns every file below a directory as the manifest has it, without the manifest and files that change later.
 
     Returns:
-      by their paths within: `bytes`, and `sha256`, of the whole file or of its `parts`.
+      by their paths within: `bytes`, and `sha256`, of the complete file or of its `parts`.
     """
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     folders = [(directory, "")]
     while folders:
         folder, prefix = folders.pop()
@@ -46,11 +46,11 @@ def files_of(directory: Any) -> dict[str, dict[str, Any]]:
             if entry.is_dir():
                 folders.append((entry, f"{name}/"))
             elif name not in (NAME, _OF_ORBAX):
-                found[name] = entry
-    sizes = {name: entry.stat().length for name, entry in found.items()}
+                files[name] = entry
+    sizes = {name: entry.stat().length for name, entry in files.items()}
     large = {name: size for name, size in sizes.items() if size > SMALL_FILE}
-    apart = _apart_from_arrays(directory, large) if large else {}
-    return {name: _facts(entry, sizes[name], apart.get(name)) for name, entry in found.items()}
+    parts = _without_arrays(directory, large) if large else {}
+    return {name: _facts(entry, sizes[name], parts.get(name)) for name, entry in files.items()}
 
 
 def _facts(path: Any, size: int, parts: Parts | None) -> dict[str, Any]:
@@ -62,9 +62,10 @@ def _facts(path: Any, size: int, parts: Parts | None) -> dict[str, Any]:
 
 
 def sha256_of(path: Any, parts: Parts | None = None) -> str:
-    """The SHA-256 of a file, or of parts of it, one after the other: where each begins, and its length."""
+    """Returns the SHA-256 of a file, or of parts of it, one after the other: for each its first byte and its length."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        # In blocks, so that a large file is never in memory as a whole.
         for start, length in [(0, HASHED + 1)] if parts is None else parts:
             file.seek(start)
             left = length
@@ -74,10 +75,11 @@ def sha256_of(path: Any, parts: Parts | None = None) -> str:
     return digest.hexdigest()
 
 
-def _apart_from_arrays(directory: Any, sizes: Mapping[str, int]) -> dict[str, list[list[int]]]:
-    """What of each of these files is no array's; nothing for a file in which no array stands."""
+def _without_arrays(directory: Any, sizes: Mapping[str, int]) -> dict[str, list[list[int]]]:
+    """Returns the parts of each of these files that are not an array's; no entry for a file without arrays."""
     ends: dict[str, int] = {}
     parts: dict[str, list[list[int]]] = {}
+    # Sorted, the arrays of a file come one after the other: a part is what is between one's end and the next one.
     for name, start, length in sorted(_values(directory, sizes)):
         end = ends.get(name, 0)
         if start > end:
@@ -90,7 +92,7 @@ def _apart_from_arrays(directory: Any, sizes: Mapping[str, int]) -> dict[str, li
 
 
 def _values(directory: Any, names: Collection[str]) -> Iterator[tuple[str, int, int]]:
-    """Where in these files the arrays stand: the file, where in it, and how many bytes.
+    """Yields where the arrays are in these files: the file, the first byte, and the number of bytes.
 
     Raises:
       ValueError: TensorStore cannot read its own index.
@@ -99,11 +101,12 @@ def _values(directory: Any, names: Collection[str]) -> Iterator[tuple[str, int, 
         return
     store = ts.KvStore.open(spec_of(directory)).result()
     versions = ts.ocdbt.dump(store).result()["versions"]
+    # Only the last version: the older ones are what earlier commits left.
     nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []
     while nodes:
         for entry in ts.ocdbt.dump(store, node=nodes.pop()).result()["entries"]:
-            found = _VALUE.fullmatch(entry.get("indirect_value", ""))
+            value = _VALUE.fullmatch(entry.get("indirect_value", ""))
             if "location" in entry:
                 nodes.append(entry["location"])
-            elif found is not None and found[1] + found[2] in names:
-                yield found[1] + found[2], int(found[3]), int(found[4])
+            elif value is not None and value[1] + value[2] in names:
+                yield value[1] + value[2], int(value[3]), int(value[4])

@@ -1,8 +1,8 @@
-"""Telling what of a checkpoint is corrupted: which files, and which leaves.
+"""Finding what is corrupted in a checkpoint: which files, and which leaves.
 
-Files are compared with what the manifest says of them, before anything else is read; arrays by their sums, afterwards.
-Where something is wrong, every leaf that was asked for is read once more, by itself, so that the error can name those
-which are affected: without Orbax, whose own index may be what is corrupted.
+Files are compared with the manifest before anything else is read; arrays with their sums, afterwards.  If something is
+wrong, every requested leaf is read again, by itself, so that the error can name the affected ones.  That does not use
+Orbax, because its own index may be what is corrupted.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["corrupted", "corrupted_files", "is_whole", "stored_array"]
 
 
 def corrupted_files(folder: Any, manifest: Manifest) -> list[str]:
-    """What is wrong with the files: missing ones, other sizes, other contents of small ones."""
+    """Returns what is wrong with the files: missing ones, other sizes, other contents of small ones."""
     wrong = []
     for name, facts in manifest.files.items():
         path = folder / name
         try:
             size = path.stat().length
             if not is_plain_file(path):
-                wrong.append(f"{name} is no file")
+                wrong.append(f"{name} is not a file")
             elif size != facts["bytes"]:
                 wrong.append(f"{name} has {size} bytes, not {facts['bytes']}")
             elif "sha256" in facts and sha256_of(path, facts.get("parts")) != facts["sha256"]:
@@ -51,7 +51,7 @@ def corrupted_files(folder: Any, manifest: Manifest) -> list[str]:
 def corrupted(
     folder: Any, manifest: Manifest, files: Sequence[str], records: Sequence[LeafRecord], error: Exception | None = None
 ) -> CorruptedError:
-    """The error for damage, with those of these leaves that it concerns."""
+    """Returns the error for a corrupted checkpoint, with those of these leaves that are affected."""
     broken = _broken(folder, manifest, records)
     what = "; ".join(files[:5]) + (f"; and {len(files) - 5} files more" if len(files) > 5 else "")
     if not what:
@@ -64,43 +64,36 @@ def _broken(folder: Any, manifest: Manifest, records: Sequence[LeafRecord]) -> l
     read: dict[tuple[str, ...], Any] = {}
     leaves = []
     for record in records:
-        keys = {key: shape for one in record.arrays for key, shape in _places(one, manifest)}
-        for key, shape in keys.items():
-            with contextlib.suppress(ValueError, OSError):  # how TensorStore says that it cannot
+        stored = [place for array in record.arrays if (place := manifest.stored(array)) is not None]
+        for key, shape, _ in stored:
+            with contextlib.suppress(ValueError, OSError):  # how TensorStore reports what it cannot read
                 if key not in read:
                     read[key] = opened(open_stored(folder, key, context), shape).read().result()
-        if any(key not in read for key in keys):
+        if any(key not in read for key, *_ in stored):
             leaves.append(record.leaf("cannot be read"))
-        elif not all(is_whole(stored_array(one, manifest, read), one) for one in record.arrays):
+        elif not all(is_whole(stored_array(array, manifest, read), array) for array in record.arrays):
             leaves.append(record.leaf("is not what was saved"))
-        for one in record.arrays:
-            read.pop(one.key or (), None)  # the next leaves need only the buffers
+        for array in record.arrays:
+            read.pop(array.key or (), None)  # the next leaves need only the buffers
     return leaves
 
 
-def _places(one: ArrayRecord, manifest: Manifest) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """The key that an array stands at, and the shape of what is there; nothing for an empty one."""
-    if one.buffer is not None:
-        buffer = manifest.buffers[one.buffer[0]]
-        return [(buffer.key, (buffer.elements,))]
-    return [] if one.key is None else [(one.key, one.on_disk[0])]
-
-
-def stored_array(one: ArrayRecord, manifest: Manifest, read: Mapping[tuple[str, ...], Any]) -> Any:
-    """An array as it is stored, out of what was read, by key."""
-    shape, dtype = one.on_disk
-    if one.key is not None:
-        return read[one.key]
-    if one.buffer is None:
+def stored_array(record: ArrayRecord, manifest: Manifest, read: Mapping[tuple[str, ...], Any]) -> Any:
+    """Returns an array as it is stored, from what was read, by key."""
+    shape, dtype = record.on_disk
+    if record.key is not None:
+        return read[record.key]
+    if record.buffer is None:
         return np.zeros(shape, dtype_of(dtype))
-    number, start = one.buffer
+    number, start = record.buffer
     flat = np.array(read[manifest.buffers[number].key].reshape(-1)[start : start + math.prod(shape)])
+    # A buffer that is too short gives too few elements, which `is_whole` then rejects.
     return flat.reshape(shape) if flat.size == math.prod(shape) else flat
 
 
-def is_whole(array: Any, one: ArrayRecord) -> bool:
-    """Whether an array is what was stored."""
-    if not isinstance(array, (jax.Array, np.ndarray)):  # Orbax gives back what it was asked with, where it has nothing
+def is_whole(array: Any, record: ArrayRecord) -> bool:
+    """Returns whether an array is what was stored."""
+    if not isinstance(array, (jax.Array, np.ndarray)):  # Orbax returns its argument if it has nothing to read
         return False
-    shape, dtype = one.on_disk
-    return array.shape == shape and array.dtype == dtype_of(dtype) and sums_of(array) == one.sums
+    shape, dtype = record.on_disk
+    return array.shape == shape and array.dtype == dtype_of(dtype) and sums_of(array) == record.sums

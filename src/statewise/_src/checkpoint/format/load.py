@@ -1,7 +1,7 @@
-"""Leaves out of a checkpoint: as they were saved, or an error that names those which are not.
+"""Reading leaves from a checkpoint: as they were saved, or an error that names those that are not.
 
-Files are looked at before anything is read, and every array is compared with its checksum when it has arrived, before
-it goes to where it is wanted.
+Files are checked before anything is read, and every array is compared with its checksum when it arrives, before it goes
+to its devices.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
@@ -21,22 +21,50 @@ from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, M
 from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
 from statewise.errors import CorruptedError
 
-__all__ = ["read_arrays"]
+__all__ = ["Wanted", "read_arrays", "read_leaves"]
 
-# Bytes that may wait on the host, to go to the devices in one call.
+# The number of bytes that may wait on the host, to go to the devices in one call.
 _HELD = 1 << 26
 
-# One record and, for each of its arrays, the sharding that it is to have; None for NumPy.
+# A record, and for each of its arrays the sharding to read it with; None for NumPy.
 Wanted = tuple[LeafRecord, Sequence[Any]]
 
 
 class _Place(NamedTuple):
-    """Where an array goes: to the `array`-th of the `leaf`-th leaf that is wanted."""
+    """Where an array goes: it becomes the `array`-th of the `leaf`-th wanted leaf."""
 
     leaf: int
     array: int
     record: ArrayRecord
     sharding: Any
+
+
+def read_leaves(
+    folders: Sequence[Any],
+    manifests: Sequence[Manifest],
+    wanted: Sequence[tuple[int, Wanted]],
+    checked: bool = False,
+) -> list[list[Any]]:
+    """Reads leaves, each from the checkpoint (0) or from its base (1).
+
+    Args:
+      folders: the directories of the two, or of the one.
+      manifests: their manifests.
+      wanted: for each leaf, the number of the checkpoint to read it from, its record, and the shardings of its arrays.
+      checked: whether the files were checked by an earlier call.
+
+    Returns:
+      for each leaf its arrays, of the shape and dtype that were saved.
+
+    Raises:
+      CorruptedError: with every file and every leaf that is corrupted.
+    """
+    arrays: dict[int, list[Any]] = {}
+    for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
+        own = [index for index, (checkpoint, _) in enumerate(wanted) if checkpoint == number]
+        read = read_arrays(folder, manifest, [wanted[index][1] for index in own], files_checked=checked)
+        arrays |= zip(own, read, strict=True)
+    return [arrays[index] for index in range(len(wanted))]
 
 
 def read_arrays(
@@ -47,8 +75,8 @@ def read_arrays(
     Args:
       folder: the checkpoint's directory.
       manifest: its manifest.
-      wanted: records of the manifest, and for each of its arrays the sharding that it is to have; None for NumPy.
-      files_checked: the files were looked at already, in an earlier call.
+      wanted: records of the manifest, and for each of its arrays the sharding to read it with; None for NumPy.
+      files_checked: whether the files were checked by an earlier call.
 
     Returns:
       for each record its arrays, of the shape and dtype that were saved.
@@ -61,13 +89,13 @@ def read_arrays(
     if files:
         raise corrupted(folder, manifest, files, records)
     places, trees = _places(manifest, wanted)
-    made: list[list[Any]] = [[None] * len(record.arrays) for record in records]
+    read: list[list[Any]] = [[None] * len(record.arrays) for record in records]
     broken: set[int] = set()
     waiting: list[tuple[_Place, Any]] = []
 
     def deliver() -> None:
         for place, array in zip([place for place, _ in waiting], _delivered(waiting), strict=True):
-            made[place.leaf][place.array] = array
+            read[place.leaf][place.array] = array
         waiting.clear()
 
     held = 0
@@ -78,6 +106,7 @@ def read_arrays(
                 waiting.append((place, stored))
             else:
                 broken.add(place.leaf)
+        # Few calls with many arrays are fast; but not all arrays at once, which would hold them on the host twice.
         if held > _HELD:
             deliver()
             held = 0
@@ -88,44 +117,41 @@ def read_arrays(
             leaves=[records[leaf].leaf("is not what was saved") for leaf in sorted(broken)],
             hint="restore another checkpoint",
         )
-    return made
+    return read
 
 
 def _arriving(
     folder: Any, manifest: Manifest, records: Sequence[LeafRecord], trees: Mapping[Key, Stored]
 ) -> Iterator[tuple[Key, Any]]:
-    """The arrays by their keys; what is stored nowhere, having no elements, under none."""
+    """Yields the arrays by their keys; under the key () one for arrays without elements, which are not stored."""
     yield (), np.zeros(0)
     try:
         yield from read_stored(folder, trees)
-    except Exception as error:  # Orbax and TensorStore raise what they like for what they cannot read
+    except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
         raise corrupted(folder, manifest, [], records, error) from error
 
 
 def _places(manifest: Manifest, wanted: Sequence[Wanted]) -> tuple[Mapping[Key, list[_Place]], dict[Key, Stored]]:
-    """By key: where what is stored there goes, and what it is."""
+    """Returns by key where each part of a stored array goes, and how to read the array."""
     places: dict[Key, list[_Place]] = collections.defaultdict(list)
     trees: dict[Key, Stored] = {}
     for leaf, (record, shardings) in enumerate(wanted):
-        for number, (one, sharding) in enumerate(zip(record.arrays, shardings, strict=True)):
+        for number, (array, sharding) in enumerate(zip(record.arrays, shardings, strict=True)):
             key: Key = ()
-            if one.buffer is not None:
-                buffer = manifest.buffers[one.buffer[0]]
-                key = buffer.key
-                trees[key] = Stored((buffer.elements,), buffer.dtype)
-            elif one.key is not None:
-                shape, dtype = one.on_disk
-                # JAX would not take other dtypes than its own, and none of 64 bits unless it is told to.
-                own = jax.dtypes.canonicalize_dtype(dtype_of(dtype)) == dtype_of(dtype)
-                on_host = not own or (one.stored is not None and one.prng is None)
-                key = one.key
+            if (stored := manifest.stored(array)) is not None:
+                key, shape, dtype = stored
+                # Only what is the array itself can go to devices as it is read.  JAX does not take dtypes other than
+                # its own, and 64-bit ones only where they are enabled.
+                is_bytes = array.stored is not None and array.prng is None
+                is_own = jax.dtypes.canonicalize_dtype(dtype_of(dtype)) == dtype_of(dtype)
+                on_host = array.buffer is not None or is_bytes or not is_own
                 trees[key] = Stored(shape, dtype, None if on_host else sharding)
-            places[key].append(_Place(leaf, number, one, sharding))
+            places[key].append(_Place(leaf, number, array, sharding))
     return places, trees
 
 
 def _checked(places: Sequence[_Place], key: Key, array: Any, manifest: Manifest) -> Iterator[tuple[_Place, Any, bool]]:
-    """What goes to each of these places, out of the array at this key, and whether it is what was saved."""
+    """Yields for each place its array, from the one with this key, and whether it is what was saved."""
     if not places or places[0].record.buffer is None:
         for place in places:
             stored = stored_array(place.record, manifest, {key: array})
@@ -135,34 +161,36 @@ def _checked(places: Sequence[_Place], key: Key, array: Any, manifest: Manifest)
     same = flat.dtype == dtype_of(places[0].record.on_disk[1])
     runs = [((place.record.buffer or (0, 0))[1], math.prod(place.record.on_disk[0])) for place in places]
     for place, (start, size), sums in zip(places, runs, sums_of_runs(flat, runs), strict=True):
-        # A copy: the buffer is not to stay for as long as one of them does.
+        # A copy, because a view would keep the buffer in memory.
         stored = flat[start : start + size].reshape(place.record.on_disk[0]).copy()
         yield place, stored, same and sums == place.record.sums
 
 
 def _delivered(waiting: Sequence[tuple[_Place, Any]]) -> list[Any]:
-    """Arrays as they were saved, where they are wanted: all that go to devices go there in one call."""
+    """Returns arrays as they were saved and sharded as wanted; all that go to devices go there in one call."""
     arrays = [_viewed(stored, place.record) for place, stored in waiting]
     away = [
-        at
-        for at, (place, _) in enumerate(waiting)
-        if not isinstance(arrays[at], jax.Array)
+        index
+        for index, (place, _) in enumerate(waiting)
+        if not isinstance(arrays[index], jax.Array)
         and (place.sharding is not None or place.record.prng is not None)
-        and jax.dtypes.canonicalize_dtype(arrays[at].dtype) == arrays[at].dtype  # JAX would make it narrower
+        and jax.dtypes.canonicalize_dtype(arrays[index].dtype) == arrays[index].dtype  # JAX would make it narrower
     ]
     if away:
-        shardings = [waiting[at][0].sharding for at in away]
+        shardings = [waiting[index][0].sharding for index in away]
         alike = all(sharding is shardings[0] or sharding == shardings[0] for sharding in shardings)
         # One sharding for all is cheaper than the same one for each.
-        put = jax.device_put([arrays[at] for at in away], shardings[0] if alike else shardings)
-        for at, array in zip(away, put, strict=True):
-            arrays[at] = array
-    for at, (place, _) in enumerate(waiting):
+        put = jax.device_put([arrays[index] for index in away], shardings[0] if alike else shardings)
+        for index, array in zip(away, put, strict=True):
+            arrays[index] = array
+    for index, (place, _) in enumerate(waiting):
         if place.record.prng is not None:
-            arrays[at] = jax.random.wrap_key_data(arrays[at], impl=place.record.prng)
+            arrays[index] = jax.random.wrap_key_data(arrays[index], impl=place.record.prng)
     return arrays
 
 
-def _viewed(stored: Any, one: ArrayRecord) -> Any:
-    """Bytes as what they are bytes of."""
-    return stored if one.stored is None or one.prng is not None else np.asarray(stored).view(dtype_of(one.dtype))
+def _viewed(stored: Any, record: ArrayRecord) -> Any:
+    """Returns an array in its own dtype, if it is stored as bytes."""
+    if record.stored is None or record.prng is not None:
+        return stored
+    return np.asarray(stored).view(dtype_of(record.dtype))

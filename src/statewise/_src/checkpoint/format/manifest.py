@@ -1,7 +1,6 @@
-"""The manifest: what a checkpoint says of itself, in one JSON file beside Orbax's.
+"""The manifest: what a checkpoint records about itself, in one JSON file beside Orbax's files.
 
-`docs/format.md` describes the file.  Here are its records as Python objects, and how they are written; `parsing` reads
-them.
+`docs/format.md` describes the file.  This module has its records as Python objects and writes them; `parse` reads them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,9 +33,9 @@ __all__ = [
 
 NAME = "statewise.json"
 FORMAT = 1
-# A leaf takes about 300 bytes.  What is larger than this is no manifest, whatever it says.
+# A leaf takes about 300 bytes.  A larger file is not a manifest, whatever it says.
 LARGEST = 64 * 1024 * 1024
-# In the place of the sums of an array, until they are known.
+# The sums of an array until they are known.
 _UNKNOWN = (-1, -1)
 
 
@@ -46,16 +44,16 @@ class ArrayRecord:
     """One array of a leaf's value.
 
     Attributes:
-      within: where it stands within the value; () for a value that is one array.
-      shape: its shape; of PRNG keys the keys' shape.
+      within: its path within the value; () for a value that is one array.
+      shape: its shape; for PRNG keys the keys' shape.
       dtype: its dtype's name; `key` for PRNG keys.
-      prng: the PRNG implementation of keys; None for all else.
-      stored: shape and dtype of what is stored, where they are not the array's own: the words of PRNG keys, the bytes
-        of a dtype that Orbax does not know.
-      key: its key in Orbax's tree; None where it stands in a buffer, or has no elements and is not stored.
-      buffer: the number of the buffer that it stands in, and at which element it begins; None elsewhere.
+      prng: the PRNG implementation of keys; None for anything else.
+      stored: the shape and dtype in storage, if they are not the array's own: the words of PRNG keys, the bytes
+        of a dtype that Orbax does not have.
+      key: its key in Orbax's tree; None if it is in a buffer, or has no elements and is not stored.
+      buffer: the number of the buffer that it is in, and the element that it starts at; None if it has a key.
       sums: its checksum.
-      placement: how it lay on the devices: `{"mesh": {"data": 8}, "spec": ["data", None]}`; None on one device.
+      placement: how it was sharded: `{"mesh": {"data": 8}, "spec": ["data", None]}`; None on one device.
     """
 
     within: Path
@@ -70,19 +68,18 @@ class ArrayRecord:
 
     @property
     def on_disk(self) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of what is stored."""
+        """Returns the shape and dtype in storage."""
         return self.stored or (self.shape, self.dtype)
 
     @property
-    def elements(self) -> int:
-        """How many elements; of PRNG keys how many keys."""
-        return math.prod(self.shape)
+    def numeric(self) -> tuple[tuple[int, ...], str]:
+        """Returns the shape and dtype as other formats have the array: PRNG keys as their words."""
+        return self.on_disk if self.prng is not None else (self.shape, self.dtype)
 
-    def stored_at(self, key: tuple[str, ...] | None, buffer: tuple[int, int] | None, placement: Any) -> ArrayRecord:
-        """This array, stored there."""
-        return ArrayRecord(
-            self.within, self.shape, self.dtype, self.prng, self.stored, key, buffer, self.sums, placement
-        )
+    @property
+    def elements(self) -> int:
+        """Returns the number of elements; of PRNG keys the number of keys."""
+        return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,54 +104,38 @@ class LeafRecord:
 
     @functools.cached_property
     def id(self) -> PathId:
-        """What two plans find the same leaf by."""
+        """Identifies the leaf: leaves of two plans with the same id are the same leaf."""
         return path_id(self.path)
 
-    def holding(self, arrays: tuple[ArrayRecord, ...]) -> LeafRecord:
-        """This leaf, with these records of its arrays."""
-        return LeafRecord(self.path, self.kind, self.type, self.structure, arrays, self.aliases)
-
     def leaf(self, note: str = "") -> Leaf:
-        """The leaf as tables and errors show it."""
+        """Returns the leaf as tables and errors show it."""
         return dataclasses.replace(self._leaf, note=note) if note else self._leaf
 
     @functools.cached_property
     def facts(self) -> LeafFacts:
-        """The leaf for a comparison; PRNG keys have the dtype that says which, `key<fry>`."""
-        dtypes = [f"key<{array.prng}>" if array.prng else array.dtype for array in self.arrays]
-        return LeafFacts(
-            self.type,
-            tuple(ArraySpec(array.shape, dtype) for array, dtype in zip(self.arrays, dtypes, strict=True)),
-            self.structure,
-            self.kind,
-            frozenset((path_id(alias), format_path(alias)) for alias in self.aliases),
-            within=tuple(array.within for array in self.arrays),
-        )
+        """Returns the leaf for a comparison; the dtype of PRNG keys names their implementation, `key<fry>`."""
+        specs = [ArraySpec(each.shape, f"key<{each.prng}>" if each.prng else each.dtype) for each in self.arrays]
+        ties = frozenset((path_id(alias), format_path(alias)) for alias in self.aliases)
+        within = tuple(array.within for array in self.arrays)
+        return LeafFacts(self.type, tuple(specs), self.structure, self.kind, ties, within=within)
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        """The leaf in a manifest, cut where the sums of its arrays stand: a run writes the same leaves many times."""
-        # Within a text there is a backslash before each quote: this is nowhere else.
+        """Returns the leaf's text in a manifest, split at its sums; cached, because a run writes it many times."""
+        # Inside a JSON string each quote has a backslash before it, so this text occurs only where the sums are.
         return content_text(_leaf_json(self)).split(_sums_text(_UNKNOWN))
 
     @functools.cached_property
     def _leaf(self) -> Leaf:
-        one = self.arrays[0] if self.structure is None and self.arrays else None
-        dtype: Any = None if one is None else dtype_of(one.dtype) if one.prng is None else f"key<{one.prng}>"
-        return Leaf(
-            path=self.path,
-            kind=self.kind,
-            type=self.type,
-            shape=one.shape if one else None,
-            dtype=dtype,
-            aliases=self.aliases,
-            size=sum(array.elements for array in self.arrays),
-            nbytes=sum(map(_nbytes, self.arrays)),
-        )
+        array = self.arrays[0] if self.structure is None and self.arrays else None
+        dtype: Any = None if array is None else dtype_of(array.dtype) if array.prng is None else f"key<{array.prng}>"
+        shape = None if array is None else array.shape
+        size, nbytes = sum(each.elements for each in self.arrays), sum(map(_nbytes, self.arrays))
+        return Leaf(self.path, self.kind, self.type, shape, dtype, self.aliases, size, nbytes)
 
 
 def _nbytes(array: ArrayRecord) -> int:
-    shape, name = array.on_disk if array.prng else (array.shape, array.dtype)
+    shape, name = array.numeric
     dtype = dtype_of(name)
     return math.prod(shape) * dtype.itemsize if dtype is not None else 0
 
@@ -170,30 +151,30 @@ class StoredBuffer:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KindRecord:
-    """One kind of the declaration: its filter as code, its handling in words, whether it was saved."""
+    """One kind of the declaration: its filter as code, its handling in words, and whether it was saved."""
 
     of: str
     handling: str
     saved: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the record as format 1 writes it: what is a kind's handling now was its treatment then."""
+        """Returns the record as format 1 writes it: there a kind's handling has the key `treatment`."""
         return {"of": self.of, "treatment": self.handling, "saved": self.saved}
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """What a checkpoint records about itself.
 
     Attributes:
-      written: versions of what wrote it, and when.
+      written: the versions of the software that wrote it, and when.
       layout: `named` or `packed`.
       kinds: the declaration, by name.
       leaves: the leaves.
-      buffers: what packed arrays stand in.
+      buffers: the buffers that packed arrays are in.
       base: another checkpoint that holds the kinds which this one leaves out: `{"path", "digest"}`.
       files: every other file of the checkpoint, by its path within: `{"bytes", "sha256"}`, sha256 of small files only.
-      digest: the SHA-256 of all that; empty before it was written.
+      digest: the SHA-256 of all that; empty before it is written.
     """
 
     written: Mapping[str, str]
@@ -205,34 +186,39 @@ class Manifest:
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     digest: str = ""
 
-    def by_id(self) -> dict[PathId, LeafRecord]:
-        """The leaves by what a plan finds them by."""
-        return {leaf.id: leaf for leaf in self.leaves}
+    def has_saved(self, kind: str) -> bool:
+        """Returns whether the checkpoint itself has a kind, not its base."""
+        return kind in self.kinds and self.kinds[kind].saved
 
-    def arrays(self) -> Iterator[tuple[LeafRecord, ArrayRecord]]:
-        """Every array with its leaf."""
-        for leaf in self.leaves:
-            for array in leaf.arrays:
-                yield leaf, array
+    def stored(self, array: ArrayRecord) -> tuple[tuple[str, ...], tuple[int, ...], str] | None:
+        """Returns the key in Orbax's tree under which an array is stored, and the shape and dtype of what is there.
+
+        It is the array itself, or the buffer that it is in.  None for an array without elements, which is not stored.
+        """
+        if array.buffer is not None:
+            buffer = self.buffers[array.buffer[0]]
+            return buffer.key, (buffer.elements,), buffer.dtype
+        return None if array.key is None else (array.key, *array.on_disk)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
 def leaves_text(leaves: Sequence[LeafRecord], sums: Iterable[Sums]) -> str:
-    """The leaves as a manifest's content has them.
+    """Returns the text of the leaves in a manifest's content.
 
     Args:
-      leaves: all but their checksums.
-      sums: of each array in turn.
+      leaves: the leaves, except for their checksums.
+      sums: the checksum of each array, in order.
     """
-    each = iter(sums)
-    return f"[{','.join(map(_leaf_text, leaves, itertools.repeat(each)))}]"
+    remaining = iter(sums)
+    return f"[{','.join([_leaf_text(leaf, remaining) for leaf in leaves])}]"
 
 
 def _leaf_text(leaf: LeafRecord, sums: Iterator[Sums]) -> str:
     first, *rest = leaf.pieces
-    return first + "".join([_sums_text(one) + piece for piece, one in zip(rest, sums, strict=False)])
+    # `rest` comes first in `zip`, so that a checksum is taken from the iterator only for an array of this leaf.
+    return first + "".join([_sums_text(pair) + piece for piece, pair in zip(rest, sums, strict=False)])
 
 
 def _sums_text(sums: Sums) -> str:
@@ -247,32 +233,24 @@ def _leaf_json(leaf: LeafRecord) -> dict[str, Any]:
         "structure": leaf.structure,
         "aliases": [encode_path(path) for path in leaf.aliases],
         "arrays": [
-            {
-                "within": encode_path(array.within),
-                "shape": list(array.shape),
-                "dtype": array.dtype,
-                "prng": array.prng,
-                "stored": None if array.stored is None else [list(array.stored[0]), array.stored[1]],
-                "key": None if array.key is None else list(array.key),
-                "buffer": None if array.buffer is None else list(array.buffer),
-                "sums": list(_UNKNOWN),
-                "placement": array.placement,
-            }
+            # The fields in their order, which is part of the format; JSON has lists for tuples.
+            {name: getattr(array, name) for name in ArrayRecord.__slots__}
+            | {"within": encode_path(array.within), "sums": _UNKNOWN}
             for array in leaf.arrays
         ],
     }
 
 
 def content_text(content: Any) -> str:
-    """The text of a manifest's content, of which its digest is taken."""
+    """Returns the text of a manifest's content, from which its digest is computed."""
     return json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def write_manifest(manifest: Manifest, leaves: str) -> bytes:
-    """The manifest's file.
+    """Returns the bytes of the manifest's file.
 
     Args:
-      manifest: all but the leaves' checksums.
+      manifest: the manifest, except for the leaves' checksums.
       leaves: the text of the leaves, from `leaves_text`.
 
     Raises:
@@ -283,7 +261,7 @@ def write_manifest(manifest: Manifest, leaves: str) -> bytes:
         "layout": content_text(manifest.layout),
         "kinds": content_text({name: kind.to_json() for name, kind in manifest.kinds.items()}),
         "leaves": leaves,
-        "buffers": content_text([dataclasses.asdict(one) for one in manifest.buffers]),
+        "buffers": content_text(list(map(dataclasses.asdict, manifest.buffers))),
         "base": content_text(dict(manifest.base) if manifest.base else None),
         "files": content_text({name: dict(facts) for name, facts in sorted(manifest.files.items())}),
     }
@@ -292,7 +270,7 @@ def write_manifest(manifest: Manifest, leaves: str) -> bytes:
     data = f'{{"statewise":{FORMAT},"sha256":"{digest}","content":{text}}}\n'.encode()
     if len(data) > LARGEST:
         raise StatewiseError(
-            f"The manifest of {len(manifest.leaves)} leaves would take {len(data)} bytes; it may take {LARGEST}.",
+            f"The manifest of {len(manifest.leaves)} leaves would take {len(data)} bytes; the limit is {LARGEST}.",
             hint="save in several checkpoints: sw.save(path, state, only=('params',)), and one more for the rest",
         )
     return data

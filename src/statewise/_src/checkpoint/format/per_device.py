@@ -1,18 +1,19 @@
-"""Values that lie per device, in a checkpoint, and what a restore onto other devices makes of them.
+"""Values per device, in a checkpoint, and what a restore onto other devices does with them.
 
-An array that is `sw.PerDevice` stands in a checkpoint as a state holds it: with a leading axis, one value for each
-device.  Its placement in the manifest says how many: `{"per_device": 8, "mesh": ..., "spec": ...}`.  Onto as many
-devices it comes back as it was.  Onto more or fewer, the placement's `resize` decides; what was saved as one value goes
-to each.
+A checkpoint has an array that is `sw.PerDevice` as a state holds it: with a leading axis, one value for each device.
+Its placement in the manifest says how many: `{"per_device": 8, "mesh": ..., "spec": ...}`.  Onto the same number of
+devices it is restored as it was.  Onto more or fewer, the placement's `resize` decides; what was saved as one value
+goes to each device.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
+from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.common.paths import Path
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.members import Axis, Members, place_of, shrunk
@@ -23,28 +24,41 @@ from statewise._src.plan.tables import PlanTables
 __all__ = [
     "EACH",
     "MEMBERS",
+    "Refused",
     "Resized",
+    "count_members",
     "devices_of",
     "members_of",
     "placement_of",
     "resize",
     "resized",
-    "shape_of_member",
     "shape_of_one",
 ]
 
 EACH = "per_device"
-# Of an ensemble's array: {"number": 8, "axis": 0}, and per_device in there.
+# The key of an ensemble's array: {"number": 8, "axis": 0}, with `per_device` in it.
 MEMBERS = "members"
 
 
-class Resized(NamedTuple):
-    """What becomes of an array on another number of devices.
+class Refused(NamedTuple):
+    """Why an array cannot be restored for the target's devices or members.
 
     Attributes:
-      how: `mean` or `first` of the values that were saved; `each` where one was.
-      devices: how many devices there are.
-      words: what the report says of it.
+      words: what it is in the checkpoint.
+      hint: what to do.
+    """
+
+    words: str
+    hint: str
+
+
+class Resized(NamedTuple):
+    """What happens to an array that goes onto another number of devices.
+
+    Attributes:
+      how: `mean` or `first` of the values that were saved; `each` if one was.
+      devices: the number of devices.
+      words: what the report says about it.
     """
 
     how: str
@@ -53,37 +67,38 @@ class Resized(NamedTuple):
 
 
 def members_of(array: ArrayRecord) -> tuple[int, int] | None:
-    """How many members of an ensemble an array holds, and along which axis; None where it holds one value for all."""
-    found = array.placement.get(MEMBERS) if array.placement else None
-    return None if found is None else (int(found["number"]), int(found["axis"]))
+    """Returns the number of members in an ensemble's array, and their axis; None for an array without members."""
+    members = array.placement.get(MEMBERS) if array.placement else None
+    return None if members is None else (int(members["number"]), int(members["axis"]))
+
+
+def count_members(manifests: Iterable[Manifest]) -> int | None:
+    """Returns the number of members of the ensemble in a checkpoint; None for a checkpoint of one model."""
+    records = (array for manifest in manifests for leaf in manifest.leaves for array in leaf.arrays)
+    return next((members[0] for members in map(members_of, records) if members is not None), None)
 
 
 def devices_of(array: ArrayRecord) -> int:
-    """How many devices have a value of their own; 0 where there is one value for all."""
+    """Returns the number of devices that have a value of their own; 0 if there is one value for all."""
     where = (array.placement or {}).get(MEMBERS, array.placement)
     return int(where[EACH]) if where and EACH in where else 0
 
 
-def shape_of_member(array: ArrayRecord) -> tuple[int, ...]:
-    """The shape of one member's array; of one model's that of the array itself."""
-    found = members_of(array)
-    return shrunk(array.shape, None if found is None else found[1])
-
-
 def shape_of_one(array: ArrayRecord) -> tuple[int, ...]:
-    """The shape of one device's value, in an ensemble of one member's."""
-    shape = shape_of_member(array)
+    """Returns the shape of one device's value; in an ensemble, of one member's."""
+    members = members_of(array)
+    shape = shrunk(array.shape, None if members is None else members[1])
     return shape[1:] if devices_of(array) else shape
 
 
 def placement_of(devices: int, members: Members | None, axis: Axis, rank: int) -> dict[str, Any] | None:
-    """What a manifest says of an array's leading axes; None where it has none.
+    """Returns what a manifest says about an array's leading axes; None if it has none.
 
     Args:
-      devices: how many devices have a value of their own, or 0.
-      members: the members, where the plan is of an ensemble.
-      axis: of the members in the array.
-      rank: of how many dimensions the array is.
+      devices: the number of devices that have a value of their own, or 0.
+      members: the members, if the plan is of an ensemble.
+      axis: the axis of the members in the array.
+      rank: the number of dimensions of the array.
     """
     each = {EACH: devices} if devices else {}
     if members is None or axis is None:
@@ -91,37 +106,33 @@ def placement_of(devices: int, members: Members | None, axis: Axis, rank: int) -
     return {MEMBERS: {"number": members.number, "axis": place_of(axis, rank), **each}}
 
 
-def resize(
-    plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord
-) -> Resized | tuple[str, str] | None:
-    """What becomes of an array; or what it is in the checkpoint, which cannot be restored so, and the hint.
+def resize(plan: PlanTables, record: LeafRecord, ours: ArrayRecord, theirs: ArrayRecord) -> Resized | Refused | None:
+    """Returns what happens to an array that has values for another number of devices in the checkpoint.
 
     Returns:
-      None where nothing has to become of it, or where the shapes differ, so that nothing can.
+      None if nothing happens to it, or if the shapes differ, which is another problem.
     """
-    here, there = devices_of(ours), devices_of(theirs)
-    if here == there or shape_of_one(ours) != shape_of_one(theirs):
+    devices, saved = devices_of(ours), devices_of(theirs)
+    if devices == saved or shape_of_one(ours) != shape_of_one(theirs):
         return None
     keys = ", folded in with their numbers" if ours.prng is not None else ""
-    if not there:
-        return Resized("each", here, f"one value, on each of {here} devices{keys}")
-    what, (kind, _) = f"one value for each of {there} devices", _owner(plan, record)
-    if not here:
-        return (
-            what,
-            "with placement=sw.PerDevice(...): sw.restore(path, plan.abstract(mesh)), "
-            f"then state.reduce_devices({kind!r})",
-        )
-    declared = _declared(plan, record, ours)
-    if declared == "error":
-        return what, f"declare what becomes of them: {kind}=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))"
-    if declared == "mean" and (ours.prng is not None or not jnp.issubdtype(jnp.dtype(ours.dtype), jnp.inexact)):
-        return f"one value without a mean for each of {there} devices", "sw.PerDevice('data', resize='first')"
-    return Resized(declared, here, f"the {declared} of {there} devices' values, on each of {here}{keys}")
+    if not saved:
+        return Resized("each", devices, f"one value, on each of {devices} devices{keys}")
+    what, (kind, _) = f"one value for each of {saved} devices", _owner(plan, record)
+    if not devices:
+        into = "with placement=sw.PerDevice(...): sw.restore(path, plan.abstract(mesh))"
+        return Refused(what, f"{into}, then state.reduce_devices({kind!r})")
+    how = _declared(plan, record, ours)
+    if how == "error":
+        placement = f"{kind}=sw.Kind(..., placement=sw.PerDevice('data', resize='mean'))"
+        return Refused(what, f"declare what happens to them: {placement}")
+    if how == "mean" and (ours.prng is not None or not jnp.issubdtype(jnp.dtype(ours.dtype), jnp.inexact)):
+        return Refused(f"one value without a mean for each of {saved} devices", "sw.PerDevice('data', resize='first')")
+    return Resized(how, devices, f"the {how} of {saved} devices' values, on each of {devices}{keys}")
 
 
 def _owner(plan: PlanTables, record: LeafRecord) -> tuple[str, Path]:
-    """The kind and path that say how a leaf lies: of an average those of what it is of."""
+    """Returns the kind and path that determine how a leaf is placed: for an average, those of the averaged leaf."""
     if plan.kinds[record.kind].of is EMA:
         _, kind, *path = record.path
         return str(kind), tuple(path)
@@ -132,16 +143,16 @@ def _declared(plan: PlanTables, record: LeafRecord, ours: ArrayRecord) -> str:
     kind, path = _owner(plan, record)
     placement = plan.kinds[kind].placement
     if placement is not None and not isinstance(placement, PLACEMENTS):
-        # As it was asked when the state was taken, with the keys within a value.
+        # A function of path and shape: called as when the state was taken, with the keys within a value.
         placement = placement(plan.relative(path) + ours.within, shape_of_one(ours))
     return placement.resize if isinstance(placement, PerDevice) else "error"
 
 
 def resized(array: Any, change: Resized, sharding: Any, axis: Axis = None) -> Any:
-    """The array on its new devices; of an ensemble for each member, along this axis."""
+    """Returns the array on its new devices; for an ensemble, of each member, along this axis."""
     if axis is not None:
-        made = jax.vmap(lambda one: resized(one, change, None), in_axes=axis, out_axes=axis)(jnp.asarray(array))
-        return made if sharding is None else jax.device_put(made, sharding)
+        values = jax.vmap(lambda one: resized(one, change, None), in_axes=axis, out_axes=axis)(jnp.asarray(array))
+        return values if sharding is None else jax.device_put(values, sharding)
     if change.how == "mean":
         array = jnp.mean(jnp.asarray(array), axis=0)
     elif change.how == "first":

@@ -1,4 +1,4 @@
-"""From a plan to records, which say what each leaf is: what a save has to write, and what a restore has to find."""
+"""Records of a plan's leaves, which say what each leaf is: what a save has to write, and what a restore has to find."""
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import re
@@ -24,18 +24,18 @@ from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
 from statewise.errors import DeclarationError
 
-__all__ = ["Placed", "check_savable", "kinds_of", "records_of", "unpacked"]
+__all__ = ["STORABLE", "Placed", "check_savable", "kinds_of", "records_of", "unpacked"]
 
-# What TensorStore's zarr driver writes.  Other dtypes, of one byte or less, are stored as their bytes.
+# The dtypes that TensorStore's zarr driver writes.  Others, all of one byte or less, are stored as their bytes.
 _INTEGERS = ("bool", "int2", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
-# What a structure's text may hold of the functions in it, and what is another in each process.
+STORABLE = frozenset((*_INTEGERS, *_FLOATS))
+# The addresses of functions in a structure's text, which are different in each process.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_STORABLE = frozenset((*_INTEGERS, *_FLOATS))
 
 
 class Placed(NamedTuple):
-    """A leaf of a plan as a record, and where its arrays stand: positions `start` and on of the kind's part."""
+    """A leaf of a plan as a record, and the position of its first array in its kind's part."""
 
     record: LeafRecord
     start: int
@@ -45,16 +45,16 @@ _known: weakref.WeakKeyDictionary[PlanTables, tuple[Placed, ...]] = weakref.Weak
 
 
 def records_of(plan: PlanTables) -> tuple[Placed, ...]:
-    """The leaves of a plan, optimizer state included, as records; nothing in them says yet where they are stored.
+    """Returns the leaves of a plan as records, optimizer state included; they do not yet say where they are stored.
 
-    What lies per device has the shape that a state holds, and says for how many devices; so with the members of an
-    ensemble.
+    An array that is per device, or of an ensemble, has the shape that a state holds, and its record says for how many
+    devices or members.
     """
     plan = with_copies(plan.plain, plan.per_device)
-    found = _known.get(plan)
-    if found is None:
-        found = _known[plan] = tuple(_records(plan))
-    return found
+    records = _known.get(plan)
+    if records is None:
+        records = _known[plan] = tuple(_records(plan))
+    return records
 
 
 def _records(plan: PlanTables) -> list[Placed]:
@@ -70,7 +70,7 @@ def _records(plan: PlanTables) -> list[Placed]:
         structure = None if row.structure is ONE else _ADDRESS.sub("", str(row.structure))
         record = LeafRecord(row.path, row.kind, type_name(row.type), structure, arrays, leaf.aliases)
         placed.append(Placed(record, span.start))
-    for array in (array for one in plan.derived_arrays for array in one.arrays):
+    for array in (array for derived in plan.derived_arrays for array in derived.arrays):
         record = LeafRecord(array.leaf.path, array.kind, type_name(jax.Array), None, (_record(plan, array, ()),))
         placed.append(Placed(record, array.position))
     return placed
@@ -83,22 +83,22 @@ def _record(plan: PlanTables, array: ArrayInfo, within: Path) -> ArrayRecord:
     if prng is not None:
         words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(spec.shape, spec.dtype))
         stored = (words.shape, str(words.dtype))
-    elif str(spec.dtype) not in _STORABLE:
+    elif str(spec.dtype) not in STORABLE:
         stored = (spec.shape, "uint8")
     placement = placement_of(array.devices, plan.ensemble, array.axis, len(spec.shape))
     return ArrayRecord(within, spec.shape, dtype_name(spec.dtype), prng, stored, placement=placement)
 
 
 def unpacked(state: State, kind: str) -> tuple[Any, ...]:
-    """A kind's arrays in the order of the plan, whether the state is packed or not."""
+    """Returns a kind's arrays in the order of the plan, whether the state is packed or not."""
     return state.tables.unpack(kind, state.part(kind).arrays)
 
 
 def check_savable(state: State, kinds: Collection[str]) -> None:
-    """Raises where these kinds have no values to save.
+    """Raises if these kinds have no values to save.
 
     Raises:
-      StructureError: a donated state, one whose arrays do not fit its plan, an abstract one, one that is being traced.
+      StructureError: the state was donated, does not fit its plan, is abstract, or is being traced.
     """
     check_not_donated(state, kinds)
     check_fits(state, kinds)
@@ -107,17 +107,17 @@ def check_savable(state: State, kinds: Collection[str]) -> None:
     check_concrete(arrays, "save", "sw.save(path, plan.take(model))")
 
 
-def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:
-    """The kinds that a save or a restore is about: those named in `only`, by default all that are saved.
+def kinds_of(state: State, only: object, what: str, hint: str) -> tuple[str, ...]:
+    """Returns the kinds that a save or a restore is about: those in `only`, by default all that are saved.
 
     Args:
-      state: of it, or into it.
+      state: the state to save, or the target of a restore.
       only: names of kinds; None for all that are `saved`.
-      what: what an ephemeral kind means here, for its error.
-      hint: what to do about it, with `{name}` for the kind's.
+      what: what it means here that a kind is ephemeral, for the error.
+      hint: what to do about it, with `{name}` for the kind's name.
 
     Raises:
-      DeclarationError: a kind that is not there, or is never saved; kinds none of which has a leaf.
+      DeclarationError: a kind does not exist, or is never saved; none of the kinds has a leaf.
     """
     kinds = state.tables.kinds
     if only is None:
@@ -133,7 +133,7 @@ def kinds_of(state: State, only: Any, what: str, hint: str) -> tuple[str, ...]:
     filled = [name for name, specs in state.tables.specs.items() if specs]
     if names and not set(names) & set(filled):
         raise DeclarationError(
-            f"only={only!r} names no kind that has leaves in this model.",
+            f"only={only!r} does not name a kind that has leaves in this model.",
             kind=names[0] if len(names) == 1 else None,
             hint=f"those that have: {', '.join(filled)}",
         )

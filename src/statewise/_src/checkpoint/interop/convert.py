@@ -1,8 +1,8 @@
 """`sw.convert`: a checkpoint of one format into another, leaf by leaf, or a dry run of it.
 
-In this order: open the source (metadata only); say for each leaf where it comes from and what is in its way; refuse
-with everything that is wrong; read; write.  A conversion into a state goes by the target: it says which leaves there
-are to be, and the source's names are matched with the text of their paths.
+The order is: open the source (metadata only); find for each leaf where it comes from and what prevents it; raise with
+everything that is wrong; read; write.  A conversion into a state follows the target: it determines which leaves there
+are, and the source's names are matched with the text of their paths.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
-from statewise._src.checkpoint.interop.export import FORMATS, Piece, destination, export
+from statewise._src.checkpoint.interop.export import FORMATS, destination, export
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
 from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.interop.sources import Source, open_mapping
@@ -30,9 +31,13 @@ from statewise._src.common.tables import Shown, Table, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
+from statewise._src.plan.arrays import Spot
 from statewise.errors import RestoreError, SaveError, StructureError
 
 __all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "convert"]
+
+_TARGET = "sw.convert(src, dst, target=plan.take(model)), or plan.abstract()"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +46,16 @@ class Conversion(Shown):
 
     Attributes:
       source: what was converted, in words.
-      dst: where it went; None where nothing was written.
+      dst: where it went; None if nothing was written.
       source_format: the source's format: `statewise`, `orbax`, `safetensors` or `mapping`.
       to: the format written: `statewise`, `orbax`, `safetensors` or `linen`.
-      matched: for each array its name in the source and the leaf that it becomes; the leaf's `note` tells a cast.
+      matched: for each array its name in the source and the leaf that it becomes; the leaf's `note` reports a cast.
       kept: leaves that have the target's own value, each with the reason in its `note`.
-      missing: leaves of the target that the source lacks, each with what is known of it in its `note`.
-      problems: leaves that are there, and do not fit, each with what is wrong in its `note`.
-      unexpected: the source's names that nothing was made of.
+      missing: leaves of the target that the source lacks, each with what is known about it in its `note`.
+      problems: leaves that the source has but that do not fit, each with what is wrong in its `note`.
+      unexpected: the source's names that were not used.
       hints: for each sort of problem, what to change.
-      tree: the nested dict of NumPy arrays, where there was no place to write to; None otherwise.
+      tree: the nested dict of NumPy arrays, if there was no path to write to; None otherwise.
 
     Example:
       >>> from flax import nnx
@@ -76,37 +81,36 @@ class Conversion(Shown):
 
     @property
     def ok(self) -> bool:
-        """Whether the conversion goes through."""
+        """Returns whether the conversion succeeds."""
         return not (self.problems or self.missing)
 
     def raise_problems(self) -> None:
-        """Raises if something is in the way.
+        """Raises if something prevents the conversion.
 
         Raises:
-          RestoreError: with all of it.
+          RestoreError: with everything that does.
         """
         wrong = (*self.missing, *self.problems)
-        if not wrong:
-            return
-        raise RestoreError(
-            f"{self.source} does not become {self.dst or 'variables'} ({self.to}): "
-            f"{counted(len(wrong), 'leaf is', 'leaves are')} in the way. Nothing was read or written.",
-            leaves=wrong,
-            hint="\n".join(self.hints),
-        )
+        if wrong:
+            raise RestoreError(
+                f"{self.source} does not become {self.dst or 'variables'} ({self.to}): "
+                f"{counted(len(wrong), 'leaf is', 'leaves are')} in the way. Nothing was read or written.",
+                leaves=wrong,
+                hint="\n".join(self.hints),
+            )
 
     def table(self) -> Table:
-        """A line for each array, then one for each name that is unexpected."""
+        """Returns a table with a line for each array, then one for each name that is unexpected."""
         rows = [_row(name, leaf, "cast" if leaf.note.startswith("from ") else "matched") for name, leaf in self.matched]
-        rows += [_row("-", leaf, "kept") for leaf in self.kept]
-        rows += [_row("-", leaf, "missing") for leaf in self.missing]
-        rows += [_row("-", leaf, "problem") for leaf in self.problems]
+        for outcome, leaves in (("kept", self.kept), ("missing", self.missing), ("problem", self.problems)):
+            rows += [_row("-", leaf, outcome) for leaf in leaves]
         rows += [(name, "-", "-", "-", "-", "unexpected", "-") for name in self.unexpected]
         columns = ("source", "path", "kind", "shape", "dtype", "outcome", "why")
         return Table(f"{self.source} to {self.dst or 'variables'} ({self.to})", columns, tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """The conversion as plain data, without arrays."""
+        """Returns the conversion as plain data, without arrays."""
+        leaves = {"kept": self.kept, "missing": self.missing, "problems": self.problems}
         return {
             "source": self.source,
             "dst": self.dst,
@@ -114,15 +118,13 @@ class Conversion(Shown):
             "to": self.to,
             "ok": self.ok,
             "matched": [{"source": name} | leaf_dict(leaf) for name, leaf in self.matched],
-            "kept": list(map(leaf_dict, self.kept)),
-            "missing": list(map(leaf_dict, self.missing)),
-            "problems": list(map(leaf_dict, self.problems)),
+            **{name: list(map(leaf_dict, some)) for name, some in leaves.items()},
             "unexpected": list(self.unexpected),
             "hints": list(self.hints),
         }
 
     def to_json(self) -> str:
-        """The conversion as JSON."""
+        """Returns the conversion as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
 
@@ -144,31 +146,31 @@ def convert(
     """Converts a checkpoint: of Statewise, plain Orbax, safetensors, or Linen variables, each into each.
 
     Args:
-      src: the path of a checkpoint of Statewise, of a plain Orbax checkpoint (also a manager's step that holds one
-        tree), or of a `.safetensors` file; or nested dicts of arrays, such as Linen's variables.
-      dst: a path where there is nothing yet; or None, to get a nested dict as the result's `tree` (of `to="orbax"` or
+      src: the path of a checkpoint of Statewise, of a plain Orbax checkpoint (or a manager's step with one tree), or of
+        a `.safetensors` file; or nested dicts of arrays, such as Linen's variables.
+      dst: a path at which there is nothing; or None, to get a nested dict as the result's `tree` (with `to="orbax"` or
         `"linen"`).
-      target: a state, or an abstract one: it says which leaves there are to be, of which kind, type, shape and dtype.
-        A checkpoint of Statewise can only be made with one; without, everything in the source goes over as it is.
+      target: a state, or an abstract one: it determines which leaves there are, and their kinds, types, shapes and
+        dtypes.  A checkpoint of Statewise needs one; without it, everything in the source is converted as it is.
       to: `"statewise"`, `"orbax"`, `"safetensors"` or `"linen"` (a plain Orbax checkpoint of variable collections);
-        by default what the end of `dst` tells, `.safetensors` or not.
+        by default `"safetensors"` if `dst` ends in `.safetensors`, and `"statewise"` otherwise.
       rename: from names in the source to the paths of leaves, `layers/0/kernel`, as a mapping or a function; None
-        leaves a name out.  A mapping leaves names that it does not have as they are.
-      dry_run: writes nothing, raises for no disagreement, and reads no array but those that a source has of a tied
-        leaf under several of its names: they have to be equal.
+        leaves a name out.  A mapping does not change names that it does not have.
+      dry_run: writes nothing, does not raise for mismatches, and reads no array, except for tied leaves that the source
+        has under several names: their arrays have to be equal.
       cast: allows other dtypes, floating-point to floating-point and integer to integer.
 
     Returns:
       what was matched, kept, missing, unexpected.  Leaves that a source cannot have (optimizer state, RNG, metrics)
-      keep the target's values; others that are missing only where their kind declares `missing="keep"`.
+      keep the target's values; others that are missing only if their kind declares `missing="keep"`.
 
     Raises:
-      RestoreError: leaves missing, of another shape or dtype, or that the format cannot hold, and casts that would lose
-        numbers: all are listed, and nothing was written.  Also for a source that is nothing known here.
-      CorruptedError: a source that is not what was written.
+      RestoreError: leaves are missing, have another shape or dtype, or do not exist in the format, or casts would lose
+        numbers: all are listed, and nothing was written.  Or the source is not of a known format.
+      CorruptedError: the source is not what was written.
       SaveError: there is something at `dst` already, or it cannot be written.
-      StructureError: a target that is no state, or that is needed and not there.
-      StatewiseError: the package safetensors is needed, and not installed.
+      StructureError: the target is not a state, or is needed and was not given.
+      StatewiseError: the package safetensors is needed, and is not installed.
 
     Example:
       >>> import tempfile
@@ -187,16 +189,12 @@ def convert(
     """
     to = _format(dst, to)
     if target is not None and not isinstance(target, State):
-        raise StructureError(
-            f"The target of a conversion is a state, not {type(target).__name__}.",
-            hint="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
-        )
+        raise StructureError(f"The target of a conversion is a state, not {type(target).__name__}.", hint=_TARGET)
     if target is not None:
         check_not_batch(target)
-    if to == "statewise" and target is None:
+    elif to == "statewise":
         raise StructureError(
-            "A checkpoint of Statewise is made for a target: only that has the kinds and types of the leaves.",
-            hint="sw.convert(src, dst, target=plan.take(model)), or plan.abstract()",
+            "A checkpoint of Statewise needs a target, which has the kinds and types of the leaves.", hint=_TARGET
         )
     final = None if dst is None else destination(dst, to)
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
@@ -213,28 +211,31 @@ def convert(
     return dataclasses.replace(conversion, tree=export(to, final, fitted.pieces, arrays))
 
 
-def _format(dst: Any, to: str | None) -> str:
+def _format(dst: object, to: str | None) -> str:
     if to is None and dst is not None:
         to = "safetensors" if str(dst).endswith(".safetensors") else "statewise"
     if to not in FORMATS:
         raise SaveError(
-            f"to={to!r} is no format." if to else "Where nothing is written, the format is to be told.",
+            f"to={to!r} is not a format." if to else "If nothing is written, to= has to name the format.",
             hint="one of: " + ", ".join(map(repr, FORMATS)),
         )
     if dst is None and to not in ("orbax", "linen"):
-        raise SaveError(f"to={to!r} needs a place to write to.", hint="sw.convert(src, 'run/converted', ...)")
+        raise SaveError(f"to={to!r} needs a path to write to.", hint="sw.convert(src, 'run/converted', ...)")
     return to
 
 
 def _conversion(source: Source, final: Any, to: str, fitted: Fit) -> Conversion:
+    skips_empty = final is not None and to in ("orbax", "linen")
+    empty = "has no elements, so that Orbax stores nothing"
+    notes = [piece.note or (empty if skips_empty and 0 in piece.shape else "") for piece in fitted.pieces]
     return Conversion(
         source=source.name,
         dst=None if final is None else str(final),
         source_format=source.format,
         to=to,
         matched=tuple(
-            (piece.source, dataclasses.replace(piece.leaf, note=piece.note or _unstored(piece, final, to)))
-            for piece in fitted.pieces
+            (piece.source, dataclasses.replace(piece.leaf, note=note))
+            for piece, note in zip(fitted.pieces, notes, strict=True)
             if piece.source is not None
         ),
         kept=tuple(fitted.kept),
@@ -245,55 +246,40 @@ def _conversion(source: Source, final: Any, to: str, fitted: Fit) -> Conversion:
     )
 
 
-def _unstored(piece: Piece, final: Any, to: str) -> str:
-    without = 0 in piece.shape and final is not None and to in ("orbax", "linen")
-    return "has no elements, so that Orbax stores nothing" if without else ""
-
-
 # --- values ----------------------------------------------------------------------------------------------------
 
 
 def _arrays(source: Source, fitted: Fit, target: State | None, conversion: Conversion) -> list[np.ndarray]:
-    """The array of each piece, as it is written: of PRNG keys their words."""
+    """Returns the array of each piece as it is written: PRNG keys as their words."""
     read = source.read([piece.source for piece in fitted.pieces if piece.source is not None])
-    kept = {} if target is None else _kept(fitted, target)
-    arrays = [read[piece.source] if piece.source is not None else _own(piece, kept) for piece in fitted.pieces]
+    own = {} if target is None else _kept(fitted, target)
+    arrays = []
+    for piece in fitted.pieces:
+        if piece.source is not None:
+            arrays.append(read[piece.source])
+        else:
+            arrays.append(own[piece.at] if piece.at in own else np.zeros(piece.shape, piece.dtype))
     casts = Casts(jax=False)
     for piece, array in zip(fitted.pieces, arrays, strict=True):
-        if str(array.dtype) != piece.dtype:
-            casts.add(piece.leaf, array, piece.dtype)
-    casts.check(
-        RestoreError,
-        "plan the model with the dtype of the source",
-        before=f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}). ",
-        after="written",
-    )
-    with np.errstate(all="ignore"):
-        return [
-            array if str(array.dtype) == piece.dtype else array.astype(jnp.dtype(piece.dtype))
-            for piece, array in zip(fitted.pieces, arrays, strict=True)
-        ]
+        casts.add(piece.leaf, array, piece.dtype)
+    before = f"{source.name} does not become {conversion.dst or 'variables'} ({conversion.to}). "
+    casts.check(RestoreError, "plan the model with the dtype of the source", before=before, after="written")
+    with np.errstate(all="ignore"):  # what NumPy would warn about has been checked
+        pairs = zip(fitted.pieces, arrays, strict=True)
+        return [array.astype(jnp.dtype(piece.dtype), copy=False) for piece, array in pairs]
 
 
-def _kept(fitted: Fit, target: State) -> dict[str, tuple[Any, ...]]:
-    """The target's arrays of the kinds of which something is kept."""
-    own = [piece for piece in fitted.pieces if piece.source is None and 0 not in piece.shape]
-    kinds = {piece.at[0] for piece in own if piece.at is not None}
-    check_not_donated(target, kinds)
-    return {kind: unpacked(target, kind) for kind in kinds}
-
-
-def _own(piece: Piece, kept: Mapping[str, Sequence[Any]]) -> np.ndarray:
-    """The target's own value, or nothing for an array without elements."""
-    if 0 in piece.shape or piece.at is None:
-        return np.zeros(piece.shape, piece.dtype)
-    kind, position = piece.at
-    array = kept[kind][position]
-    return np.asarray(array if piece.prng is None else jax.random.key_data(array))
+def _kept(fitted: Fit, target: State) -> dict[Spot | None, np.ndarray]:
+    """Returns the target's own values that are kept, by kind and position; none without elements."""
+    pieces = [piece for piece in fitted.pieces if piece.source is None and 0 not in piece.shape]
+    spots = [piece.at for piece in pieces if piece.at is not None]
+    check_not_donated(target, {kind for kind, _ in spots})
+    parts = {kind: unpacked(target, kind) for kind in {kind for kind, _ in spots}}
+    return {(kind, position): words_of(parts[kind][position]) for kind, position in spots}
 
 
 def _state(target: State, fitted: Fit, arrays: list[np.ndarray]) -> State:
-    """A state with these arrays; kinds that are never saved stay abstract."""
+    """Returns a state with these arrays; kinds that are never saved stay abstract."""
     plan = target.tables.plain
     parts: dict[str, list[Any]] = {
         kind: [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs] for kind, specs in plan.specs.items()

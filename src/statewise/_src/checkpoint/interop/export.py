@@ -1,7 +1,7 @@
-"""Writing what others read: safetensors files, plain Orbax checkpoints, Linen's variable collections.
+"""Writing other formats: safetensors files, plain Orbax checkpoints, Linen's variable collections.
 
-Each format has names of its own for the same leaves, and things that it cannot hold.  `add_obstacles` finds all of them
-before anything is read or written; `export` writes, so that what has the final name is whole.
+Each format has its own names for the same leaves, and things that it cannot represent.  `add_obstacles` finds all of
+these before anything is read or written; `export` writes, and what has the final name is complete.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from types import ModuleType
@@ -20,17 +19,17 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
+from flax import nnx, traverse_util
 
-from statewise._src.checkpoint.format.keys import OrbaxKeys, type_name
-from statewise._src.checkpoint.format.records import _STORABLE
+from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
+from statewise._src.checkpoint.format.records import STORABLE
 from statewise._src.checkpoint.interop.foreign import SAFETENSORS_DTYPES, safetensors_package
 from statewise._src.checkpoint.interop.sources import ARRAY
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.write import tree_handler
-from statewise._src.checkpoint.save import flush
+from statewise._src.checkpoint.save import flush, write_error
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise.errors import SaveError
@@ -42,17 +41,17 @@ FORMATS = ("statewise", "orbax", "safetensors", "linen")
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One array on its way into another format.
+    """One array that is converted into another format.
 
     Attributes:
-      path: where it stands in what is written; it may lie deeper than its leaf's path.
+      path: its path in what is written; it may be deeper than its leaf's path.
       leaf: its leaf.
-      dtype: its dtype's name, as it is written; of PRNG keys that of their words.
-      shape: its shape, as it is written.
-      prng: of PRNG keys the implementation.
-      source: the name of the entry that it is read from; None where the target's value is kept.
+      dtype: the name of its dtype, as written; for PRNG keys that of their words.
+      shape: its shape, as written.
+      prng: for PRNG keys the implementation.
+      source: the name of the entry that it is read from; None if the target's value is kept.
       at: kind and position in the target's state; None without a target.
-      note: what to say of it.
+      note: what to say about it.
     """
 
     path: Path
@@ -66,7 +65,7 @@ class Piece:
 
 
 def collection_of(cls: Any) -> str | None:
-    """The Linen collection in which NNX has Variables of a type, given as a type or by its name; None for raw arrays.
+    """Returns the Linen collection for Variables of a type, which may be given by its name; None for raw arrays.
 
     Example:
       >>> from flax import nnx
@@ -78,137 +77,116 @@ def collection_of(cls: Any) -> str | None:
         module, _, name = cls.partition(":")
         if cls == ARRAY:
             return None
-        if module == "collection":  # of a leaf of which nothing else is known
+        if module == "collection":  # the collection is all that is known about the leaf
             return name
-        # Looked up, never imported: a name on disk must not run code.
-        found: Any = sys.modules.get(module)
+        # The type is looked up, never imported: a name on disk must not run code.
+        value: Any = sys.modules.get(module)
         for part in name.split("."):
-            # Not by getattr: a module may import what it is asked for.
-            found = vars(found).get(part) if isinstance(found, (ModuleType, type)) else None
-        if not isinstance(found, type):
+            # Not with getattr: a module may import what it is asked for.
+            value = vars(value).get(part) if isinstance(value, (ModuleType, type)) else None
+        if not isinstance(value, type):
             return name.rpartition(".")[2] or None
-        cls = found
+        cls = value
     if not issubclass(cls, nnx.Variable):
         return None
     try:
         return str(nnx.variable_name_from_type(cls))
-    except ValueError:  # what NNX itself would call it
+    except ValueError:  # the type is not registered; NNX itself would use this name
         return cls.__name__
 
 
-# --- what is in the way ----------------------------------------------------------------------------------------
+# --- what a format cannot represent ----------------------------------------------------------------------------
 
 
 def add_obstacles(problems: Problems, to: str, pieces: Sequence[Piece]) -> None:
-    """Adds the leaves that a format cannot hold."""
+    """Adds the leaves that a format cannot represent."""
     if to == "statewise":
         return
-    dtypes = SAFETENSORS_DTYPES.values() if to == "safetensors" else _STORABLE
+    title, dtypes = ("safetensors", SAFETENSORS_DTYPES.values()) if to == "safetensors" else ("Orbax", STORABLE)
     keys = keys_of(to, pieces)
     first: dict[str, Piece] = {}
+    # All prefixes of keys: an array cannot have one of these as its own key.
     inner = {key[:depth]: piece for key, piece in zip(keys, pieces, strict=True) if key for depth in range(1, len(key))}
     for key, piece in zip(keys, pieces, strict=True):
+        leave_out = f"or leave it out: rename={{{piece.source!r}: None}}"
         if piece.dtype not in dtypes:
-            title = "safetensors" if to == "safetensors" else "Orbax"
-            problems.add(
-                piece.leaf,
-                f"{title} has no {piece.dtype}",
-                f"state.cast(...) to a dtype that it has, or leave it out: rename={{{piece.source!r}: None}}",
-            )
+            hint = f"state.cast(...) to a dtype that it has, {leave_out}"
+            problems.add(piece.leaf, f"{title} has no {piece.dtype}", hint)
         if key is None:
-            problems.add(
-                piece.leaf,
-                "is no Variable, so that it belongs to no Linen collection",
-                f"hold it in an nnx.Variable, or leave it out: rename={{{piece.source!r}: None}}",
-            )
+            note = "is not a Variable, so that it is not in a Linen collection"
+            problems.add(piece.leaf, note, f"hold it in an nnx.Variable, {leave_out}")
             continue
-        if not _is_utf8("".join(key)):
+        if not is_utf8("".join(key)):
             problems.add(piece.leaf, "has a name that is not UTF-8", _RENAME_ONE)
             continue
-        other = first.setdefault(".".join(key), piece)  # which is how Orbax writes a key
+        other = first.setdefault(".".join(key), piece)  # Orbax joins the parts of a key with dots
         if other is not piece:
             problems.add(piece.leaf, f"would have the same name as {format_path(other.path)}", _RENAME)
         elif key in inner:
-            problems.add(piece.leaf, f"would stand where {format_path(inner[key].path)} hangs below", _RENAME)
+            problems.add(piece.leaf, f"would be a parent of {format_path(inner[key].path)}", _RENAME)
         elif key == ("__metadata__",) and to == "safetensors":
-            problems.add(piece.leaf, "has a name that safetensors keeps for itself", _RENAME)
+            problems.add(piece.leaf, "has a name that safetensors reserves", _RENAME)
 
 
 _RENAME_ONE = "give it another name: rename={'name in the source': 'another/path'}"
 _RENAME = "give them names that differ: rename={'name in the source': 'another/path'}"
 
 
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def keys_of(to: str, pieces: Sequence[Piece]) -> list[tuple[str, ...] | None]:
-    """What each array is called in a format; None where it has no name for it."""
+    """Returns the key of each array in a format; None for an array that it has no name for."""
     if to == "safetensors":
         return [(safetensors_name(piece.path),) for piece in pieces]
     if to == "linen":
-        collections = [collection_of(piece.leaf.type) for piece in pieces]
-        return [
-            None if name is None else (name, *map(str, piece.path))
-            for name, piece in zip(collections, pieces, strict=True)
-        ]
+        collections = ((collection_of(piece.leaf.type), piece.path) for piece in pieces)
+        return [None if name is None else (name, *map(str, path)) for name, path in collections]
     orbax = OrbaxKeys()
     return [orbax.key(piece.path) for piece in pieces]
 
 
 def safetensors_name(path: Path) -> str:
-    """A path as a safetensors file names it: `layers.0.kernel`."""
+    """Returns a path as a safetensors file names it: `layers.0.kernel`."""
     return ".".join(map(str, path))
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def destination(path: Any, to: str = "orbax") -> FilePath:
-    """Where to write.
+def destination(path: object, to: str = "orbax") -> FilePath:
+    """Returns the path to write to.
 
     Raises:
       SaveError: there is something already, or it cannot be written to.
     """
-    return new_place(
-        path,
-        arrays=to != "safetensors",
-        example="sw.convert(src, 'run/converted')",
-        store="convert to a local path, and copy what is there then",
-        taken="another path",
-    )
+    example, store = "sw.convert(src, 'run/converted')", "convert to a local path, and then copy the result"
+    return new_place(path, arrays=to != "safetensors", example=example, store=store, taken="another path")
 
 
 def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> Any:
-    """Writes arrays in a format; gives the nested dict where there is no place to write to.
+    """Writes arrays in a format; returns the nested dict if there is no path to write to.
 
     Raises:
-      SaveError: it could not be written; nothing of it was left.
+      SaveError: it could not be written; nothing of it is left.
     """
     keys = [key for key in keys_of(to, pieces) if key is not None]
     if to == "safetensors":
         assert final is not None, "a safetensors file has a path"
-        # In C order, and 0-d arrays as they are, which np.ascontiguousarray would change.
+        # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
         flat = {key[0]: np.asarray(array, order="C") for key, array in zip(keys, arrays, strict=True)}
         package = safetensors_package()
         with _committed(final, arrays) as place:
             try:
-                package.numpy.save_file(flat, place, metadata={"statewise": _told(keys, pieces)})
-            except package.SafetensorError as error:  # of the file system: dtypes were looked at before
+                package.numpy.save_file(flat, place, metadata={"statewise": _metadata(keys, pieces)})
+            except package.SafetensorError as error:  # from the file system: the dtypes were checked before
                 raise OSError(str(error)) from error
         return None
-    tree: dict[str, Any] = {}
-    for (*nodes, last), array in zip(keys, arrays, strict=True):
-        if final is None or array.size:  # Orbax stores no array without elements
-            node = tree
-            for name in nodes:
-                node = node.setdefault(name, {})
-            node[last] = np.asarray(array)
+    # Orbax does not store arrays without elements.
+    stored = {key: np.asarray(each) for key, each in zip(keys, arrays, strict=True) if final is None or each.size}
+    tree = traverse_util.unflatten_dict(stored)
     if final is None:
         return tree
     if not tree:
         raise SaveError(
-            f"There is nothing to write to {final}: no array has elements, and Orbax stores no others.",
+            f"There is nothing to write to {final}: no array has elements, and Orbax does not store others.",
             hint="sw.convert(src, 'run/converted.safetensors')",
         )
     with _committed(final, arrays) as place, contextlib.closing(ocp.Checkpointer(tree_handler())) as checkpointer:
@@ -216,8 +194,8 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
     return None
 
 
-def _told(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
-    """What the file says of its leaves: kind, type, PRNG implementation, other paths; as JSON."""
+def _metadata(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
+    """Returns what the file says about its leaves, as JSON: kind, type, PRNG implementation, other paths."""
     leaves: dict[str, dict[str, Any]] = {}
     for (name,), piece in zip(keys, pieces, strict=True):
         leaf = piece.leaf
@@ -233,41 +211,32 @@ def _told(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 
 @contextlib.contextmanager
 def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePath]:
-    """A place to write arrays to, which has the final name when all went well, and is gone when not."""
-    folder = final.parent / f".{short_name(final.name)}.tmp-{secrets.token_hex(4)}"
-    place = folder / "converted"  # a name that leaves room for what Orbax adds to it
+    """Yields a path to write arrays to; afterwards it has the final name, or is removed if something went wrong."""
+    prefix = f".{short_name(final.name)}.tmp-"
     try:
-        make_folder(folder.parent)
-        folder.mkdir()
-        with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [folder]):
-            yield place
-        flush(place)
-        _give_name(place, final)
+        make_folder(final.parent)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=final.parent, ignore_cleanup_errors=True) as folder:
+            place = FilePath(folder, "converted")  # a short name, because Orbax adds to it
+            with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [FilePath(folder)]):
+                yield place
+            flush(place)
+            _give_name(place, final)
     except SaveError:
         raise
-    except (OSError, ValueError) as error:  # a ValueError is how TensorStore reports what the file system refuses
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split(" [")[0]
-        raise SaveError(
-            f"{final} could not be written: {reason}. Nothing of it was left.",
-            hint="free some space, or choose a directory that can be written to",
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError
+        raise write_error(final, error) from error
 
 
 def _give_name(place: FilePath, final: FilePath) -> None:
-    taken = final.exists()
-    if not taken and place.is_dir():
+    """Renames what was written, unless another writer has made something with that name."""
+    if final.exists():
+        raise FileExistsError(final)
+    if place.is_dir():
         place.rename(final)
-    elif not taken:
-        try:
-            os.link(place, final)  # where a rename would go over what another writer has made this very moment
-        except FileExistsError:
-            taken = True
-        except OSError:  # a file system without links
-            place.rename(final)
-    if taken:
-        raise SaveError(
-            f"Another writer has written {final} meanwhile; that one is whole, this one was dropped.",
-            hint="another path for each writer",
-        )
+        return
+    try:
+        os.link(place, final)  # a rename would replace a file that another writer makes at this moment
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        place.rename(final)

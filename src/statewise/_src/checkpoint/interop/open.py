@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from typing import Any
 
-import jax
 import numpy as np
 
-from statewise._src.checkpoint.format.load import read_arrays
-from statewise._src.checkpoint.format.locate import find_with_base
-from statewise._src.checkpoint.format.manifest import NAME, ArrayRecord, LeafRecord, Manifest
-from statewise._src.checkpoint.interop.foreign import items_with, open_path
+from statewise._src.checkpoint.format.keys import PathId, words_of
+from statewise._src.checkpoint.format.load import read_leaves
+from statewise._src.checkpoint.format.locate import find_with_base, leaves_with_base
+from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.interop.foreign import only_item, open_path
 from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise._src.checkpoint.orbax.paths import place_of
 from statewise._src.common.paths import format_path
@@ -24,70 +23,46 @@ from statewise.errors import RestoreError
 __all__ = ["open_any"]
 
 
-def open_any(path: Any) -> Source:
-    """Opens whatever stands at a path.
+def open_any(path: object) -> Source:
+    """Opens a checkpoint of any known format.
 
     Raises:
-      RestoreError: there is nothing, or nothing that is known here.
+      RestoreError: there is nothing, or nothing in a known format.
       CorruptedError: it is not what was written.
     """
-    try:
-        os.fspath(path)
-    except TypeError:
-        raise RestoreError(
-            f"{type(path).__name__} is neither a path nor a mapping.",
-            hint="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first",
-        ) from None
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        hint = "sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state) first"
+        raise RestoreError(f"{type(path).__name__} is neither a path nor a mapping.", hint=hint)
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
-    items = items_with(folder, NAME) if folder.is_dir() else []
-    if not items:
-        return open_path(path)
-    if len(items) > 1:
-        raise RestoreError(
-            f"{folder} holds several items: {', '.join(item.name for item in items)}.",
-            hint=f"the path of one of them: {str(items[0])!r}",
-        )
-    return _open_statewise(items[0])
+    item = only_item(folder, NAME) if folder.is_dir() else None
+    return open_path(path) if item is None else _open_statewise(item)
 
 
 def _open_statewise(folder: Any) -> Source:
-    """A checkpoint of Statewise, with the leaves that its base holds for it."""
+    """Opens a checkpoint of Statewise, including the leaves that its base has for it."""
     folders, manifests = find_with_base(folder)
-    held = {leaf.id: (place, manifest, leaf) for place, manifest, leaf in _lent(folders, manifests)}
-    held |= {leaf.id: (folders[0], manifests[0], leaf) for leaf in manifests[0].leaves}
-    entries, leaf_of = [], {}
-    for identity, (_, _, leaf) in held.items():
-        for one in leaf.arrays:
-            averages = leaf.kind in manifests[0].kinds and manifests[0].kinds[leaf.kind].of == as_code(EMA)
-            entry = dataclasses.replace(_entry(leaf, one), average=averages)
-            entries.append(entry)
-            leaf_of[entry.name] = identity
+    leaves = leaves_with_base(manifests)
+    averages = {name for name, kind in manifests[0].kinds.items() if kind.of == as_code(EMA)}
+    entries: list[SourceArray] = []
+    leaf_of: dict[str, PathId] = {}
+    for identity, (_, leaf) in leaves.items():
+        for array in leaf.arrays:
+            path, (shape, dtype), is_average = leaf.path + array.within, array.numeric, leaf.kind in averages
+            facts = leaf.kind, leaf.type, array.prng, leaf.aliases, is_average
+            entries.append(SourceArray(format_path(path), path, shape, dtype, *facts))
+            # Paths that only look alike share a name; a conversion reports them before it reads.
+            leaf_of[entries[-1].name] = identity
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {}
-        wanted = {leaf_of[name] for name in names}
-        for place, manifest in zip(folders, manifests, strict=True):
-            leaves = [leaf for identity, (at, _, leaf) in held.items() if at == place and identity in wanted]
-            asked = [(leaf, [None] * len(leaf.arrays)) for leaf in leaves]
-            for leaf, values in zip(leaves, read_arrays(place, manifest, asked), strict=True):
-                for one, value in zip(leaf.arrays, values, strict=True):
-                    words = value if one.prng is None else jax.random.key_data(value)
-                    arrays[_entry(leaf, one).name] = np.asarray(words)
+        wanted = [leaves[identity] for identity in dict.fromkeys(leaf_of[name] for name in names)]
+        values = read_leaves(
+            folders, manifests, [(number, (leaf, [None] * len(leaf.arrays))) for number, leaf in wanted]
+        )
+        arrays = {
+            format_path(leaf.path + record.within): words_of(array)
+            for (_, leaf), read in zip(wanted, values, strict=True)
+            for record, array in zip(leaf.arrays, read, strict=True)
+        }
         return {name: arrays[name] for name in names}
 
     return Source(str(folder), "statewise", tuple(entries), read)
-
-
-def _entry(leaf: LeafRecord, one: ArrayRecord) -> SourceArray:
-    path = leaf.path + one.within
-    shape, dtype = one.on_disk if one.prng is not None else (one.shape, one.dtype)
-    return SourceArray(format_path(path), path, shape, dtype, leaf.kind, leaf.type, one.prng, leaf.aliases)
-
-
-def _lent(folders: Sequence[Any], manifests: Sequence[Manifest]) -> Iterator[tuple[Any, Manifest, LeafRecord]]:
-    """The leaves that a checkpoint's base holds for it: those of the kinds that it did not save itself."""
-    own, *bases = manifests
-    for folder, base in zip(folders[1:], bases, strict=True):
-        for leaf in base.leaves:
-            if leaf.kind not in own.kinds or not own.kinds[leaf.kind].saved:
-                yield folder, base, leaf

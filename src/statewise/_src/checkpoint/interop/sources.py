@@ -1,7 +1,7 @@
-"""What arrays can be read from: a `Source`, and nested dicts of arrays, such as Linen's variables, as one.
+"""What arrays can be read from: a `Source`; and nested dicts of arrays, such as Linen's variables, as one.
 
-A source is a list of entries (name, path, shape, dtype), made of metadata alone, and a function that reads arrays by
-name, as NumPy's, exactly as they are stored.  `foreign` makes sources of files, `opening` of checkpoints of Statewise.
+A source is a list of entries (name, path, shape, dtype), made from metadata alone, and a function that reads arrays by
+name, as NumPy arrays, exactly as stored.  `foreign` makes sources from files, `open` from checkpoints of Statewise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax.core import meta
 
 from statewise._src.checkpoint.format.keys import dtype_of, prng_of
 from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
 from statewise._src.core.usable import check_concrete
 from statewise.errors import StructureError
 
@@ -31,15 +32,15 @@ class SourceArray:
     """One array of a source.
 
     Attributes:
-      name: what the source calls it.
+      name: its name in the source.
       path: the same as a path.
       shape: its shape, as stored.
-      dtype: its dtype's name, as stored; a dtype that JAX lacks by the source's own name.
-      kind: the name of its kind, where the source tells.
-      type: the type of its leaf, `flax.nnx:Param`, where the source tells.
-      prng: of the words of PRNG keys, the implementation, where the source tells.
-      aliases: other paths of its leaf, where the source tells.
-      average: whether it is an average that a plan keeps, and no leaf of the model.
+      dtype: the name of its dtype, as stored; for a dtype that JAX lacks, the source's own name.
+      kind: the name of its kind, if the source has it.
+      type: the type of its leaf, `flax.nnx:Param`, if the source has it.
+      prng: for the words of PRNG keys the implementation, if the source has it.
+      aliases: other paths of its leaf, if the source has them.
+      average: whether it is an average that a plan keeps, and not a leaf of the model.
     """
 
     name: str
@@ -53,7 +54,7 @@ class SourceArray:
     average: bool = False
 
     def leaf(self, note: str = "") -> Leaf:
-        """The entry as tables and errors show it."""
+        """Returns the entry as tables and errors show it."""
         dtype, elements = dtype_of(self.dtype), math.prod(self.shape)
         nbytes = elements * dtype.itemsize if dtype is not None else 0
         shown: Any = self.dtype if dtype is None else dtype
@@ -65,11 +66,11 @@ class Source:
     """Something that arrays can be read from.
 
     Attributes:
-      name: what to call it in messages.
+      name: its name in messages.
       format: `statewise`, `orbax`, `safetensors` or `mapping`.
-      entries: what it holds; no array was read for it.
-      read: the arrays of some entries, by name.
-      others: the names of what it holds besides arrays.
+      entries: the arrays that it has; none was read for this.
+      read: returns the arrays of some entries, by name.
+      others: the names of everything in it that is not an array.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Source:
 
 
 def known_collection(name: Any) -> bool:
-    """Whether NNX knows a Linen collection of this name."""
+    """Returns whether NNX knows a Linen collection of this name."""
     try:
         nnx.variable_type_from_name(str(name))
     except ValueError:
@@ -89,52 +90,43 @@ def known_collection(name: Any) -> bool:
 
 
 def is_linen(entries: Sequence[SourceArray]) -> bool:
-    """Whether these are Linen's variables: collections at the top, `params` among them or all of them known."""
+    """Returns whether these are Linen's variables: collections at the top, `params` among them or all of them known."""
     tops = {entry.path[0] for entry in entries if len(entry.path) > 1}
     return "params" in tops or (bool(tops) and all(known_collection(entry.path[0]) for entry in entries))
 
 
 def open_mapping(tree: Mapping[Any, Any]) -> Source:
-    """Nested dicts of arrays: Linen's variables, with or without their metadata boxes, or an `nnx.State`.
+    """Opens nested dicts of arrays: Linen's variables, with or without their metadata boxes, or an `nnx.State`.
 
     Raises:
-      StructureError: it holds something else than arrays and numbers.
+      StructureError: it contains something other than arrays and numbers.
     """
-    entries, arrays, wrong = [], {}, []
+    entries: list[SourceArray] = []
+    arrays: dict[str, Any] = {}
+    problems = Problems()
     for path, value in _walk(tree, ()):
-        array = value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(value)
+        array: Any = value if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(value)
         prng = prng_of(array.dtype)
         if prng is not None:
-            key: Any = array
-            array = jax.eval_shape(jax.random.key_data, key) if _is_abstract(key) else jax.random.key_data(key)
-        if array.dtype.kind in "OUSMm":
-            wrong.append(Leaf(path, None, type(value), None, None, note=f"holds {type(value).__name__}"))
+            is_key = isinstance(array, jax.Array)
+            array = jax.random.key_data(array) if is_key else jax.eval_shape(jax.random.key_data, array)
+        if array.dtype.kind in "OUSMm":  # objects, text, dates
+            problems.add(Leaf(path, None, type(value), None, None), f"holds {type(value).__name__}")
             continue
         entry = SourceArray(format_path(path), path, tuple(array.shape), str(array.dtype), prng=prng)
         entries.append(entry)
         arrays[entry.name] = array
-    if wrong:
-        raise StructureError(
-            "Only arrays and numbers can be converted.",
-            leaves=wrong,
-            hint="take it out of the dict: rename={name: None} leaves out arrays only",
-        )
+    hint = "take it out of the dict: rename={name: None} leaves out arrays only"
+    problems.raise_as(StructureError, "Only arrays and numbers can be converted.", hint)
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
-        check_concrete(
-            arrays.values(),
-            "convert",
-            "sw.convert(..., dry_run=True), or variables with values",
-            subject="The source",
-            leaves=[entry.leaf("has no values") for entry in entries if _is_abstract(arrays[entry.name])],
-        )
+        abstract = [entry for entry in entries if isinstance(arrays[entry.name], jax.ShapeDtypeStruct)]
+        leaves = [entry.leaf("has no values") for entry in abstract]
+        hint = "sw.convert(..., dry_run=True), or variables with values"
+        check_concrete(arrays.values(), "convert", hint, subject="The source", leaves=leaves)
         return {name: np.asarray(arrays[name]) for name in names}
 
     return Source("the mapping", "mapping", tuple(entries), read)
-
-
-def _is_abstract(array: Any) -> bool:
-    return isinstance(array, jax.ShapeDtypeStruct)
 
 
 def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
@@ -146,7 +138,7 @@ def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         for key in tree:
             yield from _walk(tree[key], (*path, key))
     elif isinstance(tree, (tuple, list)):
-        for at, part in enumerate(tree):
-            yield from _walk(part, (*path, at))
+        for index, part in enumerate(tree):
+            yield from _walk(part, (*path, index))
     elif tree is not None:
         yield path, tree

@@ -1,4 +1,4 @@
-"""Paths as Orbax takes them, by the library that Orbax itself uses."""
+"""Paths as Orbax takes them, local with the library that Orbax itself uses."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def _literal_path() -> Any:
     local: Any = type(epaths.Path("/"))
 
     class LiteralPath(local):
-        """A local path whose names are what they are, for Orbax to join with patterns and to look into.
+        """A local path that is literal text, for Orbax to join with patterns and to list.
 
-        Its base class takes brackets and stars in the path itself for a pattern too, so that Orbax finds nothing below
-        it, or what another directory holds; and it leaves out names that end in `~`.
+        Its base class takes brackets and stars in the path itself for a pattern too, so that Orbax would find nothing
+        below it, or the contents of another directory; and it leaves out names that end in `~`.
         """
 
         def glob(self, pattern: str) -> Iterator[Any]:
-            """Yields what fits the pattern below this path."""
+            """Yields the paths below this one that match the pattern."""
             if "://" in str(self):
                 yield from super().glob(pattern)
             else:
@@ -42,7 +42,7 @@ def _literal_path() -> Any:
 
 
 def epath(path: Any) -> Any:
-    """A path on whatever file system Orbax can write to, by the library that Orbax itself uses."""
-    made = epaths.Path(path)
-    # Paths of other classes are of other file systems.
-    return _literal_path()(made) if type(made) is type(epaths.Path("/")) else made
+    """Returns a path on any file system that Orbax can write to, of the library that Orbax itself uses."""
+    local = epaths.Path(path)
+    # Paths of other classes are on other file systems.
+    return _literal_path()(local) if type(local) is type(epaths.Path("/")) else local

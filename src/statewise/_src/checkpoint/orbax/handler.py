@@ -1,9 +1,9 @@
-"""Orbax's side: a handler that writes a state with its manifest into a directory, and reads arrays back.
+"""The handler that Orbax calls: it writes a state with its manifest into a directory, and reads states back.
 
-The handler is Orbax's own for pytrees, with two things added: the checksums, and of them the manifest's text, made in a
-thread beside the write; and the manifest itself, which `finalize` writes last, when every other file stands and can be
-listed.  Whoever commits the directory (`sw.save`, or an Orbax manager) calls `finalize` before it renames: a directory
-without a manifest is none of ours.
+It is Orbax's own handler for pytrees with two additions: the checksums and the manifest's text of the leaves, computed
+in a thread while the arrays are written; and the manifest itself, which `finalize` writes last, when every other file
+exists and can be listed.  Whatever commits the directory (`sw.save`, or an Orbax manager) calls `finalize` before it
+renames it: a directory without a manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["Saving", "StateHandler"]
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """What is to be saved: a state, of it these kinds, in this layout, over this base."""
+    """What to save: these kinds of a state, in this layout, over this base."""
 
     state: State
     kinds: tuple[str, ...]
@@ -52,37 +52,37 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         self._leaves: concurrent.futures.Future[str] | None = None
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
-        """Starts a save; what it returns can be waited for."""
+        """Starts a save; returns futures to wait for."""
         return await self.begin(directory, args.saving)
 
     async def begin(self, directory: Any, saving: Saving) -> list[Any]:
-        """As `async_save`, for other rooms."""
-        check_usable(directory, writing=True)  # by an Orbax manager of the user's own, too
+        """Starts a save, as `async_save`, for callers other than Orbax."""
+        check_usable(directory, writing=True)  # here, because a user's own Orbax manager chooses the directory
         directory = epath(directory)
         laid = lay_out(saving.state, saving.kinds, saving.layout)
         self._manifest = _manifest(saving, laid)
         text = _leaves_text(laid)
         written: Sequence[Any] | None = None
-        if laid.tree:  # else nothing but empty leaves: Orbax refuses an empty tree
+        if laid.tree:  # otherwise all leaves are empty, and Orbax does not accept an empty tree
             written = await self._tree.async_save(directory, args=ocp.args.PyTreeSave(laid.tree))
         pool = concurrent.futures.ThreadPoolExecutor(1, "statewise-manifest")
-        leaves = self._leaves = pool.submit(text)
-        pool.shutdown(wait=False)  # not a `with`, which would wait
-        return [*(written or ()), _Waiting(leaves)]
+        self._leaves = pool.submit(text)
+        pool.shutdown(wait=False)  # a `with` block would wait
+        return [*(written or ()), self._leaves]
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
         run(self.async_save(directory, args))
 
     def finalize(self, directory: Any) -> None:
-        """Writes the manifest, when all else is written.  Called once, by one process."""
+        """Writes the manifest when everything else is written; called once, by one process."""
         assert self._manifest is not None, "finalize comes after a save"
         assert self._leaves is not None, "finalize comes after a save"
         directory = epath(directory)
         leaves = self._leaves.result()
         if any(array.key or array.buffer for leaf in self._manifest.leaves for array in leaf.arrays):
             self._tree.finalize(directory)
-            # Where Orbax finds nothing to merge, it says so in a log alone.
+            # If Orbax finds nothing to merge, it only logs that.
             if not (directory / "manifest.ocdbt").exists():
                 raise SaveError(
                     f"Orbax could not put the checkpoint in {directory} together: it found nothing of its own there.",
@@ -93,75 +93,63 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         (directory / NAME).write_bytes(data)
 
     def finish(self, directory: Any) -> None:
-        """`finalize` by the one process that may, and the end of this handler."""
+        """Calls `finalize` in the one process that may, and closes this handler."""
         if jax.process_index() == 0:
             self.finalize(directory)
         self.close()
 
     def restore(self, directory: Any, args: Any) -> Any:
-        """Reads a state back, as `sw.restore`."""
+        """Restores a state, as `sw.restore` does."""
         return args.restored(epath(directory))
 
     def metadata(self, directory: Any) -> Any:
-        """What Orbax knows of the tree."""
+        """Returns what Orbax knows about the tree."""
         return self._tree.metadata(epath(directory))
 
     def close(self) -> None:
-        """Lets Orbax's handler go."""
+        """Closes Orbax's handler."""
         self._tree.close()
 
 
 def run(saving: Any) -> None:
-    """Waits for a save to be written."""
+    """Waits until a save is written."""
 
     async def waited() -> None:
-        # All of them, whatever becomes of the first: what still writes would undo the removal of a failed save.
+        # Wait for all of them, even if the first fails: a thread that still writes would undo the removal of the files.
         waiting = [asyncio.to_thread(future.result) for future in await saving]
-        ended = await asyncio.gather(*waiting, return_exceptions=True)
-        for error in ended:
-            if isinstance(error, BaseException):
-                raise error
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.run(waited())
-    else:  # in a notebook: a loop within a loop has to be another thread's
+    else:  # in a notebook a loop is running, and another one needs another thread
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             pool.submit(asyncio.run, waited()).result()
 
 
-class _Waiting:
-    """A thread's result as a future of Orbax's."""
-
-    def __init__(self, future: concurrent.futures.Future[Any]) -> None:
-        self._future = future
-
-    def result(self, timeout: float | None = None) -> Any:
-        return self._future.result(timeout)
-
-
 def _leaves_text(laid: LaidOut) -> Callable[[], str]:
-    """What makes the manifest's text of the leaves, with their checksums.
+    """Returns a function that makes the manifest's text of the leaves, with their checksums.
 
-    They are of arrays that a later step may donate: what they are read from is taken hold of here.
+    A later step may donate the arrays while that function runs in its thread, so their values are taken here.
     """
-    done: dict[int, Sums] = {}
-    kept: dict[int, Any] = {}
-    in_buffers = {number for _, together in laid.packed for number in together.members}
+    sums: dict[int, Sums] = {}
+    values: dict[int, Any] = {}
+    in_buffers = {number for _, buffer in laid.packed for number in buffer.numbers}
     for number, source in enumerate(laid.sources):
-        if number in in_buffers:
-            continue
         if is_spread(source):
-            done[number] = sums_of(source)  # all processes together
-        else:
-            kept[number] = held(source)
+            sums[number] = sums_of(source)  # a collective: all processes have to take part, in the same order
+        elif number not in in_buffers:
+            values[number] = held(source)
 
     def text() -> str:
-        for buffer, together in laid.packed:
-            done.update(zip(together.members, sums_of_runs(buffer, together.runs), strict=True))
-        done.update((number, sums_of(source)) for number, source in kept.items())
-        return leaves_text(laid.records, [done[number] for number in range(len(done))])
+        for array, buffer in laid.packed:
+            sums.update(zip(buffer.numbers, sums_of_runs(array, buffer.runs), strict=True))
+        sums.update((number, sums_of(value)) for number, value in values.items())
+        return leaves_text(laid.records, [sums[number] for number in range(len(sums))])
 
     return text
 
@@ -172,4 +160,5 @@ def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
         for name, kind in saving.state.tables.kinds.items()
     }
     written = compat.versions() | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    return Manifest(written, saving.layout, kinds, laid.records, laid.buffers, saving.base)
+    buffers = tuple(buffer.stored for _, buffer in laid.packed)
+    return Manifest(written, saving.layout, kinds, laid.records, buffers, saving.base)

@@ -1,7 +1,7 @@
-"""How far a long write is: a bar where somebody looks at a terminal, a line now and then in a log, else nothing.
+"""The progress of a long write: a bar in a terminal, an occasional line in a log, or nothing.
 
-How much is written is told by the size of the files, so that whoever writes them need not know of it.  A pipe gets no
-bar, and standard output nothing at all: what is seen goes to standard error, what is logged to the logger `statewise`.
+Progress is measured by the size of the files, so the code that writes them need not report it.  A pipe gets no bar, and
+standard output nothing at all: the bar goes to standard error, the lines to the logger `statewise`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from statewise._src.checkpoint.items import bytes_in
 
 __all__ = ["LARGE", "bar", "growing"]
 
-# Bytes: from here on somebody who waits wants to see how far it is.
+# Writes of this many bytes or more show their progress.
 LARGE = 256 * 1024 * 1024
-# Seconds: between two looks at the files; between two lines in a log.
+# Seconds between two looks at the files, and between two lines in a log.
 LOOK, LINE = 0.1, 10.0
 
 _log = logging.getLogger("statewise")
@@ -34,12 +34,12 @@ Tell = Callable[[int], None]
 
 @contextlib.contextmanager
 def growing(what: str, total: int, folders: Callable[[], Iterable[FilePath]]) -> Iterator[None]:
-    """Shows, for the length of a block that writes, how far it is.
+    """Shows the progress of a block that writes files.
 
     Args:
-      what: what is being done, `writing run/step_100`.
-      total: the bytes that there will be; nothing is shown of less than `LARGE`.
-      folders: what is being written.
+      what: what the block does, `writing run/step_100`.
+      total: the number of bytes to write; below `LARGE` nothing is shown.
+      folders: returns the directories that are being written.
     """
     if total < LARGE:
         yield
@@ -51,21 +51,20 @@ def growing(what: str, total: int, folders: Callable[[], Iterable[FilePath]]) ->
             while not ended.wait(LOOK):
                 tell(min(bytes_in(folders()), total))
 
+        # A daemon, which does not keep an interrupted process alive.
         watcher = threading.Thread(target=look, name="statewise-progress", daemon=True)
         watcher.start()
         try:
             yield
-            ended.set()
-            watcher.join()
-            tell(total)
         finally:
             ended.set()
             watcher.join()
+        tell(total)
 
 
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Tell]:
-    """A bar in a terminal, lines in a log elsewhere; what it gives is called with the bytes that are written."""
+    """Shows a bar in a terminal, or lines in a log; yields a function to call with the number of bytes written."""
     if not sys.stderr.isatty():
         yield _lines(what, total)
         return

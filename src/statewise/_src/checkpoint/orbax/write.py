@@ -1,14 +1,15 @@
-"""Arrays into Orbax's tree: the small ones all at once, where this process holds all there is.
+"""Writing arrays to Orbax's tree: the small ones all together, if this process has all of them.
 
 Orbax waits for each array on its own, in an event loop: for a thousand small ones, that is nine tenths of the time.
-Here TensorStore, which stores Orbax's arrays, is asked for a thousand of them at once, and told to commit them as one.
-What stands on disk afterwards is what Orbax writes: each array under its own path, with the specification that Orbax
-gives it.  Large arrays, and all where several processes write, are left to Orbax.
+Here TensorStore, which stores Orbax's arrays, gets a thousand of them at the same time, and commits them as one.  What
+is on disk afterwards is what Orbax writes: each array under its own path, with Orbax's specification.  Large arrays are
+left to Orbax, and all arrays if several processes write.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 
 import base64
+import functools
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,24 +24,24 @@ from statewise._src.checkpoint.orbax.batching import grouped
 
 __all__ = ["tree_handler", "writing_handler"]
 
-# Arrays up to this many bytes are small: above it Orbax takes no longer.
+# Arrays up to this many bytes are small: for larger ones Orbax takes no longer.
 _SMALL = 1 << 24
-# Bytes that are committed together: a commit holds them all, and writes the database's index anew.
+# The number of bytes committed together: a commit holds them all, and rewrites the database's index.
 _AT_ONCE = 1 << 28
-# Where Orbax keeps how each array lay on its devices: JSON, by the URL-safe base64 of the array's name.
+# Orbax's file with the shardings of the arrays: JSON, by the URL-safe base64 of the array's name.
 _SHARDINGS = "_sharding"
 
-# Starts to write arrays (values, their infos, their arguments); gives what can be waited for.
+# Starts to write arrays (values, their infos, their arguments); returns futures to wait for.
 Serialize = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Awaitable[Sequence[Any]]]
 
 
 def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler, without compression: weights hardly shrink, and compressing them takes most of the time."""
+    """Makes Orbax's handler, without compression: weights hardly shrink, and it takes most of the time."""
     return ocp.PyTreeCheckpointHandler(use_compression=False, **options)
 
 
 def writing_handler() -> ocp.PyTreeCheckpointHandler:
-    """The same, to write a tree that has nothing but arrays in it, JAX's and NumPy's."""
+    """Makes the same for writing a tree that contains only JAX's and NumPy's arrays."""
     if jax.process_count() > 1:
         return tree_handler()
     handlers = (np.ndarray, _NumpyArrays()), (jax.Array, _Arrays())
@@ -52,17 +53,14 @@ class _Arrays(ocp.type_handlers.ArrayHandler):
     """Orbax's handler for JAX's arrays; small ones are written together."""
 
     def __init__(self) -> None:
-        super().__init__(enable_write_sharding_file=False)  # it is written here, at once for all arrays
+        super().__init__(enable_write_sharding_file=False)  # `finish` writes it for all arrays together
 
     async def serialize(
         self, values: Sequence[jax.Array], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         """Starts to write arrays, each by the name in its info."""
         shardings = {info.name: value.sharding for info, value in zip(infos, values, strict=True)}
-
-        def finish() -> None:
-            _write_shardings(infos[0].parent_dir, shardings)
-
+        finish = functools.partial(_write_shardings, infos[0].parent_dir, shardings)
         return await _begin(super().serialize, values, infos, args, finish)
 
 
@@ -77,7 +75,7 @@ class _NumpyArrays(ocp.type_handlers.NumpyHandler):
 
 
 class _Array(NamedTuple):
-    """An array on its way: what Orbax knows of it, and what it is on the host."""
+    """An array to be written: Orbax's information about it, and its values on the host."""
 
     info: Any
     arg: Any
@@ -85,11 +83,11 @@ class _Array(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Returns its size in bytes."""
         return sum(part.nbytes for _, part in self.parts())
 
     def parts(self) -> tuple[tuple[tuple[int, ...], np.ndarray], ...]:
-        """Where each piece begins along each axis, and the piece; all pieces have one shape."""
+        """Returns for each piece its first index along each axis, and the piece; all pieces have one shape."""
         return self.host.parts if isinstance(self.host, Pieces) else (((0,) * self.host.ndim, self.host),)
 
 
@@ -102,22 +100,22 @@ async def _begin(
 ) -> Sequence[Any]:
     """Starts to write arrays: small ones together, in a thread that also calls `finish`, the others by Orbax."""
     every = list(zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True))
-    # Taken hold of before this returns: a later step may donate them.
+    # Their values are taken before this returns, because a later step may donate the arrays.
     small = [_Array(info, arg, held(value)) for value, info, arg in every if value.nbytes <= _SMALL]
-    large = [one for one in every if one[0].nbytes > _SMALL]
-    begun = list(await by_orbax(*map(list, zip(*large, strict=True)))) if large else []
+    large = [triple for triple in every if triple[0].nbytes > _SMALL]
+    started = list(await by_orbax(*map(list, zip(*large, strict=True)))) if large else []
 
     async def write() -> None:
-        await infos[0].await_path_creation()  # one for all of them
+        await infos[0].await_path_creation()  # all of them have one directory
         for group in grouped(small, lambda array: array.nbytes, _AT_ONCE):
             _write_together(group)
         finish()
 
-    return [*begun, ocp.future.CommitFutureAwaitingContractedSignals(write(), name="statewise-arrays")]
+    return [*started, ocp.future.CommitFutureAwaitingContractedSignals(write(), name="statewise-arrays")]
 
 
 def _write_together(arrays: Sequence[_Array]) -> None:
-    """Writes arrays and waits for them; either all of them are in the database afterwards, or none."""
+    """Writes arrays and waits for them; afterwards either all of them are in the database, or none."""
     transaction = ts.Transaction(atomic=True)
     opening = [
         ts.open(spec, create=True, open=True, context=array.info.ts_context, transaction=transaction)
@@ -135,34 +133,34 @@ def _write_together(arrays: Sequence[_Array]) -> None:
 
 
 def _specs(arrays: Sequence[_Array]) -> Iterator[dict[str, Any]]:
-    """TensorStore's specification of each array: Orbax's, made once for all arrays that differ in their name alone."""
-    made: dict[Any, dict[str, Any]] = {}
+    """Yields the specification of each array: Orbax's, made once for arrays that differ only in their names."""
+    specs: dict[Any, dict[str, Any]] = {}
     for array in arrays:
-        whole, (_, part) = array.host.shape, array.parts()[0]
-        key = (whole, part.shape, part.dtype)
-        if key not in made:
-            made[key] = ocp.type_handlers.get_json_tspec_write(
+        shape, (_, part) = array.host.shape, array.parts()[0]
+        key = (shape, part.shape, part.dtype)
+        if key not in specs:
+            specs[key] = ocp.type_handlers.get_json_tspec_write(
                 array.info,
                 use_ocdbt=True,
-                global_shape=whole,
+                global_shape=shape,
                 local_shape=part.shape,
                 dtype=part.dtype,
                 process_index=0,
                 arg=array.arg,
             )
-        spec = made[key]
+        spec = specs[key]
         yield spec | {"kvstore": spec["kvstore"] | {"path": array.info.name}}
 
 
 def _write_shardings(folder: Any, shardings: Mapping[str, jax.sharding.Sharding]) -> None:
+    # Many arrays have few shardings: each is written as text once.
     texts = {sharding: _text(sharding) for sharding in dict.fromkeys(shardings.values())}
-    found = {name: texts[sharding] for name, sharding in shardings.items()}
-    keyed = {base64.urlsafe_b64encode(name.encode()).decode(): text for name, text in found.items() if text}
-    (folder / _SHARDINGS).write_text(json.dumps(keyed))
+    names = {base64.urlsafe_b64encode(name.encode()).decode(): texts[shardings[name]] for name in shardings}
+    (folder / _SHARDINGS).write_text(json.dumps({name: text for name, text in names.items() if text}))
 
 
 def _text(sharding: jax.sharding.Sharding) -> str | None:
-    """A sharding as Orbax writes it; None for one that it has no text for."""
+    """Returns a sharding as Orbax writes it; None for one that Orbax has no text for."""
     if isinstance(sharding, jax.sharding.NamedSharding):
         return ocp.metadata.NamedShardingMetadata.from_jax_sharding(sharding).to_serialized_string()
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
