@@ -22,7 +22,7 @@ from statewise._src.core.state_data import Part, StateT, check_fits, check_not_d
 from statewise._src.core.usable import check_concrete_kinds
 from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.per_device import PerDeviceArrays
-from statewise._src.plan.placements import folded
+from statewise._src.plan.placements import reduced
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.array_placement import ArrayPlacement
 from statewise._src.sharding.part_shardings import PartShardings
@@ -115,7 +115,7 @@ def _leaves(plan: PlanTables, copies: PerDeviceArrays, kinds: Sequence[str]) -> 
 
 
 def _folded_kind(kinds: Mapping[str, Kind], kind: str) -> Any:
-    return dataclasses.replace(kinds[kind], placement=folded(kinds[kind].placement))
+    return dataclasses.replace(kinds[kind], placement=reduced(kinds[kind].placement))
 
 
 def _target(plan: PlanTables, kinds: Mapping[str, Kind]) -> PlanTables:

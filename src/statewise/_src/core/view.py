@@ -18,9 +18,8 @@ from statewise._src.common import compat
 from statewise._src.common.compare import UNEXPECTED, LeafFacts, compare_leaf, note_of
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import ArraySpec, is_deleted, raw_value, spec_of, value_of
-from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise._src.common.problems import Problems
-from statewise._src.plan.derived import plain_key
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
