@@ -52,8 +52,8 @@ __all__ = [
 _SHOWN = 50
 
 
-class _Report(Exception):
-    """An error or a warning in three parts; `StatewiseError` and `StatewiseWarning` document the attributes."""
+class _Report:
+    """The parts of an error or a warning; `StatewiseError` and `StatewiseWarning` document the attributes."""
 
     def __init__(
         self, message: str, *, leaves: Iterable[Any] = (), kind: str | None = None, hint: str | None = None
@@ -62,7 +62,7 @@ class _Report(Exception):
         self.leaves = tuple(leaves)
         self.kind = kind
         self.hint = hint
-        super().__init__(message)
+        super().__init__(message)  # type: ignore[call-arg]  # that of the exception
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  {leaf}" for leaf in self.leaves[:_SHOWN])]
@@ -78,7 +78,7 @@ class _Report(Exception):
         return functools.partial(type(self), leaves=self.leaves, kind=self.kind, hint=self.hint), (self.message,)
 
 
-class StatewiseError(_Report):
+class StatewiseError(_Report, Exception):
     """The base of all errors of Statewise.
 
     Attributes:

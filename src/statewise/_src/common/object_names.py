@@ -108,7 +108,7 @@ def _are(names: Sequence[str]) -> str:
     return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
-def names_given(names: object, option: str, noun: str = "kinds") -> tuple[str, ...]:
+def names_given(names: Any, option: str, noun: str = "kinds") -> tuple[str, ...]:
     """Returns the names in an option: one name, or several in any collection.
 
     Raises:

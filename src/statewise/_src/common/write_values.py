@@ -271,7 +271,7 @@ def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
 
 
 def _undo_container(node: Any) -> Callable[[], None]:
-    held = vars(node) if isinstance(node, nnx.Pytree) else node
+    held: Any = vars(node) if isinstance(node, nnx.Pytree) else node
     before = list(held) if isinstance(held, list) else dict(held.raw_mapping if isinstance(held, nnx.State) else held)
 
     def back() -> None:

@@ -88,7 +88,7 @@ class PackedBuffer(NamedTuple):
         if not flat.sharding.is_fully_replicated:
             return list(map(jnp.asarray, arrays))
         # One transfer for all arrays; slicing the JAX array would dispatch an operation for each.
-        return jax.device_put(arrays, flat.sharding)  # type: ignore[no-any-return]
+        return jax.device_put(arrays, flat.sharding)
 
 
 class Packing(NamedTuple):

@@ -210,8 +210,8 @@ def merged_rules(*several: Any) -> dict[str, Axis]:
             raise PlacementError(f"A {type(rules).__name__} is not a list of rules.", hint=_RULES)
         for rule in rules:
             is_pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
-            name, axis = rule if is_pair else (None, None)
-            axis = tuple(axis) if isinstance(axis, list) else axis
+            pair: Any = rule if is_pair else (None, None)
+            name, axis = pair[0], tuple(pair[1]) if isinstance(pair[1], list) else pair[1]
             if not all(isinstance(each, str) for each in (name, *axes_of(axis))):
                 raise PlacementError(f"{rule!r} is not a rule: a logical name and a mesh axis.", hint=_RULES)
             if name in merged and merged[name] != axis:
