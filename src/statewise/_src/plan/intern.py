@@ -33,7 +33,8 @@ class _Identity:
     graphdef: Any
 
     def __hash__(self) -> int:
-        return hash((self.kinds, self.derived, tuple([row.path for row in self.rows])))
+        # The paths are compared, if all of this is equal; hashing thousands of them would take longer.
+        return hash((self.kinds, self.derived, len(self.rows), self.rows[-1].path))
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from statewise._src.common import compat
@@ -71,15 +71,14 @@ def claim(kinds: Mapping[str, Kind], graph: ModelGraph, *, check_paths: bool = T
     if reading is not None:
         for kind in kinds.values():
             reading.check(kind.of)
-    claims = []
-    for path, leaf in zip(graph.paths, graph.leaves, strict=True):
-        names = claims_of(graph.ways(path) if by_path else path, leaf)
+    seen: Iterable[Path] = map(graph.ways, graph.paths) if by_path else graph.paths
+    claims = list(map(claims_of, seen, graph.leaves))
+    for number, path in enumerate(graph.paths if aliases else ()):
         for alias in aliases.get(path, ()):
-            more = claims_of(graph.ways(alias), leaf)
+            names, more = claims[number], claims_of(graph.ways(alias), graph.leaves[number])
             # A kind that claims the leaf by one path takes precedence over the rest kind at another.
             declared = [name for name in (*names, *more) if not kinds[name].rest]
-            names = tuple(dict.fromkeys(declared)) or names
-        claims.append(names)
+            claims[number] = tuple(dict.fromkeys(declared)) or names
     if reading is not None and check_paths and all(len(names) < 2 for names in claims):
         unclaimed = [
             row_of(path, leaf) for path, leaf, names in zip(graph.paths, graph.leaves, claims, strict=True) if not names
