@@ -29,6 +29,7 @@ expect one (in parentheses):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,7 +52,33 @@ __all__ = [
 _SHOWN = 50
 
 
-class StatewiseError(Exception):
+class _Report:
+    """The parts of an error or a warning; `StatewiseError` and `StatewiseWarning` document the attributes."""
+
+    def __init__(
+        self, message: str, *, leaves: Iterable[Any] = (), kind: str | None = None, hint: str | None = None
+    ) -> None:
+        self.message = message
+        self.leaves = tuple(leaves)
+        self.kind = kind
+        self.hint = hint
+        super().__init__(message)  # type: ignore[call-arg]  # that of the exception
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {leaf}" for leaf in self.leaves[:_SHOWN])]
+        if len(self.leaves) > _SHOWN:
+            lines.append(f"  ... and {len(self.leaves) - _SHOWN} more (all in .leaves)")
+        if self.hint:
+            first, *rest = self.hint.splitlines()
+            lines += [f"  hint: {first}", *(f"        {line}" for line in rest)]
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is unpickled from its positional arguments, which are the message alone.
+        return functools.partial(type(self), leaves=self.leaves, kind=self.kind, hint=self.hint), (self.message,)
+
+
+class StatewiseError(_Report, Exception):
     """The base of all errors of Statewise.
 
     Attributes:
@@ -70,28 +97,8 @@ class StatewiseError(Exception):
       'cache'
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        leaves: Iterable[Any] = (),
-        kind: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        self.message = message
-        self.leaves = tuple(leaves)
-        self.kind = kind
-        self.hint = hint
-        super().__init__(message)
 
-    def __str__(self) -> str:
-        return _text(self.message, self.leaves, self.hint)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.hint)
-
-
-class StatewiseWarning(UserWarning):
+class StatewiseWarning(_Report, UserWarning):
     """A step that runs, but probably does not do what was meant; its text has the same parts as an error's.
 
     Attributes:
@@ -115,48 +122,6 @@ class StatewiseWarning(UserWarning):
       >>> print(caught[0].message.message, caught[0].message.kind)
       <lambda> declares that it writes variables, but never writes it. variables
     """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        leaves: Iterable[Any] = (),
-        kind: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        self.message = message
-        self.leaves = tuple(leaves)
-        self.kind = kind
-        self.hint = hint
-        super().__init__(message)
-
-    def __str__(self) -> str:
-        return _text(self.message, self.leaves, self.hint)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.leaves, self.kind, self.hint)
-
-
-def _text(message: str, leaves: tuple[Any, ...], hint: str | None) -> str:
-    lines = [message]
-    lines += [f"  {leaf}" for leaf in leaves[:_SHOWN]]
-    if len(leaves) > _SHOWN:
-        lines.append(f"  ... and {len(leaves) - _SHOWN} more (all in .leaves)")
-    if hint:
-        first, *rest = hint.splitlines()
-        lines.append(f"  hint: {first}")
-        lines += [f"        {line}" for line in rest]
-    return "\n".join(lines)
-
-
-def _rebuild(
-    cls: type[StatewiseError] | type[StatewiseWarning],
-    message: str,
-    leaves: tuple[Any, ...],
-    kind: str | None,
-    hint: str | None,
-) -> StatewiseError | StatewiseWarning:
-    return cls(message, leaves=leaves, kind=kind, hint=hint)
 
 
 class FilterError(StatewiseError, TypeError):

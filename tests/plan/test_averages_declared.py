@@ -97,7 +97,7 @@ def test_a_dtype_that_this_process_lacks_is_refused() -> None:
 def test_a_schedule_that_gives_no_number_is_refused(schedule: Any, shown: str) -> None:
     with refused(
         sw.DeclarationError,
-        f"The decay of the average 'ema' is a schedule that gives {shown}, not a number.",
+        f"The decay of the average 'ema' is a schedule that returns {shown}, not a number.",
         kind="ema",
         hint=SCHEDULE,
     ):
@@ -110,7 +110,7 @@ def test_a_schedule_that_cannot_be_asked_is_refused() -> None:
 
     with refused(
         sw.DeclarationError,
-        "The decay of the average 'ema' is a schedule that cannot be asked: no such step",
+        "The decay of the average 'ema' is a schedule that cannot be called: no such step",
         kind="ema",
         hint=SCHEDULE,
     ):
@@ -137,13 +137,13 @@ def test_something_that_is_no_average_is_refused(given: Any, shown: str) -> None
 
 def test_averages_that_name_no_kinds_are_refused() -> None:
     hint = "averages={'params': sw.EMA(0.999)}"
-    with refused(sw.DeclarationError, "averages=EMA(...) does not say which kinds it is of.", hint=hint):
+    with refused(sw.DeclarationError, "averages=EMA(...) does not say which kinds it tracks.", hint=hint):
         plan(sw.EMA(0.9))
-    with refused(sw.DeclarationError, "3 names no kind, and is no tuple of names.", hint=hint):
+    with refused(sw.DeclarationError, "3 is not the name of a kind, nor a tuple of names.", hint=hint):
         plan({3: sw.EMA(0.9)})
     with refused(
         sw.DeclarationError,
-        "An average is wanted of no kind, which has no leaf in this model.",
+        "An average is given for no kind, which claims no leaf of this model.",
         hint="leave that average out, or correct the kind's filter",
     ):
         plan({(): sw.EMA(0.9)})
@@ -162,7 +162,7 @@ def test_an_unknown_kind_is_refused() -> None:
 def test_an_empty_kind_is_refused() -> None:
     with refused(
         sw.DeclarationError,
-        "An average is wanted of 'lora', which has no leaf in this model.",
+        "An average is given for 'lora', which claims no leaf of this model.",
         kind="lora",
         hint="leave that average out, or correct the kind's filter",
     ):
@@ -173,7 +173,7 @@ def test_a_kind_of_the_training_is_refused() -> None:
     hint = "averages={'params': sw.EMA(0.999)}"
     with refused(
         sw.DeclarationError,
-        "The kind 'optimizer' cannot be averaged: it is of the training, not of the model.",
+        "The kind 'optimizer' cannot be averaged: it belongs to the training, not to the model.",
         kind="optimizer",
         hint=hint,
     ):
@@ -181,7 +181,7 @@ def test_a_kind_of_the_training_is_refused() -> None:
     kinds = sw.Kinds.standard() | sw.Kinds(ema=sw.Kind(sw.EMA))
     with refused(
         sw.DeclarationError,
-        "The kind 'ema' cannot be averaged: it is of the training, not of the model.",
+        "The kind 'ema' cannot be averaged: it belongs to the training, not to the model.",
         kind="ema",
         hint=hint,
     ):
@@ -192,9 +192,9 @@ def test_a_frozen_kind_is_refused() -> None:
     kinds = sw.Kinds.standard().replace(stats=sw.Kind(nnx.BatchStat, frozen=True))
     with refused(
         sw.DeclarationError,
-        "The kind 'stats' is frozen: it would be its own average.",
+        "The kind 'stats' is frozen, so it cannot have an average.",
         kind="stats",
-        hint="averages without 'stats'",
+        hint="averages without 'stats', or a declaration of 'stats' that is not frozen",
     ):
         plan({"stats": sw.EMA(0.9)}, kinds)
 
@@ -203,7 +203,7 @@ def test_leaves_of_no_floating_point_numbers_are_all_listed() -> None:
     model = nnx.Dict(w=nnx.Param(jnp.ones(2)), n=nnx.Variable(jnp.arange(3)), k=nnx.Variable(jax.random.key(0)))
     with refused(
         sw.DeclarationError,
-        "The average of params, variables would be of leaves that are not made of floating-point numbers.",
+        "The average of params, variables would include leaves that are not made of floating-point numbers.",
         leaves=[
             "k: Variable() key<fry>  kind=variables  (has no average)",
             "n: Variable(3,) int32  kind=variables  (has no average)",
@@ -232,9 +232,9 @@ def test_a_name_that_two_averages_have_is_refused() -> None:
 def test_a_name_that_a_kind_has_is_refused() -> None:
     with refused(
         sw.DeclarationError,
-        "The average 'stats' is called as a kind of the model is.",
+        "The average 'stats' has the name of a kind of the model.",
         kind="stats",
-        hint="sw.EMA(..., name='stats_slow')\nto declare how averages live: stats=sw.Kind(sw.EMA, ...)",
+        hint="sw.EMA(..., name='stats_slow')\nto declare how averages are handled: stats=sw.Kind(sw.EMA, ...)",
     ):
         plan({"params": sw.EMA(0.9, name="stats")})
 
@@ -244,7 +244,8 @@ def test_a_treatment_that_averages_cannot_have_is_refused(handling: dict[str, An
     kinds = sw.Kinds.standard() | sw.Kinds(ema=sw.Kind(sw.EMA, **handling))
     with refused(
         sw.DeclarationError,
-        "The kind 'ema' is of averages: they change in every update, begin as what they are of, and have no slots.",
+        "The kind 'ema' is made of averages: they change in every update, start as the values that they track, "
+        "and have no slots.",
         kind="ema",
         hint="ema=sw.Kind(sw.EMA, ...) without frozen, restart and batch_axis",
     ):

@@ -46,7 +46,7 @@ def test_leaves_that_hold_something_else_are_all_listed() -> None:
     )
     with refused(
         sw.StructureError,
-        "Leaves that hold something else than arrays and numbers cannot be part of a state.",
+        "Leaves that hold something other than arrays and numbers cannot be part of a state.",
         leaves=[
             "many: Param- -  kind=params  (holds object)",
             "names: BatchStat- -  kind=stats  (holds ndarray)",

@@ -120,7 +120,7 @@ def test_all_such_kinds_are_told_at_once_with_the_leaves_that_nobody_claims() ->
 )
 def test_one_lost_path_of_a_union_is_an_error_too(union: Any) -> None:
     error = refused(lambda: kinds_of(union, frozen=True).plan(Model()))
-    assert error.message.startswith("Kind 'part' spells a path that is not there: ")
+    assert error.message.startswith("Kind 'part' spells a path that does not exist: ")
     assert "haed" in error.message
     assert "head/kernel" in error.message
     assert len(kinds_of(union, frozen=True, optional=True).plan(Model())["part"]) in (1, 2)
@@ -130,7 +130,7 @@ def test_paths_that_are_there_but_of_other_types() -> None:
     kinds = kinds_of(nnx.BatchStat & sw.Path("backbone/**"))
     error = refused(lambda: kinds.plan(Model()))
     assert error.message == (
-        "Kind 'part' claims no leaf: BatchStat & Path('backbone/**') matches none, though its paths are there: "
+        "Kind 'part' claims no leaf: BatchStat & Path('backbone/**') matches none, although its paths exist: "
         "backbone/bias (Param), backbone/kernel (Param)."
     )
     (optional,) = fixed(error, kinds)

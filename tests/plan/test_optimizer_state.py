@@ -55,9 +55,9 @@ def test_an_optimizer_of_a_frozen_kind() -> None:
     for key in ("base", ("params", "base")):
         with refused(
             sw.DeclarationError,
-            "The kind 'base' is frozen, and so no optimizer may touch it.",
+            "The kind 'base' is frozen, so it cannot have an optimizer.",
             kind="base",
-            hint="declare it trainable, or leave it out: optimizers without 'base'",
+            hint="optimizers without 'base', or a declaration of 'base' that is not frozen",
         ):
             planned({key: optax.sgd(0.1)})
 
@@ -65,7 +65,7 @@ def test_an_optimizer_of_a_frozen_kind() -> None:
 def test_two_optimizers_of_one_kind() -> None:
     with refused(
         sw.DeclarationError,
-        "The kind 'lora' has two optimizers: under ('params', 'lora') and once more.",
+        "The kind 'lora' has two optimizers: under ('params', 'lora') and under 'lora'.",
         kind="lora",
         hint="one optimizer for 'lora'; optax.chain joins transformations",
     ):
@@ -77,7 +77,7 @@ def test_two_optimizers_of_one_kind() -> None:
 def test_an_optimizer_of_leaves_that_no_gradient_updates() -> None:
     with refused(
         sw.DeclarationError,
-        "The optimizer of params, rest would update leaves that are not made of floating-point numbers.",
+        "The optimizer of params, rest would include leaves that are not made of floating-point numbers.",
         kind="params",
         leaves=[
             "count: Variable() int32  kind=rest  (no gradient updates it)",
@@ -137,7 +137,7 @@ def test_no_mapping_of_optimizers(given: Any) -> None:
 def test_a_key_that_names_no_kinds(key: Any) -> None:
     with refused(
         sw.DeclarationError,
-        f"{key!r} names no kind, and is no tuple of names.",
+        f"{key!r} is not the name of a kind, nor a tuple of names.",
         hint="optimizers={'params': optax.adamw(3e-4)}",
     ):
         planned({key: optax.sgd(0.1)})

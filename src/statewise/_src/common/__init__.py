@@ -1,1 +1,1 @@
-"""Versions, paths, tables and NNX's graph: what every other package stands on."""
+"""Versions, paths, tables and NNX's graph: which every other package uses."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ArraySpec, arrays_of, raw_value, spec_of
+from statewise._src.common.nnx_graph import ArraySpec, raw_value, specs_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape, format_type
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "Field",
     "LeafFacts",
     "Mismatch",
-    "can_cast",
     "change_of",
     "compare_leaf",
     "facts_of",
@@ -31,13 +30,12 @@ __all__ = [
     "is_same_static",
     "note_of",
     "same_type",
-    "ties_of",
     "uncastable",
 ]
 
 
 class Field(enum.StrEnum):
-    """What can differ between two leaves."""
+    """The fields in which two leaves can differ."""
 
     MISSING = "missing"
     UNEXPECTED = "unexpected"
@@ -52,17 +50,17 @@ class Field(enum.StrEnum):
 
 
 class LeafFacts(NamedTuple):
-    """What a comparison knows of one leaf; a field that is None on either side is not compared.
+    """The facts about one leaf that a comparison uses; a field that is None on either side is not compared.
 
     Attributes:
       type: its type, or the name of it, `flax.nnx:Param`.
-      arrays: shape and dtype of each array in its value; where there is no array, the type of what is there.
+      arrays: shape and dtype of each array in its value; for anything else, its type.
       structure: the structure of its value.
       kind: the name of its kind.
-      ties: its other paths: of each what tells it apart, and its text.
+      ties: its other paths, each as data and as text.
       values: a fingerprint of its values.
       donated: whether one of its arrays was donated.
-      within: the path of each array in its value; None where nobody asks.
+      within: the path of each array in its value; None where it is not compared.
     """
 
     type: Any
@@ -116,61 +114,66 @@ def compare_leaf(expected: LeafFacts | None, found: LeafFacts | None) -> tuple[M
     """
     if expected is None or found is None:
         return () if expected is found else MISSING if found is None else UNEXPECTED
-    # Nearly all leaves are alike, and tuples that share their parts are compared in no time.
+    # Nearly all leaves are equal, and comparing tuples with shared parts is fast.
     if expected == found and not found.donated:
         return ()
     if found.donated:
         return (Mismatch(Field.DONATED),)
     mismatches = []
-    if None not in (expected.kind, found.kind) and expected.kind != found.kind:
+    if _differ(expected.kind, found.kind):
         mismatches.append(Mismatch(Field.KIND, str(expected.kind), str(found.kind)))
-    if None not in (expected.type, found.type) and not same_type(expected.type, found.type):
+    if _differ(expected.type, found.type) and not same_type(expected.type, found.type):
         mismatches.append(Mismatch(Field.TYPE, *_type_names(expected.type, found.type)))
     inside = _compare_values(expected, found)
     mismatches += inside
-    if expected.ties is not None and found.ties is not None and expected.ties != found.ties:
-        mismatches.append(Mismatch(Field.TIES, _listed(expected.ties), _listed(found.ties)))
-    has_values = expected.values is not None and found.values is not None
-    if has_values and not inside and expected.values != found.values:
+    if _differ(expected.ties, found.ties):
+        mismatches.append(Mismatch(Field.TIES, _listed(expected.ties or ()), _listed(found.ties or ())))
+    # Of arrays that differ in shape or dtype, the values need not be mentioned.
+    if not inside and _differ(expected.values, found.values):
         mismatches.append(Mismatch(Field.VALUE))
     return tuple(mismatches)
 
 
+def _differ(expected: Any, found: Any) -> bool:
+    """Returns whether two values of a field differ; not if one of them is None, and so not compared."""
+    return expected is not None and found is not None and bool(expected != found)
+
+
 def _compare_values(expected: LeafFacts, found: LeafFacts) -> list[Mismatch]:
-    """What differs in structure, shapes and dtypes."""
-    if (expected.structure, expected.within) != (found.structure, found.within):
-        return [Mismatch(Field.STRUCTURE)]
-    if len(expected.arrays) != len(found.arrays):
+    """Returns what differs in structure, shapes and dtypes."""
+    outlines = [(facts.structure, facts.within, len(facts.arrays)) for facts in (expected, found)]
+    if outlines[0] != outlines[1]:
         return [Mismatch(Field.STRUCTURE)]
     mismatches = []
-    for index, (ours, theirs) in enumerate(zip(expected.arrays, found.arrays, strict=True)):
+    for index, (planned, actual) in enumerate(zip(expected.arrays, found.arrays, strict=True)):
         within = format_path(found.within[index]) if found.within and found.within[index] else ""
-        if isinstance(ours, type) or isinstance(theirs, type):
-            if ours != theirs:
-                names = ["array" if not isinstance(each, type) else each.__name__ for each in (ours, theirs)]
-                mismatches.append(Mismatch(Field.TYPE, names[0], names[1], index, within))
+        if isinstance(planned, type) or isinstance(actual, type):  # not an array
+            if planned != actual:
+                before, now = (each.__name__ if isinstance(each, type) else "array" for each in (planned, actual))
+                mismatches.append(Mismatch(Field.TYPE, before, now, index, within))
             continue
-        if ours.shape != theirs.shape:
-            shapes = format_shape(ours.shape), format_shape(theirs.shape)
+        if planned.shape != actual.shape:
+            shapes = format_shape(planned.shape), format_shape(actual.shape)
             mismatches.append(Mismatch(Field.SHAPE, *shapes, index, within))
-        if ours.dtype != theirs.dtype:
-            mismatches.append(Mismatch(Field.DTYPE, str(ours.dtype), str(theirs.dtype), index, within))
+        if planned.dtype != actual.dtype:
+            mismatches.append(Mismatch(Field.DTYPE, str(planned.dtype), str(actual.dtype), index, within))
     return mismatches
 
 
 def same_type(expected: Any, found: Any) -> bool:
-    """Returns whether two types, or their names, are one: a script's own classes are in `__main__` when it is run."""
+    """Returns whether two types, or their names, are the same: a script's classes are in `__main__` when it runs."""
     if expected == found:
         return True
     if not (isinstance(expected, str) and isinstance(found, str)):
         return False
+    # Names on disk, `module:name`; the modules of JAX and NNX are never run as a script.
     (home, name), (other_home, other) = expected.rsplit(":", 1), found.rsplit(":", 1)
     homes = {home, other_home}
     return name == other and "__main__" in homes and not {"jax", "flax.nnx"} & homes
 
 
 def _type_names(expected: Any, found: Any) -> tuple[str, str]:
-    """The two types by their names alone; where those are alike, with their modules."""
+    """Returns the names of two types; with their modules if the names alone are equal."""
     short = format_type(expected), format_type(found)
     return short if short[0] != short[1] else (_full_name(expected), _full_name(found))
 
@@ -183,7 +186,7 @@ def _listed(ties: Iterable[tuple[Any, str]]) -> str:
     return ", ".join(sorted(text for _, text in ties)) or "nothing"
 
 
-def is_same_static(one: Any, other: Any) -> bool:
+def is_same_static(one: object, other: object) -> bool:
     """Returns whether two plain attributes are the same: 1 is not True here, and nan is nan."""
     return type(one) is type(other) and (one == other or repr(one) == repr(other))
 
@@ -193,20 +196,14 @@ def is_same_static(one: Any, other: Any) -> bool:
 
 def facts_of(leaf: Any) -> LeafFacts:
     """Returns the facts of a live leaf: a Variable, or a raw array; whether it was donated is not asked."""
-    arrays, structure = arrays_of(raw_value(leaf))
-    specs = tuple([spec_of(array) or type(array) for array in arrays])
-    return LeafFacts(compat.variable_type(leaf), specs, structure)
+    return LeafFacts(compat.variable_type(leaf), *specs_of(raw_value(leaf)))
 
 
 def facts_of_leaf(leaf: Leaf) -> LeafFacts:
     """Returns the facts of a leaf as tables show it, without those of several arrays."""
     specs = () if leaf.shape is None else (ArraySpec(leaf.shape, leaf.dtype),)
-    return LeafFacts(leaf.type, specs, leaf.shape is None and leaf.nbytes, leaf.kind, ties_of(leaf.aliases))
-
-
-def ties_of(paths: Iterable[Path]) -> frozenset[tuple[Any, str]]:
-    """Returns the other paths of a leaf, for a comparison."""
-    return frozenset((path, format_path(path)) for path in paths)
+    ties = frozenset((path, format_path(path)) for path in leaf.aliases)
+    return LeafFacts(leaf.type, specs, leaf.shape is None and leaf.nbytes, leaf.kind, ties)
 
 
 # --- words -----------------------------------------------------------------------------------------------------
@@ -227,14 +224,14 @@ def note_of(mismatches: Sequence[Mismatch], found_in: str, expected_in: str = "p
     """
     if not mismatches:
         return ""
-    whole = {
+    complete = {
         Field.MISSING: f"missing from the {found_in}",
         Field.UNEXPECTED: f"not in the {expected_in}",
         Field.DONATED: "donated by an earlier step",
         Field.VALUE: f"has other values in the {found_in}",
     }
-    if mismatches[0].field in whole:
-        return whole[mismatches[0].field]
+    if mismatches[0].field in complete:
+        return complete[mismatches[0].field]
     found = dict.fromkeys(_found(mismatch) + _at(mismatch) for mismatch in mismatches)
     return f"is {', '.join(found)} in the {found_in}"
 
@@ -275,10 +272,11 @@ def _at(mismatch: Mismatch) -> str:
 _FAMILIES = (jnp.floating, jnp.complexfloating, jnp.integer)
 
 
-def can_cast(theirs: Any, ours: Any) -> bool:
+def _can_cast(source: Any, target: Any) -> bool:
     """Returns whether one dtype may become another: floats become floats, integers integers."""
     try:
-        return any(jnp.issubdtype(jnp.dtype(theirs), one) and jnp.issubdtype(jnp.dtype(ours), one) for one in _FAMILIES)
+        dtypes = jnp.dtype(source), jnp.dtype(target)
+        return any(all(jnp.issubdtype(dtype, family) for dtype in dtypes) for family in _FAMILIES)
     except TypeError:  # PRNG keys, and dtypes that JAX lacks
         return False
 
@@ -286,6 +284,6 @@ def can_cast(theirs: Any, ours: Any) -> bool:
 def uncastable(mismatches: Iterable[Mismatch]) -> str:
     """Returns what a note has to add where a dtype cannot become the expected one; empty where all can."""
     dtypes = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE]
-    if all(can_cast(mismatch.found, mismatch.expected) for mismatch in dtypes):
+    if all(_can_cast(mismatch.found, mismatch.expected) for mismatch in dtypes):
         return ""
     return ", which does not become " + ", ".join(dict.fromkeys(mismatch.expected for mismatch in dtypes))

@@ -51,11 +51,9 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     outside the body than inside, and the operands are in the order constants, carry, scanned.
     """
     body = inner_jaxpr(eqn.params["jaxpr"])
-    scanned = sum(
-        len(outer.aval.shape) != len(inner.aval.shape) for outer, inner in zip(eqn.invars, body.invars, strict=True)
-    )
-    stacked = sum(
-        len(outer.aval.shape) != len(inner.aval.shape) for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
+    scanned, stacked = (
+        sum(len(outer.aval.shape) != len(inner.aval.shape) for outer, inner in zip(outside, inside, strict=True))
+        for outside, inside in ((eqn.invars, body.invars), (eqn.outvars, body.outvars))
     )
     carry = len(eqn.outvars) - stacked
     return len(eqn.invars) - scanned - carry, carry

@@ -63,6 +63,7 @@ class Tree(NamedTuple):
         nodes, attributes = list(self.graphdef.nodes), list(self.graphdef.attributes)
         dropped = [self.entries[leaf] for leaf in leaves]
         for entry in dropped:
+            # The object that held the leaf has one attribute less, and no longer lists it among its data.
             owner = nodes[entry.owner]
             nodes[entry.owner] = dataclasses.replace(owner, num_attributes=owner.num_attributes - 1)
             listed = self.data_attributes.get(entry.owner)
@@ -71,12 +72,13 @@ class Tree(NamedTuple):
                 name = attributes[entry.attribute][0]
                 kept = {other: is_data for other, is_data in static.value.items() if other != name}
                 attributes[listed] = key, dataclasses.replace(static, value=type(static.value)(kept))
+        # Entries are removed only now, because they refer to nodes and attributes by index.
         without_nodes = {entry.node for entry in dropped}
         without_attributes = {entry.attribute for entry in dropped}
         return dataclasses.replace(
             self.graphdef,
-            nodes=_renumbered([node for at, node in enumerate(nodes) if at not in without_nodes]),
-            attributes=[attribute for at, attribute in enumerate(attributes) if at not in without_attributes],
+            nodes=_renumbered([node for index, node in enumerate(nodes) if index not in without_nodes]),
+            attributes=[each for index, each in enumerate(attributes) if index not in without_attributes],
             num_leaves=len(self.entries) - len(dropped),
         )
 
@@ -85,12 +87,12 @@ def _renumbered(nodes: list[Any]) -> list[Any]:
     """Numbers objects and Variables in their order, as NNX does; tuples and dicts have no number."""
     number = 0
     cls: Any
-    for at, node in enumerate(nodes):
+    for index, node in enumerate(nodes):
         if node.index is not None:
             if node.index != number:
                 cls = type(node)
                 names = _field_names(cls)
-                nodes[at] = cls(*[number if name == "index" else getattr(node, name) for name in names])
+                nodes[index] = cls(*[number if name == "index" else getattr(node, name) for name in names])
             number += 1
     return nodes
 
@@ -105,6 +107,7 @@ def read_tree(graphdef: Any) -> Tree | None:
     """Reads the graph definition of a tree; None for a graph that is not a tree, or that is written otherwise."""
     if not _type_names(graphdef.nodes) <= {"NodeDef", "VariableDef"}:
         return None
+    # One more than there are nodes: an attribute of the last node may look at the next.
     variables = [type(node).__name__ == "VariableDef" for node in graphdef.nodes] + [False]
     entries: list[_Entry] = []
     data_attributes: dict[int, int] = {}
@@ -131,4 +134,5 @@ def read_tree(graphdef: Any) -> Tree | None:
                 entries.append(_Entry(None, attribute, owner[0]))
             elif key == _DATA_ATTRIBUTES:
                 data_attributes[owner[0]] = attribute
+    # Another number of leaves: this version of NNX writes its definitions in another way.
     return Tree(graphdef, tuple(entries), data_attributes) if len(entries) == graphdef.num_leaves else None

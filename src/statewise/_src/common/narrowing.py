@@ -35,7 +35,7 @@ WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made; o
 
 
 class Casts:
-    """Planned casts.  `add` starts the reductions, `lost` waits for all of them at once.
+    """Planned casts.  `add` starts the reductions, `lost` waits for all of them together.
 
     Args:
       jax: whether JAX makes the arrays: without 64-bit numbers it narrows what NumPy gives it.
@@ -65,10 +65,10 @@ class Casts:
     def holding(self, dtypes: Sequence[str]) -> str | None:
         """Returns the first of these dtypes that holds all the numbers; None if none does."""
         for dtype in dtypes:
-            again = Casts(jax=self._jax)
+            casts = Casts(jax=self._jax)
             for leaf, array, _, _ in self._casts:
-                again.add(leaf, array, dtype)
-            if jax.dtypes.canonicalize_dtype(dtype) == jnp.dtype(dtype) and not again.lost():
+                casts.add(leaf, array, dtype)
+            if jax.dtypes.canonicalize_dtype(dtype) == jnp.dtype(dtype) and not casts.lost():
                 return dtype
         return None
 
@@ -132,9 +132,9 @@ def as_jax(leaf: Leaf, value: Any, lost: list[Leaf]) -> Any:
         return jnp.asarray(value)
     casts = Casts()
     casts.add(leaf, value, spec.dtype)
-    own = casts.lost()
-    lost += own
-    return jnp.zeros(spec.shape, spec.dtype) if own else jnp.asarray(value)
+    leaves = casts.lost()
+    lost += leaves
+    return jnp.zeros(spec.shape, spec.dtype) if leaves else jnp.asarray(value)
 
 
 # --- what a dtype can represent ----------------------------------------------------------------------------------
@@ -204,10 +204,10 @@ def may_lose(source: Any, target: Any) -> bool:
         return not (2**holds.digits > int(have.max) and int(have.max) <= holds.largest and holds.negative)
     if _is(target, jnp.integer):
         return True
-    mine, other = _range(source), _range(_part(target))
-    wider = mine.largest < other.limit or (mine.largest == other.limit and other.beyond)
-    special = (mine.infinite <= other.infinite) and (mine.nan <= other.nan)
-    return not (wider and special and mine.negative <= other.negative and mine.zero <= other.zero)
+    old, new = _range(source), _range(_part(target))
+    is_wider = old.largest < new.limit or (old.largest == new.limit and new.beyond)
+    # A flag may be False in the old dtype: `<=` says that the new dtype has whatever the old one has.
+    return not (is_wider and all(had <= has for had, has in zip(old[4:], new[4:], strict=True)))
 
 
 # --- the reduction -----------------------------------------------------------------------------------------------
@@ -253,34 +253,48 @@ def _of_python(number: Any, target: Any) -> float:
 
 
 def _worst(xp: Any, array: Any, target: Any) -> Any:
-    source = array.dtype
+    """Returns the largest magnitude among the numbers that would be lost; negative if there are none.
+
+    Args:
+      xp: `numpy` or `jax.numpy`.
+      array: its array.
+      target: the new dtype.
+    """
+    source, part = array.dtype, _part(target)
     if _is(source, jnp.complexfloating):
-        real = _worst(xp, array.real, _part(target)) if may_lose(_part(source), _part(target)) else -1.0
-        if _is(target, jnp.complexfloating):
-            imag = _worst(xp, array.imag, _part(target)) if may_lose(_part(source), _part(target)) else -1.0
-        else:
+        loses = may_lose(_part(source), part)
+        real = _worst(xp, array.real, part) if loses else -1.0
+        if not _is(target, jnp.complexfloating):
             imag = _largest(xp, array.imag, array.imag != 0)
+        else:
+            imag = _worst(xp, array.imag, part) if loses else -1.0
         return xp.maximum(real, imag)
     if _is(source, jnp.integer):
         if source.itemsize == 1:  # int4 and the like have no arithmetic of their own
             array = array.astype(xp.int32)
-        return _worst_integer(xp, array, _part(target))
-    if source.itemsize < 4:  # the conversion is exact, and makes the limits exact too
+    elif source.itemsize < 4:  # the conversion is exact, and makes the limits exact too
         array = array.astype(xp.float32)
-    return _worst_float(xp, array, _part(target))
-
-
-def _worst_integer(xp: Any, array: Any, target: Any) -> Any:
-    have = jnp.iinfo(array.dtype)
-    if target == jnp.bool_:
+    if part == jnp.bool_:
         return _largest(xp, array, (array != 0) & (array != 1))
+    bad = (_bad_integers if _is(source, jnp.integer) else _bad_floats)(xp, array, part)
+    if not _is(part, jnp.integer):
+        holds = _range(part)
+        bad = bad if holds.negative else bad | (array < 0)
+        bad = bad if holds.zero else bad | (array == 0)
+    return _largest(xp, array, bad)
+
+
+def _bad_integers(xp: Any, array: Any, target: Any) -> Any:
+    """Returns which integers would be lost; the sign and the zero of a float are checked elsewhere."""
+    have = jnp.iinfo(array.dtype)
     if _is(target, jnp.integer):
         fits = jnp.iinfo(target)
         low, high = max(int(have.min), int(fits.min)), min(int(have.max), int(fits.max))
-        return _largest(xp, array, (array < array.dtype.type(low)) | (array > array.dtype.type(high)))
+        return (array < array.dtype.type(low)) | (array > array.dtype.type(high))
     holds = _range(target)
     unsigned = np.dtype(f"uint{array.dtype.itemsize * 8}")
     bits = array.astype(unsigned)
+    # The magnitude as unsigned: in two's complement, -x is ~x + 1, also for the smallest integer.
     size = xp.where(array < 0, ~bits + unsigned.type(1), bits)
     # An integer is exact if its digits, from the first to the last that is not zero, fit in the dtype's.
     # x & -x is the lowest set bit.
@@ -288,39 +302,29 @@ def _worst_integer(xp: Any, array: Any, target: Any) -> Any:
     bad = size > unsigned.type(min(int(holds.largest), int(np.iinfo(unsigned).max)))
     if holds.digits < unsigned.itemsize * 8:
         bad |= (size > 0) & ((size >> unsigned.type(holds.digits)) >= last)
-    if not holds.negative:
-        bad |= array < 0
-    if not holds.zero:
-        bad |= array == 0
-    return _largest(xp, array, bad)
+    return bad
 
 
-def _worst_float(xp: Any, array: Any, target: Any) -> Any:
+def _bad_floats(xp: Any, array: Any, target: Any) -> Any:
+    """Returns which floating-point numbers would be lost; the sign and the zero of a float are checked elsewhere."""
     scalar = array.dtype.type
-    if target == jnp.bool_:
-        return _largest(xp, array, (array != 0) & (array != 1))
     if _is(target, jnp.integer):
         fits = jnp.iinfo(target)
         # The largest integer plus one is a power of two, and therefore exact in every dtype that reaches it.
         low, above = float(int(fits.min)), float(int(fits.max) + 1)
         inside = (array >= scalar(low)) & (array < scalar(above))
-        return _largest(xp, array, ~(inside & (array == xp.trunc(array))))
+        return ~(inside & (array == xp.trunc(array)))
     holds = _range(target)
     if holds.limit >= float(jnp.finfo(array.dtype).max):
         bad = xp.zeros(array.shape, bool)
-    elif holds.beyond:
-        bad = xp.isfinite(array) & (xp.abs(array) > scalar(holds.limit))
     else:
-        bad = xp.isfinite(array) & (xp.abs(array) >= scalar(holds.limit))
+        size = xp.abs(array)
+        bad = xp.isfinite(array) & ((size > scalar(holds.limit)) if holds.beyond else (size >= scalar(holds.limit)))
     if not holds.infinite:
         bad |= xp.isinf(array)
     if not holds.nan:
         bad |= xp.isnan(array)
-    if not holds.negative:
-        bad |= array < 0
-    if not holds.zero:
-        bad |= array == 0
-    return _largest(xp, array, bad)
+    return bad
 
 
 def _largest(xp: Any, array: Any, bad: Any) -> Any:

@@ -17,6 +17,7 @@ __all__ = ["given", "in_order", "names_given"]
 
 # The parameters of the functions that take named objects; an object cannot have one of these names.
 TAKEN = ("averages", "copy", "decode_length", "expect", "ignore", "kinds", "mesh", "optimizers", "pack")
+_BOTH = "Pass objects by position or by name, not both: {} and {}."
 
 
 def given(objects: Sequence[Any], named: Mapping[str, Any], call: str) -> tuple[tuple[Any, ...], tuple[str, ...]]:
@@ -34,11 +35,9 @@ def given(objects: Sequence[Any], named: Mapping[str, Any], call: str) -> tuple[
       DeclarationError: some were passed by position and some by name; or a name is invalid.
     """
     if objects and named:
-        names = [f"{_free(number, named)}=..." for number in range(len(objects))] + list(map(_shown, named))
-        raise DeclarationError(
-            f"Pass objects by position or by name, not both: {len(objects)} and {', '.join(named)}.",
-            hint=f"{call}({', '.join(names)})",
-        )
+        names = [f"{_free(number, named)}=..." for number in range(len(objects))]
+        hint = f"{call}({', '.join([*names, *map(_shown, named)])})"
+        raise DeclarationError(_BOTH.format(len(objects), ", ".join(named)), hint=hint)
     for name in named:
         check_name(name, call)
     return tuple(objects) or tuple(named.values()), tuple(named)
@@ -89,22 +88,24 @@ def in_order(names: Sequence[str], objects: Sequence[Any], named: Mapping[str, A
     first = "" if verb == "take" else "state, "
     if not names:
         raise StructureError(
-            f"The plan's objects have no names, but {', '.join(named)} {'is' if len(named) == 1 else 'are'} given.",
+            f"The plan's objects have no names, but {_are(list(named))} given.",
             hint=f"plan.{verb}({first}{', '.join(named)})  # in the order in which they were planned\n"
             f"or plan them by name: plan = kinds.plan({', '.join(map(_shown, named))})",
         )
     hint = f"plan.{verb}({first}{', '.join(map(_shown, names))})"
     if objects:
-        raise StructureError(
-            f"Pass objects by position or by name, not both: {len(objects)} and {', '.join(named)}.", hint=hint
-        )
+        raise StructureError(_BOTH.format(len(objects), ", ".join(named)), hint=hint)
     if set(named) != set(names):
         missing = [name for name in names if name not in named]
         unknown = [name for name in named if name not in names]
-        words = [f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
-        words += [f"{', '.join(unknown)} {'is' if len(unknown) == 1 else 'are'} unknown"] if unknown else []
+        words = [f"{_are(missing)} missing"] if missing else []
+        words += [f"{_are(unknown)} unknown"] if unknown else []
         raise StructureError(f"The plan has the objects {', '.join(names)}: {' and '.join(words)}.", hint=hint)
     return tuple(named[name] for name in names)
+
+
+def _are(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def names_given(names: Any, option: str, noun: str = "kinds") -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
-__all__ = ["Leaf", "Path", "Ways", "format_dtype", "format_path", "format_shape", "format_type"]
+__all__ = ["Leaf", "Path", "Ways", "format_dtype", "format_path", "format_shape", "format_type", "plain_key"]
 
 Path = tuple[Hashable, ...]
 
@@ -49,6 +49,14 @@ def format_path(path: Path) -> str:
       'layers/0/kernel'
     """
     return "/".join(str(key) for key in path) if path else "."
+
+
+def plain_key(key: Any) -> Any:
+    """Returns a JAX key entry as a key of a path: an attribute's name, a dict's key, or a position."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return str(key)
 
 
 def format_shape(shape: tuple[int, ...] | None) -> str:

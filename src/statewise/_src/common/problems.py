@@ -1,6 +1,6 @@
-"""A collector of problems: leaves with what is wrong with each, and hints; raised once, with all of them.
+"""A collector of problems: leaves, what is wrong with each, and hints; raised once, with all of them.
 
-The number of leaves stands in the text of the error in the singular or in the plural; that is decided here alone.
+Whether the text of the error has the number of leaves in the singular or in the plural is decided here alone.
 """
 
 from __future__ import annotations
@@ -15,22 +15,17 @@ from statewise.errors import StatewiseError
 
 __all__ = ["Problems", "add_change", "counted"]
 
-# Of the verbs that follow "{n} leaves" in a message.
+# The singular of the verbs that follow "{n} leaves" in a message.
 _SINGULAR = {"are": "is", "have": "has", "differ": "differs"}
 
 
-def counted(number: int, one: str, several: str) -> str:
-    """Returns a number with what is counted: `1 leaf is`, `1,234 leaves are`."""
-    return f"{number:,} {one if number == 1 else several}"
+def counted(number: int, singular: str, plural: str) -> str:
+    """Returns a number with the noun, and the verb, in agreement: `1 leaf is`, `1,234 leaves are`."""
+    return f"{number:,} {singular if number == 1 else plural}"
 
 
 class Problems:
-    """Leaves with what is wrong with each; false while there are none.
-
-    Attributes:
-      leaves: the leaves, each with its note; what is added twice is one problem.
-      hints: the hints, in the order in which they came.
-    """
+    """Leaves, each with what is wrong with it; false while there are none.  What is added twice is one problem."""
 
     def __init__(self, leaves: Iterable[Leaf] = ()) -> None:
         self._leaves: dict[Leaf, None] = dict.fromkeys(leaves)
@@ -41,17 +36,17 @@ class Problems:
 
     @property
     def leaves(self) -> list[Leaf]:
-        """The leaves, each with its note."""
+        """Returns the leaves, each with its note."""
         return list(self._leaves)
 
     @property
     def hints(self) -> list[str]:
-        """The hints, each once."""
+        """Returns the hints, each once."""
         return list(self._hints)
 
     @property
     def kind(self) -> str | None:
-        """The kind of all the leaves, if they have one in common."""
+        """Returns the kind of the leaves, if all have the same."""
         kinds = {leaf.kind for leaf in self._leaves}
         return kinds.pop() if len(kinds) == 1 else None
 
@@ -65,7 +60,7 @@ class Problems:
         self._hints |= dict.fromkeys(filter(None, hints))
 
     def raise_as(
-        self, error: type[StatewiseError], message: str, hint: str | None = None, *, cause: Any = None
+        self, error: type[StatewiseError], message: str, hint: str | None = None, *, cause: BaseException | None = None
     ) -> None:
         """Raises an error with all the problems; does nothing where there are none.
 
@@ -85,7 +80,7 @@ class Problems:
 
 
 def add_change(problems: Problems, leaf: Leaf, old: Any, new: Any) -> bool:
-    """Adds a leaf where what would replace its array has another shape or dtype; returns whether it has."""
+    """Adds a leaf if a new array would change its shape or dtype; returns whether it would."""
     changes = (old.shape, old.dtype) != (new.shape, new.dtype)
     if changes:
         problems.add(leaf, f"would become {format_shape(new.shape)} {new.dtype}")

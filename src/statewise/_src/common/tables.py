@@ -21,7 +21,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from rich import box
 from rich.cells import cell_len, set_cell_size
-from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -90,12 +89,13 @@ class Table:
         # A key of a user's dict may contain anything, including line breaks and a terminal's escape codes.
         object.__setattr__(self, "rows", tuple(tuple(map(printable, row)) for row in self.rows))
 
+    @property
+    def lines(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the rows, with the footer as the last one."""
+        return (*self.rows, self.footer) if self.footer else self.rows
+
     def __str__(self) -> str:
-        lines = [*self.rows, *([self.footer] if self.footer else [])]
-        widths = [
-            max([cell_len(column), *(cell_len(line[index]) for line in lines)])
-            for index, column in enumerate(self.columns)
-        ]
+        widths = [max(map(cell_len, cells)) for cells in zip(self.columns, *self.lines, strict=True)]
 
         def written(cells: Sequence[str]) -> str:
             aligned = [
@@ -112,12 +112,18 @@ class Table:
             text += ["", str(self.below)]
         return "\n".join(text)
 
-    def __rich__(self) -> Any:
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         # Text objects, not strings: a cell such as `[0]` is not markup.  The title is a line of its own, because rich
         # wraps a table's own title to the width of a narrow table.
-        title = [Text(self.title, style="bold")] if self.title else []
-        below = [Text(""), self.below.__rich__()] if self.below else []
-        return Group(*title, _Fitting(self), *below)
+        if self.title:
+            yield Text(self.title, style="bold")
+        if self._least() <= options.max_width:
+            yield self._in_columns()
+        else:
+            yield from self._records()
+        if self.below:
+            yield Text("")
+            yield self.below
 
     def _repr_html_(self) -> str:
         aligns = ["right" if column in self.right else "left" for column in self.columns]
@@ -150,53 +156,41 @@ class Table:
             data["below"] = self.below.to_dict()
         return data
 
-
-@dataclasses.dataclass(frozen=True)
-class _Fitting:
-    """The rows of a table in a terminal: in columns, or as one record below the other if columns do not fit."""
-
-    shown: Table
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield self._columns() if self._least() <= options.max_width else self._records()
-
     def _least(self) -> int:
         """Returns the width that columns need: for each its longest word, up to a limit, and two spaces in between."""
-        lines = (self.shown.columns, *self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
-        words = ([word for cell in column for word in cell.split()] for column in zip(*lines, strict=True))
+        columns = zip(self.columns, *self.lines, strict=True)
+        words = ([word for cell in column for word in cell.split()] for column in columns)
         needs = [min(max(map(cell_len, column), default=0), _WORD) for column in words]
         return sum(needs) + 2 * (len(needs) - 1)
 
-    def _columns(self) -> Any:
-        footer = self.shown.footer
+    def _in_columns(self) -> RichTable:
+        """Returns the rows in columns, whose cells fold where they are too wide."""
+        footer = self.footer
         table = RichTable(
             box=box.SIMPLE_HEAD, show_footer=footer is not None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
         )
-        for index, column in enumerate(self.shown.columns):
+        for index, column in enumerate(self.columns):
             table.add_column(
                 Text(column),
                 Text(footer[index] if footer else ""),
-                justify="right" if column in self.shown.right else "left",
+                justify="right" if column in self.right else "left",
                 overflow="fold",
             )
-        for row in self.shown.rows:
+        for row in self.rows:
             table.add_row(*map(Text, row))
         return table
 
-    def _records(self) -> Any:
-        """Returns each row as its first cell, followed by the other cells with their names, without empty ones."""
-        rows = (*self.shown.rows, *([self.shown.footer] if self.shown.footer else []))
-        lines: list[Any] = []
-        for first, *others in rows:
+    def _records(self) -> Iterator[Any]:
+        """Yields each row as its first cell, followed by the other cells with their names, without empty ones."""
+        for first, *others in self.lines:
             if first:
-                lines.append(Text(first, style="bold", overflow="fold"))
+                yield Text(first, style="bold", overflow="fold")
             text = Text(overflow="fold")
-            for name, cell in zip(self.shown.columns[1:], others, strict=True):
+            for name, cell in zip(self.columns[1:], others, strict=True):
                 if cell not in ("", "-"):
                     text.append(" · " if text else "").append(name, style="dim").append(f" {cell}")
             if text:
-                lines.append(Padding(text, (0, 0, 0, 2)))
-        return Group(*lines)
+                yield Padding(text, (0, 0, 0, 2))
 
 
 class Shown(abc.ABC):
@@ -209,8 +203,8 @@ class Shown(abc.ABC):
     def __str__(self) -> str:
         return str(self.table())
 
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
+    def __rich__(self) -> Table:
+        return self.table()
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -282,18 +276,17 @@ def count_leaves(leaves: Iterable[Leaf], handlings: Mapping[str, str]) -> tuple[
     groups: dict[str, list[Leaf]] = {name: [] for name in handlings}
     for leaf in leaves:
         groups[leaf.kind or ""].append(leaf)
-    return tuple(_count(name, group, handlings[name]) for name, group in groups.items())
-
-
-def _count(name: str, leaves: Sequence[Leaf], handling: str) -> KindCount:
-    return KindCount(
-        name=name,
-        leaves=len(leaves),
-        size=sum(leaf.size for leaf in leaves),
-        nbytes=sum(leaf.nbytes for leaf in leaves),
-        dtypes=dict(Counter(_dtype_of(leaf) for leaf in leaves)),
-        types=dict(Counter(format_type(leaf.type) for leaf in leaves)),
-        handling=handling,
+    return tuple(
+        KindCount(
+            name=name,
+            leaves=len(group),
+            size=sum(leaf.size for leaf in group),
+            nbytes=sum(leaf.nbytes for leaf in group),
+            dtypes=dict(Counter(map(_dtype_of, group))),
+            types=dict(Counter(format_type(leaf.type) for leaf in group)),
+            handling=handlings[name],
+        )
+        for name, group in groups.items()
     )
 
 
@@ -303,18 +296,13 @@ def _dtype_of(leaf: Leaf) -> str:
 
 def total_of(counts: Sequence[KindCount]) -> KindCount:
     """Returns the sum of all kinds, under the name `total`."""
-    dtypes: Counter[str] = Counter()
-    types: Counter[str] = Counter()
-    for count in counts:
-        dtypes.update(count.dtypes)
-        types.update(count.types)
     return KindCount(
         name="total",
         leaves=sum(count.leaves for count in counts),
         size=sum(count.size for count in counts),
         nbytes=sum(count.nbytes for count in counts),
-        dtypes=dict(dtypes),
-        types=dict(types),
+        dtypes=dict(sum((Counter(count.dtypes) for count in counts), Counter[str]())),
+        types=dict(sum((Counter(count.types) for count in counts), Counter[str]())),
         handling="",
     )
 

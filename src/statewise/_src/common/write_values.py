@@ -21,7 +21,8 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array, raw_value, row_of
-from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.paths import Path, format_path, plain_key
+from statewise._src.common.problems import Problems
 from statewise.errors import StructureError
 
 __all__ = ["Objects", "put_values"]
@@ -104,6 +105,7 @@ def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path,
 
     def replaced(node: Any, tree: Mapping[Any, Any]) -> Any:
         """Returns what replaces a container: itself, or a rebuilt one."""
+        # Depth first: a container that was rebuilt is a new item of the container around it.
         children = _children(node)
         new: dict[Any, Any] = {}
         for key, branch in tree.items():
@@ -123,31 +125,31 @@ def _assignments(root: Any, wanted: Mapping[Any, Any], raw: Sequence[tuple[Path,
             stuck.update((each.path, str(error)) for key in new for each in _values(tree[key]))
             return node
 
+    # Nothing of the user's holds the root itself, so a rebuilt root would be lost.
     if replaced(root, wanted) is not root:
         outermost = [path for path, _ in raw if _is_immutable_throughout(root, path)]
         stuck.update((path, f"{_outermost(root, path)} that nothing holds") for path in outermost)
-    if stuck:
-        rows = [row_of(path, leaf, note=stuck[path]) for path, leaf in raw if path in stuck]
-        raise StructureError("Arrays cannot be replaced where they are.", leaves=rows, hint=_HINT)
+    problems = Problems(row_of(path, leaf, note=stuck[path]) for path, leaf in raw if path in stuck)
+    problems.raise_as(StructureError, "Arrays cannot be replaced where they are.", _HINT)
     return _without_duplicates(assignments)
 
 
 def _without_duplicates(assignments: Sequence[_Assignment]) -> list[_Assignment]:
     """Returns each assignment once: a list with two paths has one item for two arrays, which must be equal."""
-    places: dict[tuple[int, Any], _Assignment] = {}
-    conflicts: list[Leaf] = []
+    first_of: dict[tuple[int, Any], _Assignment] = {}
+    conflicts = Problems()
     for assignment in assignments:
-        first = places.setdefault((id(assignment.node), assignment.key), assignment)
+        first = first_of.setdefault((id(assignment.node), assignment.key), assignment)
         if first is not assignment and not _equal(first.value, assignment.value):
             others = " and ".join(format_path(each.path) for each in first.holds)
-            conflicts += [row_of(each.path, each.leaf, note=f"the same item as {others}") for each in assignment.holds]
-    if conflicts:
-        raise StructureError(
-            "Several paths reach one container, which would have to hold a different array for each.",
-            leaves=conflicts,
-            hint="hold the array in an nnx.Variable, which is one leaf however many paths reach it",
-        )
-    return list(places.values())
+            for each in assignment.holds:
+                conflicts.add(row_of(each.path, each.leaf), f"the same item as {others}")
+    conflicts.raise_as(
+        StructureError,
+        "Several paths reach one container, which would have to hold a different array for each.",
+        "hold the array in an nnx.Variable, which is one leaf however many paths reach it",
+    )
+    return list(first_of.values())
 
 
 def _equal(value: Any, other: Any) -> bool:
@@ -195,6 +197,7 @@ def _outermost(root: Any, path: Path) -> str:
 def _children(node: Any) -> dict[Any, Any]:
     """Returns the children of a container, by NNX's keys."""
     if isinstance(node, nnx.Pytree):
+        # An nnx.List stores its items as attributes named "0", "1" ..., but their keys in paths are integers.
         attributes = vars(node)
         return {**attributes, **{int(name): item for name, item in attributes.items() if name.isdecimal()}}
     if isinstance(node, nnx.State):
@@ -206,15 +209,9 @@ def _children(node: Any) -> dict[Any, Any]:
 
 def _keyed(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Returns the children of a pytree with their keys, in JAX's order, and its structure."""
+    # One level only: everything except the node itself counts as a leaf.
     keyed, structure = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
-    return [(_plain_key(keys[0]), child) for keys, child in keyed], structure
-
-
-def _plain_key(key: Any) -> Any:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return getattr(key, attribute)
-    return str(key)
+    return [(plain_key(keys[0]), child) for keys, child in keyed], structure
 
 
 def _is_assigned_to(node: Any, new: Mapping[Any, Any], children: Mapping[Any, Any]) -> bool:
@@ -247,53 +244,43 @@ def _rebuilt(node: Any, new: Mapping[Any, Any]) -> Any:
 def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignment], leaves: Iterable[Any]) -> None:
     """Writes everything; if that fails, undoes what was written."""
     # All undo steps are prepared before the first write: an interrupt may come between any two lines.
+    # All Variables, not only the written ones: a user's setter may change others.
     live = {id(leaf): leaf for leaf in (*leaves, *(leaf for leaf, _ in variables)) if compat.is_variable(leaf)}
-    undo = [_undo_variable(leaf) for leaf in live.values()]
-    undo += [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
+    before = [(leaf, raw_value(leaf)) for leaf in live.values()]
+    undo = [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
     try:
         for assignment in assignments:
             assignment.run()
-        failed = [assignment for assignment in assignments if not assignment.is_done()]
-        if failed:
-            raise StructureError(
-                "A setter of the model stored something other than the array that it received.",
-                leaves=[row_of(each.path, each.leaf) for assignment in failed for each in assignment.holds],
-                hint=_HINT,
-            )
-        for leaf, value in variables:
-            if raw_value(leaf) is not value:
-                leaf.set_raw_value(value)
+        failed = [each for assignment in assignments if not assignment.is_done() for each in assignment.holds]
+        problems = Problems(row_of(each.path, each.leaf) for each in failed)
+        problems.raise_as(
+            StructureError, "A setter of the model stored something other than the array that it received.", _HINT
+        )
+        _set_values(variables)
     except BaseException:
+        _set_values(before)
         for back in undo:
             back()
         raise
 
 
-def _undo_variable(leaf: Any) -> Callable[[], None]:
-    before = raw_value(leaf)
-
-    def back() -> None:
-        if raw_value(leaf) is not before:
-            leaf.set_raw_value(before)
-
-    return back
+def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
+    for leaf, value in variables:
+        if raw_value(leaf) is not value:
+            leaf.set_raw_value(value)
 
 
 def _undo_container(node: Any) -> Callable[[], None]:
-    held = vars(node) if isinstance(node, nnx.Pytree) else node
-    if isinstance(held, list):
-        items = list(held)
+    held: Any = vars(node) if isinstance(node, nnx.Pytree) else node
+    before = list(held) if isinstance(held, list) else dict(held.raw_mapping if isinstance(held, nnx.State) else held)
 
-        def back() -> None:
-            held[:] = items
-
-        return back
-    before = dict(held.raw_mapping if isinstance(held, nnx.State) else held)
-
-    def restore() -> None:
+    def back() -> None:
+        if isinstance(before, list):
+            held[:] = before
+            return
         for key in [key for key in held if key not in before]:
             del held[key]
         for key, value in before.items():
             held[key] = value
 
-    return restore
+    return back

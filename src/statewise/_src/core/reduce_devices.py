@@ -29,7 +29,7 @@ from statewise._src.core.state_data import StateT, kind_arrays, kind_places, mes
 from statewise._src.core.usable import check_usable
 from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.kind import with_kinds
-from statewise._src.plan.placements import folded
+from statewise._src.plan.placements import reduced
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise._src.sharding.resolve import on_mesh, slot_shardings
@@ -113,7 +113,7 @@ def _target(plan: PlanTables, kinds: Sequence[str]) -> PlanTables:
     """Returns the plan of the reduced state: with the same leaves and packing, on the same mesh."""
     assert plan.per_device is not None
     placed = {
-        kind: dataclasses.replace(plan.kinds[kind], placement=folded(plan.kinds[kind].placement)) for kind in kinds
+        kind: dataclasses.replace(plan.kinds[kind], placement=reduced(plan.kinds[kind].placement)) for kind in kinds
     }
     return on_mesh(plan.changed(kinds=with_kinds(plan.kinds, placed), per_device=None), plan.per_device.mesh)
 

@@ -18,10 +18,9 @@ from statewise._src.common import compat
 from statewise._src.common.compare import UNEXPECTED, LeafFacts, compare_leaf, note_of
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import ArraySpec, is_deleted, raw_value, spec_of, value_of
-from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.core.member_view import is_part_of_one_member, single_of
-from statewise._src.plan.derived import plain_key
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 

@@ -1,11 +1,11 @@
-"""The index of a plan's arrays: where each one is in a state, what it belongs to, and what it is stored with.
+"""The index of a plan's arrays: where each array is in a state, what it belongs to, and how it is stored.
 
 `tables.arrays[number]` is an array by its number: kind by kind, and within a kind in the order of the plan.  Its
-*position* counts within the kind, its *slot* within what a state stores of the kind.  Without packing the two are the
-same; a packed part stores several arrays in one buffer, which is one slot.
+*position* counts the arrays of the kind, its *slot* what a state stores of the kind.  Without packing the two are
+equal; a packed part stores several arrays in one buffer, which is one slot.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,17 +27,17 @@ class ArrayInfo(NamedTuple):
     """One array of a state.
 
     Attributes:
-      number: its place among all arrays of the plan.
+      number: its index among all arrays of the plan.
       kind: the name of its kind.
-      position: its place among the arrays of the kind.
-      slot: the slot of the kind's part that it is stored in.
-      buffer: the buffer in that slot; None where the array is stored alone.
+      position: its index among the arrays of the kind.
+      slot: the slot of the kind's part that stores it.
+      buffer: the buffer in that slot; None if the array is stored alone.
       leaf: the leaf that it belongs to.
-      spec: its shape and dtype, those of all members in the plan of an ensemble.
-      held: the same as a state holds it, with the leading axis of what is stored per device.
-      derived: what it is derived with, such as an optimizer; None for an array of the model.
-      devices: how many devices have a value of their own; 0 where there is one value for all.
-      axis: the axis of an ensemble's members; None where there is none.
+      spec: its shape and dtype; in the plan of an ensemble, those of all members together.
+      held: its shape and dtype in a state, which include the leading axis of an array that is stored per device.
+      derived: what derives it, such as an optimizer; None for an array of the model.
+      devices: the number of devices that have a value of their own; 0 if there is one value for all.
+      axis: the axis of an ensemble's members; None if it has none.
     """
 
     number: int
@@ -54,12 +54,12 @@ class ArrayInfo(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """What a state stores in one slot of a kind's part: one array, or a buffer of several.
+    """The content of one slot of a kind's part: one array, or a buffer of several.
 
     Attributes:
       kind: the name of the kind.
-      position: its place in the kind's part.
-      arrays: the arrays that are stored there, in their order.
+      position: its index in the kind's part.
+      arrays: the arrays that it stores, in the order of the buffer.
       buffer: the buffer that holds them; None for an array that is stored alone.
     """
 
@@ -70,16 +70,20 @@ class Slot(NamedTuple):
 
     @property
     def spot(self) -> Spot:
-        """Its kind, and its place in the kind's part."""
+        """Returns the name of its kind, and its index in the kind's part."""
         return self.kind, self.position
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The numbers of its arrays."""
-        return tuple(array.number for array in self.arrays)
+        """Returns the numbers of its arrays."""
+        return numbers_of(self.arrays)
 
     def leaf(self, number: int) -> Leaf:
-        """Returns the leaf that is stored here; a buffer, which has this number, counts as one that says what it is."""
+        """Returns the leaf that is stored here; for the buffer with this number, a leaf that is named for its content.
+
+        Args:
+          number: the index of the buffer among the buffers of the kind.
+        """
         if self.buffer is None:
             return self.arrays[0].leaf
         name = f"buffer {number} of {len(self.arrays)} arrays"
@@ -87,11 +91,11 @@ class Slot(NamedTuple):
 
 
 class DerivedArrays(NamedTuple):
-    """Something derived, with its own span of arrays and those that it is derived from.
+    """An optimizer, an average or the like, with its own arrays and the arrays that it is derived from.
 
     Attributes:
-      derived: the optimizer, the average, or another.
-      order: which of the things that the plan derives.
+      derived: the optimizer, the average, or the like.
+      order: its index in `tables.derived`.
       start: the position of its first array in its kind.
       arrays: its arrays.
       sources: the arrays that it is derived from, in its order.
@@ -105,7 +109,7 @@ class DerivedArrays(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """The position after its last array."""
+        """Returns the position after its last array."""
         return self.start + len(self.arrays)
 
 

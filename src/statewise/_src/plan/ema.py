@@ -89,13 +89,13 @@ class EMA:
 
     @property
     def schedule(self) -> Callable[[Any], Any] | None:
-        """The decay if it is a function of the number of updates, else None."""
+        """Returns the decay if it is a function of the number of updates, else None."""
         return self.decay if callable(self.decay) else None
 
     def dtype_of(self, dtype: Any) -> Any:
         """Returns the dtype of the average of a leaf of this dtype."""
         if not jnp.issubdtype(dtype, jnp.floating):
-            return dtype  # a floating-point dtype would drop the imaginary part
+            return dtype  # complex: a floating-point dtype would drop the imaginary part
         if self.dtype is not None:
             return self.dtype
         return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype

@@ -1,7 +1,7 @@
 """Equal plans are one object, so that comparing two of them costs nothing.
 
-A plan is the static part of every state and a key of every step's table; both compare at each call.  The table
-here holds plans weakly: one that nobody uses is gone.
+A plan is the static part of every state and a key in the table of every step, and both compare it at each call.  The
+table in this module holds plans weakly: a plan that is no longer used is freed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class _Identity:
     names: tuple[str, ...]
     rows: tuple[LeafSpec, ...]
     derived: tuple[Derived, ...]
-    graphdef: Any
     stored: Any
-    static_types: list[type]
+    graphdef: Any
 
     def __hash__(self) -> int:
-        return hash((self.kinds, self.derived, tuple(row.path for row in self.rows)))
+        # The paths are compared, if all of this is equal; hashing thousands of them would take longer.
+        return hash((self.kinds, self.derived, len(self.rows), self.rows[-1].path))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -43,57 +43,44 @@ class _Identity:
             and self.names == other.names
             and self.derived == other.derived
             and self.rows == other.rows
-            and all(_same_keys(mine.path, theirs.path) for mine, theirs in zip(self.rows, other.rows, strict=True))
+            and all(_same_keys(row.path, twin.path) for row, twin in zip(self.rows, other.rows, strict=True))
             and self.stored == other.stored
-            and self.static_types == other.static_types
-            and _equal(self.graphdef, other.graphdef)
+            and same_graph(self.graphdef, other.graphdef)
         )
 
 
-def _same_keys(one: Path, other: Path) -> bool:
-    """Whether two equal paths are of the same keys: to Python `0`, `0.0` and `False` are equal."""
-    for mine, theirs in zip(one, other, strict=True):
-        if type(mine) is not type(theirs) or (type(mine) not in (str, int) and repr(mine) != repr(theirs)):
-            return False
-    return True
+def _same_keys(path: Path, twin: Path) -> bool:
+    """Returns whether two equal paths have the same keys: Python's `0`, `0.0` and `False` are equal."""
+    return all(
+        type(key) is type(other) and (type(key) in (str, int) or repr(key) == repr(other))
+        for key, other in zip(path, twin, strict=True)
+    )
 
 
-def same_graph(one: Any, other: Any) -> bool:
-    """Whether two graph definitions are equal; False where their metadata cannot be compared."""
-    # 1 == 1.0 == True, but a model that multiplies by one of them is another model.
-    return _types_of_statics(one) == _types_of_statics(other) and _equal(one, other)
-
-
-def _equal(one: Any, other: Any) -> bool:
+def same_graph(graphdef: Any, other: Any) -> bool:
+    """Returns whether two graph definitions are equal; False if their metadata cannot be compared."""
     try:
-        return bool(one == other)
-    except (ValueError, TypeError):
-        # Metadata that holds arrays cannot be compared; two such plans are simply two.
-        return one is other
-
-
-def _types_of_statics(graphdef: Any) -> list[type]:
-    return [type(getattr(attribute, "value", None)) for _, attribute in graphdef.attributes]
+        equal = bool(graphdef == other)
+    except (ValueError, TypeError):  # metadata with arrays, which have no truth value
+        equal = graphdef is other
+    # 1 == 1.0 == True, but a model that multiplies by one of them is another model.
+    return equal and all(
+        type(getattr(attribute, "value", None)) is type(getattr(twin, "value", None))
+        for (_, attribute), (_, twin) in zip(graphdef.attributes, other.attributes, strict=True)
+    )
 
 
 _tables: weakref.WeakValueDictionary[_Identity, Any] = weakref.WeakValueDictionary()
 _tables_lock = threading.Lock()
 
 
-# While the interpreter shuts down, comparing keys would need modules that are gone already.
+# While the interpreter shuts down, comparing keys would need modules that no longer exist.
 atexit.register(_tables.clear)
 
 
 def intern(tables: Any) -> Any:
-    """Returns the one object that is equal to these tables: an older one, or this one from now on."""
-    identity = _Identity(
-        tables.kinds,
-        tables.names,
-        tables.rows,
-        tables.derived,
-        tables.graphdef,
-        (tables.packing, tables.per_device, tables.ensemble),
-        _types_of_statics(tables.graphdef),
-    )
+    """Returns the one object that is equal to these tables: an existing one, or these tables from now on."""
+    stored = (tables.packing, tables.per_device, tables.ensemble)
+    identity = _Identity(tables.kinds, tables.names, tables.rows, tables.derived, stored, tables.graphdef)
     with _tables_lock:
         return _tables.setdefault(identity, tables)

@@ -1,13 +1,14 @@
-"""The rows of a plan: what it knows of each leaf, and which leaves get none.
+"""The rows of a plan: what it knows about each leaf, and which leaves get no row.
 
-A row is static: path, kind, type, and the shapes and dtypes of the arrays in the leaf's value.  Leaves that an
-earlier `sow` left in the model get no row, and leaves that hold neither arrays nor numbers are refused.
+A row is static: path, kind, type, and the shapes and dtypes of the arrays in the leaf's value.  Leaves that an earlier
+`sow` left in the model get no row, and leaves that hold something other than arrays and numbers are an error.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 from statewise._src.common import compat
@@ -16,15 +17,16 @@ from statewise._src.common.nnx_graph import (
     ONE,
     ArraySpec,
     ModelGraph,
-    arrays_of,
     named,
+    numbered,
     raw_value,
     read_graph,
     rebuild,
     row_of,
-    spec_of,
+    specs_of,
 )
 from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.problems import Problems
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.match import claim
 from statewise.errors import StructureError
@@ -33,7 +35,7 @@ __all__ = ["LeafSpec", "Span", "drop_sown", "is_sown", "rows_of"]
 
 
 class LeafSpec(NamedTuple):
-    """One leaf, static: what a plan knows of it.
+    """The static facts that a plan knows about one leaf.
 
     Attributes:
       path: its first path.
@@ -51,7 +53,7 @@ class LeafSpec(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a leaf's arrays stand within its kind's part of a state."""
+    """The positions of a leaf's arrays within its kind."""
 
     kind: str
     start: int
@@ -59,40 +61,46 @@ class Span(NamedTuple):
     structure: Any
 
 
-def rows_of(found: ModelGraph, claims: Sequence[str]) -> tuple[LeafSpec, ...]:
-    """The rows of a plan.
+def rows_of(graph: ModelGraph, claims: Sequence[str]) -> tuple[LeafSpec, ...]:
+    """Returns the rows of a plan.
 
     Raises:
-      StructureError: leaves that hold something else than arrays and numbers, all of them.
+      StructureError: leaves that hold something other than arrays and numbers; lists all of them.
     """
-    rows, wrong = [], []
-    for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True):
-        arrays, structure = arrays_of(raw_value(leaf))
-        first = spec_of(arrays[0]) if structure is ONE else None
-        specs = (first,) if first else tuple(spec for spec in map(spec_of, arrays) if spec is not None)
-        if len(specs) == len(arrays):
-            rows.append(LeafSpec(path, kind, compat.variable_type(leaf), specs, structure))
-        else:
-            odd = next(array for array in arrays if spec_of(array) is None)
-            wrong.append(row_of(path, leaf, kind, note=f"holds {type(odd).__name__}"))
-    if wrong:
-        raise StructureError(
-            "Leaves that hold something else than arrays and numbers cannot be part of a state.",
-            leaves=wrong,
-            hint="keep it as a plain attribute of the module: self.name = value, without nnx.Variable or nnx.data",
-        )
+    rows = []
+    problems = Problems()
+    for path, leaf, kind in zip(graph.paths, graph.leaves, claims, strict=True):
+        # As `facts_of` does, but a Variable is recognized once: this loop takes most of the time of a plan.
+        is_variable = compat.is_variable(leaf)
+        specs, structure = specs_of(leaf.get_raw_value() if is_variable else leaf)
+        if structure is not ONE or isinstance(specs[0], type):
+            wrong = [spec for spec in specs if isinstance(spec, type)]
+            if wrong:
+                problems.add(row_of(path, leaf, kind), f"holds {wrong[0].__name__}")
+                continue
+        type_: type = leaf.var_type if is_variable else jax.Array
+        rows.append(LeafSpec(path, kind, type_, specs, structure))  # type: ignore[arg-type]
+    problems.raise_as(
+        StructureError,
+        "Leaves that hold something other than arrays and numbers cannot be part of a state.",
+        "keep it as a plain attribute of the module: self.name = value, without nnx.Variable or nnx.data",
+    )
     return tuple(rows)
 
 
 def is_sown(type_: type) -> bool:
-    """Whether leaves of this type come from `sow`: they are new in every call, and no state keeps them."""
+    """Returns whether leaves of this type come from `sow`: every call makes new ones, and no state keeps them."""
     return issubclass(type_, nnx.Intermediate) and not issubclass(type_, nnx.Perturbation)
 
 
 def drop_sown(
     kinds: Mapping[str, Kind], objects: Sequence[Any], graph: ModelGraph, claims: list[str]
 ) -> tuple[ModelGraph, list[str], tuple[Leaf, ...]]:
-    """Takes what an earlier `sow` left in the model out of the plan: a step would find it there, and add to it."""
+    """Removes what an earlier `sow` left in the model from what is planned: a step would find it, and add to it.
+
+    Returns:
+      the remaining graph, the kinds of its leaves, and the removed leaves.
+    """
     candidates = _candidates(kinds, graph, claims)
     if not candidates:
         return graph, claims, ()
@@ -106,7 +114,7 @@ def drop_sown(
         paths=tuple(graph.paths[number] for number in kept),
         leaves=tuple(graph.leaves[number] for number in kept),
     )
-    return remaining, [claims[number] for number in kept], _rows_at(graph, claims, sorted(sown))
+    return remaining, [claims[number] for number in kept], _leaves_at(graph, claims, sorted(sown))
 
 
 def _candidates(kinds: Mapping[str, Kind], graph: ModelGraph, claims: Sequence[str]) -> list[int]:
@@ -119,24 +127,29 @@ def _candidates(kinds: Mapping[str, Kind], graph: ModelGraph, claims: Sequence[s
     ]
 
 
-def _rows_at(graph: ModelGraph, claims: Sequence[str], numbers: Sequence[int]) -> tuple[Leaf, ...]:
+def _leaves_at(graph: ModelGraph, claims: Sequence[str], numbers: Sequence[int]) -> tuple[Leaf, ...]:
     return tuple(row_of(graph.paths[number], graph.leaves[number], claims[number]) for number in numbers)
 
 
 def _drop_shared(
     kinds: Mapping[str, Kind], objects: Sequence[Any], graph: ModelGraph, claims: list[str]
 ) -> tuple[ModelGraph, list[str], tuple[Leaf, ...]]:
-    """Does the same where several paths reach one object, by a copy of the objects: NNX tells what is then first."""
+    """Does the same for a graph in which several paths reach one object.
+
+    Without the removed leaves, the first path of another leaf may change, and only NNX knows how.  So they are removed
+    from a copy of the objects, which NNX then flattens again.
+    """
     paths = _sown(kinds, graph, claims, objects)
     if not paths:
         return graph, claims, ()
-    dropped = _rows_at(graph, claims, [number for number, path in enumerate(graph.paths) if path in paths])
+    dropped = _leaves_at(graph, claims, [number for number, path in enumerate(graph.paths) if path in paths])
     copies = rebuild(graph.graphdef, [raw_value(leaf) for leaf in graph.leaves], graph.several)
-    while paths:  # what other paths reach too is still there, at the next of them
-        sown = frozenset(map(graph.numbered, paths))
+    while paths:  # `nnx.pop` removes one path of a leaf; if others reach it, it reappears at the next of them
+        sown = frozenset(numbered(path, graph.names) for path in paths)
         nnx.pop(copies if graph.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
         graph = read_graph(copies, graph.names)
-        claims = claim(kinds, graph, there=False)  # a kind all of whose leaves were sown has claimed them before
+        # The paths that kinds spell were checked before: a kind may have claimed nothing but sown leaves.
+        claims = claim(kinds, graph, check_paths=False)
         paths = _sown(kinds, graph, claims, copies)
     return graph, claims, dropped
 
@@ -144,7 +157,7 @@ def _drop_shared(
 def _sown(
     kinds: Mapping[str, Kind], graph: ModelGraph, claims: Sequence[str], objects: Sequence[Any]
 ) -> frozenset[Path]:
-    """Returns the paths of ephemeral leaves that `sow` made."""
+    """Returns the paths of ephemeral leaves that come from `sow`."""
     paths = [graph.paths[number] for number in _candidates(kinds, graph, claims)]
     if not paths:
         return frozenset()

@@ -1,11 +1,11 @@
-"""What a plan of an ensemble knows of its members: how many, along which axes, and the plan of one of them.
+"""What the plan of an ensemble knows about its members: how many, along which axes, and the plan of one of them.
 
-The plan of an ensemble has the rows of one model, each array with one axis more, and `Members`.  Everything that reads
-shapes (a save, a census, a placement) reads those of the ensemble; whatever runs the model runs the plan of one member.
-An axis counts in the array as a state of one member holds it, the axis of `PerDevice` included.
+The plan of an ensemble has `Members`, and the rows of one model, each array with one more axis.  Everything that reads
+shapes (a save, a census, a placement) reads those of the ensemble; everything that runs the model runs the plan of one
+member.  An axis is counted in the array as a state of one member holds it, with the axis of `PerDevice` if it has one.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from statewise._src.common.nnx_graph import ArraySpec
 
 __all__ = ["Axis", "Members", "grown", "place_of", "shrunk"]
 
-# Of an array the axis that its members lie along; None for one that all members share.
+# The axis of an array along which its members are stacked; None for an array that all members share.
 Axis = int | None
 
 
@@ -25,9 +25,9 @@ class Members(NamedTuple):
 
     Attributes:
       single: the plan of one member.
-      number: how many there are.
-      axes: for each kind the axis of each of its arrays, in the order of the plan.
-      over: the mesh axis that the members are split over; None where each device has all of them.
+      number: the number of members.
+      axes: for each kind, the axis of each of its arrays, in the order of the plan.
+      over: the mesh axis that the members are sharded over; None if each device has all of them.
     """
 
     single: Any
@@ -36,57 +36,58 @@ class Members(NamedTuple):
     over: str | None = None
 
     def of(self, kind: str) -> tuple[Axis, ...]:
-        """The axis of each array of a kind."""
+        """Returns the axis of each array of a kind."""
         return dict(self.axes)[kind]
 
-    def grown(self, kind: str, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
-        """A kind's shapes and dtypes with the axis, from those of one member."""
-        return self.grown_at(kind, 0, specs)
+    def grown(self, kind: str, specs: Sequence[ArraySpec], start: int = 0) -> tuple[ArraySpec, ...]:
+        """Returns shapes and dtypes with the members' axis, from those of one member.
 
-    def grown_at(self, kind: str, start: int, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
-        """The same of some of a kind's arrays, from a position on."""
+        Args:
+          kind: the name of the kind.
+          specs: shapes and dtypes of the kind's arrays, or of some of them.
+          start: the position of the first of them.
+        """
         axes = self.of(kind)[start : start + len(specs)]
         pairs = zip(specs, axes, strict=True)
         return tuple(ArraySpec(grown(spec.shape, axis, self.number), spec.dtype) for spec, axis in pairs)
 
     def shrunk(self, kind: str, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
-        """A kind's shapes and dtypes without the axis: the inverse of `grown`."""
-        return tuple(
-            ArraySpec(shrunk(spec.shape, axis), spec.dtype) for spec, axis in zip(specs, self.of(kind), strict=True)
-        )
+        """Returns a kind's shapes and dtypes without the members' axis: the inverse of `grown`."""
+        pairs = zip(specs, self.of(kind), strict=True)
+        return tuple(ArraySpec(shrunk(spec.shape, axis), spec.dtype) for spec, axis in pairs)
 
     def each(self, fn: Callable[..., Any], arrays: Any, ins: Any, outs: Any) -> Any:
         """Calls a function of one member's arrays for each member.
 
         Args:
           fn: the function.
-          arrays: the arrays of all.
-          ins: for each of them its axis, in the same structure.
-          outs: for each array that comes back the axis that it is to have.
+          arrays: the arrays of all members.
+          ins: the members' axis in each of them, in the same structure.
+          outs: the members' axis in each returned array.
         """
         if jax.tree.leaves(ins):
             return jax.vmap(fn, in_axes=(ins,), out_axes=outs)(arrays)
-        # One argument that is mapped in any case: of arrays that all members share `jax.vmap` alone would make nothing.
+        # All arrays are shared, and `jax.vmap` needs at least one mapped argument to know the number of members.
         called: Any = jax.vmap(lambda _, arrays: fn(arrays), in_axes=(0, ins), out_axes=outs)
         return called(jnp.arange(self.number), arrays)
 
 
 def place_of(axis: int, rank: int) -> int:
-    """The axis counted from the front, in an array of so many dimensions, itself included."""
+    """Returns an axis counted from the front, in an array of this rank, which includes the axis itself."""
     return axis % rank
 
 
 def grown(shape: tuple[int, ...], axis: Axis, count: int) -> tuple[int, ...]:
-    """A shape with the axis of the members."""
+    """Returns a shape with the members' axis."""
     if axis is None:
         return shape
-    at = place_of(axis, len(shape) + 1)
-    return (*shape[:at], count, *shape[at:])
+    index = place_of(axis, len(shape) + 1)
+    return (*shape[:index], count, *shape[index:])
 
 
 def shrunk(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
-    """A shape without the axis of the members."""
+    """Returns a shape without the members' axis."""
     if axis is None:
         return shape
-    at = place_of(axis, len(shape))
-    return shape[:at] + shape[at + 1 :]
+    index = place_of(axis, len(shape))
+    return shape[:index] + shape[index + 1 :]

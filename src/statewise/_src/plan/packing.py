@@ -1,14 +1,13 @@
 """Many small arrays as few buffers.
 
-What a call of a compiled function costs follows the number of arrays that cross its boundary, outputs above all.
-A packed state carries the small arrays of a kind in a few flat buffers, large ones as they are.  `Packing` says
-which array stands where; `pack` and `unpack` go between the two forms.  Everything that a user sees of a state
-(`state["params"]`, `replace`, `put`) speaks of the arrays; only the pytree itself, and the compiled step, see the
-buffers.
+What a call of a compiled function costs depends on the number of arrays that it takes and, above all, returns.  A
+packed state stores the small arrays of a kind in a few flat buffers, and large arrays as they are.  `Packing` says
+where each array is stored; `pack` and `unpack` convert between the two forms.  Everything that a user sees of a state
+(`state["params"]`, `replace`, `put`) is about the arrays; only the pytree itself and the compiled step see the buffers.
 
 Which arrays share a buffer is decided when a state is taken: those of one kind and dtype, below a size above which
-copying costs more than crossing, and where the optimizer is elementwise (see `elementwise`) also with one update, so
-that the update can run on the buffers themselves; the moments of such a buffer are packed in its order.
+copying costs more than passing them, and if the optimizer is elementwise (see `elementwise`) those with the same
+update, so that the update can run on the buffers themselves; the moments of such a buffer are packed in its order.
 """
 
 import functools
@@ -25,8 +24,8 @@ from statewise.errors import StructureError
 
 __all__ = ["PackedBuffer", "Packing", "choose", "pack", "separated", "unpack"]
 
-# Bytes.  Measured (docs/decisions.md): up to here a packed step took half to two thirds of the time, at four times this
-# size about as long.
+# Bytes.  Measured (docs/decisions.md): up to this size a packed step took half to two thirds of the time, at four times
+# the size about as long.
 LARGEST = 64 * 1024
 # Fewer arrays than this are not worth a buffer.
 FEWEST = 4
@@ -36,7 +35,7 @@ class PackedBuffer(NamedTuple):
     """Some arrays of one kind, one after the other.
 
     Attributes:
-      positions: which of the kind's arrays, in this order.
+      positions: the positions of the arrays in the kind, in the order of the buffer.
       specs: the shape and dtype of each.
     """
 
@@ -45,89 +44,87 @@ class PackedBuffer(NamedTuple):
 
     @property
     def spec(self) -> ArraySpec:
-        """The shape and dtype of the buffer itself."""
+        """Returns the shape and dtype of the buffer itself."""
         return ArraySpec((sum(spec.size for spec in self.specs),), self.specs[0].dtype)
 
     def arrays(self, flat: Any) -> list[Any]:
-        """The arrays in a buffer."""
-        made, at = [], 0
+        """Returns the arrays in a buffer."""
+        arrays, start = [], 0
         for spec in self.specs:
-            made.append(flat[at : at + spec.size].reshape(spec.shape))
-            at += spec.size
-        return made
+            arrays.append(flat[start : start + spec.size].reshape(spec.shape))
+            start += spec.size
+        return arrays
 
     def join(self, arrays: Sequence[Any]) -> Any:
-        """The buffer of these arrays."""
+        """Returns the buffer that contains these arrays."""
         if is_abstract(arrays):
             return jax.ShapeDtypeStruct((sum(array.size for array in arrays),), arrays[0].dtype)
         if is_traced(arrays):
             return jnp.concatenate([jnp.ravel(array) for array in arrays])
+        # On the host: JAX would dispatch an operation for each array.
         return jnp.asarray(np.concatenate([np.ravel(np.asarray(array)) for array in arrays]))
+
+    def split(self, flat: Any) -> Sequence[Any]:
+        """Returns the arrays in what a state stores as the buffer: an array, a tracer, a shape, or an axis of `vmap`.
+
+        Raises:
+          StructureError: an array of another shape.
+        """
+        if isinstance(flat, jax.core.Tracer):
+            return self.arrays(flat)
+        if isinstance(flat, jax.ShapeDtypeStruct):
+            return [jax.ShapeDtypeStruct(*spec) for spec in self.specs]
+        if not isinstance(flat, jax.Array | np.ndarray):
+            return [flat] * len(self.positions)  # an axis, or whatever else JAX puts into a pytree
+        if flat.shape != self.spec.shape:
+            raise StructureError(
+                f"A buffer of packed arrays is {format_shape(flat.shape)}, not {format_shape(self.spec.shape)}.",
+                hint="take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)",
+            )
+        arrays = self.arrays(np.asarray(flat))
+        if isinstance(flat, np.ndarray):
+            return arrays
+        # A sharded buffer does not determine how its arrays would be sharded.
+        if not flat.sharding.is_fully_replicated:
+            return list(map(jnp.asarray, arrays))
+        # One transfer for all arrays; slicing the JAX array would dispatch an operation for each.
+        return jax.device_put(arrays, flat.sharding)
 
 
 class Packing(NamedTuple):
-    """How one kind's arrays stand in its part of a packed state: some as they are, then the buffers.
+    """The layout of a packed part: first some arrays as they are, then the buffers.
 
     Attributes:
-      loose: which arrays stand there as they are.
+      loose: the positions of the arrays that are stored as they are.
       buffers: the buffers after them.
     """
 
     loose: tuple[int, ...]
     buffers: tuple[PackedBuffer, ...]
 
-    @property
-    def size(self) -> int:
-        """How many arrays are told apart by it."""
-        return len(self.loose) + sum(len(buffer.positions) for buffer in self.buffers)
-
 
 def pack(packing: Packing, arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """A packed part from a kind's arrays in order."""
-    joined = [buffer.join([arrays[position] for position in buffer.positions]) for buffer in packing.buffers]
-    return (*(arrays[position] for position in packing.loose), *joined)
+    """Returns a packed part, from the arrays of a kind in order."""
+    buffers = [buffer.join([arrays[position] for position in buffer.positions]) for buffer in packing.buffers]
+    return (*(arrays[position] for position in packing.loose), *buffers)
 
 
 def unpack(packing: Packing, part: Sequence[Any]) -> tuple[Any, ...]:
-    """A kind's arrays in order from a packed part; the inverse of `pack`."""
-    arrays: list[Any] = [None] * packing.size
-    for position, array in zip(packing.loose, part, strict=False):
-        arrays[position] = array
-    for buffer, flat in zip(packing.buffers, part[len(packing.loose) :], strict=True):
-        for position, array in zip(buffer.positions, _split(buffer, flat), strict=True):
-            arrays[position] = array
-    return tuple(arrays)
-
-
-def _split(buffer: PackedBuffer, flat: Any) -> Sequence[Any]:
-    if isinstance(flat, jax.core.Tracer):
-        return buffer.arrays(flat)
-    if isinstance(flat, jax.ShapeDtypeStruct):
-        return [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in buffer.specs]
-    if not isinstance(flat, jax.Array | np.ndarray):
-        return [flat] * len(buffer.positions)  # an axis, or whatever JAX has put there
-    if flat.shape != buffer.spec.shape:
-        raise StructureError(
-            f"A buffer of packed arrays is {format_shape(flat.shape)}, not {format_shape(buffer.spec.shape)}.",
-            hint="take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)",
-        )
-    arrays = buffer.arrays(np.asarray(flat))
-    if isinstance(flat, np.ndarray):
-        return arrays
-    # One transfer for all of them; each slice of a JAX array would be a dispatch.  A buffer that is spread over
-    # devices says nothing of how its arrays would be.
-    return (
-        jax.device_put(arrays, flat.sharding) if flat.sharding.is_fully_replicated else list(map(jnp.asarray, arrays))
-    )
+    """Returns the arrays of a kind in order, from a packed part; the inverse of `pack`."""
+    loose = len(packing.loose)
+    arrays = dict(zip(packing.loose, part[:loose], strict=True))
+    for buffer, flat in zip(packing.buffers, part[loose:], strict=True):
+        arrays |= zip(buffer.positions, buffer.split(flat), strict=True)
+    return tuple(arrays[position] for position in range(len(arrays)))
 
 
 def separated(buffer: PackedBuffer, flat: Any) -> list[Any]:
-    """The arrays in a buffer, inside a compiled function, made apart from their users.
+    """Returns the arrays in a buffer, inside a compiled function, computed apart from what reads them.
 
-    XLA fuses a slice into each of its users, and so compiles a kernel of its own for each weight in each place
-    that reads it: on the CPU that takes several times as long as all the rest of a training step.  In the branches
-    of a conditional the slices are computations apart, made of trivial copies.  Both branches are the same, so it
-    does not matter which is taken, only that the compiler cannot know.
+    XLA fuses a slice into each of its users, and so compiles a separate kernel for each use of each weight: on the CPU
+    that takes several times as long as the rest of a training step.  In the branches of a conditional the slices are
+    separate computations, made of trivial copies.  Both branches are the same, so it does not matter which is taken,
+    only that the compiler cannot know.
     """
     if jax.default_backend() != "cpu":
         return buffer.arrays(flat)
@@ -145,42 +142,40 @@ def choose(
     Args:
       specs: the shape and dtype of each array of each kind.
       kinds: the kinds to pack.
-      derived: all that is derived, with its arrays.
+      derived: the `DerivedArrays` of the plan.
 
     Returns:
       the packing of each kind that has at least one buffer.
     """
+    # For each source array (kind and position): what the derived arrays compute from it, which must be equal within a
+    # buffer; and where they are, because they are packed in the order of their sources.
     classes: dict[tuple[str, int], list[Any]] = {}
-    # What is derived is packed in the order of its sources: of each source, by what is derived, the positions there.
     followers: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
-    for one in derived:
-        into = one.derived.into
-        companions = one.derived.companions() if into in kinds else None
+    for each in derived:
+        into = each.derived.into
+        companions = each.derived.companions() if into in kinds else None
         if companions is None:
             continue
-        for source, signature, own in zip(one.sources, companions.signatures, companions.own, strict=True):
+        for source, signature, own in zip(each.sources, companions.signatures, companions.own, strict=True):
             spot = (source.kind, source.position)
-            positions = tuple(one.start + at for at in own)
+            positions = tuple(each.start + index for index in own)
             dtypes = tuple(str(specs[into][position].dtype) for position in positions)
-            classes.setdefault(spot, []).append((one.order, signature, dtypes))
+            classes.setdefault(spot, []).append((each.order, signature, dtypes))
             followers.setdefault(spot, []).append((into, positions))
-    following: dict[str, list[tuple[int, ...]]] = {one.derived.into: [] for one in derived}
+    following: dict[str, list[tuple[int, ...]]] = {each.derived.into: [] for each in derived}
     packings: dict[str, Packing] = {}
     for kind in kinds:
         if kind in following:
             continue
         packings[kind] = _packing(specs[kind], kind, classes)
         for buffer in packings[kind].buffers:
-            # The arrays of a buffer are of one class, and so have the same followers.
+            # The arrays of a buffer are of one class, so they have the same followers: a column is one of these.
             rows = [followers.get((kind, position), []) for position in buffer.positions]
             for column in zip(*rows, strict=True):
                 following[column[0][0]] += zip(*(positions for _, positions in column), strict=True)
     for kind, buffers in following.items():
         if kind in kinds:
-            taken = {position for positions in buffers for position in positions}
-            rest = _packing(specs[kind], kind, classes, without=taken)
-            joined = tuple(_buffer(specs[kind], positions) for positions in buffers)
-            packings[kind] = Packing(rest.loose, (*joined, *rest.buffers))
+            packings[kind] = _packing(specs[kind], kind, classes, buffers)
     return {kind: packing for kind, packing in packings.items() if packing.buffers}
 
 
@@ -188,23 +183,24 @@ def _packing(
     specs: Sequence[ArraySpec],
     kind: str,
     classes: Mapping[tuple[str, int], Sequence[Any]],
-    without: set[int] | None = None,
+    chosen: Sequence[tuple[int, ...]] = (),
 ) -> Packing:
+    """Packs the small arrays of a kind, after the buffers that are already chosen, by their positions."""
+    packed = {position for positions in chosen for position in positions}
     alike: dict[Any, list[int]] = {}
     for position, spec in enumerate(specs):
-        if position not in (without or ()) and _is_small(spec):
+        if position not in packed and _is_small(spec):
             alike.setdefault((str(spec.dtype), tuple(classes.get((kind, position), ()))), []).append(position)
-    buffers = [_buffer(specs, positions) for positions in alike.values() if len(positions) >= FEWEST]
-    packed = {position for buffer in buffers for position in buffer.positions} | (without or set())
-    return Packing(tuple(position for position in range(len(specs)) if position not in packed), tuple(buffers))
-
-
-def _buffer(specs: Sequence[ArraySpec], positions: Sequence[int]) -> PackedBuffer:
-    return PackedBuffer(tuple(positions), tuple(specs[position] for position in positions))
+    groups = [*chosen, *(positions for positions in alike.values() if len(positions) >= FEWEST)]
+    packed |= {position for positions in groups for position in positions}
+    return Packing(
+        tuple(position for position in range(len(specs)) if position not in packed),
+        tuple(PackedBuffer(tuple(positions), tuple(specs[position] for position in positions)) for positions in groups),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_small(spec: ArraySpec) -> bool:
     if jnp.issubdtype(spec.dtype, jax.dtypes.extended):
-        return False  # keys of different implementations do not mix
+        return False  # keys of different implementations cannot share a buffer
     return 0 < spec.size * spec.dtype.itemsize <= LARGEST

@@ -1,11 +1,11 @@
-"""What a plan knows of arrays that lie per device: which they are, and over which axes of which mesh.
+"""What a plan knows about arrays that are stored per device: which they are, and over which axes of which mesh.
 
-A plan says what a model holds: one value for each leaf.  A state on a mesh holds, of leaves that are `PerDevice`, one
-for each device, along a leading axis.  Such a state has a plan of its own, which is the model's with `PerDeviceArrays`:
-they are static, so a step knows the mesh of a state that is being traced too.
+A plan describes a model: one value for each leaf.  A state on a mesh holds, for leaves that are `PerDevice`, one value
+for each device, along a leading axis.  Such a state has a plan of its own: the model's plan with `PerDeviceArrays`,
+which are static, so a step knows the mesh even of a state that is being traced.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import math
 from typing import Any, NamedTuple
 
@@ -18,60 +18,63 @@ __all__ = ["PerDeviceArrays", "spread"]
 
 
 class PerDeviceArrays(NamedTuple):
-    """Which arrays of a state have a leading axis, one value for each device.
+    """The arrays of a state that have a leading axis, with one value for each device.
 
     Attributes:
       mesh: the mesh.
-      axes: the mesh axes that the leading axis is split over.
-      positions: for each kind that has such arrays, which of its arrays they are.
+      axes: the mesh axes that the leading axis is sharded over.
+      positions: for each kind that has such arrays, their positions.
     """
 
-    mesh: Any
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
     axes: tuple[str, ...]
     positions: tuple[tuple[str, frozenset[int]], ...]
 
     @property
     def devices(self) -> int:
-        """How many values there are of each leaf."""
+        """Returns the number of values of each leaf."""
         return math.prod(int(self.mesh.shape[axis]) for axis in self.axes)
 
     @property
     def words(self) -> str:
-        """The mesh axes as code: `'data'`, or `('data', 'model')`."""
+        """Returns the mesh axes as code: `'data'`, or `('data', 'model')`."""
         return repr(self.axes[0] if len(self.axes) == 1 else self.axes)
 
     def of(self, kind: str) -> frozenset[int]:
-        """Which of a kind's arrays have the leading axis."""
+        """Returns the positions of a kind's arrays that have the leading axis."""
         return dict(self.positions).get(kind, frozenset())
 
     def held(self, kind: str, specs: tuple[ArraySpec, ...]) -> tuple[ArraySpec, ...]:
-        """Shapes and dtypes as a state holds them, from those of the model."""
-        mine = self.of(kind)
+        """Returns a kind's shapes and dtypes in a state, from those of the model."""
+        positions = self.of(kind)
         return tuple(
-            ArraySpec((self.devices, *spec.shape), spec.dtype) if at in mine else spec for at, spec in enumerate(specs)
+            ArraySpec((self.devices, *spec.shape), spec.dtype) if position in positions else spec
+            for position, spec in enumerate(specs)
         )
 
 
-def spread(array: Any, count: int, sharding: Any = None, axis: int | None = None) -> Any:
-    """An array for each device, one after the other: its value; of keys, one folded in with the device's number.
+def spread(array: Any, count: int, sharding: jax.sharding.Sharding | None = None, axis: int | None = None) -> Any:
+    """Returns one array for each device, stacked: the same value; for PRNG keys, the device's number folded in.
 
     Args:
-      array: the model's.
-      count: how many devices.
-      sharding: where the devices are; None leaves that to XLA, as under `jax.jit`.
-      axis: the axis of an ensemble's members, each of which is spread by itself; None where there are none.
+      array: the model's array.
+      count: the number of devices.
+      sharding: the sharding of the result; None leaves that to XLA, as under `jax.jit`.
+      axis: the axis of an ensemble's members, each of which gets its own values; None if there are no members.
     """
-    if axis is not None:
-        made = jax.vmap(lambda one: spread(one, count), in_axes=axis, out_axes=axis)(jnp.asarray(array))
-        return made if sharding is None else jax.device_put(made, sharding)
-    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
-        made = jax.vmap(lambda number: _folded_in(array, number))(jnp.arange(count))
-        return made if sharding is None else jax.device_put(made, sharding)
-    one = jnp.asarray(array)[None]
+    is_key = jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    if axis is not None or is_key:
+        if axis is not None:
+            stacked = jax.vmap(lambda member: spread(member, count), axis, axis)(jnp.asarray(array))
+        else:
+            stacked = jax.vmap(lambda number: _folded_in(array, number))(jnp.arange(count))
+        return stacked if sharding is None else jax.device_put(stacked, sharding)
+    value = jnp.asarray(array)[None]
     if sharding is None:
-        return jnp.broadcast_to(one, (count, *array.shape))
+        return jnp.broadcast_to(value, (count, *array.shape))
+    # Each device gets its part directly; a broadcast array would exist on one device first.
     devices = list(sharding.addressable_devices)
-    parts = jax.device_put([one] * len(devices), devices)
+    parts = jax.device_put([value] * len(devices), devices)
     return jax.make_array_from_single_device_arrays((count, *array.shape), sharding, parts)
 
 

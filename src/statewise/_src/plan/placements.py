@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from statewise.errors import PlacementError
 
@@ -22,8 +22,8 @@ __all__ = [
     "Sharded",
     "axes_of",
     "describe_placement",
-    "folded",
     "merged_rules",
+    "reduced",
 ]
 
 Axis = str | tuple[str, ...] | None
@@ -50,7 +50,7 @@ class Replicated:
         _check_memory(self.memory)
 
     def __repr__(self) -> str:
-        return f"Replicated({f'memory={self.memory!r}' if self.memory else ''})"
+        return _as_call(self, memory=self.memory)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -88,8 +88,7 @@ class Sharded:
         object.__setattr__(self, "memory", memory)
 
     def __repr__(self) -> str:
-        memory = [f"memory={self.memory!r}"] if self.memory else []
-        return f"Sharded({', '.join([*map(repr, self.axes), *memory])})"
+        return _as_call(self, *self.axes, memory=self.memory)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -120,11 +119,10 @@ class FromMetadata:
     rules: tuple[tuple[str, Axis], ...] | None
 
     def __init__(self, rules: Iterable[tuple[str, Axis]] | None = None) -> None:
-        made = None if rules is None else merged_rules(rules)
-        object.__setattr__(self, "rules", None if made is None else tuple(made.items()))
+        object.__setattr__(self, "rules", None if rules is None else tuple(merged_rules(rules).items()))
 
     def __repr__(self) -> str:
-        return f"FromMetadata({'' if self.rules is None else list(self.rules)})"
+        return _as_call(self, *(() if self.rules is None else [list(self.rules)]))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -160,7 +158,7 @@ class PerDevice:
                 f"PerDevice({', '.join(map(repr, axes))}) does not name the axes of a mesh, each once.",
                 hint="sw.PerDevice('data')",
             )
-        if resize not in ("error", "mean", "first"):
+        if resize not in get_args(Resize):
             raise PlacementError(
                 f"resize={resize!r} is not one of 'error', 'mean', 'first'.",
                 hint="resize='mean'  # or 'first', or 'error'",
@@ -171,13 +169,11 @@ class PerDevice:
         object.__setattr__(self, "resize", resize)
 
     def __repr__(self) -> str:
-        memory = [f"memory={self.memory!r}"] if self.memory else []
-        resize = [f"resize={self.resize!r}"] if self.resize != "error" else []
-        return f"PerDevice({', '.join([*map(repr, self.axes), *memory, *resize])})"
+        return _as_call(self, *self.axes, memory=self.memory, resize="" if self.resize == "error" else self.resize)
 
 
 @dataclasses.dataclass(frozen=True)
-class Folded:
+class Reduced:
     """The placement of a kind after its per-device values were reduced to one: `Replicated` for those.
 
     Attributes:
@@ -188,14 +184,14 @@ class Folded:
 
     def __call__(self, path: Any, shape: Any) -> Any:
         """Returns the placement of a leaf after the reduction."""
-        return folded(self.placement(path, shape))
+        return reduced(self.placement(path, shape))
 
 
-def folded(placement: Any) -> Any:
+def reduced(placement: Any) -> Any:
     """Returns a placement as it is after per-device values were reduced to one."""
     if isinstance(placement, PerDevice):
         return Replicated(memory=placement.memory)
-    return placement if isinstance(placement, PLACEMENTS) or placement is None else Folded(placement)
+    return placement if isinstance(placement, PLACEMENTS) or placement is None else Reduced(placement)
 
 
 Placement = Replicated | Sharded | PerDevice | FromMetadata
@@ -208,23 +204,23 @@ def merged_rules(*several: Any) -> dict[str, Axis]:
     Raises:
       PlacementError: something is not a rule, or two rules contradict each other.
     """
-    made: dict[str, Axis] = {}
+    merged: dict[str, Axis] = {}
     for rules in several:
         if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
             raise PlacementError(f"A {type(rules).__name__} is not a list of rules.", hint=_RULES)
         for rule in rules:
-            if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
+            is_pair = isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2
+            pair: Any = rule if is_pair else (None, None)
+            name, axis = pair[0], tuple(pair[1]) if isinstance(pair[1], list) else pair[1]
+            if not all(isinstance(each, str) for each in (name, *axes_of(axis))):
                 raise PlacementError(f"{rule!r} is not a rule: a logical name and a mesh axis.", hint=_RULES)
-            name, axis = rule[0], tuple(rule[1]) if isinstance(rule[1], list) else rule[1]
-            if not all(isinstance(one, str) for one in (name, *axes_of(axis))):
-                raise PlacementError(f"{rule!r} is not a rule: a logical name and a mesh axis.", hint=_RULES)
-            if name in made and made[name] != axis:
+            if name in merged and merged[name] != axis:
                 raise PlacementError(
-                    f"Two rules for {name!r} contradict each other: {made[name]!r} and {axis!r}.",
+                    f"Two rules for {name!r} contradict each other: {merged[name]!r} and {axis!r}.",
                     hint=f"one rule for {name!r}",
                 )
-            made[name] = axis
-    return made
+            merged[name] = axis
+    return merged
 
 
 _RULES = "sw.FromMetadata([('embed', 'data'), ('heads', None)])"
@@ -239,11 +235,17 @@ def describe_placement(placement: Any) -> str:
     """Returns a placement as code; a function by its name."""
     if isinstance(placement, PLACEMENTS):
         return repr(placement)
-    if isinstance(placement, Folded):
+    if isinstance(placement, Reduced):
         return f"{describe_placement(placement.placement)}, reduced"
     return str(getattr(placement, "__name__", None) or type(placement).__name__)
 
 
-def _check_memory(memory: Any) -> None:
+def _as_call(placement: object, *args: object, **options: object) -> str:
+    """Returns a placement as code, without the options that are empty."""
+    words = [*map(repr, args), *(f"{name}={value!r}" for name, value in options.items() if value)]
+    return f"{type(placement).__name__}({', '.join(words)})"
+
+
+def _check_memory(memory: object) -> None:
     if memory is not None and not isinstance(memory, str):
         raise PlacementError(f"memory={memory!r} is not a memory kind.", hint="memory='pinned_host'")

@@ -1,4 +1,4 @@
-"""From kinds and objects to the tables of a plan: each leaf in exactly one kind, or every problem at once."""
+"""From kinds and objects to the tables of a plan: each leaf in exactly one kind, or an error with every problem."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["resolve_plan"]
 
+_ASSIGN = "assign the model's Variables before planning it"
+
 
 def resolve_plan(
     kinds: Mapping[str, Kind],
@@ -30,56 +32,39 @@ def resolve_plan(
     named: Mapping[str, Any] = MappingProxyType({}),
 ) -> PlanTables:
     """Resolves kinds against objects; see `Kinds.plan`."""
-
     _check_keys("optimizers", optimizers, "updates", "{'params': optax.adamw(3e-4)}")
-    _check_keys("averages", averages, "is of", "{'params': sw.EMA(0.999)}")
+    _check_keys("averages", averages, "tracks", "{'params': sw.EMA(0.999)}")
     objects, names = given(objects, named, "kinds.plan")
-    found = read_graph(objects, names)
-    if () in found.paths:
+    graph = read_graph(objects, names)
+    if () in graph.paths:
         name = type(objects[0]).__name__
         raise StructureError(
             f"Object 0 is a {name} on its own, which has no path.",
             hint=f"put it into a dict: {{'{name.lower()}': ...}}",
         )
-    if not found.leaves:
-        types = " and ".join(type(thing).__name__ for thing in objects)
-        raise StructureError(
-            f"There are no leaves: no Variable and no array anywhere in {types}.",
-            hint="assign the model's Variables before planning it",
-        )
-    claims = claim(kinds, found)
-    found, claims, dropped = drop_sown(kinds, objects, found, claims)
-    if not found.leaves:
-        raise StructureError(
-            "There are no leaves but those that an earlier `sow` left.",
-            leaves=dropped,
-            hint="assign the model's Variables before planning it",
-        )
-    rows = rows_of(found, claims)
+    if not graph.leaves:
+        types = " and ".join(type(each).__name__ for each in objects)
+        raise StructureError(f"There are no leaves: no Variable and no array anywhere in {types}.", hint=_ASSIGN)
+    graph, claims, sown = drop_sown(kinds, objects, graph, claim(kinds, graph))
+    if not graph.leaves:
+        raise StructureError("There are no leaves but those that an earlier `sow` left.", leaves=sown, hint=_ASSIGN)
+    rows = rows_of(graph, claims)
     groups = check_optimizers(kinds, rows, optimizers or {})
     if groups and OPTIMIZER not in kinds:
         kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
-    added, shadows = check_averages(kinds, rows, averages or {})
-    derived = (*groups, *shadows)
-    return intern(
-        PlanTables(
-            with_kinds(kinds, added),
-            found.graphdef,
-            rows,
-            derived,
-            object_count=len(objects),
-            names=names,
-            excluded=dropped,
-        )
-    )
+    added, tracked = check_averages(kinds, rows, averages or {})
+    kinds = with_kinds(kinds, added)
+    return intern(PlanTables(kinds, graph.graphdef, rows, (*groups, *tracked), len(objects), names, sown))
 
 
-def _check_keys(what: str, asked: Any, does: str, example: str) -> None:
-    hint = f"{what}={example}"
-    if asked is not None and not isinstance(asked, Mapping):
-        if isinstance(asked, nnx.Pytree):
-            check_name(what)
-        raise DeclarationError(f"{what}={type(asked).__name__}(...) does not say which kinds it {does}.", hint=hint)
-    for key in asked or ():
+def _check_keys(option: str, declared: Any, verb: str, example: str) -> None:
+    """Checks that an option maps kinds to something."""
+    hint = f"{option}={example}"
+    if declared is not None and not isinstance(declared, Mapping):
+        if isinstance(declared, nnx.Pytree):
+            check_name(option)  # an object that was passed by a name which is a parameter's
+        given = f"{option}={type(declared).__name__}(...)"
+        raise DeclarationError(f"{given} does not say which kinds it {verb}.", hint=hint)
+    for key in declared or ():
         if not all(isinstance(name, str) for name in (key if isinstance(key, tuple) else (key,))):
-            raise DeclarationError(f"{key!r} names no kind, and is no tuple of names.", hint=hint)
+            raise DeclarationError(f"{key!r} is not the name of a kind, nor a tuple of names.", hint=hint)

@@ -1,35 +1,35 @@
 """The paths that filters spell: what they mean over several objects, and which of them match nothing.
 
-A filter of types may well match nothing: a model without a cache has none.  A filter that spells a path means
-something that is there, so a path that matches nothing is a slip, and whatever the filter was for (a kind that is
-frozen, say) would be lost without a word.
+A filter of types may match nothing: a model without a cache has none.  A filter that spells a path refers to something
+that exists, so a path that matches nothing is a mistake, and what the filter was for (a kind that is frozen, say) would
+be lost without a message.
 
-Of several objects without names, `sw.Path` is read relative to each object and, where it begins with a position, as
-tables print paths too.  Mostly one of the two readings matches nothing; where both match, and not the same leaves,
-the pattern is refused.  So is a pattern that is the exact text of one leaf's path and matches another leaf as well:
-keys may hold slashes and stars, and the keys `0` and `"0"` are written alike.
+Over several objects without names, `sw.Path` is read relative to each object and, if it begins with a position, also as
+tables print paths.  Usually one of the two readings matches nothing; if both match, and not the same leaves, the
+pattern is an error.  So is a pattern that is the exact text of one leaf's path and matches another leaf as well: keys
+may contain slashes and stars, and the keys `0` and `"0"` have the same text.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+# No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import difflib
 import functools
 import keyword
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelGraph, row_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_type
+from statewise._src.common.problems import counted
 from statewise._src.common.ties import aliases_of
 from statewise._src.filters.combinators import compound, describe, normalize
-from statewise._src.filters.explain import as_code, type_only
+from statewise._src.filters.explain import as_code
 from statewise._src.filters.primitives import Path as Glob
 from statewise._src.plan.kind import Kind
 from statewise.errors import DeclarationError, FilterError
 
-__all__ = ["Reading", "Spelled", "check_claimed", "corrected", "corrected_kind", "nearest", "spelled"]
+__all__ = ["Reading", "Spelled", "check_claimed", "corrected_kind", "nearest", "spelled"]
 
 _SHOWN = 3
 
@@ -40,7 +40,7 @@ class Spelled(NamedTuple):
     Attributes:
       filter: the part of the filter that spells it: a `sw.Path`, an `nnx.PathContains`, or an `nnx.filterlib.PathIn` of
         one path.
-      negated: whether the filter means what does *not* match it.
+      negated: whether the filter means the leaves that do *not* match it.
     """
 
     filter: Any
@@ -48,28 +48,25 @@ class Spelled(NamedTuple):
 
 
 def spelled(filter: Any) -> tuple[Spelled, ...]:
-    """The paths that a filter spells, in its order; `**` alone means every leaf and spells none.
+    """Returns the paths that a filter spells, in its order; `**` alone means every leaf and spells none.
 
     Example:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> from statewise._src.plan.spelled_paths import spelled
-      >>> [one.negated for one in spelled(nnx.Param & sw.Path("head/**") & ~sw.Path("head/bias"))]
+      >>> [path.negated for path in spelled(nnx.Param & sw.Path("head/**") & ~sw.Path("head/bias"))]
       [False, True]
     """
     return tuple(_spelled(normalize(filter), False))
 
 
 def _spelled(filter: Any, negated: bool) -> Iterator[Spelled]:
-    made_of = compound(filter)
-    if made_of is not None:
-        sign, parts = made_of
+    sign_and_parts = compound(filter)
+    if sign_and_parts is not None:
+        sign, parts = sign_and_parts
         for part in parts:
             yield from _spelled(part, negated != (sign == "~"))
-    elif isinstance(filter, Glob):
-        if set(filter.pattern.split("/")) != {"**"}:
-            yield Spelled(filter, negated)
-    elif type(filter) is nnx.PathContains:
+    elif type(filter) is nnx.PathContains or (isinstance(filter, Glob) and set(filter.pattern.split("/")) != {"**"}):
         yield Spelled(filter, negated)
     elif type(filter) is nnx.filterlib.PathIn:
         for path in sorted(filter.paths, key=repr):
@@ -80,126 +77,165 @@ class Reading:
     """The leaves of objects as filters that look at paths see them.
 
     Args:
-      found: the objects, flattened.
-      aliases: the other paths of leaves that several paths reach; looked for if None.
+      graph: the objects, flattened.
+      aliases: the other paths of leaves that several paths reach; found if None.
     """
 
-    def __init__(self, found: ModelGraph, aliases: Mapping[Path, tuple[Path, ...]] | None = None) -> None:
-        self.found = found
+    def __init__(self, graph: ModelGraph, aliases: Mapping[Path, tuple[Path, ...]] | None = None) -> None:
+        self.graph = graph
         if aliases is None:
-            aliases = aliases_of(found.graphdef, found.paths, found.several, found.names)
+            aliases = aliases_of(graph.graphdef, graph.paths, graph.several, graph.names)
         # Each leaf's paths, its own first.
-        self.all = tuple((path, *aliases.get(path, ())) for path in found.paths)
-        self._matched: dict[Glob, list[int]] = {}
-        self.corrections: dict[Any, Any] = {}  # what `corrected` has worked out
+        self.all = tuple((path, *aliases.get(path, ())) for path in graph.paths)
+        self._matched: dict[Any, list[int]] = {}
+        self._corrections: dict[Any, Any] = {}
 
     def matched(self, filter: Any) -> list[int]:
-        """The leaves that a part of a filter which spells a path matches, by any of their paths.
+        """Returns the leaves that a part of a filter which spells a path matches, by any of their paths.
 
         Raises:
-          FilterError: it could mean one leaf or another.
+          FilterError: it could mean two different leaves.
         """
-        if not isinstance(filter, Glob):
-            graph = self.found
-            return [
-                number
-                for number, paths in enumerate(self.all)
-                if any(filter(graph.relative(path), graph.leaves[number]) for path in paths)
-            ]
         if filter not in self._matched:
-            self._matched[filter] = self._matched_by_glob(filter)
+            if isinstance(filter, Glob):
+                self._matched[filter] = self._matched_by_glob(filter)
+            else:
+                graph = self.graph
+                self._matched[filter] = [
+                    number
+                    for number, paths in enumerate(self.all)
+                    if any(filter(graph.relative(path), graph.leaves[number]) for path in paths)
+                ]
         return self._matched[filter]
 
     def _matched_by_glob(self, filter: Glob) -> list[int]:
         relative = _matching(filter, self._relative)
         printed: dict[int, list[Path]] = {}
-        if filter.positional and self.found.several and not self.found.names:
+        if filter.positional and self.graph.several and not self.graph.names:
             printed = _matching(filter, self._printed)
         if relative and printed and relative.keys() != printed.keys():
-            raise self._twofold(filter, relative, printed)
+            raise self._ambiguous(filter, relative, printed)
         self._check_exact(filter, printed or relative, bool(printed))
         return sorted(printed or relative)
 
     @functools.cached_property
     def ways(self) -> tuple[Path, ...]:
-        """All paths of each leaf, as filters see them."""
-        return tuple(self.found.ways(*paths) for paths in self.all)
+        """Returns all paths of each leaf, as filters receive them."""
+        return tuple(self.graph.ways(*paths) for paths in self.all)
 
     @functools.cached_property
     def _relative(self) -> list[list[tuple[Path, str]]]:
-        """The paths of each leaf, with their text within the object."""
-        return [[(path, _segments(self.found.relative(path))) for path in paths] for paths in self.all]
+        """Returns the paths of each leaf, with their text within the object."""
+        return [[(path, _segments(self.graph.relative(path))) for path in paths] for paths in self.all]
 
     @functools.cached_property
     def _printed(self) -> list[list[tuple[Path, str]]]:
-        """The paths of each leaf, with their text as they are printed."""
+        """Returns the paths of each leaf, with their text as tables print it."""
         return [[(path, _segments(path)) for path in paths] for paths in self.all]
 
     def check(self, filter: Any) -> None:
-        """Refuses a filter in which a path could mean one leaf or another.
+        """Checks that no path in a filter could mean two different leaves.
 
         Raises:
-          FilterError: so it is.
+          FilterError: one could.
         """
-        for one in spelled(filter):
-            self.matched(one.filter)
+        for path in spelled(filter):
+            self.matched(path.filter)
 
-    def _twofold(self, filter: Glob, relative: Mapping[int, Any], printed: Mapping[int, Any]) -> FilterError:
+    def _ambiguous(self, filter: Glob, relative: Mapping[int, Any], printed: Mapping[int, Any]) -> FilterError:
+        """Returns the error for a pattern whose two readings match different leaves."""
         notes = dict.fromkeys(printed, "by the path as it is printed")
         for number in relative:
-            within = f"by the path within object {self.found.paths[number][0]}"
+            within = f"by the path within object {self.graph.paths[number][0]}"
             notes[number] = f"{notes[number]}, and {within}" if number in notes else within
-        only = [number for number in relative if number not in printed] or [n for n in printed if n not in relative]
-        one, other = next(iter(printed)), only[0]
-        if one == other:
-            one = next(iter(relative))
+        # Two examples that differ: one leaf of each reading, the second of them in one reading only.
+        second = next((number for number in relative if number not in printed), None)
+        if second is None:
+            second = next(number for number in printed if number not in relative)
+        first = next(iter(printed))
+        if first == second:
+            first = next(iter(relative))
+        paths = [format_path(self.graph.paths[number]) for number in (first, second)]
         return FilterError(
-            f"{filter!r} could mean {format_path(self.found.paths[one])} or {format_path(self.found.paths[other])}.",
+            f"{filter!r} could mean {paths[0]} or {paths[1]}.",
             leaves=self._rows(notes),
             hint="kinds.plan(first=..., second=...)  # objects with names: paths then begin with these, in filters too",
         )
 
-    def _check_exact(self, filter: Glob, matched: Mapping[int, Sequence[Path]], whole: bool) -> None:
-        """Refuses the exact text of a leaf's path that matches another leaf of the same object too."""
-        found = self.found
-        exact: dict[Any, list[int]] = {}
+    def _check_exact(self, filter: Glob, matched: Mapping[int, Sequence[Path]], printed: bool) -> None:
+        """Checks that the exact text of a leaf's path matches no other leaf of the same object."""
+        graph = self.graph
+        exact: dict[Any, dict[int, None]] = {}  # by object, the leaves of which the pattern is the exact text
         for number, paths in matched.items():
             for path in paths:
-                if format_path(path if whole else found.relative(path)) == filter.pattern:
-                    exact.setdefault(path[0] if found.several else None, []).append(number)
-        alike = next((list(dict.fromkeys(numbers)) for numbers in exact.values() if len(set(numbers)) > 1), None)
+                if format_path(path if printed else graph.relative(path)) == filter.pattern:
+                    exact.setdefault(path[0] if graph.several else None, {})[number] = None
+        alike = next((numbers for numbers in exact.values() if len(numbers) > 1), None)
         own = {number for numbers in exact.values() for number in numbers}
         if alike:
             first, *others = alike
         elif own and set("*?") & set(filter.pattern):
             first, others = min(own), [number for number in matched if number not in own]
         else:
-            return  # without stars nothing else can be meant
+            return  # a pattern without stars matches its exact text only
         if not others:
             return
-        one, other = found.relative(found.paths[first]), found.relative(found.paths[others[0]])
+        paths = graph.paths[first], graph.paths[others[0]]
         raise FilterError(
-            f"{filter!r} could mean the leaf at {found.paths[first]!r} or that at {found.paths[others[0]]!r}"
+            f"{filter!r} could mean the leaf at {paths[0]!r} or that at {paths[1]!r}"
             f"{', which are written alike' if alike else ''}.",
-            leaves=self._rows({number: f"its keys are {found.paths[number]!r}" for number in (first, *others)}),
-            hint=f"sw.Where(lambda path, leaf: path == {one!r})  # or {other!r}",
+            leaves=self._rows({number: f"its keys are {graph.paths[number]!r}" for number in (first, *others)}),
+            hint="sw.Where(lambda path, leaf: path == {!r})  # or {!r}".format(*map(graph.relative, paths)),
         )
 
     def _rows(self, notes: Mapping[int, str]) -> list[Leaf]:
-        found = self.found
-        return [row_of(found.paths[number], found.leaves[number], note=note) for number, note in sorted(notes.items())]
+        graph = self.graph
+        return [row_of(graph.paths[number], graph.leaves[number], note=note) for number, note in sorted(notes.items())]
 
-    # --- what is near ------------------------------------------------------------------------------------------
+    # --- corrections -------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def texts(self) -> dict[str, None]:
-        """Every path as text, as it is printed."""
+        """Returns every path as tables print it."""
         return {format_path(path): None for paths in self.all for path in paths}
 
     @functools.cached_property
     def keys(self) -> dict[str, None]:
-        """Every key of every path as text."""
+        """Returns every key of every path as text."""
         return {str(key): None for paths in self.all for path in paths for key in path}
+
+    def corrected(self, filter: Any) -> Any | None:
+        """Returns a filter with each key that does not exist replaced by the nearest; None if that matches nothing."""
+        if filter not in self._corrections:
+            candidates = self._candidates(filter)
+            self._corrections[filter] = next((fixed for fixed in candidates if self._matches(fixed)), None)
+        return self._corrections[filter]
+
+    def _candidates(self, filter: Any) -> Iterator[Any]:
+        if type(filter) is nnx.PathContains:
+            for key in self._nearest_key(str(filter.key)):
+                yield nnx.PathContains(key, filter.exact)
+        if not isinstance(filter, Glob):
+            return
+        fixed = []
+        for segment in filter.pattern.split("/"):
+            is_known = segment in self.keys or set("*?") & set(segment)
+            near = [] if is_known else self._nearest_key(segment)
+            fixed.append(near[0] if near and near[0] and not set("[]{}/") & set(near[0]) else segment)
+        if all(set("*?") & set(segment) for segment in fixed):
+            return  # stars alone would match too much one level down
+        for segments in (fixed, ["**", *fixed], *([str(name), *fixed] for name in self.graph.names)):
+            if (text := "/".join(segments)) != filter.pattern:
+                yield Glob(text)
+
+    def _nearest_key(self, text: str) -> list[str]:
+        return difflib.get_close_matches(text, self.keys, n=1)
+
+    def _matches(self, filter: Any) -> bool:
+        try:
+            return bool(self.matched(filter))
+        except FilterError:
+            return False
 
 
 def _segments(path: Path) -> str:
@@ -217,121 +253,72 @@ def _matching(filter: Glob, texts: Sequence[Sequence[tuple[Path, str]]]) -> dict
 
 
 def nearest(reading: Reading, filter: Any) -> list[str]:
-    """The paths that are nearest to one that matches nothing, as text; the nearest first."""
-    fixed = corrected(reading, filter)
+    """Returns the paths that are nearest to a filter which matches nothing, as text; the nearest first."""
+    fixed = reading.corrected(filter)
     if fixed is not None:
-        return [format_path(reading.found.paths[number]) for number in reading.matched(fixed)][:_SHOWN]
-    wanted = _text(filter).replace("/**", "").replace("**/", "")
+        return [format_path(reading.graph.paths[number]) for number in reading.matched(fixed)][:_SHOWN]
+    if isinstance(filter, Glob):
+        wanted = filter.pattern.replace("/**", "").replace("**/", "")
+    else:
+        wanted = str(filter.key) if type(filter) is nnx.PathContains else format_path(next(iter(filter.paths)))
     best: list[tuple[float, str]] = []
-    letters = Counter(wanted)
+    matcher = difflib.SequenceMatcher(b=wanted)
     for text in reading.texts:
-        # What comes later must be nearer to be shown.  Comparing in full is slow: most are out by their letters.
+        # A later path must be nearer than the last of the best.  A full comparison is slow: the quick one, which gives
+        # an upper bound, excludes most paths first.
         least = best[-1][0] if len(best) == _SHOWN else -1.0
-        parts = {text, text.rpartition("/")[0] or text, text.partition("/")[2] or text}
-        close = [part for part in parts if _at_most(wanted, letters, part) > least]
-        likeness = max((difflib.SequenceMatcher(None, wanted, part).ratio() for part in close), default=-1.0)
+        likeness = -1.0
+        for part in {text, text.rpartition("/")[0] or text, text.partition("/")[2] or text}:
+            matcher.set_seq1(part)
+            if matcher.quick_ratio() > least:
+                likeness = max(likeness, matcher.ratio())
         if likeness > least:
-            # The sort is stable: of paths that are equally near, the first comes first.
+            # The sort is stable: among paths that are equally near, the first comes first.
             best = sorted([*best, (likeness, text)], key=lambda pair: -pair[0])[:_SHOWN]
     return [text for _, text in best]
-
-
-def _at_most(wanted: str, letters: Mapping[str, int], part: str) -> float:
-    """Returns an upper bound of how like two texts are: their letters alone, in any order."""
-    shared = sum(min(count, part.count(letter)) for letter, count in letters.items())
-    return 2 * shared / ((len(wanted) + len(part)) or 1)
-
-
-def _text(filter: Any) -> str:
-    if isinstance(filter, Glob):
-        return str(filter.pattern)
-    return str(filter.key) if type(filter) is nnx.PathContains else format_path(next(iter(filter.paths)))
-
-
-def _first(filter: Any) -> str:
-    """The first segment of a pattern of at least two, which may be meant as an object's name."""
-    return str(filter.pattern).split("/")[0] if isinstance(filter, Glob) and "/" in filter.pattern else ""
-
-
-def corrected(reading: Reading, filter: Any) -> Any | None:
-    """Returns the filter with each key that no path has replaced by the nearest; None where that matches nothing."""
-    if filter not in reading.corrections:
-        reading.corrections[filter] = _corrected(reading, filter)
-    return reading.corrections[filter]
-
-
-def _corrected(reading: Reading, filter: Any) -> Any | None:
-    if type(filter) is nnx.PathContains:
-        near = difflib.get_close_matches(str(filter.key), reading.keys, n=1)
-        return (
-            nnx.PathContains(near[0], filter.exact) if near and _matches(reading, nnx.PathContains(near[0])) else None
-        )
-    if not isinstance(filter, Glob):
-        return None
-    segments = filter.pattern.split("/")
-    fixed = []
-    for segment in segments:
-        wild = bool(set("*?") & set(segment))
-        near = [] if wild or segment in reading.keys else difflib.get_close_matches(segment, reading.keys, n=1)
-        fixed.append(near[0] if near and not set("[]{}/") & set(near[0]) and near[0] else segment)
-    named = [str(name) for name in reading.found.names]
-    if all(set("*?") & set(segment) for segment in fixed):
-        return None  # what is all stars would match too much one level down
-    for candidate in (fixed, ["**", *fixed], *([name, *fixed] for name in named)):
-        made = Glob("/".join(candidate))
-        if made != filter and _matches(reading, made):
-            return made
-    return None
-
-
-def _matches(reading: Reading, filter: Any) -> bool:
-    try:
-        return bool(reading.matched(filter))
-    except FilterError:
-        return False
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------
 
 
-def check_claimed(kinds: Mapping[str, Kind], reading: Reading, claimed: set[str], unclaimed: Sequence[Leaf]) -> None:
-    """Refuses kinds that spell a path which matches no leaf, or that spell one and claim no leaf, unless optional.
+def check_claimed(
+    kinds: Mapping[str, Kind], reading: Reading, claimed: Collection[str], unclaimed: Sequence[Leaf]
+) -> None:
+    """Checks that kinds which spell paths match some leaf with each path, and claim some leaf, unless optional.
 
     Args:
       kinds: the declaration.
       reading: the leaves.
       claimed: the kinds that claim some leaf, alone or with others.
-      unclaimed: leaves that no kind claims, which is mostly for the same reason.
+      unclaimed: leaves that no kind claims, which usually has the same cause.
 
     Raises:
-      DeclarationError: there are such kinds; all of them are told.
+      DeclarationError: some kinds do not; the error names all of them.
     """
-    facts, hints, empty, segments = [], [], [], []
+    facts, hints, wrong, names = [], [], [], []
     for name, kind in kinds.items():
-        paths = [] if kind.optional or kind.rest or type_only(kind.of) else spelled(kind.of)
-        wanted = [one.filter for one in paths if not one.negated]
+        paths = () if kind.optional else spelled(kind.of)
+        wanted = [path.filter for path in paths if not path.negated]
         lost = [filter for filter in wanted if not reading.matched(filter)]
         if not lost and (name in claimed or not wanted):
             continue
-        empty.append(name)
+        wrong.append(name)
         facts.append(_fact(name, kind, name in claimed, lost, reading))
         hints.append(corrected_kind(name, kind, lost, reading))
-        segments += [_first(filter) for filter in lost if corrected(reading, filter) is None]
-    if not empty:
+        # The first segment of a pattern that has no correction may be meant as an object's name.
+        globs = [filter for filter in lost if isinstance(filter, Glob) and reading.corrected(filter) is None]
+        names += [glob.pattern.partition("/")[0] for glob in globs if "/" in glob.pattern]
+    if not wrong:
         return
-    objects = [name for name in dict.fromkeys(segments) if name.isidentifier() and not keyword.iskeyword(name)]
-    if objects and reading.found.several and not reading.found.names:
+    objects = [name for name in dict.fromkeys(names) if name.isidentifier() and not keyword.iskeyword(name)]
+    if objects and reading.graph.several and not reading.graph.names:
         given = ", ".join(f"{name}={name}" for name in objects)
-        hints = [
-            f"kinds.plan({given})  # all objects by name: paths then begin with the name",
-            "or, as they are:",
-            *hints,
-        ]
+        by_name = f"kinds.plan({given})  # all objects by name: paths then begin with the name"
+        hints = [by_name, "or, as they are:", *hints]
     if unclaimed:
-        count = "1 leaf is" if len(unclaimed) == 1 else f"{len(unclaimed)} leaves are"
-        facts.append(f"{count} claimed by no kind.")
+        facts.append(f"{counted(len(unclaimed), 'leaf is', 'leaves are')} claimed by no kind.")
     raise DeclarationError(
-        " ".join(facts), leaves=unclaimed, kind=empty[0] if len(empty) == 1 else None, hint="\n".join(hints)
+        " ".join(facts), leaves=unclaimed, kind=wrong[0] if len(wrong) == 1 else None, hint="\n".join(hints)
     )
 
 
@@ -341,23 +328,17 @@ def _fact(name: str, kind: Kind, claims: bool, lost: Sequence[Any], reading: Rea
             f"{describe(filter)} matches no path, the nearest are {', '.join(nearest(reading, filter))}"
             for filter in lost
         )
-        return (
-            f"Kind {name!r} spells a path that is not there: {shown}."
-            if claims
-            else (f"Kind {name!r} claims no leaf: {shown}.")
-        )
-    numbers = sorted({number for one in spelled(kind.of) if not one.negated for number in reading.matched(one.filter)})
-    found = reading.found
-    shown = ", ".join(
-        f"{format_path(found.paths[number])} ({format_type(row_of(found.paths[number], found.leaves[number]).type)})"
-        for number in numbers[:_SHOWN]
-    )
+        return f"Kind {name!r} {'spells a path that does not exist' if claims else 'claims no leaf'}: {shown}."
+    paths = [path.filter for path in spelled(kind.of) if not path.negated]
+    numbers = sorted({number for filter in paths for number in reading.matched(filter)})
+    rows = [row_of(reading.graph.paths[number], reading.graph.leaves[number]) for number in numbers[:_SHOWN]]
+    shown = ", ".join(f"{format_path(row.path)} ({format_type(row.type)})" for row in rows)
     more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-    return f"Kind {name!r} claims no leaf: {describe(kind.of)} matches none, though its paths are there: {shown}{more}."
+    return f"Kind {name!r} claims no leaf: {describe(kind.of)} matches none, although its paths exist: {shown}{more}."
 
 
 def corrected_kind(name: str, kind: Kind, lost: Sequence[Any], reading: Reading) -> str:
-    """Code that gives a kind the paths which are nearest to those that match nothing, or says that they may.
+    """Returns code that replaces the paths of a kind which match nothing by the nearest ones, or declares it optional.
 
     Args:
       name: the kind's name.
@@ -366,21 +347,21 @@ def corrected_kind(name: str, kind: Kind, lost: Sequence[Any], reading: Reading)
       reading: the leaves.
     """
     optional = f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], optional=True))"
-    fixes = [(filter, corrected(reading, filter)) for filter in lost]
-    if not fixes or any(fixed is None for _, fixed in fixes):
+    fixes = {filter: reading.corrected(filter) for filter in lost}
+    if not fixes or None in fixes.values():
         return f"{optional}  # if there need not be any"
-    of = _replaced(normalize(kind.of), dict(fixes))
+    of = _replaced(normalize(kind.of), fixes)
     return (
         f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], of={as_code(of)}))\n"
         f"or, if there need not be any: {optional}"
     )
 
 
-def _replaced(filter: Any, by: Mapping[Any, Any]) -> Any:
-    """A filter with some of its parts replaced."""
-    made_of = compound(filter)
-    if made_of is None:
-        return by.get(filter, filter)
-    sign, parts = made_of
-    new = [_replaced(part, by) for part in parts]
+def _replaced(filter: Any, fixes: Mapping[Any, Any]) -> Any:
+    """Returns a filter with some of its parts replaced."""
+    sign_and_parts = compound(filter)
+    if sign_and_parts is None:
+        return fixes.get(filter, filter)
+    sign, parts = sign_and_parts
+    new = [_replaced(part, fixes) for part in parts]
     return nnx.Not(*new) if sign == "~" else nnx.All(*new) if sign == "&" else tuple(new)

@@ -25,9 +25,8 @@ from statewise._src.checkpoint.interop.recognize import recognized, within
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.write import tree_handler
-from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
-from statewise._src.plan.derived import plain_key
 from statewise.errors import CorruptedError, RestoreError, StatewiseError
 
 __all__ = ["SAFETENSORS_DTYPES", "foreign_leaves", "is_foreign", "only_item", "open_path", "safetensors_package"]

@@ -156,7 +156,7 @@ class Subject:
     def _claims(self) -> tuple[list[str | None], OverlapError | UnclaimedError | DeclarationError | None]:
         try:
             # What a plan has been made of fits; but for what an earlier `sow` left, which the plan drops.
-            return list(claim(self.kinds, self.found, there=self.plan is None)), None
+            return list(claim(self.kinds, self.found, check_paths=self.plan is None)), None
         except (OverlapError, UnclaimedError, DeclarationError) as error:
             claims_of = claimants(self.kinds)
             names = [
