@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import html
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -31,6 +32,7 @@ from statewise._src.common.paths import Leaf, format_dtype, format_path, format_
 __all__ = [
     "KindCount",
     "Shown",
+    "ShownData",
     "Table",
     "count_kinds",
     "count_leaves",
@@ -214,6 +216,18 @@ class Shown(abc.ABC):
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+class ShownData(Shown):
+    """A result that is also plain data, which JSON can represent."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as plain data."""
+
+    def to_json(self) -> str:
+        """Returns the result as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 def printable(cell: str) -> str:
