@@ -60,7 +60,7 @@ class Census(ShownData):
 
     @property
     def total(self) -> KindCount:
-        """The sum of all kinds."""
+        """Returns the sum of all kinds."""
         return total_of(self.counts)
 
     def table(self) -> Table:

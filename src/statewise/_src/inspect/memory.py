@@ -94,12 +94,12 @@ class Memory(ShownData):
 
     @property
     def total(self) -> int:
-        """Bytes per device: all kinds and the gradients; activations are not included."""
+        """Returns the bytes per device: all kinds and the gradients; activations are not included."""
         return sum(kind.per_device for kind in self.kinds) + self.gradients
 
     @property
     def devices(self) -> int:
-        """The number of devices of the mesh."""
+        """Returns the number of devices of the mesh."""
         return math.prod(size for _, size in self.mesh)
 
     def table(self) -> Table:

@@ -65,12 +65,12 @@ class LeafAudit:
 
     @property
     def path(self) -> Path:
-        """The leaf's first path."""
+        """Returns the leaf's first path."""
         return self.leaf.path
 
     @property
     def kind(self) -> str | None:
-        """The name of the leaf's kind."""
+        """Returns the name of the leaf's kind."""
         return self.leaf.kind
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,27 +181,27 @@ class Audit(ShownData):
 
     @property
     def undeclared(self) -> tuple[LeafAudit, ...]:
-        """The leaves that the function writes and the step does not declare; `error` has the hint."""
+        """Returns the leaves that the function writes and the step does not declare; `error` has the hint."""
         return self._where("undeclared")
 
     @property
     def untrained(self) -> tuple[LeafAudit, ...]:
-        """The leaves that an optimizer updates although their gradient is always zero."""
+        """Returns the leaves that an optimizer updates although their gradient is always zero."""
         return self._where("zero_gradient")
 
     @property
     def unread(self) -> tuple[LeafAudit, ...]:
-        """The leaves that the step neither reads nor writes."""
+        """Returns the leaves that the step neither reads nor writes."""
         return tuple(row for row in self.leaves if not (row.read or row.written))
 
     @property
     def ephemeral_writes(self) -> tuple[LeafAudit, ...]:
-        """The leaves that the step writes and no checkpoint contains: they are lost when the program restarts."""
+        """Returns the leaves that the step writes and no checkpoint contains: a restart of the program loses them."""
         return self._where("written_but_not_saved")
 
     @property
     def left_behind(self) -> tuple[LeafAudit, ...]:
-        """Integers that the step writes together with a kind that restarts, in one module, and that do not restart.
+        """Returns integers that the step writes beside leaves that restart, in one module, but that do not restart.
 
         Most often they are positions in a cache: after `state.restart("cache")` they still point behind the old text.
         `left_behind_hint` is a declaration with which they restart too.
@@ -218,7 +218,7 @@ class Audit(ShownData):
 
     @property
     def left_behind_hint(self) -> str | None:
-        """Code that makes the first leaf of `left_behind` restart with its cache; None if there is no such leaf."""
+        """Returns code that makes the first leaf of `left_behind` restart with its cache; None if it is empty."""
         for row in self.left_behind:
             beside = (other for other in self.leaves if other.path[:-1] == row.path[:-1])
             cache = next(str(other.kind) for other in beside if other.written and other.restarts)
@@ -232,7 +232,7 @@ class Audit(ShownData):
 
     @functools.cached_property
     def counts(self) -> dict[str, KindAudit]:
-        """The counts, by kind, in the order of the kinds, including kinds without leaves."""
+        """Returns the counts, by kind, in the order of the kinds, including kinds without leaves."""
         counted = [field.name for field in dataclasses.fields(KindAudit) if field.name in FLAGS]
         counts = {}
         for name, kind in self.kinds.items():

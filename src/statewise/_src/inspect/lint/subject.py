@@ -119,7 +119,7 @@ class Subject:
 
     @functools.cached_property
     def graph(self) -> ModelGraph:
-        """The objects, flattened; for a plan, with the leaves that the plan knows."""
+        """Returns the objects, flattened; for a plan, with the leaves that the plan knows."""
         graph = read_graph(self.objects, self.names)
         if self.plan is None:
             return graph
@@ -134,27 +134,27 @@ class Subject:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The path of each leaf."""
+        """Returns the path of each leaf."""
         return self.graph.paths
 
     @functools.cached_property
     def types(self) -> tuple[type, ...]:
-        """The type of each leaf."""
+        """Returns the type of each leaf."""
         return tuple(map(compat.variable_type, self.graph.leaves))
 
     @functools.cached_property
     def values(self) -> tuple[Any, ...]:
-        """The value of each leaf."""
+        """Returns the value of each leaf."""
         return tuple(map(raw_value, self.graph.leaves))
 
     @functools.cached_property
     def arrays(self) -> tuple[tuple[int, Any], ...]:
-        """All arrays in the values, each with the number of its leaf."""
+        """Returns all arrays in the values, each with the number of its leaf."""
         return tuple((number, array) for number, value in enumerate(self.values) for array in arrays_of(value)[0])
 
     @functools.cached_property
     def position(self) -> dict[Path, int]:
-        """The number of the leaf at each path."""
+        """Returns the number of the leaf at each path."""
         return {path: number for number, path in enumerate(self.paths)}
 
     @functools.cached_property
@@ -170,12 +170,12 @@ class Subject:
 
     @property
     def claims(self) -> list[str | None]:
-        """The name of each leaf's kind; None if no kind, or more than one, claims it."""
+        """Returns the name of each leaf's kind; None if no kind, or more than one, claims it."""
         return self._claims[0]
 
     @property
     def refusal(self) -> OverlapError | UnclaimedError | DeclarationError | None:
-        """The reason why the kinds do not fit the leaves, if they do not."""
+        """Returns the reason why the kinds do not fit the leaves, if they do not."""
         return self._claims[1]
 
     def kind(self, number: int) -> Kind | None:
@@ -190,12 +190,12 @@ class Subject:
 
     @functools.cached_property
     def aliases(self) -> dict[Path, tuple[Path, ...]]:
-        """The other paths of leaves that several paths reach."""
+        """Returns the other paths of leaves that several paths reach."""
         return aliases_of(self.graph.graphdef, self.paths, self.graph.several, self.graph.names)
 
     @functools.cached_property
     def reading(self) -> Reading:
-        """The leaves as seen by filters that look at paths."""
+        """Returns the leaves as seen by filters that look at paths."""
         return Reading(self.graph, self.aliases)
 
     def row(self, number: int, note: str = "") -> Leaf:
@@ -246,7 +246,7 @@ class Subject:
 
     @functools.cached_property
     def facts(self) -> dict[int, Facts]:
-        """The known facts about the values of leaves that hold one array, if they can be read.
+        """Returns the known facts about the values of leaves that hold one array, if they can be read.
 
         Moments and the contents of caches are excluded: no rule needs them.
         """
@@ -265,7 +265,7 @@ class Subject:
 
     @functools.cached_property
     def broken(self) -> dict[int, str]:
-        """The leaves that contain NaN (`"nan"`), or infinite elements beside finite ones (`"infinite"`).
+        """Returns the leaves that contain NaN (`"nan"`), or infinite elements beside finite ones (`"infinite"`).
 
         An array that is infinite throughout is intended: a bound without effect, a best value before there is one.
         """
@@ -287,7 +287,7 @@ class Subject:
 
     @functools.cached_property
     def nodes(self) -> tuple[tuple[Path, Any], ...]:
-        """The modules, optimizers and metrics, each with the first path that reaches it."""
+        """Returns the modules, optimizers and metrics, each with the first path that reaches it."""
         nodes = nnx.iter_graph(self.objects if self.graph.several else self.objects[0])
         return tuple((named(tuple(path), self.names), node) for path, node in nodes if isinstance(node, nnx.Pytree))
 
@@ -318,7 +318,7 @@ class Subject:
 
     @functools.cached_property
     def averages(self) -> frozenset[int]:
-        """The leaves that are the copies of an `nnx.EMA`."""
+        """Returns the leaves that are the copies of an `nnx.EMA`."""
         averages = self.nodes_of(nnx.EMA)
         copies = {id(leaf) for _, ema in averages for leaf in jax.tree.leaves(ema.params, is_leaf=compat.is_variable)}
         return frozenset(number for number, leaf in enumerate(self.graph.leaves) if id(leaf) in copies)

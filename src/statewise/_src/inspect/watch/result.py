@@ -47,7 +47,7 @@ class LeafChange:
 
     @property
     def path(self) -> Path:
-        """The leaf's first path."""
+        """Returns the leaf's first path."""
         return self.leaf.path
 
     def describe(self) -> str:

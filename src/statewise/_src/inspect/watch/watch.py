@@ -61,7 +61,7 @@ def watch(
         names a kind that does not exist or has no leaves; objects by position and by name.
       FilterError: a path in a kind that could mean one leaf or another.
       StructureError: nothing to watch; an object that is not a model, is abstract or was donated; inside `jax.jit`,
-        where there are no values.
+        which has no values.
       WatchError: at the end of the block, and only with `expect`: an expected kind did not change, or a frozen one did.
 
     Example:
@@ -210,7 +210,7 @@ class Watch(ShownData):
 
     @property
     def leaves(self) -> tuple[LeafChange, ...]:
-        """The change of each leaf: those of before, in their order, then the new ones."""
+        """Returns the change of each leaf: those of before, in their order, then the new ones."""
         if self._leaves is None:
             raise StructureError(
                 "The changes are known once the block has ended without an error.",
@@ -220,32 +220,32 @@ class Watch(ShownData):
 
     @property
     def changed(self) -> dict[str, tuple[LeafChange, ...]]:
-        """The leaves that changed in any way, by kind, without kinds that have none."""
+        """Returns the leaves that changed in any way, by kind, without kinds that have none."""
         return self._by_kind(change for change in self.leaves if change.what)
 
     @property
     def unchanged(self) -> dict[str, tuple[LeafChange, ...]]:
-        """The leaves that did not change, by kind, without kinds that have none."""
+        """Returns the leaves that did not change, by kind, without kinds that have none."""
         return self._by_kind(change for change in self.leaves if not change.what)
 
     @property
     def ties(self) -> dict[str, tuple[LeafChange, ...]]:
-        """By kind, the paths whose ties changed: to another leaf, to none, or newly tied."""
+        """Returns, by kind, the paths whose ties changed: to another leaf, to none, or newly tied."""
         return self._by_kind(change for change in self.leaves if Field.TIES in change.what)
 
     @property
     def missed(self) -> dict[str, tuple[LeafChange, ...]]:
-        """The leaves of expected kinds that did not change, including those of kinds in which others did."""
+        """Returns the leaves of expected kinds that did not change, including those of kinds in which others did."""
         return {kind: changes for kind, changes in self.unchanged.items() if kind in (self.expect or ())}
 
     @property
     def violations(self) -> tuple[LeafChange, ...]:
-        """The leaves of frozen kinds that changed in any way."""
+        """Returns the leaves of frozen kinds that changed in any way."""
         return tuple(change for change in self.leaves if change.what and self._is_frozen(change.kind))
 
     @property
     def static(self) -> dict[str, tuple[Any, Any]]:
-        """The plain attributes of modules that changed (such as `deterministic`), by path: before and after."""
+        """Returns the plain attributes of modules that changed (such as `deterministic`), by path: before and after."""
         return self._static
 
     def check(self) -> None:
