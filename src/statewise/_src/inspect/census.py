@@ -65,9 +65,8 @@ class Census(ShownData):
 
     def table(self) -> Table:
         """Returns the census as a table: one line for each kind."""
-        return kinds_table(
-            "census" if self.members is None else f"census of an ensemble of {self.members}", self.counts
-        )
+        title = "census" if self.members is None else f"census of an ensemble of {self.members}"
+        return kinds_table(title, self.counts)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the census as plain data: `kinds`, a list in order, and `total`; for an ensemble also `members`."""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from statewise._src.common.nnx_graph import is_array
 from statewise._src.common.paths import Leaf
 from statewise._src.core.member_view import as_one, is_of_one_member
 from statewise._src.core.plan import Kinds, State
@@ -111,7 +111,7 @@ def _plain_step(
             "arguments.",
             hint=f"sw.audit(lambda model, *args: {method}(*args), model, ...)",
         )
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
+    places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
     count = state.tables.object_count
 
     def bound(*given: Any) -> Any:
@@ -123,9 +123,6 @@ def _plain_step(
 
     bound.__name__ = name
     return Step(bound if callable(fn) else fn, _no_contract, "step", None, {}), [leaves[place] for place in places]
-
-
-_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
 
 
 def _is_object(value: object) -> bool:

@@ -20,8 +20,6 @@ from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, rule
 from statewise._src.inspect.lint.subject import Subject
 
-__all__ = ["RULES"]
-
 
 @rule("raw-array", "no filter by type matches it, no optimizer updates it, and under tracing it becomes static")
 def raw_array(subject: Subject) -> Iterator[Found]:
@@ -174,14 +172,3 @@ def tied_weights(subject: Subject) -> Iterator[Found]:
             "state = sw.plan(model).take(model), and @sw.step or @sw.train_step  # or nnx.jit instead of jax.jit\n"
             "if this is known: sw.lint(model, ignore='tied-weights')",
         )
-
-
-RULES = (
-    raw_array,
-    array_turned_static,
-    hidden_array,
-    wide_numpy_value,
-    shared_array,
-    deleted_array,
-    tied_weights,
-)

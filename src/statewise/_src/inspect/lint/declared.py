@@ -21,8 +21,6 @@ from statewise._src.plan.kind import Kind
 from statewise._src.plan.spelled_paths import corrected_kind, nearest, spelled
 from statewise.errors import DeclarationError, FilterError, OverlapError, StatewiseError, UnclaimedError
 
-__all__ = ["RULES"]
-
 
 def _refusal(subject: Subject, cls: type[StatewiseError]) -> Iterator[Found]:
     """Yields the error that planning would raise, if it is of this class."""
@@ -145,6 +143,32 @@ def _named(filter: Any) -> Iterator[type]:
     yield from (cls for cls in named if isinstance(cls, type) and issubclass(cls, nnx.Variable))
 
 
+def _by_kind(subject: Subject, numbers: Sequence[int], saved: bool) -> dict[str, list[int]]:
+    """Groups leaves by kind, for the kinds that are saved or those that are not."""
+    by_kind: dict[str, list[int]] = {}
+    for number in numbers:
+        name = subject.claims[number]
+        if name is not None and subject.kinds[name].saved is saved:
+            by_kind.setdefault(name, []).append(number)
+    return by_kind
+
+
+@rule(
+    "cache-saved",
+    "checkpoints carry the last request's tokens, grow with batch and length, and fit no other batch size",
+)
+def cache_saved(subject: Subject) -> Iterator[Found]:
+    """Finds caches in kinds that are saved."""
+    for name, numbers in _by_kind(subject, subject.of_type(nnx.Cache), saved=True).items():
+        yield Found(
+            f"The kind {name!r} is saved, and holds {len(numbers)} of the cache.",
+            subject.rows(numbers),
+            "kinds = kinds | sw.Kinds(cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like))"
+            if subject.kinds[name].rest
+            else kind_with(name, "saved=False"),
+        )
+
+
 @rule("position-left-behind", WHY)
 def position_left_behind(subject: Subject) -> Iterator[Found]:
     """Finds positions beside caches that restart, in kinds that do not."""
@@ -171,32 +195,6 @@ def position_left_behind(subject: Subject) -> Iterator[Found]:
 def _is_position(subject: Subject, number: int) -> bool:
     name, shape = subject.name(number), getattr(subject.values[number], "shape", None)
     return is_named_position(name) and may_be_position(subject.types[number], shape, subject.dtype(number), name)
-
-
-def _by_kind(subject: Subject, numbers: Sequence[int], saved: bool) -> dict[str, list[int]]:
-    """Groups leaves by kind, for the kinds that are saved or those that are not."""
-    by_kind: dict[str, list[int]] = {}
-    for number in numbers:
-        name = subject.claims[number]
-        if name is not None and subject.kinds[name].saved is saved:
-            by_kind.setdefault(name, []).append(number)
-    return by_kind
-
-
-@rule(
-    "cache-saved",
-    "checkpoints carry the last request's tokens, grow with batch and length, and fit no other batch size",
-)
-def cache_saved(subject: Subject) -> Iterator[Found]:
-    """Finds caches in kinds that are saved."""
-    for name, numbers in _by_kind(subject, subject.of_type(nnx.Cache), saved=True).items():
-        yield Found(
-            f"The kind {name!r} is saved, and holds {len(numbers)} of the cache.",
-            subject.rows(numbers),
-            "kinds = kinds | sw.Kinds(cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like))"
-            if subject.kinds[name].rest
-            else kind_with(name, "saved=False"),
-        )
 
 
 def _lost(subject: Subject, numbers: Sequence[int], fact: str) -> Iterator[Found]:
@@ -279,19 +277,3 @@ def frozen_statistics_in_training(subject: Subject) -> Iterator[Found]:
             f"use_running_average=True, where the module is made ({format_path(first)})"
             "  # or model.eval() as a step's first line",
         )
-
-
-RULES = (
-    unclaimed_leaf,
-    overlapping_leaf,
-    path_matches_nothing,
-    frozen_kind_empty,
-    overlapping_kinds,
-    cache_saved,
-    position_left_behind,
-    rng_not_saved,
-    statistics_not_saved,
-    trained_but_not_saved,
-    statistics_written_by_eval,
-    frozen_statistics_in_training,
-)

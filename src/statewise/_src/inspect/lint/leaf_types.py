@@ -11,8 +11,6 @@ from statewise._src.inspect.lint.finding import Found, rule
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.leaf_specs import is_sown
 
-__all__ = ["RULES"]
-
 
 @rule(
     "types-of-one-name",
@@ -90,6 +88,3 @@ def sown_values_left(subject: Subject) -> Iterator[Found]:
             "sown = nnx.pop(model, nnx.Intermediate)  # after each call\n"
             "or @sw.step(capture='intermediates'), which leaves none",
         )
-
-
-RULES = (types_of_one_name, integer_parameter, empty_parameter, sown_values_left)

@@ -17,7 +17,7 @@ from statewise._src.inspect.lint.read_values import is_readable
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.members import Members
 
-__all__ = ["RULES", "each_member", "members_of", "subject_of_members"]
+__all__ = ["each_member", "members_of", "members_share_noise", "subject_of_members"]
 
 
 def members_of(item: object) -> Members | None:
@@ -88,6 +88,3 @@ def members_share_noise(subject: Subject) -> Iterator[Found]:
             "make each member with a seed of its own: nnx.vmap(make_model)(jax.random.split(key, members))\n"
             f"or, if they should draw the same noise, say so: plan.stacked({plan.members}, {shared})",
         )
-
-
-RULES = (members_share_noise,)

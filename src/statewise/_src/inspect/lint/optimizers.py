@@ -14,8 +14,6 @@ from statewise._src.inspect.lint.finding import Found, rule
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import Training, trainings
 
-__all__ = ["RULES"]
-
 
 @rule(
     "base-trained-under-lora",
@@ -183,14 +181,3 @@ def trained_averages(subject: Subject) -> Iterator[Found]:
                 "kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(sw.Path('params/**'))))) "
                 "| sw.Kinds(ema=sw.Kind(nnx.Param & sw.Path('params/**')))",
             )
-
-
-RULES = (
-    base_trained_under_lora,
-    half_precision_moments,
-    half_precision_parameters,
-    optimizer_state_for_frozen,
-    optimizer_of_another_model,
-    ema_over_non_floats,
-    trained_averages,
-)

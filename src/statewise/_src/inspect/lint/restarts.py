@@ -10,14 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ArraySpec, spec_of
+from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
 from statewise._src.inspect.lint.finding import Found, kind_with, rule
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.fresh_values import takes
-from statewise._src.plan.kind import Kind
-
-__all__ = ["RULES"]
 
 _DRAWS = ("random_bits", "random_seed", "random_wrap", "random_fold_in", "rng_bit_generator", "threefry2x32")
 
@@ -60,25 +57,18 @@ def adapter_of_zeros(subject: Subject) -> Iterator[Found]:
 
 
 def _restarts_at_zero(subject: Subject, number: int) -> bool:
-    kind, spec = _restarted(subject, number)
-    if kind is None or spec is None or not jnp.issubdtype(spec.dtype, jnp.inexact):
-        return False
-    jaxpr = _traced(kind, spec, subject.paths[number])
+    jaxpr = _restart(subject, number) if subject.is_inexact(number) else None
     return jaxpr is not None and _is_zero(jaxpr)
 
 
-def _restarted(subject: Subject, number: int) -> tuple[Kind | None, ArraySpec | None]:
+def _restart(subject: Subject, number: int) -> Any:
+    """Returns the jaxpr of a leaf's restart; None if it has none, or if the function raises an error."""
     kind, value = subject.kind(number), subject.values[number]
-    if kind is None or kind.restart is None or kind.frozen or value is None:
-        return None, None
-    return kind, spec_of(value)
-
-
-def _traced(kind: Kind, spec: ArraySpec, path: Path) -> Any:
-    """Returns the jaxpr of a kind's restart for an array of this shape; None if the function raises an error."""
+    spec = None if value is None else spec_of(value)
+    if kind is None or kind.restart is None or kind.frozen or spec is None:
+        return None
     fresh, wants = kind.restart, takes(kind.restart)
-    assert fresh is not None, "a kind without a restart is not inspected"
-    named: dict[str, Any] = {"path": path} if wants.path else {}
+    named: dict[str, Any] = {"path": subject.paths[number]} if wants.path else {}
     shape = list(spec.shape)
     # A function with a key is called for each slot, so its array lacks the axis of the slots.
     if wants.key and kind.batch_axis is not None and -len(shape) <= kind.batch_axis < len(shape):
@@ -172,10 +162,11 @@ def restart_draws_alike(subject: Subject) -> Iterator[Found]:
 
 
 def _draws_alike(subject: Subject, number: int) -> bool:
-    kind, spec = _restarted(subject, number)
-    if kind is None or spec is None or takes(kind.restart).key or issubclass(subject.types[number], nnx.RngState):
-        return False  # the restart of a stream may well draw from the stream that it replaces
-    jaxpr = _traced(kind, spec, subject.paths[number])
+    kind = subject.kind(number)
+    # The restart of a stream may well draw from the stream that it replaces.
+    if kind is None or takes(kind.restart).key or issubclass(subject.types[number], nnx.RngState):
+        return False
+    jaxpr = _restart(subject, number)
     return jaxpr is not None and _draws(compat.inner_jaxpr(jaxpr))
 
 
@@ -185,6 +176,3 @@ def _draws(jaxpr: Any) -> bool:
     return any(eqn.primitive.name in _DRAWS for eqn in jaxpr.eqns) or any(
         _draws(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns")
     )
-
-
-RULES = (adapter_of_zeros, restart_draws_alike)

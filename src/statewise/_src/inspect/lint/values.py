@@ -14,8 +14,6 @@ from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, rule
 from statewise._src.inspect.lint.subject import Subject
 
-__all__ = ["RULES"]
-
 _SPREAD = re.compile(r"(?:^|_)(?:var|variance|std|stddev)(?:_|$|\d)", re.IGNORECASE)
 # A logarithm of zero is a variance of one; a count, a sum or a mask of variances may start at zero.
 _NO_SPREAD = re.compile(r"(?:^|_)log|(?:^|_)(?:counts?|mask|num|index|grad)(?:_|$)", re.IGNORECASE)
@@ -190,6 +188,3 @@ def counter_stops(subject: Subject) -> Iterator[Found]:
             tuple(subject.row(number, note=f"stops at {limit:,}") for number, limit in limits.items()),
             f"{subject.target(first)} = {subject.types[first].__name__}(jnp.array(0, jnp.int32))",
         )
-
-
-RULES = (statistic_starts_at_zero, not_finite, duplicate_rng_keys, cache_is_full, cache_too_small, counter_stops)

@@ -9,8 +9,8 @@ from typing import Any, overload
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelError, ModelGraph, read_graph, row_of
-from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
-from statewise._src.common.tables import ShownData, Table, leaf_dict
+from statewise._src.common.paths import Leaf, Path, format_type
+from statewise._src.common.tables import ShownData, Table, leaf_dict, leaves_table
 from statewise._src.core.plan import Kinds, Plan
 from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.filters.explain import explain_leaf, type_only
@@ -185,20 +185,12 @@ class Explanation(ShownData):
 
     def table(self) -> Table:
         """Returns the explanation as a table: one line for each leaf."""
-        rows = tuple(
-            (
-                format_path(leaf.path),
-                format_type(leaf.type),
-                format_shape(leaf.shape),
-                format_dtype(leaf.dtype),
-                "yes" if matched else "no",
-                by,
-            )
-            for leaf, matched, by in zip(self.leaves, self.matched, self.by, strict=True)
-        )
-        columns = ("path", "type", "shape", "dtype", "matched", "by")
+        table = leaves_table(self.filter, self.leaves)
+        columns = (*table.columns, "matched", "by")
+        facts = zip(table.rows, self.matched, self.by, strict=True)
+        rows = tuple((*row, "yes" if matched else "no", by) for row, matched, by in facts)
         footer = ("total", "", "", "", f"{sum(self.matched)} of {len(self.leaves)}", "")
-        return Table(self.filter, columns, rows, footer=footer)
+        return dataclasses.replace(table, columns=columns, rows=rows, footer=footer)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the explanation as plain data."""
