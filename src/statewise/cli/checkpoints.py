@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
 
 from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.select.select import objects_of
@@ -49,7 +48,7 @@ def renames(texts: list[str]) -> dict[str, str | None]:
     return names
 
 
-def state_of(model: Any, abstract: bool, plan: Plan | None, kinds: Kinds | None) -> State:
+def state_of(model: object, abstract: bool, plan: Plan | None, kinds: Kinds | None) -> State:
     """Returns the state that a target represents.
 
     Raises:

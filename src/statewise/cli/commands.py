@@ -190,12 +190,12 @@ def _side(text: str, abstract: bool, stack: contextlib.ExitStack) -> Any:
     return text if checkpoints.is_checkpoint(text) else _model(text, abstract, stack)[0]
 
 
-def _is_model(value: Any) -> bool:
+def _is_model(value: object) -> bool:
     # Modules are callable, but are models nevertheless.
     return isinstance(value, (nnx.Pytree, nnx.Variable, nnx.State, tuple, list, dict)) or _planned(value) is not None
 
 
-def _planned(value: Any) -> Plan | None:
+def _planned(value: object) -> Plan | None:
     return value if isinstance(value, Plan) else value.plan if isinstance(value, State) else None
 
 

@@ -138,7 +138,7 @@ def load(text: str, stack: contextlib.ExitStack) -> Target:
     return Target(text, module, value)
 
 
-def _hint(value: Any, name: str) -> str:
+def _hint(value: object, name: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, dir(value), n=1)

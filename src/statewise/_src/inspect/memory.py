@@ -248,7 +248,7 @@ def _on_device(placement: ArrayPlacement) -> bool:
     return placement.memory in (None, "device")
 
 
-def as_mesh(mesh: Any) -> Any:
+def as_mesh(mesh: object) -> Any:
     """Returns a mesh; an abstract one for axes and their sizes.
 
     Raises:

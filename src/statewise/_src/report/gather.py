@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
+
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import leaf_dict
 from statewise._src.inspect.memory import bytes_of_leaves
@@ -50,7 +52,7 @@ class LeafReport:
         return data
 
 
-def leaves_of(plan: PlanTables, mesh: Any = None) -> tuple[LeafReport, ...]:
+def leaves_of(plan: PlanTables, mesh: Mesh | AbstractMesh | None = None) -> tuple[LeafReport, ...]:
     """Returns the leaves of a plan, and those that an earlier sow left beside it, as a census counts them.
 
     Args:

@@ -72,7 +72,7 @@ def hidden_array(subject: Subject) -> Iterator[Found]:
         )
 
 
-def _arrays_in(value: Any) -> Iterator[tuple[str, Any]]:
+def _arrays_in(value: object) -> Iterator[tuple[str, Any]]:
     """Yields the arrays in the closure of a function, the arguments of a partial, or the attributes of an object."""
     if isinstance(value, functools.partial):
         contents = {"the arguments of a partial": (*value.args, *value.keywords.values())}

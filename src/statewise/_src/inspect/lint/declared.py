@@ -118,7 +118,7 @@ def overlapping_kinds(subject: Subject) -> Iterator[Found]:
         )
 
 
-def _overlap(kinds: Mapping[str, Kind], wide: str, narrow: str) -> tuple[str, str, Any] | None:
+def _overlap(kinds: Mapping[str, Kind], wide: str, narrow: str) -> tuple[str, str, type] | None:
     """Returns two kinds, and a type that the second one names and the first one claims too."""
     if kinds[wide].rest or kinds[narrow].rest or not (type_only(kinds[wide].of) and type_only(kinds[narrow].of)):
         return None

@@ -62,7 +62,7 @@ def read(arrays: Mapping[K, Any]) -> dict[K, Facts]:
     return facts
 
 
-def is_readable(array: Any) -> bool:
+def is_readable(array: object) -> bool:
     """Returns whether this is an array whose values are in this process."""
     if isinstance(array, np.ndarray | np.generic):
         return array.dtype.kind not in "OUSMm"
@@ -71,7 +71,7 @@ def is_readable(array: Any) -> bool:
     return not array.is_deleted() and array.is_fully_addressable
 
 
-def _is_key(array: Any) -> bool:
+def _is_key(array: object) -> bool:
     return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.extended)
 
 

@@ -47,7 +47,7 @@ __all__ = ["Subject", "subject_of"]
 
 
 def subject_of(
-    objects: Sequence[Any], kinds: Kinds | None, decode_length: int | None, names: tuple[str, ...] = ()
+    objects: Sequence[object], kinds: Kinds | None, decode_length: int | None, names: tuple[str, ...] = ()
 ) -> Subject:
     """Makes a subject of the arguments of `sw.lint`.
 
@@ -106,14 +106,14 @@ class Subject:
       ensemble: a state of an ensemble, for the rules that compare its members; those of one model then do not apply.
     """
 
-    objects: tuple[Any, ...]
+    objects: tuple[object, ...]
     kinds: Mapping[str, Kind]
     declared: bool
     plan: PlanTables | None
     decode_length: int | None
     names: tuple[str, ...] = ()
     ensemble: State | None = None
-    trainings: Any = None  # the result of `training.trainings`, once it has been called
+    trainings: list[Any] | None = None  # the result of `training.trainings`, once it has been called
 
     # --- leaves ------------------------------------------------------------------------------------------------
 

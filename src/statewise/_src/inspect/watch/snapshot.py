@@ -71,7 +71,7 @@ class Snapshot:
     statics: Mapping[Path, Any]
 
 
-def snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str] = (), strict: bool = True) -> Snapshot:
+def snapshot_of(objects: Sequence[object], kinds: Kinds, names: Sequence[str] = (), strict: bool = True) -> Snapshot:
     """Makes a snapshot of a state, or of one or several objects.
 
     Args:
@@ -86,8 +86,9 @@ def snapshot_of(objects: Sequence[Any], kinds: Kinds, names: Sequence[str] = (),
     """
     with jax.transfer_guard("allow"):  # a fingerprint must be fetched, whatever the program forbids itself
         check_untraced([jnp.zeros(())], *_TRACED, subject="The model")
-        if isinstance(objects[0], State):
-            return _of_state(objects[0])
+        first_object = objects[0]
+        if isinstance(first_object, State):
+            return _of_state(first_object)
         graph = read_graph(objects, names)
         aliases = aliases_of(graph.graphdef, graph.paths, graph.several, graph.names)
         leaves = []
@@ -169,7 +170,7 @@ def _in_jax_dtype(array: Any) -> Any:
         return np.asarray(array).astype(spec.dtype)
 
 
-def _statics(objects: Sequence[Any], names: Sequence[str]) -> dict[Path, Any]:
+def _statics(objects: Sequence[object], names: Sequence[str]) -> dict[Path, Any]:
     several = len(objects) > 1 or bool(names)
     return {
         (named((position,), names) if several else ()) + path: value

@@ -28,7 +28,7 @@ from statewise.errors import DeclarationError, StructureError, WatchError
 __all__ = ["Watch", "watch"]
 
 # The default for a model that is not passed.
-NOTHING: Any = object()
+NOTHING: object = object()
 
 
 def watch(
@@ -108,14 +108,14 @@ class Watch(ShownData):
     """
 
     def __init__(
-        self, objects: tuple[Any, ...], kinds: Kinds, expect: tuple[str, ...] | None, names: tuple[str, ...] = ()
+        self, objects: tuple[object, ...], kinds: Kinds, expect: tuple[str, ...] | None, names: tuple[str, ...] = ()
     ) -> None:
         self.kinds = kinds
         self.expect = expect
         self._names = names
         self._objects = objects
-        self._given: tuple[Any, ...] | None = None
-        self._refs: tuple[Callable[[], Any], ...] = ()
+        self._given: tuple[object, ...] | None = None
+        self._refs: tuple[Callable[[], object], ...] = ()
         self._before: Snapshot | None = None
         self._leaves: tuple[LeafChange, ...] | None = None
         self._static: dict[str, tuple[Any, Any]] = {}
@@ -304,13 +304,13 @@ class Watch(ShownData):
         }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     # JSON has no NaN and no infinity.
     is_plain = isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value))
     return value if is_plain else repr(value)
 
 
-def _reference(item: Any) -> Callable[[], Any]:
+def _reference(item: object) -> Callable[[], object]:
     """Returns a function that returns an object while others refer to it; for a dict, which cannot tell, always."""
     try:
         return weakref.ref(item)
@@ -318,14 +318,15 @@ def _reference(item: Any) -> Callable[[], Any]:
         return lambda: item
 
 
-def _alive(refs: Sequence[Callable[[], Any]]) -> tuple[Any, ...]:
+def _alive(refs: Sequence[Callable[[], object]]) -> tuple[object, ...]:
     objects = tuple(ref() for ref in refs)
     hint = "watch.compare(state)  # at the end of the block: what the step returned"
     if any(item is None for item in objects):
         raise StructureError("The watched object no longer exists: the code made a new one instead.", hint=hint)
-    if isinstance(objects[0], State):
+    first = objects[0]
+    if isinstance(first, State):
         try:
-            check_not_donated(objects[0], objects[0].plan.kinds)
+            check_not_donated(first, first.plan.kinds)
         except StructureError as error:
             raise StructureError(f"{error.message} The returned state was not passed to `watch`.", hint=hint) from None
     return objects
