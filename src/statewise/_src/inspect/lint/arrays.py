@@ -17,11 +17,15 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array, is_deleted
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import counted
-from statewise._src.inspect.lint.finding import Found, rule
+from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
 
+__all__ = ["RULES"]
 
-@rule("raw-array", "no filter by type matches it, no optimizer updates it, and under tracing it becomes static")
+RULES = Rules()
+
+
+@RULES.rule("raw-array", "no filter by type matches it, no optimizer updates it, and under tracing it becomes static")
 def raw_array(subject: Subject) -> Iterator[Found]:
     """Finds arrays that are not in a Variable."""
     raw = [number for number, leaf in enumerate(subject.graph.leaves) if not compat.is_variable(leaf)]
@@ -37,7 +41,7 @@ def _static_row(path: Path, value: Any, note: str = "") -> Leaf:
     return Leaf(path, None, jax.Array, tuple(value.shape), value.dtype, note=note)
 
 
-@rule(
+@RULES.rule(
     "array-turned-static",
     "it is not a leaf: nothing saves, moves or updates it, and the leaked tracer fails when the module is used",
 )
@@ -54,7 +58,7 @@ def array_turned_static(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule(
+@RULES.rule(
     "hidden-array",
     "it is not a leaf: nothing saves, moves or casts it, and every program that is compiled contains a copy",
 )
@@ -98,7 +102,7 @@ def _is_number(array: Any) -> bool:
     return array.shape == () and concrete and not jnp.issubdtype(array.dtype, jax.dtypes.extended)
 
 
-@rule(
+@RULES.rule(
     "wide-numpy-value",
     "the first jitted call changes its dtype, which traces again and does not fit checkpoints saved before",
 )
@@ -121,7 +125,7 @@ def wide_numpy_value(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("shared-array", "a function that donates both fails, and the first update separates them")
+@RULES.rule("shared-array", "a function that donates both fails, and the first update separates them")
 def shared_array(subject: Subject) -> Iterator[Found]:
     """Finds leaves that hold the same array object."""
     by_array: dict[int, list[int]] = {}
@@ -141,7 +145,7 @@ def shared_array(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("deleted-array", "everything that reads it fails")
+@RULES.rule("deleted-array", "everything that reads it fails")
 def deleted_array(subject: Subject) -> Iterator[Found]:
     """Finds leaves whose array was donated."""
     donated = dict.fromkeys(number for number, array in subject.arrays if is_deleted(array))
@@ -154,7 +158,7 @@ def deleted_array(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("tied-weights", "a plain jax.jit (or jax.tree.map) returns a model in which they are separate")
+@RULES.rule("tied-weights", "a plain jax.jit (or jax.tree.map) returns a model in which they are separate")
 def tied_weights(subject: Subject) -> Iterator[Found]:
     """Finds leaves that several paths reach."""
     if subject.plan is not None:  # a state holds a tied leaf once

@@ -13,13 +13,17 @@ from statewise._src.common.problems import counted
 from statewise._src.filters.combinators import compound, describe, normalize, predicate
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Exactly
-from statewise._src.inspect.lint.finding import Found, kind_with, rule
+from statewise._src.inspect.lint.finding import Found, Rules, kind_with
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import label_of, trainings
 from statewise._src.inspect.positions import WHY, is_named_position, may_be_position, restart_hint
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.spelled_paths import corrected_kind, nearest, spelled
 from statewise.errors import DeclarationError, FilterError, OverlapError, StatewiseError, UnclaimedError
+
+__all__ = ["RULES"]
+
+RULES = Rules()
 
 
 def _refusal(subject: Subject, cls: type[StatewiseError]) -> Iterator[Found]:
@@ -29,19 +33,19 @@ def _refusal(subject: Subject, cls: type[StatewiseError]) -> Iterator[Found]:
         yield Found(error.message, error.leaves, error.hint or "")
 
 
-@rule("unclaimed-leaf", "no plan can be made of this model by these kinds")
+@RULES.rule("unclaimed-leaf", "no plan can be made of this model by these kinds")
 def unclaimed_leaf(subject: Subject) -> Iterator[Found]:
     """Finds leaves that no kind claims."""
     yield from _refusal(subject, UnclaimedError)
 
 
-@rule("overlapping-leaf", "no plan can be made of this model by these kinds")
+@RULES.rule("overlapping-leaf", "no plan can be made of this model by these kinds")
 def overlapping_leaf(subject: Subject) -> Iterator[Found]:
     """Finds leaves that several kinds claim."""
     yield from _refusal(subject, OverlapError)
 
 
-@rule(
+@RULES.rule(
     "path-matches-nothing",
     "the path's purpose (a kind that is frozen, for example) reaches none of the intended leaves",
 )
@@ -81,7 +85,7 @@ def _missed_by_optimizer(subject: Subject, root: Path, optimizer: Any) -> Iterat
             )
 
 
-@rule("frozen-kind-empty", "the leaves that should not change fall to another kind, and are trained")
+@RULES.rule("frozen-kind-empty", "the leaves that should not change fall to another kind, and are trained")
 def frozen_kind_empty(subject: Subject) -> Iterator[Found]:
     """Finds frozen kinds that claim nothing."""
     if not subject.declared or subject.refusal is not None:
@@ -97,7 +101,7 @@ def frozen_kind_empty(subject: Subject) -> Iterator[Found]:
             )
 
 
-@rule(
+@RULES.rule(
     "overlapping-kinds",
     "the first leaf of that type is overlapping; a type filter means every subclass (LoRAParam is a Param)",
 )
@@ -153,7 +157,7 @@ def _by_kind(subject: Subject, numbers: Sequence[int], saved: bool) -> dict[str,
     return by_kind
 
 
-@rule(
+@RULES.rule(
     "cache-saved",
     "checkpoints carry the last request's tokens, grow with batch and length, and fit no other batch size",
 )
@@ -169,7 +173,7 @@ def cache_saved(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("position-left-behind", WHY)
+@RULES.rule("position-left-behind", WHY)
 def position_left_behind(subject: Subject) -> Iterator[Found]:
     """Finds positions beside caches that restart, in kinds that do not."""
     restarting: dict[Path, str] = {}
@@ -204,13 +208,13 @@ def _lost(subject: Subject, numbers: Sequence[int], fact: str) -> Iterator[Found
         yield Found(message, subject.rows(lost), kind_with(name, "saved=True"))
 
 
-@rule("rng-not-saved", "a resumed run draws again the numbers that the first one drew")
+@RULES.rule("rng-not-saved", "a resumed run draws again the numbers that the first one drew")
 def rng_not_saved(subject: Subject) -> Iterator[Found]:
     """Finds random streams in kinds that are not saved."""
     yield from _lost(subject, subject.of_type(nnx.RngState), "not saved, and holds {n} of the RNG streams' leaves")
 
 
-@rule(
+@RULES.rule(
     "statistics-not-saved",
     "a restored model normalizes by the statistics of a fresh one: right in training, wrong in evaluation",
 )
@@ -221,7 +225,7 @@ def statistics_not_saved(subject: Subject) -> Iterator[Found]:
     yield from _lost(subject, subject.of_type(*types), "not saved, and holds {n} running statistics")
 
 
-@rule("trained-but-not-saved", "what training learned is gone after a restart")
+@RULES.rule("trained-but-not-saved", "what training learned is gone after a restart")
 def trained_but_not_saved(subject: Subject) -> Iterator[Found]:
     """Finds trained leaves in kinds that are not saved."""
     for training in trainings(subject):
@@ -243,7 +247,7 @@ def _writers(subject: Subject) -> dict[Path, list[int]]:
     return {path: numbers for path, numbers in statistics.items() if numbers}
 
 
-@rule(
+@RULES.rule(
     "statistics-written-by-eval",
     "evaluating changes the statistics, by test data, and the output depends on the batch",
 )
@@ -262,7 +266,7 @@ def statistics_written_by_eval(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule(
+@RULES.rule(
     "frozen-statistics-in-training",
     "a step that calls the module writes a frozen kind, which is an error; NNX alone would write it",
 )

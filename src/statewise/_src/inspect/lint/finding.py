@@ -15,7 +15,7 @@ from statewise._src.common.problems import counted
 from statewise._src.common.tables import ShownData, Table, leaf_dict, printable
 from statewise._src.inspect.lint.subject import Subject
 
-__all__ = ["Finding", "Findings", "Found", "Rule", "kind_with", "rule"]
+__all__ = ["Finding", "Findings", "Found", "Rule", "Rules", "kind_with"]
 
 _NAMED = 3  # leaves in the one line of a finding
 _SHOWN = 10  # leaves below that line
@@ -57,15 +57,6 @@ class Finding:
         return vars(self) | {"leaves": list(map(leaf_dict, self.leaves))}
 
 
-def _details(finding: Finding) -> list[str]:
-    """Returns the lines below a finding's fact."""
-    lines = [printable(str(leaf)) for leaf in finding.leaves[:_SHOWN]]
-    if len(finding.leaves) > _SHOWN:
-        lines.append(f"... and {len(finding.leaves) - _SHOWN} more (all in .leaves)")
-    first, *rest = finding.hint.splitlines()
-    return [*lines, f"why: {finding.why}", f"hint: {first}", *(f"      {line}" for line in rest)]
-
-
 class Findings(ShownData, list[Finding]):
     """The result of `sw.lint`: a list of findings that prints itself in full.
 
@@ -87,13 +78,15 @@ class Findings(ShownData, list[Finding]):
         rows: list[tuple[str, ...]] = []
         for finding in self:
             rows.append((finding.code, finding.message))
-            rows += [("", line) for line in _details(finding)]
+            rows += [("", str(leaf)) for leaf in finding.leaves[:_SHOWN]]
+            if len(finding.leaves) > _SHOWN:
+                rows.append(("", f"... and {len(finding.leaves) - _SHOWN} more (all in .leaves)"))
+            first, *rest = finding.hint.splitlines()
+            rows += [("", f"why: {finding.why}"), ("", f"hint: {first}"), *(("", f"      {line}") for line in rest)]
         return Table(counted(len(self), "finding", "findings"), ("rule", "what is found"), tuple(rows))
 
     def __str__(self) -> str:
-        lines: list[str] = []
-        for finding in self:
-            lines += [f"{finding.code}: {printable(finding.message)}", *(f"  {line}" for line in _details(finding))]
+        lines = [f"{code}: {text}" if code else f"  {text}" for code, text in self.table().rows]
         return "\n".join(lines) or "no findings"
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +102,10 @@ class Found(NamedTuple):
     hint: str
 
 
+# Looks for a rule.
+Find = Callable[[Subject], Iterator[Found]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A known rule.
@@ -121,16 +118,24 @@ class Rule:
 
     code: str
     why: str
-    find: Callable[[Subject], Iterator[Found]]
+    find: Find
 
     def findings(self, subject: Subject) -> list[Finding]:
         """Returns the findings of this rule in a subject."""
         return [Finding(self.code, found.message, found.leaves, self.why, found.hint) for found in self.find(subject)]
 
 
-def rule(code: str, why: str) -> Callable[[Callable[[Subject], Iterator[Found]]], Rule]:
-    """Makes a rule, as a decorator, of the function that looks for it."""
-    return lambda find: Rule(code, why, find)
+class Rules(list[Rule]):
+    """The rules of one module, in the order of their functions."""
+
+    def rule(self, code: str, why: str) -> Callable[[Find], Find]:
+        """Adds a rule, as a decorator of the function that looks for it."""
+
+        def add(find: Find) -> Find:
+            self.append(Rule(code, why, find))
+            return find
+
+        return add
 
 
 def kind_with(name: str, change: str) -> str:

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from flax import nnx
 
 from statewise._src.common.problems import counted
-from statewise._src.inspect.lint.finding import Found, rule
+from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.leaf_specs import is_sown
 
+__all__ = ["RULES"]
 
-@rule(
+RULES = Rules()
+
+
+@RULES.rule(
     "types-of-one-name",
     "a filter by one does not match the other: its leaves are not saved, reset or updated with those",
 )
@@ -44,7 +48,7 @@ def types_of_one_name(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule(
+@RULES.rule(
     "integer-parameter",
     "nnx.Param is what gets differentiated: nnx.grad refuses it, and an optimizer for params has no gradient",
 )
@@ -60,7 +64,7 @@ def integer_parameter(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("empty-parameter", "it takes part in nothing, and hides a size that was computed wrong")
+@RULES.rule("empty-parameter", "it takes part in nothing, and hides a size that was computed wrong")
 def empty_parameter(subject: Subject) -> Iterator[Found]:
     """Finds parameters without elements."""
     shapes = {number: getattr(subject.values[number], "shape", ()) for number in subject.of_type(nnx.Param)}
@@ -73,7 +77,7 @@ def empty_parameter(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("sown-values-left", "each call adds to them: every call is traced again, and memory grows")
+@RULES.rule("sown-values-left", "each call adds to them: every call is traced again, and memory grows")
 def sown_values_left(subject: Subject) -> Iterator[Found]:
     """Finds values that an earlier call has sown."""
     left = [

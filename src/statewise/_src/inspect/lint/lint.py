@@ -22,13 +22,9 @@ from statewise.errors import DeclarationError
 
 __all__ = ["RULES", "Finding", "Findings", "Rule", "lint"]
 
-# Every rule of these modules, in the order of the findings.
-RULES: tuple[Rule, ...] = tuple(
-    item
-    for module in (values, arrays, leaf_types, declared, optimizers, restarts, members)
-    for item in vars(module).values()
-    if isinstance(item, Rule)
-)
+# In the order of the findings.
+_MODULES = (values, arrays, leaf_types, declared, optimizers, restarts, members)
+RULES: tuple[Rule, ...] = tuple(rule for module in _MODULES for rule in module.RULES)
 
 
 def lint(
@@ -85,7 +81,7 @@ def lint(
         subject = subject_of(objects, kinds, decode_length, names)
         return Findings(finding for rule in rules for finding in rule.findings(subject))
     together = members.subject_of_members(objects[0])
-    own = members.members_share_noise.findings(together) if members.members_share_noise in rules else []
+    own = [finding for rule in members.RULES if rule in rules for finding in rule.findings(together)]
     each = members.each_member(
         objects[0], ensemble, lambda member: lint(member, ignore=skipped, decode_length=decode_length)
     )

@@ -12,12 +12,14 @@ import numpy as np
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.core.plan import Plan, State, tables_in
-from statewise._src.inspect.lint.finding import Finding, Found, rule
+from statewise._src.inspect.lint.finding import Finding, Found, Rules
 from statewise._src.inspect.lint.read_values import is_readable
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.members import Members
 
-__all__ = ["each_member", "members_of", "members_share_noise", "subject_of_members"]
+__all__ = ["RULES", "each_member", "members_of", "subject_of_members"]
+
+RULES = Rules()
 
 
 def members_of(item: object) -> Members | None:
@@ -55,7 +57,7 @@ def subject_of_members(ensemble: object) -> Subject:
     return Subject((), {}, True, tables_in(ensemble), None, ensemble=state)
 
 
-@rule(
+@RULES.rule(
     "members-share-noise",
     "they draw the same dropout masks and samples, so that they differ less than an ensemble should",
 )

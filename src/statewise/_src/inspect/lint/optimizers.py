@@ -10,12 +10,16 @@ from flax import nnx
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_bytes
-from statewise._src.inspect.lint.finding import Found, rule
+from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
-from statewise._src.inspect.lint.training import Training, trainings
+from statewise._src.inspect.lint.training import trainings
+
+__all__ = ["RULES"]
+
+RULES = Rules()
 
 
-@rule(
+@RULES.rule(
     "base-trained-under-lora",
     "nnx.Param means nnx.LoRAParam too: the base drifts away from the one that the adapter is saved for",
 )
@@ -31,9 +35,13 @@ def base_trained_under_lora(subject: Subject) -> Iterator[Found]:
     wrong = sorted(by_all if len(by_all) == len(base) else under & set(by_all))
     if wrong:
         training = by_all[wrong[0]]
-        leaves = counted(len(wrong), "base weight", "base weights")
         yield Found(
-            f"{training.label} trains {leaves} beside the adapters.", subject.rows(wrong), _train_adapters(training)
+            f"{training.label} trains {counted(len(wrong), 'base weight', 'base weights')} beside the adapters.",
+            subject.rows(wrong),
+            "kinds.plan(model, optimizers={'lora': tx}), where params=sw.Kind(nnx.All(nnx.Param, "
+            "nnx.Not(nnx.LoRAParam)), frozen=True)"
+            if training.kinds
+            else "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), and sw.value_and_grad(loss, wrt=nnx.LoRAParam)",
         )
     elif subject.declared and not by_all:
         yield from _one_kind(subject, adapters, base)
@@ -55,15 +63,6 @@ def _under(subject: Subject, adapters: Sequence[int], base: set[int]) -> set[int
     }
 
 
-def _train_adapters(training: Training) -> str:
-    if not training.kinds:
-        return "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), and sw.value_and_grad(loss, wrt=nnx.LoRAParam)"
-    return (
-        "kinds.plan(model, optimizers={'lora': tx}), where params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), "
-        "frozen=True)"
-    )
-
-
 def _one_kind(subject: Subject, adapters: Sequence[int], base: set[int]) -> Iterator[Found]:
     """Finds kinds without an optimizer so far that contain both adapters and their base."""
     for name in dict.fromkeys(subject.claims[number] for number in adapters):
@@ -77,7 +76,7 @@ def _one_kind(subject: Subject, adapters: Sequence[int], base: set[int]) -> Iter
             )
 
 
-@rule(
+@RULES.rule(
     "half-precision-moments",
     "an average that moves by a thousandth does not move in bfloat16; squares of small gradients are 0 in float16",
 )
@@ -102,7 +101,7 @@ def _is_too_short(leaf: Leaf) -> bool:
     return leaf.dtype != jnp.bfloat16 or not {"mu", "trace"} & set(map(str, leaf.path))
 
 
-@rule(
+@RULES.rule(
     "half-precision-parameters",
     "updates smaller than a 256th (bfloat16) or a 2048th (float16) of a weight are lost to rounding",
 )
@@ -119,7 +118,7 @@ def half_precision_parameters(subject: Subject) -> Iterator[Found]:
             )
 
 
-@rule(
+@RULES.rule(
     "optimizer-state-for-frozen",
     "the moments take memory for nothing, and weight decay moves what is declared frozen",
 )
@@ -141,7 +140,7 @@ def optimizer_state_for_frozen(subject: Subject) -> Iterator[Found]:
             )
 
 
-@rule("optimizer-of-another-model", "the update fails, or leaves out what was added since")
+@RULES.rule("optimizer-of-another-model", "the update fails, or leaves out what was added since")
 def optimizer_of_another_model(subject: Subject) -> Iterator[Found]:
     """Finds moments of leaves that the model does not have."""
     for training in trainings(subject):
@@ -154,7 +153,7 @@ def optimizer_of_another_model(subject: Subject) -> Iterator[Found]:
             )
 
 
-@rule(
+@RULES.rule(
     "ema-over-non-floats",
     "an average of integers is truncated to an integer at each update and stays the same; one of keys fails",
 )
@@ -169,7 +168,9 @@ def ema_over_non_floats(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("trained-averages", "the copies are Params too: the optimizer moves them, and they are not averages any more")
+@RULES.rule(
+    "trained-averages", "the copies are Params too: the optimizer moves them, and they are not averages any more"
+)
 def trained_averages(subject: Subject) -> Iterator[Found]:
     """Finds the copies of an `nnx.EMA` among the leaves that are trained."""
     for training in trainings(subject):

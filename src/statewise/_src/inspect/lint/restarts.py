@@ -12,14 +12,18 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
-from statewise._src.inspect.lint.finding import Found, kind_with, rule
+from statewise._src.inspect.lint.finding import Found, Rules, kind_with
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.fresh_values import takes
+
+__all__ = ["RULES"]
+
+RULES = Rules()
 
 _DRAWS = ("random_bits", "random_seed", "random_wrap", "random_fold_in", "rng_bit_generator", "threefry2x32")
 
 
-@rule(
+@RULES.rule(
     "adapter-of-zeros",
     "the gradient of each factor is a product with the other: if all are zero, the adapter never learns",
 )
@@ -142,7 +146,7 @@ def _kind_with_restart(subject: Subject, name: str, restart: str) -> str:
     return kind_with(name, f"restart={restart}{keep}")
 
 
-@rule(
+@RULES.rule(
     "restart-draws-alike",
     "every slot, every restart and every leaf of one shape gets the same numbers",
 )

@@ -11,8 +11,12 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.paths import Path, format_path
 from statewise._src.common.problems import counted
-from statewise._src.inspect.lint.finding import Found, rule
+from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
+
+__all__ = ["RULES"]
+
+RULES = Rules()
 
 _SPREAD = re.compile(r"(?:^|_)(?:var|variance|std|stddev)(?:_|$|\d)", re.IGNORECASE)
 # A logarithm of zero is a variance of one; a count, a sum or a mask of variances may start at zero.
@@ -33,7 +37,7 @@ _COUNTER = re.compile(
 )
 
 
-@rule(
+@RULES.rule(
     "statistic-starts-at-zero",
     "dividing by its square root gives infinities or huge numbers until enough batches were seen",
 )
@@ -57,7 +61,7 @@ def statistic_starts_at_zero(subject: Subject) -> Iterator[Found]:
         yield Found(f"{are} all zeros.", subject.rows(wrong), f"{subject.target(wrong[0])} = {cls}(jnp.ones(...))")
 
 
-@rule("not-finite", "it spreads to every output, and an optimizer keeps it for good")
+@RULES.rule("not-finite", "it spreads to every output, and an optimizer keeps it for good")
 def not_finite(subject: Subject) -> Iterator[Found]:
     """Finds parameters and statistics with NaN or infinite elements."""
     wrong = [
@@ -93,7 +97,7 @@ def _is_copy(subject: Subject, first: Path, second: Path) -> bool:
     return first in objects and second in objects and type(objects[first]) is type(objects[second])
 
 
-@rule(
+@RULES.rule(
     "duplicate-rng-keys",
     "the streams draw the same numbers: dropout masks and initial values that should differ are equal",
 )
@@ -138,7 +142,7 @@ def _caches(subject: Subject) -> Iterator[tuple[int, int, int]]:
             yield number, shape[-3], int(index.max()) if index is not None and index.size else 0
 
 
-@rule("cache-is-full", "one more token overwrites the last one, without an error")
+@RULES.rule("cache-is-full", "one more token overwrites the last one, without an error")
 def cache_is_full(subject: Subject) -> Iterator[Found]:
     """Finds attention caches that are written to their end."""
     full = [(number, length, index) for number, length, index in _caches(subject) if index >= length]
@@ -150,7 +154,7 @@ def cache_is_full(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("cache-too-small", "decoding past its end overwrites the last entry, without an error")
+@RULES.rule("cache-too-small", "decoding past its end overwrites the last entry, without an error")
 def cache_too_small(subject: Subject) -> Iterator[Found]:
     """Finds attention caches that have no room for the tokens to decode."""
     wanted = subject.decode_length
@@ -166,7 +170,7 @@ def cache_too_small(subject: Subject) -> Iterator[Found]:
         )
 
 
-@rule("counter-stops", "adding one is lost to rounding: schedules and averages that read it stop changing")
+@RULES.rule("counter-stops", "adding one is lost to rounding: schedules and averages that read it stop changing")
 def counter_stops(subject: Subject) -> Iterator[Found]:
     """Finds counters in floating-point numbers that reached their limit, or have a low one."""
     limits = {}

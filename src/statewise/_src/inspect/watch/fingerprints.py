@@ -62,7 +62,8 @@ def fingerprints(arrays: Sequence[Any]) -> list[Fingerprint]:
     with jax.disable_jit(False):
         for positions in groups.values():
             first = arrays[positions[0]]
-            if len(positions) < _FEW and _can_be_fetched(first):
+            is_small = not _is_key(first) and first.is_fully_addressable and first.nbytes <= _SMALL
+            if is_small and len(positions) < _FEW:
                 fetched += positions
                 continue
             size = min(_MOST, max(1, _STACKED // max(1, _SMALL if _is_key(first) else first.nbytes)))
@@ -78,10 +79,6 @@ def fingerprints(arrays: Sequence[Any]) -> list[Fingerprint]:
         for position, row in zip(stack, sums, strict=False):
             prints[position] = int(row[0]), int(row[1])
     return prints
-
-
-def _can_be_fetched(array: jax.Array) -> bool:
-    return not _is_key(array) and array.is_fully_addressable and array.nbytes <= _SMALL
 
 
 def _dispatched(arrays: list[Any]) -> jax.Array:
