@@ -24,6 +24,7 @@ def check_conversion(args: argparse.Namespace) -> None:
     """
     if not os.path.exists(args.source):
         raise UsageError(f"there is nothing at {args.source!r}")
+    # lexists: a broken link is something too.
     if os.path.lexists(args.destination):
         raise UsageError(f"there is already something at {args.destination!r}, and nothing is overwritten")
     statewise = args.to == "statewise" or (args.to is None and not args.destination.endswith(".safetensors"))

@@ -113,6 +113,7 @@ def _add_models(add: _Add) -> None:
     _add_target(add("plan", "show the kind of each leaf; exit status 1 if kinds and model do not fit"), unseen, kinds)
     explain = add("explain", "show which leaves a filter matches, and why", FILTERS)
     _add_target(explain, unseen)
+    # After the target: positional arguments are parsed in the order in which they are added.
     explain.add_argument("filter", metavar="FILTER", help="which leaves, see below")
 
     kinds = f"the kinds of the model, {AS_IN_PLAN}"

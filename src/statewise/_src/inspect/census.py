@@ -114,4 +114,5 @@ def census(model: object, kinds: Kinds | None = None) -> Census:
         return Census(count_kinds(rows, declared))
     if isinstance(model, State):
         check_not_batch(model)
+    # Leaves that an earlier `sow` left are not part of a state, but the model holds them.
     return Census(count_kinds((*plan.leaves, *plan.excluded), declared), plan.members)

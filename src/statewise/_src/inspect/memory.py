@@ -114,6 +114,7 @@ class Memory(ShownData):
         if self.gradients:
             rows.append(("gradients", "", "", format_bytes(self.gradients), "", ""))
         if not any(kind.host for kind in self.kinds):
+            # Without memory of the host, its column goes.
             columns, footer, *rows = ((*line[:4], line[5]) for line in (columns, footer, *rows))
         leaves = tuple((format_path(leaf.path), leaf.kind or "", format_bytes(size)) for leaf, size in self.largest)
         return Table(
@@ -220,6 +221,7 @@ def _of_kind(
             device += part
         else:
             host += part
+    # Replicated: each device holds everything once, and nothing is split.
     replicated = device == total > 0 and not any(placement.split for placement in placements)
     # The devices share it evenly; the largest share is rounded up.
     saving = device - -(-total // math.prod(sizes.values())) if replicated else 0

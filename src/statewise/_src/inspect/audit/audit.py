@@ -76,6 +76,7 @@ def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: o
       params       4     4        4               4              -              4        4  yes    -
       stats        2     2        2               -              -              2        2  yes    -
     """
+    # A step sees one member: its view is audited, or, for all members, the plan of one.
     if type(state) is State and state.tables.ensemble is not None:
         state = as_one(state) if is_of_one_member(state) else State.wrap(abstract(state.tables.ensemble.single))
     if isinstance(step, Step):
@@ -121,6 +122,7 @@ def _plain_step(
         own_args, own_kwargs = jax.tree.unflatten(structure, filled)
         return fn(*given[:count], *own_args, **own_kwargs)
 
+    # Errors name the step by its function.
     bound.__name__ = name
     return Step(bound if callable(fn) else fn, _no_contract, "step", None, {}), [leaves[place] for place in places]
 
@@ -143,6 +145,7 @@ def _audit(step: Step, state: State, args: tuple[Any, ...], kwargs: dict[str, An
     lenient = dataclasses.replace(definition, contract_of=lambda *_: allows_all)
     # Under disable_jit a loop would unroll, and everything in it would look written.
     with jax.disable_jit(False), explained(name, state, args, kwargs):
+        # Everything that a call would check is checked, with the same errors.
         traced, *_ = lenient.trace_checked(state, args, kwargs)
         touched = _touched(definition, plan, traced, contract)
         zero = _zero_gradients(plan, traced, touched["differentiated"]) if contract.trains else set()

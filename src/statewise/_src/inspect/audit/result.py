@@ -206,6 +206,7 @@ class Audit(ShownData):
         Most often they are positions in a cache: after `state.restart("cache")` they still point behind the old text.
         `left_behind_hint` is a declaration with which they restart too.
         """
+        # The path of a module is that of its leaves without the last key.
         restarting = {row.path[:-1] for row in self.leaves if row.written and row.restarts}
         return tuple(
             row

@@ -88,6 +88,7 @@ def _missed_by_optimizer(subject: Subject, root: Path, optimizer: Any) -> Iterat
 @RULES.rule("frozen-kind-empty", "the leaves that should not change fall to another kind, and are trained")
 def frozen_kind_empty(subject: Subject) -> Iterator[Found]:
     """Finds frozen kinds that claim nothing."""
+    # If the kinds do not fit the model, a leaf of the kind may be one that no kind, or several, claim.
     if not subject.declared or subject.refusal is not None:
         return
     claimed = set(subject.claims)
@@ -176,6 +177,7 @@ def cache_saved(subject: Subject) -> Iterator[Found]:
 @RULES.rule("position-left-behind", WHY)
 def position_left_behind(subject: Subject) -> Iterator[Found]:
     """Finds positions beside caches that restart, in kinds that do not."""
+    # For each module with a cache that restarts, the cache's kind.
     restarting: dict[Path, str] = {}
     for number in subject.of_type(nnx.Cache):
         name = subject.claims[number]

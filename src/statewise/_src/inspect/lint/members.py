@@ -32,6 +32,7 @@ def each_member(ensemble: object, members: Members, lint: Callable[[object], Seq
     """Returns the findings in the members; a finding in several of them is listed once."""
     if not isinstance(ensemble, State) or not _has_values(ensemble):
         return list(lint(Plan.of(members.single)))
+    # Members differ in their values only, so the same finding has the same text and leaves in each.
     by_fact: dict[tuple[str, str, tuple[Leaf, ...]], tuple[Finding, list[int]]] = {}
     for member in range(members.number):
         for finding in lint(ensemble.member(member)):

@@ -29,6 +29,7 @@ def base_trained_under_lora(subject: Subject) -> Iterator[Found]:
     base = set(subject.of_type(nnx.Param)) - set(adapters) - subject.averages
     if not adapters or not base:
         return
+    # Of several optimizers that train a leaf, the last one is named.
     by_all = {number: training for training in trainings(subject) for number in training.trained if number in base}
     # A new head is often fully trained beside adapters; a weight under an adapter is not.
     under = _under(subject, adapters, base)

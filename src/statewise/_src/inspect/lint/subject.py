@@ -71,6 +71,7 @@ def subject_of(
     check_not_batch(state)
     if plan.per_device:
         state = _first_of_each(state)
+    # Rules look at objects, whatever was passed; no array is copied for them.
     built = build(state.tables, state, copy=False)
     objects = built if plan.object_count > 1 else (built,)
     return Subject(objects, declared, True, plan, decode_length, plan.names)
@@ -269,6 +270,7 @@ class Subject:
 
         An array that is infinite throughout is intended: a bound without effect, a best value before there is one.
         """
+        # A leaf with several arrays has no facts of its own: each array has.
         several = {
             (number, index): array
             for index, (number, array) in enumerate(self.arrays)

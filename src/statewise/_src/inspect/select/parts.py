@@ -164,6 +164,7 @@ def merge(
     where: dict[Path, list[str]] = {}
     for name, part in _named_parts(parts):
         for path, leaf in _flat(part, known):
+            # The last one wins, but a leaf that is given twice is an error below.
             given[path] = leaf
             where.setdefault(path, []).append(name)
     for path, leaf in given.items():
@@ -178,6 +179,7 @@ def merge(
         "The parts do not make up the model: {n} leaves differ.",
         "graphdef, parts = sw.split(model, kinds)  # both of one model",
     )
+    # In the order of the graph definition: NNX matches leaves by position.
     return nnx.unflatten(graphdef, [given[path] for path in known])
 
 
@@ -250,6 +252,7 @@ def _compare(problems: Problems, known: Mapping[Path, LeafFacts], path: Path, le
     else:
         # JAX returns NumPy's float64 as float32, so that is not a difference; the reverse is.
         pairs = zip(expected.arrays, facts.arrays, strict=False)
+        # The number of arrays may differ, which the comparison then reports.
         own = tuple(ours._replace(dtype=theirs.dtype) if _is_narrowed(ours, theirs) else ours for ours, theirs in pairs)
         expected = expected._replace(arrays=own + expected.arrays[len(own) :])
     mismatches = compare_leaf(expected, facts)
@@ -306,6 +309,7 @@ def update(model: object, state: Mapping[Any, Any]) -> None:
         if tie:
             problems.add(row_of(path, leaf), tie)
             continue
+        # Only a leaf that fits otherwise is reported as abstract.
         count = len(problems)
         _compare(problems, known, path, leaf, "state")
         if len(problems) == count and _is_abstract(leaf) and not _is_abstract(live[path]):

@@ -65,11 +65,13 @@ def changes_between(before: Snapshot, after: Snapshot) -> tuple[LeafChange, ...]
     changes = []
     for path, old in before.prints.items():
         new = after.prints.get(path)
+        # The path is still there, but leads to a leaf that is now listed under another path: it was tied.
         if new is None and path in after.aliases:
             changes.append(_retied(old.leaf, old.kind, None, after.aliases[path]))
         else:
             changes.append(_change(old, new))
     for path, new in after.prints.items():
+        # The path led to a leaf listed under another path, and now has a leaf of its own: it was untied.
         if path in before.aliases:
             first = before.aliases[path]
             changes.append(_retied(new.leaf, before.prints[first].kind, first, None))

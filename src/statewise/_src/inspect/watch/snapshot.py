@@ -98,6 +98,7 @@ def snapshot_of(objects: Sequence[object], kinds: Kinds, names: Sequence[str] = 
             type_ = compat.variable_type(leaf)
             row = make_leaf(path, type_, specs, structure is ONE, kind, aliases.get(path, ()))
             leaves.append((row, kind, arrays, structure))
+        # Ties the other way around: from each alias to the path under which the leaf is listed.
         first = {alias: path for path, others in aliases.items() for alias in others}
         return Snapshot(_printed(leaves), first, _statics(objects, names))
 

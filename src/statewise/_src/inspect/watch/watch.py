@@ -164,6 +164,7 @@ class Watch(ShownData):
             for path, value in before.statics.items()
             if path in after.statics and not is_same_static(after.statics[path], value)
         }
+        # Empty, but not None: the watch has been used.
         self._before = Snapshot({}, {}, {})
         if self.expect is not None:
             self.check()
@@ -198,6 +199,7 @@ class Watch(ShownData):
                     f"but {', '.join(names)} were passed.",
                     hint=f"watch.compare({', '.join(f'{name}={name}' for name in self._names) or 'model'})",
                 )
+            # In the order of `sw.watch`, since snapshots count objects by position.
             objects = tuple(named[name] for name in self._names)
         if len(objects) != len(self._refs):
             raise StructureError(
