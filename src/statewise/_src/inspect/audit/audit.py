@@ -88,9 +88,7 @@ def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: o
     return _audit(plain, planned, (arrays,), {})
 
 
-def _plain_step(
-    fn: Callable[..., Any], state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Step, list[Any]]:
+def _plain_step(fn: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Step, list[Any]]:
     """Returns a plain function as a step of arrays that may write everything, and the arrays among its arguments.
 
     An argument that is not an array (a flag, a name, a function) stays as it is, as with `static_argnames`.

@@ -31,7 +31,7 @@ from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.model_io import build
-from statewise._src.core.plan import Kinds, Plan, State, tables_in, tables_of
+from statewise._src.core.plan import Plan, State, tables_in, tables_of
 from statewise._src.core.state_data import StateData, check_not_donated
 from statewise._src.core.templates import abstract
 from statewise._src.filters.explain import is_python
@@ -47,7 +47,7 @@ __all__ = ["Subject", "subject_of"]
 
 
 def subject_of(
-    objects: Sequence[object], kinds: Kinds | None, decode_length: int | None, names: tuple[str, ...] = ()
+    objects: Sequence[object], kinds: object, decode_length: int | None, names: tuple[str, ...] = ()
 ) -> Subject:
     """Makes a subject of the arguments of `sw.lint`.
 

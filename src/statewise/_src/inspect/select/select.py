@@ -46,8 +46,8 @@ def objects_of(model: object) -> tuple[object, ...]:
     return tuple(model) if isinstance(model, (tuple, list)) else (model,)
 
 
-def check_kinds(kinds: object) -> None:
-    """Checks that something is a `Kinds`.
+def check_kinds(kinds: object) -> Kinds:
+    """Returns a `Kinds`; checks that it is one.
 
     Raises:
       DeclarationError: it is not.
@@ -55,9 +55,10 @@ def check_kinds(kinds: object) -> None:
     if not isinstance(kinds, Kinds):
         name = kinds.__name__ if isinstance(kinds, type) else type(kinds).__name__
         raise DeclarationError(f"{name} is not a Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))")
+    return kinds
 
 
-def chosen_kinds(kinds: Kinds | None, planned: PlanTables | None, hint: str) -> Kinds:
+def chosen_kinds(kinds: object, planned: PlanTables | None, hint: str) -> Kinds:
     """Returns the kinds to use: those of a plan, those passed, or the standard ones.
 
     Args:
@@ -68,16 +69,16 @@ def chosen_kinds(kinds: Kinds | None, planned: PlanTables | None, hint: str) -> 
     Raises:
       DeclarationError: what was passed is not a `Kinds`, or the plan has other kinds.
     """
-    if kinds is not None:
-        check_kinds(kinds)
+    given = None if kinds is None else check_kinds(kinds)
     if planned is None:
-        return Kinds.standard() if kinds is None else kinds
-    if kinds is not None and kinds != planned.kinds:
+        return Kinds.standard() if given is None else given
+    own = Plan.of(planned).kinds
+    if given is not None and given != own:
         raise DeclarationError("A plan, or the plan of a state, has its own kinds.", hint=hint)
-    return Plan.of(planned).kinds
+    return own
 
 
-def _leaves(model: object, *filters: Filter) -> Iterator[tuple[Path, Path, Any]]:
+def _leaves(model: object, *filters: object) -> Iterator[tuple[Path, Path, Any]]:
     """Yields each leaf: its path, its path as these filters see it, and the leaf.
 
     Raises:
