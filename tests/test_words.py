@@ -33,6 +33,7 @@ DONE = (
     "src/statewise/_src/filters",
     "src/statewise/_src/sharding",
     "src/statewise/_src/step",
+    "src/statewise/_src/inspect",
     "src/statewise/_src/report",
 )
 

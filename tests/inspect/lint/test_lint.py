@@ -105,7 +105,7 @@ def test_a_plan_or_a_state_among_other_objects(take: bool) -> None:
     with pytest.raises(sw.StructureError) as caught:
         sw.lint(given, zeros())
     name = "state" if take else "plan"
-    assert caught.value.message == f"A {name} is looked at alone: it holds all of its objects."
+    assert caught.value.message == f"A {name} is inspected alone: it contains all of its objects."
     assert caught.value.hint == "sw.lint(plan)"
 
 

@@ -62,7 +62,7 @@ def test_a_plan_that_trains_the_base_of_an_adapter() -> None:
 def test_kinds_that_cannot_tell_adapters_from_their_base() -> None:
     finds(
         "base-trained-under-lora",
-        "The kind 'params' holds the adapters and 1 base weights.",
+        "The kind 'params' holds the adapters and 1 base weight.",
         ["kernel: Param(2, 3) float32  kind=params"],
         "kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True)) "
         "| sw.Kinds(lora=sw.Kind(nnx.LoRAParam))",

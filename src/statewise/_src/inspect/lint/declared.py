@@ -166,7 +166,7 @@ def cache_saved(subject: Subject) -> Iterator[Found]:
     """Finds caches in kinds that are saved."""
     for name, numbers in _by_kind(subject, subject.of_type(nnx.Cache), saved=True).items():
         yield Found(
-            f"The kind {name!r} is saved, and holds {len(numbers)} of the cache.",
+            f"The kind {name!r} is saved, and holds {counted(len(numbers), 'leaf', 'leaves')} of the cache.",
             subject.rows(numbers),
             "kinds = kinds | sw.Kinds(cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like))"
             if subject.kinds[name].rest
@@ -204,16 +204,16 @@ def _is_position(subject: Subject, number: int) -> bool:
 
 
 def _lost(subject: Subject, numbers: Sequence[int], fact: str) -> Iterator[Found]:
-    """Finds kinds that are not saved, for leaves that should be; `{n}` in the fact is their number."""
+    """Finds kinds that are not saved, for leaves that should be; `{n}` in the fact counts them."""
     for name, lost in _by_kind(subject, numbers, saved=False).items():
-        message = f"The kind {name!r} is {fact.format(n=len(lost))}."
+        message = f"The kind {name!r} is {fact.format(n=counted(len(lost), 'leaf', 'leaves'))}."
         yield Found(message, subject.rows(lost), kind_with(name, "saved=True"))
 
 
 @RULES.rule("rng-not-saved", "a resumed run draws again the numbers that the first one drew")
 def rng_not_saved(subject: Subject) -> Iterator[Found]:
     """Finds random streams in kinds that are not saved."""
-    yield from _lost(subject, subject.of_type(nnx.RngState), "not saved, and holds {n} of the RNG streams' leaves")
+    yield from _lost(subject, subject.of_type(nnx.RngState), "not saved, and holds {n} of the RNG streams")
 
 
 @RULES.rule(
@@ -224,7 +224,7 @@ def statistics_not_saved(subject: Subject) -> Iterator[Found]:
     """Finds running statistics in kinds that are not saved."""
     # A class of the user's own that has the name means the same.
     types = [cls for cls in set(subject.types) if any(base.__name__ == "BatchStat" for base in cls.__mro__)]
-    yield from _lost(subject, subject.of_type(*types), "not saved, and holds {n} running statistics")
+    yield from _lost(subject, subject.of_type(*types), "not saved, and holds {n} of running statistics")
 
 
 @RULES.rule("trained-but-not-saved", "what training learned is gone after a restart")

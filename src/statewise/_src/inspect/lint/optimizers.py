@@ -70,7 +70,7 @@ def _one_kind(subject: Subject, adapters: Sequence[int], base: set[int]) -> Iter
         mixed = [number for number in sorted(base) if subject.claims[number] == name]
         if name is not None and mixed and not subject.kinds[name].frozen and not subject.kinds[name].rest:
             yield Found(
-                f"The kind {name!r} holds the adapters and {len(mixed)} base weights.",
+                f"The kind {name!r} holds the adapters and {counted(len(mixed), 'base weight', 'base weights')}.",
                 subject.rows(mixed),
                 f"kinds = kinds.replace({name}=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True)) "
                 "| sw.Kinds(lora=sw.Kind(nnx.LoRAParam))",
