@@ -104,18 +104,17 @@ def split(model: M, kinds: Kinds) -> tuple[nnx.GraphDef[M], dict[str, nnx.State[
 
 
 def _facts_by_path(graph: ModelGraph) -> dict[Path, LeafFacts]:
-    return {
-        path: _facts(leaf)._replace(type=compat.variable_type(leaf), donated=False)
-        for path, leaf in zip(graph.paths, graph.leaves, strict=True)
-    }
+    leaves = zip(graph.paths, graph.leaves, strict=True)
+    return {path: _facts(leaf, compat.variable_type(leaf)) for path, leaf in leaves}
 
 
-def _facts(leaf: Any) -> LeafFacts:
+def _facts(leaf: Any, type_: type | None) -> LeafFacts:
     arrays, structure = arrays_of(raw_value(leaf))
-    specs = tuple([_exact_spec(array) or type(array) for array in arrays])
-    # A raw array may become a Variable of any type.
-    type_ = compat.variable_type(leaf) if compat.is_variable(leaf) else None
-    return LeafFacts(type_, specs, structure, donated=any(map(is_deleted, arrays)))
+    return LeafFacts(type_, tuple([_exact_spec(array) or type(array) for array in arrays]), structure)
+
+
+def _arrays(leaf: Any) -> list[Any]:
+    return arrays_of(raw_value(leaf))[0]
 
 
 def _exact_spec(array: Any) -> ArraySpec | None:
@@ -242,11 +241,12 @@ def _compare(problems: Problems, known: Mapping[Path, LeafFacts], path: Path, le
     if expected is None:
         problems.add(row_of(path, leaf), _why_unexpected(path, known))
         return
-    row = _leaf_of(path, expected)
     if compat.reference(leaf):
-        problems.add(row, f"is a reference in the {found_in}")
+        problems.add(_leaf_of(path, expected), f"is a reference in the {found_in}")
         return
-    facts = _facts(leaf)
+    # A raw array may become a Variable of any type.
+    facts = _facts(leaf, compat.variable_type(leaf) if compat.is_variable(leaf) else None)
+    facts = facts._replace(donated=any(map(is_deleted, _arrays(leaf))))
     if expected.structure is None:  # only the type is known
         facts = facts._replace(arrays=(), structure=None)
     else:
@@ -257,7 +257,7 @@ def _compare(problems: Problems, known: Mapping[Path, LeafFacts], path: Path, le
         expected = expected._replace(arrays=own + expected.arrays[len(own) :])
     mismatches = compare_leaf(expected, facts)
     if mismatches:
-        problems.add(row, note_of(mismatches, found_in))
+        problems.add(_leaf_of(path, known[path]), note_of(mismatches, found_in))
 
 
 def _is_narrowed(ours: ArraySpec | type, theirs: ArraySpec | type) -> bool:
@@ -312,7 +312,7 @@ def update(model: object, state: Mapping[Any, Any]) -> None:
         # Only a leaf that fits otherwise is reported as abstract.
         count = len(problems)
         _compare(problems, known, path, leaf, "state")
-        if len(problems) == count and _is_abstract(leaf) and not _is_abstract(live[path]):
+        if len(problems) == count and is_abstract(_arrays(leaf)) and not is_abstract(_arrays(live[path])):
             problems.add(row_of(path, leaf), "only a shape and dtype: the model has an array")
     problems.raise_as(
         StructureError,
@@ -320,10 +320,6 @@ def update(model: object, state: Mapping[Any, Any]) -> None:
         "print(sw.explain(model, ...))  # every path, type, shape and dtype of the model",
     )
     put_values(model, graph.leaves, list(fresh_values(given, live)))
-
-
-def _is_abstract(leaf: Any) -> bool:
-    return is_abstract(arrays_of(raw_value(leaf))[0])
 
 
 def _tie(model: Any, path: Path, live: Mapping[Path, Any]) -> str:
