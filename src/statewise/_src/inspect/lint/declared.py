@@ -65,8 +65,8 @@ def path_matches_nothing(subject: Subject) -> Iterator[Found]:
                     (),
                     corrected_kind(name, kind, [part.filter], subject.reading),
                 )
-    for path, optimizer in subject.nodes_of(nnx.Optimizer):
-        yield from _missed_by_optimizer(subject, path, optimizer)
+    for root, optimizer in subject.nodes_of(nnx.Optimizer):
+        yield from _missed_by_optimizer(subject, root, optimizer)
 
 
 def _missed_by_optimizer(subject: Subject, root: Path, optimizer: Any) -> Iterator[Found]:

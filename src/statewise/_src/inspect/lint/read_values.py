@@ -55,11 +55,16 @@ def read(arrays: Mapping[K, Any]) -> dict[K, Facts]:
     }
     # Every program has been started before the first result is waited for.
     bits, values = jax.device_get((large, small))
-    facts = {key: Facts(*map(bool, found), None) for key, found in bits.items()}
+    facts = {key: _facts(found, None) for key, found in bits.items()}
     for key, value in values.items():
         array = np.asarray(value)
-        facts[key] = Facts(*map(bool, _bits(np, array)), array)
+        facts[key] = _facts(_bits(np, array), array)
     return facts
+
+
+def _facts(bits: Any, value: np.ndarray | None) -> Facts:
+    finite, nan, infinite, zero = map(bool, bits)
+    return Facts(finite, nan, infinite, zero, value)
 
 
 def is_readable(array: object) -> bool:

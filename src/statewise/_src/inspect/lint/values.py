@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -135,7 +136,7 @@ def _caches(subject: Subject) -> Iterator[tuple[int, int, int]]:
     """Yields the leaf, the length and the index of each attention cache."""
     for number in subject.of_type(nnx.Cache):
         path = subject.paths[number]
-        shape = getattr(subject.values[number], "shape", ())
+        shape: Any = getattr(subject.values[number], "shape", ())
         if path[-1] == "cached_key" and len(shape) >= 3:
             index = subject.small_value(subject.position.get((*path[:-1], "cache_index")))
             # The axes of a cache end with length, heads, features.  Its index is an array for caches made under vmap.
