@@ -1,7 +1,7 @@
-"""The test room: eight fake CPU devices, no rank promotion, types checked at run time, warnings are errors, hints that
-are code are Python.
+"""Set-up of every test run: eight fake CPU devices, no rank promotion, types checked at run time, and hints that are
+code are checked to be Python.
 
-(That warnings are errors stands in pyproject.toml, so that it holds while test files are imported too.)
+Warnings are errors too; pyproject.toml says so, which covers the import of test files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ runtime_types.check_package()
 
 import jax
 import pytest
+import rich.style  # noqa: F401 - it draws a random number on import, which Hypothesis forbids inside a strategy
 from hypothesis import settings
 
 import quick
@@ -89,10 +90,10 @@ def draw_few_examples(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Keeps a worker's memory under 2 GB: clears caches between files, never within one."""
+    """Keeps a worker's memory under 2 GB by clearing caches, mostly between files."""
     yield
-    if nextitem is None or nextitem.path != item.path:
-        worker_memory.after_file(item.path.relative_to(TESTS).as_posix())
+    last_of_file = nextitem is None or nextitem.path != item.path
+    worker_memory.after_test(item.nodeid, last_of_file=last_of_file)
 
 
 @pytest.fixture(scope="session")

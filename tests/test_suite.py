@@ -43,22 +43,33 @@ def test_a_test_has_the_markers_of_its_directories_only(request: pytest.FixtureR
         assert marked == marked & set(item.path.parts)
 
 
-def test_a_worker_that_held_too_much_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_test_that_takes_its_worker_over_the_limit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_memory, "reported", worker_memory.LIMIT)
     monkeypatch.setattr(worker_memory, "peak", lambda: worker_memory.LIMIT)
-    worker_memory.after_file("test_small.py")
+    worker_memory.after_test("test_small.py::test_a", last_of_file=True)
     monkeypatch.setattr(worker_memory, "peak", lambda: worker_memory.LIMIT + 1)
-    with pytest.raises(MemoryError, match=r"this worker held 2\.0 GB at most, .* after test_large\.py"):
-        worker_memory.after_file("test_large.py")
+    with pytest.raises(MemoryError, match=r"this worker held 2\.0 GB at most, .* after test_large\.py::test_b"):
+        worker_memory.after_test("test_large.py::test_b", last_of_file=False)
+    worker_memory.after_test("test_small.py::test_c", last_of_file=True)  # it added nothing
+    monkeypatch.setattr(worker_memory, "peak", lambda: worker_memory.LIMIT + 200_000_000)
+    with pytest.raises(MemoryError, match=r"this worker held 2\.2 GB at most"):
+        worker_memory.after_test("test_large.py::test_d", last_of_file=False)
 
 
-def test_caches_are_cleared_where_a_worker_holds_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    cleared = []
-    monkeypatch.setattr(worker_memory, "clear", lambda: cleared.append(True))
+@pytest.mark.parametrize(
+    ("last_of_file", "above"),
+    [(True, worker_memory.CLEAR_ABOVE), (False, worker_memory.CLEAR_WITHIN_FILE_ABOVE)],
+)
+def test_caches_are_cleared_where_a_worker_holds_much(
+    monkeypatch: pytest.MonkeyPatch, last_of_file: bool, above: int
+) -> None:
+    cleared: list[int] = []
     monkeypatch.setattr(worker_memory, "peak", lambda: 0)
-    for held in (worker_memory.CLEAR_ABOVE, worker_memory.CLEAR_ABOVE + 1):
+    for held in (above, above + 1):
+        monkeypatch.setattr(worker_memory, "clear", lambda held=held: cleared.append(held))
         monkeypatch.setattr(worker_memory, "resident", lambda held=held: held)
-        worker_memory.after_file("test_file.py")
-    assert cleared == [True]
+        worker_memory.after_test("test_file.py::test_a", last_of_file=last_of_file)
+    assert cleared == [above + 1]
 
 
 def test_a_quick_run_leaves_out_what_took_long_until_that_is_long_ago(tmp_path: Path) -> None:

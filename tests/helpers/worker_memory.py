@@ -1,8 +1,8 @@
-"""Keeps the memory of a test worker small: what JAX and we have cached goes between files, once it is much.
+"""Keeps the memory of a test worker small, by clearing JAX's caches and ours when it holds much.
 
-Every compiled program holds machine code, and JAX keeps each one, so that a worker would grow over the suite to more
-than 4 GB.  Clearing after every file would compile the small operations that all files share again and again; so a
-worker clears only when it holds more than `CLEAR_ABOVE`.
+JAX keeps every compiled program, with its machine code, so that a worker would grow over the suite to more than 4 GB.
+Clearing after every file would compile the small operations that all files share again and again; so a worker clears
+only above a threshold.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pathlib import Path
 
 import jax
 
-CLEAR_ABOVE = 1_200_000_000  # bytes; about 0.9 GB remain after clearing
-LIMIT = 2_000_000_000  # bytes; a worker that ever held more fails
+CLEAR_ABOVE = 1_200_000_000  # bytes, after the last test of a file; about 0.9 GB remain after clearing
+CLEAR_WITHIN_FILE_ABOVE = 1_500_000_000  # bytes, after any other test: what it compiled, the next one may use
+LIMIT = 2_000_000_000  # bytes; a test that takes its worker over it fails
+GROWTH_REPORTED = 100_000_000  # bytes; after the first failure, only a test that adds as much fails too
 
 
 def _status(field: str) -> int:
@@ -50,9 +52,16 @@ def clear() -> None:
             trim(0)
 
 
-def after_file(name: str) -> None:
-    """Clears if this worker holds much; fails the file that took it over the limit."""
-    if resident() > CLEAR_ABOVE:
+reported = LIMIT
+
+
+def after_test(name: str, *, last_of_file: bool) -> None:
+    """Clears if this worker holds much; fails the test that took it over the limit, and none of those after it."""
+    global reported
+    held = resident()
+    if held > (CLEAR_ABOVE if last_of_file else CLEAR_WITHIN_FILE_ABOVE):
         clear()
-    if peak() > LIMIT:
-        raise MemoryError(f"this worker held {peak() / 1e9:.1f} GB at most, {resident() / 1e9:.1f} GB after {name}")
+    highest = peak()
+    if highest > reported:
+        reported = highest + GROWTH_REPORTED
+        raise MemoryError(f"this worker held {highest / 1e9:.1f} GB at most, {held / 1e9:.1f} GB after {name}")
