@@ -73,7 +73,7 @@ def test_the_dropped_update_of_a_plain_jit_is_found() -> None:
     assert watch.changed == {}
     hint = (
         "nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-        "or, watch.compare(model) at the end of the block, where the code returns a new model"
+        "or, watch.compare(model) at the end of the block, if the code returns a new model"
     )
     with (
         refused(
@@ -320,7 +320,7 @@ def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:
             ],
             kind="params",
             hint="nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-            "or, watch.compare(model) at the end of the block, where the code returns a new model",
+            "or, watch.compare(model) at the end of the block, if the code returns a new model",
         ),
         sw.watch(model, expect="params") as watch,
     ):

@@ -199,7 +199,7 @@ def test_an_abstract_model_is_refused() -> None:
             sw.StructureError,
             "The model is abstract: it has shapes but no values to watch.",
             leaves=["kernel: Param(3, 2) float32  kind=params"],
-            hint="sw.watch(model)  # built for real, not by nnx.eval_shape",
+            hint="sw.watch(model)  # a real model, not one made by nnx.eval_shape",
         ),
         sw.watch(model),
     ):
