@@ -45,7 +45,6 @@ __all__ = [
     "total_of",
 ]
 
-
 # The longest word that a column reserves space for, in letters: `restart=zeros_like`.
 _WORD = 18
 
@@ -56,7 +55,6 @@ class HasHandling(Protocol):
 
     def handling(self) -> str:
         """Returns the handling in a few words."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +133,8 @@ class Table:
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         foot = f"<tfoot>{row(self.footer, 'th')}</tfoot>" if self.footer else ""
         body = "".join(row(cells, "td") for cells in self.rows)
-        head = row(self.columns, "th")
         below = self.below._repr_html_() if self.below else ""
-        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody>{foot}</table>{below}"
+        return f"<table>{caption}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody>{foot}</table>{below}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table as plain data: each row as a dict from column to cell."""
@@ -379,8 +376,7 @@ def leaves_table(title: str, leaves: Sequence[Leaf], kinds: Mapping[str, HasHand
       kinds: the kinds, for the part below; every leaf's kind must be among them.
 
     Returns:
-      A table with the columns path, kind (if any leaf has one), type, shape, dtype, and aliases (if any leaf has
-      some).
+      A table with the columns path, kind (if any leaf has one), type, shape, dtype, aliases (if any leaf has some).
 
     Example:
       >>> from flax import nnx
