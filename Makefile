@@ -50,13 +50,13 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 demo: $(VENV)/.installed
 	$(BIN)/statewise demo
 
-# Everything that answers fast.  Properties draw ten examples, and JAX keeps what it compiled in .jax_cache: the second
-# run is the fast one.  Left out are the directories that tests/conftest.py marks, files marked `heavy`,
-# and tests that took more than a second in the last quick run of this checkout (tests/helpers/quick.py).
+# JAX keeps what the tests compiled: most programs come again, and a second run is faster.
+tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
+
+# Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
+# marks, files marked `heavy`, and tests that took more than a second in the last quick run of this checkout
+# (tests/helpers/quick.py).
 QUICK := not slow and not heavy and not docs and not processes and not browser and not equivalence
-quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
-quick: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
-quick: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 quick: lint types
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --quick --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
 
@@ -74,8 +74,9 @@ tests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # What the oldest Python and libraries can make fail, on them, in an environment beside the first.  Lint, types, the site,
-# the pages and the browser's tests do not depend on them; of each property it draws fewer examples.
-OLDEST := not slow and not docs and not browser
+# the pages and the browser's tests do not depend on them; of each property it draws fewer examples.  To leave CI time,
+# `heavy` files and those that start processes run on the newest only; `make PYTHON=... VENV=... test` runs everything.
+OLDEST := not slow and not heavy and not docs and not processes and not browser
 tests-oldest:
 	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
 	  PYTEST_ARGS='--hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests

@@ -13,6 +13,9 @@ from pathlib import Path
 # Both are read once, when jax is imported: nothing above these lines may import it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Where `make` has JAX keep what it compiled.  JAX does not write these files atomically: each worker has its own
+# folder, and the programs that tests start have none.
+COMPILED = os.environ.pop("JAX_COMPILATION_CACHE_DIR", "")
 
 import runtime_types
 
@@ -41,19 +44,25 @@ MARKED = {
     "equivalence": "trains models beside plain NNX and compares every number",
 }
 QUICK_EXAMPLES = 10  # of each property, under `--hypothesis-profile=quick`
+CI_EXAMPLES = 40
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if COMPILED:
+    jax.config.update("jax_compilation_cache_dir", f"{COMPILED}/{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # A hint that looks like code and is not Python fails the test that meets it.
 for made in (StatewiseError, StatewiseWarning, Finding):
     check_hints_of(made)
 
 # Compilation makes the first example of a property slow and the next ones fast: a deadline would only flicker.
-# CI draws the same examples every time; elsewhere each run looks at new ones.
-settings.register_profile("statewise", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+# CI draws the same examples every time, and more of them would find nothing new; elsewhere each run looks at others.
+settings.register_profile("statewise", deadline=None, print_blob=True)
+settings.register_profile("ci", settings.get_profile("statewise"), derandomize=True, max_examples=CI_EXAMPLES)
 # A quick run draws the same ones too, so that what it compiled is in JAX's cache the next time.
 settings.register_profile("quick", settings.get_profile("statewise"), derandomize=True, max_examples=QUICK_EXAMPLES)
-settings.load_profile("statewise")
+settings.load_profile("ci" if "CI" in os.environ else "statewise")
 
 
 def pytest_configure(config: pytest.Config) -> None:

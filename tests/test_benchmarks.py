@@ -26,6 +26,8 @@ from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
 from benchmarks.workloads import WORKLOADS, grow, look, memory, serve, train  # noqa: E402
 
+pytestmark = pytest.mark.heavy
+
 TINY = Settings.tiny()
 needs_equinox = pytest.mark.skipif(importlib.util.find_spec("equinox") is None, reason="equinox is missing")
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is missing")
