@@ -29,6 +29,7 @@ DONE = (
     "src/statewise/_src/plan",
     "src/statewise/_src/sharding",
     "src/statewise/_src/step",
+    "src/statewise/_src/inspect",
     "src/statewise/_src/report",
 )
 

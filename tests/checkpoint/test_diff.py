@@ -373,7 +373,7 @@ def test_kinds_are_for_models(tmp_path: pathlib.Path) -> None:
     with refused(sw.DeclarationError, message, hint="sw.diff(a, b)"):
         diff(tmp_path / "run", tmp_path / "run", kinds=kinds)
     with refused(
-        sw.DeclarationError, "dict is no Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"
+        sw.DeclarationError, "dict is not a Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"
     ):
         diff(model, model, kinds={"params": nnx.Param})
 

@@ -43,7 +43,7 @@ def test_a_table_that_says_what_is_not_in_it(run: Run) -> None:
     status, out, err = run("plan", "data=4,model=2")
     assert (status, err) == (0, "")
     assert out.splitlines() == [
-        "memory of each of 8 devices, mesh (data=4, model=2): ACTIVATIONS ARE NOT IN IT",
+        "memory of each of 8 devices, mesh (data=4, model=2): ACTIVATIONS ARE NOT INCLUDED",
         "kind       arrays    bytes  per device  saved if sharded",
         "--------------------------------------------------------",
         "weights         1  4.0 KiB       512 B                 -",

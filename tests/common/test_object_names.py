@@ -184,7 +184,7 @@ def test_named_objects_are_watched_and_linted() -> None:
     assert len(seen.changed["params"]) == 4
     with sw.watch(policy=policy, reference=reference) as seen:
         error = refused(lambda: seen.compare(policy=policy, other=reference), sw.StructureError)
-    assert error.message == "Watched are policy, reference, but handed over are policy, other."
+    assert error.message == "The watched objects are policy, reference, but policy, other were passed."
     assert error.hint == "watch.compare(policy=policy, reference=reference)"
     zeros = nnx.Dict(running_var=nnx.BatchStat(jnp.zeros(2)))
     (finding,) = sw.lint(policy=policy, statistics=zeros)

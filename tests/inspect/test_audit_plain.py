@@ -55,7 +55,7 @@ def test_a_plain_function_takes_a_state_of_other_kinds_and_flags_as_they_are() -
 
 def test_a_model_or_a_method_of_one_is_not_taken_for_a_function_of_it() -> None:
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    told = "brings its Linear along; what it does to an object is told of those that it is given."
+    told = "contains its own Linear; an audit only covers objects that are passed as arguments."
     with refused(sw.StructureError, f"model {told}", hint="sw.audit(lambda model, *args: model(*args), model, ...)"):
         sw.audit(model, model, X)
     with refused(
@@ -69,7 +69,7 @@ def test_a_model_or_a_method_of_one_is_not_taken_for_a_function_of_it() -> None:
 def test_a_plain_function_with_an_object_among_its_arguments_is_refused() -> None:
     with refused(
         sw.StructureError,
-        "nnx_train is given Optimizer as an argument; what it does to an object is told of those before them.",
+        "nnx_train is given Optimizer as an argument; only the objects before its arguments are audited.",
         hint="sw.audit(nnx_train, (model, optimizer), ...)",
     ):
         model = Net(nnx.Rngs(0))

@@ -123,7 +123,7 @@ def test_own_kinds(model: Model) -> None:
     assert len(unclaimed.value.leaves) == 10
     with pytest.raises(OverlapError):
         census(model, Kinds(params=Kind(nnx.Param), all=Kind(nnx.Variable), rest=Kind(...)))
-    with pytest.raises(DeclarationError, match="Param is no Kinds"):
+    with pytest.raises(DeclarationError, match="Param is not a Kinds"):
         census(model, nnx.Param)
 
 

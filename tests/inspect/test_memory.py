@@ -143,15 +143,15 @@ def test_the_largest_leaves_come_first_and_a_leaf_counts_with_all_its_arrays() -
 
 def test_it_says_loudly_that_activations_are_not_in_it() -> None:
     counted = sw.memory(sw.plan(model()), {"data": 8})
-    assert "ACTIVATIONS ARE NOT IN IT" in str(counted).splitlines()[0]
-    assert "ACTIVATIONS ARE NOT IN IT" in counted._repr_html_()
-    assert json.loads(counted.to_json())["note"] == "ACTIVATIONS ARE NOT IN IT"
+    assert "ACTIVATIONS ARE NOT INCLUDED" in str(counted).splitlines()[0]
+    assert "ACTIVATIONS ARE NOT INCLUDED" in counted._repr_html_()
+    assert json.loads(counted.to_json())["note"] == "ACTIVATIONS ARE NOT INCLUDED"
 
 
 def test_the_table_has_a_column_for_other_memory_where_there_is_some() -> None:
     counted = sw.memory(kinds_of(sw.Replicated(memory="pinned_host")).plan(linear(use_bias=False)), {"data": 2})
     assert str(counted).splitlines() == [
-        "memory of each of 2 devices, mesh (data=2): ACTIVATIONS ARE NOT IN IT",
+        "memory of each of 2 devices, mesh (data=2): ACTIVATIONS ARE NOT INCLUDED",
         "kind    arrays    bytes  per device     host  saved if sharded",
         "--------------------------------------------------------------",
         "params       1  4.0 KiB         0 B  4.0 KiB                 -",
@@ -245,7 +245,7 @@ def test_a_decoder_of_405_billion_parameters_is_counted_without_an_array(monkeyp
 def test_axes_that_are_none(mesh: Any) -> None:
     with refused(
         sw.PlacementError,
-        f"{mesh!r} is no mesh: the name of each axis, and how many devices it has.",
+        f"{mesh!r} is not a mesh: the name of each axis, and its number of devices.",
         hint="{'data': 16, 'model': 8}",
     ):
         sw.memory(sw.plan(linear()), mesh)
@@ -257,7 +257,7 @@ def test_a_mesh_in_words_is_none() -> None:
 
 
 def test_a_model_is_no_plan() -> None:
-    with refused(sw.DeclarationError, "Memory is counted by a plan.", hint="sw.memory(sw.plan(model), {'data': 8})"):
+    with refused(sw.DeclarationError, "Memory is counted for a plan.", hint="sw.memory(sw.plan(model), {'data': 8})"):
         sw.memory(linear(), {"data": 8})
 
 

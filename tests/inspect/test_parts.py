@@ -67,7 +67,7 @@ def test_split_refuses_what_plan_refuses(model: Model) -> None:
     with pytest.raises(OverlapError, match="params and first"):
         split(model, Kinds(params=Kind(nnx.Param), first=Kind(Path("first/*")), rest=Kind(...)))
     for bad in (nnx.Param, None, {"params": Kind(nnx.Param)}):
-        with pytest.raises(DeclarationError, match="is no Kinds"):
+        with pytest.raises(DeclarationError, match="is not a Kinds"):
             split(model, bad)
     with pytest.raises(StructureError, match="class Model"):
         split(Model, STANDARD)
@@ -220,12 +220,12 @@ def test_keys_of_another_type_are_told_apart(model: Model) -> None:
 @pytest.mark.parametrize("bad", [None, 3, jnp.ones(2), "state", {"a": 3}, [nnx.Linear]])
 def test_merge_refuses_what_are_no_parts(model: Model, bad: Any) -> None:
     graphdef, _ = split(model, STANDARD)
-    with pytest.raises(StructureError, match="is no state"):
+    with pytest.raises(StructureError, match="is not a state"):
         merge(graphdef, bad)
 
 
 def test_merge_refuses_what_is_no_graph_definition(model: Model) -> None:
-    with pytest.raises(StructureError, match="Model is no graph definition"):
+    with pytest.raises(StructureError, match="Model is not a graph definition"):
         merge(model, nnx.state(model))
 
 

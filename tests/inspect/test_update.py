@@ -88,11 +88,11 @@ def test_update_lists_every_problem_and_changes_nothing(model: Model) -> None:
     assert notes(caught.value) == {
         "first/kernel": "is (9, 9) in the state",
         "first/extra": "not in the model",
-        "tied/kernel": "tied: the same leaf as first/kernel, which names it",
+        "tied/kernel": "tied: the same leaf as first/kernel; use that path",
         "layers/0/mean": "is a Cache in the state",
         "layers/0/var": "is float64 in the state",
         "layers/1/rngs": "not in the model",
-        "raw": "a shape and dtype only: the model has an array",
+        "raw": "only a shape and dtype: the model has an array",
     }
     after = flat(model)
     assert all(value is after[path][1] for path, (_, value) in before.items())
@@ -160,7 +160,7 @@ def test_abstract_models_take_arrays() -> None:
 
 @pytest.mark.parametrize("bad", [None, 3, jnp.ones(2), [("a", 1)]])
 def test_update_refuses_what_is_no_state(model: Model, bad: Any) -> None:
-    with pytest.raises(StructureError, match="is no state"):
+    with pytest.raises(StructureError, match="is not a state"):
         update(model, bad)
 
 

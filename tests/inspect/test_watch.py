@@ -73,12 +73,12 @@ def test_the_dropped_update_of_a_plain_jit_is_found() -> None:
     assert watch.changed == {}
     hint = (
         "nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-        "or, watch.compare(model) at the end of the block, where the code returns a new model"
+        "or, watch.compare(model) at the end of the block, if the code returns a new model"
     )
     with (
         refused(
             sw.WatchError,
-            "Nothing of params and stats changed, though that was expected.",
+            "Nothing of params and stats changed, although that was expected.",
             leaves=[
                 "dense/bias: Param(2,) float32  kind=params  (did not change)",
                 "dense/kernel: Param(3, 2) float32  kind=params  (did not change)",
@@ -126,7 +126,7 @@ def test_a_changed_frozen_base_is_found() -> None:
     with (
         refused(
             sw.WatchError,
-            "Base changed, though frozen.",
+            "Base changed, although frozen.",
             leaves=[
                 "base_module/bias: Param(2,) float32  kind=base  (frozen, but changed)",
                 "base_module/kernel: Param(3, 2) float32  kind=base  (frozen, but changed)",
@@ -154,7 +154,7 @@ def test_an_empty_expectation_asks_for_what_is_frozen_alone() -> None:
     kinds = sw.Kinds(params=sw.Kind(nnx.Param, frozen=True))
     with sw.watch(model, kinds, expect=()):
         pass
-    with pytest.raises(sw.WatchError, match="Params changed, though frozen"), sw.watch(model, kinds, expect=()):
+    with pytest.raises(sw.WatchError, match="Params changed, although frozen"), sw.watch(model, kinds, expect=()):
         model.bias[...] += 1
     with sw.watch(model, kinds) as watch:
         model.bias[...] += 1
@@ -313,14 +313,14 @@ def test_a_kind_of_which_all_is_gone_did_not_get_the_values_expected() -> None:
     with (
         refused(
             sw.WatchError,
-            "Nothing of params got new values, though that was expected.",
+            "Nothing of params got new values, although that was expected.",
             leaves=[
                 f"bias: Param(2,) float32  kind=params  ({gone})",
                 f"kernel: Param(3, 2) float32  kind=params  ({gone})",
             ],
             kind="params",
             hint="nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped\n"
-            "or, watch.compare(model) at the end of the block, where the code returns a new model",
+            "or, watch.compare(model) at the end of the block, if the code returns a new model",
         ),
         sw.watch(model, expect="params") as watch,
     ):

@@ -320,7 +320,7 @@ def test_lint_finds_an_optimizer_whose_path_is_not_there() -> None:
     (finding,) = sw.lint(model, optimizer)
     assert finding.code == "path-matches-nothing"
     assert finding.message == (
-        "The nnx.Optimizer at 1 has wrt=Param & Path('haed/**'), of which Path('haed/**') matches no path; "
+        "The nnx.Optimizer at 1 has wrt=Param & Path('haed/**'), where Path('haed/**') matches no path; "
         "the nearest are 0/head/bias, 0/head/kernel."
     )
     for wrt in (sw.Path("head/**"), nnx.Param, nnx.PathContains("kernel")):

@@ -5,7 +5,7 @@ itself, or a tuple of objects, also works.  Exit status: 0 for success, 1 for fi
 claims), 2 for wrong usage, with one line that says what is wrong.
 
 This module imports nothing heavy, so that `--help` is instant.  The others: `options` (the parser), `commands` (what
-each command does), `checkpoints` (the same for commands on checkpoints), `targets` (from text to objects),
+each command does), `checkpoints` (the requests of those on checkpoints), `targets` (from text to objects),
 `expressions` (from text to filters).
 """
 

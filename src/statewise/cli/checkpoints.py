@@ -1,4 +1,4 @@
-"""The commands on checkpoints: `inspect`, `convert`, `diff`, and `report`, which also accepts them.
+"""The requests of the commands on checkpoints, `inspect`, `convert`, `diff` and `report`: paths, names, and states.
 
 A wrong request (a path that does not exist, or exists where it should not, an unknown name) is wrong usage; a problem
 in a checkpoint is a finding.
@@ -7,46 +7,16 @@ in a checkpoint is a finding.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
 
-from statewise._src.checkpoint.diff.diff import Diff, diff
-from statewise._src.checkpoint.interop.convert import Conversion, convert
-from statewise._src.checkpoint.restore import inspect
 from statewise._src.core.plan import Kinds, Plan, State
-from statewise._src.inspect.census import Census
-from statewise._src.report.report import Report, report
+from statewise._src.inspect.select.select import objects_of
 from statewise.cli.targets import UsageError
-from statewise.errors import RestoreError
 
-__all__ = ["check", "converted", "differences", "inspected", "is_checkpoint", "reported", "state_of"]
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """Turns restore errors without leaves into usage errors: they are about the paths or names in the request."""
-    try:
-        yield
-    except RestoreError as error:
-        if error.leaves:
-            raise
-        raise UsageError(f"{error.message} (hint: {error.hint})") from error
+__all__ = ["check_conversion", "is_checkpoint", "renames", "state_of"]
 
 
-def inspected(path: str) -> Census:
-    """Returns the census of a checkpoint.
-
-    Raises:
-      UsageError: there is nothing, or nothing in a known format.
-      CorruptedError: it is not what was written.
-    """
-    with _usage():
-        return inspect(path)
-
-
-def check(args: argparse.Namespace) -> None:
+def check_conversion(args: argparse.Namespace) -> None:
     """Checks everything that can be checked before a target is made.
 
     Raises:
@@ -54,6 +24,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if not os.path.exists(args.source):
         raise UsageError(f"there is nothing at {args.source!r}")
+    # lexists: a broken link is something too.
     if os.path.lexists(args.destination):
         raise UsageError(f"there is already something at {args.destination!r}, and nothing is overwritten")
     statewise = args.to == "statewise" or (args.to is None and not args.destination.endswith(".safetensors"))
@@ -63,18 +34,23 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("--kinds and --abstract are for a --target, and there is none")
 
 
-def _renames(texts: list[str]) -> dict[str, str | None]:
-    renames: dict[str, str | None] = {}
+def renames(texts: list[str]) -> dict[str, str | None]:
+    """Parses renames, `OLD=NEW` each; `OLD=` drops a name.
+
+    Raises:
+      UsageError: a text does not have that form.
+    """
+    names: dict[str, str | None] = {}
     for text in texts:
         old, equals, new = text.partition("=")
         if not equals or not old:
             raise UsageError(f"--rename {text!r} is not OLD=NEW")
-        renames[old] = new or None
-    return renames
+        names[old] = new or None
+    return names
 
 
-def state_of(model: Any, abstract: bool, plan: Plan | None, kinds: Kinds | None) -> State:
-    """Returns the state that a target stands for.
+def state_of(model: object, abstract: bool, plan: Plan | None, kinds: Kinds | None) -> State:
+    """Returns the state that a target represents.
 
     Raises:
       UsageError: kinds for a target that is already planned.
@@ -85,28 +61,9 @@ def state_of(model: Any, abstract: bool, plan: Plan | None, kinds: Kinds | None)
         return model
     if plan is not None:
         return plan.abstract()
-    objects = model if isinstance(model, (tuple, list)) else (model,)
+    objects = objects_of(model)
     plan = (kinds or Kinds.standard()).plan(*objects)
     return plan.abstract() if abstract else plan.take(*objects)
-
-
-def converted(args: argparse.Namespace, target: State | None) -> Conversion:
-    """Converts, or reports what a conversion would do.
-
-    Raises:
-      UsageError: a source in an unknown format, a rename of an unknown name.
-      StatewiseError: as raised by `sw.convert`.
-    """
-    with _usage():
-        return convert(
-            args.source,
-            args.destination,
-            target=target,
-            to=args.to,
-            rename=_renames(args.rename) or None,
-            dry_run=args.dry_run,
-            cast=args.cast,
-        )
 
 
 def is_checkpoint(text: str) -> bool:
@@ -120,25 +77,3 @@ def is_checkpoint(text: str) -> bool:
     if ":" not in text:
         raise UsageError(f"there is nothing at {text!r}, and it is not package.module:factory or file.py:factory")
     return False
-
-
-def differences(first: Any, second: Any, kinds: Kinds | None) -> Diff:
-    """Compares two checkpoints, or a checkpoint and a model.
-
-    Raises:
-      UsageError: a path that is not a checkpoint.
-      StatewiseError: as raised by `sw.diff`.
-    """
-    with _usage():
-        return diff(first, second, kinds=kinds)
-
-
-def reported(target: Any, other: Any, kinds: Kinds | None, mesh: dict[str, int] | None) -> Report:
-    """Reports on models and checkpoints.
-
-    Raises:
-      UsageError: a path that is not a checkpoint.
-      StatewiseError: as raised by `sw.report`.
-    """
-    with _usage():
-        return report(target, other, kinds=kinds, mesh=mesh)

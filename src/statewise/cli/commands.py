@@ -1,4 +1,7 @@
-"""The commands: each makes its target, inspects it, and prints the result."""
+"""The commands: each makes its target, inspects it, and prints the result.
+
+The commands on checkpoints import Orbax when they run; the others do not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,16 @@ from typing import Any
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelError
-from statewise._src.common.tables import Table, leaf_dict
+from statewise._src.common.tables import Shown, leaf_dict
 from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.census import census
 from statewise._src.inspect.lint.lint import lint
 from statewise._src.inspect.memory import memory
-from statewise._src.inspect.select.select import explain
+from statewise._src.inspect.select.select import explain, objects_of
+from statewise.cli import checkpoints
 from statewise.cli.expressions import parse_filter, types_by_name
 from statewise.cli.targets import Target, UsageError, load, one_line, parse_mesh
-from statewise.errors import DeclarationError, FilterError, StatewiseError
+from statewise.errors import DeclarationError, FilterError, RestoreError, StatewiseError
 
 __all__ = ["run"]
 
@@ -33,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
     except UsageError as error:
         print(f"statewise: {error}", file=sys.stderr)
         return 2
-    except (ModelError, FilterError, DeclarationError) as error:
-        hint = f" (hint: {one_line(error.hint)})" if error.hint else ""
-        print(f"statewise: {one_line(error.message)}{hint}", file=sys.stderr)
-        return 2
     except StatewiseError as error:
+        # A restore error without leaves is about the paths or names in the request.
+        about_request = isinstance(error, RestoreError) and not error.leaves
+        if about_request or isinstance(error, (ModelError, FilterError, DeclarationError)):
+            hint = f" (hint: {one_line(error.hint)})" if error.hint else ""
+            print(f"statewise: {one_line(error.message)}{hint}", file=sys.stderr)
+            return 2
         if args.json:
             print(json.dumps(_error_dict(error), indent=2))
         else:
@@ -50,37 +56,29 @@ def _error_dict(error: StatewiseError) -> dict[str, Any]:
     return {
         "error": type(error).__name__,
         "message": error.message,
-        "leaves": [leaf_dict(leaf) for leaf in error.leaves],
+        "leaves": list(map(leaf_dict, error.leaves)),
         "kind": error.kind,
         "hint": error.hint,
     }
 
 
 def _census(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    model, _ = _model(args, stack)
+    model, _ = _model(args.target, args.abstract, stack)
     counted = census(model, _kinds(args, stack))
-    return _show(args, counted.table(), counted.to_dict())
+    return _show(args, counted, counted.to_dict())
 
 
 def _plan(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     plan = _plan_of(args, stack)
-    return _show(
-        args,
-        plan.table(),
-        {
-            "leaves": list(map(leaf_dict, plan.leaves)),
-            "excluded": list(map(leaf_dict, plan.excluded)),
-            **census(plan).to_dict(),
-        },
-    )
+    leaves = {"leaves": list(map(leaf_dict, plan.leaves)), "excluded": list(map(leaf_dict, plan.excluded))}
+    return _show(args, plan, leaves | census(plan).to_dict())
 
 
 def _plan_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> Plan:
-    model, _ = _model(args, stack)
+    model, _ = _model(args.target, args.abstract, stack)
     plan = _planned(model)
     if plan is None:
-        kinds = _kinds(args, stack) or Kinds.standard()
-        return kinds.plan(*model) if isinstance(model, (tuple, list)) else kinds.plan(model)
+        return (_kinds(args, stack) or Kinds.standard()).plan(*objects_of(model))
     if args.kinds:
         raise UsageError(f"{args.target} is already planned, by its own kinds: leave --kinds out")
     return plan
@@ -89,21 +87,21 @@ def _plan_of(args: argparse.Namespace, stack: contextlib.ExitStack) -> Plan:
 def _memory(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     axes = parse_mesh(args.mesh)
     counted = memory(_plan_of(args, stack), axes)
-    return _show(args, counted.table(), counted.to_dict())
+    return _show(args, counted, counted.to_dict())
 
 
 def _lint(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    model, _ = _model(args, stack)
+    model, _ = _model(args.target, args.abstract, stack)
     findings = lint(model, kinds=_kinds(args, stack), ignore=args.ignore, decode_length=args.decode_length)
     print(findings.to_json() if args.json else findings)
     return 1 if findings else 0
 
 
 def _explain(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    model, target = _model(args, stack)
+    model, target = _model(args.target, args.abstract, stack)
     types = {leaf.type for leaf in explain(model, ...).leaves}
     explanation = explain(model, parse_filter(args.filter, target.module, types_by_name(types)))
-    return _show(args, explanation.table(), explanation.to_dict())
+    return _show(args, explanation, explanation.to_dict())
 
 
 def _demo(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
@@ -118,55 +116,50 @@ def _demo(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 
 
 def _inspect(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    from statewise.cli import checkpoints
+    from statewise._src.checkpoint.restore import inspect
 
-    counted = checkpoints.inspected(args.path)
-    return _show(args, counted.table(), counted.to_dict())
+    counted = inspect(args.path)
+    return _show(args, counted, counted.to_dict())
 
 
 def _convert(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    from statewise.cli import checkpoints
+    from statewise._src.checkpoint.interop.convert import convert
 
-    checkpoints.check(args)
-    model = None if args.target is None else _model(args, stack)[0]
-    target = None if model is None else checkpoints.state_of(model, args.abstract, _planned(model), _kinds(args, stack))
-    conversion = checkpoints.converted(args, target)
-    _show(args, conversion.table(), conversion.to_dict())
-    return 0 if conversion.ok else 1
+    checkpoints.check_conversion(args)
+    target = None
+    if args.target is not None:
+        model, _ = _model(args.target, args.abstract, stack)
+        target = checkpoints.state_of(model, args.abstract, _planned(model), _kinds(args, stack))
+    rename = checkpoints.renames(args.rename) or None
+    conversion = convert(
+        args.source, args.destination, target=target, to=args.to, rename=rename, dry_run=args.dry_run, cast=args.cast
+    )
+    return _show(args, conversion, conversion.to_dict(), ok=conversion.ok)
 
 
 def _diff(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    from statewise.cli import checkpoints
+    from statewise._src.checkpoint.diff.diff import diff
 
-    first, second = (
-        text if checkpoints.is_checkpoint(text) else _model(argparse.Namespace(target=text, abstract=False), stack)[0]
-        for text in (args.first, args.second)
-    )
-    difference = checkpoints.differences(first, second, _kinds(args, stack))
-    _show(args, difference.table(), difference.to_dict())
-    return 1 if difference else 0
+    first, second = (_side(text, False, stack) for text in (args.first, args.second))
+    difference = diff(first, second, kinds=_kinds(args, stack))
+    return _show(args, difference, difference.to_dict(), ok=not difference)
 
 
 def _report(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
-    from statewise.cli import checkpoints
+    from statewise._src.report.report import report
 
     if args.output is None and not args.json:
         raise UsageError("the page needs a file name: -o report.html")
     mesh = None if args.mesh is None else parse_mesh(args.mesh)
-    target, other = (
-        text
-        if text is None or checkpoints.is_checkpoint(text)
-        else _model(argparse.Namespace(target=text, abstract=args.abstract), stack)[0]
-        for text in (args.target, args.other)
-    )
-    page = dataclasses.replace(checkpoints.reported(target, other, _kinds(args, stack), mesh), title=args.target)
+    target = _side(args.target, args.abstract, stack)
+    other = None if args.other is None else _side(args.other, args.abstract, stack)
+    page = dataclasses.replace(report(target, other, kinds=_kinds(args, stack), mesh=mesh), title=args.target)
     if args.output is not None:
         try:
             page.write(args.output)
         except OSError as error:
             raise UsageError(f"{args.output!r} cannot be written: {error.strerror or error}") from error
-    _show(args, page.table(), page.to_dict())
-    return 0 if page.ok else 1
+    return _show(args, page, page.to_dict(), ok=page.ok)
 
 
 _COMMANDS = {
@@ -183,21 +176,26 @@ _COMMANDS = {
 }
 
 
-def _model(args: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[Any, Target]:
-    """Returns the model that the target names, or that its function returns."""
+def _model(text: str, abstract: bool, stack: contextlib.ExitStack) -> tuple[Any, Target]:
+    """Returns the model that a target's text names, or that its function returns."""
     # What a user's module prints does not belong to this output, which may be JSON for another program.
     with contextlib.redirect_stdout(sys.stderr):
-        target = load(args.target, stack)
-        model = target.evaluated(_is_model, nnx.eval_shape if args.abstract else None)
+        target = load(text, stack)
+        model = target.evaluated(_is_model, nnx.eval_shape if abstract else None)
     return model, target
 
 
-def _is_model(value: Any) -> bool:
+def _side(text: str, abstract: bool, stack: contextlib.ExitStack) -> Any:
+    """Returns a side of a comparison: the path of a checkpoint, or a model."""
+    return text if checkpoints.is_checkpoint(text) else _model(text, abstract, stack)[0]
+
+
+def _is_model(value: object) -> bool:
     # Modules are callable, but are models nevertheless.
     return isinstance(value, (nnx.Pytree, nnx.Variable, nnx.State, tuple, list, dict)) or _planned(value) is not None
 
 
-def _planned(value: Any) -> Plan | None:
+def _planned(value: object) -> Plan | None:
     return value if isinstance(value, Plan) else value.plan if isinstance(value, State) else None
 
 
@@ -211,13 +209,14 @@ def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | Non
     return kinds
 
 
-def _show(args: argparse.Namespace, table: Table, data: dict[str, Any]) -> int:
+def _show(args: argparse.Namespace, result: Shown, data: dict[str, Any], ok: bool = True) -> int:
+    """Prints a result as JSON, with colors in a terminal, or as plain text; returns the exit status."""
     if args.json:
         print(json.dumps(data, indent=2))
     elif sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(table)
+        Console().print(result)
     else:
-        print(table)
-    return 0
+        print(result.table())
+    return 0 if ok else 1

@@ -127,6 +127,7 @@ class _Reader:
 
     def type_named(self, name: str) -> type:
         first, *rest = name.split(".")
+        # The module first: it may have a type of its own with a name that nnx has too.
         for scope in (vars(self.module), self.types, PACKAGES, vars(nnx)):
             value = scope.get(first)
             for attribute in rest:

@@ -47,6 +47,8 @@ written either way.
 FACTORY = "package.module:factory or file.py:factory"
 CHECKPOINT = "a checkpoint's directory, or a .safetensors file"
 AS_IN_PLAN = "as in `statewise plan`"
+MESH = "its axes and their sizes, data=16,model=8"
+ABSTRACT = "make the model without its arrays (nnx.eval_shape), if it is too large"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,62 +85,44 @@ def build_parser() -> argparse.ArgumentParser:
         )
 
     _add_models(add)
-    _add_memory(add)
-    _add_lint(add)
     _add_report(add)
     _add_checkpoints(add)
     demo = add("demo", "train a small transformer on real text, and see what its kinds are good for")
     demo.add_argument("--steps", type=_positive, metavar="N", help="the number of training steps")
-    for command in commands.choices.values():
-        command.add_argument("--json", action="store_true", help=_JSON.get(command.prog.split()[-1], "print JSON"))
+    # Last, so that --json is the last option of each command.
+    for name, command in commands.choices.items():
+        text = "print the data as JSON; then no page is needed" if name == "report" else "print JSON"
+        command.add_argument("--json", action="store_true", help=text)
     return parser
 
 
-_JSON = {"report": "print the data as JSON; then no page is needed"}
+def _add_target(command: argparse.ArgumentParser, abstract: str, kinds: str | None = None) -> None:
+    """Adds a model, with the texts of its options."""
+    command.add_argument("target", metavar="TARGET", help=FACTORY)
+    command.add_argument("--abstract", action="store_true", help=abstract)
+    if kinds is not None:
+        command.add_argument("--kinds", metavar="KINDS", help=kinds)
 
 
 def _add_models(add: _Add) -> None:
-    census = add("census", "count a model kind by kind: leaves, elements, bytes, dtypes")
-    plan = add("plan", "show the kind of each leaf; exit status 1 if kinds and model do not fit")
+    unseen = f"{ABSTRACT}; arrays outside of nnx.Variables are then not seen"
+    kinds = (
+        "package.module:kinds or file.py:kinds, a Kinds or a function that returns one; by default the standard kinds"
+    )
+    _add_target(add("census", "count a model kind by kind: leaves, elements, bytes, dtypes"), unseen, kinds)
+    _add_target(add("plan", "show the kind of each leaf; exit status 1 if kinds and model do not fit"), unseen, kinds)
     explain = add("explain", "show which leaves a filter matches, and why", FILTERS)
-    for command in (census, plan, explain):
-        command.add_argument("target", metavar="TARGET", help=FACTORY)
-        command.add_argument(
-            "--abstract",
-            action="store_true",
-            help="make the model without its arrays (nnx.eval_shape), if it is too large; arrays outside of "
-            "nnx.Variables are then not seen",
-        )
-    for command in (census, plan):
-        command.add_argument(
-            "--kinds",
-            metavar="KINDS",
-            help="package.module:kinds or file.py:kinds, a Kinds or a function that returns one; by default the "
-            "standard kinds",
-        )
+    _add_target(explain, unseen)
+    # After the target: positional arguments are parsed in the order in which they are added.
     explain.add_argument("filter", metavar="FILTER", help="which leaves, see below")
 
-
-def _add_memory(add: _Add) -> None:
+    kinds = f"the kinds of the model, {AS_IN_PLAN}"
     memory = add("memory", "count the memory that the state takes on each device of a mesh, without any device", MEMORY)
-    memory.add_argument("target", metavar="TARGET", help=FACTORY)
-    memory.add_argument("--mesh", metavar="MESH", required=True, help="its axes and their sizes, data=16,model=8")
-    memory.add_argument("--kinds", metavar="KINDS", help=f"the kinds of the model, {AS_IN_PLAN}")
-    memory.add_argument(
-        "--abstract", action="store_true", help="make the model without its arrays (nnx.eval_shape), if it is too large"
-    )
+    _add_target(memory, ABSTRACT, kinds)
+    memory.add_argument("--mesh", metavar="MESH", required=True, help=MESH)
 
-
-def _add_lint(add: _Add) -> None:
     lint = add("lint", "check a model for known mistakes; exit status 1 if there are findings", LINT)
-    lint.add_argument("target", metavar="TARGET", help=FACTORY)
-    lint.add_argument("--kinds", metavar="KINDS", help=f"the kinds of the model, {AS_IN_PLAN}")
-    lint.add_argument(
-        "--abstract",
-        action="store_true",
-        help="make the model without its arrays (nnx.eval_shape), if it is too large; rules that need values are then "
-        "skipped",
-    )
+    _add_target(lint, f"{ABSTRACT}; rules that need values are then skipped", kinds)
     lint.add_argument(
         "--ignore", action="append", default=[], metavar="RULE", help="a rule to skip; may be given several times"
     )
@@ -158,9 +142,7 @@ def _add_report(add: _Add) -> None:
     report.add_argument("other", metavar="OTHER", nargs="?", help="another of these, to compare with")
     report.add_argument("-o", "--output", metavar="FILE", help="the page; an existing file is replaced")
     report.add_argument("--kinds", metavar="KINDS", help=f"the kinds of models among the two, {AS_IN_PLAN}")
-    report.add_argument(
-        "--mesh", metavar="MESH", help="show the sharding on a mesh: its axes and their sizes, data=16,model=8"
-    )
+    report.add_argument("--mesh", metavar="MESH", help=f"show the sharding on a mesh: {MESH}")
     report.add_argument(
         "--abstract", action="store_true", help="make models without their arrays (nnx.eval_shape); values are not seen"
     )

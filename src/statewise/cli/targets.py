@@ -118,6 +118,7 @@ def load(text: str, stack: contextlib.ExitStack) -> Target:
       ...     load("string:ascii_lowercase", stack).value
       'abcdefghijklmnopqrstuvwxyz'
     """
+    # At the last colon: a path on Windows has one of its own.
     place, colon, attribute = text.rpartition(":")
     if not colon or not place or not attribute:
         raise UsageError(f"{text!r} is not a target: write package.module:factory or file.py:factory")
@@ -138,7 +139,7 @@ def load(text: str, stack: contextlib.ExitStack) -> Target:
     return Target(text, module, value)
 
 
-def _hint(value: Any, name: str) -> str:
+def _hint(value: object, name: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, dir(value), n=1)
@@ -164,6 +165,7 @@ def _run_file(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UsageError(f"{file.name!r} is not a Python file")
+    # Run, not imported: a file need not be on the path, or have a name that can be imported.
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:

@@ -26,7 +26,7 @@ class Table(nnx.Module):
 def test_an_array_without_a_variable() -> None:
     finds(
         "raw-array",
-        "1 array stands outside of any nnx.Variable.",
+        "1 array is outside of any nnx.Variable.",
         ["table: Array(3,) float32  kind=variables"],
         "self.table = nnx.Variable(...)  # or a subclass of it that says what it is",
         Table(),
@@ -37,7 +37,7 @@ def test_an_array_without_a_variable() -> None:
 def test_arrays_in_containers_are_found() -> None:
     model = nnx.Dict(tables=nnx.List([jnp.ones(2), nnx.Variable(jnp.ones(2)), jnp.zeros(2)]))
     (found,) = sw.lint(model)
-    assert (found.code, found.message) == ("raw-array", "2 arrays stand outside of any nnx.Variable.")
+    assert (found.code, found.message) == ("raw-array", "2 arrays are outside of any nnx.Variable.")
     assert [leaf.path for leaf in found.leaves] == [("tables", 0), ("tables", 2)]
 
 
@@ -94,7 +94,7 @@ def default(array: Any) -> Any:
 def test_an_array_hidden_in_something_static(hide: Callable[[Any], Any], where: str) -> None:
     finds(
         "hidden-array",
-        "1 array hidden in what a module holds as static.",
+        "1 array is hidden in static attributes of modules.",
         [f"held: Array(3,) float32  (in {where})"],
         "make it a leaf, and pass it on: self.held_array = nnx.Variable(...)",
         Holds(hide(jnp.ones(3))),
@@ -132,7 +132,7 @@ def test_an_optimizers_schedule_may_hold_arrays() -> None:
 def test_wide_numbers_of_numpy() -> None:
     finds(
         "wide-numpy-value",
-        "1 leaf of 64-bit numbers of NumPy, which JAX takes as 32-bit ones.",
+        "1 leaf of 64-bit NumPy numbers, which JAX takes as 32-bit ones.",
         ["scale: Variable(3,) float32  kind=variables  (float64 in NumPy)"],
         "nnx.Variable(jnp.asarray(value))  # the dtype that it will have anyway\n"
         "or, for 64 bits: jax.config.update('jax_enable_x64', True)  # before any array is made",
@@ -151,7 +151,7 @@ def test_one_array_in_two_variables() -> None:
     array = jnp.ones(3)
     finds(
         "shared-array",
-        "1 leaf with the very array of another.",
+        "1 leaf holds the same array as another.",
         ["b: Param(3,) float32  kind=params  (shares its array with a)"],
         "nnx.Variable(jnp.copy(array))  # or, if they are meant to stay one: share the Variable, not its array",
         nnx.Dict(a=nnx.Param(array), b=nnx.Param(array)),
@@ -172,8 +172,8 @@ def test_arrays_that_were_donated() -> None:
         "deleted-array",
         "1 leaf whose array was donated.",
         ["w: Param(3,) float32  kind=params"],
-        "take the model from what came back: plan.put(state, model), nnx.update(model, state)\n"
-        "or leave the arrays whole: plan.take(model), without copy=False; jax.jit without donate_argnums",
+        "update the model with the arrays that came back: plan.put(state, model), nnx.update(model, state)\n"
+        "or do not donate its arrays: plan.take(model), without copy=False; jax.jit without donate_argnums",
         model,
     )
 
@@ -192,7 +192,7 @@ def test_weights_that_a_plain_jit_would_untie() -> None:
         "1 leaf is reached by several paths.",
         ["embed/embedding: Param(4, 3) float32  kind=params"],
         "state = sw.plan(model).take(model), and @sw.step or @sw.train_step  # or nnx.jit instead of jax.jit\n"
-        "where this is known: sw.lint(model, ignore='tied-weights')",
+        "if this is known: sw.lint(model, ignore='tied-weights')",
         Tied(),
     )
     assert sw.lint(Tied())[0].leaves[0].aliases == (("table",),)

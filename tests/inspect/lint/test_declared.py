@@ -113,7 +113,7 @@ def test_a_cache_in_a_kind_that_is_saved() -> None:
     model = nnx.Dict(w=nnx.Param(jnp.ones(2)), hits=nnx.Cache(jnp.zeros(2)))
     finds(
         "cache-saved",
-        "The kind 'rest' is saved, and holds 1 of the cache.",
+        "The kind 'rest' is saved, and holds 1 leaf of the cache.",
         ["hits: Cache(2,) float32  kind=rest"],
         "kinds = kinds | sw.Kinds(cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like))",
         model,
@@ -121,7 +121,7 @@ def test_a_cache_in_a_kind_that_is_saved() -> None:
     )
     finds(
         "cache-saved",
-        "The kind 'cache' is saved, and holds 1 of the cache.",
+        "The kind 'cache' is saved, and holds 1 leaf of the cache.",
         ["hits: Cache(2,) float32  kind=cache"],
         "kinds = kinds.replace(cache=dataclasses.replace(kinds['cache'], saved=False))",
         model,
@@ -141,7 +141,7 @@ def test_streams_in_a_kind_that_is_not_saved() -> None:
     model = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
     finds(
         "rng-not-saved",
-        "The kind 'rng' is not saved, and holds 2 of the RNG streams' leaves.",
+        "The kind 'rng' is not saved, and holds 2 leaves of the RNG streams.",
         ["rngs/count: RngCount() uint32  kind=rng", "rngs/key: RngKey() key<fry>  kind=rng"],
         "kinds = kinds.replace(rng=dataclasses.replace(kinds['rng'], saved=True))",
         model,
@@ -156,7 +156,7 @@ def test_statistics_in_a_kind_that_is_not_saved(cls: Any) -> None:
     kinds = sw.Kinds(stats=sw.Kind(cls, saved=False), cache=sw.Kind(nnx.Cache, saved=False))
     finds(
         "statistics-not-saved",
-        "The kind 'stats' is not saved, and holds 1 running statistics.",
+        "The kind 'stats' is not saved, and holds 1 leaf of running statistics.",
         ["mean: BatchStat(2,) float32  kind=stats"],
         "kinds = kinds.replace(stats=dataclasses.replace(kinds['stats'], saved=True))",
         model,

@@ -176,7 +176,7 @@ def test_weights_beside_a_shared_rngs_are_still_found() -> None:
 def test_each_wide_leaf_has_its_own_dtype() -> None:
     finds(
         "wide-numpy-value",
-        "3 leaves of 64-bit numbers of NumPy, which JAX takes as 32-bit ones.",
+        "3 leaves of 64-bit NumPy numbers, which JAX takes as 32-bit ones.",
         [
             "a: Variable(3,) int32  kind=variables  (int64 in NumPy)",
             "b: Variable(2,) float32  kind=variables  (float64 in NumPy)",

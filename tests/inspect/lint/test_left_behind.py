@@ -38,7 +38,7 @@ class Position(nnx.Variable):
 def hint(name: str, others: str = "kinds") -> str:
     return (
         f"kinds = {others} | sw.Kinds(positions=sw.Kind(sw.Path('**/{name}'), saved=False, restart=jnp.zeros_like))"
-        "  # or a function that gives what it starts with\n"
+        "  # or a function that returns its initial value\n"
         "state = state.restart('cache', 'positions')\n"
         f"or, where the model makes it: self.{name} = nnx.Cache(jnp.array(0))"
     )

@@ -91,7 +91,9 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_kinds_of_another_plan() -> None:
-    with refused(sw.DeclarationError, "A plan is looked at by its own kinds.", hint="sw.lint(model, kinds=kinds)"):
+    with refused(
+        sw.DeclarationError, "A plan, or the plan of a state, has its own kinds.", hint="sw.lint(model, kinds=kinds)"
+    ):
         sw.lint(sw.plan(zeros()), kinds=sw.Kinds(rest=sw.Kind(...)))
     clean(sw.plan(zeros()), kinds=sw.Kinds.standard())
 
@@ -103,7 +105,7 @@ def test_a_plan_or_a_state_among_other_objects(take: bool) -> None:
     with pytest.raises(sw.StructureError) as caught:
         sw.lint(given, zeros())
     name = "state" if take else "plan"
-    assert caught.value.message == f"A {name} is looked at alone: it holds all of its objects."
+    assert caught.value.message == f"A {name} is inspected alone: it contains all of its objects."
     assert caught.value.hint == "sw.lint(plan)"
 
 
@@ -120,7 +122,7 @@ def test_no_object_at_all() -> None:
 
 def test_kinds_that_are_none() -> None:
     with refused(
-        sw.DeclarationError, "dict is no Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"
+        sw.DeclarationError, "dict is not a Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))"
     ):
         sw.lint(zeros(), kinds={})
 

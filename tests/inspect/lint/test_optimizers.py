@@ -15,7 +15,7 @@ from linted import clean, codes, finds
 
 LORA = sw.Kinds(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True), lora=sw.Kind(nnx.LoRAParam))
 HALF = "keep the parameters in float32 and compute in bfloat16: nnx.Linear(..., dtype=jnp.bfloat16)\n"
-HALF += "or keep the first moment alone in bfloat16: optax.adam(..., mu_dtype=jnp.bfloat16)"
+HALF += "or keep only the first moment in bfloat16: optax.adam(..., mu_dtype=jnp.bfloat16)"
 
 
 def adapted() -> nnx.LoRALinear:
@@ -62,7 +62,7 @@ def test_a_plan_that_trains_the_base_of_an_adapter() -> None:
 def test_kinds_that_cannot_tell_adapters_from_their_base() -> None:
     finds(
         "base-trained-under-lora",
-        "The kind 'params' holds the adapters and 1 base weights.",
+        "The kind 'params' holds the adapters and 1 base weight.",
         ["kernel: Param(2, 3) float32  kind=params"],
         "kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True)) "
         "| sw.Kinds(lora=sw.Kind(nnx.LoRAParam))",
@@ -166,8 +166,8 @@ def test_an_optimizer_for_frozen_leaves(tx: Any, held: str) -> None:
         "optimizer-state-for-frozen",
         f"The nnx.Optimizer at 1 is set up for 1 leaf that the kinds declare frozen{held}",
         ["0/base/kernel: Param(2, 3) float32  kind=base"],
-        "nnx.Optimizer(model, tx, wrt=...) with a filter of what is trained\n"
-        "or kinds.plan(model, optimizers={...}), where an optimizer of a frozen kind is refused",
+        "nnx.Optimizer(model, tx, wrt=...) with a filter that only matches what is trained\n"
+        "or kinds.plan(model, optimizers={...}), which rejects an optimizer of a frozen kind",
         model,
         optimizer(model, tx),
         kinds=FROZEN_BASE,
@@ -258,7 +258,7 @@ def test_an_average_of_integers_and_keys() -> None:
     model = nnx.Dict(w=nnx.Param(jnp.ones(2)), drop=nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
     finds(
         "ema-over-non-floats",
-        "An nnx.EMA averages 2 leaves that no average is of.",
+        "An nnx.EMA averages 2 leaves that are not floating-point.",
         [
             "1/params/drop/rngs/count: RngCount() uint32  kind=rng",
             "1/params/drop/rngs/key: RngKey() key<fry>  kind=rng",

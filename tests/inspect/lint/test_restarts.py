@@ -108,7 +108,7 @@ def test_an_adapter_that_is_zero_already() -> None:
         "adapter-of-zeros",
         "Every factor of an adapter is zero.",
         ["lora/lora_a: LoRAParam(4, 2) float32  kind=lora", "lora/lora_b: LoRAParam(2, 5) float32  kind=lora"],
-        "self.lora_a = nnx.LoRAParam(nnx.initializers.he_uniform()(key, shape, dtype))  # but one",
+        "self.lora_a = nnx.LoRAParam(nnx.initializers.he_uniform()(key, shape, dtype))  # all but one",
         one,
     )
 

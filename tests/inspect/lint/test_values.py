@@ -113,7 +113,7 @@ def test_streams_at_one_key_and_count() -> None:
         "duplicate-rng-keys",
         "1 stream is at the key and the count of another.",
         ["b/rngs/key: RngKey() key<fry>  kind=rng  (as a/rngs/key)"],
-        "one nnx.Rngs(seed) for the whole model: layers fork streams of their own from it\n"
+        "one nnx.Rngs(seed) for the whole model: layers fork their own streams from it\n"
         "or another seed for each: nnx.Rngs(params=0, dropout=1)",
         Twice(nnx.Rngs(0), nnx.Rngs(0)),
     )

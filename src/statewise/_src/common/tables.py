@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import html
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -30,6 +31,7 @@ from statewise._src.common.paths import Leaf, format_dtype, format_path, format_
 __all__ = [
     "KindCount",
     "Shown",
+    "ShownData",
     "Table",
     "count_kinds",
     "count_leaves",
@@ -42,7 +44,6 @@ __all__ = [
     "total_of",
 ]
 
-
 # The longest word that a column reserves space for, in letters: `restart=zeros_like`.
 _WORD = 18
 
@@ -53,7 +54,6 @@ class HasHandling(Protocol):
 
     def handling(self) -> str:
         """Returns the handling in a few words."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,8 @@ class Table:
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         foot = f"<tfoot>{row(self.footer, 'th')}</tfoot>" if self.footer else ""
         body = "".join(row(cells, "td") for cells in self.rows)
-        head = row(self.columns, "th")
         below = self.below._repr_html_() if self.below else ""
-        return f"<table>{caption}<thead>{head}</thead><tbody>{body}</tbody>{foot}</table>{below}"
+        return f"<table>{caption}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody>{foot}</table>{below}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the table as plain data: each row as a dict from column to cell."""
@@ -208,6 +207,18 @@ class Shown(abc.ABC):
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+class ShownData(Shown):
+    """A result that is also plain data, which JSON can represent."""
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as plain data."""
+
+    def to_json(self) -> str:
+        """Returns the result as JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 def printable(cell: str) -> str:
@@ -353,8 +364,7 @@ def leaves_table(title: str, leaves: Sequence[Leaf], kinds: Mapping[str, HasHand
       kinds: the kinds, for the part below; every leaf's kind must be among them.
 
     Returns:
-      A table with the columns path, kind (if any leaf has one), type, shape, dtype, and aliases (if any leaf has
-      some).
+      A table with the columns path, kind (if any leaf has one), type, shape, dtype, aliases (if any leaf has some).
 
     Example:
       >>> from flax import nnx

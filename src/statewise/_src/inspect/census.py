@@ -1,36 +1,34 @@
-"""The census: how much of each kind a model holds, as plain data.
+"""The census: the size of each kind of a model, as plain data.
 
-A census reads no array, only shapes and dtypes, so that it works as well on an abstract model (`nnx.eval_shape`)
-of any size.  It prints as a table with a line for each kind; the types that fall into a kind are named there, so
-that an unknown subclass of `nnx.Variable`, which the rest kind takes, does not go unseen.
+A census only reads shapes and dtypes, so it also works on an abstract model (`nnx.eval_shape`) of any size.  It prints
+as a table with a line for each kind.  The line lists the types of the kind's leaves, so that an unknown subclass of
+`nnx.Variable`, which the rest kind claims, is noticed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from statewise._src.common.nnx_graph import row_of
-from statewise._src.common.tables import KindCount, Shown, Table, count_kinds, kinds_table, total_of
+from statewise._src.common.tables import KindCount, ShownData, Table, count_kinds, kinds_table, total_of
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import Kinds, State, tables_in
-from statewise._src.inspect.select.select import check_kinds, look
+from statewise._src.inspect.select.select import chosen_kinds, graph_of
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.match import claim
-from statewise.errors import DeclarationError
 
 __all__ = ["Census", "KindCount", "census"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Census(Shown):
-    """What a model amounts to, kind by kind; prints as a table.
+class Census(ShownData):
+    """The size of a model, kind by kind; prints as a table.
 
     Attributes:
       counts: one `KindCount` for each kind, in the order of the kinds.
-      members: of an ensemble how many members are counted; None for one model.
+      members: the number of members that are counted, for an ensemble; None for one model.
 
     Example:
       >>> from flax import nnx
@@ -62,35 +60,28 @@ class Census(Shown):
 
     @property
     def total(self) -> KindCount:
-        """All kinds together."""
+        """Returns the sum of all kinds."""
         return total_of(self.counts)
 
     def table(self) -> Table:
-        """The census as a table: one line for each kind."""
-        return kinds_table(
-            "census" if self.members is None else f"census of an ensemble of {self.members}", self.counts
-        )
+        """Returns the census as a table: one line for each kind."""
+        title = "census" if self.members is None else f"census of an ensemble of {self.members}"
+        return kinds_table(title, self.counts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The census as plain data: `kinds`, a list in order, and `total`; of an ensemble also `members`."""
-        many = {} if self.members is None else {"members": self.members}
+        """Returns the census as plain data: `kinds`, a list in order, and `total`; for an ensemble also `members`."""
         return {
             "kinds": [dataclasses.asdict(count) for count in self.counts],
             "total": dataclasses.asdict(self.total),
-            **many,
-        }
-
-    def to_json(self) -> str:
-        """The census as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        } | ({} if self.members is None else {"members": self.members})
 
 
 def census(model: object, kinds: Kinds | None = None) -> Census:
-    """Counts a model kind by kind: leaves, elements, bytes, dtypes and types, and how each kind is treated.
+    """Counts a model kind by kind: leaves, elements, bytes, dtypes and types, with the handling of each kind.
 
     Args:
       model: a module, a tuple or list of objects, or a dict of them by name, concrete, abstract or traced; or a plan,
-        or a state.  Of a plan, the optimizers' state is counted too, and what an earlier `sow` left in the model.
+        or a state.  For a plan, the optimizers' state is counted too, and what an earlier `sow` left in the model.
       kinds: the kinds to count by, `Kinds.standard()` if None; a plan and a state have their own.
 
     Returns:
@@ -99,8 +90,8 @@ def census(model: object, kinds: Kinds | None = None) -> Census:
     Raises:
       UnclaimedError: leaves that no kind claims, all of them.
       OverlapError: leaves that several kinds claim, all of them.
-      DeclarationError: kinds that are none, that spell a path which is not there, or that stand beside a plan.
-      StructureError: the model is none; a batch of states under the plan of one.
+      DeclarationError: `kinds` is not a `Kinds`, has a path that does not exist, or is passed beside a plan.
+      StructureError: the model is not a model; a batch of states under the plan of one.
 
     Example:
       >>> from flax import nnx
@@ -115,19 +106,13 @@ def census(model: object, kinds: Kinds | None = None) -> Census:
       -------------------------------------------------------------
       total        4        12   48 B
     """
-    if kinds is not None:
-        check_kinds(kinds)
     plan = tables_in(model)
-    if plan is not None:
-        if kinds is not None and kinds != plan.kinds:
-            raise DeclarationError(
-                "A plan is counted by its own kinds.", hint="sw.census(model, kinds)  # the planned model"
-            )
-        if isinstance(model, State):
-            check_not_batch(model)
-        return Census(count_kinds((*plan.leaves, *plan.excluded), plan.kinds), plan.members)
-    found = look(model)
-    declared = Kinds.standard() if kinds is None else kinds
-    claims = claim(declared, found)
-    rows = [row_of(path, leaf, kind) for path, leaf, kind in zip(found.paths, found.leaves, claims, strict=True)]
-    return Census(count_kinds(rows, declared))
+    declared = chosen_kinds(kinds, plan, "sw.census(model, kinds)  # the planned model")
+    if plan is None:
+        graph = graph_of(model)
+        rows = map(row_of, graph.paths, graph.leaves, claim(declared, graph))
+        return Census(count_kinds(rows, declared))
+    if isinstance(model, State):
+        check_not_batch(model)
+    # Leaves that an earlier `sow` left are not part of a state, but the model holds them.
+    return Census(count_kinds((*plan.leaves, *plan.excluded), declared), plan.members)

@@ -1,49 +1,50 @@
-"""Does it fit: what a plan's state takes of each device of a mesh, with no device and no array there.
+"""Does it fit: the memory that a plan's state takes on each device of a mesh, without any device or array.
 
-Counted are the arrays of the state, laid out as `Plan.shardings` lays them, and the gradients of a train step, laid
-out as the parameters that they are of.  Activations are not: they depend on the batch, on what a step recomputes, and
-on the compiler, and are often the larger part.
+The arrays of the state are counted, sharded as by `Plan.shardings`, and the gradients of a train step, sharded like
+their parameters.  Activations are not counted: they depend on the batch, on what a step recomputes, and on the
+compiler, and are often the larger part.
 
-XLA says the same of a compiled train step that reads and writes the whole state (`train.lower(state, x).compile()
-.memory_analysis()`): its arguments are the state and the batch, to the byte, and all of the state is written in place.
-The gradients it counts in its temporary memory, among the activations.
+XLA reports the same for a compiled train step that reads and writes the complete state (`train.lower(state, x)
+.compile().memory_analysis()`): its arguments are the state and the batch, to the byte, and all of the state is written
+in place.  It counts the gradients in its temporary memory, among the activations.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from statewise._src.common.paths import Leaf, format_path
-from statewise._src.common.tables import Shown, Table, format_bytes, leaf_dict
+from statewise._src.common.tables import ShownData, Table, format_bytes, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import Plan, State, tables_in
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import ArrayPlacement, axis_sizes, describe_mesh, resolve, slot_shardings
 from statewise.errors import DeclarationError, PlacementError
 
-__all__ = ["KindMemory", "Memory", "memory"]
+__all__ = ["KindMemory", "Memory", "as_mesh", "bytes_of_leaves", "memory"]
 
 _LARGEST = 10
-_WITHOUT = "ACTIVATIONS ARE NOT IN IT"
+_WITHOUT = "ACTIVATIONS ARE NOT INCLUDED"
 
 
 @dataclasses.dataclass(frozen=True)
 class KindMemory:
-    """What one kind takes.
+    """The memory of one kind.
 
     Attributes:
       name: the kind.
-      arrays: how many arrays it has.
-      nbytes: what they take once.
-      per_device: what they take of each device's own memory.
-      host: what they take of other memory (`pinned_host`) for each device.
-      saving_if_sharded: of a replicated kind, what sharding it evenly over all of the mesh would save on each device.
+      arrays: the number of its arrays.
+      nbytes: their bytes, counted once.
+      per_device: their bytes in each device's own memory.
+      host: their bytes in other memory (`pinned_host`) for each device.
+      saving_if_sharded: the bytes that each device would save if a replicated kind were sharded evenly over the mesh.
 
     Example:
       >>> from flax import nnx
@@ -62,14 +63,14 @@ class KindMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory(Shown):
-    """What a plan's state takes of each device of a mesh; prints as a table.  Activations are not in it.
+class Memory(ShownData):
+    """The memory that a plan's state takes on each device of a mesh; prints as a table.  Activations are not included.
 
     Attributes:
       mesh: the axes of the mesh and their sizes.
       kinds: one `KindMemory` for each kind, in the order of the kinds; `optimizer` is one of them.
       gradients: bytes per device of the gradients of a train step.
-      largest: the leaves that take most of a device, each with its bytes there.
+      largest: the leaves that take the most memory of a device, each with its bytes there.
 
     Example:
       >>> from flax import nnx
@@ -86,68 +87,56 @@ class Memory(Shown):
     largest: tuple[tuple[Leaf, int], ...]
 
     def __getitem__(self, kind: str) -> KindMemory:
-        by_name = {one.name: one for one in self.kinds}
+        by_name = {counted.name: counted for counted in self.kinds}
         if kind not in by_name:
             raise unknown_kind(kind, by_name)
         return by_name[kind]
 
     @property
     def total(self) -> int:
-        """Bytes per device: all kinds and the gradients; activations are not in it."""
-        return sum(one.per_device for one in self.kinds) + self.gradients
+        """Returns the bytes per device: all kinds and the gradients; activations are not included."""
+        return sum(kind.per_device for kind in self.kinds) + self.gradients
 
     @property
     def devices(self) -> int:
-        """How many devices the mesh has."""
-        return _devices(dict(self.mesh))
+        """Returns the number of devices of the mesh."""
+        return math.prod(size for _, size in self.mesh)
 
     def table(self) -> Table:
-        """One line for each kind, one for the gradients; below, the largest leaves."""
-        host = any(one.host for one in self.kinds)
-        columns = ("kind", "arrays", "bytes", "per device", *(["host"] if host else []), "saved if sharded")
-
-        def line(name: str, arrays: str, whole: str, here: int, there: str, saves: str) -> tuple[str, ...]:
-            return (name, arrays, whole, format_bytes(here), *([there] if host else []), saves)
-
-        rows = [
-            line(
-                one.name,
-                str(one.arrays),
-                format_bytes(one.nbytes),
-                one.per_device,
-                format_bytes(one.host),
-                format_bytes(one.saving_if_sharded) if one.saving_if_sharded else "-",
-            )
-            for one in self.kinds
-            if one.arrays
-        ]
+        """Returns a table with one line for each kind, and one for the gradients; below, the largest leaves."""
+        columns: tuple[str, ...] = ("kind", "arrays", "bytes", "per device", "host", "saved if sharded")
+        footer: tuple[str, ...] = ("total", "", "", format_bytes(self.total), "", "")
+        rows: list[tuple[str, ...]] = []
+        for kind in (kind for kind in self.kinds if kind.arrays):
+            sizes = map(format_bytes, (kind.nbytes, kind.per_device, kind.host))
+            saving = format_bytes(kind.saving_if_sharded) if kind.saving_if_sharded else "-"
+            rows.append((kind.name, str(kind.arrays), *sizes, saving))
         if self.gradients:
-            rows.append(line("gradients", "", "", self.gradients, "", ""))
-        leaves = tuple((format_path(leaf.path), leaf.kind or "", format_bytes(here)) for leaf, here in self.largest)
+            rows.append(("gradients", "", "", format_bytes(self.gradients), "", ""))
+        if not any(kind.host for kind in self.kinds):
+            # Without memory of the host, its column goes.
+            columns, footer, *rows = ((*line[:4], line[5]) for line in (columns, footer, *rows))
+        leaves = tuple((format_path(leaf.path), leaf.kind or "", format_bytes(size)) for leaf, size in self.largest)
         return Table(
             f"memory of each of {self.devices} devices, mesh {describe_mesh(dict(self.mesh))}: {_WITHOUT}",
             columns,
             tuple(rows),
             right=columns[1:],
-            footer=line("total", "", "", self.total, "", ""),
+            footer=footer,
             below=Table("the largest leaves", ("path", "kind", "per device"), leaves, right=("per device",)),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, all in bytes."""
+        """Returns the same as plain data, all sizes in bytes."""
         return {
             "note": _WITHOUT,
             "mesh": dict(self.mesh),
             "devices": self.devices,
-            "kinds": [dataclasses.asdict(one) for one in self.kinds],
+            "kinds": list(map(dataclasses.asdict, self.kinds)),
             "gradients": self.gradients,
             "total": self.total,
-            "largest": [{**leaf_dict(leaf), "per_device": here} for leaf, here in self.largest],
+            "largest": [{**leaf_dict(leaf), "per_device": size} for leaf, size in self.largest],
         }
-
-    def to_json(self) -> str:
-        """The same as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
 
 def memory(
@@ -156,22 +145,22 @@ def memory(
     *,
     gradients: bool = True,
 ) -> Memory:
-    """What a plan's state takes of each device of a mesh: does this model, with this optimizer and cache, fit?
+    """Counts the memory that a plan's state takes on each device of a mesh: does it fit, with its optimizer and cache?
 
-    Nothing is made for it: the plan may be of an abstract model (`nnx.eval_shape`), the mesh need not exist.
-    ACTIVATIONS ARE NOT IN IT, nor what the compiler needs for itself.
+    No array is made: the plan may be of an abstract model (`nnx.eval_shape`), and the mesh need not exist.
+    ACTIVATIONS ARE NOT INCLUDED, nor what the compiler needs for itself.
 
     Args:
       plan: the plan, or a state, which has one.
       mesh: a `jax.sharding.Mesh`, an abstract one, or the axes and their sizes, `{"data": 16, "model": 8}`.
-      gradients: counts the gradients of the leaves that have optimizers, laid out as the leaves are.
+      gradients: whether to count the gradients of the leaves that have optimizers, sharded like the leaves.
 
     Returns:
       bytes per device, by kind; prints as a table.
 
     Raises:
-      DeclarationError: something that is no plan.
-      PlacementError: leaves that cannot be placed on the mesh, all of them; something that is no mesh.
+      DeclarationError: `plan` is neither a plan nor a state.
+      PlacementError: leaves that cannot be placed on the mesh, all of them; `mesh` is not a mesh.
 
     Example:
       >>> import optax
@@ -182,7 +171,7 @@ def memory(
       >>> print(
       ...     sw.memory(kinds.plan(model, optimizers={"params": optax.adam(1e-3)}), {"data": 4, "model": 2})
       ... )
-      memory of each of 8 devices, mesh (data=4, model=2): ACTIVATIONS ARE NOT IN IT
+      memory of each of 8 devices, mesh (data=4, model=2): ACTIVATIONS ARE NOT INCLUDED
       kind       arrays     bytes  per device  saved if sharded
       ---------------------------------------------------------
       params          1  16.0 MiB     2.0 MiB                 -
@@ -201,62 +190,78 @@ def memory(
     """
     tables = tables_in(plan)
     if tables is None:
-        raise DeclarationError("Memory is counted by a plan.", hint="sw.memory(sw.plan(model), {'data': 8})")
+        raise DeclarationError("Memory is counted for a plan.", hint="sw.memory(sw.plan(model), {'data': 8})")
     if isinstance(plan, State):
         check_not_batch(plan)
-    mesh = _abstract(mesh) if isinstance(mesh, Mapping) else mesh
+    mesh = as_mesh(mesh)
     sizes = axis_sizes(mesh)
     placed = resolve(tables, mesh)
     if tables.packing:
-        slot_shardings(tables, mesh)  # refuses a packed kind that would be split
-    here: dict[int, int] = {}
-    leaves: dict[int, Leaf] = {}
-    counted = []
-    for kind, specs in tables.specs.items():
-        device = host = whole = 0
-        for spec, lies, leaf in zip(specs, placed[kind], tables.leaf_of_array[kind], strict=True):
-            nbytes = spec.nbytes
-            part = nbytes // lies.parts(sizes)
-            whole += nbytes * ArrayPlacement((lies.each,)).parts(sizes)  # a value for each device, or one for all
-            if _on_device(lies):
-                device += part
-                here[id(leaf)] = here.get(id(leaf), 0) + part
-                leaves[id(leaf)] = leaf
-            else:
-                host += part
-        replicated = device == whole > 0 and not any(lies.split for lies in placed[kind])
-        saves = device - -(-whole // _devices(sizes)) if replicated else 0
-        counted.append(KindMemory(kind, len(specs), whole, device, host, saves))
-    largest = sorted(here, key=lambda one: -here[one])[:_LARGEST]
+        slot_shardings(tables, mesh, placed)  # rejects a packed kind that would be split
+    largest = sorted(bytes_of_leaves(tables, placed, sizes).items(), key=lambda item: -item[1])[:_LARGEST]
+    # A gradient is sharded like its parameter.
+    sources = (source for group in tables.optimizers for source in tables.arrays_of(group).sources if gradients)
     return Memory(
         tuple(sizes.items()),
-        tuple(counted),
-        _gradients(tables, placed, sizes) if gradients else 0,
-        tuple((leaves[one], here[one]) for one in largest),
+        tuple(_of_kind(kind, arrays, placed[kind], sizes) for kind, arrays in tables.by_kind.items()),
+        sum(source.spec.nbytes // placed[source.kind][source.position].parts(sizes) for source in sources),
+        tuple(largest),
     )
 
 
-def _gradients(plan: PlanTables, placed: Mapping[str, tuple[ArrayPlacement, ...]], sizes: Mapping[str, int]) -> int:
-    return sum(
-        source.spec.nbytes // placed[source.kind][source.position].parts(sizes)
-        for group in plan.optimizers
-        for source in plan.arrays_of(group).sources
-    )
+def _of_kind(
+    kind: str, arrays: Sequence[ArrayInfo], placements: Sequence[ArrayPlacement], sizes: Mapping[str, int]
+) -> KindMemory:
+    device = host = total = 0
+    for array, placement in zip(arrays, placements, strict=True):
+        part = array.spec.nbytes // placement.parts(sizes)
+        # One value for each device along `each`, or one for all.
+        total += array.spec.nbytes * math.prod(sizes[name] for name in placement.each)
+        if _on_device(placement):
+            device += part
+        else:
+            host += part
+    # Replicated: each device holds everything once, and nothing is split.
+    replicated = device == total > 0 and not any(placement.split for placement in placements)
+    # The devices share it evenly; the largest share is rounded up.
+    saving = device - -(-total // math.prod(sizes.values())) if replicated else 0
+    return KindMemory(kind, len(arrays), total, device, host, saving)
 
 
-def _on_device(lies: ArrayPlacement) -> bool:
-    return lies.memory in (None, "device")
+def bytes_of_leaves(
+    plan: PlanTables, placed: Mapping[str, Sequence[ArrayPlacement]], sizes: Mapping[str, int]
+) -> dict[Leaf, int]:
+    """Returns the bytes of each leaf in each device's own memory, without leaves in other memory.
+
+    Args:
+      plan: the plan.
+      placed: the placement of each of its arrays, by kind and position.
+      sizes: the axes of the mesh and their sizes.
+    """
+    bytes_of: dict[Leaf, int] = {}
+    for array in plan.arrays:
+        placement = placed[array.kind][array.position]
+        if _on_device(placement):
+            bytes_of[array.leaf] = bytes_of.get(array.leaf, 0) + array.spec.nbytes // placement.parts(sizes)
+    return bytes_of
 
 
-def _devices(sizes: Mapping[str, int]) -> int:
-    return ArrayPlacement((tuple(sizes),)).parts(sizes)
+def _on_device(placement: ArrayPlacement) -> bool:
+    return placement.memory in (None, "device")
 
 
-def _abstract(axes: Mapping[Any, Any]) -> jax.sharding.AbstractMesh:
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in axes.values())
-    if not axes or not whole or not all(isinstance(name, str) for name in axes):
+def as_mesh(mesh: object) -> Any:
+    """Returns a mesh; an abstract one for axes and their sizes.
+
+    Raises:
+      PlacementError: axes without names, or sizes that are not positive numbers.
+    """
+    if not isinstance(mesh, Mapping):
+        return mesh
+    valid = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in mesh.values())
+    if not mesh or not valid or not all(isinstance(name, str) for name in mesh):
         raise PlacementError(
-            f"{dict(axes)!r} is no mesh: the name of each axis, and how many devices it has.",
+            f"{dict(mesh)!r} is not a mesh: the name of each axis, and its number of devices.",
             hint="{'data': 16, 'model': 8}",
         )
-    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    return jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))

@@ -1,8 +1,8 @@
-"""Positions that a restart leaves behind: whole numbers that are kept beside caches, in a kind that does not restart.
+"""Positions that a restart leaves behind: integers kept beside caches, in a kind that does not restart.
 
-A cache is of no use without the position up to which it is filled.  Where that position is an `nnx.Variable` of another
-kind, `state.restart("cache")` makes the cache empty and leaves the position where it was: the next token is written,
-and the mask reaches, as if the old text were still there.
+A cache is useless without the position up to which it is filled.  If that position is an `nnx.Variable` of another
+kind, `state.restart("cache")` empties the cache and leaves the position as it was: the next token is written, and the
+mask reaches, as if the old text were still there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from statewise._src.plan.kind import Kind
 
 __all__ = ["WHY", "is_named_position", "may_be_position", "restart_hint"]
 
-WHY = "after restart() the cache is empty, and written and masked as if the old text still stood in it"
+WHY = "after restart() the cache is empty, but it is written and masked as if the old text were still in it"
 
-# What these hold has a life of its own, and is no position in a cache.
+# Values of these types have a meaning of their own, and are not positions in a cache.
 _OTHER = (nnx.Param, nnx.BatchStat, nnx.RngState, nnx.OptState, nnx.Intermediate, nnx.Cache, compat.MetricState)
-
 
 _POSITION = re.compile(
     r"(?:^|_)(?:idx|ind|index|pos|position|cur|current|cursor|len|length|offset|step|ptr|pointer|start|end|filled)(?:_|$|\d)",
@@ -36,8 +35,8 @@ _POSITION = re.compile(
 def may_be_position(type_: type, shape: tuple[int, ...] | None, dtype: Any, name: str) -> bool:
     """Returns whether a Variable may hold a position in a cache, or one for each of its slots.
 
-    It is a plain Variable, or of a type of the user's, and a whole number; of several only where its name says so, as
-    they may as well be tokens.
+    It is a plain Variable, or of a type of the user's, and an integer; several integers only if its name says so, since
+    they could also be tokens.
     """
     if not issubclass(type_, nnx.Variable) or issubclass(type_, _OTHER) or shape is None:
         return False
@@ -45,12 +44,12 @@ def may_be_position(type_: type, shape: tuple[int, ...] | None, dtype: Any, name
 
 
 def is_named_position(name: str) -> bool:
-    """Returns whether a name is that of a position: `cur_ind`, `cache_index`, `pos`."""
+    """Returns whether a name is one that positions have: `cur_ind`, `cache_index`, `pos`."""
     return bool(_POSITION.search(name))
 
 
 def restart_hint(kinds: Mapping[str, Kind], kind: str | None, path: Path, cache: str) -> str:
-    """The declaration under which such a leaf restarts with its cache; and the type with which it would, both as code.
+    """Returns a declaration with which such a leaf restarts with its cache, and a type with which it would, as code.
 
     Args:
       kinds: the declaration.
@@ -69,7 +68,7 @@ def restart_hint(kinds: Mapping[str, Kind], kind: str | None, path: Path, cache:
     target = f"self.{name}" if name.isidentifier() else "self.position"
     return (
         f"kinds = {others} | sw.Kinds({own}=sw.Kind({pattern}, saved=False, restart=jnp.zeros_like))"
-        "  # or a function that gives what it starts with\n"
+        "  # or a function that returns its initial value\n"
         f"state = state.restart({cache!r}, {own!r})\n"
         f"or, where the model makes it: {target} = nnx.Cache(jnp.array(0))"
     )

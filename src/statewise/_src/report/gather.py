@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from jax.sharding import AbstractMesh, Mesh
 
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import leaf_dict
+from statewise._src.inspect.memory import bytes_of_leaves
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.array_placement import ArrayPlacement
 from statewise._src.sharding.mesh import axis_sizes
@@ -49,7 +52,7 @@ class LeafReport:
         return data
 
 
-def leaves_of(plan: PlanTables, mesh: Any = None) -> tuple[LeafReport, ...]:
+def leaves_of(plan: PlanTables, mesh: Mesh | AbstractMesh | None = None) -> tuple[LeafReport, ...]:
     """Returns the leaves of a plan, and those that an earlier sow left beside it, as a census counts them.
 
     Args:
@@ -62,21 +65,15 @@ def leaves_of(plan: PlanTables, mesh: Any = None) -> tuple[LeafReport, ...]:
     excluded = tuple(LeafReport(dataclasses.replace(leaf, note=_EXCLUDED)) for leaf in plan.excluded)
     if mesh is None:
         return (*map(LeafReport, plan.leaves), *excluded)
-    placed, sizes = resolve(plan, mesh), axis_sizes(mesh)
-    words: dict[int, dict[str, None]] = {}
-    bytes_of: dict[int, int] = {}
-    for kind, leaves in plan.leaf_of_array.items():
-        for leaf, spec, placement in zip(leaves, plan.specs[kind], placed[kind], strict=True):
-            words.setdefault(id(leaf), {})[describe_array_placement(placement, len(spec.shape))] = None
-            bytes_of[id(leaf)] = bytes_of.get(id(leaf), 0) + _on_device(placement, spec.nbytes, sizes)
-    return (
-        *(LeafReport(leaf, "; ".join(words.get(id(leaf), ())), bytes_of.get(id(leaf), 0)) for leaf in plan.leaves),
-        *excluded,
-    )
-
-
-def _on_device(placement: ArrayPlacement, nbytes: int, sizes: Mapping[str, int]) -> int:
-    return nbytes // placement.parts(sizes) if placement.memory in (None, "device") else 0
+    placed = resolve(plan, mesh)
+    bytes_of = bytes_of_leaves(plan, placed, axis_sizes(mesh))
+    # The arrays of one leaf may have several placements; each is described once.
+    words: dict[Leaf, dict[str, None]] = {}
+    for array in plan.arrays:
+        text = describe_array_placement(placed[array.kind][array.position], len(array.spec.shape))
+        words.setdefault(array.leaf, {})[text] = None
+    leaves = (LeafReport(leaf, "; ".join(words.get(leaf, ())), bytes_of.get(leaf, 0)) for leaf in plan.leaves)
+    return (*leaves, *excluded)
 
 
 def describe_array_placement(placement: ArrayPlacement, ndim: int) -> str:

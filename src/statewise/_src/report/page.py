@@ -44,7 +44,7 @@ def page(data: dict[str, Any]) -> str:
     return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
 
 
-def embedded(data: Any) -> str:
+def embedded(data: object) -> str:
     """Writes data as JSON that is safe inside an HTML element, whatever text it contains.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +14,13 @@ from statewise._src.checkpoint.diff.sources import is_path
 from statewise._src.checkpoint.restore import leaves_on_disk, members_on_disk
 from statewise._src.common import compat
 from statewise._src.common.problems import counted
-from statewise._src.common.tables import Shown, Table, count_leaves, format_bytes, printable
+from statewise._src.common.tables import ShownData, Table, count_leaves, format_bytes, printable
 from statewise._src.core.plan import Kinds, Plan, State, tables_in, tables_of
 from statewise._src.inspect.census import Census, census
 from statewise._src.inspect.lint.finding import Findings
 from statewise._src.inspect.lint.lint import lint
-from statewise._src.inspect.memory import Memory, memory
-from statewise._src.inspect.select.select import check_kinds
+from statewise._src.inspect.memory import Memory, as_mesh, memory
+from statewise._src.inspect.select.select import check_kinds, objects_of
 from statewise._src.report.gather import LeafReport, leaves_of
 from statewise._src.report.page import page
 from statewise.errors import DeclarationError
@@ -30,7 +29,7 @@ __all__ = ["Report", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Report(Shown):
+class Report(ShownData):
     """Everything there is to see of a model, a plan, a state or a checkpoint; `write` makes a page of it.
 
     Attributes:
@@ -92,10 +91,6 @@ class Report(Shown):
             "diff": None if self.diff is None else self.diff.to_dict(),
             "versions": compat.versions(),
         }
-
-    def to_json(self) -> str:
-        """Returns the report as JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
         """Returns the report as one HTML page, which needs no other file and no network."""
@@ -160,35 +155,35 @@ def report(
       ----------------------------------------------------------
       total         2         9   36 B
     """
-    models = [side for side in (target, other) if side is not None and _is_model(side)]
+    has_models = any(not is_path(side) and tables_in(side) is None for side in (target, other) if side is not None)
     if kinds is not None:
         check_kinds(kinds)
-        if not models:
+        if not has_models:
             raise DeclarationError(
                 "Only models are planned by `kinds`; plans, states and checkpoints have their own.",
                 hint="sw.report(target)",
             )
-    changes = None if other is None else diff(target, other, kinds=kinds if models else None)
+    changes = None if other is None else diff(target, other, kinds=kinds if has_models else None)
     if is_path(target):
         return dataclasses.replace(_of_checkpoint(target, mesh), diff=changes)
-    tables = tables_in(target)
+    tables, other_tables = tables_in(target), tables_in(other)
     if tables is not None:
         plan = Plan.of(tables)
         what = "state" if isinstance(target, State) else "plan"
         parts = Report(what.capitalize(), what, census(plan), (), lint(target))
     else:
-        objects = tuple(target) if isinstance(target, tuple | list) else (target,)
-        declared = kinds or _kinds_of(other)
+        # A comparison needs the same kinds on both sides.
+        declared = kinds or (None if other_tables is None else Plan.of(other_tables).kinds)
+        objects = objects_of(target)
         plan = (declared or Kinds.standard()).plan(*objects)
         title = " and ".join(type(planned).__name__ for planned in objects)
         parts = Report(title, "model", census(plan), (), lint(*objects, kinds=declared))
+    mesh = None if mesh is None else as_mesh(mesh)
     bytes_per_device = None if mesh is None else memory(plan, mesh)
-    if isinstance(mesh, Mapping):
-        mesh = jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
     return dataclasses.replace(parts, leaves=leaves_of(tables_of(plan), mesh), memory=bytes_per_device, diff=changes)
 
 
-def _of_checkpoint(path: Any, mesh: Any) -> Report:
+def _of_checkpoint(path: Any, mesh: object) -> Report:
     if mesh is not None:
         raise DeclarationError(
             "A checkpoint is not on a mesh; a plan says how its leaves are placed.",
@@ -197,12 +192,3 @@ def _of_checkpoint(path: Any, mesh: Any) -> Report:
     leaves, handlings = leaves_on_disk(path)
     counted = Census(count_leaves(leaves, handlings), members_on_disk(path))
     return Report(str(os.fspath(path)), "checkpoint", counted, tuple(map(LeafReport, leaves)))
-
-
-def _kinds_of(side: Any) -> Kinds | None:
-    tables = tables_in(side)
-    return None if tables is None else Plan.of(tables).kinds
-
-
-def _is_model(side: Any) -> bool:
-    return not is_path(side) and tables_in(side) is None

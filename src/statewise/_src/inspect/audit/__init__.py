@@ -1,4 +1,4 @@
-"""What a step will do to a state, told before it runs.
+"""The effects of a step on a state, determined before it runs.
 
-The files: `rows` (the report: one row for each leaf, counts for each kind), `auditing` (`audit` itself).
+The files: `result` (one row for each leaf, counts for each kind), `audit` (`audit` itself).
 """

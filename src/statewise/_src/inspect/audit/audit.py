@@ -1,23 +1,25 @@
-"""`audit`: a step is traced as its first call would trace it, and what is known then is written down.
+"""`audit`: a step is traced as its first call would trace it, and the facts known from the trace are reported.
 
-Nothing runs and nothing is compiled, so that it works on abstract states, and on a step that a call would refuse.
+Nothing runs and nothing is compiled, so it works on abstract states, and on a step whose call would raise an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from statewise._src.common.nnx_graph import is_array
 from statewise._src.common.paths import Leaf
 from statewise._src.core.member_view import as_one, is_of_one_member
 from statewise._src.core.plan import Kinds, State
 from statewise._src.core.templates import abstract
 from statewise._src.inspect.audit.result import Audit, LeafAudit
+from statewise._src.inspect.select.select import objects_of
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import explained, sharding_of_type
 from statewise._src.step.aot import no_state
@@ -37,26 +39,26 @@ __all__ = ["audit"]
 
 
 def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: object) -> Audit:
-    """Tells what a step does to a state, without running it: it is traced, not compiled, and nothing is donated.
+    """Reports what a step does to a state, without running it: it is traced, not compiled, and nothing is donated.
 
-    A step that writes what it does not declare, or trains nothing, is reported too (`audit.error` is what a call would
-    raise), and so is what a call would warn of (`audit.warnings`); whatever else a call would refuse while it traces is
-    refused here.
+    A step that writes what it does not declare, or trains nothing, is reported too (`audit.error` is the error that a
+    call would raise), and so are the warnings of a call (`audit.warnings`).  Any other error that a call would raise
+    while it traces is raised here too.
 
     Args:
-      step: what `sw.step` or `sw.train_step` made; or a plain function of objects, as people write under `nnx.jit`.
-      state: a state, or an abstract one (`plan.abstract()`); of an ensemble, where the step sees one member and its
-        arguments.  For a plain function also a model, or a tuple or list of
-        objects: they are planned by `Kinds.standard()`, and left as they are.
-      *args: the step's other arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      step: the result of `sw.step` or `sw.train_step`; or a plain function of objects, as used with `nnx.jit`.
+      state: a state, or an abstract one (`plan.abstract()`); for an ensemble, the step and its arguments are those of
+        one member.  For a plain function also a model, or a tuple or list of objects: they are planned by
+        `Kinds.standard()`, and left unchanged.
+      *args: the step's other arguments; for an array, `jax.ShapeDtypeStruct` is enough.
       **kwargs: the same by name.
 
     Returns:
       the audit; it prints as a table.
 
     Raises:
-      StructureError: no state; a loss that is no real scalar; and whatever tracing the step raises it for.
-      DeclarationError: the step names a kind that is not there.
+      StructureError: `state` is not a state; the loss is not a real scalar; other errors of tracing the step.
+      DeclarationError: the step names a kind that does not exist.
 
     Example:
       >>> import jax, optax
@@ -74,47 +76,41 @@ def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: o
       params       4     4        4               4              -              4        4  yes    -
       stats        2     2        2               -              -              2        2  yes    -
     """
+    # A step sees one member: its view is audited, or, for all members, the plan of one.
     if type(state) is State and state.tables.ensemble is not None:
         state = as_one(state) if is_of_one_member(state) else State.wrap(abstract(state.tables.ensemble.single))
     if isinstance(step, Step):
         if type(state) is not State:
             raise no_state(definition_of(step).name, state)
         return _audit(step, state, args, kwargs)
-    plan_state = state if type(state) is State else _planned(state)
-    plain, arrays = _plain_step(step, plan_state, args, kwargs)
-    return _audit(plain, plan_state, (arrays,), {})
+    planned = state if type(state) is State else Kinds.standard().plan(*objects_of(state)).abstract()
+    plain, arrays = _plain_step(step, planned, args, kwargs)
+    return _audit(plain, planned, (arrays,), {})
 
 
-def _planned(model: Any) -> State:
-    """The state of a model, or of several objects, as they are: nothing is copied."""
-    objects = tuple(model) if isinstance(model, (tuple, list)) else (model,)
-    plan = Kinds.standard().plan(*objects)
-    return plan.abstract()
+def _plain_step(fn: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Step, list[Any]]:
+    """Returns a plain function as a step of arrays that may write everything, and the arrays among its arguments.
 
-
-def _plain_step(fn: Any, state: State, args: Any, kwargs: Any) -> tuple[Step, list[Any]]:
-    """A plain function as a step of arrays that may write everything; and the arrays among its arguments.
-
-    What is no array (a flag, a name, a function) stays as it is, as `static_argnames` has it.
+    An argument that is not an array (a flag, a name, a function) stays as it is, as with `static_argnames`.
     """
     leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     objects = [type(leaf).__name__ for leaf in leaves if _is_object(leaf)]
     name = getattr(fn, "__name__", type(fn).__name__)
-    said = called_as(name, "f")
+    call = called_as(name, "f")
     if objects:
         raise StructureError(
-            f"{name} is given {objects[0]} as an argument; what it does to an object is told of those before them.",
-            hint=f"sw.audit({said}, (model, {objects[0].lower()}), ...)",
+            f"{name} is given {objects[0]} as an argument; only the objects before its arguments are audited.",
+            hint=f"sw.audit({call}, (model, {objects[0].lower()}), ...)",
         )
-    own = getattr(fn, "__self__", fn)
-    if isinstance(own, nnx.Pytree):
-        called = "model" if own is fn else f"model.{said}"
+    owner = getattr(fn, "__self__", fn)
+    if isinstance(owner, nnx.Pytree):
+        method = "model" if owner is fn else f"model.{call}"
         raise StructureError(
-            f"{called} brings its {type(own).__name__} along; what it does to an object is told of those that it is "
-            "given.",
-            hint=f"sw.audit(lambda model, *args: {called}(*args), model, ...)",
+            f"{method} contains its own {type(owner).__name__}; an audit only covers objects that are passed as "
+            "arguments.",
+            hint=f"sw.audit(lambda model, *args: {method}(*args), model, ...)",
         )
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
+    places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
     count = state.tables.object_count
 
     def bound(*given: Any) -> Any:
@@ -124,34 +120,33 @@ def _plain_step(fn: Any, state: State, args: Any, kwargs: Any) -> tuple[Step, li
         own_args, own_kwargs = jax.tree.unflatten(structure, filled)
         return fn(*given[:count], *own_args, **own_kwargs)
 
+    # Errors name the step by its function.
     bound.__name__ = name
     return Step(bound if callable(fn) else fn, _no_contract, "step", None, {}), [leaves[place] for place in places]
 
 
-_ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
-
-
-def _is_object(thing: Any) -> bool:
-    return isinstance(thing, (nnx.Pytree, nnx.Variable)) and not isinstance(thing, nnx.State)
+def _is_object(value: object) -> bool:
+    return isinstance(value, (nnx.Pytree, nnx.Variable)) and not isinstance(value, nnx.State)
 
 
 def _no_contract(plan: PlanTables, name: str) -> Contract:
-    """The contract of a plain function: it declares nothing, so it may write all."""
+    """Returns the contract of a plain function: it declares nothing, so it may write everything."""
     return Contract(frozenset(plan.kinds), (), {}, (), False, False, True, "@sw.step(writes={kinds})")
 
 
-def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
+def _audit(step: Step, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Audit:
     definition = definition_of(step)
     plan, name = state.tables, definition.name
     contract = definition.contract_of(plan, name)
-    # As in a first call, but for the refusal: an instrument shows what it sees.
+    # As in a first call, except that undeclared writes are allowed: an audit reports them.
     allows_all = dataclasses.replace(contract, allowed=frozenset(plan.kinds))
     lenient = dataclasses.replace(definition, contract_of=lambda *_: allows_all)
-    # Under disable_jit a loop unrolls, and everything in it looks written.
+    # Under disable_jit a loop would unroll, and everything in it would look written.
     with jax.disable_jit(False), explained(name, state, args, kwargs):
+        # Everything that a call would check is checked, with the same errors.
         traced, *_ = lenient.trace_checked(state, args, kwargs)
-        touched = _Touched(definition, plan, traced, contract)
-        zero = _zero_gradients(plan, traced, contract)
+        touched = _touched(definition, plan, traced, contract)
+        zero = _zero_gradients(plan, traced, touched["differentiated"]) if contract.trains else set()
     error: StatewiseError | None = None
     try:
         with jax.disable_jit(False):
@@ -164,76 +159,65 @@ def _audit(step: Step, state: State, args: Any, kwargs: Any) -> Audit:
     return Audit(name, contract.trains, rows, plan.kinds, error, warnings)
 
 
-class _Touched:
-    """What a step does to the arrays of a state, as sets of their numbers among all arrays of the plan."""
-
-    def __init__(self, definition: Definition, plan: PlanTables, traced: Traced, contract: Contract) -> None:
-        operands = definition.make_entry(plan, traced, contract).operands
-        self.donated = _numbers(plan, operands.donated)
-        self.passed_to_jit = self.donated | _numbers(plan, operands.read_only)
-        self.packed = {array.number for array in plan.arrays if array.buffer is not None}
-        by_function = set(plan.numbers(traced.written))
-        self.undeclared = set(plan.numbers(spot for spot in traced.written if spot[0] not in contract.allowed))
-        self.differentiated = _differentiated(plan, contract)
-        moments: set[int] = set()
-        for update in step_updates(plan, contract.groups, traced.written):
-            moments |= update.writes - self.differentiated
-        # An array of its own is passed only if it is read or written; one in a buffer, also because of its neighbours.
-        alone = self.passed_to_jit - self.packed
-        self.updated = (self.differentiated | moments | (self.donated & alone)) - (by_function - self.differentiated)
-        self.written = by_function | self.updated
-        in_function = {number for number in range(traced.inputs) if traced.effects.read[number]}
-        self.read = in_function | self.differentiated | moments | (alone - self.donated)
-
-
-def _differentiated(plan: PlanTables, contract: Contract) -> set[int]:
-    return {array.number for group in contract.groups for array in plan.arrays_of(group).sources}
+def _touched(definition: Definition, plan: PlanTables, traced: Traced, contract: Contract) -> dict[str, set[int]]:
+    """Returns, for facts of `LeafAudit`, the numbers of the arrays for which they hold."""
+    operands = definition.make_entry(plan, traced, contract).operands
+    donated = _numbers(plan, operands.donated)
+    passed = donated | _numbers(plan, operands.read_only)
+    packed = {array.number for array in plan.arrays if array.buffer is not None}
+    by_function = set(plan.numbers(traced.written))
+    differentiated = {array.number for group in contract.groups for array in plan.arrays_of(group).sources}
+    updates = step_updates(plan, contract.groups, traced.written)
+    moments = {number for update in updates for number in update.writes} - differentiated
+    # An array of its own is passed only if it is read or written; one in a buffer, also because of the others in it.
+    alone = passed - packed
+    # A parameter counts as updated even if the function writes it too; what only the function writes does not.
+    updated = (differentiated | moments | (donated & alone)) - (by_function - differentiated)
+    in_function = set(itertools.compress(range(traced.inputs), traced.effects.read))
+    return {
+        "read": in_function | differentiated | moments | (alone - donated),
+        "written": by_function | updated,
+        "updated": updated,
+        "differentiated": differentiated,
+        "passed_to_jit": passed,
+        "donated": donated,
+        "returned": donated,
+        "packed": packed,
+        "undeclared": set(plan.numbers(spot for spot in traced.written if spot[0] not in contract.allowed)),
+    }
 
 
 def _numbers(plan: PlanTables, operands: Sequence[Operand]) -> set[int]:
-    return {number for one in operands for slot in one.slots for number in plan.stored[one.name][slot].numbers}
+    return {
+        number for operand in operands for slot in operand.slots for number in plan.stored[operand.name][slot].numbers
+    }
 
 
 def _numbers_of_leaves(plan: PlanTables) -> list[tuple[Leaf, list[int]]]:
-    """Each leaf, kind by kind, with the numbers of its arrays."""
-    # A leaf that holds None has no array, and a row all the same.
-    found: dict[int, tuple[Leaf, list[int]]] = {id(leaf): (leaf, []) for leaf in plan.leaves}
+    """Returns each leaf, kind by kind, with the numbers of its arrays."""
+    # From the leaves, not from the arrays: a leaf that holds None has no array, but a row.
+    numbers: dict[int, tuple[Leaf, list[int]]] = {id(leaf): (leaf, []) for leaf in plan.leaves}
     for array in plan.arrays:
-        found[id(array.leaf)][1].append(array.number)
-    order = list(plan.kinds)
-    return sorted(found.values(), key=lambda entry: order.index(entry[0].kind or ""))
+        numbers[id(array.leaf)][1].append(array.number)
+    return sorted(numbers.values(), key=lambda entry: plan.kind_index[entry[0].kind or ""])
 
 
-def _row(plan: PlanTables, leaf: Leaf, numbers: Collection[int], touched: _Touched, zero: Collection[int]) -> LeafAudit:
+def _row(plan: PlanTables, leaf: Leaf, numbers: list[int], touched: dict[str, set[int]], zero: set[int]) -> LeafAudit:
     kind = plan.kinds[leaf.kind or ""]
-
-    def any_in(chosen: Collection[int]) -> bool:
-        return any(number in chosen for number in numbers)
-
-    written, differentiated = any_in(touched.written), any_in(touched.differentiated)
+    facts = {fact: not arrays.isdisjoint(numbers) for fact, arrays in touched.items()}
     return LeafAudit(
         leaf=leaf,
-        read=any_in(touched.read),
-        written=written,
-        updated=any_in(touched.updated),
-        differentiated=differentiated,
-        zero_gradient=differentiated and all(number in zero for number in numbers),
-        passed_to_jit=any_in(touched.passed_to_jit),
-        donated=any_in(touched.donated),
-        returned=any_in(touched.donated),
-        packed=any_in(touched.packed),
-        undeclared=any_in(touched.undeclared),
+        zero_gradient=facts["differentiated"] and zero.issuperset(numbers),
         saved=kind.saved,
-        written_but_not_saved=written and not kind.saved,
+        written_but_not_saved=facts["written"] and not kind.saved,
         restarts=kind.restart is not None,
+        **facts,
     )
 
 
-def _zero_gradients(plan: PlanTables, traced: Traced, contract: Contract) -> set[int]:
-    """The numbers of the differentiated arrays whose gradient is zero whatever the values."""
-    if not contract.trains:
-        return set()
-    differentiated = _differentiated(plan, contract)
+def _zero_gradients(plan: PlanTables, traced: Traced, differentiated: set[int]) -> set[int]:
+    """Returns the numbers of the differentiated arrays whose gradient is zero whatever the values."""
+    # The jaxpr takes only the arrays that are read, so its inputs have other numbers.
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     shapes = {
         number: jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype, sharding=sharding_of_type(var.aval))
@@ -246,13 +230,13 @@ def _zero_gradients(plan: PlanTables, traced: Traced, contract: Contract) -> set
         values = wrt | others
         return traced.run([values.get(number) for number in range(len(traced.effects.read))])[0][0]
 
-    zero: list[bool] = []
+    is_zero: list[bool] = []
 
     def traced_again() -> Traced:
-        zero.extend(zero_gradients(loss_of, wrt, others))
+        is_zero.extend(zero_gradients(loss_of, wrt, others))
         return traced
 
-    # On a mesh the loss may speak of its axes.
+    # On a mesh the loss may use the names of its axes, which only a shard_map defines.
     traced_again() if plan.per_device is None else traced_on_one(plan.per_device, traced_again)
-    # What is not read has no gradient either.
-    return differentiated - {number for number, is_zero in zip(sorted(wrt), zero, strict=True) if not is_zero}
+    # The leaves of a dict are sorted by key.  An array that is not read has no gradient either.
+    return differentiated - {number for number, zero in zip(sorted(wrt), is_zero, strict=True) if not zero}

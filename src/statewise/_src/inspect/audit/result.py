@@ -1,15 +1,14 @@
-"""The report of an audit: one row for each leaf of the state, counts for each kind, and what deserves a look."""
+"""The report of an audit: one row for each leaf of the state, counts for each kind, and the leaves to look at."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape, format_type
-from statewise._src.common.tables import Shown, Table, format_count, leaf_dict
+from statewise._src.common.tables import ShownData, Table, format_count, leaf_dict
 from statewise._src.inspect.positions import WHY, may_be_position, restart_hint
 from statewise._src.plan.kind import Kind, unknown_kind
 from statewise.errors import StatewiseError, StatewiseWarning
@@ -19,24 +18,24 @@ __all__ = ["Audit", "KindAudit", "LeafAudit"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LeafAudit:
-    """What a step does to one leaf.
+    """The effects of a step on one leaf.
 
     Attributes:
       leaf: the leaf: path, kind, type, shape, dtype, aliases.
       read: whether the step needs its value.
       written: whether the step changes it, by its function or by an optimizer.
-      updated: whether an optimizer is what changes it.
+      updated: whether it is an optimizer that changes it.
       differentiated: whether the loss is differentiated with respect to it.
       zero_gradient: whether it is differentiated and the gradient is zero whatever the values: the loss does not
-        depend on it, or only through what lets no gradient pass.
-      passed_to_jit: whether it is passed into the compiled function.
-      donated: whether its buffer is given away in a call; a packed leaf's with its neighbours'.
-      returned: whether it comes back out of the compiled function.
-      packed: whether it travels in a buffer with others.
+        depend on it, or only through operations that no gradient passes.
+      passed_to_jit: whether it is passed to the compiled function.
+      donated: whether a call donates its buffer; a packed leaf's is shared with other leaves.
+      returned: whether the compiled function returns it.
+      packed: whether it is in a buffer with others.
       undeclared: whether the function writes it although the step does not declare that.
-      saved: whether a checkpoint holds it.
-      written_but_not_saved: whether the step writes it and no checkpoint holds it.
-      restarts: whether its kind says how a fresh value is made.
+      saved: whether a checkpoint contains it.
+      written_but_not_saved: whether the step writes it and no checkpoint contains it.
+      restarts: whether its kind declares how a fresh value is made.
 
     Example:
       >>> import jax
@@ -66,16 +65,16 @@ class LeafAudit:
 
     @property
     def path(self) -> Path:
-        """The leaf's first path."""
+        """Returns the leaf's first path."""
         return self.leaf.path
 
     @property
     def kind(self) -> str | None:
-        """The name of the leaf's kind."""
+        """Returns the name of the leaf's kind."""
         return self.leaf.kind
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data."""
+        """Returns the row as plain data."""
         return leaf_dict(self.leaf) | {name: getattr(self, name) for name in FLAGS}
 
 
@@ -84,23 +83,23 @@ FLAGS = tuple(field.name for field in dataclasses.fields(LeafAudit) if field.nam
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KindAudit:
-    """What a step does to one kind: how many of its leaves each fact of `LeafAudit` holds for.
+    """The effects of a step on one kind: for each fact of `LeafAudit`, the number of leaves for which it holds.
 
     Attributes:
       name: the kind's name.
-      leaves: how many leaves it has.
+      leaves: the number of its leaves.
       read: how many the step needs.
       written: how many it changes.
-      differentiated: how many the loss is differentiated with respect to.
+      differentiated: with respect to how many the loss is differentiated.
       zero_gradient: how many of those have a gradient that is zero whatever the values.
-      passed_to_jit: how many are passed into the compiled function.
-      donated: how many give their buffers away.
-      returned: how many come back out of the compiled function.
-      packed: how many travel in buffers with others.
+      passed_to_jit: how many are passed to the compiled function.
+      donated: how many buffers of leaves a call donates.
+      returned: how many the compiled function returns.
+      packed: how many are in buffers with others.
       undeclared: how many are written undeclared.
       written_but_not_saved: how many are written and not saved.
-      saved: whether a checkpoint holds the kind.
-      restarts: whether the kind says how a fresh value is made.
+      saved: whether a checkpoint contains the kind.
+      restarts: whether the kind declares how a fresh value is made.
 
     Example:
       >>> import jax
@@ -129,19 +128,19 @@ class KindAudit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Audit(Shown):
-    """What a step does to a state, leaf by leaf and kind by kind; prints as a table.
+class Audit(ShownData):
+    """The effects of a step on a state, leaf by leaf and kind by kind; prints as a table.
 
-    `audit["params"]` gives the rows of one kind.
+    `audit["params"]` returns the rows of one kind.
 
     Attributes:
       step: the step's name.
       trains: whether it differentiates.
       leaves: one `LeafAudit` for each leaf of the state, kind by kind.
       kinds: the declaration.
-      error: what calling the step would raise because it writes undeclared kinds or trains nothing; else None.
-      warnings: what calling the step would warn of, a `StatewiseWarning` each: kinds that it names in `writes` and does
-        not write, writes that are lost under a plain `jax.jit` or `jax.checkpoint`, kinds that it does not train.
+      error: the error that a call would raise because it writes undeclared kinds or trains nothing; else None.
+      warnings: the warnings of a call, a `StatewiseWarning` each: kinds that the step names in `writes` and does not
+        write, writes that are lost under a plain `jax.jit` or `jax.checkpoint`, kinds that it does not train.
 
     Example:
       >>> import jax, optax
@@ -178,35 +177,36 @@ class Audit(Shown):
     def __repr__(self) -> str:
         return f"Audit(step={self.step!r}, leaves={len(self.leaves)})"
 
-    # --- what to look at -----------------------------------------------------------------------------------------
+    # --- leaves to look at ---------------------------------------------------------------------------------------
 
     @property
     def undeclared(self) -> tuple[LeafAudit, ...]:
-        """The leaves that the function writes and the step does not declare; `error` has the hint."""
+        """Returns the leaves that the function writes and the step does not declare; `error` has the hint."""
         return self._where("undeclared")
 
     @property
     def untrained(self) -> tuple[LeafAudit, ...]:
-        """The leaves that an optimizer updates though their gradient is always zero."""
+        """Returns the leaves that an optimizer updates although their gradient is always zero."""
         return self._where("zero_gradient")
 
     @property
     def unread(self) -> tuple[LeafAudit, ...]:
-        """The leaves that the step neither reads nor writes."""
+        """Returns the leaves that the step neither reads nor writes."""
         return tuple(row for row in self.leaves if not (row.read or row.written))
 
     @property
     def ephemeral_writes(self) -> tuple[LeafAudit, ...]:
-        """The leaves that the step writes and no checkpoint holds: after a restart of the program they are lost."""
+        """Returns the leaves that the step writes and no checkpoint contains: a restart of the program loses them."""
         return self._where("written_but_not_saved")
 
     @property
     def left_behind(self) -> tuple[LeafAudit, ...]:
-        """Whole numbers that the step writes together with a kind that restarts, in one module, and that do not.
+        """Returns integers that the step writes beside leaves that restart, in one module, but that do not restart.
 
-        Positions in a cache, most often: after `state.restart("cache")` they still point behind the old text.
-        `left_behind_hint` is the declaration under which they restart too.
+        Most often they are positions in a cache: after `state.restart("cache")` they still point behind the old text.
+        `left_behind_hint` is a declaration with which they restart too.
         """
+        # The path of a module is that of its leaves without the last key.
         restarting = {row.path[:-1] for row in self.leaves if row.written and row.restarts}
         return tuple(
             row
@@ -219,7 +219,7 @@ class Audit(Shown):
 
     @property
     def left_behind_hint(self) -> str | None:
-        """What makes the first leaf of `left_behind` restart with its cache, as code; None where there is none."""
+        """Returns code that makes the first leaf of `left_behind` restart with its cache; None if it is empty."""
         for row in self.left_behind:
             beside = (other for other in self.leaves if other.path[:-1] == row.path[:-1])
             cache = next(str(other.kind) for other in beside if other.written and other.restarts)
@@ -229,36 +229,35 @@ class Audit(Shown):
     def _where(self, flag: str) -> tuple[LeafAudit, ...]:
         return tuple(row for row in self.leaves if getattr(row, flag))
 
-    # --- showing -------------------------------------------------------------------------------------------------
+    # --- display -------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def counts(self) -> dict[str, KindAudit]:
-        """The counts, by kind, in the order of the kinds; kinds without leaves too."""
+        """Returns the counts, by kind, in the order of the kinds, including kinds without leaves."""
         counted = [field.name for field in dataclasses.fields(KindAudit) if field.name in FLAGS]
-        found = {}
+        counts = {}
         for name, kind in self.kinds.items():
             rows = self[name]
-            numbers: dict[str, Any] = {flag: sum(getattr(row, flag) for row in rows) for flag in counted}
-            numbers |= {"saved": kind.saved, "restarts": kind.restart is not None}
-            found[name] = KindAudit(name=name, leaves=len(rows), **numbers)
-        return found
+            facts: dict[str, Any] = {flag: sum(getattr(row, flag) for row in rows) for flag in counted}
+            facts |= {"saved": kind.saved, "restarts": kind.restart is not None}
+            counts[name] = KindAudit(name=name, leaves=len(rows), **facts)
+        return counts
 
     def table(self) -> Table:
-        """The audit as a table: a line for each kind that has leaves; below, the leaves that deserve a look."""
+        """Returns the audit as a table: a line for each kind that has leaves; below, the leaves to look at."""
         counts = [count for count in self.counts.values() if count.leaves]
-        columns: dict[str, list[str]] = {"kind": [count.name for count in counts]}
-        for title, flag in _COUNTED.items():
-            numbers = [getattr(count, flag) for count in counts]
-            if flag in _ALWAYS or any(numbers) or (self.trains and flag in _TRAINING):
-                columns[title] = [format_count(number) if number else "-" for number in numbers]
+        columns = {"kind": [count.name for count in counts], "leaves": [format_count(count.leaves) for count in counts]}
+        for title, numbers in self._columns(counts):
+            columns[title] = [format_count(number) if number else "-" for number in numbers]
         columns["saved"] = ["yes" if count.saved else "no" for count in counts]
         columns["restarts"] = ["yes" if count.restarts else "-" for count in counts]
         rows = tuple(zip(*columns.values(), strict=True))
-        right = tuple(_COUNTED)
-        return Table(f"audit of {self.step}", tuple(columns), rows, right=right, below=self._findings())
+        return Table(
+            f"audit of {self.step}", tuple(columns), rows, right=("leaves", *_COUNTED), below=self._to_look_at()
+        )
 
     def by_leaf(self, *kinds: str) -> Table:
-        """A table with a line for each leaf, of some kinds or of all."""
+        """Returns a table with a line for each leaf, of some kinds or of all."""
         rows = [row for kind in kinds for row in self[kind]] if kinds else self.leaves
         columns: dict[str, list[str]] = {
             "path": [format_path(row.path) for row in rows],
@@ -266,50 +265,48 @@ class Audit(Shown):
             "type": [format_type(row.leaf.type) for row in rows],
             "shape": [format_shape(row.leaf.shape) for row in rows],
         }
-        for title, flag in _COUNTED.items():
-            flags = [getattr(row, flag) for row in rows] if flag != "leaves" else []
-            if flags and (flag in _ALWAYS or any(flags) or (self.trains and flag in _TRAINING)):
-                columns[title] = ["yes" if is_so else "-" for is_so in flags]
+        for title, flags in self._columns(rows):
+            columns[title] = ["yes" if flag else "-" for flag in flags]
         columns["saved"] = ["yes" if row.saved else "no" for row in rows]
         return Table(f"audit of {self.step}", tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
-    def _findings(self) -> Table | None:
-        found: Sequence[tuple[str, tuple[LeafAudit, ...]]] = (
-            ("written, not declared", self.undeclared),
-            ("gradient always zero", self.untrained),
-            ("written, not saved", self.ephemeral_writes),
-            (f"left behind by restart(): {WHY}", self.left_behind),
-        )
-        lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in found for row in rows]
-        for one in self.warnings:
-            fact = one.message.removeprefix(f"{self.step} ").rstrip(".")
-            lines += _by_kind(one, fact)
-        hint = self.left_behind_hint
-        lines += [("", "", f"hint: {line}") for line in hint.splitlines()] if hint else []
+    def _columns(self, rows: Sequence[LeafAudit | KindAudit]) -> Iterator[tuple[str, list[int]]]:
+        """Yields the columns of facts, each with its title: some always, the others if any row has a value there."""
+        for title, flag in _COUNTED.items():
+            values = [getattr(row, flag) for row in rows]
+            if flag in _ALWAYS or any(values) or (self.trains and flag in _TRAINING):
+                yield title, values
+
+    def _to_look_at(self) -> Table | None:
+        leaves_of = {
+            "written, not declared": self.undeclared,
+            "gradient always zero": self.untrained,
+            "written, not saved": self.ephemeral_writes,
+            f"left behind by restart(): {WHY}": self.left_behind,
+        }
+        lines = [(format_path(row.path), row.kind or "-", fact) for fact, rows in leaves_of.items() for row in rows]
+        for warning in self.warnings:
+            lines += _by_kind(warning, fact=warning.message.removeprefix(f"{self.step} ").rstrip("."))
+        lines += [("", "", f"hint: {line}") for line in (self.left_behind_hint or "").splitlines()]
         return Table("to look at", ("path", "kind", "fact"), tuple(lines)) if lines else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The audit as plain data: `step`, `trains`, `error` (its text), `warnings`, `kinds` and `leaves`, in order."""
+        """Returns the audit as plain data: `step`, `trains`, `error` (its text), `warnings`, `kinds` and `leaves`."""
         return {
             "step": self.step,
             "trains": self.trains,
             "error": None if self.error is None else str(self.error),
             "warnings": [
-                {"message": one.message, "kind": one.kind, "leaves": [leaf_dict(leaf) for leaf in one.leaves]}
-                for one in self.warnings
+                {"message": warning.message, "kind": warning.kind, "leaves": list(map(leaf_dict, warning.leaves))}
+                for warning in self.warnings
             ],
             "kinds": [dataclasses.asdict(count) for count in self.counts.values()],
             "leaves": [row.to_dict() for row in self.leaves],
         }
 
-    def to_json(self) -> str:
-        """The audit as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
-
-# A column's title, and the fact that it counts.
+# The titles of the columns of facts, and the fact that each one counts.
 _COUNTED = {
-    "leaves": "leaves",
     "read": "read",
     "written": "written",
     "undeclared": "undeclared",
@@ -320,12 +317,12 @@ _COUNTED = {
     "packed": "packed",
     "not saved": "written_but_not_saved",
 }
-_ALWAYS = frozenset({"leaves", "read", "written", "passed_to_jit", "donated"})
+_ALWAYS = frozenset({"read", "written", "passed_to_jit", "donated"})
 _TRAINING = frozenset({"differentiated", "zero_gradient"})
 
 
 def _by_kind(warning: StatewiseWarning, fact: str) -> list[tuple[str, str, str]]:
-    """Returns a line for each kind of what a call warns of: its first leaf, how many more, and what becomes of them."""
+    """Returns a line for each kind that a warning is about: its first leaf, how many more, and the fact."""
     lines = []
     for kind in dict.fromkeys(leaf.kind for leaf in warning.leaves):
         first, *more = (leaf for leaf in warning.leaves if leaf.kind == kind)

@@ -1,1 +1,1 @@
-"""Lint: what is likely to be wrong with the state of an NNX program, found before it runs."""
+"""Lint: likely mistakes in the state of an NNX program, found before it runs."""

@@ -1,12 +1,12 @@
-"""Lint: the known rules of state in NNX programs, looked for in a model before it runs.
+"""Lint: a model checked against known mistakes in the state of NNX programs, before it runs.
 
 Most of them are calls that succeed: a variance that starts at zero, a base that trains under its adapter, a cache in
 every checkpoint.  Each rule is one small function with a name and a reason; `RULES` is the list of all.  Nothing is run
-or traced, but the layout of an optimizer's state and the functions that make fresh values; arrays are read in few
-calls (`reading`).
+or traced, except the shapes of an optimizer's state and the functions that make fresh values; arrays are read in few
+transfers (`read_values`).
 
-The files: `subject` (what is looked at) and `training` (what updates it), `finding` (what is said); the rules by theme:
-`values`, `arrays`, `leaf_types`, `declared` (the kinds), `optimizing`, `restarting`, `members` (ensembles).
+The files: `subject` (the model), `training` (what updates it), `finding` (the results); the rules by theme: `values`,
+`arrays`, `leaf_types`, `declared` (the kinds), `optimizers`, `restarts`, `members` (ensembles).
 """
 
 from __future__ import annotations
@@ -15,24 +15,16 @@ from collections.abc import Iterable
 
 from statewise._src.common.object_names import given, names_given
 from statewise._src.core.plan import Kinds
-from statewise._src.inspect.lint import arrays, declared, leaf_types, members, values
-from statewise._src.inspect.lint import optimizers as optimizing
-from statewise._src.inspect.lint import restarts as restarting
+from statewise._src.inspect.lint import arrays, declared, leaf_types, members, optimizers, restarts, values
 from statewise._src.inspect.lint.finding import Finding, Findings, Rule
-from statewise._src.inspect.lint.subject import look
+from statewise._src.inspect.lint.subject import subject_of
 from statewise.errors import DeclarationError
 
 __all__ = ["RULES", "Finding", "Findings", "Rule", "lint"]
 
-RULES: tuple[Rule, ...] = (
-    *values.RULES,
-    *arrays.RULES,
-    *leaf_types.RULES,
-    *declared.RULES,
-    *optimizing.RULES,
-    *restarting.RULES,
-    *members.RULES,
-)
+# In the order of the findings.
+_MODULES = (values, arrays, leaf_types, declared, optimizers, restarts, members)
+RULES: tuple[Rule, ...] = tuple(rule for module in _MODULES for rule in module.RULES)
 
 
 def lint(
@@ -42,26 +34,26 @@ def lint(
     decode_length: int | None = None,
     **named: object,
 ) -> Findings:
-    """Looks for the known rules in a model; `docs/lint.md` explains each.
+    """Checks a model against the known rules; `docs/lint.md` explains each.
 
     Args:
       *objects: a module, or several objects (a model, its `nnx.Optimizer`, an `nnx.EMA`), concrete or abstract; or one
-        plan or one state, with the kinds and optimizers that it has (of an ensemble each member is looked at).  Kinds
-        are also taken as the second argument.
+        plan or one state, with its kinds and optimizers (for an ensemble, each member is checked).  Kinds may also be
+        the second argument.
       kinds: the kinds that the program declares, `Kinds.standard()` if None; a plan and a state have their own.
-      ignore: the codes of rules that are not looked for, one or several.
-      decode_length: how many tokens are to be decoded, for caches that are too small for them.
+      ignore: the codes of rules to skip, one or several.
+      decode_length: the number of tokens to decode, to find caches that are too small for them.
       **named: the objects by name, instead of by position.
 
     Returns:
-      a list of findings, empty when all is well; it prints as a table.  What only values tell is not found in what is
-      abstract.
+      a list of findings, empty if nothing is wrong; it prints as a table.  Rules that need values find nothing in
+      abstract objects.
 
     Raises:
-      DeclarationError: kinds that are none, kinds beside a plan, or a code that is no rule's; objects given by position
-        and by name.
+      DeclarationError: `kinds` is not a `Kinds`, or is passed beside a plan; an unknown code; objects by position and
+        by name.
       FilterError: a path in a kind that could mean one leaf or another.
-      StructureError: what is given is no model, or a donated state.
+      StructureError: an object is not a model; a donated state.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,15 +70,19 @@ def lint(
     last = objects[-1] if len(objects) > 1 else None
     if kinds is None and isinstance(last, Kinds):
         objects, kinds = objects[:-1], last
-    not_saved = set(names_given(ignore, "ignore", "rules"))
+    skipped = set(names_given(ignore, "ignore", "rules"))
     codes = [rule.code for rule in RULES]
-    for code in sorted(not_saved.difference(codes)):
+    for code in sorted(skipped.difference(codes)):
         raise DeclarationError(f"There is no rule {code!r}.", hint=f"one of: {', '.join(codes)}")
     objects, names = given(objects, named, "sw.lint")
-    rules = [rule for rule in RULES if rule.code not in not_saved]
-    if len(objects) == 1 and members.is_ensemble(objects[0]) and kinds is None:
-        found = members.each_member(objects[0], lambda one: lint(one, ignore=not_saved, decode_length=decode_length))
-        own = [finding for rule in members.RULES if rule in rules for finding in members.findings(rule, objects[0])]
-        return Findings([*own, *found])
-    subject = look(objects, kinds, decode_length, names)
-    return Findings(finding for rule in rules for finding in rule.findings(subject))
+    rules = [rule for rule in RULES if rule.code not in skipped]
+    ensemble = members.members_of(objects[0]) if len(objects) == 1 and kinds is None else None
+    if ensemble is None:
+        subject = subject_of(objects, kinds, decode_length, names)
+        return Findings(finding for rule in rules for finding in rule.findings(subject))
+    together = members.subject_of_members(objects[0])
+    own = [finding for rule in members.RULES if rule in rules for finding in rule.findings(together)]
+    each = members.each_member(
+        objects[0], ensemble, lambda member: lint(member, ignore=skipped, decode_length=decode_length)
+    )
+    return Findings([*own, *each])

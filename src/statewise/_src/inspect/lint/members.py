@@ -1,45 +1,46 @@
-"""What lint says of an ensemble: of each member what it says of one model, and what only all of them together tell."""
+"""Lint of an ensemble: the findings in each member, and those that only all members together show."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.core.plan import Plan, State, tables_in
-from statewise._src.core.vmap_axes import is_stream
-from statewise._src.inspect.lint.finding import Finding, Found, Rule
+from statewise._src.inspect.lint.finding import Finding, Found, Rules
 from statewise._src.inspect.lint.read_values import is_readable
 from statewise._src.inspect.lint.subject import Subject
-from statewise._src.plan.tables import PlanTables
+from statewise._src.plan.members import Members
 
-__all__ = ["RULES", "each_member", "findings", "is_ensemble"]
+__all__ = ["RULES", "each_member", "members_of", "subject_of_members"]
 
-
-def is_ensemble(thing: Any) -> bool:
-    """Whether it is a plan or a state of an ensemble."""
-    tables = tables_in(thing)
-    return tables is not None and tables.ensemble is not None
+RULES = Rules()
 
 
-def each_member(ensemble: Any, lint: Callable[[Any], Sequence[Finding]]) -> list[Finding]:
-    """What lint finds in the members, what it finds in several of them once."""
-    tables = tables_in(ensemble)
-    assert tables is not None, "asked of an ensemble"
-    assert tables.ensemble is not None, "asked of an ensemble"
+def members_of(item: object) -> Members | None:
+    """Returns the members of a plan or a state of an ensemble; None for anything else."""
+    tables = tables_in(item)
+    return None if tables is None else tables.ensemble
+
+
+def each_member(ensemble: object, members: Members, lint: Callable[[object], Sequence[Finding]]) -> list[Finding]:
+    """Returns the findings in the members; a finding in several of them is listed once."""
     if not isinstance(ensemble, State) or not _has_values(ensemble):
-        return list(lint(Plan.of(tables.ensemble.single)))
-    number = tables.ensemble.number
-    by_fact: dict[tuple[Any, ...], tuple[Finding, list[int]]] = {}
-    for member in range(number):
+        return list(lint(Plan.of(members.single)))
+    # Members differ in their values only, so the same finding has the same text and leaves in each.
+    by_fact: dict[tuple[str, str, tuple[Leaf, ...]], tuple[Finding, list[int]]] = {}
+    for member in range(members.number):
         for finding in lint(ensemble.member(member)):
             by_fact.setdefault((finding.code, finding.message, finding.leaves), (finding, []))[1].append(member)
-    return [finding if len(of) == number else _of_some(finding, of) for finding, of in by_fact.values()]
+    return [
+        finding if len(found_in) == members.number else _of_some(finding, found_in)
+        for finding, found_in in by_fact.values()
+    ]
 
 
 def _of_some(finding: Finding, members: Sequence[int]) -> Finding:
@@ -51,61 +52,42 @@ def _has_values(state: State) -> bool:
     return all(is_readable(array) for part in state.parts for array in part.arrays)
 
 
-def findings(rule: Rule, ensemble: Any) -> list[Finding]:
-    """What a rule of this page has to say of an ensemble."""
-    if not isinstance(ensemble, State) or not _has_values(ensemble):
-        return []
-    return [Finding(rule.code, found.message, found.leaves, rule.why, found.hint) for found in _same_noise(ensemble)]
+def subject_of_members(ensemble: object) -> Subject:
+    """Makes a subject for the rules that compare the members of an ensemble."""
+    state = ensemble if isinstance(ensemble, State) and _has_values(ensemble) else None
+    return Subject((), {}, True, tables_in(ensemble), None, ensemble=state)
 
 
-def _same_noise(state: State) -> Iterator[Found]:
-    """Streams of several members that have one key."""
+@RULES.rule(
+    "members-share-noise",
+    "they draw the same dropout masks and samples, so that they differ less than an ensemble should",
+)
+def members_share_noise(subject: Subject) -> Iterator[Found]:
+    """Finds random streams with one key in several members."""
+    state = subject.ensemble
+    if state is None:
+        return
     plan = state.tables
-    odd = []
-    kinds: dict[str, None] = {}
-    parts = {kind: plan.unpack(kind, state.part(kind).arrays) for kind in plan.kinds}
-    for row, span, leaf in zip(plan.rows, plan.spans, plan.leaves, strict=False):
-        if not is_stream(leaf, row.specs):
+    values = {kind: plan.unpack(kind, state.part(kind).arrays) for kind in plan.kinds}
+    rows = []
+    for array in plan.arrays:
+        is_key = jnp.issubdtype(array.spec.dtype, jax.dtypes.prng_key)
+        if array.axis is None or array.derived is not None or not is_key:
             continue
-        for at in range(span.start, span.stop):
-            axis = plan.by_kind[row.kind][at].axis
-            if axis is None or not jnp.issubdtype(plan.specs[row.kind][at].dtype, jax.dtypes.prng_key):
-                continue
-            keys = np.moveaxis(
-                np.asarray(jax.random.key_data(parts[row.kind][at])), _front(plan, row.kind, at, axis), 0
-            )
-            first: dict[bytes, int] = {}
-            twins = [(member, first.setdefault(key.tobytes(), member)) for member, key in enumerate(keys)]
-            twins = [(member, other) for member, other in twins if member != other]
-            if twins:
-                member, other = twins[0]
-                odd.append(dataclasses.replace(leaf, note=f"member {member} as member {other}"))
-                kinds[row.kind] = None
-    if odd:
-        streams = counted(len(odd), "random stream has", "random streams have")
-        named = ", ".join(f"{kind}=None" for kind in kinds)
+        words = np.asarray(jax.random.key_data(values[array.kind][array.position]))
+        # The words of a key are a last axis, so the axis of the members is counted from the front.
+        keys = np.moveaxis(words, array.axis % len(array.held.shape), 0)
+        first: dict[bytes, int] = {}
+        pairs = [(member, first.setdefault(key.tobytes(), member)) for member, key in enumerate(keys)]
+        twin = next(((member, other) for member, other in pairs if member != other), None)
+        if twin is not None:
+            rows.append(dataclasses.replace(array.leaf, note=f"member {twin[0]} as member {twin[1]}"))
+    if rows:
+        streams = counted(len(rows), "random stream has", "random streams have")
+        shared = ", ".join(dict.fromkeys(f"{row.kind}=None" for row in rows))
         yield Found(
             f"{streams} one key in several members.",
-            tuple(odd),
+            tuple(rows),
             "make each member with a seed of its own: nnx.vmap(make_model)(jax.random.split(key, members))\n"
-            f"or, where they are to draw the same noise, say so: plan.stacked({plan.members}, {named})",
+            f"or, if they should draw the same noise, say so: plan.stacked({plan.members}, {shared})",
         )
-
-
-def _front(plan: PlanTables, kind: str, position: int, axis: int) -> int:
-    """The axis of the members, from the front: the words of a key come after it."""
-    return axis % len(plan.held_specs[kind][position].shape)
-
-
-def _nothing(subject: Subject) -> Iterator[Found]:
-    """Of one model there is nothing to say."""
-    yield from ()
-
-
-RULES = (
-    Rule(
-        "members-share-noise",
-        "they draw the same dropout masks and samples, so that they differ less than an ensemble should",
-        _nothing,
-    ),
-)

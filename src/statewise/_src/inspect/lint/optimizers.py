@@ -1,4 +1,4 @@
-"""Rules of training: what an optimizer updates that it should not, and what it keeps."""
+"""Rules of training: what an optimizer updates although it should not, and what its state holds."""
 
 from __future__ import annotations
 
@@ -10,36 +10,49 @@ from flax import nnx
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_bytes
-from statewise._src.inspect.lint.finding import Found, Rule
+from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
-from statewise._src.inspect.lint.training import Training, trainings
+from statewise._src.inspect.lint.training import trainings
 
 __all__ = ["RULES"]
 
+RULES = Rules()
 
-def _base(subject: Subject) -> Iterator[Found]:
+
+@RULES.rule(
+    "base-trained-under-lora",
+    "nnx.Param means nnx.LoRAParam too: the base drifts away from the one that the adapter is saved for",
+)
+def base_trained_under_lora(subject: Subject) -> Iterator[Found]:
+    """Finds base weights that are trained together with their adapters."""
     adapters = subject.of_type(nnx.LoRAParam)
     base = set(subject.of_type(nnx.Param)) - set(adapters) - subject.averages
     if not adapters or not base:
         return
+    # Of several optimizers that train a leaf, the last one is named.
     by_all = {number: training for training in trainings(subject) for number in training.trained if number in base}
-    # A new head is often trained whole, beside adapters; what stands under an adapter is not.
+    # A new head is often fully trained beside adapters; a weight under an adapter is not.
     under = _under(subject, adapters, base)
     wrong = sorted(by_all if len(by_all) == len(base) else under & set(by_all))
     if wrong:
         training = by_all[wrong[0]]
-        leaves = counted(len(wrong), "base weight", "base weights")
         yield Found(
-            f"{training.label} trains {leaves} beside the adapters.", subject.rows(wrong), _train_adapters(training)
+            f"{training.label} trains {counted(len(wrong), 'base weight', 'base weights')} beside the adapters.",
+            subject.rows(wrong),
+            "kinds.plan(model, optimizers={'lora': tx}), where params=sw.Kind(nnx.All(nnx.Param, "
+            "nnx.Not(nnx.LoRAParam)), frozen=True)"
+            if training.kinds
+            else "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), and sw.value_and_grad(loss, wrt=nnx.LoRAParam)",
         )
     elif subject.declared and not by_all:
         yield from _one_kind(subject, adapters, base)
 
 
 def _under(subject: Subject, adapters: Sequence[int], base: set[int]) -> set[int]:
-    """The base weights that an adapter is added to: of `LoRALinear` beside `lora`, of `LoRA` in `base_module`."""
-    paths = subject.found.paths
+    """Returns the base weights that an adapter is added to."""
+    paths = subject.paths
     modules = {paths[number][:-1] for number in adapters}
+    # In `LoRALinear` the base is beside the module `lora`; in `LoRA` it is in `base_module`.
     return {
         number
         for number in base
@@ -51,87 +64,86 @@ def _under(subject: Subject, adapters: Sequence[int], base: set[int]) -> set[int
     }
 
 
-def _train_adapters(training: Training) -> str:
-    if not training.kinds:
-        return "nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), and sw.value_and_grad(loss, wrt=nnx.LoRAParam)"
-    return (
-        "kinds.plan(model, optimizers={'lora': tx}), where params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), "
-        "frozen=True)"
-    )
-
-
 def _one_kind(subject: Subject, adapters: Sequence[int], base: set[int]) -> Iterator[Found]:
-    """Kinds without an optimizer yet, in which adapters cannot be told from their base."""
-    for kind in dict.fromkeys(subject.claims[number] for number in adapters):
-        mixed = [number for number in sorted(base) if subject.claims[number] == kind]
-        if kind is not None and mixed and not subject.kinds[kind].frozen and not subject.kinds[kind].rest:
+    """Finds kinds without an optimizer so far that contain both adapters and their base."""
+    for name in dict.fromkeys(subject.claims[number] for number in adapters):
+        mixed = [number for number in sorted(base) if subject.claims[number] == name]
+        if name is not None and mixed and not subject.kinds[name].frozen and not subject.kinds[name].rest:
             yield Found(
-                f"The kind {kind!r} holds the adapters and {len(mixed)} base weights.",
+                f"The kind {name!r} holds the adapters and {counted(len(mixed), 'base weight', 'base weights')}.",
                 subject.rows(mixed),
-                f"kinds = kinds.replace({kind}=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True)) "
+                f"kinds = kinds.replace({name}=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True)) "
                 "| sw.Kinds(lora=sw.Kind(nnx.LoRAParam))",
             )
 
 
-def _half_moments(subject: Subject) -> Iterator[Found]:
+@RULES.rule(
+    "half-precision-moments",
+    "an average that moves by a thousandth does not move in bfloat16; squares of small gradients are 0 in float16",
+)
+def half_precision_moments(subject: Subject) -> Iterator[Found]:
+    """Finds optimizer state in half precision."""
     for training in trainings(subject):
-        half = [leaf for leaf in training.moments if _too_short(leaf)]
+        half = tuple(filter(_is_too_short, training.moments))
         if half:
-            arrays = counted(len(half), "array", "arrays")
             yield Found(
-                f"{training.label} keeps {arrays} of its state in half precision.",
-                tuple(half),
+                f"{training.label} keeps {counted(len(half), 'array', 'arrays')} of its state in half precision.",
+                half,
                 "keep the parameters in float32 and compute in bfloat16: nnx.Linear(..., dtype=jnp.bfloat16)\n"
-                "or keep the first moment alone in bfloat16: optax.adam(..., mu_dtype=jnp.bfloat16)",
+                "or keep only the first moment in bfloat16: optax.adam(..., mu_dtype=jnp.bfloat16)",
             )
 
 
-def _too_short(leaf: Leaf) -> bool:
-    """Half precision, but for averages that forget quickly, which Optax offers to keep in bfloat16."""
+def _is_too_short(leaf: Leaf) -> bool:
+    """Returns whether a moment is in half precision, except averages that forget quickly, which may be in bfloat16."""
     if leaf.dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.finfo(leaf.dtype).bits >= 32:
         return False
+    # Optax itself offers bfloat16 for these two, as `mu_dtype` and `accumulator_dtype`.
     return leaf.dtype != jnp.bfloat16 or not {"mu", "trace"} & set(map(str, leaf.path))
 
 
-def _half_parameters(subject: Subject) -> Iterator[Found]:
+@RULES.rule(
+    "half-precision-parameters",
+    "updates smaller than a 256th (bfloat16) or a 2048th (float16) of a weight are lost to rounding",
+)
+def half_precision_parameters(subject: Subject) -> Iterator[Found]:
+    """Finds trained parameters in half precision."""
     for training in trainings(subject):
-        half = [
-            number
-            for number in training.trained
-            if subject.floating(number) and jnp.finfo(subject.dtype(number)).bits < 32
-        ]
+        floating = filter(subject.is_floating, training.trained)
+        half = [number for number in floating if jnp.finfo(subject.dtype(number)).bits < 32]
         if half:
-            params = counted(len(half), "parameter", "parameters")
             yield Found(
-                f"{training.label} trains {params} in half precision.",
+                f"{training.label} trains {counted(len(half), 'parameter', 'parameters')} in half precision.",
                 subject.rows(half),
                 "nnx.Linear(..., dtype=jnp.bfloat16, param_dtype=jnp.float32)  # computes in half, keeps in full",
             )
 
 
-def _frozen(subject: Subject) -> Iterator[Found]:
+@RULES.rule(
+    "optimizer-state-for-frozen",
+    "the moments take memory for nothing, and weight decay moves what is declared frozen",
+)
+def optimizer_state_for_frozen(subject: Subject) -> Iterator[Found]:
+    """Finds optimizers that were set up for leaves of frozen kinds."""
     for training in trainings(subject):
-        frozen = [
-            number
-            for number in training.trained
-            if (kind := subject.claims[number]) is not None and subject.kinds[kind].frozen
-        ]
+        frozen = list(filter(subject.is_frozen, training.trained))
         if frozen:
+            # A moment's path ends with that of its parameter.
             tails = [training.trained[number] for number in frozen]
-            held = sum(
-                leaf.nbytes for leaf in training.moments if any(leaf.path[-len(tail) :] == tail for tail in tails)
-            )
-            leaves = counted(len(frozen), "leaf", "leaves")
+            moments = (leaf for leaf in training.moments if any(leaf.path[-len(tail) :] == tail for tail in tails))
+            nbytes = sum(leaf.nbytes for leaf in moments)
             yield Found(
-                f"{training.label} is set up for {leaves} that the kinds declare frozen"
-                + (f", and holds {format_bytes(held)} for them." if held else "."),
+                f"{training.label} is set up for {counted(len(frozen), 'leaf', 'leaves')} that the kinds declare frozen"
+                + (f", and holds {format_bytes(nbytes)} for them." if nbytes else "."),
                 subject.rows(frozen),
-                "nnx.Optimizer(model, tx, wrt=...) with a filter of what is trained\n"
-                "or kinds.plan(model, optimizers={...}), where an optimizer of a frozen kind is refused",
+                "nnx.Optimizer(model, tx, wrt=...) with a filter that only matches what is trained\n"
+                "or kinds.plan(model, optimizers={...}), which rejects an optimizer of a frozen kind",
             )
 
 
-def _orphans(subject: Subject) -> Iterator[Found]:
+@RULES.rule("optimizer-of-another-model", "the update fails, or leaves out what was added since")
+def optimizer_of_another_model(subject: Subject) -> Iterator[Found]:
+    """Finds moments of leaves that the model does not have."""
     for training in trainings(subject):
         if training.orphans:
             moments = counted(len(training.orphans), "moment", "moments")
@@ -142,68 +154,32 @@ def _orphans(subject: Subject) -> Iterator[Found]:
             )
 
 
-def _averaged(subject: Subject) -> Iterator[Found]:
-    wrong = [
-        number
-        for number in sorted(subject.averages)
-        if (dtype := subject.dtype(number)) is not None and not jnp.issubdtype(dtype, jnp.inexact)
-    ]
+@RULES.rule(
+    "ema-over-non-floats",
+    "an average of integers is truncated to an integer at each update and stays the same; one of keys fails",
+)
+def ema_over_non_floats(subject: Subject) -> Iterator[Found]:
+    """Finds averages of integers, booleans and keys."""
+    wrong = [number for number in sorted(subject.averages) if not subject.is_inexact(number)]
     if wrong:
-        leaves = counted(len(wrong), "leaf", "leaves")
         yield Found(
-            f"An nnx.EMA averages {leaves} that no average is of.",
+            f"An nnx.EMA averages {counted(len(wrong), 'leaf that is', 'leaves that are')} not floating-point.",
             subject.rows(wrong),
             "nnx.EMA(model, decay, only=nnx.Param)",
         )
 
 
-def _trained_averages(subject: Subject) -> Iterator[Found]:
+@RULES.rule(
+    "trained-averages", "the copies are Params too: the optimizer moves them, and they are not averages any more"
+)
+def trained_averages(subject: Subject) -> Iterator[Found]:
+    """Finds the copies of an `nnx.EMA` among the leaves that are trained."""
     for training in trainings(subject):
         wrong = sorted(subject.averages.intersection(training.trained))
         if wrong:
-            leaves = counted(len(wrong), "copy", "copies")
             yield Found(
-                f"{training.label} trains {leaves} that an nnx.EMA keeps.",
+                f"{training.label} trains {counted(len(wrong), 'copy', 'copies')} that an nnx.EMA keeps.",
                 subject.rows(wrong),
                 "kinds = kinds.replace(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(sw.Path('params/**'))))) "
                 "| sw.Kinds(ema=sw.Kind(nnx.Param & sw.Path('params/**')))",
             )
-
-
-RULES = (
-    Rule(
-        "base-trained-under-lora",
-        "nnx.Param means nnx.LoRAParam too: the base drifts away from the one that the adapter is saved for",
-        _base,
-    ),
-    Rule(
-        "half-precision-moments",
-        "an average that moves by a thousandth stands still in bfloat16; squares of small gradients are 0 in float16",
-        _half_moments,
-    ),
-    Rule(
-        "half-precision-parameters",
-        "updates smaller than a 256th (bfloat16) or a 2048th (float16) of a weight are lost to rounding",
-        _half_parameters,
-    ),
-    Rule(
-        "optimizer-state-for-frozen",
-        "the moments take memory for nothing, and weight decay moves what is declared frozen",
-        _frozen,
-    ),
-    Rule(
-        "optimizer-of-another-model",
-        "the update fails, or leaves out what was added since",
-        _orphans,
-    ),
-    Rule(
-        "ema-over-non-floats",
-        "an average of integers is cut to an integer at each update and stands still; one of keys fails",
-        _averaged,
-    ),
-    Rule(
-        "trained-averages",
-        "the copies are Params too: the optimizer moves them, and they are no average any more",
-        _trained_averages,
-    ),
-)

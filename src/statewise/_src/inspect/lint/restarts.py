@@ -1,4 +1,4 @@
-"""Rules of restarts: what a kind's function makes of its leaves, found by tracing it for their shapes."""
+"""Rules of restarts: what a kind's function makes of its leaves, found by tracing it with their shapes."""
 
 from __future__ import annotations
 
@@ -10,75 +10,71 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ArraySpec, spec_of
+from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
-from statewise._src.inspect.lint.finding import Found, Rule
+from statewise._src.inspect.lint.finding import Found, Rules, kind_with
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.fresh_values import takes
-from statewise._src.plan.kind import Kind
 
 __all__ = ["RULES"]
+
+RULES = Rules()
 
 _DRAWS = ("random_bits", "random_seed", "random_wrap", "random_fold_in", "rng_bit_generator", "threefry2x32")
 
 
-def _zeroed(subject: Subject) -> Iterator[Found]:
-    """Adapters whose module has every factor at zero: by their kinds' restart, or as they are."""
+@RULES.rule(
+    "adapter-of-zeros",
+    "the gradient of each factor is a product with the other: if all are zero, the adapter never learns",
+)
+def adapter_of_zeros(subject: Subject) -> Iterator[Found]:
+    """Finds adapters in which every factor is zero, after a restart or now."""
     modules: dict[Path, list[int]] = {}
     for number in subject.of_type(nnx.LoRAParam):
-        modules.setdefault(subject.found.paths[number][:-1], []).append(number)
-    restarted, are = [], []
+        modules.setdefault(subject.paths[number][:-1], []).append(number)
+    restarted, current = [], []
     for numbers in modules.values():
         if len(numbers) < 2:
             continue
         if all(_restarts_at_zero(subject, number) for number in numbers):
             restarted += numbers
-        elif all((facts := subject.facts.get(number)) is not None and facts.zero for number in numbers):
-            are += numbers
+        elif all(map(subject.is_zero, numbers)):
+            current += numbers
     if restarted:
         kinds = list(dict.fromkeys(subject.claims[number] or "" for number in restarted))
-        last = subject.name(restarted[-1])
+        restart = (
+            f"lambda array, key, path: jnp.zeros_like(array) if path[-1] == {subject.name(restarted[-1])!r} else "
+            "nnx.initializers.he_uniform()(key, array.shape, array.dtype)"
+        )
         yield Found(
             f"The restart of {', '.join(kinds)} makes every factor of an adapter zero.",
             subject.rows(restarted),
-            _declared(
-                subject,
-                kinds[0],
-                f"lambda array, key, path: jnp.zeros_like(array) if path[-1] == {last!r} else "
-                "nnx.initializers.he_uniform()(key, array.shape, array.dtype)",
-            ),
+            _kind_with_restart(subject, kinds[0], restart),
         )
-    if are:
+    if current:
         yield Found(
             "Every factor of an adapter is zero.",
-            subject.rows(are),
-            f"{subject.target(are[0])} = nnx.LoRAParam(nnx.initializers.he_uniform()(key, shape, dtype))  # but one",
+            subject.rows(current),
+            f"{subject.target(current[0])} = nnx.LoRAParam(nnx.initializers.he_uniform()(key, shape, dtype))"
+            "  # all but one",
         )
 
 
 def _restarts_at_zero(subject: Subject, number: int) -> bool:
-    kind, spec = _restarted(subject, number)
-    if kind is None or spec is None or not jnp.issubdtype(spec.dtype, jnp.inexact):
-        return False
-    jaxpr = _traced(kind, spec, subject.found.paths[number])
+    jaxpr = _restart(subject, number) if subject.is_inexact(number) else None
     return jaxpr is not None and _is_zero(jaxpr)
 
 
-def _restarted(subject: Subject, number: int) -> tuple[Kind | None, ArraySpec | None]:
-    name = subject.claims[number]
-    kind = subject.kinds[name] if name is not None else None
-    value = subject.values[number]
-    if kind is None or kind.restart is None or kind.frozen or value is None:
-        return None, None
-    return kind, spec_of(value)
-
-
-def _traced(kind: Kind, spec: ArraySpec, path: Path) -> Any:
-    """The jaxpr of a kind's restart for an array of this shape; None where the function refuses it."""
+def _restart(subject: Subject, number: int) -> Any:
+    """Returns the jaxpr of a leaf's restart; None if it has none, or if the function raises an error."""
+    kind, value = subject.kind(number), subject.values[number]
+    spec = None if value is None else spec_of(value)
+    if kind is None or kind.restart is None or kind.frozen or spec is None:
+        return None
     fresh, wants = kind.restart, takes(kind.restart)
-    assert fresh is not None, "a kind without a restart is not looked at"
-    named: dict[str, Any] = {"path": path} if wants.path else {}
+    named: dict[str, Any] = {"path": subject.paths[number]} if wants.path else {}
     shape = list(spec.shape)
+    # A function with a key is called for each slot, so its array lacks the axis of the slots.
     if wants.key and kind.batch_axis is not None and -len(shape) <= kind.batch_axis < len(shape):
         del shape[kind.batch_axis]
     array = jax.ShapeDtypeStruct(tuple(shape), spec.dtype)
@@ -88,14 +84,14 @@ def _traced(kind: Kind, spec: ArraySpec, path: Path) -> Any:
 
     try:
         return jax.make_jaxpr(restart)(array, jax.eval_shape(lambda: jax.random.key(0)))
-    except Exception as error:  # a user's function raises what it likes; `state.restart` shows it as it is
+    except Exception as error:  # a user's function may raise anything; `state.restart` shows the error
         if isinstance(error, MemoryError | RecursionError):
             raise
         return None
 
 
 def _is_zero(closed: Any) -> bool:
-    """Whether what a jaxpr gives is zero, told without running it: a literal zero, spread, cast or reshaped."""
+    """Returns whether the results of a jaxpr are zero, without running it: a zero that is broadcast, cast, reshaped."""
     jaxpr = compat.inner_jaxpr(closed)
     return all(_zero_var(jaxpr, dict(zip(jaxpr.constvars, closed.consts, strict=True)), var) for var in jaxpr.outvars)
 
@@ -106,6 +102,13 @@ _MOVES = frozenset(
 
 
 def _zero_var(jaxpr: Any, known: dict[Any, Any], var: Any) -> bool:
+    """Returns whether a variable of a jaxpr is zero.
+
+    Args:
+      jaxpr: the jaxpr.
+      known: the values of its constants; for the inputs of an inner jaxpr, whether they are zero.
+      var: the variable.
+    """
     if isinstance(var, compat.Literal):
         return _all_zero(var.val)
     if var in known:
@@ -116,16 +119,15 @@ def _zero_var(jaxpr: Any, known: dict[Any, Any], var: Any) -> bool:
     name = eqn.primitive.name
     if name in _MOVES:
         return _zero_var(jaxpr, known, eqn.invars[0])
-    if name == "mul":
-        return any(_zero_var(jaxpr, known, operand) for operand in eqn.invars)
-    if name in ("add", "sub"):
-        return all(_zero_var(jaxpr, known, operand) for operand in eqn.invars)
+    if name in ("mul", "add", "sub"):
+        # A product is zero if one factor is, a sum only if both terms are.
+        zeros = (_zero_var(jaxpr, known, operand) for operand in eqn.invars)
+        return any(zeros) if name == "mul" else all(zeros)
     inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
     if name in ("jit", "pjit", "closed_call", "core_call") and inner is not None:
+        # The body of a call has variables of its own for the operands and constants.
         body = compat.inner_jaxpr(inner)
-        given = {
-            inside: _zero_var(jaxpr, known, outside) for inside, outside in zip(body.invars, eqn.invars, strict=True)
-        }
+        given = {own: _zero_var(jaxpr, known, outer) for own, outer in zip(body.invars, eqn.invars, strict=True)}
         given |= dict(zip(body.constvars, getattr(inner, "consts", ()), strict=False))
         return _zero_var(body, given, body.outvars[eqn.outvars.index(var)])
     return False
@@ -138,53 +140,43 @@ def _all_zero(value: Any) -> bool:
     return bool(jnp.all(jnp.asarray(value) == 0))
 
 
-def _declared(subject: Subject, name: str, restart: str) -> str:
-    """The declaration of a kind with another restart, as code; one that takes a key is not called by a restore."""
+def _kind_with_restart(subject: Subject, name: str, restart: str) -> str:
+    # A restore with missing='restart' has no key to pass to the function.
     keep = ", missing='keep'" if subject.kinds[name].missing == "restart" else ""
-    return f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], restart={restart}{keep}))"
+    return kind_with(name, f"restart={restart}{keep}")
 
 
-def _alike(subject: Subject) -> Iterator[Found]:
-    """Restarts that draw without a key: what they draw from is the same each time."""
+@RULES.rule(
+    "restart-draws-alike",
+    "every slot, every restart and every leaf of one shape gets the same numbers",
+)
+def restart_draws_alike(subject: Subject) -> Iterator[Found]:
+    """Finds restarts that draw without a key: each time from the same key."""
     for name in subject.kinds:
-        numbers = [number for number, claim in enumerate(subject.claims) if claim == name]
+        numbers = (number for number, claim in enumerate(subject.claims) if claim == name)
         drawing = [number for number in numbers if _draws_alike(subject, number)]
         if drawing:
             yield Found(
                 f"The restart of {name} draws from a key of its own.",
                 subject.rows(drawing),
-                _declared(subject, name, "lambda array, key: jax.random.normal(key, array.shape, array.dtype)"),
+                _kind_with_restart(
+                    subject, name, "lambda array, key: jax.random.normal(key, array.shape, array.dtype)"
+                ),
             )
 
 
 def _draws_alike(subject: Subject, number: int) -> bool:
-    kind, spec = _restarted(subject, number)
-    if kind is None or spec is None or takes(kind.restart).key or issubclass(subject.types[number], nnx.RngState):
-        return False  # a stream may well be made from the stream of now
-    jaxpr = _traced(kind, spec, subject.found.paths[number])
+    kind = subject.kind(number)
+    # The restart of a stream may well draw from the stream that it replaces.
+    if kind is None or takes(kind.restart).key or issubclass(subject.types[number], nnx.RngState):
+        return False
+    jaxpr = _restart(subject, number)
     return jaxpr is not None and _draws(compat.inner_jaxpr(jaxpr))
 
 
 def _draws(jaxpr: Any) -> bool:
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name in _DRAWS:
-            return True
-        for value in eqn.params.values():
-            inner = compat.inner_jaxpr(value)
-            if hasattr(inner, "eqns") and _draws(inner):
-                return True
-    return False
-
-
-RULES = (
-    Rule(
-        "adapter-of-zeros",
-        "the gradient of each factor is a product with the other: where all are zero, the adapter never learns",
-        _zeroed,
-    ),
-    Rule(
-        "restart-draws-alike",
-        "every slot, every restart and every leaf of one shape gets the very same numbers",
-        _alike,
-    ),
-)
+    """Returns whether a jaxpr, or one in the parameters of its equations, draws random numbers."""
+    inner = (compat.inner_jaxpr(value) for eqn in jaxpr.eqns for value in eqn.params.values())
+    return any(eqn.primitive.name in _DRAWS for eqn in jaxpr.eqns) or any(
+        _draws(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns")
+    )

@@ -1,4 +1,4 @@
-"""What trains what: the optimizers of a plan, and every `nnx.Optimizer` among the objects."""
+"""Which optimizer trains which leaves: the optimizers of a plan, and every `nnx.Optimizer` among the objects."""
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.tables import OPTIMIZER
 from statewise.errors import FilterError
 
-__all__ = ["Training", "trainings"]
+__all__ = ["Training", "label_of", "trainings"]
 
 
 class Training(NamedTuple):
     """One optimizer.
 
     Attributes:
-      label: what to call it at the start of a sentence: by the kinds that it updates, or by its path.
+      label: its description at the start of a sentence: by the kinds that it updates, or by its path.
       kinds: the kinds that it updates; empty for an `nnx.Optimizer`.
       trained: the leaves that it updates, each with its path in the optimizer's state.
       moments: its state, a row for each array.
@@ -35,70 +35,76 @@ class Training(NamedTuple):
 
 
 def trainings(subject: Subject) -> list[Training]:
-    """Every optimizer of a subject."""
+    """Returns every optimizer of a subject."""
     if subject.trainings is None:
-        subject.trainings = _found(subject)
+        subject.trainings = [
+            *(_of_object(subject, path, optimizer) for path, optimizer in subject.nodes_of(nnx.Optimizer)),
+            *_of_plan(subject),
+        ]
     return subject.trainings
 
 
-def _found(subject: Subject) -> list[Training]:
-    found = [_of_object(subject, path, node) for path, node in _optimizers(subject)]
+def label_of(path: Path) -> str:
+    """Returns the description of the `nnx.Optimizer` at a path."""
+    return f"The nnx.Optimizer at {format_path(path)}" if path else "The nnx.Optimizer"
+
+
+def _of_plan(subject: Subject) -> list[Training]:
+    trainings = []
     for group in subject.plan.optimizers if subject.plan else ():
-        trained = {
-            number: subject.found.paths[number] for number, kind in enumerate(subject.claims) if kind in group.kinds
-        }
+        trained = {number: subject.paths[number] for number, kind in enumerate(subject.claims) if kind in group.kinds}
         moments = tuple(
             make_leaf((OPTIMIZER, group.label, *path), jax.Array, [spec], True, OPTIMIZER)
             for path, spec in zip(group.layout.paths, group.layout.specs, strict=True)
         )
-        found.append(Training(f"The optimizer of {group.label}", group.kinds, trained, moments))
-    return found
+        trainings.append(Training(f"The optimizer of {group.label}", group.kinds, trained, moments))
+    return trainings
 
 
-def _optimizers(subject: Subject) -> list[tuple[Path, Any]]:
-    if not subject.has(nnx.Optimizer):
-        return []
-    return [(path, node) for path, node in subject.nodes if isinstance(node, nnx.Optimizer)]
+def _of_object(subject: Subject, root: Path, optimizer: Any) -> Training:
+    """Describes the `nnx.Optimizer` at a path.
 
-
-def _of_object(subject: Subject, at: Path, optimizer: Any) -> Training:
-    """An `nnx.Optimizer`: it knows a filter, and by its moments the paths of what it updates, but not the model."""
-    paths, several = subject.found.paths, subject.found.several
-    label = f"The nnx.Optimizer at {format_path(at)}" if at else "The nnx.Optimizer"
-    state = [number for number in subject.below(at) if issubclass(subject.types[number], nnx.OptState)]
+    It has a filter, and its moments have the paths of the leaves that it updates, but it does not know the model.
+    """
+    paths, label = subject.paths, label_of(root)
+    state = [number for number in subject.below(root) if issubclass(subject.types[number], nnx.OptState)]
     moments = subject.rows(state)
-    # Its model stands beside it (`trainer.model`, or another of several objects), or in it (ModelAndOptimizer).
-    parent = at[:-1]
-    beside = len(parent) + 1
-    candidates = {}
-    for number in subject.below(parent):
-        path = paths[number]
-        inside = path[: len(at)] == at
-        if issubclass(subject.types[number], nnx.OptState) or number in subject.averages:
-            continue
-        if len(path) > len(at) + 1 and inside and path[len(at)] == "model":
-            candidates[number] = path[len(at) + 1 :]
-        elif len(path) > beside and not inside:
-            candidates[number] = path[beside:]
-    # Only moments that are shaped like a parameter carry its path.
-    depth = len(at) + 1
+    # Only moments that are shaped like a parameter have its path: the end of their own, below the optimizer's.
     like = [number for number in state if subject.types[number].__name__ == "OptVariable"]
-    tails = {paths[number][start:] for number in like for start in range(depth, len(paths[number]))}
-    if not like and several and len(subject.objects) > 2:
-        return Training(label, (), {}, moments)  # which of the models it updates, nothing tells
+    depth = len(root) + 1
+    tails = {number: [paths[number][start:] for start in range(depth, len(paths[number]))] for number in like}
+    if not like and subject.graph.several and len(subject.objects) > 2:
+        return Training(label, (), {}, moments)  # nothing says which of the models it updates
+    candidates = _candidates(subject, root)
+    updated = {tail for ends in tails.values() for tail in ends}
     try:
         matches = predicate(optimizer.wrt)
         trained = {
             number: path
             for number, path in candidates.items()
-            if (not like or path in tails) and matches(path, subject.found.leaves[number])
+            if (not like or path in updated) and matches(path, subject.graph.leaves[number])
         }
     except FilterError:
         trained = {}
     known = set(candidates.values())
-    orphans = [
-        number
-        for number in like
-        if candidates and not any(paths[number][start:] in known for start in range(depth, len(paths[number])))
-    ]
+    orphans = [number for number, ends in tails.items() if known and known.isdisjoint(ends)]
     return Training(label, (), trained, moments, subject.rows(orphans))
+
+
+def _candidates(subject: Subject, root: Path) -> dict[int, Path]:
+    """Returns the leaves that the optimizer at a path may update, each with its path in its model.
+
+    The model is beside the optimizer (`trainer.model`, or another of several objects), or in it (ModelAndOptimizer).
+    """
+    parent = root[:-1]
+    candidates = {}
+    for number in subject.below(parent):
+        path = subject.paths[number]
+        if issubclass(subject.types[number], nnx.OptState) or number in subject.averages:
+            continue
+        if path[: len(root)] == root:  # in the optimizer, under `model`
+            if len(path) > len(root) + 1 and path[len(root)] == "model":
+                candidates[number] = path[len(root) + 1 :]
+        elif len(path) > len(parent) + 1:  # beside it: the first key below the parent is the model's
+            candidates[number] = path[len(parent) + 1 :]
+    return candidates

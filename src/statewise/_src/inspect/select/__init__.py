@@ -1,8 +1,8 @@
-"""Looking at a model by filters; and NNX's split, merge and update, checked.
+"""Filters applied to a model; and NNX's split, merge and update, checked.
 
-Several objects are given as a tuple or a list, `sw.count((model, optimizer), nnx.Param)`; filters then see paths
-relative to each object, and results hold them under the object's position.
+Several objects are passed as a tuple or a list, `sw.count((model, optimizer), nnx.Param)`; filters then see paths
+relative to each object, and results list leaves under the object's position.
 
-The files: `looking` (which leaves a filter means, how many they are, and why), `parts` (taking a model apart and
-putting it together again).
+The files: `select` (which leaves a filter matches, how many, and why), `parts` (a model split and merged),
+`new_values` (the values that `update` writes).
 """

@@ -1,4 +1,4 @@
-"""What `update` writes: the values given, as the arrays of JAX that the model holds."""
+"""The values that `update` writes: those passed, as the JAX arrays that the model holds."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ __all__ = ["fresh_values"]
 
 
 def fresh_values(given: Mapping[Path, Any], live: Mapping[Path, Any]) -> Iterator[tuple[Path, Any, Any]]:
-    """Path, leaf and new value of each: a NumPy array or a number becomes a JAX array where the model holds one.
+    """Yields the path, leaf and new value of each: a NumPy array or a number becomes a JAX array if the model has one.
 
     Raises:
-      StructureError: numbers that the leaf's dtype would lose; all the leaves.
+      StructureError: numbers that casting to the leaf's dtype would lose; all the leaves.
     """
     values = {path: (*arrays_of(raw_value(leaf)), arrays_of(raw_value(live[path]))[0]) for path, leaf in given.items()}
     check_given(
         (row_of(path, live[path]), new, old.dtype)
-        for path, (arrays, _, had) in values.items()
-        for new, old in zip(arrays, had, strict=True)
-        if isinstance(old, jax.Array) and not isinstance(new, jax.Array)
+        for path, (arrays, _, old_arrays) in values.items()
+        for new, old in zip(arrays, old_arrays, strict=True)
+        if _becomes_jax(new, old)
     )
-    for path, (arrays, structure, had) in values.items():
-        yield path, live[path], value_of(list(map(_fresh, arrays, had)), structure)
+    for path, (arrays, structure, old_arrays) in values.items():
+        fresh = [
+            jnp.asarray(new, dtype=old.dtype) if _becomes_jax(new, old) else new
+            for new, old in zip(arrays, old_arrays, strict=True)
+        ]
+        yield path, live[path], value_of(fresh, structure)
 
 
-def _fresh(new: Any, old: Any) -> Any:
-    is_number = isinstance(old, jax.Array) and not isinstance(new, jax.Array)
-    return jnp.asarray(new, dtype=old.dtype) if is_number else new
+def _becomes_jax(new: Any, old: Any) -> bool:
+    return isinstance(old, jax.Array) and not isinstance(new, jax.Array)

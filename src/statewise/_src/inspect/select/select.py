@@ -1,77 +1,113 @@
-"""Looking at a model by filters: which leaves a filter means, how many they are, and why."""
+"""Filters applied to a model: which leaves a filter matches, how many, and why."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, overload
 
 from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelError, ModelGraph, read_graph, row_of
-from statewise._src.common.paths import Leaf, Path, format_dtype, format_path, format_shape, format_type
-from statewise._src.common.tables import Shown, Table, leaf_dict
-from statewise._src.core.plan import Kinds
+from statewise._src.common.paths import Leaf, Path, format_type
+from statewise._src.common.tables import ShownData, Table, leaf_dict, leaves_table
+from statewise._src.core.plan import Kinds, Plan
 from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.filters.explain import explain_leaf, type_only
 from statewise._src.plan.spelled_paths import Reading
+from statewise._src.plan.tables import PlanTables
 from statewise.errors import DeclarationError
 
-__all__ = ["Explanation", "check_kinds", "count", "explain", "look", "select"]
+__all__ = ["Explanation", "check_kinds", "chosen_kinds", "count", "explain", "graph_of", "objects_of", "select"]
 
 
-def look(model: Any) -> ModelGraph:
-    """Flattens a model, or a tuple or list of objects, as it is, so that merging gives the same container back."""
+def graph_of(model: object) -> ModelGraph:
+    """Flattens a model, or a tuple or list of objects, as it is, so that merging returns the same container."""
     several = isinstance(model, (tuple, list))
-    for position, thing in enumerate(model if several else ()):
-        if isinstance(thing, type):
+    for position, item in enumerate(objects_of(model) if several else ()):
+        if isinstance(item, type):
             raise ModelError(
-                f"Object {position} is the class {thing.__name__}, not an instance of it.",
-                hint=f"{thing.__name__}(..., rngs=nnx.Rngs(0))",
+                f"Object {position} is the class {item.__name__}, not an instance of it.",
+                hint=f"{item.__name__}(..., rngs=nnx.Rngs(0))",
             )
-    found = read_graph((model,))
-    if () in found.paths:
+    graph = read_graph((model,))
+    if () in graph.paths:
+        single = f"a single {format_type(model.var_type)}" if isinstance(model, nnx.Variable) else None
         raise ModelError(
-            f"This is {_named(model)}, which holds no leaves at paths.", hint="pass a module, or {'name': variable}"
+            f"This is {single or type(model).__name__}, which holds no leaves at paths.",
+            hint="pass a module, or {'name': variable}",
         )
-    return found._replace(several=several)
+    # To `read_graph` a tuple is one object; filters see paths relative to each of its items.
+    return graph._replace(several=several)
 
 
-def check_kinds(kinds: Any) -> None:
-    """Refuses what is no `Kinds`."""
+def objects_of(model: object) -> tuple[object, ...]:
+    """Returns the objects in a tuple or list; any other model alone."""
+    return tuple(model) if isinstance(model, (tuple, list)) else (model,)
+
+
+def check_kinds(kinds: object) -> Kinds:
+    """Returns a `Kinds`; checks that it is one.
+
+    Raises:
+      DeclarationError: it is not.
+    """
     if not isinstance(kinds, Kinds):
         name = kinds.__name__ if isinstance(kinds, type) else type(kinds).__name__
-        raise DeclarationError(f"{name} is no Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))")
+        raise DeclarationError(f"{name} is not a Kinds.", hint="sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))")
+    return kinds
 
 
-def _named(thing: Any) -> str:
-    return f"a single {format_type(thing.var_type)}" if isinstance(thing, nnx.Variable) else type(thing).__name__
+def chosen_kinds(kinds: object, planned: PlanTables | None, hint: str) -> Kinds:
+    """Returns the kinds to use: those of a plan, those passed, or the standard ones.
+
+    Args:
+      kinds: the kinds passed, if any.
+      planned: the plan, if there is one.
+      hint: what to write instead of other kinds beside a plan.
+
+    Raises:
+      DeclarationError: what was passed is not a `Kinds`, or the plan has other kinds.
+    """
+    given = None if kinds is None else check_kinds(kinds)
+    if planned is None:
+        return Kinds.standard() if given is None else given
+    own = Plan.of(planned).kinds
+    if given is not None and given != own:
+        raise DeclarationError("A plan, or the plan of a state, has its own kinds.", hint=hint)
+    return own
 
 
-def _seen(found: ModelGraph, *filters: object) -> Sequence[Path]:
-    """Each leaf's path as these filters see it; a path in them that could mean one leaf or another is refused."""
+def _leaves(model: object, *filters: object) -> Iterator[tuple[Path, Path, Any]]:
+    """Yields each leaf: its path, its path as these filters see it, and the leaf.
+
+    Raises:
+      FilterError: a path in a filter could mean one leaf or another.
+    """
+    graph = graph_of(model)
     if all(map(type_only, filters)):
-        return [found.relative(path) for path in found.paths]
-    reading = Reading(found)
-    for filter in filters:
-        reading.check(filter)
-    return reading.ways
+        seen = tuple(map(graph.relative, graph.paths))  # no filter reads it: other paths need not be looked for
+    else:
+        reading = Reading(graph)
+        for filter in filters:
+            reading.check(filter)
+        seen = reading.ways
+    yield from zip(graph.paths, seen, graph.leaves, strict=True)
 
 
 def select(model: object, filter: Filter) -> nnx.State[Any, Any]:
-    """The leaves that a filter means, by path: live Variables, as `nnx.state` gives them.
+    """Returns the leaves that a filter matches, by path: live Variables, as `nnx.state` returns them.
 
     Args:
       model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
-      filter: any NNX filter, or one of ours.
+      filter: any NNX filter, or one of Statewise's.
 
     Returns:
       an `nnx.State` of the matching leaves, empty if there are none.
 
     Raises:
-      FilterError: the filter is none, or spells a path that could mean one leaf or another.
-      StructureError: the model is none.
+      FilterError: it is not a filter, or has a path that could mean one leaf or another.
+      StructureError: the model is not a model.
 
     Example:
       >>> from flax import nnx
@@ -81,13 +117,8 @@ def select(model: object, filter: Filter) -> nnx.State[Any, Any]:
       ['mean', 'var']
     """
     matches = predicate(filter)
-    found = look(model)
-    chosen: list[Any] = [
-        (path, leaf)
-        for path, seen, leaf in zip(found.paths, _seen(found, filter), found.leaves, strict=True)
-        if matches(seen, leaf)
-    ]
-    return nnx.from_flat_state(chosen)
+    selected: list[Any] = [(path, leaf) for path, seen, leaf in _leaves(model, filter) if matches(seen, leaf)]
+    return nnx.from_flat_state(selected)
 
 
 @overload
@@ -97,18 +128,18 @@ def count(model: object, filter: Filter, /) -> int: ...
 @overload
 def count(model: object, first: Filter, second: Filter, /, *filters: Filter) -> tuple[int, ...]: ...
 def count(model: object, *filters: Filter) -> int | tuple[int, ...]:
-    """How many leaves each filter means.  A tied leaf counts once; a raw array is a leaf.
+    """Counts the leaves that each filter matches.  A tied leaf counts once; a raw array is a leaf.
 
     Args:
       model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
-      *filters: each is counted by itself: a leaf that two of them mean counts in both.
+      *filters: each is counted independently: a leaf that two of them match counts in both.
 
     Returns:
-      the number of leaves for one filter, a tuple of numbers for several, that of all leaves for none.
+      the number of leaves for one filter, a tuple of numbers for several, the number of all leaves for none.
 
     Raises:
-      FilterError: a filter is none, or spells a path that could mean one leaf or another.
-      StructureError: the model is none.
+      FilterError: one is not a filter, or has a path that could mean one leaf or another.
+      StructureError: the model is not a model.
 
     Example:
       >>> from flax import nnx
@@ -118,22 +149,21 @@ def count(model: object, *filters: Filter) -> int | tuple[int, ...]:
       (4, 2, (4, 2))
     """
     matchers = [predicate(filter) for filter in filters]
-    found = look(model)
     if not matchers:
-        return len(found.leaves)
-    keyed = list(zip(_seen(found, *filters), found.leaves, strict=True))
-    counts = tuple(sum(matches(path, leaf) for path, leaf in keyed) for matches in matchers)
+        return len(graph_of(model).leaves)
+    leaves = list(_leaves(model, *filters))
+    counts = tuple(sum(matches(seen, leaf) for _, seen, leaf in leaves) for matches in matchers)
     return counts if len(counts) > 1 else counts[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation(Shown):
-    """What a filter makes of each leaf of a model; prints as a table.
+class Explanation(ShownData):
+    """How a filter decides on each leaf of a model; prints as a table.
 
     Attributes:
       filter: the filter, as text.
       leaves: every leaf of the model.
-      matched: for each leaf, whether the filter means it.
+      matched: for each leaf, whether the filter matches it.
       by: for each leaf, the part of the filter that decided.
 
     Example:
@@ -155,53 +185,36 @@ class Explanation(Shown):
     by: tuple[str, ...]
 
     def table(self) -> Table:
-        """The explanation as a table: one line for each leaf."""
-        rows = tuple(
-            (
-                format_path(leaf.path),
-                format_type(leaf.type),
-                format_shape(leaf.shape),
-                format_dtype(leaf.dtype),
-                "yes" if matched else "no",
-                by,
-            )
-            for leaf, matched, by in zip(self.leaves, self.matched, self.by, strict=True)
-        )
-        return Table(
-            self.filter,
-            ("path", "type", "shape", "dtype", "matched", "by"),
-            rows,
-            footer=("total", "", "", "", f"{sum(self.matched)} of {len(self.leaves)}", ""),
-        )
+        """Returns the explanation as a table: one line for each leaf."""
+        table = leaves_table(self.filter, self.leaves)
+        columns = (*table.columns, "matched", "by")
+        facts = zip(table.rows, self.matched, self.by, strict=True)
+        rows = tuple((*row, "yes" if matched else "no", by) for row, matched, by in facts)
+        footer = ("total", "", "", "", f"{sum(self.matched)} of {len(self.leaves)}", "")
+        return dataclasses.replace(table, columns=columns, rows=rows, footer=footer)
 
     def to_dict(self) -> dict[str, Any]:
-        """The explanation as plain data."""
+        """Returns the explanation as plain data."""
+        rows = zip(self.leaves, self.matched, self.by, strict=True)
         return {
             "filter": self.filter,
-            "leaves": [
-                {**leaf_dict(leaf), "matched": matched, "by": by}
-                for leaf, matched, by in zip(self.leaves, self.matched, self.by, strict=True)
-            ],
+            "leaves": [{**leaf_dict(leaf), "matched": matched, "by": by} for leaf, matched, by in rows],
         }
-
-    def to_json(self) -> str:
-        """The explanation as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
 
 def explain(model: object, filter: Filter) -> Explanation:
-    """Tells for every leaf whether a filter means it, and which part of the filter decided that.
+    """Explains for every leaf whether a filter matches it, and which part of the filter decided that.
 
     Args:
       model: a module, a tuple or list of objects, or a dict of them by name; concrete, abstract or traced.
-      filter: any NNX filter, or one of ours.
+      filter: any NNX filter, or one of Statewise's.
 
     Returns:
       an `Explanation`, which prints as a table.
 
     Raises:
-      FilterError: the filter is none, or spells a path that could mean one leaf or another.
-      StructureError: the model is none.
+      FilterError: it is not a filter, or has a path that could mean one leaf or another.
+      StructureError: the model is not a model.
 
     Example:
       >>> from flax import nnx
@@ -210,11 +223,6 @@ def explain(model: object, filter: Filter) -> Explanation:
       (False, True)
     """
     text = describe(filter)
-    found = look(model)
-    answers = [explain_leaf(filter, seen, leaf) for seen, leaf in zip(_seen(found, filter), found.leaves, strict=True)]
-    return Explanation(
-        filter=text,
-        leaves=tuple(row_of(path, leaf) for path, leaf in zip(found.paths, found.leaves, strict=True)),
-        matched=tuple(matched for matched, _ in answers),
-        by=tuple(by for _, by in answers),
-    )
+    answers = [(row_of(path, leaf), *explain_leaf(filter, seen, leaf)) for path, seen, leaf in _leaves(model, filter)]
+    leaves, matched, by = zip(*answers, strict=True) if answers else ((), (), ())
+    return Explanation(text, leaves, matched, by)

@@ -1,34 +1,34 @@
-"""`watch`: what a block of code, whatever it is made of, does to a model.
+"""`watch`: the effects of a block of any code on a model.
 
-A fingerprint of every leaf is taken where the block begins and where it ends.  Nothing of the arrays is kept in
-between, so that the code may donate them, and the objects themselves are held weakly.
+A fingerprint of every leaf is computed at the start and at the end of the block.  No array is kept in between, so the
+code may donate them, and the objects themselves are referenced weakly.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 from statewise._src.common.compare import Field, is_same_static
-from statewise._src.common.object_names import given
+from statewise._src.common.object_names import given, names_given
 from statewise._src.common.paths import format_path
 from statewise._src.common.problems import Problems
-from statewise._src.common.tables import Shown, Table
+from statewise._src.common.tables import ShownData, Table
 from statewise._src.core.plan import Kinds, State
 from statewise._src.core.state_data import check_not_donated
-from statewise._src.inspect.select.select import check_kinds
-from statewise._src.inspect.watch.result import MOVED, LeafChange, changes_between, seen_table
+from statewise._src.inspect.select.select import chosen_kinds, objects_of
+from statewise._src.inspect.watch.result import MOVED, LeafChange, changes_between, watch_table
 from statewise._src.inspect.watch.snapshot import Snapshot, snapshot_of
 from statewise._src.plan.kind import unknown_kind
 from statewise.errors import DeclarationError, StructureError, WatchError
 
 __all__ = ["Watch", "watch"]
 
-# In the place of a model that is not given.
-NOTHING: Any = object()
+# The default for a model that is not passed.
+NOTHING: object = object()
 
 
 def watch(
@@ -39,30 +39,30 @@ def watch(
     expect: str | Sequence[str] | None = None,
     **named: object,
 ) -> Watch:
-    """Watches a model while a block of any code runs: `nnx.jit`, plain `jax.jit`, a trainer of somebody else's.
+    """Watches a model while a block of any code runs: `nnx.jit`, plain `jax.jit`, another library's trainer.
 
-    Use it as `with sw.watch(model) as watch:`.  After the block `watch.changed` says which kinds changed, and in which
-    leaves; `print(watch)` shows it.  Where the code does not change the model but returns a new one (a state, Equinox),
-    hand that over at the end of the block: `watch.compare(model)`.
+    Use it as `with sw.watch(model) as watch:`.  After the block, `watch.changed` lists the kinds and leaves that
+    changed; `print(watch)` shows them.  If the code does not change the model but returns a new one (a state, Equinox),
+    pass that at the end of the block: `watch.compare(model)`.
 
     Args:
       model: a module, an `nnx.Optimizer`, a state, or a tuple or list of objects.
-      kinds: the kinds to tell the leaves apart by, `Kinds.standard()` if None; a state has its own.  Leaves that no
+      kinds: the kinds by which the leaves are grouped, `Kinds.standard()` if None; a state has its own.  Leaves that no
         kind claims are watched too, under `(no kind)`.
-      expect: kinds that have to change.  If given, the end of the block raises where no leaf of such a kind did, and
-        where a leaf of a frozen kind did; `()` asks for the second alone.
+      expect: kinds that must change.  If given, the end of the block raises an error if no leaf of such a kind changed,
+        or if a leaf of a frozen kind did; `()` only checks the frozen ones.
       **named: several objects by name, instead of a tuple: `sw.watch(policy=policy, reference=reference)`.
 
     Returns:
       a `Watch`, to be used in a `with` statement.
 
     Raises:
-      DeclarationError: kinds that are none, that spell a path which is not there, or that are given beside a state;
-        `expect` names a kind that is not there or has no leaves; objects given by position and by name.
+      DeclarationError: `kinds` is not a `Kinds`, has a path that does not exist, or is passed beside a state; `expect`
+        names a kind that does not exist or has no leaves; objects by position and by name.
       FilterError: a path in a kind that could mean one leaf or another.
-      StructureError: nothing to watch, no model, an abstract or a donated one; inside `jax.jit`, where there are no
-        values.
-      WatchError: where the block ends, and only with `expect`: an expected kind did not change, or a frozen one did.
+      StructureError: nothing to watch; an object that is not a model, is abstract or was donated; inside `jax.jit`,
+        which has no values.
+      WatchError: at the end of the block, and only with `expect`: an expected kind did not change, or a frozen one did.
 
     Example:
       >>> import jax
@@ -80,36 +80,19 @@ def watch(
       ------------------------------------------
       params       2        -          2  -
     """
-    if kinds is not None:
-        check_kinds(kinds)
-    objects = () if model is NOTHING else tuple(model) if isinstance(model, (tuple, list)) else (model,)
-    objects, names = given(objects, named, "sw.watch")
+    declared = chosen_kinds(kinds, model.tables if isinstance(model, State) else None, "sw.watch(state)")
+    objects, names = given(() if model is NOTHING else objects_of(model), named, "sw.watch")
     if not objects:
         raise StructureError("There is nothing to watch.", hint="with sw.watch(model) as watch:")
-    if isinstance(model, State):
-        if kinds is not None and kinds != model.plan.kinds:
-            raise DeclarationError("A state is watched by its own kinds.", hint="sw.watch(state)")
-        kinds = model.plan.kinds
-    return Watch(objects, Kinds.standard() if kinds is None else kinds, _names(expect), names)
+    return Watch(objects, declared, None if expect is None else names_given(expect, "expect"), names)
 
 
-def _names(expect: object) -> tuple[str, ...] | None:
-    if expect is None or isinstance(expect, str):
-        return None if expect is None else (expect,)
-    names = tuple(expect) if isinstance(expect, Iterable) and not isinstance(expect, dict) else (expect,)
-    if not all(isinstance(name, str) for name in names):
-        raise DeclarationError(
-            f"expect={expect!r} does not name kinds.", hint="expect='params', or expect=('params', 'stats')"
-        )
-    return names
-
-
-class Watch(Shown):
-    """What a block of code did to a model; made by `watch`, known when the block has ended.
+class Watch(ShownData):
+    """The effects of a block of code on a model; made by `watch`, complete when the block has ended.
 
     Attributes:
-      kinds: the declaration that leaves are told apart by.
-      expect: the kinds that had to change; None where nothing is asked.
+      kinds: the declaration by which the leaves are grouped.
+      expect: the kinds that must change; None if nothing is checked.
 
     Example:
       >>> from flax import nnx
@@ -125,14 +108,14 @@ class Watch(Shown):
     """
 
     def __init__(
-        self, objects: tuple[Any, ...], kinds: Kinds, expect: tuple[str, ...] | None, names: tuple[str, ...] = ()
+        self, objects: tuple[object, ...], kinds: Kinds, expect: tuple[str, ...] | None, names: tuple[str, ...] = ()
     ) -> None:
         self.kinds = kinds
-        self._names = names
         self.expect = expect
-        self._objects: tuple[Any, ...] = objects
-        self._given: tuple[Any, ...] | None = None
-        self._refs: tuple[Callable[[], Any], ...] = ()
+        self._names = names
+        self._objects = objects
+        self._given: tuple[object, ...] | None = None
+        self._refs: tuple[Callable[[], object], ...] = ()
         self._before: Snapshot | None = None
         self._leaves: tuple[LeafChange, ...] | None = None
         self._static: dict[str, tuple[Any, Any]] = {}
@@ -147,48 +130,51 @@ class Watch(Shown):
     def __enter__(self) -> Watch:
         if self._before is not None:
             raise StructureError(
-                "This watch has been used.", hint="with sw.watch(model) as watch:  # one for each block"
+                "This watch was already used.", hint="with sw.watch(model) as watch:  # one for each block"
             )
         self._before = snapshot_of(self._objects, self.kinds, self._names)
-        held = {row.kind for row in self._before.prints.values()}
+        present = {row.kind for row in self._before.prints.values()}
         for name in self.expect or ():
             if name not in self.kinds:
                 raise unknown_kind(name, self.kinds)
-            if name not in held:
+            if name not in present:
                 raise DeclarationError(
                     f"Kind {name!r} is expected to change, but has no leaves.",
                     kind=name,
-                    hint=f"expect one of: {', '.join(kind for kind in self.kinds if kind in held)}",
+                    hint=f"expect one of: {', '.join(kind for kind in self.kinds if kind in present)}",
                 )
         self._refs = tuple(map(_reference, self._objects))
-        self._objects = ()  # a state that the code replaces is not to be kept alive here
+        self._objects = ()  # a state that the code replaces must not be kept alive here
         return self
 
     def __exit__(
         self, cls: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Cleared in any case: a watch outlives its block, and the objects should not.
         now, self._given = self._given, None
         refs, self._refs = self._refs, ()
         before = self._before
         if cls is not None or before is None:
             return
-        after = snapshot_of(_alive(refs) if now is None else now, self.kinds, self._names, there=False)
+        # Not strict: the code may have removed what a path in the kinds matches.
+        after = snapshot_of(_alive(refs) if now is None else now, self.kinds, self._names, strict=False)
         self._leaves = changes_between(before, after)
         self._static = {
             format_path(path): (value, after.statics[path])
             for path, value in before.statics.items()
             if path in after.statics and not is_same_static(after.statics[path], value)
         }
+        # Empty, but not None: the watch has been used.
         self._before = Snapshot({}, {}, {})
         if self.expect is not None:
             self.check()
 
     def compare(self, /, *objects: object, **named: object) -> None:
-        """Hands over what is to be compared at the end of the block, in the place of the objects watched.
+        """Passes the objects to compare with at the end of the block, instead of the watched objects themselves.
 
         Args:
           *objects: the state or model that the code returned; as many as are watched.
-          **named: the same by name, where objects are watched by name.
+          **named: the same by name, if objects are watched by name.
 
         Raises:
           StructureError: another number of objects, or other names; some by position and some by name.
@@ -209,95 +195,91 @@ class Watch(Shown):
         if names:
             if set(names) != set(self._names):
                 raise StructureError(
-                    f"Watched are {', '.join(self._names) or 'objects without names'}, "
-                    f"but handed over are {', '.join(names)}.",
+                    f"The watched objects are {', '.join(self._names) or 'without names'}, "
+                    f"but {', '.join(names)} were passed.",
                     hint=f"watch.compare({', '.join(f'{name}={name}' for name in self._names) or 'model'})",
                 )
+            # In the order of `sw.watch`, since snapshots count objects by position.
             objects = tuple(named[name] for name in self._names)
         if len(objects) != len(self._refs):
             raise StructureError(
-                f"{len(self._refs)} objects are watched, but {len(objects)} are handed over.",
-                hint="watch.compare(...)  # inside the block, with as many objects as were given to sw.watch",
+                f"{len(self._refs)} objects are watched, but {len(objects)} were passed.",
+                hint="watch.compare(...)  # inside the block, with as many objects as sw.watch received",
             )
         self._given = objects
 
-    # --- what was seen -------------------------------------------------------------------------------------------
+    # --- the changes ---------------------------------------------------------------------------------------------
 
     @property
     def leaves(self) -> tuple[LeafChange, ...]:
-        """What became of each leaf: those that were there, in their order, then the new ones."""
+        """Returns the change of each leaf: those of before, in their order, then the new ones."""
         if self._leaves is None:
             raise StructureError(
-                "What was seen is known when the block has ended without an error.",
+                "The changes are known once the block has ended without an error.",
                 hint="with sw.watch(model) as watch:\n    train(model, x)\nprint(watch)",
             )
         return self._leaves
 
     @property
     def changed(self) -> dict[str, tuple[LeafChange, ...]]:
-        """The leaves that changed in any way, by kind; a kind in which none did is not there."""
-        return self._by_kind([change for change in self.leaves if change.what])
+        """Returns the leaves that changed in any way, by kind, without kinds that have none."""
+        return self._by_kind(change for change in self.leaves if change.what)
 
     @property
     def unchanged(self) -> dict[str, tuple[LeafChange, ...]]:
-        """The leaves that are as they were, by kind; a kind that has none is not there."""
-        return self._by_kind([change for change in self.leaves if not change.what])
+        """Returns the leaves that did not change, by kind, without kinds that have none."""
+        return self._by_kind(change for change in self.leaves if not change.what)
 
     @property
     def ties(self) -> dict[str, tuple[LeafChange, ...]]:
-        """By kind, the paths that are tied otherwise than they were: to another leaf, or to none, or newly."""
-        return self._by_kind([change for change in self.leaves if Field.TIES in change.what])
+        """Returns, by kind, the paths whose ties changed: to another leaf, to none, or newly tied."""
+        return self._by_kind(change for change in self.leaves if Field.TIES in change.what)
 
     @property
     def missed(self) -> dict[str, tuple[LeafChange, ...]]:
-        """Of the kinds expected to change, the leaves that did not; also where others of the kind did."""
+        """Returns the leaves of expected kinds that did not change, including those of kinds in which others did."""
         return {kind: changes for kind, changes in self.unchanged.items() if kind in (self.expect or ())}
 
     @property
     def violations(self) -> tuple[LeafChange, ...]:
-        """The leaves of frozen kinds that changed in any way."""
+        """Returns the leaves of frozen kinds that changed in any way."""
         return tuple(change for change in self.leaves if change.what and self._is_frozen(change.kind))
 
     @property
     def static(self) -> dict[str, tuple[Any, Any]]:
-        """The plain attributes of modules that changed (`deterministic`, say), by path: before and after."""
+        """Returns the plain attributes of modules that changed (such as `deterministic`), by path: before and after."""
         return self._static
 
     def check(self) -> None:
-        """Raises where nothing of an expected kind changed, or anything of a frozen one.
+        """Checks that something of each expected kind changed, and nothing of a frozen one.
 
         Raises:
-          WatchError: so it is; every such leaf is listed.
+          WatchError: something else happened; all such leaves are listed.
         """
-        missed = self._missed_kinds()
-        by_kind = self._by_kind(self.leaves)
+        missed, by_kind = self._missed_kinds(), self._by_kind(self.leaves)
         problems = Problems()
         for change in (change for kind in missed for change in by_kind[kind]):
             problems.add(change.leaf, change.describe() if change.what else "did not change")
         for change in self.violations:
             problems.add(change.leaf, f"frozen, but {'changed' if change.what == ('value',) else change.describe()}")
-        if not problems:
-            return
-        frozen = list(self._by_kind(self.violations))
-        # What was donated, or removed, has changed; trained it was not.
-        did = "changed" if any(kind in self.missed for kind in missed) else "got new values"
-        facts = ([f"nothing of {' and '.join(missed)} {did}, though that was expected"] if missed else []) + (
-            [f"{' and '.join(frozen)} changed, though frozen"] if frozen else []
-        )
-        hints = (
-            ["nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped"] if missed else []
-        )
-        hints += ["watch.compare(model) at the end of the block, where the code returns a new model"] if missed else []
-        hints += ["nnx.Optimizer(model, tx, wrt=filter) with a filter that leaves them out"] if frozen else []
+        facts, hints = [], []
+        if missed:
+            # A leaf that was donated or removed did change, but it was not trained.
+            did = "changed" if any(kind in self.missed for kind in missed) else "got new values"
+            facts.append(f"nothing of {' and '.join(missed)} {did}, although that was expected")
+            hints.append("nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped")
+            hints.append("watch.compare(model) at the end of the block, if the code returns a new model")
+        if self.violations:
+            facts.append(f"{' and '.join(self._by_kind(self.violations))} changed, although frozen")
+            hints.append("nnx.Optimizer(model, tx, wrt=filter) with a filter that leaves them out")
         fact = "; ".join(facts)
-        problems.raise_as(WatchError, f"{fact[0].upper()}{fact[1:]}.", "\nor, ".join(hints))
+        problems.raise_as(WatchError, f"{fact[:1].upper()}{fact[1:]}.", "\nor, ".join(hints))
 
-    def _by_kind(self, changes: Sequence[LeafChange]) -> dict[str, tuple[LeafChange, ...]]:
-        """Changes by kind, in the order of the declaration; what stands under no kind of it comes last."""
-        names = dict.fromkeys([*self.kinds, *(change.kind for change in changes)])
-        by_kind: dict[str, list[LeafChange]] = {name: [] for name in names}
+    def _by_kind(self, changes: Iterable[LeafChange]) -> dict[str, tuple[LeafChange, ...]]:
+        """Groups changes by kind, in the order of the declaration; leaves that no kind claims come last."""
+        by_kind: dict[str, list[LeafChange]] = {name: [] for name in self.kinds}
         for change in changes:
-            by_kind[change.kind].append(change)
+            by_kind.setdefault(change.kind, []).append(change)
         return {name: tuple(rows) for name, rows in by_kind.items() if rows}
 
     def _is_frozen(self, kind: str) -> bool:
@@ -305,18 +287,17 @@ class Watch(Shown):
 
     def _missed_kinds(self) -> list[str]:
         moved = {change.kind for change in self.leaves if MOVED.intersection(change.what)}
-        there = self._by_kind(self.leaves)
-        return [kind for kind in there if kind in (self.expect or ()) and kind not in moved]
+        return [kind for kind in self._by_kind(self.leaves) if kind in (self.expect or ()) and kind not in moved]
 
-    # --- showing -------------------------------------------------------------------------------------------------
+    # --- display -------------------------------------------------------------------------------------------------
 
     def table(self) -> Table:
-        """What was seen as a table: a line for each kind; below, whatever is more than other values."""
+        """Returns the changes as a table: a line for each kind; below, all changes of more than values."""
         by_kind = self._by_kind(self.leaves)
-        return seen_table(by_kind, self._missed_kinds(), list(filter(self._is_frozen, by_kind)), self.static)
+        return watch_table(by_kind, self._missed_kinds(), list(filter(self._is_frozen, by_kind)), self.static)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was seen as plain data: `expect`, `missed` (kinds), `static`, and `leaves`, a list in order."""
+        """Returns the changes as plain data: `expect`, `missed` (kinds), `static`, and `leaves`, a list in order."""
         return {
             "expect": None if self.expect is None else list(self.expect),
             "missed": self._missed_kinds(),
@@ -324,31 +305,30 @@ class Watch(Shown):
             "leaves": [change.to_dict() for change in self.leaves],
         }
 
-    def to_json(self) -> str:
-        """What was seen as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+
+def _plain(value: object) -> object:
+    # JSON has no NaN and no infinity.
+    is_plain = isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else repr(value)
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
-
-
-def _reference(thing: Any) -> Callable[[], Any]:
-    """Something that gives an object back for as long as others hold it; of a dict, which cannot be asked, always."""
+def _reference(item: object) -> Callable[[], object]:
+    """Returns a function that returns an object while others refer to it; for a dict, which cannot tell, always."""
     try:
-        return weakref.ref(thing)
+        return weakref.ref(item)
     except TypeError:
-        return lambda: thing
+        return lambda: item
 
 
-def _alive(refs: Sequence[Callable[[], Any]]) -> tuple[Any, ...]:
+def _alive(refs: Sequence[Callable[[], object]]) -> tuple[object, ...]:
     objects = tuple(ref() for ref in refs)
     hint = "watch.compare(state)  # at the end of the block: what the step returned"
-    if any(thing is None for thing in objects):
-        raise StructureError("What was watched is no longer there; the code has made another in its place.", hint=hint)
-    if isinstance(objects[0], State):
+    if any(item is None for item in objects):
+        raise StructureError("The watched object no longer exists: the code made a new one instead.", hint=hint)
+    first = objects[0]
+    if isinstance(first, State):
         try:
-            check_not_donated(objects[0], objects[0].plan.kinds)
+            check_not_donated(first, first.plan.kinds)
         except StructureError as error:
-            raise StructureError(f"{error.message} What came back was not handed over.", hint=hint) from None
+            raise StructureError(f"{error.message} The returned state was not passed to `watch`.", hint=hint) from None
     return objects
