@@ -128,7 +128,7 @@ def _target(src: object, target: object) -> tuple[PlanTables, StateData | None]:
     return tables_of(target), None
 
 
-def _own_mesh(src: PlanTables, plan: PlanTables) -> jax.sharding.Mesh | None:
+def _own_mesh(src: PlanTables, plan: PlanTables) -> jax.sharding.Mesh | jax.sharding.AbstractMesh | None:
     """Returns the mesh for per-device values if none is given: the target's own, or the source's if there are any."""
     if plan.per_device is not None:
         return plan.per_device.mesh

@@ -21,8 +21,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of
-from statewise._src.common.paths import Leaf
-from statewise._src.plan.derived import plain_key
+from statewise._src.common.paths import Leaf, plain_key
 from statewise._src.step.arguments import Bound
 
 __all__ = ["STATIC", "Brought", "arrays_in", "brought", "holder_of", "layers_of", "parts_of", "read_by"]

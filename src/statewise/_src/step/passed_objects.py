@@ -17,8 +17,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of, spec_of
-from statewise._src.common.paths import Leaf, Path
-from statewise._src.plan.derived import plain_key
+from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise.errors import StructureError
 
 __all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "is_object"]

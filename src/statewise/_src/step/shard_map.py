@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from statewise._src.common import compat
+from statewise._src.common.paths import plain_key
 from statewise._src.common.problems import Problems
-from statewise._src.plan.derived import plain_key
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import axes_of
 from statewise._src.plan.tables import PlanTables
