@@ -89,17 +89,16 @@ def transfer(
     if not isinstance(cast, bool):
         plan = cast_state(abstract(plan), dict.fromkeys(names, cast)).tables
     # Without a mesh a plan would have no place for per-device values.
-    if into is None and mesh is None:
-        mesh = _own_mesh(src.tables, plan)
-    if mesh is not None:
-        plan = _on_mesh(plan, into, mesh)
+    target_mesh = _own_mesh(src.tables, plan) if into is None and mesh is None else mesh
+    if target_mesh is not None:
+        plan = _on_mesh(plan, into, target_mesh)
     if into is not None:
         check_not_batch(into)
     moves = _matched(src.tables, plan, names, cast is not False)
     used = tuple(kind for kind in src.tables.kinds if any(source.kind == kind for _, source in moves))
     hint = "src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)"
     check_usable(src, used, "transfer", hint, subject="The source")
-    shardings = shardings_for(plan, into, names, mesh)
+    shardings = shardings_for(plan, into, names, target_mesh)
     arrays = {kind: arrays_in_order(src.tables, kind, src.part(kind).arrays) for kind in used}
     check_casts(moves, arrays)
     # Nothing was copied before this line, and nothing is checked after it.
@@ -107,7 +106,7 @@ def transfer(
     for to, source in moves:  # in the order of the target's parts
         array = arrays[source.kind][source.position]
         parts[to.kind].append(place(array, to, source, shardings[to.kind][to.position]))
-    parts |= restarted_averages(plan, into, parts, mesh)
+    parts |= restarted_averages(plan, into, parts, target_mesh)
     return State.make(plan, parts_for(plan, into, parts))
 
 
