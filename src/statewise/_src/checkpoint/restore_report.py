@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.problems import counted
-from statewise._src.common.tables import Shown, Table, leaf_dict
+from statewise._src.common.tables import ShownData, Table, leaf_dict
 from statewise._src.plan.kind import unknown_kind
 from statewise.errors import RestoreError
 
@@ -49,7 +48,7 @@ class LeafRestore:
 
 
 @dataclasses.dataclass(frozen=True)
-class RestoreReport(Shown):
+class RestoreReport(ShownData):
     """What a restore did, or would do, leaf by leaf; prints as a table.
 
     Attributes:
@@ -146,7 +145,3 @@ class RestoreReport(Shown):
             "hints": list(self.hints),
             "written": dict(self.written),
         }
-
-    def to_json(self) -> str:
-        """Returns the report as JSON."""
-        return json.dumps(self.to_dict(), indent=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from statewise._src.common.compare import Field
 from statewise._src.common.paths import Leaf, format_path
-from statewise._src.common.tables import Shown, Table, format_count, leaf_dict
+from statewise._src.common.tables import ShownData, Table, format_count, leaf_dict
 from statewise._src.plan.kind import unknown_kind
 
 __all__ = ["Diff", "LeafDiff"]
@@ -50,7 +49,7 @@ class LeafDiff:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diff(Shown):
+class Diff(ShownData):
     """How two models, states or checkpoints differ, leaf by leaf; true if they do; prints as a table.
 
     Attributes:
@@ -202,7 +201,3 @@ class Diff(Shown):
                 for entry in self.leaves
             ],
         }
-
-    def to_json(self) -> str:
-        """Returns the differences as JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)

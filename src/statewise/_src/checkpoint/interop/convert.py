@@ -8,7 +8,6 @@ are, and the source's names are matched with the text of their paths.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +26,7 @@ from statewise._src.checkpoint.save import save
 from statewise._src.common.narrowing import Casts
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape
 from statewise._src.common.problems import counted
-from statewise._src.common.tables import Shown, Table, leaf_dict
+from statewise._src.common.tables import ShownData, Table, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
@@ -41,7 +40,7 @@ _TARGET = "sw.convert(src, dst, target=plan.take(model)), or plan.abstract()"
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversion(Shown):
+class Conversion(ShownData):
     """What a conversion did, or would do, leaf by leaf; prints as a table.
 
     Attributes:
@@ -122,10 +121,6 @@ class Conversion(Shown):
             "unexpected": list(self.unexpected),
             "hints": list(self.hints),
         }
-
-    def to_json(self) -> str:
-        """Returns the conversion as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
 
 def _row(name: str, leaf: Leaf, outcome: str) -> tuple[str, ...]:
