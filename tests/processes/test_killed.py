@@ -39,11 +39,8 @@ def killed(folder: Path, how: str, first: int, after: float, number: int = signa
             time.sleep(after)
         finally:
             process.send_signal(number)
-        for after_signal, line in enumerate(process.stdout, 1):
+        for line in process.stdout:
             begun, done = _told(line, begun, done)
-            if after_signal % 20 == 0:
-                # Python drops an interrupt that arrives inside a callback of the garbage collector, and JAX has one.
-                process.send_signal(number)
     assert process.returncode != 0
     return begun, done
 

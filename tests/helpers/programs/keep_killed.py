@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -32,4 +33,6 @@ def managed(folder: Path, first: int) -> None:
 
 
 if __name__ == "__main__":
+    # A shell that runs the tests in the background has interrupts ignored, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     {"plain": plain, "managed": managed}[sys.argv[2]](Path(sys.argv[1]), int(sys.argv[3]))
