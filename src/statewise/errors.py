@@ -297,8 +297,8 @@ class WatchError(StatewiseError, AssertionError):
       ...         train(model)
       ... except sw.WatchError as error:
       ...     print(error)
-      Nothing of params changed, though that was expected.
+      Nothing of params changed, although that was expected.
         kernel: Param(2, 3) float32  kind=params  (did not change)
         hint: nnx.jit, or sw.train_step: what a function writes to a model under jax.jit is dropped
-              or, watch.compare(model) at the end of the block, where the code returns a new model
+              or, watch.compare(model) at the end of the block, if the code returns a new model
     """
