@@ -19,6 +19,8 @@ from drawing import INIT, SLOTS, adapter, adapters, drawn, key, noise, values
 from meshes import mesh_of
 from strategies import Node, OwnStat
 
+pytestmark = pytest.mark.heavy
+
 # --- the law -----------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ import statewise as sw
 from meshes import ResNet, Transformer, assert_close, by_key, compilations, images, loss_of, mesh_of, number, tokens
 from statewise._src.sharding.part_shardings import part_shardings_of
 
+pytestmark = pytest.mark.heavy
+
 MESH = mesh_of(data=4, model=2)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 

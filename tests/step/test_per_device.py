@@ -16,6 +16,8 @@ from jax.sharding import AxisType
 import statewise as sw
 from meshes import ResNet, Transformer, assert_close, by_key, images, loss_of, mesh_of, number, tokens
 
+pytestmark = pytest.mark.heavy
+
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 DATA = mesh_of(data=4)
 BOTH = mesh_of(data=4, model=2)
