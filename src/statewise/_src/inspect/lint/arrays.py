@@ -15,7 +15,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array, is_deleted
-from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
@@ -132,11 +132,7 @@ def shared_array(subject: Subject) -> Iterator[Found]:
     for number, array in subject.arrays:
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
             by_array.setdefault(id(array), []).append(number)
-    rows = tuple(
-        subject.row(number, note=f"shares its array with {format_path(subject.paths[first])}")
-        for first, *others in by_array.values()
-        for number in others
-    )
+    rows = subject.repeats(by_array.values(), "shares its array with {}")
     if rows:
         yield Found(
             f"{counted(len(rows), 'leaf holds', 'leaves hold')} the same array as another.",

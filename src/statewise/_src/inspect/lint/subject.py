@@ -27,7 +27,7 @@ from statewise._src.common.nnx_graph import (
     read_graph,
     row_of,
 )
-from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.model_io import build
@@ -208,6 +208,14 @@ class Subject:
     def rows(self, numbers: Iterable[int]) -> tuple[Leaf, ...]:
         """Returns leaves as data."""
         return tuple(map(self.row, numbers))
+
+    def repeats(self, groups: Iterable[Sequence[int]], note: str) -> tuple[Leaf, ...]:
+        """Returns all but the first leaf of each group as data; `{}` in the note is the path of the first."""
+        return tuple(
+            self.row(number, note=note.format(format_path(self.paths[first])))
+            for first, *others in groups
+            for number in others
+        )
 
     def of_type(self, *types: type) -> list[int]:
         """Returns the leaves whose type is one of these, or a subclass."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.paths import Path, format_path
+from statewise._src.common.paths import Path
 from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
@@ -118,11 +118,7 @@ def duplicate_rng_keys(subject: Subject) -> Iterator[Found]:
         same = streams.setdefault(state, [])
         if not any(_is_copy(subject, subject.paths[other], path) for other in same):
             same.append(number)
-    rows = tuple(
-        subject.row(number, note=f"as {format_path(subject.paths[first])}")
-        for first, *others in streams.values()
-        for number in others
-    )
+    rows = subject.repeats(streams.values(), "as {}")
     if rows:
         yield Found(
             f"{counted(len(rows), 'stream is', 'streams are')} at the key and the count of another.",
