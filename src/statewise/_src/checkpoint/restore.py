@@ -26,10 +26,9 @@ from statewise._src.checkpoint.interop.foreign import foreign_leaves, is_foreign
 from statewise._src.checkpoint.match import Match, RestoreSource, match
 from statewise._src.checkpoint.members import regrouped
 from statewise._src.checkpoint.restore_report import RestoreReport
-from statewise._src.common.narrowing import WIDE, Casts, refuse
+from statewise._src.common.narrowing import Casts, refuse_between_models
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import count_leaves
-from statewise._src.core.cast import WIDER
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
 from statewise._src.core.usable import check_untraced
@@ -221,13 +220,12 @@ def _check_casts(matched: Match, arrays: Sequence[Sequence[Any]]) -> None:
             if _is_cast(array, record):
                 casts = floats if jnp.issubdtype(array.dtype, jnp.floating) else others
                 casts.add(source.placed.record.leaf(), array, dtype_of(record.dtype))
-    lossy, rest = floats.lost(), others.lost()
-    wider = floats.holding(WIDER) if lossy else None
-    kinds = ", ".join(f"{kind}={wider!r}" for kind in dict.fromkeys(leaf.kind for leaf in lossy))
-    hints = [f"sw.restore(path, target.cast({kinds}), cast=True)"] if wider else []
-    if rest or (lossy and not wider):
-        hints += ["plan the model with the dtype that was saved", WIDE]
-    refuse([*lossy, *rest], RestoreError, "\n".join(hints))
+
+    def wider_hint(wider: str, lossy: list[Leaf]) -> str:
+        kinds = ", ".join(f"{kind}={wider!r}" for kind in dict.fromkeys(leaf.kind for leaf in lossy))
+        return f"sw.restore(path, target.cast({kinds}), cast=True)"
+
+    refuse_between_models(floats, others, RestoreError, wider_hint, "plan the model with the dtype that was saved")
 
 
 def _state(

@@ -17,7 +17,7 @@ whose single result is transferred to the host; casts that cannot lose anything 
 # No `from __future__ import annotations`: the run-time type checker cannot read a NamedTuple's postponed annotations.
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,12 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems
 from statewise.errors import StatewiseError, StructureError
 
-__all__ = ["WIDE", "Casts", "as_jax", "check_given", "may_lose", "refuse"]
+__all__ = ["WIDE", "WIDER", "Casts", "as_jax", "check_given", "may_lose", "refuse", "refuse_between_models"]
 
 WIDE = "jax.config.update('jax_enable_x64', True)  # before any array is made; or use values of a dtype that JAX has"
+
+# The dtypes to suggest if another one cannot represent some numbers, the smallest first.
+WIDER = ("bfloat16", "float32", "float64")
 
 
 class Casts:
@@ -107,6 +110,26 @@ def refuse(
     """Raises the error of `Casts.check` if there are such leaves."""
     fact = "Casting would lose numbers: {n} leaves have some that the new dtype cannot represent."
     Problems(leaves).raise_as(error, f"{before}{fact} Nothing was {after}.", hint)
+
+
+def refuse_between_models(
+    floats: Casts, others: Casts, error: type[StatewiseError], wider_hint: Callable[[str, list[Leaf]], str], hint: str
+) -> None:
+    """Raises the error of `Casts.check` for casts from one model's dtypes to another's.
+
+    Args:
+      floats: the casts that a wider floating-point dtype may make lossless.
+      others: all other casts.
+      error: the class of the error.
+      wider_hint: the hint for such a dtype, and the leaves.
+      hint: what to change if there is none.
+    """
+    lossy, rest = floats.lost(), others.lost()
+    wider = floats.holding(WIDER) if lossy else None
+    hints = [wider_hint(wider, lossy)] if wider else []
+    if rest or (lossy and not wider):
+        hints += [hint, WIDE]
+    refuse([*lossy, *rest], error, "\n".join(hints))
 
 
 def check_given(given: Iterable[tuple[Leaf, Any, Any]], before: str = "") -> None:

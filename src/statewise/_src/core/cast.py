@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.common.narrowing import Casts, refuse
+from statewise._src.common.narrowing import WIDER, Casts, refuse
 from statewise._src.common.nnx_graph import ArraySpec, is_abstract
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member
 from statewise._src.core.state_data import Part, StateData, StateT, check_not_donated
@@ -18,10 +18,7 @@ from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["WIDER", "arrays_in_order", "as_dtype", "cast", "parts_for"]
-
-# The dtypes to suggest if another one cannot represent some numbers, the smallest first.
-WIDER = ("bfloat16", "float32", "float64")
+__all__ = ["arrays_in_order", "as_dtype", "cast", "parts_for"]
 
 
 def cast(state: StateT, dtypes: Mapping[str, object]) -> StateT:

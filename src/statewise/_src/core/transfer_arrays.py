@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.common.narrowing import WIDE, Casts, refuse
+from statewise._src.common.narrowing import Casts, refuse_between_models
 from statewise._src.core.averages import averages_in, followers
-from statewise._src.core.cast import WIDER, arrays_in_order, as_dtype
+from statewise._src.core.cast import arrays_in_order, as_dtype
 from statewise._src.core.state_data import StateData, check_not_donated
 from statewise._src.core.templates import shardings
 from statewise._src.plan.arrays import ArrayInfo
@@ -67,12 +67,13 @@ def check_casts(moves: Sequence[Move], arrays: Mapping[str, Sequence[Any]]) -> N
     for to, source in moves:
         casts = floats if jnp.issubdtype(to.spec.dtype, jnp.floating) else others
         casts.add(to.leaf, arrays[source.kind][source.position], to.spec.dtype)
-    lossy, rest = floats.lost(), others.lost()
-    wider = floats.holding(WIDER) if lossy else None
-    hints = [f"sw.transfer(src, target, cast={wider!r})"] if wider else []
-    if rest or (lossy and not wider):
-        hints += ["build the target's model with the dtype of the source", WIDE]
-    refuse([*lossy, *rest], StructureError, "\n".join(hints))
+    refuse_between_models(
+        floats,
+        others,
+        StructureError,
+        lambda wider, _: f"sw.transfer(src, target, cast={wider!r})",
+        "build the target's model with the dtype of the source",
+    )
 
 
 def place(array: Any, to: ArrayInfo, source: ArrayInfo, sharding: Any) -> Any:
