@@ -20,7 +20,7 @@ from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.plan import State
 from statewise._src.plan.arrays import ArrayInfo, Spot
 from statewise._src.plan.ema import EMA
-from statewise._src.plan.fresh_values import fresh_value
+from statewise._src.plan.fresh_values import check_kept, fresh_value
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
 
@@ -90,12 +90,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[Spot, Any]:
                 # A copy: `restart` may return the target's own array, or the same one for several leaves.
                 copy = jnp.array(restarted_value, dtype=value.dtype)
                 fresh[record.kind, position] = jax.device_put(copy, sharding)
-    kinds = ", ".join(dict.fromkeys(repr(leaf.kind) for leaf in problems.leaves))
-    problems.raise_as(
-        RestoreError,
-        f"The restart of kind {kinds} changes shapes or dtypes.",
-        "restart=jnp.zeros_like, or any function that keeps shape and dtype",
-    )
+    check_kept(problems, RestoreError)
     refuse(lost, RestoreError, WIDE)
     return fresh
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from statewise._src.common.narrowing import Casts, may_lose
 from statewise._src.common.nnx_graph import is_abstract
 from statewise._src.core.member_view import as_ensemble, as_one, compiled, for_each_member, is_of_one_member, single_of
-from statewise._src.core.restart_slots import only_where
+from statewise._src.core.restart_slots import axis_of_rows, only_where
 from statewise._src.core.restart_targets import Chosen
 from statewise._src.core.state_data import (
     StateData,
@@ -177,7 +177,8 @@ def _restart_program(
     def of_all(parts: list[tuple[Any, ...]], slots: Any) -> Any:
         if members is None:
             return of_one(parts, slots)
-        rows = 0 if slots is not None and slots.ndim == 2 else None  # a row for each member, or the same for all
-        return members.each(lambda given: of_one(*given), (parts, slots), (axes, rows), [plan.slot_axes[name]])
+        return members.each(
+            lambda given: of_one(*given), (parts, slots), (axes, axis_of_rows(slots)), [plan.slot_axes[name]]
+        )
 
     return compiled(of_all, [places])

@@ -34,6 +34,7 @@ from statewise._src.core.templates import abstract, shardings
 from statewise._src.core.vmap_axes import axes_of_members
 from statewise._src.plan.members import Axis, Members, place_of
 from statewise._src.plan.tables import PlanTables
+from statewise._src.sharding.explicit_axes import spec_entries
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
@@ -285,7 +286,7 @@ def _without_axis(sharding: jax.NamedSharding, rank: int, axis: Axis) -> jax.Nam
     """Returns the sharding of an array from which an axis was taken."""
     if axis is None:
         return sharding
-    spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
+    spec = spec_entries(sharding, rank)
     del spec[place_of(axis, rank)]
     # JAX tells P('data') and P('data', None) apart, and a step would be compiled again for the other.
     while spec and spec[-1] is None:

@@ -18,7 +18,7 @@ from statewise._src.core.state_data import StateData, StateT
 from statewise._src.plan.arrays import DerivedArrays
 from statewise._src.plan.members import Members
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.explicit_axes import explicit_sharding
+from statewise._src.sharding.explicit_axes import explicit_sharding, spec_entries
 from statewise._src.sharding.part_shardings import PartShardings
 
 __all__ = [
@@ -135,7 +135,6 @@ def with_complete_axis(array: Any, axis: int) -> Any:
     sharding = explicit_sharding(array)
     if sharding is None:
         return array
-    # A PartitionSpec may leave out trailing dimensions.
-    spec = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    spec = spec_entries(sharding, array.ndim)
     spec[axis] = None
     return jax.reshard(array, jax.NamedSharding(sharding.mesh, jax.P(*spec)))

@@ -54,13 +54,13 @@ def reduce_devices(state: StateT, kinds: Sequence[str], how: object) -> StateT:
             hint="how='mean', how='first', or a function of the stacked values: how=lambda array: array.max(axis=0)",
         )
     chosen = _chosen(plan, kinds)
-    reduced = _reduced(plan, chosen)
+    arrays = _reduced(plan, chosen)
     # Averages and optimizer state of the chosen kinds have per-device values as well.
-    touched = tuple(dict.fromkeys(array.kind for array in reduced))
+    touched = tuple(dict.fromkeys(array.kind for array in arrays))
     check_usable(state, touched, "reduce", "state, report = sw.restore(path, state)  # then reduce the restored state")
     # Only the chosen kinds: what is derived from them, moments and averages, consists of floats.
     if how == "mean":
-        _check_means(array for array in reduced if array.kind in chosen)
+        _check_means(array for array in arrays if array.kind in chosen)
     target = _target(plan, chosen)
     program = _program(plan, target, chosen, how, kind_places(state, touched))
     return with_arrays(state, dict(zip(touched, program(kind_arrays(state, touched)), strict=True)), target)

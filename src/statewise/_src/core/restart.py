@@ -22,7 +22,7 @@ from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.averages import averages_in, followers, with_restarted_averages
 from statewise._src.core.member_view import as_ensemble, as_one, compiled, is_of_one_member, single_of
-from statewise._src.core.restart_slots import only_where, slots_of
+from statewise._src.core.restart_slots import axis_of_rows, only_where, slots_of
 from statewise._src.core.restart_targets import Chosen, call_of, choose, slot_axis
 from statewise._src.core.state_data import (
     StateT,
@@ -39,7 +39,7 @@ from statewise._src.core.state_data import (
 from statewise._src.core.usable import check_usable
 from statewise._src.plan.arrays import DerivedArrays
 from statewise._src.plan.derived import keys_within
-from statewise._src.plan.fresh_values import drawn_value, fresh_value, keys_of, takes
+from statewise._src.plan.fresh_values import check_kept, drawn_value, fresh_value, keys_of, takes
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
@@ -156,8 +156,7 @@ def _program(
             return of_one(parts, others, slots, key, key)
         own_keys = None if key is None else jax.random.split(key, members.number)
         given = (parts, others, slots, key, own_keys)
-        rows = 0 if slots is not None and slots.ndim == 2 else None  # a row for each member, or the same for all
-        axes = (in_axes, read_axes, rows, None, None if key is None else 0)
+        axes = (in_axes, read_axes, axis_of_rows(slots), None, None if key is None else 0)
         return members.each(lambda given: of_one(*given), given, axes, in_axes)
 
     # Fresh values depend on no array that is sharded: XLA would replicate them all.
@@ -190,11 +189,7 @@ def _by_function(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: 
             new = fresh_value(function, now, leaf.path, per_device, as_array)
         add_change(problems, leaf, now, new)
         fresh[array.position] = new
-    problems.raise_as(
-        StructureError,
-        f"The restart of kind {name!r} changes shapes or dtypes.",
-        "restart=jnp.zeros_like, or any function that keeps shape and dtype",
-    )
+    check_kept(problems, StructureError)
     return fresh
 
 

@@ -20,7 +20,7 @@ from statewise._src.core.restart_targets import Chosen, call_of, slot_axis
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["Slots", "only_where", "slots_of"]
+__all__ = ["Slots", "axis_of_rows", "only_where", "slots_of"]
 
 # Which slots: one boolean for each of them, or their indices.
 Slots = jax.typing.ArrayLike | Sequence[bool] | Sequence[int]
@@ -77,6 +77,11 @@ def slots_of(plan: PlanTables, chosen: Chosen, where: Any) -> Any:
                 f"There is no slot {outside[0]}: there are {count}.", kind=kind, hint=f"slots 0 to {count - 1}"
             )
     return jnp.zeros(count, bool).at[given.astype(int)].set(True)
+
+
+def axis_of_rows(slots: Any) -> int | None:
+    """Returns the axis of `slots_of` over the members of an ensemble; None if all restart the same slots."""
+    return 0 if slots is not None and slots.ndim == 2 else None
 
 
 def _check_own(plan: PlanTables, kinds: Sequence[str]) -> None:

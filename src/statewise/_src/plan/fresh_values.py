@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.common.paths import Path
-from statewise.errors import DeclarationError
+from statewise._src.common.problems import Problems
+from statewise.errors import DeclarationError, StatewiseError
 
-__all__ = ["Takes", "check_key", "check_restart", "drawn_value", "fresh_value", "keys_of", "takes"]
+__all__ = ["Takes", "check_kept", "check_key", "check_restart", "drawn_value", "fresh_value", "keys_of", "takes"]
 
 
 class Takes(NamedTuple):
@@ -114,6 +115,21 @@ def check_key(key: Any) -> Any:
     raise DeclarationError(
         f"key= must be one PRNG key, from which each leaf and each slot gets its own, not {given}.",
         hint="key=jax.random.key(0)",
+    )
+
+
+def check_kept(problems: Problems, error: type[StatewiseError]) -> None:
+    """Checks that fresh values have the shapes and dtypes of those that they replace.
+
+    Args:
+      problems: the leaves that `add_change` found; none if all is well.
+      error: the class of the error.
+    """
+    kinds = ", ".join(dict.fromkeys(repr(leaf.kind) for leaf in problems.leaves))
+    problems.raise_as(
+        error,
+        f"The restart of kind {kinds} changes shapes or dtypes.",
+        "restart=jnp.zeros_like, or any function that keeps shape and dtype",
     )
 
 

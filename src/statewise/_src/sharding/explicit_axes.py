@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from statewise.errors import PlacementError, StatewiseError
 
-__all__ = ["as_it_came", "explained", "explicit_axes", "explicit_sharding", "sharding_of_type"]
+__all__ = ["as_it_came", "explained", "explicit_axes", "explicit_sharding", "sharding_of_type", "spec_entries"]
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -40,6 +40,11 @@ def sharding_of_type(type_: object) -> jax.NamedSharding | None:
     """Returns the sharding in a type, as jaxprs have them; None if it does not have one."""
     sharding = getattr(type_, "sharding", None)
     return sharding if isinstance(sharding, jax.NamedSharding) and explicit_axes(sharding.mesh) else None
+
+
+def spec_entries(sharding: jax.NamedSharding, rank: int) -> list[Any]:
+    """Returns the entries of a sharding's spec, one for each dimension: a spec may leave out trailing ones."""
+    return [*sharding.spec, *[None] * (rank - len(sharding.spec))]
 
 
 def as_it_came(new: Any, old: Any) -> Any:
