@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from beartype.roar import BeartypeCallHintParamViolation
 
-ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "statewise"
+from source_tree import ROOT, SOURCE, dotted, imported, name_of, parse, sources
+
 NAMES = ROOT / "tests" / "public_names.txt"
 
 # A package of `_src` imports only itself and those before it, wherever in a file the import is.
@@ -56,14 +56,6 @@ FORBIDDEN_MODULES = ("jax._src", "flax.nnx.graphlib", "flax.nnx.graph", "flax.nn
 FORBIDDEN_NAMES = {"_raw_value", "StateAxes", "DiffState", "StateSharding", "graphlib", "extract"}
 
 
-def sources() -> list[Path]:
-    return sorted(SOURCE.rglob("*.py"))
-
-
-def name_of(file: Path) -> str:
-    return file.relative_to(ROOT).as_posix()
-
-
 def package_of(file: Path) -> str:
     parts = file.relative_to(SOURCE).parts
     if parts[0] != "_src":
@@ -74,30 +66,6 @@ def package_of(file: Path) -> str:
 def module_of(file: Path) -> str:
     parts = file.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
-
-
-def imported(file: Path, tree: ast.AST | None = None) -> Iterator[tuple[str, str | None, int]]:
-    """Yields (module, name or None, line) for every import of a file, wherever it stands, relative ones resolved."""
-    package = ("statewise", *file.relative_to(SOURCE).parent.parts)
-    for node in ast.walk(tree or parse(file)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *([node.module] if node.module else [])))
-            yield from ((module, alias.name, node.lineno) for alias in node.names)
-
-
-def dotted(node: ast.AST) -> str:
-    """Writes an attribute chain: `nnx.graphlib.flatten`; empty for anything else."""
-    if isinstance(node, ast.Attribute):
-        base = dotted(node.value)
-        return f"{base}.{node.attr}" if base else ""
-    return node.id if isinstance(node, ast.Name) else ""
 
 
 def modules_imported(file: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
@@ -239,7 +207,7 @@ def test_no_private_seam_of_jax_or_flax() -> None:
 def test_versions_are_told_apart_in_one_place() -> None:
     wrong = []
     for file in sources():
-        if file.name == "compat.py":
+        if file.parent.name == "compat":
             continue
         wrong += [
             f"{name_of(file)}:{line}: imports {module}"

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.layout import lay_out
@@ -32,6 +31,7 @@ from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.handler import Saving, StateHandler, run
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
+from statewise._src.common import compat
 from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -224,14 +224,14 @@ def _flush_one(path: Any) -> None:
 
 def _sync(name: str) -> None:
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"statewise.save.{name}")
+        compat.wait_for_all_processes(f"statewise.save.{name}")
 
 
 def _agreed(number: int) -> int:
     """Returns the first process's number in all processes."""
     if jax.process_count() == 1:
         return number
-    return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+    return int(compat.broadcast_from_first_process(np.uint32(number)))
 
 
 # --- over a base -----------------------------------------------------------------------------------------------

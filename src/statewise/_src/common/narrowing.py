@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems
@@ -55,7 +56,7 @@ class Casts:
             if isinstance(array, jax.ShapeDtypeStruct) or spec_of(array) is None:
                 return
             dtype = jax.dtypes.canonicalize_dtype(dtype) if self._jax else jnp.dtype(dtype)
-        if source == dtype or isinstance(array, jax.core.Tracer):
+        if source == dtype or isinstance(array, compat.Tracer):
             return
         if source is None:
             worst: Any = _of_python(array, dtype)

@@ -205,7 +205,7 @@ def _is_jax_array(value: Any) -> bool:
         return True
     if not isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
         return False
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, compat.Tracer):
         _jax_arrays.add(type(value))
     return True
 
@@ -217,7 +217,7 @@ def is_array(value: Any) -> bool:
 
 def is_deleted(array: Any) -> bool:
     """Returns whether this is a JAX array whose buffer was donated."""
-    return isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted()
+    return isinstance(array, jax.Array) and not isinstance(array, compat.Tracer) and array.is_deleted()
 
 
 def is_abstract(arrays: Iterable[Any]) -> bool:
@@ -227,7 +227,7 @@ def is_abstract(arrays: Iterable[Any]) -> bool:
 
 def is_traced(arrays: Iterable[Any]) -> bool:
     """Returns whether any of these is being traced."""
-    return any(isinstance(array, jax.core.Tracer) for array in arrays)
+    return any(isinstance(array, compat.Tracer) for array in arrays)
 
 
 def raw_value(leaf: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_abstract, is_traced
 from statewise._src.common.problems import Problems, counted
 from statewise._src.core.batches import check_not_batch, hint_of_batch
@@ -232,7 +233,7 @@ def member(state: StateT, index: object) -> StateT:
 def _index(index: Any, count: int) -> int | jax.Array:
     """Returns the number of a member, counted from the start; one that is being traced is not checked."""
     # `dynamic_index_in_dim` clamps an index that is out of range, so a known one is checked here.
-    if isinstance(index, jax.core.Tracer):
+    if isinstance(index, compat.Tracer):
         if index.shape == () and jnp.issubdtype(index.dtype, jnp.integer):
             return jnp.where(index < 0, index + count, index)
     elif not isinstance(index, bool | np.bool_) and hasattr(index, "__index__"):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.compare import UNEXPECTED, compare_leaf, facts_of_leaf, note_of
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import arrays_of, raw_value, read_graph, rebuild, value_of
@@ -153,7 +154,7 @@ class _Placer:
 
     def _unshared(self, array: Any) -> Any:
         """Returns the array itself the first time, and a copy if it, or another array with its memory, was seen."""
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, compat.Tracer):
             return array
         memory = _memory_of(array)
         if memory in self._seen:
@@ -192,7 +193,7 @@ def _check_not_narrowed(plan: PlanTables, arrays: Iterable[Sequence[Any]]) -> No
 
 def _as_jax(array: Any, copy: bool) -> Any:
     """Returns an array as JAX has it, copied if requested or if it is NumPy's; tracers and shapes unchanged."""
-    if isinstance(array, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if isinstance(array, jax.ShapeDtypeStruct | compat.Tracer):
         return array
     if isinstance(array, jax.Array):
         return jnp.copy(array) if copy else array

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from statewise._src.common import compat
 from statewise._src.common.narrowing import WIDE, as_jax, refuse
 from statewise._src.common.nnx_graph import is_traced
 from statewise._src.common.paths import Leaf, Path
@@ -113,7 +114,7 @@ def _restart_averages(
 
 def _on_mesh_of(places: Sequence[PartShardings | None], key: Any) -> Any:
     """Returns the key on the mesh of the state's arrays: JAX rejects one that is committed to a single device."""
-    if not isinstance(key, jax.Array) or isinstance(key, jax.core.Tracer) or not key.committed:
+    if not isinstance(key, jax.Array) or isinstance(key, compat.Tracer) or not key.committed:
         return key
     mesh = mesh_of(places)
     if mesh is None or key.sharding.device_set == set(mesh.devices.flat):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems
 from statewise._src.core.restart_targets import Chosen, call_of, slot_axis
@@ -70,7 +71,7 @@ def slots_of(plan: PlanTables, chosen: Chosen, where: Any) -> Any:
         problems.raise_as(StructureError, f"Not every leaf of {names} has {slots}.", _hint(chosen, problems.leaves))
     if is_mask:
         return given
-    if not isinstance(given, jax.core.Tracer):
+    if not isinstance(given, compat.Tracer):
         outside = [slot for slot in np.asarray(given).tolist() if not -count <= slot < count]
         if outside:
             raise StructureError(

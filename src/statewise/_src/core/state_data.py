@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import jax
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.core.batches import misfit_error, misfits
@@ -218,7 +219,7 @@ def check_unshared(state: StateData) -> None:
     for kind, part in zip(state.tables.kinds, state.parts, strict=True):
         for leaf, array in zip(state.tables.leaf_of_slot[kind], part.arrays, strict=True):
             # A state may hold other objects (axes, None), and those may well be one object.
-            if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            if not isinstance(array, jax.Array) or isinstance(array, compat.Tracer):
                 continue
             if id(array) in seen:
                 leaves = [seen[id(array)], leaf]

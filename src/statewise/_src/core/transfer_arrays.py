@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from statewise._src.common import compat
 from statewise._src.common.narrowing import Casts, refuse_between_models
 from statewise._src.core.averages import averages_in, followers
 from statewise._src.core.cast import arrays_in_order, as_dtype
@@ -50,7 +51,7 @@ def shardings_for(plan: PlanTables, into: StateData | None, names: Sequence[str]
         return own
     for kind in names:
         for slot, array in zip(into.tables.stored[kind], into.part(kind).arrays, strict=True):
-            if not isinstance(array, jax.core.Tracer):
+            if not isinstance(array, compat.Tracer):
                 for info in slot.arrays:
                     own[kind][info.position] = getattr(array, "sharding", None)
     return own
@@ -81,7 +82,7 @@ def place(array: Any, to: ArrayInfo, source: ArrayInfo, sharding: Any) -> Any:
     dtype, axis = to.spec.dtype, to.axis
     # One value becomes one for each device; per-device values of as many devices are copied as they are.
     devices = to.devices if to.devices > source.devices else 0
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, compat.Tracer):
         array = as_dtype(array, dtype)
         array = spread(array, devices, axis=axis) if devices else array
         return array if sharding is None else jax.device_put(array, sharding)

@@ -112,7 +112,7 @@ def type_key(leaf: Any) -> Hashable:
     """
     if compat.is_variable(leaf):
         return leaf.var_type
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, compat.Tracer):
         # Whether a tracer is an array depends on what it stands for, not on its class.
         return type(leaf), isinstance(leaf, jax.Array)
     key: Any = type(leaf)

@@ -29,20 +29,15 @@ import numpy as np
 import optax
 
 from statewise._src.common import compat
+from statewise._src.common.compat import jaxprs, primitives
 from statewise._src.plan.derived import Derived
 
 __all__ = ["Elementwise", "prove_elementwise"]
 
 PARAM, GRAD = "param", "grad"
 
-_NAMES = """
-    abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt
-    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision rem round
-    rsqrt select_n sign sin sqrt square sub tan tanh xor
-"""
-_ELEMENTWISE = frozenset(_NAMES.split())
-# The primitives whose body is inlined, with the parameter that holds it.
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+# The primitives whose body is inlined.
+_INLINED = primitives.PLAIN_CALLS | {primitives.CUSTOM_JVP}
 
 # A role (`param`, `grad`, or the prefix of a moment) and a leaf by its index.
 _Owner = tuple[str, int]
@@ -120,9 +115,9 @@ class _Run:
             match self.proof._nodes[node]:
                 case "role", role:
                     known[node] = arrays[role]
-                case "op", primitive, params, operands, _:
+                case "op", operation, operands, _:
                     values = [self._on(operand, arrays, known, shape) for operand in operands]
-                    known[node] = _bind(primitive, params, values, shape)
+                    known[node] = _apply(operation, values, shape)
                 case _:  # the same value for all leaves
                     known[node] = self._absolute(node, None)
         return known[node]
@@ -139,25 +134,25 @@ class _Run:
                     value = self.inputs[name][position]
                 case "literal", literal:
                     value = literal
-                case "op", primitive, params, operands, _:
+                case "op", operation, operands, _:
                     values = [self._absolute(operand, leaf) for operand in operands]
-                    value = _bind(primitive, params, values, jnp.broadcast_shapes(*map(jnp.shape, values)))
+                    value = _apply(operation, values, jnp.broadcast_shapes(*map(jnp.shape, values)))
                 case _, eqn, operands, position:  # any other equation, on values of several leaves
                     values = [
                         jnp.broadcast_to(self._absolute(operand, owner), var.aval.shape)
                         for (operand, owner), var in zip(operands, eqn.invars, strict=True)
                     ]
-                    results = eqn.primitive.bind(*values, **eqn.params)
-                    value = results[position] if eqn.primitive.multiple_results else results
+                    value = jaxprs.operation_of(eqn).apply(values)[position]
             self.known[key] = value
         return self.known[key]
 
 
-def _bind(primitive: Any, params: dict[str, Any], values: Sequence[Any], shape: tuple[int, ...]) -> Any:
-    """Applies an elementwise primitive; scalars are broadcast to the shape of the other operands."""
+def _apply(operation: jaxprs.Operation, values: Sequence[Any], shape: tuple[int, ...]) -> Any:
+    """Applies an elementwise operation; scalars are broadcast to the shape of the other operands."""
     if any(jnp.shape(value) for value in values):
         values = [value if jnp.shape(value) else jnp.broadcast_to(value, shape) for value in values]
-    return primitive.bind(*values, **params)
+    (result,) = operation.apply(values)
+    return result
 
 
 def prove_elementwise(group: Derived, tx: Any) -> Elementwise | None:
@@ -183,7 +178,7 @@ class _Proof:
 
     def conclude(self) -> Elementwise:
         closed = _traced(self.group, self.tx)
-        jaxpr = compat.inner_jaxpr(closed)
+        jaxpr = jaxprs.inner_jaxpr(closed)
         # In the order of `_traced`: params, grads, moments, loss.
         inputs = iter(jaxpr.invars)
         for role in (PARAM, GRAD):
@@ -196,7 +191,7 @@ class _Proof:
                 value = _Value(self.node("role", owner[0]), owner[1], spec.shape, False)
             self.values[next(inputs)] = value
         self.values[next(inputs)] = _Value(self.node("input", "loss", 0), None, (), True)
-        self.run(jaxpr, closed.consts)
+        self.run(jaxpr, jaxprs.consts_of(closed))
         return self.outputs([self.value(var) for var in jaxpr.outvars])
 
     def outputs(self, outs: Sequence[_Value]) -> Elementwise:
@@ -228,7 +223,7 @@ class _Proof:
         match self.nodes[node]:
             case "role", role if shared and role not in (PARAM, GRAD):
                 raise _Refused("a shared value is computed from a leaf's moments")
-            case "op", _, _, operands, _:
+            case "op", _, operands, _:
                 for operand in operands:
                     self.check(operand, shared=shared)
             case "eqn", _, operands, _:
@@ -250,7 +245,7 @@ class _Proof:
         return self.numbers[key]
 
     def value(self, var: Any) -> _Value:
-        if not isinstance(var, compat.Literal):
+        if not isinstance(var, jaxprs.Literal):
             return self.values[var]
         aval: Any = var.aval
         # NumPy's array: one of JAX would become a hidden argument of every program that contains it.
@@ -265,13 +260,13 @@ class _Proof:
         for eqn in jaxpr.eqns:
             if eqn.effects:
                 raise _Refused("it has side effects")
-            if eqn.primitive.name in _INLINED:
-                body = eqn.params[_INLINED[eqn.primitive.name]]
+            if jaxprs.name_of(eqn) in _INLINED:
+                body = jaxprs.body_of(eqn)
                 # The variables of the body get the values of the call's operands.
-                inner = compat.inner_jaxpr(body)
+                inner = jaxprs.inner_jaxpr(body)
                 for var, operand in zip(inner.invars, eqn.invars, strict=True):
                     self.values[var] = self.value(operand)
-                self.run(inner, getattr(body, "consts", ()))
+                self.run(inner, jaxprs.consts_of(body))
                 for var, result in zip(eqn.outvars, inner.outvars, strict=True):
                     self.values[var] = self.value(result)
             else:
@@ -280,9 +275,9 @@ class _Proof:
 
     def applied(self, eqn: Any, position: int) -> _Value:
         """Returns the value of one result of an equation that is not inlined."""
-        name, shape = eqn.primitive.name, eqn.outvars[position].aval.shape
+        name, shape = jaxprs.name_of(eqn), eqn.outvars[position].aval.shape
         operands = [self.value(var) for var in eqn.invars]
-        if name in ("broadcast_in_dim", "reshape", "squeeze") and (operands[0].uniform or operands[0].shape == shape):
+        if name in primitives.RESHAPES and (operands[0].uniform or operands[0].shape == shape):
             return dataclasses.replace(operands[0], shape=shape)
         # Elementwise on one leaf: each operand is a scalar or has the shape of the result, and no other leaf is
         # involved.  Elementwise on shared scalars alone gives a shared scalar.
@@ -290,11 +285,11 @@ class _Proof:
         fits = all(operand.uniform or operand.shape == shape for operand in operands)
         own = all(operand.uniform or operand.leaf is not None for operand in operands)
         uniform = all(operand.uniform for operand in operands)
-        if name in _ELEMENTWISE and fits and len(leaves) <= 1 and (own or not leaves) and (uniform or leaves):
+        if name in primitives.ELEMENTWISE and fits and len(leaves) <= 1 and (own or not leaves) and (uniform or leaves):
             numbers = tuple(operand.node for operand in operands)
             # The dtypes are part of the expression: leaves of other dtypes are updated by another program.
             dtypes = tuple(str(getattr(var.aval, "dtype", "")) for var in eqn.invars)
-            node = self.node("op", eqn.primitive, _Params(eqn.params), numbers, dtypes)
+            node = self.node("op", jaxprs.operation_of(eqn), numbers, dtypes)
             return _Value(node, next(iter(leaves), None), shape, uniform)
         # Anything else (a norm over all leaves, a step count) is shared: computed once, on the unpacked arrays.
         owned = tuple((operand.node, operand.leaf) for operand in operands)
@@ -306,14 +301,7 @@ class _Proof:
 def _on_host(const: Any) -> Any:
     """Returns a constant as a NumPy array, if NumPy has its dtype."""
     is_key = jnp.issubdtype(const.dtype, jax.dtypes.extended)
-    return const if is_key or isinstance(const, jax.core.Tracer) else np.asarray(const)
-
-
-class _Params(dict):
-    """An equation's parameters, compared by value, but hashable."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self)))
+    return const if is_key or isinstance(const, compat.Tracer) else np.asarray(const)
 
 
 def _traced(group: Derived, tx: Any) -> Any:

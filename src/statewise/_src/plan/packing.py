@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ArraySpec, is_abstract, is_traced
 from statewise._src.common.paths import format_shape
 from statewise.errors import StructureError
@@ -70,7 +71,7 @@ class PackedBuffer(NamedTuple):
         Raises:
           StructureError: an array of another shape.
         """
-        if isinstance(flat, jax.core.Tracer):
+        if isinstance(flat, compat.Tracer):
             return self.arrays(flat)
         if isinstance(flat, jax.ShapeDtypeStruct):
             return [jax.ShapeDtypeStruct(*spec) for spec in self.specs]

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise._src.common import compat
+from statewise._src.common.compat import jaxprs
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of
 from statewise._src.common.paths import Leaf, plain_key
 from statewise._src.step.arguments import Bound
@@ -232,12 +232,8 @@ def read_by(jaxpr: Any, consts: Sequence[Any], candidates: Iterable[Brought]) ->
 
 def _constants(jaxpr: Any) -> Iterator[int]:
     """Yields the identities of all constants in a program, including those of the bodies that it calls."""
-    for const in getattr(jaxpr, "consts", ()):
-        yield id(const)
-    inner = compat.inner_jaxpr(jaxpr)
-    for eqn in inner.eqns:
-        yield from (id(var.val) for var in eqn.invars if isinstance(var, compat.Literal))
-        for value in eqn.params.values():
-            for body in value if isinstance(value, (list, tuple)) else (value,):
-                if hasattr(body, "eqns") or hasattr(body, "jaxpr"):
-                    yield from _constants(body)
+    yield from map(id, jaxprs.consts_of(jaxpr))
+    for eqn in jaxprs.inner_jaxpr(jaxpr).eqns:
+        yield from (id(var.val) for var in eqn.invars if isinstance(var, jaxprs.Literal))
+        for body in jaxprs.bodies_of(eqn):
+            yield from _constants(body)

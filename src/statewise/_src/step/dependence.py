@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise._src.common import compat
-from statewise._src.step.flow import Flow, is_reference
+from statewise._src.common.compat import jaxprs, primitives
+from statewise._src.step.flow import Flow
 
 __all__ = ["differentiably_reached", "reached", "zero_gradients"]
 
@@ -50,7 +50,7 @@ def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[
 
     # The cotangent is the first input; a gradient that it does not reach is zero.
     closed = jax.make_jaxpr(pulled_back)(jnp.ones((), jnp.float32), wrt, others)
-    inputs = [True] + [False] * (len(closed.in_avals) - 1)
+    inputs = [True] + [False] * (len(jaxprs.input_types(closed)) - 1)
     return [not is_reached for is_reached in reached(closed, inputs)]
 
 
@@ -89,11 +89,6 @@ def differentiably_reached(closed: Any, inputs: Sequence[bool]) -> _Flags:
     return _Tangents().outputs(closed, tuple(inputs))
 
 
-# The results are zero if one factor is, or if the operand is.
-_PRODUCTS = frozenset({"mul", "dot_general"})
-_SHAPED = frozenset({"broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "transpose", "neg", "copy"})
-
-
 class _Dependence(Flow[bool]):
     """Whether values depend on the chosen inputs."""
 
@@ -104,35 +99,29 @@ class _Dependence(Flow[bool]):
     def outputs(self, closed: Any, inputs: _Flags) -> _Flags:
         """Returns which outputs of a jaxpr depend on the chosen inputs; walks nothing if none is chosen."""
         if not any(inputs):
-            return (False,) * len(compat.inner_jaxpr(closed).outvars)
+            return (False,) * len(jaxprs.inner_jaxpr(closed).outvars)
         return super().outputs(closed, inputs)
 
     def follow(self, eqn: Any, ins: _Flags, facts: dict[Any, bool]) -> None:
         """Adds which results of an equation depend on the chosen inputs, and which are zero."""
-        name = eqn.primitive.name
+        name = jaxprs.name_of(eqn)
         # A product with a known zero is zero, even if the other factor depends on an input.
-        if name in _PRODUCTS and any(map(self._is_zero, eqn.invars)):
+        if name in primitives.PRODUCTS and any(map(self._is_zero, eqn.invars)):
             self._zeros.update(eqn.outvars)
         elif any(ins):
             super().follow(eqn, ins, facts)
             # One operand is a reference (`jax.new_ref`): which one is written, or which part is read again, is not
             # tracked, so any may be.
-            references = [var for var in eqn.invars if is_reference(var)]
+            references = [var for var in eqn.invars if jaxprs.is_reference(var)]
             if references:
                 facts.update((var, True) for var in (*references, *eqn.outvars) if _is_inexact(var))
-        elif name in _SHAPED and self._is_zero(eqn.invars[0]):
+        elif name in primitives.ZERO_OF_ZERO and self._is_zero(eqn.invars[0]):
             self._zeros.update(eqn.outvars)
 
     def _is_zero(self, var: Any) -> bool:
-        if isinstance(var, compat.Literal):
+        if isinstance(var, jaxprs.Literal):
             return np.ndim(var.val) == 0 and bool(np.all(np.asarray(var.val) == 0))
         return var in self._zeros
-
-
-# Primitives whose derivatives are zero everywhere.
-_FLAT = frozenset({"ceil", "floor", "round", "sign", "stop_gradient"})  # except the sign of a complex number
-# Primitives whose gradients are defined by the user, not by their bodies.
-_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 class _Tangents(_Dependence):
@@ -140,10 +129,13 @@ class _Tangents(_Dependence):
 
     def through(self, eqn: Any, ins: _Flags) -> _Flags:
         """Returns which results of an equation may have a derivative with respect to its chosen operands."""
-        name = eqn.primitive.name
-        if name in _FLAT and not (name == "sign" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)):
-            return (False,) * len(eqn.outvars)
-        passes = (True,) * len(eqn.outvars) if name in _CUSTOM else super().through(eqn, ins)
+        name = jaxprs.name_of(eqn)
+        if name in primitives.ZERO_DERIVATIVE:
+            # The sign of a complex number has a derivative: it turns with the number.
+            is_complex = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)
+            return (name == primitives.SIGN and is_complex and ins[0],) * len(eqn.outvars)
+        custom = name in primitives.CUSTOM_DERIVATIVES
+        passes = (True,) * len(eqn.outvars) if custom else super().through(eqn, ins)
         return tuple(flag and _is_inexact(var) for var, flag in zip(eqn.outvars, passes, strict=True))
 
 

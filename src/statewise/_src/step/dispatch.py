@@ -16,9 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
 
 from statewise._src.common import compat
+from statewise._src.common.compat import trace_state
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -132,7 +132,7 @@ class CompiledStep:
                 written, out = fn(*operands)
             else:
                 # Inside a transform (vmap, grad) the transform owns the arrays, so nothing may be donated.
-                untraced = get_opaque_trace_state() == _UNTRACED
+                untraced = trace_state() == _UNTRACED
                 donate = untraced and not _looks_for_nans()
                 places = self._places(parts) if untraced else ()
                 written, out = self._call((donate, places), operands)
@@ -357,7 +357,7 @@ def _settings() -> int:
 
 # Inside a transform the transform owns the arrays: `vmap` may use one array for all members, and `grad` still needs it.
 # A tracer does not know its sharding either.
-_UNTRACED = get_opaque_trace_state()
+_UNTRACED = trace_state()
 
 
 def _looks_for_nans() -> bool:

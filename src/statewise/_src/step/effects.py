@@ -24,24 +24,10 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from statewise._src.common import compat
+from statewise._src.common.compat import jaxprs, primitives
+from statewise._src.common.compat.primitives import RANDOM_UNWRAP, RANDOM_WRAP, RESHAPE, TRANSPOSE
 
-__all__ = ["PLAIN_CALLS", "RESHAPES", "SAME_VALUE", "Effects", "alike", "body_of", "effects_of", "forwarded"]
-
-# Where a leaf is placed is declared by its kind, not decided by a step.
-_PLACES = frozenset({"device_put", "layout_constraint", "reshard", "sharding_constraint"})
-# Each output is the operand at the same position: these primitives change its derivative, name or placement, not its
-# value.
-SAME_VALUE = _PLACES | {"copy", "name", "optimization_barrier", "random_clone", "stop_gradient"}
-# The same elements in the same order, with another shape (`_keeps_order` checks the order).
-RESHAPES = frozenset({"broadcast_in_dim", "expand_dims", "reshape", "squeeze"})
-
-# Primitives that call one body, once, on their own operands, and return what it returns.
-PLAIN_CALLS = frozenset({"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2"})
-_CUSTOM_CALLS = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vmap_call"})
-_CALLS = PLAIN_CALLS | _CUSTOM_CALLS | {"composite", "compute_on", "shard_map"}
-# The parameters that may hold the body.
-_BODIES = ("jaxpr", "call_jaxpr", "call")
+__all__ = ["Effects", "alike", "effects_of", "forwarded"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +50,7 @@ class Effects:
 
     def run(self, inputs: Iterable[Any]) -> list[Any]:
         """Returns the used outputs, from the values of all inputs (None for those not read)."""
-        return compat.eval_jaxpr(self.jaxpr, self.consts, list(itertools.compress(inputs, self.read)))
+        return jaxprs.eval_jaxpr(self.jaxpr, self.consts, list(itertools.compress(inputs, self.read)))
 
 
 def effects_of(closed: Any, tracked: Sequence[tuple[int, int]]) -> Effects:
@@ -77,14 +63,14 @@ def effects_of(closed: Any, tracked: Sequence[tuple[int, int]]) -> Effects:
     Returns:
       the effects; the outputs of the reduced jaxpr are those not tracked, then the written ones, in order.
     """
-    jaxpr = compat.inner_jaxpr(closed)
+    jaxpr = jaxprs.inner_jaxpr(closed)
     origins = forwarded(closed)
     written = tuple(origins[out] != source for out, source in tracked)
     # An unwritten output is not returned, so what was only needed to return it is not read either.
     unwritten = {out for (out, _), is_written in zip(tracked, written, strict=True) if not is_written}
     used = tuple(position not in unwritten for position in range(len(jaxpr.outvars)))
-    smaller, read = compat.dce(jaxpr, used)
-    return Effects(written, used, tuple(read), smaller, tuple(closed.consts))
+    smaller, read = jaxprs.dce(jaxpr, used)
+    return Effects(written, used, tuple(read), smaller, tuple(jaxprs.consts_of(closed)))
 
 
 def forwarded(closed: Any) -> tuple[int | None, ...]:
@@ -96,7 +82,7 @@ def forwarded(closed: Any) -> tuple[int | None, ...]:
     Returns:
       for each output the position of the input whose value it has, or None.
     """
-    jaxpr = compat.inner_jaxpr(closed)
+    jaxpr = jaxprs.inner_jaxpr(closed)
     origins: list[int | None] = []
     for var, sources in zip(jaxpr.outvars, _sources(jaxpr), strict=True):
         # With several possible sources, the result depends on a value: it is computed.
@@ -107,8 +93,8 @@ def forwarded(closed: Any) -> tuple[int | None, ...]:
     return tuple(origins)
 
 
-# What happened to a value on its way, last step first: ("transpose", permutation), ("reshape", (shape, former shape)),
-# ("random_wrap" or "random_unwrap", (rank, former rank)).
+# What happened to a value on its way, last step first: (TRANSPOSE, permutation), (RESHAPE, (shape, former shape)),
+# (RANDOM_WRAP or RANDOM_UNWRAP, (rank, former rank)).
 _Move = tuple[str, Any]
 _Moves = tuple[_Move, ...]
 _NO_MOVE: _Move = ("", ())
@@ -121,7 +107,7 @@ _COMPUTED: _Sources = frozenset()
 
 
 def _sources(closed: Any) -> tuple[_Sources, ...]:
-    walk = _Walk(compat.inner_jaxpr(closed))
+    walk = _Walk(jaxprs.inner_jaxpr(closed))
     return tuple(map(walk.sources, walk.jaxpr.outvars))
 
 
@@ -141,7 +127,7 @@ class _Walk:
         pending: list[tuple[Any, _Moves]] = [(var, ())]
         while pending:
             current, moves = view = pending.pop()
-            if isinstance(current, compat.Literal):
+            if isinstance(current, jaxprs.Literal):
                 return _COMPUTED
             if view in seen:
                 continue
@@ -159,18 +145,18 @@ class _Walk:
     def back(self, var: Any) -> Sequence[tuple[Any, _Moves]]:
         """Goes one equation back: returns the operands that may be the value, moved; none if it is computed."""
         eqn, position = self.maker[var]
-        name = eqn.primitive.name
+        name = jaxprs.name_of(eqn)
         first: Any = eqn.invars[0] if eqn.invars else None
-        if name in SAME_VALUE:
+        if name in primitives.SAME_VALUE:
             return [(eqn.invars[position], ())]
-        if name == "convert_element_type" and first.aval.dtype == var.aval.dtype:
+        if name == primitives.CAST and first.aval.dtype == var.aval.dtype:
             return [(first, ())]
-        if name == "transpose":
-            return [(first, ((name, tuple(eqn.params["permutation"])),))]
-        if name in ("random_wrap", "random_unwrap"):
+        if name == TRANSPOSE:
+            return [(first, ((name, jaxprs.permutation_of(eqn)),))]
+        if name in (RANDOM_WRAP, RANDOM_UNWRAP):
             return [(first, ((name, (len(var.aval.shape), len(first.aval.shape))),))]
-        if name in RESHAPES:
-            return [(first, (("reshape", (var.aval.shape, first.aval.shape)),))] if _keeps_order(eqn) else ()
+        if name in primitives.RESHAPES:
+            return [(first, ((RESHAPE, (var.aval.shape, first.aval.shape)),))] if jaxprs.keeps_order(eqn) else ()
         if id(eqn) not in self.known:
             self.known[id(eqn)] = _through(eqn)
         return [(eqn.invars[operand], moves) for operand, moves in self.known[id(eqn)][position]]
@@ -180,12 +166,12 @@ def _moved(moves: _Moves, move: _Move) -> _Moves:
     """Adds a move that happened before the others; if it undoes the next one, both disappear."""
     name, what = move
     last, of_last = moves[-1] if moves else _NO_MOVE
-    if name == "transpose":
+    if name == TRANSPOSE:
         # Two transposes in a row are one: compose the permutations.
         if last == name:
             moves, what = moves[:-1], tuple(what[axis] for axis in of_last)
         return moves if what == tuple(range(len(what))) else (*moves, (name, what))
-    if name == "reshape":
+    if name == RESHAPE:
         # Two reshapes in a row are one: from the shape before the first to the shape after the second.
         if last == name:
             moves, what = moves[:-1], (of_last[0], what[1])
@@ -194,9 +180,9 @@ def _moved(moves: _Moves, move: _Move) -> _Moves:
     # transpose can be moved to the other side of a wrap or unwrap, where it may meet the one that undoes it.
     rank, words = min(what), tuple(range(min(what), what[1]))
     first: _Moves = ()
-    if last == "transpose" and of_last[rank:] == tuple(range(rank, len(of_last))):
-        moves, first = moves[:-1], (("transpose", of_last[:rank] + words),)
-    undone = "random_unwrap" if name == "random_wrap" else "random_wrap"
+    if last == TRANSPOSE and of_last[rank:] == tuple(range(rank, len(of_last))):
+        moves, first = moves[:-1], ((TRANSPOSE, of_last[:rank] + words),)
+    undone = RANDOM_UNWRAP if name == RANDOM_WRAP else RANDOM_WRAP
     moves = moves[:-1] if moves and moves[-1][0] == undone else (*moves, move)
     return (*moves, *first)
 
@@ -206,30 +192,12 @@ def alike(aval: Any, other: Any) -> bool:
     return bool(aval.shape == other.shape and aval.dtype == other.dtype)
 
 
-def _keeps_order(eqn: Any) -> bool:
-    """Returns whether an equation that reshapes keeps the elements in order and adds none."""
-    if eqn.invars[0].aval.size != eqn.outvars[0].aval.size:
-        return False
-    if eqn.primitive.name == "reshape":
-        return eqn.params["dimensions"] is None  # otherwise it transposes first
-    # A broadcast keeps the order if it keeps the order of the operand's axes.
-    axes = eqn.params.get("broadcast_dimensions", ())
-    return tuple(axes) == tuple(sorted(axes))
-
-
 # --- through the equations that call jaxprs --------------------------------------------------------------------
-
-
-def body_of(eqn: Any) -> Any:
-    """Returns the jaxpr that an equation calls once, on its own operands; None if it does not."""
-    if eqn.primitive.name not in _CALLS:
-        return None
-    return next(eqn.params[name] for name in _BODIES if name in eqn.params)
 
 
 def _through(eqn: Any) -> tuple[_Sources, ...]:
     """Returns, for each output of an equation, its sources among the operands."""
-    through = _THROUGH.get(eqn.primitive.name)
+    through = _THROUGH.get(jaxprs.name_of(eqn))
     return (_COMPUTED,) * len(eqn.outvars) if through is None else through(eqn)
 
 
@@ -239,11 +207,11 @@ def _through_select(eqn: Any) -> tuple[_Sources, ...]:
 
 
 def _through_call(eqn: Any) -> tuple[_Sources, ...]:
-    sources_of = _sources(body_of(eqn))
-    if eqn.primitive.name != "shard_map":
+    sources_of = _sources(jaxprs.body_of(eqn))
+    if jaxprs.name_of(eqn) != primitives.SHARD_MAP:
         return sources_of
     # Inside, each device sees its part: the result is the operand only if both are split in the same way.
-    ins, outs = eqn.params["in_specs"], eqn.params["out_specs"]
+    ins, outs = jaxprs.specs_of(eqn)
     return tuple(
         sources if all(ins[source] == outs[position] and not moves for source, moves in sources) else _COMPUTED
         for position, sources in enumerate(sources_of)
@@ -251,7 +219,7 @@ def _through_call(eqn: Any) -> tuple[_Sources, ...]:
 
 
 def _through_cond(eqn: Any) -> tuple[_Sources, ...]:
-    branches = [_sources(branch) for branch in eqn.params["branches"]]
+    branches = [_sources(branch) for branch in jaxprs.branches_of(eqn)]
     # Operand 0 is the index of the branch taken.
     return tuple(
         frozenset((1 + source, moves) for sources in of_branches for source, moves in sources)
@@ -262,11 +230,11 @@ def _through_cond(eqn: Any) -> tuple[_Sources, ...]:
 
 
 def _through_scan(eqn: Any) -> tuple[_Sources, ...]:
-    consts, carry = compat.scan_counts(eqn)
+    scan = jaxprs.scan_of(eqn)
     # Operands and body inputs: constants, carried, scanned.  Results: carried, stacked.
-    body = list(map(_unmoved, _sources(eqn.params["jaxpr"])))
-    runs = eqn.params["length"] > 0
-    carried = [_settled(body, position, consts, carry, runs) for position in range(carry)]
+    consts, carry = scan.consts, scan.carry
+    body = list(map(_unmoved, _sources(scan.body)))
+    carried = [_settled(body, position, consts, carry, runs=scan.length > 0) for position in range(carry)]
     # A stacked output is an operand only if it is a scanned one; a stacked constant or carry is new.
     stacked = [of if all(source >= consts + carry for source in of) else frozenset() for of in body[carry:]]
     return tuple(frozenset((source, ()) for source in sources) for sources in carried + stacked)
@@ -274,10 +242,10 @@ def _through_scan(eqn: Any) -> tuple[_Sources, ...]:
 
 def _through_while(eqn: Any) -> tuple[_Sources, ...]:
     # Operands: the condition's constants, the body's constants, the carried values.
-    before, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    body = list(map(_unmoved, _sources(eqn.params["body_jaxpr"])))
-    carried = [_settled(body, position, consts, len(body), runs=False) for position in range(len(body))]
-    return tuple(frozenset((before + source, ()) for source in sources) for sources in carried)
+    loop = jaxprs.while_of(eqn)
+    body = list(map(_unmoved, _sources(loop.body)))
+    carried = [_settled(body, position, loop.body_consts, len(body), runs=False) for position in range(len(body))]
+    return tuple(frozenset((loop.cond_consts + source, ()) for source in sources) for sources in carried)
 
 
 def _unmoved(sources: _Sources) -> frozenset[int]:
@@ -313,9 +281,9 @@ def _settled(body: Sequence[frozenset[int]], position: int, consts: int, carry: 
 
 
 _THROUGH: dict[str, Callable[[Any], tuple[_Sources, ...]]] = {
-    "scan": _through_scan,
-    "while": _through_while,
-    "cond": _through_cond,
-    "select_n": _through_select,
-    **dict.fromkeys(_CALLS, _through_call),
+    primitives.SCAN: _through_scan,
+    primitives.WHILE: _through_while,
+    primitives.COND: _through_cond,
+    primitives.SELECT: _through_select,
+    **dict.fromkeys(primitives.CALLS, _through_call),
 }

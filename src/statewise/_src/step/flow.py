@@ -12,10 +12,9 @@ import operator
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
-from statewise._src.common import compat
-from statewise._src.step.effects import body_of
+from statewise._src.common.compat import jaxprs, primitives
 
-__all__ = ["Flow", "is_reference"]
+__all__ = ["Flow"]
 
 FactT = TypeVar("FactT")  # a bool, or a set
 
@@ -34,7 +33,7 @@ class Flow(Generic[FactT]):
 
     def outputs(self, closed: Any, inputs: tuple[FactT, ...]) -> tuple[FactT, ...]:
         """Returns the facts about the outputs of a closed or open jaxpr, given those about its inputs."""
-        jaxpr = compat.inner_jaxpr(closed)
+        jaxpr = jaxprs.inner_jaxpr(closed)
         key = id(jaxpr), inputs  # ids stay valid: the outer jaxpr keeps its bodies alive
         if key not in self._known:
             facts = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -44,7 +43,7 @@ class Flow(Generic[FactT]):
         return self._known[key]
 
     def _fact(self, facts: dict[Any, FactT], var: Any) -> FactT:
-        return self.nothing if isinstance(var, compat.Literal) else facts.get(var, self.nothing)
+        return self.nothing if isinstance(var, jaxprs.Literal) else facts.get(var, self.nothing)
 
     def join(self, facts: Iterable[FactT]) -> FactT:
         """Returns the join of facts."""
@@ -57,37 +56,37 @@ class Flow(Generic[FactT]):
 
     def through(self, eqn: Any, ins: tuple[FactT, ...]) -> tuple[FactT, ...]:
         """Returns the facts about the results of one equation."""
-        name = eqn.primitive.name
-        if name == "scan":
-            return self._through_scan(eqn, ins)
-        if name == "while":
-            return self._through_while(eqn, ins)
-        if name == "cond":
+        name = jaxprs.name_of(eqn)
+        if name == primitives.SCAN:
+            return self._through_scan(jaxprs.scan_of(eqn), ins)
+        if name == primitives.WHILE:
+            return self._through_while(jaxprs.while_of(eqn), ins)
+        if name == primitives.COND:
             # Operand 0 is the branch index: what is known of it is known of every result.
-            branches = [self.outputs(branch, ins[1:]) for branch in eqn.params["branches"]]
+            branches = [self.outputs(branch, ins[1:]) for branch in jaxprs.branches_of(eqn)]
             return tuple(self.join((ins[0], *of_branches)) for of_branches in zip(*branches, strict=True))
         # A body's inputs may differ from the operands in number (custom rules); then it is not known.
         body = self.body(eqn)
-        if body is not None and len(compat.inner_jaxpr(body).invars) == len(ins):
+        if body is not None and len(jaxprs.inner_jaxpr(body).invars) == len(ins):
             return self.outputs(body, ins)
         return (self.computed(eqn, ins),) * len(eqn.outvars)
 
     def body(self, eqn: Any) -> Any:
         """Returns the jaxpr that an equation calls once on its operands; None if there is none, or it is not known."""
-        return body_of(eqn)
+        return jaxprs.body_of(eqn)
 
     def computed(self, eqn: Any, ins: tuple[FactT, ...]) -> FactT:
         """Returns the fact about each result of an equation without a known body."""
         return self.join(ins)
 
-    def _through_scan(self, eqn: Any, ins: tuple[FactT, ...]) -> tuple[FactT, ...]:
+    def _through_scan(self, scan: jaxprs.Scan, ins: tuple[FactT, ...]) -> tuple[FactT, ...]:
         # Operands: constants, carried, scanned.  Results: carried, stacked.
-        consts, carry = compat.scan_counts(eqn)
+        consts, carry = scan.consts, scan.carry
         carried = slice(consts, consts + carry)
         # Without an iteration the carry comes out as it went in, and the stacked outputs are empty.
-        results = (*ins[carried], *[self.nothing] * (len(eqn.outvars) - carry))
-        for _ in range(eqn.params["length"]):
-            results = self.outputs(eqn.params["jaxpr"], ins)
+        results = (*ins[carried], *[self.nothing] * (len(jaxprs.output_types(scan.body)) - carry))
+        for _ in range(scan.length):
+            results = self.outputs(scan.body, ins)
             # What is carried is an input of the next iteration.
             after = tuple(map(self.join, zip(ins[carried], results, strict=False)))
             if after == ins[carried]:
@@ -95,20 +94,15 @@ class Flow(Generic[FactT]):
             ins = (*ins[:consts], *after, *ins[consts + carry :])
         return results
 
-    def _through_while(self, eqn: Any, ins: tuple[FactT, ...]) -> tuple[FactT, ...]:
+    def _through_while(self, loop: jaxprs.While, ins: tuple[FactT, ...]) -> tuple[FactT, ...]:
         # Operands: the condition's constants, the body's constants, the carried values.
-        cond_consts, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        cond_consts, consts = loop.cond_consts, loop.body_consts
         of_cond, of_body, carried = ins[:cond_consts], ins[cond_consts:][:consts], ins[cond_consts + consts :]
         while True:
             # What is known of the number of iterations is known of everything that is carried.
-            (count,) = self.outputs(eqn.params["cond_jaxpr"], (*of_cond, *carried))
-            results = self.outputs(eqn.params["body_jaxpr"], (*of_body, *carried))
+            (count,) = self.outputs(loop.cond, (*of_cond, *carried))
+            results = self.outputs(loop.body, (*of_body, *carried))
             after = tuple(self.join((count, *pair)) for pair in zip(carried, results, strict=True))
             if after == carried:
                 return carried
             carried = after
-
-
-def is_reference(var: Any) -> bool:
-    """Returns whether a variable of a jaxpr is a reference to an array that changes in place (`jax.new_ref`)."""
-    return hasattr(var.aval, "inner_aval")

@@ -14,13 +14,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from statewise._src.common import compat
-from statewise._src.step.effects import PLAIN_CALLS, RESHAPES, SAME_VALUE, alike, body_of
+from statewise._src.common.compat import jaxprs, primitives
+from statewise._src.step.effects import alike
 
 __all__ = ["dropped_inputs"]
 
 # The same elements with another name, placement, dtype or shape: not a new value by itself.
-_MOVES = SAME_VALUE | RESHAPES | {"convert_element_type"}
+_MOVES = primitives.SAME_VALUE | primitives.RESHAPES | {primitives.CAST}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def dropped_inputs(closed: Any, inputs: Sequence[int]) -> frozenset[int]:
       >>> dropped_inputs(jax.make_jaxpr(run)(jnp.zeros(()), jnp.ones(3)), [0])
       frozenset({0})
     """
-    jaxpr = compat.inner_jaxpr(closed)
+    jaxpr = jaxprs.inner_jaxpr(closed)
     chosen = {position: _Origin(position, jaxpr.invars[position].aval, False) for position in inputs}
     tags = tuple(map(chosen.get, range(len(jaxpr.invars))))
     dropped: set[int] = set()
@@ -73,7 +73,7 @@ def _walk(jaxpr: Any, tags: _Tags, dropped: set[int], inside: bool) -> _Tags:
         return (None,) * len(jaxpr.outvars)
     used = _used(jaxpr) if inside else set()
     for eqn in jaxpr.eqns:
-        operands = tuple(origins.get(var) if not isinstance(var, compat.Literal) else None for var in eqn.invars)
+        operands = tuple(origins.get(var) if not isinstance(var, jaxprs.Literal) else None for var in eqn.invars)
         if not any(operands):
             continue
         for var, tag in zip(eqn.outvars, _through(eqn, operands, dropped, inside), strict=True):
@@ -83,35 +83,36 @@ def _walk(jaxpr: Any, tags: _Tags, dropped: set[int], inside: bool) -> _Tags:
             # A new value of the leaf's shape and dtype that nothing uses: the write was lost.
             if inside and tag.changed and var not in used and alike(var.aval, tag.aval):
                 dropped.add(tag.of)
-    return tuple(None if isinstance(var, compat.Literal) else origins.get(var) for var in jaxpr.outvars)
+    return tuple(None if isinstance(var, jaxprs.Literal) else origins.get(var) for var in jaxpr.outvars)
 
 
 def _used(jaxpr: Any) -> set[Any]:
     """Returns the values that the outputs, or side effects, depend on."""
-    used = {var for var in jaxpr.outvars if not isinstance(var, compat.Literal)}
+    used = {var for var in jaxpr.outvars if not isinstance(var, jaxprs.Literal)}
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(var in used for var in eqn.outvars):
-            used.update(var for var in eqn.invars if not isinstance(var, compat.Literal))
+            used.update(var for var in eqn.invars if not isinstance(var, jaxprs.Literal))
     return used
 
 
 def _through(eqn: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tags:
     """Returns the origin of each result of an equation."""
-    name = eqn.primitive.name
+    name = jaxprs.name_of(eqn)
     none = (None,) * len(eqn.outvars)
-    if name == "scan":
-        return _in_body(eqn, eqn.params["jaxpr"], operands, dropped, inside)
-    if name == "while":
-        cond_consts = eqn.params["cond_nconsts"]  # these operands come first, and the body does not take them
-        return _in_body(eqn, eqn.params["body_jaxpr"], operands[cond_consts:], dropped, inside)
-    if name == "cond":
+    if name == primitives.SCAN:
+        return _in_body(eqn, jaxprs.scan_of(eqn).body, operands, dropped, inside)
+    if name == primitives.WHILE:
+        loop = jaxprs.while_of(eqn)
+        # The constants of the condition come first, and the body does not take them.
+        return _in_body(eqn, loop.body, operands[loop.cond_consts :], dropped, inside)
+    if name == primitives.COND:
         # Operand 0 is the branch index.  Any branch that passes on an origin will do: this is a heuristic for warnings.
-        branches = [_in_body(eqn, branch, operands[1:], dropped, inside) for branch in eqn.params["branches"]]
+        branches = [_in_body(eqn, branch, operands[1:], dropped, inside) for branch in jaxprs.branches_of(eqn)]
         return tuple(next((tag for tag in tags if tag is not None), None) for tags in zip(*branches, strict=True))
-    body = body_of(eqn)
+    body = jaxprs.body_of(eqn)
     if body is not None:
-        return _in_body(eqn, body, operands, dropped, inside or name in PLAIN_CALLS)
-    if name.startswith("random_"):
+        return _in_body(eqn, body, operands, dropped, inside or name in primitives.PLAIN_CALLS)
+    if primitives.uses_keys(name):
         return none  # drawing from a key makes another key, not a new value of the stream
     # Element by element: the result has the same shape as the leaf.
     tag = next((operand for operand in operands if operand is not None), None)
@@ -122,7 +123,7 @@ def _through(eqn: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tag
 
 def _in_body(eqn: Any, closed: Any, operands: _Tags, dropped: set[int], inside: bool) -> _Tags:
     """Returns the origins of the results of an equation that calls a body on its operands."""
-    jaxpr = compat.inner_jaxpr(closed)
+    jaxpr = jaxprs.inner_jaxpr(closed)
     if len(jaxpr.invars) != len(operands):
         return (None,) * len(eqn.outvars)
     # In a scan's body an operand is one slice: give the origin the slice's type inside, and the array's type outside.

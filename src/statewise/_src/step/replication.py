@@ -12,16 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from statewise._src.common import compat
-from statewise._src.step.flow import Flow, is_reference
+from statewise._src.common.compat import jaxprs, primitives
+from statewise._src.step.flow import Flow
 
 __all__ = ["varying"]
 
 Axes = frozenset[str]
 NOWHERE: Axes = frozenset()
-
-# These give all devices along their axes the same value.
-_JOINS = frozenset({"psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"})
 
 
 def varying(jaxpr: Any, inputs: Sequence[Axes], axes: Axes) -> list[Axes]:
@@ -40,43 +37,39 @@ class _Varying(Flow[Axes]):
 
     def follow(self, eqn: Any, ins: tuple[Axes, ...], facts: dict[Any, Axes]) -> None:
         """Adds the axes over which the results of an equation, and the references that it may write, may vary."""
-        references = [var for var in eqn.invars if is_reference(var)]
+        references = [var for var in eqn.invars if jaxprs.is_reference(var)]
         if not references:
             super().follow(eqn, ins, facts)
             return
         # A value that is written to one reference may be read from another, and a body may do so in any iteration.
-        calls = any(map(_has_jaxpr, eqn.params.values()))
-        over = self.everything if calls else self.join(ins) | self._named(eqn)
+        over = self.everything if _calls(eqn) else self.join(ins) | self._named(eqn)
         facts.update(dict.fromkeys([*references, *eqn.outvars], over))
 
     def through(self, eqn: Any, ins: tuple[Axes, ...]) -> tuple[Axes, ...]:
         """Returns the axes over which each result of one equation may vary."""
-        if eqn.primitive.name not in _JOINS:
+        if jaxprs.name_of(eqn) not in primitives.COLLECTIVE_JOINS:
             return super().through(eqn, ins)
         over, count = self._named(eqn), len(eqn.outvars)
-        if eqn.params.get("axis_index_groups") is not None:
+        if jaxprs.has_axis_groups(eqn):
             return (self.join(ins) | over,) * count  # the same within each group only
         # A collective of several operands treats each on its own.
         return tuple(operand - over for operand in ins) if len(ins) == count else (self.join(ins) - over,) * count
 
     def body(self, eqn: Any) -> Any:
         """Returns the body of an equation; that of a `shard_map` runs on other devices than its caller."""
-        return None if eqn.primitive.name == "shard_map" else super().body(eqn)
+        return None if jaxprs.name_of(eqn) == primitives.SHARD_MAP else super().body(eqn)
 
     def computed(self, eqn: Any, ins: tuple[Axes, ...]) -> Axes:
         """Returns the axes over which the results of an equation without a known body may vary."""
-        if any(map(_has_jaxpr, eqn.params.values())):
+        if _calls(eqn):
             return self.everything  # an unknown way of calling a body
         return self.join(ins) | self._named(eqn)  # `axis_index` varies over its axis
 
     def _named(self, eqn: Any) -> Axes:
         """Returns the mesh axes that an equation refers to: those of a collective or of `axis_index`."""
-        values = [eqn.params.get(key, ()) for key in ("axes", "axis_name")]
-        return self.everything & {
-            name for value in values for name in (value if isinstance(value, tuple) else (value,))
-        }
+        return self.everything & jaxprs.axes_of(eqn)
 
 
-def _has_jaxpr(value: Any) -> bool:
-    several = value if isinstance(value, tuple | list) else (value,)
-    return any(hasattr(compat.inner_jaxpr(candidate), "eqns") for candidate in several)
+def _calls(eqn: Any) -> bool:
+    """Returns whether an equation calls a body, known or not."""
+    return any(True for _ in jaxprs.bodies_of(eqn))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.common.compat import jaxprs
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     ONE,
@@ -261,7 +262,7 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
         # `lax.scan` needs a carry of fixed type: a weakly typed x takes the dtype of the first layer's output.
         settled = [
             jnp.asarray(array, new.dtype) if getattr(jax.typeof(array), "weak_type", False) else array
-            for array, new in zip(given, closed.out_avals[:outputs], strict=False)
+            for array, new in zip(given, jaxprs.output_types(closed)[:outputs], strict=False)
         ]
         if len(given) == outputs and any(
             jax.typeof(new).dtype != jax.typeof(old).dtype for new, old in zip(settled, given, strict=True)
@@ -269,7 +270,7 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
             x = jax.tree.unflatten(treedef, settled)
             closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
     after: _After = box["after"]
-    slots = _slots(stack, after, closed.out_avals[outputs:])
+    slots = _slots(stack, after, jaxprs.output_types(closed)[outputs:])
     tracked = [(outputs + index, slot.before) for index, slot in enumerate(slots) if slot.before is not None]
     effects = effects_of(closed, tracked)
     slots = [

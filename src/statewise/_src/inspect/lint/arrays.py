@@ -97,7 +97,7 @@ def _is_number(array: Any) -> bool:
     """Returns whether an array is a constant like Python's numbers (a scale, an epsilon), or not one JAX could use."""
     if getattr(array.dtype, "kind", "") == "O":
         return True
-    concrete = isinstance(array, np.generic | np.ndarray | jax.Array) and not isinstance(array, jax.core.Tracer)
+    concrete = isinstance(array, np.generic | np.ndarray | jax.Array) and not isinstance(array, compat.Tracer)
     # A key is not a constant: code that uses it draws the same numbers each time.
     return array.shape == () and concrete and not jnp.issubdtype(array.dtype, jax.dtypes.extended)
 
@@ -130,7 +130,7 @@ def shared_array(subject: Subject) -> Iterator[Found]:
     """Finds leaves that hold the same array object."""
     by_array: dict[int, list[int]] = {}
     for number, array in subject.arrays:
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        if isinstance(array, jax.Array) and not isinstance(array, compat.Tracer):
             by_array.setdefault(id(array), []).append(number)
     rows = subject.repeats(by_array.values(), "shares its array with {}")
     if rows:

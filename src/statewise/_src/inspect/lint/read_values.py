@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common import compat
+
 __all__ = ["Facts", "is_readable", "read"]
 
 _LARGE = 1 << 16  # elements
@@ -71,7 +73,7 @@ def is_readable(array: object) -> bool:
     """Returns whether this is an array whose values are in this process."""
     if isinstance(array, np.ndarray | np.generic):
         return array.dtype.kind not in "OUSMm"
-    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+    if not isinstance(array, jax.Array) or isinstance(array, compat.Tracer):
         return False
     return not array.is_deleted() and array.is_fully_addressable
 

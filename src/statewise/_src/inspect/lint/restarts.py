@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.common import compat
+from statewise._src.common.compat import jaxprs, primitives
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path
 from statewise._src.inspect.lint.finding import Found, Rules, kind_with
@@ -19,8 +19,6 @@ from statewise._src.plan.fresh_values import takes
 __all__ = ["RULES"]
 
 RULES = Rules()
-
-_DRAWS = ("random_bits", "random_seed", "random_wrap", "random_fold_in", "rng_bit_generator", "threefry2x32")
 
 
 @RULES.rule(
@@ -92,13 +90,9 @@ def _restart(subject: Subject, number: int) -> Any:
 
 def _is_zero(closed: Any) -> bool:
     """Returns whether the results of a jaxpr are zero, without running it: a zero that is broadcast, cast, reshaped."""
-    jaxpr = compat.inner_jaxpr(closed)
-    return all(_zero_var(jaxpr, dict(zip(jaxpr.constvars, closed.consts, strict=True)), var) for var in jaxpr.outvars)
-
-
-_MOVES = frozenset(
-    {"broadcast_in_dim", "convert_element_type", "reshape", "copy", "copy_p", "transpose", "squeeze", "neg"}
-)
+    jaxpr = jaxprs.inner_jaxpr(closed)
+    known = dict(zip(jaxpr.constvars, jaxprs.consts_of(closed), strict=True))
+    return all(_zero_var(jaxpr, known, var) for var in jaxpr.outvars)
 
 
 def _zero_var(jaxpr: Any, known: dict[Any, Any], var: Any) -> bool:
@@ -109,26 +103,26 @@ def _zero_var(jaxpr: Any, known: dict[Any, Any], var: Any) -> bool:
       known: the values of its constants; for the inputs of an inner jaxpr, whether they are zero.
       var: the variable.
     """
-    if isinstance(var, compat.Literal):
+    if isinstance(var, jaxprs.Literal):
         return _all_zero(var.val)
     if var in known:
         return known[var] if isinstance(known[var], bool) else _all_zero(known[var])
     eqn = next((eqn for eqn in jaxpr.eqns if var in eqn.outvars), None)
     if eqn is None:  # an input
         return False
-    name = eqn.primitive.name
-    if name in _MOVES:
+    name = jaxprs.name_of(eqn)
+    if name in primitives.ZERO_OF_ZERO:
         return _zero_var(jaxpr, known, eqn.invars[0])
-    if name in ("mul", "add", "sub"):
+    if name in primitives.PRODUCTS | primitives.SUMS:
         # A product is zero if one factor is, a sum only if both terms are.
         zeros = (_zero_var(jaxpr, known, operand) for operand in eqn.invars)
-        return any(zeros) if name == "mul" else all(zeros)
-    inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-    if name in ("jit", "pjit", "closed_call", "core_call") and inner is not None:
+        return any(zeros) if name in primitives.PRODUCTS else all(zeros)
+    if name in primitives.PLAIN_CALLS:
         # The body of a call has variables of its own for the operands and constants.
-        body = compat.inner_jaxpr(inner)
+        inner = jaxprs.body_of(eqn)
+        body = jaxprs.inner_jaxpr(inner)
         given = {own: _zero_var(jaxpr, known, outer) for own, outer in zip(body.invars, eqn.invars, strict=True)}
-        given |= dict(zip(body.constvars, getattr(inner, "consts", ()), strict=False))
+        given |= dict(zip(body.constvars, jaxprs.consts_of(inner), strict=False))
         return _zero_var(body, given, body.outvars[eqn.outvars.index(var)])
     return False
 
@@ -171,12 +165,11 @@ def _draws_alike(subject: Subject, number: int) -> bool:
     if kind is None or takes(kind.restart).key or issubclass(subject.types[number], nnx.RngState):
         return False
     jaxpr = _restart(subject, number)
-    return jaxpr is not None and _draws(compat.inner_jaxpr(jaxpr))
+    return jaxpr is not None and _draws(jaxprs.inner_jaxpr(jaxpr))
 
 
 def _draws(jaxpr: Any) -> bool:
-    """Returns whether a jaxpr, or one in the parameters of its equations, draws random numbers."""
-    inner = (compat.inner_jaxpr(value) for eqn in jaxpr.eqns for value in eqn.params.values())
-    return any(eqn.primitive.name in _DRAWS for eqn in jaxpr.eqns) or any(
-        _draws(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns")
+    """Returns whether a jaxpr, or one that its equations call, draws random numbers."""
+    return any(jaxprs.name_of(eqn) in primitives.DRAWS for eqn in jaxpr.eqns) or any(
+        _draws(jaxprs.inner_jaxpr(body)) for eqn in jaxpr.eqns for body in jaxprs.bodies_of(eqn)
     )

@@ -1,8 +1,12 @@
-"""The only module with differences between versions of JAX, Flax and Orbax.
+"""The only package with differences between versions of JAX, Flax and Orbax.
 
 Everything here has a public import path in the libraries.  A function is here for one of two reasons: its name or its
 parameters differ between the supported versions (jax 0.10 to 0.12, flax 0.12.8 to 0.12.12), or its import path is not
-guaranteed to be stable.
+guaranteed to be stable: `jax.core`, `jax.extend`, `jax.interpreters` and `jax.experimental` are imported here only.
+
+- here: tracers, processes, Variables, versions;
+- `jaxprs`: the classes of a jaxpr, and what the parameters of its equations say;
+- `primitives`: the names of primitives, by what they do.
 """
 
 from __future__ import annotations
@@ -10,70 +14,47 @@ from __future__ import annotations
 import functools
 import platform
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.extend import core as jex_core
-from jax.interpreters import partial_eval
 
 __all__ = [
-    "Literal",
     "MetricState",
     "Tracer",
-    "dce",
-    "eval_jaxpr",
-    "inner_jaxpr",
+    "broadcast_from_first_process",
     "is_variable",
     "jit_is_disabled",
     "reference",
-    "scan_counts",
+    "trace_state",
     "variable_type",
     "versions",
+    "wait_for_all_processes",
 ]
 
-Literal = jex_core.Literal
 Tracer = jax.core.Tracer
+# What is being traced now, to compare with an earlier value.  JAX's own function: every call of a step pays for it.
+trace_state = jex_core.get_opaque_trace_state
 MetricState: type = nnx.metrics.MetricState
-
-
-def inner_jaxpr(jaxpr: Any) -> Any:
-    """Returns the open jaxpr: parameters of primitives hold closed ones on jax 0.10 and open ones on 0.12."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """Returns how many operands of a `scan` equation are constants, and how many are carried.
-
-    jax 0.10 has both among the parameters, 0.12 does not.  On both, a scanned operand (or result) has one more axis
-    outside the body than inside, and the operands are in the order constants, carry, scanned.
-    """
-    body = inner_jaxpr(eqn.params["jaxpr"])
-    scanned, stacked = (
-        sum(len(outer.aval.shape) != len(inner.aval.shape) for outer, inner in zip(outside, inside, strict=True))
-        for outside, inside in ((eqn.invars, body.invars), (eqn.outvars, body.outvars))
-    )
-    carry = len(eqn.outvars) - stacked
-    return len(eqn.invars) - scanned - carry, carry
-
-
-def dce(jaxpr: Any, used: Sequence[bool]) -> tuple[Any, list[bool]]:
-    """Removes what the used outputs do not need; returns the reduced open jaxpr and which inputs it reads."""
-    smaller, reads = partial_eval.dce_jaxpr(jaxpr, list(used))
-    return smaller, list(reads)
-
-
-def eval_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """Runs an open jaxpr on values or tracers."""
-    return jax.core.eval_jaxpr(jaxpr, consts, *args)
 
 
 def jit_is_disabled() -> bool:
     """Returns whether `jax.disable_jit` is active; JAX's configuration has no typed attributes."""
     config: Any = jax.config
     return bool(config.jax_disable_jit)
+
+
+def wait_for_all_processes(name: str) -> None:
+    """Returns when every process of a cluster has called this with the same name."""
+    multihost_utils.sync_global_devices(name)
+
+
+def broadcast_from_first_process(value: Any) -> Any:
+    """Returns the first process's value in every process of a cluster, as a NumPy array."""
+    return multihost_utils.broadcast_one_to_all(value)
 
 
 def variable_type(leaf: Any) -> type:
