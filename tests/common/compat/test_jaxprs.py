@@ -24,7 +24,7 @@ def last(fn: Callable[..., Any], *args: Any) -> Any:
 def test_a_scan_has_constants_then_what_it_carries(length: int) -> None:
     def run(first: Any, second: Any, carry: Any, rows: Any) -> Any:
         def body(carry: Any, row: Any) -> Any:
-            return (carry[0] + first.sum(), carry[1] * second), (row + 1, row, carry[0])
+            return (carry[0] + first.sum(), carry[1] * second), (row + 1, row * 2, carry[0])
 
         return jax.lax.scan(body, carry, rows)
 
@@ -109,10 +109,10 @@ def test_an_operation_is_what_an_equation_does_apart_from_its_operands() -> None
     (result,) = jaxprs.operation_of(first).apply([jnp.array([1.5, 2.5])])
     np.testing.assert_array_equal(result, [1, 2])
     # A primitive with several results gives them as a list, however many there are.
-    scan = last(lambda x: jax.lax.scan(lambda carry, row: (carry + row, row), 0.0, x), X)
+    scan = last(lambda x: jax.lax.scan(lambda carry, row: (carry + row, row * 2), 0.0, x), X)
     total, rows = jaxprs.operation_of(scan).apply([1.0, jnp.array([1.0, 2.0, 3.0])])
     np.testing.assert_array_equal(total, 7)
-    np.testing.assert_array_equal(rows, [1, 2, 3])
+    np.testing.assert_array_equal(rows, [2, 4, 6])
 
 
 def test_a_transpose_has_its_permutation() -> None:
