@@ -9,6 +9,7 @@
 #   make bench         the numbers, side by side (bench-quick: a short run)
 #   make dist          wheel and sdist, checked, and tried in an empty environment
 #   make tests-oldest  the tests on the oldest Python of the machine, beside the first: what CI runs as well
+#   make test-pre      a short part of the tests on pre-releases of JAX and the others, if there are any
 #   make PYTHON=python3.13 VENV=.venv13 test      another interpreter, beside the first
 
 SHELL := /bin/bash
@@ -26,7 +27,7 @@ UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
-.PHONY: help demo quick test tests-oldest test-slow browser-tests lint types tests docs bench bench-quick dist format clean
+.PHONY: help demo quick test tests-oldest test-pre test-slow browser-tests lint types tests docs bench bench-quick dist format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,6 +82,14 @@ tests-oldest:
 	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
 	  PYTEST_ARGS='--hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
 
+# What a new version of JAX, Flax, Optax or Orbax breaks first: names and jaxprs, the object graph, proofs on programs, a
+# step, a checkpoint.  On their pre-releases, in an environment on top of the first; nothing runs if there are none.
+PRE_TESTS := tests/test_seams.py tests/common tests/filters/test_filters.py tests/plan/test_elementwise.py \
+  tests/core/test_state.py tests/core/test_plan.py tests/step/test_effects.py tests/step/test_step.py \
+  tests/checkpoint/test_roundtrip.py tests/checkpoint/test_orbax.py
+test-pre: $(VENV)/.installed-test
+	@.ci/prereleases $(BIN)/python .venv-pre -n $(WORKERS) --dist worksteal $(PRE_TESTS)
+
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
@@ -113,4 +122,4 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache .quick_times.json
+	rm -rf $(VENV) .venv-pre build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache .quick_times.json
