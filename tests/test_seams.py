@@ -12,6 +12,7 @@ import importlib
 import inspect
 import itertools
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,7 +147,9 @@ def deprecations() -> dict[str, str]:
     """Returns the deprecated names of JAX and Optax, with their notes: both keep a dictionary on each module."""
     names = {}
     for module, _ in itertools.chain(modules_of(jax, "_deprecations = {"), modules_of(optax, "_deprecations = {")):
-        listing = vars(importlib.import_module(module))["_deprecations"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a whole module may be deprecated
+            listing = vars(importlib.import_module(module))["_deprecations"]
         names |= {f"{module}.{name}": note[0] for name, note in listing.items()}
     return names
 
