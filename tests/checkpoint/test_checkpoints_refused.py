@@ -212,7 +212,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def fails(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("statewise._src.checkpoint.orbax.handler.write_manifest", fails)
+    monkeypatch.setattr("statewise._src.checkpoint.orbax.state_writer.write_manifest", fails)
     return monkeypatch
 
 

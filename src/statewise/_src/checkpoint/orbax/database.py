@@ -160,13 +160,15 @@ def chunks_of(shape: tuple[int, ...], itemsize: int, most: int = LARGEST_CHUNK) 
     """
     chunks = list(shape)
     while np.prod(chunks, dtype=object) * itemsize > most:
-        factors = [(_smallest_factor(size), -size, axis) for axis, size in enumerate(chunks) if size > 1]
-        factor, _, axis = min(factors)
-        if factor > _LARGEST_FACTOR:
+        # Along the first axis that can be split, because the parts are then contiguous.
+        factors = ((axis, _smallest_factor(size)) for axis, size in enumerate(chunks))
+        axis, factor = next(((axis, factor) for axis, factor in factors if factor), (0, 1))
+        if factor == 1:
             break  # one large value is better than millions of small ones
         chunks[axis] //= factor
     return tuple(chunks)
 
 
-def _smallest_factor(size: int) -> int:
-    return next((factor for factor in range(2, _LARGEST_FACTOR + 1) if size % factor == 0), size)
+def _smallest_factor(size: int) -> int | None:
+    """Returns the smallest factor of a size; None if it is too large, or there is none."""
+    return next((factor for factor in range(2, min(size, _LARGEST_FACTOR) + 1) if size % factor == 0), None)

@@ -29,7 +29,9 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         self._writer = writer = StateWriter(directory, args.saving)
         futures = await writer.begin()
         # Orbax may make the directory in the background: this future waits until it exists.
-        written = ocp.future.CommitFutureAwaitingContractedSignals(asyncio.to_thread(writer.write), name="statewise")
+        written = ocp.future.CommitFutureAwaitingContractedSignals(
+            asyncio.to_thread(writer.write), name="statewise-arrays"
+        )
         return [*futures, written]
 
     def save(self, directory: Any, args: Any) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import orbax.checkpoint as ocp
 
@@ -36,6 +36,7 @@ class Json:
     data: Any
 
 
+@runtime_checkable
 class Manager(Protocol):
     """Numbers, writes, lists and deletes the steps of a directory.
 

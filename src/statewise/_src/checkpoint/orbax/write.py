@@ -11,7 +11,7 @@ processes write, Orbax itself writes all arrays: it knows which process has whic
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ _INDEX, _SHARDINGS = "_METADATA", "_sharding"
 _DICT_KEY = 2
 
 
+@runtime_checkable
 class TreeWriter(Protocol):
     """Writes a tree of arrays, with the values that they have when the writer is made."""
 
