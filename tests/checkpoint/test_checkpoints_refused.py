@@ -21,11 +21,14 @@ from refusals import refused
 DELETE_1 = "checkpoints.manager.delete(1)"
 # The thread of Orbax's that waits for all others of a save.
 OF_ORBAX = "write_metadata_after_commits"
+NEW = ocp.v1.training.Checkpointer
 
 
-@pytest.fixture(params=[True, False], ids=["async", "sync"])
+@pytest.fixture(params=["first async", "first sync", "new async", "new sync"])
 def checkpoints(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[sw.Checkpoints]:
-    with sw.Checkpoints(tmp_path / "run", asynchronous=request.param) as made:
+    """On each of Orbax's interfaces."""
+    options = NEW if "new" in request.param else None
+    with sw.Checkpoints(tmp_path / "run", asynchronous="async" in request.param, options=options) as made:
         yield made
 
 

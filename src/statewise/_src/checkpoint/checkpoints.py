@@ -19,7 +19,7 @@ from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
-from statewise._src.checkpoint.orbax.manager import ITEM, Options, open_manager, read_json
+from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
@@ -78,7 +78,7 @@ class Checkpoints:
         of it; its `preservation_policy` and `save_decision_policy` replace `max_to_keep` and `every`.
 
     Raises:
-      SaveError: the directory cannot be made or written.
+      SaveError: the directory cannot be made or written, or the options are something else.
 
     Example:
       >>> import tempfile
@@ -106,6 +106,7 @@ class Checkpoints:
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
+        check_options(options)
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False

@@ -19,7 +19,7 @@ from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.paths import is_url
 from statewise.errors import RestoreError, SaveError
 
-__all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "open_manager", "read_json"]
+__all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "open_manager", "read_json"]
 
 # The name of the state's item in each step, and of the item that Orbax judges steps by.
 ITEM, METRICS = "state", "metrics"
@@ -78,6 +78,17 @@ class Manager(Protocol):
         """Closes Orbax's object."""
 
 
+def check_options(options: object) -> None:
+    """Raises if no manager is opened with these options."""
+    if options is None or isinstance(options, ocp.CheckpointManagerOptions) or _is_of_newer(options):
+        return
+    raise SaveError(
+        f"options={options!r} is neither an ocp.CheckpointManagerOptions nor ocp.v1.training.Checkpointer.",
+        hint="options=ocp.CheckpointManagerOptions(max_to_keep=3), or "
+        "functools.partial(ocp.v1.training.Checkpointer, preservation_policy=...)",
+    )
+
+
 def open_manager(
     directory: Any, options: Options | None, *, max_to_keep: int | None, every: int, asynchronous: bool
 ) -> Manager:
@@ -89,22 +100,12 @@ def open_manager(
       max_to_keep: how many steps to keep; None for all.
       every: saves only steps that are a multiple of this.
       asynchronous: writes in the background.
-
-    Raises:
-      SaveError: the options are something else.
     """
-    make: Callable[[], Manager]
-    if options is None or isinstance(options, ocp.CheckpointManagerOptions):
-        options = options or _options(directory, max_to_keep, every, asynchronous)
-        make = functools.partial(_FirstManager, directory, options)
-    elif _made_by(options) is ocp.v1.training.Checkpointer:
+    if _is_of_newer(options):
         make = functools.partial(_NewManager, directory, options, max_to_keep, every, asynchronous)
     else:
-        raise SaveError(
-            f"options={options!r} is neither an ocp.CheckpointManagerOptions nor ocp.v1.training.Checkpointer.",
-            hint="options=ocp.CheckpointManagerOptions(max_to_keep=3), or "
-            "functools.partial(ocp.v1.training.Checkpointer, preservation_policy=...)",
-        )
+        options = options or _options(directory, max_to_keep, every, asynchronous)
+        make = functools.partial(_FirstManager, directory, options)
     # Orbax looks at each step; again if another process has just removed one of them.
     for _ in range(10):
         with contextlib.suppress(FileNotFoundError):
@@ -112,8 +113,9 @@ def open_manager(
     return make()
 
 
-def _made_by(options: object) -> object:
-    return options.func if isinstance(options, functools.partial) else options
+def _is_of_newer(options: object) -> bool:
+    made_by = options.func if isinstance(options, functools.partial) else options
+    return made_by is ocp.v1.training.Checkpointer
 
 
 def read_json(folder: Any) -> Any:
