@@ -135,8 +135,12 @@ class Checkpoints:
     def steps(self) -> tuple[int, ...]:
         """Returns the complete steps on disk, in order, whatever wrote them."""
         # The manager's `reload` would forget a step that is being written, and then never delete it.
-        steps = self._manager.names.find_all(self._manager.directory)
-        return tuple(sorted(entry.step for entry in steps if (entry.path / ITEM / NAME).exists()))
+        return tuple(self._paths())
+
+    def _paths(self) -> dict[int, Any]:
+        """Returns the complete steps, in order, with the paths of their states."""
+        paths = {step: path / ITEM for step, path in sorted(self._manager.found().items())}
+        return {step: path for step, path in paths.items() if (path / NAME).exists()}
 
     @property
     def latest(self) -> int | None:
@@ -149,14 +153,15 @@ class Checkpoints:
         Raises:
           RestoreError: there is no such step.
         """
-        known = self.steps
+        paths = self._paths()
+        known = list(paths)
         if not known:
             raise RestoreError(f"There is no checkpoint in {self._directory}.", hint="checkpoints.save(step, state)")
         step = known[-1] if step is None else step
         if step not in known:
             shown = ", ".join(map(str, known[-5:]))
             raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
-        return self._manager.names.find_step(self._manager.directory, step).path / ITEM
+        return paths[step]
 
     def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:
         """Saves a step.

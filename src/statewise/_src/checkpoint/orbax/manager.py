@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
@@ -26,6 +26,7 @@ ITEM, METRICS = "state", "metrics"
 # The files in which Orbax's two interfaces keep JSON.
 _JSON_FILES = ("metadata", "data.json", METRICS)
 
+T = TypeVar("T")
 Options = ocp.CheckpointManagerOptions | Callable[..., Any]
 
 
@@ -42,13 +43,11 @@ class Manager(Protocol):
 
     Attributes:
       orbax: the object of Orbax that does it.
-      names: how the directories of the steps are called, as Orbax has it.
       best_fn: the function that judges the metrics of a step; None if none does.
       item_example: code that makes an extra item of something that is not JSON.
     """
 
     orbax: Any
-    names: Any
     best_fn: Callable[[Any], Any] | None
     item_example: str
 
@@ -58,6 +57,9 @@ class Manager(Protocol):
 
     def item(self, given: object) -> Any:
         """Returns something as an extra item; None if it is not one by itself."""
+
+    def found(self) -> Mapping[int, Any]:
+        """Returns the steps that are on the disk now, each with its directory."""
 
     def steps(self) -> Collection[int]:
         """Returns the steps that are known, including one that is being written."""
@@ -106,11 +108,19 @@ def open_manager(
     else:
         options = options or _options(directory, max_to_keep, every, asynchronous)
         make = functools.partial(_FirstManager, directory, options)
-    # Orbax looks at each step; again if another process has just removed one of them.
+    return _again(make)
+
+
+def _again(call: Callable[[], T]) -> T:
+    """Calls a function of Orbax that looks at each step; again if one of them has just been removed."""
     for _ in range(10):
-        with contextlib.suppress(FileNotFoundError):
-            return make()
-    return make()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return call()
+    return call()
+
+
+def _found(names: Any, directory: Any) -> dict[int, Any]:
+    return {entry.step: entry.path for entry in _again(lambda: list(names.find_all(directory)))}
 
 
 def _is_of_newer(options: object) -> bool:
@@ -160,7 +170,7 @@ class _FirstManager:
     def __init__(self, directory: Any, options: ocp.CheckpointManagerOptions) -> None:
         self.orbax = ocp.CheckpointManager(epath(directory), options=options)
         self.best_fn = options.best_fn
-        self.names = options.step_name_format or ocp.path.step.standard_name_format(
+        self._names = options.step_name_format or ocp.path.step.standard_name_format(
             step_prefix=options.step_prefix, step_format_fixed_length=options.step_format_fixed_length
         )
 
@@ -172,6 +182,9 @@ class _FirstManager:
         if isinstance(given, ocp.args.JsonSave):
             return Json(given.item)
         return given if isinstance(given, ocp.args.CheckpointArgs) else None
+
+    def found(self) -> Mapping[int, Any]:
+        return _found(self._names, self.directory)
 
     def steps(self) -> Collection[int]:
         return self.orbax.all_steps()
@@ -228,7 +241,7 @@ class _NewManager:
         }
         used = defaults | keywords | {"context": self._context}
         self.orbax = training.Checkpointer(epath(directory), **used)
-        self.names = used["step_name_format"]
+        self._names = used["step_name_format"]
         self._asynchronous = asynchronous
         self._response: Any = None
 
@@ -238,6 +251,9 @@ class _NewManager:
 
     def item(self, given: object) -> Any:
         return given if isinstance(given, ocp.v1.StatefulCheckpointable) else None
+
+    def found(self) -> Mapping[int, Any]:
+        return _found(self._names, self.directory)
 
     def steps(self) -> Collection[int]:
         return [checkpoint.step for checkpoint in self.orbax.checkpoints]
