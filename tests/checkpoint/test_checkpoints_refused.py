@@ -300,6 +300,21 @@ def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_i
     assert not any(thread.is_alive() for thread in writing)
 
 
+def test_an_extra_item_that_is_corrupted_is_named(checkpoints: sw.Checkpoints) -> None:
+    checkpoints.save(1, numbered(1), note={"a": 1})
+    checkpoints.wait()
+    (file,) = [path for path in (checkpoints.directory / "1/note").iterdir() if path.name in ("metadata", "data.json")]
+    file.write_text('{"a":')
+    with refused(
+        sw.CorruptedError,
+        f"The item 'note' in {checkpoints.directory / '1'} is corrupted: {file.name} is not JSON: "
+        "Expecting value: line 1 column 6 (char 5).",
+        hint="leave it out, or restore another step: checkpoints.restore(target, step=...)",
+    ):
+        checkpoints.restore(numbered(0), extra="note")
+    assert number_of(checkpoints.restore(numbered(0)).state) == 1
+
+
 def test_a_folder_with_a_number_is_no_step(tmp_path: pathlib.Path) -> None:
     with sw.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, numbered(1))

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.paths import is_url
-from statewise.errors import RestoreError, SaveError
+from statewise.errors import CorruptedError, RestoreError, SaveError
 
 __all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "open_manager", "read_json"]
 
@@ -133,10 +133,18 @@ def read_json(folder: Any) -> Any:
 
     Raises:
       RestoreError: it is something else.
+      CorruptedError: its file is not what was written.
     """
     for name in _JSON_FILES:
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        try:
             return json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise CorruptedError(
+                f"The item {folder.name!r} in {folder.parent} is corrupted: {name} is not JSON: {error}.",
+                hint="leave it out, or restore another step: checkpoints.restore(target, step=...)",
+            ) from error
     raise RestoreError(
         f"The item {folder.name!r} in {folder.parent} is not JSON.",
         hint=f"say how to restore it: checkpoints.restore(target, extra={{{folder.name!r}: ocp.args.PyTreeRestore()}})",
