@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
@@ -27,7 +27,7 @@ ITEM, METRICS = "state", "metrics"
 _JSON_FILES = ("metadata", "data.json", METRICS)
 
 T = TypeVar("T")
-Options = ocp.CheckpointManagerOptions | Callable[..., Any]
+Options: TypeAlias = ocp.CheckpointManagerOptions | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,7 @@ def open_manager(
       every: saves only steps that are a multiple of this.
       asynchronous: writes in the background.
     """
+    make: Callable[[], Manager]
     if _is_of_newer(options):
         make = functools.partial(_NewManager, directory, options, max_to_keep, every, asynchronous)
     else:
@@ -231,7 +232,7 @@ class _NewManager:
     """`ocp.v1.training.Checkpointer`."""
 
     item_example = "an object that saves and loads itself (ocp.v1.StatefulCheckpointable)"
-    best_fn = None  # a preservation policy judges, when the steps are written
+    best_fn: Callable[[Any], Any] | None = None  # a preservation policy judges, when the steps are written
 
     def __init__(self, directory: Any, make: Any, max_to_keep: int | None, every: int, asynchronous: bool) -> None:
         keywords = make.keywords if isinstance(make, functools.partial) else {}
