@@ -103,13 +103,10 @@ def open_manager(
       every: saves only steps that are a multiple of this.
       asynchronous: writes in the background.
     """
-    make: Callable[[], Manager]
     if _is_of_newer(options):
-        make = functools.partial(_NewManager, directory, options, max_to_keep, every, asynchronous)
-    else:
-        options = options or _options(directory, max_to_keep, every, asynchronous)
-        make = functools.partial(_FirstManager, directory, options)
-    return _again(make)
+        return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
+    own = options or _options(directory, max_to_keep, every, asynchronous)
+    return _again(lambda: _FirstManager(directory, own))
 
 
 def _again(call: Callable[[], T]) -> T:
