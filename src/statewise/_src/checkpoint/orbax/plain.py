@@ -18,7 +18,7 @@ __all__ = ["described_tree", "read_tree", "write_tree"]
 
 
 def described_tree(folder: Any) -> Any:
-    """Returns a checkpoint's tree with a description in the place of each value: `shape` and `dtype` for an array."""
+    """Returns a checkpoint's tree with a description instead of each value: `shape` and `dtype` for an array."""
     with contextlib.closing(tree_handler()) as handler:
         tree = handler.metadata(folder)
     return getattr(tree, "tree", tree)

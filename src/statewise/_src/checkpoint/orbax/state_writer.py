@@ -1,7 +1,7 @@
 """Writing a state with its manifest into a directory, for whatever commits the directory.
 
-The arrays are a tree as Orbax writes it; beside them stands the manifest, which `finish` writes last, when every other
-file exists and can be listed.  Whoever commits the directory (`sw.save`, or Orbax, through either of its interfaces)
+The arrays are a tree as Orbax writes it.  The manifest is beside them; `finish` writes it last, when every other file
+exists and can be listed.  Whoever commits the directory (`sw.save`, or Orbax, through either of its interfaces)
 calls `finish` before it renames it: a directory without a manifest is not a checkpoint.
 """
 
