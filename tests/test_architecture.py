@@ -50,7 +50,11 @@ LONGER: dict[str, str] = {
 }
 
 # Packages whose private side is not ours to touch, and whose versions only common/compat tells apart.
-FOREIGN = {"jax", "jaxlib", "flax", "nnx", "optax", "orbax", "ocp", "numpy"}
+FOREIGN = {"jax", "jaxlib", "flax", "nnx", "optax", "orbax", "ocp", "tensorstore", "ts", "numpy"}
+# The only folder that knows the libraries which write arrays; and their classes that it subclasses, each made for that.
+STORAGE = "src/statewise/_src/checkpoint/orbax/"
+OF_STORAGE = ("orbax", "tensorstore", "etils")
+EXTENDED = {"ocp.AsyncCheckpointHandler", "ocp.args.CheckpointArgs", "ocp.v1.CheckpointableHandler"}
 # Seams of NNX that are private in all but name, or that Flax is about to retire.
 FORBIDDEN_MODULES = ("jax._src", "flax.nnx.graphlib", "flax.nnx.graph", "flax.nnx.extract", "flax.core.scope")
 FORBIDDEN_NAMES = {"_raw_value", "StateAxes", "DiffState", "StateSharding", "graphlib", "extract"}
@@ -202,6 +206,30 @@ def test_no_private_seam_of_jax_or_flax() -> None:
         if seam.search(line)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_only_one_folder_knows_orbax_and_tensorstore() -> None:
+    wrong = [
+        f"{name_of(file)}:{line}: imports {module}"
+        for file in sources()
+        for module, _, line in imported(file)
+        if module.split(".")[0] in OF_STORAGE and not name_of(file).startswith(STORAGE)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_of_orbax_only_what_is_made_for_it_is_subclassed() -> None:
+    wrong, subclassed = [], set()
+    for file in sources():
+        for node in ast.walk(parse(file)):
+            for base in node.bases if isinstance(node, ast.ClassDef) else ():
+                of = dotted(base.value if isinstance(base, ast.Subscript) else base)
+                if of.split(".")[0] in ("ocp", "ts"):
+                    subclassed.add(of)
+            if isinstance(node, ast.Attribute) and dotted(node).startswith("ocp.type_handlers"):
+                wrong.append(f"{name_of(file)}:{node.lineno}: {dotted(node)} is Orbax's inside")
+    assert not wrong, "\n".join(wrong)
+    assert subclassed == EXTENDED
 
 
 def test_versions_are_told_apart_in_one_place() -> None:

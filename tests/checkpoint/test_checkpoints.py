@@ -18,9 +18,14 @@ from refusals import refused
 SAVE_ALONE = "a directory for each step: sw.save(f'run/{step}', state, only=('lora', 'optimizer'), base='base')"
 
 
-@pytest.fixture(params=[True, False], ids=["async", "sync"])
+NEW = ocp.v1.training.Checkpointer
+
+
+@pytest.fixture(params=["first async", "first sync", "new async", "new sync"])
 def checkpoints(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[sw.Checkpoints]:
-    with sw.Checkpoints(tmp_path / "run", asynchronous=request.param) as made:
+    """On each of Orbax's interfaces."""
+    options = NEW if "new" in request.param else None
+    with sw.Checkpoints(tmp_path / "run", asynchronous="async" in request.param, options=options) as made:
         yield made
 
 
@@ -200,18 +205,29 @@ def test_what_is_closed_can_be_opened_again(tmp_path: pathlib.Path) -> None:
 
 
 def test_extra_items_come_back_by_name(checkpoints: sw.Checkpoints) -> None:
-    tree, average = ocp.args.StandardSave({"x": np.arange(3)}), numbered(7)
-    checkpoints.save(
-        1, numbered(1), metrics={"loss": 0.5}, epoch=3, names=["a", None], tree=tree, average=sw.checkpointable(average)
-    )
+    average, items = numbered(7), {"names": ["a", None], "options": {"rank": 2, "name": "b"}}
+    checkpoints.save(1, numbered(1), metrics={"loss": 0.5}, epoch=3, average=sw.checkpointable(average), **items)
     checkpoints.wait()
-    back = checkpoints.restore(numbered(0), extra=["metrics", "epoch", "names"])
-    assert back.extra == {"metrics": {"loss": 0.5}, "epoch": 3, "names": ["a", None]}
-    asked = {"tree": ocp.args.StandardRestore(), "average": sw.checkpointable(numbered(0))}
-    extra = checkpoints.restore(numbered(0), extra=asked).extra
-    assert extra["tree"]["x"].tolist() == [0, 1, 2]
-    assert_identical(extra["average"], average)
+    back = checkpoints.restore(numbered(0), extra=["metrics", "epoch", *items])
+    assert back.extra == {"metrics": {"loss": 0.5}, "epoch": 3, **items}
+    target = sw.checkpointable(numbered(0))
+    checkpoints.restore(numbered(0), extra={"average": target})
+    assert_identical(target.state, average)
     assert checkpoints.restore(numbered(0)).extra == {}
+
+
+def test_what_orbax_has_a_handler_for_is_an_extra_item(tmp_path: pathlib.Path) -> None:
+    with sw.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, numbered(1), tree=ocp.args.StandardSave({"x": np.arange(3)}))
+        extra = checkpoints.restore(numbered(0), extra={"tree": ocp.args.StandardRestore()}).extra
+        assert extra["tree"]["x"].tolist() == [0, 1, 2]
+        path = checkpoints.path().parent
+        with refused(
+            sw.RestoreError,
+            f"The item 'tree' in {path} is not JSON.",
+            hint="say how to restore it: checkpoints.restore(target, extra={'tree': ocp.args.PyTreeRestore()})",
+        ):
+            checkpoints.restore(numbered(0), extra="tree")
 
 
 def test_an_extra_item_is_saved_as_it_was_at_the_call(checkpoints: sw.Checkpoints) -> None:
@@ -226,7 +242,12 @@ def test_an_extra_item_that_json_cannot_hold_is_refused_at_the_call(checkpoints:
     with refused(
         sw.SaveError,
         "The extra item 'metrics' cannot be written as JSON: Object of type ArrayImpl is not JSON serializable.",
-        hint="Python numbers, such as float(loss); or an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)",
+        hint="Python numbers, such as float(loss); or "
+        + (
+            "an object that saves and loads itself (ocp.v1.StatefulCheckpointable)"
+            if isinstance(checkpoints.manager, NEW)
+            else "an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)"
+        ),
     ):
         checkpoints.save(1, numbered(1), metrics={"loss": jnp.ones(2)})
     assert checkpoints.save(1, numbered(1), metrics={"loss": 1.0})

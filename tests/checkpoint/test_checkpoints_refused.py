@@ -21,11 +21,14 @@ from refusals import refused
 DELETE_1 = "checkpoints.manager.delete(1)"
 # The thread of Orbax's that waits for all others of a save.
 OF_ORBAX = "write_metadata_after_commits"
+NEW = ocp.v1.training.Checkpointer
 
 
-@pytest.fixture(params=[True, False], ids=["async", "sync"])
+@pytest.fixture(params=["first async", "first sync", "new async", "new sync"])
 def checkpoints(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[sw.Checkpoints]:
-    with sw.Checkpoints(tmp_path / "run", asynchronous=request.param) as made:
+    """On each of Orbax's interfaces."""
+    options = NEW if "new" in request.param else None
+    with sw.Checkpoints(tmp_path / "run", asynchronous="async" in request.param, options=options) as made:
         yield made
 
 
@@ -212,7 +215,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     def fails(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("statewise._src.checkpoint.orbax.handler.write_manifest", fails)
+    monkeypatch.setattr("statewise._src.checkpoint.orbax.state_writer.write_manifest", fails)
     return monkeypatch
 
 
@@ -295,6 +298,21 @@ def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_i
     for thread in writing:
         thread.join(60)
     assert not any(thread.is_alive() for thread in writing)
+
+
+def test_an_extra_item_that_is_corrupted_is_named(checkpoints: sw.Checkpoints) -> None:
+    checkpoints.save(1, numbered(1), note={"a": 1})
+    checkpoints.wait()
+    (file,) = [path for path in (checkpoints.directory / "1/note").iterdir() if path.name in ("metadata", "data.json")]
+    file.write_text('{"a":')
+    with refused(
+        sw.CorruptedError,
+        f"The item 'note' in {checkpoints.directory / '1'} is corrupted: {file.name} is not JSON: "
+        "Expecting value: line 1 column 6 (char 5).",
+        hint="leave it out, or restore another step: checkpoints.restore(target, step=...)",
+    ):
+        checkpoints.restore(numbered(0), extra="note")
+    assert number_of(checkpoints.restore(numbered(0)).state) == 1
 
 
 def test_a_folder_with_a_number_is_no_step(tmp_path: pathlib.Path) -> None:

@@ -39,12 +39,12 @@ def outside(facts: dict[str, Any], start: int, length: int) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["named", "packed"])
-@pytest.mark.parametrize("by_orbax", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
 def test_an_array_s_bytes_are_left_to_its_sums_and_all_others_are_hashed(
-    tmp_path: Path, layout: str, by_orbax: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, layout: str, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if by_orbax:  # which commits several times, so that its index stands between arrays
-        monkeypatch.setattr(writing, "_SMALL", 0)
+    if apart:  # each array is committed by itself, so that the index stands between arrays
+        monkeypatch.setattr(writing, "_AT_ONCE", 0)
     dice = np.random.default_rng(0)
     values = {f"a{number}": jnp.asarray(dice.standard_normal(900 + number), jnp.float32) for number in range(4)}
     sw.save(tmp_path / "saved", taken(values), layout=layout)

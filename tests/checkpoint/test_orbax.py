@@ -15,34 +15,23 @@ import pytest
 from flax import nnx
 
 import statewise as sw
-from checkpoint_models import assert_identical, bits, contents, copied, one_of, spread, taken, train, trained
+from checkpoint_models import (
+    as_plain_tree,
+    assert_identical,
+    bits,
+    contents,
+    copied,
+    mixed,
+    one_of,
+    spread,
+    taken,
+    train,
+    trained,
+)
 from refusals import refused
-from strategies import Node
 
 # Orbax warns where it is not told where arrays are to lie.
 unplaced = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
-
-
-def a_state() -> sw.State:
-    model = Node(
-        layers=nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))]),
-        half=nnx.Param(one_of("bfloat16")),
-        small=nnx.Variable(one_of("int4")),
-        pair=nnx.Variable({"x": jnp.arange(2), "y": (jnp.ones(1), None)}),
-        raw=nnx.data(jnp.arange(3)),
-    )
-    return sw.plan(model).take(model)
-
-
-def expected(state: sw.State) -> dict[str, Any]:
-    params, variables = state["params"], state["variables"]
-    return {
-        "layers": {"0": dict(params["layers"][0])},
-        "half": params["half"],
-        "small": variables["small"],
-        "pair": {"x": variables["pair"]["x"], "y": {"0": variables["pair"]["y"][0]}},
-        "raw": variables["raw"],
-    }
 
 
 def assert_equal_trees(one: Any, other: Any) -> None:
@@ -56,26 +45,26 @@ def assert_equal_trees(one: Any, other: Any) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("plain") / "saved"
-    sw.save(path, a_state())
+    sw.save(path, mixed())
     return path
 
 
 def test_orbax_s_standard_checkpointer_reads_each_leaf_under_its_own_path(saved: pathlib.Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
-        assert_equal_trees(checkpointer.restore(saved), expected(a_state()))
+        assert_equal_trees(checkpointer.restore(saved), as_plain_tree(mixed()))
 
 
 @unplaced
 def test_orbax_s_tree_checkpointer_reads_it(saved: pathlib.Path) -> None:
     with ocp.PyTreeCheckpointer() as checkpointer:
-        assert_equal_trees(checkpointer.restore(saved), expected(a_state()))
+        assert_equal_trees(checkpointer.restore(saved), as_plain_tree(mixed()))
 
 
 @unplaced
 @pytest.mark.parametrize("options", [{}, {"checkpointable_name": None}], ids=str)
 def test_orbax_s_newer_interface_reads_it(saved: pathlib.Path, options: dict[str, Any]) -> None:
     assert v1.is_orbax_checkpoint(saved)
-    assert_equal_trees(v1.load(saved, **options), expected(a_state()))
+    assert_equal_trees(v1.load(saved, **options), as_plain_tree(mixed()))
 
 
 def test_orbax_reads_it_into_another_placement(tmp_path: pathlib.Path, devices: list[jax.Device]) -> None:
@@ -244,8 +233,8 @@ def test_the_newer_interface_saves_and_loads_a_state_beside_others(tmp_path: pat
 
 @unplaced
 def test_the_newer_interface_reads_a_state_as_a_tree(tmp_path: pathlib.Path) -> None:
-    v1.save_checkpointables(tmp_path / "saved", {"state": sw.checkpointable(a_state())})
-    assert_equal_trees(v1.load(tmp_path / "saved", checkpointable_name="state"), expected(a_state()))
+    v1.save_checkpointables(tmp_path / "saved", {"state": sw.checkpointable(mixed())})
+    assert_equal_trees(v1.load(tmp_path / "saved", checkpointable_name="state"), as_plain_tree(mixed()))
 
 
 def test_the_newer_interface_saves_in_the_background_what_was_there_at_the_call(tmp_path: pathlib.Path) -> None:
@@ -271,7 +260,7 @@ def test_the_newer_interface_reads_what_a_manager_wrote(manager: Any) -> None:
 # --- refused -----------------------------------------------------------------------------------------------------
 
 
-def test_an_item_is_a_state() -> None:
+def test_an_item_is_mixed() -> None:
     with refused(
         sw.StructureError,
         "sw.checkpointable wants a state, not Linear.",

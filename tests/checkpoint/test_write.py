@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +14,34 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import statewise as sw
 from checkpoint_models import bits, one_of, taken
 from refusals import refused
+from statewise._src.checkpoint.orbax import database
 from statewise._src.checkpoint.orbax import write as writing
 
 DTYPES = ("bool", "int4", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64")
 
 
-def written(folder: Path, tree: Any, handler: ocp.PyTreeCheckpointHandler) -> Path:
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
-    return folder
-
-
 def ours(folder: Path, tree: Any) -> Path:
-    return written(folder / "ours", tree, writing.writing_handler())
+    place = epath.Path(folder / "ours")
+    place.mkdir(parents=True)
+    writer = writing.tree_writer(tree)
+    writer.write(place)
+    writer.finish(place)
+    writer.close()
+    return folder / "ours"
 
 
-def theirs(folder: Path, tree: Any) -> Path:
-    return written(folder / "theirs", tree, ocp.PyTreeCheckpointHandler(use_compression=False))
+def theirs(folder: Path, tree: Any, handler: ocp.PyTreeCheckpointHandler | None = None) -> Path:
+    with ocp.Checkpointer(handler or ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        checkpointer.save(folder / "theirs", args=ocp.args.PyTreeSave(tree))
+    return folder / "theirs"
 
 
 def restored(folder: Path) -> Any:
@@ -41,7 +49,7 @@ def restored(folder: Path) -> Any:
         return checkpointer.restore(folder)
 
 
-def database(folder: Path) -> dict[bytes, bytes]:
+def stored(folder: Path) -> dict[bytes, bytes]:
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
     return {key: store.read(key).result().value for key in store.list().result()}
 
@@ -59,15 +67,9 @@ def index(folder: Path) -> Any:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    assert database(one) == database(other)
+    assert stored(one) == stored(other)
     assert shardings(one) == shardings(other)
     assert index(one) == index(other)
-
-
-@pytest.fixture
-def kilobyte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is larger than a kilobyte is left to Orbax."""
-    monkeypatch.setattr(writing, "_SMALL", 1024)
 
 
 @pytest.fixture
@@ -76,9 +78,9 @@ def transactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     plain = writing._write_together
 
-    def noted(arrays: Any) -> None:
+    def noted(folder: Any, arrays: Any, context: Any) -> None:
         counts.append(len(arrays))
-        plain(arrays)
+        plain(folder, arrays, context)
 
     monkeypatch.setattr(writing, "_write_together", noted)
     return counts
@@ -109,7 +111,7 @@ def test_arrays_over_devices_are_written_as_orbax_writes_them(tmp_path: Path, de
         (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False))
     )
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=plain)
-    assert_same(ours(tmp_path, tree), written(tmp_path / "theirs", tree, handler))
+    assert_same(ours(tmp_path, tree), theirs(tmp_path, tree, handler))
 
 
 def test_orbax_restores_the_shardings_that_it_finds(tmp_path: Path) -> None:
@@ -121,14 +123,11 @@ def test_orbax_restores_the_shardings_that_it_finds(tmp_path: Path) -> None:
     assert jax.tree.map(bits, read) == jax.tree.map(bits, tree)
 
 
-@pytest.mark.usefixtures("kilobyte")
-def test_small_arrays_are_committed_as_one_and_large_ones_left_to_orbax(
-    tmp_path: Path, transactions: list[int]
-) -> None:
+def test_small_and_large_arrays_are_committed_as_one(tmp_path: Path, transactions: list[int]) -> None:
     small = {f"a{number}": jnp.full((5,), float(number)) for number in range(100)}
-    large = {f"b{number}": jnp.full((1000,), float(number)) for number in range(3)}
+    large = {f"b{number}": jnp.full((1 << 20,), float(number)) for number in range(3)}
     folder = ours(tmp_path, small | large)
-    assert transactions == [100]
+    assert transactions == [103]
     assert_same(folder, theirs(tmp_path, small | large))
 
 
@@ -142,16 +141,46 @@ def test_what_is_committed_together_is_bounded(
     assert_same(folder, theirs(tmp_path, tree))
 
 
-@pytest.mark.usefixtures("kilobyte")
-def test_small_and_large_arrays_are_in_one_database_whoever_writes_first(tmp_path: Path) -> None:
-    """Both are written at the same time, by threads of their own."""
-    tree = {f"a{number}": jnp.full((5,), float(number)) for number in range(50)}
-    tree |= {f"b{number}": np.full((1000,), float(number)) for number in range(4)}
-    tree |= {f"c{number}": jnp.full((1000,), float(number)) for number in range(4)}
-    for attempt in range(10):
-        folder = ours(tmp_path / str(attempt), tree)
-        read = restored(folder)
-        assert jax.tree.map(bits, read) == jax.tree.map(bits, tree)
+def test_arrays_larger_than_what_is_committed_together_are_written_one_by_one(
+    tmp_path: Path, transactions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_AT_ONCE", 1024)
+    tree = {f"a{number}": jnp.full((5,), float(number)) for number in range(3)}
+    tree |= {f"b{number}": np.full((1000,), float(number)) for number in range(2)}
+    folder = ours(tmp_path, tree)
+    assert transactions == [3, 1, 1]
+    assert_same(folder, theirs(tmp_path, tree))
+
+
+def test_arrays_too_large_for_one_chunk_are_read_by_orbax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    tree = {
+        "one": jnp.arange(60.0).reshape(5, 12),
+        "split": jax.device_put(jnp.arange(16.0 * 6).reshape(16, 6), split),
+        "host": np.arange(7),
+    }
+    monkeypatch.setattr(writing, "chunks_of", functools.partial(database.chunks_of, most=16))
+    folder = ours(tmp_path, tree)
+    chunks = [len([key for key in stored(folder) if key.startswith(f"{name}/".encode())]) - 1 for name in tree]
+    assert chunks == [20, 32, 7]  # of 3, 3 and 1 elements: equal parts of at most 16 bytes
+    assert jax.tree.map(bits, restored(folder)) == jax.tree.map(bits, tree)
+
+
+@given(st.lists(st.integers(1, 40), max_size=4), st.sampled_from([1, 2, 4, 8]), st.integers(8, 2000))
+def test_chunks_are_equal_parts_of_a_piece_and_small_enough(shape: list[int], itemsize: int, most: int) -> None:
+    chunks = database.chunks_of(tuple(shape), itemsize, most)
+    assert len(chunks) == len(shape)
+    assert all(size % chunk == 0 for size, chunk in zip(shape, chunks, strict=True))
+    assert math.prod(chunks) * itemsize <= most
+    if math.prod(shape) * itemsize <= most:
+        assert chunks == tuple(shape)
+
+
+def test_a_prime_number_of_gibibytes_is_not_cut_into_single_elements() -> None:
+    assert database.chunks_of((4294967291,), 1) == (4294967291,)
+    assert database.chunks_of((3, 4294967291), 1) == (1, 4294967291)
+    assert database.chunks_of((1 << 33,), 4) == (1 << 29,)
 
 
 def test_values_are_those_of_the_call_whatever_is_donated_afterwards(tmp_path: Path) -> None:
@@ -166,7 +195,7 @@ def test_values_are_those_of_the_call_whatever_is_donated_afterwards(tmp_path: P
 
 
 def test_a_write_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(arrays: Any) -> None:
+    def full(*arguments: Any) -> None:
         raise ValueError('RESOURCE_EXHAUSTED: Error writing "x": No space left on device [os_error_code=28]')
 
     monkeypatch.setattr(writing, "_write_together", full)

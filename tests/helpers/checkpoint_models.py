@@ -88,6 +88,30 @@ def spread(state: sw.State, devices: list[jax.Device], *, over: int = 8) -> sw.S
     return jax.tree.map(place, state)
 
 
+def mixed() -> sw.State:
+    """A small state of many types: a list, a dict as a value, bfloat16, int4, a raw array."""
+    model = Node(
+        layers=nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(0))]),
+        half=nnx.Param(one_of("bfloat16")),
+        small=nnx.Variable(one_of("int4")),
+        pair=nnx.Variable({"x": jnp.arange(2), "y": (jnp.ones(1), None)}),
+        raw=nnx.data(jnp.arange(3)),
+    )
+    return sw.plan(model).take(model)
+
+
+def as_plain_tree(state: sw.State) -> dict[str, Any]:
+    """The same as nested dicts, as plain Orbax reads it."""
+    params, variables = state["params"], state["variables"]
+    return {
+        "layers": {"0": dict(params["layers"][0])},
+        "half": params["half"],
+        "small": variables["small"],
+        "pair": {"x": variables["pair"]["x"], "y": {"0": variables["pair"]["y"][0]}},
+        "raw": variables["raw"],
+    }
+
+
 def bits(array: Any) -> tuple[Any, ...]:
     """All that an array is, to the bit: equal for equal arrays only."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

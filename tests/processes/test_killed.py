@@ -72,7 +72,11 @@ def check_managed(folder: Path, begun: int, done: int) -> None:
             assert words(restored) == words(plan().take(model(step)))
 
 
-CHECKS: dict[str, Callable[[Path, int, int], None]] = {"plain": check_plain, "managed": check_managed}
+CHECKS: dict[str, Callable[[Path, int, int], None]] = {
+    "plain": check_plain,
+    "managed": check_managed,
+    "newer": check_managed,  # on the first interface, which reads what the newer one wrote
+}
 
 
 @pytest.mark.parametrize("how", CHECKS)

@@ -57,6 +57,18 @@ def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+def test_two_processes_save_through_each_interface_of_orbax_and_one_restores(tmp_path: Path) -> None:
+    printed = run_together(2, tmp_path, "save_items_together.py")
+    assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
+    model = make()
+    plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
+    for step in (1, 2, 3):
+        found, report = sw.restore(tmp_path / "together" / str(step) / "state", plan.abstract())
+        assert report.ok
+        for one, other in zip(jax.tree.leaves(plan.take(model)), jax.tree.leaves(found), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_two_processes_save_the_values_of_each_device_and_one_restores_them(tmp_path: Path) -> None:
     printed = run_together(2, tmp_path, "save_per_device.py")
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)

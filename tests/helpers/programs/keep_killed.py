@@ -1,6 +1,7 @@
 """Run as a program by the tests that kill it: saves one step after the other until it is killed.
 
-`python keep_killed.py FOLDER plain|managed FIRST`: before a save begins it prints its number, and `done` when it ended.
+`python keep_killed.py FOLDER plain|managed|newer FIRST`: before a save begins it prints its number, and `done` when it
+ended.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
 
 import statewise as sw
 from damaging import state
@@ -21,9 +25,9 @@ def plain(folder: Path, first: int) -> None:
         print("done", step, flush=True)
 
 
-def managed(folder: Path, first: int) -> None:
+def managed(folder: Path, first: int, options: Any = None) -> None:
     """`sw.Checkpoints`, which keeps two."""
-    with sw.Checkpoints(folder, max_to_keep=2) as checkpoints:
+    with sw.Checkpoints(folder, max_to_keep=2, options=options) as checkpoints:
         for step in range(first, first + 1000):
             print("begun", step, flush=True)
             checkpoints.save(step, state(step))
@@ -32,7 +36,12 @@ def managed(folder: Path, first: int) -> None:
                 print("done", step, flush=True)
 
 
+def newer(folder: Path, first: int) -> None:
+    """The same on Orbax's newer interface."""
+    managed(folder, first, ocp.v1.training.Checkpointer)
+
+
 if __name__ == "__main__":
     # A shell that runs the tests in the background has interrupts ignored, and its children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    {"plain": plain, "managed": managed}[sys.argv[2]](Path(sys.argv[1]), int(sys.argv[3]))
+    {"plain": plain, "managed": managed, "newer": newer}[sys.argv[2]](Path(sys.argv[1]), int(sys.argv[3]))

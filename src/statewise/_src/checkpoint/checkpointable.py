@@ -2,21 +2,17 @@
 
 One object serves both of Orbax's interfaces.  For `ocp.CheckpointManager` and the checkpointers it is an argument with
 a handler of its own, to save and to restore.  For the newer `orbax.checkpoint.v1` it is an object that saves and loads
-itself.
+itself.  `orbax/item.py` is what Orbax sees of it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import os
-from collections.abc import Awaitable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import orbax.checkpoint as ocp
-
-from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.handler import Saving, StateHandler
+from statewise._src.checkpoint.orbax.item import StateItem
+from statewise._src.checkpoint.orbax.state_writer import Saving
 from statewise._src.checkpoint.restore import restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
@@ -27,9 +23,8 @@ from statewise.errors import StructureError
 __all__ = ["Checkpointable", "checkpointable"]
 
 
-@ocp.args.register_with_handler(StateHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class Checkpointable(ocp.args.CheckpointArgs):
+class Checkpointable(StateItem):
     """A state as an item of an Orbax checkpoint; made by `sw.checkpointable`.
 
     Attributes:
@@ -58,33 +53,13 @@ class Checkpointable(ocp.args.CheckpointArgs):
 
     @property
     def saving(self) -> Saving:
-        """Returns what a save writes; for Orbax's handler."""
+        """Returns what a save writes; for Orbax."""
         return Saving(self.state, kinds_to_save(self.state, self.only), self.layout)
 
     def restored(self, directory: str | os.PathLike[str]) -> State:
-        """Restores into `state` and returns it; for Orbax's handler."""
+        """Restores into `state` and returns it; for Orbax."""
         self.state, self.report = restore(directory, self.state, only=self.only, cast=self.cast, members=self.members)
         return self.state
-
-    # --- Orbax's newer interface: an object that saves and loads itself ----------------------------------------
-
-    async def save(self, directory: Any) -> Awaitable[None]:
-        """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
-        folder = epath(await directory.await_creation())
-        handler = StateHandler()
-        futures = await handler.begin(folder, self.saving)
-
-        # In threads, because `result` blocks and Orbax runs this in its event loop.
-        async def written() -> None:
-            for future in futures:
-                await asyncio.to_thread(future.result)
-            await asyncio.to_thread(handler.finish, folder)
-
-        return written()
-
-    async def load(self, directory: Any) -> Awaitable[State]:
-        """Starts to load; returns an awaitable that ends when `state` and `report` are the restored ones."""
-        return asyncio.to_thread(self.restored, epath(directory))
 
 
 def checkpointable(

@@ -1,12 +1,11 @@
 """`sw.Checkpoints`: a checkpoint for each step of a run, on Orbax's manager.
 
-Orbax's manager numbers, commits and deletes the steps, and writes in the background; the item called `state` in each
-of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: every step can be read with `sw.restore`,
-`sw.inspect`, or with a manager of Orbax's.
+Orbax's manager, of either of its interfaces, numbers, commits and deletes the steps, and writes in the background; the
+item called `state` in each of them is what `sw.save` writes.  `Checkpoints` adds no format of its own: every step can
+be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
-import contextlib
 import operator
 import os
 import time
@@ -15,15 +14,13 @@ from pathlib import Path as FilePath
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
-from statewise._src.checkpoint.items import ITEM, bytes_in, check_counts, check_metrics, extra_item, metrics_of
-from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.paths import is_url, make_folder, steps_in
+from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
+from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
+from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
@@ -77,10 +74,11 @@ class Checkpoints:
       layout: `"named"` or `"packed"`, as in `sw.save`.
       asynchronous: writes in the background; `save` returns when the arrays are copied.
       options: an `ocp.CheckpointManagerOptions` for everything that Orbax can do; it replaces `max_to_keep`, `every`
-        and `asynchronous`.
+        and `asynchronous`.  Or `ocp.v1.training.Checkpointer`, to use Orbax's newer interface, or a `functools.partial`
+        of it; its `preservation_policy` and `save_decision_policy` replace `max_to_keep` and `every`.
 
     Raises:
-      SaveError: the directory cannot be made or written.
+      SaveError: the directory cannot be made or written, or the options are something else.
 
     Example:
       >>> import tempfile
@@ -104,41 +102,24 @@ class Checkpoints:
         every: int = 1,
         layout: str = "named",
         asynchronous: bool = True,
-        options: ocp.CheckpointManagerOptions | None = None,
+        options: Options | None = None,
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
+        check_options(options)
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False
         self._directory = steps_in(directory)
-        self._options = options or ocp.CheckpointManagerOptions(
-            max_to_keep=max_to_keep,
-            # Not `save_interval_steps`, with which Orbax saves the first step whatever its number is.
-            save_decision_policy=policies.AnySavePolicy(
-                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
-            ),
-            enable_async_checkpointing=asynchronous,
-            # On a local disk this takes no time.  In the background, if it fails, whatever waits for it waits for
-            # minutes, and the process cannot end for as long.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=is_url(directory)),
-            create=True,
-        )
         try:
-            is_local = isinstance(self._directory, FilePath)
-            if is_local and (self._options.create or self._directory.exists()):
+            if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
                 make_folder(self._directory)  # raises for a file, which Orbax does not notice
-            self._manager = self._opened()
+            self._manager = open_manager(
+                self._directory, options, max_to_keep=max_to_keep, every=every, asynchronous=asynchronous
+            )
         except OSError as error:
             hint = "a directory that can be written to"
             raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
-
-    def _opened(self) -> Any:
-        """Makes Orbax's manager, which looks at each step; again if another process has just removed one of them."""
-        for _ in range(10):
-            with contextlib.suppress(FileNotFoundError):
-                return ocp.CheckpointManager(epath(self._directory), options=self._options)
-        return ocp.CheckpointManager(epath(self._directory), options=self._options)
 
     @property
     def directory(self) -> Any:
@@ -147,15 +128,19 @@ class Checkpoints:
 
     @property
     def manager(self) -> Any:
-        """Returns Orbax's `CheckpointManager`, for whatever else it can do."""
-        return self._manager
+        """Returns Orbax's `CheckpointManager`, or its `training.Checkpointer`, for whatever else it can do."""
+        return self._manager.orbax
 
     @property
     def steps(self) -> tuple[int, ...]:
         """Returns the complete steps on disk, in order, whatever wrote them."""
         # The manager's `reload` would forget a step that is being written, and then never delete it.
-        steps = self._names.find_all(self._manager.directory)
-        return tuple(sorted(entry.step for entry in steps if (entry.path / ITEM / NAME).exists()))
+        return tuple(self._paths())
+
+    def _paths(self) -> dict[int, Any]:
+        """Returns the complete steps, in order, with the paths of their states."""
+        paths = {step: path / ITEM for step, path in sorted(self._manager.found().items())}
+        return {step: path for step, path in paths.items() if (path / NAME).exists()}
 
     @property
     def latest(self) -> int | None:
@@ -168,20 +153,15 @@ class Checkpoints:
         Raises:
           RestoreError: there is no such step.
         """
-        known = self.steps
+        paths = self._paths()
+        known = list(paths)
         if not known:
             raise RestoreError(f"There is no checkpoint in {self._directory}.", hint="checkpoints.save(step, state)")
         step = known[-1] if step is None else step
         if step not in known:
             shown = ", ".join(map(str, known[-5:]))
             raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
-        return self._names.find_step(self._manager.directory, step).path / ITEM
-
-    @property
-    def _names(self) -> Any:
-        return self._options.step_name_format or ocp.path.step.standard_name_format(
-            step_prefix=self._options.step_prefix, step_format_fixed_length=self._options.step_format_fixed_length
-        )
+        return paths[step]
 
     def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:
         """Saves a step.
@@ -191,7 +171,7 @@ class Checkpoints:
           state: the state; it may be donated to the next step as soon as this returns.
           force: saves whatever `every` says, and beside newer steps; `max_to_keep` then counts from the last one saved.
           **extra: more items: anything that JSON can represent, or an `ocp.args.CheckpointArgs` (such as a data
-            iterator's).
+            iterator's; through Orbax's newer interface, an `ocp.v1.StatefulCheckpointable`).
 
         Returns:
           whether it was a step to save.
@@ -209,16 +189,13 @@ class Checkpoints:
         item = checkpointable(state, layout=self._layout)
         # Before Orbax starts: a save that fails halfway is in progress forever for it.
         check_savable(item.state, kinds_to_save(item.state, None))
-        items = {ITEM: item, **{name: extra_item(name, given) for name, given in extra.items()}}
-        check_metrics(self._options.best_fn, metrics_of(items))
+        items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
+        check_metrics(self._manager, items)
         step = self._new_step(step, bool(force))
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
         try:
-            self._writing = bool(
-                # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
-                self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics_of(items), force=force)
-            )
+            self._writing = self._manager.save(step, item, items, bool(force))
         except StatewiseError:
             raise
         except (OSError, ValueError) as error:
@@ -230,10 +207,10 @@ class Checkpoints:
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
             raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
-        known = {*self.steps, *self._manager.all_steps()}
+        known = {*self.steps, *self._manager.steps()}
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
-            if step in self.steps or self._manager.is_saving_in_progress():
+            if step in self.steps or self._manager.is_writing():
                 hint = f"another step; {remove} removes one that is corrupted"
                 raise SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
@@ -264,7 +241,7 @@ class Checkpoints:
           only: the kinds to restore; by default all that are `saved`.
           cast: allows other dtypes.
           extra: names of extra items that were saved as JSON; or, by name, the `ocp.args.CheckpointArgs` to restore
-            them with.
+            them with (through Orbax's newer interface, the objects to load them into).
           members: which members of an ensemble, as in `sw.restore`.
 
         Raises:
@@ -276,14 +253,16 @@ class Checkpoints:
         step = self.latest if step is None else step
         path = self.path(step)
         assert step is not None, "there is a path, and so a step"
-        names = (extra,) if isinstance(extra, str) else extra
-        wanted = dict(names) if isinstance(names, Mapping) else {name: ocp.args.JsonRestore() for name in names}
+        names = (extra,) if isinstance(extra, str) else tuple(extra)
         items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-        missing = [name for name in wanted if name not in items]
+        missing = [name for name in names if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
         state, report = restore(path, target, only=only, cast=cast, members=members)
-        restored = dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)).items()) if wanted else {}
+        if isinstance(extra, Mapping):
+            restored = dict(self._manager.restore(step, extra)) if extra else {}
+        else:
+            restored = {name: read_json(path.parent / name) for name in names}
         return RestoreResult(state, report, step, restored)
 
     def preview(
@@ -322,14 +301,13 @@ class Checkpoints:
             elif total >= LARGE:
                 with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total)
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self._manager.wait()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
         """Reports the progress of the background write, by the size of the files that it has made."""
-        while self._writing and self._manager.is_saving_in_progress():
+        while self._writing and self._manager.is_writing():
             progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
             time.sleep(0.1)
         progress(total, total)

@@ -9,17 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.orbax.manager import ITEM, METRICS, Json, Manager
 from statewise._src.checkpoint.orbax.paths import obstacle
 from statewise.errors import SaveError
 
-__all__ = ["ITEM", "bytes_in", "check_counts", "check_metrics", "extra_item", "metrics_of"]
-
-# The name of the state's item in each step.
-ITEM = "state"
-
+__all__ = ["bytes_in", "check_counts", "check_metrics", "extra_item"]
 
 # Names that an extra item cannot have, because other functions have options of these names: the function, and the code
 # that was probably meant.
@@ -45,7 +40,7 @@ def check_counts(max_to_keep: int | None, every: int) -> None:
             raise SaveError(f"{name}={count} is less than one step.", hint=f"{name}=1, or leave it out")
 
 
-def extra_item(name: str, given: object) -> Any:
+def extra_item(manager: Manager, name: str, given: object) -> Any:
     """Returns an extra item for Orbax; JSON is made now, because the data may change while it is being written."""
     if name in _OPTIONS:
         function, hint = _OPTIONS[name]
@@ -55,12 +50,12 @@ def extra_item(name: str, given: object) -> Any:
     why = _unusable(name)
     if why:
         raise SaveError(f"An extra item cannot be called {name!r}: {why}.", hint="another name")
-    if isinstance(given, ocp.args.CheckpointArgs):
-        return given
+    if (item := manager.item(given)) is not None:
+        return item
     try:
-        return ocp.args.JsonSave(json.loads(json.dumps(given, default=_number)))
+        return Json(json.loads(json.dumps(given, default=_number)))
     except (TypeError, ValueError, RecursionError) as error:
-        hint = "Python numbers, such as float(loss); or an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)"
+        hint = f"Python numbers, such as float(loss); or {manager.item_example}"
         raise SaveError(f"The extra item {name!r} cannot be written as JSON: {error}.", hint=hint) from error
 
 
@@ -86,18 +81,13 @@ def _number(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def metrics_of(items: Mapping[str, Any]) -> Any:
-    """Returns the metrics among the items, for Orbax's `best_fn`; None if there are none."""
-    given = items.get("metrics")
-    return given.item if isinstance(given, ocp.args.JsonSave) else None
-
-
-def check_metrics(best_fn: Any, metrics: Any) -> None:
-    """Raises if Orbax could not find the best step by these metrics: from then on it would not save any step."""
-    if best_fn is None or metrics is None:
+def check_metrics(manager: Manager, items: Mapping[str, Any]) -> None:
+    """Raises if Orbax could not find the best step by the metrics among the items: it would not save any step then."""
+    metrics = items.get(METRICS)
+    if manager.best_fn is None or not isinstance(metrics, Json) or metrics.data is None:
         return
     try:
-        best_fn(metrics)
+        manager.best_fn(metrics.data)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         hint = "give each step what best_fn looks at: checkpoints.save(step, state, metrics={'loss': loss})"
         raise SaveError(f"best_fn cannot judge these metrics: {type(error).__name__}: {error}.", hint=hint) from error

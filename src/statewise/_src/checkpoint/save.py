@@ -27,10 +27,9 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
-from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.handler import Saving, StateHandler, run
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
+from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
 from statewise._src.common import compat
 from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
 from statewise._src.common.problems import Problems
@@ -93,15 +92,15 @@ def save(
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
     first = jax.process_index() == 0  # this one shows the progress of all
     size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
-    with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
-        handler = StateHandler()
-        try:
-            run(handler.begin(epath(temporary), saving))
-            _sync("written")
-            if jax.process_index() == 0:
-                handler.finalize(temporary)
-        finally:
-            handler.close()
+    with (
+        _committed(final) as temporary,
+        growing(f"writing {final.name}", size, lambda: [temporary]),
+        contextlib.closing(StateWriter(temporary, saving)) as writer,
+    ):
+        run(writer)
+        _sync("written")
+        if jax.process_index() == 0:
+            writer.finish()
 
 
 def check_layout(layout: object) -> None:

@@ -8,14 +8,11 @@ as the database's index, have a SHA-256.  So no bit of a checkpoint can change u
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tensorstore as ts
-
 from statewise._src.checkpoint.format.manifest import NAME
-from statewise._src.checkpoint.orbax.paths import spec_of
+from statewise._src.checkpoint.orbax.database import places_of_values
 
 __all__ = ["HASHED", "files_of", "sha256_of"]
 
@@ -25,8 +22,6 @@ SMALL_FILE = 1024 * 1024
 HASHED = 1 << 30
 # If a state is a complete checkpoint, Orbax keeps the times of its commit beside it, and writes them last.
 _OF_ORBAX = "_CHECKPOINT_METADATA"
-# TensorStore's text for the position of a value: folder, file, first byte, and length.
-_VALUE = re.compile(r"value:([^:]*):([^:]*):([0-9]+):([0-9]+)")
 
 Parts = Sequence[Sequence[int]]
 
@@ -80,7 +75,7 @@ def _without_arrays(directory: Any, sizes: Mapping[str, int]) -> dict[str, list[
     ends: dict[str, int] = {}
     parts: dict[str, list[list[int]]] = {}
     # Sorted, the arrays of a file come one after the other: a part is what is between one's end and the next one.
-    for name, start, length in sorted(_values(directory, sizes)):
+    for name, start, length in sorted(places_of_values(directory, sizes)):
         end = ends.get(name, 0)
         if start > end:
             parts.setdefault(name, []).append([end, start - end])
@@ -89,24 +84,3 @@ def _without_arrays(directory: Any, sizes: Mapping[str, int]) -> dict[str, list[
         if end < sizes[name]:
             parts.setdefault(name, []).append([end, sizes[name] - end])
     return {name: parts.get(name, []) for name in ends}
-
-
-def _values(directory: Any, names: Collection[str]) -> Iterator[tuple[str, int, int]]:
-    """Yields where the arrays are in these files: the file, the first byte, and the number of bytes.
-
-    Raises:
-      ValueError: TensorStore cannot read its own index.
-    """
-    if not (directory / "manifest.ocdbt").exists():
-        return
-    store = ts.KvStore.open(spec_of(directory)).result()
-    versions = ts.ocdbt.dump(store).result()["versions"]
-    # Only the last version: the older ones are what earlier commits left.
-    nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []
-    while nodes:
-        for entry in ts.ocdbt.dump(store, node=nodes.pop()).result()["entries"]:
-            value = _VALUE.fullmatch(entry.get("indirect_value", ""))
-            if "location" in entry:
-                nodes.append(entry["location"])
-            elif value is not None and value[1] + value[2] in names:
-                yield value[1] + value[2], int(value[3]), int(value[4])

@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore as ts
 
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.files import sha256_of
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import is_plain_file
-from statewise._src.checkpoint.orbax.read import open_stored, opened
+from statewise._src.checkpoint.orbax.database import open_stored, opened, reading
 from statewise._src.common.paths import Leaf
 from statewise.errors import CorruptedError
 
@@ -60,7 +59,7 @@ def corrupted(
 
 
 def _broken(folder: Any, manifest: Manifest, records: Sequence[LeafRecord]) -> list[Leaf]:
-    context = ts.Context()
+    context = reading()
     read: dict[tuple[str, ...], Any] = {}
     leaves = []
     for record in records:

@@ -18,17 +18,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
 from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
 from statewise._src.checkpoint.interop.foreign import SAFETENSORS_DTYPES, safetensors_package
 from statewise._src.checkpoint.interop.sources import ARRAY
-from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
+from statewise._src.checkpoint.orbax.plain import write_tree
 from statewise._src.checkpoint.orbax.progress import growing
-from statewise._src.checkpoint.orbax.write import tree_handler
 from statewise._src.checkpoint.save import flush, write_error
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
@@ -189,8 +187,8 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
             f"There is nothing to write to {final}: no array has elements, and Orbax does not store others.",
             hint="sw.convert(src, 'run/converted.safetensors')",
         )
-    with _committed(final, arrays) as place, contextlib.closing(ocp.Checkpointer(tree_handler())) as checkpointer:
-        checkpointer.save(epath(place), args=ocp.args.PyTreeSave(tree))
+    with _committed(final, arrays) as place:
+        write_tree(place, tree)
     return None
 
 

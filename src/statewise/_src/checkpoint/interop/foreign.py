@@ -11,20 +11,19 @@ import dataclasses
 import json
 import os
 import struct
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import recognized, within
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
-from statewise._src.checkpoint.orbax.write import tree_handler
+from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise.errors import CorruptedError, RestoreError, StatewiseError
@@ -214,8 +213,8 @@ def _first_line(error: BaseException) -> str:
 
 def _open_orbax(folder: Any) -> Source:
     check_usable(folder)
-    tree = _by_orbax(folder, "metadata", lambda handler: handler.metadata(folder))
-    tree = getattr(tree, "tree", tree)
+    with _by_orbax(folder, "metadata"):
+        tree = described_tree(folder)
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)
     paths = [tuple(map(plain_key, keys)) for keys, _ in flat]
     order = list(map(format_path, paths))
@@ -237,30 +236,25 @@ def _is_value(node: Any) -> bool:
     return not isinstance(node, (dict, list, tuple)) or not node
 
 
-def _by_orbax(folder: Any, what: str, call: Callable[[ocp.PyTreeCheckpointHandler], Any]) -> Any:
-    """Calls Orbax's handler, and reports whatever it raises as a corrupted checkpoint."""
-    with contextlib.closing(tree_handler()) as handler:
-        try:
-            return call(handler)
-        except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
-            raise CorruptedError(
-                f"{folder} is corrupted: Orbax cannot read its {what}: {_first_line(error)}.",
-                hint="convert another checkpoint",
-            ) from error
+@contextlib.contextmanager
+def _by_orbax(folder: Any, what: str) -> Iterator[None]:
+    """Reports whatever Orbax raises in a block as a corrupted checkpoint."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
+        raise CorruptedError(
+            f"{folder} is corrupted: Orbax cannot read its {what}: {_first_line(error)}.",
+            hint="convert another checkpoint",
+        ) from error
 
 
 def _read_orbax(
     folder: Any, structure: Any, order: Sequence[str], wanted: Sequence[SourceArray]
 ) -> dict[str, np.ndarray]:
-    # Orbax reads trees of the checkpoint's structure, in which placeholders mean that an array is not read.
     dtypes = {entry.name: dtype_of(entry.dtype) for entry in wanted}
-    items = [np.empty((), dtypes[name]) if name in dtypes else ocp.PLACEHOLDER for name in order]
-    how = [ocp.RestoreArgs(restore_type=np.ndarray) if name in dtypes else ocp.RestoreArgs() for name in order]
-    item, restore_args = (jax.tree_util.tree_unflatten(structure, leaves) for leaves in (items, how))
-    args = ocp.args.PyTreeRestore(item, restore_args=restore_args)
-    read = _by_orbax(folder, "arrays", lambda handler: handler.restore(folder, args=args))
-    values = zip(order, structure.flatten_up_to(read), strict=True)
-    arrays = {name: np.asarray(value) for name, value in values if name in dtypes}
+    with _by_orbax(folder, "arrays"):
+        read = read_tree(folder, structure, [dtypes.get(name) for name in order])
+    arrays = {name: np.asarray(value) for name, value in zip(order, read, strict=True) if name in dtypes}
     problems = Problems()
     for entry in wanted:
         array = arrays[entry.name]

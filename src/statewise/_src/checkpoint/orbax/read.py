@@ -10,21 +10,20 @@ which knows which process needs which part of it.
 import collections
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from flax import traverse_util
 
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.orbax.batching import grouped
-from statewise._src.checkpoint.orbax.paths import spec_of
+from statewise._src.checkpoint.orbax.database import open_stored, opened, reading
 from statewise._src.checkpoint.orbax.write import tree_handler
 
-__all__ = ["Key", "Stored", "open_stored", "opened", "read_stored"]
+__all__ = ["Key", "Stored", "read_stored"]
 
 # The number of bytes being read at a time: enough for any disk, and little for a machine that holds the arrays anyway.
 _AT_ONCE = 1 << 26
@@ -70,7 +69,7 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored]) -> Iterator[tuple[Key
     spread = {key: stored for key, stored in wanted.items() if stored.is_spread}
     if spread:
         yield from _read_by_orbax(folder, spread).items()
-    context = ts.Context()
+    context = reading()
     # A queue, so that an array is not kept here when it has been yielded.
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
     alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
@@ -87,24 +86,6 @@ def _arrived(coming: collections.deque[tuple[Key, Any]]) -> Iterator[tuple[Key, 
     while coming:
         key, future = coming.popleft()
         yield key, future.result()
-
-
-def opened(future: Any, shape: tuple[int, ...]) -> Any:
-    """Returns an opened array, and checks its shape before any byte of it is read: it could claim to have any size.
-
-    Raises:
-      ValueError: it has another shape, or cannot be opened.
-    """
-    store = future.result()
-    if tuple(store.shape) != shape:
-        raise ValueError(f"an array of shape {tuple(store.shape)} instead of {shape}")
-    return store
-
-
-def open_stored(folder: Any, key: Sequence[str], context: Any) -> Any:
-    """Opens an array, as a future: Orbax stores each as zarr, in one database for all of them (OCDBT)."""
-    place = {"driver": "ocdbt", "base": spec_of(folder), "path": f"{'.'.join(key)}/"}
-    return ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context)
 
 
 def _read_by_orbax(folder: Any, wanted: Mapping[Key, Stored]) -> dict[Key, Any]:

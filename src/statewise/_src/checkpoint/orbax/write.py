@@ -1,84 +1,68 @@
-"""Writing arrays to Orbax's tree: the small ones all together, if this process has all of them.
+"""Writing a tree of arrays as Orbax writes one, so that Orbax reads it: its database, and the index beside it.
 
 Orbax waits for each array on its own, in an event loop: for a thousand small ones, that is nine tenths of the time.
 Here TensorStore, which stores Orbax's arrays, gets a thousand of them at the same time, and commits them as one.  What
-is on disk afterwards is what Orbax writes: each array under its own path, with Orbax's specification.  Large arrays are
-left to Orbax, and all arrays if several processes write.
+is on disk afterwards is what Orbax reads: each array under its own path, with Orbax's specification.  If several
+processes write, Orbax itself writes all arrays: it knows which process has which part, and puts the parts together.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 
 import base64
-import functools
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
+from flax import traverse_util
 
 from statewise._src.checkpoint.format.checksums import Pieces, held
 from statewise._src.checkpoint.orbax.batching import grouped
+from statewise._src.checkpoint.orbax.database import DATABASE, Commit, chunks_of, writing
+from statewise._src.checkpoint.orbax.epath import epath
+from statewise.errors import SaveError
 
-__all__ = ["tree_handler", "writing_handler"]
+__all__ = ["TreeWriter", "tree_handler", "tree_writer"]
 
-# Arrays up to this many bytes are small: for larger ones Orbax takes no longer.
-_SMALL = 1 << 24
 # The number of bytes committed together: a commit holds them all, and rewrites the database's index.
 _AT_ONCE = 1 << 28
-# Orbax's file with the shardings of the arrays: JSON, by the URL-safe base64 of the array's name.
-_SHARDINGS = "_sharding"
-
-# Starts to write arrays (values, their infos, their arguments); returns futures to wait for.
-Serialize = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Awaitable[Sequence[Any]]]
-
-
-def tree_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
-    """Makes Orbax's handler, without compression: weights hardly shrink, and it takes most of the time."""
-    return ocp.PyTreeCheckpointHandler(use_compression=False, **options)
+# Orbax's index of the tree, and its file with the shardings of the arrays.
+_INDEX, _SHARDINGS = "_METADATA", "_sharding"
+# Orbax's number for a key of a dict, among the keys of a path.
+_DICT_KEY = 2
 
 
-def writing_handler() -> ocp.PyTreeCheckpointHandler:
-    """Makes the same for writing a tree that contains only JAX's and NumPy's arrays."""
-    if jax.process_count() > 1:
-        return tree_handler()
-    handlers = (np.ndarray, _NumpyArrays()), (jax.Array, _Arrays())
-    registry = ocp.type_handlers.create_type_handler_registry(*handlers)
-    return tree_handler(type_handler_registry=registry)
+@runtime_checkable
+class TreeWriter(Protocol):
+    """Writes a tree of arrays, with the values that they have when the writer is made."""
+
+    async def begin(self, directory: Any) -> Sequence[Any]:
+        """Starts what the main thread has to start; returns futures to wait for."""
+
+    def write(self, directory: Any) -> None:
+        """Writes the rest, into a directory that exists; in any thread."""
+
+    def finish(self, directory: Any) -> None:
+        """Puts together what all processes have written; in one of them."""
+
+    def close(self) -> None:
+        """Closes what it uses."""
 
 
-class _Arrays(ocp.type_handlers.ArrayHandler):
-    """Orbax's handler for JAX's arrays; small ones are written together."""
-
-    def __init__(self) -> None:
-        super().__init__(enable_write_sharding_file=False)  # `finish` writes it for all arrays together
-
-    async def serialize(
-        self, values: Sequence[jax.Array], infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> Sequence[Any]:
-        """Starts to write arrays, each by the name in its info."""
-        shardings = {info.name: value.sharding for info, value in zip(infos, values, strict=True)}
-        finish = functools.partial(_write_shardings, infos[0].parent_dir, shardings)
-        return await _begin(super().serialize, values, infos, args, finish)
+def tree_writer(tree: Mapping[str, Any]) -> TreeWriter:
+    """Makes the writer of a tree that contains only JAX's and NumPy's arrays: nested dicts, not empty."""
+    return _Alone(tree) if jax.process_count() == 1 else _Together(tree)
 
 
-class _NumpyArrays(ocp.type_handlers.NumpyHandler):
-    """Orbax's handler for NumPy's arrays; small ones are written together."""
-
-    async def serialize(
-        self, values: Sequence[np.ndarray], infos: Sequence[Any], args: Sequence[Any] | None = None
-    ) -> Sequence[Any]:
-        """Starts to write arrays, each by the name in its info."""
-        return await _begin(super().serialize, values, infos, args)
+# --- one process -------------------------------------------------------------------------------------------------
 
 
 class _Array(NamedTuple):
-    """An array to be written: Orbax's information about it, and its values on the host."""
+    """An array to be written: its name in the database, and its values on the host."""
 
-    info: Any
-    arg: Any
+    name: str
     host: np.ndarray | Pieces
 
     @property
@@ -91,72 +75,73 @@ class _Array(NamedTuple):
         return self.host.parts if isinstance(self.host, Pieces) else (((0,) * self.host.ndim, self.host),)
 
 
-async def _begin(
-    by_orbax: Serialize,
-    values: Sequence[Any],
-    infos: Sequence[Any],
-    args: Sequence[Any] | None,
-    finish: Callable[[], None] = lambda: None,
-) -> Sequence[Any]:
-    """Starts to write arrays: small ones together, in a thread that also calls `finish`, the others by Orbax."""
-    every = list(zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True))
-    # Their values are taken before this returns, because a later step may donate the arrays.
-    small = [_Array(info, arg, held(value)) for value, info, arg in every if value.nbytes <= _SMALL]
-    large = [triple for triple in every if triple[0].nbytes > _SMALL]
-    started = list(await by_orbax(*map(list, zip(*large, strict=True)))) if large else []
+class _Alone:
+    """Writes all arrays through TensorStore, and Orbax's index as this process knows it."""
 
-    async def write() -> None:
-        await infos[0].await_path_creation()  # all of them have one directory
-        for group in grouped(small, lambda array: array.nbytes, _AT_ONCE):
-            _write_together(group)
-        finish()
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        flat = dict(sorted(traverse_util.flatten_dict(tree).items()))
+        # Their values are taken here, because a later step may donate the arrays.
+        self._arrays = [_Array(".".join(key), held(array)) for key, array in flat.items()]
+        of_jax = {key: array for key, array in flat.items() if isinstance(array, jax.Array)}
+        self._types = {key: "jax.Array" if key in of_jax else "np.ndarray" for key in flat}
+        self._shardings = {".".join(key): array.sharding for key, array in of_jax.items()}
 
-    return [*started, ocp.future.CommitFutureAwaitingContractedSignals(write(), name="statewise-arrays")]
+    async def begin(self, directory: Any) -> Sequence[Any]:
+        return ()
+
+    def write(self, directory: Any) -> None:
+        context = writing()
+        for group in grouped(self._arrays, lambda array: array.nbytes, _AT_ONCE):
+            _write_together(directory, group, context)
+        if self._shardings:
+            (directory / _SHARDINGS).write_text(_shardings_text(self._shardings))
+        (directory / _INDEX).write_text(_index_text(self._types))
+
+    def finish(self, directory: Any) -> None:
+        pass  # it is in one piece already
+
+    def close(self) -> None:
+        pass
 
 
-def _write_together(arrays: Sequence[_Array]) -> None:
+def _write_together(folder: Any, arrays: Sequence[_Array], context: Any) -> None:
     """Writes arrays and waits for them; afterwards either all of them are in the database, or none."""
-    transaction = ts.Transaction(atomic=True)
-    opening = [
-        ts.open(spec, create=True, open=True, context=array.info.ts_context, transaction=transaction)
-        for array, spec in zip(arrays, _specs(arrays), strict=True)
-    ]
-    writing = []
+    commit = Commit(folder, context)
+    opening = []
+    for array in arrays:
+        _, part = array.parts()[0]
+        chunks = chunks_of(part.shape, part.dtype.itemsize)
+        opening.append(commit.create(array.name, array.host.shape, chunks, part.dtype))
+    pieces = []
     for array, future in zip(arrays, opening, strict=True):
         store = future.result()
         for start, part in array.parts():
             place = tuple(slice(first, first + size) for first, size in zip(start, part.shape, strict=True))
-            writing.append(store[place].write(part, can_reference_source_data_indefinitely=True))
-    for written in writing:
+            pieces.append(store[place].write(part, can_reference_source_data_indefinitely=True))
+    for written in pieces:
         written.result()
-    transaction.commit_sync()
+    commit.done()
 
 
-def _specs(arrays: Sequence[_Array]) -> Iterator[dict[str, Any]]:
-    """Yields the specification of each array: Orbax's, made once for arrays that differ only in their names."""
-    specs: dict[Any, dict[str, Any]] = {}
-    for array in arrays:
-        shape, (_, part) = array.host.shape, array.parts()[0]
-        key = (shape, part.shape, part.dtype)
-        if key not in specs:
-            specs[key] = ocp.type_handlers.get_json_tspec_write(
-                array.info,
-                use_ocdbt=True,
-                global_shape=shape,
-                local_shape=part.shape,
-                dtype=part.dtype,
-                process_index=0,
-                arg=array.arg,
-            )
-        spec = specs[key]
-        yield spec | {"kvstore": spec["kvstore"] | {"path": array.info.name}}
+def _index_text(types: Mapping[tuple[str, ...], str]) -> str:
+    """Returns Orbax's index of a tree of nested dicts: how each path is made of keys, and the type of its array."""
+    entries = {
+        str(path): {
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in path],
+            "value_metadata": {"value_type": name, "skip_deserialize": False},
+        }
+        for path, name in types.items()
+    }
+    facts = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+    return json.dumps({"tree_metadata": entries, **facts, "custom_metadata": None})
 
 
-def _write_shardings(folder: Any, shardings: Mapping[str, jax.sharding.Sharding]) -> None:
+def _shardings_text(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
+    """Returns Orbax's text of the shardings: JSON, by the URL-safe base64 of the array's name."""
     # Many arrays have few shardings: each is written as text once.
     texts = {sharding: _text(sharding) for sharding in dict.fromkeys(shardings.values())}
     names = {base64.urlsafe_b64encode(name.encode()).decode(): texts[shardings[name]] for name in shardings}
-    (folder / _SHARDINGS).write_text(json.dumps({name: text for name, text in names.items() if text}))
+    return json.dumps({name: text for name, text in names.items() if text})
 
 
 def _text(sharding: jax.sharding.Sharding) -> str | None:
@@ -166,3 +151,39 @@ def _text(sharding: jax.sharding.Sharding) -> str | None:
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         return ocp.metadata.SingleDeviceShardingMetadata.from_jax_sharding(sharding).to_serialized_string()
     return None
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Makes Orbax's handler, without compression: weights hardly shrink, and it takes most of the time."""
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+class _Together:
+    """Has Orbax write all arrays, each process its own parts."""
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        self._handler = tree_handler()
+        self._tree: Mapping[str, Any] = tree
+
+    async def begin(self, directory: Any) -> Sequence[Any]:
+        args = ocp.args.PyTreeSave(self._tree)
+        self._tree = {}  # Orbax copies the values before this returns
+        return await self._handler.async_save(epath(directory), args=args) or ()
+
+    def write(self, directory: Any) -> None:
+        pass
+
+    def finish(self, directory: Any) -> None:
+        self._handler.finalize(epath(directory))
+        # If Orbax finds nothing to merge, it only logs that.
+        if not (directory / DATABASE).exists():
+            raise SaveError(
+                f"Orbax could not put the checkpoint in {directory} together: it found nothing of its own there.",
+                hint="a path of plain letters: 'run/step_100'",
+            )
+
+    def close(self) -> None:
+        self._handler.close()

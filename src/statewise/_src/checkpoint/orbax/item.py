@@ -1,0 +1,113 @@
+"""A state among the items of an Orbax checkpoint, through either of Orbax's interfaces.
+
+For `ocp.CheckpointManager` and the checkpointers it is an argument with a handler of its own, to save and to restore.
+For `ocp.v1` it is an object that saves and loads itself (`StatefulCheckpointable`), with a handler that also reads it
+as a plain tree, for those who have no state to load it into.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import itertools
+import os
+from collections.abc import Awaitable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.handler import StateHandler
+from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
+from statewise._src.core.plan import State
+
+__all__ = ["StateItem"]
+
+# Each save needs names of its own for what its processes wait for; they count in the same order.
+_saves = itertools.count()
+# The seconds that a process waits for the others: Orbax's own limit for a write.
+_PATIENCE = 1200
+
+
+class StateItem(ocp.args.CheckpointArgs, abc.ABC):
+    """A state that Orbax saves and loads; the class that has one says what is saved, and how it is restored."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ocp.args.register_with_handler(StateHandler, for_save=True, for_restore=True)(cls)
+
+    @property
+    @abc.abstractmethod
+    def saving(self) -> Saving:
+        """Returns what a save writes."""
+
+    @abc.abstractmethod
+    def restored(self, directory: str | os.PathLike[str]) -> State:
+        """Restores the state and returns it."""
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
+        writer = StateWriter(directory.path, self.saving)
+        several = jax.process_count() > 1
+        if several:
+            await directory.await_creation()  # for the processes to write into it
+        futures = await writer.begin()
+        name = f"statewise.{next(_saves)}"
+
+        # In threads, because `write` blocks and Orbax runs this in its event loop.
+        async def written() -> None:
+            try:
+                await directory.await_creation()
+                waiting = [asyncio.to_thread(future.result) for future in futures]
+                await asyncio.gather(asyncio.to_thread(writer.write), *waiting)
+                if several:
+                    await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
+                if jax.process_index() == 0:
+                    await asyncio.to_thread(writer.finish)
+            finally:
+                writer.close()
+
+        return written()
+
+    async def load(self, directory: Any) -> Awaitable[State]:
+        """Starts to load; returns an awaitable that ends when the state is restored."""
+        return asyncio.to_thread(self.restored, epath(directory))
+
+
+class StateItemHandler(ocp.v1.CheckpointableHandler[Any, Any]):
+    """Saves and loads states through `ocp.v1`; without a state to load into, it loads a plain tree of arrays."""
+
+    async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+        """Starts to save; returns an awaitable that ends when all is written."""
+        return await checkpointable.save(directory)
+
+    async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Awaitable[Any]:
+        """Starts to load; returns an awaitable of the item, or of the tree."""
+        if abstract_checkpointable is None:
+            return await ocp.v1.handlers.PyTreeHandler().load(directory)
+        loading = await abstract_checkpointable.load(directory)
+
+        async def loaded() -> Any:
+            await loading
+            return abstract_checkpointable
+
+        return loaded()
+
+    async def metadata(self, directory: Any) -> Any:
+        """Returns what Orbax knows about the tree."""
+        return await ocp.v1.handlers.PyTreeHandler().metadata(directory)
+
+    def is_handleable(self, checkpointable: Any) -> bool:
+        """Returns whether it saves this object."""
+        return isinstance(checkpointable, StateItem)
+
+    def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool:
+        """Returns whether it loads into this object."""
+        return isinstance(abstract_checkpointable, StateItem)
+
+
+# What the first interface has written is read by the same handler.
+ocp.v1.handlers.register_handler(
+    StateItemHandler, secondary_typestrs=[f"{StateHandler.__module__}.{StateHandler.__qualname__}"]
+)

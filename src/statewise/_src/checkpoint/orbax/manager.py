@@ -1,0 +1,307 @@
+"""What keeps the steps of a run: `ocp.CheckpointManager`, or `ocp.v1.training.Checkpointer`, behind one interface.
+
+Both write the same directories, and each reads the other's: a run can change from one to the other at any step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import orbax.checkpoint as ocp
+
+from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.item import StateItem
+from statewise._src.checkpoint.orbax.paths import is_url
+from statewise.errors import CorruptedError, RestoreError, SaveError
+
+__all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "open_manager", "read_json"]
+
+# The name of the state's item in each step, and of the item that Orbax judges steps by.
+ITEM, METRICS = "state", "metrics"
+# The files in which Orbax's two interfaces keep JSON.
+_JSON_FILES = ("metadata", "data.json", METRICS)
+
+T = TypeVar("T")
+Options: TypeAlias = ocp.CheckpointManagerOptions | Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Json:
+    """An extra item that is written as JSON."""
+
+    data: Any
+
+
+@runtime_checkable
+class Manager(Protocol):
+    """Numbers, writes, lists and deletes the steps of a directory.
+
+    Attributes:
+      orbax: the object of Orbax that does it.
+      best_fn: the function that judges the metrics of a step; None if none does.
+      item_example: code that makes an extra item of something that is not JSON.
+    """
+
+    orbax: Any
+    best_fn: Callable[[Any], Any] | None
+    item_example: str
+
+    @property
+    def directory(self) -> Any:
+        """Returns the directory with the steps, as Orbax has it."""
+
+    def item(self, given: object) -> Any:
+        """Returns something as an extra item; None if it is not one by itself."""
+
+    def found(self) -> Mapping[int, Any]:
+        """Returns the steps that are on the disk now, each with its directory."""
+
+    def steps(self) -> Collection[int]:
+        """Returns the steps that are known, including one that is being written."""
+
+    def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
+        """Saves a step; returns whether it was one to save."""
+
+    def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Restores extra items, each with what Orbax takes to restore it."""
+
+    def is_writing(self) -> bool:
+        """Returns whether a step is being written."""
+
+    def wait(self) -> None:
+        """Waits until everything is written; raises what a write has raised."""
+
+    def close(self) -> None:
+        """Closes Orbax's object."""
+
+
+def check_options(options: object) -> None:
+    """Raises if no manager is opened with these options."""
+    if options is None or isinstance(options, ocp.CheckpointManagerOptions) or _is_of_newer(options):
+        return
+    raise SaveError(
+        f"options={options!r} is neither an ocp.CheckpointManagerOptions nor ocp.v1.training.Checkpointer.",
+        hint="options=ocp.CheckpointManagerOptions(max_to_keep=3), or "
+        "functools.partial(ocp.v1.training.Checkpointer, preservation_policy=...)",
+    )
+
+
+def open_manager(
+    directory: Any, options: Options | None, *, max_to_keep: int | None, every: int, asynchronous: bool
+) -> Manager:
+    """Opens a directory of steps, on the interface that the options are for; without options, on the first one.
+
+    Args:
+      directory: the directory; it is made if it does not exist.
+      options: an `ocp.CheckpointManagerOptions`; or `ocp.v1.training.Checkpointer`, or a `functools.partial` of it.
+      max_to_keep: how many steps to keep; None for all.
+      every: saves only steps that are a multiple of this.
+      asynchronous: writes in the background.
+    """
+    if _is_of_newer(options):
+        return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
+    own = options or _options(directory, max_to_keep, every, asynchronous)
+    return _again(lambda: _FirstManager(directory, own))
+
+
+def _again(call: Callable[[], T]) -> T:
+    """Calls a function of Orbax that looks at each step; again if one of them has just been removed."""
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return call()
+    return call()
+
+
+def _found(names: Any, directory: Any) -> dict[int, Any]:
+    return {entry.step: entry.path for entry in _again(lambda: list(names.find_all(directory)))}
+
+
+def _is_of_newer(options: object) -> bool:
+    made_by = options.func if isinstance(options, functools.partial) else options
+    return made_by is ocp.v1.training.Checkpointer
+
+
+def read_json(folder: Any) -> Any:
+    """Reads an extra item that is JSON, whichever interface has written it.
+
+    Raises:
+      RestoreError: it is something else.
+      CorruptedError: its file is not what was written.
+    """
+    for name in _JSON_FILES:
+        try:
+            return json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise CorruptedError(
+                f"The item {folder.name!r} in {folder.parent} is corrupted: {name} is not JSON: {error}.",
+                hint="leave it out, or restore another step: checkpoints.restore(target, step=...)",
+            ) from error
+    raise RestoreError(
+        f"The item {folder.name!r} in {folder.parent} is not JSON.",
+        hint=f"say how to restore it: checkpoints.restore(target, extra={{{folder.name!r}: ocp.args.PyTreeRestore()}})",
+    )
+
+
+# --- the first interface -----------------------------------------------------------------------------------------
+
+
+def _options(directory: Any, max_to_keep: int | None, every: int, asynchronous: bool) -> ocp.CheckpointManagerOptions:
+    policies = ocp.checkpoint_managers
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        # Not `save_interval_steps`, with which Orbax saves the first step whatever its number is.
+        save_decision_policy=policies.AnySavePolicy(
+            [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+        ),
+        enable_async_checkpointing=asynchronous,
+        # On a local disk this takes no time.  In the background, if it fails, whatever waits for it waits for
+        # minutes, and the process cannot end for as long.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=is_url(directory)),
+        create=True,
+    )
+
+
+class _FirstManager:
+    """`ocp.CheckpointManager`."""
+
+    item_example = "an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)"
+
+    def __init__(self, directory: Any, options: ocp.CheckpointManagerOptions) -> None:
+        self.orbax = ocp.CheckpointManager(epath(directory), options=options)
+        self.best_fn = options.best_fn
+        self._names = options.step_name_format or ocp.path.step.standard_name_format(
+            step_prefix=options.step_prefix, step_format_fixed_length=options.step_format_fixed_length
+        )
+
+    @property
+    def directory(self) -> Any:
+        return self.orbax.directory
+
+    def item(self, given: object) -> Any:
+        if isinstance(given, ocp.args.JsonSave):
+            return Json(given.item)
+        return given if isinstance(given, ocp.args.CheckpointArgs) else None
+
+    def found(self) -> Mapping[int, Any]:
+        return _found(self._names, self.directory)
+
+    def steps(self) -> Collection[int]:
+        return self.orbax.all_steps()
+
+    def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
+        items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
+        metrics = extra.get(METRICS)
+        # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
+        return bool(
+            self.orbax.save(
+                step,
+                args=ocp.args.Composite(**{ITEM: state}, **items),
+                metrics=metrics.data if isinstance(metrics, Json) else None,
+                force=force,
+            )
+        )
+
+    def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        return dict(self.orbax.restore(step, args=ocp.args.Composite(**wanted)).items())
+
+    def is_writing(self) -> bool:
+        return self.orbax.is_saving_in_progress()
+
+    def wait(self) -> None:
+        self.orbax.wait_until_finished()
+        self.orbax.check_for_errors()
+
+    def close(self) -> None:
+        self.orbax.close()
+
+
+# --- the newer interface -----------------------------------------------------------------------------------------
+
+
+class _NewManager:
+    """`ocp.v1.training.Checkpointer`."""
+
+    item_example = "an object that saves and loads itself (ocp.v1.StatefulCheckpointable)"
+    best_fn: Callable[[Any], Any] | None = None  # a preservation policy judges, when the steps are written
+
+    def __init__(self, directory: Any, make: Any, max_to_keep: int | None, every: int, asynchronous: bool) -> None:
+        keywords = make.keywords if isinstance(make, functools.partial) else {}
+        training = ocp.v1.training
+        policies = training.save_decision_policies
+        self._context = ocp.v1.Context(keywords.get("context"))
+        if "context" not in keywords:  # as for the first interface
+            self._context.asynchronous.create_directories_asynchronously = is_url(directory)
+        defaults = {
+            "save_decision_policy": policies.AnySavePolicy(
+                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+            ),
+            "preservation_policy": None if max_to_keep is None else training.preservation_policies.LatestN(max_to_keep),
+            "step_name_format": ocp.v1.path.step.standard_name_format(),
+        }
+        used = defaults | keywords | {"context": self._context}
+        self.orbax = training.Checkpointer(epath(directory), **used)
+        self._names = used["step_name_format"]
+        self._asynchronous = asynchronous
+        self._response: Any = None
+
+    @property
+    def directory(self) -> Any:
+        return self.orbax.directory
+
+    def item(self, given: object) -> Any:
+        return given if isinstance(given, ocp.v1.StatefulCheckpointable) else None
+
+    def found(self) -> Mapping[int, Any]:
+        return _found(self._names, self.directory)
+
+    def steps(self) -> Collection[int]:
+        return [checkpoint.step for checkpoint in self.orbax.checkpoints]
+
+    def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
+        if not (force or self.orbax.should_save(step)):
+            return False
+        self.wait()  # Orbax writes one step at a time, and reports the failure of the last one only to its response
+        items = {name: item.data if isinstance(item, Json) else item for name, item in extra.items()}
+        metrics = items.pop(METRICS, None)
+        if metrics is not None and not (isinstance(metrics, dict) and metrics):
+            hint = f"{METRICS}={{'loss': 0.5}}, or another name"
+            said = f"{METRICS}={metrics!r} is not a dict of numbers, which Orbax's newer interface needs."
+            raise SaveError(said, hint=hint)
+        context = ocp.v1.Context(self._context)
+        registry = ocp.v1.handlers.local_registry(context.checkpointables.registry, include_global_registry=False)
+        for name in items:
+            if isinstance(extra[name], Json):  # otherwise Orbax would write a dict as a tree of arrays
+                registry.add(ocp.v1.handlers.JsonHandler, checkpointable_name=name)
+        context.checkpointables.registry = registry
+        with context:
+            self._response = self.orbax.save_checkpointables_async(
+                step, {ITEM: state, **items}, force=force, metrics=metrics
+            )
+        started = self._response is not None
+        if not self._asynchronous:
+            self.wait()
+        return started
+
+    def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+        if step not in self.steps():
+            self.orbax.reload()  # another process has written it
+        return self.orbax.load_checkpointables(step, dict(wanted))
+
+    def is_writing(self) -> bool:
+        return self.orbax.is_saving_in_progress()
+
+    def wait(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.result()  # which has what the write has raised
+        self.orbax.wait()
+
+    def close(self) -> None:
+        self.orbax.close()

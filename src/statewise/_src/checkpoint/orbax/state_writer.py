@@ -1,0 +1,139 @@
+"""Writing a state with its manifest into a directory, for whatever commits the directory.
+
+The arrays are a tree as Orbax writes it.  The manifest is beside them; `finish` writes it last, when every other file
+exists and can be listed.  Whoever commits the directory (`sw.save`, or Orbax, through either of its interfaces)
+calls `finish` before it renames it: a directory without a manifest is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from statewise._src.checkpoint.format.checksums import Sums, held, is_spread, sums_of, sums_of_runs
+from statewise._src.checkpoint.format.files import files_of
+from statewise._src.checkpoint.format.layout import LaidOut, lay_out
+from statewise._src.checkpoint.format.manifest import NAME, KindRecord, Manifest, leaves_text, write_manifest
+from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.paths import check_usable
+from statewise._src.checkpoint.orbax.write import TreeWriter, tree_writer
+from statewise._src.common import compat
+from statewise._src.core.plan import State
+from statewise._src.filters.explain import as_code
+
+__all__ = ["Saving", "StateWriter", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """What to save: these kinds of a state, in this layout, over this base."""
+
+    state: State
+    kinds: tuple[str, ...]
+    layout: str = "named"
+    base: Mapping[str, str] | None = None
+
+
+class StateWriter:
+    """Writes a state with the values that it has now; made in the main thread of every process.
+
+    Args:
+      directory: where it will be written; it need not exist before `write`.
+      saving: what to save.
+
+    Raises:
+      SaveError: the directory cannot be written to.
+      StructureError: the state was donated, is abstract, or is being traced.
+    """
+
+    def __init__(self, directory: Any, saving: Saving) -> None:
+        check_usable(directory, writing=True)  # here, because a user's own Orbax manager chooses the directory
+        self._directory = epath(directory)
+        laid = lay_out(saving.state, saving.kinds, saving.layout)
+        self._manifest = _manifest(saving, laid)
+        self._text = _leaves_text(laid)
+        # Without a tree all leaves are empty, and Orbax does not accept an empty tree.
+        self._tree: TreeWriter | None = tree_writer(laid.tree) if laid.tree else None
+        self._leaves: str | None = None
+
+    async def begin(self) -> Sequence[Any]:
+        """Starts what the main thread has to start; returns futures to wait for."""
+        return () if self._tree is None else await self._tree.begin(self._directory)
+
+    def write(self) -> None:
+        """Writes everything that this process writes, but for the manifest; in any thread."""
+        with concurrent.futures.ThreadPoolExecutor(1, "statewise-manifest") as pool:
+            leaves = pool.submit(self._text)  # the checksums, while the arrays are written
+            if self._tree is not None:
+                self._tree.write(self._directory)
+            self._leaves = leaves.result()
+
+    def finish(self) -> None:
+        """Writes the manifest when every process has written; called once, by one process."""
+        assert self._leaves is not None, "finish comes after write"
+        if self._tree is not None:
+            self._tree.finish(self._directory)
+        data = write_manifest(dataclasses.replace(self._manifest, files=files_of(self._directory)), self._leaves)
+        (self._directory / NAME).write_bytes(data)
+
+    def close(self) -> None:
+        """Closes what it uses."""
+        if self._tree is not None:
+            self._tree.close()
+
+
+def run(writer: StateWriter) -> None:
+    """Writes everything that this process writes, and waits for it."""
+
+    async def written() -> None:
+        # Wait for all of them, even if the first fails: a thread that still writes would undo the removal of the files.
+        waiting = [asyncio.to_thread(future.result) for future in await writer.begin()]
+        results = await asyncio.gather(asyncio.to_thread(writer.write), *waiting, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(written())
+    else:  # in a notebook a loop is running, and another one needs another thread
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, written()).result()
+
+
+def _leaves_text(laid: LaidOut) -> Callable[[], str]:
+    """Returns a function that makes the manifest's text of the leaves, with their checksums.
+
+    A later step may donate the arrays while that function runs in its thread, so their values are taken here.
+    """
+    sums: dict[int, Sums] = {}
+    values: dict[int, Any] = {}
+    in_buffers = {number for _, buffer in laid.packed for number in buffer.numbers}
+    for number, source in enumerate(laid.sources):
+        if is_spread(source):
+            sums[number] = sums_of(source)  # a collective: all processes have to take part, in the same order
+        elif number not in in_buffers:
+            values[number] = held(source)
+
+    def text() -> str:
+        for array, buffer in laid.packed:
+            sums.update(zip(buffer.numbers, sums_of_runs(array, buffer.runs), strict=True))
+        sums.update((number, sums_of(value)) for number, value in values.items())
+        return leaves_text(laid.records, [sums[number] for number in range(len(sums))])
+
+    return text
+
+
+def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
+    kinds = {
+        name: KindRecord(as_code(kind.of), kind.handling(), kind.saved and name in saving.kinds)
+        for name, kind in saving.state.tables.kinds.items()
+    }
+    written = compat.versions() | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    buffers = tuple(buffer.stored for _, buffer in laid.packed)
+    return Manifest(written, saving.layout, kinds, laid.records, buffers, saving.base)
