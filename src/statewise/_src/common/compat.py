@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 from jax.extend import core as jex_core
@@ -22,6 +23,7 @@ from jax.interpreters import partial_eval
 __all__ = [
     "Literal",
     "MetricState",
+    "RoPE",
     "Tracer",
     "dce",
     "eval_jaxpr",
@@ -30,6 +32,7 @@ __all__ = [
     "jit_is_disabled",
     "reference",
     "scan_counts",
+    "sow_needs_capture",
     "variable_type",
     "versions",
 ]
@@ -37,6 +40,8 @@ __all__ = [
 Literal = jex_core.Literal
 Tracer = jax.core.Tracer
 MetricState: type = nnx.metrics.MetricState
+# Rotary position embeddings, a layer that flax 0.12.8 does not have.
+RoPE: type | None = getattr(nnx, "RoPE", None)
 
 
 def inner_jaxpr(jaxpr: Any) -> Any:
@@ -68,6 +73,11 @@ def dce(jaxpr: Any, used: Sequence[bool]) -> tuple[Any, list[bool]]:
 def eval_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Runs an open jaxpr on values or tracers."""
     return jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+
+def sow_needs_capture() -> bool:
+    """Returns whether `sow` and `perturb` do nothing outside `nnx.capture`; flax 0.12.8 does not have this setting."""
+    return bool(getattr(flax.config, "nnx_sow_capture_noop", False))
 
 
 def jit_is_disabled() -> bool:
