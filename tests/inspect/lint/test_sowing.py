@@ -43,12 +43,18 @@ class Loss(nnx.Variable):
 
 
 class Sows(nnx.Module):
+    def __init__(self) -> None:
+        self.scale = nnx.Param(jnp.ones(()))
+
     def __call__(self, x: jax.Array) -> jax.Array:
         self.sow(nnx.Intermediate, "seen", x)
         return x
 
 
 class Perturbs(nnx.Module):
+    def __init__(self) -> None:
+        self.scale = nnx.Param(jnp.ones(()))
+
     def __call__(self, x: Any) -> Any:
         return 3 * self.perturb("grad_of_x", x)
 
@@ -108,7 +114,7 @@ def test_who_captures_hears_nothing() -> None:
     clean(model)
     plan = sw.plan(model)
     step = sw.step(lambda model, x: model(x), capture="intermediates")
-    _, (_, captured) = step(plan.take(model), jnp.ones(2))
+    _, captured = step(plan.take(model), jnp.ones(2))
     assert jnp.array_equal(jax.tree.leaves(captured)[0], jnp.ones(2))
     assert Capturing()(jnp.ones(2)).tolist() == [3.0, 3.0]
 

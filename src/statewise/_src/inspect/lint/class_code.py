@@ -43,13 +43,13 @@ class FunctionCode(NamedTuple):
       name: the function's qualified name.
       objects: the modules, classes and functions that it refers to.
       calls: its calls of what was asked for.
-      keywords: the names of the arguments that it passes by name.
+      texts: its constants that are texts, with the names of the arguments that it passes by name.
     """
 
     name: str
     objects: tuple[Any, ...]
     calls: tuple[Call, ...]
-    keywords: frozenset[str]
+    texts: frozenset[str]
 
 
 def functions_of(cls: type, wanted: Wanted) -> tuple[FunctionCode, ...]:
@@ -76,14 +76,13 @@ def _read(function: types.FunctionType, wanted: Wanted) -> FunctionCode:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     # The cell of a name that has no value yet raises when its contents are read; it equals an empty one.
     scope = function.__globals__ | {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
-    objects, calls, keywords = list[Any](), list[Call](), set[str]()
+    objects, calls, texts = list[Any](), list[Call](), set[str]()
     for code in _codes(function.__code__):
         objects += _objects_in(code, scope)
         calls += _calls_in(code, scope, wanted)
-        # The names of arguments are a tuple among the constants.
-        names = (const for const in code.co_consts if isinstance(const, tuple))
-        keywords.update(name for const in names for name in const if isinstance(name, str))
-    return FunctionCode(function.__qualname__, tuple(objects), tuple(calls), frozenset(keywords))
+        for const in code.co_consts:  # the names of arguments are a tuple
+            texts.update(text for text in (const if isinstance(const, tuple) else [const]) if isinstance(text, str))
+    return FunctionCode(function.__qualname__, tuple(objects), tuple(calls), frozenset(texts))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

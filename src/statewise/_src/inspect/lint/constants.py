@@ -49,7 +49,7 @@ def constant_saved(subject: Subject) -> Iterator[Found]:
 def _hint(subject: Subject, kind: str, theta: float, tables: Sequence[int]) -> str:
     """Returns code that declares tables constants, which a restore computes for the shape that the model has."""
     handling = "frozen=True, saved=False, restart=table"
-    declaration, _ = kind_apart(subject.kinds, kind, "constants", _filter(subject, kind, tables), handling)
+    declaration, _ = kind_apart(subject.kinds, kind, "constants", _filter(subject, tables), handling)
     # The broadcast is for tables of layers that `nnx.vmap` stacked, which have one more axis.
     return (
         "def table(array, path):\n"
@@ -59,15 +59,12 @@ def _hint(subject: Subject, kind: str, theta: float, tables: Sequence[int]) -> s
     )
 
 
-def _filter(subject: Subject, kind: str, tables: Sequence[int]) -> str:
-    """Returns a filter as code, by name if no other leaf of the kind has the name of a table, else by path."""
+def _filter(subject: Subject, tables: Sequence[int]) -> str:
+    """Returns a filter as code, by name if no other leaf has the name of a table, else by path."""
     names = sorted({subject.name(number) for number in tables}, key=_TABLES.index)
     matches: Any = predicate(tuple(Glob(f"**/{name}") for name in names))
     paths = [subject.graph.relative(path) for path in subject.paths]
-    named = {
-        number for number, claim in enumerate(subject.claims) if claim == kind and matches(paths[number], None) is True
-    }
-    if named == set(tables):
+    if {number for number, path in enumerate(paths) if matches(path, None)} == set(tables):
         patterns = [f"sw.Path({'**/' + name!r})" for name in names]
         return " | ".join(patterns)
     return f"sw.Where(lambda path, leaf: path in {[paths[number] for number in tables]!r})"

@@ -78,7 +78,7 @@ def _classes(subject: Subject) -> dict[type, tuple[FunctionCode, ...]]:
 
 def _recording(code: FunctionCode) -> list[Call]:
     """Returns the calls that follow Flax's setting: one that passes `capture_noop` decides for itself."""
-    return [] if "capture_noop" in code.keywords else [call for call in code.calls if call.name != nnx.pop.__name__]
+    return [] if "capture_noop" in code.texts else [call for call in code.calls if call.name != nnx.pop.__name__]
 
 
 def _default(call: Call) -> type:
