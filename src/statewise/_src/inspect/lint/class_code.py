@@ -62,6 +62,8 @@ def functions_of(cls: type, wanted: Wanted) -> tuple[FunctionCode, ...]:
 def _functions_in(value: Any) -> Iterator[types.FunctionType]:
     """Yields the Python functions in an attribute of a class, be it a method, a property, or a decorated method."""
     for candidate in (value.fget, value.fset) if isinstance(value, property) else (value,):
+        if isinstance(candidate, classmethod):  # which is not callable by itself
+            candidate = candidate.__func__
         if isinstance(candidate, type) or not callable(candidate):
             continue
         try:
