@@ -9,7 +9,7 @@ so a rule that reads this may miss something, but does not see what is not there
 import dis
 import inspect
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 __all__ = ["Call", "FunctionCode", "functions_of"]
@@ -19,7 +19,7 @@ _ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD"})  # the second one exists i
 
 
 # What to look for: the name of a method, or a function.
-Wanted = Collection[str | types.FunctionType]
+Wanted = Collection[str | Callable[..., Any]]
 
 
 class Call(NamedTuple):
@@ -42,7 +42,7 @@ class FunctionCode(NamedTuple):
     Attributes:
       name: the function's qualified name.
       objects: the modules, classes and functions that it refers to.
-      calls: its calls of what was asked for.
+      calls: its calls of the methods and functions that were asked for.
       texts: its constants that are texts, with the names of the arguments that it passes by name.
     """
 
