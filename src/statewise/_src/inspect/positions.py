@@ -16,7 +16,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.paths import Path
-from statewise._src.filters.explain import as_code
+from statewise._src.inspect.kind_hints import kind_apart
 from statewise._src.plan.kind import Kind
 
 __all__ = ["WHY", "is_named_position", "may_be_position", "restart_hint"]
@@ -58,17 +58,11 @@ def restart_hint(kinds: Mapping[str, Kind], kind: str | None, path: Path, cache:
       cache: the kind that restarts.
     """
     name = str(path[-1])
-    pattern = f"sw.Path({'**/' + name!r})"
-    names = ("positions", *(f"positions_{number}" for number in range(2, len(kinds) + 3)))
-    own = next(free for free in names if free not in kinds)
-    others = "kinds"
-    if kind is not None and not kinds[kind].rest:
-        of = f"nnx.All({as_code(kinds[kind].of)}, nnx.Not({pattern}))"
-        others = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], of={of}))"
+    handling = "saved=False, restart=jnp.zeros_like"
+    declaration, own = kind_apart(kinds, kind, "positions", f"sw.Path({'**/' + name!r})", handling)
     target = f"self.{name}" if name.isidentifier() else "self.position"
     return (
-        f"kinds = {others} | sw.Kinds({own}=sw.Kind({pattern}, saved=False, restart=jnp.zeros_like))"
-        "  # or a function that returns its initial value\n"
+        f"{declaration}  # or a function that returns its initial value\n"
         f"state = state.restart({cache!r}, {own!r})\n"
         f"or, where the model makes it: {target} = nnx.Cache(jnp.array(0))"
     )

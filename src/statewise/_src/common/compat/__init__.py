@@ -17,6 +17,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
+import flax
 import jax
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -24,11 +25,13 @@ from jax.extend import core as jex_core
 
 __all__ = [
     "MetricState",
+    "RoPE",
     "Tracer",
     "broadcast_from_first_process",
     "is_variable",
     "jit_is_disabled",
     "reference",
+    "sow_needs_capture",
     "trace_state",
     "variable_type",
     "versions",
@@ -39,6 +42,13 @@ Tracer = jax.core.Tracer
 # What is being traced now, to compare with an earlier value.  JAX's own function: every call of a step pays for it.
 trace_state = jex_core.get_opaque_trace_state
 MetricState: type = nnx.metrics.MetricState
+# Rotary position embeddings, a layer that flax 0.12.8 does not have.
+RoPE: type | None = getattr(nnx, "RoPE", None)
+
+
+def sow_needs_capture() -> bool:
+    """Returns whether `sow` and `perturb` do nothing outside `nnx.capture`; flax 0.12.8 does not have this setting."""
+    return bool(getattr(flax.config, "nnx_sow_capture_noop", False))
 
 
 def jit_is_disabled() -> bool:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, Rules
+from statewise._src.inspect.lint.sowing import never_written
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.leaf_specs import is_sown
 
@@ -85,6 +86,8 @@ def sown_values_left(subject: Subject) -> Iterator[Found]:
         for number in subject.of_type(nnx.Intermediate)
         if is_sown(subject.types[number]) and subject.values[number] is not None
     ]
+    if left:  # those to which no call adds are in `sow-without-capture`
+        left = sorted(set(left).difference(never_written(subject)))
     if left:
         yield Found(
             f"{counted(len(left), 'sown value was', 'sown values were')} left in the model.",

@@ -6,7 +6,8 @@ or traced, except the shapes of an optimizer's state and the functions that make
 transfers (`read_values`).
 
 The files: `subject` (the model), `training` (what updates it), `finding` (the results); the rules by theme: `values`,
-`arrays`, `leaf_types`, `declared` (the kinds), `optimizers`, `restarts`, `members` (ensembles).
+`arrays`, `leaf_types`, `sowing`, `declared` (the kinds), `constants`, `optimizers`, `hooks`, `restarts`, `members`
+(ensembles).
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ from collections.abc import Iterable
 
 from statewise._src.common.object_names import given, names_given
 from statewise._src.core.plan import Kinds
-from statewise._src.inspect.lint import arrays, declared, leaf_types, members, optimizers, restarts, values
+from statewise._src.inspect.lint import (
+    arrays,
+    constants,
+    declared,
+    hooks,
+    leaf_types,
+    members,
+    optimizers,
+    restarts,
+    sowing,
+    values,
+)
 from statewise._src.inspect.lint.finding import Finding, Findings, Rule
 from statewise._src.inspect.lint.subject import subject_of
 from statewise.errors import DeclarationError
@@ -23,7 +35,7 @@ from statewise.errors import DeclarationError
 __all__ = ["RULES", "Finding", "Findings", "Rule", "lint"]
 
 # In the order of the findings.
-_MODULES = (values, arrays, leaf_types, declared, optimizers, restarts, members)
+_MODULES = (values, arrays, leaf_types, sowing, declared, constants, optimizers, hooks, restarts, members)
 RULES: tuple[Rule, ...] = tuple(rule for module in _MODULES for rule in module.RULES)
 
 
