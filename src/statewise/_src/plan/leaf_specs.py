@@ -143,7 +143,8 @@ def _drop_shared(
     if not paths:
         return graph, claims, ()
     dropped = _leaves_at(graph, claims, [number for number, path in enumerate(graph.paths) if path in paths])
-    copies = rebuild(graph.graphdef, [raw_value(leaf) for leaf in graph.leaves], graph.several)
+    values = [raw_value(leaf) for leaf in graph.leaves]
+    copies = rebuild(graph.graphdef, values, graph.several, plain=False)
     while paths:  # `nnx.pop` removes one path of a leaf; if others reach it, it reappears at the next of them
         sown = frozenset(numbered(path, graph.names) for path in paths)
         nnx.pop(copies if graph.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
@@ -162,5 +163,5 @@ def _sown(
     if not paths:
         return frozenset()
     root: Any = tuple(objects) if graph.several else objects[0]
-    modules = {named(tuple(path), graph.names) for path, _ in nnx.iter_modules(root)}
+    modules = {named(tuple(path), graph.names) for path, _ in nnx.iter_modules(root, graph=True)}
     return frozenset(path for path in paths if path[:-1] in modules)

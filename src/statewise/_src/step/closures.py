@@ -199,7 +199,7 @@ def parts_of(obj: Any) -> Iterator[Any]:
     if isinstance(obj, nnx.State):
         yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     else:
-        yield from (value for _, value in nnx.iter_graph(obj))
+        yield from (value for _, value in nnx.iter_graph(obj, graph=True))
 
 
 def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
