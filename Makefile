@@ -8,6 +8,7 @@
 #   make docs          the documentation as a site, in site/
 #   make bench         the numbers, side by side (bench-quick: a short run)
 #   make dist          wheel and sdist, checked, and tried in an empty environment
+#   make test-modes    the tests under each of Flax's modes, on the newest and the oldest Python: docs/compatibility.md
 #   make tests-oldest  the tests on the oldest Python of the machine, beside the first: what CI runs as well
 #   make PYTHON=python3.13 VENV=.venv13 test      another interpreter, beside the first
 
@@ -80,6 +81,20 @@ OLDEST := not slow and not heavy and not docs and not processes and not browser
 tests-oldest:
 	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
 	  PYTEST_ARGS='--hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
+
+# Under each of Flax's modes (tests/helpers/modes.py), on both ends; writes the table in docs/compatibility.md.
+# `test-modes-fixed` is the small part that CI runs, two runs at a time.
+OLDEST_VENV = .venv-oldest
+MODES = $(BIN)/python tests/helpers/run_modes.py --python $(BIN)/python --python $(OLDEST_VENV)/bin/python
+.PHONY: test-modes test-modes-fixed environments
+environments: $(VENV)/.installed-test
+	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=$(OLDEST_VENV) $(OLDEST_VENV)/.installed-test
+
+test-modes: environments
+	$(MODES) --workers $(WORKERS) --demo --write
+
+test-modes-fixed: environments
+	$(MODES) --fixed --jobs $(WORKERS)
 
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test

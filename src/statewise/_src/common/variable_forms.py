@@ -8,7 +8,7 @@ metadata, so that `plan.build` makes a model of the forms that were planned.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from statewise._src.common import compat
 
 __all__ = [
+    "abstract_objects",
     "empty_leaves",
     "of_plain_variables",
     "store",
@@ -46,6 +47,15 @@ def _is_stored_alike(held: Any, value: Any) -> bool:
         return True
     sharding = held.sharding
     return sharding == value.sharding or bool(sharding.is_equivalent_to(value.sharding, value.ndim))
+
+
+def abstract_objects(make: Callable[[], Any]) -> Any:
+    """Returns the objects that a function makes, without their arrays, as `nnx.eval_shape` does in its first mode.
+
+    Other modes refuse tied weights, and no version of Flax returns references or hijax Variables from every trace.
+    """
+    with nnx.var_defaults(hijax=False, ref=False):
+        return nnx.eval_shape(make, graph=True, graph_updates=True)
 
 
 # --- graph definitions -------------------------------------------------------------------------------------------
