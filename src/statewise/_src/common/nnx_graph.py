@@ -269,7 +269,9 @@ def held_value(leaf: Any) -> Any:
 
 def raw_value(leaf: Any) -> Any:
     """Returns a leaf's value, without hooks: what a Variable or its reference holds, a raw array itself."""
-    value = held_value(leaf)
+    if not compat.is_variable(leaf):
+        return leaf
+    value = leaf.get_raw_value()
     if type(value) in _jax_arrays or not isinstance(value, jax.Ref):
         return value
     return value[...]

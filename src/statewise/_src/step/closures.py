@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of
+from statewise._src.common.nnx_graph import arrays_of, held_value, is_array, row_of
 from statewise._src.common.paths import Leaf, plain_key
 from statewise._src.step.arguments import Bound
 
@@ -206,7 +206,7 @@ def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
     """Returns the leaves of an NNX object, each with its arrays."""
     leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
     return [
-        (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(raw_value(leaf))[0])
+        (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(held_value(leaf))[0])
         for keys, leaf in leaves
         if isinstance(leaf, nnx.Variable) or is_array(leaf)
     ]

@@ -276,7 +276,8 @@ def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
     def evaluated(*args: Any, **kwargs: Any) -> Any:
         for planned in args[:objects]:
             if isinstance(planned, nnx.Module):
-                planned.eval()
+                with nnx.set_graph_mode(True):  # in tree mode Flax refuses tied weights here too
+                    planned.eval()
         return fn(*args, **kwargs)
 
     return evaluated
