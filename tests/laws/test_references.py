@@ -229,6 +229,18 @@ def test_a_model_of_them_is_made_on_a_mesh(options: dict[str, bool], devices: li
         np.testing.assert_array_equal(model["w"][...], np.arange(16.0))
 
 
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_what_an_earlier_sow_left_is_not_planned(options: dict[str, bool]) -> None:
+    model = Model(**options)
+    model.layer.seen = nnx.Intermediate(jnp.ones(2), **options)  # `nnx.pop` does not find hijax Variables
+    plan = sw.plan(model)
+    assert [leaf.path for leaf in plan.excluded] == [("layer", "seen")]
+    built = plan.build(plan.take(model))
+    assert not hasattr(built.layer, "seen")
+    assert_form(built.layer.kernel, options)
+    assert plan == sw.plan(Model(**options))
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 

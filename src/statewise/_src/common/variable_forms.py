@@ -8,7 +8,7 @@ metadata, so that `plan.build` makes a model of the forms that were planned.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from statewise._src.common import compat
 __all__ = [
     "abstract_objects",
     "empty_leaves",
+    "hijax_brought_back",
+    "hijax_set_aside",
     "of_plain_variables",
     "store",
     "with_references",
@@ -65,20 +67,47 @@ def _is_variable(node: Any) -> bool:
     return type(node).__name__ == "VariableDef"
 
 
-def _with_metadata(graphdef: Any, **flags: bool) -> Any:
-    """Returns a graph definition whose Variables have these flags in their metadata; itself if they have them."""
+# Metadata of a Variable that was a hijax one, for the time in which it is not.
+_WAS_HIJAX = "statewise_was_hijax"
+_GONE = object()
+
+
+def _map_metadata(graphdef: Any, changes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+    """Returns a graph definition with other metadata: changed entries, those that are `_GONE` left out.
+
+    It is the given one if no Variable's metadata changes.
+    """
     nodes, changed = [], False
     for node in graphdef.nodes:
-        if _is_variable(node) and any(node.metadata.get(name, value) != value for name, value in flags.items()):
+        changes = changes_of(node.metadata) if _is_variable(node) else {}
+        if changes:
             changed = True
-            node = dataclasses.replace(node, metadata=type(node.metadata)({**node.metadata, **flags}))
+            new = {name: value for name, value in {**node.metadata, **changes}.items() if value is not _GONE}
+            node = dataclasses.replace(node, metadata=type(node.metadata)(new))
         nodes.append(node)
     return dataclasses.replace(graphdef, nodes=nodes) if changed else graphdef
+
+
+def _with_metadata(graphdef: Any, **flags: bool) -> Any:
+    """Returns a graph definition whose Variables have these flags in their metadata; itself if they have them."""
+    return _map_metadata(
+        graphdef, lambda old: flags if any(old.get(name, value) != value for name, value in flags.items()) else {}
+    )
 
 
 def of_plain_variables(graphdef: Any) -> Any:
     """Returns the graph definition of the same objects with plain Variables; itself if it is that already."""
     return _with_metadata(graphdef, hijax=False, ref=False)
+
+
+def hijax_set_aside(graphdef: Any) -> Any:
+    """Returns the graph definition with plain Variables instead of hijax ones, marked as such in their metadata."""
+    return _map_metadata(graphdef, lambda old: {"hijax": False, _WAS_HIJAX: True} if old.get("hijax") else {})
+
+
+def hijax_brought_back(graphdef: Any) -> Any:
+    """Returns the graph definition with hijax Variables for those that `hijax_set_aside` marked."""
+    return _map_metadata(graphdef, lambda old: {"hijax": True, _WAS_HIJAX: _GONE} if _WAS_HIJAX in old else {})
 
 
 def without_reference_nodes(graphdef: Any) -> Any:
