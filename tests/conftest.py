@@ -101,7 +101,10 @@ def draw_few_examples(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
-    """Skips a test whose fixtures do what Flax itself refuses in the mode of this run."""
+    """Skips a test that is about what the mode of this run changes in Flax, or whose fixtures do what Flax refuses."""
+    changed = modes.changed_by_flax(item.nodeid)
+    if changed:
+        pytest.skip(changed)
     yield from skipped_if_flax_refuses()
 
 
