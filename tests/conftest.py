@@ -7,7 +7,7 @@ Warnings are errors too; pyproject.toml says so, which covers the import of test
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Both are read once, when jax is imported: nothing above these lines may import it.
@@ -97,6 +97,25 @@ def draw_few_examples(item: pytest.Item) -> None:
     own = getattr(function, "_hypothesis_internal_use_settings", None)
     if own is not None and own.max_examples > QUICK_EXAMPLES:
         function._hypothesis_internal_use_settings = settings(own, max_examples=QUICK_EXAMPLES)
+
+
+class FileInAMode(pytest.Module):
+    """A test file that is skipped if its import does what Flax itself refuses in the mode of this run."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """Imports the file, and returns its tests."""
+        try:
+            return super().collect()
+        except Exception as error:
+            reason = modes.refused_by_flax(error)
+            if not reason:
+                raise
+            pytest.skip(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collects test files in a mode of Flax other than the default."""
+    return None if modes.current() == "graph" else FileInAMode.from_parent(parent, path=module_path)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,17 +32,23 @@ BEGIN, END = "<!-- modes: written by `make test-modes` -->", "<!-- modes: end --
 
 # What can depend on a mode: the equivalence with Flax, filters, plans, states, steps, inspection and checkpoints.
 PARTS = ("common", "filters", "plan", "core", "step", "equivalence", "laws", "inspect", "sharding", "checkpoint")
-# What `.ci/run` runs of them: a few files that together call every verb.
+# What `.ci/run` runs of them: what fits into the time of CI, every verb in it.
+ROUNDTRIP = "checkpoint/test_roundtrip.py::test_"
+TRAINING = "equivalence/test_models.py::test_training_gives_the_numbers_of_nnx_jit_and_nnx_optimizer"
 FIXED = (
     "laws/test_modes.py",
-    "laws/test_references.py",
-    "equivalence/test_models.py",
     "filters/test_filters.py",
-    "plan/test_match.py",
+    "plan/test_intern.py",
+    "plan/test_leaf_specs.py",
     "core/test_model_io.py",
-    "core/test_state.py",
     "step/test_step.py",
-    "checkpoint/test_roundtrip.py",
+    f"{TRAINING}[batchnorm_dropout]",
+    f"{TRAINING}[tied_embedding]",
+    f"{ROUNDTRIP}a_state_with_its_optimizer_comes_back",
+    f"{ROUNDTRIP}every_dtype_comes_back",
+    f"{ROUNDTRIP}several_objects_come_back",
+    f"{ROUNDTRIP}tied_leaves_stay_tied",
+    f"{ROUNDTRIP}an_ephemeral_kind_is_not_saved_and_starts_anew",
 )
 LEFT_OUT = "not slow and not heavy and not docs and not processes and not browser"
 
@@ -122,7 +128,7 @@ def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: b
             raise SystemExit(f"{' '.join(command)} wrote no results:\n{process.stdout[-4000:]}{process.stderr[-4000:]}")
         result = read(xml, time.monotonic() - started)
     if process.returncode or result.failed:
-        print(f"--- {mode}, {python}\n{process.stdout[-8000:]}", flush=True)
+        print(f"--- {mode}, {python}\n{process.stdout[-20000:]}", flush=True)
     if process.returncode and not result.failed:  # an error outside of any test
         result = dataclasses.replace(result, failed=1)
     return dataclasses.replace(result, demo=demo(python, mode)) if with_demo else result
