@@ -8,6 +8,7 @@
 #   make docs          the documentation as a site, in site/
 #   make bench         the numbers, side by side (bench-quick: a short run)
 #   make dist          wheel and sdist, checked, and tried in an empty environment
+#   make test-modes    the tests under each of Flax's modes, on the newest and the oldest Python: docs/compatibility.md
 #   make tests-oldest  the tests on the oldest Python of the machine, beside the first: what CI runs as well
 #   make test-pre      a short part of the tests on pre-releases of JAX and the others, if there are any
 #   make PYTHON=python3.13 VENV=.venv13 test      another interpreter, beside the first
@@ -89,6 +90,20 @@ PRE_TESTS := tests/test_seams.py tests/common tests/filters/test_filters.py test
   tests/checkpoint/test_roundtrip.py tests/checkpoint/test_orbax.py
 test-pre: $(VENV)/.installed-test
 	@.ci/prereleases $(BIN)/python .venv-pre -n $(WORKERS) --dist worksteal $(PRE_TESTS)
+
+# Under each of Flax's modes (tests/helpers/modes.py), on both ends; writes the table in docs/compatibility.md.
+# `test-modes-fixed` is the small part that CI runs, two runs at a time.
+OLDEST_VENV = .venv-oldest
+MODES = $(BIN)/python tests/helpers/run_modes.py --python $(BIN)/python --python $(OLDEST_VENV)/bin/python
+.PHONY: test-modes test-modes-fixed environments
+environments: $(VENV)/.installed-test
+	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=$(OLDEST_VENV) $(OLDEST_VENV)/.installed-test
+
+test-modes: environments
+	$(MODES) --workers $(WORKERS) --demo --write
+
+test-modes-fixed: environments
+	$(MODES) --fixed --jobs $(WORKERS)
 
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test

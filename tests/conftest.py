@@ -7,7 +7,7 @@ Warnings are errors too; pyproject.toml says so, which covers the import of test
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # Both are read once, when jax is imported: nothing above these lines may import it.
@@ -27,6 +27,7 @@ import pytest
 import rich.style  # noqa: F401 - it draws a random number on import, which Hypothesis forbids inside a strategy
 from hypothesis import settings
 
+import modes
 import quick
 import worker_memory
 from hints import check_hints_of
@@ -34,6 +35,7 @@ from statewise._src.inspect.lint.finding import Finding
 from statewise.errors import StatewiseError, StatewiseWarning
 
 runtime_types.open_public_boundary()
+modes.start()
 
 TESTS = Path(__file__).parent
 # Directories whose tests a run can leave out: `-m "not processes"`.
@@ -95,6 +97,51 @@ def draw_few_examples(item: pytest.Item) -> None:
     own = getattr(function, "_hypothesis_internal_use_settings", None)
     if own is not None and own.max_examples > QUICK_EXAMPLES:
         function._hypothesis_internal_use_settings = settings(own, max_examples=QUICK_EXAMPLES)
+
+
+class FileInAMode(pytest.Module):
+    """A test file that is skipped if its import does what Flax itself refuses in the mode of this run."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """Imports the file, and returns its tests."""
+        try:
+            return super().collect()
+        except Exception as error:
+            reason = modes.refused_by_flax(error)
+            if not reason:
+                raise
+            pytest.skip(reason, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collects test files in a mode of Flax other than the default."""
+    return None if modes.current() == "graph" else FileInAMode.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Skips a test that is about what the mode of this run changes in Flax, or whose fixtures do what Flax refuses."""
+    changed = modes.changed_by_flax(item.nodeid)
+    if changed:
+        pytest.skip(changed)
+    yield from skipped_if_flax_refuses()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skips a test that does what Flax itself refuses in the mode of this run."""
+    yield from skipped_if_flax_refuses()
+
+
+def skipped_if_flax_refuses() -> Iterator[None]:
+    """Runs the rest of a hook; turns an error that `modes.REFUSALS` lists into a skip with its reason."""
+    try:
+        yield
+    except Exception as error:
+        reason = modes.refused_by_flax(error)
+        if not reason:
+            raise
+        pytest.skip(reason)
 
 
 @pytest.hookimpl(wrapper=True)

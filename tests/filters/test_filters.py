@@ -288,7 +288,7 @@ def test_text_and_code(filter: Any, text: str, code: str) -> None:
         assert repr(filter) == text
 
 
-PARAM, LORA = (("w",), nnx.Param(None)), (("l",), nnx.LoRAParam(None, role="ema"))
+PARAM, LORA = (("w",), nnx.Param(None, ref=False)), (("l",), nnx.LoRAParam(None, role="ema", ref=False))
 BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 
 

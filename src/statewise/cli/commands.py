@@ -16,6 +16,7 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ModelError
 from statewise._src.common.tables import Shown, leaf_dict
+from statewise._src.common.variable_forms import abstract_objects
 from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.census import census
 from statewise._src.inspect.lint.lint import lint
@@ -181,7 +182,7 @@ def _model(text: str, abstract: bool, stack: contextlib.ExitStack) -> tuple[Any,
     # What a user's module prints does not belong to this output, which may be JSON for another program.
     with contextlib.redirect_stdout(sys.stderr):
         target = load(text, stack)
-        model = target.evaluated(_is_model, nnx.eval_shape if abstract else None)
+        model = target.evaluated(_is_model, abstract_objects if abstract else None)
     return model, target
 
 

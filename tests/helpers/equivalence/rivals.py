@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import modes
 import statewise as sw
 
 STEPS = 4
@@ -65,8 +66,9 @@ def batches(case: Case, steps: int = STEPS) -> list[tuple[Any, ...]]:
     return [case.batch(random) for _ in range(steps)]
 
 
+@modes.classic()
 def by_hand(case: Case, tx: Any, value_fn: bool = False, steps: int = STEPS) -> list[Snapshot]:
-    """Training as people write it with NNX alone."""
+    """Training as people write it with NNX alone, in graph mode and with plain Variables, whatever the run's mode."""
     model = case.make()
     optimizer = nnx.Optimizer(model, tx, wrt=case.wrt)
 
@@ -121,7 +123,7 @@ def by_steps(case: Case, tx: Any, steps: int = STEPS, pack: bool = False) -> lis
 
 def leaves_of(*objects: Any) -> Flat:
     """Every array of the objects, by path; of Variables that hold several, by the keys within."""
-    state = nnx.state(objects if len(objects) > 1 else objects[0])
+    state = nnx.state(objects if len(objects) > 1 else objects[0], graph=True)
     return flat_of(nnx.as_pure(state))
 
 

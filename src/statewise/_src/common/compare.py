@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ArraySpec, raw_value, specs_of
+from statewise._src.common.nnx_graph import ArraySpec, held_value, specs_of
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape, format_type
 
 __all__ = [
@@ -196,7 +196,7 @@ def is_same_static(one: object, other: object) -> bool:
 
 def facts_of(leaf: Any) -> LeafFacts:
     """Returns the facts of a live leaf: a Variable, or a raw array; whether it was donated is not asked."""
-    return LeafFacts(compat.variable_type(leaf), *specs_of(raw_value(leaf)))
+    return LeafFacts(compat.variable_type(leaf), *specs_of(held_value(leaf)))
 
 
 def facts_of_leaf(leaf: Leaf) -> LeafFacts:

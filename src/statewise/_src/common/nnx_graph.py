@@ -18,6 +18,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path, Ways
 from statewise._src.common.problems import Problems
+from statewise._src.common.variable_forms import of_plain_variables, with_references, without_reference_nodes
 from statewise.errors import StructureError
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "ModelError",
     "ModelGraph",
     "arrays_of",
+    "check_plain",
+    "held_value",
     "is_abstract",
     "is_array",
     "is_deleted",
@@ -49,11 +52,8 @@ ONE: Any = jax.tree.structure(0)
 # Objects without parts: None, and those that JAX would warn about before they are rejected as leaves.
 _BARE = (type(None), bool, int, float, complex, str, bytes, Iterator)
 
-# How a model of references becomes a model of plain Variables.
-_TO_PLAIN = (
-    "model = nnx.with_vars(model, hijax=False, ref=False, allow_duplicates=True)  # a copy, of plain Variables\n"
-    "or, for all that is made from then on: nnx.var_defaults(hijax=False, ref=False)"
-)
+# How the array in a reference becomes a leaf.
+_IN_VARIABLE = "self.name = nnx.Variable(reference[...])  # with ref=True if it is to stay a reference"
 
 
 class ModelError(StructureError, TypeError):
@@ -84,7 +84,8 @@ class ModelGraph(NamedTuple):
     """One or several objects, flattened.
 
     Attributes:
-      graphdef: NNX's graph definition; that of a tuple if there are several objects.
+      graphdef: NNX's graph definition; that of a tuple if there are several objects.  Variables that are references
+        are written as they would be with arrays.
       paths: each leaf's first path, prefixed by the object's name, or by its position if there are several.
       leaves: the live Variables, or raw arrays.
       several: whether there are several objects, or one with a name.
@@ -136,7 +137,8 @@ def read_graph(objects: Sequence[Any], names: Sequence[str] = ()) -> ModelGraph:
         _check_object(label, given)
     several = len(objects) > 1 or bool(names)
     try:
-        graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0])
+        # A graph, whatever Flax's default mode is: in tree mode it refuses tied weights.
+        graphdef, flat = nnx.flatten(tuple(objects) if several else objects[0], graph=True)
     except (TypeError, ValueError) as error:
         types = ", ".join(type(given).__name__ for given in objects)
         raise ModelError(
@@ -149,7 +151,10 @@ def read_graph(objects: Sequence[Any], names: Sequence[str] = ()) -> ModelGraph:
             position: Any = path[0] if several else 0
             raise _bare(labels[position], objects[position])
     paths = tuple([named(path, names) for path in flat.paths]) if names else tuple(flat.paths)
-    _check_references(paths, flat.leaves)
+    forms = list(map(compat.reference, flat.leaves))
+    if any(forms):
+        _check_references(graphdef, paths, flat.leaves)
+        graphdef = without_reference_nodes(graphdef)
     return ModelGraph(graphdef, paths, tuple(flat.leaves), several, tuple(names))
 
 
@@ -175,24 +180,51 @@ def _bare(label: int | str, given: object) -> ModelError:
     )
 
 
-def _check_references(paths: Sequence[Path], leaves: Sequence[Any]) -> None:
-    """Checks that no leaf can change without its state: a reference, or a Variable of JAX's own (hijax)."""
-    notes = list(map(compat.reference, leaves))
-    if not any(notes):
-        return
-    problems = Problems(
-        row_of(tuple(path), leaf, note=note) for path, leaf, note in zip(paths, leaves, notes, strict=True) if note
+def _check_references(graphdef: Any, paths: Sequence[Path], leaves: Sequence[Any]) -> None:
+    """Checks that each reference is that of one Variable."""
+    bare = Problems(
+        row_of(tuple(path), leaf, note=compat.reference(leaf))
+        for path, leaf in zip(paths, leaves, strict=True)
+        if not compat.is_variable(leaf) and compat.reference(leaf)
     )
-    problems.raise_as(
-        ModelError,
-        "Variables that are references, or hijax Variables, cannot be planned, filtered or differentiated here.",
-        _TO_PLAIN,
-    )
+    bare.raise_as(ModelError, "A reference outside of a Variable cannot be planned or filtered here.", _IN_VARIABLE)
+    if any(type(getattr(node, "array_refdef", None)).__name__ == "NodeRef" for node in graphdef.nodes):
+        # NNX lists such a leaf once, and does not say which other Variable has its reference.
+        raise ModelError(
+            "Two Variables of the model share one reference, so that they are one leaf in all but their paths.",
+            hint="assign the same Variable to both: self.other = self.weight",
+        )
 
 
-def rebuild(graphdef: Any, values: list[Any], several: bool) -> tuple[Any, ...]:
-    """Returns new objects, from a graph definition and the leaves' values in the order of the flat leaves."""
-    objects = nnx.unflatten(graphdef, values)
+def check_plain(graph: ModelGraph, by: str) -> None:
+    """Checks that all Variables are plain ones, after a function that is being traced; `by` is the function's name."""
+    notes = list(map(compat.reference, graph.leaves))
+    if any(notes):
+        problems = Problems(
+            row_of(path, leaf, note=note)
+            for path, leaf, note in zip(graph.paths, graph.leaves, notes, strict=True)
+            if note
+        )
+        problems.raise_as(
+            ModelError,
+            f"{by} makes Variables that are references, or hijax Variables; where it is traced, all are plain ones.",
+            "leave hijax=True and ref=True out: nnx.Intermediate(value)",
+        )
+
+
+def rebuild(graphdef: Any, values: Sequence[Any], several: bool, *, plain: bool = True) -> tuple[Any, ...]:
+    """Returns new objects, from a graph definition and the leaves' values in the order of the flat leaves.
+
+    Args:
+      graphdef: the graph definition.
+      values: the values.
+      several: whether the graph definition is of a tuple of objects.
+      plain: whether Variables become plain ones, which functions can write in every trace, or keep their forms.
+    """
+    if plain:
+        objects = nnx.unflatten(of_plain_variables(graphdef), list(values))
+    else:
+        objects = nnx.unflatten(graphdef, with_references(graphdef, values))
     return tuple(objects) if several else (objects,)
 
 
@@ -236,9 +268,19 @@ def is_traced(arrays: Iterable[Any]) -> bool:
     return any(isinstance(array, compat.Tracer) for array in arrays)
 
 
-def raw_value(leaf: Any) -> Any:
-    """Returns what a leaf holds, without hooks: a Variable's raw value, a raw array itself."""
+def held_value(leaf: Any) -> Any:
+    """Returns what a leaf holds, without hooks: a Variable's raw value, perhaps a reference; a raw array itself."""
     return leaf.get_raw_value() if compat.is_variable(leaf) else leaf
+
+
+def raw_value(leaf: Any) -> Any:
+    """Returns a leaf's value, without hooks: what a Variable or its reference holds, a raw array itself."""
+    if not compat.is_variable(leaf):
+        return leaf
+    value = leaf.get_raw_value()
+    if type(value) in _jax_arrays or not isinstance(value, jax.Ref):
+        return value
+    return value[...]
 
 
 def arrays_of(value: Any) -> tuple[list[Any], Any]:
@@ -279,7 +321,7 @@ def specs_of(value: Any) -> tuple[tuple[ArraySpec | type, ...], Any]:
 
 def row_of(path: Path, leaf: Any, kind: str | None = None, note: str = "") -> Leaf:
     """Describes a leaf, which may hold anything, for a table or an error."""
-    arrays, structure = arrays_of(raw_value(leaf))
+    arrays, structure = arrays_of(held_value(leaf))  # a reference has a shape and a dtype too
     specs = [spec for spec in map(spec_of, arrays) if spec is not None]
     return make_leaf(path, compat.variable_type(leaf), specs, structure is ONE, kind, note=note)
 

@@ -23,6 +23,7 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array, raw_value, row_of
 from statewise._src.common.paths import Path, format_path, plain_key
 from statewise._src.common.problems import Problems
+from statewise._src.common.variable_forms import store
 from statewise.errors import StructureError
 
 __all__ = ["Objects", "put_values"]
@@ -267,7 +268,7 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
 def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
     for leaf, value in variables:
         if raw_value(leaf) is not value:
-            leaf.set_raw_value(value)
+            store(leaf, value)
 
 
 def _undo_container(node: Any) -> Callable[[], None]:

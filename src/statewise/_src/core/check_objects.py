@@ -109,7 +109,7 @@ def plain_attributes(obj: Any) -> dict[Path, Any]:
     # Private attributes may be caches of a module, which change without a change of its mode.
     return {
         (*path, name): value
-        for path, module in nnx.iter_modules(obj)
+        for path, module in nnx.iter_modules(obj, graph=True)
         for name, value in vars(module).items()
         if isinstance(value, _PLAIN) and not name.startswith("_")
     }

@@ -90,7 +90,9 @@ def init(plan: PlanTables, make_model: object, mesh: Any) -> StateData:
 
     # Traced, not run: XLA then initializes each shard on its own device.
     def initial_state() -> StateData:
-        objects = make_model()
+        # Plain Variables, whatever the default: hijax ones and references are not made alike in every trace.
+        with nnx.var_defaults(hijax=False, ref=False):
+            objects = make_model()
         if plan.names and isinstance(objects, dict):
             objects = in_order(plan.names, (), objects, "take")
         else:
@@ -214,7 +216,7 @@ def put(plan: PlanTables, state: object, objects: Sequence[object], *, copy: boo
 
 def build(plan: PlanTables, state: object, *, copy: bool) -> Any:
     """Implements `Plan.build`."""
-    objects = rebuild(plan.graphdef, _values_of(plan, state, "build", copy), plan.several)
+    objects = rebuild(plan.graphdef, _values_of(plan, state, "build", copy), plan.several, plain=False)
     return objects if plan.object_count > 1 else objects[0]
 
 

@@ -81,6 +81,8 @@ def packed_for(plan: PlanTables, kind: str, given: Any, part: Sequence[Any]) -> 
         # Not the structure of the view, but each leaf may be there: `nnx.state(model, ...)`, for one.
         keyed = {_plain(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(_unwrapped(given))[0]}
         leaves = [keyed.pop(path, None) for path, _ in paths]
+    else:
+        leaves = list(map(raw_value, leaves))  # a hijax Variable is a leaf of its own
     arrays: list[Any] = [None] * len(infos)
     problems = Problems()
     for (_, position), array in zip(paths, leaves, strict=True):

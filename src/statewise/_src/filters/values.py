@@ -78,7 +78,7 @@ def row(path: paths.Path, leaf: Any) -> paths.Leaf:
     if isinstance(path, paths.Ways):
         path = (path.printed or path.relative)[0]
     variable = isinstance(leaf, nnx.Variable)
-    value = leaf.get_raw_value() if variable else leaf
+    value = leaf.get_raw_value() if variable else leaf  # a reference has a shape and a dtype too
     cls = leaf.var_type if variable else jax.Array if isinstance(leaf, jax.Array) else type(leaf)
     # A dict or a module has no shape; a tracer-like object may have one that is not a tuple.
     shape = value.shape if isinstance(getattr(value, "shape", None), tuple) else None

@@ -21,12 +21,12 @@ from statewise._src.common.nnx_graph import (
     numbered,
     raw_value,
     read_graph,
-    rebuild,
     row_of,
     specs_of,
 )
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems
+from statewise._src.common.variable_forms import hijax_brought_back, hijax_set_aside
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.match import claim
 from statewise.errors import StructureError
@@ -143,7 +143,10 @@ def _drop_shared(
     if not paths:
         return graph, claims, ()
     dropped = _leaves_at(graph, claims, [number for number, path in enumerate(graph.paths) if path in paths])
-    copies = rebuild(graph.graphdef, [raw_value(leaf) for leaf in graph.leaves], graph.several)
+    values = [raw_value(leaf) for leaf in graph.leaves]
+    # `nnx.pop` does not know hijax Variables; those of `ref=True` hold arrays in the copies.
+    objects = nnx.unflatten(hijax_set_aside(graph.graphdef), values)
+    copies = tuple(objects) if graph.several else (objects,)
     while paths:  # `nnx.pop` removes one path of a leaf; if others reach it, it reappears at the next of them
         sown = frozenset(numbered(path, graph.names) for path in paths)
         nnx.pop(copies if graph.several else copies[0], lambda path, _, sown=sown: tuple(path) in sown)
@@ -151,7 +154,7 @@ def _drop_shared(
         # The paths that kinds spell were checked before: a kind may have claimed nothing but sown leaves.
         claims = claim(kinds, graph, check_paths=False)
         paths = _sown(kinds, graph, claims, copies)
-    return graph, claims, dropped
+    return graph._replace(graphdef=hijax_brought_back(graph.graphdef)), claims, dropped
 
 
 def _sown(
@@ -162,5 +165,5 @@ def _sown(
     if not paths:
         return frozenset()
     root: Any = tuple(objects) if graph.several else objects[0]
-    modules = {named(tuple(path), graph.names) for path, _ in nnx.iter_modules(root)}
+    modules = {named(tuple(path), graph.names) for path, _ in nnx.iter_modules(root, graph=True)}
     return frozenset(path for path in paths if path[:-1] in modules)

@@ -157,7 +157,16 @@ def _capturing(
     """Wraps a call so that it also appends what the module sows to `sown`."""
 
     def captured() -> Any:
-        out, *states = nnx.capture(lambda _: run(), *types)(module)
+        # `nnx.capture` walks over the module in the mode that is set, and in tree mode refuses shared ones.  What the
+        # function calls is left in its own mode.
+        mode = nnx.set_graph_mode.current_value()
+
+        def in_own_mode(_: nnx.Module) -> Any:
+            with nnx.set_graph_mode(mode):
+                return run()
+
+        with nnx.set_graph_mode(True):
+            out, *states = nnx.capture(in_own_mode, *types)(module)
         sown.extend((position, state) for state in states)
         return out
 

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.compat import jaxprs
-from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of
+from statewise._src.common.nnx_graph import arrays_of, held_value, is_array, row_of
 from statewise._src.common.paths import Leaf, plain_key
 from statewise._src.step.arguments import Bound
 
@@ -199,14 +200,14 @@ def parts_of(obj: Any) -> Iterator[Any]:
     if isinstance(obj, nnx.State):
         yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     else:
-        yield from (value for _, value in nnx.iter_graph(obj))
+        yield from (value for _, value in nnx.iter_graph(obj, graph=True))
 
 
 def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
     """Returns the leaves of an NNX object, each with its arrays."""
     leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
     return [
-        (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(raw_value(leaf))[0])
+        (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(held_value(leaf))[0])
         for keys, leaf in leaves
         if isinstance(leaf, nnx.Variable) or is_array(leaf)
     ]

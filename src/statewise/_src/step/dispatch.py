@@ -320,7 +320,7 @@ def _leaf_key(leaf: object) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # an array of keys has no weak_type
     type_ = _type_of(leaf)
-    # Not an array: JAX raises a clear error when it traces it, and `check_foreign_objects` rejects hijax Variables.
+    # Not an array: JAX raises a clear error when it traces it, and `plain_arguments` replaces hijax Variables.
     if isinstance(type_, type) or not hasattr(type_, "shape"):
         return type_
     return type_.shape, type_.dtype, getattr(type_, "weak_type", False)

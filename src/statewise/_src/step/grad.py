@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     ModelGraph,
     arrays_of,
+    check_plain,
     is_object,
     raw_value,
     read_graph,
@@ -103,9 +105,12 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
             ]
             objects = rebuild(graph.graphdef, values, graph.several)
             own_args, own_kwargs = arguments(objects[1:])
-            out = fn(objects[0], *own_args, **own_kwargs)
+            with nnx.var_defaults(hijax=False, ref=False):  # others cannot be written, or returned, in every trace
+                out = fn(objects[0], *own_args, **own_kwargs)
             loss, aux = _loss_of(out, has_aux)
-            changed, new = _changes(graph, values, read_graph(objects))
+            after = read_graph(objects)
+            check_plain(after, getattr(fn, "__name__", type(fn).__name__))
+            changed, new = _changes(graph, values, after)
             # Paths cannot leave a trace, and do not sort as keys of a dict may have to: only the Variables are outputs.
             new_paths[:] = new
             return loss, (aux, changed, list(new.values()))
@@ -245,7 +250,10 @@ def _gradients(graph: ModelGraph, chosen: Sequence[bool], flat: Sequence[Any], g
     of_chosen = itertools.compress(zip(graph.paths, graph.leaves, flat, strict=True), chosen)
     for (path, leaf, (_, structure)), arrays in zip(of_chosen, grads, strict=True):
         value = value_of(arrays, structure)
-        leaves.append((graph.relative(path), leaf.replace(value) if isinstance(leaf, nnx.Variable) else value))
+        if compat.is_variable(leaf):
+            # As `nnx.grad` has it: never a reference, and with the metadata that `jax.tree.map` compares.
+            value = leaf.var_type.from_metadata(value, leaf.get_metadata())
+        leaves.append((graph.relative(path), value))
     if not leaves[0][0]:
         return leaves[0][1]  # the model is one Variable, and so is its gradient
     return nnx.from_flat_state(leaves)

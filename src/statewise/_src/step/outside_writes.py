@@ -156,7 +156,7 @@ def _brought_and_written(
     used: Brought, part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool
 ) -> StructureError:
     obj = used.obj
-    paths = [] if isinstance(obj, nnx.State) else list(nnx.iter_graph(obj))
+    paths = [] if isinstance(obj, nnx.State) else list(nnx.iter_graph(obj, graph=True))
     path = next((path for path, other in paths if other is part), ())
     leaves = [row_of((used.name, *path), part, note="written")] if isinstance(part, nnx.Variable) else []
     instead = instead_of(used, objects, fn)

@@ -16,11 +16,11 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import arrays_of, is_array, is_object, raw_value, row_of, spec_of
+from statewise._src.common.nnx_graph import arrays_of, held_value, is_array, is_object, row_of, spec_of
 from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise.errors import StructureError
 
-__all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "holds_leaves"]
+__all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "holds_leaves", "plain_arguments"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Passed:
             self._number = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((args, kwargs)))}
         # The leaves of each object by their keys, with what they hold, and as data: all of it from before the call.
         self._before = [
-            {keys: (leaf, raw_value(leaf), row_of(_path(keys), leaf)) for keys, leaf in _flat(obj).items()}
+            {keys: (leaf, held_value(leaf), row_of(_path(keys), leaf)) for keys, leaf in _flat(obj).items()}
             for _, obj in self._objects
         ]
         # Set by `after`: leaves that were replaced, and those whose arrays the program must decide about.
@@ -105,7 +105,7 @@ class Passed:
                 leaf = now.pop(leaf_keys, None)
                 if id(leaf) in returned:
                     continue
-                old, new = arrays_of(value), None if leaf is None else arrays_of(raw_value(leaf))
+                old, new = arrays_of(value), None if leaf is None else arrays_of(held_value(leaf))
                 note = _difference(old, new)
                 write = write_to(dataclasses.replace(row, note=note))
                 if note != _WRITTEN or new is None:
@@ -142,18 +142,23 @@ def _difference(was: tuple[list[Any], Any], now: tuple[list[Any], Any] | None) -
     return _WRITTEN
 
 
+def plain_arguments(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Returns a step's arguments with plain copies of the hijax Variables in them; None if there are none.
+
+    A step only reads the objects among its arguments, and plain Variables are read alike in every trace.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    if not any(compat.reference(leaf).startswith("hijax") for leaf in leaves):
+        return None
+    plain = [leaf.copy(hijax=False, ref=False) if compat.is_variable(leaf) else leaf for leaf in leaves]
+    own_args, own_kwargs = jax.tree.unflatten(structure, plain)
+    return own_args, own_kwargs
+
+
 def check_foreign_objects(named: Iterator[tuple[str, Any]], step: str) -> None:
-    """Checks that no argument holds an NNX object that JAX cannot flatten: of `pytree=False`, or a hijax Variable."""
+    """Checks that no argument holds an NNX object that JAX cannot flatten: one of `pytree=False`."""
     for name, value in named:
-        argument = name if name.isidentifier() else "argument"
         for leaf in jax.tree.leaves(value):
-            if compat.reference(leaf).startswith("hijax"):
-                raise StructureError(
-                    f"The argument {name} of {step} holds a hijax Variable, which every version of Flax writes "
-                    "differently.",
-                    hint=f"{argument} = nnx.with_vars({argument}, hijax=False, ref=False)"
-                    "  # a copy with plain Variables",
-                )
             if isinstance(leaf, nnx.Pytree):
                 raise StructureError(
                     f"The argument {name} of {step} holds a {type(leaf).__name__}, which is not a pytree: JAX cannot "

@@ -26,6 +26,7 @@ from statewise._src.common.nnx_graph import (
     ArraySpec,
     ModelGraph,
     arrays_of,
+    check_plain,
     raw_value,
     read_graph,
     rebuild,
@@ -35,6 +36,7 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.paths import Leaf, Path, format_dtype, format_shape
 from statewise._src.common.problems import Problems
+from statewise._src.common.variable_forms import store
 from statewise._src.core.plan import Kinds
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.leaf_specs import is_sown
@@ -245,11 +247,13 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
     def call(values: Sequence[Any], x: Any) -> list[Any]:
         (layer,) = rebuild(stack.graph.graphdef, stack.values(values), several=False)
         before = read_graph((layer,))
-        out = fn(layer, x)
+        with nnx.var_defaults(hijax=False, ref=False):
+            out = fn(layer, x)
         check_not_model(out, before.leaves, name)
         leaves, box["out_tree"] = jax.tree.flatten(out)
         check_output(leaves, name)
         after = read_graph((layer,))
+        check_plain(after, name)
         held = [arrays_of(raw_value(leaf)) for leaf in after.leaves]
         box["after"] = _after(before, after, [structure for _, structure in held])
         return [*leaves, *(jnp.asarray(array) for arrays, _ in held for array in arrays)]
@@ -289,7 +293,8 @@ def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -
     def call(values: Sequence[Any], x: Any) -> list[Any]:
         (layer,) = rebuild(stack.graph.graphdef, stack.values(values), several=False)
         passed = box["passed"] = Passed((x,), {})
-        return passed.after(fn(layer, x))
+        with nnx.var_defaults(hijax=False, ref=False):
+            return passed.after(fn(layer, x))
 
     with jax.disable_jit(False):
         closed = jax.make_jaxpr(call)(stack.layer_arrays(), x)
@@ -341,7 +346,7 @@ def _write(stack: _Stack, layer: _Layer, arrays: Sequence[Any]) -> None:
         leaf = stack.graph.leaves[origin]
         changed = structure != stack.structures[origin] or any(slot.after is not None for slot, _ in own)
         if changed and isinstance(leaf, nnx.Variable):
-            leaf.set_raw_value(value)
+            store(leaf, value)
         elif changed:
             grafted.append(path)
         values.append(leaf if isinstance(leaf, nnx.Variable) else value)

@@ -31,6 +31,7 @@ from statewise._src.step.arguments import Args, Arguments, Kwargs
 from statewise._src.step.definition import ContractOf, Definition
 from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
 from statewise._src.step.function import called_as, check_function, kind_names, named_like
+from statewise._src.step.passed_objects import plain_arguments
 from statewise.errors import StructureError
 
 __all__ = ["Step", "definition_of"]
@@ -138,6 +139,7 @@ class Step(Generic[P, R_co]):
             raise no_state(self._definition.name, state)
         if state.tables.ensemble is not None:
             raise self._not_mapped(state, args, "jax.jit({}).lower(state{})")
+        args, kwargs = plain_arguments(args, kwargs) or (args, kwargs)
         with self._lock, explained(self._definition.name, state, args, kwargs):
             entry = self._entry(state, args, kwargs)
             with entry.tracing():
@@ -176,6 +178,9 @@ class Step(Generic[P, R_co]):
 
     def _call_new(self, state: State, args: Args, kwargs: Kwargs) -> Any:
         """Calls the step with a signature that may be new: traces, checks and compiles if it is."""
+        plain = plain_arguments(args, kwargs)
+        if plain is not None:
+            return self(state, *plain[0], **plain[1])
         if compat.jit_is_disabled():
             with explained(self._definition.name, state, args, kwargs):
                 return self._call_eagerly(state, args, kwargs)

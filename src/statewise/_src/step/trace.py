@@ -23,6 +23,7 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     arrays_of,
+    check_plain,
     is_object,
     raw_value,
     read_graph,
@@ -175,8 +176,8 @@ class Call:
         objects = rebuild(plan.graphdef, values, plan.several)
         before = read_graph(objects, plan.names)
         try:
-            # If hijax Variables are the default, sown values would be hijax too, and `nnx.capture` does not recognize
-            # them.
+            # What the function makes is plain too, whatever the default: `nnx.capture` does not recognize hijax
+            # Variables, and no version of Flax can write them in every trace.
             with nnx.var_defaults(hijax=False, ref=False):
                 out, sown = self.capture.call(self.fn, objects, args, kwargs)
         except TraceContextError as error:
@@ -187,6 +188,7 @@ class Call:
             raise outside from error
         check_not_model(out, before.leaves, self.name)
         after = read_graph(objects, plan.names)
+        check_plain(after, self.name)
         live = dict(zip(after.paths, after.leaves, strict=True))
         replaced = assigned(plan, objects, before.leaves, live, self.capture, self.name)
         captured = self.capture.collect(plan, live, replaced, out, sown)
@@ -269,7 +271,8 @@ def evaluating(fn: Callable[..., Any], objects: int) -> Callable[..., Any]:
     def evaluated(*args: Any, **kwargs: Any) -> Any:
         for planned in args[:objects]:
             if isinstance(planned, nnx.Module):
-                planned.eval()
+                with nnx.set_graph_mode(True):  # in tree mode Flax refuses tied weights here too
+                    planned.eval()
         return fn(*args, **kwargs)
 
     return evaluated

@@ -17,6 +17,7 @@ from flax import nnx
 from flax.core import meta
 
 from statewise._src.checkpoint.format.keys import dtype_of, prng_of
+from statewise._src.common.nnx_graph import raw_value
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.usable import check_concrete
@@ -133,7 +134,7 @@ def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     if isinstance(tree, meta.AxisMetadata):
         tree = tree.unbox()
     elif isinstance(tree, nnx.Variable):
-        tree = tree.get_raw_value()
+        tree = raw_value(tree)
     if isinstance(tree, (Mapping, nnx.State)):
         for key in tree:
             yield from _walk(tree[key], (*path, key))

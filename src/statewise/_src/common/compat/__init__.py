@@ -79,6 +79,8 @@ def is_variable(leaf: Any) -> bool:
     """Returns whether a leaf is a Variable; NNX's own check is slow, so its answer is cached by type."""
     known = _variables.get(type(leaf))
     if known is None:
+        if isinstance(leaf, Tracer):  # a tracer's type does not say what it stands for: a hijax Variable, or an array
+            return isinstance(leaf, nnx.Variable)
         known = _variables[type(leaf)] = isinstance(leaf, nnx.Variable)
     return known
 

@@ -28,6 +28,7 @@ from statewise._src.step.definition import Definition
 from statewise._src.step.dependence import zero_gradients
 from statewise._src.step.function import called_as
 from statewise._src.step.operands import Operand
+from statewise._src.step.passed_objects import plain_arguments
 from statewise._src.step.shard_map import traced_on_one
 from statewise._src.step.step import Step, definition_of
 from statewise._src.step.step_update import step_updates
@@ -133,6 +134,7 @@ def _no_contract(plan: PlanTables, name: str) -> Contract:
 def _audit(step: Step, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Audit:
     definition = definition_of(step)
     plan, name = state.tables, definition.name
+    args, kwargs = plain_arguments(args, kwargs) or (args, kwargs)
     contract = definition.contract_of(plan, name)
     # As in a first call, except that undeclared writes are allowed: an audit reports them.
     allows_all = dataclasses.replace(contract, allowed=frozenset(plan.kinds))

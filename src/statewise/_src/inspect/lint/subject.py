@@ -298,7 +298,7 @@ class Subject:
     @functools.cached_property
     def nodes(self) -> tuple[tuple[Path, Any], ...]:
         """Returns the modules, optimizers and metrics, each with the first path that reaches it."""
-        nodes = nnx.iter_graph(self.objects if self.graph.several else self.objects[0])
+        nodes = nnx.iter_graph(self.objects if self.graph.several else self.objects[0], graph=True)
         return tuple((named(tuple(path), self.names), node) for path, node in nodes if isinstance(node, nnx.Pytree))
 
     @functools.cached_property

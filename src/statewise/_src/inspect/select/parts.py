@@ -36,6 +36,7 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
+from statewise._src.common.variable_forms import empty_leaves, with_references
 from statewise._src.common.write_values import put_values
 from statewise._src.core.plan import Kinds
 from statewise._src.inspect.select.new_values import fresh_values
@@ -179,15 +180,13 @@ def merge(
         "graphdef, parts = sw.split(model, kinds)  # both of one model",
     )
     # In the order of the graph definition: NNX matches leaves by position.
-    return nnx.unflatten(graphdef, [given[path] for path in known])
+    return nnx.unflatten(graphdef, with_references(graphdef, [given[path] for path in known]))
 
 
 def _types_of_plain(graphdef: nnx.GraphDef[Any]) -> Iterator[tuple[Path, LeafFacts]]:
     """Yields the paths and types in NNX's own graph definition, read from a model made with placeholders as leaves."""
-    # The placeholder is an array, since NNX does not count None as a leaf.
-    _, flat = nnx.flatten(nnx.unflatten(graphdef, [np.zeros(())] * graphdef.num_leaves))
-    for path, leaf in zip(flat.paths, flat.leaves, strict=True):
-        yield tuple(path), LeafFacts(compat.variable_type(leaf), ())
+    for path, leaf in empty_leaves(graphdef):
+        yield path, LeafFacts(compat.variable_type(leaf), ())
 
 
 def _named_parts(parts: Any) -> Iterator[tuple[str, Any]]:
@@ -241,7 +240,7 @@ def _compare(problems: Problems, known: Mapping[Path, LeafFacts], path: Path, le
     if expected is None:
         problems.add(row_of(path, leaf), _why_unexpected(path, known))
         return
-    if compat.reference(leaf):
+    if compat.reference(leaf) and not compat.is_variable(leaf):
         problems.add(_leaf_of(path, expected), f"is a reference in the {found_in}")
         return
     # A raw array may become a Variable of any type.

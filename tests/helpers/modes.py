@@ -1,0 +1,202 @@
+"""Flax's process-wide modes, which the suite can run under: `make test-modes`.
+
+A mode is set as a user sets it, by Flax's own environment variable, or by `nnx.var_defaults` where there is none.  Two
+things are done for the tests, never for Statewise:
+
+- In tree mode and without graph updates, the transforms that a test itself calls (`nnx.jit` as the judge of a step)
+  are those of `nnx.compat`, which mean the same in every mode.
+- Where Flax alone refuses what a test does with it (`nnx.jit` on hijax Variables), the test is skipped with the reason.
+  `REFUSALS` lists these errors, and tests/laws/test_modes.py shows each with Flax alone.  An error that is raised below
+  Statewise's own code is never one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from flax import config, nnx
+
+ROOT = Path(__file__).parents[2]
+VARIABLE = "STATEWISE_TEST_MODE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A mode of Flax.
+
+    Attributes:
+      about: what it is, for the table.
+      environment: Flax's own environment variables.
+      defaults: what `nnx.var_defaults` is called with, where no environment variable does it.
+    """
+
+    about: str
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+
+    @property
+    def exists(self) -> bool:
+        """Returns whether the installed Flax has it."""
+        return all(hasattr(config, name.lower()) for name in self.environment)
+
+
+MODES: dict[str, Mode] = {
+    "graph": Mode("the default: graph mode, with graph updates, and plain Variables"),
+    "tree": Mode("tree mode: `NNX_GRAPH_MODE=false`", {"NNX_GRAPH_MODE": "false"}),
+    "no-updates": Mode("no graph updates: `NNX_GRAPH_UPDATES=false`", {"NNX_GRAPH_UPDATES": "false"}),
+    "hijax": Mode("hijax Variables: `FLAX_HIJAX_VARIABLE=true`", {"FLAX_HIJAX_VARIABLE": "true"}),
+    "ref": Mode("references: `nnx.var_defaults(ref=True)`", defaults={"ref": True}),
+    "sow-noop": Mode(
+        "`sow` does nothing outside of `nnx.capture`: `NNX_SOW_CAPTURE_NOOP=true`", {"NNX_SOW_CAPTURE_NOOP": "true"}
+    ),
+}
+
+
+def current() -> str:
+    """Returns the name of the mode that this process runs in."""
+    return os.environ.get(VARIABLE, "graph")
+
+
+@contextlib.contextmanager
+def classic() -> Iterator[None]:
+    """Runs a block in graph mode, with graph updates and plain Variables: the judge of a step is written for these."""
+    with nnx.set_graph_mode(True), nnx.set_graph_updates(True), nnx.var_defaults(hijax=False, ref=False):
+        yield
+
+
+def start() -> None:
+    """Sets what no environment variable sets, before any test file is imported."""
+    mode = MODES[current()]
+    for name, value in mode.environment.items():
+        assert os.environ.get(name) == value, f"{VARIABLE}={current()} without {name}={value}"
+    if mode.defaults:
+        nnx.var_defaults(**mode.defaults)
+    if current() in ("tree", "no-updates"):
+        for name in dir(nnx.compat):
+            if hasattr(nnx, name) and isinstance(getattr(nnx.compat, name), functools.partial):
+                setattr(nnx, name, _for_tests(getattr(nnx, name), getattr(nnx.compat, name)))
+
+
+def _for_tests(original: Callable[..., Any], pinned: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that is the pinned one for tests, and the original for Statewise and Flax."""
+
+    @functools.wraps(original)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        caller = str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0]
+        return (original if caller in ("statewise", "flax") else pinned)(*args, **kwargs)
+
+    return chosen
+
+
+# --- what Flax itself refuses ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """An error of Flax, or of JAX about Flax's objects, in a mode.
+
+    Attributes:
+      mode: the mode.
+      error: a regular expression for `Type: text`.
+      reason: what is refused.
+      until: the first version of Flax that does it; None if none does yet.
+    """
+
+    mode: str
+    error: str
+    reason: str
+    until: str | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Returns whether the installed Flax still refuses it."""
+        return self.until is None or _numbers(metadata.version("flax")) < _numbers(self.until)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3]]
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("tree", "Tree mode .graph=False. does not support shared references", "tied weights in a call of its own"),
+    Refusal(
+        "hijax",
+        "has no attribute _can_update|Cannot update a non-ref HijaxVariable",
+        "hijax Variables are not written inside nnx.jit",
+    ),
+    Refusal("hijax", "jvp not implemented for 'get_variable'", "nnx.grad of hijax Variables", "0.12.12"),
+    Refusal("hijax", "'aval_property' object is not callable", "hijax Variables as an output of jax.jit", "0.12.12"),
+    Refusal(
+        "hijax",
+        "'aval_property' object has no attribute 'mesh'|must implement `batch`",
+        "nnx.vmap does not make hijax Variables",
+    ),
+    Refusal(
+        "hijax",
+        "different numbers of pytree children",
+        "nnx.Optimizer.update takes no gradients from jax.tree.map of hijax Variables",
+    ),
+    Refusal(
+        "hijax",
+        "argument to new_variable as a JAX value|of type <class 'str'> is not a valid JAX type",
+        "a hijax Variable holds arrays only",
+    ),
+    Refusal("ref", "argument to new_ref as a JAX value", "a reference holds one array, not text, None or a tuple"),
+    Refusal("ref", "mutable array references cannot be returned", "references are not returned from jax.jit"),
+    Refusal(
+        "ref",
+        "differentiate with respect to a Ref-typed argument|Expected cotangent type Ref",
+        "nnx.grad makes no references",
+    ),
+    Refusal(
+        "ref",
+        "of type <class 'jax.ShapeDtypeStruct'> is not a valid JAX type",
+        "nnx.eval_shape of references",
+        "0.12.12",
+    ),
+    Refusal("ref", "only one reference to a mutable array may be passed", "tied references as arguments of jax.jit"),
+    Refusal("ref", "'Ref' object has no attribute", "a reference has no methods of arrays, as is_deleted"),
+)
+
+# Tests of what a mode changes in Flax itself, without an error: by mode, the test's name and what changes.
+CHANGED: dict[str, dict[str, str]] = {
+    "hijax": {"test_filters.py::test_split_pop_and_merge": "nnx.pop does not find hijax Variables"},
+}
+
+
+def changed_by_flax(nodeid: str) -> str:
+    """Returns why a test does not hold in this mode, if it is about what the mode changes; else an empty text."""
+    name = nodeid.partition("[")[0].rpartition("/")[2]
+    reason = CHANGED.get(current(), {}).get(name, "")
+    return reason and f"flax in mode {current()}: {reason}"
+
+
+def refused_by_flax(error: BaseException) -> str:
+    """Returns why a test cannot run in this mode, if Flax alone refuses what it does; else an empty text."""
+    if current() == "graph" or _raised_below_statewise(error):
+        return ""
+    text = f"{type(error).__name__}: {error}"
+    for refusal in REFUSALS:
+        if current() == refusal.mode and refusal.stands and re.search(refusal.error, text):
+            return f"flax in mode {current()}: {refusal.reason}"
+    return ""
+
+
+def _raised_below_statewise(error: BaseException) -> bool:
+    """Returns whether the last frame that belongs to this repository is one of Statewise's."""
+    ours, trace = False, error.__traceback__
+    while trace is not None:
+        file = Path(trace.tb_frame.f_code.co_filename)
+        if file.is_relative_to(ROOT):
+            ours = not file.is_relative_to(ROOT / "tests")
+        trace = trace.tb_next
+    return ours

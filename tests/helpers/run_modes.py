@@ -1,0 +1,217 @@
+"""Runs the suite under each of Flax's modes, on each interpreter that is given, and writes the table of results.
+
+`make test-modes` calls it with the newest and the oldest environment.  Each run is a pytest process of its own, with
+Flax's environment variables set (tests/helpers/modes.py).  The table is printed, and with `--write` put into
+docs/compatibility.md between its markers, together with why tests were skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from modes import MODES, ROOT, VARIABLE
+
+PAGE = ROOT / "docs" / "compatibility.md"
+BEGIN, END = "<!-- modes: written by `make test-modes` -->", "<!-- modes: end -->"
+
+# What can depend on a mode: the equivalence with Flax, filters, plans, states, steps, inspection and checkpoints.
+PARTS = ("common", "filters", "plan", "core", "step", "equivalence", "laws", "inspect", "sharding", "checkpoint")
+# What `.ci/run` runs of them: what fits into the time of CI, every verb in it.
+ROUNDTRIP = "checkpoint/test_roundtrip.py::test_"
+TRAINING = "equivalence/test_models.py::test_training_gives_the_numbers_of_nnx_jit_and_nnx_optimizer"
+FIXED = (
+    "laws/test_modes.py",
+    "filters/test_filters.py",
+    "plan/test_intern.py",
+    "plan/test_leaf_specs.py",
+    "core/test_model_io.py",
+    "step/test_step.py",
+    f"{TRAINING}[batchnorm_dropout]",
+    f"{TRAINING}[tied_embedding]",
+    f"{ROUNDTRIP}a_state_with_its_optimizer_comes_back",
+    f"{ROUNDTRIP}every_dtype_comes_back",
+    f"{ROUNDTRIP}several_objects_come_back",
+    f"{ROUNDTRIP}tied_leaves_stay_tied",
+    f"{ROUNDTRIP}an_ephemeral_kind_is_not_saved_and_starts_anew",
+)
+LEFT_OUT = "not slow and not heavy and not docs and not processes and not browser"
+
+# Asked of each interpreter: the versions, and which modes its Flax has.
+QUESTION = """
+import json, platform, sys
+sys.path.insert(0, sys.argv[1])
+import modes
+from importlib.metadata import version
+print(json.dumps({
+    "name": f"flax {version('flax')}, jax {version('jax')}, Python {platform.python_version()}",
+    "modes": [name for name, mode in modes.MODES.items() if mode.exists],
+}))
+"""
+
+
+# `statewise demo` with the defaults of a mode that has no environment variable.
+DEMO = """
+import json, sys
+from flax import nnx
+from statewise.cli import main
+defaults = json.loads(sys.argv[1])
+if defaults:
+    nnx.var_defaults(**defaults)
+sys.exit(main(["demo"]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one run gave: how many tests passed, failed, and were skipped, by reason."""
+
+    passed: int
+    failed: int
+    skipped: Mapping[str, int]
+    seconds: float
+    demo: bool | None = None
+
+    def __str__(self) -> str:
+        failed = f", **{self.failed} failed**" if self.failed else ""
+        demo = {None: "", True: "; the demo passes", False: "; **the demo fails**"}[self.demo]
+        return f"{self.passed} passed, {sum(self.skipped.values())} skipped{failed}{demo}"
+
+
+def asked(python: str) -> dict[str, Any]:
+    """Returns what an interpreter has: its name for the table, and the modes."""
+    helpers = str(Path(__file__).parent)
+    out = subprocess.run([python, "-c", QUESTION, helpers], check=True, capture_output=True, text=True).stdout
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return answer
+
+
+def demo(python: str, mode: str) -> bool:
+    """Runs `statewise demo` under one mode; returns whether every promise that it checks holds."""
+    environment = {**os.environ, **MODES[mode].environment, "JAX_PLATFORMS": "cpu"}
+    command = [python, "-c", DEMO, json.dumps(dict(MODES[mode].defaults))]
+    with tempfile.TemporaryDirectory() as folder:  # it writes its checkpoints where it runs
+        process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        print(f"--- the demo, {mode}, {python}\n{process.stdout[-3000:]}{process.stderr[-3000:]}", flush=True)
+    return process.returncode == 0
+
+
+def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: bool) -> Result:
+    """Runs test files under one mode in a process of its own, and the demo in another."""
+    started = time.monotonic()
+    environment = {**os.environ, **MODES[mode].environment, VARIABLE: mode}
+    with tempfile.TemporaryDirectory() as folder:
+        xml = Path(folder) / "results.xml"
+        command = [python, "-m", "pytest", "-q", "-m", LEFT_OUT, f"--junitxml={xml}", "-o", "junit_logging=no"]
+        command += ["--hypothesis-profile=quick", "-p", "no:cacheprovider"]
+        command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
+        process = subprocess.run(
+            [*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if not xml.exists():
+            raise SystemExit(f"{' '.join(command)} wrote no results:\n{process.stdout[-4000:]}{process.stderr[-4000:]}")
+        result = read(xml, time.monotonic() - started)
+    if process.returncode or result.failed:
+        print(f"--- {mode}, {python}\n{process.stdout[-20000:]}", flush=True)
+    if process.returncode and not result.failed:  # an error outside of any test
+        result = dataclasses.replace(result, failed=1)
+    return dataclasses.replace(result, demo=demo(python, mode)) if with_demo else result
+
+
+def read(xml: Path, seconds: float) -> Result:
+    """Reads pytest's results."""
+    passed = failed = 0
+    skipped: collections.Counter[str] = collections.Counter()
+    for case in ET.parse(xml).getroot().iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed += 1
+        elif skip is not None:
+            skipped[skip.get("message", "")] += 1
+        else:
+            passed += 1
+    return Result(passed, failed, dict(skipped), seconds)
+
+
+def table(names: Sequence[str], results: Mapping[tuple[str, str], Result | None], files: Sequence[str]) -> str:
+    """Returns the table of modes by versions, and below it why tests were skipped, as Markdown."""
+    lines = ["| mode | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for mode, each in MODES.items():
+        cells = [str(results[mode, name] or "this Flax does not have it") for name in names]
+        lines.append(f"| {each.about} | " + " | ".join(cells) + " |")
+    lines += ["", "What ran: " + ", ".join(f"`{file}`" for file in files) + ".", ""]
+    reasons: dict[str, list[str]] = {}
+    for (mode, name), result in results.items():
+        for reason, count in sorted((result.skipped if result else {}).items()):
+            reasons.setdefault(reason, []).append(f"{count} in mode {mode} on {name.partition(',')[0]}")
+    lines += ["Why tests were skipped:", ""]
+    lines += [f"- {_escaped(reason)}: {'; '.join(counts)}." for reason, counts in reasons.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(reason: str) -> str:
+    return re.sub(r"\s+", " ", reason).replace("|", "\\|").replace("<", "&lt;")
+
+
+def write(text: str, page: Path = PAGE) -> None:
+    """Puts the table between the page's markers."""
+    content = page.read_text(encoding="utf-8")
+    before, _, rest = content.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{page} has no markers: {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs everything; returns 1 if a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--python", action="append", required=True, help="an interpreter with the test extras")
+    parser.add_argument("--mode", action="append", choices=tuple(MODES), help="a mode; all of them without it")
+    parser.add_argument("--fixed", action="store_true", help="the small part that CI runs")
+    parser.add_argument("--demo", action="store_true", help="also run the demo under each mode")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    parser.add_argument("--workers", type=int, default=1, help="of pytest-xdist, in each run")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/compatibility.md")
+    parser.add_argument("files", nargs="*", help="test files or directories; the parts that depend on modes without it")
+    given = parser.parse_args(arguments)
+    files = given.files or [f"tests/{file}" for file in (FIXED if given.fixed else PARTS)]
+    # By the versions: where there is one Python only, both ends are the same.
+    answers = {answer["name"]: (python, answer) for python in given.python for answer in [asked(python)]}
+    results: dict[tuple[str, str], Result | None] = {}
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        runs = {}
+        for mode in given.mode or MODES:
+            for name, (python, answer) in answers.items():
+                results[mode, name] = None
+                if mode in answer["modes"]:
+                    runs[pool.submit(run, python, mode, files, given.workers, given.demo)] = (mode, name)
+        for done in concurrent.futures.as_completed(runs):
+            results[runs[done]] = result = done.result()
+            print(f"{' on '.join(runs[done])}: {result} in {result.seconds:.0f} s", flush=True)
+    if not given.mode:
+        text = table(list(answers), results, files)
+        print(text)
+        if given.write:
+            write(text)
+    return int(any(result is not None and (result.failed or result.demo is False) for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

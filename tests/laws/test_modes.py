@@ -1,0 +1,301 @@
+"""Flax's process-wide modes change nothing: the same model, plan and step give the same numbers under each of them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import modes
+import run_modes
+import statewise as sw
+
+SOURCE = Path(__file__).parents[2] / "src" / "statewise"
+X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "tree": lambda: nnx.set_graph_mode(False),
+    "no-updates": lambda: nnx.set_graph_updates(False),
+    "hijax": lambda: nnx.var_defaults(hijax=True),
+    "ref": lambda: nnx.var_defaults(ref=True),
+    "hijax and ref": lambda: nnx.var_defaults(hijax=True, ref=True),
+}
+
+
+class Net(nnx.Module):
+    """Several kinds of state, a module that two paths reach, and a tied weight."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.inner = nnx.Linear(3, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+        self.again = self.inner
+        self.out = nnx.Param(jnp.ones((3, 3)))
+        self.tied = self.out
+        self.calls = nnx.Variable(jnp.array(0))
+
+    def __call__(self, x: Any) -> Any:
+        self.calls[...] += 1
+        x = self.again(self.dropout(self.norm(self.inner(x))))
+        return x @ self.out[...] @ self.tied[...]
+
+
+def loss_of(model: Any, x: Any) -> Any:
+    return (model(x) ** 2).mean()
+
+
+def sowing_loss_of(model: Any, x: Any) -> Any:
+    out = model(x)
+    model.sow(nnx.Intermediate, "out", out)
+    return (out**2).mean()
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Calls every verb on a new model; returns what came out as plain data."""
+    model = Net()
+    kinds = sw.Kinds.standard()
+    plan = kinds.plan(model, optimizers={"params": optax.adam(0.1)})
+    state = plan.take(model)
+    step = sw.train_step(sowing_loss_of, writes=("stats", "rng", "variables"), capture="intermediates")
+    losses, sown = [], []
+    for _ in range(3):
+        state, (loss, captured) = step(state, X)
+        losses.append(np.asarray(loss))
+        sown.append(np.asarray(captured["out"][0]))
+    sw.save(folder / "state", state)
+    restored, _ = sw.restore(folder / "state", plan.abstract())
+    plan.put(restored, model)
+    built = plan.build(state)
+    assert built.tied is built.out
+    assert built.again is built.inner
+    graphdef, parts = sw.split(model, kinds)
+    merged = sw.merge(graphdef, parts)
+    assert merged.tied is merged.out
+    model.eval(graph=True)
+    grads = sw.grad(loss_of, wrt=nnx.Param)(model, X)
+    with sw.watch(model) as watch:
+        model(X)
+    sw.update(model, {"calls": 40})
+    return {
+        "losses": losses,
+        "sown": sown,
+        "state": arrays(dict(restored)),
+        "grads": arrays(grads),
+        "built": np.asarray(built.out[...]),
+        "merged": np.asarray(merged.inner.kernel[...]),
+        "calls": int(model.calls[...]),
+        "changed": {kind: [leaf.path for leaf in leaves] for kind, leaves in watch.changed.items()},
+        "counts": sw.count(model, nnx.Param, sw.Exactly(nnx.Variable), nnx.RngState),
+        "plan": str(plan),
+        "aliases": [leaf.aliases for leaf in plan.leaves],
+        "census": str(sw.census(model)),
+        "lint": list(map(str, sw.lint(model))),
+        "audit": str(sw.audit(loss_of, model, X)),
+        "diff": str(sw.diff(model, built)),
+    }
+
+
+def arrays(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    values = {keys: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for keys, leaf in leaves}
+    return {
+        jax.tree_util.keystr(keys): np.asarray(
+            jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+        )
+        for keys, value in values.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with modes.classic():
+        return everything(tmp_path_factory.mktemp("classic"))
+
+
+@pytest.mark.parametrize("mode", CONTEXTS)
+def test_every_verb_gives_the_same_under_each_mode(mode: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    with CONTEXTS[mode]():
+        results = everything(tmp_path)
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        flat, structure = jax.tree.flatten(result)
+        wanted, of_wanted = jax.tree.flatten(expected[name])
+        assert structure == of_wanted, name
+        for ours, theirs in zip(flat, wanted, strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_a_step_gives_the_numbers_of_flax_whatever_the_mode() -> None:
+    """`nnx.jit` cannot write hijax Variables, so the judge runs in graph mode with plain ones."""
+    with modes.classic():
+        model = Net()
+        optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+
+        @nnx.jit
+        def by_flax(model: Any, optimizer: Any, x: Any) -> Any:
+            loss, grads = nnx.value_and_grad(loss_of)(model, x)
+            optimizer.update(model, grads)
+            return loss
+
+        expected = [float(by_flax(model, optimizer, X)) for _ in range(3)]
+    for mode, context in CONTEXTS.items():
+        with context():
+            net = Net()
+            state = sw.plan(net, optimizers={"params": optax.adam(0.1)}).take(net)
+            step = sw.train_step(loss_of, writes=("stats", "rng", "variables"))
+            losses = []
+            for _ in range(3):
+                state, loss = step(state, X)
+                losses.append(float(loss))
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=mode)
+
+
+def test_flax_is_asked_for_a_graph_wherever_it_lets_us() -> None:
+    """A call of ours that leaves `graph=` out would change with the switch."""
+    missing = []
+    for file in sorted([*SOURCE.glob("_src/**/*.py"), *SOURCE.glob("cli/**/*.py")]):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if not isinstance(node.func.value, ast.Name) or node.func.value.id != "nnx":
+                continue
+            function = getattr(nnx, node.func.attr)
+            if inspect.isclass(function) or "graph" not in inspect.signature(function).parameters:
+                continue
+            if "graph" not in {keyword.arg for keyword in node.keywords}:
+                missing.append(f"{file.relative_to(SOURCE)}:{node.lineno} nnx.{node.func.attr}")
+    assert not missing
+
+
+# --- the run of the suite under each mode ------------------------------------------------------------------------
+
+
+def test_a_mode_is_set_as_its_name_says() -> None:
+    mode = modes.MODES[modes.current()]
+    assert mode.exists
+    defaults = nnx.var_defaults()
+    assert nnx.set_graph_mode.current_value() == (modes.current() != "tree")
+    assert nnx.set_graph_updates.current_value() == (modes.current() != "no-updates")
+    assert (defaults.hijax, defaults.ref) == (modes.current() == "hijax", modes.current() == "ref")
+
+
+def test_an_error_below_statewise_is_never_taken_for_a_refusal_of_flax(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = modes.Refusal("tree", "ModelError|ValueError: mine", "because")
+    monkeypatch.setattr(modes, "REFUSALS", (refusal,))
+    monkeypatch.setenv(modes.VARIABLE, "tree")
+
+    def caught(function: Callable[[], Any]) -> BaseException:
+        with pytest.raises(Exception) as error:
+            function()
+        return error.value
+
+    def raising(*_: Any) -> Any:
+        raise ValueError("mine")
+
+    assert modes.refused_by_flax(caught(lambda: sw.plan(3))) == ""
+    assert modes.refused_by_flax(caught(raising)) == "flax in mode tree: because"
+    # The user's function under a step of ours: the test's own code is what was refused.
+    state = sw.plan(Net()).take(Net())
+    assert modes.refused_by_flax(caught(lambda: sw.step(raising)(state))) == "flax in mode tree: because"
+    monkeypatch.setenv(modes.VARIABLE, "graph")
+    assert modes.refused_by_flax(caught(raising)) == ""
+
+
+def test_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{run_modes.BEGIN}\nold\n{run_modes.END}\nafter\n", encoding="utf-8")
+    names = ["flax 1, jax 1", "flax 2, jax 2"]
+    results: dict[tuple[str, str], run_modes.Result | None] = {
+        (mode, name): run_modes.Result(5, 0, {"no a|b": 2}, 1.0) for mode in modes.MODES for name in names
+    }
+    results["tree", names[0]] = run_modes.Result(4, 1, {}, 1.0)
+    results["sow-noop", names[0]] = None
+    run_modes.write(run_modes.table(names, results, ["tests/plan"]), page)
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| tree mode: `NNX_GRAPH_MODE=false` | 4 passed, 0 skipped, **1 failed** | 5 passed, 2 skipped |" in text
+    assert "`NNX_SOW_CAPTURE_NOOP=true` | this Flax does not have it | 5 passed, 2 skipped |" in text
+    assert "- no a\\|b: 2 in mode graph on flax 1; 2 in mode graph on flax 2" in text
+    assert "What ran: `tests/plan`." in text
+
+
+def test_every_file_of_the_fixed_part_exists() -> None:
+    folder = Path(__file__).parents[1]
+    assert [
+        file for file in (*run_modes.FIXED, *run_modes.PARTS) if not (folder / file.partition("::")[0]).exists()
+    ] == []
+
+
+# --- what Flax itself refuses: each error of `modes.REFUSALS`, without Statewise -----------------------------------
+
+
+class Small(nnx.Module):
+    def __init__(self) -> None:
+        self.w = nnx.Param(jnp.ones(2))
+        self.n = nnx.Variable(jnp.array(0))
+
+
+def write(model: Any) -> None:
+    model.n[...] += 1
+
+
+def update_with_mapped_gradients() -> None:
+    model = Small()
+    optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+
+
+def tied() -> Any:
+    return nnx.Dict(a=(weight := nnx.Param(jnp.ones(2))), b=weight)
+
+
+SHOWN: dict[str, Callable[[], Any]] = {
+    "tied weights in a call of its own": lambda: nnx.split(tied(), graph=False),
+    "hijax Variables are not written inside nnx.jit": lambda: nnx.jit(write)(Small()),
+    "nnx.grad of hijax Variables": lambda: nnx.grad(lambda model: model.w[...].sum())(Small()),
+    "hijax Variables as an output of jax.jit": lambda: jax.jit(lambda state: state)(nnx.state(Small())),
+    "nnx.vmap does not make hijax Variables": lambda: nnx.vmap(lambda _: Small())(jnp.arange(3)),
+    "nnx.Optimizer.update takes no gradients from jax.tree.map of hijax Variables": update_with_mapped_gradients,
+    "a hijax Variable holds arrays only": lambda: nnx.Variable("text"),
+    "a reference holds one array, not text, None or a tuple": lambda: nnx.Variable((jnp.ones(2), jnp.ones(3))),
+    "references are not returned from jax.jit": lambda: jax.jit(lambda state: state)(nnx.state(Small())),
+    "nnx.grad makes no references": lambda: nnx.grad(lambda model: model.w[...].sum())(Small()),
+    "nnx.eval_shape of references": lambda: nnx.eval_shape(Small),
+    "tied references as arguments of jax.jit": lambda: jax.jit(lambda model: model["a"][...])(tied()),
+    "a reference has no methods of arrays, as is_deleted": lambda: Small().w.is_deleted(),
+}
+
+
+def test_each_refusal_is_shown() -> None:
+    assert SHOWN.keys() == {refusal.reason for refusal in modes.REFUSALS}
+
+
+@pytest.mark.parametrize("refusal", modes.REFUSALS, ids=lambda refusal: refusal.reason)
+def test_flax_alone_refuses(refusal: modes.Refusal) -> None:
+    with modes.classic(), CONTEXTS[refusal.mode]():
+        if not refusal.stands:
+            SHOWN[refusal.reason]()
+            return
+        with pytest.raises(Exception) as error:
+            SHOWN[refusal.reason]()
+    assert re.search(refusal.error, f"{type(error.value).__name__}: {error.value}")
+
+
+def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
+    with nnx.var_defaults(hijax=True):  # `modes.CHANGED`
+        model = Small()
+        assert not nnx.to_flat_state(nnx.pop(model, nnx.Variable))
+        assert hasattr(model, "n")
