@@ -41,6 +41,7 @@ from statewise._src.step.arguments import Args, Kwargs
 from statewise._src.step.capture import Capture
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
+from statewise._src.step.microbatches import Batch
 from statewise._src.step.object_changes import assigned, leaf_of
 from statewise._src.step.outside_writes import written_outside
 from statewise._src.step.passed_objects import Passed, WrittenArgument, holds_leaves
@@ -63,6 +64,8 @@ class Traced:
       lost_writes: the same of each array whose only new value is lost.
       passed: what is written to objects among the arguments.
       eager: what runs instead of the jaxpr, under `jax.disable_jit`.
+      batch: how the step's arguments are split into the parts that the trace was made for; None if they are not.
+      result_tree: the structure of the step's output, if it differs from the function's.
     """
 
     effects: Effects
@@ -74,6 +77,12 @@ class Traced:
     lost_writes: tuple[tuple[str, int], ...] = ()
     passed: tuple[WrittenArgument, ...] = ()
     eager: Callable[[Sequence[Any]], tuple[list[Any], list[Any]]] | None = None
+    batch: Batch | None = None
+    result_tree: Any = None
+
+    def result(self, outputs: Sequence[Any]) -> Any:
+        """Returns the step's output, from its arrays in order."""
+        return jax.tree.unflatten(self.out_tree if self.result_tree is None else self.result_tree, outputs)
 
     def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Returns the outputs and the written arrays, from the values of all inputs (None for those not read)."""
