@@ -33,7 +33,7 @@ class Net(nnx.Module):
 
 @jax.custom_vjp
 def poisoned(x: jax.Array, poison: jax.Array) -> jax.Array:
-    """Is the identity, whose gradient is multiplied by the poison: a loss that is finite, with a gradient that is not."""
+    """Returns x; its gradient is multiplied by the poison, so a loss can be finite where a gradient is not."""
     return x
 
 
