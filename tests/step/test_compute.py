@@ -50,10 +50,9 @@ KINDS = sw.Kinds(
 OPTIMIZERS = {("params", "scales"): optax.adam(1e-2)}
 
 
-def dots(text: str) -> set[str]:
-    """Returns the dtypes of the operands of all products in a lowered program."""
-    products = re.findall(r"stablehlo\.dot_general .* : \(tensor<(?:\d+x)*(\w+)>, tensor<(?:\d+x)*(\w+)>\)", text)
-    return {dtype for pair in products for dtype in pair}
+def products(text: str) -> list[str]:
+    """Returns the lines of a lowered program that multiply matrices: with operand types, and the algorithm if any."""
+    return re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
 
 
 def test_products_are_bfloat16_and_the_state_stays_float32() -> None:
@@ -66,7 +65,12 @@ def test_products_are_bfloat16_and_the_state_stays_float32() -> None:
         seen.append((model.embed.embedding[...].dtype, model.scale[...].dtype))
         return loss_of(model, tokens)
 
-    assert dots(train.lower(state, TOKENS).as_text()) == {"bf16"}
+    lines = products(train.lower(state, TOKENS).as_text())
+    assert len(lines) > 10
+    assert all("bf16" in line for line in lines)
+    plain = sw.plan(model, optimizers={"params": optax.adam(1e-2)}).take(model)
+    assert not all("bf16" in line for line in products(train.lower(plain, TOKENS).as_text()))
+    seen.clear()
     state, _ = train(state, TOKENS)
     assert seen[0] == (jnp.bfloat16, jnp.float32)
     assert {array.dtype.name for array in jax.tree.leaves(state)} <= {"float32", "int32"}
