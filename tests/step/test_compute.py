@@ -70,7 +70,6 @@ def test_products_are_bfloat16_and_the_state_stays_float32() -> None:
     assert all("bf16" in line for line in lines)
     plain = sw.plan(model, optimizers={"params": optax.adam(1e-2)}).take(model)
     assert not all("bf16" in line for line in products(train.lower(plain, TOKENS).as_text()))
-    seen.clear()
     state, _ = train(state, TOKENS)
     assert seen[0] == (jnp.bfloat16, jnp.float32)
     assert {array.dtype.name for array in jax.tree.leaves(state)} <= {"float32", "int32"}

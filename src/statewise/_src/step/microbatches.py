@@ -30,19 +30,19 @@ class Batch(NamedTuple):
     """How the arrays among a step's arguments are split into parts, in their order.
 
     Attributes:
-      count: the number of parts.
+      parts: the number of parts.
       split: which arrays are split; the others are passed whole.
       shardings: the sharding of the stacked parts of an array; None leaves it to XLA.
     """
 
-    count: int
+    parts: int
     split: tuple[bool, ...]
     shardings: tuple[Any, ...]
 
     def stacked(self, leaves: Sequence[Any]) -> list[Any]:
         """Returns the arrays that are split, with the parts along a new first axis."""
         return [
-            _stacked(leaf, self.count, sharding)
+            _stacked(leaf, self.parts, sharding)
             for leaf, is_split, sharding in zip(leaves, self.split, self.shardings, strict=True)
             if is_split
         ]
@@ -85,7 +85,7 @@ def split_arguments(
     keyed, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
     parts, split, shardings, uneven = [], [], [], []
     for keys, leaf in keyed:
-        name, shape = name_of(plain_key(keys[1])), getattr(leaf, "shape", ())
+        name, shape = name_of(plain_key(keys[1])), tuple(getattr(leaf, "shape", ()))
         split.append(bool(shape) and name not in training.whole)
         shardings.append(_sharding(leaf, count) if split[-1] else None)
         if not split[-1]:
@@ -217,7 +217,7 @@ def mean_of_parts(
 
 def _of_same_type(new: Any, old: Any) -> Any:
     """Returns a written array with exactly the type of the one before it, as a loop needs it: not weakly typed."""
-    if not jax.dtypes.issubdtype(old.dtype, jax.dtypes.extended):
+    if not jnp.issubdtype(old.dtype, jax.dtypes.extended):
         new = jax.lax.convert_element_type(new, old.dtype)
     return as_it_came(new, old)
 
