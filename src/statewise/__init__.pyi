@@ -35,6 +35,7 @@ from statewise._src.inspect.select.select import select as select
 from statewise._src.inspect.watch.watch import watch as watch
 from statewise._src.plan.ema import EMA as EMA
 from statewise._src.plan.kind import Kind as Kind
+from statewise._src.plan.overwrite import overwrite_with_gradient as overwrite_with_gradient
 from statewise._src.plan.placements import FromMetadata as FromMetadata
 from statewise._src.plan.placements import PerDevice as PerDevice
 from statewise._src.plan.placements import Replicated as Replicated

@@ -12,6 +12,7 @@ What can be declared, with the part of Statewise that reads it in brackets:
 - `restart` [State.restart]: how a fresh value is made from the current one, a key and the path;
 - `batch_axis` [State.restart]: the axis that holds independent slots;
 - `placement` [sharding]: how its arrays are placed on a mesh;
+- `compute` [steps]: the dtype in which the functions of steps see it;
 - `optional` [matching]: a path in its filter need not exist in the model.
 """
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common.paths import Path
@@ -57,6 +59,9 @@ class Kind:
       placement: how the kind is placed on a mesh: `sw.Replicated()`, `sw.Sharded("data", None)`, `sw.FromMetadata()`,
         `sw.PerDevice("data")`, or a function of (path, shape) that returns one of these.  None replicates; the kind
         `optimizer` then follows the leaves that it updates, and averages (`sw.Kind(sw.EMA)`) the values they track.
+      compute: the floating-point dtype in which the functions of steps see the kind, such as `"bfloat16"`; a step casts
+        floating-point leaves when it reads them, gradients arrive in the state's own dtype, and what a function writes
+        is cast back.  The state, the optimizer and checkpoints keep their dtypes.  None casts nothing.
       optional: a path in the filter (`sw.Path`, `nnx.PathContains`) must exist in the model unless this is True.  A
         filter of types alone may claim nothing.
 
@@ -81,6 +86,7 @@ class Kind:
     restart: Callable[..., Any] | None = None
     batch_axis: int | None = None
     placement: Placement | Callable[[Path, tuple[int, ...]], Placement | None] | None = None
+    compute: Any = None
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -110,6 +116,8 @@ class Kind:
         if self.batch_axis is not None and (isinstance(self.batch_axis, bool) or not isinstance(self.batch_axis, int)):
             raise DeclarationError(f"batch_axis={self.batch_axis!r} is not an axis.", hint="batch_axis=0")
         _check_placement(self.placement)
+        if self.compute is not None:
+            object.__setattr__(self, "compute", _compute_dtype(self.compute))
 
     @property
     def rest(self) -> bool:
@@ -126,9 +134,22 @@ class Kind:
             f"restart={restart}": self.restart is not None,
             f"batch_axis={self.batch_axis}": self.batch_axis is not None,
             f"placement={describe_placement(self.placement)}": self.placement is not None,
+            f"compute={self.compute}": self.compute is not None,
             "optional": self.optional,
         }
         return ", ".join(word for word, applies in words.items() if applies) or "-"
+
+
+def _compute_dtype(given: Any) -> str:
+    """Returns the name of a floating-point dtype."""
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        named = repr(given) if isinstance(given, str) else dtype or type(given).__name__
+        raise DeclarationError(f"compute={named} is not a floating-point dtype.", hint="compute='bfloat16'")
+    return dtype.name
 
 
 def _check_placement(placement: Any) -> None:

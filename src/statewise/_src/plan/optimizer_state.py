@@ -23,6 +23,7 @@ from statewise._src.plan.derived import Companions, Derived, DerivedLayout, chec
 from statewise._src.plan.elementwise import PARAM, Elementwise, prove_elementwise
 from statewise._src.plan.kind import Kind
 from statewise._src.plan.leaf_specs import LeafSpec
+from statewise._src.plan.overwrite import overwrites
 from statewise.errors import DeclarationError
 
 __all__ = ["OPTIMIZER", "OptimizerGroup", "check_optimizers"]
@@ -49,9 +50,14 @@ class OptimizerGroup(Derived):
         """Returns the identity of the transformation that the user passed."""
         return id(self.given)
 
+    @property
+    def overwrites(self) -> bool:
+        """Returns whether gradients replace the leaves that it updates."""
+        return overwrites(self.given)
+
     def proof(self) -> Elementwise | None:
         """Tries to prove that the optimizer is elementwise on the leaves that it updates; returns None if it is not."""
-        return prove_elementwise(self, self.tx)
+        return None if self.overwrites else prove_elementwise(self, self.tx)
 
     def companions(self) -> Companions | None:
         """Returns which moments belong to each parameter; None if the optimizer is not elementwise."""

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.common.nnx_graph import read_graph
+from statewise._src.common.nnx_graph import ONE, make_leaf, read_graph
 from statewise._src.common.object_names import check_name, given
 from statewise._src.plan.averages import check_averages
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, with_kinds
-from statewise._src.plan.leaf_specs import drop_sown, rows_of
+from statewise._src.plan.leaf_specs import LeafSpec, drop_sown, rows_of
 from statewise._src.plan.match import claim
 from statewise._src.plan.optimizer_state import check_optimizers
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
@@ -49,6 +50,7 @@ def resolve_plan(
     if not graph.leaves:
         raise StructureError("There are no leaves but those that an earlier `sow` left.", leaves=sown, hint=_ASSIGN)
     rows = rows_of(graph, claims)
+    _check_compute(kinds, rows)
     groups = check_optimizers(kinds, rows, optimizers or {})
     if groups and OPTIMIZER not in kinds:
         kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
@@ -68,3 +70,18 @@ def _check_keys(option: str, declared: Any, verb: str, example: str) -> None:
     for key in declared or ():
         if not all(isinstance(name, str) for name in (key if isinstance(key, tuple) else (key,))):
             raise DeclarationError(f"{key!r} is not the name of a kind, nor a tuple of names.", hint=hint)
+
+
+def _check_compute(kinds: Mapping[str, Kind], rows: Sequence[LeafSpec]) -> None:
+    """Checks that a kind with a compute dtype has leaves that can be cast to it: its integers and keys are not."""
+    for name, kind in kinds.items():
+        own = [row for row in rows if row.kind == name]
+        if kind.compute is None or not own:
+            continue
+        if not any(jnp.issubdtype(spec.dtype, jnp.floating) for row in own for spec in row.specs):
+            raise DeclarationError(
+                f"The kind {name!r} has compute={kind.compute!r}, and no leaf of floating-point numbers.",
+                leaves=[make_leaf(row.path, row.type, row.specs, row.structure is ONE, name) for row in own],
+                kind=name,
+                hint=f"{name}=dataclasses.replace(kinds[{name!r}], compute=None)",
+            )

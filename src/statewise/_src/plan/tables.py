@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
 from statewise._src.common.nnx_graph import ONE, ArraySpec, is_abstract, make_leaf
 from statewise._src.common.paths import Leaf, Path, format_path
@@ -182,6 +183,18 @@ class PlanTables:
                 info = ArrayInfo(len(arrays), kind, position, slot, buffer, leaf, spec, held, derived, own, axis)
                 arrays.append(info)
         return tuple(arrays)
+
+    @functools.cached_property
+    def compute_dtypes(self) -> dict[int, Any]:
+        """Returns the dtype in which functions see an array, by its number, where that is not its own."""
+        return {
+            array.number: dtype
+            for array in self.arrays
+            if (compute := self.kinds[array.kind].compute) is not None
+            and array.derived is None
+            and jnp.issubdtype(array.spec.dtype, jnp.floating)
+            and (dtype := jnp.dtype(compute)) != array.spec.dtype
+        }
 
     @functools.cached_property
     def by_kind(self) -> dict[str, tuple[ArrayInfo, ...]]:

@@ -87,6 +87,7 @@ class Arguments:
                 hint="jax.device_put the arguments, and leave in_shardings out",
             )
         self.plain = not self.static and not self.donated
+        self.in_parts = False  # whether a step splits them into microbatches
 
     def split(self, args: Args, kwargs: Kwargs, objects: int) -> Split:
         """Takes static and donated arguments out; `objects` is the number of planned objects."""

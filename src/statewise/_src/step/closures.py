@@ -19,7 +19,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise._src.common import compat
 from statewise._src.common.compat import jaxprs
 from statewise._src.common.nnx_graph import arrays_of, held_value, is_array, row_of
 from statewise._src.common.paths import Leaf, plain_key

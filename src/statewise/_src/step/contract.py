@@ -224,20 +224,28 @@ def _owners(plan: PlanTables) -> dict[Path, str]:
     return owners
 
 
-def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) -> None:
-    """Checks that the function of a train step returns a loss: a real scalar, alone or with aux."""
+def check_loss(traced: Traced, contract: Contract, captures: bool, weighted: bool, name: str) -> Any:
+    """Checks that the function of a train step returns a loss: a real scalar, alone, with a weight, or with aux.
+
+    Returns:
+      the structure of the step's output, which does not contain the weight.
+    """
     # With `capture=` the output is (out, captured); the loss is the first leaf either way.
-    tree = traced.out_tree.children()[0] if captures else traced.out_tree
-    if contract.has_aux:
+    tree, *captured = traced.out_tree.children() if captures else (traced.out_tree,)
+    names = ["loss", *["weight"] * weighted, *["aux"] * contract.has_aux]
+    parts, options = [tree], ", ".join(["has_aux=True"] * contract.has_aux + ["weighted=True"] * weighted)
+    if len(names) > 1:
         parts = tree.children()
-        if len(parts) != 2 or tree.node_data() is None or tree.node_data()[0] is not tuple:
+        if len(parts) != len(names) or tree.node_data() is None or tree.node_data()[0] is not tuple:
+            returned = ", ".join(names).replace("aux", "{'logits': logits}").replace("weight", "mask.sum()")
             raise StructureError(
-                f"{name} has has_aux=True, but does not return (loss, aux).", hint="return loss, {'logits': logits}"
+                f"{name} has {options}, but does not return ({', '.join(names)}).", hint=f"return {returned}"
             )
-        tree = parts[0]
-    if tree != jax.tree.structure(0):
-        hint = "@sw.train_step(has_aux=True)" if tree.num_leaves > 1 else "return the loss"
-        raise StructureError(f"{name} returns {tree}, not a loss.", hint=hint)
+    if parts[0] != jax.tree.structure(0):
+        hint = "@sw.train_step(has_aux=True)" if parts[0].num_leaves > 1 else "return the loss"
+        raise StructureError(f"{name} returns {parts[0]}, not a loss.", hint=hint)
+    if weighted:
+        _check_weight(parts[1], traced.effects.jaxpr.outvars, name)
     loss = traced.effects.jaxpr.outvars[0].aval
     if loss.shape != ():
         raise StructureError(
@@ -248,6 +256,27 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, name: str) ->
             "return loss.real" if jnp.issubdtype(loss.dtype, jnp.complexfloating) else "return loss.astype(jnp.float32)"
         )
         raise StructureError(f"The loss of {name} is {loss.dtype}, not a real floating-point number.", hint=hint)
+    result: Any = (0, _filled(parts[-1])) if contract.has_aux else 0
+    return jax.tree.structure((result, _filled(captured[0])) if captures else result)
+
+
+def _filled(tree: Any) -> Any:
+    return jax.tree.unflatten(tree, range(tree.num_leaves))
+
+
+def _check_weight(tree: Any, outputs: Sequence[Any], name: str) -> None:
+    """Checks that the second output of a weighted step is a real scalar."""
+    if tree != jax.tree.structure(0):
+        raise StructureError(f"{name} returns {tree}, not a weight.", hint="return loss, mask.sum()")
+    weight = outputs[1].aval
+    if weight.shape != ():
+        raise StructureError(
+            f"The weight of {name} is not a scalar: its shape is {weight.shape}.", hint="return loss, mask.sum()"
+        )
+    if not any(jnp.issubdtype(weight.dtype, family) for family in (jnp.floating, jnp.integer)):
+        raise StructureError(
+            f"The weight of {name} is {weight.dtype}, not a real number.", hint="return loss, mask.sum()"
+        )
 
 
 def describe_options(**options: object) -> str:

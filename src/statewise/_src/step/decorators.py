@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
 
 from flax import nnx
 
@@ -14,6 +14,7 @@ from statewise._src.step.arguments import JitOptions
 from statewise._src.step.contract import Contract, describe_options, plain_contract, train_contract
 from statewise._src.step.function import check_function, kind_names
 from statewise._src.step.step import Step
+from statewise._src.step.training import NonFinite, Training
 
 __all__ = ["step", "train_step"]
 
@@ -21,6 +22,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # A function of the planned objects.  Its type does not say how many it takes, so only the first is left out of P.
 _Function = Callable[Concatenate[Any, P], R]
+
+
+class TrainOptions(JitOptions, total=False):
+    """The options of a train step that do not change the type of its result, and those of `jax.jit`."""
+
+    microbatches: int
+    whole_argnames: str | Sequence[str]
+    nonfinite: NonFinite
+
+
 Captured = nnx.State[Any, Any] | dict[str, Any]
 
 
@@ -119,7 +130,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: None = None,
-    **jit_options: Unpack[JitOptions],
+    **options: Unpack[TrainOptions],
 ) -> Step[P, tuple[State, R]]: ...
 @overload
 def train_step(
@@ -129,7 +140,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
+    **options: Unpack[TrainOptions],
 ) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
 @overload
 def train_step(
@@ -139,7 +150,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: None = None,
-    **jit_options: Unpack[JitOptions],
+    **options: Unpack[TrainOptions],
 ) -> Callable[[_Function[P, R]], Step[P, tuple[State, R]]]: ...
 @overload
 def train_step(
@@ -149,8 +160,30 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str],
-    **jit_options: Unpack[JitOptions],
+    **options: Unpack[TrainOptions],
 ) -> Callable[[_Function[P, R]], Step[P, tuple[State, tuple[R, Captured]]]]: ...
+@overload
+def train_step(
+    fn: _Function[P, Any],
+    *,
+    wrt: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | None = None,
+    has_aux: bool = False,
+    capture: str | Sequence[str] | None = None,
+    weighted: Literal[True],
+    **options: Unpack[TrainOptions],
+) -> Step[P, tuple[State, Any]]: ...
+@overload
+def train_step(
+    fn: None = None,
+    *,
+    wrt: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | None = None,
+    has_aux: bool = False,
+    capture: str | Sequence[str] | None = None,
+    weighted: Literal[True],
+    **options: Unpack[TrainOptions],
+) -> Callable[[_Function[P, Any]], Step[P, tuple[State, Any]]]: ...
 def train_step(
     fn: Callable[..., Any] | None = None,
     *,
@@ -158,6 +191,10 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str] | None = None,
+    microbatches: int = 1,
+    weighted: bool = False,
+    whole_argnames: str | Sequence[str] = (),
+    nonfinite: NonFinite = "write",
     **jit_options: Unpack[JitOptions],
 ) -> Any:
     """Makes a loss function of the planned objects into a compiled training step on a state.
@@ -170,6 +207,18 @@ def train_step(
       has_aux: whether the function returns `(loss, aux)`.
       capture: the kinds of new leaves to return, sown (`self.sow`) or assigned (`self.loss = Loss(...)`); the output is
         then `(out, captured)`.
+      microbatches: the number of equal parts that the first axis of every array argument is split into.  The function
+        runs on one part after another, so that the backward pass needs memory for one.  Gradients are averaged in
+        float32 at least, what the function writes is carried from part to part, and the optimizers run once.  The loss
+        is the mean over the parts; aux, and what is captured, get a first axis for the parts.  Arguments without axes
+        are passed whole.
+      weighted: whether the function returns `(loss, weight)`, or `(loss, weight, aux)`: then loss and gradients are
+        means with these weights, such as the number of tokens in each part.  A weight is a real scalar.  If one is
+        negative, or they sum to zero, nothing changes, and the loss is `nan`.
+      whole_argnames: the arguments that are passed whole to every part.
+      nonfinite: `"skip"` leaves everything but random streams as it was where the loss or a gradient is not finite, or
+        where the function writes a number that is not finite over one that is.  The loss that is returned is then not
+        finite either.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
     Returns:
@@ -201,12 +250,28 @@ def train_step(
         None if names is None else kind_names(names, option, "train_step")
         for option, names in (("wrt", wrt), ("writes", writes))
     )
+    own: dict[str, Any] = {
+        "microbatches": microbatches,
+        "weighted": weighted,
+        "whole_argnames": whole_argnames,
+        "nonfinite": nonfinite,
+    }
     if fn is None:
-        return functools.partial(train_step, wrt=wrt, writes=writes, has_aux=has_aux, capture=capture, **jit_options)
+        given: dict[str, Any] = {"wrt": wrt, "writes": writes, "has_aux": has_aux, "capture": capture}
+        return functools.partial(train_step, **given, **own, **jit_options)
     check_function(fn, "train_step")
-    options = describe_options(capture=capture, **jit_options)
+    options = describe_options(capture=capture, **_changed(own), **jit_options)
 
     def contract(plan: PlanTables, name: str) -> Contract:
         return train_contract(plan, name, of, may_write, has_aux, options)
 
-    return Step(fn, contract, "train_step", capture, jit_options)
+    def training(names: Sequence[str]) -> Training:
+        return Training.of(fn, names, **own)
+
+    return Step(fn, contract, "train_step", capture, jit_options, training)
+
+
+def _changed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of training that differ from their defaults."""
+    defaults = {"microbatches": 1, "nonfinite": "write"}
+    return {name: value for name, value in options.items() if value != defaults.get(name)}

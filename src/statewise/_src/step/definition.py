@@ -20,12 +20,14 @@ from statewise._src.step.arguments import Args, Arguments, Bound, Kwargs, merged
 from statewise._src.step.capture import Capture
 from statewise._src.step.contract import Contract, check_loss, check_writes
 from statewise._src.step.dispatch import CompiledStep
-from statewise._src.step.function import check_capacity
+from statewise._src.step.function import called_as, check_capacity
+from statewise._src.step.microbatches import Batch, split_arguments
 from statewise._src.step.outside_writes import check_not_baked, check_written_arguments
 from statewise._src.step.passed_objects import check_foreign_objects
 from statewise._src.step.program import program_of
 from statewise._src.step.shard_map import check_replicated, local_arguments, program_on_each, specs_of, traced_on_one
 from statewise._src.step.trace import Call, Traced, evaluating, objects_of
+from statewise._src.step.training import PLAIN, Training
 from statewise._src.step.warnings import check_trains, warnings_of
 
 __all__ = ["ContractOf", "Definition"]
@@ -44,6 +46,7 @@ class Definition:
       contract_of: from a plan and the name to the step's contract.
       captured: the kinds whose sown or assigned values the step returns; None for none.
       arguments: which arguments are static, and which are donated.
+      training: what a train step does with its batch and its gradients.
     """
 
     fn: Callable[..., Any]
@@ -52,6 +55,7 @@ class Definition:
     contract_of: ContractOf
     captured: str | tuple[str, ...] | None
     arguments: Arguments
+    training: Training = PLAIN
 
     @property
     def captures(self) -> bool:
@@ -65,7 +69,8 @@ class Definition:
         traced, specs = self.traced(state, args, kwargs)
         self.check_writes(traced, contract, state, args, kwargs)
         if contract.trains:
-            check_loss(traced, contract, self.captures, self.name)
+            tree = check_loss(traced, contract, self.captures, self.training.weighted, self.name)
+            traced = dataclasses.replace(traced, result_tree=tree)
         return traced, contract, specs
 
     def traced(self, state: State, args: Args, kwargs: Kwargs, *, evaluated: bool = False) -> tuple[Traced, Any]:
@@ -81,15 +86,26 @@ class Definition:
         check_foreign_objects(self.arguments.named(*dynamic, plan.object_count), self.name)
         specs: Any = ()
         if copies is None:
-            traced = call.trace(state, *dynamic)
+            own, batch = self.part_of(*dynamic, name_of)
+            traced = call.trace(state, *own)
         else:
             specs = specs_of(copies, jax.tree.leaves(dynamic))
-            local = local_arguments(copies, *dynamic, specs, name_of, self.name)
             # The function sees what one device sees: its part of the arguments, and the mesh axes by name.
-            traced = traced_on_one(copies, lambda: call.trace(state, *local))
+            own, batch = self.part_of(*local_arguments(copies, *dynamic, specs, name_of, self.name), name_of)
+            traced = traced_on_one(copies, lambda: call.trace(state, *own))
+        traced = dataclasses.replace(traced, batch=batch)
         check_written_arguments(traced.passed, call.fn, plan.object_count, name_of, self.name, bool(plan.optimizers))
         check_not_baked(traced.effects, call.fn, self.name)
         return traced, specs
+
+    def part_of(
+        self, args: Args, kwargs: Kwargs, name_of: Callable[..., str]
+    ) -> tuple[tuple[Args, Kwargs], Batch | None]:
+        """Returns the arguments of one microbatch, and how all are split; the arguments themselves if they are not."""
+        if self.training.microbatches == 1:
+            return (args, kwargs), None
+        args, kwargs, batch = split_arguments(self.training, args, kwargs, name_of, called_as(self.name))
+        return (args, kwargs), batch
 
     def check_writes(self, traced: Traced, contract: Contract, state: State, args: Args, kwargs: Kwargs) -> None:
         """Checks that the function writes only what its contract allows."""
@@ -116,11 +132,14 @@ class Definition:
     def make_entry(self, plan: PlanTables, traced: Traced, contract: Contract, specs: Any = None) -> CompiledStep:
         """Makes the entry of a traced call; `specs` is None if only its operands are of interest, as in an audit."""
         copies = plan.per_device
-        program, operands = program_of(plan, traced, contract.groups, copies.axes if copies else ())
+        axes = copies.axes if copies else ()
+        program, operands = program_of(plan, traced, contract.groups, axes, self.training)
         if copies and specs is not None:
             differ = check_replicated(plan, traced, specs, self.name)
             if contract.trains:
                 differ[0] = False  # the loss, which is averaged over the devices
+                if self.training.weighted:
+                    del differ[1]  # the weight, which the step does not return
             program = program_on_each(plan, program, operands, specs, differ)
         return CompiledStep(
             plan,

@@ -292,7 +292,7 @@ def _listed(devices: tuple[int, ...]) -> str:
 def args_key(args: Args, kwargs: Kwargs, arguments: Arguments, plan: PlanTables) -> Any:
     """Returns a cheap key for the arguments of a signature: structure, shapes, dtypes and static values.
 
-    For a step that runs on each device of a mesh, the key also contains how the arguments are split.
+    For a step that runs on each device of a mesh, or in microbatches, the key also contains how they are split.
 
     Raises:
       StructureError: a static argument that cannot be hashed.
@@ -306,6 +306,11 @@ def args_key(args: Args, kwargs: Kwargs, arguments: Arguments, plan: PlanTables)
         raise arguments.unhashable(static, plan.object_count) from error
     # 1 == 1.0 == True, but a program made for one of them does not serve the others: hence `types`.
     specs = specs_of(plan.per_device, leaves) if plan.per_device else None
+    if arguments.in_parts:  # how the parts are sharded is part of the program
+        specs = (
+            specs,
+            tuple(None if isinstance(leaf, compat.Tracer) else getattr(leaf, "sharding", None) for leaf in leaves),
+        )
     types = tuple(_types(value) for value in split.static.values())
     return structure, tuple(map(_leaf_key, leaves)), static, types, specs
 

@@ -62,7 +62,9 @@ class _Update:
     def run(self, arrays: Arrays, gradients: Gradients) -> None:
         """Updates the arrays."""
         grads = [gradients.of[number] for number in self.params]
-        if self.proof is None:
+        if self.group.overwrites:
+            arrays.store(self.params, grads)
+        elif self.proof is None:
             self._run_by_leaf(arrays, grads, gradients)
         else:
             self._run_on_buffers(self.proof, arrays, grads, gradients.loss)
@@ -161,4 +163,5 @@ def _(derived: OptimizerGroup, plan: PlanTables, moved: Moved) -> StepUpdate:
         run=update.run,
         whole={spot for buffer in buffers for spot in (buffer.spot, *buffer.moments.values())},
         differentiates=params,
+        overwrites=derived.overwrites,
     )

@@ -21,8 +21,10 @@ from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.explicit_axes import as_it_came
 from statewise._src.step import average_update, optimizer_update  # noqa: F401 - they register their updates
 from statewise._src.step.operands import Operands, operands_of
-from statewise._src.step.step_update import Gradients, StepUpdate, step_updates
+from statewise._src.step.step_update import step_updates
 from statewise._src.step.trace import Traced
+from statewise._src.step.train_program import TrainProgram
+from statewise._src.step.training import PLAIN, Training
 
 __all__ = ["Program", "program_of"]
 
@@ -30,11 +32,20 @@ Program = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
 def program_of(
-    plan: PlanTables, traced: Traced, groups: Sequence[OptimizerGroup], axes: tuple[str, ...] = ()
+    plan: PlanTables,
+    traced: Traced,
+    groups: Sequence[OptimizerGroup],
+    axes: tuple[str, ...] = (),
+    training: Training = PLAIN,
 ) -> tuple[Program, Operands]:
     """Returns the program of a traced call, which trains if there are optimizers to run, and its operands.
 
-    If it runs on each device of some mesh axes, loss and gradients are averaged over them.
+    Args:
+      plan: the plan.
+      traced: the traced call; of one part, if the batch is split.
+      groups: the optimizers to run.
+      axes: the mesh axes on each device of which it runs: loss and gradients are averaged over them.
+      training: the options of a train step.
     """
     updates = step_updates(plan, groups, traced.written)
     read = set(itertools.compress(range(traced.inputs), traced.effects.read))
@@ -44,7 +55,7 @@ def program_of(
         set(plan.numbers(traced.written)).union(*(update.writes for update in updates)),
         frozenset[Spot]().union(*(update.whole for update in updates)),
     )
-    run = _train(plan, traced, operands, updates, axes) if groups else _forward(plan, traced, operands)
+    run = TrainProgram(plan, traced, operands, updates, axes, training) if groups else _forward(plan, traced, operands)
     return _as_they_came(run), operands
 
 
@@ -66,67 +77,6 @@ def _forward(plan: PlanTables, traced: Traced, operands: Operands) -> Program:
         arrays = operands.unpack(donated, read_only)
         outputs, written = traced.run(arrays.flat + jax.tree.leaves((args, kwargs)))
         arrays.store(numbers, written)
-        return operands.pack(arrays), jax.tree.unflatten(traced.out_tree, outputs)
+        return operands.pack(arrays), traced.result(outputs)
 
     return program
-
-
-def _train(
-    plan: PlanTables, traced: Traced, operands: Operands, updates: Sequence[StepUpdate], axes: tuple[str, ...]
-) -> Program:
-    """Makes the program that differentiates the traced call and runs the updates: optimizers first, then averages.
-
-    The output is the loss, or (loss, aux); `captured` beside it if the step captures.
-    """
-    numbers = plan.numbers(traced.written)
-    differentiated = [number for update in updates for number in update.differentiates]
-
-    def program(donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        arrays = operands.unpack(donated, read_only)
-        rest = jax.tree.leaves((args, kwargs))
-        before = list(arrays.flat)
-
-        def loss_of(wrt: dict[int, Any]) -> tuple[Any, Any]:
-            values = list(before)
-            for number, array in wrt.items():
-                values[number] = array
-            outputs, written = traced.run(values + rest)
-            return outputs[0], (outputs, written)
-
-        wrt = {number: before[number] for number in differentiated}
-        (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(wrt)
-        if axes:
-            grads, outputs = jax.lax.pmean(grads, axes), [jax.lax.pmean(outputs[0], axes), *outputs[1:]]
-
-        def loss_with(numbers: Sequence[int], values: Sequence[Any]) -> Any:
-            def loss_of_these(values: Sequence[Any]) -> Any:
-                return loss_of(wrt | dict(zip(numbers, values, strict=True)))[0]
-
-            return (averaged(loss_of_these, axes) if axes else loss_of_these)(list(values))
-
-        # First what the function wrote, then the updates on top of it, as `nnx.Optimizer` has it: layers that
-        # normalize their own weights are updated from the normalized ones.
-        arrays.store(numbers, written)
-        for update in updates:
-            update.run(arrays, Gradients(outputs[0], grads, loss_with))
-        return operands.pack(arrays), jax.tree.unflatten(traced.out_tree, outputs)
-
-    return program
-
-
-def averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Averages a loss, and its gradients, over the devices: for optimizers that evaluate the loss."""
-
-    def value(given: Any) -> Any:
-        return jax.lax.pmean(loss_of(given), axes)
-
-    def forward(given: Any) -> tuple[Any, Any]:
-        loss, pull = jax.vjp(loss_of, given)
-        return jax.lax.pmean(loss, axes), pull
-
-    def backward(pull: Any, cotangent: Any) -> Any:
-        return jax.lax.pmean(pull(cotangent), axes)
-
-    differentiable = jax.custom_vjp(value)
-    differentiable.defvjp(forward, backward)
-    return differentiable

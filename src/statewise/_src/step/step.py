@@ -32,6 +32,7 @@ from statewise._src.step.definition import ContractOf, Definition
 from statewise._src.step.dispatch import CompiledStep, NewSignature, args_key, full_key
 from statewise._src.step.function import called_as, check_function, kind_names, named_like
 from statewise._src.step.passed_objects import plain_arguments
+from statewise._src.step.training import PLAIN, Training
 from statewise.errors import StructureError
 
 __all__ = ["Step", "definition_of"]
@@ -70,20 +71,24 @@ class Step(Generic[P, R_co]):
         decorator: str,
         capture: str | Sequence[str] | None,
         jit_options: Mapping[str, Any],
+        training: Callable[[Sequence[str]], Training] | None = None,
     ) -> None:
         if not callable(fn):
             check_function(fn, decorator)
         named_like(self, fn)
         if capture is not None and not isinstance(capture, str):
             capture = kind_names(capture, "capture", decorator)
+        arguments = Arguments(fn, jit_options)
         self._definition = Definition(
             fn,
             getattr(fn, "__name__", type(fn).__name__),
             decorator,
             contract_of,
             capture,
-            Arguments(fn, jit_options),
+            arguments,
+            PLAIN if training is None else training(arguments.names),
         )
+        arguments.in_parts = self._definition.training.microbatches > 1
         self._lock = threading.RLock()
         # By plan: all entries by their full key; the latest entry for each key of the arguments; the only entry, if
         # there is one.
@@ -203,7 +208,8 @@ class Step(Generic[P, R_co]):
             plan = state.tables
             recent = self._recent.setdefault(plan, {})
             recent[args_key(args, kwargs, self._definition.arguments, plan)] = entry
-            if len(recent) == 1 and not self._definition.arguments.static and not plan.per_device:
+            arguments = self._definition.arguments
+            if len(recent) == 1 and not (arguments.static or arguments.in_parts or plan.per_device):
                 self._only[plan] = entry
             else:
                 self._only.pop(plan, None)

@@ -58,6 +58,7 @@ class StepUpdate:
       run: updates the arrays.
       whole: the buffers, by kind and slot, that it computes as a unit.
       differentiates: the numbers of the arrays whose gradients it takes.
+      overwrites: whether these gradients are the new values.
     """
 
     reads: AbstractSet[int]
@@ -65,6 +66,7 @@ class StepUpdate:
     run: Callable[[Arrays, Gradients], None]
     whole: AbstractSet[Spot] = frozenset()
     differentiates: Sequence[int] = ()
+    overwrites: bool = False
 
 
 @functools.singledispatch

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from flax.errors import TraceContextError
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
+    ArraySpec,
     arrays_of,
     check_plain,
     is_object,
@@ -40,8 +41,10 @@ from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.arguments import Args, Kwargs
 from statewise._src.step.capture import Capture
+from statewise._src.step.compute import Casts, casts_of, compute_specs
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
+from statewise._src.step.microbatches import Batch
 from statewise._src.step.object_changes import assigned, leaf_of
 from statewise._src.step.outside_writes import written_outside
 from statewise._src.step.passed_objects import Passed, WrittenArgument, holds_leaves
@@ -64,6 +67,9 @@ class Traced:
       lost_writes: the same of each array whose only new value is lost.
       passed: what is written to objects among the arguments.
       eager: what runs instead of the jaxpr, under `jax.disable_jit`.
+      casts: the dtypes in which the function sees arrays of the state and of what it writes, by number.
+      batch: how the step's arguments are split into the parts that the trace was made for; None if they are not.
+      result_tree: the structure of the step's output, if it differs from the function's.
     """
 
     effects: Effects
@@ -75,13 +81,24 @@ class Traced:
     lost_writes: tuple[tuple[str, int], ...] = ()
     passed: tuple[WrittenArgument, ...] = ()
     eager: Callable[[Sequence[Any]], tuple[list[Any], list[Any]]] | None = None
+    casts: Casts | None = None
+    batch: Batch | None = None
+    result_tree: Any = None
+
+    def result(self, outputs: Sequence[Any]) -> Any:
+        """Returns the step's output, from its arrays in order."""
+        return jax.tree.unflatten(self.out_tree if self.result_tree is None else self.result_tree, outputs)
 
     def run(self, flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Returns the outputs and the written arrays, from the values of all inputs (None for those not read)."""
+        if self.casts is not None:
+            flat = self.casts.to_compute(flat)
         if self.eager is not None:
-            return self.eager(flat)
-        results = self.effects.run(flat)
-        return results[: self.outputs], results[self.outputs :]
+            outputs, written = self.eager(flat)
+        else:
+            results = self.effects.run(flat)
+            outputs, written = results[: self.outputs], results[self.outputs :]
+        return outputs, written if self.casts is None else self.casts.to_stored(written)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +145,7 @@ class Call:
             check_output(leaves, self.name)
             return leaves, after, passed.after(out)
 
-        closed = jax.make_jaxpr(flat_call)(arrays, args, kwargs)
+        closed = jax.make_jaxpr(flat_call)(compute_specs(plan, arrays), args, kwargs)
         outputs, inputs = box["out_tree"].num_leaves, len(arrays)
         unclear = [number for _, number in box["passed"].unclear]
         # The function's output is followed by the new values: of the state's arrays, then of unclear arguments.
@@ -141,15 +158,17 @@ class Call:
             if not is_written and not issubclass(array.leaf.type, nnx.Param)
         ]
         dropped = dropped_inputs(closed, unwritten) if unwritten else ()
+        written = _spots(itertools.compress(plan.arrays, effects.written[:inputs]))
         return Traced(
             effects=effects,
             inputs=inputs,
             out_tree=box["out_tree"],
             outputs=outputs,
-            written=_spots(itertools.compress(plan.arrays, effects.written[:inputs])),
+            written=written,
             closes_over_tracers=any(isinstance(const, compat.Tracer) for const in effects.consts),
             lost_writes=_spots(plan.arrays[number] for number in sorted(dropped)),
             passed=box["passed"].lost(effects.written[inputs:]),
+            casts=casts_of(plan, plan.numbers(written)),
         )
 
     def eager(self, traced: Traced, state: State, dynamic: tuple[Args, Kwargs]) -> Traced:
@@ -161,6 +180,8 @@ class Call:
         def run(flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             # The program passes None for arrays that the jaxpr does not read; the function itself takes all of them.
             arrays = [old if given is None else given for old, given in zip(stored, flat, strict=False)]
+            if traced.casts is not None:
+                arrays = traced.casts.to_compute(arrays)
             out, after = self.run(arrays, *jax.tree.unflatten(structure, flat[traced.inputs :]))
             return jax.tree.leaves(out), [after[number] for number in self.plan.numbers(traced.written)]
 
@@ -196,13 +217,17 @@ class Call:
 
     def _arrays_after(self, arrays: Sequence[Any], live: dict[Path, Any], captured: frozenset[Path]) -> list[Any]:
         """Returns the new arrays of the state; those of captured leaves stay as they were."""
-        plan, changed = self.plan, dict[int, Any]()
+        plan, changed, compute = self.plan, dict[int, Any](), self.plan.compute_dtypes
         problems, given = Problems(), []
         for row, numbers in zip(plan.rows, _numbers_of_rows(plan), strict=True):
             if row.path in captured:
                 continue
             new, structure = arrays_of(raw_value(live[row.path]))
             specs = tuple(map(spec_of, new))
+            if compute:
+                specs = tuple(
+                    _as_stored(spec, plan.arrays[n], compute) for spec, n in zip(specs, numbers, strict=False)
+                )
             if structure != row.structure:
                 problems.add(leaf_of(row, "becomes a value of another structure"))
             elif specs != row.specs:
@@ -224,6 +249,13 @@ class Call:
         )
         check_given(given, before=f"{self.name} assigns numbers that JAX cannot represent. ")
         return [jnp.asarray(changed[number]) if number in changed else array for number, array in enumerate(arrays)]
+
+
+def _as_stored(spec: ArraySpec | None, array: ArrayInfo, compute: Mapping[int, Any]) -> ArraySpec | None:
+    """Returns the shape and dtype that a new value has in the state: what a cast leaf becomes is cast back."""
+    if spec is None or array.number not in compute or not jnp.issubdtype(spec.dtype, jnp.floating):
+        return spec
+    return spec._replace(dtype=array.spec.dtype)
 
 
 def _numbers_of_rows(plan: PlanTables) -> list[list[int]]:

@@ -1,0 +1,154 @@
+"""The program of a train step: gradients of the traced call, then optimizers, then averages.
+
+The jaxpr of the trace is the function that is differentiated, so the user's code is traced once, also where a loop runs
+it on one part of the batch after another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from statewise._src.plan.tables import PlanTables
+from statewise._src.step.microbatches import Mean, PartResult, mean_of_parts
+from statewise._src.step.nonfinite import all_finite, everywhere, keep_old, stays_finite
+from statewise._src.step.operands import Operands
+from statewise._src.step.step_update import Gradients, StepUpdate
+from statewise._src.step.trace import Traced
+from statewise._src.step.training import Training
+
+__all__ = ["TrainProgram"]
+
+
+class TrainProgram:
+    """A function from (donated, read_only, args, kwargs) to (written, output).
+
+    The output is the loss, or (loss, aux); `captured` beside it if the step captures.
+
+    Args:
+      plan: the plan.
+      traced: the traced call; of one part, if the batch is split.
+      operands: the arrays that are passed.
+      updates: the updates, in the order in which they run.
+      axes: the mesh axes over whose devices loss and gradients are averaged.
+      training: the options of the step.
+    """
+
+    def __init__(
+        self,
+        plan: PlanTables,
+        traced: Traced,
+        operands: Operands,
+        updates: Sequence[StepUpdate],
+        axes: tuple[str, ...],
+        training: Training,
+    ) -> None:
+        self.plan, self.traced, self.operands, self.updates = plan, traced, operands, updates
+        self.axes, self.training = axes, training
+        self.written = plan.numbers(traced.written)
+        self.differentiated = [number for update in updates for number in update.differentiates]
+        self.overwritten = [number for update in updates if update.overwrites for number in update.differentiates]
+        # What changes from part to part: what the function writes, and what its gradients replace.
+        self.carried = [*self.written, *self.overwritten]
+        self.dtype = traced.effects.jaxpr.outvars[0].aval.dtype
+
+    def __call__(self, donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Runs the step."""
+        arrays = self.operands.unpack(donated, read_only)
+        before, slots, leaves = list(arrays.flat), dict(arrays.slots), jax.tree.leaves((args, kwargs))
+        mean = self._gradients(before, leaves)
+        # First what the function wrote, then the updates on top of it, as `nnx.Optimizer` has it: layers that
+        # normalize their own weights are updated from the normalized ones.
+        arrays.store(self.written, mean.written)
+        loss_with = functools.partial(self._loss_with, before, leaves, mean.weight)
+        for update in self.updates:
+            update.run(arrays, Gradients(mean.outputs[0], mean.grads, loss_with))
+        loss, *others = mean.outputs
+        if self.training.weighted or self.training.skips_nonfinite:
+            changes = jnp.asarray(mean.is_valid)
+            if self.training.skips_nonfinite:
+                changes &= all_finite([loss, *mean.grads.values()])
+                changes &= stays_finite(mean.written, [before[number] for number in self.written])
+            changes = everywhere(changes, self.axes)
+            keep_old(changes, self.plan, arrays, before, slots)
+            # A loss that is finite would not say that nothing changed.
+            loss = jnp.where(changes | ~jnp.isfinite(loss), loss, jnp.nan)
+        return self.operands.pack(arrays), self.traced.result([loss, *others])
+
+    def _run(
+        self, before: Sequence[Any], changed: dict[int, Any], own: Sequence[Any]
+    ) -> tuple[Any, tuple[list[Any], list[Any]]]:
+        """Runs the traced call on a state with some arrays changed; returns the loss, and (outputs, written)."""
+        values = list(before)
+        for number, array in changed.items():
+            values[number] = array
+        outputs, written = self.traced.run(values + list(own))
+        return outputs[0], (outputs, written)
+
+    def _gradients(self, before: Sequence[Any], leaves: Sequence[Any]) -> Mean:
+        """Returns loss, gradients and written arrays of the batch."""
+        wrt = {number: before[number] for number in self.differentiated}
+        start = [before[number] for number in self.carried]
+
+        def of_part(carried: Sequence[Any], own: Sequence[Any]) -> PartResult:
+            now = dict(zip(self.carried, carried, strict=True))
+            loss_of = lambda wrt: self._run(before, now | wrt, own)  # noqa: E731
+            at = {number: now.get(number, array) for number, array in wrt.items()}
+            (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(at)
+            return outputs, [*written, *(grads[number] for number in self.overwritten)], grads
+
+        count = len(self.written)
+        if not self.training.is_plain:
+            mean = mean_of_parts(self.training, self.traced.batch, leaves, start, wrt, of_part, self.dtype, self.axes)
+            last = dict(zip(self.overwritten, mean.written[count:], strict=True))
+            last = jax.lax.pmean(last, self.axes) if self.axes else last
+            return mean._replace(written=mean.written[:count], grads=mean.grads | last)
+        (loss, *others), written, grads = of_part(start, leaves)
+        if self.axes:
+            loss, grads = jax.lax.pmean((loss, grads), self.axes)
+        return Mean([loss, *others], written[:count], grads, True, None)
+
+    def _loss_with(
+        self, before: Sequence[Any], leaves: Sequence[Any], weight: Any, numbers: Sequence[int], values: Sequence[Any]
+    ) -> Any:
+        """Returns the loss of the batch with other values of some arrays: for optimizers that evaluate it."""
+        start = [before[number] for number in self.carried]
+
+        def loss_of(values: Sequence[Any]) -> Any:
+            new = dict(zip(numbers, values, strict=True))
+            if self.training.is_plain:
+                return self._run(before, new, leaves)[0]
+
+            def of_part(carried: Sequence[Any], own: Sequence[Any]) -> PartResult:
+                now = dict(zip(self.carried, carried, strict=True))
+                outputs, written = self._run(before, now | new, own)[1]
+                return outputs, [*written, *(now[number] for number in self.overwritten)], {}
+
+            mean = mean_of_parts(self.training, self.traced.batch, leaves, start, {}, of_part, self.dtype)
+            # `_averaged` takes the mean over the devices, each of which has a sum of weights of its own.
+            share = mean.weight * jax.lax.psum(1, self.axes) / weight if self.axes else 1
+            return mean.outputs[0] * share
+
+        return (_averaged(loss_of, self.axes) if self.axes else loss_of)(list(values))
+
+
+def _averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Averages a loss, and its gradients, over the devices: for optimizers that evaluate the loss."""
+
+    def value(given: Any) -> Any:
+        return jax.lax.pmean(loss_of(given), axes)
+
+    def forward(given: Any) -> tuple[Any, Any]:
+        loss, pull = jax.vjp(loss_of, given)
+        return jax.lax.pmean(loss, axes), pull
+
+    def backward(pull: Any, cotangent: Any) -> Any:
+        return jax.lax.pmean(pull(cotangent), axes)
+
+    differentiable = jax.custom_vjp(value)
+    differentiable.defvjp(forward, backward)
+    return differentiable

@@ -1,0 +1,71 @@
+"""What a train step does beside differentiating: microbatches, weights, and batches whose gradients are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+from statewise.errors import DeclarationError
+
+__all__ = ["PLAIN", "NonFinite", "Training"]
+
+NonFinite = Literal["write", "skip"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Training:
+    """The options of a train step about its batch and its gradients; the defaults are those of any other step.
+
+    Attributes:
+      microbatches: the number of equal parts that the batch is split into.
+      weighted: whether the function returns a weight beside its loss.
+      whole: the names of arguments that are passed to every part as they are.
+      skips_nonfinite: whether a batch with a loss or gradient that is not finite changes nothing.
+    """
+
+    microbatches: int = 1
+    weighted: bool = False
+    whole: frozenset[str] = frozenset()
+    skips_nonfinite: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Returns whether the function runs once, on the complete batch, and returns its loss without a weight."""
+        return self.microbatches == 1 and not self.weighted
+
+    @classmethod
+    def of(
+        cls,
+        fn: Callable[..., Any],
+        names: Sequence[str],
+        microbatches: object,
+        weighted: bool,
+        whole_argnames: str | Sequence[str],
+        nonfinite: str,
+    ) -> Training:
+        """Returns the options of a train step, checked; `names` are the parameters of its function.
+
+        Raises:
+          DeclarationError: a number of microbatches that is not a positive integer; a parameter that the function does
+            not have; another word for `nonfinite`.
+        """
+        if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+            raise DeclarationError(
+                f"microbatches={microbatches!r} is not a number of parts.",
+                hint="microbatches=8  # 1 is the whole batch",
+            )
+        whole = (whole_argnames,) if isinstance(whole_argnames, str) else tuple(whole_argnames)
+        unknown = [name for name in whole if names and name not in names]
+        if unknown:
+            raise DeclarationError(
+                f"whole: {getattr(fn, '__name__', fn)} has no parameter {unknown[0]}.",
+                hint="one of: " + ", ".join(names),
+            )
+        if nonfinite not in get_args(NonFinite):
+            raise DeclarationError(f"nonfinite={nonfinite!r} is not one of 'write', 'skip'.", hint="nonfinite='skip'")
+        return cls(microbatches, weighted, frozenset(whole), nonfinite == "skip")
+
+
+# The options of a step that does none of this.
+PLAIN = Training()

@@ -1,0 +1,456 @@
+"""Microbatches: judged by the whole batch, by a loop with Optax and NNX alone, and by `optax.MultiSteps`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import statewise as sw
+from statewise.errors import DeclarationError, StructureError
+
+PARTS = 4
+X = jax.random.normal(jax.random.key(1), (16, 6))
+Y = jax.random.normal(jax.random.key(2), (16, 3))
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "adamw": optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2)),
+    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
+}
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(nnx.tanh(self.first(x)))
+
+
+class Normed(Mlp):
+    """With statistics, noise, and a plain counter."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        self.norm, self.noise = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.25, rngs=rngs)
+        self.calls = nnx.Variable(jnp.array(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.calls[...] += 1
+        return self.last(self.noise(self.norm(nnx.tanh(self.first(x)))))
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.attend = nnx.MultiHeadAttention(2, 8, use_bias=False, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        return self.embed.attend(self.norm(x + self.attend(x)))
+
+
+def loss_of(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return ((model(x) - y) ** 2).mean()
+
+
+def token_loss(model: Any, tokens: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+
+def close(left: Any, right: Any, rtol: float = 1e-5) -> None:
+    """Asserts that two pytrees have the same numbers, to rounding of the largest in each leaf."""
+    ours, theirs = jax.tree.leaves(left), jax.tree.leaves(right)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        one, other = np.asarray(one), np.asarray(other)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * max(1e-3, np.abs(other).max(initial=0.0)))
+
+
+def by_hand(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any, ...]]) -> tuple[Any, list[Any]]:
+    """Trains by `lax.scan` over the parts, with NNX and Optax alone; returns the model's state and the losses."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    opt_state, losses = tx.init(params), []
+
+    @jax.jit
+    def step(params: Any, rest: Any, opt_state: Any, batch: Any) -> Any:
+        def part(carry: Any, own: Any) -> Any:
+            rest, total = carry
+
+            def of(params: Any) -> Any:
+                # Copies: NNX writes into the objects that it is given.
+                model = nnx.merge(graphdef, params, rest, copy=True)
+                loss = fn(model, *own)
+                return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+            (loss, rest), grads = jax.value_and_grad(of, has_aux=True)(params)
+            return (rest, jax.tree.map(jnp.add, total, grads)), loss
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
+        (rest, total), losses = jax.lax.scan(part, (rest, zeros), parts)
+        grads = jax.tree.map(lambda g: g / PARTS, total)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), rest, opt_state, losses.mean()
+
+    for batch in batches:
+        params, rest, opt_state, loss = step(params, rest, opt_state, batch)
+        losses.append(loss)
+    return nnx.state(nnx.merge(graphdef, params, rest)), losses
+
+
+def trained(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any, ...]], **options: Any) -> Any:
+    plan = sw.plan(model, optimizers={"params": tx})
+    state, step, losses = plan.take(model), sw.train_step(**options)(fn), []
+    for batch in batches:
+        state, loss = step(state, *batch)
+        losses.append(loss)
+    return state, losses
+
+
+BATCHES = [(X + shift, Y) for shift in (0.0, 0.5, -0.5)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parts_equal_the_whole_batch_and_a_loop_by_hand(name: str) -> None:
+    model = Mlp(nnx.Rngs(0))
+    whole, losses = trained(model, OPTIMIZERS[name], loss_of, BATCHES)
+    parts, same = trained(model, OPTIMIZERS[name], loss_of, BATCHES, microbatches=PARTS)
+    hand, of_hand = by_hand(model, OPTIMIZERS[name], loss_of, BATCHES)
+    close((parts, same), (whole, losses))
+    close((nnx.state(parts.plan.build(parts)), same), (hand, of_hand))
+
+
+def test_a_transformer() -> None:
+    model = Attention(nnx.Rngs(0))
+    batches = [(jax.random.randint(jax.random.key(seed), (8, 7), 0, 11),) for seed in range(2)]
+    parts, losses = trained(model, OPTIMIZERS["adamw"], token_loss, batches, microbatches=PARTS)
+    close((parts, losses), trained(model, OPTIMIZERS["adamw"], token_loss, batches))
+    hand, of_hand = by_hand(model, OPTIMIZERS["adamw"], token_loss, batches)
+    close((nnx.state(parts.plan.build(parts)), losses), (hand, of_hand))
+
+
+def test_statistics_counters_and_random_streams_are_carried_as_in_the_loop_by_hand() -> None:
+    model = Normed(nnx.Rngs(0))
+    parts, losses = trained(model, OPTIMIZERS["adamw"], loss_of, BATCHES, microbatches=PARTS)
+    hand, of_hand = by_hand(model, OPTIMIZERS["adamw"], loss_of, BATCHES)
+    close((nnx.state(parts.plan.build(parts)), losses), (hand, of_hand))
+    assert int(parts["variables"]["calls"]) == PARTS * len(BATCHES)
+
+
+def test_as_optax_multi_steps() -> None:
+    """`MultiSteps` sees one part in each step, and updates after the last."""
+    model = Mlp(nnx.Rngs(0))
+    parts, _ = trained(model, optax.adamw(1e-2), loss_of, BATCHES, microbatches=PARTS)
+    own = [(x[rows], y[rows]) for x, y in BATCHES for rows in np.split(np.arange(16), PARTS)]
+    multi, _ = trained(model, optax.MultiSteps(optax.adamw(1e-2), PARTS), loss_of, own)
+    close(parts["params"], multi["params"])
+
+
+def test_aux_and_what_is_captured_get_an_axis_for_the_parts() -> None:
+    class Sowing(Mlp):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.sow(nnx.Intermediate, "hidden", self.first(x))
+            return super().__call__(x)
+
+    def with_aux(model: Any, x: jax.Array, y: jax.Array) -> Any:
+        out = model(x)
+        return ((out - y) ** 2).mean(), {"out": out, "rows": jnp.array(x.shape[0])}
+
+    model = Sowing(nnx.Rngs(0))
+    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+    step = sw.train_step(has_aux=True, capture="intermediates", microbatches=PARTS)(with_aux)
+    state, ((loss, aux), captured) = step(state, X, Y)
+    plain = Mlp(nnx.Rngs(0))
+    assert (loss.shape, aux["out"].shape, aux["rows"].tolist()) == ((), (PARTS, 4, 3), [4] * PARTS)
+    np.testing.assert_allclose(aux["out"].reshape(16, 3), plain(X), rtol=1e-5, atol=1e-6)
+    (hidden,) = jax.tree.leaves(captured)
+    np.testing.assert_allclose(hidden.reshape(16, 8), plain.first(X), rtol=1e-5, atol=1e-6)
+
+
+def test_averages_and_two_optimizers_run_once() -> None:
+    model = nnx.Dict(body=Mlp(nnx.Rngs(0)), scale=nnx.LoRAParam(jnp.ones(3)))
+
+    def fn(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return ((model.body(x) * model.scale[None] - y) ** 2).mean()
+
+    def run(**options: Any) -> sw.State:
+        optimizers = {"params": optax.adam(1e-2), "lora": optax.sgd(0.1)}
+        plan = sw.Kinds.standard().plan(model, optimizers=optimizers, averages={"params": sw.EMA(0.9)})
+        state, step = plan.take(model), sw.train_step(**options)(fn)
+        for batch in BATCHES:
+            state, _ = step(state, *batch)
+        return state
+
+    close(run(microbatches=PARTS), run())
+
+
+def test_several_objects() -> None:
+    model, metric = Mlp(nnx.Rngs(0)), nnx.metrics.Average()
+
+    def fn(model: Any, metric: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        loss = loss_of(model, x, y)
+        metric.update(values=loss)
+        return loss
+
+    plan = sw.plan(model, metric, optimizers={"params": optax.sgd(0.1)})
+    state, loss = sw.train_step(microbatches=PARTS)(fn)(plan.take(model, metric), X, Y)
+    plan.put(state, model, metric)
+    np.testing.assert_allclose(metric.compute(), loss, rtol=1e-6)
+    assert int(metric.count[...]) == PARTS
+
+
+def test_packed_and_inside_a_scan() -> None:
+    model, step = Mlp(nnx.Rngs(0)), sw.train_step(microbatches=PARTS)(loss_of)
+    plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
+    xs, ys = (jnp.stack(arrays) for arrays in zip(*BATCHES, strict=True))
+    plain, losses = trained(model, optax.adam(1e-2), loss_of, BATCHES)
+    for state in (plan.take(model), plan.take(model, pack=True)):
+        after, scanned = jax.lax.scan(lambda state, batch: step(state, *batch), state, (xs, ys))
+        close((after["params"], scanned), (plain["params"], jnp.stack(losses)))
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded", "explicit"])
+def test_on_eight_devices(kind: str) -> None:
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit if kind == "explicit" else AxisType.Auto,))
+    placement = sw.Sharded("data") if kind == "sharded" else sw.Replicated()
+    model = nnx.Dict(kernel=nnx.Param(jnp.linspace(-1.0, 1.0, 16).reshape(8, 2)))
+    x, y = jax.random.normal(jax.random.key(3), (32, 8)), jax.random.normal(jax.random.key(4), (32, 2))
+
+    def fn(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return ((x @ model.kernel[...] - y) ** 2).mean()
+
+    plan = sw.Kinds(params=sw.Kind(nnx.Param, placement=placement)).plan(model, optimizers={"params": optax.adam(1e-2)})
+    one, loss = sw.train_step(lambda *args: fn(*args))(plan.take(model), x, y)
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    step, batch = sw.train_step(microbatches=2)(fn), (jax.device_put(x, rows), jax.device_put(y, rows))
+    state, same = step(plan.take(model, mesh=mesh), *batch)
+    close((state["params"], same), (one["params"], loss))
+    sharding = state["params"]["kernel"].sharding
+    state, _ = step(state, *batch)
+    assert state["params"]["kernel"].sharding == sharding
+
+
+def test_the_rows_of_each_part_stay_on_all_devices() -> None:
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    model = nnx.Dict(kernel=nnx.Param(jnp.ones((8, 2))))
+    plan, seen = sw.plan(model, optimizers={"params": optax.sgd(0.1)}), []
+
+    @sw.train_step(microbatches=2)
+    def fn(model: Any, x: jax.Array) -> jax.Array:
+        jax.debug.inspect_array_sharding(x, callback=seen.append)
+        return (x @ model.kernel[...]).mean()
+
+    x = jax.device_put(jnp.ones((32, 8)), jax.NamedSharding(mesh, jax.P("data")))
+    fn(plan.take(model, mesh=mesh), x)
+    assert {sharding.shard_shape((16, 8)) for sharding in seen} == {(2, 8)}
+
+
+# --- values for each device ------------------------------------------------------------------------------------------
+
+
+def per_device(weighted: bool) -> tuple[Any, Any]:
+    """Trains with a counter for each device, with microbatches, and without state per device on one device."""
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    model = nnx.Dict(kernel=nnx.Param(jnp.linspace(-1.0, 1.0, 6).reshape(6, 1)), count=nnx.BatchStat(jnp.zeros(())))
+
+    def fn(model: Any, x: jax.Array, mask: jax.Array) -> Any:
+        losses, model.count[...] = ((x @ model.kernel[...])[:, 0] - 1) ** 2, model.count[...] + x.shape[0]
+        return ((losses * mask).sum() / mask.sum(), mask.sum()) if weighted else losses.mean()
+
+    mask = (jnp.arange(16) % 3 > 0).astype(jnp.float32)
+    results = []
+    for placement, options in ((sw.PerDevice("data"), {"mesh": mesh}), (None, {})):
+        kinds = sw.Kinds(params=sw.Kind(nnx.Param), stats=sw.Kind(nnx.BatchStat, placement=placement))
+        plan = kinds.plan(model, optimizers={"params": optax.sgd(0.1)})
+        step = sw.train_step(fn, microbatches=2, weighted=weighted) if weighted else sw.train_step(fn, microbatches=2)
+        state, loss = step(plan.take(model, **options), X, mask)
+        results.append((state["params"], loss))
+        assert np.asarray(state["stats"]["count"]).sum() == 16
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_values_per_device(weighted: bool) -> None:
+    close(*per_device(weighted))
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+MASK = jnp.array([1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0], jnp.float32)
+
+
+def masked(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
+    return (((model(x) - y) ** 2).mean(-1) * mask).sum() / mask.sum()
+
+
+def weighted(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return masked(model, x, y, mask), mask.sum()
+
+
+@pytest.mark.parametrize("parts", [1, PARTS])
+def test_unequal_weights_equal_the_whole_batch(parts: int) -> None:
+    model, batches = Mlp(nnx.Rngs(0)), [(x, y, MASK) for x, y in BATCHES]
+    whole = trained(model, OPTIMIZERS["adamw"], masked, batches)
+    close(trained(model, OPTIMIZERS["adamw"], weighted, batches, microbatches=parts, weighted=True), whole)
+
+
+def test_a_weight_beside_aux() -> None:
+    def fn(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> Any:
+        return (*weighted(model, x, y, mask), mask)
+
+    model = Mlp(nnx.Rngs(0))
+    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+    state, (loss, mask) = sw.train_step(fn, microbatches=PARTS, weighted=True, has_aux=True)(state, X, Y, MASK)
+    np.testing.assert_allclose(loss, masked(model, X, Y, MASK), rtol=1e-6)
+    np.testing.assert_array_equal(mask.reshape(-1), MASK)
+
+
+@pytest.mark.parametrize("mask", [jnp.zeros(16), MASK.at[:8].set(-1.0), MASK.at[0].set(jnp.nan)])
+def test_weights_that_have_no_mean_change_nothing(mask: jax.Array) -> None:
+    model = Mlp(nnx.Rngs(0))
+    state = sw.plan(model, optimizers={"params": optax.adam(0.1)}).take(model)
+    before = jax.tree.map(np.array, state)
+    state, loss = sw.train_step(weighted, microbatches=PARTS, weighted=True)(state, X, Y, mask)
+    assert np.isnan(loss)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(state), jax.tree.leaves(before))
+
+
+def test_the_weights_of_bfloat16_are_summed_in_float32() -> None:
+    def fn(model: Any, x: jax.Array) -> Any:
+        return model.w[...] * x.mean(), jnp.array(257, jnp.bfloat16)  # 256: and 256 + 256 + 256 + 1 would be 768
+
+    model = nnx.Dict(w=nnx.Param(jnp.array(1.0)))
+    state = sw.plan(model, optimizers={"params": optax.sgd(1.0)}).take(model)
+    state, loss = sw.train_step(fn, microbatches=PARTS, weighted=True)(state, jnp.arange(8.0))
+    np.testing.assert_allclose((loss, state["params"]["w"]), (3.5, -2.5))
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+
+def test_scalars_and_whole_arguments_reach_every_part() -> None:
+    shapes = []
+
+    def fn(model: Any, batch: Any, scale: Any, *, table: jax.Array) -> jax.Array:
+        shapes.append((batch["x"].shape, jnp.shape(scale), table.shape))
+        return ((model(batch["x"]) * table[None, :3] - batch["y"]) ** 2).mean() * scale
+
+    model, table = Mlp(nnx.Rngs(0)), jnp.arange(5.0)
+    plan = sw.plan(model, optimizers={"params": optax.sgd(0.1)})
+    batch = {"x": X, "y": np.asarray(Y)}
+    parts = sw.train_step(fn, microbatches=PARTS, whole_argnames="table")(plan.take(model), batch, 2.0, table=table)
+    close(parts, sw.train_step(fn)(plan.take(model), batch, 2.0, table=table))
+    assert shapes == [((4, 6), (), (5,)), ((16, 6), (), (5,))]  # and each is traced once
+
+
+def test_one_trace_and_one_compilation_for_each_signature() -> None:
+    traces = []
+
+    @sw.train_step(microbatches=PARTS)
+    def fn(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        traces.append(x.shape)
+        return loss_of(model, x, y)
+
+    model = Mlp(nnx.Rngs(0))
+    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+    for x, y in BATCHES:
+        state, _ = fn(state, x, y)
+    state, _ = fn(state, X[:8], Y[:8])
+    assert traces == [(4, 6), (2, 6)]
+
+
+def test_without_compilation() -> None:
+    model = Mlp(nnx.Rngs(0))
+    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+    step = sw.train_step(loss_of, microbatches=PARTS)
+    with jax.disable_jit():
+        eager = step(state, X, Y)
+    close(eager, step(state, X, Y))
+
+
+def test_the_backward_pass_of_twelve_layers_needs_memory_for_one_part() -> None:
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.attend = nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs)
+            self.up, self.down = nnx.Linear(32, 64, rngs=rngs), nnx.Linear(64, 32, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = x + self.attend(x)
+            return x + self.down(nnx.gelu(self.up(x)))
+
+    model = nnx.Sequential(*(Block(nnx.Rngs(number)) for number in range(12)))
+    plan = sw.plan(model, optimizers={"params": optax.adamw(1e-3)})
+    x = jax.ShapeDtypeStruct((64, 64, 32), jnp.float32)
+    whole, parts = (
+        sw.train_step(lambda model, x: (model(x) ** 2).mean(), microbatches=count)
+        .lower(plan.abstract(), x)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for count in (1, 8)
+    )
+    assert parts <= whole / 4, (parts, whole)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def refused(match: str, *args: Any, error: type[Exception] = StructureError, fn: Any = None, **options: Any) -> Any:
+    """Asserts that a step is refused, and that its state is as it was; returns the error."""
+    model = Mlp(nnx.Rngs(0))
+    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+    with pytest.raises(error, match=match) as raised:
+        sw.train_step(loss_of if fn is None else fn, **options)(state, *args)
+    jax.block_until_ready(jax.tree.leaves(state))  # nothing was donated
+    return raised.value
+
+
+def test_an_argument_that_does_not_divide() -> None:
+    match = r"loss_of splits its arguments into 4 microbatches, and the first axis does not divide by 4 in x of shape "
+    error = refused(match + r"\(15, 6\); y of shape \(15, 3\)\.", X[:15], Y[:15], microbatches=4)
+    assert error.hint.splitlines()[0] == "a batch whose size is a multiple of 4"
+    within = refused(r"in batch\['x'\] of shape \(15, 6\)", {"x": X[:15]}, fn=lambda model, batch: 0.0, microbatches=4)
+    assert "whole_argnames='batch'" in within.hint
+
+
+def test_no_array_argument() -> None:
+    match = "loss_of runs in 4 microbatches, and no argument is an array that could be split"
+    assert "leave microbatches out" in refused(match, 1.0, 2.0, microbatches=4).hint
+    refused(match, X, Y, microbatches=4, whole_argnames=("x", "y"))
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, "4", None])
+def test_a_number_of_parts_that_is_none(count: Any) -> None:
+    with pytest.raises(DeclarationError, match="is not a number of parts"):
+        sw.train_step(loss_of, microbatches=count)
+
+
+def test_an_argument_that_the_function_does_not_have() -> None:
+    with pytest.raises(DeclarationError, match="whole: loss_of has no parameter z") as raised:
+        sw.train_step(loss_of, microbatches=2, whole_argnames="z")
+    assert raised.value.hint == "one of: model, x, y"
+
+
+@pytest.mark.parametrize(
+    ("fn", "match"),
+    [
+        (loss_of, r"loss_of has weighted=True, but does not return \(loss, weight\)"),
+        (lambda model, x, y: (loss_of(model, x, y), jnp.ones(2)), r"not a scalar: its shape is \(2,\)"),
+        (lambda model, x, y: (loss_of(model, x, y), jnp.array(1j)), "is complex64, not a real number"),
+        (lambda model, x, y: (loss_of(model, x, y), {"a": 1.0}), "not a weight"),
+        (lambda model, x, y: (jnp.ones(2), 1.0), "The loss of .* is not a scalar"),
+    ],
+)
+def test_weights_that_are_none(fn: Any, match: str) -> None:
+    refused(match, X, Y, fn=fn, weighted=True)

@@ -1,0 +1,179 @@
+"""`nonfinite="skip"`: a batch that is not finite changes nothing but the random streams, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+import statewise as sw
+from statewise.errors import DeclarationError
+
+X = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
+
+
+class Net(nnx.Module):
+    """Has everything that a step may change: parameters, statistics, a counter, a bound, and random streams."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+        self.norm, self.noise = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.calls, self.lowest = nnx.Variable(jnp.array(0)), nnx.Variable(jnp.array(jnp.inf))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.calls[...] += 1
+        return self.last(self.noise(self.norm(nnx.tanh(self.first(x)))))
+
+
+@jax.custom_vjp
+def poisoned(x: jax.Array, poison: jax.Array) -> jax.Array:
+    """Returns x; its gradient is multiplied by the poison, so a loss can be finite where a gradient is not."""
+    return x
+
+
+poisoned.defvjp(lambda x, poison: (x, poison), lambda poison, grad: (grad * poison, jnp.zeros_like(poison)))
+
+
+def fn(model: Any, x: jax.Array, loss: Any = 0.0, grad: Any = 1.0, stat: Any = 0.0) -> jax.Array:
+    out = (poisoned(model(x), jnp.asarray(grad)) ** 2).mean() + loss
+    model.norm.mean[...] += stat
+    model.lowest[...] = jnp.minimum(model.lowest[...], jnp.inf)  # a bound that may stay infinite
+    return out
+
+
+STEP = sw.train_step(fn, nonfinite="skip")
+
+
+def make(pack: bool = False, optimizer: Any = None) -> sw.State:
+    model = Net(nnx.Rngs(0))
+    optimizer = optax.adam(1e-2) if optimizer is None else optimizer
+    kinds = sw.Kinds.standard()
+    return kinds.plan(model, optimizers={"params": optimizer}, averages={"params": sw.EMA(0.9)}).take(model, pack=pack)
+
+
+def numbers(state: sw.State) -> dict[str, list[np.ndarray]]:
+    """Returns all arrays by kind, as NumPy's; keys as their words."""
+
+    def plain(array: Any) -> np.ndarray:
+        return np.array(
+            jax.random.key_data(array) if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+        )
+
+    return {kind: list(map(plain, jax.tree.leaves(state[kind]))) for kind in state}
+
+
+def assert_nothing_changed(before: dict[str, list[np.ndarray]], state: sw.State) -> None:
+    after = numbers(state)
+    for kind, arrays in before.items():
+        same = [np.array_equal(one, other, equal_nan=True) for one, other in zip(arrays, after[kind], strict=True)]
+        assert all(same) == (kind != "rng"), kind
+
+
+BAD = {
+    "a nan in the batch": {"x": X.at[2, 1].set(jnp.nan)},
+    "an infinity in the loss": {"loss": jnp.inf},
+    "a gradient only": {"grad": jnp.nan},
+    "a statistic only": {"stat": jnp.inf},
+}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_batch_changes_nothing_but_random_streams(bad: str, pack: bool) -> None:
+    state = make(pack)
+    defaults: dict[str, Any] = {"x": X, "loss": 0.0, "grad": 1.0, "stat": 0.0}
+    state, loss = STEP(state, *defaults.values())
+    assert np.isfinite(loss)
+    before = numbers(state)
+    state, loss = STEP(state, *(defaults | BAD[bad]).values())
+    assert not np.isfinite(loss)  # also where the loss itself was finite
+    assert_nothing_changed(before, state)
+    state, loss = STEP(state, *defaults.values())
+    after = numbers(state)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(array).all() for array in after["params"] + after["stats"] + after["optimizer"])
+    assert not any(np.array_equal(*pair) for pair in zip(before["params"], after["params"], strict=True))
+
+
+def test_good_batches_are_as_without_it() -> None:
+    skipping, plain = make(), make()
+    step = sw.train_step(fn)
+    for shift in (0.0, 0.5):
+        skipping, loss = STEP(skipping, X + shift)
+        plain, same = step(plain, X + shift)
+        np.testing.assert_allclose(loss, same, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(numbers(skipping)), jax.tree.leaves(numbers(plain)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_bound_that_was_infinite_does_not_stop_training() -> None:
+    """The model keeps a minimum that starts at infinity, and a mask of infinities: neither became infinite here."""
+    state = make()
+    before = numbers(state)
+    state, loss = STEP(state, X)
+    assert np.isfinite(loss)
+    assert np.isinf(state["variables"]["lowest"])
+    assert not np.array_equal(numbers(state)["params"][0], before["params"][0])
+
+
+def test_one_bad_part_of_a_batch() -> None:
+    state = make()
+    before = numbers(state)
+    step = sw.train_step(fn, nonfinite="skip", microbatches=4)
+    state, loss = step(state, X.at[5, 0].set(jnp.nan))
+    assert np.isnan(loss)
+    assert_nothing_changed(before, state)
+    state, loss = step(state, X)
+    assert np.isfinite(loss)
+
+
+def test_a_bad_value_on_one_device_only() -> None:
+    """All devices skip, those with values of their own too."""
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    model = nnx.Dict(w=nnx.Param(jnp.ones(4)), seen=nnx.BatchStat(jnp.zeros(())))
+
+    @sw.train_step(nonfinite="skip")
+    def fn(model: Any, x: jax.Array, bad: jax.Array) -> jax.Array:
+        model.seen[...] += bad.sum() + 1
+        return ((x @ model.w[...]) ** 2).mean()
+
+    for placement in (sw.PerDevice("data"), sw.Replicated()):
+        kinds = sw.Kinds(params=sw.Kind(nnx.Param), stats=sw.Kind(nnx.BatchStat, placement=placement))
+        state = kinds.plan(model, optimizers={"params": optax.adam(0.1)}).take(model, mesh=mesh)
+        rows = jax.NamedSharding(mesh, jax.P("data"))
+        x = jax.device_put(X, rows)
+        before = numbers(state)
+        for args in ((x.at[3, 0].set(jnp.nan), jnp.zeros(8)), (x, jnp.zeros(8).at[3].set(jnp.inf))):
+            state, loss = fn(state, *(jax.device_put(arg, rows) for arg in args))
+            assert not np.isfinite(loss)
+            for kind, arrays in numbers(state).items():
+                assert all(map(np.array_equal, arrays, before[kind])), kind
+        state, loss = fn(state, x, jax.device_put(jnp.zeros(8), rows))
+        assert np.isfinite(loss)
+        assert not np.array_equal(numbers(state)["params"][0], before["params"][0])
+
+
+def test_beside_apply_if_finite() -> None:
+    """Optax's wrapper would count the bad batch; here even its counter stays."""
+    state = make(optimizer=optax.apply_if_finite(optax.adam(1e-2), 3))
+    before = numbers(state)
+    state, _ = STEP(state, X.at[0, 0].set(jnp.nan))
+    assert_nothing_changed(before, state)
+
+
+def test_by_default_a_bad_batch_is_written() -> None:
+    state, loss = sw.train_step(fn)(make(), X.at[0, 0].set(jnp.nan))
+    assert np.isnan(loss)
+    assert np.isnan(numbers(state)["params"][0]).any()
+
+
+def test_another_word() -> None:
+    with pytest.raises(DeclarationError, match=r"nonfinite='raise' is not one of 'write', 'skip'\.") as raised:
+        sw.train_step(fn, nonfinite="raise")  # type: ignore[call-overload]
+    assert raised.value.hint == "nonfinite='skip'"
