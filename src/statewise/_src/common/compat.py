@@ -12,7 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -22,14 +22,18 @@ from jax.interpreters import partial_eval
 __all__ = [
     "Literal",
     "MetricState",
+    "NestedState",
     "Tracer",
     "dce",
     "eval_jaxpr",
     "inner_jaxpr",
+    "is_nnx_state",
     "is_variable",
     "jit_is_disabled",
     "reference",
     "scan_counts",
+    "state_type",
+    "state_types",
     "variable_type",
     "versions",
 ]
@@ -37,6 +41,12 @@ __all__ = [
 Literal = jex_core.Literal
 Tracer = jax.core.Tracer
 MetricState: type = nnx.metrics.MetricState
+
+# Leaves nested by path, as NNX gives them.  For type checkers it is what the installed Flax declares.
+if TYPE_CHECKING:
+    NestedState = nnx.State[Any, Any]
+else:
+    NestedState = getattr(nnx, "State", dict) | dict
 
 
 def inner_jaxpr(jaxpr: Any) -> Any:
@@ -111,6 +121,32 @@ def reference(leaf: Any) -> str:
     if isinstance(leaf, nnx.Variable):  # an instance of another class that passes for a Variable
         return "hijax=True, ref=True" if leaf.ref else "hijax=True"
     return "a reference outside of a Variable" if isinstance(leaf, jax.Ref) else ""
+
+
+def state_type() -> type:
+    """Returns the container in which this Flax gives leaves nested by path: `nnx.State`, or the dict that replaces it.
+
+    This is the only switch: everything that Statewise returns nested by path is in this container.
+    """
+    return _type_returned_by(nnx.state)
+
+
+def state_types() -> tuple[type, ...]:
+    """Returns the containers of leaves nested by path that this Flax knows, `state_type` first."""
+    return tuple(dict.fromkeys((state_type(), *_STATES, dict)))
+
+
+_STATES: tuple[type, ...] = (nnx.State,) if hasattr(nnx, "State") else ()
+
+
+def is_nnx_state(value: Any) -> bool:
+    """Returns whether a value is an `nnx.State`; never true on a Flax that has only dicts."""
+    return isinstance(value, _STATES)
+
+
+@functools.cache
+def _type_returned_by(state: Any) -> type:
+    return type(state(nnx.Module()))
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of
 from statewise._src.common.paths import Leaf, plain_key
 from statewise._src.step.arguments import Bound
@@ -132,7 +133,7 @@ class _Search:
         """Follows the object that a name refers to."""
         if id(value) in self.seen or depth > _DEEPEST or len(self.seen) > _MOST:
             return
-        if isinstance(value, (nnx.Variable, nnx.Pytree, nnx.State)):
+        if isinstance(value, (nnx.Variable, nnx.Pytree)) or is_state(value):
             self.seen.add(id(value))
             self.reached.append(Brought(name, where, value))
         elif isinstance(value, types.FunctionType):
@@ -196,7 +197,7 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 def parts_of(obj: Any) -> Iterator[Any]:
     """Yields an NNX object and all objects and Variables in it."""
-    if isinstance(obj, nnx.State):
+    if is_state(obj):
         yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     else:
         yield from (value for _, value in nnx.iter_graph(obj))

@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack, overload
 
-from flax import nnx
-
+from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.arguments import JitOptions
@@ -21,7 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 # A function of the planned objects.  Its type does not say how many it takes, so only the first is left out of P.
 _Function = Callable[Concatenate[Any, P], R]
-Captured = nnx.State[Any, Any] | dict[str, Any]
+Captured = compat.NestedState | dict[str, Any]
 
 
 # For mypy `()` is a sequence of names too, so these overloads overlap; the first that matches counts.

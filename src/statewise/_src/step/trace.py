@@ -21,6 +21,7 @@ from flax.errors import TraceContextError
 
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
+from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import (
     ArraySpec,
     arrays_of,
@@ -243,8 +244,9 @@ def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
     own = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
     returned = Problems()
     for value in jax.tree.leaves(out, is_leaf=is_object):
-        if isinstance(value, nnx.State) or not is_object(value):
-            continue  # an nnx.State of Variables is data: it is returned as an nnx.State
+        is_data = isinstance(value, compat.state_type()) and is_state(value)
+        if is_data or not is_object(value):
+            continue  # what nnx.state returns is data: the step returns it with new Variables
         held = read_graph([[value]])
         for path, leaf in zip(held.paths, held.leaves, strict=True):
             if id(leaf) in own:

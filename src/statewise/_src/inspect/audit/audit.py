@@ -126,7 +126,7 @@ def _plain_step(fn: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _is_object(value: object) -> bool:
-    return isinstance(value, (nnx.Pytree, nnx.Variable)) and not isinstance(value, nnx.State)
+    return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 
 def _no_contract(plan: PlanTables, name: str) -> Contract:
