@@ -16,7 +16,6 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of, spec_of
 from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise.errors import StructureError
@@ -42,18 +41,18 @@ class WrittenArgument:
 
 
 def is_object(obj: object) -> bool:
-    """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable, a state of them."""
-    return isinstance(obj, (nnx.Variable, nnx.Pytree)) or is_state(obj)
+    """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable, an `nnx.State`."""
+    return isinstance(obj, (nnx.Variable, nnx.Pytree)) or compat.is_nnx_state(obj)
 
 
 def _is_variable(obj: object) -> bool:
     return isinstance(obj, nnx.Variable)
 
 
-def _flat(obj: Any, is_data: bool) -> dict[tuple[Any, ...], Any]:
-    """Returns the leaves of an object by their keys; of a state only the Variables, as the rest is data."""
+def _flat(obj: Any) -> dict[tuple[Any, ...], Any]:
+    """Returns the leaves of an object by their keys; of an `nnx.State` only the Variables, as the rest is data."""
     leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=_is_variable)[0]
-    return {keys: leaf for keys, leaf in leaves if _is_variable(leaf) or not is_data}
+    return {keys: leaf for keys, leaf in leaves if _is_variable(leaf) or not compat.is_nnx_state(obj)}
 
 
 def _path(keys: tuple[Any, ...]) -> Path:
@@ -70,15 +69,14 @@ class Passed:
 
     def __init__(self, args: Any, kwargs: Any) -> None:
         leaves = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)), is_leaf=is_object)[0]
-        # Whether each is a state is decided before the call: the function may put something else into a dict.
-        self._objects = [(keys, leaf, is_state(leaf)) for keys, leaf in leaves if is_object(leaf)]
+        self._objects = [(keys, leaf) for keys, leaf in leaves if is_object(leaf)]
         self._number: dict[int, int] = {}
         if self._objects:
             self._number = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((args, kwargs)))}
         # The leaves of each object by their keys, with what they hold, and as data: all of it from before the call.
         self._before = [
-            {keys: (leaf, raw_value(leaf), row_of(_path(keys), leaf)) for keys, leaf in _flat(obj, is_data).items()}
-            for _, obj, is_data in self._objects
+            {keys: (leaf, raw_value(leaf), row_of(_path(keys), leaf)) for keys, leaf in _flat(obj).items()}
+            for _, obj in self._objects
         ]
         # Set by `after`: leaves that were replaced, and those whose arrays the program must decide about.
         self.written: list[WrittenArgument] = []
@@ -87,7 +85,7 @@ class Passed:
     @property
     def objects(self) -> list[Any]:
         """Returns the objects."""
-        return [obj for _, obj, _ in self._objects]
+        return [obj for _, obj in self._objects]
 
     @property
     def variables(self) -> list[tuple[Path, Any]]:
@@ -103,8 +101,8 @@ class Passed:
         if not self._objects:
             return []
         returned = {id(leaf) for leaf in jax.tree.leaves(out, is_leaf=_is_variable) if _is_variable(leaf)}
-        for (keys, obj, is_data), before in zip(self._objects, self._before, strict=True):
-            now = _flat(obj, is_data)
+        for (keys, obj), before in zip(self._objects, self._before, strict=True):
+            now = _flat(obj)
             # Keys in (args, kwargs): which of the two, the argument's position or name, and the way inside it.
             write_to = functools.partial(WrittenArgument, plain_key(keys[1]), keys[2:], type(obj))
             for leaf_keys, (_, value, row) in before.items():
@@ -122,7 +120,7 @@ class Passed:
                     if array is not old_array:
                         self.unclear.append((write, self._number[id(old_array)]))
                         arrays.append(array)
-            if not is_data:
+            if not compat.is_nnx_state(obj):
                 self.written += [
                     write_to(row_of(_path(leaf_keys), leaf, note="made"))
                     for leaf_keys, leaf in now.items()

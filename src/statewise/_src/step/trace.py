@@ -243,10 +243,9 @@ def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
     """Checks that an output does not hold the model itself, or one of its Variables."""
     own = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
     returned = Problems()
-    for value in jax.tree.leaves(out, is_leaf=is_object):
-        is_data = isinstance(value, compat.state_type()) and is_state(value)
-        if is_data or not is_object(value):
-            continue  # what nnx.state returns is data: the step returns it with new Variables
+    for value in jax.tree.leaves(out, is_leaf=lambda node: is_object(node) or _is_data(node)):
+        if _is_data(value) or not is_object(value):
+            continue
         held = read_graph([[value]])
         for path, leaf in zip(held.paths, held.leaves, strict=True):
             if id(leaf) in own:
@@ -258,6 +257,11 @@ def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
         f"{name} returns the model, or Variables of it; they exist only inside the step.",
         "return arrays: model.kernel[...]; the step returns the state by itself",
     )
+
+
+def _is_data(value: object) -> bool:
+    """Returns whether a value is what `nnx.state` returns, which is data: a step returns it, with new Variables."""
+    return isinstance(value, compat.state_type()) and is_state(value)
 
 
 def check_output(leaves: Sequence[object], name: str) -> None:
