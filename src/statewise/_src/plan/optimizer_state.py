@@ -106,9 +106,9 @@ class OptimizerGroup(Derived):
                 return container, jax.eval_shape(functools.partial(self._init, container), shapes)
             except (ValueError, TypeError, KeyError) as error:
                 errors.append(error)
-        # Where a dict met an nnx.State, the error is about the two types, and the other one has the reason.
-        names = [str(container) for container in compat.state_types() if container is not dict]
-        reason_of = min(errors, key=lambda error: any(name in str(error) for name in names))
+        # Where a dict met an nnx.State, the error names both types, and the other error has the reason.
+        names = list(map(str, compat.state_types()))
+        reason_of = min(errors, key=lambda error: len(names) > 1 and all(name in str(error) for name in names))
         reason = " ".join(str(reason_of).split())[:300]
         raise DeclarationError(
             f"The optimizer of {self.label} cannot be set up for these leaves: {reason}",
