@@ -15,7 +15,7 @@ NUMBERS = (
     *("median_s", "q1_s", "q3_s", "ratio", "ratio_q1", "ratio_q3"),
     *("setup_s", "first_call_s", "peak_bytes", "compiled_bytes"),
 )
-BEGIN, END = "<!-- written by python -m benchmarks --write-docs -->", "<!-- end of what is written -->"
+BEGIN, END = "<!-- written by python -m benchmarks --write-docs -->", "<!-- end of the written part -->"
 
 Result = dict[str, Any]
 

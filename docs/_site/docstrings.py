@@ -23,7 +23,7 @@ class Examples(griffe.Extension):
     """Renames the heading, in memory only."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
-        """Called by griffe for each object that it has read from the source."""
+        """Renames it in an object that griffe has read from the source."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
 
@@ -32,7 +32,7 @@ class Aliases(griffe.Extension):
     """Writes private aliases of types out, in memory only."""
 
     def on_package(self, *, pkg: Any, loader: Any, **_: Any) -> None:
-        """Called by griffe when it has read everything, so that every name can be resolved."""
+        """Writes them out when griffe has read everything, so that every name can be resolved."""
         self._modules = loader.modules_collection
         self._visit(pkg)
 

@@ -97,5 +97,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Leaves out of the API page where a public name is defined: a reader imports it from `statewise`."""
+    """Removes from the API page where a public name is defined: a reader imports it from `statewise`."""
     return re.sub(r'\s+title="[^"]*\bstatewise\._src\b[^"]*"', "", output) if page.file.src_uri == "api.md" else output

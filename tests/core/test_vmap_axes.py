@@ -167,7 +167,7 @@ def test_ensembles_along_another_axis() -> None:
 def test_a_packed_ensemble() -> None:
     packed = PLAN.take(make(KEYS[0]), pack=True)
     axes = packed.plan.axes(**ALL)
-    assert [len(part) for part in packed.tables.stored_specs.values()] == [len(axes_of(axes, kind)) for kind in packed]
+    assert [len(part) for part in packed.tables.stored.values()] == [len(axes_of(axes, kind)) for kind in packed]
     states = jax.vmap(lambda key: PLAN.take(make(key), pack=True), out_axes=axes)(KEYS)
     states, losses = jax.vmap(train, in_axes=(axes, 0, 0), out_axes=(axes, 0))(states, XS, YS)
     for number, key in enumerate(KEYS):

@@ -181,7 +181,7 @@ def test_each_leaf_is_what_its_own_variable_says(model: Node, two: bool) -> None
         said = own.get_metadata() if isinstance(own, nnx.Variable) else {}
         assert known[leaf.path] == said
         values = jax.tree.leaves(raw_value(own))
-        positions = [at for at, row in enumerate(tables_of(plan).leaf_of_array[leaf.kind or ""]) if row is leaf]
+        positions = [row.position for row in tables_of(plan).by_kind[leaf.kind or ""] if row.leaf is leaf]
         assert len(positions) == len(values)
         for at, value in zip(positions, values, strict=True):
             assert np.array_equal(data(state.part(leaf.kind or "").arrays[at]), data(jnp.asarray(value)))

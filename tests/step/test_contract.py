@@ -83,11 +83,11 @@ def loss(model: Model, x: jax.Array, y: jax.Array) -> jax.Array:
 def crossing(step: sw.results.Step, state: sw.State, *args: Any) -> tuple[set[str], set[str]]:
     """The leaves whose arrays go into the compiled function: those donated, and those only read."""
     plan, operands = state.plan, step._entry(state, args, {}).operands
-    rows = [tables_of(plan).leaf_of_array[kind] for kind in plan.kinds]
+    stored = list(tables_of(plan).stored.values())
 
     def paths(routes: Any) -> set[str]:
-        spots = [(route.kind, tables_of(plan).slots[route.kind][slot]) for route in routes for slot in route.slots]
-        return {sw.format_path(rows[kind][position].path) for kind, position in spots}
+        slots = [stored[route.kind][slot] for route in routes for slot in route.slots]
+        return {sw.format_path(array.leaf.path) for slot in slots for array in slot.arrays}
 
     return paths(operands.donated), paths(operands.read_only)
 

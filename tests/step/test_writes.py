@@ -70,7 +70,7 @@ def written(fn: Callable[..., Any], model: Any, *args: Any) -> set[str]:
     plan = sw.plan(model)
     step = sw.step(fn, writes=tuple(plan.kinds))
     traced, *_ = definition_of(step).trace_checked(plan.take(model), args, {})
-    return {sw.format_path(tables_of(plan).leaf_of_array[kind][position].path) for kind, position in traced.written}
+    return {sw.format_path(tables_of(plan).by_kind[kind][position].leaf.path) for kind, position in traced.written}
 
 
 def changed(fn: Callable[..., Any], model: Any, *args: Any) -> set[str]:

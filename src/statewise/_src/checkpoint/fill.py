@@ -126,18 +126,18 @@ def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:
 
 
 def start_moments(matched: Match, target: State, new: dict[Spot, Any]) -> None:
-    """Adds the optimizer's arrays that begin, as its `init` makes them from the restored parameters.
+    """Adds the arrays of optimizers that start as `init` makes them from the restored parameters.
 
     Args:
-      matched: what is restored, restarted and begun.
+      matched: what is restored, restarted and initialized.
       target: the target, whose values are used where nothing is restored.
       new: the arrays of the new state so far, by kind and position.
     """
     plan = target.tables
     own = functools.cache(functools.partial(own_arrays, target))
-    begun = {placed.start for placed in matched.begun}
+    initialized = {placed.start for placed in matched.initialized}
     for group in plan.derived_arrays:
-        wanted = [position for position in range(group.start, group.stop) if position in begun]
+        wanted = [position for position in range(group.start, group.stop) if position in initialized]
         if not wanted or not group.derived.trains:
             continue
         spots = [(source.kind, source.position) for source in group.sources]

@@ -63,13 +63,13 @@ class Match:
       report: what happens to each leaf.
       sources: the leaves to read.
       restarted: the leaves that get a fresh value.
-      begun: the optimizer's arrays that begin as its `init` makes them.
+      initialized: the arrays of optimizers that start as `init` makes them.
     """
 
     report: RestoreReport
     sources: tuple[RestoreSource, ...]
     restarted: tuple[Placed, ...]
-    begun: tuple[Placed, ...] = ()
+    initialized: tuple[Placed, ...] = ()
 
 
 class _Matcher:
@@ -89,7 +89,7 @@ class _Matcher:
         self.is_too_wide = functools.cache(_is_too_wide)  # for one restore: the configuration may change later
         self.sources: list[RestoreSource] = []
         self.restarted: list[Placed] = []
-        self.begun: list[Placed] = []
+        self.initialized: list[Placed] = []
         self.retyped = Retyped(self.plan, manifests)
         self.lacking: list[LeafRecord] = []
         # From the other paths of tied leaves in the checkpoint to those leaves.
@@ -228,7 +228,7 @@ class _Matcher:
         elif handling == "keep" and not lost:
             self.say(record, "kept", why)
         elif of := self.retyped.companion_of(record):
-            self.begin_companion(placed, f"{why}, {of}")
+            self.start_companion(placed, f"{why}, {of}")
         elif other is not None:
             self.say(record, "problem", f"tied to {format_path(other.path)} in the checkpoint", [TIE])
         elif lost:
@@ -247,14 +247,14 @@ class _Matcher:
             else:  # there is no value to keep until the target has values
                 self.declare(_VALUES, record.kind, _KEEP)
 
-    def begin_companion(self, placed: Placed, why: str) -> None:
+    def start_companion(self, placed: Placed, why: str) -> None:
         """Handles a moment or an average that is missing because Flax changed the type of its leaf."""
         record, lost = placed.record, self.lost(placed)
         if self.plan.kinds[record.kind].of is EMA:
             self.restart(placed, why)
         elif placed.start in self.moments and record.kind == OPTIMIZER:
             self.say(record, "restarted", why)
-            self.begun.append(placed)
+            self.initialized.append(placed)
         elif lost:  # state of an nnx.Optimizer, which only the program knows how to begin
             self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
         else:
@@ -367,4 +367,4 @@ def match(
     if hints and (names := renamed(state.tables, manifests[0])):
         hints = (names,)  # the other differences follow from this one
     report = RestoreReport(str(path), tuple(matcher.done), hints, dict(manifests[0].written))
-    return Match(report, tuple(matcher.sources), tuple(matcher.restarted), tuple(matcher.begun))
+    return Match(report, tuple(matcher.sources), tuple(matcher.restarted), tuple(matcher.initialized))

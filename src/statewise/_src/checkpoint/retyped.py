@@ -5,7 +5,7 @@ paths, of another type and so of another kind.  No list here says so.  A leaf is
 else about it is equal, both types are of JAX or Flax, a layer of Flax's own holds it, and another version of Flax wrote
 the checkpoint.  A type that a user changed is still refused.
 
-Of such a leaf, only the side that trains it has moments and averages.  They begin as for a new leaf where the
+Of such a leaf, only the side that trains it has moments and averages.  They start as for a new leaf where the
 checkpoint lacks them, and are dropped where the target has no use for them.
 """
 
@@ -102,7 +102,7 @@ def _article(name: str) -> str:
 
 
 def _owner(objects: Sequence[Any], path: Path, plan: PlanTables) -> tuple[type, Any]:
-    """Returns the type of the innermost module above a leaf, and the key of what it holds there."""
+    """Returns the type of the innermost module above a leaf, and the key under which it holds that."""
     node: Any = objects[0]
     if plan.several:
         first, *path_inside = path

@@ -29,6 +29,7 @@ __all__ = [
     "is_abstract",
     "is_array",
     "is_deleted",
+    "is_object",
     "is_traced",
     "make_leaf",
     "named",
@@ -213,6 +214,11 @@ def _is_jax_array(value: Any) -> bool:
 def is_array(value: Any) -> bool:
     """Returns whether a value is one array: JAX's or NumPy's, concrete, traced or abstract."""
     return _is_jax_array(value) or isinstance(value, (np.ndarray, np.generic))
+
+
+def is_object(value: object) -> bool:
+    """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable; not an `nnx.State`."""
+    return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 def is_deleted(array: Any) -> bool:

@@ -95,7 +95,7 @@ def _check_casts(state: StateData, name: str, *, to_values: bool) -> None:
     check_not_donated(state, dict.fromkeys(kind for kind, _, _ in narrowed))
     casts = Casts()
     for kind, slot, dtype in narrowed:
-        casts.add(state.tables.leaf_of_slot[kind][slot], state.part(kind).arrays[slot], dtype)
+        casts.add(state.tables.stored[kind][slot].leaf, state.part(kind).arrays[slot], dtype)
     casts.check(StructureError, "a wider dtype for the values and their averages: state.cast(params='float32')")
 
 

@@ -46,13 +46,14 @@ def misfits(plan: PlanTables, parts: Parts) -> list[Leaf]:
     """Returns the leaves whose arrays do not have the shapes and dtypes of the plan."""
     problems = Problems()
     for kind, part in parts.items():
-        for leaf, spec, array in zip(plan.leaf_of_slot[kind], plan.stored_specs[kind], part, strict=True):
+        for slot, array in zip(plan.stored[kind], part, strict=True):
+            spec = slot.spec
             if getattr(array, "shape", None) != spec.shape or getattr(array, "dtype", None) != spec.dtype:
                 found = spec_of(array)
                 if found:  # JAX would narrow some dtypes of NumPy; the note shows the array's own
                     found = ArraySpec(found.shape, getattr(array, "dtype", found.dtype))
                 facts = LeafFacts(None, (found or type(array),))
-                problems.add(leaf, note_of(compare_leaf(LeafFacts(None, (spec,)), facts), "state"))
+                problems.add(slot.leaf, note_of(compare_leaf(LeafFacts(None, (spec,)), facts), "state"))
     return problems.leaves
 
 
@@ -79,7 +80,7 @@ def hint_of_batch(plan: PlanTables, parts: Parts) -> str | None:
         return "one member of an ensemble: one = ensemble.member(0)  # a state of the single plan"
     # The number of states is one of the sizes in an array that has one axis more than planned.
     shapes = [getattr(array, "shape", None) for part in parts.values() for array in part]
-    specs = [spec for kind in parts for spec in plan.stored_specs[kind]]
+    specs = [slot.spec for kind in parts for slot in plan.stored[kind]]
     pairs = zip(shapes, specs, strict=True)
     larger = [shape for shape, spec in pairs if shape is not None and len(shape) == len(spec.shape) + 1]
     for count in dict.fromkeys(size for shape in larger for size in shape if size):
@@ -97,8 +98,8 @@ def _added_axes(plan: PlanTables, parts: Parts, count: int) -> dict[str, list[Ax
     """
     axes: dict[str, list[Axis]] = {kind: [] for kind in parts}
     for kind, part in parts.items():
-        for array, spec in zip(part, plan.stored_specs[kind], strict=True):
-            shape, rank = getattr(array, "shape", None), len(spec.shape)
+        for array, slot in zip(part, plan.stored[kind], strict=True):
+            spec, shape, rank = slot.spec, getattr(array, "shape", None), len(slot.spec.shape)
             added = [axis for axis in range(rank + 1) if grown(spec.shape, axis, count) == shape]
             if getattr(array, "dtype", None) != spec.dtype or not (added or shape == spec.shape):
                 return None
@@ -119,7 +120,7 @@ def _arguments(plan: PlanTables, axes: Mapping[str, Sequence[Axis]]) -> list[str
                 arguments.append(f"{kind}={part[0]}")
             continue
         several = plan.several and kind != OPTIMIZER  # paths are then relative to their object
-        leaves = zip(plan.leaf_of_slot[kind], part, strict=True)
-        by_path = {leaf.path[several:]: axis for leaf, axis in leaves if axis is not None}
+        slots = zip(plan.stored[kind], part, strict=True)
+        by_path = {slot.leaf.path[several:]: axis for slot, axis in slots if axis is not None}
         arguments.append(f"{kind}=lambda path, shape: {by_path!r}.get(path)")
     return arguments

@@ -123,10 +123,10 @@ def _under_ensemble(plan: PlanTables, batch: StateT) -> StateT:
 def _own_counts(plan: PlanTables, kind: str, part: Sequence[Any]) -> list[Any]:
     """Returns a part in which each member has counts of averages of its own; `plan.axes` shares one among all."""
     return [
-        jnp.broadcast_to(array, spec.shape)
-        if axis is not None and len(spec.shape) == 1 and getattr(array, "shape", None) == ()
+        jnp.broadcast_to(array, slot.spec.shape)
+        if slot.axis is not None and len(slot.spec.shape) == 1 and getattr(array, "shape", None) == ()
         else array
-        for array, spec, axis in zip(part, plan.stored_specs[kind], plan.slot_axes[kind], strict=True)
+        for array, slot in zip(part, plan.stored[kind], strict=True)
     ]
 
 
@@ -161,15 +161,15 @@ def _check_states(members: Members, states: Sequence[StateData]) -> None:
 
 def _stacked_part(plan: PlanTables, kind: str, parts: Sequence[Sequence[Any]]) -> list[Any]:
     """Returns a kind's part in the ensemble, from the part of each member."""
-    slots: list[Any] = []
-    for arrays, axis, spec in zip(zip(*parts, strict=True), plan.slot_axes[kind], plan.stored_specs[kind], strict=True):
+    stacked: list[Any] = []
+    for arrays, slot in zip(zip(*parts, strict=True), plan.stored[kind], strict=True):
         if isinstance(arrays[0], jax.ShapeDtypeStruct):
-            slots.append(jax.ShapeDtypeStruct(spec.shape, spec.dtype))
-        elif axis is None:
-            slots.append(jnp.array(arrays[0]))  # a copy: a step on the ensemble donates the arrays of its state
+            stacked.append(jax.ShapeDtypeStruct(*slot.spec))
+        elif slot.axis is None:
+            stacked.append(jnp.array(arrays[0]))  # a copy: a step on the ensemble donates the arrays of its state
         else:
-            slots.append(jnp.stack(arrays, place_of(axis, len(spec.shape))))
-    return slots
+            stacked.append(jnp.stack(arrays, place_of(slot.axis, len(slot.spec.shape))))
+    return stacked
 
 
 def _check_shared(plan: PlanTables, kind: str, parts: Sequence[Sequence[Any]]) -> None:
@@ -179,18 +179,17 @@ def _check_shared(plan: PlanTables, kind: str, parts: Sequence[Sequence[Any]]) -
       StructureError: some differ, or are being traced; lists all of them.
     """
     problems = Problems()
-    for slot, (first, *rest) in enumerate(zip(*parts, strict=True)):
+    for slot, (first, *rest) in zip(plan.stored[kind], zip(*parts, strict=True), strict=True):
         others = {number: array for number, array in enumerate(rest, start=1) if array is not first}
-        if plan.slot_axes[kind][slot] is not None or not others or is_abstract(others.values()):
+        if slot.axis is not None or not others or is_abstract(others.values()):
             continue
-        leaf = plan.leaf_of_slot[kind][slot]
         if is_traced((first, *others.values())):
-            problems.add(leaf, "traced: its values in the states cannot be compared")
+            problems.add(slot.leaf, "traced: its values in the states cannot be compared")
             continue
         bits = _bits(first)
         different = next((number for number, array in others.items() if _bits(array) != bits), None)
         if different is not None:
-            problems.add(leaf, f"differs between state {different} and state 0")
+            problems.add(slot.leaf, f"differs between state {different} and state 0")
     problems.raise_as(
         StructureError,
         f"All members share the kind {kind!r}, but it is not the same in each state.",
@@ -254,23 +253,23 @@ def _index(index: Any, count: int) -> int | jax.Array:
 @functools.lru_cache(maxsize=64)
 def _member_program(plan: PlanTables, places: tuple[PartShardings | None, ...]) -> Any:
     """Returns the compiled function that copies the arrays of one member, by its number, on the ensemble's devices."""
-    axes = list(plan.slot_axes.values())
+    kinds = list(plan.stored.values())
 
     def one_member(parts: Sequence[Sequence[Any]], index: Any) -> list[tuple[Any, ...]]:
         return [
-            tuple(_at_index(array, axis, index) for array, axis in zip(part, own, strict=True))
-            for part, own in zip(parts, axes, strict=True)
+            tuple(_at_index(array, slot.axis, index) for array, slot in zip(part, slots, strict=True))
+            for part, slots in zip(parts, kinds, strict=True)
         ]
 
     without_axis = [
         place
         and PartShardings(
             tuple(
-                sharding and _without_axis(sharding, len(spec.shape), axis)
-                for sharding, spec, axis in zip(place.shardings, specs, own, strict=True)
+                sharding and _without_axis(sharding, len(slot.spec.shape), slot.axis)
+                for sharding, slot in zip(place.shardings, slots, strict=True)
             )
         )
-        for place, specs, own in zip(places, plan.stored_specs.values(), axes, strict=True)
+        for place, slots in zip(places, kinds, strict=True)
     ]
     return compiled(one_member, without_axis)
 

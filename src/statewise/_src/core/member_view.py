@@ -52,8 +52,8 @@ def is_part_of_one_member(plan: PlanTables, kind: str, part: Sequence[Any]) -> b
     """Returns whether a kind's part under an ensemble's plan holds the arrays of one member."""
     # Arrays that all members share have the same shape in both, so they do not tell.
     return plan.ensemble is not None and any(
-        axis is not None and getattr(array, "shape", None) == spec.shape
-        for array, spec, axis in zip(part, plan.ensemble.single.stored_specs[kind], plan.slot_axes[kind], strict=True)
+        slot.axis is not None and getattr(array, "shape", None) == of_one.spec.shape
+        for array, slot, of_one in zip(part, plan.stored[kind], plan.ensemble.single.stored[kind], strict=True)
     )
 
 

@@ -88,9 +88,9 @@ def _check_own(plan: PlanTables, kinds: Sequence[str]) -> None:
     """Checks that each member of an ensemble has values of its own in these kinds."""
     problems = Problems()
     for kind in kinds:
-        for leaf, axis in zip(plan.leaf_of_slot[kind], plan.slot_axes[kind], strict=True):
-            if axis is None:
-                problems.add(leaf, "shared by all members")
+        for slot in plan.stored[kind]:
+            if slot.axis is None:
+                problems.add(slot.leaf, "shared by all members")
     problems.raise_as(
         StructureError,
         "where has a row for each member, and the members share these leaves.",

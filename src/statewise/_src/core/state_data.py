@@ -216,12 +216,12 @@ def check_unshared(state: StateData) -> None:
         return
     seen: dict[int, Leaf] = {}
     for kind, part in zip(state.tables.kinds, state.parts, strict=True):
-        for leaf, array in zip(state.tables.leaf_of_slot[kind], part.arrays, strict=True):
+        for slot, array in zip(state.tables.stored[kind], part.arrays, strict=True):
             # A state may hold other objects (axes, None), and those may well be one object.
             if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
                 continue
             if id(array) in seen:
-                leaves = [seen[id(array)], leaf]
+                leaves = [seen[id(array)], slot.leaf]
                 names = " and ".join(format_path(leaf.path) for leaf in leaves)
                 raise StructureError(
                     f"{names} share one array, so a step could not write them separately.",
@@ -229,4 +229,4 @@ def check_unshared(state: StateData) -> None:
                     kind=kind,
                     hint="give one of them a copy: jax.tree.map(jnp.copy, part)",
                 )
-            seen[id(array)] = leaf
+            seen[id(array)] = slot.leaf

@@ -16,7 +16,7 @@ __all__ = ["abstract", "shardings"]
 def abstract(plan: PlanTables, mesh: Any = None) -> StateData:
     """Implements `Plan.abstract`."""
     placed = plan if mesh is None else on_mesh(plan, mesh)
-    parts = [[jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in part] for part in placed.stored_specs.values()]
+    parts = [[jax.ShapeDtypeStruct(*slot.spec) for slot in slots] for slots in placed.stored.values()]
     shapes = StateData.of(placed, parts)
     if mesh is None:
         return shapes

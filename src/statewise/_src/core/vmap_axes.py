@@ -44,10 +44,9 @@ def axes(plan: PlanTables, given: Mapping[str, object]) -> StateData:
     _check_streams(plan, given)
     # JAX maps what a state stores, so the axes are those of slots: a buffer has one for all of its arrays.
     slots = _in_slots(plan, _array_axes(plan, given, None))
-    specs = plan.stored_specs
     if _optimizer_follows(plan, given):
-        slots[OPTIMIZER] = _mapped_counts(specs[OPTIMIZER], slots[OPTIMIZER])
-    _check_ranks(specs, plan.leaf_of_slot, slots)
+        slots[OPTIMIZER] = _mapped_counts([slot.spec for slot in plan.stored[OPTIMIZER]], slots[OPTIMIZER])
+    _check_ranks({kind: [(slot.leaf, slot.spec) for slot in own] for kind, own in plan.stored.items()}, slots)
     return StateData.of(plan, slots.values())
 
 
@@ -65,8 +64,8 @@ def axes_of_members(plan: PlanTables, given: Mapping[str, object]) -> tuple[tupl
     _check_averages(plan, by_kind, given)
     if _optimizer_follows(plan, given):
         by_kind[OPTIMIZER] = _mapped_counts(plan.held_specs[OPTIMIZER], by_kind[OPTIMIZER])
-    # `held_specs` have the leading axis of per-device values: the members' axis counts in these.
-    _check_ranks(plan.held_specs, plan.leaf_of_array, by_kind)
+    # The shapes that a state holds have the leading axis of per-device values: the members' axis counts in these.
+    _check_ranks({kind: [(array.leaf, array.held) for array in own] for kind, own in plan.by_kind.items()}, by_kind)
     _in_slots(plan, by_kind)
     return tuple((kind, tuple(part)) for kind, part in by_kind.items())
 
@@ -202,12 +201,10 @@ def _in_slots(plan: PlanTables, by_kind: Mapping[str, Sequence[Axis]]) -> dict[s
     return slots
 
 
-def _check_ranks(
-    specs: Mapping[str, Sequence[ArraySpec]], leaves: Mapping[str, Sequence[Leaf]], axes: Mapping[str, Sequence[Axis]]
-) -> None:
+def _check_ranks(specs: Mapping[str, Sequence[tuple[Leaf, ArraySpec]]], axes: Mapping[str, Sequence[Axis]]) -> None:
     problems = Problems()
     for kind, part in axes.items():
-        for leaf, spec, axis in zip(leaves[kind], specs[kind], part, strict=True):
+        for (leaf, spec), axis in zip(specs[kind], part, strict=True):
             if not _has_axis(spec, axis):
                 problems.add(leaf, f"has rank {len(spec.shape) + 1} with the new axis, which cannot be {axis}")
     if problems:

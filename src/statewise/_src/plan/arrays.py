@@ -9,8 +9,6 @@ equal; a packed part stores several arrays in one buffer, which is one slot.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from statewise._src.common.nnx_graph import ArraySpec
 from statewise._src.common.paths import Leaf
 from statewise._src.plan.derived import Derived
@@ -61,12 +59,21 @@ class Slot(NamedTuple):
       position: its index in the kind's part.
       arrays: the arrays that it stores, in the order of the buffer.
       buffer: the buffer that holds them; None for an array that is stored alone.
+      leaf: the leaf that is stored here; for a buffer, a leaf that is named for its content.
+      spec: the stored shape and dtype.
     """
 
     kind: str
     position: int
     arrays: tuple[ArrayInfo, ...]
     buffer: PackedBuffer | None
+    leaf: Leaf
+    spec: ArraySpec
+
+    @property
+    def axis(self) -> Axis:
+        """Returns the axis of an ensemble's members, which the arrays of a buffer share; None if it has none."""
+        return self.arrays[0].axis
 
     @property
     def spot(self) -> Spot:
@@ -77,17 +84,6 @@ class Slot(NamedTuple):
     def numbers(self) -> tuple[int, ...]:
         """Returns the numbers of its arrays."""
         return numbers_of(self.arrays)
-
-    def leaf(self, number: int) -> Leaf:
-        """Returns the leaf that is stored here; for the buffer with this number, a leaf that is named for its content.
-
-        Args:
-          number: the index of the buffer among the buffers of the kind.
-        """
-        if self.buffer is None:
-            return self.arrays[0].leaf
-        name = f"buffer {number} of {len(self.arrays)} arrays"
-        return Leaf((name,), self.kind, jax.Array, self.buffer.spec.shape, self.buffer.spec.dtype)
 
 
 class DerivedArrays(NamedTuple):

@@ -102,6 +102,15 @@ class Packing(NamedTuple):
     loose: tuple[int, ...]
     buffers: tuple[PackedBuffer, ...]
 
+    def slots(self) -> dict[int, tuple[int, PackedBuffer | None]]:
+        """Returns the slot of each array by its position, and the buffer in that slot."""
+        slots: dict[int, tuple[int, PackedBuffer | None]] = {
+            position: (slot, None) for slot, position in enumerate(self.loose)
+        }
+        for slot, buffer in enumerate(self.buffers, len(self.loose)):
+            slots |= dict.fromkeys(buffer.positions, (slot, buffer))
+        return slots
+
 
 def pack(packing: Packing, arrays: Sequence[Any]) -> tuple[Any, ...]:
     """Returns a packed part, from the arrays of a kind in order."""

@@ -31,7 +31,7 @@ from statewise._src.plan.kind import Kind, unknown_kind
 from statewise._src.plan.leaf_specs import LeafSpec, Span
 from statewise._src.plan.members import Axis, Members, grown
 from statewise._src.plan.optimizer_state import OPTIMIZER, OptimizerGroup
-from statewise._src.plan.packing import PackedBuffer, Packing, choose, pack, unpack
+from statewise._src.plan.packing import Packing, choose, pack, unpack
 from statewise._src.plan.per_device import PerDeviceArrays
 
 __all__ = ["OPTIMIZER", "PlanTables"]
@@ -81,11 +81,10 @@ class PlanTables:
 
     # Identity is equality: `intern` returns one object for equal tables, so a copy would be unequal.
 
-    def __deepcopy__(self, memo: object) -> PlanTables:
+    def __deepcopy__(self, memo: object = None) -> PlanTables:
         return self
 
-    def __copy__(self) -> PlanTables:
-        return self
+    __copy__ = __deepcopy__
 
     @functools.cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -172,20 +171,15 @@ class PlanTables:
         for each in self.derived:  # a derived leaf is one array
             owners[each.into].extend((leaf, each) for leaf in itertools.islice(leaves, len(each.layout.specs)))
         arrays: list[ArrayInfo] = []
-        for contents, (kind, specs) in zip(self.slots, self.specs.items(), strict=True):
-            slot_of: dict[int, tuple[int, PackedBuffer | None]] = {}
-            for slot, content in enumerate(contents):
-                if isinstance(content, PackedBuffer):
-                    slot_of |= dict.fromkeys(content.positions, (slot, content))
-                else:
-                    slot_of[content] = slot, None
-            per_device = self.per_device.of(kind) if self.per_device else frozenset()
+        for kind, specs in self.specs.items():
+            slots = self.packing[kind].slots() if kind in self.packing else {}
+            devices = dict.fromkeys(self.per_device.of(kind), self.per_device.devices) if self.per_device else {}
             axes = self.ensemble.of(kind) if self.ensemble else (None,) * len(specs)
             for position, (spec, held, axis) in enumerate(zip(specs, self.held_specs[kind], axes, strict=True)):
-                devices = self.per_device.devices if self.per_device and position in per_device else 0
-                slot, buffer = slot_of[position]
+                slot, buffer = slots.get(position, (position, None))
                 leaf, derived = owners[kind][position]
-                info = ArrayInfo(len(arrays), kind, position, slot, buffer, leaf, spec, held, derived, devices, axis)
+                own = devices.get(position, 0)
+                info = ArrayInfo(len(arrays), kind, position, slot, buffer, leaf, spec, held, derived, own, axis)
                 arrays.append(info)
         return tuple(arrays)
 
@@ -194,11 +188,6 @@ class PlanTables:
         """Returns the arrays of each kind, by position."""
         arrays = iter(self.arrays)
         return {kind: tuple(itertools.islice(arrays, len(specs))) for kind, specs in self.specs.items()}
-
-    @functools.cached_property
-    def leaf_of_array(self) -> dict[str, list[Leaf]]:
-        """Returns the leaf of each array of each kind, by position."""
-        return {kind: [array.leaf for array in arrays] for kind, arrays in self.by_kind.items()}
 
     @functools.cached_property
     def derived_arrays(self) -> tuple[DerivedArrays, ...]:
@@ -227,30 +216,27 @@ class PlanTables:
     # --- what a state stores, by slot ------------------------------------------------------------------------
 
     @functools.cached_property
-    def slots(self) -> tuple[tuple[int | PackedBuffer, ...], ...]:
-        """Returns, for each kind in order, the content of each slot: an array's position, or a buffer."""
-        slots: list[tuple[int | PackedBuffer, ...]] = []
-        for kind, specs in self.specs.items():
-            packing = self.packing.get(kind)
-            slots.append((*packing.loose, *packing.buffers) if packing else tuple(range(len(specs))))
-        return tuple(slots)
-
-    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Returns the number of slots of each kind's part."""
-        return tuple(map(len, self.slots))
+        packings = ((specs, self.packing.get(kind)) for kind, specs in self.specs.items())
+        return tuple(len(p.loose) + len(p.buffers) if p else len(specs) for specs, p in packings)
 
     @functools.cached_property
     def stored(self) -> dict[str, tuple[Slot, ...]]:
-        """Returns what a state stores in each slot of each kind's part."""
+        """Returns what a state stores of each kind, by slot: arrays that are stored alone, then the buffers."""
         stored = {}
-        for contents, (kind, arrays) in zip(self.slots, self.by_kind.items(), strict=True):
-            stored[kind] = tuple(
-                Slot(kind, slot, tuple(arrays[position] for position in content.positions), content)
-                if isinstance(content, PackedBuffer)
-                else Slot(kind, slot, (arrays[content],), None)
-                for slot, content in enumerate(contents)
-            )
+        for kind, arrays in self.by_kind.items():
+            loose, buffers = self.packing.get(kind, (range(len(arrays)), ()))
+            alone = [arrays[position] for position in loose]
+            slots = [Slot(kind, slot, (array,), None, array.leaf, array.held) for slot, array in enumerate(alone)]
+            for number, buffer in enumerate(buffers):
+                own, spec = tuple(arrays[position] for position in buffer.positions), buffer.spec
+                leaf = Leaf((f"buffer {number} of {len(own)} arrays",), kind, jax.Array, spec.shape, spec.dtype)
+                # A packing describes one member; the arrays of a buffer have the members along one axis.
+                if self.ensemble is not None:
+                    spec = spec._replace(shape=grown(spec.shape, own[0].axis, self.ensemble.number))
+                slots.append(Slot(kind, len(slots), own, buffer, leaf, spec))
+            stored[kind] = tuple(slots)
         return stored
 
     @functools.cached_property
@@ -259,47 +245,23 @@ class PlanTables:
         return tuple(slot for slots in self.stored.values() for slot in slots if slot.buffer is not None)
 
     @functools.cached_property
-    def stored_specs(self) -> dict[str, tuple[ArraySpec, ...]]:
-        """Returns the stored shape and dtype in each slot of each kind's part."""
-        stored = dict(self.held_specs)
-        for kind, packing in self.packing.items():
-            buffers = [buffer.spec for buffer in packing.buffers]
-            if self.ensemble is not None:
-                # A packing describes one member; the arrays of a buffer have the members along one axis.
-                axes = [self.ensemble.of(kind)[buffer.positions[0]] for buffer in packing.buffers]
-                count = self.ensemble.number
-                pairs = zip(buffers, axes, strict=True)
-                buffers = [ArraySpec(grown(spec.shape, axis, count), spec.dtype) for spec, axis in pairs]
-            stored[kind] = (*(stored[kind][position] for position in packing.loose), *buffers)
-        return stored
-
-    @functools.cached_property
     def slot_axes(self) -> dict[str, tuple[Axis, ...]]:
         """Returns the members' axis in each slot of each kind's part; all None in the plan of one model."""
-        return {kind: tuple(slot.arrays[0].axis for slot in slots) for kind, slots in self.stored.items()}
-
-    @functools.cached_property
-    def leaf_of_slot(self) -> dict[str, list[Leaf]]:
-        """Returns the leaf in each slot of each kind's part; a buffer counts as a leaf, named for its content."""
-        leaves = {}
-        for kind, slots in self.stored.items():
-            loose = sum(slot.buffer is None for slot in slots)
-            leaves[kind] = [slot.leaf(slot.position - loose) for slot in slots]
-        return leaves
+        return {kind: tuple(slot.axis for slot in slots) for kind, slots in self.stored.items()}
 
     @functools.cached_property
     def slot_keys(self) -> tuple[jax.tree_util.DictKey, ...]:
         """Returns the key of each slot in a state as a pytree: kind and path, numbered if several are the same text."""
         derived = {leaf.path for leaf in self.leaves[len(self.rows) :]}
         names: dict[str, None] = {}
-        for kind, leaves in self.leaf_of_slot.items():
-            for leaf in leaves:
-                # The path of a derived leaf starts with its kind already.
-                name = format_path(leaf.path if leaf.path in derived else (kind, *leaf.path))
-                if name in names:
-                    numbered = (f"{name}#{number}" for number in itertools.count(2))
-                    name = next(each for each in numbered if each not in names)
-                names[name] = None
+        for slot in itertools.chain.from_iterable(self.stored.values()):
+            path = slot.leaf.path
+            # The path of a derived leaf starts with its kind already.
+            name = format_path(path if path in derived else (slot.kind, *path))
+            if name in names:
+                numbered = (f"{name}#{number}" for number in itertools.count(2))
+                name = next(each for each in numbered if each not in names)
+            names[name] = None
         return tuple(map(jax.tree_util.DictKey, names))
 
     def unpack(self, kind: str, part: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -272,8 +272,9 @@ class CompiledStep:
 
     def _stored(self, state: State, kinds: Iterable[int]) -> list[tuple[Leaf, Any]]:
         """Returns what the state stores of some kinds, each array with its leaf."""
-        leaves = list(self.plan.leaf_of_slot.values())
-        return [pair for kind in kinds for pair in zip(leaves[kind], state.parts[kind].arrays, strict=True)]
+        slots = list(self.plan.stored.values())
+        pairs = [pair for kind in kinds for pair in zip(slots[kind], state.parts[kind].arrays, strict=True)]
+        return [(slot.leaf, array) for slot, array in pairs]
 
 
 def _devices(array: Any) -> tuple[int, ...]:

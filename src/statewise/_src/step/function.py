@@ -109,16 +109,12 @@ def _made_by(fn: object) -> Any:
     return fn.__code__, tuple(called.__code__ for called in calls)
 
 
-def _sample(x: object) -> object:
-    return x
-
-
 @functools.cache
 def _transforms() -> dict[Any, str]:
     """Returns the transforms by what they make, determined by making one of each: no private JAX name is needed."""
     differentiating = (jax.grad, jax.value_and_grad, jax.jacfwd, jax.jacrev)
     transforms: tuple[Any, ...] = (jax.jit, jax.checkpoint, jax.vmap, *differentiating)
-    return {_made_by(transform(_sample)): f"jax.{transform.__name__}" for transform in transforms}
+    return {_made_by(transform(lambda x: x)): f"jax.{transform.__name__}" for transform in transforms}
 
 
 def kind_names(names: object, option: str, decorator: str) -> tuple[str, ...]:

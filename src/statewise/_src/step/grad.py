@@ -21,6 +21,7 @@ from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import (
     ModelGraph,
     arrays_of,
+    is_object,
     raw_value,
     read_graph,
     rebuild,
@@ -128,17 +129,13 @@ def _objects_among(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]],
 
     `nnx.Rngs` or metrics that are passed beside the model are written like the model.
     """
-    leaves, structure = jax.tree.flatten(arguments, is_leaf=_is_object)
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=is_object)
 
     def with_objects(objects: Sequence[Any]) -> Any:
         given = iter(objects)
-        return jax.tree.unflatten(structure, [next(given) if _is_object(leaf) else leaf for leaf in leaves])
+        return jax.tree.unflatten(structure, [next(given) if is_object(leaf) else leaf for leaf in leaves])
 
-    return list(filter(_is_object, leaves)), with_objects
-
-
-def _is_object(obj: object) -> bool:
-    return isinstance(obj, (nnx.Pytree, nnx.Variable))
+    return list(filter(is_object, leaves)), with_objects
 
 
 def _of_model(graph: ModelGraph, path: Path) -> bool:

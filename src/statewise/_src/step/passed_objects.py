@@ -16,11 +16,11 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import arrays_of, is_array, raw_value, row_of, spec_of
+from statewise._src.common.nnx_graph import arrays_of, is_array, is_object, raw_value, row_of, spec_of
 from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise.errors import StructureError
 
-__all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "is_object"]
+__all__ = ["Passed", "WrittenArgument", "check_foreign_objects", "holds_leaves"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,19 +40,15 @@ class WrittenArgument:
     leaf: Leaf
 
 
-def is_object(obj: object) -> bool:
-    """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable, an `nnx.State`."""
-    return isinstance(obj, (nnx.Variable, nnx.Pytree)) or compat.is_nnx_state(obj)
-
-
-def _is_variable(obj: object) -> bool:
-    return isinstance(obj, nnx.Variable)
+def holds_leaves(obj: object) -> bool:
+    """Returns whether a value is an NNX object, or an `nnx.State`."""
+    return is_object(obj) or compat.is_nnx_state(obj)
 
 
 def _flat(obj: Any) -> dict[tuple[Any, ...], Any]:
     """Returns the leaves of an object by their keys; of an `nnx.State` only the Variables, as the rest is data."""
-    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=_is_variable)[0]
-    return {keys: leaf for keys, leaf in leaves if _is_variable(leaf) or not compat.is_nnx_state(obj)}
+    leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=compat.is_variable)[0]
+    return {keys: leaf for keys, leaf in leaves if compat.is_variable(leaf) or not compat.is_nnx_state(obj)}
 
 
 def _path(keys: tuple[Any, ...]) -> Path:
@@ -68,8 +64,8 @@ class Passed:
     """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
-        leaves = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)), is_leaf=is_object)[0]
-        self._objects = [(keys, leaf) for keys, leaf in leaves if is_object(leaf)]
+        leaves = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)), is_leaf=holds_leaves)[0]
+        self._objects = [(keys, leaf) for keys, leaf in leaves if holds_leaves(leaf)]
         self._number: dict[int, int] = {}
         if self._objects:
             self._number = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((args, kwargs)))}
@@ -100,7 +96,7 @@ class Passed:
         self.written, self.unclear, arrays = [], [], []
         if not self._objects:
             return []
-        returned = {id(leaf) for leaf in jax.tree.leaves(out, is_leaf=_is_variable) if _is_variable(leaf)}
+        returned = {id(leaf) for leaf in jax.tree.leaves(out, is_leaf=compat.is_variable) if compat.is_variable(leaf)}
         for (keys, obj), before in zip(self._objects, self._before, strict=True):
             now = _flat(obj)
             # Keys in (args, kwargs): which of the two, the argument's position or name, and the way inside it.
@@ -124,7 +120,7 @@ class Passed:
                 self.written += [
                     write_to(row_of(_path(leaf_keys), leaf, note="made"))
                     for leaf_keys, leaf in now.items()
-                    if id(leaf) not in returned and (_is_variable(leaf) or is_array(leaf))
+                    if id(leaf) not in returned and (compat.is_variable(leaf) or is_array(leaf))
                 ]
         return arrays
 

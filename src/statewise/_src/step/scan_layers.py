@@ -138,10 +138,10 @@ def _scan_state(
     plan = state.tables
     check_not_donated(state, plan.kinds)
     arrays, structure = [array for part in state.parts for array in part.arrays], jax.tree.structure(state)
-    many = [kind not in shared for kind, specs in plan.stored_specs.items() for _ in specs]
-    leaves = [leaf for part in plan.leaf_of_slot.values() for leaf in part]
-    specs = [spec for part in plan.stored_specs.values() for spec in part]
-    layers = count_layers(list(zip(leaves, arrays, many, strict=True)), [spec.shape for spec in specs])
+    slots = [slot for part in plan.stored.values() for slot in part]
+    many = [slot.kind not in shared for slot in slots]
+    leaves = [slot.leaf for slot in slots]
+    layers = count_layers(list(zip(leaves, arrays, many, strict=True)), [slot.spec.shape for slot in slots])
     captures = isinstance(fn, Step) and definition_of(fn).captures
 
     def run(values: Sequence[Any], x: Any) -> tuple[list[Any], Any, Any]:
@@ -157,7 +157,7 @@ def _scan_state(
         pairs = enumerate(zip(run(values, x)[0], values, strict=True))
         written[:] = [number for number, (new, old) in pairs if new is not old]
 
-    jax.eval_shape(find_written, [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in specs], x)
+    jax.eval_shape(find_written, [jax.ShapeDtypeStruct(*slot.spec) for slot in slots], x)
     # Arrays by number: stacked ones are scanned, and returned if they are written; shared ones that are written are
     # carried; the rest are constants of the loop.
     sliced = [number for number, is_stacked in enumerate(many) if is_stacked]

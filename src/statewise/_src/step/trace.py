@@ -23,8 +23,8 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import (
-    ArraySpec,
     arrays_of,
+    is_object,
     raw_value,
     read_graph,
     rebuild,
@@ -44,7 +44,7 @@ from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
 from statewise._src.step.object_changes import assigned, leaf_of
 from statewise._src.step.outside_writes import written_outside
-from statewise._src.step.passed_objects import Passed, WrittenArgument, is_object
+from statewise._src.step.passed_objects import Passed, WrittenArgument, holds_leaves
 from statewise.errors import StructureError
 
 __all__ = ["Call", "Traced", "check_not_model", "check_output", "evaluating", "objects_of"]
@@ -115,11 +115,10 @@ class Call:
             "for other dtypes: state.cast(params='bfloat16')",
         )
         # Of a packed or `PerDevice` part a trace gets only shapes and dtypes: it sees the arrays as the model has them.
-        arrays = [
-            array
-            for (kind, specs), part in zip(plan.specs.items(), state.parts, strict=True)
-            for array in (list(map(_abstract, specs)) if kind in plan.packing or plan.per_device else part.arrays)
-        ]
+        arrays: list[Any] = []
+        for (kind, specs), part in zip(plan.specs.items(), state.parts, strict=True):
+            is_as_stored = kind not in plan.packing and plan.per_device is None
+            arrays += part.arrays if is_as_stored else itertools.starmap(jax.ShapeDtypeStruct, specs)
         box: dict[str, Any] = {}
 
         def flat_call(arrays: Any, args: Any, kwargs: Any) -> tuple[list[Any], list[Any], list[Any]]:
@@ -226,10 +225,6 @@ class Call:
         return [jnp.asarray(changed[number]) if number in changed else array for number, array in enumerate(arrays)]
 
 
-def _abstract(spec: ArraySpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
-
-
 def _numbers_of_rows(plan: PlanTables) -> list[list[int]]:
     """Returns, for each row of a plan, the numbers of its arrays."""
     return [[array.number for array in plan.by_kind[span.kind][span.start : span.stop]] for span in plan.spans]
@@ -243,8 +238,8 @@ def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
     """Checks that an output does not hold the model itself, or one of its Variables."""
     own = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
     returned = Problems()
-    for value in jax.tree.leaves(out, is_leaf=lambda node: is_object(node) or _is_data(node)):
-        if _is_data(value) or not is_object(value):
+    for value in jax.tree.leaves(out, is_leaf=lambda node: holds_leaves(node) or _is_data(node)):
+        if not is_object(value):
             continue
         held = read_graph([[value]])
         for path, leaf in zip(held.paths, held.leaves, strict=True):

@@ -191,7 +191,7 @@ class Manifest:
         return kind in self.kinds and self.kinds[kind].saved
 
     def stored(self, array: ArrayRecord) -> tuple[tuple[str, ...], tuple[int, ...], str] | None:
-        """Returns the key in Orbax's tree under which an array is stored, and the shape and dtype of what is there.
+        """Returns the key in Orbax's tree under which an array is stored, and the stored shape and dtype.
 
         It is the array itself, or the buffer that it is in.  None for an array without elements, which is not stored.
         """

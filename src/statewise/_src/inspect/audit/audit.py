@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from statewise._src.common.nnx_graph import is_array
+from statewise._src.common.nnx_graph import is_array, is_object
 from statewise._src.common.paths import Leaf
 from statewise._src.core.member_view import as_one, is_of_one_member
 from statewise._src.core.plan import Kinds, State
@@ -93,8 +93,8 @@ def _plain_step(fn: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, 
 
     An argument that is not an array (a flag, a name, a function) stays as it is, as with `static_argnames`.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
-    objects = [type(leaf).__name__ for leaf in leaves if _is_object(leaf)]
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_object)
+    objects = [type(leaf).__name__ for leaf in leaves if is_object(leaf)]
     name = getattr(fn, "__name__", type(fn).__name__)
     call = called_as(name, "f")
     if objects:
@@ -123,10 +123,6 @@ def _plain_step(fn: Any, state: State, args: tuple[Any, ...], kwargs: dict[str, 
     # Errors name the step by its function.
     bound.__name__ = name
     return Step(bound if callable(fn) else fn, _no_contract, "step", None, {}), [leaves[place] for place in places]
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 
 def _no_contract(plan: PlanTables, name: str) -> Contract:
