@@ -117,6 +117,22 @@ def test_a_type_that_flax_changed_restores(
     assert others == ({"restored"} if here == there == "a Param" else expected)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_several_objects(named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def planned(scale: float) -> tuple[sw.Plan, sw.State]:
+        objects = {"z": Holder(Mine()), "a": Holder(Scaled(scale))}
+        plan = sw.plan(**objects) if named else sw.plan(*objects.values())
+        return plan, plan.take(**objects) if named else plan.take(*objects.values())
+
+    with flax(OLD, array, monkeypatch):
+        sw.save(tmp_path / "saved", planned(5.0)[1])
+    with flax(NEW, nnx.Param, monkeypatch):
+        report = sw.preview(tmp_path / "saved", planned(2.0)[0].abstract())
+    outcomes = {each.leaf.path[0]: each.outcome for each in report if each.leaf.path[-1] == "scale"}
+    # The scale of `Mine` changed its type too, and is the user's.
+    assert outcomes == ({"z": "problem", "a": "retyped"} if named else {0: "problem", 1: "retyped"})
+
+
 @pytest.mark.parametrize("layer", [Own, Mine])
 def test_a_type_that_the_user_changed_is_refused(layer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with flax(OLD, array, monkeypatch):

@@ -104,12 +104,12 @@ def _article(name: str) -> str:
 def _owner(objects: Sequence[Any], path: Path, plan: PlanTables) -> tuple[type, Any]:
     """Returns the type of the innermost module above a leaf, and the key under which it holds that."""
     node: Any = objects[0]
+    keys: list[Any] = list(path)
     if plan.several:
-        first, *path_inside = path
+        first = keys.pop(0)
         node = objects[plan.names.index(first) if plan.names else first]
-        path = tuple(path_inside)
     owner: tuple[type, Any] = object, None
-    for key in path:
+    for key in keys:
         if isinstance(node, nnx.Pytree) and not isinstance(node, _CONTAINERS):
             owner = type(node), key
         is_attribute = isinstance(node, nnx.Pytree) and isinstance(key, str) and hasattr(node, key)
