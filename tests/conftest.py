@@ -25,9 +25,11 @@ runtime_types.check_package()
 import jax
 import pytest
 import rich.style  # noqa: F401 - it draws a random number on import, which Hypothesis forbids inside a strategy
+from flax import nnx
 from hypothesis import settings
 
 import modes
+import plain_states
 import quick
 import worker_memory
 from hints import check_hints_of
@@ -36,6 +38,9 @@ from statewise.errors import StatewiseError, StatewiseWarning
 
 runtime_types.open_public_boundary()
 modes.start()
+
+if plain_states.IS_DICT:
+    plain_states.install()
 
 TESTS = Path(__file__).parent
 # Directories whose tests a run can leave out: `-m "not processes"`.
@@ -158,3 +163,14 @@ def devices() -> list[jax.Device]:
     found = jax.devices()
     assert len(found) == 8, "jax was imported before tests/conftest.py could set XLA_FLAGS"
     return found
+
+
+@pytest.fixture(params=["nnx.State", "dict"])
+def container(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """What Flax gives leaves in: an `nnx.State` as today, and the dict that is announced."""
+    if request.param == "nnx.State" and plain_states.IS_DICT:
+        pytest.skip(f"{plain_states.VARIABLE}=dict")
+    if request.param == "dict" and not plain_states.IS_DICT:
+        for name, function in list(plain_states.functions()):
+            monkeypatch.setattr(nnx, name, function)
+    return type(nnx.state(nnx.Linear(1, 1, rngs=nnx.Rngs(0))))

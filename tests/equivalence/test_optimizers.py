@@ -43,9 +43,10 @@ def by_path(params: Any) -> Any:
 
 
 def written_mask() -> Any:
-    """A mask that names its leaves, nested as the parameters are."""
-    layer = {"kernel": True, "bias": False}
-    return nnx.State({"inner": layer, "middle": {"kernel": False, "bias": True}, "outer": layer})
+    """A mask that names its leaves, nested as the parameters are, in what Flax nests them in."""
+    layers = {"inner": "kernel", "middle": "bias", "outer": "kernel"}
+    names = ((layer, name) for layer in layers for name in ("kernel", "bias"))
+    return nnx.from_flat_state({(layer, name): name == layers[layer] for layer, name in names})
 
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 6)

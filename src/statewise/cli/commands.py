@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -193,7 +194,7 @@ def _side(text: str, abstract: bool, stack: contextlib.ExitStack) -> Any:
 
 def _is_model(value: object) -> bool:
     # Modules are callable, but are models nevertheless.
-    return isinstance(value, (nnx.Pytree, nnx.Variable, nnx.State, tuple, list, dict)) or _planned(value) is not None
+    return isinstance(value, (nnx.Pytree, nnx.Variable, Mapping, tuple, list)) or _planned(value) is not None
 
 
 def _planned(value: object) -> Plan | None:

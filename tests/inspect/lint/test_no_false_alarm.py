@@ -14,22 +14,11 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from flax_layers import SHIPPED, attention, normalized, rngs
 from linted import clean, codes
 from statewise.examples import demo
 from statewise.examples.char_model import CharTransformer
 from statewise.examples.multi_state import BatchStat, MultiState
-
-
-def rngs() -> nnx.Rngs:
-    return nnx.Rngs(0)
-
-
-def attention() -> nnx.MultiHeadAttention:
-    model = nnx.MultiHeadAttention(
-        num_heads=2, in_features=4, qkv_features=4, decode=True, dropout_rate=0.1, rngs=rngs(), normalize_qk=True
-    )
-    model.init_cache((2, 8, 4))
-    return model
 
 
 class Transformer(nnx.Module):
@@ -57,37 +46,7 @@ def stacked(key: jax.Array) -> nnx.Module:
     return nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(key)), nnx.Dropout(0.5, rngs=nnx.Rngs(key)))
 
 
-LAYERS: dict[str, Callable[[], Any]] = {
-    "Linear": lambda: nnx.Linear(2, 3, rngs=rngs()),
-    "LinearGeneral": lambda: nnx.LinearGeneral((2,), (3,), rngs=rngs()),
-    "Einsum": lambda: nnx.Einsum("ab,bc->ac", (2, 3), (3,), rngs=rngs()),
-    "Conv": lambda: nnx.Conv(2, 3, (3, 3), rngs=rngs()),
-    "ConvTranspose": lambda: nnx.ConvTranspose(2, 3, (3, 3), rngs=rngs()),
-    "Embed": lambda: nnx.Embed(3, 4, rngs=rngs()),
-    "BatchNorm": lambda: nnx.BatchNorm(3, rngs=rngs()),
-    "LayerNorm": lambda: nnx.LayerNorm(3, rngs=rngs()),
-    "RMSNorm": lambda: nnx.RMSNorm(3, rngs=rngs()),
-    "GroupNorm": lambda: nnx.GroupNorm(4, num_groups=2, rngs=rngs()),
-    "InstanceNorm": lambda: nnx.InstanceNorm(3, rngs=rngs()),
-    "SpectralNorm": lambda: nnx.SpectralNorm(nnx.Linear(2, 3, rngs=rngs()), rngs=rngs()),
-    "Dropout": lambda: nnx.Dropout(0.5, rngs=rngs()),
-    "PReLU": nnx.PReLU,
-    "MultiHeadAttention": attention,
-    "LoRA": lambda: nnx.LoRA(2, 1, 3, rngs=rngs()),
-    "LoRA over a base": lambda: nnx.LoRA(2, 1, 3, base_module=nnx.Linear(2, 3, rngs=rngs()), rngs=rngs()),
-    "LoRALinear": lambda: nnx.LoRALinear(2, 3, lora_rank=1, rngs=rngs()),
-    "LSTMCell": lambda: nnx.LSTMCell(2, 3, rngs=rngs()),
-    "OptimizedLSTMCell": lambda: nnx.OptimizedLSTMCell(2, 3, rngs=rngs()),
-    "GRUCell": lambda: nnx.GRUCell(2, 3, rngs=rngs()),
-    "SimpleCell": lambda: nnx.SimpleCell(2, 3, rngs=rngs()),
-    "RNN": lambda: nnx.RNN(nnx.LSTMCell(2, 3, rngs=rngs())),
-    "Bidirectional": lambda: nnx.Bidirectional(
-        nnx.RNN(nnx.GRUCell(2, 3, rngs=rngs())), nnx.RNN(nnx.GRUCell(2, 3, rngs=rngs()))
-    ),
-    "Rngs": lambda: nnx.Rngs(0, params=1),
-    "Average": nnx.metrics.Average,
-    "Welford": nnx.metrics.Welford,
-    "MultiMetric": lambda: nnx.MultiMetric(accuracy=nnx.metrics.Accuracy(), var=nnx.metrics.Welford("loss")),
+LAYERS: dict[str, Callable[[], Any]] = SHIPPED | {
     "a transformer": Transformer,
     "a convolutional network": Cnn,
     "layers stacked by vmap": lambda: stacked(jax.random.split(jax.random.key(0), 3)),
@@ -126,7 +85,7 @@ def test_adapters_that_are_trained_alone_are_clean(layer: str) -> None:
 
 
 def test_weight_norm_is_clean_where_its_scales_are_variables() -> None:
-    model = nnx.WeightNorm(nnx.Linear(2, 3, rngs=rngs()), rngs=rngs())
+    model = normalized()
     scales = [value for value in (model.scales or {}).values() if not isinstance(value, nnx.Variable)]
     # Flax 0.12.8 kept them as plain arrays, which no optimizer trains: what `raw-array` is there to say.
     assert codes(model) == (["raw-array"] if scales else [])

@@ -17,14 +17,16 @@ from statewise._src.common.narrowing import WIDE, Casts, as_jax, refuse
 from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems, add_change
+from statewise._src.core.member_view import fresh_derived
 from statewise._src.core.plan import State
-from statewise._src.plan.arrays import ArrayInfo, Spot
+from statewise._src.core.restart import initial_state
+from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Spot
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.fresh_values import check_kept, fresh_value
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
 
-__all__ = ["fresh_values", "own_arrays", "own_members", "start_averages"]
+__all__ = ["fresh_values", "own_arrays", "own_members", "start_averages", "start_moments"]
 
 
 def own_arrays(target: State, kind: str) -> tuple[Any, ...]:
@@ -121,6 +123,38 @@ def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:
             started = jnp.where(starts, _start(plan, plan.by_kind[record.kind][position], new, own, casts), value)
             new[record.kind, position] = jax.device_put(started, value.sharding)
     casts.check(RestoreError, "averages={'params': sw.EMA(0.999, dtype=jnp.float32)}")
+
+
+def start_moments(matched: Match, target: State, new: dict[Spot, Any]) -> None:
+    """Adds the arrays of optimizers that start as `init` makes them from the restored parameters.
+
+    Args:
+      matched: what is restored, restarted and initialized.
+      target: the target, whose values are used where nothing is restored.
+      new: the arrays of the new state so far, by kind and position.
+    """
+    plan = target.tables
+    own = functools.cache(functools.partial(own_arrays, target))
+    initialized = {placed.start for placed in matched.initialized}
+    for group in plan.derived_arrays:
+        wanted = [position for position in range(group.start, group.stop) if position in initialized]
+        if not wanted or not group.derived.trains:
+            continue
+        spots = [(source.kind, source.position) for source in group.sources]
+        sources = [new[spot] if spot in new else own(spot[0])[spot[1]] for spot in spots]
+        # Compiled, so that the arrays that are not wanted are never made.
+        program = jax.jit(functools.partial(_init, plan, group, wanted))
+        for position, array in zip(wanted, program(sources), strict=True):
+            spot = group.derived.into, position
+            new[spot] = jax.device_put(array, getattr(own(spot[0])[position], "sharding", None))
+
+
+def _init(plan: PlanTables, group: DerivedArrays, wanted: Sequence[int], sources: Sequence[Any]) -> list[Any]:
+    if plan.ensemble is not None:
+        fresh = fresh_derived(group, plan.ensemble, sources)
+    else:
+        fresh = initial_state(plan, group, sources)
+    return [fresh[position - group.start] for position in wanted]
 
 
 def _start(

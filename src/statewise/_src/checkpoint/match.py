@@ -22,6 +22,7 @@ from statewise._src.checkpoint.format.records import Placed, kinds_of, records_o
 from statewise._src.checkpoint.members import Regrouped, asked_members, regroup
 from statewise._src.checkpoint.renested import arguments, moved, objects, renamed
 from statewise._src.checkpoint.restore_report import LeafRestore, Outcome, RestoreReport
+from statewise._src.checkpoint.retyped import Retyped
 from statewise._src.common.compare import MISSING, UNEXPECTED, Field, Mismatch, fields_of, note_of, uncastable
 from statewise._src.common.nnx_graph import is_abstract, is_deleted
 from statewise._src.common.paths import format_path
@@ -62,11 +63,13 @@ class Match:
       report: what happens to each leaf.
       sources: the leaves to read.
       restarted: the leaves that get a fresh value.
+      initialized: the arrays of optimizers that start as `init` makes them.
     """
 
     report: RestoreReport
     sources: tuple[RestoreSource, ...]
     restarted: tuple[Placed, ...]
+    initialized: tuple[Placed, ...] = ()
 
 
 class _Matcher:
@@ -86,6 +89,8 @@ class _Matcher:
         self.is_too_wide = functools.cache(_is_too_wide)  # for one restore: the configuration may change later
         self.sources: list[RestoreSource] = []
         self.restarted: list[Placed] = []
+        self.initialized: list[Placed] = []
+        self.retyped = Retyped(self.plan, manifests)
         self.lacking: list[LeafRecord] = []
         # From the other paths of tied leaves in the checkpoint to those leaves.
         self.aliases = {
@@ -132,7 +137,13 @@ class _Matcher:
             if leaf.id in tied:
                 why = f"a leaf of its own in the checkpoint, tied to {format_path(tied[leaf.id].path)} in the target"
                 self.say(leaf, "problem", why, [UNTIE])
-        alone = [leaf for leaf in left if leaf.id not in tied]
+        alone = []
+        for leaf in left:
+            of = self.retyped.companion_of(leaf)
+            if of:
+                self.say(leaf, "dropped", of)
+            elif leaf.id not in tied:
+                alone.append(leaf)
         self.extra(alone)
         # If both sides have leaves of a kind that the other lacks, keeping those of one leads to the other's error.
         both = {leaf.kind for leaf in alone}
@@ -216,6 +227,8 @@ class _Matcher:
             self.begin(placed, why)
         elif handling == "keep" and not lost:
             self.say(record, "kept", why)
+        elif of := self.retyped.companion_of(record):
+            self.start_companion(placed, f"{why}, {of}")
         elif other is not None:
             self.say(record, "problem", f"tied to {format_path(other.path)} in the checkpoint", [TIE])
         elif lost:
@@ -233,6 +246,25 @@ class _Matcher:
                 self.declare("to begin with fresh values, declare it", record.kind, _RESTART)
             else:  # there is no value to keep until the target has values
                 self.declare(_VALUES, record.kind, _KEEP)
+
+    def start_companion(self, placed: Placed, why: str) -> None:
+        """Handles a moment or an average that is missing because Flax changed the type of its leaf."""
+        record, lost = placed.record, self.lost(placed)
+        if self.plan.kinds[record.kind].of is EMA:
+            self.restart(placed, why)
+        elif placed.start in self.moments and record.kind == OPTIMIZER:
+            self.say(record, "restarted", why)
+            self.initialized.append(placed)
+        elif lost:  # state of an nnx.Optimizer, which only the program knows how to begin
+            self.say(record, "problem", f"{why}, and {lost}", [self.with_values()])
+        else:
+            self.say(record, "kept", why)
+
+    @functools.cached_property
+    def moments(self) -> set[int]:
+        """Returns the positions, in their kind, of the arrays of the plan's optimizers."""
+        groups = [each for each in self.plan.derived_arrays if each.derived.trains]
+        return {array.position for each in groups for array in each.arrays}
 
     def extra(self, leaves: Sequence[LeafRecord]) -> None:
         """Handles leaves that only the checkpoint has."""
@@ -259,7 +291,7 @@ class _Matcher:
         words: dict[str, None] = {}
         # Nearly all leaves are alike; the rest of the work is only for the others.
         if self.members is not None or not is_alike(record, saved):
-            mismatches = compare_records(record, saved)
+            mismatches, was = self.retyped.accept(record, saved, checkpoint, compare_records(record, saved))
             if Field.STRUCTURE not in fields_of(mismatches):  # otherwise the arrays do not correspond
                 changes = [
                     regroup(self.plan, record, *pair, self.members) or resize(self.plan, record, *pair)
@@ -272,6 +304,9 @@ class _Matcher:
                 outcome = "resized" if any(isinstance(change, Resized) for change in changes) else "regrouped"
             elif mismatches:  # all others were refused
                 outcome, words = "cast", dict.fromkeys(f"from {cast.found} to {cast.expected}" for cast in mismatches)
+            elif was:
+                outcome = "retyped"
+            words |= dict.fromkeys([was] if was else [])
         self.say(record, outcome, ", ".join([*words, *["from the base"] * checkpoint]))
         accepted = tuple(change for change in changes if not isinstance(change, Refused))
         self.sources.append(RestoreSource(placed, saved, checkpoint, accepted))
@@ -332,4 +367,4 @@ def match(
     if hints and (names := renamed(state.tables, manifests[0])):
         hints = (names,)  # the other differences follow from this one
     report = RestoreReport(str(path), tuple(matcher.done), hints, dict(manifests[0].written))
-    return Match(report, tuple(matcher.sources), tuple(matcher.restarted))
+    return Match(report, tuple(matcher.sources), tuple(matcher.restarted), tuple(matcher.initialized))

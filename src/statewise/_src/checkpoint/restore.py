@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from statewise._src.checkpoint.fill import fresh_values, own_arrays, own_members, start_averages
+from statewise._src.checkpoint.fill import fresh_values, own_arrays, own_members, start_averages, start_moments
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.load import read_leaves
 from statewise._src.checkpoint.format.locate import find, find_with_base
@@ -253,6 +253,7 @@ def _state(
                 array = jax.device_put(array, _shardings(source, target)[position - start])
             new[spot] = array
     new |= fresh
+    start_moments(matched, target, new)
     start_averages(matched, target, new)
     own = functools.cache(functools.partial(own_arrays, target))
     parts = []

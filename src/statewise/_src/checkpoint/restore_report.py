@@ -15,7 +15,7 @@ from statewise.errors import RestoreError
 
 __all__ = ["LeafRestore", "Outcome", "RestoreReport"]
 
-Outcome = Literal["restored", "cast", "resized", "regrouped", "kept", "restarted", "problem"]
+Outcome = Literal["restored", "cast", "resized", "regrouped", "retyped", "kept", "restarted", "dropped", "problem"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class LeafRestore:
     Attributes:
       leaf: the leaf, of the target; of the checkpoint if the target has none.
       outcome: `restored`; `cast`, restored into another dtype; `resized`, per device and onto other devices;
-        `regrouped`, from other members of an ensemble; `kept`, the target's own value; `restarted`, a fresh one;
-        `problem`, which prevents a restore.
+        `regrouped`, from other members of an ensemble; `retyped`, into a leaf whose type another version of Flax
+        changed; `kept`, the target's own value; `restarted`, a fresh one; `dropped`, a moment or an average of a leaf
+        that no longer has one; `problem`, which prevents a restore.
       why: details; empty if the leaf was simply restored.
 
     Example:

@@ -250,7 +250,7 @@ def is_array(value: Any) -> bool:
 
 def is_object(value: object) -> bool:
     """Returns whether a value is an NNX object: a module, a metric, random streams, a Variable; not an `nnx.State`."""
-    return isinstance(value, nnx.Pytree | nnx.Variable) and not isinstance(value, nnx.State)
+    return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 def is_deleted(array: Any) -> bool:

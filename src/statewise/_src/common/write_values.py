@@ -201,7 +201,7 @@ def _children(node: Any) -> dict[Any, Any]:
         # An nnx.List stores its items as attributes named "0", "1" ..., but their keys in paths are integers.
         attributes = vars(node)
         return {**attributes, **{int(name): item for name, item in attributes.items() if name.isdecimal()}}
-    if isinstance(node, nnx.State):
+    if compat.is_nnx_state(node):
         return dict(node.raw_mapping)
     if isinstance(node, dict):
         return dict(node)
@@ -219,7 +219,7 @@ def _is_assigned_to(node: Any, new: Mapping[Any, Any], children: Mapping[Any, An
     if isinstance(node, nnx.Pytree | list):
         return True
     # In a user's own type, items may differ from the children that JAX sees.
-    return isinstance(node, nnx.State) or (
+    return compat.is_nnx_state(node) or (
         isinstance(node, MutableMapping) and all(node.get(key) is children[key] for key in new)
     )
 
@@ -273,7 +273,7 @@ def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
 
 def _undo_container(node: Any) -> Callable[[], None]:
     held: Any = vars(node) if isinstance(node, nnx.Pytree) else node
-    before = list(held) if isinstance(held, list) else dict(held.raw_mapping if isinstance(held, nnx.State) else held)
+    before = list(held) if isinstance(held, list) else dict(held.raw_mapping if compat.is_nnx_state(held) else held)
 
     def back() -> None:
         if isinstance(before, list):

@@ -491,7 +491,7 @@ class State(StateData):
     # --- a mapping from kinds to their parts -------------------------------------------------------------------
 
     def __getitem__(self, kind: str) -> Any:
-        """Returns the arrays of one kind as an `nnx.State` of plain arrays, nested by path.
+        """Returns the arrays of one kind, nested by path in the container of `nnx.state`: an `nnx.State`, or a dict.
 
         For the kind `optimizer` of a plan with optimizers, returns their states, keyed by the kinds that they update.
         """

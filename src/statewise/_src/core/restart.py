@@ -45,7 +45,7 @@ from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["restart"]
+__all__ = ["initial_state", "restart"]
 
 
 def restart(state: StateT, kinds: Sequence[str], where: object, key: object) -> StateT:
@@ -207,11 +207,12 @@ def _by_init(chosen: Chosen, now: Mapping[str, Sequence[Any]]) -> dict[int, Any]
     for index in chosen.groups:
         group = chosen.plan.arrays_of(chosen.plan.optimizers[index])
         params = [now[source.kind][source.position] for source in group.sources]
-        fresh.update(enumerate(_init(chosen.plan, group, params), group.start))
+        fresh.update(enumerate(initial_state(chosen.plan, group, params), group.start))
     return fresh
 
 
-def _init(plan: PlanTables, group: DerivedArrays, params: Sequence[Any]) -> list[Any]:
+def initial_state(plan: PlanTables, group: DerivedArrays, params: Sequence[Any]) -> list[Any]:
+    """Returns an optimizer's state as its `init` makes it from the parameters of one model."""
     init = group.derived.init
     if plan.per_device is None or not any(array.devices for array in (*group.arrays, *group.sources)):
         return list(init(params))

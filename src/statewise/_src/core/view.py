@@ -1,7 +1,7 @@
 """One kind's arrays as a pytree, nested by path, and back.
 
-`state["cache"]` shows a part as NNX would: an `nnx.State` of plain arrays.  What a user passes instead of it
-(`state.replace(cache=...)`) is matched by path, and every difference is listed.
+`state["cache"]` shows a part as NNX would: nested by path, in the container of `nnx.state`.  What a user passes instead
+of it (`state.replace(cache=...)`) is matched by path, and every difference is listed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.compare import UNEXPECTED, LeafFacts, compare_leaf, note_of
 from statewise._src.common.narrowing import check_given
+from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import ArraySpec, is_deleted, raw_value, spec_of, value_of
 from statewise._src.common.paths import Leaf, Path, plain_key
 from statewise._src.common.problems import Problems
@@ -43,7 +44,7 @@ def view(plan: PlanTables, kind: str, arrays: Sequence[Any]) -> Any:
                 flat += zip(layout.paths, own, strict=True)
             else:
                 views[label] = jax.tree.unflatten(layout.structure, own)
-    objects = nnx.from_flat_state(flat)
+    objects = nested(flat)
     if not views:
         return objects
     return {"objects": objects, **views} if flat else views

@@ -15,9 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.narrowing import Casts
+from statewise._src.common.nested_state import flat_items, nested
 from statewise._src.common.nnx_graph import ONE, ArraySpec, make_leaf, value_of
 from statewise._src.common.paths import Path, plain_key
 from statewise._src.plan.kind import Kind, unknown_kind
@@ -137,14 +138,18 @@ class Derived(abc.ABC):
         """Returns shape and dtype of each source array."""
         return tuple(spec for _, specs, _ in self.rows for spec in specs)
 
+    @property
+    def container(self) -> type:
+        """Returns the container in which `params` nests arrays."""
+        return compat.state_type()
+
     def params(self, arrays: Sequence[Any]) -> Any:
-        """Returns the sources' arrays, given in order, as an `nnx.State` of plain arrays, nested by path."""
-        flat: list[tuple[Any, Any]] = list(zip(self.paths, arrays, strict=True))
-        return nnx.from_flat_state(flat)
+        """Returns the sources' arrays, given in order, nested by path: plain arrays, as NNX gives them."""
+        return nested(zip(self.paths, arrays, strict=True), self.container)
 
     def arrays(self, params: Any) -> list[Any]:
         """Returns the sources' arrays in order, from the nested state: the inverse of `params`."""
-        flat: dict[Any, Any] = dict(nnx.to_flat_state(params))
+        flat = dict(flat_items(params))
         return [flat[path] for path in self.paths]
 
     def recast(self, params: Mapping[Path, tuple[ArraySpec, ...]], own: Sequence[ArraySpec]) -> "Derived":

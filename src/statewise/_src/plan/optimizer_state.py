@@ -1,7 +1,8 @@
 """Optimizers of kinds: which leaves each of them updates, and the layout of its state.
 
-Optax receives the parameters of a group as NNX would pass them: an `nnx.State`, nested by path, of plain arrays.  Masks
-and `optax.multi_transform` labels written for `nnx.state(model, nnx.Param)` therefore work unchanged.  The layout of an
+Optax receives the parameters of a group as NNX would pass them: plain arrays, nested by path as `nnx.state` nests them.
+Masks and `optax.multi_transform` labels written for `nnx.state(model, nnx.Param)` therefore work unchanged, and so do
+plain dicts of the same nesting: where a transformation rejects the one container, it gets the other.  The layout of an
 optimizer's state is known only from the transformation itself, at the cost of a trace; it is computed when a plan first
 needs it.
 """
@@ -9,14 +10,15 @@ needs it.
 # No `from __future__ import annotations`: the fields of the base class are read at run time.
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
+from statewise._src.common import compat
+from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import spec_of
 from statewise._src.common.paths import Path, plain_key
 from statewise._src.plan.derived import Companions, Derived, DerivedLayout, check_no_loss, sources_of
@@ -88,22 +90,41 @@ class OptimizerGroup(Derived):
 
     @functools.cached_property
     def layout(self) -> DerivedLayout:
-        """Returns the layout of the optimizer's state, computed by `jax.eval_shape` of its `init`."""
-        shapes = [jax.ShapeDtypeStruct(*spec) for spec in self.source_specs]
-        try:
-            state = jax.eval_shape(lambda arrays: self.tx.init(self.params(arrays)), shapes)
-        except (ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise DeclarationError(
-                f"The optimizer of {self.label} cannot be set up for these leaves: {reason}",
-                kind=self.kinds[0],
-                hint="masks and labels are nested as the parameters are: nnx.State({'layer': {'kernel': True}}); "
-                "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",
-            ) from error
+        """Returns the layout of the optimizer's state."""
+        _, state = self._set_up
         keyed, structure = jax.tree_util.tree_flatten_with_path(state)
         paths = tuple(tuple(map(plain_key, keys)) for keys, _ in keyed)
         specs = tuple(spec for spec in (spec_of(leaf) for _, leaf in keyed) if spec is not None)
-        return DerivedLayout(structure, paths, self.overridden or specs, _roots(state))
+        return DerivedLayout(structure, paths, self.overridden or specs, _roots(state, self.paths))
+
+    @property
+    def container(self) -> type:
+        """Returns the container in which Optax receives the parameters: NNX's, unless a mask is nested in the other."""
+        return self._set_up[0]
+
+    @functools.cached_property
+    def _set_up(self) -> tuple[type, Any]:
+        """Returns the container that the transformation takes, and its state as `jax.eval_shape` of `init` gives it."""
+        shapes = [jax.ShapeDtypeStruct(*spec) for spec in self.source_specs]
+        errors: list[Exception] = []
+        for container in compat.state_types():
+            try:
+                return container, jax.eval_shape(functools.partial(self._init, container), shapes)
+            except (ValueError, TypeError, KeyError) as error:
+                errors.append(error)
+        # Where a dict met an nnx.State, the error names both types, and the other error has the reason.
+        names = list(map(str, compat.state_types()))
+        reason_of = min(errors, key=lambda error: len(names) > 1 and all(name in str(error) for name in names))
+        reason = " ".join(str(reason_of).split())[:300]
+        raise DeclarationError(
+            f"The optimizer of {self.label} cannot be set up for these leaves: {reason}",
+            kind=self.kinds[0],
+            hint="masks and labels are nested as the parameters are: {'layer': {'kernel': True}}; "
+            "or functions of them: lambda params: jax.tree.map_with_path(label_of, params)",
+        ) from reason_of
+
+    def _init(self, container: type, arrays: Sequence[Any]) -> Any:
+        return self.tx.init(nested(zip(self.paths, arrays, strict=True), container))
 
     def init(self, arrays: Sequence[Any]) -> list[Any]:
         """Returns new optimizer state for these parameters, as its arrays in order.
@@ -111,23 +132,44 @@ class OptimizerGroup(Derived):
         All of them are copies: a transformation may return arrays that it was made with (a PRNG key, a learning rate),
         and steps donate a state's arrays.
         """
-        leaves = self.layout.structure.flatten_up_to(self.tx.init(self.params(arrays)))
+        leaves = self.layout.structure.flatten_up_to(self._init(self.container, arrays))
         check_no_loss(self.leaf_paths, self.into, leaves, self.layout.specs)
         leaves.reverse()
         # Popping releases each original before the next copy is made, so large moments are never in memory twice.
         return [jnp.array(leaves.pop(), dtype=spec.dtype) for spec in self.layout.specs]
 
 
-def _roots(state: Any) -> tuple[int | None, ...]:
+def _roots(state: Any, params: Sequence[Path]) -> tuple[int | None, ...]:
     """Returns how many keys of each array's path lead to a subtree that is nested as the parameters are.
 
-    Optax receives the parameters as an `nnx.State`, so such a subtree is an `nnx.State` too.
+    Such a subtree is a mapping in which each array is at, or below, the path of a parameter.  The dict of a
+    `multi_transform` is not: its keys are labels, and what is below them has the names of fields in its paths.
     """
+    known = frozenset(params)
+
+    def is_nested(node: Any) -> bool:
+        if not isinstance(node, Mapping):
+            return False
+        paths = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(node)[0]]
+        return bool(paths) and all(_starts_within(keys, known) for keys in paths)
+
     roots: list[int | None] = []
-    for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: isinstance(node, nnx.State))[0]:
-        is_nested = isinstance(node, nnx.State)
-        roots += [len(keys) if is_nested else None] * (len(jax.tree.leaves(node)) if is_nested else 1)
+    for keys, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_nested)[0]:
+        count = len(jax.tree.leaves(node))
+        roots += [len(keys) if is_nested(node) else None] * count
     return tuple(roots)
+
+
+def _starts_within(keys: Sequence[Any], known: Collection[Path]) -> bool:
+    """Returns whether a path of keys starts with a known path, all of it keys of mappings."""
+    path: Path = ()
+    for key in keys:
+        if not isinstance(key, jax.tree_util.DictKey):
+            return False
+        path = (*path, key.key)
+        if path in known:
+            return True
+    return False
 
 
 def check_optimizers(

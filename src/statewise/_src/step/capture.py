@@ -15,6 +15,7 @@ from typing import Any
 
 from flax import nnx
 
+from statewise._src.common.nested_state import flat_items, nested
 from statewise._src.common.nnx_graph import named, raw_value, row_of
 from statewise._src.common.paths import Path
 from statewise._src.common.problems import Problems
@@ -125,7 +126,7 @@ class Capture:
                 flat[self._claimants(path, leaf)[0]][path] = raw_value(leaf)
         problems = Problems()
         for position, state in sown:
-            for path, leaf in nnx.to_flat_state(state):
+            for path, leaf in flat_items(state):
                 # `nnx.capture` runs once for each object: its paths start there.
                 full = named((position, *path), plan.names) if plan.several else path
                 values = flat[self._claimants(path, leaf)[0]]
@@ -137,7 +138,7 @@ class Capture:
             "The function sows under a name to which it also assigns a Variable.",
             "self.sow(nnx.Intermediate, 'another_name', value)",
         )
-        states = {name: nnx.from_flat_state(list(leaves.items())) for name, leaves in flat.items()}
+        states = {name: nested(leaves.items()) for name, leaves in flat.items()}
         return out, states[self.names[0]] if self.single else states
 
     def _types(self) -> tuple[type, ...]:

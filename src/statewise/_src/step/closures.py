@@ -19,7 +19,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.compat import jaxprs
+from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import arrays_of, held_value, is_array, row_of
 from statewise._src.common.paths import Leaf, plain_key
 from statewise._src.step.arguments import Bound
@@ -132,7 +134,7 @@ class _Search:
         """Follows the object that a name refers to."""
         if id(value) in self.seen or depth > _DEEPEST or len(self.seen) > _MOST:
             return
-        if isinstance(value, (nnx.Variable, nnx.Pytree, nnx.State)):
+        if isinstance(value, (nnx.Variable, nnx.Pytree)) or compat.is_nnx_state(value):
             self.seen.add(id(value))
             self.reached.append(Brought(name, where, value))
         elif isinstance(value, types.FunctionType):
@@ -146,7 +148,8 @@ class _Search:
         else:
             self.seen.add(id(value))
             for key, member in _members(value):
-                self.value(member, name + key, where, depth + 1)
+                # The dicts of a state are as deep as its model.
+                self.value(member, name + key, where, depth if is_state(value) else depth + 1)
 
 
 def _closure(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -196,7 +199,7 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 def parts_of(obj: Any) -> Iterator[Any]:
     """Yields an NNX object and all objects and Variables in it."""
-    if isinstance(obj, nnx.State):
+    if compat.is_nnx_state(obj):
         yield from jax.tree.leaves(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     else:
         yield from (value for _, value in nnx.iter_graph(obj, graph=True))

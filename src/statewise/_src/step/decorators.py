@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
 
-from flax import nnx
-
+from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.arguments import JitOptions
@@ -32,7 +31,7 @@ class TrainOptions(JitOptions, total=False):
     nonfinite: NonFinite
 
 
-Captured = nnx.State[Any, Any] | dict[str, Any]
+Captured = compat.NestedState | dict[str, Any]
 
 
 # For mypy `()` is a sequence of names too, so these overloads overlap; the first that matches counts.

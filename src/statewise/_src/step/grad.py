@@ -17,6 +17,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
+from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import (
     ModelGraph,
     arrays_of,
@@ -44,7 +45,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Aux = TypeVar("Aux")
 # Of Variables, by path.
-Grads = nnx.State[Any, Any]
+Grads = compat.NestedState
 
 
 def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = False) -> Callable[P, tuple[R, Grads]]:
@@ -57,8 +58,8 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
       has_aux: whether `fn` returns `(loss, aux)`.
 
     Returns:
-      a function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`; `grads` is an
-      `nnx.State` of Variables of the leaves' own types, as `nnx.Optimizer.update` takes it.
+      a function of the same arguments that returns `(loss, grads)` or `((loss, aux), grads)`; `grads` are
+      Variables nested by path, of the leaves' own types, as `nnx.Optimizer.update` takes it.
 
     Raises:
       FilterError: `wrt` is not a filter, or matches no leaf.
@@ -121,8 +122,7 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
         writes = [(graph.paths[number], graph.leaves[number], value) for number, value in changed.items()]
         put_values(root, graph.leaves, writes)
         if new_leaves:
-            new: list[tuple[Any, Any]] = list(zip(new_paths, new_leaves, strict=True))
-            nnx.update(root, nnx.from_flat_state(new))
+            nnx.update(root, nested(zip(new_paths, new_leaves, strict=True)))
         return ((loss, aux) if has_aux else loss), _gradients(graph, chosen, flat, grads)
 
     return named_like(differentiated, fn)
@@ -256,4 +256,4 @@ def _gradients(graph: ModelGraph, chosen: Sequence[bool], flat: Sequence[Any], g
         leaves.append((graph.relative(path), value))
     if not leaves[0][0]:
         return leaves[0][1]  # the model is one Variable, and so is its gradient
-    return nnx.from_flat_state(leaves)
+    return nested(leaves)

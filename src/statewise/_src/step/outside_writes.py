@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ModelGraph, row_of
 from statewise._src.step.arguments import Bound, parameters_of, unused_name
 from statewise._src.step.closures import STATIC, Brought, brought, holder_of, parts_of, read_by
@@ -156,7 +157,7 @@ def _brought_and_written(
     used: Brought, part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool
 ) -> StructureError:
     obj = used.obj
-    paths = [] if isinstance(obj, nnx.State) else list(nnx.iter_graph(obj, graph=True))
+    paths = [] if compat.is_nnx_state(obj) else list(nnx.iter_graph(obj, graph=True))
     path = next((path for path, other in paths if other is part), ())
     leaves = [row_of((used.name, *path), part, note="written")] if isinstance(part, nnx.Variable) else []
     instead = instead_of(used, objects, fn)

@@ -42,13 +42,13 @@ class WrittenArgument:
 
 def holds_leaves(obj: object) -> bool:
     """Returns whether a value is an NNX object, or an `nnx.State`."""
-    return is_object(obj) or isinstance(obj, nnx.State)
+    return is_object(obj) or compat.is_nnx_state(obj)
 
 
 def _flat(obj: Any) -> dict[tuple[Any, ...], Any]:
     """Returns the leaves of an object by their keys; of an `nnx.State` only the Variables, as the rest is data."""
     leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=compat.is_variable)[0]
-    return {keys: leaf for keys, leaf in leaves if compat.is_variable(leaf) or not isinstance(obj, nnx.State)}
+    return {keys: leaf for keys, leaf in leaves if compat.is_variable(leaf) or not compat.is_nnx_state(obj)}
 
 
 def _path(keys: tuple[Any, ...]) -> Path:
@@ -116,7 +116,7 @@ class Passed:
                     if array is not old_array:
                         self.unclear.append((write, self._number[id(old_array)]))
                         arrays.append(array)
-            if not isinstance(obj, nnx.State):
+            if not compat.is_nnx_state(obj):
                 self.written += [
                     write_to(row_of(_path(leaf_keys), leaf, note="made"))
                     for leaf_keys, leaf in now.items()

@@ -21,6 +21,7 @@ from flax.errors import TraceContextError
 
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
+from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import (
     ArraySpec,
     arrays_of,
@@ -271,9 +272,9 @@ def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
     """Checks that an output does not hold the model itself, or one of its Variables."""
     own = {id(leaf) for leaf in leaves if isinstance(leaf, nnx.Variable)}
     returned = Problems()
-    for value in jax.tree.leaves(out, is_leaf=holds_leaves):
+    for value in jax.tree.leaves(out, is_leaf=lambda node: holds_leaves(node) or _is_data(node)):
         if not is_object(value):
-            continue  # an nnx.State of Variables is data: it is returned as an nnx.State
+            continue
         held = read_graph([[value]])
         for path, leaf in zip(held.paths, held.leaves, strict=True):
             if id(leaf) in own:
@@ -285,6 +286,11 @@ def check_not_model(out: object, leaves: Sequence[object], name: str) -> None:
         f"{name} returns the model, or Variables of it; they exist only inside the step.",
         "return arrays: model.kernel[...]; the step returns the state by itself",
     )
+
+
+def _is_data(value: object) -> bool:
+    """Returns whether a value is what `nnx.state` returns, which is data: a step returns it, with new Variables."""
+    return isinstance(value, compat.state_type()) and is_state(value)
 
 
 def check_output(leaves: Sequence[object], name: str) -> None:

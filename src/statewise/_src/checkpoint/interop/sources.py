@@ -135,7 +135,7 @@ def _walk(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         tree = tree.unbox()
     elif isinstance(tree, nnx.Variable):
         tree = raw_value(tree)
-    if isinstance(tree, (Mapping, nnx.State)):
+    if isinstance(tree, Mapping):
         for key in tree:
             yield from _walk(tree[key], (*path, key))
     elif isinstance(tree, (tuple, list)):

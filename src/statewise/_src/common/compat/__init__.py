@@ -15,7 +15,7 @@ import functools
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
@@ -25,13 +25,17 @@ from jax.extend import core as jex_core
 
 __all__ = [
     "MetricState",
+    "NestedState",
     "RoPE",
     "Tracer",
     "broadcast_from_first_process",
+    "is_nnx_state",
     "is_variable",
     "jit_is_disabled",
     "reference",
     "sow_needs_capture",
+    "state_type",
+    "state_types",
     "trace_state",
     "variable_type",
     "versions",
@@ -44,6 +48,12 @@ trace_state = jex_core.get_opaque_trace_state
 MetricState: type = nnx.metrics.MetricState
 # Rotary position embeddings, a layer that flax 0.12.8 does not have.
 RoPE: type | None = getattr(nnx, "RoPE", None)
+
+# Leaves nested by path, as NNX gives them.  For type checkers it is what the installed Flax declares.
+if TYPE_CHECKING:
+    NestedState = nnx.State[Any, Any]
+else:
+    NestedState = getattr(nnx, "State", dict) | dict
 
 
 def sow_needs_capture() -> bool:
@@ -104,6 +114,32 @@ def reference(leaf: Any) -> str:
     if isinstance(leaf, nnx.Variable):  # an instance of another class that passes for a Variable
         return "hijax=True, ref=True" if leaf.ref else "hijax=True"
     return "a reference outside of a Variable" if isinstance(leaf, jax.Ref) else ""
+
+
+def state_type() -> type:
+    """Returns the container in which this Flax gives leaves nested by path: `nnx.State`, or the dict that replaces it.
+
+    This is the only switch: everything that Statewise returns nested by path is in this container.
+    """
+    return _type_returned_by(nnx.state)
+
+
+def state_types() -> tuple[type, ...]:
+    """Returns the containers of leaves nested by path that this Flax knows, `state_type` first."""
+    return tuple(dict.fromkeys((state_type(), *_STATES, dict)))
+
+
+_STATES: tuple[type, ...] = (nnx.State,) if hasattr(nnx, "State") else ()
+
+
+def is_nnx_state(value: Any) -> bool:
+    """Returns whether a value is an `nnx.State`; never true on a Flax that has only dicts."""
+    return isinstance(value, _STATES)
+
+
+@functools.cache
+def _type_returned_by(state: Any) -> type:
+    return type(state(nnx.Module()))
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.compare import MISSING, UNEXPECTED, LeafFacts, compare_leaf, note_of
+from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import (
     ONE,
     ArraySpec,
@@ -66,7 +67,7 @@ class CheckedGraphDef(nnx.GraphDef[Any]):
 M = TypeVar("M")
 
 
-def split(model: M, kinds: Kinds) -> tuple[nnx.GraphDef[M], dict[str, nnx.State[Any, Any]]]:
+def split(model: M, kinds: Kinds) -> tuple[nnx.GraphDef[M], dict[str, compat.NestedState]]:
     """Splits a model into its graph definition and one part for each kind; each leaf is in exactly one part.
 
     Args:
@@ -101,7 +102,7 @@ def split(model: M, kinds: Kinds) -> tuple[nnx.GraphDef[M], dict[str, nnx.State[
         flat[name].append((path, leaf))
     plain, facts = graph.graphdef, tuple(_facts_by_path(graph).items())
     graphdef = CheckedGraphDef(nodes=plain.nodes, attributes=plain.attributes, num_leaves=plain.num_leaves, facts=facts)
-    return graphdef, {name: nnx.from_flat_state(leaves) for name, leaves in flat.items()}
+    return graphdef, {name: nested(leaves) for name, leaves in flat.items()}
 
 
 def _facts_by_path(graph: ModelGraph) -> dict[Path, LeafFacts]:
@@ -126,14 +127,15 @@ def _exact_spec(array: Any) -> ArraySpec | None:
 
 def merge(
     graphdef: nnx.GraphDef[M],
-    parts: Mapping[str, Mapping[Any, Any]] | Sequence[Mapping[Any, Any]] | nnx.State[Any, Any],
+    parts: Mapping[str, Mapping[Any, Any]] | Sequence[Mapping[Any, Any]] | compat.NestedState,
 ) -> M:
     """Makes a model from its graph definition and its parts, matched by path.
 
     Args:
       graphdef: the graph definition that `split` returned.  NNX's own also works, but has no shapes and dtypes to
         compare with.
-      parts: the parts by name, a sequence of parts, or one `nnx.State`; of Variables or of raw arrays.
+      parts: the parts by name, a sequence of parts, or one part that has all leaves, as `nnx.state` returns it; each
+        an `nnx.State` or a nested dict, of Variables or of raw arrays.
 
     Returns:
       a new model.  As with `nnx.merge`, it holds the same Variables as the parts: those of `split` are the
@@ -162,7 +164,7 @@ def merge(
     problems = Problems()
     given: dict[Path, Any] = {}
     where: dict[Path, list[str]] = {}
-    for name, part in _named_parts(parts):
+    for name, part in _named_parts(parts, known):
         for path, leaf in _flat(part, known):
             # The last one wins, but a leaf that is given twice is an error below.
             given[path] = leaf
@@ -189,9 +191,9 @@ def _types_of_plain(graphdef: nnx.GraphDef[Any]) -> Iterator[tuple[Path, LeafFac
         yield path, LeafFacts(compat.variable_type(leaf), ())
 
 
-def _named_parts(parts: Any) -> Iterator[tuple[str, Any]]:
+def _named_parts(parts: Any, known: Mapping[Path, LeafFacts]) -> Iterator[tuple[str, Any]]:
     """Yields each part with a name: its kind, or its position."""
-    if isinstance(parts, (nnx.State, nnx.FlatState)):
+    if isinstance(parts, nnx.FlatState) or (isinstance(parts, Mapping) and _is_one_part(parts, known)):
         yield "the state", parts
     elif isinstance(parts, Mapping):
         yield from ((str(name), part) for name, part in parts.items())
@@ -199,6 +201,18 @@ def _named_parts(parts: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"part {position}", part) for position, part in enumerate(parts))
     else:
         raise _not_a_state(parts, "sw.merge(graphdef, parts)  # the results of sw.split")
+
+
+def _is_one_part(parts: Mapping[Any, Any], known: Mapping[Path, LeafFacts]) -> bool:
+    """Returns whether a mapping is one nested state, and not parts by name."""
+    if compat.is_nnx_state(parts):
+        return True
+    # A dict may be either.  Read in the wrong way, each of its paths has one key too many, or lacks one.
+    as_one = sum(path in known for path, _ in _flat(parts, known))
+    as_parts = sum(
+        path in known for part in parts.values() if isinstance(part, Mapping) for path, _ in _flat(part, known)
+    )
+    return as_one > as_parts
 
 
 def _not_a_state(value: object, hint: str) -> ModelError:
@@ -225,7 +239,7 @@ def _nested(part: Mapping[Any, Any], above: Path, known: Mapping[Path, LeafFacts
         if isinstance(value, Mapping) and path not in known:
             yield from _nested(value, path, known)
         else:
-            yield path, nnx.to_pure_dict(value) if isinstance(value, nnx.State) else value
+            yield path, nnx.to_pure_dict(value) if compat.is_nnx_state(value) else value
 
 
 def _leaf_of(path: Path, facts: LeafFacts) -> Leaf:

@@ -8,6 +8,8 @@ from typing import Any, overload
 
 from flax import nnx
 
+from statewise._src.common import compat
+from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import ModelError, ModelGraph, read_graph, row_of
 from statewise._src.common.paths import Leaf, Path, format_type
 from statewise._src.common.tables import ShownData, Table, leaf_dict, leaves_table
@@ -95,7 +97,7 @@ def _leaves(model: object, *filters: object) -> Iterator[tuple[Path, Path, Any]]
     yield from zip(graph.paths, seen, graph.leaves, strict=True)
 
 
-def select(model: object, filter: Filter) -> nnx.State[Any, Any]:
+def select(model: object, filter: Filter) -> compat.NestedState:
     """Returns the leaves that a filter matches, by path: live Variables, as `nnx.state` returns them.
 
     Args:
@@ -103,7 +105,7 @@ def select(model: object, filter: Filter) -> nnx.State[Any, Any]:
       filter: any NNX filter, or one of Statewise's.
 
     Returns:
-      an `nnx.State` of the matching leaves, empty if there are none.
+      the matching leaves in the container of `nnx.state`, empty if there are none.
 
     Raises:
       FilterError: it is not a filter, or has a path that could mean one leaf or another.
@@ -118,7 +120,7 @@ def select(model: object, filter: Filter) -> nnx.State[Any, Any]:
     """
     matches = predicate(filter)
     selected: list[Any] = [(path, leaf) for path, seen, leaf in _leaves(model, filter) if matches(seen, leaf)]
-    return nnx.from_flat_state(selected)
+    return nested(selected)
 
 
 @overload
