@@ -14,24 +14,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import statewise as sw
-from statewise.errors import DeclarationError, StructureError
-
-PARTS = 4
-X = jax.random.normal(jax.random.key(1), (16, 6))
-Y = jax.random.normal(jax.random.key(2), (16, 3))
-OPTIMIZERS = {
-    "sgd": optax.sgd(0.1),
-    "adamw": optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2)),
-    "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
-}
-
-
-class Mlp(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.last(nnx.tanh(self.first(x)))
+from statewise.errors import DeclarationError
+from training_models import BATCHES, OPTIMIZERS, PARTS, Mlp, X, Y, close, loss_of, refused, trained
 
 
 class Normed(Mlp):
@@ -58,23 +42,8 @@ class Attention(nnx.Module):
         return self.embed.attend(self.norm(x + self.attend(x)))
 
 
-def loss_of(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    return ((model(x) - y) ** 2).mean()
-
-
 def token_loss(model: Any, tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
-
-
-def close(left: Any, right: Any, rtol: float = 1e-5) -> None:
-    """Asserts that two pytrees have the same numbers, to rounding of the largest in each leaf."""
-    ours, theirs = jax.tree.leaves(left), jax.tree.leaves(right)
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        one, other = np.asarray(one), np.asarray(other)
-        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * max(1e-3, np.abs(other).max(initial=0.0)))
 
 
 def by_hand(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any, ...]]) -> tuple[Any, list[Any]]:
@@ -107,18 +76,6 @@ def by_hand(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any
         params, rest, opt_state, loss = step(params, rest, opt_state, batch)
         losses.append(loss)
     return nnx.state(nnx.merge(graphdef, params, rest)), losses
-
-
-def trained(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any, ...]], **options: Any) -> Any:
-    plan = sw.plan(model, optimizers={"params": tx})
-    state, step, losses = plan.take(model), sw.train_step(**options)(fn), []
-    for batch in batches:
-        state, loss = step(state, *batch)
-        losses.append(loss)
-    return state, losses
-
-
-BATCHES = [(X + shift, Y) for shift in (0.0, 0.5, -0.5)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -285,57 +242,6 @@ def test_values_per_device(weighted: bool) -> None:
     close(*per_device(weighted))
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-MASK = jnp.array([1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0], jnp.float32)
-
-
-def masked(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
-    return (((model(x) - y) ** 2).mean(-1) * mask).sum() / mask.sum()
-
-
-def weighted(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return masked(model, x, y, mask), mask.sum()
-
-
-@pytest.mark.parametrize("parts", [1, PARTS])
-def test_unequal_weights_equal_the_whole_batch(parts: int) -> None:
-    model, batches = Mlp(nnx.Rngs(0)), [(x, y, MASK) for x, y in BATCHES]
-    whole = trained(model, OPTIMIZERS["adamw"], masked, batches)
-    close(trained(model, OPTIMIZERS["adamw"], weighted, batches, microbatches=parts, weighted=True), whole)
-
-
-def test_a_weight_beside_aux() -> None:
-    def fn(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> Any:
-        return (*weighted(model, x, y, mask), mask)
-
-    model = Mlp(nnx.Rngs(0))
-    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
-    state, (loss, mask) = sw.train_step(fn, microbatches=PARTS, weighted=True, has_aux=True)(state, X, Y, MASK)
-    np.testing.assert_allclose(loss, masked(model, X, Y, MASK), rtol=1e-6)
-    np.testing.assert_array_equal(mask.reshape(-1), MASK)
-
-
-@pytest.mark.parametrize("mask", [jnp.zeros(16), MASK.at[:8].set(-1.0), MASK.at[0].set(jnp.nan)])
-def test_weights_that_have_no_mean_change_nothing(mask: jax.Array) -> None:
-    model = Mlp(nnx.Rngs(0))
-    state = sw.plan(model, optimizers={"params": optax.adam(0.1)}).take(model)
-    before = jax.tree.map(np.array, state)
-    state, loss = sw.train_step(weighted, microbatches=PARTS, weighted=True)(state, X, Y, mask)
-    assert np.isnan(loss)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(state), jax.tree.leaves(before))
-
-
-def test_the_weights_of_bfloat16_are_summed_in_float32() -> None:
-    def fn(model: Any, x: jax.Array) -> Any:
-        return model.w[...] * x.mean(), jnp.array(257, jnp.bfloat16)  # 256: and 256 + 256 + 256 + 1 would be 768
-
-    model = nnx.Dict(w=nnx.Param(jnp.array(1.0)))
-    state = sw.plan(model, optimizers={"params": optax.sgd(1.0)}).take(model)
-    state, loss = sw.train_step(fn, microbatches=PARTS, weighted=True)(state, jnp.arange(8.0))
-    np.testing.assert_allclose((loss, state["params"]["w"]), (3.5, -2.5))
-
-
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -406,16 +312,6 @@ def test_the_backward_pass_of_twelve_layers_needs_memory_for_one_part() -> None:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def refused(match: str, *args: Any, error: type[Exception] = StructureError, fn: Any = None, **options: Any) -> Any:
-    """Asserts that a step is refused, and that its state is as it was; returns the error."""
-    model = Mlp(nnx.Rngs(0))
-    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
-    with pytest.raises(error, match=match) as raised:
-        sw.train_step(loss_of if fn is None else fn, **options)(state, *args)
-    jax.block_until_ready(jax.tree.leaves(state))  # nothing was donated
-    return raised.value
-
-
 def test_an_argument_that_does_not_divide() -> None:
     match = r"loss_of splits its arguments into 4 microbatches, and the first axis does not divide by 4 in x of shape "
     error = refused(match + r"\(15, 6\); y of shape \(15, 3\)\.", X[:15], Y[:15], microbatches=4)
@@ -440,17 +336,3 @@ def test_an_argument_that_the_function_does_not_have() -> None:
     with pytest.raises(DeclarationError, match="whole: loss_of has no parameter z") as raised:
         sw.train_step(loss_of, microbatches=2, whole_argnames="z")
     assert raised.value.hint == "one of: model, x, y"
-
-
-@pytest.mark.parametrize(
-    ("fn", "match"),
-    [
-        (loss_of, r"loss_of has weighted=True, but does not return \(loss, weight\)"),
-        (lambda model, x, y: (loss_of(model, x, y), jnp.ones(2)), r"not a scalar: its shape is \(2,\)"),
-        (lambda model, x, y: (loss_of(model, x, y), jnp.array(1j)), "is complex64, not a real number"),
-        (lambda model, x, y: (loss_of(model, x, y), {"a": 1.0}), "not a weight"),
-        (lambda model, x, y: (jnp.ones(2), 1.0), "The loss of .* is not a scalar"),
-    ],
-)
-def test_weights_that_are_none(fn: Any, match: str) -> None:
-    refused(match, X, Y, fn=fn, weighted=True)

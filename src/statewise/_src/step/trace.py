@@ -68,7 +68,7 @@ class Traced:
       lost_writes: the same of each array whose only new value is lost.
       passed: what is written to objects among the arguments.
       eager: what runs instead of the jaxpr, under `jax.disable_jit`.
-      casts: the dtypes in which the function sees arrays of the state and of what it writes, by number.
+      casts: the dtypes in which the function sees the arrays of the state, by number.
       batch: how the step's arguments are split into the parts that the trace was made for; None if they are not.
       result_tree: the structure of the step's output, if it differs from the function's.
     """
