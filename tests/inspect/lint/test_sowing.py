@@ -22,20 +22,23 @@ has_setting = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def noop() -> Iterator[None]:
-    """The setting under which `sow` does nothing outside `nnx.capture`."""
-    before = flax.config.nnx_sow_capture_noop
-    flax.config.update("nnx_sow_capture_noop", True)
-    yield
-    flax.config.update("nnx_sow_capture_noop", before)
-
-
 @pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
+def as_before() -> Iterator[None]:
+    """The setting as it was before flax had it, whatever the environment says; it may change within a test."""
+    setting = getattr(flax.config, "nnx_sow_capture_noop", None)
+    if setting is not None:
+        flax.config.update("nnx_sow_capture_noop", False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # flax would rather be asked by nnx.capture
         yield
+    if setting is not None:
+        flax.config.update("nnx_sow_capture_noop", setting)
+
+
+@pytest.fixture
+def noop(as_before: None) -> None:
+    """The setting under which `sow` does nothing outside `nnx.capture`."""
+    flax.config.update("nnx_sow_capture_noop", True)
 
 
 class Loss(nnx.Variable):
@@ -120,8 +123,7 @@ def test_who_captures_hears_nothing() -> None:
 
 
 @has_setting
-def test_a_value_that_no_call_writes_any_more(noop: None) -> None:
-    flax.config.update("nnx_sow_capture_noop", False)
+def test_a_value_that_no_call_writes_any_more() -> None:
     model = Sows()
     model(jnp.ones(2))
     flax.config.update("nnx_sow_capture_noop", True)
