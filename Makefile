@@ -86,8 +86,8 @@ tests-oldest:
 # What a new version of JAX, Flax, Optax or Orbax breaks first: names and jaxprs, the object graph, proofs on programs, a
 # step, a checkpoint.  On their pre-releases, in an environment on top of the first; nothing runs if there are none.
 PRE_TESTS := tests/test_seams.py tests/common tests/filters/test_filters.py tests/plan/test_elementwise.py \
-  tests/core/test_state.py tests/core/test_plan.py tests/step/test_effects.py tests/step/test_step.py \
-  tests/checkpoint/test_roundtrip.py tests/checkpoint/test_orbax.py
+  tests/core/test_state.py tests/step/test_effects.py tests/step/test_step.py \
+  tests/checkpoint/test_orbax.py tests/checkpoint/test_golden.py
 test-pre: $(VENV)/.installed-test
 	@.ci/prereleases $(BIN)/python .venv-pre -n $(WORKERS) --dist worksteal $(PRE_TESTS)
 

@@ -48,11 +48,12 @@ PRIMITIVES = {value.name for name, value in vars(jax_primitives).items() if name
 
 def seams(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yields (what, line) for each use of JAX that belongs into common/compat."""
-    for name, line in full_names(tree):
+    names = list(full_names(tree))
+    for name, line in names:
         first, *rest = name.split(".")
         if first == "jaxlib" or (first == "jax" and rest and rest[0] not in ALLOWED):
             yield name, line
-    reads_jaxprs = any("compat.jaxprs" in name or "compat.primitives" in name for name, _ in full_names(tree))
+    reads_jaxprs = any("compat.jaxprs" in name or "compat.primitives" in name for name, _ in names)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             of = PARTS_OF.get(node.attr)

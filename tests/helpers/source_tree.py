@@ -70,9 +70,9 @@ def full_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
-        elif isinstance(node, ast.Attribute) and full(dotted(node)):
-            yield full(dotted(node)), node.lineno
+        elif isinstance(node, ast.Attribute) and (name := full(dotted(node))):
+            yield name, node.lineno
         elif isinstance(node, ast.Call) and dotted(node.func) in ("getattr", "hasattr") and len(node.args) > 1:
-            base, name = full(dotted(node.args[0])), node.args[1]
-            if base and isinstance(name, ast.Constant):
-                yield f"{base}.{name.value}", node.lineno
+            base, asked = full(dotted(node.args[0])), node.args[1]
+            if base and isinstance(asked, ast.Constant):
+                yield f"{base}.{asked.value}", node.lineno
