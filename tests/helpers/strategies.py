@@ -70,7 +70,7 @@ def variables(types: tuple[type[nnx.Variable], ...] = TYPES) -> st.SearchStrateg
 
     plain = st.builds(make, st.sampled_from(types), arrays(), st.sampled_from(METADATA))
     keys = st.integers(0, 9).map(lambda seed: nnx.Variable(jax.random.key(seed)))
-    nothing = st.just(None).map(nnx.Variable)
+    nothing = st.just(None).map(lambda value: nnx.Variable(value, ref=False))  # a reference holds an array
     return st.one_of(plain, plain, plain, keys, nothing)
 
 
