@@ -102,7 +102,7 @@ KINDS: dict[str, tuple[Any, Any, str]] = {
         use_optimizer,
         "step: OptState() uint32  (written)",
     ),
-    "state": (lambda: nnx.state(linear()), use_state, "kernel: Param(3, 2) float32  (written)"),
+    "state": (lambda: nnx.State(nnx.state(linear())), use_state, "kernel: Param(3, 2) float32  (written)"),
     "raw array": (Raw, use_raw_array, "kernel: Array(2,) float32  (written)"),
     "replaced": (linear, replace_variable, "kernel: Param(3, 2) float32  (written)"),
     "made": (linear, make_variable, "more: Param(2,) float32  (made)"),
