@@ -172,6 +172,7 @@ CHANGED: dict[str, dict[str, str]] = {
     "hijax": {"test_filters.py::test_split_pop_and_merge": "nnx.pop does not find hijax Variables"},
     "ref": {
         "test_model_io.py::test_without_copying_the_model_shares_until_a_step_donates": "reading a reference copies it",
+        "test_model_io.py::test_weak_types_stay_weak": "references have no weak types in JAX 0.12",
         "test_intern.py::test_threads_get_one_plan": "JAX does not let several threads read one reference at once",
     },
 }
