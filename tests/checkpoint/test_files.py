@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,3 +104,17 @@ def test_the_sha_of_parts_is_that_of_the_parts_one_after_the_other(
     expected = b"".join(data[start : start + length] for start, length in parts)
     assert files.sha256_of(path, parts) == hashlib.sha256(expected).hexdigest()
     assert files.sha256_of(path) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_user_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the user's number need not be in the list of users, and `pwd` raises KeyError."""
+
+    def unknown(uid: int) -> Any:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = sw.plan(model).take(model)
+    sw.save(tmp_path / "a", state)
+    restored, _ = sw.restore(tmp_path / "a", state.plan.abstract())
+    assert not sw.diff(restored, state)

@@ -13,6 +13,7 @@ from typing import Any
 
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.database import places_of_values
+from statewise._src.checkpoint.orbax.epath import size_of
 
 __all__ = ["HASHED", "files_of", "sha256_of"]
 
@@ -42,7 +43,7 @@ def files_of(directory: Any) -> dict[str, dict[str, Any]]:
                 folders.append((entry, f"{name}/"))
             elif name not in (NAME, _OF_ORBAX):
                 files[name] = entry
-    sizes = {name: entry.stat().length for name, entry in files.items()}
+    sizes = {name: size_of(entry) for name, entry in files.items()}
     large = {name: size for name, size in sizes.items() if size > SMALL_FILE}
     parts = _without_arrays(directory, large) if large else {}
     return {name: _facts(entry, sizes[name], parts.get(name)) for name, entry in files.items()}

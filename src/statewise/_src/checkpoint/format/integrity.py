@@ -21,6 +21,7 @@ from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import is_plain_file
 from statewise._src.checkpoint.orbax.database import open_stored, opened, reading
+from statewise._src.checkpoint.orbax.epath import size_of
 from statewise._src.common.paths import Leaf
 from statewise.errors import CorruptedError
 
@@ -33,7 +34,7 @@ def corrupted_files(folder: Any, manifest: Manifest) -> list[str]:
     for name, facts in manifest.files.items():
         path = folder / name
         try:
-            size = path.stat().length
+            size = size_of(path)
             if not is_plain_file(path):
                 wrong.append(f"{name} is not a file")
             elif size != facts["bytes"]:

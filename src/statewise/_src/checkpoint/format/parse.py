@@ -32,7 +32,7 @@ from statewise._src.checkpoint.format.manifest import (
     content_text,
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
-from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.epath import epath, size_of
 from statewise._src.common.paths import Path
 from statewise._src.plan.members import shrunk
 from statewise.errors import CorruptedError
@@ -59,7 +59,7 @@ def read_manifest(directory: Any) -> Manifest:
     try:
         if path.exists() and not is_plain_file(path):
             raise CorruptedError(f"{path} is not a file.", hint="restore another checkpoint")
-        size = path.stat().length
+        size = size_of(path)
         if size > LARGEST:
             raise CorruptedError(f"{path} is not a manifest: it has {size} bytes, and the limit is {LARGEST}.")
         data = path.read_bytes()

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath as epaths
 
-__all__ = ["epath"]
+__all__ = ["epath", "size_of"]
 
 
 @functools.cache
@@ -46,3 +46,12 @@ def epath(path: Any) -> Any:
     local = epaths.Path(path)
     # Paths of other classes are on other file systems.
     return _literal_path()(local) if type(local) is type(epaths.Path("/")) else local
+
+
+def size_of(path: Any) -> int:
+    """Returns the size of a file in bytes.
+
+    The library looks up the name of a local file's owner as well, and fails where the user does not have one, as in
+    many containers.
+    """
+    return int(path.stat().length) if "://" in str(path) else os.path.getsize(path)
