@@ -92,7 +92,7 @@ test-pre: $(VENV)/.installed-test
 	@.ci/prereleases $(BIN)/python .venv-pre -n $(WORKERS) --dist worksteal $(PRE_TESTS)
 
 # Under each of Flax's modes (tests/helpers/modes.py), on both ends; writes the table in docs/compatibility.md.
-# `test-modes-fixed` is the small part that CI runs, two runs at a time.
+# `test-modes-fixed` is the small part that CI runs; the default mode is that of the rest of CI.
 OLDEST_VENV = .venv-oldest
 MODES = $(BIN)/python tests/helpers/run_modes.py --python $(BIN)/python --python $(OLDEST_VENV)/bin/python
 .PHONY: test-modes test-modes-fixed environments
@@ -103,7 +103,7 @@ test-modes: environments
 	$(MODES) --workers $(WORKERS) --demo --write
 
 test-modes-fixed: environments
-	$(MODES) --fixed --jobs $(WORKERS)
+	$(MODES) --fixed --together $(addprefix --mode ,tree no-updates hijax ref sow-noop)
 
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test

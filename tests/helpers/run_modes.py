@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -118,6 +119,10 @@ def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: b
     """Runs test files under one mode in a process of its own, and the demo in another."""
     started = time.monotonic()
     environment = {**os.environ, **MODES[mode].environment, VARIABLE: mode}
+    # Most programs are the same in every mode.  JAX does not write these files atomically, so each interpreter has a
+    # folder of its own, and runs one mode at a time.
+    cache = ROOT / ".jax_cache" / f"modes{python.replace(os.sep, '-')}"
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "results.xml"
         command = [python, "-m", "pytest", "-q", "-m", LEFT_OUT, f"--junitxml={xml}", "-o", "junit_logging=no"]
@@ -203,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", action="append", choices=tuple(MODES), help="a mode; all of them without it")
     parser.add_argument("--fixed", action="store_true", help="the small part that CI runs")
     parser.add_argument("--demo", action="store_true", help="also run the demo under each mode")
-    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    parser.add_argument("--together", action="store_true", help="run all interpreters at the same time")
     parser.add_argument("--workers", type=int, default=1, help="of pytest-xdist, in each run")
     parser.add_argument("--resume", action="store_true", help="run only what no earlier call has run on these files")
     parser.add_argument("--write", action="store_true", help="put the table into docs/compatibility.md")
@@ -214,13 +219,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answers = {answer["name"]: (python, answer) for python in given.python for answer in [asked(python)]}
     results = kept(files) if given.resume else {}
     fresh: list[Result] = []
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+    with contextlib.ExitStack() as stack:
+        threads = len(answers) if given.together else 1
+        pools = [stack.enter_context(concurrent.futures.ThreadPoolExecutor(1)) for _ in range(threads)]
         runs = {}
         for mode in given.mode or MODES:
-            for name, (python, answer) in answers.items():
+            for number, (name, (python, answer)) in enumerate(answers.items()):
                 if mode not in answer["modes"]:
                     results[mode, name] = None
                 elif (mode, name) not in results:
+                    pool = pools[number % threads]
                     runs[pool.submit(run, python, mode, files, given.workers, given.demo)] = (mode, name)
         for done in concurrent.futures.as_completed(runs):
             results[runs[done]] = result = done.result()
