@@ -73,12 +73,30 @@ def test_caches_are_cleared_where_a_worker_holds_much(
 
 
 def test_a_quick_run_leaves_out_what_took_long_until_that_is_long_ago(tmp_path: Path) -> None:
-    file = tmp_path / "times.json"
+    file, slow = tmp_path / "times.json", tmp_path / "slow.txt"
     file.write_text('{"slow": 1.2, "fast": 0.5}')
-    times = quick.Times(file)
+    slow.write_text("3.0 slow\n4.0 slow[a b]\n")
+    times = quick.Times(file, slow)
     assert (times.is_slow("slow"), times.is_slow("fast"), times.is_slow("new")) == (True, False, False)
     times.measured = {"fast": 2.0, "new": 0.1}
     times.pytest_sessionfinish(cast(pytest.Session, SimpleNamespace(config=SimpleNamespace())))
-    assert json.loads(file.read_text()) == {"fast": 2.0, "new": 0.1, "slow": 0.96}
-    assert not quick.Times(file).is_slow("slow")
-    assert quick.Times(tmp_path / "none.json").known == {}
+    assert json.loads(file.read_text()) == {"fast": 2.0, "new": 0.1, "slow": 0.96, "slow[a b]": 3.2}
+    assert not quick.Times(file, slow).is_slow("slow")
+    assert quick.Times(tmp_path / "none.json", slow).known == {"slow": 3.0, "slow[a b]": 4.0}
+
+
+def test_the_first_quick_run_knows_what_is_slow(tmp_path: Path) -> None:
+    """The list is read from pytest's results, and every file in it exists."""
+    results = tmp_path / "results.xml"
+    case = '<testcase classname="{}" name="{}" time="{}" />'
+    cases = (
+        ("tests.test_suite", "test_a[x y]", 1.5),
+        ("tests.test_suite", "test_b", 0.9),
+        ("tests.step.test_step.A", "b", 2),
+    )
+    results.write_text(f"<testsuite>{''.join(case.format(*each) for each in cases)}</testsuite>")
+    assert quick.slow_tests(results) == {"tests/step/test_step.py::A::b": 2.0, "tests/test_suite.py::test_a[x y]": 1.5}
+    known = quick.Times(tmp_path / "none.json").known
+    gone = {name for name in known if not (quick.TESTS.parent / name.partition("::")[0]).exists()}
+    assert not gone
+    assert len(known) > 100

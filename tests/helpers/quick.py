@@ -1,19 +1,24 @@
 """What `make quick` leaves out beside directories: tests that took more than a second in its last run here.
 
-Times are kept in `.quick_times.json`, which git ignores.  A first run has none and runs everything; it also fills JAX's
-compilation cache, so its times are high.  So a time that was not measured again fades, and its test comes back.
-The rules of the repository, in `tests/` itself, always run.
+Times are kept in `.quick_times.json`, which git ignores.  A first run has none: it leaves out the tests in
+`slow_tests.txt`, which took more than a second in a complete run (`python tests/helpers/quick.py RESULTS.xml` writes
+the list, from the results of `pytest --junitxml=RESULTS.xml`).  A time that was not measured again fades, and its test
+comes back.  The rules of the repository, in `tests/` itself, always run.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parents[1]
 FILE = TESTS.parent / ".quick_times.json"
+SLOW = Path(__file__).parent / "slow_tests.txt"
 LIMIT = 1.0  # seconds
 FADES = 0.8  # by this factor in each run that leaves the test out
 
@@ -21,12 +26,14 @@ FADES = 0.8  # by this factor in each run that leaves the test out
 class Times:
     """A plugin of a quick run: leaves out slow tests, and keeps the times of the others."""
 
-    def __init__(self, file: Path = FILE) -> None:
+    def __init__(self, file: Path = FILE, slow: Path = SLOW) -> None:
         self.file = file
-        try:
-            self.known: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            self.known = {}
+        self.known: dict[str, float] = {}
+        for line in slow.read_text(encoding="utf-8").splitlines():
+            seconds, _, name = line.partition(" ")
+            self.known[name] = float(seconds)
+        if file.exists():
+            self.known |= json.loads(file.read_text(encoding="utf-8"))
         self.measured: dict[str, float] = {}
 
     def is_slow(self, name: str) -> bool:
@@ -51,3 +58,25 @@ class Times:
             faded = {name: time * FADES if self.is_slow(name) else time for name, time in self.known.items()}
             times = {name: round(time, 3) for name, time in sorted((faded | self.measured).items())}
             self.file.write_text(json.dumps(times, indent=0), encoding="utf-8")
+
+
+def slow_tests(results: Path) -> dict[str, float]:
+    """Returns the seconds of each test that took more than `LIMIT`, from pytest's results in JUnit's format."""
+    times = {}
+    for case in ET.parse(results).getroot().iter("testcase"):
+        if float(case.get("time", 0)) > LIMIT:
+            # JUnit gives a dotted name: the file, and the classes in it.
+            parts = case.get("classname", "").split(".")
+            depth = max(depth for depth in range(1, len(parts) + 1) if _file(parts[:depth]).exists())
+            file = _file(parts[:depth]).relative_to(TESTS.parent)
+            times["::".join([str(file), *parts[depth:], case.get("name", "")])] = float(case.get("time", 0))
+    return dict(sorted(times.items()))
+
+
+def _file(parts: Sequence[str]) -> Path:
+    return TESTS.parent.joinpath(*parts).with_suffix(".py")
+
+
+if __name__ == "__main__":
+    lines = (f"{seconds:.1f} {name}\n" for name, seconds in slow_tests(Path(sys.argv[1])).items())
+    SLOW.write_text("".join(lines), encoding="utf-8")

@@ -32,13 +32,14 @@ def test_unequal_weights_equal_the_whole_batch(parts: int) -> None:
     close(trained(model, OPTIMIZERS["adamw"], weighted, batches, microbatches=parts, weighted=True), whole)
 
 
-def test_a_weight_beside_aux() -> None:
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_weight_beside_aux(has_aux: bool) -> None:
     def fn(model: Any, x: jax.Array, y: jax.Array, mask: jax.Array) -> Any:
         return (*weighted(model, x, y, mask), mask)
 
     model = Mlp(nnx.Rngs(0))
     state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
-    state, (loss, mask) = sw.train_step(fn, microbatches=PARTS, weighted=True, has_aux=True)(state, X, Y, MASK)
+    state, (loss, mask) = sw.train_step(fn, microbatches=PARTS, weighted=True, has_aux=has_aux)(state, X, Y, MASK)
     np.testing.assert_allclose(loss, masked(model, X, Y, MASK), rtol=1e-6)
     np.testing.assert_array_equal(mask.reshape(-1), MASK)
 

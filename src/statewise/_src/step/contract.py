@@ -232,7 +232,9 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, weighted: boo
     """
     # With `capture=` the output is (out, captured); the loss is the first leaf either way.
     tree, *captured = traced.out_tree.children() if captures else (traced.out_tree,)
-    names = ["loss", *["weight"] * weighted, *["aux"] * contract.has_aux]
+    # A weighted step says by what it returns whether there is aux.
+    has_aux = contract.has_aux or (weighted and len(tree.children()) == 3)
+    names = ["loss", *["weight"] * weighted, *["aux"] * has_aux]
     parts, options = [tree], ", ".join(["has_aux=True"] * contract.has_aux + ["weighted=True"] * weighted)
     if len(names) > 1:
         parts = tree.children()
@@ -256,7 +258,7 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, weighted: boo
             "return loss.real" if jnp.issubdtype(loss.dtype, jnp.complexfloating) else "return loss.astype(jnp.float32)"
         )
         raise StructureError(f"The loss of {name} is {loss.dtype}, not a real floating-point number.", hint=hint)
-    result: Any = (0, _filled(parts[-1])) if contract.has_aux else 0
+    result: Any = (0, _filled(parts[-1])) if has_aux else 0
     return jax.tree.structure((result, _filled(captured[0])) if captures else result)
 
 
