@@ -10,11 +10,11 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ModelError
 from statewise._src.common.tables import Shown, leaf_dict
 from statewise._src.common.variable_forms import abstract_objects
@@ -194,7 +194,8 @@ def _side(text: str, abstract: bool, stack: contextlib.ExitStack) -> Any:
 
 def _is_model(value: object) -> bool:
     # Modules are callable, but are models nevertheless.
-    return isinstance(value, (nnx.Pytree, nnx.Variable, Mapping, tuple, list)) or _planned(value) is not None
+    is_container = isinstance(value, (nnx.Pytree, nnx.Variable, tuple, list, dict)) or compat.is_nnx_state(value)
+    return is_container or _planned(value) is not None
 
 
 def _planned(value: object) -> Plan | None:
