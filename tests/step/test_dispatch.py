@@ -395,5 +395,6 @@ def test_a_second_call_does_not_look_at_the_model(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(jax.tree, "flatten", small)
     state, kernel = hit(state, by)
     assert calls == []
+    monkeypatch.undo()
     assert float(state["cache"]["hits"]) == 2.0
     assert kernel.shape == (1, 1)
