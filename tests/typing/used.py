@@ -89,7 +89,7 @@ kinds = sw.Kinds(
     ema=sw.Kind(sw.EMA, missing="restart"),
     both=sw.Kind([nnx.Cache, nnx.Intermediate]),
     either=sw.Kind(nnx.Cache | nnx.Intermediate),
-    frozen=sw.Kind("frozen"),
+    frozen=sw.Kind("frozen", compute="bfloat16"),
     rest=sw.Kind(...),
 )
 changed: sw.Kinds = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, frozen=True)) | sw.Kinds(x=sw.Kind("x"))
@@ -102,7 +102,7 @@ names: list[str] = list(changed)
 
 model = make()
 optimizers = {"params": optax.adam(1e-3)}
-joint = {("params", "lora"): optax.sgd(0.1)}
+joint = {("params", "lora"): optax.sgd(0.1), "frozen": sw.overwrite_with_gradient()}
 plan = kinds.plan(model, optimizers=optimizers, averages={"params": [sw.EMA(0.999), sw.EMA(0.9, name="fast")]})
 kinds.plan(model, optimizers=joint, averages={"params": sw.EMA(lambda n: 0.9, dtype="float32")})
 kinds.plan(policy=model, reference=make(), optimizers={"params": optax.sgd(0.1), ("lora", "rest"): optax.adam(1.0)})
@@ -160,6 +160,18 @@ def train(model: Model, x: jax.Array, *, scale: float = 1.0) -> jax.Array:
 def train_more(model: Model, x: jax.Array, deep: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the loss, and more."""
     return model(x).mean(), {"x": x}
+
+
+@sw.train_step(microbatches=8, nonfinite="skip", whole_argnames="table")
+def train_in_parts(model: Model, x: jax.Array, table: jax.Array) -> jax.Array:
+    """Returns the loss."""
+    return (model(x) * table).mean()
+
+
+@sw.train_step(weighted=True, microbatches=8)
+def train_weighted(model: Model, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the loss and the weight."""
+    return model(x).mean(), x.sum()
 
 
 @sw.step
