@@ -51,7 +51,7 @@ MARKED = {
     "equivalence": "trains models beside plain NNX and compares every number",
 }
 QUICK_EXAMPLES = 10  # of each property, under `--hypothesis-profile=quick`
-CI_EXAMPLES = 40
+CI_EXAMPLES = 25
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if COMPILED:
