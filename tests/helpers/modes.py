@@ -175,6 +175,15 @@ CHANGED: dict[str, dict[str, str]] = {
         "test_model_io.py::test_weak_types_stay_weak": "references have no weak types in JAX 0.12",
         "test_intern.py::test_threads_get_one_plan": "JAX does not let several threads read one reference at once",
     },
+    "sow-noop": {
+        f"test_leaf_specs.py::test_{name}": "sow outside of nnx.capture leaves nothing that could be excluded"
+        for name in (
+            "what_an_earlier_sow_left_is_dropped",
+            "dropped_leaves_are_told",
+            "at_whatever_path_it_can_be_reached",
+            "a_kind_that_is_saved_keeps_what_was_sown",
+        )
+    },
 }
 
 
@@ -201,7 +210,10 @@ def _raised_below_statewise(error: BaseException) -> bool:
     ours, trace = False, error.__traceback__
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
-        if file.is_relative_to(ROOT):
-            ours = not file.is_relative_to(ROOT / "tests")
+        # The environments that `make` makes are in the repository too, with Flax and JAX in them.
+        if file.is_relative_to(ROOT / "src"):
+            ours = True
+        elif file.is_relative_to(ROOT / "tests"):
+            ours = False
         trace = trace.tb_next
     return ours
