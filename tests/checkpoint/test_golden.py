@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import types
@@ -16,19 +15,14 @@ from typing import Any
 import pytest
 
 import statewise as sw
+from golden_scripts import GOLDEN, load
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("v*.json"))
 
 
 @pytest.fixture(scope="module")
 def make() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("make")
 
 
 def expected(name: str) -> Any:

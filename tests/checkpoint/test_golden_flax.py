@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import types
 from pathlib import Path
@@ -18,9 +17,9 @@ from flax import nnx
 
 import statewise as sw
 from flax_layers import BASES, MORE, SHIPPED, leaf_types
+from golden_scripts import GOLDEN, load
 from statewise._src.common.paths import format_path
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("flax-*.json"))
 # Where some version between the golden ones changed a leaf: its layer and its path.
 CHANGED = {("WeightNorm", "scales/('kernel',)")}
@@ -29,12 +28,7 @@ SCALES = ("first/scales/('kernel',)", "others/0/scales/('kernel',)")
 
 @pytest.fixture(scope="module")
 def make() -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_make_flax", GOLDEN / "make_flax.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("make_flax")
 
 
 def content(name: str) -> Any:

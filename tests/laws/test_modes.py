@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,3 +300,15 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
         model = Small()
         assert not nnx.to_flat_state(nnx.pop(model, nnx.Variable))
         assert hasattr(model, "n")
+
+
+@pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")
+def test_flax_alone_leaves_nothing_where_sow_does_nothing() -> None:
+    setting = flax.config.nnx_sow_capture_noop
+    flax.config.update("nnx_sow_capture_noop", True)  # `modes.CHANGED`
+    try:
+        model = Small()
+        model.sow(nnx.Intermediate, "out", jnp.ones(2))
+        assert not hasattr(model, "out")
+    finally:
+        flax.config.update("nnx_sow_capture_noop", setting)

@@ -12,12 +12,11 @@ if __name__ == "__main__":  # imported by a test, this changes nothing there
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
 import statewise as sw
-from programs.save_together import make, spread
+from programs.save_together import assert_same_shards, make, spread
 
 
 def by_a_manager(folder: str, step: int, state: sw.State) -> None:
@@ -52,10 +51,7 @@ def main(number: int, count: int, port: str, folder: str) -> None:
         new = sw.checkpointable(state)
         ocp.v1.load_checkpointables(f"{folder}/together/{step}", {"state": new})
         for back in (first, new.state):
-            for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
-                assert ours.sharding == theirs.sharding
-                for one, other in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
-                    np.testing.assert_array_equal(one.data, other.data)
+            assert_same_shards(state, back)
     print("the same", flush=True)
 
 

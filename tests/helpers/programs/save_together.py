@@ -36,6 +36,14 @@ def spread(state: sw.State) -> sw.State:
     return jax.tree.map(place, state)
 
 
+def assert_same_shards(state: sw.State, back: sw.State) -> None:
+    """Asserts that two states have the same shardings, and the same values on the devices of this process."""
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+        assert ours.sharding == theirs.sharding
+        for one, other in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
+            np.testing.assert_array_equal(one.data, other.data)
+
+
 def main(number: int, count: int, port: str, folder: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
     model = make()
@@ -46,10 +54,7 @@ def main(number: int, count: int, port: str, folder: str) -> None:
     sw.save(f"{folder}/together", state)
     back, report = sw.restore(f"{folder}/together", state)
     assert report.counts == {"params": {"restored": 2}, "optimizer": {"restored": 5}}
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
-        assert ours.sharding == theirs.sharding
-        for one, other in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
-            np.testing.assert_array_equal(one.data, other.data)
+    assert_same_shards(state, back)
     print("the same", flush=True)
 
 

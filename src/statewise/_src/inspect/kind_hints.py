@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.kind import Kind
+from statewise._src.plan.match import free_name
 
 __all__ = ["kind_apart"]
 
@@ -20,8 +21,7 @@ def kind_apart(kinds: Mapping[str, Kind], kind: str | None, name: str, of: str, 
       of: the filter of their own kind, as code.
       handling: its other arguments, as code.
     """
-    names = (name, *(f"{name}_{number}" for number in range(2, len(kinds) + 3)))
-    own = next(free for free in names if free not in kinds)
+    own = free_name(kinds, name)
     others = "kinds"
     if kind is not None and not kinds[kind].rest:  # the rest leaves out by itself what another kind claims
         remaining = f"nnx.All({as_code(kinds[kind].of)}, nnx.Not({of}))"

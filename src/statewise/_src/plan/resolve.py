@@ -75,10 +75,8 @@ def _check_keys(option: str, declared: Any, verb: str, example: str) -> None:
 def _check_compute(kinds: Mapping[str, Kind], rows: Sequence[LeafSpec]) -> None:
     """Checks that a kind with a compute dtype has leaves that can be cast to it: its integers and keys are not."""
     for name, kind in kinds.items():
-        own = [row for row in rows if row.kind == name]
-        if kind.compute is None or not own:
-            continue
-        if not any(jnp.issubdtype(spec.dtype, jnp.floating) for row in own for spec in row.specs):
+        own = [row for row in rows if row.kind == name] if kind.compute is not None else []
+        if own and not any(jnp.issubdtype(spec.dtype, jnp.floating) for row in own for spec in row.specs):
             raise DeclarationError(
                 f"The kind {name!r} has compute={kind.compute!r}, and no leaf of floating-point numbers.",
                 leaves=[make_leaf(row.path, row.type, row.specs, row.structure is ONE, name) for row in own],

@@ -15,7 +15,19 @@ import jax
 
 from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["Args", "Arguments", "Bound", "JitOptions", "Kwargs", "Split", "merged", "parameters_of", "unused_name"]
+__all__ = [
+    "Args",
+    "Arguments",
+    "Bound",
+    "JitOptions",
+    "Kwargs",
+    "Split",
+    "chosen_parameters",
+    "merged",
+    "parameters_of",
+    "unused_name",
+    "with_shape",
+]
 
 
 class JitOptions(TypedDict, total=False):
@@ -64,22 +76,22 @@ class Arguments:
     Args:
       fn: the user's function.
       options: `jax.jit`'s options as the user gave them.
+      in_parts: whether the step splits its arguments into microbatches.
 
     Raises:
       DeclarationError: an option that `jax.jit` does not have, or a parameter that the function does not have.
     """
 
-    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any], in_parts: bool = False) -> None:
         unknown = sorted(set(options) - _OPTIONS - _CHOICES)
         if unknown:
             raise DeclarationError(
                 f"A step does not take the option {unknown[0]!r}.",
                 hint="one of: " + ", ".join(sorted(_OPTIONS | _CHOICES)),
             )
-        names = tuple(parameter.name for parameter in parameters_of(fn) or ())
-        self.static = _positions(names, options, "static", fn)
-        self.donated = _positions(names, options, "donate", fn)
-        self.names = names
+        self.static = chosen_parameters(fn, options, "static")
+        self.donated = chosen_parameters(fn, options, "donate")
+        self.names = _names_of(fn)
         self.jit_options = {name: value for name, value in options.items() if name in _OPTIONS}
         if "in_shardings" in options and (self.static or self.donated):
             raise DeclarationError(
@@ -87,7 +99,7 @@ class Arguments:
                 hint="jax.device_put the arguments, and leave in_shardings out",
             )
         self.plain = not self.static and not self.donated
-        self.in_parts = False  # whether a step splits them into microbatches
+        self.in_parts = in_parts
 
     def split(self, args: Args, kwargs: Kwargs, objects: int) -> Split:
         """Takes static and donated arguments out; `objects` is the number of planned objects."""
@@ -193,10 +205,17 @@ def parameters_of(fn: Any) -> list[inspect.Parameter] | None:
         return None  # a builtin without a signature
 
 
-def _positions(
-    names: tuple[str, ...], options: Mapping[str, Any], which: str, fn: Callable[..., Any]
-) -> frozenset[Any]:
-    """Returns the names of the chosen parameters; positions if their names are unknown."""
+def _names_of(fn: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(parameter.name for parameter in parameters_of(fn) or ())
+
+
+def chosen_parameters(fn: Callable[..., Any], options: Mapping[str, Any], which: str) -> frozenset[Any]:
+    """Returns the names of the parameters in `which_argnames` and `which_argnums`; positions if names are unknown.
+
+    Raises:
+      DeclarationError: the function does not have such a parameter.
+    """
+    names = _names_of(fn)
     chosen = set(_many(options.get(f"{which}_argnames")))
     numbers = set(_many(options.get(f"{which}_argnums")))
     if not names:
@@ -214,6 +233,12 @@ def _many(given: Any) -> Iterable[Any]:
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, int)) else tuple(given)
+
+
+def with_shape(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Returns an argument's dtype with another shape, for a trace; a NumPy array has the dtype that JAX gives it."""
+    type_ = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(shape, type_.dtype, weak_type=getattr(type_, "weak_type", False))
 
 
 def unused_name(name: str, taken: Collection[str]) -> str:

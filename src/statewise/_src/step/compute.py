@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Casts", "casts_of", "compute_specs"]
+__all__ = ["ComputeCasts", "casts_of", "compute_specs"]
 
 
-class Casts(NamedTuple):
+class ComputeCasts(NamedTuple):
     """The casts around a traced function.
 
     Attributes:
@@ -42,11 +42,11 @@ class Casts(NamedTuple):
         ]
 
 
-def casts_of(plan: PlanTables, written: Sequence[int]) -> Casts | None:
+def casts_of(plan: PlanTables, written: Sequence[int]) -> ComputeCasts | None:
     """Returns the casts of a function that writes the arrays of these numbers; None if the plan declares none."""
     compute = plan.compute_dtypes
     stored = tuple(plan.arrays[number].spec.dtype if number in compute else None for number in written)
-    return Casts(compute, stored) if compute else None
+    return ComputeCasts(compute, stored) if compute else None
 
 
 def compute_specs(plan: PlanTables, arrays: Sequence[Any]) -> list[Any]:

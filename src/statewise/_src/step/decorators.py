@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
 
 from statewise._src.common import compat
@@ -249,28 +249,23 @@ def train_step(
         None if names is None else kind_names(names, option, "train_step")
         for option, names in (("wrt", wrt), ("writes", writes))
     )
-    own: dict[str, Any] = {
-        "microbatches": microbatches,
-        "weighted": weighted,
-        "whole_argnames": whole_argnames,
-        "nonfinite": nonfinite,
-    }
     if fn is None:
         given: dict[str, Any] = {"wrt": wrt, "writes": writes, "has_aux": has_aux, "capture": capture}
-        return functools.partial(train_step, **given, **own, **jit_options)
+        given |= {"microbatches": microbatches, "weighted": weighted}
+        given |= {"whole_argnames": whole_argnames, "nonfinite": nonfinite}
+        return functools.partial(train_step, **given, **jit_options)
     check_function(fn, "train_step")
-    options = describe_options(capture=capture, **_changed(own), **jit_options)
+    training = Training.of(fn, microbatches, weighted, whole_argnames, nonfinite)
+    options = describe_options(
+        capture=capture,
+        microbatches=None if microbatches == 1 else microbatches,
+        weighted=weighted,
+        whole_argnames=whole_argnames,
+        nonfinite=None if nonfinite == "write" else nonfinite,
+        **jit_options,
+    )
 
     def contract(plan: PlanTables, name: str) -> Contract:
         return train_contract(plan, name, of, may_write, has_aux, options)
 
-    def training(names: Sequence[str]) -> Training:
-        return Training.of(fn, names, **own)
-
     return Step(fn, contract, "train_step", capture, jit_options, training)
-
-
-def _changed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options of training that differ from their defaults."""
-    defaults = {"microbatches": 1, "nonfinite": "write"}
-    return {name: value for name, value in options.items() if value != defaults.get(name)}

@@ -20,6 +20,8 @@ from statewise._src.common import compat
 from statewise._src.common.paths import plain_key
 from statewise._src.plan.placements import axes_of
 from statewise._src.sharding.explicit_axes import as_it_came, explicit_sharding
+from statewise._src.step.arguments import with_shape
+from statewise._src.step.nonfinite import everywhere
 from statewise._src.step.training import Training
 from statewise.errors import StructureError
 
@@ -93,9 +95,7 @@ def split_arguments(
             continue
         if shape[0] % count:
             uneven.append(f"{name}{jax.tree_util.keystr(keys[2:])} of shape {shape}")
-        type_ = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-        own = (shape[0] // count, *shape[1:])
-        parts.append(jax.ShapeDtypeStruct(own, type_.dtype, weak_type=getattr(type_, "weak_type", False)))
+        parts.append(with_shape(leaf, (shape[0] // count, *shape[1:])))
     if not any(split):
         raise StructureError(
             f"{step} runs in {count} microbatches, and no argument is an array that could be split.",
@@ -208,8 +208,7 @@ def mean_of_parts(
     loss, grads, weight, is_valid = sums[:4]
     if axes:
         loss, grads, weight = jax.lax.psum((loss, grads, weight), axes)
-        is_valid = jax.lax.pmin(is_valid.astype(jnp.int32), axes) > 0
-    is_valid &= weight > 0
+    is_valid = everywhere(is_valid, axes) & (weight > 0)
     mean = jnp.where(is_valid, loss / weight, jnp.nan).astype(dtype)
     means = {number: (total / weight.astype(total.dtype)).astype(wrt[number].dtype) for number, total in grads.items()}
     return Mean([mean, *others], sums.written, means, is_valid, weight)

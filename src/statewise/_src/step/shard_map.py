@@ -30,6 +30,7 @@ from statewise._src.common.problems import Problems
 from statewise._src.plan.per_device import PerDeviceArrays
 from statewise._src.plan.placements import axes_of
 from statewise._src.plan.tables import PlanTables
+from statewise._src.step.arguments import with_shape
 from statewise._src.step.operands import Operand, Operands
 from statewise._src.step.program import Program
 from statewise._src.step.replication import NOWHERE, varying
@@ -89,9 +90,7 @@ def local_arguments(
                 place = name_of(plain_key(keys[1])) + jax.tree_util.keystr(keys[2:])
                 uneven.append((place, leaf, axis, parts))
             shape[axis] //= parts
-        # For NumPy's float64 too: `typeof` gives the dtype that JAX converts it to.
-        type_ = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-        local.append(jax.ShapeDtypeStruct(tuple(shape), type_.dtype, weak_type=getattr(type_, "weak_type", False)))
+        local.append(with_shape(leaf, tuple(shape)))
     if uneven:
         listed = "; ".join(f"{place}: axis {axis} of {leaf.shape}" for place, leaf, axis, _ in uneven)
         raise PlacementError(

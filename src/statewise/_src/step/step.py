@@ -71,24 +71,22 @@ class Step(Generic[P, R_co]):
         decorator: str,
         capture: str | Sequence[str] | None,
         jit_options: Mapping[str, Any],
-        training: Callable[[Sequence[str]], Training] | None = None,
+        training: Training = PLAIN,
     ) -> None:
         if not callable(fn):
             check_function(fn, decorator)
         named_like(self, fn)
         if capture is not None and not isinstance(capture, str):
             capture = kind_names(capture, "capture", decorator)
-        arguments = Arguments(fn, jit_options)
         self._definition = Definition(
             fn,
             getattr(fn, "__name__", type(fn).__name__),
             decorator,
             contract_of,
             capture,
-            arguments,
-            PLAIN if training is None else training(arguments.names),
+            Arguments(fn, jit_options, in_parts=training.microbatches > 1),
+            training,
         )
-        arguments.in_parts = self._definition.training.microbatches > 1
         self._lock = threading.RLock()
         # By plan: all entries by their full key; the latest entry for each key of the arguments; the only entry, if
         # there is one.

@@ -42,7 +42,7 @@ from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.arguments import Args, Kwargs
 from statewise._src.step.capture import Capture
-from statewise._src.step.compute import Casts, casts_of, compute_specs
+from statewise._src.step.compute import ComputeCasts, casts_of, compute_specs
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
 from statewise._src.step.microbatches import Batch
@@ -82,7 +82,7 @@ class Traced:
     lost_writes: tuple[tuple[str, int], ...] = ()
     passed: tuple[WrittenArgument, ...] = ()
     eager: Callable[[Sequence[Any]], tuple[list[Any], list[Any]]] | None = None
-    casts: Casts | None = None
+    casts: ComputeCasts | None = None
     batch: Batch | None = None
     result_tree: Any = None
 

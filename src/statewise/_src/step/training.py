@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
+from statewise._src.step.arguments import chosen_parameters
 from statewise.errors import DeclarationError
 
 __all__ = ["PLAIN", "NonFinite", "Training"]
@@ -38,13 +39,12 @@ class Training:
     def of(
         cls,
         fn: Callable[..., Any],
-        names: Sequence[str],
         microbatches: object,
         weighted: bool,
         whole_argnames: str | Sequence[str],
         nonfinite: str,
     ) -> Training:
-        """Returns the options of a train step, checked; `names` are the parameters of its function.
+        """Returns the options of a train step on a function, checked.
 
         Raises:
           DeclarationError: a number of microbatches that is not a positive integer; a parameter that the function does
@@ -55,16 +55,10 @@ class Training:
                 f"microbatches={microbatches!r} is not a number of parts.",
                 hint="microbatches=8  # 1 is the whole batch",
             )
-        whole = (whole_argnames,) if isinstance(whole_argnames, str) else tuple(whole_argnames)
-        unknown = [name for name in whole if names and name not in names]
-        if unknown:
-            raise DeclarationError(
-                f"whole: {getattr(fn, '__name__', fn)} has no parameter {unknown[0]}.",
-                hint="one of: " + ", ".join(names),
-            )
+        whole = chosen_parameters(fn, {"whole_argnames": whole_argnames}, "whole")
         if nonfinite not in get_args(NonFinite):
             raise DeclarationError(f"nonfinite={nonfinite!r} is not one of 'write', 'skip'.", hint="nonfinite='skip'")
-        return cls(microbatches, weighted, frozenset(whole), nonfinite == "skip")
+        return cls(microbatches, weighted, whole, nonfinite == "skip")
 
 
 # The options of a step that does none of this.
