@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from flax import nnx
 
 import quick
+import statewise as sw
 import worker_memory
 
 TESTS = Path(__file__).parent
@@ -54,6 +57,14 @@ def test_a_test_that_takes_its_worker_over_the_limit_fails(monkeypatch: pytest.M
     monkeypatch.setattr(worker_memory, "peak", lambda: worker_memory.LIMIT + 200_000_000)
     with pytest.raises(MemoryError, match=r"this worker held 2\.2 GB at most"):
         worker_memory.after_test("test_large.py::test_d", last_of_file=False)
+
+
+def test_checking_types_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    """Saving goes on in other threads, while Hypothesis may be drawing an example of the next test."""
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    before = random.getstate()
+    sw.save(tmp_path / "checkpoint", sw.plan(model).take(model))
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import random
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import beartype._check.code.codemain as checks
 from beartype import BeartypeConf, beartype
 from beartype.claw import beartype_package
 
@@ -24,6 +26,10 @@ CONF = BeartypeConf(is_pep484_tower=True)
 def check_package() -> None:
     """Has every annotation checked of what is imported from now on: an import hook, so statewise is imported later."""
     assert "statewise" not in sys.modules, "the hook sees only what is imported after it"
+    # Of a list, one item is checked, drawn by Python's global generator.  A thread that saves in the background would
+    # so draw from it while Hypothesis, which forbids that, makes an example: the checks get a generator of their own.
+    assert checks.getrandbits is random.getrandbits
+    checks.getrandbits = random.Random(0).getrandbits
     beartype_package("statewise", conf=CONF)
 
 
