@@ -17,6 +17,7 @@ from statewise._src.inspect.watch.watch import Watch
 from statewise._src.report.gather import LeafReport
 from statewise._src.report.report import Report
 from statewise._src.step.aot import Compiled, Lowered
+from statewise._src.step.measured import Measured
 from statewise._src.step.step import Step
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LeafReport",
     "LeafRestore",
     "Lowered",
+    "Measured",
     "Memory",
     "Report",
     "RestoreReport",

@@ -12,6 +12,7 @@ from statewise._src.plan.tables import PlanTables
 from statewise._src.step.arguments import JitOptions
 from statewise._src.step.contract import Contract, describe_options, plain_contract, train_contract
 from statewise._src.step.function import check_function, kind_names
+from statewise._src.step.measured import Measured
 from statewise._src.step.step import Step
 from statewise._src.step.training import NonFinite, Training
 
@@ -129,6 +130,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: None = None,
+    measure: Literal[False] = False,
     **options: Unpack[TrainOptions],
 ) -> Step[P, tuple[State, R]]: ...
 @overload
@@ -139,6 +141,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str],
+    measure: Literal[False] = False,
     **options: Unpack[TrainOptions],
 ) -> Step[P, tuple[State, tuple[R, Captured]]]: ...
 @overload
@@ -149,6 +152,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: None = None,
+    measure: Literal[False] = False,
     **options: Unpack[TrainOptions],
 ) -> Callable[[_Function[P, R]], Step[P, tuple[State, R]]]: ...
 @overload
@@ -159,8 +163,31 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str],
+    measure: Literal[False] = False,
     **options: Unpack[TrainOptions],
 ) -> Callable[[_Function[P, R]], Step[P, tuple[State, tuple[R, Captured]]]]: ...
+@overload
+def train_step(
+    fn: _Function[P, R],
+    *,
+    wrt: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | None = None,
+    has_aux: Literal[False] = False,
+    capture: None = None,
+    measure: Literal[True] | str | Sequence[str],
+    **options: Unpack[TrainOptions],
+) -> Step[P, tuple[State, tuple[R, Measured]]]: ...
+@overload
+def train_step(
+    fn: None = None,
+    *,
+    wrt: str | Sequence[str] | None = None,
+    writes: str | Sequence[str] | None = None,
+    has_aux: Literal[False] = False,
+    capture: None = None,
+    measure: Literal[True] | str | Sequence[str],
+    **options: Unpack[TrainOptions],
+) -> Callable[[_Function[P, R]], Step[P, tuple[State, tuple[R, Measured]]]]: ...
 @overload
 def train_step(
     fn: _Function[P, Any],
@@ -169,7 +196,8 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str] | None = None,
-    weighted: Literal[True],
+    weighted: bool = False,
+    measure: bool | str | Sequence[str] = False,
     **options: Unpack[TrainOptions],
 ) -> Step[P, tuple[State, Any]]: ...
 @overload
@@ -180,7 +208,8 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str] | None = None,
-    weighted: Literal[True],
+    weighted: bool = False,
+    measure: bool | str | Sequence[str] = False,
     **options: Unpack[TrainOptions],
 ) -> Callable[[_Function[P, Any]], Step[P, tuple[State, Any]]]: ...
 def train_step(
@@ -194,6 +223,7 @@ def train_step(
     weighted: bool = False,
     whole_argnames: str | Sequence[str] = (),
     nonfinite: NonFinite = "write",
+    measure: bool | str | Sequence[str] = False,
     **jit_options: Unpack[JitOptions],
 ) -> Any:
     """Makes a loss function of the planned objects into a compiled training step on a state.
@@ -218,16 +248,21 @@ def train_step(
       nonfinite: `"skip"` leaves everything but random streams as it was where the loss or a gradient is not finite, or
         where the function writes a number that is not finite over one that is.  The loss that is returned is then not
         finite either.
+      measure: what to measure, leaf by leaf: `"params"`, `"grads"`, `"updates"`, `"written"`, several of these, or
+        True for all.  The output is then `(loss, measured)` in place of the loss, with a `statewise.results.Measured`:
+        norms, largest absolute values, and numbers of elements that are not finite.
       **jit_options: `jax.jit`'s own: `static_argnames`, `donate_argnames`, `out_shardings`, `compiler_options` ...
 
     Returns:
-      a step.  Called as `step(state, *args)` it returns `(state, loss)` or `(state, (loss, aux))`.
+      a step.  Called as `step(state, *args)` it returns `(state, loss)` or `(state, (loss, aux))`; with `measure`,
+      `(state, (loss, measured))` or `(state, ((loss, measured), aux))`.
 
     Raises:
       UndeclaredWriteError: the function writes a kind that it may not; when it is first traced.
-      DeclarationError: a kind in `wrt` has no optimizer, or does not exist.
-      StructureError: the loss is not a real scalar; no differentiated leaf reaches it; and for the same reasons as
-        `step`.
+      DeclarationError: a kind in `wrt` has no optimizer, or does not exist; `measure` names something that is not
+        measured.
+      StructureError: the loss is not a real scalar; no differentiated leaf reaches it; only what the function writes is
+        measured, and it writes nothing; and for the same reasons as `step`.
 
     Warns:
       StatewiseWarning: no leaf of a differentiated kind reaches the loss; and for the same reasons as `step`.
@@ -252,16 +287,17 @@ def train_step(
     if fn is None:
         given: dict[str, Any] = {"wrt": wrt, "writes": writes, "has_aux": has_aux, "capture": capture}
         given |= {"microbatches": microbatches, "weighted": weighted}
-        given |= {"whole_argnames": whole_argnames, "nonfinite": nonfinite}
+        given |= {"whole_argnames": whole_argnames, "nonfinite": nonfinite, "measure": measure}
         return functools.partial(train_step, **given, **jit_options)
     check_function(fn, "train_step")
-    training = Training.of(fn, microbatches, weighted, whole_argnames, nonfinite)
+    training = Training.of(fn, microbatches, weighted, whole_argnames, nonfinite, measure)
     options = describe_options(
         capture=capture,
         microbatches=None if microbatches == 1 else microbatches,
         weighted=weighted,
         whole_argnames=whole_argnames,
         nonfinite=None if nonfinite == "write" else nonfinite,
+        measure=measure,
         **jit_options,
     )
 

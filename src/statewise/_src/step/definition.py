@@ -21,6 +21,7 @@ from statewise._src.step.capture import Capture
 from statewise._src.step.contract import Contract, check_loss, check_writes
 from statewise._src.step.dispatch import CompiledStep
 from statewise._src.step.function import called_as, check_capacity
+from statewise._src.step.instruments import check_measured
 from statewise._src.step.microbatches import Batch, split_arguments
 from statewise._src.step.outside_writes import check_not_baked, check_written_arguments
 from statewise._src.step.passed_objects import check_foreign_objects
@@ -71,6 +72,7 @@ class Definition:
         if contract.trains:
             tree = check_loss(traced, contract, self.captures, self.training.weighted, self.name)
             traced = dataclasses.replace(traced, result_tree=tree)
+            check_measured(plan, self.training.measures, plan.numbers(traced.written), self.name)
         return traced, contract, specs
 
     def traced(self, state: State, args: Args, kwargs: Kwargs, *, evaluated: bool = False) -> tuple[Traced, Any]:
@@ -140,6 +142,8 @@ class Definition:
                 differ[0] = False  # the loss, which is averaged over the devices
                 if self.training.weighted:
                     del differ[1]  # the weight, which the step does not return
+                if self.training.measures:
+                    differ[1:1] = [False, False]  # the arrays of `Measured`, which are the same on every device
             program = program_on_each(plan, program, operands, specs, differ)
         return CompiledStep(
             plan,

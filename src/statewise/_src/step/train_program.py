@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.plan.tables import PlanTables
+from statewise._src.step.instruments import Pair, columns_of, current_arrays, measured_of
+from statewise._src.step.measured import Measured
 from statewise._src.step.microbatches import Mean, PartResult, mean_of_parts
 from statewise._src.step.nonfinite import all_finite, everywhere, keep_old, stays_finite
-from statewise._src.step.operands import Operands
+from statewise._src.step.operands import Arrays, Operands
 from statewise._src.step.step_update import Gradients, StepUpdate
 from statewise._src.step.trace import Traced
 from statewise._src.step.training import Training
@@ -27,7 +29,8 @@ __all__ = ["TrainProgram"]
 class TrainProgram:
     """A function from (donated, read_only, args, kwargs) to (written, output).
 
-    The output is the loss, or (loss, aux); `captured` beside it if the step captures.
+    The output is the loss, or (loss, aux); `captured` beside it if the step captures.  A step that measures returns
+    (loss, measured) in place of the loss.
 
     Args:
       plan: the plan.
@@ -55,6 +58,7 @@ class TrainProgram:
         # What changes from part to part: what the function writes, and what its gradients replace.
         self.carried = [*self.written, *self.overwritten]
         self.dtype = traced.effects.jaxpr.outvars[0].aval.dtype
+        self.columns = columns_of(plan, training.measures, self.written, self.differentiated)
 
     def __call__(self, donated: Any, read_only: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Runs the step."""
@@ -77,7 +81,21 @@ class TrainProgram:
             keep_old(changes, self.plan, arrays, before, slots)
             # A loss that is finite would not say that nothing changed.
             loss = jnp.where(changes | ~jnp.isfinite(loss), loss, jnp.nan)
+        if self.training.measures:
+            loss = (loss, self._measured(arrays, before, mean))
         return self.operands.pack(arrays), self.traced.result([loss, *others])
+
+    def _measured(self, arrays: Arrays, before: Sequence[Any], mean: Mean) -> Measured:
+        """Returns the figures of a step that has run."""
+        written = dict(zip(self.written, mean.written, strict=True))
+        new = current_arrays(self.plan, arrays, self.differentiated)
+        pairs: dict[str, Callable[[int], Pair]] = {
+            "written": lambda number: (written[number], None),
+            "grads": lambda number: (mean.grads[number], None),
+            "updates": lambda number: (new[number], before[number]),
+            "params": lambda number: (new[number], None),
+        }
+        return measured_of(self.columns, [pairs[what](number) for what, number in self.columns.entries], self.axes)
 
     def _run(
         self, before: Sequence[Any], changed: dict[int, Any], own: Sequence[Any]

@@ -1,12 +1,13 @@
-"""What a train step does beside differentiating: microbatches, weights, and batches whose gradients are not finite."""
+"""What a train step does beside differentiating: microbatches, weights, bad batches, and what it measures."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from statewise._src.step.arguments import chosen_parameters
+from statewise._src.step.measured import MEASURES, Measure
 from statewise.errors import DeclarationError
 
 __all__ = ["PLAIN", "NonFinite", "Training"]
@@ -23,12 +24,14 @@ class Training:
       weighted: whether the function returns a weight beside its loss.
       whole: the names of arguments that are passed to every part as they are.
       skips_nonfinite: whether a batch with a loss or gradient that is not finite changes nothing.
+      measures: what is measured and returned beside the loss.
     """
 
     microbatches: int = 1
     weighted: bool = False
     whole: frozenset[str] = frozenset()
     skips_nonfinite: bool = False
+    measures: frozenset[Measure] = frozenset()
 
     @property
     def is_plain(self) -> bool:
@@ -43,12 +46,13 @@ class Training:
         weighted: bool,
         whole_argnames: str | Sequence[str],
         nonfinite: str,
+        measure: object = False,
     ) -> Training:
         """Returns the options of a train step on a function, checked.
 
         Raises:
           DeclarationError: a number of microbatches that is not a positive integer; a parameter that the function does
-            not have; another word for `nonfinite`.
+            not have; another word for `nonfinite`; something that is not measured.
         """
         if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
             raise DeclarationError(
@@ -58,7 +62,24 @@ class Training:
         whole = chosen_parameters(fn, {"whole_argnames": whole_argnames}, "whole")
         if nonfinite not in get_args(NonFinite):
             raise DeclarationError(f"nonfinite={nonfinite!r} is not one of 'write', 'skip'.", hint="nonfinite='skip'")
-        return cls(microbatches, weighted, whole, nonfinite == "skip")
+        return cls(microbatches, weighted, whole, nonfinite == "skip", _measures(measure))
+
+
+def _measures(given: object) -> frozenset[Measure]:
+    """Returns what `measure=` names: all for True, nothing for False."""
+    if isinstance(given, bool):
+        return frozenset(MEASURES if given else ())
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, Iterable):
+        names = (given,)
+    names = list(names)
+    unknown = [name for name in names if name not in get_args(Measure)]
+    if unknown:
+        raise DeclarationError(
+            f"measure={given!r}: {unknown[0]!r} is not one of {', '.join(map(repr, get_args(Measure)))}.",
+            hint="measure=('grads', 'updates')  # True for everything",
+        )
+    return frozenset(names)
 
 
 # The options of a step that does none of this.
