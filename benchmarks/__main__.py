@@ -32,6 +32,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "rl": (1, 1),
     "noop": (1, 1),
     "scan": (1, 2),
+    "options": (1, 2),
     "small_kind": (1, 2),
     "leaves": (1, 1),
     "look": (1, 1),

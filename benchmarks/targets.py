@@ -85,6 +85,13 @@ def _at_most(times: float) -> Callable[[float], bool]:
 
 OURS, HAND, PACKED = "statewise", "by-hand", "statewise-packed"
 SPLIT = "`nnx.split(model, ...)` by the same kinds"
+
+
+def _cost(bound: str, row: str) -> Callable[[Found], float]:
+    """A train step with an option over the one without."""
+    return lambda found: _row(found, f"options_{bound}", row)["ratio"]
+
+
 # A noisy machine does not tell 1.00 from 1.03: "no slower" allows that much.
 NO_SLOWER = 1.03
 
@@ -120,6 +127,21 @@ TARGETS = (
         _times("few_large_1024", OURS, HAND),
         _at_most(NO_SLOWER),
     ),
+    Target(
+        "`nonfinite='skip'`, bound by products: over the step without",
+        "at most 1.03",
+        _cost("products", "skip"),
+        _at_most(1.03),
+    ),
+    Target("the same, leaves of 1024 × 1024", "at most 1.15", _cost("memory", "skip"), _at_most(1.15)),
+    Target("the same, about 2,000 small leaves", "at most 1.10", _cost("small", "skip"), _at_most(1.10)),
+    Target(
+        "`measure=True`, bound by products: over the step without",
+        "at most 1.05",
+        _cost("products", "measure"),
+        _at_most(1.05),
+    ),
+    Target("the same, about 2,000 small leaves", "at most 1.20", _cost("small", "measure"), _at_most(1.20)),
     Target("one small kind, large model over small", "at most 1.5", _growth("small_kind", OURS), _at_most(1.5)),
     Target("its restart, large model over small", "at most 1.5", _growth("restart", "restart"), _at_most(1.5)),
     Target(

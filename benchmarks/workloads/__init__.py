@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Settings
-from benchmarks.workloads import grow, keep, look, loops, memory, serve, train
+from benchmarks.workloads import grow, keep, look, loops, memory, options, serve, train
 
 __all__ = ["WORKLOADS", "Workload"]
 
@@ -34,6 +34,7 @@ WORKLOADS = {
     "rl": Workload(serve.rl, "A loop of acting and learning, in tiny steps"),
     "noop": Workload(serve.noop, "A step that does nothing, on many leaves"),
     "scan": Workload(loops.scan, "Sixteen train steps in one call"),
+    "options": Workload(options.options, "What the options of a train step cost"),
     "small_kind": Workload(grow.small_kind, "One small kind in a small and in a large model"),
     "leaves": Workload(grow.leaves, "Cost against the number of leaves"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),

@@ -33,6 +33,7 @@ from statewise.results import (
     LeafReport,
     LeafRestore,
     Lowered,
+    Measured,
     Memory,
     Report,
     RestoreReport,
@@ -168,6 +169,18 @@ def train_in_parts(model: Model, x: jax.Array, table: jax.Array) -> jax.Array:
     return (model(x) * table).mean()
 
 
+@sw.train_step(measure=True)
+def train_measured(model: Model, x: jax.Array) -> jax.Array:
+    """Returns the loss."""
+    return model(x).mean()
+
+
+@sw.train_step(measure=("grads", "updates"), nonfinite="skip", has_aux=True)
+def train_measured_more(model: Model, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the loss, and more."""
+    return model(x).mean(), x
+
+
 @sw.train_step(weighted=True, microbatches=8)
 def train_weighted(model: Model, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the loss and the weight."""
@@ -207,6 +220,10 @@ def loose(model: Model, x: Any) -> jax.Array:
 x = jnp.ones((4, 2))
 assert_type(train(state, x, scale=2.0), tuple[sw.State, jax.Array])
 assert_type(train_more(state, x, True), tuple[sw.State, tuple[jax.Array, dict[str, jax.Array]]])
+assert_type(train_measured(state, x), tuple[sw.State, tuple[jax.Array, Measured]])
+measured = train_measured(state, x)[1][1]
+print(measured.to_dict(depth=2)["grad_norm/params/linear"], measured.nonfinite, measured.table(0), measured.to_json(1))
+((loss, measured), aux) = train_measured_more(state, x)[1]
 assert_type(forward(state, x), jax.Array)
 assert_type(sw.step(train.fn)(state, 3), Any)
 assert_type(count(state, x), tuple[sw.State, int])
