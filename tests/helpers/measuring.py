@@ -64,7 +64,7 @@ def flat(state: sw.State, kind: str) -> dict[tuple[Any, ...], np.ndarray]:
     }
 
 
-def close(found: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float = 2e-6) -> None:
+def close(found: Mapping[str, Any], wanted: Mapping[str, Any], rtol: float = 1e-5) -> None:
     assert set(found) == set(wanted)
     for key, value in wanted.items():
         np.testing.assert_allclose(found[key], value, rtol=rtol, atol=1e-9, err_msg=key)

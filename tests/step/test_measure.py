@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ def test_extreme_values_in_every_dtype(dtype: Any) -> None:
 
     _, (_, measured) = train(state, given)
     found = measured.to_dict()
-    close(found, expected("grad", "params", {(name,): value for name, value in given.items()}))
+    close(found, expected("grad", "params", {(name,): value for name, value in given.items()}), rtol=2e-6)
     assert [leaf.path[0] for leaf in measured.nonfinite] == sorted(
         name for name, value in given.items() if not np.isfinite(np.asarray(value, np.float32)).all()
     )
@@ -110,24 +110,25 @@ def test_counts_beyond_an_int32_stay_at_the_largest(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(instruments, "_MANY", 1000)
     monkeypatch.setattr(instruments, "_MOST", 30_000)
-    model = nnx.Dict(w=nnx.Param(jnp.full((200, 200), jnp.nan)), v=nnx.Param(jnp.full((200, 100), jnp.nan)))
+    model = nnx.Dict(w=nnx.Param(jnp.full((200, 600), jnp.nan)), v=nnx.Param(jnp.full((40, 600), jnp.nan)))
     step = sw.train_step(lambda model: (model.w[...].sum() + model.v[...].sum()) ** 2, measure="params")
     _, (_, measured) = step(sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model))
-    assert measured.to_dict(depth=0)["param_nonfinite/params"] == 30_000 + 20_000
+    assert measured.to_dict(depth=0)["param_nonfinite/params"] == 30_000 + 24_000
 
 
-def test_long_sums_keep_their_digits() -> None:
-    """2**25 ones: added one by one in float32, the sum would stop at 2**24."""
-    model = nnx.Dict(w=nnx.Param(jnp.ones((2**12, 2**13))), v=nnx.Param(jnp.ones(2**25)))
-    step = sw.train_step(lambda model: model.w[0, 0] + model.v[0], measure="params")
+@pytest.mark.parametrize("shape", [(1024, 1024), (2**20,)])
+def test_long_sums_keep_their_digits(shape: tuple[int, ...]) -> None:
+    """A large number before a million ones: added one by one in float32, they would leave no trace."""
+    model = nnx.Dict(w=nnx.Param(jnp.ones(2**20).at[0].set(2.0**12).reshape(shape)))
+    step = sw.train_step(lambda model: model.w[0].sum(), measure="params")
     _, (_, measured) = step(sw.plan(model, optimizers={"params": optax.sgd(0.0)}).take(model))
-    np.testing.assert_allclose(measured.to_dict()["param_norm/params/w"], 2**12.5, rtol=1e-6)
-    np.testing.assert_allclose(measured.to_dict()["param_norm/params/v"], 2**12.5, rtol=1e-6)
+    wanted = math.sqrt(2**24 + 2**20 - 1)
+    np.testing.assert_allclose(measured.to_dict()["param_norm/params/w"], wanted, rtol=1e-5)
 
 
 def test_only_what_is_asked_for() -> None:
     model = Net(nnx.Rngs(0))
-    for names in itertools.chain(("params",), itertools.combinations(("params", "grads", "updates", "written"), 2)):
+    for names in ("params", ["grads"], ("updates", "written")):
         _, (_, measured) = sw.train_step(loss_of, measure=names)(plan_of(model).take(model), X)
         wanted = {names} if isinstance(names, str) else set(names)
         assert {key.split("_")[0] for key in measured.to_dict()} == {name.removesuffix("s") for name in wanted}
@@ -136,7 +137,7 @@ def test_only_what_is_asked_for() -> None:
 
 
 def test_few_arrays_cross_however_many_leaves() -> None:
-    for count in (1, 300):
+    for count in (1, 30):
         model = nnx.Dict({f"w{number}": nnx.Param(jnp.ones(2)) for number in range(count)})
         state = plan_of(model).take(model)
 
@@ -189,7 +190,8 @@ def test_aux_and_captured_values_stay_where_they_are() -> None:
 
     model = Sowing()
     options: dict[str, Any] = {"has_aux": True, "measure": True}
-    _, ((loss, measured), aux) = sw.train_step(fn, **options)(plan_of(model).take(model), X)
+    plain = sw.train_step(lambda model, x: ((x @ model.w[...]).mean() ** 2, {"x": x}), **options)
+    _, ((loss, measured), aux) = plain(plan_of(model).take(model), X)
     assert isinstance(measured, Measured)
     assert loss.shape == ()
     assert aux["x"].shape == X.shape
@@ -202,7 +204,7 @@ def test_aux_and_captured_values_stay_where_they_are() -> None:
 def test_a_skipped_step_applies_nothing_and_says_what_was_not_finite() -> None:
     model = Net(nnx.Rngs(0))
     step = sw.train_step(loss_of, measure=True, nonfinite="skip")
-    state, (loss, measured) = checked(step, plan_of(model).take(model), X)
+    state, (loss, measured) = checked(step, plan_of(model).take(model), X, written=("stats", "variables"))
     assert measured.to_dict(depth=0)["update_norm/params"] > 0
     params = flat(state, "params")
     state, (loss, measured) = step(state, X.at[3, 1].set(jnp.nan))

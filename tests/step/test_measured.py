@@ -62,7 +62,7 @@ def test_scan_stacks_the_figures() -> None:
 
 
 def test_an_ensemble() -> None:
-    models = [Net(nnx.Rngs(seed)) for seed in range(2)]
+    models = [nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(2)]
     plan = plan_of(models[0])
     ensemble = plan.stack([plan.take(model) for model in models])
     step = sw.train_step(loss_of, measure=("params", "grads"))
@@ -77,12 +77,13 @@ def test_an_ensemble() -> None:
 def test_device_get_eval_shape_and_ahead_of_time() -> None:
     model = Net(nnx.Rngs(0))
     step = sw.train_step(loss_of, measure=True)
-    state = plan_of(model).take(model)
+    plan = plan_of(model)
+    state = plan.take(model)
     abstract = jax.eval_shape(step, state, X)[1][1]
     with pytest.raises(StructureError, match="What is measured is abstract: it has shapes but no values to read"):
         abstract.to_dict()
     compiled = step.lower(state, X).compile()
-    _, (_, measured) = step(plan_of(model).take(model), X)
+    _, (_, measured) = step(plan.take(model), X)
     _, (_, same) = compiled(state, X)
     close(same.to_dict(), measured.to_dict(), rtol=1e-5)
     assert jax.device_get(measured).to_dict() == measured.to_dict()
@@ -90,7 +91,7 @@ def test_device_get_eval_shape_and_ahead_of_time() -> None:
 
 
 def test_without_compilation() -> None:
-    model = Net(nnx.Rngs(0))
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     step = sw.train_step(loss_of, measure=True)
     _, (_, wanted) = step(plan_of(model).take(model), X)
     with jax.disable_jit():
@@ -99,7 +100,7 @@ def test_without_compilation() -> None:
 
 
 def test_inside_a_jit_there_is_nothing_to_read() -> None:
-    model = Net(nnx.Rngs(0))
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     step = sw.train_step(loss_of, measure=True)
 
     @jax.jit
@@ -136,7 +137,9 @@ def test_norms_are_those_of_the_whole_array_on_a_mesh(axis_type: Any) -> None:
         seen=nnx.BatchStat(jnp.zeros(8)),
     )
     kinds = sw.Kinds(
-        params=sw.Kind(nnx.Param, placement=lambda path, shape: sw.Sharded("data") if len(shape) > 1 else None),
+        params=sw.Kind(
+            nnx.Param, placement=lambda path, shape: sw.Sharded("data") if len(shape) > 1 else sw.Replicated()
+        ),
         stats=sw.Kind(nnx.BatchStat, placement=sw.Sharded("data")),
     )
     plan = kinds.plan(model, optimizers={"params": optax.adam(1e-2)})

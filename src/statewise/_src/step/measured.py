@@ -64,7 +64,7 @@ class _Figures:
 
     norm: float
     largest: float
-    nonfinite: int
+    nonfinite: int | float  # not an integer in a mean over steps
 
 
 # A kind, and the first keys of a path.
@@ -217,7 +217,7 @@ class Measured(ShownData):
             )
         return figures.astype(np.float64), counts
 
-    def _entries(self, depth: int | None) -> Iterator[tuple[Measure, int, _Place]]:
+    def _entries(self, depth: Any) -> Iterator[tuple[Measure, int, _Place]]:
         """Yields what each column measures, the number of its array, and its place at a depth."""
         if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
             raise DeclarationError(f"depth={depth!r} is not a number of keys of a path.", hint="depth=2")
@@ -230,7 +230,7 @@ class Measured(ShownData):
         ordered = sorted(self._entries(depth), key=lambda entry: entry[1])
         return list(dict.fromkeys(place for _, _, place in ordered))
 
-    def _figures(self, depth: int | None) -> dict[tuple[Measure, _Place], _Figures]:
+    def _figures(self, depth: Any) -> dict[tuple[Measure, _Place], _Figures]:
         """Returns the figures by what is measured and by place."""
         entries = list(self._entries(depth))
         figures, counts = self._read()
