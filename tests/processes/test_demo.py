@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,6 +24,7 @@ import statewise as sw
 from statewise.examples import demo, interrupted
 from statewise.examples.char_model import ActivationNorm, CharTransformer
 from statewise.examples.text import CharText, load_topics
+from statewise.examples.training import advance
 
 SMALL = demo.Settings(steps=150, batch=16, window=32, width=32, depth=1, heads=2, length=40)
 
@@ -56,6 +58,9 @@ def test_the_demo_runs_to_its_end(ran: tuple[demo.DemoResult, str, int]) -> None
     assert status == 0
     assert len(result.train_losses) == SMALL.steps
     assert f"model.steps is {SMALL.steps}" in printed
+    (layer,) = result.worst_layers  # of step 100
+    assert layer.startswith("params/")
+    assert f"{layer} moves most" in " ".join(printed.split())
     for kind in (*demo.KINDS, "UndeclaredWriteError", "unigram entropy", "held-out loss"):
         assert kind in printed
 
@@ -126,22 +131,28 @@ def test_one_decode_step_for_each_character_read() -> None:
 
 
 def test_training_gives_the_numbers_of_nnx_jit_and_nnx_optimizer() -> None:
+    """Microbatches by hand: gradients of each part, one after the other, and one update by their mean."""
     rival, model, text = small_model(), small_model(), CharText.cut("abcdefg" * 30, held_out=0.5)
     optimizer = nnx.Optimizer(rival, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
 
     @nnx.jit
     def step(model: CharTransformer, optimizer: nnx.Optimizer, x: np.ndarray, y: np.ndarray) -> object:
         model.steps[...] += 1
-        loss, grads = nnx.value_and_grad(lambda model: demo.cross_entropy(model(x), y))(model)
+        parts = []
+        for rows in (slice(0, 2), slice(2, 4)):
+            loss_of = lambda model, rows=rows: demo.cross_entropy(model(x[rows]), y[rows])  # noqa: E731
+            parts.append(nnx.value_and_grad(loss_of)(model))
+        loss, grads = jax.tree.map(lambda *of_parts: sum(of_parts) / 2, *parts)
         optimizer.update(model, grads)
         return loss
 
     plan = demo.KINDS.plan(model, optimizers={"params": optax.sgd(0.1, momentum=0.9)})
     state, random = plan.take(model), np.random.default_rng(0)
-    for _ in range(4):
-        x, y = text.batch(random, 3, 12)
+    for number in range(98, 102):
+        x, y = text.batch(random, 4, 12)
         expected = step(rival, optimizer, x, y)
-        state, loss = demo.train(state, x, y)
+        state, loss, measured = advance(state, number, x, y)
+        assert (measured is not None) == (number == 100)
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
     plan.put(state, model)
     ours, theirs = (nnx.to_flat_state(nnx.state(m, nnx.Not(nnx.RngState))) for m in (model, rival))

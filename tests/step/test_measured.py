@@ -53,7 +53,7 @@ def test_scan_stacks_the_figures() -> None:
     mean = jax.tree.map(lambda *arrays: sum(arrays) / 3, *expected_)
     assert mean.to_dict(depth=0)["written_norm/variables"] == pytest.approx(2)
     for use in (stacked.to_dict, stacked.table, lambda: stacked.nonfinite, stacked.to_json):
-        with pytest.raises(StructureError, match=r"is not of one step: its figures have the shape \(3, 2, 19\)") as e:
+        with pytest.raises(StructureError, match=r"is not of one step: its figures have the shape \(3, 2, 18\)") as e:
             use()
     hint = e.value.hint.partition("  #")[0]
     namespace: dict[str, Any] = {"jax": jax, "measured": stacked}

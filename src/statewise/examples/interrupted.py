@@ -22,7 +22,7 @@ import numpy as np
 
 import statewise as sw
 from statewise.examples.text import CharText, load_topics
-from statewise.examples.training import Settings, begin, train
+from statewise.examples.training import Settings, advance, begin
 
 __all__ = ["Resumed", "killed_and_resumed"]
 
@@ -50,7 +50,7 @@ def train_and_save(settings: Settings, folder: str) -> None:
     state, random = plan.take(model), np.random.default_rng(settings.seed)
     with sw.Checkpoints(folder, every=EVERY, max_to_keep=2) as checkpoints:
         for step in range(1, settings.steps - MORE + 1):
-            state, _ = train(state, *text.batch(random, settings.batch, settings.window))
+            state, _, _ = advance(state, step, *text.batch(random, settings.batch, settings.window))
             checkpoints.save(step, state, data=random.bit_generator.state)
         checkpoints.wait()
         signal.pause()  # waits to be killed, even if training is done
@@ -63,9 +63,9 @@ def resume(settings: Settings, text: CharText, folder: str) -> Resumed:
     with sw.Checkpoints(folder) as checkpoints:
         state, _, step, extra = checkpoints.restore(plan.abstract(), extra="data")
     random.bit_generator.state = extra["data"]
-    for _ in range(MORE):
-        state, loss = train(state, *text.batch(random, settings.batch, settings.window))
-        losses.append(float(loss))
+    for number in range(step + 1, step + MORE + 1):
+        state, loss, _ = advance(state, number, *text.batch(random, settings.batch, settings.window))
+        losses.append(loss)
     return Resumed(step, losses)
 
 

@@ -1,4 +1,4 @@
-"""The demo's training: the kinds of its model, one train step, and the plan.
+"""The demo's training: the kinds of its model, its train step, what that measures, and the plan.
 
 It is a separate file because two programs run it: the demo, and the process that the demo kills.
 """
@@ -6,6 +6,7 @@ It is a separate file because two programs run it: the demo, and the process tha
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,12 @@ from flax import nnx
 import statewise as sw
 from statewise.examples.char_model import BatchStat, CharTransformer
 from statewise.examples.text import CharText
+from statewise.results import Measured
 
-__all__ = ["KINDS", "Settings", "begin", "cross_entropy", "train"]
+__all__ = ["EVERY", "KINDS", "PARTS", "Settings", "advance", "begin", "count", "cross_entropy", "measuring", "train"]
+
+PARTS = 2  # the number of microbatches
+EVERY = 100  # the number of steps from one that measures to the next
 
 # The one declaration: which leaves are of which kind, and how each kind lives.
 KINDS = sw.Kinds(
@@ -33,11 +38,42 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-@sw.train_step
-def train(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Trains one step: the optimizer updates the parameters, the model its statistics, counter and dropout."""
-    model.steps[...] += 1
+def loss_of(model: CharTransformer, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the loss on one part of a batch."""
     return cross_entropy(model(x), y)
+
+
+# One step: the optimizer updates the parameters once; the model updates its statistics and dropout in each part.
+train = sw.train_step(loss_of, microbatches=PARTS)
+# The same, and measures each leaf.  Both take the same state.
+measuring = sw.train_step(loss_of, microbatches=PARTS, measure=True)
+
+
+@sw.step(writes="counter")
+def count(model: CharTransformer) -> None:
+    """Counts a training step: once for all parts of a batch, which `loss_of` could not."""
+    model.steps[...] += 1
+
+
+def advance(state: sw.State, number: int, x: Any, y: Any) -> tuple[sw.State, float, Measured | None]:
+    """Trains one step, and counts it; every hundredth one measures.
+
+    Args:
+      state: the state.
+      number: the number of the step, from 1 on.
+      x: the characters of the batch.
+      y: the characters after them.
+
+    Returns:
+      the state, the loss, and what was measured.
+    """
+    measured = None
+    if number % EVERY == 0:
+        state, (loss, measured) = measuring(state, x, y)
+    else:
+        state, loss = train(state, x, y)
+    state, _ = count(state)
+    return state, float(loss), measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,8 +137,9 @@ def measured_of(columns: Columns, pairs: Sequence[Pair], axes: tuple[str, ...] =
       pairs: the arrays, in this order.
       axes: the mesh axes on each device of which this runs: an array that is kept for each device is measured over all.
     """
-    # What is measured is never differentiated, also where the step is.
-    pairs = jax.lax.stop_gradient(list(pairs))
+    # What is measured is never differentiated, also where the step is.  An array that occurs twice stays one object.
+    fixed = {id(array): jax.lax.stop_gradient(array) for pair in pairs for array in pair}
+    pairs = [(fixed[id(array)], fixed[id(minus)]) for array, minus in pairs]
     groups: dict[Any, list[int]] = {}
     for index, (array, _) in enumerate(pairs):
         groups.setdefault(_wide(array.dtype), []).append(index)
@@ -199,9 +200,11 @@ def _each(pairs: Sequence[Pair], dtype: Any) -> _Sums:
             # Rows of one width, or filled up with zeros to the largest one: at most twice as many elements.
             width = 1 << (array.size - 1).bit_length()
             small.setdefault((array.dtype, width, minus is None), []).append(index)
+    made: dict[tuple[int, ...], Any] = {}  # the new parameters are measured alone, and less the old ones
     for group in small.values():
-        arrays, minus = (list(side) for side in zip(*(pairs[index] for index in group), strict=True))
-        parts.append(_reduced(_bits(_rows(arrays), None if minus[0] is None else _rows(minus), dtype), 1, dtype))
+        sides = zip(*(pairs[index] for index in group), strict=True)
+        value, minus = (None if arrays[0] is None else _rows(arrays, made) for arrays in sides)
+        parts.append(_reduced(_bits(value, minus, dtype), 1, dtype))
         order += group
     empty = [index for index, (array, _) in enumerate(pairs) if not array.size]
     if empty:
@@ -218,8 +221,11 @@ def _is_split(array: Any) -> bool:
     return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
-def _rows(arrays: Sequence[Any]) -> Any:
-    """Returns small arrays as the rows of a matrix, filled up with zeros."""
+def _rows(arrays: Sequence[Any], made: dict[tuple[int, ...], Any]) -> Any:
+    """Returns small arrays as the rows of a matrix, filled up with zeros; `made` has the matrices made before."""
+    key = tuple(map(id, arrays))
+    if key in made:
+        return made[key]
     width = max(array.size for array in arrays)
     parts = []
     # Without the barrier XLA fuses whatever made the arrays into one enormous kernel.
@@ -227,7 +233,8 @@ def _rows(arrays: Sequence[Any]) -> Any:
         parts.append(jnp.ravel(array))
         if array.size < width:
             parts.append(jnp.zeros(width - array.size, array.dtype))
-    return jnp.concatenate(parts).reshape(len(arrays), width)
+    made[key] = jnp.concatenate(parts).reshape(len(arrays), width)
+    return made[key]
 
 
 def _bits(array: Any, minus: Any, dtype: Any) -> Any:
