@@ -148,7 +148,7 @@ class Measured(ShownData):
                 each = of.get((what, place))
                 cells += ["-", "-"] if each is None else [f"{each.norm:.3g}", f"{each.largest:.3g}"]
                 if each is not None and each.nonfinite:
-                    bad.append(f"{what} {format_count(each.nonfinite)}")
+                    bad.append(f"{what} {each.nonfinite:,}")
             return tuple(cells if is_finite else [*cells, ", ".join(bad) or "-"])
 
         places = self._places(depth)
