@@ -24,7 +24,7 @@ from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
 from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
-from benchmarks.workloads import WORKLOADS, grow, look, memory, serve, train  # noqa: E402
+from benchmarks.workloads import WORKLOADS, grow, look, memory, options, serve, train  # noqa: E402
 
 pytestmark = pytest.mark.heavy
 
@@ -101,6 +101,13 @@ def test_scan_computes_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(loops, "many_small_case", lambda blocks: train.many_small_case(1))
     (table,) = loops.scan(TINY, steps=2)
     assert {row["key"] for row in table["rows"]} == {"scan", "packed-scan", "by-hand-scan", "steps", "by-hand"}
+
+
+def test_options_of_a_train_step_change_no_loss() -> None:
+    ways = ("plain", "skip", "measure", "packed-measure")
+    table = options.options_table("small", "one block", train.many_small_case(1), ways, TINY)
+    assert [row["key"] for row in table["rows"]] == list(ways)
+    assert max(row["difference"] for row in table["rows"]) < 1e-5
 
 
 def test_growth_and_looking() -> None:

@@ -14,7 +14,7 @@ from benchmarks.compare import array_count, check, fresh, table, time_calls
 from benchmarks.measure import Settings, timed
 from benchmarks.workloads.train import few_large_case, many_small_case, transformer_case
 
-__all__ = ["options"]
+__all__ = ["WAYS", "options", "options_table"]
 
 # By key: the options of the step, and whether the state is packed.
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -45,13 +45,13 @@ def options(settings: Settings) -> list[dict[str, Any]]:
         products = transformer_case(256, 4, dropout=0.0, batch=16, length=128)
         large, small = few_large_case((1024,) * 5), many_small_case(200)
     return [
-        _table("options_products", "A transformer, bound by its products, AdamW", products, UNPACKED, settings),
-        _table("options_memory", "Leaves of 1024 × 1024, bound by memory, Adam", large, UNPACKED, settings),
-        _table("options_small", "200 blocks of width 8, about 2,000 leaves, Adam", small, tuple(WAYS), settings),
+        options_table("options_products", "A transformer, bound by its products, AdamW", products, UNPACKED, settings),
+        options_table("options_memory", "Leaves of 1024 × 1024, bound by memory, Adam", large, UNPACKED, settings),
+        options_table("options_small", "200 blocks of width 8, about 2,000 leaves, Adam", small, tuple(WAYS), settings),
     ]
 
 
-def _table(key: str, title: str, case: Case, ways: tuple[str, ...], settings: Settings) -> dict[str, Any]:
+def options_table(key: str, title: str, case: Case, ways: tuple[str, ...], settings: Settings) -> dict[str, Any]:
     copy = fresh(case)
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
