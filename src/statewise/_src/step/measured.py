@@ -96,10 +96,11 @@ class Measured(ShownData):
       ... def train(model, x, y):
       ...     return ((model(x) - y) ** 2).mean()
       >>> state, (loss, measured) = train(state, jnp.ones((4, 1)), jnp.zeros((4, 1)))
-      >>> measured.to_dict(depth=0)["grad_norm/params"] ** 2
-      8.0
-      >>> measured.to_dict(depth=1)["update_norm/params/kernel"]
-      1.0
+      >>> figures = measured.to_dict(depth=1)
+      >>> figures["grad_norm/params/kernel"], figures["update_norm/params/kernel"]
+      (2.0, 1.0)
+      >>> measured.nonfinite
+      ()
       >>> print(measured)
       measured by kind and layer
       kind    path    grad norm  grad max  update norm  update max  param norm  param max
