@@ -1,7 +1,7 @@
 """A complete job on one page: declare, inspect, train, evaluate, generate, and resume after a kill.
 
 `make demo` (or `python -m statewise demo`) trains the small character transformer of `char_model.py` on the text of
-`text.py`, on the CPU and in less than a minute.  The model is plain NNX and carries five kinds of state; they are
+`text.py`, on the CPU and in about a minute.  The model is plain NNX and carries five kinds of state; they are
 declared once, in `KINDS` of `training.py`, and everything below reads that one declaration.  Each promise is checked
 immediately: if one does not hold, the demo stops with an error.
 
@@ -200,10 +200,8 @@ def _fit(
             if measured is not None:
                 layer, moved = worst_layer(measured)
                 worst.append(layer)
-                console.print(
-                    f"step {step:3d}         loss {np.mean(losses[-100:]):.3f}, mean of the last 100; "
-                    f"{layer} moves most: {moved:.2%} of its norm"
-                )
+                console.print(f"step {step:3d}         loss {np.mean(losses[-100:]):.3f}, mean of the last 100")
+                console.print(f"                 {layer} moves most: {moved:.2%} of its norm")
     return state, losses, worst
 
 

@@ -78,7 +78,7 @@ def advance(state: sw.State, number: int, x: Any, y: Any) -> tuple[sw.State, flo
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The sizes of the demo; the defaults take half a minute on two idle cores.
+    """The sizes of the demo; the defaults take about a minute on two idle cores.
 
     Attributes:
       steps: the number of training steps.
