@@ -167,6 +167,8 @@ class _Matcher:
         record, lost = placed.record, self.lost(placed)
         kind = self.plan.kinds[record.kind]
         why = "not asked for" if kind.saved else "ephemeral, never saved"
+        if not kind.saved and record.id in self.saved:
+            why = "ephemeral: what the checkpoint has is not used"
         if self.follows(record):
             self.begin(placed, why)
         elif not lost:
