@@ -209,6 +209,7 @@ def _row(plan: PlanTables, leaf: Leaf, numbers: list[int], touched: dict[str, se
         saved=kind.saved,
         written_but_not_saved=facts["written"] and not kind.saved,
         restarts=kind.restart is not None,
+        compute=next((plan.compute_dtypes[number].name for number in numbers if number in plan.compute_dtypes), None),
         **facts,
     )
 
