@@ -147,7 +147,10 @@ def test_each_member_of_an_ensemble() -> None:
     assert "microbatches-with-batch-statistics" in found
 
 
-def test_what_is_not_a_step() -> None:
-    with pytest.raises(DeclarationError, match="fn is not a step") as raised:
-        sw.lint(Net(), steps=[fn])  # type: ignore[list-item]
+@pytest.mark.parametrize(
+    ("given", "named"), [([fn], "fn"), (fn, "fn"), (Net(), "Net"), ("train", "str"), ([sw.step(fn), 3], "int")], ids=str
+)
+def test_what_is_not_a_step(given: Any, named: str) -> None:
+    with pytest.raises(DeclarationError, match=f"^{named} is not a step") as raised:
+        sw.lint(Net(), steps=given)
     assert raised.value.hint == "sw.lint(plan, steps=train), where train is made by @sw.train_step"

@@ -94,7 +94,7 @@ def lint(
         raise DeclarationError(f"There is no rule {code!r}.", hint=f"one of: {', '.join(codes)}")
     objects, names = given(objects, named, "sw.lint")
     rules = [rule for rule in RULES if rule.code not in skipped]
-    steps = (steps,) if isinstance(steps, Step) else tuple(steps)
+    steps = (steps,) if isinstance(steps, Step) or not isinstance(steps, Iterable) else tuple(steps)
     definitions = tuple(map(_definition, steps))
     ensemble = members.members_of(objects[0]) if len(objects) == 1 and kinds is None else None
     if ensemble is None:
