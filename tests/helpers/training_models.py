@@ -35,11 +35,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, channels: int, rngs: nnx.Rngs, dtype: Any = None) -> None:
-        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.first = nnx.Conv(channels, channels, (3, 3), use_bias=False, **options)
-        self.second = nnx.Conv(channels, channels, (3, 3), use_bias=False, **options)
-        self.norms = nnx.List([nnx.BatchNorm(channels, **options) for _ in range(2)])
+    def __init__(self, channels: int, rngs: nnx.Rngs, dtype: Any, norm_dtype: Any) -> None:
+        self.first = nnx.Conv(channels, channels, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.second = nnx.Conv(channels, channels, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(channels, dtype=norm_dtype, rngs=rngs) for _ in range(2)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         out = nnx.relu(self.norms[0](self.first(x)))
@@ -49,9 +48,9 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """Residual blocks with batch statistics, for images of 3 channels."""
 
-    def __init__(self, rngs: nnx.Rngs, dtype: Any = None) -> None:
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = None, norm_dtype: Any = None) -> None:
         self.stem = nnx.Conv(3, 4, (3, 3), dtype=dtype, rngs=rngs)
-        self.block = Block(4, rngs, dtype)
+        self.block = Block(4, rngs, dtype, norm_dtype)
         self.head = nnx.Linear(4, 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -43,7 +43,8 @@ def test_a_resnet_is_trained_as_with_the_dtype_of_flax() -> None:
 
     batch, curves, ends = images(0), [], []
     for kinds, dtype in ((HALF, None), (sw.Kinds.standard(), jnp.bfloat16)):
-        model = ResNet(nnx.Rngs(0), dtype=dtype)
+        # With float32 statistics and without a dtype, `nnx.BatchNorm` returns float32.
+        model = ResNet(nnx.Rngs(0), dtype=dtype, norm_dtype=jnp.bfloat16)
         state, losses = kinds.plan(model, optimizers=OPTIMIZERS).take(model), []
         lines = products(train.lower(state, *batch).as_text())
         assert len(lines) >= 9
@@ -64,7 +65,7 @@ def test_a_resnet_is_trained_as_with_the_dtype_of_flax() -> None:
 def test_evaluation_as_with_the_dtype_of_flax_and_a_checkpoint_in_between(tmp_path: Any) -> None:
     images_, labels = images(0)
     x = images_.astype(jnp.bfloat16)
-    model, flaxs = ResNet(nnx.Rngs(0)), ResNet(nnx.Rngs(0), dtype=jnp.bfloat16)
+    model, flaxs = (ResNet(nnx.Rngs(0), dtype, jnp.bfloat16) for dtype in (None, jnp.bfloat16))
 
     @sw.step
     def evaluate(model: Any, x: jax.Array) -> jax.Array:

@@ -81,7 +81,7 @@ class Everything(nnx.Module):
         self.mean, self.calls = nnx.BatchStat(jnp.zeros(3)), nnx.Variable(jnp.array(0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = self.body(x) * self.scale[...]
+        out = self.body(x) * self.scale[None]
         self.sow(nnx.Intermediate, "out", out)
         self.mean[...] = 0.9 * self.mean[...] + 0.1 * out.mean(0)
         self.calls[...] += 1

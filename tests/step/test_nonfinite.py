@@ -50,6 +50,11 @@ def fn(model: Any, x: jax.Array, loss: Any = 0.0, grad: Any = 1.0, stat: Any = 0
 STEP = sw.train_step(fn, nonfinite="skip")
 
 
+@sw.train_step(nonfinite="skip", microbatches=4)
+def STEP_OF_PARTS(model: Any, x: jax.Array, loss: jax.Array, grad: jax.Array, stat: jax.Array) -> jax.Array:
+    return fn(model, x, loss[0], grad[0], stat[0])
+
+
 def make(pack: bool = False, optimizer: Any = None) -> sw.State:
     model = Net(nnx.Rngs(0))
     optimizer = optax.adam(1e-2) if optimizer is None else optimizer
@@ -140,13 +145,9 @@ def test_each_bad_thing_in_one_part_only(bad: str) -> None:
     for name, value in BAD[bad].items():
         arguments[name] = arguments[name].at[2].set(value) if jnp.ndim(value) == 0 else X.at[5, 0].set(jnp.nan)
 
-    @sw.train_step(nonfinite="skip", microbatches=4)
-    def step(model: Any, x: jax.Array, loss: Any, grad: Any, stat: Any) -> jax.Array:
-        return fn(model, x, loss[0], grad[0], stat[0])
-
     state = make()
     before = numbers(state)
-    state, loss = step(state, *arguments.values())
+    state, loss = STEP_OF_PARTS(state, *arguments.values())
     assert not np.isfinite(loss)
     assert_nothing_changed(before, state)
 
