@@ -177,8 +177,8 @@ def _stored(subject: Subject, numbers: Sequence[int]) -> str:
     """Returns the code that stores the gradients of leaves: with a kind of their own, if they have none."""
     name, cls = str(subject.claims[numbers[0]]), subject.types[numbers[0]]
     is_flaxs = cls.__name__ == _OVERWRITE_WITH_GRADIENT
-    of = f"nnx.variable_type_from_name({_OVERWRITE_WITH_GRADIENT!r})" if is_flaxs else as_code(cls)
-    is_alone = subject.claims.count(name) == len(numbers)
+    of = f"nnx.variable_type_from_name({cls.__name__!r}, allow_register=True)" if is_flaxs else as_code(cls)
+    is_alone = subject.claims.count(name) == len(numbers) and not subject.kinds[name].rest
     lines = [] if is_alone else [kind_of_their_own(subject, name, "fp8", of)]
     stored = f"{name if is_alone else 'fp8'!r}: sw.overwrite_with_gradient()"
     lines.append(f"kinds.plan(model, optimizers={{'params': tx, {stored}}})")
