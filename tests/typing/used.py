@@ -278,6 +278,8 @@ print(audit.undeclared, audit.error, audit.by_leaf("params"), leaf_audits[0].wri
 findings: Findings = sw.lint(model, kinds=kinds, ignore="tied-weights", decode_length=8)
 findings = sw.lint(plan, ignore=["tied-weights"])
 findings = sw.lint(policy=model, reference=model)
+findings = sw.lint(plan, steps=train)
+findings = sw.lint(plan, steps=[train])
 finding: Finding = findings[0]
 print(finding.code, finding.hint, finding.leaves)
 
