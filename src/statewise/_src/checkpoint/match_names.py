@@ -17,7 +17,8 @@ import numpy as np
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
-from statewise._src.checkpoint.interop.named import as_ours, is_of_run
+from statewise._src.checkpoint.interop.match import same_values
+from statewise._src.checkpoint.interop.named import arrays_of, as_ours, is_of_run
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
 from statewise._src.checkpoint.restore_report import LeafRestore
@@ -126,16 +127,10 @@ def match_names(
       check: whether only the names are of interest, and leaves that the files cannot have need no value.
     """
     ours, problems = as_ours(source, names, state)
+    entry_of = _entries(state, ours, problems)
     dtypes = {entry.name: entry.dtype for entry in ours.entries}
     found: list[LeafRecord] = []
-    # A tied leaf is read under the first of its paths that the files have.
-    entry_of: dict[tuple[Path, Path], str] = {}
     for record, _ in records_of(state.tables):
-        for array in record.arrays:
-            texts = (format_path(way + array.within) for way in (record.path, *record.aliases))
-            first = next((text for text in texts if text in dtypes), None)
-            if first is not None:
-                entry_of[record.path, array.within] = first
         keys = [(record.path, array.within) for array in record.arrays]
         if keys and all(key in entry_of for key in keys):
             arrays = tuple(
@@ -154,6 +149,28 @@ def match_names(
         return [_placed(ours.read((name,))[name], sharding) for name, sharding in zip(wanted, shardings, strict=True)]
 
     return NamedMatch(dataclasses.replace(matched, report=report), read)
+
+
+def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path, Path], str]:
+    """Returns the entry that each array is read from, by its leaf's path and its keys within.
+
+    A tied leaf may have several.  Only these are read for it: their values have to be equal, because a leaf has one.
+    """
+    known = {entry.name for entry in ours.entries}
+    found: dict[tuple[Path, Path], str] = {}
+    for array in arrays_of(state):
+        ways = (array.leaf.path, *array.leaf.aliases)
+        texts = [text for text in (format_path(way + array.within) for way in ways) if text in known]
+        if not texts:
+            continue
+        first = ours.read((texts[0],))[texts[0]] if len(texts) > 1 else None
+        differs = next((text for text in texts[1:] if not same_values(first, ours.read((text,))[text])), None)
+        if differs is None:
+            found[array.leaf.path, array.within] = texts[0]
+            continue
+        note = f"is tied, and has two different values in the source: {texts[0]} and {differs}"
+        problems.add(array.leaf, note, f"untie the leaves in the model, or leave the row {differs!r} out of the names")
+    return found
 
 
 def _unused(name: str) -> Leaf:

@@ -119,7 +119,7 @@ class Name:
         return {field: fact for field, fact in facts.items() if fact not in (None, {})}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Name:
+    def from_dict(cls, data: Any) -> Name:
         """Returns the name that `to_dict` wrote.
 
         Raises:

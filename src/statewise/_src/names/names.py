@@ -66,7 +66,7 @@ class NamesData(Mapping[str, Row]):
         return {path: None if name is None else name.to_dict() for path, name in self._rows.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Any) -> Self:
         """Returns the names that `to_dict` wrote.
 
         Raises:

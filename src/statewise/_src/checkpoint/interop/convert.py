@@ -252,6 +252,8 @@ def _by_names(
     check_not_batch(src)
     most, others = check_options(max_shard_bytes, extra_files)
     final = destination(dst, "safetensors")
+    if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
+        raise SaveError(f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder.", hint=hint)
     source, problems = as_theirs(src, names)
     fitted = fit_alone(source, "safetensors", None)
     for leaf in problems.leaves:

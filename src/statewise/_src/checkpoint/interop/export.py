@@ -30,7 +30,7 @@ from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.save import flush, write_error
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
-from statewise.errors import SaveError
+from statewise.errors import SaveError, StatewiseError
 
 __all__ = ["FORMATS", "Piece", "add_obstacles", "collection_of", "committed", "destination", "export"]
 
@@ -219,7 +219,7 @@ def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
                 yield place
             flush(place)
             _give_name(place, final)
-    except SaveError:
+    except StatewiseError:
         raise
     except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError
         raise write_error(final, error) from error

@@ -66,26 +66,36 @@ def export_folder(source: Source, final: FilePath, max_shard_bytes: int, extra_f
       SaveError: it could not be written; nothing of it is left.
     """
     sizes = {entry.name: _bytes(entry) for entry in source.entries}
-    shards = _shards(sizes, max_shard_bytes)
+    total = sum(sizes.values())
+    is_file = final.name.endswith(".safetensors")
+    shards = [list(sizes)] if is_file else _shards(sizes, max_shard_bytes)
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    package = safetensors_package()
-    with committed(final, sum(sizes.values())) as place:
+    with committed(final, total) as place:
+        if is_file:
+            _write_file(source, shards[0], place)
+            return
         place.mkdir()
         for file, shard in zip(files, shards, strict=True):
-            # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
-            arrays = {name: np.asarray(array, order="C") for name, array in source.read(shard).items()}
-            try:
-                package.numpy.save_file({name: arrays[name] for name in shard}, place / file, {"format": "pt"})
-            except package.SafetensorError as error:  # from the file system: names and dtypes were checked before
-                raise OSError(str(error)) from error
+            _write_file(source, shard, place / file)
         if len(shards) > 1:
             owner = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": owner}
+            index = {"metadata": {"total_size": total}, "weight_map": owner}
             (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for path in extra_files:
             shutil.copyfile(path, place / path.name)
+
+
+def _write_file(source: Source, names: Sequence[str], place: FilePath) -> None:
+    package = safetensors_package()
+    arrays = source.read(names)
+    # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
+    flat = {name: np.asarray(arrays[name], order="C") for name in names}
+    try:
+        package.numpy.save_file(flat, place, {"format": "pt"})
+    except package.SafetensorError as error:  # from the file system: names and dtypes were checked before
+        raise OSError(str(error)) from error
 
 
 def _bytes(entry: SourceArray) -> int:
