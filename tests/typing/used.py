@@ -313,6 +313,13 @@ conversion: Conversion = sw.convert(
 )
 tree = sw.convert({"params": {"kernel": x}}, None, to="linen", rename=lambda name: name.lower(), dry_run=True).tree
 print(conversion.matched, conversion.unexpected)
+fused = sw.Name(["q.{i}", "k.{i}"], "(n h) d -> d n h", h=4, join=0, sizes=[4, 8])
+names = sw.Names({"a": "b", "c/{i}": fused, "d": None})
+assert_type(names["a"], sw.Name | None)
+assert_type(names.check(plan, "model"), RestoreReport)
+assert_type(sw.restore(FilePath("model"), plan.abstract(), names=names | names)[0], sw.State)
+read_names = sw.Names.from_dict(names.to_dict())
+sw.convert(state, "published", names=read_names, max_shard_bytes=2**30, extra_files=["config.json"])
 item: Checkpointable = sw.checkpointable(state, only="params", layout="named", members=0)
 moved = sw.transfer(state, sw.plan(model), kinds=["params"], cast=jnp.bfloat16, mesh=mesh)
 moved = sw.transfer(state, moved, kinds="params", cast=True)

@@ -107,7 +107,7 @@ class Layout:
 
     @property
     def _each(self) -> Shape:
-        """Returns the shape of what is at one position of the stack."""
+        """Returns the shape of one position of the stack, joined."""
         first = self.shapes[0]
         if len(self.shapes) == 1:
             return first
