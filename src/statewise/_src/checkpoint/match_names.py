@@ -163,8 +163,8 @@ def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path,
         texts = [text for text in (format_path(way + array.within) for way in ways) if text in known]
         if not texts:
             continue
-        first = ours.read((texts[0],))[texts[0]] if len(texts) > 1 else None
-        differs = next((text for text in texts[1:] if not same_values(first, ours.read((text,))[text])), None)
+        first = ours.read(texts[:1]) if len(texts) > 1 else {}
+        differs = next((text for text in texts[1:] if not same_values(first[texts[0]], ours.read((text,))[text])), None)
         if differs is None:
             found[array.leaf.path, array.within] = texts[0]
             continue

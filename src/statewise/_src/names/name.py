@@ -128,8 +128,8 @@ class Name:
         known = {"names", "pattern", "join", "sizes", "axes"}
         if not isinstance(data, Mapping) or "names" not in data or not known.issuperset(data):
             raise DeclarationError("This is not the data of a Name.", hint="what name.to_dict() returned")
-        rest = {field: data.get(field) for field in ("join", "sizes")}
-        return cls(data["names"], data.get("pattern"), **rest, **data.get("axes", {}))
+        axes = data.get("axes", {})
+        return cls(data["names"], data.get("pattern"), join=data.get("join"), sizes=data.get("sizes"), **axes)
 
 
 def _sequence(names: Any) -> Sequence[str]:
