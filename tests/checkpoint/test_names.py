@@ -376,3 +376,74 @@ def test_arguments_that_are_refused(tmp_path: Path) -> None:
         hint="sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names)",
     ):
         sw.convert(folder, tmp_path / "x", names=NAMES)
+
+
+class Odd(nnx.Module):
+    """Leaves of unusual forms."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.scalar = nnx.Param(jnp.float32(seed))
+        self.empty = nnx.Param(jnp.zeros((0, 3)))
+        self.half = nnx.Param(jnp.full((2,), seed, jnp.bfloat16))
+        self.pair = nnx.Param((jnp.full(2, seed), jnp.full(3, seed)))
+        self.keyed = nnx.Dict({"0": nnx.Param(jnp.full(1, seed + 1.0))})
+        self.key = nnx.RngKey(jax.random.key(seed))
+        self.raw = nnx.data(jnp.full(2, seed))
+
+
+ODD = sw.Names({each: f"x.{each.replace('/', '.')}" for each in ("scalar", "half", "keyed/0", "key", "raw")})
+ODD |= sw.Names({"pair/{i}": "pair.{i}", "empty": sw.Name("empty", "a b -> b a")})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_leaves_of_every_form_come_back_to_the_bit(tmp_path: Path, packed: bool) -> None:
+    plan = sw.plan(Odd())
+    state = plan.take(Odd(7), pack=packed)
+    sw.convert(state, tmp_path / "there", names=ODD)
+    back, report = sw.restore(tmp_path / "there", plan.take(Odd(1), pack=packed), names=ODD)
+    assert {each.outcome for each in report.leaves} == {"restored"}
+    for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, two = jax.random.key_data(one), jax.random.key_data(two)
+        assert one.dtype == two.dtype
+        assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+
+
+def test_moments_and_averages_begin_with_what_is_read(tmp_path: Path) -> None:
+    arrays = theirs()
+    folder = folder_of(tmp_path / "theirs", arrays)
+    plan = sw.Kinds.standard().plan(Net(), optimizers={"params": optax.adamw(0.1)}, averages={"params": sw.EMA(0.9)})
+    state, report = sw.restore(folder, plan.take(Net()), names=NAMES)
+    check_read(state, arrays)
+    check_read(state.with_averages("ema"), arrays)
+    assert report.counts["optimizer"] == {"kept": len(jax.tree.leaves(state["optimizer"]))}
+
+
+def test_an_abstract_target_gets_moments_from_init(tmp_path: Path) -> None:
+    names = sw.Names({"kernel": sw.Name("w", "o i -> i o"), "bias": "b"})
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(3, 2)).astype(np.float32), "b": rng.normal(size=3).astype(np.float32)}
+    folder = folder_of(tmp_path / "theirs", arrays)
+    make = lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0))  # noqa: E731
+    plan = sw.Kinds.standard().plan(
+        nnx.eval_shape(make), optimizers={"params": optax.adam(0.1)}, averages={"params": sw.EMA(0.9)}
+    )
+    state, report = sw.restore(folder, plan.abstract(), names=names)
+    assert report.counts == {
+        "params": {"restored": 2},
+        "optimizer": {"restarted": 5},
+        "ema": {"restarted": 2},
+    }
+    params = {"kernel": arrays["w"].T, "bias": arrays["b"]}
+    first = optax.adam(0.1).init(params)
+    expected = sorted((array.shape, array.tobytes()) for array in map(np.asarray, jax.tree.leaves(first)))
+    found = sorted((array.shape, array.tobytes()) for array in map(np.asarray, jax.tree.leaves(state["optimizer"])))
+    assert found == expected
+    assert np.array_equal(state.with_averages("ema")["params"]["kernel"][...], arrays["w"].T)
+
+
+def test_thousands_of_rows_are_matched_at_once() -> None:
+    names = sw.Names({f"layers/{i}/w": f"model.layers.{i}.w" for i in range(5000)} | {"{i}/b": "{i}.b"})
+    assert [names.rows_of(f"layers/{i}/w") for i in (0, 4999)] == [[("layers/0/w", {})], [("layers/4999/w", {})]]
+    assert names.rows_of("x/b") == [("{i}/b", {"i": "x"})]
+    assert names.rows_of("{i}/b") == [("{i}/b", {"i": "{i}"})]

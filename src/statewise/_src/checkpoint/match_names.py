@@ -145,8 +145,11 @@ def match_names(
     report = dataclasses.replace(matched.report, leaves=(*matched.report.leaves, *unused))
 
     def read(leaf: RestoreSource, shardings: Sequence[Any]) -> list[Any]:
-        wanted = [entry_of[leaf.placed.record.path, array.within] for array in leaf.record.arrays]
-        return [_placed(ours.read((name,))[name], sharding) for name, sharding in zip(wanted, shardings, strict=True)]
+        arrays = []
+        for record, sharding in zip(leaf.record.arrays, shardings, strict=True):
+            name = entry_of[leaf.placed.record.path, record.within]
+            arrays.append(_placed(ours.read((name,))[name], record.prng, sharding))
+        return arrays
 
     return NamedMatch(dataclasses.replace(matched, report=report), read)
 
@@ -177,11 +180,13 @@ def _unused(name: str) -> Leaf:
     return Leaf((name,), None, jax.Array, None, None)
 
 
-def _placed(array: np.ndarray, sharding: Any) -> Any:
+def _placed(array: np.ndarray, prng: str | None, sharding: Any) -> Any:
     """Returns an array where the target has it; one of a dtype that JAX does not have here stays as it is."""
+    if prng is not None:
+        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array), impl=prng), sharding)
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
     if sharding is None:
         return jnp.asarray(array)
     # Each process passes on what its own devices need.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index]))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], order="C"))

@@ -20,7 +20,7 @@ Row = Name | None
 class NamesData(Mapping[str, Row]):
     """The data of `Names`: a mapping from our paths to their names; immutable, equal by value, hashable."""
 
-    __slots__ = ("_hash", "_rows", "_templates")
+    __slots__ = ("_hash", "_open", "_rows")
 
     def __init__(self, rows: Mapping[str, Any]) -> None:
         if not isinstance(rows, Mapping):
@@ -29,12 +29,14 @@ class NamesData(Mapping[str, Row]):
                 hint="sw.Names({'embed/embedding': 'model.embed_tokens.weight'})",
             )
         self._rows: dict[str, Row] = {}
-        self._templates: dict[str, Template] = {}
+        self._open: dict[str, Template] = {}
         for path, given in rows.items():
             template = Template.parse(path)
             name = given if given is None or isinstance(given, Name) else Name(given)
             _check_fields(template, name)
-            self._rows[path], self._templates[path] = name, template
+            self._rows[path] = name
+            if template.fields:
+                self._open[path] = template
         self._hash = hash(frozenset(self._rows.items()))
 
     def __getitem__(self, path: str) -> Row:
@@ -78,8 +80,10 @@ class NamesData(Mapping[str, Row]):
 
     def rows_of(self, path: str) -> list[tuple[str, dict[str, str]]]:
         """Returns the rows that match one of our paths: each with what its placeholders stand for."""
-        found = ((row, template.match(path)) for row, template in self._templates.items())
-        return [(row, values) for row, values in found if values is not None]
+        # Rows without placeholders are looked up: a declaration may have one for each of thousands of leaves.
+        exact: list[tuple[str, dict[str, str]]] = [(path, {})] if path in self._rows and path not in self._open else []
+        found = ((row, template.match(path)) for row, template in self._open.items())
+        return exact + [(row, values) for row, values in found if values is not None]
 
     def layouts(
         self, leaf: Leaf, within: tuple[Any, ...], shape: tuple[int, ...], problems: Problems

@@ -148,13 +148,13 @@ def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
         check_not_donated(state, kinds)
         hint = "sw.convert(state, ...), with a state that has values: plan.take(model)"
         check_concrete([array for kind in kinds for array in state.part(kind).arrays], "convert", hint)
-        parts = {kind: unpacked(state, kind) for kind in kinds}
+        parts, asked = {kind: unpacked(state, kind) for kind in kinds}, set(wanted)
         found: dict[str, np.ndarray] = {}
         for name in wanted:
             if name not in found:
                 _, array, layout = entries[name]
                 theirs = layout.to_theirs(words_of(parts[array.kind][array.position]))
-                found |= {each: part for each, part in theirs.items() if each in set(wanted)}
+                found |= {each: part for each, part in theirs.items() if each in asked}
         return found
 
     return Source("the state", "statewise", tuple(entry for entry, _, _ in entries.values()), read), problems
@@ -184,4 +184,7 @@ def _entry(
         problems.add(array.leaf, f"its arrays are {' and '.join(sorted(dtypes))} in the source", "one dtype for them")
         return None
     dtype = dtypes.pop() if dtypes else array.dtype
+    if array.prng is not None and dtype != array.dtype:
+        problems.add(array.leaf, f"is a PRNG key, and {dtype} in the source", f"words of {array.dtype}")
+        return None
     return SourceArray(path, array.leaf.path + array.within, array.shape, dtype)
