@@ -19,7 +19,7 @@ from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Operands
 from statewise.errors import StaleError
 
-__all__ = ["Staleness", "stale_error", "staleness_of"]
+__all__ = ["Staleness", "staleness_of"]
 
 _UNTRACED = trace_state()
 
@@ -73,10 +73,10 @@ class Staleness:
     affected: tuple[Dependent, ...]
 
     def checked(self, state: State, name: str) -> State:
-        """Returns a state of which a step may read everything that it reads: the same, unless kinds restart first.
+        """Returns a state of which the step may read everything that it reads: the same, unless kinds restart first.
 
         Raises:
-          StaleError: it reads a kind that is stale, and the kind does not say otherwise.
+          StaleError: it reads a kind that is stale, and that raises an error then.
         """
         parts = state.parts
         for index, sources in self.read:
@@ -89,17 +89,28 @@ class Staleness:
         return state
 
     def _examined(self, state: State, name: str) -> State:
-        plan = self.plan
         # Inside a transform nothing is known of the arrays, and nothing is claimed.
         if trace_state() != _UNTRACED:
             return state
-        names = list(plan.kinds)
-        stale = [names[index] for index, _ in self.read if changed_sources(plan, state.parts, names[index])]
-        refused = [kind for kind in stale if plan.kinds[kind].stale == "error"]
+        # Not in place: the step may still fail, or return no state, and then this one is used again.  Again, because a
+        # kind that depends on one that was restarted is stale only now.
+        while restarts := self.check(state, name):
+            state = restart(state, restarts, None, None, donate=False)
+        return state
+
+    def check(self, state: State, name: str) -> list[str]:
+        """Checks that the step may read what it reads; returns the stale kinds that restart first.
+
+        Raises:
+          StaleError: it reads a kind that is stale, and that raises an error then.
+        """
+        kinds = list(self.plan.kinds)
+        read = [kinds[index] for index, _ in self.read]
+        stale = [kind for kind in read if changed_sources(self.plan, state.parts, kind)]
+        refused = [kind for kind in stale if self.plan.kinds[kind].stale == "error"]
         if refused:
-            raise stale_error(state, refused, name)
-        # Not in place: the step may still fail, or return no state, and then this one is used again.
-        return restart(state, stale, None, None, donate=False) if stale else state
+            raise _stale_error(state, refused, name)
+        return stale
 
     def settle(self, before: Sequence[Part], after: Sequence[Part]) -> None:
         """Records what the kinds of a new state were made from.
@@ -152,7 +163,7 @@ def staleness_of(plan: PlanTables, operands: Operands, *, may_keep: bool) -> Sta
     return Staleness(plan, tuple(read), tuple(affected)) if read or affected else None
 
 
-def stale_error(state: State, kinds: Sequence[str], name: str) -> StaleError:
+def _stale_error(state: State, kinds: Sequence[str], name: str) -> StaleError:
     """Returns the error of a step that reads stale kinds."""
     plan = state.tables
     facts, hints = [], []
