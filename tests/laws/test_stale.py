@@ -14,109 +14,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from flax import nnx
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import statewise as sw
+from stale_layer import (
+    KINDS,
+    PLAN,
+    SOURCES,
+    Layer,
+    decode,
+    fill,
+    load,
+    memoize,
+    read_draft,
+    read_memo,
+    sketch,
+    train,
+    train_and_decode,
+    tune,
+)
 from statewise._src.core.versions import changed_sources
-
-
-class Adapter(nnx.Variable):
-    pass
-
-
-class Memo(nnx.Variable):
-    pass
-
-
-class Draft(nnx.Variable):
-    pass
-
-
-class Layer(nnx.Module):
-    def __init__(self) -> None:
-        self.scale = nnx.Param(jnp.ones(2))
-        self.shift = Adapter(jnp.ones(2))
-        self.sum = nnx.Cache(jnp.zeros(4))
-        self.memo = Memo(jnp.zeros(2))
-        self.draft = Draft(jnp.zeros(2))
-
-    def current(self, x: Any) -> jax.Array:
-        return (self.scale[...] * x + self.shift[...]).sum()
-
-
-KINDS = sw.Kinds(
-    params=sw.Kind(nnx.Param),
-    adapter=sw.Kind(Adapter),
-    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like, batch_axis=0, depends_on=("params", "adapter")),
-    # Depends on the cache, and so on what that depends on.
-    memo=sw.Kind(Memo, restart=jnp.zeros_like, depends_on="cache"),
-    draft=sw.Kind(Draft, saved=False, restart=jnp.zeros_like, depends_on="params", stale="restart"),
-)
-SOURCES = {"cache": ("params", "adapter"), "memo": ("params", "adapter", "cache"), "draft": ("params",)}
-DEPENDENT = {
-    source: [kind for kind, own in SOURCES.items() if source in own] for source in ("params", "adapter", "cache")
-}
-PLAN = KINDS.plan(
-    Layer(), optimizers={"params": optax.sgd(0.1), "adapter": optax.sgd(0.1)}, averages={"params": sw.EMA(0.5)}
-)
-
-
-@sw.train_step(wrt="params")
-def train(layer: Layer, x: Any) -> jax.Array:
-    return layer.current(x) ** 2
-
-
-@sw.train_step(wrt="adapter")
-def tune(layer: Layer, x: Any) -> jax.Array:
-    return layer.current(x) ** 2
-
-
-@sw.train_step(wrt="params", writes="cache")
-def train_and_decode(layer: Layer, x: Any) -> jax.Array:
-    layer.sum[...] += layer.current(x)
-    return layer.current(x) ** 2
-
-
-@sw.step(writes="cache")
-def decode(layer: Layer, x: Any) -> jax.Array:
-    layer.sum[...] += layer.current(x)
-    return layer.sum[...].sum()
-
-
-@sw.step(writes="cache")
-def fill(layer: Layer, x: Any) -> None:
-    layer.sum[...] = jnp.full(4, layer.current(x))
-
-
-@sw.step(writes=("params", "cache"))
-def load(layer: Layer, x: Any) -> None:
-    layer.scale[...] = jnp.full(2, x)
-    layer.sum[...] = jnp.full(4, layer.scale[...].sum())
-
-
-@sw.step(writes="memo")
-def memoize(layer: Layer, x: Any) -> None:
-    layer.memo[...] += layer.sum[...].sum() * x
-
-
-@sw.step
-def read_memo(layer: Layer, x: Any) -> jax.Array:
-    return layer.memo[...].sum() * x
-
-
-@sw.step(writes="draft")
-def sketch(layer: Layer, x: Any) -> None:
-    layer.draft[...] += layer.scale[...] * x
-
-
-@sw.step
-def read_draft(layer: Layer, x: Any) -> jax.Array:
-    return layer.draft[...].sum() * x
 
 
 @dataclasses.dataclass
@@ -151,6 +71,7 @@ class Facts:
 
 
 NUMBERS = itertools.count()
+NUMBER = st.integers(0, 3)
 
 
 def fresh_state() -> tuple[sw.State, Facts]:
@@ -178,7 +99,8 @@ class States(RuleBasedStateMachine):
 
     def add(self, state: sw.State, facts: Facts) -> None:
         self.pool.append((state, facts))
-        self.pool = [pair for pair in self.pool[-4:] if not any(leaf.is_deleted() for leaf in jax.tree.leaves(pair[0]))]
+        # A step marks what it donates even where JAX leaves the memory alone, as it does if the step does not read it.
+        self.pool = [pair for pair in self.pool[-4:] if not any(part.donated_by for part in pair[0].parts)]
         if not self.pool:
             self.pool = [fresh_state()]
 
@@ -203,59 +125,59 @@ class States(RuleBasedStateMachine):
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def trains(self, number: int) -> None:
         self.run(train, number, (), lambda facts: facts.changed({"params": next(NUMBERS), "ema": next(NUMBERS)}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def tunes(self, number: int) -> None:
         self.run(tune, number, (), lambda facts: facts.changed({"adapter": next(NUMBERS)}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def decodes(self, number: int) -> None:
         self.run(decode, number, ("cache",), lambda facts: facts.changed({"cache": next(NUMBERS)}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def fills(self, number: int) -> None:
         self.run(fill, number, (), lambda facts: facts.changed({"cache": next(NUMBERS)}, {"cache": None}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def trains_and_decodes(self, number: int) -> None:
         def after(facts: Facts) -> Facts:  # the cache was made with the parameters that came in
             return facts.changed({"params": next(NUMBERS), "cache": next(NUMBERS)}, {"cache": facts.now("cache")})
 
         self.run(train_and_decode, number, ("cache",), after)
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def loads(self, number: int) -> None:
         # Neither is read: the cache is made from the new parameters, if from any.
         new = {"params": next(NUMBERS), "cache": next(NUMBERS)}
         self.run(load, number, (), lambda facts: facts.changed(new, {"cache": None}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def memoizes(self, number: int) -> None:
         self.run(memoize, number, ("cache", "memo"), lambda facts: facts.changed({"memo": next(NUMBERS)}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def reads_memo(self, number: int) -> None:
         self.run(read_memo, number, ("memo",), None)
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def sketches(self, number: int) -> None:
         self.run(sketch, number, ("draft",), lambda facts: facts.changed({"draft": next(NUMBERS)}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def reads_draft(self, number: int) -> None:
         self.run(read_draft, number, ("draft",), None)  # restarts for itself alone
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
-    @rule(number=st.integers(0, 3), kind=st.sampled_from(list(SOURCES)))
+    @rule(number=NUMBER, kind=st.sampled_from(list(SOURCES)))
     def restarts(self, number: int, kind: str) -> None:
         state, facts = self.picked(number)
         self.add(state.restart(kind), facts.changed({kind: next(NUMBERS)}, {kind: None}))
 
-    @rule(number=st.integers(0, 3), slots=st.sets(st.integers(0, 3)), on_device=st.booleans())
+    @rule(number=NUMBER, slots=st.sets(NUMBER), on_device=st.booleans())
     def restarts_slots(self, number: int, slots: set[int], on_device: bool) -> None:
         state, facts = self.picked(number)
         mask = [slot in slots for slot in range(4)]
@@ -269,14 +191,14 @@ class States(RuleBasedStateMachine):
                 after = facts.changed({"cache": after.ids["cache"]}, {"cache": None})
         self.add(state.restart("cache", where=where), after)
 
-    @rule(number=st.integers(0, 3), kind=st.sampled_from(["params", "adapter", "cache", "memo"]))
+    @rule(number=NUMBER, kind=st.sampled_from(["params", "adapter", "cache", "memo"]))
     def replaces_with_new_values(self, number: int, kind: str) -> None:
         state, facts = self.picked(number)
         new = jax.tree.map(lambda array: array + 1, state[kind])
         made: dict[str, Any] = {kind: None} if kind in SOURCES else {}
         self.add(state.replace(**{kind: new}), self.seen(facts, kind).changed({kind: next(NUMBERS)}, made))
 
-    @rule(number=st.integers(0, 3), kind=st.sampled_from(["params", "adapter", "cache", "memo"]))
+    @rule(number=NUMBER, kind=st.sampled_from(["params", "adapter", "cache", "memo"]))
     def looks(self, number: int, kind: str) -> None:
         state, facts = self.picked(number)
         self.seen(facts, kind)
@@ -290,7 +212,7 @@ class States(RuleBasedStateMachine):
         return facts
 
     @precondition(lambda self: self.views)
-    @rule(number=st.integers(0, 3), which=st.integers(0, 3))
+    @rule(number=NUMBER, which=NUMBER)
     def replaces_with_a_view(self, number: int, which: int) -> None:
         state, facts = self.picked(number)
         kind, arrays, number_of, made = self.views[which % len(self.views)]
@@ -300,25 +222,25 @@ class States(RuleBasedStateMachine):
         new = {kind: number_of} if number_of != facts.ids[kind] else {}
         self.add(state.replace(**{kind: arrays}), facts.changed(new, own))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def swaps_averages(self, number: int) -> None:
         state, facts = self.picked(number)
         self.add(state.with_averages("ema"), facts.changed({"params": next(NUMBERS)}))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def casts_to_its_own_dtype(self, number: int) -> None:
         state, facts = self.picked(number)
         self.add(state.cast(params="float32"), facts.copy())
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def casts_there_and_back(self, number: int) -> None:
         state, facts = self.picked(number)
         back = state.cast(params="bfloat16").cast(params="float32")
         self.add(back, facts.changed({"params": next(NUMBERS)}))
 
     @rule(
-        source=st.integers(0, 3),
-        number=st.integers(0, 3),
+        source=NUMBER,
+        number=NUMBER,
         kinds=st.sampled_from(["params", "adapter", ("params", "adapter")]),
     )
     def transfers_some(self, source: int, number: int, kinds: Any) -> None:
@@ -326,12 +248,12 @@ class States(RuleBasedStateMachine):
         new = {kind: next(NUMBERS) for kind in ([kinds] if isinstance(kinds, str) else kinds)}
         self.add(sw.transfer(src, state, kinds=kinds), facts.changed(new))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def transfers_all(self, number: int) -> None:
         state, facts = self.picked(number)
         self.add(sw.transfer(state, PLAN), self.copied(facts))
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def goes_through_an_ensemble(self, number: int) -> None:
         state, facts = self.picked(number)
         self.add(PLAN.stack([state, state]).member(1), self.copied(facts))
@@ -345,19 +267,19 @@ class States(RuleBasedStateMachine):
                 after.made[kind] = after.now(kind) | dict.fromkeys(stale, -1)
         return after
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def goes_through_jax(self, number: int) -> None:
         state, _ = self.picked(number)
         self.add(jax.tree.map(jnp.copy, state), unknown())
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def trains_in_a_jit(self, number: int) -> None:
         state, _ = self.picked(number)
         self.add(jax.jit(lambda state: decode(train(state, 1.0)[0], 1.0)[0])(state), unknown())
 
     # --- models and checkpoints ----------------------------------------------------------------------------------
 
-    @rule(number=st.integers(0, 3), build=st.booleans())
+    @rule(number=NUMBER, build=st.booleans())
     def puts(self, number: int, build: bool) -> None:
         state, facts = self.picked(number)
         for kind in SOURCES:
@@ -385,7 +307,7 @@ class States(RuleBasedStateMachine):
             self.seen(facts, kind)
         self.add(PLAN.take(model), facts.copy())
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def saves_and_restores_all(self, number: int) -> None:
         state, _ = self.picked(number)
         with tempfile.TemporaryDirectory() as folder:
@@ -394,7 +316,7 @@ class States(RuleBasedStateMachine):
         assert {leaf.outcome for leaf in report.leaves if leaf.leaf.kind in ("cache", "draft")} == {"restarted"}
         self.add(restored, unknown())
 
-    @rule(number=st.integers(0, 3))
+    @rule(number=NUMBER)
     def restores_parameters(self, number: int) -> None:
         state, facts = self.picked(number)
         with tempfile.TemporaryDirectory() as folder:
