@@ -86,6 +86,9 @@ class CompiledStep:
         self._gives = tuple(
             (operand.kind, None if operand.pick is None else operand.slots) for operand in operands.donated
         )
+        # Empty, and None, in a plan in which no kind depends on others.
+        self._may_be_stale = () if self.staleness is None else self.staleness.may_be_stale
+        self._records = self.staleness if self.staleness is not None and self.staleness.affected else None
         # Compilations of the program: by whether it receives the written arrays' buffers, and by their shardings.
         self._fns: dict[Any, jax.stages.Wrapped] = {}
         self._traced: dict[Any, jax.stages.Wrapped] = {}
@@ -129,9 +132,11 @@ class CompiledStep:
             if parts[kind].donated_by is not None:
                 touched = [name for number, name in enumerate(self.plan.kinds) if number in self._touches]
                 raise donated_error(state, [name for name in touched if state.part(name).donated_by])
-        if self.staleness is not None:
-            state = self.staleness.checked(state, self.name)
-            parts = state.parts
+        for kind in self._may_be_stale:
+            if parts[kind].origin is not None:
+                state = self.not_stale(state)
+                parts = state.parts
+                break
         operands = self.operands_from(state, args, kwargs)
         donate = True
         places: tuple[PartShardings | None, ...] = ()
@@ -150,6 +155,10 @@ class CompiledStep:
             self._explain(state, args, kwargs, error)
             raise
         return (self.received(state, written, donate, places), out) if self.returns_state else out
+
+    def not_stale(self, state: State) -> State:
+        """Returns a state of which the step may read what it reads; see `Staleness.checked`."""
+        return state if self.staleness is None else self.staleness.checked(state, self.name)
 
     def _places(self, parts: Sequence[Part]) -> tuple[PartShardings | None, ...]:
         """Returns the shardings of the parts that are written: the new arrays get the same ones."""
@@ -208,8 +217,8 @@ class CompiledStep:
         if donated:
             for kind, _ in self._gives:
                 parts[kind].donated_by = self.name
-        if self.staleness is not None:
-            self.staleness.settle(parts, new)
+        if self._records is not None:
+            self._records.settle(parts, new)
         return State.make(self.plan, new)
 
     def _explain(self, state: State, args: Args, kwargs: Kwargs, error: Exception) -> None:

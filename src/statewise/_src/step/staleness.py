@@ -36,6 +36,7 @@ class Dependent:
       written: whether the step writes it.
       renewed: whether the step writes all of it without reading any.
       checked: whether it is not stale when the step runs, as the step reads it.
+      from_old: whether its new values may have been made from values of a source that a call replaces.
     """
 
     name: str
@@ -44,11 +45,7 @@ class Dependent:
     written: bool
     renewed: bool
     checked: bool
-
-    @property
-    def from_old(self) -> bool:
-        """Returns whether the kind's new values may have been made from old values that a call replaces."""
-        return any(from_old for _, _, from_old in self.sources)
+    from_old: bool
 
     def origin(self, before: Sequence[Part], after: Sequence[Part]) -> Origin:
         """Returns what the kind's values were made from, from the parts before and after a call."""
@@ -71,6 +68,11 @@ class Staleness:
     plan: PlanTables
     read: tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
     affected: tuple[Dependent, ...]
+
+    @property
+    def may_be_stale(self) -> tuple[int, ...]:
+        """Returns the positions of the kinds to look at before a call: one whose part has no origin is not stale."""
+        return tuple(index for index, _ in self.read)
 
     def checked(self, state: State, name: str) -> State:
         """Returns a state of which the step may read everything that it reads: the same, unless kinds restart first.
@@ -159,7 +161,10 @@ def staleness_of(plan: PlanTables, operands: Operands, *, may_keep: bool) -> Sta
                 for source in sources
             )
             checked = bool(read) and read[-1][0] == index
-            affected.append(Dependent(name, index, own, name in writes, renewed, checked))
+            from_old = any(from_old for _, _, from_old in own)
+            # A new part has no origin: nothing is recorded of a kind that belongs to what is beside it after each call.
+            if from_old or not (checked or renewed):
+                affected.append(Dependent(name, index, own, name in writes, renewed, checked, from_old))
     return Staleness(plan, tuple(read), tuple(affected)) if read or affected else None
 
 
