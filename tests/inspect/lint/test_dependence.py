@@ -34,7 +34,7 @@ def test_a_cache_that_names_nothing_of_what_is_trained() -> None:
         ["keys: Cache(2,) float32  kind=cache"],
         "kinds = kinds.replace(cache=dataclasses.replace(kinds['cache'], depends_on=('params', 'lora')))",
         kinds.plan(model(), optimizers=both),
-        ignore="base-trained-under-lora",
+        ignore=("base-trained-under-lora",),
     )
     (finding,) = (one for one in sw.lint(kinds.plan(model(), optimizers={"lora": SGD})) if one.code == CODE)
     assert "depends_on=('lora',)" in finding.hint

@@ -84,14 +84,15 @@ def _one_kind(subject: Subject, adapters: Sequence[int], base: set[int]) -> Iter
 def cache_without_dependence(subject: Subject) -> Iterator[Found]:
     """Finds caches, in a plan that trains, that do not say which kinds they are made from."""
     updated = {number for training in trainings(subject) for number in training.trained} if subject.plan else set()
-    sources = {subject.claims[number]: None for number in sorted(updated)}
+    trained = {subject.claims[number] for number in updated}
+    sources = tuple(name for name in subject.kinds if name in trained)
     by_kind: dict[str, list[int]] = {}
     for number in subject.of_type(nnx.Cache) if updated else ():
         name = subject.claims[number]
         if name is not None and name not in sources and not subject.kinds[name].depends_on:
             by_kind.setdefault(name, []).append(number)
     for name, numbers in by_kind.items():
-        depends_on = f"depends_on={tuple(map(str, sources))!r}"
+        depends_on = f"depends_on={sources!r}"
         yield Found(
             f"The kind {name!r} holds {counted(len(numbers), 'leaf', 'leaves')} of the cache, and depends on nothing "
             f"that is trained.",
