@@ -56,11 +56,11 @@ demo: $(VENV)/.installed
 tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 
 # Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
-# marks, files marked `heavy`, and tests that took more than a second in the last quick run of this checkout
+# marks, files marked `heavy`, and tests that took more than 0.2 seconds in the last quick run of this checkout
 # (tests/helpers/quick.py).
 QUICK := not slow and not heavy and not docs and not processes and not browser and not equivalence
 quick: lint types
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --quick --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --quick=0.2 --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
 
 test: lint types tests
 
@@ -82,7 +82,7 @@ tests: $(VENV)/.installed-test
 OLDEST := not slow and not heavy and not docs and not processes and not browser
 tests-oldest:
 	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
-	  PYTEST_ARGS='--quick --hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
+	  PYTEST_ARGS='--quick=1 --hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
 
 # What a new version of JAX, Flax, Optax or Orbax breaks first: names and jaxprs, the object graph, proofs on programs, a
 # step, a checkpoint.  On their pre-releases, in an environment on top of the first; nothing runs if there are none.
@@ -104,7 +104,7 @@ test-modes: environments
 	$(MODES) --workers $(WORKERS) --demo --write
 
 test-modes-fixed: environments
-	$(MODES) --fixed --together $(addprefix --mode ,tree no-updates hijax ref sow-noop)
+	$(MODES) --fixed --together $(addprefix --mode ,tree no-updates hijax ref sow-noop dict)
 
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="The numbers, side by side.")
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds: under three minutes in all")
+    parser.add_argument("--quick", action="store_true", help="small models, few rounds")
     parser.add_argument("--only", nargs="+", choices=PLANNED, metavar="NAME", help="some of: " + ", ".join(PLANNED))
     parser.add_argument("--processes", type=int, help="how many processes each workload is run in")
     parser.add_argument("--results", help="where the JSON goes (benchmarks/results; its folder quick/ for --quick)")

@@ -76,13 +76,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers a marker for each directory in `MARKED`."""
     for folder, why in MARKED.items():
         config.addinivalue_line("markers", f"{folder}: {why}")
-    if config.getoption("--quick"):
-        config.pluginmanager.register(quick.Times(), "quick-times")
+    limit = config.getoption("--quick")
+    if limit is not None:
+        config.pluginmanager.register(quick.Times(limit), "quick-times")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--quick`: what `make quick` asks for."""
-    parser.addoption("--quick", action="store_true", help="leave out tests that took long in the last quick run")
+    parser.addoption(
+        "--quick", type=float, metavar="SECONDS", help="leave out tests that took longer in their last run"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from flax import nnx
@@ -85,15 +85,32 @@ def test_caches_are_cleared_where_a_worker_holds_much(
 
 def test_a_quick_run_leaves_out_what_took_long_until_that_is_long_ago(tmp_path: Path) -> None:
     file, slow = tmp_path / "times.json", tmp_path / "slow.txt"
-    file.write_text('{"slow": 1.2, "fast": 0.5}')
-    slow.write_text("3.0 slow\n4.0 slow[a b]\n")
-    times = quick.Times(file, slow)
-    assert (times.is_slow("slow"), times.is_slow("fast"), times.is_slow("new")) == (True, False, False)
+    file.write_text('{"slow": 1.2, "fast": 0.5, "f[measured]": 0.1}')
+    slow.write_text("3.0 f\n")
+    times = quick.Times(1.0, file, slow)
+    known = {"slow": True, "fast": False, "new": False, "f[a b]": True, "f": True, "f[measured]": False}
+    assert {name: times.is_slow(name) for name in known} == known
     times.measured = {"fast": 2.0, "new": 0.1}
     times.pytest_sessionfinish(cast(pytest.Session, SimpleNamespace(config=SimpleNamespace())))
-    assert json.loads(file.read_text()) == {"fast": 2.0, "new": 0.1, "slow": 0.96, "slow[a b]": 3.2}
-    assert not quick.Times(file, slow).is_slow("slow")
-    assert quick.Times(tmp_path / "none.json", slow).known == {"slow": 3.0, "slow[a b]": 4.0}
+    assert json.loads(file.read_text()) == {"f[measured]": 0.1, "fast": 2.0, "new": 0.1, "slow": 0.96}
+    assert not quick.Times(1.0, file, slow).is_slow("slow")
+    assert quick.Times(0.9, file, slow).is_slow("slow")
+    assert not quick.Times(4.0, tmp_path / "none.json", slow).is_slow("f")
+
+
+def test_a_test_that_was_left_out_comes_back(tmp_path: Path) -> None:
+    file, slow = tmp_path / "times.json", tmp_path / "slow.txt"
+    slow.write_text("1.2 tests/test_a.py::f\n")
+    item: Any = type("Item", (), {"nodeid": "tests/test_a.py::f[x]", "path": quick.TESTS / "step" / "test_a.py"})()
+    left_out: list[Any] = []
+    config: Any = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items)))
+    for expected in ([item], []):
+        times = quick.Times(1.0, file, slow)
+        left_out.clear()
+        times.pytest_collection_modifyitems(config, [item])
+        assert left_out == expected
+        times.measured = {"tests/test_b.py::g": 0.1}
+        times.pytest_sessionfinish(cast(pytest.Session, SimpleNamespace(config=SimpleNamespace())))
 
 
 def test_the_first_quick_run_knows_what_is_slow(tmp_path: Path) -> None:
@@ -102,12 +119,14 @@ def test_the_first_quick_run_knows_what_is_slow(tmp_path: Path) -> None:
     case = '<testcase classname="{}" name="{}" time="{}" />'
     cases = (
         ("tests.test_suite", "test_a[x y]", 1.5),
-        ("tests.test_suite", "test_b", 0.9),
+        ("tests.test_suite", "test_a[z]", 0.5),
+        ("tests.test_suite", "test_b", 0.1),
         ("tests.step.test_step.A", "b", 2),
+        ("", "README.md", 2),
     )
     results.write_text(f"<testsuite>{''.join(case.format(*each) for each in cases)}</testsuite>")
-    assert quick.slow_tests(results) == {"tests/step/test_step.py::A::b": 2.0, "tests/test_suite.py::test_a[x y]": 1.5}
-    known = quick.Times(tmp_path / "none.json").known
+    assert quick.slow_functions(results) == {"tests/step/test_step.py::A::b": 2.0, "tests/test_suite.py::test_a": 1.0}
+    known = quick.Times(1.0, tmp_path / "none.json").functions
     gone = {name for name in known if not (quick.TESTS.parent / name.partition("::")[0]).exists()}
     assert not gone
     assert len(known) > 100

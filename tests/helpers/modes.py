@@ -25,6 +25,8 @@ from typing import Any
 
 from flax import config, nnx
 
+import plain_states
+
 ROOT = Path(__file__).parents[2]
 VARIABLE = "STATEWISE_TEST_MODE"
 
@@ -35,7 +37,7 @@ class Mode:
 
     Attributes:
       about: what it is, for the table.
-      environment: Flax's own environment variables.
+      environment: Flax's own environment variables, or that of a Flax which the tests simulate.
       defaults: what `nnx.var_defaults` is called with, where no environment variable does it.
     """
 
@@ -45,8 +47,8 @@ class Mode:
 
     @property
     def exists(self) -> bool:
-        """Returns whether the installed Flax has it."""
-        return all(hasattr(config, name.lower()) for name in self.environment)
+        """Returns whether the installed Flax has it, or the tests simulate it."""
+        return all(name == plain_states.VARIABLE or hasattr(config, name.lower()) for name in self.environment)
 
 
 MODES: dict[str, Mode] = {
@@ -58,6 +60,7 @@ MODES: dict[str, Mode] = {
     "sow-noop": Mode(
         "`sow` does nothing outside of `nnx.capture`: `NNX_SOW_CAPTURE_NOOP=true`", {"NNX_SOW_CAPTURE_NOOP": "true"}
     ),
+    "dict": Mode("plain dicts in the place of `nnx.State`, simulated by the tests", {plain_states.VARIABLE: "dict"}),
 }
 
 

@@ -1,13 +1,15 @@
-"""What `make quick` leaves out beside directories: tests that took more than a second in its last run here.
+"""What `make quick` leaves out beside directories: tests that took long in their last run here.
 
-Times are kept in `.quick_times.json`, which git ignores.  A first run has none: it leaves out the tests in
-`slow_tests.txt`, which took more than a second in a complete run (`python tests/helpers/quick.py RESULTS.xml` writes
-the list, from the results of `pytest --junitxml=RESULTS.xml`).  A time that was not measured again fades, and its test
-comes back.  The rules of the repository, in `tests/` itself, always run.
+`pytest --quick=0.2` leaves out what took more than 0.2 seconds.  Times are in `.quick_times.json`, which git ignores. A
+first run has none: it goes by `slow_tests.txt`, the mean time of each test function over its cases in a complete run
+(`python tests/helpers/quick.py RESULTS.xml` writes the list, from the results of `pytest --junitxml=RESULTS.xml`).  A
+time that was not measured again fades, and its test comes back.  The rules of the repository, in `tests/` itself,
+always run.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -19,30 +21,37 @@ import pytest
 TESTS = Path(__file__).parents[1]
 FILE = TESTS.parent / ".quick_times.json"
 SLOW = Path(__file__).parent / "slow_tests.txt"
-LIMIT = 1.0  # seconds
+LISTED = 0.2  # seconds: the functions in `slow_tests.txt` take longer
 FADES = 0.8  # by this factor in each run that leaves the test out
 
 
 class Times:
-    """A plugin of a quick run: leaves out slow tests, and keeps the times of the others."""
+    """A plugin of a quick run: leaves out slow tests, and keeps the times of the others.
 
-    def __init__(self, file: Path = FILE, slow: Path = SLOW) -> None:
-        self.file = file
-        self.known: dict[str, float] = {}
+    Args:
+      limit: in seconds; a test that took longer is left out.
+      file: the times of earlier runs.
+      slow: the times of functions in a complete run.
+    """
+
+    def __init__(self, limit: float, file: Path = FILE, slow: Path = SLOW) -> None:
+        self.limit, self.file = limit, file
+        self.functions: dict[str, float] = {}
         for line in slow.read_text(encoding="utf-8").splitlines():
             seconds, _, name = line.partition(" ")
-            self.known[name] = float(seconds)
-        if file.exists():
-            self.known |= json.loads(file.read_text(encoding="utf-8"))
+            self.functions[name] = float(seconds)
+        self.known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.measured: dict[str, float] = {}
 
     def is_slow(self, name: str) -> bool:
-        """Returns whether a test took more than `LIMIT` when it was last measured."""
-        return self.known.get(name, 0.0) > LIMIT
+        """Returns whether a test took longer than the limit when it was last measured."""
+        return self.known.get(name, self.functions.get(name.partition("[")[0], 0.0)) > self.limit
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Deselects slow tests; pytest's summary counts them."""
         slow = [item for item in items if self.is_slow(item.nodeid) and item.path.parent != TESTS]
+        for item in slow:
+            self.known.setdefault(item.nodeid, self.functions.get(item.nodeid.partition("[")[0], 0.0))
         if slow:
             config.hook.pytest_deselected(items=slow)
             left_out = set(slow)
@@ -60,17 +69,19 @@ class Times:
             self.file.write_text(json.dumps(times, indent=0), encoding="utf-8")
 
 
-def slow_tests(results: Path) -> dict[str, float]:
-    """Returns the seconds of each test that took more than `LIMIT`, from pytest's results in JUnit's format."""
-    times = {}
+def slow_functions(results: Path) -> dict[str, float]:
+    """Returns the mean seconds of each test function that takes longer than `LISTED`, from JUnit's XML."""
+    times: dict[str, list[float]] = collections.defaultdict(list)
     for case in ET.parse(results).getroot().iter("testcase"):
-        if float(case.get("time", 0)) > LIMIT:
-            # JUnit gives a dotted name: the file, and the classes in it.
-            parts = case.get("classname", "").split(".")
-            depth = max(depth for depth in range(1, len(parts) + 1) if _file(parts[:depth]).exists())
+        # JUnit gives a dotted name: the file, and the classes in it.
+        parts = case.get("classname", "").split(".")
+        depth = max((depth for depth in range(1, len(parts) + 1) if _file(parts[:depth]).exists()), default=0)
+        if depth:
             file = _file(parts[:depth]).relative_to(TESTS.parent)
-            times["::".join([str(file), *parts[depth:], case.get("name", "")])] = float(case.get("time", 0))
-    return dict(sorted(times.items()))
+            function = case.get("name", "").partition("[")[0]
+            times["::".join([str(file), *parts[depth:], function])].append(float(case.get("time", 0)))
+    means = {name: sum(seconds) / len(seconds) for name, seconds in sorted(times.items())}
+    return {name: mean for name, mean in means.items() if mean > LISTED}
 
 
 def _file(parts: Sequence[str]) -> Path:
@@ -78,5 +89,5 @@ def _file(parts: Sequence[str]) -> Path:
 
 
 if __name__ == "__main__":
-    lines = (f"{seconds:.1f} {name}\n" for name, seconds in slow_tests(Path(sys.argv[1])).items())
+    lines = (f"{seconds:.1f} {name}\n" for name, seconds in slow_functions(Path(sys.argv[1])).items())
     SLOW.write_text("".join(lines), encoding="utf-8")

@@ -115,7 +115,7 @@ def demo(python: str, mode: str) -> bool:
     return process.returncode == 0
 
 
-def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: bool) -> Result:
+def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: bool, quick: bool) -> Result:
     """Runs test files under one mode in a process of its own, and the demo in another."""
     started = time.monotonic()
     environment = {**os.environ, **MODES[mode].environment, VARIABLE: mode}
@@ -126,7 +126,7 @@ def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: b
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "results.xml"
         command = [python, "-m", "pytest", "-q", "-m", LEFT_OUT, f"--junitxml={xml}", "-o", "junit_logging=no"]
-        command += ["--hypothesis-profile=quick", "-p", "no:cacheprovider"]
+        command += ["--hypothesis-profile=quick", "-p", "no:cacheprovider", *(["--quick=1"] if quick else [])]
         command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
         process = subprocess.run(
             [*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -208,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", action="append", choices=tuple(MODES), help="a mode; all of them without it")
     parser.add_argument("--fixed", action="store_true", help="the small part that CI runs")
     parser.add_argument("--demo", action="store_true", help="also run the demo under each mode")
+    parser.add_argument("--quick", action="store_true", help="leave out tests that take more than a second")
     parser.add_argument("--together", action="store_true", help="run all interpreters at the same time")
     parser.add_argument("--workers", type=int, default=1, help="of pytest-xdist, in each run")
     parser.add_argument("--resume", action="store_true", help="run only what no earlier call has run on these files")
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     results[mode, name] = None
                 elif (mode, name) not in results:
                     pool = pools[number % threads]
-                    runs[pool.submit(run, python, mode, files, given.workers, given.demo)] = (mode, name)
+                    runs[pool.submit(run, python, mode, files, given.workers, given.demo, given.quick)] = (mode, name)
         for done in concurrent.futures.as_completed(runs):
             results[runs[done]] = result = done.result()
             fresh.append(result)
