@@ -24,6 +24,7 @@ NAMES = ROOT / "tests" / "public_names.txt"
 # A package of `_src` imports only itself and those before it, wherever in a file the import is.
 PACKAGES = (
     "common",
+    "names",
     "filters",
     "plan",
     "sharding",
@@ -39,7 +40,7 @@ PUBLIC_MODULES = ("errors", "results", "testing", "__init__", "examples", "__mai
 
 # An import inside a function is for a package that need not be installed, or for the command line, where `--help` must
 # not wait for JAX.
-OPTIONAL = ("safetensors",)
+OPTIONAL = ("einops", "safetensors")
 COMMAND_LINE = ("cli", "examples")
 
 MAX_FILE_LINES = 400

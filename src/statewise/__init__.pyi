@@ -8,6 +8,7 @@ from statewise._src.checkpoint.checkpointable import checkpointable as checkpoin
 from statewise._src.checkpoint.checkpoints import Checkpoints as Checkpoints
 from statewise._src.checkpoint.diff.diff import diff as diff
 from statewise._src.checkpoint.interop.convert import convert as convert
+from statewise._src.checkpoint.names import Names as Names
 from statewise._src.checkpoint.restore import inspect as inspect
 from statewise._src.checkpoint.restore import preview as preview
 from statewise._src.checkpoint.restore import restore as restore
@@ -33,6 +34,7 @@ from statewise._src.inspect.select.select import count as count
 from statewise._src.inspect.select.select import explain as explain
 from statewise._src.inspect.select.select import select as select
 from statewise._src.inspect.watch.watch import watch as watch
+from statewise._src.names.name import Name as Name
 from statewise._src.plan.ema import EMA as EMA
 from statewise._src.plan.kind import Kind as Kind
 from statewise._src.plan.overwrite import overwrite_with_gradient as overwrite_with_gradient

@@ -211,6 +211,12 @@ def test_an_ephemeral_kind_with_restart_starts_or_keeps_its_values(tmp_path: pat
     kept, report = sw.restore(tmp_path / "run", saved)
     assert np.array_equal(kept["cache"]["c"], ONES)
     assert [(one.outcome, one.why) for one in report["cache"]] == [("kept", "ephemeral, never saved")]
+    # What was saved when it was of another kind is there, and is not used.
+    sw.save(tmp_path / "before", state_of(w=nnx.Param(ONES), c=nnx.Param(ONES)))
+    report = sw.preview(tmp_path / "before", saved.plan.abstract())
+    assert report.ok
+    why = "ephemeral: what the checkpoint has is not used"
+    assert [(one.outcome, one.why) for one in report["cache"]] == [("restarted", why)]
 
 
 # --- leaves that are missing -------------------------------------------------------------------------------------

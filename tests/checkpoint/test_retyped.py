@@ -31,6 +31,8 @@ class Scaled(nnx.Module):
 
     def __init__(self, scale: float = 2.0) -> None:
         self.w = nnx.Param(jnp.ones(3))
+        # As in Flax's layers, the code has the types that it makes.
+        _ = (nnx.Variable, nnx.Param, nnx.BatchStat)
         self.scale = self.made(jnp.full(3, scale))
 
 
@@ -131,6 +133,23 @@ def test_several_objects(named: bool, monkeypatch: pytest.MonkeyPatch, tmp_path:
     outcomes = {each.leaf.path[0]: each.outcome for each in report if each.leaf.path[-1] == "scale"}
     # The scale of `Mine` changed its type too, and is the user's.
     assert outcomes == ({"z": "problem", "a": "retyped"} if named else {0: "problem", 1: "retyped"})
+
+
+def test_a_type_that_a_user_gives_to_an_attribute_of_flax_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Flax's layer does not make a Cache of it, whatever version wrote the checkpoint."""
+    with flax(OLD, nnx.Param, monkeypatch):
+        model = Holder(Scaled())
+        sw.save(tmp_path / "saved", sw.plan(model).take(model))
+    with flax(NEW, nnx.Param, monkeypatch):
+        model = Holder(Scaled())
+        model.layers[0].scale = nnx.Intermediate(jnp.ones(3))
+        kinds = sw.Kinds(params=sw.Kind(nnx.Param), rest=sw.Kind(...))
+        with pytest.raises(
+            sw.RestoreError, match=r"layers/0/scale: Intermediate\(3,\) .*is of kind 'params', a Param in"
+        ):
+            sw.restore(tmp_path / "saved", kinds.plan(model).take(model))
 
 
 @pytest.mark.parametrize("layer", [Own, Mine])

@@ -110,3 +110,27 @@ def test_wrong_usage(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
         main(["lint", "models_for_lint:fine", "--decode-length", "many"])
     assert caught.value.code == 2
     assert "--decode-length" in capsys.readouterr().err
+
+
+STEPS = """
+import optax
+from flax import nnx
+import statewise as sw
+
+def planned():
+    return sw.plan(nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), optimizers={"params": optax.sgd(0.1)})
+
+def fn(model, x): return (model(x) ** 2).mean()
+whole = sw.train_step(fn)
+parts = sw.train_step(fn, microbatches=2)
+"""
+
+
+def test_steps_that_run_on_the_model(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "steps_for_lint.py").write_text(STEPS)
+    target = "steps_for_lint.py:planned"
+    assert main(["lint", target, "--step", "steps_for_lint.py:whole"]) == 0
+    assert main(["lint", target, "--step", "steps_for_lint.py:whole", "--step", "steps_for_lint.py:parts"]) == 1
+    assert "microbatches-with-batch-statistics: fn splits its batch into 2" in capsys.readouterr().out
+    assert main(["lint", target, "--step", "steps_for_lint.py:fn"]) == 2
+    assert capsys.readouterr().err == "statewise: steps_for_lint.py:fn is function, not a step\n"

@@ -1,4 +1,4 @@
-"""The model, the batches and the comparison that tests of training options share."""
+"""The models, the batches and the comparisons that tests of training options share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -31,6 +32,55 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.last(nnx.tanh(self.first(x)))
+
+
+class Block(nnx.Module):
+    def __init__(self, channels: int, rngs: nnx.Rngs, dtype: Any, norm_dtype: Any) -> None:
+        self.first = nnx.Conv(channels, channels, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.second = nnx.Conv(channels, channels, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(channels, dtype=norm_dtype, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = nnx.relu(self.norms[0](self.first(x)))
+        return nnx.relu(x + self.norms[1](self.second(out)))
+
+
+class ResNet(nnx.Module):
+    """Residual blocks with batch statistics, for images of 3 channels."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: Any = None, norm_dtype: Any = None) -> None:
+        self.stem = nnx.Conv(3, 4, (3, 3), dtype=dtype, rngs=rngs)
+        self.block = Block(4, rngs, dtype, norm_dtype)
+        self.head = nnx.Linear(4, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.block(self.stem(x)).mean((1, 2)))
+
+
+def image_loss(model: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = model(images).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def images(seed: int, count: int = 16) -> tuple[jax.Array, jax.Array]:
+    """Returns random images and labels."""
+    shape = (count, 6, 6, 3)
+    return jax.random.normal(jax.random.key(seed), shape), jax.random.randint(jax.random.key(seed + 1), (count,), 0, 3)
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.attend = nnx.MultiHeadAttention(2, 8, use_bias=False, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        return self.embed.attend(self.norm(x + self.attend(x)))
+
+
+def token_loss(model: Any, tokens: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
 
 
 def loss_of(model: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -65,3 +115,35 @@ def refused(match: str, *args: Any, error: type[Exception] = StructureError, fn:
         sw.train_step(loss_of if fn is None else fn, **options)(state, *args)
     jax.block_until_ready(jax.tree.leaves(state))  # nothing was donated
     return raised.value
+
+
+def by_hand(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any, ...]]) -> tuple[Any, list[Any]]:
+    """Trains by `lax.scan` over the parts, with NNX and Optax alone; returns the model's state and the losses."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    opt_state, losses = tx.init(params), []
+
+    @jax.jit
+    def step(params: Any, rest: Any, opt_state: Any, batch: Any) -> Any:
+        def part(carry: Any, own: Any) -> Any:
+            rest, total = carry
+
+            def of(params: Any) -> Any:
+                # Copies: NNX writes into the objects that it is given.
+                model = nnx.merge(graphdef, params, rest, copy=True)
+                loss = fn(model, *own)
+                return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+            (loss, rest), grads = jax.value_and_grad(of, has_aux=True)(params)
+            return (rest, jax.tree.map(jnp.add, total, grads)), loss
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
+        (rest, total), losses = jax.lax.scan(part, (rest, zeros), parts)
+        grads = jax.tree.map(lambda g: g / PARTS, total)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), rest, opt_state, losses.mean()
+
+    for batch in batches:
+        params, rest, opt_state, loss = step(params, rest, opt_state, batch)
+        losses.append(loss)
+    return nnx.state(nnx.merge(graphdef, params, rest)), losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_a_train_step_is_told_leaf_by_leaf() -> None:
     assert (cache.saved, cache.written_but_not_saved, cache.restarts) == (False, True, True)
     assert all(row.updated and row.read and row.written for row in audit["optimizer"])
     assert (audit.trains, audit.error, audit.step) == (True, None, "loss_of")
+
+
+def test_options_of_training_do_not_change_what_is_told() -> None:
+    options: dict[str, Any] = {"writes": "cache", "microbatches": 2, "nonfinite": "skip"}
+    state = planned(Net(nnx.Rngs(0)), params=optax.adam(1e-3)).abstract()
+    plain, split = (sw.audit(sw.train_step(loss_of, **own), state, X) for own in ({"writes": "cache"}, options))
+    # Where a step may change nothing, it keeps the old cache, which is then read.
+    differ = [(one, other) for one, other in zip(plain.leaves, split.leaves, strict=True) if one != other]
+    assert [(one.path, one.read, other.read) for one, other in differ] == [(("last",), False, True)]
+    assert differ[0][1] == dataclasses.replace(differ[0][0], read=True)
 
 
 def test_what_deserves_a_look_has_a_name() -> None:

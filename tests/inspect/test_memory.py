@@ -178,6 +178,8 @@ def test_as_json_it_says_what_the_attributes_do() -> None:
         "per_device": 512,
         "host": 0,
         "saving_if_sharded": 0,
+        "compute": None,
+        "copies": 0,
     }
     assert [(leaf["path"], leaf["per_device"]) for leaf in told["largest"]] == [("kernel", 512)]
 

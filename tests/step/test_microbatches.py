@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,21 @@ from jax.sharding import AxisType
 
 import statewise as sw
 from statewise.errors import DeclarationError
-from training_models import BATCHES, OPTIMIZERS, PARTS, Mlp, X, Y, close, loss_of, refused, trained
+from training_models import (
+    BATCHES,
+    OPTIMIZERS,
+    PARTS,
+    Attention,
+    Mlp,
+    X,
+    Y,
+    by_hand,
+    close,
+    loss_of,
+    refused,
+    token_loss,
+    trained,
+)
 
 
 class Normed(Mlp):
@@ -29,53 +42,6 @@ class Normed(Mlp):
     def __call__(self, x: jax.Array) -> jax.Array:
         self.calls[...] += 1
         return self.last(self.noise(self.norm(nnx.tanh(self.first(x)))))
-
-
-class Attention(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(11, 8, rngs=rngs)
-        self.attend = nnx.MultiHeadAttention(2, 8, use_bias=False, decode=False, rngs=rngs)
-        self.norm = nnx.LayerNorm(8, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed(tokens)
-        return self.embed.attend(self.norm(x + self.attend(x)))
-
-
-def token_loss(model: Any, tokens: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:]).mean()
-
-
-def by_hand(model: Any, tx: Any, fn: Callable[..., Any], batches: list[tuple[Any, ...]]) -> tuple[Any, list[Any]]:
-    """Trains by `lax.scan` over the parts, with NNX and Optax alone; returns the model's state and the losses."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    opt_state, losses = tx.init(params), []
-
-    @jax.jit
-    def step(params: Any, rest: Any, opt_state: Any, batch: Any) -> Any:
-        def part(carry: Any, own: Any) -> Any:
-            rest, total = carry
-
-            def of(params: Any) -> Any:
-                # Copies: NNX writes into the objects that it is given.
-                model = nnx.merge(graphdef, params, rest, copy=True)
-                loss = fn(model, *own)
-                return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-            (loss, rest), grads = jax.value_and_grad(of, has_aux=True)(params)
-            return (rest, jax.tree.map(jnp.add, total, grads)), loss
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
-        (rest, total), losses = jax.lax.scan(part, (rest, zeros), parts)
-        grads = jax.tree.map(lambda g: g / PARTS, total)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), rest, opt_state, losses.mean()
-
-    for batch in batches:
-        params, rest, opt_state, loss = step(params, rest, opt_state, batch)
-        losses.append(loss)
-    return nnx.state(nnx.merge(graphdef, params, rest)), losses
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -50,6 +50,11 @@ def fn(model: Any, x: jax.Array, loss: Any = 0.0, grad: Any = 1.0, stat: Any = 0
 STEP = sw.train_step(fn, nonfinite="skip")
 
 
+@sw.train_step(nonfinite="skip", microbatches=4)
+def STEP_OF_PARTS(model: Any, x: jax.Array, loss: jax.Array, grad: jax.Array, stat: jax.Array) -> jax.Array:
+    return fn(model, x, loss[0], grad[0], stat[0])
+
+
 def make(pack: bool = False, optimizer: Any = None) -> sw.State:
     model = Net(nnx.Rngs(0))
     optimizer = optax.adam(1e-2) if optimizer is None else optimizer
@@ -133,6 +138,60 @@ def test_one_bad_part_of_a_batch() -> None:
     assert np.isfinite(loss)
 
 
+@pytest.mark.parametrize("bad", BAD)
+def test_each_bad_thing_in_one_part_only(bad: str) -> None:
+    """What is bad comes with the third of four parts, and what the parts before it wrote is taken back too."""
+    arguments: dict[str, Any] = {"x": X, "loss": jnp.zeros(4), "grad": jnp.ones(4), "stat": jnp.zeros(4)}
+    for name, value in BAD[bad].items():
+        arguments[name] = arguments[name].at[2].set(value) if jnp.ndim(value) == 0 else X.at[5, 0].set(jnp.nan)
+
+    state = make()
+    before = numbers(state)
+    state, loss = STEP_OF_PARTS(state, *arguments.values())
+    assert not np.isfinite(loss)
+    assert_nothing_changed(before, state)
+
+
+def test_inside_a_scan_it_is_as_if_the_bad_batch_had_not_come() -> None:
+    """In a model without random streams."""
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    plan = sw.plan(model, optimizers={"params": optax.adamw(1e-2)}, averages={"params": sw.EMA(0.9)})
+    step = sw.train_step(lambda model, x: (model(x) ** 2).mean(), nonfinite="skip")
+    run = lambda batches: jax.lax.scan(step, plan.take(model), batches)  # noqa: E731
+    with_bad, losses = run(jnp.stack([X, X.at[0, 0].set(jnp.nan), X + 1, X.at[7].set(jnp.inf)]))
+    without, same = run(jnp.stack([X, X + 1]))
+    assert np.isfinite(losses).tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(losses[np.array([0, 2])], same)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(with_bad), jax.tree.leaves(without))
+
+
+def test_a_gradient_that_overflows_in_float16() -> None:
+    """The loss is finite; its gradient is not, in the dtype in which it is computed."""
+    model = nnx.Dict(w=nnx.Param(jnp.full(2, 300.0)))
+    kinds = sw.Kinds(params=sw.Kind(nnx.Param, compute="float16"))
+    state = kinds.plan(model, optimizers={"params": optax.sgd(1e-3)}).take(model)
+    step = sw.train_step(lambda model, x: ((model.w[...] * x).astype(jnp.float32) * 300.0).sum(), nonfinite="skip")
+    state, loss = step(state, jnp.full(2, 400.0, jnp.float16))
+    assert not np.isfinite(loss)
+    np.testing.assert_array_equal(state["params"]["w"], 300.0)
+    state, loss = step(state, jnp.full(2, 0.5, jnp.float16))
+    np.testing.assert_allclose(loss, 90_000)
+    np.testing.assert_allclose(state["params"]["w"], 300.0 - 1e-3 * 150, rtol=1e-6)
+
+
+def test_a_scale_whose_next_value_is_infinite_is_kept() -> None:
+    """And so are the parameters, whose gradients were finite."""
+    model = nnx.Dict(w=nnx.Param(jnp.array([1.0, 2.0])), scale=nnx.Variable(jnp.array([4.0, 4.0])))
+    optimizers = {"params": optax.sgd(0.1), "scale": sw.overwrite_with_gradient()}
+    kinds = sw.Kinds(params=sw.Kind(nnx.Param), scale=sw.Kind(...))
+    state = kinds.plan(model, optimizers=optimizers).take(model)
+    step = sw.train_step(lambda model, x: model.w[...].sum() + jnp.vdot(model.scale[...], x), nonfinite="skip")
+    for x, w, scale in (([1.0, jnp.inf], [1.0, 2.0], [4.0, 4.0]), ([1.0, 3.0], [0.9, 1.9], [1.0, 3.0])):
+        state, _ = step(state, jnp.array(x))
+        np.testing.assert_allclose(state["params"]["w"], w, rtol=1e-6)
+        np.testing.assert_array_equal(state["scale"]["scale"], np.array(scale, np.float32))
+
+
 def test_a_bad_value_on_one_device_only() -> None:
     """All devices skip, those with values of their own too."""
     mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
@@ -165,6 +224,10 @@ def test_beside_apply_if_finite() -> None:
     before = numbers(state)
     state, _ = STEP(state, X.at[0, 0].set(jnp.nan))
     assert_nothing_changed(before, state)
+    state, loss = STEP(state, X)
+    assert np.isfinite(loss)
+    changed = [not np.array_equal(*pair) for pair in zip(before["params"], numbers(state)["params"], strict=True)]
+    assert any(changed)
 
 
 def test_by_default_a_bad_batch_is_written() -> None:

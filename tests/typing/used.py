@@ -279,6 +279,8 @@ print(audit.undeclared, audit.error, audit.by_leaf("params"), leaf_audits[0].wri
 findings: Findings = sw.lint(model, kinds=kinds, ignore="tied-weights", decode_length=8)
 findings = sw.lint(plan, ignore=["tied-weights"])
 findings = sw.lint(policy=model, reference=model)
+findings = sw.lint(plan, steps=train)
+findings = sw.lint(plan, steps=[train])
 finding: Finding = findings[0]
 print(finding.code, finding.hint, finding.leaves)
 
@@ -314,6 +316,13 @@ conversion: Conversion = sw.convert(
 )
 tree = sw.convert({"params": {"kernel": x}}, None, to="linen", rename=lambda name: name.lower(), dry_run=True).tree
 print(conversion.matched, conversion.unexpected)
+fused = sw.Name(["q.{i}", "k.{i}"], "(n h) d -> d n h", h=4, join=0, sizes=[4, 8])
+elsewhere = sw.Names({"a": "b", "c/{i}": fused, "d": None})
+assert_type(elsewhere["a"], sw.Name | None)
+assert_type(elsewhere.check(plan, "model"), RestoreReport)
+assert_type(sw.restore(FilePath("model"), plan.abstract(), names=elsewhere | elsewhere)[0], sw.State)
+read_back = sw.Names.from_dict(elsewhere.to_dict())
+sw.convert(state, "published", names=read_back, max_shard_bytes=2**30, extra_files=["config.json"])
 item: Checkpointable = sw.checkpointable(state, only="params", layout="named", members=0)
 moved = sw.transfer(state, sw.plan(model), kinds=["params"], cast=jnp.bfloat16, mesh=mesh)
 moved = sw.transfer(state, moved, kinds="params", cast=True)

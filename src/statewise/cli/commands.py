@@ -23,6 +23,7 @@ from statewise._src.inspect.census import census
 from statewise._src.inspect.lint.lint import lint
 from statewise._src.inspect.memory import memory
 from statewise._src.inspect.select.select import explain, objects_of
+from statewise._src.step.step import Step
 from statewise.cli import checkpoints
 from statewise.cli.expressions import parse_filter, types_by_name
 from statewise.cli.targets import Target, UsageError, load, one_line, parse_mesh
@@ -94,7 +95,8 @@ def _memory(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
 
 def _lint(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     model, _ = _model(args.target, args.abstract, stack)
-    findings = lint(model, kinds=_kinds(args, stack), ignore=args.ignore, decode_length=args.decode_length)
+    kinds, steps = _kinds(args, stack), [_step(text, stack) for text in args.step]
+    findings = lint(model, kinds=kinds, ignore=args.ignore, decode_length=args.decode_length, steps=steps)
     print(findings.to_json() if args.json else findings)
     return 1 if findings else 0
 
@@ -210,6 +212,15 @@ def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | Non
     if not isinstance(kinds, Kinds):
         raise UsageError(f"{args.kinds} is {type(kinds).__name__}, not Kinds")
     return kinds
+
+
+def _step(text: str, stack: contextlib.ExitStack) -> Step[..., Any]:
+    """Returns the step that a text names."""
+    with contextlib.redirect_stdout(sys.stderr):
+        step = load(text, stack).value
+    if not isinstance(step, Step):
+        raise UsageError(f"{text} is {type(step).__name__}, not a step")
+    return step
 
 
 def _show(args: argparse.Namespace, result: Shown, data: dict[str, Any], ok: bool = True) -> int:

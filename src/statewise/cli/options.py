@@ -32,6 +32,7 @@ TARGET may also return several objects (a model and its nnx.Optimizer), a plan o
 findings.  docs/lint.md explains each rule.
 
   statewise lint my_project.models:make --ignore tied-weights
+  statewise lint my_project.plans:plan --step my_project.steps:train
 """
 
 REPORT = """\
@@ -131,6 +132,13 @@ def _add_models(add: _Add) -> None:
         type=int,
         metavar="N",
         help="the number of tokens to decode, to find caches that are too small",
+    )
+    lint.add_argument(
+        "--step",
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="package.module:step or file.py:step, a step that runs on the model; may be given several times",
     )
 
 

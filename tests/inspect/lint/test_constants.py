@@ -139,15 +139,36 @@ def test_a_table_that_layers_share_is_one_and_a_subclass_is_meant_too() -> None:
 
 
 @needs_rope
-def test_two_frequencies_are_two_findings_whose_hints_can_both_be_followed() -> None:
+def test_two_frequencies_of_one_kind_are_one_finding(tmp_path: Path) -> None:
     model = nnx.Dict(near=Block(8, 10.0, nnx.Rngs(0)), far=Block(8, 1000.0, nnx.Rngs(1)))
-    kinds = sw.Kinds.standard()
-    assert codes(model) == ["constant-saved"] * 2
-    for _ in range(2):
-        kinds = followed(sw.lint(model, kinds=kinds)[0].hint, kinds)
+    (found,) = sw.lint(model)
+    kinds = followed(found.hint, sw.Kinds.standard())
     clean(model, kinds=kinds)
-    assert list(kinds)[-2:] == ["constants", "constants_2"]
-    assert [len(kinds.plan(model)[name]) for name in ("constants", "constants_2", "variables")] == [2, 2, 0]
+    plan = kinds.plan(model)
+    assert [len(plan[name]) for name in ("constants", "variables")] == [4, 0]
+    sw.save(tmp_path / "saved", plan.take(model))
+    longer = nnx.Dict(near=Block(16, 10.0, nnx.Rngs(0)), far=Block(16, 1000.0, nnx.Rngs(1)))
+    fresh, _ = sw.restore(tmp_path / "saved", kinds.plan(longer).abstract())
+    for name in ("near", "far"):
+        table = longer[name].rope.cached_cos[...]
+        assert jnp.array_equal(fresh["constants"][name]["rope"]["cached_cos"][...], table)
+
+
+@needs_rope
+def test_the_hints_for_two_kinds_can_both_be_followed_at_once() -> None:
+    model = nnx.Dict(near=Block(8, 10.0, nnx.Rngs(0)), far=Block(8, 1000.0, nnx.Rngs(1)))
+    kinds = sw.Kinds(
+        params=sw.Kind(nnx.Param),
+        near=sw.Kind(sw.Path("near/rope/**"), optional=True),
+        far=sw.Kind(sw.Path("far/rope/**"), optional=True),
+    )
+    found = sw.lint(model, kinds=kinds)
+    assert [each.code for each in found] == ["constant-saved"] * 2
+    for each in found:
+        kinds = followed(each.hint, kinds)
+    assert "constant-saved" not in codes(model, kinds=kinds)
+    plan = kinds.plan(model)
+    assert [len(plan[name]) for name in ("constants", "constants_2", "near", "far")] == [2, 2, 0, 0]
 
 
 @needs_rope

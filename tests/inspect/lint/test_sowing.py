@@ -311,3 +311,54 @@ def test_layers_of_flax_that_sow_are_fine() -> None:
     model = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
     model(jnp.ones((1, 3, 4)), sow_weights=True)
     clean(model)
+
+
+class PopsOfFlax(nnx.Module):
+    """Asks a layer of Flax to sow, and pops what it should have recorded."""
+
+    def __init__(self) -> None:
+        self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.attention(x, sow_weights=True), nnx.pop(self.attention, nnx.Intermediate)
+
+
+class CleansUp(PopsOfFlax):
+    def __call__(self, x: jax.Array) -> Any:
+        nnx.pop(self.attention, nnx.Intermediate)
+        return self.attention(x)
+
+
+@has_setting
+@pytest.mark.usefixtures("noop")
+def test_what_a_layer_of_flax_was_asked_to_sow_is_lost() -> None:
+    model = PopsOfFlax()
+    assert not jax.tree.leaves(model(jnp.ones((1, 3, 4)))[1])
+    assert codes(model) == ["sow-without-capture"]
+    clean(CleansUp())
+
+
+class SowsAndPops(nnx.Module):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow(nnx.Intermediate, "h", x)
+        return x
+
+    def losses(self) -> Any:
+        return nnx.pop(self, nnx.Intermediate)
+
+
+class Replaces(SowsAndPops):
+    def losses(self) -> Any:
+        return {}
+
+
+class Extends(SowsAndPops):
+    def losses(self) -> Any:
+        return super().losses()
+
+
+@has_setting
+@pytest.mark.usefixtures("noop")
+def test_a_method_that_another_replaces_never_runs() -> None:
+    assert codes(SowsAndPops()) == codes(Extends()) == ["sow-without-capture"]
+    clean(Replaces())

@@ -135,6 +135,18 @@ def test_memory_of_each_device_is_shown_with_what_is_not_in_it(open_page: Open, 
     assert max(widths) == widths[0]
 
 
+def test_copies_in_a_compute_dtype_have_a_line_and_a_part_of_the_bar(open_page: Open) -> None:
+    kinds = sw.Kinds(params=sw.Kind(nnx.Param, compute="bfloat16"))
+    page = open_page(sw.report(nnx.Linear(16, 32, use_bias=False, rngs=nnx.Rngs(0)), kinds=kinds, mesh={"data": 2}))
+    assert [(row[0], row[3]) for row in rows(page, "#memory-table")] == [
+        ("params", "2.0 KiB"),
+        ("params in bfloat16", "1.0 KiB"),
+    ]
+    assert page.locator("#kinds-table .tag").all_inner_texts() == ["compute=bfloat16"]
+    widths = page.locator("#memory-bar span").evaluate_all("parts => parts.map(part => part.offsetWidth)")
+    assert abs(widths[0] - 2 * widths[1]) <= 30  # with their paddings
+
+
 def test_findings_say_why_and_how_to_hint_and_lead_to_their_leaves(open_page: Open, report: sw.results.Report) -> None:
     page = open_page(report)
     cards = page.locator(".finding")

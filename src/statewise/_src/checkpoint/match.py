@@ -33,7 +33,7 @@ from statewise._src.plan.fresh_values import takes
 from statewise._src.plan.optimizer_state import OPTIMIZER
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["Match", "RestoreSource", "match"]
+__all__ = ["Match", "Matcher", "RestoreSource", "match"]
 
 # For each array, what happens to it for another number of devices or members; None for nothing.
 Changes = Sequence[Resized | Regrouped | Refused | None]
@@ -72,7 +72,9 @@ class Match:
     initialized: tuple[Placed, ...] = ()
 
 
-class _Matcher:
+class Matcher:
+    """Matches each leaf of a target with a checkpoint, and collects what happens to it."""
+
     def __init__(self, state: State, manifests: Sequence[Manifest], only: object, cast: bool, members: object) -> None:
         self.plan = state.tables
         self.state = state
@@ -96,6 +98,12 @@ class _Matcher:
         self.aliases = {
             path_id(alias): leaf for manifest in manifests for leaf in manifest.leaves for alias in leaf.aliases
         }
+
+    def result(self, path: object) -> Match:
+        """Returns what was found, for a checkpoint at this path."""
+        hints = tuple(_hint(words, declared, self.plan) for words, declared in self.hints.items())
+        report = RestoreReport(str(path), tuple(self.done), hints, dict(self.manifests[0].written))
+        return Match(report, tuple(self.sources), tuple(self.restarted), tuple(self.initialized))
 
     def say(self, record: LeafRecord, outcome: Outcome, why: str = "", hints: Iterable[str] = ()) -> None:
         self.done.append(LeafRestore(record.leaf(), outcome, why))
@@ -167,6 +175,8 @@ class _Matcher:
         record, lost = placed.record, self.lost(placed)
         kind = self.plan.kinds[record.kind]
         why = "not asked for" if kind.saved else "ephemeral, never saved"
+        if not kind.saved and record.id in self.saved:
+            why = "ephemeral: what the checkpoint has is not used"
         if self.follows(record):
             self.begin(placed, why)
         elif not lost and self.is_outdated(record.kind):
@@ -377,10 +387,10 @@ def match(
     path: object, manifests: Sequence[Manifest], state: State, only: object, cast: bool, members: object
 ) -> Match:
     """Matches a target with a checkpoint, and its base if it has one."""
-    matcher = _Matcher(state, manifests, only, cast, members)
+    matcher = Matcher(state, manifests, only, cast, members)
     matcher.run()
-    hints = tuple(_hint(words, declared, state.tables) for words, declared in matcher.hints.items())
-    if hints and (names := renamed(state.tables, manifests[0])):
-        hints = (names,)  # the other differences follow from this one
-    report = RestoreReport(str(path), tuple(matcher.done), hints, dict(manifests[0].written))
-    return Match(report, tuple(matcher.sources), tuple(matcher.restarted), tuple(matcher.initialized))
+    matched = matcher.result(path)
+    if matched.report.hints and (names := renamed(state.tables, manifests[0])):
+        # The other differences follow from this one.
+        return dataclasses.replace(matched, report=dataclasses.replace(matched.report, hints=(names,)))
+    return matched

@@ -23,7 +23,9 @@ from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, M
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.per_device import Resized, count_members, resized
 from statewise._src.checkpoint.interop.foreign import foreign_leaves, is_foreign
+from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.match import Match, RestoreSource, match
+from statewise._src.checkpoint.match_names import NamedMatch, match_names
 from statewise._src.checkpoint.members import regrouped
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.common.narrowing import Casts, refuse_between_models
@@ -34,6 +36,7 @@ from statewise._src.core.state_data import check_fits
 from statewise._src.core.usable import check_untraced
 from statewise._src.core.versions import settle
 from statewise._src.inspect.census import Census
+from statewise._src.names.names import NamesData
 from statewise._src.plan.arrays import Spot
 from statewise.errors import RestoreError, StructureError
 
@@ -48,6 +51,7 @@ def restore(
     cast: bool = False,
     base: str | os.PathLike[str] | None = None,
     members: int | Sequence[int | None] | None = None,
+    names: NamesData | None = None,
 ) -> tuple[State, RestoreReport]:
     """Restores a checkpoint into a new state, exactly, or says why it cannot.
 
@@ -63,6 +67,9 @@ def restore(
       members: which members of an ensemble: for each member of the target the number of the checkpoint's, or None if it
         gets none (it is then kept, or restarted if the kind says `missing="restart"`); for one model the number of one.
         A checkpoint of one model has the member 0.
+      names: what the leaves are called in another program's files (`sw.Names`); `path` is then a `.safetensors` file,
+        or a folder of them, as models are published.  What such files cannot have keeps the target's values, or starts
+        as the optimizer's `init` makes it.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
@@ -85,6 +92,12 @@ def restore(
       >>> print(report.table().title.split()[0], report.ok, state["params"]["kernel"].shape)
       restore True (2, 3)
     """
+    if names is not None:
+        named = _matched_names(path, target, only, cast, base, members, names)
+        named.matched.report.raise_problems()
+        fresh = fresh_values(named.matched.restarted, target)
+        read = [named.read(source, _shardings(source, target)) for source in named.matched.sources]
+        return _state(named.matched, target, read, fresh, {}), named.matched.report
     folders, manifests, matched = _matched(path, target, only, cast, base, members)
     matched.report.raise_problems()
     fresh = fresh_values(matched.restarted, target)
@@ -102,6 +115,7 @@ def preview(
     cast: bool = False,
     base: str | os.PathLike[str] | None = None,
     members: int | Sequence[int | None] | None = None,
+    names: NamesData | None = None,
 ) -> RestoreReport:
     """Reports what `sw.restore` would do with the same arguments; reads no array, and does not raise for mismatches.
 
@@ -123,6 +137,8 @@ def preview(
       >>> [str(leaf) for leaf in sw.preview(f"{folder}/first", sw.plan(wider).abstract()).problems][1]
       'kernel: Param(2, 4) float32  kind=params  (is (2, 3) in the checkpoint)'
     """
+    if names is not None:
+        return _matched_names(path, target, only, cast, base, members, names).matched.report
     return _matched(path, target, only, cast, base, members)[2].report
 
 
@@ -178,17 +194,35 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 
+def _matched_names(
+    path: object, target: Any, only: object, cast: bool, base: object, members: object, names: object
+) -> NamedMatch:
+    _check_target(target)
+    if not isinstance(names, NamesData):
+        hint = "names=sw.Names({'embed/embedding': 'model.embed_tokens.weight'})"
+        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
+    if base is not None or members is not None:
+        raise RestoreError("Files of other names have neither a base nor members.", hint="leave out base and members")
+    return match_names(path, open_any(path), names, target, only, cast)
+
+
 def _matched(
     path: object, target: object, only: object, cast: bool, base: object, members: object
 ) -> tuple[list[Any], list[Manifest], Match]:
+    checked = _check_target(target)
+    folders, manifests = find_with_base(path, base)
+    return folders, manifests, match(path, manifests, checked, only, cast, members)
+
+
+def _check_target(target: object) -> State:
+    """Returns the target, which has to be a state."""
     if not isinstance(target, State):
         hint = "sw.restore(path, plan.take(model)), or plan.abstract(); then plan.put(state, model)"
         raise StructureError(f"The target of a restore is a state, not {type(target).__name__}.", hint=hint)
     hint = "restore before the function is called, and pass it the state"
     check_untraced(jax.tree.leaves(target), "restore", hint, subject="The target")
     check_fits(target, target.tables.kinds)
-    folders, manifests = find_with_base(path, base)
-    return folders, manifests, match(path, manifests, target, only, cast, members)
+    return target
 
 
 # --- the new state -----------------------------------------------------------------------------------------------

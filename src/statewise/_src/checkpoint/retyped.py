@@ -2,8 +2,8 @@
 
 Flax 0.12.11, for one, made the scales of `nnx.WeightNorm` Params, which were plain arrays: the same values at the same
 paths, of another type and so of another kind.  No list here says so.  A leaf is restored into another type where all
-else about it is equal, both types are of JAX or Flax, a layer of Flax's own holds it, and another version of Flax wrote
-the checkpoint.  A type that a user changed is still refused.
+else about it is equal, both types are of JAX or Flax, another version of Flax wrote the checkpoint, and a layer of
+Flax's own holds the leaf and has the new type in its code.  A type that a user gives a leaf is still refused.
 
 Of such a leaf, only the side that trains it has moments and averages.  They start as for a new leaf where the
 checkpoint lacks them, and are dropped where the target has no use for them.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,9 +64,9 @@ class Retyped:
         version = self._versions[checkpoint]
         if not changed or version == compat.versions()["flax"] or not self._is_of_flax(record, saved):
             return mismatches, ""
-        types = format_type(saved.type), format_type(record.type)
+        was_type = format_type(saved.type)
         kinds = "" if saved.kind == record.kind else f" of kind {saved.kind!r}"
-        was = f"was {_article(types[0])} {types[0]}{kinds} in flax {version}"
+        was = f"was {_article(was_type)} {was_type}{kinds} in flax {version}"
         self._known[record.path] = was
         rest = [mismatch for mismatch in mismatches if mismatch.field not in (Field.TYPE, Field.KIND)]
         return rest, was
@@ -90,7 +91,7 @@ class Retyped:
         if not all(type_.partition(":")[0].partition(".")[0] in ("jax", "flax") for type_ in (record.type, saved.type)):
             return False
         owner, name = _owner(self._objects, record.path, self._plan)
-        return _is_set_by_flax(owner, name)
+        return _is_set_by_flax(owner, name) and _has_type(owner, format_type(record.type))
 
     @functools.cached_property
     def _objects(self) -> tuple[Any, ...]:
@@ -127,7 +128,20 @@ def _is_set_by_flax(owner: type, name: Any) -> bool:
     return False
 
 
+def _has_type(owner: type, name: str) -> bool:
+    """Returns whether a layer of Flax names a type of Variables in its code; a plain array needs no name."""
+    layers = (cls for cls in owner.__mro__ if cls.__module__.partition(".")[0] == "flax")
+    return name == "Array" or any(name in _names_in(cls) for cls in layers)
+
+
 def _names_in(cls: type) -> Iterator[str]:
     for function in vars(cls).values():
         code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-        yield from code.co_names if code is not None else ()
+        yield from _names_of(code) if code is not None else ()
+
+
+def _names_of(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:  # the functions inside it
+        if isinstance(const, types.CodeType):
+            yield from _names_of(const)

@@ -16,7 +16,7 @@ from statewise.errors import DeclarationError, StructureError
 __all__ = ["given", "in_order", "names_given"]
 
 # The parameters of the functions that take named objects; an object cannot have one of these names.
-TAKEN = ("averages", "copy", "decode_length", "expect", "ignore", "kinds", "mesh", "optimizers", "pack")
+TAKEN = ("averages", "copy", "decode_length", "expect", "ignore", "kinds", "mesh", "optimizers", "pack", "steps")
 _BOTH = "Pass objects by position or by name, not both: {} and {}."
 
 

@@ -1,12 +1,12 @@
 """Does it fit: the memory that a plan's state takes on each device of a mesh, without any device or array.
 
-The arrays of the state are counted, sharded as by `Plan.shardings`, and the gradients of a train step, sharded like
-their parameters.  Activations are not counted: they depend on the batch, on what a step recomputes, and on the
-compiler, and are often the larger part.
+The arrays of the state are counted, sharded as by `Plan.shardings`, and what a train step makes of them, sharded alike:
+gradients, and the copies of a kind in its compute dtype.  Activations are not counted: they depend on the batch, on
+what a step recomputes, and on the compiler, and are often the larger part.
 
 XLA reports the same for a compiled train step that reads and writes the complete state (`train.lower(state, x)
 .compile().memory_analysis()`): its arguments are the state and the batch, to the byte, and all of the state is written
-in place.  It counts the gradients in its temporary memory, among the activations.
+in place.  It counts gradients and copies in its temporary memory, among the activations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.tables import ShownData, Table, format_bytes, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import Plan, State, tables_in
-from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import ArrayPlacement, axis_sizes, describe_mesh, resolve, slot_shardings
@@ -45,13 +44,17 @@ class KindMemory:
       per_device: their bytes in each device's own memory.
       host: their bytes in other memory (`pinned_host`) for each device.
       saving_if_sharded: the bytes that each device would save if a replicated kind were sharded evenly over the mesh.
+      compute: the compute dtype that the kind declares; None if it declares none.
+      copies: the bytes on each device of the copies in that dtype, which a step makes.
 
     Example:
       >>> from flax import nnx
       >>> import statewise as sw
       >>> model = nnx.Linear(8, 16, use_bias=False, rngs=nnx.Rngs(0))
-      >>> sw.memory(sw.plan(model), {"data": 8})["params"]
-      KindMemory(name='params', arrays=1, nbytes=512, per_device=512, host=0, saving_if_sharded=448)
+      >>> kinds = sw.Kinds(params=sw.Kind(nnx.Param, compute="bfloat16"))
+      >>> params = sw.memory(kinds.plan(model), {"data": 8})["params"]
+      >>> params.nbytes, params.per_device, params.saving_if_sharded, params.copies
+      (512, 512, 448, 256)
     """
 
     name: str
@@ -60,6 +63,8 @@ class KindMemory:
     per_device: int
     host: int
     saving_if_sharded: int
+    compute: str | None = None
+    copies: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +99,8 @@ class Memory(ShownData):
 
     @property
     def total(self) -> int:
-        """Returns the bytes per device: all kinds and the gradients; activations are not included."""
-        return sum(kind.per_device for kind in self.kinds) + self.gradients
+        """Returns the bytes per device: all kinds, their copies, and the gradients; activations are not included."""
+        return sum(kind.per_device + kind.copies for kind in self.kinds) + self.gradients
 
     @property
     def devices(self) -> int:
@@ -103,7 +108,7 @@ class Memory(ShownData):
         return math.prod(size for _, size in self.mesh)
 
     def table(self) -> Table:
-        """Returns a table with one line for each kind, and one for the gradients; below, the largest leaves."""
+        """Returns a table: a line for each kind, for its copies and for the gradients; below, the largest leaves."""
         columns: tuple[str, ...] = ("kind", "arrays", "bytes", "per device", "host", "saved if sharded")
         footer: tuple[str, ...] = ("total", "", "", format_bytes(self.total), "", "")
         rows: list[tuple[str, ...]] = []
@@ -111,6 +116,11 @@ class Memory(ShownData):
             sizes = map(format_bytes, (kind.nbytes, kind.per_device, kind.host))
             saving = format_bytes(kind.saving_if_sharded) if kind.saving_if_sharded else "-"
             rows.append((kind.name, str(kind.arrays), *sizes, saving))
+        rows += [
+            (f"{kind.name} in {kind.compute}", "", "", format_bytes(kind.copies), "", "")
+            for kind in self.kinds
+            if kind.copies
+        ]
         if self.gradients:
             rows.append(("gradients", "", "", format_bytes(self.gradients), "", ""))
         if not any(kind.host for kind in self.kinds):
@@ -148,7 +158,8 @@ def memory(
     """Counts the memory that a plan's state takes on each device of a mesh: does it fit, with its optimizer and cache?
 
     No array is made: the plan may be of an abstract model (`nnx.eval_shape`), and the mesh need not exist.
-    ACTIVATIONS ARE NOT INCLUDED, nor what the compiler needs for itself.
+    A step copies a kind with a compute dtype; the copies are counted too.  ACTIVATIONS ARE NOT INCLUDED, nor what the
+    compiler needs for itself.
 
     Args:
       plan: the plan, or a state, which has one.
@@ -203,20 +214,21 @@ def memory(
     sources = (source for group in tables.optimizers for source in tables.arrays_of(group).sources if gradients)
     return Memory(
         tuple(sizes.items()),
-        tuple(_of_kind(kind, arrays, placed[kind], sizes) for kind, arrays in tables.by_kind.items()),
+        tuple(_of_kind(tables, kind, placed[kind], sizes) for kind in tables.by_kind),
         sum(source.spec.nbytes // placed[source.kind][source.position].parts(sizes) for source in sources),
         tuple(largest),
     )
 
 
-def _of_kind(
-    kind: str, arrays: Sequence[ArrayInfo], placements: Sequence[ArrayPlacement], sizes: Mapping[str, int]
-) -> KindMemory:
-    device = host = total = 0
+def _of_kind(plan: PlanTables, kind: str, placements: Sequence[ArrayPlacement], sizes: Mapping[str, int]) -> KindMemory:
+    arrays, dtypes = plan.by_kind[kind], plan.compute_dtypes
+    device = host = total = copies = 0
     for array, placement in zip(arrays, placements, strict=True):
         part = array.spec.nbytes // placement.parts(sizes)
         # One value for each device along `each`, or one for all.
         total += array.spec.nbytes * math.prod(sizes[name] for name in placement.each)
+        if array.number in dtypes:
+            copies += math.prod(array.spec.shape) * dtypes[array.number].itemsize // placement.parts(sizes)
         if _on_device(placement):
             device += part
         else:
@@ -225,7 +237,7 @@ def _of_kind(
     replicated = device == total > 0 and not any(placement.split for placement in placements)
     # The devices share it evenly; the largest share is rounded up.
     saving = device - -(-total // math.prod(sizes.values())) if replicated else 0
-    return KindMemory(kind, len(arrays), total, device, host, saving)
+    return KindMemory(kind, len(arrays), total, device, host, saving, plan.kinds[kind].compute, copies)
 
 
 def bytes_of_leaves(

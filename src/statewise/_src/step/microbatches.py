@@ -187,11 +187,15 @@ def mean_of_parts(
         if training.weighted:
             # At least 32 bits: a bfloat16 cannot count the tokens of a batch.
             weight, others = others[0].astype(sums.weight.dtype), others[1:]
+
+        def share(array: Any, dtype: Any) -> Any:
+            product = (weight * array).astype(dtype)
+            # The mean of a part without tokens is 0 / 0, and must not count.
+            return jnp.where(weight == 0, jnp.zeros_like(product), product) if training.weighted else product
+
         after = _Sums(
-            loss=sums.loss + weight * loss.astype(sums.loss.dtype),
-            grads={
-                number: total + (weight * grads[number]).astype(total.dtype) for number, total in sums.grads.items()
-            },
+            loss=sums.loss + share(loss.astype(sums.loss.dtype), sums.loss.dtype),
+            grads={number: total + share(grads[number], total.dtype) for number, total in sums.grads.items()},
             weight=sums.weight + weight,
             is_valid=sums.is_valid & (weight >= 0),
             written=list(map(_of_same_type, new, sums.written)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,9 @@ import numpy as np
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
 from statewise._src.checkpoint.interop.export import FORMATS, destination, export
+from statewise._src.checkpoint.interop.export_folder import check_options, export_folder
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
+from statewise._src.checkpoint.interop.named import as_theirs
 from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.interop.sources import Source, open_mapping
 from statewise._src.checkpoint.save import save
@@ -30,6 +32,7 @@ from statewise._src.common.tables import ShownData, Table, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
+from statewise._src.names.names import NamesData
 from statewise._src.plan.arrays import Spot
 from statewise.errors import RestoreError, SaveError, StructureError
 
@@ -129,7 +132,7 @@ def _row(name: str, leaf: Leaf, outcome: str) -> tuple[str, ...]:
 
 
 def convert(
-    src: str | os.PathLike[str] | Mapping[str, Any],
+    src: str | os.PathLike[str] | Mapping[str, Any] | State,
     dst: str | os.PathLike[str] | None,
     *,
     target: State | None = None,
@@ -137,12 +140,16 @@ def convert(
     rename: Mapping[str, str | None] | Callable[[str], str | None] | None = None,
     dry_run: bool = False,
     cast: bool = False,
+    names: NamesData | None = None,
+    max_shard_bytes: int | None = None,
+    extra_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Conversion:
     """Converts a checkpoint: of Statewise, plain Orbax, safetensors, or Linen variables, each into each.
 
     Args:
       src: the path of a checkpoint of Statewise, of a plain Orbax checkpoint (or a manager's step with one tree), or of
-        a `.safetensors` file; or nested dicts of arrays, such as Linen's variables.
+        a `.safetensors` file or a folder of them; or nested dicts of arrays, such as Linen's variables; or, with
+        `names`, a state.
       dst: a path at which there is nothing; or None, to get a nested dict as the result's `tree` (with `to="orbax"` or
         `"linen"`).
       target: a state, or an abstract one: it determines which leaves there are, and their kinds, types, shapes and
@@ -154,6 +161,10 @@ def convert(
       dry_run: writes nothing, does not raise for mismatches, and reads no array, except for tied leaves that the source
         has under several names: their arrays have to be equal.
       cast: allows other dtypes, floating-point to floating-point and integer to integer.
+      names: what the leaves are called elsewhere (`sw.Names`).  With a state as `src` it is written under these names:
+        into a folder of safetensors files, as models are published, unless `dst` ends in `.safetensors`.
+      max_shard_bytes: the most bytes of arrays in one file of such a folder; 5 GiB if it is None.
+      extra_files: files that are copied into the folder as they are, such as `config.json`.
 
     Returns:
       what was matched, kept, missing, unexpected.  Leaves that a source cannot have (optimizer state, RNG, metrics)
@@ -182,6 +193,13 @@ def convert(
       >>> sw.inspect(f"{folder}/linear")["params"].size
       9
     """
+    if names is not None or isinstance(src, State):
+        return _by_names(src, dst, target, to, names, dry_run, max_shard_bytes, extra_files, rename, cast)
+    if max_shard_bytes is not None or extra_files:
+        raise SaveError(
+            "max_shard_bytes and extra_files are of a folder, which is written from a state by names.",
+            hint="sw.convert(state, 'folder', names=names, max_shard_bytes=5 * 2**30)",
+        )
     to = _format(dst, to)
     if target is not None and not isinstance(target, State):
         raise StructureError(f"The target of a conversion is a state, not {type(target).__name__}.", hint=_TARGET)
@@ -204,6 +222,49 @@ def convert(
         save(final, _state(target, fitted, arrays))
         return conversion
     return dataclasses.replace(conversion, tree=export(to, final, fitted.pieces, arrays))
+
+
+def _by_names(
+    src: Any,
+    dst: Any,
+    target: Any,
+    to: str | None,
+    names: Any,
+    dry_run: bool,
+    max_shard_bytes: Any,
+    extra_files: Any,
+    rename: Any,
+    cast: bool,
+) -> Conversion:
+    """Writes a state under the names of other programs."""
+    hint = "sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names)"
+    if not isinstance(src, State):
+        raise StructureError(f"With names a state is converted, and not {type(src).__name__}.", hint=hint)
+    if not isinstance(names, NamesData):
+        given = "there are none" if names is None else f"names is {type(names).__name__}"
+        raise StructureError(f"A state is converted by names, and {given}.", hint=hint)
+    if target is not None or rename is not None or cast or dst is None or to not in (None, "safetensors"):
+        raise StructureError(
+            "A state is written under other names into safetensors files: target, rename, cast and other formats do "
+            "not go with it.",
+            hint=hint,
+        )
+    check_not_batch(src)
+    most, others = check_options(max_shard_bytes, extra_files)
+    final = destination(dst, "safetensors")
+    if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
+        raise SaveError(f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder.", hint=hint)
+    source, problems = as_theirs(src, names)
+    fitted = fit_alone(source, "safetensors", None)
+    for leaf in problems.leaves:
+        fitted.problems.add(leaf)
+    fitted.problems.hint(*problems.hints)
+    conversion = _conversion(source, final, "safetensors", fitted)
+    if dry_run:
+        return conversion
+    conversion.raise_problems()
+    export_folder(source, final, most, others)
+    return conversion
 
 
 def _format(dst: object, to: str | None) -> str:

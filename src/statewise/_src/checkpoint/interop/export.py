@@ -22,7 +22,7 @@ from flax import nnx, traverse_util
 
 from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
-from statewise._src.checkpoint.interop.foreign import SAFETENSORS_DTYPES, safetensors_package
+from statewise._src.checkpoint.interop.safetensors import SAFETENSORS_DTYPES, safetensors_package
 from statewise._src.checkpoint.interop.sources import ARRAY
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.plain import write_tree
@@ -30,9 +30,9 @@ from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.save import flush, write_error
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
-from statewise.errors import SaveError
+from statewise.errors import SaveError, StatewiseError
 
-__all__ = ["FORMATS", "Piece", "add_obstacles", "collection_of", "destination", "export"]
+__all__ = ["FORMATS", "Piece", "add_obstacles", "collection_of", "committed", "destination", "export"]
 
 FORMATS = ("statewise", "orbax", "safetensors", "linen")
 
@@ -171,7 +171,7 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
         # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
         flat = {key[0]: np.asarray(array, order="C") for key, array in zip(keys, arrays, strict=True)}
         package = safetensors_package()
-        with _committed(final, arrays) as place:
+        with committed(final, sum(array.nbytes for array in arrays)) as place:
             try:
                 package.numpy.save_file(flat, place, metadata={"statewise": _metadata(keys, pieces)})
             except package.SafetensorError as error:  # from the file system: the dtypes were checked before
@@ -187,7 +187,7 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
             f"There is nothing to write to {final}: no array has elements, and Orbax does not store others.",
             hint="sw.convert(src, 'run/converted.safetensors')",
         )
-    with _committed(final, arrays) as place:
+    with committed(final, sum(array.nbytes for array in arrays)) as place:
         write_tree(place, tree)
     return None
 
@@ -208,18 +208,18 @@ def _metadata(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 
 
 @contextlib.contextmanager
-def _committed(final: FilePath, arrays: Sequence[np.ndarray]) -> Iterator[FilePath]:
-    """Yields a path to write arrays to; afterwards it has the final name, or is removed if something went wrong."""
+def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
+    """Yields a path to write that many bytes to; afterwards it has the final name, or is removed if that failed."""
     prefix = f".{short_name(final.name)}.tmp-"
     try:
         make_folder(final.parent)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=final.parent, ignore_cleanup_errors=True) as folder:
             place = FilePath(folder, "converted")  # a short name, because Orbax adds to it
-            with growing(f"writing {final.name}", sum(array.nbytes for array in arrays), lambda: [FilePath(folder)]):
+            with growing(f"writing {final.name}", nbytes, lambda: [FilePath(folder)]):
                 yield place
             flush(place)
             _give_name(place, final)
-    except SaveError:
+    except StatewiseError:
         raise
     except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError
         raise write_error(final, error) from error

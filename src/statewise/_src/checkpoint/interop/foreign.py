@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import struct
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -20,30 +18,17 @@ import numpy as np
 
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import NAME
-from statewise._src.checkpoint.interop.recognize import recognized, within
+from statewise._src.checkpoint.interop.recognize import within
+from statewise._src.checkpoint.interop.safetensors import first_line, has_safetensors, open_file, open_folder
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
-from statewise.errors import CorruptedError, RestoreError, StatewiseError
+from statewise.errors import CorruptedError, RestoreError
 
-__all__ = ["SAFETENSORS_DTYPES", "foreign_leaves", "is_foreign", "only_item", "open_path", "safetensors_package"]
+__all__ = ["foreign_leaves", "is_foreign", "only_item", "open_path"]
 
-# The dtypes of a safetensors file, by the format's codes; those that are missing here have no dtype in JAX.
-SAFETENSORS_DTYPES = {
-    "BOOL": "bool",
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    "BF16": "bfloat16",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
 ORBAX_FILE = "_METADATA"
 
 
@@ -57,7 +42,7 @@ def is_foreign(path: object) -> bool:
     folder = place_of(path)
     if not folder.is_dir():
         return bool(folder.is_file())
-    return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE))
+    return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE) or has_safetensors(folder))
 
 
 def open_path(path: object) -> Source:
@@ -73,10 +58,12 @@ def open_path(path: object) -> Source:
             f"There is nothing at {folder}.", hint="the path of a checkpoint's directory, or of a .safetensors file"
         )
     if folder.is_file():
-        return _open_safetensors(FilePath(os.fspath(folder)))
+        return open_file(FilePath(os.fspath(folder)))
     item = only_item(folder, ORBAX_FILE)
     if item is not None:
         return _open_orbax(item)
+    if has_safetensors(folder):
+        return open_folder(FilePath(os.fspath(folder)))
     steps = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and _items_with(entry, ORBAX_FILE)]
     if steps:
         raise RestoreError(f"{folder} holds several steps.", hint=f"the path of one of them: {str(steps[-1])!r}")
@@ -122,92 +109,6 @@ def foreign_leaves(path: object) -> list[Leaf]:
     ]
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------
-
-
-def safetensors_package() -> Any:
-    """Imports the package `safetensors`, which is optional.
-
-    Raises:
-      StatewiseError: it is not installed.
-    """
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise StatewiseError(
-            "safetensors files need the package safetensors, which is not installed.",
-            hint="pip install 'statewise[safetensors]'",
-        ) from error
-    return safetensors
-
-
-def _open_safetensors(path: FilePath) -> Source:
-    package = safetensors_package()
-    try:
-        # This checks the complete header: that it is JSON, and that the arrays fill the file without gaps.
-        with package.safe_open(path, framework="np") as file:
-            known = _known((file.metadata() or {}).get("statewise"))
-        with path.open("rb") as raw:
-            (length,) = struct.unpack("<Q", raw.read(8))
-            header = json.loads(raw.read(length))
-    except (package.SafetensorError, OSError, ValueError) as error:
-        _check_other(path)
-        raise CorruptedError(
-            f"{path} is corrupted, or not a safetensors file: {_first_line(error)}.",
-            hint="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
-        ) from error
-    header.pop("__metadata__", None)
-    entries = []
-    for name, facts in header.items():
-        dtype = SAFETENSORS_DTYPES.get(facts["dtype"], facts["dtype"])
-        entries.append(SourceArray(name, tuple(name.split(".")), tuple(facts["shape"]), dtype, **known.get(name, {})))
-    dtypes = {entry.name: entry.dtype for entry in entries}
-
-    def read(names: Collection[str]) -> dict[str, np.ndarray]:
-        arrays = {}
-        with path.open("rb") as raw:
-            for name in names:
-                # Not with the package: its NumPy side does not have float8, its Flax side narrows 64 bits to 32.
-                start, stop = header[name]["data_offsets"]
-                raw.seek(8 + length + start)
-                data = np.fromfile(raw, np.uint8, stop - start)
-                if data.size != stop - start:
-                    raise CorruptedError(f"{path} is corrupted: it has become shorter.", hint="fetch or write it again")
-                own = dtype_of(dtypes[name])
-                assert own is not None, "a dtype that JAX lacks fits no leaf"
-                arrays[name] = data.view(own).reshape(header[name]["shape"])
-        return arrays
-
-    return Source(str(path), "safetensors", tuple(entries), read)
-
-
-def _check_other(path: FilePath) -> None:
-    """Raises if a file is of another format, because then it is not corrupted."""
-    try:
-        file = recognized(path)
-    except OSError:
-        return  # the caller reports that it cannot be read
-    if file.certain or not (path.name.endswith(".safetensors") or file.what == "a safetensors file"):
-        raise RestoreError(f"{path} is not a checkpoint, but {file.what}.", hint=file.hint)
-
-
-def _known(text: str | None) -> dict[str, dict[str, Any]]:
-    """Returns what a file that Statewise wrote says about its leaves: kind, type, PRNG; nothing if it is malformed."""
-    try:
-        leaves = json.loads(text or "{}")["leaves"]
-        return {
-            name: {field: facts[field] for field in ("kind", "type", "prng") if isinstance(facts.get(field), str)}
-            for name, facts in leaves.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def _first_line(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-
-
 # --- Orbax -----------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +144,7 @@ def _by_orbax(folder: Any, what: str) -> Iterator[None]:
         yield
     except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
         raise CorruptedError(
-            f"{folder} is corrupted: Orbax cannot read its {what}: {_first_line(error)}.",
+            f"{folder} is corrupted: Orbax cannot read its {what}: {first_line(error)}.",
             hint="convert another checkpoint",
         ) from error
 

@@ -41,7 +41,7 @@ from statewise._src.core.plan import State
 from statewise._src.plan.tables import OPTIMIZER
 from statewise.errors import RestoreError, StructureError
 
-__all__ = ["Fit", "compare_tied", "fit", "fit_alone"]
+__all__ = ["Fit", "compare_tied", "fit", "fit_alone", "same_values"]
 
 CAST = "sw.convert(src, dst, ..., cast=True)"
 _SIZES = "build the model with the sizes of the source, or rename another to it"

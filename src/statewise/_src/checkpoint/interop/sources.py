@@ -72,6 +72,7 @@ class Source:
       entries: the arrays that it has; none was read for this.
       read: returns the arrays of some entries, by name.
       others: the names of everything in it that is not an array.
+      by_design: the paths, as text, of leaves that it is known not to have.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source:
     entries: tuple[SourceArray, ...]
     read: Callable[[Collection[str]], dict[str, np.ndarray]]
     others: tuple[str, ...] = ()
+    by_design: frozenset[str] = frozenset()
 
 
 def known_collection(name: Any) -> bool:

@@ -174,9 +174,11 @@ def _touched(definition: Definition, plan: PlanTables, traced: Traced, contract:
     alone = passed - packed
     # A parameter counts as updated even if the function writes it too; what only the function writes does not.
     updated = (differentiated | moments | (donated & alone)) - (by_function - differentiated)
+    # Where a step may change nothing, it selects between old values and new ones.
+    may_keep = definition.training.skips_nonfinite or definition.training.weighted
     in_function = set(itertools.compress(range(traced.inputs), traced.effects.read))
     return {
-        "read": in_function | differentiated | moments | (alone - donated),
+        "read": in_function | differentiated | moments | (alone - donated) | (by_function if may_keep else set()),
         "written": by_function | updated,
         "updated": updated,
         "differentiated": differentiated,
@@ -212,6 +214,7 @@ def _row(plan: PlanTables, leaf: Leaf, numbers: list[int], touched: dict[str, se
         saved=kind.saved,
         written_but_not_saved=facts["written"] and not kind.saved,
         restarts=kind.restart is not None,
+        compute=next((plan.compute_dtypes[number].name for number in numbers if number in plan.compute_dtypes), None),
         **facts,
     )
 

@@ -36,6 +36,7 @@ class LeafAudit:
       saved: whether a checkpoint contains it.
       written_but_not_saved: whether the step writes it and no checkpoint contains it.
       restarts: whether its kind declares how a fresh value is made.
+      compute: the dtype in which the function sees it; None if that is its own.
 
     Example:
       >>> import jax
@@ -62,6 +63,7 @@ class LeafAudit:
     saved: bool
     written_but_not_saved: bool
     restarts: bool
+    compute: str | None = None
 
     @property
     def path(self) -> Path:
@@ -75,10 +77,10 @@ class LeafAudit:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the row as plain data."""
-        return leaf_dict(self.leaf) | {name: getattr(self, name) for name in FLAGS}
+        return leaf_dict(self.leaf) | {name: getattr(self, name) for name in (*FLAGS, "compute")}
 
 
-FLAGS = tuple(field.name for field in dataclasses.fields(LeafAudit) if field.name != "leaf")
+FLAGS = tuple(field.name for field in dataclasses.fields(LeafAudit) if field.name not in ("leaf", "compute"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class KindAudit:
       written_but_not_saved: how many are written and not saved.
       saved: whether a checkpoint contains the kind.
       restarts: whether the kind declares how a fresh value is made.
+      compute: the compute dtype that the kind declares; None if it declares none.
 
     Example:
       >>> import jax
@@ -125,6 +128,7 @@ class KindAudit:
     written_but_not_saved: int
     saved: bool
     restarts: bool
+    compute: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +244,7 @@ class Audit(ShownData):
         for name, kind in self.kinds.items():
             rows = self[name]
             facts: dict[str, Any] = {flag: sum(getattr(row, flag) for row in rows) for flag in counted}
-            facts |= {"saved": kind.saved, "restarts": kind.restart is not None}
+            facts |= {"saved": kind.saved, "restarts": kind.restart is not None, "compute": kind.compute}
             counts[name] = KindAudit(name=name, leaves=len(rows), **facts)
         return counts
 
@@ -252,6 +256,7 @@ class Audit(ShownData):
             columns[title] = [format_count(number) if number else "-" for number in numbers]
         columns["saved"] = ["yes" if count.saved else "no" for count in counts]
         columns["restarts"] = ["yes" if count.restarts else "-" for count in counts]
+        columns |= _compute_column(counts)
         rows = tuple(zip(*columns.values(), strict=True))
         return Table(
             f"audit of {self.step}", tuple(columns), rows, right=("leaves", *_COUNTED), below=self._to_look_at()
@@ -269,6 +274,7 @@ class Audit(ShownData):
         for title, flags in self._columns(rows):
             columns[title] = ["yes" if flag else "-" for flag in flags]
         columns["saved"] = ["yes" if row.saved else "no" for row in rows]
+        columns |= _compute_column(rows)
         return Table(f"audit of {self.step}", tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
     def _columns(self, rows: Sequence[LeafAudit | KindAudit]) -> Iterator[tuple[str, list[int]]]:
@@ -320,6 +326,11 @@ _COUNTED = {
 }
 _ALWAYS = frozenset({"read", "written", "passed_to_jit", "donated"})
 _TRAINING = frozenset({"differentiated", "zero_gradient"})
+
+
+def _compute_column(rows: Sequence[LeafAudit | KindAudit]) -> dict[str, list[str]]:
+    """Returns the column of compute dtypes, by its title, if there are any."""
+    return {"compute": [row.compute or "-" for row in rows]} if any(row.compute for row in rows) else {}
 
 
 def _by_kind(warning: StatewiseWarning, fact: str) -> list[tuple[str, str, str]]:

@@ -53,9 +53,19 @@ class FunctionCode(NamedTuple):
 
 
 def functions_of(cls: type, wanted: Wanted) -> tuple[FunctionCode, ...]:
-    """Returns the code of the functions of a class and its bases, with their calls of some methods and functions."""
-    values = [value for base in cls.__mro__ for value in vars(base).values()]
-    functions = dict.fromkeys(function for value in values for function in _functions_in(value))
+    """Returns the code of the functions of a class and its bases, with their calls of some methods and functions.
+
+    A method that another one replaces is left out, unless that one refers to `super`.
+    """
+    functions = dict[types.FunctionType, None]()
+    replaced: set[str] = set()
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if name not in replaced:
+                own = dict.fromkeys(_functions_in(value))
+                functions |= own
+                if not any("super" in code.co_names for function in own for code in _codes(function.__code__)):
+                    replaced.add(name)
     return tuple(_read(function, wanted) for function in functions)
 
 

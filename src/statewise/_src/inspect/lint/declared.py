@@ -8,12 +8,13 @@ from typing import Any
 
 from flax import nnx
 
-from statewise._src.common.paths import Path, format_path
+from statewise._src.common.paths import Path
 from statewise._src.common.problems import counted
 from statewise._src.filters.combinators import compound, describe, normalize, predicate
 from statewise._src.filters.explain import as_code, type_only
 from statewise._src.filters.primitives import Exactly
 from statewise._src.inspect.lint.finding import Found, Rules, kind_with
+from statewise._src.inspect.lint.statistics import statistics_of
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import label_of, trainings
 from statewise._src.inspect.positions import WHY, is_named_position, may_be_position, restart_hint
@@ -222,9 +223,7 @@ def rng_not_saved(subject: Subject) -> Iterator[Found]:
 )
 def statistics_not_saved(subject: Subject) -> Iterator[Found]:
     """Finds running statistics in kinds that are not saved."""
-    # A class of the user's own that has the name means the same.
-    types = [cls for cls in set(subject.types) if any(base.__name__ == "BatchStat" for base in cls.__mro__)]
-    yield from _lost(subject, subject.of_type(*types), "not saved, and holds {n} of running statistics")
+    yield from _lost(subject, statistics_of(subject), "not saved, and holds {n} of running statistics")
 
 
 @RULES.rule("trained-but-not-saved", "what training learned is gone after a restart")
@@ -232,54 +231,3 @@ def trained_but_not_saved(subject: Subject) -> Iterator[Found]:
     """Finds trained leaves in kinds that are not saved."""
     for training in trainings(subject):
         yield from _lost(subject, list(training.trained), "trained, and not saved")
-
-
-# --- modes: modules that train while the rest of the program evaluates --------------------------------------------
-
-
-def _writers(subject: Subject) -> dict[Path, list[int]]:
-    """Returns the modules that update running statistics when called, each with its statistics."""
-    flags = subject.values_of_attribute("use_running_average")
-    params = set(subject.of_type(nnx.Param, nnx.RngState)) if flags else set()
-    statistics = {
-        path: [number for number in subject.below(path) if number not in params]
-        for path, flag in flags.items()
-        if flag is False
-    }
-    return {path: numbers for path, numbers in statistics.items() if numbers}
-
-
-@RULES.rule(
-    "statistics-written-by-eval",
-    "evaluating changes the statistics, by test data, and the output depends on the batch",
-)
-def statistics_written_by_eval(subject: Subject) -> Iterator[Found]:
-    """Finds modules that update statistics in a model whose dropout is switched off."""
-    flags = {flag for flag in subject.values_of_attribute("deterministic").values() if isinstance(flag, bool)}
-    writers = (
-        _writers(subject) if flags == {True} else {}
-    )  # without such a flag, nothing says that this model evaluates
-    if writers:
-        modules = ", ".join(map(format_path, itertools.islice(writers, 3))) + (" ..." if len(writers) > 3 else "")
-        yield Found(
-            f"Every dropout is switched off, but running statistics are still updated (in {modules}).",
-            subject.rows(sorted(set().union(*writers.values()))),
-            "model.eval()  # or nnx.view(model, deterministic=True, use_running_average=True)",
-        )
-
-
-@RULES.rule(
-    "frozen-statistics-in-training",
-    "a step that calls the module writes a frozen kind, which is an error; NNX alone would write it",
-)
-def frozen_statistics_in_training(subject: Subject) -> Iterator[Found]:
-    """Finds frozen statistics of modules that update them."""
-    frozen = {path: set(filter(subject.is_frozen, numbers)) for path, numbers in _writers(subject).items()}
-    first = next((path for path, numbers in frozen.items() if numbers), None)
-    if first is not None:
-        yield Found(
-            "Frozen statistics belong to modules that update them.",
-            subject.rows(sorted(set().union(*frozen.values()))),
-            f"use_running_average=True, where the module is made ({format_path(first)})"
-            "  # or model.eval() as a step's first line",
-        )

@@ -10,13 +10,17 @@ from flax import nnx
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_bytes
-from statewise._src.inspect.lint.finding import Found, Rules, kind_with
+from statewise._src.filters.explain import as_code
+from statewise._src.inspect.lint.finding import Found, Rules, kind_of_their_own, kind_with
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import trainings
 
 __all__ = ["RULES"]
 
 RULES = Rules()
+
+# The collection of such values in flax.linen.fp8_ops, and the type of its variables in NNX.
+_OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 
 
 @RULES.rule(
@@ -165,6 +169,46 @@ def optimizer_state_for_frozen(subject: Subject) -> Iterator[Found]:
                 "nnx.Optimizer(model, tx, wrt=...) with a filter that only matches what is trained\n"
                 "or kinds.plan(model, optimizers={...}), which rejects an optimizer of a frozen kind",
             )
+
+
+@RULES.rule(
+    "scale-not-overwritten",
+    "their gradient is their next value, which is lost: at the old scale, fp8 rounds small gradients to zero",
+)
+def scale_not_overwritten(subject: Subject) -> Iterator[Found]:
+    """Finds scales and amax histories of fp8 layers whose gradient is not stored."""
+    scales = [number for number in _scales(subject) if not subject.is_frozen(number)]
+    for training in trainings(subject):
+        wrong = [number for number in scales if number in training.trained]
+        if wrong and not training.overwrites:
+            values = counted(len(wrong), "value that its", "values that their")
+            yield Found(
+                f"{training.label} trains {values} gradient replaces.", subject.rows(wrong), _stored(subject, wrong)
+            )
+        scales = [number for number in scales if number not in training.trained]
+    if scales and subject.plan and subject.plan.optimizers:
+        values = counted(
+            len(scales), "value that its gradient replaces has", "values that their gradient replaces have"
+        )
+        yield Found(f"{values} no optimizer.", subject.rows(scales), _stored(subject, scales))
+
+
+def _scales(subject: Subject) -> list[int]:
+    """Returns the leaves of Flax's collection of such values, and of a class that has its name."""
+    names = {cls: cls.__name__.replace("_", "").lower() for cls in set(subject.types)}
+    return subject.of_type(*(cls for cls, name in names.items() if name == "overwritewithgradient"))
+
+
+def _stored(subject: Subject, numbers: Sequence[int]) -> str:
+    """Returns the code that stores the gradients of leaves: with a kind of their own, if they have none."""
+    name, cls = str(subject.claims[numbers[0]]), subject.types[numbers[0]]
+    is_flaxs = cls.__name__ == _OVERWRITE_WITH_GRADIENT
+    of = f"nnx.variable_type_from_name({cls.__name__!r}, allow_register=True)" if is_flaxs else as_code(cls)
+    is_alone = subject.claims.count(name) == len(numbers) and not subject.kinds[name].rest
+    lines = [] if is_alone else [kind_of_their_own(subject, name, "fp8", of)]
+    stored = f"{name if is_alone else 'fp8'!r}: sw.overwrite_with_gradient()"
+    lines.append(f"kinds.plan(model, optimizers={{'params': tx, {stored}}})")
+    return "\n".join(lines)
 
 
 @RULES.rule("optimizer-of-another-model", "the update fails, or leaves out what was added since")

@@ -97,6 +97,8 @@ def _popping(subject: Subject) -> Iterator[tuple[Path, str, type]]:
     if any(value is nnx.capture for code in codes for value in code.objects):  # the model captures by itself
         return
     recorded = {call.type or _default(call) for code in codes for call in _recording(code)}
+    if any("sow_weights" in code.texts for code in codes):  # Flax's attention sows for those who ask it to
+        recorded.add(nnx.Intermediate)
     first = {type(node): path for path, node in reversed(subject.nodes)}
     popped = {
         code.name: (first[cls], code.name, call.type)

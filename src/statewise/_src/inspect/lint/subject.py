@@ -41,13 +41,18 @@ from statewise._src.plan.kind import Kind
 from statewise._src.plan.match import claim, claimants
 from statewise._src.plan.spelled_paths import Reading
 from statewise._src.plan.tables import PlanTables
+from statewise._src.step.definition import Definition
 from statewise.errors import DeclarationError, OverlapError, UnclaimedError
 
 __all__ = ["Subject", "subject_of"]
 
 
 def subject_of(
-    objects: Sequence[object], kinds: object, decode_length: int | None, names: tuple[str, ...] = ()
+    objects: Sequence[object],
+    kinds: object,
+    decode_length: int | None,
+    names: tuple[str, ...] = (),
+    steps: tuple[Definition, ...] = (),
 ) -> Subject:
     """Makes a subject of the arguments of `sw.lint`.
 
@@ -65,7 +70,7 @@ def subject_of(
         )
     declared = chosen_kinds(kinds, tables_in(planned), "sw.lint(model, kinds=kinds)")
     if planned is None:
-        return Subject(tuple(objects), declared, kinds is not None, None, decode_length, names)
+        return Subject(tuple(objects), declared, kinds is not None, None, decode_length, names, steps)
     state: StateData = planned if isinstance(planned, State) else abstract(tables_of(planned))
     plan = state.tables
     check_not_batch(state)
@@ -74,7 +79,7 @@ def subject_of(
     # Rules look at objects, whatever was passed; no array is copied for them.
     built = build(state.tables, state, copy=False)
     objects = built if plan.object_count > 1 else (built,)
-    return Subject(objects, declared, True, plan, decode_length, plan.names)
+    return Subject(objects, declared, True, plan, decode_length, plan.names, steps)
 
 
 def _first_of_each(state: StateData) -> StateData:
@@ -104,6 +109,7 @@ class Subject:
       plan: the plan, if there is one.
       decode_length: the number of tokens to decode, if it is known.
       names: the objects' names, if they have any.
+      steps: the steps that run on them, as they are defined.
       ensemble: a state of an ensemble, for the rules that compare its members; those of one model then do not apply.
     """
 
@@ -113,6 +119,7 @@ class Subject:
     plan: PlanTables | None
     decode_length: int | None
     names: tuple[str, ...] = ()
+    steps: tuple[Definition, ...] = ()
     ensemble: State | None = None
     trainings: list[Any] | None = None  # the result of `training.trainings`, once it has been called
 

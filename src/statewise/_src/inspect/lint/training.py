@@ -25,6 +25,7 @@ class Training(NamedTuple):
       trained: the leaves that it updates, each with its path in the optimizer's state.
       moments: its state, a row for each array.
       orphans: moments of leaves that the model does not have.
+      overwrites: whether it stores the gradients as new values.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Training(NamedTuple):
     trained: dict[int, Path]
     moments: tuple[Leaf, ...]
     orphans: tuple[Leaf, ...] = ()
+    overwrites: bool = False
 
 
 def trainings(subject: Subject) -> list[Training]:
@@ -57,7 +59,8 @@ def _of_plan(subject: Subject) -> list[Training]:
             make_leaf((OPTIMIZER, group.label, *path), jax.Array, [spec], True, OPTIMIZER)
             for path, spec in zip(group.layout.paths, group.layout.specs, strict=True)
         )
-        trainings.append(Training(f"The optimizer of {group.label}", group.kinds, trained, moments))
+        label = f"The optimizer of {group.label}"
+        trainings.append(Training(label, group.kinds, trained, moments, overwrites=group.overwrites))
     return trainings
 
 

@@ -152,6 +152,8 @@ function memorySection(memory, hueOf) {
     `${formatBytes(memory.total)} on each of ${formatCount(memory.devices)} devices, mesh ${axes.join(", ")}. ` +
     "Activations are not included, nor what the compiler needs itself.";
   const parts = memory.kinds.map((kind) => [kind.name, kind.per_device, hueOf(kind.name)]);
+  const copied = memory.kinds.filter((kind) => kind.copies);
+  parts.push(...copied.map((kind) => [`${kind.name} in ${kind.compute}`, kind.copies, hueOf(kind.name)]));
   if (memory.gradients) parts.push(["gradients", memory.gradients, null]);
   const shown = parts.filter(([, size]) => size > 0);
   byId("memory-bar").setAttribute("aria-label", shown.map(([name, size]) => `${name} ${formatBytes(size)}`).join(", "));
@@ -198,6 +200,11 @@ function memorySection(memory, hueOf) {
         kind.saving_if_sharded ? formatBytes(kind.saving_if_sharded) : "-",
       ),
     );
+  rows.push(
+    ...copied.map((kind) =>
+      line(`${kind.name} in ${kind.compute}`, hueOf(kind.name), "", "", formatBytes(kind.copies), "", ""),
+    ),
+  );
   if (memory.gradients) rows.push(line("gradients", null, "", "", formatBytes(memory.gradients), "", ""));
   const sums = ["total", "", "", formatBytes(memory.total), ...(host ? [""] : []), ""];
   byId("memory-table").replaceChildren(

@@ -1,0 +1,116 @@
+"""Writing a folder of safetensors files as models are published: one file, or several with an index.
+
+The names of the files and the index are those that Hugging Face's libraries read
+(https://huggingface.co/docs/transformers/big_models): `model.safetensors`, or `model-00001-of-00003.safetensors` and
+`model.safetensors.index.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from statewise._src.checkpoint.format.keys import dtype_of
+from statewise._src.checkpoint.interop.export import committed
+from statewise._src.checkpoint.interop.safetensors import INDEX, safetensors_package
+from statewise._src.checkpoint.interop.sources import Source, SourceArray
+from statewise.errors import SaveError
+
+__all__ = ["check_options", "export_folder"]
+
+SHARD_BYTES = 5 * 2**30  # as other libraries write them
+
+
+def check_options(max_shard_bytes: Any, extra_files: Sequence[Any]) -> tuple[int, list[FilePath]]:
+    """Returns the largest number of bytes of a file, and the other files, checked.
+
+    Raises:
+      SaveError: it is not a number of bytes; a file does not exist, or has the name of one that is written.
+    """
+    if max_shard_bytes is None:
+        max_shard_bytes = SHARD_BYTES
+    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise SaveError(
+            f"max_shard_bytes={max_shard_bytes!r} is not a number of bytes.", hint="max_shard_bytes=5 * 2**30"
+        )
+    if isinstance(extra_files, (str, bytes, os.PathLike)):
+        raise SaveError("extra_files is one path, and not several.", hint=f"extra_files=[{extra_files!r}]")
+    paths = [FilePath(path) for path in extra_files]
+    for path in paths:
+        if not path.is_file():
+            raise SaveError(f"There is no file at {path}.", hint="extra_files=['folder/config.json']")
+        if path.name.endswith(".safetensors") or path.name == INDEX:
+            raise SaveError(f"{path} has the name of a file of arrays.", hint="leave it out of extra_files")
+    if len({path.name for path in paths}) < len(paths):
+        raise SaveError("Two of extra_files have the same name.", hint="files with different names")
+    return max_shard_bytes, paths
+
+
+def export_folder(source: Source, final: FilePath, max_shard_bytes: int, extra_files: Sequence[FilePath]) -> None:
+    """Writes a source's arrays, under their names; what has the final name is complete.
+
+    Args:
+      source: the arrays; those of one file are read at a time.
+      final: the folder, which does not exist; or one file, if it ends in `.safetensors`.
+      max_shard_bytes: the most bytes of arrays in one file; a larger array has a file of its own.
+      extra_files: files that are copied into the folder as they are.
+
+    Raises:
+      SaveError: it could not be written; nothing of it is left.
+    """
+    sizes = {entry.name: _bytes(entry) for entry in source.entries}
+    total = sum(sizes.values())
+    is_file = final.name.endswith(".safetensors")
+    shards = [list(sizes)] if is_file else _shards(sizes, max_shard_bytes)
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    with committed(final, total) as place:
+        if is_file:
+            _write_file(source, shards[0], place)
+            return
+        place.mkdir()
+        for file, shard in zip(files, shards, strict=True):
+            _write_file(source, shard, place / file)
+        if len(shards) > 1:
+            owner = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": owner}
+            (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for path in extra_files:
+            shutil.copyfile(path, place / path.name)
+
+
+def _write_file(source: Source, names: Sequence[str], place: FilePath) -> None:
+    package = safetensors_package()
+    arrays = source.read(names)
+    # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
+    flat = {name: np.asarray(arrays[name], order="C") for name in names}
+    try:
+        package.numpy.save_file(flat, place, {"format": "pt"})
+    except package.SafetensorError as error:  # from the file system: names and dtypes were checked before
+        raise OSError(str(error)) from error
+
+
+def _bytes(entry: SourceArray) -> int:
+    dtype = dtype_of(entry.dtype)
+    return 0 if dtype is None else math.prod(entry.shape) * dtype.itemsize
+
+
+def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Returns the names in each file, in order."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards

@@ -1,0 +1,217 @@
+"""safetensors: one file, or a folder of several with an index, as models are published.
+
+A file is eight bytes that give the length of a header, the header in JSON, and the arrays one after another.  The
+package checks all of that; arrays are read here, by their byte ranges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Collection, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+
+from statewise._src.checkpoint.format.keys import dtype_of
+from statewise._src.checkpoint.interop.recognize import recognized
+from statewise._src.checkpoint.interop.sources import Source, SourceArray
+from statewise.errors import CorruptedError, RestoreError, StatewiseError
+
+__all__ = [
+    "INDEX",
+    "SAFETENSORS_DTYPES",
+    "first_line",
+    "has_safetensors",
+    "open_file",
+    "open_folder",
+    "safetensors_package",
+]
+
+# The index of a folder: {"weight_map": {name: file}}.
+INDEX = "model.safetensors.index.json"
+
+# The dtypes of a safetensors file, by the format's codes; those that are missing here have no dtype in JAX.
+SAFETENSORS_DTYPES = {
+    "BOOL": "bool",
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+
+def safetensors_package() -> Any:
+    """Imports the package `safetensors`, which is optional.
+
+    Raises:
+      StatewiseError: it is not installed.
+    """
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise StatewiseError(
+            "safetensors files need the package safetensors, which is not installed.",
+            hint="pip install 'statewise[safetensors]'",
+        ) from error
+    return safetensors
+
+
+def open_file(path: FilePath) -> Source:
+    """Opens a safetensors file.
+
+    Raises:
+      CorruptedError: it is not what was written.
+      RestoreError: it is a file of another format.
+      StatewiseError: the package safetensors is not installed.
+    """
+    package = safetensors_package()
+    try:
+        # This checks the complete header: that it is JSON, and that the arrays fill the file without gaps.
+        with package.safe_open(path, framework="np") as file:
+            known = _known((file.metadata() or {}).get("statewise"))
+        with path.open("rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            header = json.loads(raw.read(length))
+    except (package.SafetensorError, OSError, ValueError) as error:
+        _check_other(path)
+        raise CorruptedError(
+            f"{path} is corrupted, or not a safetensors file: {first_line(error)}.",
+            hint="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
+        ) from error
+    header.pop("__metadata__", None)
+    entries = []
+    for name, facts in header.items():
+        dtype = SAFETENSORS_DTYPES.get(facts["dtype"], facts["dtype"])
+        entries.append(SourceArray(name, tuple(name.split(".")), tuple(facts["shape"]), dtype, **known.get(name, {})))
+    dtypes = {entry.name: entry.dtype for entry in entries}
+
+    def read(names: Collection[str]) -> dict[str, np.ndarray]:
+        arrays = {}
+        with path.open("rb") as raw:
+            for name in names:
+                # Not with the package: its NumPy side does not have float8, its Flax side narrows 64 bits to 32.
+                start, stop = header[name]["data_offsets"]
+                raw.seek(8 + length + start)
+                data = np.fromfile(raw, np.uint8, stop - start)
+                if data.size != stop - start:
+                    raise CorruptedError(f"{path} is corrupted: it has become shorter.", hint="fetch or write it again")
+                own = dtype_of(dtypes[name])
+                assert own is not None, "a dtype that JAX lacks fits no leaf"
+                arrays[name] = data.view(own).reshape(header[name]["shape"])
+        return arrays
+
+    return Source(str(path), "safetensors", tuple(entries), read)
+
+
+def _check_other(path: FilePath) -> None:
+    """Raises if a file is of another format, because then it is not corrupted."""
+    try:
+        file = recognized(path)
+    except OSError:
+        return  # the caller reports that it cannot be read
+    if file.certain or not (path.name.endswith(".safetensors") or file.what == "a safetensors file"):
+        raise RestoreError(f"{path} is not a checkpoint, but {file.what}.", hint=file.hint)
+
+
+def _known(text: str | None) -> dict[str, dict[str, Any]]:
+    """Returns what a file that Statewise wrote says about its leaves: kind, type, PRNG; nothing if it is malformed."""
+    try:
+        leaves = json.loads(text or "{}")["leaves"]
+        return {
+            name: {field: facts[field] for field in ("kind", "type", "prng") if isinstance(facts.get(field), str)}
+            for name, facts in leaves.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+# --- a folder ------------------------------------------------------------------------------------------------------
+
+
+def has_safetensors(folder: Any) -> bool:
+    """Returns whether a folder has an index of safetensors files, or such files."""
+    return (folder / INDEX).exists() or any(entry.name.endswith(".safetensors") for entry in folder.iterdir())
+
+
+def open_folder(folder: FilePath) -> Source:
+    """Opens a folder of safetensors files: those that its index names, or all of them if it has none.
+
+    Raises:
+      CorruptedError: a file is not what was written, or the index and the files do not agree: all of it is listed.
+    """
+    index = _read_index(folder)
+    files = sorted({*index.values()}) if index else sorted(path.name for path in folder.glob("*.safetensors"))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise CorruptedError(
+            f"{folder} is not complete: its index names {', '.join(absent)}, which is not there.",
+            hint="fetch the folder again",
+        )
+    sources = {name: open_file(folder / name) for name in files}
+    owner: dict[str, str] = {}
+    wrong: list[str] = []
+    for file, source in sources.items():
+        for entry in source.entries:
+            if index and index.get(entry.name) != file:
+                wrong.append(f"{entry.name} is in {file}, and the index has it in {index.get(entry.name, 'no file')}")
+            elif entry.name in owner:
+                wrong.append(f"{entry.name} is in {owner[entry.name]} and in {file}")
+            owner.setdefault(entry.name, file)
+    wrong += [f"{name} is not in {file}, where the index has it" for name, file in index.items() if name not in owner]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CorruptedError(f"{folder} is corrupted: {'; '.join(wrong[:5])}{more}.", hint="fetch the folder again")
+
+    def read(names: Collection[str]) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        for name in names:
+            arrays |= sources[owner[name]].read((name,))
+        return arrays
+
+    entries = tuple(entry for source in sources.values() for entry in source.entries)
+    return Source(str(folder), "safetensors", entries, read)
+
+
+def _read_index(folder: FilePath) -> dict[str, str]:
+    """Returns in which file each array is; empty if there is no index.
+
+    Raises:
+      CorruptedError: it is not an index, or names something that is not a file of this folder.
+    """
+    try:
+        text = (folder / INDEX).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise _not_an_index(folder, first_line(error)) from error
+    try:
+        found = json.loads(text)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _not_an_index(folder, "it has no weight_map") from error
+    if not isinstance(found, Mapping) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise _not_an_index(folder, "its weight_map does not give a file for each name")
+    # Nothing outside of the folder is opened, whatever an index says.
+    outside = sorted({file for file in found.values() if file != os.path.basename(file) or file in ("", ".", "..")})
+    outside += sorted({file for file in found.values() if "\\" in file or "\0" in file} - {*outside})
+    if outside:
+        raise _not_an_index(folder, f"it names {', '.join(map(repr, outside[:5]))}, which is not a file of the folder")
+    return dict(found)
+
+
+def _not_an_index(folder: FilePath, why: str) -> CorruptedError:
+    return CorruptedError(f"{folder / INDEX} is not an index: {why}.", hint="fetch the folder again")

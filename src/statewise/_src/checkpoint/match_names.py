@@ -1,0 +1,192 @@
+"""Matching a target with files that have other names: `sw.restore(path, target, names=...)`.
+
+The names make a source of the target's own paths and shapes out of the files; of this source the manifest is made that
+a checkpoint of ours would have.  What a restore does with each leaf is then decided as for any other checkpoint.  The
+difference is in what the files cannot have: optimizer state, random streams, averages, metrics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
+from statewise._src.checkpoint.format.records import Placed, records_of
+from statewise._src.checkpoint.interop.match import same_values
+from statewise._src.checkpoint.interop.named import arrays_of, as_ours, is_of_run
+from statewise._src.checkpoint.interop.sources import Source
+from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
+from statewise._src.checkpoint.restore_report import LeafRestore
+from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.problems import Problems
+from statewise._src.core.plan import State
+from statewise._src.names.names import NamesData
+from statewise._src.plan.ema import EMA
+from statewise._src.plan.tables import OPTIMIZER
+
+__all__ = ["NamedMatch", "match_names"]
+
+# Reads the arrays of a leaf, with the sharding of each.
+Reader = Callable[[RestoreSource, Sequence[Any]], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedMatch:
+    """The match of a target and files of other names.
+
+    Attributes:
+      matched: what happens to each leaf.
+      read: reads the arrays of a leaf.
+    """
+
+    matched: Match
+    read: Reader
+
+
+class _NamedMatcher(Matcher):
+    def __init__(
+        self,
+        state: State,
+        manifest: Manifest,
+        only: object,
+        cast: bool,
+        source: Source,
+        problems: Problems,
+        check: bool,
+    ) -> None:
+        super().__init__(state, [manifest], only, cast, None)
+        self.source, self.check = source, check
+        self.types: dict[Path, Any] = {leaf.path: leaf.type for leaf in self.plan.leaves}
+        self.wrong: dict[Path, list[Leaf]] = {}
+        for leaf in problems.leaves:
+            self.wrong.setdefault(leaf.path, []).append(leaf)
+        self.found_hints = problems.hints
+
+    def missing(self, placed: Placed) -> None:
+        """Handles a leaf that the files lack."""
+        record = placed.record
+        if record.path in self.wrong:
+            for leaf in self.wrong[record.path]:
+                self.say(record, "problem", leaf.note, self.found_hints)
+        elif self.plan.kinds[record.kind].of is EMA:
+            self.restart(placed, "not in the files")
+        elif record.kind == OPTIMIZER and placed.start in self.moments and self.lost(placed):
+            self.say(record, "restarted", "not in the files: as the optimizer's init makes it")
+            self.initialized.append(placed)
+        elif record.kind == OPTIMIZER or is_of_run(self.types.get(record.path)):
+            self.keep(placed, "not in the files")
+        elif self.by_design(record):
+            self.keep(placed, "not in the files, as the names say")
+        elif self.plan.kinds[record.kind].missing != "error":
+            super().missing(placed)
+        else:
+            name = format_path(record.path)
+            hint = f"a row for it in the names, {name!r}: 'its name in the files'; or None, for what they do not have"
+            self.say(record, "problem", "has no row in the names", [hint])
+
+    def keep(self, placed: Placed, why: str) -> None:
+        """Keeps the target's value; a check of the names alone does not ask for one."""
+        lost = self.lost(placed)
+        if not lost or self.check:
+            self.say(placed.record, "kept", why)
+        elif self.plan.kinds[placed.record.kind].missing == "restart":
+            self.restart(placed, why)
+        else:
+            self.say(placed.record, "problem", f"{why}, and {lost}", [self.with_values()])
+
+    def by_design(self, record: LeafRecord) -> bool:
+        """Returns whether the names say that no array of a leaf is in the files."""
+        paths = {format_path(record.path + array.within) for array in record.arrays}
+        return paths <= self.source.by_design
+
+    def without(self, placed: Placed) -> None:
+        """Handles a leaf that is not asked for, or never saved."""
+        if self.check:
+            self.say(placed.record, "kept", "not asked for")
+        else:
+            super().without(placed)
+
+
+def match_names(
+    path: object, source: Source, names: NamesData, state: State, only: object, cast: bool, check: bool = False
+) -> NamedMatch:
+    """Matches a target with files of other names.
+
+    Args:
+      path: where the files are, for the report.
+      source: the files.
+      names: what the leaves of the target are called there.
+      state: the target.
+      only: the kinds to restore; None for all that are saved.
+      cast: whether other dtypes are allowed.
+      check: whether only the names are of interest, and leaves that the files cannot have need no value.
+    """
+    ours, problems = as_ours(source, names, state)
+    entry_of = _entries(state, ours, problems)
+    dtypes = {entry.name: entry.dtype for entry in ours.entries}
+    found: list[LeafRecord] = []
+    for record, _ in records_of(state.tables):
+        keys = [(record.path, array.within) for array in record.arrays]
+        if keys and all(key in entry_of for key in keys):
+            arrays = tuple(
+                array if array.prng else dataclasses.replace(array, dtype=dtypes[entry_of[key]], stored=None)
+                for key, array in zip(keys, record.arrays, strict=True)
+            )
+            found.append(dataclasses.replace(record, arrays=arrays))
+    matcher = _NamedMatcher(state, Manifest({}, "named", {}, tuple(found)), only, cast, ours, problems, check)
+    matcher.run()
+    matched = matcher.result(path)
+    unused = [LeafRestore(_unused(name), "dropped", "no row of the names is about it") for name in ours.others]
+    report = dataclasses.replace(matched.report, leaves=(*matched.report.leaves, *unused))
+
+    def read(leaf: RestoreSource, shardings: Sequence[Any]) -> list[Any]:
+        arrays = []
+        for record, sharding in zip(leaf.record.arrays, shardings, strict=True):
+            name = entry_of[leaf.placed.record.path, record.within]
+            arrays.append(_placed(ours.read((name,))[name], record.prng, sharding))
+        return arrays
+
+    return NamedMatch(dataclasses.replace(matched, report=report), read)
+
+
+def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path, Path], str]:
+    """Returns the entry that each array is read from, by its leaf's path and its keys within.
+
+    A tied leaf may have several.  Only these are read for it: their values have to be equal, because a leaf has one.
+    """
+    known = {entry.name for entry in ours.entries}
+    found: dict[tuple[Path, Path], str] = {}
+    for array in arrays_of(state):
+        ways = (array.leaf.path, *array.leaf.aliases)
+        texts = [text for text in (format_path(way + array.within) for way in ways) if text in known]
+        if not texts:
+            continue
+        first = ours.read(texts[:1]) if len(texts) > 1 else {}
+        differs = next((text for text in texts[1:] if not same_values(first[texts[0]], ours.read((text,))[text])), None)
+        if differs is None:
+            found[array.leaf.path, array.within] = texts[0]
+            continue
+        note = f"is tied, and has two different values in the source: {texts[0]} and {differs}"
+        problems.add(array.leaf, note, f"untie the leaves in the model, or leave the row {differs!r} out of the names")
+    return found
+
+
+def _unused(name: str) -> Leaf:
+    return Leaf((name,), None, jax.Array, None, None)
+
+
+def _placed(array: np.ndarray, prng: str | None, sharding: Any) -> Any:
+    """Returns an array where the target has it; one of a dtype that JAX does not have here stays as it is."""
+    if prng is not None:
+        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array), impl=prng), sharding)
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array
+    if sharding is None:
+        return jnp.asarray(array)
+    # Each process passes on what its own devices need.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], order="C"))

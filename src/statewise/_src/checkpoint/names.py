@@ -1,0 +1,67 @@
+"""`sw.Names`: what the leaves of a model are called elsewhere, and the check of it against files."""
+
+from __future__ import annotations
+
+import os
+
+from statewise._src.checkpoint.interop.open import open_any
+from statewise._src.checkpoint.match_names import match_names
+from statewise._src.checkpoint.restore_report import RestoreReport
+from statewise._src.core.plan import Plan
+from statewise._src.names.names import NamesData
+from statewise.errors import StructureError
+
+__all__ = ["Names"]
+
+
+class Names(NamesData):
+    """What every leaf of a model is called in another program's files: one declaration, read in both directions.
+
+    A mapping from our paths to their names: immutable, hashable, equal by value; it prints as code.
+
+    Args:
+      rows: for each of our paths, `"layers/{i}/up/kernel"`, their name: a text, a `sw.Name` for arrays that are laid
+        out in another way, or None for a leaf that they do not have.  `{i}` stands for one key of a path.  A leaf that
+        is tied may have a name for each of its paths.
+
+    Raises:
+      DeclarationError: something is not a name; leaves that our path distinguishes would have one name.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> state = sw.plan(model).take(model)
+      >>> names = sw.Names({"kernel": sw.Name("proj.weight", "o i -> i o"), "bias": "proj.bias"})
+      >>> folder = tempfile.mkdtemp() + "/published"
+      >>> print(sw.convert(state, folder, names=names).ok)
+      True
+      >>> restored, report = sw.restore(folder, sw.plan(model).abstract(), names=names)
+      >>> bool((restored["params"]["kernel"][...] == model.kernel[...]).all())
+      True
+    """
+
+    __slots__ = ()
+
+    def check(self, plan: Plan, path: str | os.PathLike[str]) -> RestoreReport:
+        """Compares the names with a plan and with files; reads no array, and does not raise for mismatches.
+
+        Args:
+          plan: the plan of our model.
+          path: their files: a `.safetensors` file, or a folder of them.
+
+        Returns:
+          what a restore would do with each leaf, and the names in the files that no row is about; `report.ok` says
+          whether the names fit.
+
+        Raises:
+          CorruptedError: a file is not what was written.
+          RestoreError: there is nothing at the path, or nothing in a known format.
+        """
+        if not isinstance(plan, Plan):
+            raise StructureError(
+                f"Names are checked against a plan, not {type(plan).__name__}.",
+                hint="names.check(sw.plan(model), path)",
+            )
+        return match_names(path, open_any(path), self, plan.abstract(), None, cast=True, check=True).matched.report

@@ -1,0 +1,149 @@
+"""Where one of our arrays is elsewhere: in which of their arrays, of which shapes; and the way there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from statewise._src.names.name import Name
+
+__all__ = ["Layout"]
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """One of our arrays, elsewhere.
+
+    Attributes:
+      name: its name there.
+      shape: our array's shape.
+      stacked: the number of arrays along each stacked axis; empty if none is stacked.
+      parts: for each position in the stack the names of the arrays that are joined; one name if none are.
+      shapes: the shape of each of these.
+    """
+
+    name: Name
+    shape: Shape
+    stacked: Shape
+    parts: tuple[tuple[str, ...], ...]
+    shapes: tuple[Shape, ...]
+
+    @classmethod
+    def of(cls, name: Name, values: Mapping[str, str], shape: Sequence[int]) -> Layout:
+        """Returns the layout of an array of this shape.
+
+        Args:
+          name: what it is called.
+          values: what the placeholders of our path stand for.
+          shape: the shape of our array.
+
+        Raises:
+          ValueError: the pattern, or the lengths, do not fit the shape; the text says why, and follows our path.
+        """
+        theirs = tuple(shape) if name.parsed is None else name.parsed.their_shape(shape)
+        fields = [field for field in name.templates[0].fields if field not in values]
+        if len(fields) > len(theirs):
+            raise ValueError(f"has {len(theirs)} axes there, which is not enough to stack {', '.join(fields)}")
+        stacked, each = theirs[: len(fields)], theirs[len(fields) :]
+        parts = []
+        for index in itertools.product(*map(range, stacked)):
+            numbered = {**values, **dict(zip(fields, index, strict=True))}
+            parts.append(tuple(template.fill(numbered) for template in name.templates))
+        return cls(name, tuple(shape), stacked, tuple(parts), _joined_shapes(name, each))
+
+    @property
+    def names(self) -> dict[str, Shape]:
+        """Returns the shape of each of their arrays."""
+        return {name: shape for part in self.parts for name, shape in zip(part, self.shapes, strict=True)}
+
+    def to_theirs(self, array: Any) -> dict[str, Any]:
+        """Returns their arrays for one of ours."""
+        if self.name.parsed is not None:
+            array = self.name.parsed.to_theirs(array)
+        found: dict[str, Any] = {}
+        for index, part in zip(np.ndindex(self.stacked), self.parts, strict=True):
+            each = array[index] if index else array
+            if len(part) > 1:
+                ends = list(itertools.accumulate(shape[self._join] for shape in self.shapes))[:-1]
+                cuts = zip([0, *ends], [*ends, None], strict=True)
+                before = (slice(None),) * self._join
+                found |= {name: each[(*before, slice(*cut))] for name, cut in zip(part, cuts, strict=True)}
+            else:
+                found[part[0]] = each
+        return found
+
+    def to_ours(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Returns our array; reads their arrays one after another, and holds one position of the stack at a time."""
+        if not self.stacked:
+            return self._rearranged(self._one(read, self.parts[0]))
+        axes = self._stack_axes()
+        if axes is None or not self.parts:  # a stacked axis is a part of one of ours, which needs all of them at once
+            every = [self._one(read, part) for part in self.parts]
+            dtype = every[0].dtype if every else np.float32
+            whole = np.asarray(every, dtype).reshape(self.stacked + (every[0].shape if every else self._each))
+            return self._rearranged(whole)
+        ours: np.ndarray | None = None
+        for index, part in zip(np.ndindex(self.stacked), self.parts, strict=True):
+            one = self._one(read, part)
+            if ours is None:
+                ours = np.empty(self.shape, one.dtype)
+            at: list[Any] = [slice(None)] * len(self.shape)
+            for axis, number in zip(axes, index, strict=True):
+                at[axis] = slice(number, number + 1)
+            ours[tuple(at)] = self._rearranged(one.reshape((1,) * len(index) + one.shape), len(index))
+        assert ours is not None
+        return ours
+
+    @property
+    def _join(self) -> int:
+        assert self.name.join is not None
+        return self.name.join % len(self.shapes[0])
+
+    @property
+    def _each(self) -> Shape:
+        """Returns the shape of one position of the stack, joined."""
+        first = self.shapes[0]
+        if len(self.shapes) == 1:
+            return first
+        total = sum(shape[self._join] for shape in self.shapes)
+        return (*first[: self._join], total, *first[self._join + 1 :])
+
+    def _one(self, read: Callable[[str], np.ndarray], part: Sequence[str]) -> np.ndarray:
+        arrays = [read(name) for name in part]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self._join)
+
+    def _rearranged(self, array: np.ndarray, one_of: int = 0) -> Any:
+        parsed = self.name.parsed
+        return array if parsed is None else parsed.to_ours(array, self.shape, one_of)
+
+    def _stack_axes(self) -> list[int] | None:
+        """Returns which of our axes are the stacked ones; None if one of them is only a part of one of ours."""
+        if self.name.parsed is None:
+            return list(range(len(self.stacked)))
+        found = [self.name.parsed.position_of(axis) for axis in range(len(self.stacked))]
+        known = [axis for axis in found if axis is not None]
+        return known if len(known) == len(found) else None
+
+
+def _joined_shapes(name: Name, shape: Shape) -> tuple[Shape, ...]:
+    """Returns the shapes of the arrays that are joined into one of this shape."""
+    if name.is_single:
+        return (shape,)
+    assert name.join is not None
+    if not -len(shape) <= name.join < len(shape):
+        raise ValueError(f"has {len(shape)} axes there, and is joined along axis {name.join}")
+    join, count = name.join % len(shape), len(name.names)
+    sizes = name.sizes
+    if sizes is None:
+        if shape[join] % count:
+            raise ValueError(f"has an axis of {shape[join]} there, which is not {count} equal parts: it needs sizes=")
+        sizes = (shape[join] // count,) * count
+    elif sum(sizes) != shape[join]:
+        raise ValueError(f"has an axis of {shape[join]} there, and sizes={sizes} add up to {sum(sizes)}")
+    return tuple((*shape[:join], size, *shape[join + 1 :]) for size in sizes)
