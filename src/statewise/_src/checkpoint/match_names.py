@@ -188,5 +188,5 @@ def _placed(array: np.ndarray, prng: str | None, sharding: Any) -> Any:
         return array
     if sharding is None:
         return jnp.asarray(array)
-    # Each process passes on what its own devices need.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], order="C"))
+    # Each process passes on what its own devices need; views, so that only the device has a second copy.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
