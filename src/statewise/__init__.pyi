@@ -55,6 +55,7 @@ from statewise.errors import OverlapError as OverlapError
 from statewise.errors import PlacementError as PlacementError
 from statewise.errors import RestoreError as RestoreError
 from statewise.errors import SaveError as SaveError
+from statewise.errors import StaleError as StaleError
 from statewise.errors import StatewiseError as StatewiseError
 from statewise.errors import StatewiseWarning as StatewiseWarning
 from statewise.errors import StructureError as StructureError

@@ -18,6 +18,7 @@ expect one (in parentheses):
     ├── OverlapError (ValueError)                  leaves that several kinds claim
     ├── StructureError (ValueError)                a model, a state or a function that does not fit its plan
     ├── UndeclaredWriteError (ValueError)          a step that writes a kind without declaring it
+    ├── StaleError (ValueError)                    a kind that was made from values that have changed since
     ├── PlacementError (ValueError)                a placement that does not fit its leaf or mesh
     ├── SaveError (OSError)                        a checkpoint that could not be written
     ├── RestoreError (ValueError)                  a checkpoint and a target that do not match
@@ -41,6 +42,7 @@ __all__ = [
     "PlacementError",
     "RestoreError",
     "SaveError",
+    "StaleError",
     "StatewiseError",
     "StatewiseWarning",
     "StructureError",
@@ -224,6 +226,40 @@ class UndeclaredWriteError(StatewiseError, ValueError):
         var: BatchStat(3,) float32  kind=stats  (written in BatchNorm)
         hint: @sw.step(writes=('stats',))
               or, if the function only evaluates: model.eval() as its first line
+    """
+
+
+class StaleError(StatewiseError, ValueError):
+    """A step that reads a kind whose `depends_on` have changed since its values were made.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> class Layer(nnx.Module):
+      ...     def __init__(self):
+      ...         self.scale, self.sum = nnx.Param(jnp.ones(())), nnx.Cache(jnp.zeros(()))
+      ...
+      ...     def __call__(self, x):
+      ...         self.sum[...] += self.scale[...] * x
+      ...         return self.sum[...]
+      >>> kinds = sw.Kinds(
+      ...     params=sw.Kind(nnx.Param),
+      ...     cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like, depends_on="params"),
+      ... )
+      >>> decode = sw.step(lambda layer, x: layer(x), writes="cache")
+      >>> state, _ = decode(kinds.plan(Layer()).take(Layer()), 1.0)
+      >>> state = state.replace(params=jax.tree.map(lambda scale: scale + 1, state["params"]))
+      >>> try:
+      ...     decode(state, 1.0)
+      ... except sw.StaleError as error:
+      ...     print(error)
+      <lambda> reads cache, which is stale: params has changed since.
+        sum: Cache() float32  kind=cache
+        hint: state = state.restart('cache')
+      >>> state, out = decode(state.restart("cache"), 1.0)
+      >>> float(out)
+      2.0
     """
 
 

@@ -85,7 +85,8 @@ kinds = sw.Kinds(
     adapters=sw.Kind((sw.Meta("role", "adapter"), sw.Where(is_matrix)), optional=True, missing="keep"),
     decoder=sw.Kind(decoder, placement=sw.FromMetadata([("embed", "data"), ("heads", None)])),
     stats=sw.Kind(nnx.BatchStat, placement=sw.PerDevice("data", resize="mean")),
-    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like, batch_axis=0),
+    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like, batch_axis=0, depends_on=("params", "lora")),
+    draft=sw.Kind("draft", restart=jnp.zeros_like, depends_on="params", stale="restart"),
     noise=sw.Kind(nnx.RngState, restart=fresh, missing="error"),
     ema=sw.Kind(sw.EMA, missing="restart"),
     both=sw.Kind([nnx.Cache, nnx.Intermediate]),
@@ -366,7 +367,7 @@ except (sw.RestoreError, sw.CorruptedError, sw.SaveError, sw.WatchError, sw.Unde
     print(error.message, error.kind, hint, [one.path for one in error.leaves])
 except (sw.DeclarationError, sw.FilterError, sw.OverlapError, sw.UnclaimedError, sw.PlacementError) as error:
     print(error)
-except sw.StructureError as error:
+except (sw.StructureError, sw.StaleError) as error:
     print(error.kind)
 except sw.StatewiseError as error:
     raise sw.StatewiseError("Nothing fits.", kind="params", hint="another model") from error

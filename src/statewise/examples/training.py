@@ -28,7 +28,7 @@ KINDS = sw.Kinds(
     params=sw.Kind(nnx.Param),
     stats=sw.Kind(BatchStat),
     counter=sw.Kind(sw.Exactly(nnx.Variable)),
-    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like),
+    cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like, depends_on=("params", "stats")),
     rng=sw.Kind(nnx.RngState),
 )
 

@@ -179,6 +179,8 @@ class Matcher:
             why = "ephemeral: what the checkpoint has is not used"
         if self.follows(record):
             self.begin(placed, why)
+        elif not lost and self.is_outdated(record.kind):
+            self.restart(placed, f"{why}, and made from {' and '.join(self.restored_sources(record.kind))}")
         elif not lost:
             optimized = (each.kinds for each in self.plan.optimizers if record.path[:2] == (OPTIMIZER, each.label))
             replaced = [name for name in next(optimized, ()) if name in self.replaced]
@@ -204,6 +206,20 @@ class Matcher:
         after the leaves that they are derived from, so those are already matched here.
         """
         return self.plan.kinds[record.kind].of is EMA and averaged_kind(record.path) in self.replaced
+
+    def restored_sources(self, kind: str) -> list[str]:
+        """Returns the kinds that a kind depends on and that this restore replaces."""
+        return [source for source in self.plan.sources.get(kind, ()) if source in self.kinds]
+
+    def is_outdated(self, kind: str) -> bool:
+        """Returns whether a kind that no checkpoint holds restarts: in a restore of everything that it was made from.
+
+        If only some kinds are asked for, it is kept as it is, and is stale.
+        """
+        declared = self.plan.kinds[kind]
+        can_restart = declared.restart is not None and not takes(declared.restart).key and not declared.frozen
+        is_due = self.only is None and not declared.saved and declared.stale != "keep"
+        return is_due and can_restart and bool(self.restored_sources(kind))
 
     def begin(self, placed: Placed, why: str) -> None:
         """Restarts an average, as a copy of the values that it follows."""

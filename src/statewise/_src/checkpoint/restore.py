@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from statewise._src.common.tables import count_leaves
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_fits
 from statewise._src.core.usable import check_untraced
+from statewise._src.core.versions import settle
 from statewise._src.inspect.census import Census
 from statewise._src.names.names import NamesData
 from statewise._src.plan.arrays import Spot
@@ -58,7 +59,8 @@ def restore(
       path: what `sw.save` wrote, or the item of a step that an Orbax manager wrote from `sw.checkpointable`.
       target: a state, or an abstract one (`plan.abstract()`): it determines which leaves there are, their shapes and
         dtypes, and their devices.  It does not change.  Leaves that are not restored keep its values, except for
-        averages (`sw.EMA`) of a kind that is restored: they start again as copies of it.
+        averages (`sw.EMA`) of a kind that is restored: they start again as copies of it.  Where everything is restored,
+        a kind that is not saved restarts if it depends on others (`depends_on`) and declares `restart`.
       only: the kinds to restore, such as `("params",)`; by default all that are `saved`.
       cast: allows other dtypes, floating-point to floating-point and integer to integer; the report lists them.
       base: where the checkpoint's base is, if it was moved.
@@ -296,4 +298,18 @@ def _state(
         # Values that are kept are copied: a later step on one of the two states must not donate the other's.
         values = [new[spot] if spot in new else jnp.copy(own(kind)[spot[1]]) for spot in spots]
         parts.append(plan.pack(kind, tuple(values)))
-    return State.of(plan, parts)
+    state = State.of(plan, parts)
+    _settle(target, state, new)
+    return state
+
+
+def _settle(target: State, state: State, new: Collection[Spot]) -> None:
+    """Records what the kinds of a restored state were made from; what was not restored is as it was in the target."""
+    plan = state.tables
+    if not plan.sources:
+        return
+    counts = {kind: len([spot for spot in new if spot[0] == kind]) for kind in plan.kinds}
+    for kind, count in counts.items():
+        if count == 0:
+            state.part(kind).known_version = target.part(kind).version()
+    settle(plan, target.parts, state.parts, [kind for kind, count in counts.items() if count == len(plan.specs[kind])])

@@ -136,17 +136,19 @@ def with_restarted_averages(state: StateT, chosen: Chosen, names: Sequence[str],
       StructureError: the dtype of an average cannot represent its value.
     """
     plan, restarted = state.tables, {}
+    complete = []
     for name in names:
         _check_casts(state, name, to_values=False)
         averages = averages_in(plan, name)
         tracked = [average.kind for average, _ in averages if average.kind in chosen.kinds]
         # Averages that restart completely are not read: they may have been donated.
         is_complete = slots is None and len(tracked) == len(averages)
+        complete += [name] * is_complete
         arrays = kind_arrays(state, tracked if is_complete else [name, *tracked])
         if not any(map(is_abstract, arrays)):
             program = _restart_program(plan, chosen, name, is_complete, state.part(name).places())
             (restarted[name],) = program(arrays, slots)
-    return with_arrays(state, restarted) if restarted else state
+    return with_arrays(state, restarted, fresh=complete) if restarted else state
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from statewise._src.common.narrowing import WIDER, Casts, refuse
 from statewise._src.common.nnx_graph import ArraySpec, is_abstract
 from statewise._src.core.member_view import as_ensemble, as_one, is_of_one_member
-from statewise._src.core.state_data import Part, StateData, StateT, check_not_donated
+from statewise._src.core.part import Part
+from statewise._src.core.state_data import StateData, StateT, check_not_donated
+from statewise._src.core.versions import settle
 from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import with_copies
@@ -41,7 +43,9 @@ def cast(state: StateT, dtypes: Mapping[str, object]) -> StateT:
             arrays[kind][info.position] = as_dtype(arrays[kind][info.position], dtype)
             specs[kind][info.position] = ArraySpec(info.spec.shape, dtype)
     target = with_copies(plan.with_specs(specs), plan.per_device)
-    return state.make(target, parts_for(target, state, arrays))
+    new = parts_for(target, state, arrays)
+    settle(target, state.parts, new)
+    return state.make(target, new)
 
 
 def _check_no_loss(
@@ -90,7 +94,11 @@ def parts_for(plan: PlanTables, state: StateData | None, arrays: Mapping[str, Se
             part = state.part(kind)
             # Packing follows dtypes: those of another kind may have changed which arrays share a buffer.
             if plan.packing.get(kind) != state.tables.packing.get(kind):
-                part = Part(_packed(plan, kind, arrays_in_order(state.tables, kind, part.arrays)))
+                version, part = (
+                    part.version(),
+                    Part(_packed(plan, kind, arrays_in_order(state.tables, kind, part.arrays))),
+                )
+                part.known_version = version
         parts.append(part)
     return parts
 

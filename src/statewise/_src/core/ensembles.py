@@ -32,6 +32,7 @@ from statewise._src.core.state_data import (
     with_arrays,
 )
 from statewise._src.core.templates import abstract, shardings
+from statewise._src.core.versions import carry
 from statewise._src.core.vmap_axes import axes_of_members
 from statewise._src.plan.members import Axis, Members, place_of
 from statewise._src.plan.tables import PlanTables
@@ -92,7 +93,9 @@ def stack(plan: PlanTables, states: object) -> StateData:
         _check_shared(target, kind, parts[kind])
     ensemble = StateData.of(target, [_stacked_part(target, kind, parts[kind]) for kind in target.kinds])
     mesh = mesh_of(kind_places(given[0], target.kinds))
-    return ensemble if mesh is None else jax.device_put(ensemble, shardings(target, mesh))
+    ensemble = ensemble if mesh is None else jax.device_put(ensemble, shardings(target, mesh))
+    carry([(state.tables, state.parts) for state in given], target, ensemble.parts)
+    return ensemble
 
 
 def _under_ensemble(plan: PlanTables, batch: StateT) -> StateT:
@@ -226,7 +229,9 @@ def member(state: StateT, index: object) -> StateT:
     if is_abstract(jax.tree.leaves(state)):
         return state.wrap(abstract(members.single))
     program = _member_program(plan, kind_places(state, plan.kinds))
-    return state.of(members.single, program(kind_arrays(state, plan.kinds), chosen))
+    own = state.of(members.single, program(kind_arrays(state, plan.kinds), chosen))
+    carry([(plan, state.parts)], members.single, own.parts)
+    return own
 
 
 def _index(index: Any, count: int) -> int | jax.Array:

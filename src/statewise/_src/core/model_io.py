@@ -22,6 +22,7 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import Objects, put_values
 from statewise._src.core.check_objects import check_statics, matched, names_for
+from statewise._src.core.known_arrays import belong, remember, remembered_kinds
 from statewise._src.core.member_view import as_ensemble, fresh_derived, holds_one_member, single_of
 from statewise._src.core.reduce_devices import check_not_per_device
 from statewise._src.core.state_data import StateData, check_fits, check_not_donated
@@ -76,7 +77,18 @@ def take(
             fresh = fresh_derived(placed, plan.ensemble, sources)
         for info, array in zip(placed.arrays, fresh, strict=True):
             parts[info.kind].append(placer.place_derived(info.kind, info.position, array))
-    return placer.state({kind: packed.pack(kind, tuple(part)) for kind, part in parts.items()})
+    state = placer.state({kind: packed.pack(kind, tuple(part)) for kind, part in parts.items()})
+    if packed.sources:
+        belong(packed, state.parts, _by_kind(plan, arrays))
+    return state
+
+
+def _by_kind(plan: PlanTables, leaves: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Returns the arrays of a model's leaves by kind, for the kinds that have no others, such as moments."""
+    arrays: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
+    for row, own in zip(plan.rows, leaves, strict=True):
+        arrays[row.kind].extend(own)
+    return {kind: own for kind, own in arrays.items() if len(own) == len(plan.specs[kind])}
 
 
 def init(plan: PlanTables, make_model: object, mesh: Any) -> StateData:
@@ -204,24 +216,42 @@ def _as_jax(array: Any, copy: bool) -> Any:
 
 def put(plan: PlanTables, state: object, objects: Sequence[object], *, copy: bool) -> None:
     """Implements `Plan.put`."""
-    values = _values_of(plan, state, "put", copy)
+    copies = _copies_of(plan, state, "put", copy)
     # An abstract state has values of the right structure, so `_values_of` accepts it, for `build`.
     check_concrete(jax.tree.leaves(state), "put into a model", "plan.build(state) makes an abstract model")
     graph = read_graph(objects, names_for(plan, objects))
     leaves = matched(plan, graph, objects, "put")
+    values = _values_of(plan, copies)
     writes = [(row.path, leaf, value) for row, leaf, value in zip(plan.rows, leaves, values, strict=True)]
     root: Any = Objects(zip(graph.names, objects, strict=True)) if graph.names else tuple(objects)
     put_values(root if graph.several else objects[0], graph.leaves, writes)
+    _remember(plan, state, copies)
 
 
 def build(plan: PlanTables, state: object, *, copy: bool) -> Any:
     """Implements `Plan.build`."""
-    objects = rebuild(plan.graphdef, _values_of(plan, state, "build", copy), plan.several, plain=False)
+    copies = _copies_of(plan, state, "build", copy)
+    objects = rebuild(plan.graphdef, _values_of(plan, copies), plan.several, plain=False)
+    _remember(plan, state, copies)
     return objects if plan.object_count > 1 else objects[0]
 
 
-def _values_of(plan: PlanTables, state: object, verb: str, copy: bool) -> list[Any]:
-    """Returns the leaves' values in a state, in the order of the plan's rows, as a model may keep them.
+def _values_of(plan: PlanTables, leaves: Sequence[Sequence[Any]]) -> list[Any]:
+    """Returns the values of a model's leaves, from their arrays."""
+    return [value_of(arrays, row.structure) for arrays, row in zip(leaves, plan.rows, strict=True)]
+
+
+def _remember(plan: PlanTables, state: Any, leaves: Sequence[Sequence[Any]]) -> None:
+    """Remembers that the arrays of a model's leaves have the values of a state."""
+    if plan.sources:
+        arrays = _by_kind(plan, leaves)
+        for kind in remembered_kinds(plan):
+            if kind in arrays:
+                remember(plan, state.parts, kind, arrays[kind])
+
+
+def _copies_of(plan: PlanTables, state: object, verb: str, copy: bool) -> list[list[Any]]:
+    """Returns the arrays of each leaf in a state, in the order of the plan's rows, as a model may keep them.
 
     Raises:
       StructureError: it is not a state, or one of another plan, a donated one, or one whose arrays do not fit the plan;
@@ -246,8 +276,7 @@ def _values_of(plan: PlanTables, state: object, verb: str, copy: bool) -> list[A
     parts = {kind: own.unpack(kind, part.arrays) for kind, part in zip(own.kinds, state.parts, strict=True)}
     arrays = [parts[span.kind][span.start : span.stop] for span in plan.spans]
     _check_not_narrowed(plan, arrays)
-    pairs = zip(arrays, plan.rows, strict=True)
-    return [value_of([_as_jax(array, copy) for array in leaf], row.structure) for leaf, row in pairs]
+    return [[_as_jax(array, copy) for array in leaf] for leaf in arrays]
 
 
 def _differing_leaves(plan: PlanTables, other: PlanTables) -> list[Leaf]:

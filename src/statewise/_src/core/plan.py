@@ -21,10 +21,11 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import Shown, Table, leaves_table
 from statewise._src.core import averages, cast, ensembles, model_io, reduce_devices, restart, templates, vmap_axes
 from statewise._src.core.kinds import KindsData, standard_kinds
+from statewise._src.core.known_arrays import recall, remember, remembered_kinds
 from statewise._src.core.reduce_devices import How
 from statewise._src.core.restart_slots import Slots
 from statewise._src.core.state_data import StateData, check_not_donated, check_unshared, register, with_arrays
-from statewise._src.core.view import packed_for, unpacked_of, view
+from statewise._src.core.view import arrays_for, packed_for, unpacked_of, view
 from statewise._src.core.vmap_axes import MappedAxis
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.resolve import resolve_plan
@@ -498,7 +499,10 @@ class State(StateData):
         part = self.part(kind)
         check_not_donated(self, [kind])
         if part.view is None:
-            part.view = view(self.tables, kind, unpacked_of(self.tables, kind, part.arrays))
+            arrays = unpacked_of(self.tables, kind, part.arrays)
+            if self.tables.sources and kind in remembered_kinds(self.tables):
+                remember(self.tables, self.parts, kind, arrays)
+            part.view = view(self.tables, kind, arrays)
         return part.view
 
     def __iter__(self) -> Iterator[str]:
@@ -550,8 +554,11 @@ class State(StateData):
           >>> state["stats"]["var"]
           Array([0., 0., 0.], dtype=float32)
         """
-        arrays = {kind: packed_for(self.tables, kind, new, self.part(kind).arrays) for kind, new in parts.items()}
-        state = with_arrays(self, arrays)
+        old = {kind: self.part(kind).arrays for kind in parts}
+        given = {kind: arrays_for(self.tables, kind, new, old[kind]) for kind, new in parts.items()}
+        seen = {kind: recall(arrays) for kind, arrays in given.items()} if self.tables.sources else None
+        stored = {kind: packed_for(self.tables, kind, arrays, old[kind]) for kind, arrays in given.items()}
+        state = with_arrays(self, stored, fresh=tuple(given), seen=seen)
         check_unshared(state)
         return state
 

@@ -38,6 +38,7 @@ from statewise._src.core.state_data import (
     with_arrays,
 )
 from statewise._src.core.usable import check_usable
+from statewise._src.core.versions import note_slots
 from statewise._src.plan.arrays import DerivedArrays
 from statewise._src.plan.derived import keys_within
 from statewise._src.plan.fresh_values import check_kept, drawn_value, fresh_value, keys_of, takes
@@ -48,10 +49,10 @@ from statewise.errors import DeclarationError, StructureError
 __all__ = ["initial_state", "restart"]
 
 
-def restart(state: StateT, kinds: Sequence[str], where: object, key: object) -> StateT:
-    """Implements `State.restart`."""
+def restart(state: StateT, kinds: Sequence[str], where: object, key: object, *, donate: bool = True) -> StateT:
+    """Implements `State.restart`; without `donate` the state stays usable."""
     if is_of_one_member(state):
-        return as_ensemble(state.tables.ensemble, restart(as_one(state), kinds, where, key))
+        return as_ensemble(state.tables.ensemble, restart(as_one(state), kinds, where, key, donate=donate))
     plan = state.tables
     averages = tuple(name for name in dict.fromkeys(kinds) if averages_in(plan, name))
     if averages:
@@ -66,7 +67,7 @@ def restart(state: StateT, kinds: Sequence[str], where: object, key: object) -> 
     places = kind_places(state, chosen.kinds)
     try:
         # Inside a transform the arrays are tracers, which cannot be donated.
-        donate = not any(map(is_traced, old))
+        donate = donate and not any(map(is_traced, old))
         program = _program(plan, chosen, slots is not None, places, donate)
         fresh = program(old, others, slots, _on_mesh_of(places, key))
     except (RuntimeError, ValueError) as error:
@@ -76,9 +77,13 @@ def restart(state: StateT, kinds: Sequence[str], where: object, key: object) -> 
         check_unshared(state)
         raise
     for name, arrays in zip(chosen.kinds, fresh, strict=True):
-        if not is_traced(arrays):
+        if donate and not is_traced(arrays):
             state.part(name).donated_by = f"restart({name!r})"
-    restarted = with_arrays(state, dict(zip(chosen.kinds, fresh, strict=True)))
+    complete = [name for name in chosen.kinds if slots is None and (name != OPTIMIZER or chosen.whole)]
+    restarted = with_arrays(state, dict(zip(chosen.kinds, fresh, strict=True)), fresh=complete)
+    if plan.sources and slots is not None and not is_traced([slots]):
+        for name in chosen.kinds:
+            note_slots(plan, state.parts, restarted.parts, name, slots)
     return with_restarted_averages(restarted, chosen, following, slots)
 
 

@@ -13,7 +13,7 @@ step is traced with it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import jax
@@ -22,13 +22,14 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_deleted
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.core.batches import misfit_error, misfits
+from statewise._src.core.part import Part
+from statewise._src.core.versions import Seen, settle
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, part_shardings_of
+from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import StructureError
 
 __all__ = [
-    "Part",
     "StateData",
     "StateT",
     "check_fits",
@@ -42,39 +43,6 @@ __all__ = [
     "register",
     "with_arrays",
 ]
-
-
-class Part:
-    """One kind's arrays, shared by the states that have them in common.
-
-    Attributes:
-      arrays: the arrays, in the order of the plan.
-      donated_by: the step that donated some of them; None while all exist.
-      shardings: their shardings on a mesh; `UNKNOWN` until `places` is called.
-      view: what `state[kind]` returns, once it was accessed.
-    """
-
-    __slots__ = ("_ids", "arrays", "donated_by", "shardings", "view")
-
-    def __init__(self, arrays: tuple[Any, ...], shardings: PartShardings | None = UNKNOWN) -> None:
-        self.arrays = arrays
-        self.donated_by: str | None = None
-        self.shardings = shardings
-        self.view: Any = None
-        self._ids: frozenset[int] | None = None
-
-    def ids(self) -> frozenset[int]:
-        """Returns the identities of the arrays."""
-        if self._ids is None:
-            self._ids = frozenset(map(id, self.arrays))
-        return self._ids
-
-    def places(self) -> PartShardings | None:
-        """Returns the shardings of the arrays on a mesh; None if none is on a mesh."""
-        # Only when first asked: a state that is not on a mesh never pays for it, and a step passes them on.
-        if self.shardings is UNKNOWN:
-            self.shardings = part_shardings_of(self.arrays)
-        return self.shardings
 
 
 class StateData:
@@ -136,19 +104,30 @@ def mesh_of(places: Iterable[PartShardings | None]) -> jax.sharding.Mesh | None:
     return next((sharding.mesh for sharding in shardings if sharding is not None), None)
 
 
-def with_arrays(state: StateT, arrays: Mapping[str, Iterable[Any]], plan: PlanTables | None = None) -> StateT:
+def with_arrays(
+    state: StateT,
+    arrays: Mapping[str, Iterable[Any]],
+    plan: PlanTables | None = None,
+    *,
+    fresh: Collection[str] = (),
+    seen: Mapping[str, Seen] | None = None,
+) -> StateT:
     """Returns a state with other arrays for some kinds; it shares the parts of all other kinds.
 
     Args:
       state: the state; it does not change.
       arrays: for each of these kinds, what its part stores.
       plan: the plan of the new state, with the same kinds, if it is another one.
+      fresh: those of the kinds that were not made from the state's own values of them.
+      seen: what is known of the arrays of fresh kinds, if they were in a state before.
     """
     parts = [
         Part(tuple(arrays[kind])) if kind in arrays else part
         for kind, part in zip(state.tables.kinds, state.parts, strict=True)
     ]
-    return state.make(plan or state.tables, parts)
+    tables = plan or state.tables
+    settle(tables, state.parts, parts, fresh, seen)
+    return state.make(tables, parts)
 
 
 def register(cls: type[StateData]) -> None:

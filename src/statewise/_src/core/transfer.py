@@ -32,6 +32,7 @@ from statewise._src.core.transfer_arrays import (
 )
 from statewise._src.core.transfer_match import OTHER, PlacedLeaf, difference, leaves_of
 from statewise._src.core.usable import check_usable
+from statewise._src.core.versions import carry, settle
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import check_devices, copies_on, on_mesh
 from statewise.errors import DeclarationError, StructureError
@@ -107,7 +108,12 @@ def transfer(
         array = arrays[source.kind][source.position]
         parts[to.kind].append(place(array, to, source, shardings[to.kind][to.position]))
     parts |= restarted_averages(plan, into, parts, target_mesh)
-    return State.make(plan, parts_for(plan, into, parts))
+    made = parts_for(plan, into, parts)
+    kind_of = {kind: {source.kind for to, source in moves if to.kind == kind} for kind in names}
+    carry([(src.tables, src.parts)], plan, made, {kind: next(iter(of)) for kind, of in kind_of.items() if len(of) == 1})
+    if into is not None:
+        settle(plan, into.parts, made, fresh=tuple(parts))
+    return State.make(plan, made)
 
 
 def _target(src: object, target: object) -> tuple[PlanTables, StateData | None]:

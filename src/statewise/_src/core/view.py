@@ -25,7 +25,7 @@ from statewise._src.core.member_view import is_part_of_one_member, single_of
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["packed_for", "unpacked_of", "view"]
+__all__ = ["arrays_for", "packed_for", "unpacked_of", "view"]
 
 
 def view(plan: PlanTables, kind: str, arrays: Sequence[Any]) -> Any:
@@ -60,8 +60,13 @@ def unpacked_of(plan: PlanTables, kind: str, part: tuple[Any, ...]) -> tuple[Any
     return _own_plan(plan, kind, part).unpack(kind, part)
 
 
-def packed_for(plan: PlanTables, kind: str, given: Any, part: Sequence[Any]) -> tuple[Any, ...]:
-    """Returns what a kind's part is to store, from arrays that replace its view.
+def packed_for(plan: PlanTables, kind: str, arrays: tuple[Any, ...], part: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns what a kind's part is to store, from `arrays_for`; `part` is what it stores now."""
+    return _own_plan(plan, kind, part).pack(kind, arrays)
+
+
+def arrays_for(plan: PlanTables, kind: str, given: Any, part: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns a kind's arrays in the order of the plan, from arrays that replace its view.
 
     Args:
       plan: the plan.
@@ -106,8 +111,7 @@ def packed_for(plan: PlanTables, kind: str, given: Any, part: Sequence[Any]) -> 
         for info, array in zip(infos, arrays, strict=True)
         if not isinstance(array, jax.Array)
     )
-    arrays = [array if isinstance(array, jax.ShapeDtypeStruct) else jnp.asarray(array) for array in arrays]
-    return plan.pack(kind, tuple(arrays))
+    return tuple(array if isinstance(array, jax.ShapeDtypeStruct) else jnp.asarray(array) for array in arrays)
 
 
 @functools.lru_cache(maxsize=256)

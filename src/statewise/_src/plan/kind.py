@@ -13,13 +13,14 @@ What can be declared, with the part of Statewise that reads it in brackets:
 - `batch_axis` [State.restart]: the axis that holds independent slots;
 - `placement` [sharding]: how its arrays are placed on a mesh;
 - `compute` [steps]: the dtype in which the functions of steps see it;
+- `depends_on`, `stale` [steps]: the kinds that its values were made from, and what happens once those have changed;
 - `optional` [matching]: a path in its filter need not exist in the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -37,6 +38,7 @@ from statewise.errors import DeclarationError, FilterError
 __all__ = ["Kind", "shown", "unknown_kind", "with_kinds"]
 
 Missing = Literal["error", "keep", "restart"]
+Stale = Literal["error", "restart", "keep"]
 
 
 @dataclasses.dataclass(frozen=True, eq=True)
@@ -62,6 +64,11 @@ class Kind:
       compute: the floating-point dtype in which the functions of steps see the kind, such as `"bfloat16"`; a step casts
         floating-point leaves when it reads them, gradients arrive in the state's own dtype, and what a function writes
         is cast back.  The state, the optimizer and checkpoints keep their dtypes.  None casts nothing.
+      depends_on: the kinds whose values this one's are made from, as a cache is made from `("params", "lora")`; one
+        name or several.  Once one of them has changed, the kind is *stale*, until it restarts or a step writes all of
+        it without reading it.  What such a kind itself depends on counts as well.
+      stale: what a step does that reads the kind while it is stale: `"error"` raises `StaleError`, `"restart"` restarts
+        it first, `"keep"` reads it as it is.
       optional: a path in the filter (`sw.Path`, `nnx.PathContains`) must exist in the model unless this is True.  A
         filter of types alone may claim nothing.
 
@@ -87,6 +94,8 @@ class Kind:
     batch_axis: int | None = None
     placement: Placement | Callable[[Path, tuple[int, ...]], Placement | None] | None = None
     compute: Any = None
+    depends_on: Sequence[str] = ()
+    stale: Stale = "error"
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -118,6 +127,8 @@ class Kind:
         _check_placement(self.placement)
         if self.compute is not None:
             object.__setattr__(self, "compute", _compute_dtype(self.compute))
+        object.__setattr__(self, "depends_on", _kind_names(self.depends_on))
+        _check_stale(self)
 
     @property
     def rest(self) -> bool:
@@ -135,6 +146,8 @@ class Kind:
             f"batch_axis={self.batch_axis}": self.batch_axis is not None,
             f"placement={describe_placement(self.placement)}": self.placement is not None,
             f"compute={self.compute}": self.compute is not None,
+            f"depends_on={'+'.join(self.depends_on)}": bool(self.depends_on),
+            f"stale={self.stale}": self.stale != "error",
             "optional": self.optional,
         }
         return ", ".join(word for word, applies in words.items() if applies) or "-"
@@ -150,6 +163,44 @@ def _compute_dtype(given: Any) -> str:
         named = repr(given) if isinstance(given, str) else dtype or type(given).__name__
         raise DeclarationError(f"compute={named} is not a floating-point dtype.", hint="compute='bfloat16'")
     return dtype.name
+
+
+def _kind_names(given: Any) -> tuple[str, ...]:
+    """Returns the names of the kinds that a kind depends on."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        named = repr(names) if isinstance(names, tuple | list) else type(given).__name__
+        raise DeclarationError(
+            f"depends_on={named} is not the name of a kind, nor several names.", hint="depends_on=('params',)"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def _check_stale(kind: Kind) -> None:
+    """Checks that what a kind does when it is stale can be done."""
+    if kind.stale not in get_args(Stale):
+        raise DeclarationError(f"stale={kind.stale!r} is not one of 'error', 'restart', 'keep'.", hint="stale='error'")
+    declared = f"sw.Kind({shown(kind.of)}, depends_on={kind.depends_on!r}"
+    if kind.stale != "error" and not kind.depends_on:
+        raise DeclarationError(
+            f"stale={kind.stale!r} says what happens to a kind that depends on others, and this one depends on none.",
+            hint=f"sw.Kind({shown(kind.of)}, depends_on='params', stale={kind.stale!r})",
+        )
+    if kind.stale != "restart":
+        return
+    if kind.frozen:
+        raise DeclarationError("stale='restart' would restart a kind that is frozen.", hint=f"{declared}, frozen=True)")
+    if kind.restart is None:
+        raise DeclarationError(
+            "stale='restart' needs a function that makes a fresh value.",
+            hint=f"{declared}, stale='restart', restart=jnp.zeros_like)",
+        )
+    if takes(kind.restart).key:
+        raise DeclarationError(
+            "stale='restart' calls restart without a key, but this one takes a key.",
+            hint=f"{declared}, restart=...)\n"
+            "and where a step raises StaleError: state.restart(..., key=jax.random.key(0))",
+        )
 
 
 def _check_placement(placement: Any) -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 from statewise._src.common.nnx_graph import ONE, make_leaf, read_graph
 from statewise._src.common.object_names import check_name, given
 from statewise._src.plan.averages import check_averages
+from statewise._src.plan.depends_on import check_depends_on
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.leaf_specs import LeafSpec, drop_sown, rows_of
@@ -56,6 +57,7 @@ def resolve_plan(
         kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
     added, tracked = check_averages(kinds, rows, averages or {})
     kinds = with_kinds(kinds, added)
+    check_depends_on(kinds)
     return intern(PlanTables(kinds, graph.graphdef, rows, (*groups, *tracked), len(objects), names, sown))
 
 

@@ -26,6 +26,7 @@ from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Slot
 from statewise._src.plan.averages import Average
+from statewise._src.plan.depends_on import sources_of
 from statewise._src.plan.derived import Derived
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, unknown_kind
@@ -225,6 +226,11 @@ class PlanTables:
     def kind_index(self) -> dict[str, int]:
         """Returns the index of each kind."""
         return {kind: index for index, kind in enumerate(self.kinds)}
+
+    @functools.cached_property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """Returns, for each kind that was made from others (`depends_on`), all of these; empty where none was."""
+        return sources_of(self.kinds, [kind for kind, specs in self.specs.items() if specs])
 
     # --- what a state stores, by slot ------------------------------------------------------------------------
 

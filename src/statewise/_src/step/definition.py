@@ -27,6 +27,7 @@ from statewise._src.step.outside_writes import check_not_baked, check_written_ar
 from statewise._src.step.passed_objects import check_foreign_objects
 from statewise._src.step.program import program_of
 from statewise._src.step.shard_map import check_replicated, local_arguments, program_on_each, specs_of, traced_on_one
+from statewise._src.step.staleness import staleness_of
 from statewise._src.step.trace import Call, Traced, evaluating, objects_of
 from statewise._src.step.training import PLAIN, Training
 from statewise._src.step.warnings import check_trains, warnings_of
@@ -153,4 +154,5 @@ class Definition:
             self.arguments,
             contract.returns_state,
             traced.closes_over_tracers,
+            staleness_of(plan, operands, may_keep=self.training.skips_nonfinite or self.training.weighted),
         )

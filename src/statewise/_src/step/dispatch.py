@@ -21,8 +21,9 @@ from statewise._src.common import compat
 from statewise._src.common.compat import trace_state
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems
+from statewise._src.core.part import Part
 from statewise._src.core.plan import State
-from statewise._src.core.state_data import Part, check_unshared, deleted_kinds, donated_error
+from statewise._src.core.state_data import check_unshared, deleted_kinds, donated_error
 from statewise._src.core.usable import check_concrete
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.part_shardings import UNKNOWN, PartShardings, is_on_one_device
@@ -30,6 +31,7 @@ from statewise._src.step.arguments import Args, Arguments, Kwargs, merged
 from statewise._src.step.function import called_as
 from statewise._src.step.operands import Operands
 from statewise._src.step.shard_map import specs_of
+from statewise._src.step.staleness import Staleness
 from statewise.errors import PlacementError, StatewiseError, StructureError
 
 __all__ = ["CompiledStep", "NewSignature", "args_key", "full_key"]
@@ -61,6 +63,7 @@ class CompiledStep:
       arguments: how the step's other arguments are passed.
       returns_state: whether a call returns a state beside the output.
       closes_over_tracers: whether the program belongs to an outer trace, and cannot be used after it.
+      staleness: what it does about kinds that depend on others; None if it has to do with none.
       ready: whether it has been called successfully.
     """
 
@@ -71,6 +74,7 @@ class CompiledStep:
     arguments: Arguments
     returns_state: bool
     closes_over_tracers: bool
+    staleness: Staleness | None = None
     ready: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +86,9 @@ class CompiledStep:
         self._gives = tuple(
             (operand.kind, None if operand.pick is None else operand.slots) for operand in operands.donated
         )
+        # Empty, and None, in a plan in which no kind depends on others.
+        self._may_be_stale = () if self.staleness is None else self.staleness.may_be_stale
+        self._records = self.staleness if self.staleness is not None and self.staleness.affected else None
         # Compilations of the program: by whether it receives the written arrays' buffers, and by their shardings.
         self._fns: dict[Any, jax.stages.Wrapped] = {}
         self._traced: dict[Any, jax.stages.Wrapped] = {}
@@ -118,12 +125,18 @@ class CompiledStep:
         Raises:
           NewSignature: the entry was not made for these arguments; nothing has happened.
           StructureError: the state was donated, or holds one array twice.
+          StaleError: the step reads a kind that is stale.
         """
         parts = state.parts
         for kind in self._touches:
             if parts[kind].donated_by is not None:
                 touched = [name for number, name in enumerate(self.plan.kinds) if number in self._touches]
                 raise donated_error(state, [name for name in touched if state.part(name).donated_by])
+        for kind in self._may_be_stale:
+            if parts[kind].origin is not None:
+                state = self.not_stale(state)
+                parts = state.parts
+                break
         operands = self.operands_from(state, args, kwargs)
         donate = True
         places: tuple[PartShardings | None, ...] = ()
@@ -142,6 +155,10 @@ class CompiledStep:
             self._explain(state, args, kwargs, error)
             raise
         return (self.received(state, written, donate, places), out) if self.returns_state else out
+
+    def not_stale(self, state: State) -> State:
+        """Returns a state of which the step may read what it reads; see `Staleness.checked`."""
+        return state if self.staleness is None else self.staleness.checked(state, self.name)
 
     def _places(self, parts: Sequence[Part]) -> tuple[PartShardings | None, ...]:
         """Returns the shardings of the parts that are written: the new arrays get the same ones."""
@@ -200,6 +217,8 @@ class CompiledStep:
         if donated:
             for kind, _ in self._gives:
                 parts[kind].donated_by = self.name
+        if self._records is not None:
+            self._records.settle(parts, new)
         return State.make(self.plan, new)
 
     def _explain(self, state: State, args: Args, kwargs: Kwargs, error: Exception) -> None:

@@ -81,12 +81,16 @@ class Operands:
       donated: slots that are written; their memory is donated, and the new values are returned in the same order.
       read_only: slots that are only read.
       needed: the numbers of the arrays that the program uses one by one.
+      read: the numbers of the arrays whose values it reads.
+      written: the numbers of the arrays that it gives new values.
     """
 
     plan: PlanTables
     donated: tuple[Operand, ...]
     read_only: tuple[Operand, ...]
     needed: frozenset[int]
+    read: frozenset[int]
+    written: frozenset[int]
 
     def unpack(self, donated: Any, read_only: Any) -> Arrays:
         """Returns the arrays inside the program, from what was passed."""
@@ -150,4 +154,4 @@ def operands_of(
             donated.append(Operand.of(kind, gives, len(slots)))
         if keeps:
             read_only.append(Operand.of(kind, keeps, len(slots)))
-    return Operands(plan, tuple(donated), tuple(read_only), frozenset(needed))
+    return Operands(plan, tuple(donated), tuple(read_only), frozenset(needed), frozenset(read), frozenset(written))

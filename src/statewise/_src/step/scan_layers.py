@@ -19,8 +19,10 @@ import jax
 
 from statewise._src.common.object_names import names_given
 from statewise._src.core.member_view import as_ensemble, as_one
+from statewise._src.core.part import Part
 from statewise._src.core.plan import State
-from statewise._src.core.state_data import Part, check_not_donated
+from statewise._src.core.state_data import check_not_donated
+from statewise._src.core.versions import settle
 from statewise._src.filters.combinators import Filter
 from statewise._src.plan.kind import unknown_kind
 from statewise._src.step.scan_modules import count_layers, replaced, scan_module
@@ -195,4 +197,6 @@ def _with_arrays(state: State, arrays: Sequence[Any]) -> State:
     for part in state.parts:
         new = tuple(itertools.islice(left, len(part.arrays)))
         parts.append(part if all(map(operator.is_, new, part.arrays)) else Part(new))
+    # Whether a layer reads what it writes is not known here: what was stale stays so.
+    settle(state.tables, state.parts, parts)
     return State.make(state.tables, parts)

@@ -247,6 +247,7 @@ class Step(Generic[P, R_co]):
         call, dynamic = self._definition.call(plan, args, kwargs)
         eager = call.eager(traced, state, dynamic)
         entry = self._definition.make_entry(plan, eager, contract)
+        state = entry.not_stale(state)
         donated, _, read_only, _, _ = entry.operands_from(state, args, kwargs)
         written, out = entry.program(donated, read_only, *dynamic)
         return (entry.received(state, written, donated=False), out) if contract.returns_state else out

@@ -34,7 +34,7 @@ from statewise._src.step.step import Step, definition_of
 from statewise._src.step.step_update import step_updates
 from statewise._src.step.trace import Traced
 from statewise._src.step.warnings import check_trains, warnings_of
-from statewise.errors import StatewiseError, StructureError, UndeclaredWriteError
+from statewise.errors import StaleError, StatewiseError, StructureError, UndeclaredWriteError
 
 __all__ = ["audit"]
 
@@ -42,9 +42,9 @@ __all__ = ["audit"]
 def audit(step: Callable[..., Any], state: object, /, *args: object, **kwargs: object) -> Audit:
     """Reports what a step does to a state, without running it: it is traced, not compiled, and nothing is donated.
 
-    A step that writes what it does not declare, or trains nothing, is reported too (`audit.error` is the error that a
-    call would raise), and so are the warnings of a call (`audit.warnings`).  Any other error that a call would raise
-    while it traces is raised here too.
+    A step that writes what it does not declare, trains nothing, or reads a stale kind is reported too (`audit.error` is
+    the error that a call would raise), and so are the warnings of a call (`audit.warnings`).  Any other error that a
+    call would raise while it traces is raised here too.
 
     Args:
       step: the result of `sw.step` or `sw.train_step`; or a plain function of objects, as used with `nnx.jit`.
@@ -150,7 +150,10 @@ def _audit(step: Step, state: State, args: tuple[Any, ...], kwargs: dict[str, An
         with jax.disable_jit(False):
             definition.check_writes(traced, contract, state, args, kwargs)
         check_trains(plan, traced, contract, step.fn, name)
-    except (UndeclaredWriteError, StructureError) as refusal:
+        staleness = definition.make_entry(plan, traced, contract).staleness
+        if staleness is not None:
+            staleness.check(state, name)
+    except (UndeclaredWriteError, StructureError, StaleError) as refusal:
         error = refusal.with_traceback(None)
     warnings = tuple(warnings_of(plan, traced, contract, step.fn, name))
     rows = tuple(_row(plan, leaf, numbers, touched, zero) for leaf, numbers in _numbers_of_leaves(plan))

@@ -142,7 +142,8 @@ class Audit(ShownData):
       trains: whether it differentiates.
       leaves: one `LeafAudit` for each leaf of the state, kind by kind.
       kinds: the declaration.
-      error: the error that a call would raise because it writes undeclared kinds or trains nothing; else None.
+      error: the error that a call would raise because it writes undeclared kinds, trains nothing, or reads a stale
+        kind; else None.
       warnings: the warnings of a call, a `StatewiseWarning` each: kinds that the step names in `writes` and does not
         write, writes that are lost under a plain `jax.jit` or `jax.checkpoint`, kinds that it does not train.
 

@@ -11,7 +11,7 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_bytes
 from statewise._src.filters.explain import as_code
-from statewise._src.inspect.lint.finding import Found, Rules, kind_of_their_own
+from statewise._src.inspect.lint.finding import Found, Rules, kind_of_their_own, kind_with
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import trainings
 
@@ -79,6 +79,32 @@ def _one_kind(subject: Subject, adapters: Sequence[int], base: set[int]) -> Iter
                 f"kinds = kinds.replace({name}=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True)) "
                 "| sw.Kinds(lora=sw.Kind(nnx.LoRAParam))",
             )
+
+
+@RULES.rule(
+    "cache-without-dependence",
+    "after a train step the cache is still that of the old weights, and decoding goes on with it without an error",
+)
+def cache_without_dependence(subject: Subject) -> Iterator[Found]:
+    """Finds caches, in a plan that trains, that do not say which kinds they are made from."""
+    updated = {number for training in trainings(subject) for number in training.trained} if subject.plan else set()
+    trained = {subject.claims[number] for number in updated}
+    sources = tuple(name for name in subject.kinds if name in trained)
+    by_kind: dict[str, list[int]] = {}
+    for number in subject.of_type(nnx.Cache) if updated else ():
+        name = subject.claims[number]
+        if name is not None and name not in sources and not subject.kinds[name].depends_on:
+            by_kind.setdefault(name, []).append(number)
+    for name, numbers in by_kind.items():
+        depends_on = f"depends_on={sources!r}"
+        yield Found(
+            f"The kind {name!r} holds {counted(len(numbers), 'leaf', 'leaves')} of the cache, and depends on nothing "
+            f"that is trained.",
+            subject.rows(numbers),
+            f"kinds = kinds | sw.Kinds(cache=sw.Kind(nnx.Cache, saved=False, restart=jnp.zeros_like, {depends_on}))"
+            if subject.kinds[name].rest
+            else kind_with(name, depends_on),
+        )
 
 
 @RULES.rule(
