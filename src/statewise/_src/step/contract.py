@@ -203,7 +203,7 @@ def _eval_hint(
     left = {kind for kind, position in undeclared if (kind, position) in written}
     if left & set(contract.why_not) or written.issuperset(undeclared):
         return []
-    # In tree mode Flax finds the modules of a model with tied weights only if it is told to.
+    # In tree mode Flax refuses a model with tied weights, unless it is asked for a graph.
     is_tied = not nnx.set_graph_mode.current_value() and any(leaf.aliases for leaf in plan.leaves)
     line = f"if the function only evaluates: model.eval({'graph=True' * is_tied}) as its first line"
     return [f"{line}, and {contract.with_writes(plan, left)}" if left else line]
