@@ -1,7 +1,7 @@
 """A step that changes nothing: where the loss, a gradient, or what the function writes is not finite.
 
-The new arrays are computed as always, and then selected or not, so the compiled step has no branch.  Random streams are
-the exception: they advance, so that the next step draws other numbers.
+Random streams are the exception: they advance, so that the next step draws other numbers.  `train_program` decides
+whether the update is a branch, or is computed as always and then selected or not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statewise._src.plan.arrays import Spot
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.operands import Arrays
 
-__all__ = ["all_finite", "everywhere", "keep_old", "stays_finite"]
+__all__ = ["all_finite", "everywhere", "keep_old", "protected", "stays_finite"]
 
 # Elements.  Smaller arrays are joined before they are looked at: on the CPU each reduction is a kernel of its own.
 _SMALL = 16 * 1024
@@ -57,12 +57,18 @@ def keep_old(changes: Any, plan: PlanTables, arrays: Arrays, before: Sequence[An
       before: the old arrays, by number.
       slots: what came in, by kind and slot.
     """
-    for info in plan.arrays:
-        new, old = arrays.flat[info.number], before[info.number]
-        if new is not old and old is not None and not issubclass(info.leaf.type, nnx.RngState):
-            arrays.flat[info.number] = jnp.where(changes, new, old)
+    for number in protected(plan, range(len(plan.arrays)), before):
+        new, old = arrays.flat[number], before[number]
+        if new is not old:
+            arrays.flat[number] = jnp.where(changes, new, old)
     for spot, new in arrays.computed.items():
         arrays.computed[spot] = jnp.where(changes, new, slots[spot])
+
+
+def protected(plan: PlanTables, numbers: Iterable[int], before: Sequence[Any]) -> list[int]:
+    """Returns those of some arrays that a step keeps where it changes nothing: all but random streams."""
+    infos = (plan.arrays[number] for number in numbers if before[number] is not None)
+    return [info.number for info in infos if not issubclass(info.leaf.type, nnx.RngState)]
 
 
 def everywhere(is_true: Any, axes: tuple[str, ...]) -> Any:

@@ -7,17 +7,18 @@ it on one part of the batch after another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from statewise._src.plan.arrays import Spot
 from statewise._src.plan.tables import PlanTables
 from statewise._src.step.instruments import Pair, columns_of, current_arrays, measured_of
 from statewise._src.step.measured import Measured
 from statewise._src.step.microbatches import Mean, PartResult, mean_of_parts
-from statewise._src.step.nonfinite import all_finite, everywhere, keep_old, stays_finite
+from statewise._src.step.nonfinite import all_finite, everywhere, keep_old, protected, stays_finite
 from statewise._src.step.operands import Arrays, Operands
 from statewise._src.step.step_update import Gradients, StepUpdate
 from statewise._src.step.trace import Traced
@@ -57,6 +58,7 @@ class TrainProgram:
         self.overwritten = [number for update in updates if update.overwrites for number in update.differentiates]
         # What changes from part to part: what the function writes, and what its gradients replace.
         self.carried = [*self.written, *self.overwritten]
+        self.changed = sorted({*self.written, *(number for update in updates for number in update.writes)})
         self.dtype = traced.effects.jaxpr.outvars[0].aval.dtype
         self.columns = columns_of(plan, training.measures, self.written, self.differentiated)
 
@@ -68,22 +70,49 @@ class TrainProgram:
         # First what the function wrote, then the updates on top of it, as `nnx.Optimizer` has it: layers that
         # normalize their own weights are updated from the normalized ones.
         arrays.store(self.written, mean.written)
-        loss_with = functools.partial(self._loss_with, before, leaves, mean.weight)
-        for update in self.updates:
-            update.run(arrays, Gradients(mean.outputs[0], mean.grads, loss_with))
         loss, *others = mean.outputs
+        gradients = Gradients(loss, mean.grads, functools.partial(self._loss_with, before, leaves, mean.weight))
         if self.training.weighted or self.training.skips_nonfinite:
             changes = jnp.asarray(mean.is_valid)
             if self.training.skips_nonfinite:
                 changes &= all_finite([loss, *mean.grads.values()])
                 changes &= stays_finite(mean.written, [before[number] for number in self.written])
             changes = everywhere(changes, self.axes)
-            keep_old(changes, self.plan, arrays, before, slots)
+            self._update_if(changes, arrays, gradients, before, slots)
             # A loss that is finite would not say that nothing changed.
             loss = jnp.where(changes | ~jnp.isfinite(loss), loss, jnp.nan)
+        else:
+            self._update(arrays, gradients)
         if self.training.measures:
             loss = (loss, self._measured(arrays, before, mean))
         return self.operands.pack(arrays), self.traced.result([loss, *others])
+
+    def _update(self, arrays: Arrays, gradients: Gradients) -> None:
+        for update in self.updates:
+            update.run(arrays, gradients)
+
+    def _update_if(
+        self, changes: Any, arrays: Arrays, gradients: Gradients, before: Sequence[Any], slots: Mapping[Spot, Any]
+    ) -> None:
+        """Updates the arrays, or puts the old ones back where the step changes nothing."""
+        # XLA's CPU backend updates in place inside a branch, and makes copies for a select.  Elsewhere a branch waits
+        # for the host or splits kernels.  On each device of a mesh by itself, both branches would have to agree on
+        # what varies between the devices.
+        if self.axes or jax.default_backend() != "cpu":
+            self._update(arrays, gradients)
+            keep_old(changes, self.plan, arrays, before, slots)
+            return
+
+        def updated() -> tuple[list[Any], dict[Spot, Any]]:
+            own = Arrays(list(arrays.flat), arrays.slots, dict(arrays.computed))
+            self._update(own, gradients)
+            return [own.flat[number] for number in kept], own.computed
+
+        kept = protected(self.plan, self.changed, before)
+        wholes = {spot: slots[spot] for update in self.updates for spot in update.whole}
+        new, computed = jax.lax.cond(changes, updated, lambda: ([before[number] for number in kept], wholes))
+        arrays.store(kept, new)
+        arrays.computed |= computed
 
     def _measured(self, arrays: Arrays, before: Sequence[Any], mean: Mean) -> Measured:
         """Returns the figures of a step that has run."""
