@@ -28,17 +28,26 @@ def test_everything_that_is_wrong_is_listed_before_an_array_is_read(tmp_path: Pa
     plan = sw.plan(Net())
     report = names.check(plan, folder)
     assert not report.ok
-    assert [f"{leaf.path[-1]}@{leaf.path[-3]}: {leaf.note}" if len(leaf.path) > 2 else f"{leaf.path[0]}: {leaf.note}" for leaf in report.problems] == [  # noqa: E501
-        "bias@0: has no row in the names",
-        "kernel@0: is in several rows: 'layers/{i}/up/kernel', 'layers/{j}/up/kernel'",
-        "bias@1: has no row in the names",
-        "kernel@1: is in several rows: 'layers/{i}/up/kernel', 'layers/{j}/up/kernel'",
-        "norm: model.norm.bias is (5,) in the source, and not (8,)",
-        "norm: would be read from model.norm.bias, which is also norm/bias",
-        "norm: model.norm.bias is (5,) in the source, and not (8,)",
-    ]  # fmt: skip
+    assert [f"{sw.format_path(leaf.path)}: {leaf.note}" for leaf in report.problems] == [
+        "layers/0/q/bias: has no row in the names",
+        "layers/0/up/kernel: is in several rows: 'layers/{i}/up/kernel', 'layers/{j}/up/kernel'",
+        "layers/1/q/bias: has no row in the names",
+        "layers/1/up/kernel: is in several rows: 'layers/{i}/up/kernel', 'layers/{j}/up/kernel'",
+        "norm/bias: model.norm.bias is (5,) in the source, and not (8,)",
+        "norm/scale: would be read from model.norm.bias, which is also norm/bias",
+        "norm/scale: model.norm.bias is (5,) in the source, and not (8,)",
+    ]
+    assert (
+        report.hints[0] == "a row in the names, 'layers/{i}/q/bias': 'its name there'; or None, for what is not there"
+    )
     unused = [each.leaf.path[0] for each in report.leaves if each.outcome == "dropped"]
-    assert "extra" in unused
+    assert sorted(unused) == [
+        "extra",
+        "model.layers.0.q.bias",
+        "model.layers.0.up.weight",
+        "model.layers.1.q.bias",
+        "model.norm.weight",
+    ]
     target = plan.take(Net())
     with pytest.raises(sw.RestoreError, match="Nothing was read or changed"):
         sw.restore(folder, target, names=names)
@@ -179,3 +188,37 @@ def test_arguments_that_are_refused(tmp_path: Path) -> None:
         hint="sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names)",
     ):
         sw.convert(folder, tmp_path / "x", names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "note"),
+    [
+        ("norm/scale", "model.norm.bias", "would be read from model.norm.bias, which is also norm/bias"),
+        (
+            "layers/{i}/q/bias",
+            sw.Name("model.norm.bias.{i}", "(n h) -> n h"),
+            "the source has no model.norm.bias.0",
+        ),
+    ],
+)
+def test_one_array_is_not_read_into_two_leaves(tmp_path: Path, row: str, name: Any, note: str) -> None:
+    """Of equal shapes: a row that was copied and not changed."""
+    folder = folder_of(tmp_path / "theirs", theirs())
+    report = sw.Names(dict(NAMES) | {row: name}).check(sw.plan(Net()), folder)
+    assert note in [leaf.note for leaf in report.problems]
+    with pytest.raises(sw.RestoreError):
+        sw.restore(folder, sw.plan(Net()).take(Net()), names=sw.Names(dict(NAMES) | {row: name}))
+
+
+def test_files_of_a_deeper_model_are_refused(tmp_path: Path) -> None:
+    arrays = theirs() | {"model.layers.2.q.bias": np.ones(8, np.float32), "buffer": np.ones(1, np.float32)}
+    folder = folder_of(tmp_path / "theirs", arrays)
+    with refused(
+        sw.RestoreError,
+        f"{folder} does not fit the target: 1 leaf differs. Nothing was read or changed.",
+        leaves=[
+            "model.layers.2.q.bias: Array- -  (is in the files, and the row 'layers/{i}/q/bias' matches no leaf for it)"
+        ],
+        hint="a model of the size of the files: as many layers, and every leaf that a row is about",
+    ):
+        sw.restore(folder, sw.plan(Net()).take(Net()), names=NAMES)

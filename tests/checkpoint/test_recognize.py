@@ -172,25 +172,28 @@ def test_the_files_that_an_index_names_are_read_together(
     with pytest.raises(sw.StatewiseError) as caught:
         sw.restore(path, target)
     assert ("the index of a checkpoint in several" if given == "index" else f"holds {index.name}") in str(caught.value)
-    with pytest.raises(sw.RestoreError) as again:
-        sw.convert(path, tmp_path / "made", target=target)
-    assert again.value.hint == caught.value.hint
-    code = "\n".join((caught.value.hint or "").splitlines()[1:])
-    restored = done(code, target, monkeypatch, tmp_path)
+    by_names, _, by_ours = (caught.value.hint or "").partition("\nor, if they have the names of ours: ")
+    restored = done(by_ours, target, monkeypatch, tmp_path)
     assert np.array_equal(restored["params"]["a"]["w"], ARRAYS["a.w"])
     assert np.array_equal(restored["params"]["a"]["b"], ARRAYS["a.b"])
+    names = sw.Names({name.replace(".", "/"): name for name in ARRAYS})
+    restored, _ = eval(by_names.partition("  #")[0], {"sw": sw, "names": names, "target": target})
+    assert np.array_equal(restored["params"]["a"]["w"], ARRAYS["a.w"])
 
 
-def test_a_folder_with_a_safetensors_file_names_it(tmp_path: pathlib.Path) -> None:
+def test_a_folder_with_a_safetensors_file_says_how_it_is_read(tmp_path: pathlib.Path) -> None:
     safetensors.flax.save_file(ARRAYS, tmp_path / "model.safetensors")
-    hint = f"the path of that file: '{tmp_path}/model.safetensors'"
+    hint = (
+        f"sw.restore('{tmp_path}', target, names=names)  # sw.Names, which say what our leaves are called there\n"
+        f"or, if they have the names of ours: sw.convert('{tmp_path}', 'converted', target=target); "
+        "sw.restore('converted', target)"
+    )
     target = target_of()
     message = f"{tmp_path} is not a checkpoint of Statewise: it has no statewise.json, but it holds model.safetensors."
     with refused(sw.CorruptedError, message, hint=hint):
         sw.restore(tmp_path, target)
-    message = f"{tmp_path} is not a checkpoint in a known format: it has neither statewise.json nor Orbax's _METADATA"
-    with refused(sw.RestoreError, f"{message}, but it holds model.safetensors.", hint=hint):
-        sw.convert(tmp_path, None, to="linen")
+    tree = sw.convert(tmp_path, None, to="linen", target=target).tree
+    assert np.array_equal(tree["params"]["a"]["w"], ARRAYS["a.w"])
 
 
 def npz(path: pathlib.Path) -> None:

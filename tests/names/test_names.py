@@ -73,7 +73,15 @@ def test_patterns_that_are_refused(pattern: str, axes: dict[str, int], fact: str
             "Several names need an axis along which they are joined, not join=None.",
             "sw.Name(['q', 'k'], join=0)",
         ),
-        (lambda: sw.Name(["q", "q"], join=0), "The names 'q', 'q' are not different.", "sw.Name(['q', 'q'], join=0)"),
+        (lambda: sw.Name(["q", "q"], join=0), "The names 'q', 'q' are not different.", "sw.Name(['q', 'k'], join=0)"),
+        *(
+            (
+                lambda path=path: sw.Names({path: "a"}),
+                f"{path!r} is not a path of a leaf.",
+                "'layers/{i}/kernel', where {i} is any one key",
+            )
+            for path in ("/a", "a//b", "a/", "layers/**/a")
+        ),
         (
             lambda: sw.Name(["q.{i}", "k"], join=0),
             "The names 'q.{i}', 'k' have different placeholders.",

@@ -149,7 +149,9 @@ def test_each_member_of_an_ensemble() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"), [([fn], "fn"), (fn, "fn"), (Net(), "Net"), ("train", "str"), ([sw.step(fn), 3], "int")], ids=str
+    ("given", "named"),
+    [([fn], "fn"), (fn, "fn"), (Net(), "Net"), ("train", "str"), ([sw.step(fn), 3], "int")],
+    ids=["a list", "a function", "a model", "a text", "a number"],
 )
 def test_what_is_not_a_step(given: Any, named: str) -> None:
     with pytest.raises(DeclarationError, match=f"^{named} is not a step") as raised:

@@ -18,7 +18,7 @@ import numpy as np
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
 from statewise._src.checkpoint.interop.match import same_values
-from statewise._src.checkpoint.interop.named import arrays_of, as_ours, is_of_run
+from statewise._src.checkpoint.interop.named import arrays_of, as_ours, is_of_run, row_hint
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
 from statewise._src.checkpoint.restore_report import LeafRestore
@@ -85,9 +85,7 @@ class _NamedMatcher(Matcher):
         elif self.plan.kinds[record.kind].missing != "error":
             super().missing(placed)
         else:
-            name = format_path(record.path)
-            hint = f"a row for it in the names, {name!r}: 'its name in the files'; or None, for what they do not have"
-            self.say(record, "problem", "has no row in the names", [hint])
+            self.say(record, "problem", "has no row in the names", [row_hint(record.path)])
 
     def keep(self, placed: Placed, why: str) -> None:
         """Keeps the target's value; a check of the names alone does not ask for one."""
@@ -130,9 +128,10 @@ def match_names(
     entry_of = _entries(state, ours, problems)
     dtypes = {entry.name: entry.dtype for entry in ours.entries}
     found: list[LeafRecord] = []
+    wrong = {leaf.path for leaf in problems.leaves}
     for record, _ in records_of(state.tables):
         keys = [(record.path, array.within) for array in record.arrays]
-        if keys and all(key in entry_of for key in keys):
+        if keys and record.path not in wrong and all(key in entry_of for key in keys):
             arrays = tuple(
                 array if array.prng else dataclasses.replace(array, dtype=dtypes[entry_of[key]], stored=None)
                 for key, array in zip(keys, record.arrays, strict=True)
@@ -141,8 +140,12 @@ def match_names(
     matcher = _NamedMatcher(state, Manifest({}, "named", {}, tuple(found)), only, cast, ours, problems, check)
     matcher.run()
     matched = matcher.result(path)
-    unused = [LeafRestore(_unused(name), "dropped", "no row of the names is about it") for name in ours.others]
-    report = dataclasses.replace(matched.report, leaves=(*matched.report.leaves, *unused))
+    report = matched.report
+    unused = [_unused(name, names.rows_about(name)) for name in ours.others]
+    hints = report.hints
+    if any(each.outcome == "problem" for each in unused):
+        hints = (*hints, "a model of the size of the files: as many layers, and every leaf that a row is about")
+    report = dataclasses.replace(report, leaves=(*report.leaves, *unused), hints=hints)
 
     def read(leaf: RestoreSource, shardings: Sequence[Any]) -> list[Any]:
         arrays = []
@@ -176,8 +179,12 @@ def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path,
     return found
 
 
-def _unused(name: str) -> Leaf:
-    return Leaf((name,), None, jax.Array, None, None)
+def _unused(name: str, rows: Sequence[str]) -> LeafRestore:
+    """Returns what is said of a name in the files that no leaf is read from."""
+    leaf = Leaf((name,), None, jax.Array, None, None)
+    if len(rows) == 1:  # several rows about one name are another problem, which its leaves have
+        return LeafRestore(leaf, "problem", f"is in the files, and the row {rows[0]!r} matches no leaf for it")
+    return LeafRestore(leaf, "dropped", "no leaf is read from it" if rows else "no row of the names is about it")
 
 
 def _placed(array: np.ndarray, prng: str | None, sharding: Any) -> Any:

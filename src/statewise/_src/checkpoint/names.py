@@ -52,8 +52,8 @@ class Names(NamesData):
           path: their files: a `.safetensors` file, or a folder of them.
 
         Returns:
-          what a restore would do with each leaf, and the names in the files that no row is about; `report.ok` says
-          whether the names fit.
+          what a restore with `cast=True` would do with each leaf, and the names in the files that no row is about;
+          `report.ok` says whether the names fit.  Leaves that the files cannot have need no value for it.
 
         Raises:
           CorruptedError: a file is not what was written.

@@ -151,7 +151,9 @@ def _check_joined(names: Sequence[str], templates: Sequence[Template], join: Any
     if isinstance(join, bool) or not isinstance(join, int):
         raise DeclarationError(f"Several names need an axis along which they are joined, not join={join!r}.", hint=hint)
     if len({*names}) < len(names):
-        raise DeclarationError(f"The names {', '.join(map(repr, names))} are not different.", hint=hint)
+        raise DeclarationError(
+            f"The names {', '.join(map(repr, names))} are not different.", hint="sw.Name(['q', 'k'], join=0)"
+        )
     fields = {frozenset(template.fields) for template in templates}
     if len(fields) > 1:
         raise DeclarationError(f"The names {', '.join(map(repr, names))} have different placeholders.", hint=hint)

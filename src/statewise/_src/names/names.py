@@ -32,6 +32,10 @@ class NamesData(Mapping[str, Row]):
         self._open: dict[str, Template] = {}
         for path, given in rows.items():
             template = Template.parse(path)
+            if "*" in path or any(not key for key in path.split("/")):
+                raise DeclarationError(
+                    f"{path!r} is not a path of a leaf.", hint="'layers/{i}/kernel', where {i} is any one key"
+                )
             name = given if given is None or isinstance(given, Name) else Name(given)
             _check_fields(template, name)
             self._rows[path] = name
@@ -84,6 +88,11 @@ class NamesData(Mapping[str, Row]):
         exact: list[tuple[str, dict[str, str]]] = [(path, {})] if path in self._rows and path not in self._open else []
         found = ((row, template.match(path)) for row, template in self._open.items())
         return exact + [(row, values) for row, values in found if values is not None]
+
+    def rows_about(self, name: str) -> list[str]:
+        """Returns the rows whose names elsewhere this is one of."""
+        named = ((row, each) for row, each in self._rows.items() if each is not None)
+        return [row for row, each in named if any(template.match(name) is not None for template in each.templates)]
 
     def layouts(
         self, leaf: Leaf, within: tuple[Any, ...], shape: tuple[int, ...], problems: Problems

@@ -25,7 +25,7 @@ from statewise._src.names.layout import Layout
 from statewise._src.names.names import NamesData
 from statewise._src.plan.tables import OPTIMIZER
 
-__all__ = ["arrays_of", "as_ours", "as_theirs", "is_of_run"]
+__all__ = ["arrays_of", "as_ours", "as_theirs", "is_of_run", "row_hint"]
 
 
 # What belongs to a training run, and is not in other programs' files of weights.
@@ -35,6 +35,13 @@ _OF_RUN = (nnx.RngState, nnx.OptState, compat.MetricState)
 def is_of_run(cls: Any) -> bool:
     """Returns whether leaves of a type belong to a training run."""
     return isinstance(cls, type) and issubclass(cls, _OF_RUN)
+
+
+def row_hint(path: Path) -> str:
+    """Returns the hint to add a row: one for all layers of a list."""
+    fields = iter("ijklmnop")
+    row = "/".join(f"{{{next(fields, 'n')}}}" if isinstance(key, int) else str(key) for key in path)
+    return f"a row in the names, {row!r}: 'its name there'; or None, for what is not there"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +113,8 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
             entry = _entry(path, array, layout, theirs, problems)
             if entry is not None:
                 entries[entry.name] = entry, layout
-    used = {name for _, layout in entries.values() for name in layout.names}
-    others = tuple(name for name in (*theirs, *source.others) if name not in used)
+    # A name of which something else is wrong has been reported.
+    others = tuple(name for name in (*theirs, *source.others) if name not in first)
 
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
         one = lambda name: source.read((name,))[name]  # noqa: E731
@@ -131,9 +138,7 @@ def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
         layouts = names.layouts(array.leaf, array.within, array.shape, problems)
         if not layouts and not names.knows(array.leaf, array.within):
             if array.kind not in derived and not is_of_run(array.leaf.type):
-                name = format_path(array.leaf.path + array.within)
-                hint = f"a row for it in the names, {name!r}: 'its name there'; or None, for what is not written"
-                problems.add(array.leaf, "has no row in the names", hint)
+                problems.add(array.leaf, "has no row in the names", row_hint(array.leaf.path + array.within))
             continue
         for _, layout in layouts:
             for name, shape in layout.names.items():

@@ -109,18 +109,15 @@ def _json(file: FilePath) -> Recognized | None:
     except (ValueError, RecursionError):
         return None
     if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
-        return Recognized("the index of a checkpoint in several safetensors files", _in_parts(file))
+        return Recognized("the index of a checkpoint in several safetensors files", _of_folder(file.parent))
     return Recognized("a JSON file", _READ)
 
 
-def _in_parts(index: FilePath) -> str:
-    """Returns code that reads the files that an index names, as one dict, whose keys are paths."""
+def _of_folder(folder: object) -> str:
+    """Returns how a folder of safetensors files is read, by other names or by ours."""
     return (
-        "all that it names, together (`import json, os, pathlib, safetensors.flax`):\n"
-        f"names = {{*json.loads(pathlib.Path({str(index)!r}).read_text())['weight_map'].values()}}\n"
-        f"parts = [safetensors.flax.load_file(os.path.join({str(index.parent)!r}, name)) for name in names]\n"
-        "arrays = {name.replace('.', '/'): array for part in parts for name, array in part.items()}\n"
-        "sw.convert(arrays, 'converted', target=target); sw.restore('converted', target)"
+        f"sw.restore({str(folder)!r}, target, names=names)  # sw.Names, which say what our leaves are called there\n"
+        f"or, if they have the names of ours: {_then_restored(repr(str(folder)))}"
     )
 
 
@@ -139,8 +136,5 @@ def within(folder: Any) -> Recognized | None:
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     indices = [name for name in names if name.endswith(_INDEX)]
     files = [name for name in names if name.endswith(".safetensors")]
-    if indices:
-        return Recognized(f"holds {indices[0]}", _in_parts(FilePath(os.fspath(folder)) / indices[0]))
-    if files:
-        return Recognized(f"holds {files[0]}", f"the path of that file: {str(folder / files[0])!r}")
-    return None
+    held = (indices or files)[:1]
+    return Recognized(f"holds {held[0]}", _of_folder(folder)) if held else None
