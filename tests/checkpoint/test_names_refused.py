@@ -138,8 +138,8 @@ def test_an_index_and_files_that_do_not_agree(tmp_path: Path) -> None:
         ({"max_shard_bytes": 0}, "max_shard_bytes=0 is not a number of bytes."),
         ({"extra_files": "config.json"}, "extra_files is one path, and not several."),
         ({"extra_files": ["nowhere/config.json"]}, "There is no file at nowhere/config.json."),
-        ({"names": None}, "A state is converted by names, and there are none."),
-        ({"names": {"a": "b"}}, "A state is converted by names, and names is dict."),
+        ({"names": None}, "State is neither a path nor a mapping."),
+        ({"names": {"a": "b"}}, "names is dict, and not sw.Names."),
         ({"cast": True}, "A state is written under other names into safetensors files: target, rename, cast and other"),
         (
             {"to": "orbax"},

@@ -193,8 +193,10 @@ def convert(
       >>> sw.inspect(f"{folder}/linear")["params"].size
       9
     """
-    if names is not None or isinstance(src, State):
+    if names is not None:
         return _by_names(src, dst, target, to, names, dry_run, max_shard_bytes, extra_files, rename, cast)
+    if isinstance(src, State):
+        open_any(src)  # raises, before anything else about the arguments
     if max_shard_bytes is not None or extra_files:
         raise SaveError(
             "max_shard_bytes and extra_files are of a folder, which is written from a state by names.",
@@ -241,8 +243,7 @@ def _by_names(
     if not isinstance(src, State):
         raise StructureError(f"With names a state is converted, and not {type(src).__name__}.", hint=hint)
     if not isinstance(names, NamesData):
-        given = "there are none" if names is None else f"names is {type(names).__name__}"
-        raise StructureError(f"A state is converted by names, and {given}.", hint=hint)
+        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
     if target is not None or rename is not None or cast or dst is None or to not in (None, "safetensors"):
         raise StructureError(
             "A state is written under other names into safetensors files: target, rename, cast and other formats do "
