@@ -120,7 +120,7 @@ def test_a_source_that_is_neither_path_nor_mapping_is_refused(tmp_path: Path) ->
     with refused(
         sw.RestoreError,
         "State is neither a path nor a mapping.",
-        hint="sw.convert('run/checkpoint', dst), or nested dicts of arrays; of a state: sw.save(path, state), or names=",
+        hint="sw.convert('run/checkpoint', dst), or nested dicts of arrays; a state: sw.save(path, state), or names=",
     ):
         convert(taken(w=jnp.ones(1)), tmp_path / "a.safetensors")
 
