@@ -222,7 +222,7 @@ def test_a_call_looks_at_no_array_of_a_part_that_a_step_has_made(monkeypatch: py
         looked.append(len(arrays))
         return part_shardings_of(arrays)
 
-    monkeypatch.setattr("statewise._src.core.state_data.part_shardings_of", counting)
+    monkeypatch.setattr("statewise._src.core.part.part_shardings_of", counting)
     for mesh in (None, MESH):
         state = state_of("resnet", fsdp, mesh=mesh)
         batch = MODELS["resnet"][1]() if mesh is None else split_batch("resnet")
