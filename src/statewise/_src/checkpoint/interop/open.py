@@ -31,9 +31,7 @@ def open_any(path: object) -> Source:
       CorruptedError: it is not what was written.
     """
     if not isinstance(path, (str, bytes, os.PathLike)):
-        hint = (
-            "sw.convert('run/checkpoint', dst), or nested dicts of arrays; a state: sw.save(path, state), or names="
-        )
+        hint = "sw.convert('run/checkpoint', dst), or nested dicts of arrays; a state: sw.save(path, state), or names="
         raise RestoreError(f"{type(path).__name__} is neither a path nor a mapping.", hint=hint)
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     item = only_item(folder, NAME) if folder.is_dir() else None
