@@ -60,7 +60,7 @@ MODES: dict[str, Mode] = {
     "sow-noop": Mode(
         "`sow` does nothing outside of `nnx.capture`: `NNX_SOW_CAPTURE_NOOP=true`", {"NNX_SOW_CAPTURE_NOOP": "true"}
     ),
-    "dict": Mode("plain dicts in the place of `nnx.State`, simulated by the tests", {plain_states.VARIABLE: "dict"}),
+    "dict": Mode("plain dicts instead of `nnx.State`, simulated by the tests", {plain_states.VARIABLE: "dict"}),
 }
 
 
