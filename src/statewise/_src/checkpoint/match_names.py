@@ -17,8 +17,8 @@ import numpy as np
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
-from statewise._src.checkpoint.interop.match import same_values
-from statewise._src.checkpoint.interop.named import arrays_of, as_ours, is_of_run, row_hint
+from statewise._src.checkpoint.interop.match import is_of_run, note_of_tied, same_values
+from statewise._src.checkpoint.interop.named import arrays_of, as_ours, row_hint
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
 from statewise._src.checkpoint.restore_report import LeafRestore
@@ -174,7 +174,7 @@ def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path,
         if differs is None:
             found[array.leaf.path, array.within] = texts[0]
             continue
-        note = f"is tied, and has two different values in the source: {texts[0]} and {differs}"
+        note = note_of_tied(texts[0], differs)
         problems.add(array.leaf, note, f"untie the leaves in the model, or leave the row {differs!r} out of the names")
     return found
 

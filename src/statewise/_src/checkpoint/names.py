@@ -45,7 +45,7 @@ class Names(NamesData):
     __slots__ = ()
 
     def check(self, plan: Plan, path: str | os.PathLike[str]) -> RestoreReport:
-        """Compares the names with a plan and with files; reads no array, and does not raise for mismatches.
+        """Compares the names with a plan and with files; reads no array but those of a tied leaf's names.
 
         Args:
           plan: the plan of our model.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from flax import nnx
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.common import compat
+from statewise._src.common.codes import codes_in
 from statewise._src.common.compare import Field, Mismatch
 from statewise._src.common.paths import Path, format_path, format_type
 from statewise._src.plan.ema import EMA
@@ -137,11 +137,5 @@ def _has_type(owner: type, name: str) -> bool:
 def _names_in(cls: type) -> Iterator[str]:
     for function in vars(cls).values():
         code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-        yield from _names_of(code) if code is not None else ()
-
-
-def _names_of(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for const in code.co_consts:  # the functions inside it
-        if isinstance(const, types.CodeType):
-            yield from _names_of(const)
+        for inner in codes_in(code) if code is not None else ():
+            yield from inner.co_names

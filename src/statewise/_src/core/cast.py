@@ -94,10 +94,8 @@ def parts_for(plan: PlanTables, state: StateData | None, arrays: Mapping[str, Se
             part = state.part(kind)
             # Packing follows dtypes: those of another kind may have changed which arrays share a buffer.
             if plan.packing.get(kind) != state.tables.packing.get(kind):
-                version, part = (
-                    part.version(),
-                    Part(_packed(plan, kind, arrays_in_order(state.tables, kind, part.arrays))),
-                )
+                version = part.version()
+                part = Part(_packed(plan, kind, arrays_in_order(state.tables, kind, part.arrays)))
                 part.known_version = version
         parts.append(part)
     return parts

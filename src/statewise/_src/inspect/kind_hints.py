@@ -11,7 +11,7 @@ from statewise._src.plan.match import free_name
 __all__ = ["kind_apart"]
 
 
-def kind_apart(kinds: Mapping[str, Kind], kind: str | None, name: str, of: str, handling: str) -> tuple[str, str]:
+def kind_apart(kinds: Mapping[str, Kind], kind: str | None, name: str, of: str, handling: str = "") -> tuple[str, str]:
     """Returns code that gives some leaves a kind of their own, and the name of that kind.
 
     Args:
@@ -26,4 +26,5 @@ def kind_apart(kinds: Mapping[str, Kind], kind: str | None, name: str, of: str, 
     if kind is not None and not kinds[kind].rest:  # the rest leaves out by itself what another kind claims
         remaining = f"nnx.All({as_code(kinds[kind].of)}, nnx.Not({of}))"
         others = f"kinds.replace({kind}=dataclasses.replace(kinds[{kind!r}], of={remaining}))"
-    return f"kinds = {others} | sw.Kinds({own}=sw.Kind({of}, {handling}))", own
+    arguments = f"{of}, {handling}" if handling else of
+    return f"kinds = {others} | sw.Kinds({own}=sw.Kind({arguments}))", own

@@ -20,6 +20,7 @@ import jax
 from flax import nnx
 
 from statewise._src.common import compat
+from statewise._src.common.codes import codes_in
 from statewise._src.common.compat import jaxprs
 from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import arrays_of, held_value, is_array, row_of
@@ -117,7 +118,7 @@ class _Search:
             self.value(value, name, f"a default of {whose} parameters", depth)
         if _is_library(fn.__globals__.get("__name__")):
             return  # a wrapper of JAX or Flax
-        codes = list(_codes(fn.__code__))
+        codes = list(codes_in(fn.__code__))
         instructions = itertools.chain.from_iterable(map(dis.get_instructions, codes))
         names = dict.fromkeys(op.argval for op in instructions if op.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
         # The bytecode of `module.model` loads `module`, then an attribute: any name that the code mentions may be it.
@@ -163,14 +164,6 @@ def _defaults(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
     names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
     yield from zip(names[len(names) - len(given) :], given, strict=True)
     yield from (fn.__kwdefaults__ or {}).items()
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yields a function's code, and the code of the functions defined inside it."""
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _codes(const)
 
 
 def _is_library(module: str | None) -> bool:

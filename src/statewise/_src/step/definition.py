@@ -154,5 +154,5 @@ class Definition:
             self.arguments,
             contract.returns_state,
             traced.closes_over_tracers,
-            staleness_of(plan, operands, may_keep=self.training.skips_nonfinite or self.training.weighted),
+            staleness_of(plan, operands, may_keep=self.training.may_keep),
         )

@@ -72,7 +72,7 @@ class TrainProgram:
         arrays.store(self.written, mean.written)
         loss, *others = mean.outputs
         gradients = Gradients(loss, mean.grads, functools.partial(self._loss_with, before, leaves, mean.weight))
-        if self.training.weighted or self.training.skips_nonfinite:
+        if self.training.may_keep:
             changes = jnp.asarray(mean.is_valid)
             if self.training.skips_nonfinite:
                 changes &= all_finite([loss, *mean.grads.values()])

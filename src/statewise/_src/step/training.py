@@ -34,6 +34,11 @@ class Training:
     measures: frozenset[Measure] = frozenset()
 
     @property
+    def may_keep(self) -> bool:
+        """Returns whether a call may leave everything as it was, after a look at the values."""
+        return self.skips_nonfinite or self.weighted
+
+    @property
     def is_plain(self) -> bool:
         """Returns whether the function runs once, on the complete batch, and returns its loss without a weight."""
         return self.microbatches == 1 and not self.weighted

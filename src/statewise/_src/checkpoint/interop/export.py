@@ -22,7 +22,7 @@ from flax import nnx, traverse_util
 
 from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
-from statewise._src.checkpoint.interop.safetensors import SAFETENSORS_DTYPES, safetensors_package
+from statewise._src.checkpoint.interop.safetensors import SAFETENSORS_DTYPES, write_file
 from statewise._src.checkpoint.interop.sources import ARRAY
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.plain import write_tree
@@ -168,14 +168,9 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
     keys = [key for key in keys_of(to, pieces) if key is not None]
     if to == "safetensors":
         assert final is not None, "a safetensors file has a path"
-        # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
-        flat = {key[0]: np.asarray(array, order="C") for key, array in zip(keys, arrays, strict=True)}
-        package = safetensors_package()
+        flat = {key[0]: array for key, array in zip(keys, arrays, strict=True)}
         with committed(final, sum(array.nbytes for array in arrays)) as place:
-            try:
-                package.numpy.save_file(flat, place, metadata={"statewise": _metadata(keys, pieces)})
-            except package.SafetensorError as error:  # from the file system: the dtypes were checked before
-                raise OSError(str(error)) from error
+            write_file(place, flat, {"statewise": _metadata(keys, pieces)})
         return None
     # Orbax does not store arrays without elements.
     stored = {key: np.asarray(each) for key, each in zip(keys, arrays, strict=True) if final is None or each.size}

@@ -8,23 +8,20 @@ The names of the files and the index are those that Hugging Face's libraries rea
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
-import numpy as np
-
-from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.interop.export import committed
-from statewise._src.checkpoint.interop.safetensors import INDEX, safetensors_package
-from statewise._src.checkpoint.interop.sources import Source, SourceArray
+from statewise._src.checkpoint.interop.safetensors import INDEX, write_file
+from statewise._src.checkpoint.interop.sources import Source
 from statewise.errors import SaveError
 
 __all__ = ["check_options", "export_folder"]
 
+_METADATA = {"format": "pt"}
 SHARD_BYTES = 5 * 2**30  # as other libraries write them
 
 
@@ -65,7 +62,7 @@ def export_folder(source: Source, final: FilePath, max_shard_bytes: int, extra_f
     Raises:
       SaveError: it could not be written; nothing of it is left.
     """
-    sizes = {entry.name: _bytes(entry) for entry in source.entries}
+    sizes = {entry.name: entry.leaf().nbytes for entry in source.entries}
     total = sum(sizes.values())
     is_file = final.name.endswith(".safetensors")
     shards = [list(sizes)] if is_file else _shards(sizes, max_shard_bytes)
@@ -74,33 +71,17 @@ def export_folder(source: Source, final: FilePath, max_shard_bytes: int, extra_f
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     with committed(final, total) as place:
         if is_file:
-            _write_file(source, shards[0], place)
+            write_file(place, source.read(shards[0]), _METADATA)
             return
         place.mkdir()
         for file, shard in zip(files, shards, strict=True):
-            _write_file(source, shard, place / file)
+            write_file(place / file, source.read(shard), _METADATA)
         if len(shards) > 1:
             owner = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": owner}
             (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for path in extra_files:
             shutil.copyfile(path, place / path.name)
-
-
-def _write_file(source: Source, names: Sequence[str], place: FilePath) -> None:
-    package = safetensors_package()
-    arrays = source.read(names)
-    # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
-    flat = {name: np.asarray(arrays[name], order="C") for name in names}
-    try:
-        package.numpy.save_file(flat, place, {"format": "pt"})
-    except package.SafetensorError as error:  # from the file system: names and dtypes were checked before
-        raise OSError(str(error)) from error
-
-
-def _bytes(entry: SourceArray) -> int:
-    dtype = dtype_of(entry.dtype)
-    return 0 if dtype is None else math.prod(entry.shape) * dtype.itemsize
 
 
 def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:

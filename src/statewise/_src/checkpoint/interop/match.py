@@ -41,7 +41,7 @@ from statewise._src.core.plan import State
 from statewise._src.plan.tables import OPTIMIZER
 from statewise.errors import RestoreError, StructureError
 
-__all__ = ["Fit", "compare_tied", "fit", "fit_alone", "same_values"]
+__all__ = ["Fit", "compare_tied", "fit", "fit_alone", "is_of_run", "note_of_tied", "same_values"]
 
 CAST = "sw.convert(src, dst, ..., cast=True)"
 _SIZES = "build the model with the sizes of the source, or rename another to it"
@@ -87,8 +87,18 @@ def compare_tied(source: Source, fitted: Fit) -> None:
         if is_unknown or (entry.shape == other.shape and same_values(arrays[entry.name], arrays[other.name])):
             continue
         hint = f"untie the leaves in the model before planning it, or leave one out: rename={{{other.name!r}: None}}"
-        note = f"is tied, and has two different values in the source: {entry.name} and {other.name}"
+        note = note_of_tied(entry.name, other.name)
         fitted.problems.add(leaf, note, hint)
+
+
+def is_of_run(cls: Any) -> bool:
+    """Returns whether leaves of a type belong to a training run, and are not in other programs' files of weights."""
+    return isinstance(cls, type) and issubclass(cls, _OF_RUN)
+
+
+def note_of_tied(first: str, other: str) -> str:
+    """Returns what is wrong with a tied leaf that a source has under two names, with different values."""
+    return f"is tied, and has two different values in the source: {first} and {other}"
 
 
 def same_values(first: np.ndarray, second: np.ndarray) -> bool:
@@ -255,7 +265,7 @@ class _Fitter:
         leaf, kind = piece.leaf, piece.leaf.kind or ""
         declared = self.plan.kinds[kind].missing == "keep"
         # What belongs to a training run is not in other programs' files of weights.
-        of_run = kind in self.derived or (isinstance(leaf.type, type) and issubclass(leaf.type, _OF_RUN))
+        of_run = kind in self.derived or is_of_run(leaf.type)
         foreign = self.source.format != "statewise" and kind not in present and of_run
         why = f"the source has no {kind}" if foreign else self.where(piece)
         if (declared or foreign) and self.has_values[kind]:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import records_of, unpacked
+from statewise._src.checkpoint.interop.match import is_of_run
 from statewise._src.checkpoint.interop.sources import Source, SourceArray
-from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -25,16 +23,7 @@ from statewise._src.names.layout import Layout
 from statewise._src.names.names import NamesData
 from statewise._src.plan.tables import OPTIMIZER
 
-__all__ = ["arrays_of", "as_ours", "as_theirs", "is_of_run", "row_hint"]
-
-
-# What belongs to a training run, and is not in other programs' files of weights.
-_OF_RUN = (nnx.RngState, nnx.OptState, compat.MetricState)
-
-
-def is_of_run(cls: Any) -> bool:
-    """Returns whether leaves of a type belong to a training run."""
-    return isinstance(cls, type) and issubclass(cls, _OF_RUN)
+__all__ = ["arrays_of", "as_ours", "as_theirs", "row_hint"]
 
 
 def row_hint(path: Path) -> str:
@@ -88,8 +77,8 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
       target: the state whose leaves are to be read.
 
     Returns:
-      the source: `others` are their names that are not used, and `absent` our paths that it lacks by design; and what
-      is wrong, all of it.
+      the source: `others` are their names that are not used, and `by_design` our paths that it lacks by design; and
+      what is wrong, all of it.
     """
     theirs = {entry.name: entry for entry in source.entries}
     problems = Problems()

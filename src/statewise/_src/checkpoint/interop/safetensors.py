@@ -28,6 +28,7 @@ __all__ = [
     "open_file",
     "open_folder",
     "safetensors_package",
+    "write_file",
 ]
 
 # The index of a folder: {"weight_map": {name: file}}.
@@ -140,6 +141,21 @@ def first_line(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
+def write_file(place: FilePath, arrays: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """Writes arrays into a safetensors file.
+
+    Raises:
+      OSError: the file system refuses; names and dtypes were checked before.
+    """
+    package = safetensors_package()
+    # In C order; unlike np.ascontiguousarray this leaves 0-d arrays as they are.
+    flat = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    try:
+        package.numpy.save_file(flat, place, metadata=metadata)
+    except package.SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 # --- a folder ------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +222,8 @@ def _read_index(folder: FilePath) -> dict[str, str]:
     if not isinstance(found, Mapping) or not found or not all(isinstance(file, str) for file in found.values()):
         raise _not_an_index(folder, "its weight_map does not give a file for each name")
     # Nothing outside of the folder is opened, whatever an index says.
-    outside = sorted({file for file in found.values() if file != os.path.basename(file) or file in ("", ".", "..")})
-    outside += sorted({file for file in found.values() if "\\" in file or "\0" in file} - {*outside})
+    is_outside = lambda file: file != os.path.basename(file) or file in ("", ".", "..") or {*file} & {"\\", "\0"}  # noqa: E731
+    outside = sorted(filter(is_outside, {*found.values()}))
     if outside:
         raise _not_an_index(folder, f"it names {', '.join(map(repr, outside[:5]))}, which is not a file of the folder")
     return dict(found)

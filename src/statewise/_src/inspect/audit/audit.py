@@ -174,11 +174,11 @@ def _touched(definition: Definition, plan: PlanTables, traced: Traced, contract:
     alone = passed - packed
     # A parameter counts as updated even if the function writes it too; what only the function writes does not.
     updated = (differentiated | moments | (donated & alone)) - (by_function - differentiated)
-    # Where a step may change nothing, it selects between old values and new ones.
-    may_keep = definition.training.skips_nonfinite or definition.training.weighted
     in_function = set(itertools.compress(range(traced.inputs), traced.effects.read))
+    # Where a step may change nothing, it selects between old values and new ones.
+    kept = by_function if definition.training.may_keep else set()
     return {
-        "read": in_function | differentiated | moments | (alone - donated) | (by_function if may_keep else set()),
+        "read": in_function | differentiated | moments | (alone - donated) | kept,
         "written": by_function | updated,
         "updated": updated,
         "differentiated": differentiated,

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from statewise._src.common.codes import codes_in
+
 __all__ = ["Call", "FunctionCode", "functions_of"]
 
 _NAMES = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"})
@@ -64,7 +66,7 @@ def functions_of(cls: type, wanted: Wanted) -> tuple[FunctionCode, ...]:
             if name not in replaced:
                 own = dict.fromkeys(_functions_in(value))
                 functions |= own
-                if not any("super" in code.co_names for function in own for code in _codes(function.__code__)):
+                if not any("super" in code.co_names for function in own for code in codes_in(function.__code__)):
                     replaced.add(name)
     return tuple(_read(function, wanted) for function in functions)
 
@@ -89,20 +91,12 @@ def _read(function: types.FunctionType, wanted: Wanted) -> FunctionCode:
     # The cell of a name that has no value yet raises when its contents are read; it equals an empty one.
     scope = function.__globals__ | {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
     objects, calls, texts = list[Any](), list[Call](), set[str]()
-    for code in _codes(function.__code__):
+    for code in codes_in(function.__code__):
         objects += _objects_in(code, scope)
         calls += _calls_in(code, scope, wanted)
         for const in code.co_consts:  # the names of arguments are a tuple
             texts.update(text for text in (const if isinstance(const, tuple) else [const]) if isinstance(text, str))
     return FunctionCode(function.__qualname__, tuple(objects), tuple(calls), frozenset(texts))
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yields a code object, and those of the functions inside it."""
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _codes(const)
 
 
 def _loaded(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[dis.Instruction, Any]]:

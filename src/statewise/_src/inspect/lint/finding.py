@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.common.problems import counted
 from statewise._src.common.tables import ShownData, Table, leaf_dict, printable
-from statewise._src.filters.explain import as_code
 from statewise._src.inspect.lint.subject import Subject
 
-__all__ = ["Finding", "Findings", "Found", "Rule", "Rules", "kind_of_their_own", "kind_with"]
+__all__ = ["Finding", "Findings", "Found", "Rule", "Rules", "kind_with"]
 
 _NAMED = 3  # leaves in the one line of a finding
 _SHOWN = 10  # leaves below that line
@@ -142,18 +141,3 @@ class Rules(list[Rule]):
 def kind_with(name: str, change: str) -> str:
     """Returns the code that declares a kind with a change, for a hint: `kind_with("cache", "saved=False")`."""
     return f"kinds = kinds.replace({name}=dataclasses.replace(kinds[{name!r}], {change}))"
-
-
-def kind_of_their_own(subject: Subject, kind: str, name: str, of: str) -> str:
-    """Returns the code that takes leaves out of a kind, and declares another one for them.
-
-    Args:
-      subject: the subject.
-      kind: the kind that claims them, together with others.
-      name: the name of their own.
-      of: the code of a filter that matches them.
-    """
-    own = f"sw.Kinds({name}=sw.Kind({of}))"
-    if subject.kinds[kind].rest:
-        return f"kinds = kinds | {own}"
-    return f"{kind_with(kind, f'of=nnx.All({as_code(subject.kinds[kind].of)}, nnx.Not({of}))')} | {own}"

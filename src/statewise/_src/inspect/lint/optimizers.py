@@ -11,7 +11,8 @@ from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_bytes
 from statewise._src.filters.explain import as_code
-from statewise._src.inspect.lint.finding import Found, Rules, kind_of_their_own, kind_with
+from statewise._src.inspect.kind_hints import kind_apart
+from statewise._src.inspect.lint.finding import Found, Rules, kind_with
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.inspect.lint.training import trainings
 
@@ -205,8 +206,9 @@ def _stored(subject: Subject, numbers: Sequence[int]) -> str:
     is_flaxs = cls.__name__ == _OVERWRITE_WITH_GRADIENT
     of = f"nnx.variable_type_from_name({cls.__name__!r}, allow_register=True)" if is_flaxs else as_code(cls)
     is_alone = subject.claims.count(name) == len(numbers) and not subject.kinds[name].rest
-    lines = [] if is_alone else [kind_of_their_own(subject, name, "fp8", of)]
-    stored = f"{name if is_alone else 'fp8'!r}: sw.overwrite_with_gradient()"
+    declaration, own = ("", name) if is_alone else kind_apart(subject.kinds, name, "fp8", of)
+    lines = [declaration] if declaration else []
+    stored = f"{own!r}: sw.overwrite_with_gradient()"
     lines.append(f"kinds.plan(model, optimizers={{'params': tx, {stored}}})")
     return "\n".join(lines)
 

@@ -12,7 +12,8 @@ from statewise._src.common.paths import Path, format_path
 from statewise._src.common.problems import counted
 from statewise._src.filters.combinators import Filter
 from statewise._src.filters.explain import as_code
-from statewise._src.inspect.lint.finding import Found, Rules, kind_of_their_own, kind_with
+from statewise._src.inspect.kind_hints import kind_apart
+from statewise._src.inspect.lint.finding import Found, Rules, kind_with
 from statewise._src.inspect.lint.subject import Subject
 
 __all__ = ["RULES", "statistics_of"]
@@ -110,7 +111,8 @@ def _without_compute(subject: Subject, name: str, numbers: list[int]) -> str:
         return kind_with(name, "compute=None")
     types = sorted({subject.types[number] for number in numbers}, key=lambda cls: cls.__qualname__)
     of: Filter = types[0] if len(types) == 1 else tuple(types)
-    return kind_of_their_own(subject, name, "stats" if "stats" not in subject.kinds else "statistics", as_code(of))
+    own = "stats" if "stats" not in subject.kinds else "statistics"
+    return kind_apart(subject.kinds, name, own, as_code(of))[0]
 
 
 @RULES.rule(
