@@ -10,6 +10,7 @@
 #   make dist          wheel and sdist, checked, and tried in an empty environment
 #   make test-modes    the tests under each of Flax's modes, on the newest and the oldest Python: docs/compatibility.md
 #   make tests-oldest  the tests on the oldest Python of the machine, beside the first: what CI runs as well
+#   make test-torch    the models in statewise.examples.names beside transformers on torch, which it installs (some GB)
 #   make test-pre      a short part of the tests on pre-releases of JAX and the others, if there are any
 #   make PYTHON=python3.13 VENV=.venv13 test      another interpreter, beside the first
 
@@ -28,7 +29,7 @@ UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
-.PHONY: help demo quick test tests-oldest test-pre test-slow browser-tests lint types tests docs bench bench-quick dist format clean
+.PHONY: help demo quick test tests-oldest test-pre test-slow test-torch browser-tests lint types tests docs bench bench-quick dist format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,7 +59,7 @@ tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 # Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
 # marks, files marked `heavy`, and tests that took more than 0.2 seconds in the last quick run of this checkout
 # (tests/helpers/quick.py).
-QUICK := not slow and not heavy and not docs and not processes and not browser and not equivalence
+QUICK := not slow and not torch and not heavy and not docs and not processes and not browser and not equivalence
 quick: lint types
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --quick=0.2 --hypothesis-profile=quick -m "$(QUICK)" $(PYTEST_ARGS)
 
@@ -79,7 +80,7 @@ tests: $(VENV)/.installed-test
 # the pages and the browser's tests do not depend on them; of each property it draws fewer examples.  To leave CI time,
 # `heavy` files, those that start processes, and tests that take more than a second (tests/helpers/quick.py) run on the
 # newest only; `make PYTHON=... VENV=... test` runs everything.
-OLDEST := not slow and not heavy and not docs and not processes and not browser
+OLDEST := not slow and not torch and not heavy and not docs and not processes and not browser
 tests-oldest:
 	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
 	  PYTEST_ARGS='--quick=1 --hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
@@ -109,6 +110,10 @@ test-modes-fixed: environments
 # What takes minutes: a hundred SIGKILLs in the midst of saving.
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+# Weights of others, beside transformers and peft on torch.
+test-torch: $(VENV)/.installed-torch
+	$(BIN)/python -m pytest -q -m torch $(PYTEST_ARGS)
 
 # The report's page in a real Chromium.  `make tests` runs these too, where there is a browser, and skips them where not.
 browser-tests: $(VENV)/.installed-test

@@ -6,6 +6,7 @@ Warnings are errors too; pyproject.toml says so, which covers the import of test
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ MARKED = {
     "docs": "the site, and every example in docstrings and on pages",
     "processes": "starts processes: several at once, killed ones, whole programs",
     "browser": "needs a Chromium",
+    "torch": "needs torch, transformers and peft, and is left out unless asked for: `make test-torch`",
     "equivalence": "trains models beside plain NNX and compares every number",
 }
 QUICK_EXAMPLES = 10  # of each property, under `--hypothesis-profile=quick`
@@ -105,6 +107,12 @@ def draw_few_examples(item: pytest.Item) -> None:
     own = getattr(function, "_hypothesis_internal_use_settings", None)
     if own is not None and own.max_examples > QUICK_EXAMPLES:
         function._hypothesis_internal_use_settings = settings(own, max_examples=QUICK_EXAMPLES)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leaves out files that need torch where it is not installed."""
+    needs_torch = "torch" in collection_path.relative_to(TESTS.parent).parts
+    return True if needs_torch and importlib.util.find_spec("torch") is None else None
 
 
 class FileInAMode(pytest.Module):

@@ -53,7 +53,7 @@ FIXED = (
     f"{ROUNDTRIP}tied_leaves_stay_tied",
     f"{ROUNDTRIP}an_ephemeral_kind_is_not_saved_and_starts_anew",
 )
-LEFT_OUT = "not slow and not heavy and not docs and not processes and not browser"
+LEFT_OUT = "not slow and not torch and not heavy and not docs and not processes and not browser"
 
 # Asked of each interpreter: the versions, and which modes its Flax has.
 QUESTION = """
