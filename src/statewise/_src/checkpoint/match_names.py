@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
 from statewise._src.checkpoint.interop.match import is_of_run, note_of_tied, same_values
 from statewise._src.checkpoint.interop.named import arrays_of, as_ours, row_hint
+from statewise._src.checkpoint.interop.placed import read_placed
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
 from statewise._src.checkpoint.restore_report import LeafRestore
@@ -126,14 +125,14 @@ def match_names(
     """
     ours, problems = as_ours(source, names, state)
     entry_of = _entries(state, ours, problems)
-    dtypes = {entry.name: entry.dtype for entry in ours.entries}
+    by_name = {entry.name: entry for entry in ours.entries}
     found: list[LeafRecord] = []
     wrong = {leaf.path for leaf in problems.leaves}
     for record, _ in records_of(state.tables):
         keys = [(record.path, array.within) for array in record.arrays]
         if keys and record.path not in wrong and all(key in entry_of for key in keys):
             arrays = tuple(
-                array if array.prng else dataclasses.replace(array, dtype=dtypes[entry_of[key]], stored=None)
+                array if array.prng else dataclasses.replace(array, dtype=by_name[entry_of[key]].dtype, stored=None)
                 for key, array in zip(keys, record.arrays, strict=True)
             )
             found.append(dataclasses.replace(record, arrays=arrays))
@@ -150,8 +149,8 @@ def match_names(
     def read(leaf: RestoreSource, shardings: Sequence[Any]) -> list[Any]:
         arrays = []
         for record, sharding in zip(leaf.record.arrays, shardings, strict=True):
-            name = entry_of[leaf.placed.record.path, record.within]
-            arrays.append(_placed(ours.read((name,))[name], record.prng, sharding))
+            entry = by_name[entry_of[leaf.placed.record.path, record.within]]
+            arrays.append(read_placed(ours, entry, record.prng, sharding))
         return arrays
 
     return NamedMatch(dataclasses.replace(matched, report=report), read)
@@ -185,15 +184,3 @@ def _unused(name: str, rows: Sequence[str]) -> LeafRestore:
     if len(rows) == 1:  # several rows about one name are another problem, which its leaves have
         return LeafRestore(leaf, "problem", f"is in the files, and the row {rows[0]!r} matches no leaf for it")
     return LeafRestore(leaf, "dropped", "no leaf is read from it" if rows else "no row of the names is about it")
-
-
-def _placed(array: np.ndarray, prng: str | None, sharding: Any) -> Any:
-    """Returns an array where the target has it; one of a dtype that JAX does not have here stays as it is."""
-    if prng is not None:
-        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array), impl=prng), sharding)
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array
-    if sharding is None:
-        return jnp.asarray(array)
-    # Each process passes on what its own devices need; views, so that only the device has a second copy.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

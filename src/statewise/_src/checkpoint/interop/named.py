@@ -6,14 +6,15 @@ Both are decided from shapes alone.  An array is read when it is asked for, and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import records_of, unpacked
+from statewise._src.checkpoint.interop.fill import fill_ours
 from statewise._src.checkpoint.interop.match import is_of_run
-from statewise._src.checkpoint.interop.sources import Source, SourceArray
+from statewise._src.checkpoint.interop.sources import Source, SourceArray, stored_dtype
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -105,12 +106,21 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
     # A name of which something else is wrong has been reported.
     others = tuple(name for name in (*theirs, *source.others) if name not in first)
 
+    def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        _, layout = entries[name]
+        wanted = [len(range(*part.indices(size))) for part, size in zip(index, layout.shape, strict=True)]
+        fill_ours(source, layout, index, into.reshape(wanted))
+
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
-        one = lambda name: source.read((name,))[name]  # noqa: E731
-        return {name: entries[name][1].to_ours(one) for name in wanted}
+        arrays = {}
+        for name in wanted:
+            entry, _ = entries[name]
+            arrays[name] = np.empty(entry.shape, stored_dtype(entry))
+            read_part(name, [slice(None)] * len(entry.shape), arrays[name])
+        return arrays
 
     ours = tuple(entry for entry, _ in entries.values())
-    return Source(source.name, source.format, ours, read, others, frozenset(by_design)), problems
+    return Source(source.name, source.format, ours, read, others, frozenset(by_design), read_part), problems
 
 
 def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
@@ -181,4 +191,5 @@ def _entry(
     if array.prng is not None and dtype != array.dtype:
         problems.add(array.leaf, f"is a PRNG key, and {dtype} in the source", f"words of {array.dtype}")
         return None
-    return SourceArray(path, array.leaf.path + array.within, array.shape, dtype)
+    stacked = layout.stack_axes
+    return SourceArray(path, array.leaf.path + array.within, array.shape, dtype, stacked=stacked)

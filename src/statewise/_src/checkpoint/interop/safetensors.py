@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
 from statewise._src.checkpoint.format.keys import dtype_of
+from statewise._src.checkpoint.interop.read_range import read_range
 from statewise._src.checkpoint.interop.recognize import recognized
 from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise.errors import CorruptedError, RestoreError, StatewiseError
@@ -97,20 +98,26 @@ def open_file(path: FilePath) -> Source:
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
         arrays = {}
-        with path.open("rb") as raw:
-            for name in names:
-                # Not with the package: its NumPy side does not have float8, its Flax side narrows 64 bits to 32.
-                start, stop = header[name]["data_offsets"]
-                raw.seek(8 + length + start)
-                data = np.fromfile(raw, np.uint8, stop - start)
-                if data.size != stop - start:
-                    raise CorruptedError(f"{path} is corrupted: it has become shorter.", hint="fetch or write it again")
-                own = dtype_of(dtypes[name])
-                assert own is not None, "a dtype that JAX lacks fits no leaf"
-                arrays[name] = data.view(own).reshape(header[name]["shape"])
+        for name in names:
+            # Not with the package: its NumPy side does not have float8, its Flax side narrows 64 bits to 32.
+            own = dtype_of(dtypes[name])
+            assert own is not None, "a dtype that JAX lacks fits no leaf"
+            arrays[name] = np.empty(header[name]["shape"], own)
+            read_part(name, [slice(None)] * arrays[name].ndim, arrays[name])
         return arrays
 
-    return Source(str(path), "safetensors", tuple(entries), read)
+    def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        shape, start = header[name]["shape"], 8 + length + header[name]["data_offsets"][0]
+        wanted = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
+        try:
+            with path.open("rb", buffering=0) as raw:
+                read_range(raw, start, shape, index, into.reshape(wanted))
+        except EOFError as error:
+            raise CorruptedError(
+                f"{path} is corrupted: it has become shorter.", hint="fetch or write it again"
+            ) from error
+
+    return Source(str(path), "safetensors", tuple(entries), read, read_part=read_part)
 
 
 def _check_other(path: FilePath) -> None:
@@ -194,13 +201,13 @@ def open_folder(folder: FilePath) -> Source:
         raise CorruptedError(f"{folder} is corrupted: {'; '.join(wrong[:5])}{more}.", hint="fetch the folder again")
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            arrays |= sources[owner[name]].read((name,))
-        return arrays
+        return {name: sources[owner[name]].read((name,))[name] for name in names}
+
+    def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        sources[owner[name]].fill(name, index, into)
 
     entries = tuple(entry for source in sources.values() for entry in source.entries)
-    return Source(str(folder), "safetensors", entries, read)
+    return Source(str(folder), "safetensors", entries, read, read_part=read_part)
 
 
 def _read_index(folder: FilePath) -> dict[str, str]:
