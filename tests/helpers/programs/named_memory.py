@@ -1,4 +1,4 @@
-"""Reads a file of other names; prints how many bytes the process grew by at most, and some of the values."""
+"""Reads files of other names; prints how many bytes the process grew by at most, and some of the values."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ NAMES = sw.Names(
 )
 
 
-def target_of(single: int, stacked: int) -> sw.State:
-    """An abstract state: on a mesh if there are several devices, every matrix in rows."""
+def target_of(single: int, stacked: int, devices: int) -> sw.State:
+    """An abstract state, of which each device has some rows of every matrix."""
     placement = lambda path, shape: sw.Sharded(*[None] * (len(shape) - 2), "data", None)  # noqa: E731
     kinds = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, placement=placement))
     plan = kinds.plan(nnx.eval_shape(lambda: Wide(single, stacked)))
-    return plan.abstract(jax.make_mesh((jax.device_count(),), ("data",)))
+    return plan.abstract(jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices]))
 
 
 def warm_up() -> None:
@@ -50,13 +50,22 @@ def warm_up() -> None:
         sw.restore(folder, plan.abstract(), names=sw.Names({"kernel": sw.Name("w", "o i -> i o")}))
 
 
-if __name__ == "__main__":
-    target = target_of(int(sys.argv[2]), int(sys.argv[3]))
-    warm_up()
-    before = worker_memory.peak()
-    state, _ = sw.restore(sys.argv[1], target, names=NAMES)
+def measured(folder: str, single: int, stacked: int, devices: int) -> list[object]:
+    """Reads a file; returns how many bytes the process grew by at most, and a number of each array."""
+    target = target_of(single, stacked, devices)
+    before = worker_memory.resident()
+    state, _ = sw.restore(folder, target, names=NAMES)
     jax.block_until_ready(state)
     grown = worker_memory.peak() - before
     params = state["params"]
-    single = [float(np.asarray(each[...])[5, 3]) for each in params["layers"].values()]
-    print(json.dumps([grown, single, np.asarray(params["stack"][...])[:, 3, 5].tolist()]))
+    numbers = [float(np.asarray(each[...])[5, 3]) for each in params["layers"].values()]
+    return [grown, [*numbers, *np.asarray(params["stack"][...])[:, 3, 5].tolist()]]
+
+
+if __name__ == "__main__":
+    warm_up()
+    found = []
+    for folder, single, stacked, devices in json.loads(sys.argv[1]):  # the smaller first
+        found.append(measured(folder, single, stacked, devices))
+        worker_memory.clear()
+    print(json.dumps(found))

@@ -32,7 +32,7 @@ class Piece:
       index: the positions of the part along each of its axes.
       shape: the part's shape, each axis split into its factors.
       within: what is wanted of that; nearly always all.
-      into: a view of our buffer, of the shape of what is wanted.
+      into: a view of our buffer, of the shape that is wanted.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Piece:
         return self.into.shape == self.shape and self.into.flags.c_contiguous
 
     def cut(self, elements: int) -> Iterator[Piece]:
-        """Yields this piece in smaller ones, of about so many elements each, along the first axis that has several."""
+        """Yields this piece in smaller ones, of about this many elements, along the first axis that has several."""
         axis = next((axis for axis, size in enumerate(self.shape) if size > 1), None)
         if axis is None or math.prod(self.shape) <= elements or self.into.shape != self.shape:
             yield self
@@ -160,7 +160,7 @@ def _boxes(lengths: Sequence[int], start: int, stop: int) -> Iterator[list[Range
 def _span(lengths: Sequence[int], wanted: Sequence[Range]) -> tuple[Range, list[int], list[slice]]:
     """Returns the positions of an axis that cover a block of its factors; their shape; and the block within it."""
     several = next((at for at, (begin, end) in enumerate(wanted) if end - begin > 1), len(wanted))
-    # Of what is inside of a factor of which there are several positions, everything is covered.
+    # Inside of a factor that has several positions, everything is covered.
     covered = [*wanted[: several + 1], *((0, length) for length in lengths[several + 1 :])]
     begin = _at(lengths, [each[0] for each in covered])
     end = _at(lengths, [each[1] - 1 for each in covered]) + 1

@@ -20,7 +20,7 @@ from statewise._src.checkpoint.interop.sources import Source, SourceArray, store
 
 __all__ = ["read_placed"]
 
-# JAX takes a NumPy array on the CPU without a copy if it is aligned to so many bytes.
+# JAX takes a NumPy array on the CPU without a copy if it is aligned to this many bytes.
 _ALIGNED = 64
 
 Index = tuple[slice, ...]

@@ -12,7 +12,7 @@ __all__ = ["read_range"]
 
 File = io.RawIOBase | io.BufferedIOBase
 
-# The bytes from which on a run of a row is read by itself; below it, complete rows are, so many bytes at once.
+# The bytes from which on a run of a row is read by itself; below it, complete rows are, in chunks.
 _RUN = 4096
 _CHUNK = 1 << 20
 
