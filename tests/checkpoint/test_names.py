@@ -35,6 +35,13 @@ def test_a_folder_is_read(tmp_path: Path, files: int) -> None:
     if files == 1:
         check_read(sw.restore(folder / "model.safetensors", target, names=NAMES)[0], arrays)
     assert sw.inspect(folder)["arrays"].leaves == len(arrays)
+    # Several files, whatever they are called.
+    several = [file.rename(file.with_name(f"x{number}")) for number, file in enumerate(folder.glob("*.safetensors"))]
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    assert NAMES.check(plan, several).ok
+    assert sw.preview(several, target, names=NAMES).path == ", ".join(map(str, several))
+    check_read(sw.restore(tuple(map(str, several)), target, names=NAMES)[0], arrays)
+    assert sw.inspect(several)["arrays"].leaves == len(arrays)
 
 
 @pytest.mark.parametrize("most", [None, 300, 1])

@@ -65,6 +65,7 @@ class _NamedMatcher(Matcher):
         for leaf in problems.leaves:
             self.wrong.setdefault(leaf.path, []).append(leaf)
         self.found_hints = problems.hints
+        self.without_value: dict[str, None] = {}
 
     def missing(self, placed: Placed) -> None:
         """Handles a leaf that the files lack."""
@@ -95,6 +96,19 @@ class _NamedMatcher(Matcher):
             self.restart(placed, why)
         else:
             self.say(placed.record, "problem", f"{why}, and {lost}", [self.with_values()])
+            self.without_value[placed.record.kind] = None
+
+    def with_values(self) -> str:
+        """Returns the hint for a target that has to have values."""
+        return f"{super().with_values().removesuffix(')')}, names=names)"
+
+    def run(self) -> None:
+        """Matches everything."""
+        super().run()
+        if self.without_value:
+            # A program of these values alone: what the files have is not computed, and takes no memory.
+            computed = (f"{kind}=jax.jit(lambda: plan.take(make_model())[{kind!r}])()" for kind in self.without_value)
+            self.hints[f"or compute only what the files lack: target = target.replace({', '.join(computed)})"] = {}
 
     def by_design(self, record: LeafRecord) -> bool:
         """Returns whether the names say that no array of a leaf is in the files."""
@@ -138,7 +152,7 @@ def match_names(
             found.append(dataclasses.replace(record, arrays=arrays))
     matcher = _NamedMatcher(state, Manifest({}, "named", {}, tuple(found)), only, cast, ours, problems, check)
     matcher.run()
-    matched = matcher.result(path)
+    matched = matcher.result(source.name if isinstance(path, (list, tuple)) else path)
     report = matched.report
     unused = [_unused(name, names.rows_about(name)) for name in ours.others]
     hints = report.hints

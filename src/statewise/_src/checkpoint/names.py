@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.match_names import match_names
@@ -44,12 +45,12 @@ class Names(NamesData):
 
     __slots__ = ()
 
-    def check(self, plan: Plan, path: str | os.PathLike[str]) -> RestoreReport:
+    def check(self, plan: Plan, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RestoreReport:
         """Compares the names with a plan and with files; reads no array but those of a tied leaf's names.
 
         Args:
           plan: the plan of our model.
-          path: their files: a `.safetensors` file, or a folder of them.
+          path: their files: a `.safetensors` file, several of them, or a folder.
 
         Returns:
           what a restore with `cast=True` would do with each leaf, and the names in the files that no row is about;

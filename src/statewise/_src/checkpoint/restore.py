@@ -44,7 +44,7 @@ __all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
 
 
 def restore(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: State,
     *,
     only: str | Sequence[str] | None = None,
@@ -68,8 +68,8 @@ def restore(
         gets none (it is then kept, or restarted if the kind says `missing="restart"`); for one model the number of one.
         A checkpoint of one model has the member 0.
       names: what the leaves are called in another program's files (`sw.Names`); `path` is then a `.safetensors` file,
-        or a folder of them, as models are published.  What such files cannot have keeps the target's values, or starts
-        as the optimizer's `init` makes it.
+        several of them, or a folder, as models are published.  What such files cannot have keeps the target's values,
+        or starts as the optimizer's `init` makes it.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
@@ -108,7 +108,7 @@ def restore(
 
 
 def preview(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: State,
     *,
     only: str | Sequence[str] | None = None,
@@ -142,8 +142,8 @@ def preview(
     return _matched(path, target, only, cast, base, members)[2].report
 
 
-def inspect(path: str | os.PathLike[str]) -> Census:
-    """Returns the census of a checkpoint, of a plain Orbax one, or of a safetensors file; reads no array.
+def inspect(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Census:
+    """Returns the census of a checkpoint, of a plain Orbax one, or of safetensors files; reads no array.
 
     Raises:
       CorruptedError: it is not a checkpoint in a known format, or it is corrupted.

@@ -51,7 +51,8 @@ class Conversion(ShownData):
       dst: where it went; None if nothing was written.
       source_format: the source's format: `statewise`, `orbax`, `safetensors` or `mapping`.
       to: the format written: `statewise`, `orbax`, `safetensors` or `linen`.
-      matched: for each array its name in the source and the leaf that it becomes; the leaf's `note` reports a cast.
+      matched: for each array its name in the source, which for a state is its path, and the leaf that it becomes; the
+        leaf's `note` reports a cast.
       kept: leaves that have the target's own value, each with the reason in its `note`.
       missing: leaves of the target that the source lacks, each with what is known about it in its `note`.
       problems: leaves that the source has but that do not fit, each with what is wrong in its `note`.
@@ -255,12 +256,14 @@ def _by_names(
     final = destination(dst, "safetensors")
     if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
         raise SaveError(f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder.", hint=hint)
-    source, problems = as_theirs(src, names)
-    fitted = fit_alone(source, "safetensors", None)
+    source, problems, ours = as_theirs(src, names)
+    # Without a single array, the leaves that have no row say why.
+    fitted = Fit() if problems and not source.entries else fit_alone(source, "safetensors", None)
     for leaf in problems.leaves:
         fitted.problems.add(leaf)
     fitted.problems.hint(*problems.hints)
     conversion = _conversion(source, final, "safetensors", fitted)
+    conversion = dataclasses.replace(conversion, matched=tuple((ours[name], leaf) for name, leaf in conversion.matched))
     if dry_run:
         return conversion
     conversion.raise_problems()

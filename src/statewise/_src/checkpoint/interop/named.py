@@ -123,29 +123,31 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
     return Source(source.name, source.format, ours, read, others, frozenset(by_design), read_part), problems
 
 
-def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
+def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems, dict[str, str]]:
     """Returns a state as a source that has their names; without what belongs to a training run.
 
     Returns:
-      the source, and what is wrong: all of it.
+      the source; what is wrong, all of it; and for each of their names our path.
     """
     plan = state.tables
     derived = {OPTIMIZER, *(each.into for each in plan.derived)}
     problems = Problems()
     entries: dict[str, tuple[SourceArray, PlannedArray, Layout]] = {}
+    ours: dict[str, str] = {}
     for array in arrays_of(state):
         layouts = names.layouts(array.leaf, array.within, array.shape, problems)
         if not layouts and not names.knows(array.leaf, array.within):
             if array.kind not in derived and not is_of_run(array.leaf.type):
                 problems.add(array.leaf, "has no row in the names", row_hint(array.leaf.path + array.within))
             continue
-        for _, layout in layouts:
+        for path, layout in layouts:
             for name, shape in layout.names.items():
                 if name in entries:
                     other = format_path(entries[name][1].leaf.path)
                     problems.add(array.leaf, f"would be written as {name}, which is also {other}", "names that differ")
                     continue
-                entries[name] = SourceArray(name, (name,), shape, array.dtype), array, layout
+                entries[name] = SourceArray(name, (name,), shape, array.dtype, kind=array.kind), array, layout
+                ours[name] = path
 
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
         kinds = {entries[name][1].kind for name in wanted}
@@ -161,7 +163,7 @@ def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
                 found |= {each: part for each, part in theirs.items() if each in asked}
         return found
 
-    return Source("the state", "statewise", tuple(entry for entry, _, _ in entries.values()), read), problems
+    return Source("the state", "statewise", tuple(entry for entry, _, _ in entries.values()), read), problems, ours
 
 
 def _absent(layout: Layout, theirs: Mapping[str, SourceArray]) -> list[str]:
