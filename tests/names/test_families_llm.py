@@ -9,7 +9,9 @@ import ast
 import inspect
 import json
 import re
+import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,6 +157,11 @@ def test_the_mapping_is_short(family: str) -> None:
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope_type='dynamic', and this model has 'default' or 'llama3'",
         ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5, and this model has 1.0",
+        ),
         ("qwen3", {"model_type": "qwen2"}, "model_type='qwen2', and this model has 'qwen3'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window=True, and this model has False"),
         (
@@ -235,3 +242,44 @@ def test_the_state_decides_the_dtype(family: str, tmp_path: Path) -> None:
     forward = sw.step(lambda model, tokens: model(tokens))
     half = plan.abstract().cast(params="bfloat16")
     assert jax.eval_shape(forward, half, jnp.zeros((1, 3), int)).dtype == jnp.bfloat16
+
+
+def test_the_page_has_what_check_says() -> None:
+    """Every text in the table of docs/howto/load-llama.md is what `check` says when it refuses that."""
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "load-llama.md").read_text(encoding="utf-8")
+    table = page.split("## What do I do when `check` refuses?")[1].split("##")[0]
+    texts = [
+        text.replace("24, 16", "12, 8").replace("16, 24", "8, 12")
+        for text in re.findall(r"^\| `(.*?)` \|", table, re.M)
+    ]
+    assert len(texts) == 7
+    said = list(_refusals())
+    assert len(said) == len(texts)
+    for text, notes in zip(texts, said, strict=True):
+        pattern = ".*".join(map(re.escape, text.split("...")))
+        assert any(re.fullmatch(f"{pattern}.*", note) for note in notes), (text, notes)
+
+
+def _refusals() -> Iterator[list[str]]:
+    """Yields what is said of a folder and names that do not fit, in the order of the table."""
+    arrays = {name: array for name, array in arrays_of("llama").items() if "layers.1" not in name}
+    config = llama.Config(20, 8, 12, 1, num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+    plan = sw.plan(nnx.eval_shape(lambda: llama.Llama(config, rngs=nnx.Rngs(0))))
+    rows = dict(llama.names(config))
+    up = "model.layers.{i}.mlp.up_proj.weight"
+    changed: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = [
+        ({"norm/scale": ...}, {}),
+        ({"norm/scale": "model.norm.weights"}, {}),
+        ({"layers/{i}/up/kernel": up}, {}),
+        ({}, {"model.layers.1.mlp.up_proj.weight": arrays["model.layers.0.mlp.up_proj.weight"]}),
+        ({"layers/0/up/kernel": "model.layers.0.mlp.up_proj.weight"}, {}),
+        ({"layers/{i}/gate/kernel": rows["layers/{i}/up/kernel"]}, {}),
+        ({"norm/scale": sw.Name("model.norm.weight", "n h -> (n h)", h=3)}, {}),
+    ]
+    for names, more in changed:
+        given = {path: name for path, name in (rows | names).items() if name is not ...}
+        with tempfile.TemporaryDirectory() as place:
+            safetensors.numpy.save_file(arrays | more, f"{place}/model.safetensors")
+            report = sw.Names(given).check(plan, place)
+        assert not report.ok
+        yield [problem.note for problem in report.problems]

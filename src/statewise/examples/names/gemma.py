@@ -58,9 +58,8 @@ class Config:
         path = pathlib.Path(folder, "config.json")
         given = json.loads(path.read_text(encoding="utf-8"))
         # New files have all about positions in `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
-        rope = {"rope_theta": given.get("rope_theta", 10000.0)} | (given.get("rope_scaling") or {})
-        rope |= given.get("rope_parameters") or {}
-        given |= {"rope_type": rope.get("rope_type", rope.get("type", "default")), "rope_theta": rope["rope_theta"]}
+        rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
+        given = {"rope_type": rope.get("type", "default")} | given | rope
         supported = {"model_type": ("gemma",), "rope_type": ("default",), "use_bidirectional_attention": (None, False)}
         # The first files said "gelu" and meant its approximation by tanh.
         supported |= {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, "gelu_pytorch_tanh")}

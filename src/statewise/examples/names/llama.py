@@ -61,10 +61,10 @@ class Config:
         path = pathlib.Path(folder, "config.json")
         given = json.loads(path.read_text(encoding="utf-8"))
         # New files have all about positions in `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
-        rope = {"rope_theta": given.get("rope_theta", 10000.0)} | (given.get("rope_scaling") or {})
-        rope |= given.get("rope_parameters") or {}
-        given |= {"rope_type": rope.get("rope_type", rope.get("type", "default")), "rope_theta": rope["rope_theta"]}
+        rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
+        given = {"rope_type": rope.get("type", "default")} | given | rope
         supported = {"model_type": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
+        supported["partial_rotary_factor"] = (1.0,)
         for field, values in supported.items():
             if given.get(field, values[0]) not in values:
                 known = " or ".join(map(repr, values))

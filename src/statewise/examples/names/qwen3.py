@@ -57,9 +57,8 @@ class Config:
         path = pathlib.Path(folder, "config.json")
         given = json.loads(path.read_text(encoding="utf-8"))
         # New files have all about positions in `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
-        rope = {"rope_theta": given.get("rope_theta", 10000.0)} | (given.get("rope_scaling") or {})
-        rope |= given.get("rope_parameters") or {}
-        given |= {"rope_type": rope.get("rope_type", rope.get("type", "default")), "rope_theta": rope["rope_theta"]}
+        rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
+        given = {"rope_type": rope.get("type", "default")} | given | rope
         supported = {"model_type": ("qwen3",), "hidden_act": ("silu",), "rope_type": ("default",)}
         supported["use_sliding_window"] = (False,)
         for field, values in supported.items():
