@@ -60,7 +60,8 @@ class Config:
         # New files have all about positions in `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
         rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
         given = {"rope_type": rope.get("type", "default")} | given | rope
-        supported = {"model_type": ("gemma",), "rope_type": ("default",), "use_bidirectional_attention": (None, False)}
+        supported: dict[str, tuple[object, ...]] = {"model_type": ("gemma",), "rope_type": ("default",)}
+        supported["use_bidirectional_attention"] = (None, False)
         # The first files said "gelu" and meant its approximation by tanh.
         supported |= {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, "gelu_pytorch_tanh")}
         for field, values in supported.items():
@@ -155,7 +156,7 @@ class Gemma(nnx.Module):
     Example:
       >>> config = Config(32, 8, 16, 2, num_attention_heads=4, num_key_value_heads=1, head_dim=6)
       >>> model = nnx.eval_shape(lambda: Gemma(config, rngs=nnx.Rngs(0)))
-      >>> nnx.eval_shape(model, jnp.zeros((3, 5), int)).shape
+      >>> nnx.eval_shape(lambda model, tokens: model(tokens), model, jnp.zeros((3, 5), int)).shape
       (3, 5, 32)
     """
 

@@ -63,8 +63,8 @@ class Config:
         # New files have all about positions in `rope_parameters`, older ones `rope_theta` and `rope_scaling`.
         rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
         given = {"rope_type": rope.get("type", "default")} | given | rope
-        supported = {"model_type": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "llama3")}
-        supported["partial_rotary_factor"] = (1.0,)
+        supported: dict[str, tuple[object, ...]] = {"model_type": ("llama",), "hidden_act": ("silu",)}
+        supported |= {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0,)}
         for field, values in supported.items():
             if given.get(field, values[0]) not in values:
                 known = " or ".join(map(repr, values))
@@ -154,7 +154,7 @@ class Llama(nnx.Module):
     Example:
       >>> config = Config(32, 8, 16, 2, num_attention_heads=4, num_key_value_heads=2, head_dim=2)
       >>> model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-      >>> nnx.eval_shape(model, jnp.zeros((3, 5), int)).shape
+      >>> nnx.eval_shape(lambda model, tokens: model(tokens), model, jnp.zeros((3, 5), int)).shape
       (3, 5, 32)
     """
 
