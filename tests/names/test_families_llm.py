@@ -173,12 +173,12 @@ def test_the_mapping_is_short(family: str) -> None:
         (
             "gemma",
             {"hidden_activation": "gelu"},
-            "hidden_activation='gelu', and this model has None or 'gelu_pytorch_tanh'",
+            "hidden_activation='gelu', and this model has 'gelu_pytorch_tanh'",
         ),
         (
             "gemma",
             {"use_bidirectional_attention": True},
-            "use_bidirectional_attention=True, and this model has None or False",
+            "use_bidirectional_attention=True, and this model has False",
         ),
     ],
 )

@@ -61,11 +61,11 @@ class Config:
         rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
         given = {"rope_type": rope.get("type", "default")} | given | rope
         supported: dict[str, tuple[object, ...]] = {"model_type": ("gemma",), "rope_type": ("default",)}
-        supported["use_bidirectional_attention"] = (None, False)
+        supported["use_bidirectional_attention"] = (False,)
         # The first files said "gelu" and meant its approximation by tanh.
-        supported |= {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, "gelu_pytorch_tanh")}
+        supported |= {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh",)}
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         sizes = {"num_key_value_heads": given["num_attention_heads"], "head_dim": 256}

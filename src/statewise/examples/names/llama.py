@@ -66,7 +66,7 @@ class Config:
         supported: dict[str, tuple[object, ...]] = {"model_type": ("llama",), "hidden_act": ("silu",)}
         supported |= {"rope_type": ("default", "llama3"), "partial_rotary_factor": (1.0,)}
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -62,7 +62,7 @@ class Config:
         supported: dict[str, tuple[object, ...]] = {"model_type": ("qwen3",), "hidden_act": ("silu",)}
         supported |= {"rope_type": ("default",), "use_sliding_window": (False,)}
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         sizes = {"num_key_value_heads": given["num_attention_heads"], "head_dim": 128}
