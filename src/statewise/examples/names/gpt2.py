@@ -87,7 +87,7 @@ class Config:
 
 
 def names(config: Config) -> sw.Names:
-    """Returns what the leaves of `GPT2` are called in a published folder; `{i}` is on their side only: it is stacked."""
+    """Returns what the leaves of `GPT2` are called in a published folder; layers, `{i}` there, are stacked here."""
     layer = config.prefix + "h.{i}."
     rows = {
         "embed": config.prefix + "wte.weight",
