@@ -24,7 +24,7 @@ from statewise._src.names.layout import Layout
 from statewise._src.names.names import NamesData
 from statewise._src.plan.tables import OPTIMIZER
 
-__all__ = ["arrays_of", "as_ours", "as_theirs", "row_hint"]
+__all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays", "row_hint"]
 
 
 def row_hint(path: Path) -> str:
@@ -67,6 +67,12 @@ def arrays_of(state: State) -> list[PlannedArray]:
                 shape, dtype = array.numeric
                 found.append(PlannedArray(leaf, array.within, shape, dtype, array.prng, record.kind, position))
     return found
+
+
+def model_arrays(state: State) -> list[PlannedArray]:
+    """Returns the arrays of a state's plan that other programs' files have: without what belongs to a training run."""
+    derived = {OPTIMIZER, *(each.into for each in state.tables.derived)}
+    return [array for array in arrays_of(state) if array.kind not in derived and not is_of_run(array.leaf.type)]
 
 
 def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Problems]:
