@@ -157,10 +157,11 @@ def test_an_index_and_files_that_do_not_agree(tmp_path: Path) -> None:
         ({"extra_files": ["nowhere/config.json"]}, "There is no file at nowhere/config.json."),
         ({"names": None}, "State is neither a path nor a mapping."),
         ({"names": {"a": "b"}}, "names is dict, and not sw.Names."),
-        ({"cast": True}, "A state is written under other names into safetensors files: target, rename, cast and other"),
+        ({"cast": True}, "A state is written under other names into safetensors files: rename, cast and other formats"),
+        ({"to": "orbax"}, "A state is written under other names into safetensors files: rename, cast and other"),
         (
-            {"to": "orbax"},
-            "A state is written under other names into safetensors files: target, rename, cast and other",
+            {"target": sw.plan(Net()).abstract()},
+            "Files are read into a target by names, without rename; a state is not",
         ),
     ],
 )
@@ -201,8 +202,9 @@ def test_arguments_that_are_refused(tmp_path: Path) -> None:
         sw.convert(folder / "model.safetensors", tmp_path / "x.safetensors", max_shard_bytes=3)
     with refused(
         sw.StructureError,
-        "With names a state is converted, and not PosixPath.",
-        hint="sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names)",
+        "With names a state is converted, or files into a target; not PosixPath alone.",
+        hint="sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names), or "
+        "sw.convert(path, 'run/converted', target=target, names=names)",
     ):
         sw.convert(folder, tmp_path / "x", names=NAMES)
 

@@ -16,7 +16,7 @@ import jax
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
 from statewise._src.checkpoint.interop.match import is_of_run, note_of_tied, same_values
-from statewise._src.checkpoint.interop.named import arrays_of, as_ours, row_hint
+from statewise._src.checkpoint.interop.named import arrays_of, as_ours
 from statewise._src.checkpoint.interop.placed import read_placed
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
@@ -24,7 +24,7 @@ from statewise._src.checkpoint.restore_report import LeafRestore
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, row_hint
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.tables import OPTIMIZER
 

@@ -21,17 +21,10 @@ from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
 from statewise._src.core.usable import check_concrete
 from statewise._src.names.layout import Layout
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, row_hint
 from statewise._src.plan.tables import OPTIMIZER
 
-__all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays", "row_hint"]
-
-
-def row_hint(path: Path) -> str:
-    """Returns the hint to add a row: one for all layers of a list."""
-    fields = iter("ijklmnop")
-    row = "/".join(f"{{{next(fields, 'n')}}}" if isinstance(key, int) else str(key) for key in path)
-    return f"a row in the names, {row!r}: 'its name there'; or None, for what is not there"
+__all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,5 +192,5 @@ def _entry(
     if array.prng is not None and dtype != array.dtype:
         problems.add(array.leaf, f"is a PRNG key, and {dtype} in the source", f"words of {array.dtype}")
         return None
-    stacked = layout.stack_axes
-    return SourceArray(path, array.leaf.path + array.within, array.shape, dtype, stacked=stacked)
+    facts = {"stacked": layout.stack_axes, "parts": tuple(layout.names)}
+    return SourceArray(path, array.leaf.path + array.within, array.shape, dtype, **facts)

@@ -23,9 +23,11 @@ from statewise._src.common.problems import Problems
 from statewise._src.core.usable import check_concrete
 from statewise.errors import StructureError
 
-__all__ = ["ARRAY", "Source", "SourceArray", "is_linen", "known_collection", "open_mapping", "stored_dtype"]
+__all__ = ["ARRAY", "NAMED", "Source", "SourceArray", "is_linen", "known_collection", "open_mapping", "stored_dtype"]
 
 ARRAY = "jax:Array"
+# The format of a source whose names became those of our paths.
+NAMED = "named"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class SourceArray:
       aliases: other paths of its leaf, if the source has them.
       average: whether it is an average that a plan keeps, and not a leaf of the model.
       stacked: the axes of which each position is an array of its own in the files.
+      parts: the names of the arrays that it is in the files, if names say so.
     """
 
     name: str
@@ -55,6 +58,7 @@ class SourceArray:
     aliases: tuple[Path, ...] = ()
     average: bool = False
     stacked: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
     def leaf(self, note: str = "") -> Leaf:
         """Returns the entry as tables and errors show it."""
@@ -70,7 +74,7 @@ class Source:
 
     Attributes:
       name: its name in messages.
-      format: `statewise`, `orbax`, `safetensors` or `mapping`.
+      format: `statewise`, `orbax`, `safetensors`, `mapping` or `named`.
       entries: the arrays that it has; none was read for this.
       read: returns the arrays of some entries, by name.
       others: the names of everything in it that is not an array.
