@@ -22,7 +22,7 @@ from statewise._src.names.pieces import Piece, pieces
 __all__ = ["fill_ours"]
 
 # The bytes that are read, and rearranged, at once.
-_CHUNK = 8 << 20
+_CHUNK = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 # The bytes up to which a chunk comes from the heap.
 _SMALL = 1 << 20
