@@ -73,8 +73,8 @@ class MiniLMResult:
 
     dropped: list[str]
     published_difference: float
-    similarity: tuple[float, float]
-    found: tuple[int, int]
+    similarity: list[float]
+    found: list[int]
     losses: list[float]
     stale: str
     resumed_from: int
@@ -160,7 +160,7 @@ def run(settings: Settings | None = None, console: Console | None = None) -> Min
         exported = _give_back(demo, learner, searcher, Path(place) / "exported")
     seconds = time.perf_counter() - start
     demo.console.print(f"Read, searched with, trained, resumed and given back, in {seconds:.0f} s.")
-    found, similarity = (before[1], after[1]), (before[0], after[0])
+    found, similarity = [before[1], after[1]], [before[0], after[0]]
     return MiniLMResult(dropped, difference, similarity, found, losses, stale, resumed_from, resumed, exported, seconds)
 
 

@@ -74,7 +74,7 @@ class Config:
             "add_cross_attention": (False,),
         }
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         found: set[str] = set()
@@ -86,7 +86,7 @@ class Config:
         if f"{prefix}embeddings.LayerNorm.gamma" in found:
             given["norm"] = ("gamma", "beta")
         fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: given[name] for name in fields if name in given})
+        return cls(**{name: given[name] for name in fields if given.get(name) is not None})
 
 
 def names(config: Config) -> sw.Names:

@@ -73,7 +73,7 @@ class Config:
             "scale_attn_by_inverse_layer_idx": (False,),
         }
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         if given.get("n_inner") is None:
@@ -84,7 +84,7 @@ class Config:
                 if any(name.startswith("transformer.") for name in arrays.keys()):  # noqa: SIM118 - not a mapping
                     given["prefix"] = "transformer."
         fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: given[name] for name in fields if name in given})
+        return cls(**{name: given[name] for name in fields if given.get(name) is not None})
 
 
 def names(config: Config) -> sw.Names:

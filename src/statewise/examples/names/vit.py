@@ -68,11 +68,11 @@ class Config:
         given = json.loads(path.read_text(encoding="utf-8"))
         supported = {"model_type": ("vit",), "hidden_act": tuple(ACTIVATIONS), "pooler_act": ("tanh",)}
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         for field in ("image_size", "patch_size"):
-            if not isinstance(given.get(field, 1), int):
+            if not isinstance(given.get(field), int | None):
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has one number: squares.")
         sizes: dict[str, int] = {}
         for file in path.parent.glob("*.safetensors"):
@@ -82,7 +82,7 @@ class Config:
         given |= {"prefix": prefix, "pooler": sizes.get(f"{prefix}pooler.dense.weight", 0)}
         given |= {"classifier": sizes.get("classifier.weight", 0)}
         fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: given[name] for name in fields if name in given})
+        return cls(**{name: given[name] for name in fields if given.get(name) is not None})
 
 
 def names(config: Config) -> sw.Names:
