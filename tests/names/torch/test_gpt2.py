@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from families_beside_torch import Pair, arrays_in, random_model
+from beside_torch import arrays_in
+from families_beside_torch import Pair, random_model
 from statewise.examples.names import gpt2
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))

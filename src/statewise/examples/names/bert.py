@@ -152,7 +152,7 @@ class Bert(nnx.Module):
     Example:
       >>> config = Config(32, 8, 12, num_hidden_layers=2, num_attention_heads=2)
       >>> model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
-      >>> nnx.eval_shape(model, jnp.zeros((3, 5), int)).shape
+      >>> nnx.eval_shape(lambda model, tokens: model(tokens), model, jnp.zeros((3, 5), int)).shape
       (3, 5, 8)
     """
 

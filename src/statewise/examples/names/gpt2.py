@@ -141,7 +141,7 @@ class GPT2(nnx.Module):
       >>> model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
       >>> model.layers.qkv.kernel.shape  # of 3 layers
       (3, 8, 3, 2, 4)
-      >>> nnx.eval_shape(model, jnp.zeros((4, 5), int)).shape
+      >>> nnx.eval_shape(lambda model, tokens: model(tokens), model, jnp.zeros((4, 5), int)).shape
       (4, 5, 32)
     """
 

@@ -149,7 +149,7 @@ class ViT(nnx.Module):
     Example:
       >>> config = Config(8, 12, num_hidden_layers=2, num_attention_heads=2, image_size=6, patch_size=2)
       >>> model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
-      >>> nnx.eval_shape(model, jnp.zeros((3, 6, 6, 3))).shape
+      >>> nnx.eval_shape(lambda model, images: model(images), model, jnp.zeros((3, 6, 6, 3))).shape
       (3, 10, 8)
     """
 
