@@ -109,6 +109,14 @@ def draw_few_examples(item: pytest.Item) -> None:
         function._hypothesis_internal_use_settings = settings(own, max_examples=QUICK_EXAMPLES)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves out the expensive optimizations of XLA's code generator where trained numbers are not compared with NNX.
+
+    Most of the time of a test goes into compiling, and a third of that into these.
+    """
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("equivalence") is None)
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leaves out files that need torch where it is not installed."""
     needs_torch = "torch" in collection_path.relative_to(TESTS.parent).parts
