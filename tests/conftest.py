@@ -109,14 +109,6 @@ def draw_few_examples(item: pytest.Item) -> None:
         function._hypothesis_internal_use_settings = settings(own, max_examples=QUICK_EXAMPLES)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leaves out the expensive optimizations of XLA's code generator where trained numbers are not compared with NNX.
-
-    Most of the time of a test goes into compiling, and a third of that into these.
-    """
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("equivalence") is None)
-
-
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leaves out files that need torch where it is not installed."""
     needs_torch = "torch" in collection_path.relative_to(TESTS.parent).parts
@@ -145,6 +137,9 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Skips a test that is about what the mode of this run changes in Flax, or whose fixtures do what Flax refuses."""
+    # Most of the time of a test goes into compiling, and a third of that into the expensive optimizations of XLA's code
+    # generator.  Only where trained numbers are compared with NNX is a program compiled as users compile it.
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("equivalence") is None)
     changed = modes.changed_by_flax(item.nodeid)
     if changed:
         pytest.skip(changed)
