@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from flax import nnx
 
 import statewise as sw
+from beside_torch import arrays_in, check_equal_to_the_bit
 
 Outputs = Mapping[str, Any]
 
@@ -30,14 +30,6 @@ def random_model(model_class: Any, config: Any, seed: int = 0) -> Any:
             noise = torch.randn(weight.shape)
             weight.copy_(weight + 0.3 * noise if weight.ndim == 1 else noise / weight.shape[-1] ** 0.5)
     return model
-
-
-def arrays_in(folder: Path) -> dict[str, torch.Tensor]:
-    """Every array in a folder, read by the package."""
-    arrays: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        arrays |= safetensors.torch.load_file(file)
-    return arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +125,5 @@ class Pair:
 
     def check_equal_to_the_bit(self, back: Path, folder: Path) -> None:
         """Compares two folders, array by array."""
-        found, expected = arrays_in(back), arrays_in(folder)
-        assert sorted(found) == sorted(expected.keys() - {*self.dropped})
-        for name, array in found.items():
-            assert expected[name].dtype == array.dtype, name
-            assert torch.equal(array.view(torch.uint8), expected[name].view(torch.uint8)), name
+        expected = {name: array for name, array in arrays_in(folder).items() if name not in self.dropped}
+        check_equal_to_the_bit(arrays_in(back), expected)

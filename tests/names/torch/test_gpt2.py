@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from families_beside_torch import Pair, arrays_in, random_model
+from beside_torch import arrays_in, check_training
+from families_beside_torch import Pair, random_model
 from statewise.examples.names import gpt2
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
@@ -78,6 +79,13 @@ def test_several_files(tmp_path: Path) -> None:
 
 def test_bfloat16(tmp_path: Path) -> None:
     pair().check_bfloat16(tmp_path)
+
+
+def test_training(tmp_path: Path) -> None:
+    """A step of gradient descent through the scan over stacked layers is torch's, layer by layer."""
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    models = pair(vocab_size=96, n_positions=24, **no_dropout)
+    check_training(gpt2, gpt2.GPT2, models.theirs, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ import statewise as sw
 
 __all__ = ["Bert", "Config", "names"]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -73,7 +74,7 @@ class Config:
             "add_cross_attention": (False,),
         }
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         found: set[str] = set()
@@ -85,7 +86,7 @@ class Config:
         if f"{prefix}embeddings.LayerNorm.gamma" in found:
             given["norm"] = ("gamma", "beta")
         fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: given[name] for name in fields if name in given})
+        return cls(**{name: given[name] for name in fields if given.get(name) is not None})
 
 
 def names(config: Config) -> sw.Names:
@@ -151,7 +152,7 @@ class Bert(nnx.Module):
     Example:
       >>> config = Config(32, 8, 12, num_hidden_layers=2, num_attention_heads=2)
       >>> model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
-      >>> nnx.eval_shape(model, jnp.zeros((3, 5), int)).shape
+      >>> nnx.eval_shape(lambda model, tokens: model(tokens), model, jnp.zeros((3, 5), int)).shape
       (3, 5, 8)
     """
 

@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ import statewise as sw
 
 __all__ = ["GPT2", "Config", "names"]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -72,7 +73,7 @@ class Config:
             "scale_attn_by_inverse_layer_idx": (False,),
         }
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         if given.get("n_inner") is None:
@@ -83,7 +84,7 @@ class Config:
                 if any(name.startswith("transformer.") for name in arrays.keys()):  # noqa: SIM118 - not a mapping
                     given["prefix"] = "transformer."
         fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: given[name] for name in fields if name in given})
+        return cls(**{name: given[name] for name in fields if given.get(name) is not None})
 
 
 def names(config: Config) -> sw.Names:
@@ -140,7 +141,7 @@ class GPT2(nnx.Module):
       >>> model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
       >>> model.layers.qkv.kernel.shape  # of 3 layers
       (3, 8, 3, 2, 4)
-      >>> nnx.eval_shape(model, jnp.zeros((4, 5), int)).shape
+      >>> nnx.eval_shape(lambda model, tokens: model(tokens), model, jnp.zeros((4, 5), int)).shape
       (4, 5, 32)
     """
 

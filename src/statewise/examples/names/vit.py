@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ import statewise as sw
 
 __all__ = ["Config", "ViT", "names"]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -67,11 +68,11 @@ class Config:
         given = json.loads(path.read_text(encoding="utf-8"))
         supported = {"model_type": ("vit",), "hidden_act": tuple(ACTIVATIONS), "pooler_act": ("tanh",)}
         for field, values in supported.items():
-            if given.get(field, values[0]) not in values:
+            if given.get(field) not in (None, *values):
                 known = " or ".join(map(repr, values))
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has {known}.")
         for field in ("image_size", "patch_size"):
-            if not isinstance(given.get(field, 1), int):
+            if not isinstance(given.get(field), int | None):
                 raise ValueError(f"{path} has {field}={given[field]!r}, and this model has one number: squares.")
         sizes: dict[str, int] = {}
         for file in path.parent.glob("*.safetensors"):
@@ -81,7 +82,7 @@ class Config:
         given |= {"prefix": prefix, "pooler": sizes.get(f"{prefix}pooler.dense.weight", 0)}
         given |= {"classifier": sizes.get("classifier.weight", 0)}
         fields = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: given[name] for name in fields if name in given})
+        return cls(**{name: given[name] for name in fields if given.get(name) is not None})
 
 
 def names(config: Config) -> sw.Names:
@@ -148,7 +149,7 @@ class ViT(nnx.Module):
     Example:
       >>> config = Config(8, 12, num_hidden_layers=2, num_attention_heads=2, image_size=6, patch_size=2)
       >>> model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
-      >>> nnx.eval_shape(model, jnp.zeros((3, 6, 6, 3))).shape
+      >>> nnx.eval_shape(lambda model, images: model(images), model, jnp.zeros((3, 6, 6, 3))).shape
       (3, 10, 8)
     """
 
