@@ -210,20 +210,21 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 
-def _check_names(names: object) -> None:
+def _check_names(names: object) -> NamesData:
     if not isinstance(names, NamesData):
         hint = "names=sw.Names({'embed/embedding': 'model.embed_tokens.weight'})"
         raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
+    return names
 
 
 def _matched_names(
     path: object, target: Any, only: object, cast: bool, base: object, members: object, names: object
 ) -> NamedMatch:
     _check_target(target)
-    _check_names(names)
+    checked = _check_names(names)
     if base is not None or members is not None:
         raise RestoreError("Files of other names have neither a base nor members.", hint="leave out base and members")
-    return match_names(path, open_any(path), names, target, only, cast)
+    return match_names(path, open_any(path), checked, target, only, cast)
 
 
 def _matched(

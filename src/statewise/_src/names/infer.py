@@ -112,7 +112,7 @@ def _named(name: str, ways: list[tuple[int | None, Fitting]], straight: bool) ->
     return _name(name, pattern, lengths), f"its shape fits both ways; {how}" if fits_both else ""
 
 
-def _name(names: str | Sequence[str], pattern: str | None, lengths: Mapping[str, int], **options: Any) -> Name:
+def _name(names: str | Sequence[str], pattern: str | None, lengths: Mapping[str, Any], **options: Any) -> Name:
     return Name(names, pattern, **options, **lengths)
 
 
