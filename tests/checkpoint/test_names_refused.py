@@ -372,3 +372,32 @@ def test_a_dtype_that_jax_lacks_is_a_problem_of_the_leaf(tmp_path: Path) -> None
     for cast in (False, True):
         report = sw.preview(path, sw.plan(model).take(model), names=sw.Names({"kernel": "w"}), cast=cast)
         assert [leaf.note.split(",")[0] for leaf in report.problems] == ["is F4 in the checkpoint"]
+
+
+def test_several_files_are_files(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "theirs", theirs())
+    gone = tmp_path / "gone.safetensors"
+    for read in (sw.inspect, lambda path: NAMES.check(sw.plan(Net()), path)):
+        with refused(
+            sw.RestoreError,
+            f"There is no file at {gone}, {folder}.",
+            hint="sw.restore(['a.safetensors', 'b.safetensors'], target, names=names); or one folder",
+        ):
+            read([gone, folder / "model.safetensors", folder])
+    other = of_header(tmp_path / "x", {"model.norm.bias": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
+    with refused(
+        sw.CorruptedError,
+        f"The files do not belong together: model.norm.bias is in {folder}/model.safetensors and in {other}.",
+        hint="fetch them again",
+    ):
+        sw.inspect((folder / "model.safetensors", other))
+    cut = [tmp_path / "cut", tmp_path / "cut2"]
+    for place in cut:
+        place.write_bytes(other.read_bytes()[:-1])
+    with pytest.raises(sw.CorruptedError) as caught:
+        sw.inspect([*cut, other])
+    for place in cut:
+        assert f"{place} is corrupted, or not a safetensors file" in caught.value.message
+    assert caught.value.message.startswith("2 files are not what was written: ")
+    with pytest.raises(sw.CorruptedError, match=r"cut is corrupted, or not a safetensors file"):
+        sw.inspect([cut[0], other])
