@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.names.name import Name
@@ -100,6 +101,17 @@ class Layout:
         assert ours is not None
         return ours
 
+    def joined(self, arrays: Mapping[str, Any]) -> Any:
+        """Returns our array, from JAX arrays of theirs by name: all at once, on their device."""
+        every = [
+            arrays[part[0]] if len(part) == 1 else jnp.concatenate([arrays[name] for name in part], self._join)
+            for part in self.parts
+        ]
+        if not self.stacked:
+            return self._rearranged(every[0])
+        whole = jnp.stack(every) if every else jnp.zeros((0, *self._each))
+        return self._rearranged(whole.reshape(self.stacked + self._each))
+
     @property
     def _join(self) -> int:
         assert self.name.join is not None
@@ -118,7 +130,7 @@ class Layout:
         arrays = [read(name) for name in part]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self._join)
 
-    def _rearranged(self, array: np.ndarray, one_of: int = 0) -> Any:
+    def _rearranged(self, array: Any, one_of: int = 0) -> Any:
         parsed = self.name.parsed
         return array if parsed is None else parsed.to_ours(array, self.shape, one_of)
 
