@@ -146,7 +146,7 @@ def _declared(tables: PlanTables, claimed: set[str]) -> Any:
     """Returns the kinds as they were declared, without those that optimizers and averages added."""
     averages = {average.into for average in tables.averages}
     kinds = {name: kind for name, kind in tables.kinds.items() if name not in averages}
-    # A plan adds this kind at the end if nobody declared one.
+    # A plan adds this kind at the end if none was declared.
     if tables.optimizers and list(kinds)[-1] == OPTIMIZER and kinds[OPTIMIZER] == Kind(nnx.OptState):
         del kinds[OPTIMIZER]
     lost = {row.kind for row in tables.rows} - claimed

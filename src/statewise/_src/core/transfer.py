@@ -147,7 +147,7 @@ def _own(into: StateData | None, kept: Sequence[ArrayInfo]) -> dict[int, Any]:
 
 
 def _sharded(src: State, plan: PlanTables, kinds: Sequence[str], own: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Returns the shardings of what is rearranged for a plan: by its placements, on the source's mesh if it has one."""
+    """Returns the shardings of rearranged arrays in a plan: by its placements, on the source's mesh if it has one."""
     mesh = mesh_of(kind_places(src, kinds))
     return own if mesh is None else array_shardings(plan, mesh)
 
