@@ -18,6 +18,7 @@ import numpy as np
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
+from statewise._src.checkpoint.interop.adapter_folder import ADAPTER_FILE, adapter_config, as_written
 from statewise._src.checkpoint.interop.export import FORMATS, destination, export
 from statewise._src.checkpoint.interop.export_folder import check_options, export_folder
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
@@ -164,7 +165,9 @@ def convert(
       names: what the leaves are called elsewhere (`sw.Names`).  With a state as `src` it is written under these names:
         into a folder of safetensors files, as models are published, unless `dst` ends in `.safetensors`.
       max_shard_bytes: the most bytes of arrays in one file of such a folder; 5 GiB if it is None.
-      extra_files: files that are copied into the folder as they are, such as `config.json`.
+      extra_files: files that are copied into the folder as they are, such as `config.json`.  With an
+        `adapter_config.json` of the package peft among them the folder is one of a LoRA adapter: it has the leaves that
+        are called `base_model.model...`, and no others, in `adapter_model.safetensors`; B is divided by the scale.
 
     Returns:
       what was matched, kept, missing, unexpected.  Leaves that a source cannot have (optimizer state, RNG, metrics)
@@ -255,7 +258,12 @@ def _by_names(
     final = destination(dst, "safetensors")
     if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
         raise SaveError(f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder.", hint=hint)
-    source, problems = as_theirs(src, names)
+    config = adapter_config(others)
+    if config is not None and max_shard_bytes is not None:
+        raise SaveError("The file of an adapter is one file, and max_shard_bytes is of several.", hint=hint)
+    source, problems = as_theirs(src, names, adapter=config is not None)
+    if config is not None and not problems:
+        source = as_written(source, config)
     fitted = fit_alone(source, "safetensors", None)
     for leaf in problems.leaves:
         fitted.problems.add(leaf)
@@ -264,7 +272,7 @@ def _by_names(
     if dry_run:
         return conversion
     conversion.raise_problems()
-    export_folder(source, final, most, others)
+    export_folder(source, final, None if config else most, others, ADAPTER_FILE if config else "model.safetensors")
     return conversion
 
 
