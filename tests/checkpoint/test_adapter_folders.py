@@ -136,7 +136,7 @@ def test_checked_without_reading(tmp_path: Path) -> None:
 FACTS: list[tuple[dict[str, Any] | None, str, str]] = [
     (None, "has no adapter_config.json beside it, which gives the scale of the adapter.", "fetch adapter_config.json"),
     (config(peft_type="LOHA"), "is of the adapter type 'LOHA', and not 'LORA'.", "a LoRA adapter"),
-    (config(use_dora=True), "has use_dora=True: its layers compute something else than nnx.LoRA.", "merge_and_unload"),
+    (config(use_dora=True), "has use_dora=True: its layers compute something other than nnx.LoRA.", "merge_and_unload"),
     (config(init_lora_weights="pissa"), "has init_lora_weights='pissa': its layers compute", "merge_and_unload"),
     (config(lora_alpha="4"), "has lora_alpha='4', which is not a positive number.", '"lora_alpha": 8'),
     (config(r=4), "is of rank 2, and", '"r": 2, or "rank_pattern": {"layers.0.proj": 2}'),

@@ -88,7 +88,7 @@ class AdapterConfig:
             others.append(f"init_lora_weights={data['init_lora_weights']!r}")
         if others:
             raise error(
-                f"{place} has {', '.join(others)}: its layers compute something else than nnx.LoRA.",
+                f"{place} has {', '.join(others)}: its layers compute something other than nnx.LoRA.",
                 hint="in peft: model.merge_and_unload().save_pretrained(folder), and no adapter here",
             )
         config = cls(place, data, error)
