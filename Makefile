@@ -26,7 +26,7 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 # `uv` installs in a quarter of the time, where it is there; pip does where it is not, or cannot.
 UV := $(shell command -v uv)
-INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python $(1) ||) \
+INSTALL = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
 .PHONY: help demo quick test tests-oldest test-pre test-slow test-torch browser-tests lint types tests docs bench bench-quick dist format clean
@@ -55,6 +55,9 @@ demo: $(VENV)/.installed
 
 # JAX keeps what the tests compiled: most programs come again, and a second run is faster.
 tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
+
+# Bytecode is kept, whatever the environment says: the suite starts hundreds of interpreters.
+tests quick test-modes test-modes-fixed: export PYTHONDONTWRITEBYTECODE :=
 
 # Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
 # marks, files marked `heavy`, and tests that took more than 0.2 seconds in the last quick run of this checkout

@@ -76,6 +76,18 @@ def test_a_state_that_has_no_row_for_a_leaf_is_not_written(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pattern_that_does_not_fit_is_one_problem_for_each_leaf(tmp_path: Path) -> None:
+    """It is not said as well that the row matches no leaf, and that the model has other sizes."""
+    names = sw.Names(dict(NAMES) | {"layers/{i}/up/kernel": sw.Name("model.layers.{i}.up.weight", "o i n -> n i o")})
+    report = names.check(sw.plan(Net()), folder_of(tmp_path / "theirs", theirs()))
+    assert [(leaf.path[1], leaf.note) for leaf in report.problems] == [
+        (layer, "has 2 axes, and 'o i n -> n i o' 3") for layer in range(2)
+    ]
+    assert report.hints == ("another pattern, or a model of other sizes, in the row 'layers/{i}/up/kernel'",)
+    dropped = {leaf.leaf.path[0]: leaf.why for leaf in report.leaves if leaf.outcome == "dropped"}
+    assert dropped == {f"model.layers.{layer}.up.weight": "no leaf is read from it" for layer in range(2)}
+
+
 def test_tied_leaves_that_differ_in_the_files_are_refused(tmp_path: Path) -> None:
     arrays = theirs()
     arrays["lm_head.weight"] = arrays["model.embed.weight"].copy()

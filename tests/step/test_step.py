@@ -82,6 +82,11 @@ def refuses(make: Callable[..., Any], *args: Any, **expected: Any) -> None:
             "loss returns PyTreeDef((*, {'x': *})), not a loss.",
             "@sw.train_step(has_aux=True)",
         ),
+        (
+            lambda m: (m.w[...].sum(), m.w[0, 0]),
+            "loss returns PyTreeDef((*, *)), not a loss.",
+            "@sw.train_step(has_aux=True)\nor, if the second is the weight of the batch: @sw.train_step(weighted=True)",
+        ),
         (lambda m: None, "loss returns PyTreeDef(None), not a loss.", "return the loss"),
         (lambda m: [m.w[...].sum()], "loss returns PyTreeDef([*]), not a loss.", "return the loss"),
     ],

@@ -142,7 +142,9 @@ def match_names(
     matcher.run()
     matched = matcher.result(path)
     report = matched.report
-    unused = [_unused(name, names.rows_about(name)) for name in ours.others]
+    # A leaf whose array was not used has a problem of its own, and then the row does match one.
+    reported = {format_path(way) for leaf in problems.leaves for way in (leaf.path, *leaf.aliases)}
+    unused = [_unused(name, names.rows_about(name), reported.isdisjoint(names.paths_of(name))) for name in ours.others]
     hints = report.hints
     if any(each.outcome == "problem" for each in unused):
         hints = (*hints, "a model of the size of the files: as many layers, and every leaf that a row is about")
@@ -180,10 +182,10 @@ def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path,
     return found
 
 
-def _unused(name: str, rows: Sequence[str]) -> LeafRestore:
+def _unused(name: str, rows: Sequence[str], is_news: bool) -> LeafRestore:
     """Returns what is said of a name in the files that no leaf is read from."""
     leaf = Leaf((name,), None, jax.Array, None, None)
-    if len(rows) == 1:  # several rows about one name are another problem, which its leaves have
+    if len(rows) == 1 and is_news:  # several rows about one name are another problem, which its leaves have
         return LeafRestore(leaf, "problem", f"is in the files, and the row {rows[0]!r} matches no leaf for it")
     return LeafRestore(leaf, "dropped", "no leaf is read from it" if rows else "no row of the names is about it")
 

@@ -94,6 +94,16 @@ class NamesData(Mapping[str, Row]):
         named = ((row, each) for row, each in self._rows.items() if each is not None)
         return [row for row, each in named if any(template.match(name) is not None for template in each.templates)]
 
+    def paths_of(self, name: str) -> list[str]:
+        """Returns our paths that a name elsewhere belongs to, by the rows that are about it."""
+        found = []
+        for row, each in self._rows.items():
+            for template in () if each is None else each.templates:
+                values = template.match(name)
+                if values is not None:
+                    found.append(Template.parse(row).fill(values))
+        return found
+
     def layouts(
         self, leaf: Leaf, within: tuple[Any, ...], shape: tuple[int, ...], problems: Problems
     ) -> list[tuple[str, Layout]]:

@@ -247,6 +247,8 @@ def check_loss(traced: Traced, contract: Contract, captures: bool, weighted: boo
             )
     if parts[0] != jax.tree.structure(0):
         hint = "@sw.train_step(has_aux=True)" if parts[0].num_leaves > 1 else "return the loss"
+        if not weighted and parts[0] == jax.tree.structure((0, 0)):
+            hint += "\nor, if the second is the weight of the batch: @sw.train_step(weighted=True)"
         raise StructureError(f"{name} returns {parts[0]}, not a loss.", hint=hint)
     if weighted:
         _check_weight(parts[1], traced.effects.jaxpr.outvars, name)
