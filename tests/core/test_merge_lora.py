@@ -76,6 +76,15 @@ def test_the_plan_is_that_of_the_plain_model(net: Net) -> None:
     assert sw.count(merged.plan.build(merged), nnx.LoRAParam) == 0
 
 
+def test_averaged_adapters(net: Net) -> None:
+    plan = sw.plan(net, averages={"lora": sw.EMA(0.9)})
+    state = plan.take(net)
+    state = state.replace(lora=jax.tree.map(jnp.zeros_like, state["lora"]))
+    averaged = sw.merge_lora(state.with_averages("ema"))
+    assert close(averaged.plan.build(averaged)(X), net(X))
+    assert not close(sw.merge_lora(state).plan.build(sw.merge_lora(state))(X), net(X), 1e-2)
+
+
 def test_the_outputs_are_those_of_the_model_with_adapters(net: Net) -> None:
     state = sw.plan(net).take(net)
     before = jax.tree.map(jnp.copy, state)

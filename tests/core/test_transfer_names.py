@@ -236,6 +236,9 @@ def test_what_the_source_does_not_have_keeps_its_value() -> None:
     back = sw.transfer(actor, trainer, kinds="params", names=names)
     assert np.array_equal(back["params"]["embed"][...], trainer["params"]["embed"][...])
     assert back["params"]["embed"][...] is not trainer["params"]["embed"][...]
+    published = sw.transfer(trainer, actor, kinds="params", names=names)
+    assert np.array_equal(published["params"]["embed"][...], actor["params"]["embed"][...])
+    assert equal(held(published), by_hand(trainer) | {"embed": actor["params"]["embed"][...]})
 
 
 def test_what_depends_on_the_parameters_is_stale() -> None:

@@ -67,8 +67,8 @@ def transfer(
       names: what the source's leaves are called in the target (`sw.Names`), where the two models are not alike: the
         source's paths on the left side, the target's on the right.  A stack of layers becomes single ones, or the
         reverse; patterns rearrange axes.  Names with the target's paths on the left are read backwards, so that one
-        declaration serves both ways; a leaf of the target with None on the right then keeps the target's value.  Leaves
-        that no row is about are matched by path.  Paths of several objects may be those within their object.
+        declaration serves both ways.  Leaves that no row is about are matched by path; one with None on the right keeps
+        the target's value.  Paths of several objects may be those within their object.
 
     Averages (`sw.EMA`) of a kind that is transferred restart, as copies of its new values, unless they are transferred
     as well.  The target's optimizer keeps its state.  Inside `jax.jit`, where values are unknown, a cast may lose them.

@@ -137,14 +137,26 @@ class _Forward(_Matcher):
         for source in self._lefts:
             if self._rows_of(source):
                 self._found.taken.add(source.leaf.path)
-                for layout in self._layouts(source):
+                problems = len(self._found.problems)
+                layouts = self._layouts(source)
+                for layout in layouts:
                     self._add(source, layout)
+                if not layouts and len(self._found.problems) == problems:
+                    self._keep(source)
         for text, placed in self._rights.items():
             row = self._row_about(text)
             if row is not None and placed.leaf.kind in self._kinds and placed.leaf.path not in self._found.decided:
                 self._found.decided.add(placed.leaf.path)
                 self._say(placed.leaf, f"is in the row {row!r}, which is about no leaf of the source", "its path there")
         return self._found
+
+    def _keep(self, source: PlacedLeaf) -> None:
+        """Keeps the target's value of a leaf that is not there by the names, but by its path."""
+        for text in _texts(self._left, source.leaf):
+            placed = self._rights.get(text)
+            if placed is not None and placed.leaf.kind in self._kinds and placed.leaf.path not in self._found.decided:
+                self._found.decided.add(placed.leaf.path)
+                self._found.kept.append(placed)
 
     def _add(self, source: PlacedLeaf, layout: Layout) -> None:
         absent = [name for name in layout.names if name not in self._rights]
