@@ -127,6 +127,14 @@ def test_the_base_keeps_its_values_and_needs_no_row(tmp_path: Path) -> None:
     assert len(safetensors.numpy.load_file(tmp_path / "back" / "adapter_model.safetensors")) == 4
 
 
+def test_previewed(tmp_path: Path) -> None:
+    model = net()
+    place = folder_of(tmp_path / "adapter", matrices(), config())
+    report = sw.preview(place, sw.plan(model).take(model), names=NAMES, only="lora")
+    assert report.ok
+    assert [leaf.outcome for leaf in report.leaves].count("restored") == 4
+
+
 def test_checked_without_reading(tmp_path: Path) -> None:
     place = folder_of(tmp_path / "adapter", matrices(), config(r=3))
     with pytest.raises(sw.RestoreError, match="is of rank 2, and"):

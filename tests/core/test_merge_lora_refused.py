@@ -128,6 +128,39 @@ def test_a_kernel_that_is_also_used_without_the_adapter() -> None:
     assert len(merge(Held(adapted=adapter(base), tied=tied)).plan["params"]) == 4
 
 
+def test_a_function_that_may_change_the_matrices() -> None:
+    def doubled(arrays: Any, dtype: Any = None) -> Any:
+        return arrays[0], arrays[1], 2 * arrays[2]
+
+    note = "has a promote_dtype of its own, which may change more than dtypes"
+    inner = nnx.LoRALinear(3, 4, lora_rank=2, lora_promote_dtype=doubled, rngs=nnx.Rngs(0))
+    with refused(
+        sw.errors.StructureError,
+        IN_THE_WAY.format("2 leaves are"),
+        leaves=[
+            f"inner/lora/lora_a: LoRAParam(3, 2) float32  kind=lora  ({note})",
+            f"outer/lora_a: LoRAParam(3, 2) float32  kind=lora  ({note})",
+        ],
+        kind="lora",
+        hint=LINEAR,
+    ):
+        merge(Held(inner=inner, outer=adapter(plain(), promote_dtype=doubled)))
+
+
+def test_kinds_that_do_not_fit_the_plain_model() -> None:
+    model = Held(layer=adapter(plain()))
+    kinds = sw.Kinds(base=sw.Kind(sw.Path("**/base_module/*"), frozen=True), rest=sw.Kind(...))
+    state = kinds.plan(model).take(model)
+    with pytest.raises(sw.DeclarationError) as caught:
+        sw.merge_lora(state)
+    assert caught.value.message.startswith("The kinds do not fit the model without adapters. ")
+    assert caught.value.hint == (
+        "sw.merge_lora(sw.transfer(state, kinds.plan(model)))  # with kinds that fit both models"
+    )
+    kinds = sw.Kinds.standard()
+    assert sw.merge_lora(sw.transfer(state, kinds.plan(model))).plan is kinds.plan(Held(layer=plain()))  # the hint
+
+
 def test_what_would_be_lost() -> None:
     adapted = adapter(plain())
     adapted.extra = nnx.Variable(jnp.ones(()))

@@ -10,6 +10,7 @@ What is changed here are abstract objects that were built for it, never a user's
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ __all__ = ["PlainObjects", "without_adapters"]
 
 # The numbers of `lora_a` and `lora_b` of each adapter of a kernel, in the order of the plan's leaves.
 Pairs = tuple[tuple[int, int], ...]
+
+# What Flax's adapters do to their matrices before the product: a cast.
+_PROMOTE = inspect.signature(nnx.LoRA.__init__).parameters["promote_dtype"].default
 
 _ALONE = "nnx.LoRA(..., base_module=linear), or nnx.LoRALinear, so that it is known what it is added to"
 _LINEAR = "adapters of nnx.Linear alone; fold any other by hand: kernel + lora_a @ lora_b"
@@ -194,6 +198,8 @@ class _Adapters:
             if type(module) is not nnx.LoRALinear or type(module.lora) is not nnx.LoRA or module.lora.base_module:
                 self._refuse(module.kernel, f"is of {name}, which is not Flax's own nnx.LoRALinear", _LINEAR)
             return
+        if module.promote_dtype is not _PROMOTE:
+            self._refuse(module.lora_a, "has a promote_dtype of its own, which may change more than dtypes", _LINEAR)
         inner = [holder for holder in self._graph.holders(module) if _holds_as_adapter(holder, module)]
         if type(module).__call__ is not nnx.LoRA.__call__:
             self._refuse(module.lora_a, f"is of {name}, which computes something else", _LINEAR)

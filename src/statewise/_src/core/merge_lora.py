@@ -33,7 +33,7 @@ from statewise._src.plan.spelled_paths import spelled
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.explicit_axes import explicit_sharding
 from statewise._src.sharding.resolve import on_mesh
-from statewise.errors import StructureError
+from statewise.errors import DeclarationError, StatewiseError, StructureError
 
 __all__ = ["merge_lora"]
 
@@ -62,7 +62,7 @@ def merge_lora(state: State) -> State:
       StructureError: there are no adapters; or some cannot be folded, all of which are listed: without a base, around
         something that is not an `nnx.Linear`, of a class of one's own, or of a kernel that is also used without them.
         An ensemble, per-device values, a donated state; a kernel whose dtype cannot represent the sum.
-      DeclarationError: a kind does not fit the plain model, because it spells the path of an adapter's base.
+      DeclarationError: the kinds do not fit the plain model: one spells the path of an adapter's base, for example.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,7 +136,15 @@ def _plan_of(tables: PlanTables, plain: PlainObjects) -> PlanTables:
     """Returns the plan of objects without adapters, by the same kinds, packed and per device as the plan with them."""
     kinds = _declared(tables, {tables.rows[number].kind for number in plain.numbers})
     named = dict(zip(plain.names, plain.objects, strict=True)) if plain.names else {}
-    plan = resolve_plan(kinds, () if named else plain.objects, named=named)
+    try:
+        plan = resolve_plan(kinds, () if named else plain.objects, named=named)
+    except StatewiseError as error:
+        raise DeclarationError(
+            f"The kinds do not fit the model without adapters. {error.message}",
+            leaves=error.leaves,
+            kind=error.kind,
+            hint="sw.merge_lora(sw.transfer(state, kinds.plan(model)))  # with kinds that fit both models",
+        ) from error
     if tables.packing:
         plan = plan.with_packing(tuple(kind for kind in tables.packing if kind in plan.kinds))
     return plan if tables.per_device is None else on_mesh(plan, tables.per_device.mesh)
