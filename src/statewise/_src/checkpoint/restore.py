@@ -44,7 +44,7 @@ __all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
 
 
 def restore(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: State,
     *,
     only: str | Sequence[str] | None = None,
@@ -68,9 +68,9 @@ def restore(
         gets none (it is then kept, or restarted if the kind says `missing="restart"`); for one model the number of one.
         A checkpoint of one model has the member 0.
       names: what the leaves are called in another program's files (`sw.Names`); `path` is then a `.safetensors` file,
-        or a folder of them, as models are published.  What such files cannot have keeps the target's values, or starts
-        as the optimizer's `init` makes it.  In a folder of a LoRA adapter (of the package peft) B is multiplied by the
-        scale that its configuration gives, because `nnx.LoRA` has none.
+        several of them, or a folder, as models are published.  What such files cannot have keeps the target's values,
+        or starts as the optimizer's `init` makes it.  In a folder of a LoRA adapter (of the package peft) B is
+        multiplied by the scale that its configuration gives, because `nnx.LoRA` has none.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
@@ -109,7 +109,7 @@ def restore(
 
 
 def preview(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: State,
     *,
     only: str | Sequence[str] | None = None,
@@ -143,8 +143,8 @@ def preview(
     return _matched(path, target, only, cast, base, members)[2].report
 
 
-def inspect(path: str | os.PathLike[str]) -> Census:
-    """Returns the census of a checkpoint, of a plain Orbax one, or of a safetensors file; reads no array.
+def inspect(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Census:
+    """Returns the census of a checkpoint, of a plain Orbax one, or of safetensors files; reads no array.
 
     Raises:
       CorruptedError: it is not a checkpoint in a known format, or it is corrupted.

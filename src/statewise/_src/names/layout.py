@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.names.name import Name
+from statewise._src.names.pattern import Axes
 
 __all__ = ["Layout"]
 
 Shape = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """One of our arrays, elsewhere.
 
@@ -62,6 +64,26 @@ class Layout:
     def names(self) -> dict[str, Shape]:
         """Returns the shape of each of their arrays."""
         return {name: shape for part in self.parts for name, shape in zip(part, self.shapes, strict=True)}
+
+    @functools.cached_property
+    def factors(self) -> tuple[dict[str, int], Axes, Axes]:
+        """Returns the length of each axis of the pattern; ours and theirs as products of these, with those stacked."""
+        if self.name.parsed is not None:
+            return self.name.parsed.factors(self.shape)
+        axes = tuple((str(number),) for number in range(len(self.shape)))
+        return {axis: size for (axis,), size in zip(axes, self.shape, strict=True)}, axes, axes
+
+    @property
+    def joined_axis(self) -> int | None:
+        """Returns along which axis of theirs several are joined; None if none are."""
+        return self._join if len(self.shapes) > 1 else None
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """Returns which of our axes are the stacked ones; none if one of them is only a part of one of ours."""
+        _, ours, theirs = self.factors
+        stacked = theirs[: len(self.stacked)]
+        return tuple(map(ours.index, stacked)) if all(len(group) == 1 and group in ours for group in stacked) else ()
 
     def to_theirs(self, array: Any) -> dict[str, Any]:
         """Returns their arrays for one of ours."""

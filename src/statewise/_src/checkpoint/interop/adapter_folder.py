@@ -152,10 +152,12 @@ def as_read(path: object, source: Source) -> Source:
     Raises:
       RestoreError: the adapter has no configuration, or one of layers that are not Flax's.
     """
+    if source.format != "safetensors":
+        return source
     places = [FilePath(os.fsdecode(each)) for each in (path if isinstance(path, (list, tuple)) else [path])]  # type: ignore[arg-type]
     files = [place / ADAPTER_FILE if place.is_dir() else place for place in places]
     folders = [file.parent for file in files if file.name == ADAPTER_FILE and file.is_file()]
-    if source.format != "safetensors" or not folders:
+    if not folders:
         return source
     matrices = [entry for entry in source.entries if is_of_adapter(entry.name) and _MATRIX.fullmatch(entry.name)]
     if len(folders) > 1:
@@ -191,8 +193,13 @@ def _scaled(
             raise error(f"{name} has numbers that {array.dtype} cannot represent with the scale {scales[name]:g}.")
         return result
 
-    # Without `read_part`, if a source has one: an adapter is small, and is read as a whole.
-    return Source(source.name, source.format, source.entries, read, source.others, source.by_design)
+    def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        if name in scales:  # these are small, and are read as a whole
+            into[...] = read((name,))[name][tuple(index)].reshape(into.shape)
+        else:
+            source.fill(name, index, into)
+
+    return dataclasses.replace(source, read=read, read_part=read_part)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from statewise._src.checkpoint.interop.export import committed
-from statewise._src.checkpoint.interop.safetensors import INDEX, write_file
+from statewise._src.checkpoint.interop.safetensors import write_file
+from statewise._src.checkpoint.interop.several_files import INDEX
 from statewise._src.checkpoint.interop.sources import Source
 from statewise.errors import SaveError
 

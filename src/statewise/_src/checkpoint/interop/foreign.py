@@ -19,7 +19,8 @@ import numpy as np
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import within
-from statewise._src.checkpoint.interop.safetensors import first_line, has_safetensors, open_file, open_folder
+from statewise._src.checkpoint.interop.safetensors import first_line, open_file
+from statewise._src.checkpoint.interop.several_files import has_safetensors, is_several, open_files, open_folder
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
@@ -37,6 +38,8 @@ ORBAX_FILE = "_METADATA"
 
 def is_foreign(path: object) -> bool:
     """Returns whether something at a path is not a checkpoint of Statewise, but may be one that `open_path` reads."""
+    if is_several(path):
+        return True
     if not isinstance(path, (str, os.PathLike)):
         return False
     folder = place_of(path)
@@ -46,12 +49,14 @@ def is_foreign(path: object) -> bool:
 
 
 def open_path(path: object) -> Source:
-    """Opens a safetensors file, or a plain Orbax checkpoint.
+    """Opens safetensors files: one, several, or a folder of them; or a plain Orbax checkpoint.
 
     Raises:
       RestoreError: there is nothing, or nothing in a known format.
       CorruptedError: it is not what was written.
     """
+    if isinstance(path, (list, tuple)):
+        return open_files(path)
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     if not folder.exists():
         raise RestoreError(
