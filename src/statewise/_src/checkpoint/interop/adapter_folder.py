@@ -152,10 +152,12 @@ def as_read(path: object, source: Source) -> Source:
     Raises:
       RestoreError: the adapter has no configuration, or one of layers that are not Flax's.
     """
+    if source.format != "safetensors":
+        return source
     places = [FilePath(os.fsdecode(each)) for each in (path if isinstance(path, (list, tuple)) else [path])]  # type: ignore[arg-type]
     files = [place / ADAPTER_FILE if place.is_dir() else place for place in places]
     folders = [file.parent for file in files if file.name == ADAPTER_FILE and file.is_file()]
-    if source.format != "safetensors" or not folders:
+    if not folders:
         return source
     matrices = [entry for entry in source.entries if is_of_adapter(entry.name) and _MATRIX.fullmatch(entry.name)]
     if len(folders) > 1:
