@@ -179,6 +179,19 @@ def test_ensembles_and_values_per_device() -> None:
     sw.transfer(src.reduce_devices("params", how="mean"), taken(listed), names=W)  # the hint
 
 
+def test_a_path_within_two_objects() -> None:
+    src = taken(w=(2, 3))
+    policy, reference = model(l=[(3,), (3,)]), model(l=[(3,), (3,)])
+    plan = sw.plan(policy=policy, reference=reference)
+    target = plan.take(policy=policy, reference=reference)
+    with pytest.raises(sw.errors.StructureError, match="would be l/0/w and 1 more, which the target lacks"):
+        sw.transfer(src, target, names=W)
+    names = sw.Names({"w": "policy/l/{i}/w"})
+    with pytest.raises(sw.errors.StructureError) as caught:
+        sw.transfer(src, target, names=names)
+    assert [str(leaf).split(":")[0] for leaf in caught.value.leaves] == ["reference/l/0/w", "reference/l/1/w"]
+
+
 def test_dtypes_as_in_every_transfer() -> None:
     src, target = taken(w=(2, 3)), taken(l=[(3,), (3,)]).cast(params="float16")
     with pytest.raises(sw.errors.StructureError, match="is float32 in the source") as caught:

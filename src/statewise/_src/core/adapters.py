@@ -10,6 +10,7 @@ What is changed here are abstract objects that were built for it, never a user's
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -108,8 +109,9 @@ def _check_rest(
         if issubclass(plan.leaves[number].type, nnx.LoRAParam):
             note = "is not the lora_a or lora_b of an nnx.LoRA or nnx.LoRALinear that is merged"
             problems.add(plan.leaves[number], note, _LINEAR)
+    accounted = folded.union(after)
     for number in before:
-        if number not in after and number not in folded:
+        if number not in accounted:
             note = "would be lost: it belongs to an adapter, and is neither lora_a nor lora_b"
             problems.add(plan.leaves[number], note, "take it out of the nnx.LoRA")
 
@@ -303,10 +305,16 @@ class _Plain:
         return plain
 
 
+@functools.cache
+def _template() -> Any:
+    """Returns an abstract `nnx.Linear`, whose attributes are replaced: tracing one for each layer would take long."""
+    with nnx.var_defaults(hijax=False, ref=False):
+        return nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+
+
 def _linear(module: Any) -> Any:
     """Returns an `nnx.Linear` with the attributes of an `nnx.LoRALinear`."""
-    features = module.in_features, module.out_features
-    plain = nnx.eval_shape(lambda: nnx.Linear(*features, use_bias=module.use_bias, rngs=nnx.Rngs(0)))
+    plain = nnx.clone(_template(), graph=True)
     for name, value in _attributes(module).items():
         if name != "lora":
             setattr(plain, name, value)

@@ -36,7 +36,9 @@ def placed_by_names(move: NamedMove, arrays: Sequence[Any], shardings: Sequence[
     targets = [target for target in move.targets if target is not None]
     wanted = tuple(target is not None for target in move.targets)
     dtypes = tuple(target.spec.dtype for target in targets)
-    function = functools.partial(_run, move.layout, move.backward, wanted, dtypes)
+    # By numbers, so that all layers share one program.
+    layout = move.layout.numbered()
+    function = functools.partial(_run, layout, move.backward, wanted, dtypes)
     if any(isinstance(array, compat.Tracer) for array in arrays):
         made = function(*arrays)
         return [
@@ -44,7 +46,7 @@ def placed_by_names(move: NamedMove, arrays: Sequence[Any], shardings: Sequence[
         ]
     inputs = _together([jnp.asarray(array) for array in arrays], shardings)
     outs = tuple(_on_source(inputs[0].sharding, to, sharding) for to, sharding in zip(targets, shardings, strict=True))
-    made = _program(move.layout, move.backward, wanted, dtypes, outs)(*inputs)
+    made = _program(layout, move.backward, wanted, dtypes, outs)(*inputs)
     return [(to, _finished(array, to, sharding)) for to, array, sharding in zip(targets, made, shardings, strict=True)]
 
 

@@ -6,6 +6,7 @@ paths: names fit the state whose leaves they are about.  Whatever no row is abou
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 
@@ -92,9 +93,7 @@ class _Matcher:
     ) -> None:
         self._left, self._kinds, self._names, self._cast = left, kinds, names, cast
         self._lefts = list(_single(left))
-        self._rights: dict[str, PlacedLeaf] = {}
-        for placed in _single(right):
-            self._rights |= dict.fromkeys(_texts(right, placed.leaf), placed)
+        self._rights = _by_text(right)
         self._owner: dict[object, PlacedLeaf] = {}
         rows = {row for placed in self._lefts for row in self._rows_of(placed)}
         unmatched = [row for row, name in names.items() if name is not None and row not in rows]
@@ -259,6 +258,15 @@ def _single(plan: PlanTables) -> Iterator[PlacedLeaf]:
     for placed in leaves_of(plan):
         if placed.structure is ONE and len(placed.arrays) == 1 and placed.arrays[0].derived is None:
             yield placed
+
+
+def _by_text(plan: PlanTables) -> dict[str, PlacedLeaf]:
+    """Returns leaves by their paths; the path within an object means a leaf only if no other object has it."""
+    leaves = list(_single(plan))
+    ways = [(text, placed) for placed in leaves for text in _texts(plan, placed.leaf)]
+    counts = collections.Counter(text for text, _ in ways)
+    printed = {format_path(path): placed for placed in leaves for path in (placed.leaf.path, *placed.leaf.aliases)}
+    return {text: placed for text, placed in ways if counts[text] == 1} | printed
 
 
 def _with_ways(plan: PlanTables, leaf: Leaf) -> Leaf:

@@ -123,6 +123,17 @@ class Layout:
         assert ours is not None
         return ours
 
+    def numbered(self) -> Layout:
+        """Returns the layout with numbers for names: equal for all arrays that are laid out alike."""
+        name = self.name
+        plain = Name(
+            [*map(str, range(len(name.names)))], name.pattern, join=name.join, sizes=name.sizes, **dict(name.axes)
+        )
+        numbers = map(str, itertools.count())
+        return dataclasses.replace(
+            self, name=plain, parts=tuple(tuple(next(numbers) for _ in part) for part in self.parts)
+        )
+
     def joined(self, arrays: Mapping[str, Any]) -> Any:
         """Returns our array, from JAX arrays of theirs by name: all at once, on their device."""
         every = [
