@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +109,11 @@ def _named(name: str, ways: list[tuple[int | None, Fitting]], straight: bool) ->
     pattern, lengths = first.pattern(stack)
     fits_both = any(other.is_transposed != first.is_transposed for _, other in ways[1:])
     how = "as it is, like the other kernels there" if straight else "transposed, as torch's Linear has it"
-    return Name(name, pattern, **lengths), f"its shape fits both ways; {how}" if fits_both else ""
+    return _name(name, pattern, lengths), f"its shape fits both ways; {how}" if fits_both else ""
+
+
+def _name(names: str | Sequence[str], pattern: str | None, lengths: Mapping[str, Any], **options: Any) -> Name:
+    return Name(names, pattern, **options, **lengths)
 
 
 class _Finder:
@@ -239,7 +244,7 @@ def _ways(
     role = role_of(key)
     if stacked is None:
         return [(None, way) for way in fittings(ours, theirs, role, key, straight)]
-    found = []
+    found: list[tuple[int | None, Fitting]] = []
     for axis in (axis for axis, size in enumerate(ours) if size == stacked):
         rest = (*ours[:axis], *ours[axis + 1 :])
         found += [(axis, way) for way in fittings(rest, theirs, role, key, straight)]
@@ -267,7 +272,7 @@ def _joined(parts: Sequence[Module], mine: Module, link: Link, straight: bool) -
             if ways:
                 pattern, lengths = ways[0][1].pattern(ways[0][0])
                 equal = len({*sizes}) == 1
-                found[key] = Name(names, pattern, join=axis, sizes=None if equal else sizes, **lengths)
+                found[key] = _name(names, pattern, lengths, join=axis, sizes=None if equal else sizes)
                 break
         else:
             return {}

@@ -62,8 +62,8 @@ def modules_of(arrays: Iterable[tuple[Sequence[object], Shape]]) -> list[Module]
             continue
         for numbers, member in members.items():  # of other shapes: each by itself
             left = iter(numbers)
-            parts = tuple(next(left) if part is None else part for part in template)
-            modules.append(Module(parts, frozenset([()]), member))
+            literal = tuple(next(left) if part is None else part for part in template)
+            modules.append(Module(literal, frozenset([()]), member))
     return modules
 
 

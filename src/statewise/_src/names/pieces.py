@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ __all__ = ["Piece", "pieces"]
 
 # The positions of one axis, from the first to after the last.
 Range = tuple[int, int]
+# An index with `...` at its end, which makes a view also of an array without axes.
+Index = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,8 @@ def pieces(layout: Layout, index: Sequence[slice], out: np.ndarray) -> Iterator[
     for chosen in itertools.product(*along):
         box = dict(zip(order, itertools.chain.from_iterable(ranges for _, ranges in chosen), strict=True))
         # Splitting axes never copies; merging them might.
-        view = out[(*(part for part, _ in chosen), ...)].reshape([end - begin for begin, end in box.values()])
+        parts: Index = (*(part for part, _ in chosen), ...)
+        view = out[parts].reshape([end - begin for begin, end in box.values()])
         yield from _of_box(layout, box, view.transpose(back))
 
 
@@ -102,13 +106,15 @@ def _of_box(layout: Layout, box: dict[str, Range], view: np.ndarray) -> Iterator
         at = dict(zip(stack, number, strict=True))
         position = [_at([lengths[axis] for axis in group], [at[axis] for axis in group]) for group in theirs[:depth]]
         part = layout.parts[int(np.ravel_multi_index(position, layout.stacked)) if position else 0]
-        block = view[(*(at[axis] - box[axis][0] for axis in stack), ...)]
+        fixed: Index = (*(at[axis] - box[axis][0] for axis in stack), ...)
+        block = view[fixed]
         for name, first, cut in _cuts(layout, part, each):
             wanted = {axis: _overlap(box[axis], cut.get(axis, box[axis])) for group in each for axis in group}
             if any(begin >= end for begin, end in wanted.values()):
                 continue
-            parts = (slice(begin - box[axis][0], end - box[axis][0]) for axis, (begin, end) in wanted.items())
-            into = block[(*parts, ...)]
+            spans = (slice(begin - box[axis][0], end - box[axis][0]) for axis, (begin, end) in wanted.items())
+            inner: Index = (*spans, ...)
+            into = block[inner]
             index, shape, within = [], [], []
             for axis, group in enumerate(each):
                 span, sizes, inside = _span([lengths[factor] for factor in group], [wanted[factor] for factor in group])

@@ -63,7 +63,8 @@ def fill_ours(source: Source, layout: Layout, index: Sequence[slice], out: np.nd
             return
         chunk = scratch.array(piece.shape, out.dtype)
         source.fill(piece.name, piece.index, chunk)
-        piece.into[...] = chunk[(*piece.within, ...)]
+        within: tuple[Any, ...] = (*piece.within, ...)
+        piece.into[...] = chunk[within]
 
     every = (part for piece in pieces(layout, index, out) for part in piece.cut(_CHUNK // out.itemsize))
     if out.nbytes <= _CHUNK or _THREADS == 1:

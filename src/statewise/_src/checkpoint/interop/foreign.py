@@ -26,6 +26,7 @@ from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
+from statewise._src.names.names import NamesData
 from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["foreign_leaves", "is_foreign", "only_item", "open_path"]
@@ -100,14 +101,17 @@ def only_item(folder: Any, name: str) -> Any:
     return items[0] if items else None
 
 
-def foreign_leaves(path: object) -> list[Leaf]:
+def foreign_leaves(path: object, names: NamesData | None = None) -> list[Leaf]:
     """Returns the leaves of another program's file, each with a kind; reads no array.
 
     A safetensors file that Statewise wrote has the kinds; for Linen's variables each collection is one; anything else
-    is of one kind, `arrays`.
+    is of one kind, `arrays`.  With names, arrays that no row is about are of the kind `dropped`.
     """
     source = open_path(path)
     linen = is_linen(source.entries)
+    if names is not None:
+        kinds = {entry.name: "arrays" if names.rows_about(entry.name) else "dropped" for entry in source.entries}
+        return [dataclasses.replace(entry.leaf(), kind=kinds[entry.name]) for entry in source.entries]
     return [
         dataclasses.replace(entry.leaf(), kind=entry.kind or (str(entry.path[0]) if linen else "arrays"))
         for entry in source.entries

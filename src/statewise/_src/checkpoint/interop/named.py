@@ -203,5 +203,5 @@ def _entry(
     if array.prng is not None and dtype != array.dtype:
         problems.add(array.leaf, f"is a PRNG key, and {dtype} in the source", f"words of {array.dtype}")
         return None
-    facts = {"stacked": layout.stack_axes, "parts": tuple(layout.names)}
-    return SourceArray(path, array.leaf.path + array.within, array.shape, dtype, **facts)
+    ours = array.leaf.path + array.within
+    return SourceArray(path, ours, array.shape, dtype, stacked=layout.stack_axes, parts=tuple(layout.names))

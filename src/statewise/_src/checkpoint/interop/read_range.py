@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,8 @@ def _read_rows(file: File, offset: int, shape: Sequence[int], index: Sequence[sl
 
 def _read(file: File, offset: int, into: np.ndarray) -> None:
     file.seek(offset)
-    left = memoryview(into.reshape(-1).view(np.uint8))
+    flat: Any = into.reshape(-1).view(np.uint8)
+    left = memoryview(flat)
     while left:
         count = file.readinto(left)
         if not count:

@@ -33,7 +33,7 @@ def has_safetensors(folder: Any) -> bool:
 
 def is_several(path: object) -> bool:
     """Returns whether something is several paths, and not one."""
-    return isinstance(path, (list, tuple)) and all(isinstance(each, (str, os.PathLike)) for each in path)
+    return isinstance(path, (list, tuple)) and bool(path) and all(isinstance(each, (str, os.PathLike)) for each in path)
 
 
 def open_folder(folder: FilePath) -> Source:
@@ -79,11 +79,9 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
 
     Raises:
       CorruptedError: a file is not what was written, or an array is in two of them: all of it is listed.
-      RestoreError: there is no path, or one is not that of such a file: all are listed.
+      RestoreError: there is no such file at some of the paths: all are listed.
     """
     places = {str(place): FilePath(os.fspath(place)) for place in (place_of(path, _EXAMPLE) for path in paths)}
-    if not places:
-        raise RestoreError("There is not one path among the files to read.", hint=_EXAMPLE)
     absent = [name for name, place in places.items() if not place.is_file()]
     if absent:
         raise RestoreError(f"There is no file at {', '.join(absent)}.", hint=f"{_EXAMPLE}; or one folder")
