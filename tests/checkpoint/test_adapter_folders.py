@@ -54,7 +54,7 @@ def folder_of(place: Path, arrays: dict[str, np.ndarray], options: dict[str, Any
     return place
 
 
-def restored(place: Path, model: nnx.Module | None = None, **options: Any) -> sw.State:
+def restored(place: Any, model: nnx.Module | None = None, **options: Any) -> sw.State:
     model = net() if model is None else model
     state, report = sw.restore(place, sw.plan(model).take(model), names=NAMES, only="lora", **options)
     assert report.ok
@@ -125,6 +125,17 @@ def test_the_base_keeps_its_values_and_needs_no_row(tmp_path: Path) -> None:
     rows = NAMES | sw.Names({"layers/{i}/kernel": sw.Name("layers.{i}.proj.weight", "o i -> i o")})
     sw.convert(state, tmp_path / "back", names=rows, extra_files=[place / "adapter_config.json"])
     assert len(safetensors.numpy.load_file(tmp_path / "back" / "adapter_model.safetensors")) == 4
+
+
+def test_by_every_way_of_reading_by_names(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "adapter", matrices(), config())
+    expected = read(restored(place), 1)
+    several = restored([place / "adapter_model.safetensors"])
+    assert all(map(np.array_equal, read(several, 1), expected))
+    model = nnx.Dict(layers=nnx.List([nnx.Dict(lora=each.lora) for each in net().layers]))  # type: ignore[attr-defined]
+    state = sw.plan(model).take(model)
+    sw.convert(place, tmp_path / "ours", target=state, names=NAMES)
+    assert all(map(np.array_equal, read(sw.restore(tmp_path / "ours", state)[0], 1), expected))
 
 
 def test_previewed(tmp_path: Path) -> None:
