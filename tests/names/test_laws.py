@@ -6,9 +6,10 @@ import itertools
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statewise._src.names.layout import Layout
@@ -82,6 +83,17 @@ def test_there_and_back_is_the_identity(case: Any, dtype: Any, seed: int) -> Non
     back = layout.to_ours(of)
     assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
     assert sorted(read) == sorted(layout.names), "each of their arrays is read once"
+
+
+@settings(max_examples=10)  # each shape compiles
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_on_the_device_it_is_the_same(case: Any, seed: int) -> None:
+    name, shape, _ = case
+    layout = Layout.of(name, {}, shape)
+    array = _random(shape, np.uint32, seed)
+    files, expected = layout.to_theirs(jnp.asarray(array)), layout.to_theirs(array)
+    assert all(np.array_equal(files[file], part) for file, part in expected.items())
+    assert np.array_equal(layout.joined(files), array)
 
 
 @given(cases(), st.data())

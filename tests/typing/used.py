@@ -346,7 +346,8 @@ read_back = sw.Names.from_dict(elsewhere.to_dict())
 sw.convert(state, "published", names=read_back, max_shard_bytes=2**30, extra_files=["config.json"])
 item: Checkpointable = sw.checkpointable(state, only="params", layout="named", members=0)
 moved = sw.transfer(state, sw.plan(model), kinds=["params"], cast=jnp.bfloat16, mesh=mesh)
-moved = sw.transfer(state, moved, kinds="params", cast=True)
+moved = sw.transfer(state, moved, kinds="params", cast=True, names=elsewhere)
+assert_type(sw.merge_lora(state), sw.State)
 
 options = ocp.CheckpointManagerOptions(max_to_keep=3)
 with sw.Checkpoints("run", max_to_keep=3, every=10, layout="packed", asynchronous=False) as checkpoints:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
+from statewise._src.checkpoint.interop.adapter_folder import as_read
 from statewise._src.checkpoint.interop.match import is_of_run, note_of_tied, same_values
 from statewise._src.checkpoint.interop.named import arrays_of, as_ours
 from statewise._src.checkpoint.interop.placed import read_placed
@@ -139,7 +140,7 @@ def match_names(
       cast: whether other dtypes are allowed.
       check: whether only the names are of interest, and leaves that the files cannot have need no value.
     """
-    ours, problems = as_ours(source, names, state)
+    ours, problems = as_ours(as_read(path, source), names, state)
     entry_of = _entries(state, ours, problems)
     by_name = {entry.name: entry for entry in ours.entries}
     found: list[LeafRecord] = []

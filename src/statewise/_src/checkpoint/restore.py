@@ -69,7 +69,8 @@ def restore(
         A checkpoint of one model has the member 0.
       names: what the leaves are called in another program's files (`sw.Names`); `path` is then a `.safetensors` file,
         several of them, or a folder, as models are published.  What such files cannot have keeps the target's values,
-        or starts as the optimizer's `init` makes it.
+        or starts as the optimizer's `init` makes it.  In a folder of a LoRA adapter (of the package peft) B is
+        multiplied by the scale that its configuration gives, because `nnx.LoRA` has none.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.

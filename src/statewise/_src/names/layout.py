@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.names.name import Name
@@ -122,6 +123,28 @@ class Layout:
         assert ours is not None
         return ours
 
+    def numbered(self) -> Layout:
+        """Returns the layout with numbers for names: equal for all arrays that are laid out alike."""
+        name = self.name
+        plain = Name(
+            [*map(str, range(len(name.names)))], name.pattern, join=name.join, sizes=name.sizes, **dict(name.axes)
+        )
+        numbers = map(str, itertools.count())
+        return dataclasses.replace(
+            self, name=plain, parts=tuple(tuple(next(numbers) for _ in part) for part in self.parts)
+        )
+
+    def joined(self, arrays: Mapping[str, Any]) -> Any:
+        """Returns our array, from JAX arrays of theirs by name: all at once, on their device."""
+        every = [
+            arrays[part[0]] if len(part) == 1 else jnp.concatenate([arrays[name] for name in part], self._join)
+            for part in self.parts
+        ]
+        if not self.stacked:
+            return self._rearranged(every[0])
+        whole = jnp.stack(every) if every else jnp.zeros((0, *self._each))
+        return self._rearranged(whole.reshape(self.stacked + self._each))
+
     @property
     def _join(self) -> int:
         assert self.name.join is not None
@@ -140,7 +163,7 @@ class Layout:
         arrays = [read(name) for name in part]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self._join)
 
-    def _rearranged(self, array: np.ndarray, one_of: int = 0) -> Any:
+    def _rearranged(self, array: Any, one_of: int = 0) -> Any:
         parsed = self.name.parsed
         return array if parsed is None else parsed.to_ours(array, self.shape, one_of)
 

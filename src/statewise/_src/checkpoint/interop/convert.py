@@ -18,6 +18,7 @@ import numpy as np
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
+from statewise._src.checkpoint.interop.adapter_folder import ADAPTER_FILE, adapter_config, as_read, as_written
 from statewise._src.checkpoint.interop.export import FORMATS, destination, export
 from statewise._src.checkpoint.interop.export_folder import check_options, export_folder
 from statewise._src.checkpoint.interop.fit_names import fit_names
@@ -171,7 +172,9 @@ def convert(
         into a folder of safetensors files, as models are published, unless `dst` ends in `.safetensors`.  With a
         `target`, `src` are files that have these names.
       max_shard_bytes: the most bytes of arrays in one file of such a folder; 5 GiB if it is None.
-      extra_files: files that are copied into the folder as they are, such as `config.json`.
+      extra_files: files that are copied into the folder as they are, such as `config.json`.  With an
+        `adapter_config.json` of the package peft among them the folder is one of a LoRA adapter: it has the leaves that
+        are called `base_model.model...`, and no others, in `adapter_model.safetensors`; B is divided by the scale.
 
     Returns:
       what was matched, kept, missing, unexpected.  Leaves that a source cannot have (optimizer state, RNG, metrics)
@@ -225,7 +228,7 @@ def convert(
     final = None if dst is None else destination(dst, to)
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
     if names is not None and target is not None:
-        source, fitted = fit_names(source, to, target, names, cast)
+        source, fitted = fit_names(as_read(src, source), to, target, names, cast)
     else:
         fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
     compare_tied(source, fitted)
@@ -268,7 +271,12 @@ def _by_names(
     if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
         fact = f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder."
         raise SaveError(fact, hint=_BY_NAMES)
-    source, problems, ours = as_theirs(src, names)
+    config = adapter_config(others)
+    if config is not None and max_shard_bytes is not None:
+        raise SaveError("The file of an adapter is one file, and max_shard_bytes is of several.", hint=_BY_NAMES)
+    source, problems, ours = as_theirs(src, names, adapter=config is not None)
+    if config is not None and not problems:
+        source = as_written(source, config)
     # Without a single array, the leaves that have no row say why.
     fitted = Fit() if problems and not source.entries else fit_alone(source, "safetensors", None)
     for leaf in problems.leaves:
@@ -279,7 +287,7 @@ def _by_names(
     if dry_run:
         return conversion
     conversion.raise_problems()
-    export_folder(source, final, most, others)
+    export_folder(source, final, None if config else most, others, ADAPTER_FILE if config else "model.safetensors")
     return conversion
 
 

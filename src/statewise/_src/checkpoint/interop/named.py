@@ -9,9 +9,11 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from flax import nnx
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import records_of, unpacked
+from statewise._src.checkpoint.interop.adapter_folder import is_of_adapter
 from statewise._src.checkpoint.interop.fill import fill_ours
 from statewise._src.checkpoint.interop.match import is_of_run
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, stored_dtype
@@ -122,8 +124,13 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
     return Source(source.name, source.format, ours, read, others, frozenset(by_design), read_part), problems
 
 
-def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems, dict[str, str]]:
+def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[Source, Problems, dict[str, str]]:
     """Returns a state as a source that has their names; without what belongs to a training run.
+
+    Args:
+      state: the state.
+      names: what its leaves are called there.
+      adapter: whether only adapters are written, so that other leaves need no row.
 
     Returns:
       the source; what is wrong, all of it; and for each of their names our path.
@@ -136,11 +143,15 @@ def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems, dict[st
     for array in arrays_of(state):
         layouts = names.layouts(array.leaf, array.within, array.shape, problems)
         if not layouts and not names.knows(array.leaf, array.within):
-            if array.kind not in derived and not is_of_run(array.leaf.type):
+            left_out = adapter and not issubclass(array.leaf.type, nnx.LoRAParam)
+            if array.kind not in derived and not is_of_run(array.leaf.type) and not left_out:
                 problems.add(array.leaf, "has no row in the names", row_hint(array.leaf.path + array.within))
             continue
         for path, layout in layouts:
             for name, shape in layout.names.items():
+                if adapter and issubclass(array.leaf.type, nnx.LoRAParam) and not is_of_adapter(name):
+                    note = f"would be {name}, which is not the name of a matrix in the file of an adapter"
+                    problems.add(array.leaf, note, "'base_model.model.layers.{i}.q_proj.lora_A.weight', for example")
                 if name in entries:
                     other = format_path(entries[name][1].leaf.path)
                     problems.add(array.leaf, f"would be written as {name}, which is also {other}", "names that differ")

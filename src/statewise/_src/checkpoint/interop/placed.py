@@ -75,7 +75,7 @@ def _read_part(
             one[axis] = slice(start, start + 1)
         parts = _put(source, entry, dtype, tuple(one), places)
         wholes = [_updated(whole, part, position) for whole, part in zip(wholes, parts, strict=True)]
-        _wait(wholes)  # or the host would hold what is still on its way
+        jax.block_until_ready(wholes)  # or the host would hold what is still on its way
     return wholes
 
 
@@ -85,11 +85,7 @@ def _put(
     buffer = _aligned(tuple(part.stop - part.start for part in index), dtype)
     source.fill(entry.name, index, buffer)
     # Nothing else has the buffer, so that the array may be the buffer itself; it then lives as long as the array.
-    return _wait([jax.device_put(buffer, place, may_alias=True) for place in places])
-
-
-def _wait(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [array.block_until_ready() for array in arrays]
+    return jax.block_until_ready([jax.device_put(buffer, place, may_alias=True) for place in places])
 
 
 def _is_streamed(place: Any) -> bool:
