@@ -73,6 +73,8 @@ def test_patterns_that_are_refused(pattern: str, axes: dict[str, int], fact: str
             "Several names need an axis along which they are joined, not join=None.",
             "sw.Name(['q', 'k'], join=0)",
         ),
+        (lambda: sw.Name("a", 3), "A pattern is a text, not int.", "'o i -> i o'"),  # type: ignore[arg-type]
+        (lambda: sw.Name("a", b"o i -> i o"), "A pattern is a text, not bytes.", "'o i -> i o'"),  # type: ignore[arg-type]
         (lambda: sw.Name(["q", "q"], join=0), "The names 'q', 'q' are not different.", "sw.Name(['q', 'k'], join=0)"),
         *(
             (
@@ -85,7 +87,7 @@ def test_patterns_that_are_refused(pattern: str, axes: dict[str, int], fact: str
         (
             lambda: sw.Name(["q.{i}", "k"], join=0),
             "The names 'q.{i}', 'k' have different placeholders.",
-            "sw.Name(['q.{i}', 'k'], join=0)",
+            "sw.Name(['layers.{i}.q', 'layers.{i}.k'], join=0)",
         ),
         (
             lambda: sw.Name(["q", "k"], join=0, sizes=(1,)),

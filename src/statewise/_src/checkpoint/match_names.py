@@ -27,7 +27,7 @@ from statewise._src.common.narrowing import may_lose
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
-from statewise._src.names.names import NamesData, row_hint
+from statewise._src.names.names import NamesData
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.tables import OPTIMIZER
 
@@ -60,9 +60,10 @@ class _NamedMatcher(Matcher):
         source: Source,
         problems: Problems,
         check: bool,
+        names: NamesData,
     ) -> None:
         super().__init__(state, [manifest], only, cast, None)
-        self.source, self.check = source, check
+        self.source, self.check, self.names = source, check, names
         self.types: dict[Path, Any] = {leaf.path: leaf.type for leaf in self.plan.leaves}
         self.wrong: dict[Path, list[Leaf]] = {}
         for leaf in problems.leaves:
@@ -88,7 +89,7 @@ class _NamedMatcher(Matcher):
         elif self.plan.kinds[record.kind].missing != "error":
             super().missing(placed)
         else:
-            self.say(record, "problem", "has no row in the names", [row_hint(record.path)])
+            self.say(record, "problem", "has no row in the names", [self.names.hint_of(record.path)])
 
     def keep(self, placed: Placed, why: str) -> None:
         """Keeps the target's value; a check of the names alone does not ask for one."""
@@ -153,7 +154,7 @@ def match_names(
                 for key, array in zip(keys, record.arrays, strict=True)
             )
             found.append(dataclasses.replace(record, arrays=arrays))
-    matcher = _NamedMatcher(state, Manifest({}, "named", {}, tuple(found)), only, cast, ours, problems, check)
+    matcher = _NamedMatcher(state, Manifest({}, "named", {}, tuple(found)), only, cast, ours, problems, check, names)
     matcher.run()
     matched = matcher.result(source.name if isinstance(path, (list, tuple)) else path)
     report = matched.report

@@ -156,7 +156,10 @@ def _check_joined(names: Sequence[str], templates: Sequence[Template], join: Any
         )
     fields = {frozenset(template.fields) for template in templates}
     if len(fields) > 1:
-        raise DeclarationError(f"The names {', '.join(map(repr, names))} have different placeholders.", hint=hint)
+        raise DeclarationError(
+            f"The names {', '.join(map(repr, names))} have different placeholders.",
+            hint="sw.Name(['layers.{i}.q', 'layers.{i}.k'], join=0)",
+        )
     if sizes is None:
         return
     is_sizes = isinstance(sizes, Sequence) and all(isinstance(size, int) and size >= 0 for size in sizes)

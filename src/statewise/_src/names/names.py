@@ -20,7 +20,7 @@ Row = Name | None
 class NamesData(Mapping[str, Row]):
     """The data of `Names`: a mapping from our paths to their names; immutable, equal by value, hashable."""
 
-    __slots__ = ("_hash", "_open", "_rows")
+    __slots__ = ("_about", "_hash", "_open", "_open_about", "_rows")
 
     def __init__(self, rows: Mapping[str, Any]) -> None:
         if not isinstance(rows, Mapping):
@@ -30,6 +30,9 @@ class NamesData(Mapping[str, Row]):
             )
         self._rows: dict[str, Row] = {}
         self._open: dict[str, Template] = {}
+        # Names without placeholders are looked up: there may be one for each of thousands of arrays.
+        self._about: dict[str, list[str]] = {}
+        self._open_about: list[tuple[str, Template]] = []
         for path, given in rows.items():
             template = Template.parse(path)
             if "*" in path or any(not key for key in path.split("/")):
@@ -41,6 +44,11 @@ class NamesData(Mapping[str, Row]):
             self._rows[path] = name
             if template.fields:
                 self._open[path] = template
+            for each in () if name is None else name.templates:
+                if each.fields:
+                    self._open_about.append((path, each))
+                else:
+                    self._about.setdefault(each.text, []).append(path)
         self._hash = hash(frozenset(self._rows.items()))
 
     def __getitem__(self, path: str) -> Row:
@@ -91,18 +99,14 @@ class NamesData(Mapping[str, Row]):
 
     def rows_about(self, name: str) -> list[str]:
         """Returns the rows whose names elsewhere this is one of."""
-        named = ((row, each) for row, each in self._rows.items() if each is not None)
-        return [row for row, each in named if any(template.match(name) is not None for template in each.templates)]
+        matching = (row for row, template in self._open_about if template.match(name) is not None)
+        return list(dict.fromkeys((*self._about.get(name, ()), *matching)))
 
     def paths_of(self, name: str) -> list[str]:
         """Returns our paths that a name elsewhere belongs to, by the rows that are about it."""
-        found = []
-        for row, each in self._rows.items():
-            for template in () if each is None else each.templates:
-                values = template.match(name)
-                if values is not None:
-                    found.append(Template.parse(row).fill(values))
-        return found
+        matches = ((row, template.match(name)) for row, template in self._open_about)
+        filled = (Template.parse(row).fill(values) for row, values in matches if values is not None)
+        return [*self._about.get(name, ()), *filled]
 
     def layouts(
         self, leaf: Leaf, within: tuple[Any, ...], shape: tuple[int, ...], problems: Problems
@@ -135,12 +139,25 @@ class NamesData(Mapping[str, Row]):
                 except ValueError as error:
                     problems.add(leaf, str(error), f"another pattern, or a model of other sizes, in the row {row!r}")
                     continue
-                found.setdefault(layout.parts, (text, layout))
+                first, known = found.setdefault(layout.parts, (text, layout))
+                if known.name != name:
+                    fact = f"is {layout.parts[0][0]} by two of its paths, {first} and {text}, in two layouts"
+                    problems.add(leaf, fact, "the same pattern in both rows, or one row")
         return list(found.values())
 
     def knows(self, leaf: Leaf, within: tuple[Any, ...] = ()) -> bool:
         """Returns whether a row is about an array, if only to say that it is not elsewhere."""
         return any(self.rows_of(format_path(path + within)) for path in (leaf.path, *leaf.aliases))
+
+    def hint_of(self, path: Path) -> str:
+        """Returns the hint for a leaf that has no row: its row, or the prefix that all rows lack."""
+        if len(path) > 1 and self.rows_of(format_path(path[1:])):
+            prefix = format_path(path[:1])
+            return (
+                f"the names are of {prefix!r}, one of several objects in the plan: "
+                f"sw.Names({{f'{prefix}/{{path}}': name for path, name in names.items()}})"
+            )
+        return row_hint(path)
 
 
 def _check_fields(template: Template, name: Row) -> None:

@@ -55,13 +55,15 @@ class Pattern:
     ours: Axes
 
     @classmethod
-    def parse(cls, text: str, lengths: Mapping[str, int]) -> Pattern:
+    def parse(cls, text: Any, lengths: Mapping[str, int]) -> Pattern:
         """Reads a pattern.
 
         Raises:
           DeclarationError: it is not a pattern, or cannot be inverted.
           StatewiseError: the package einops is not installed.
         """
+        if not isinstance(text, str):
+            raise DeclarationError(f"A pattern is a text, not {type(text).__name__}.", hint="'o i -> i o'")
         left, arrow, right = text.partition("->")
         if not arrow or "->" in right:
             raise _refused(text, "has to have one arrow, from their axes to ours", "o i -> i o")

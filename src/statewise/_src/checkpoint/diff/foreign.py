@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from statewise._src.checkpoint.diff.sources import Arrays, Side, is_path, side_of
-from statewise._src.checkpoint.format.keys import PathId
+from statewise._src.checkpoint.format.keys import PathId, dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord
 from statewise._src.checkpoint.format.records import records_of
 from statewise._src.checkpoint.interop.foreign import is_foreign
 from statewise._src.checkpoint.interop.named import as_ours
 from statewise._src.checkpoint.interop.open import open_any
-from statewise._src.checkpoint.interop.sources import ARRAY
+from statewise._src.checkpoint.interop.sources import ARRAY, Source
 from statewise._src.common.paths import format_path
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.select.select import objects_of
 from statewise._src.names.names import NamesData
@@ -23,6 +26,7 @@ from statewise.errors import DeclarationError, RestoreError, StructureError
 __all__ = ["sides_by_names"]
 
 _EXAMPLE = "sw.diff('published', plan.take(model), names=names)"
+_DTYPE = "files in a dtype that JAX has, such as bfloat16 or float8_e4m3fn"
 _HINT = "names.check(plan, path) lists what the files have; names that fit are sw.diff(path, state, names=names)"
 
 
@@ -47,6 +51,8 @@ def sides_by_names(first: object, second: object, names: object, kinds: Kinds) -
     if all(files):
         return _foreign_side(first), _foreign_side(second)
     other = second if files[0] else first
+    for each in () if any(files) else filter(is_path, (first, second)):
+        open_any(each)  # raises if there is nothing, or nothing that can be read
     if not any(files) or is_path(other) or names is None:
         raise DeclarationError(
             "Names are of a model, a state or a plan, compared with another program's files.", hint=_EXAMPLE
@@ -72,7 +78,7 @@ def _foreign_side(path: object) -> Side:
         records[record.id], name_of[record.id] = record, entry.name
 
     def read(asked: Sequence[LeafRecord]) -> list[Arrays]:
-        arrays = source.read([name_of[record.id] for record in asked])
+        arrays = _arrays(source, [name_of[record.id] for record in asked])
         return [[arrays[name_of[record.id]]] for record in asked]
 
     kinds = {record.kind: True for record in records.values()}
@@ -106,7 +112,23 @@ def _named_side(path: object, names: NamesData, target: State) -> Side:
             records[record.id], found[record.id] = dataclasses.replace(record, arrays=tuple(arrays)), known
 
     def read(asked: Sequence[LeafRecord]) -> list[Arrays]:
-        return [[ours.read((name,))[name] for name in found[record.id]] for record in asked]
+        return [[_arrays(ours, (name,))[name] for name in found[record.id]] for record in asked]
 
     has = {record.kind for record in records.values()}
     return Side(source.name, records, {kind: kind in has for kind in target.tables.kinds}, True, read)
+
+
+def _arrays(source: Source, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads arrays.
+
+    Raises:
+      RestoreError: some have a dtype that JAX lacks.
+    """
+    problems, names = Problems(), {*wanted}
+    for entry in source.entries:
+        if entry.name in names and dtype_of(entry.dtype) is None:
+            problems.add(entry.leaf(), f"is {entry.dtype}")
+    problems.raise_as(
+        RestoreError, f"{source.name} cannot be compared: {{n}} leaves have a dtype that JAX lacks.", _DTYPE
+    )
+    return source.read(wanted)

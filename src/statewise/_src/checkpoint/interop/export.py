@@ -22,7 +22,7 @@ from flax import nnx, traverse_util
 
 from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
-from statewise._src.checkpoint.interop.safetensors import SAFETENSORS_DTYPES, write_file
+from statewise._src.checkpoint.interop.safetensors import RESERVED, SAFETENSORS_DTYPES, write_file
 from statewise._src.checkpoint.interop.sources import ARRAY
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.plain import write_tree
@@ -122,7 +122,7 @@ def add_obstacles(problems: Problems, to: str, pieces: Sequence[Piece]) -> None:
             problems.add(piece.leaf, f"would have the same name as {format_path(other.path)}", _RENAME)
         elif key in inner:
             problems.add(piece.leaf, f"would be a parent of {format_path(inner[key].path)}", _RENAME)
-        elif key == ("__metadata__",) and to == "safetensors":
+        elif key == (RESERVED,) and to == "safetensors":
             problems.add(piece.leaf, "has a name that safetensors reserves", _RENAME)
 
 

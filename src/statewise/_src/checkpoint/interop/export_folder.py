@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.export import committed
 from statewise._src.checkpoint.interop.safetensors import write_file
 from statewise._src.checkpoint.interop.several_files import INDEX
@@ -26,7 +27,7 @@ _METADATA = {"format": "pt"}
 SHARD_BYTES = 5 * 2**30  # as other libraries write them
 
 
-def check_options(max_shard_bytes: Any, extra_files: Sequence[Any]) -> tuple[int, list[FilePath]]:
+def check_options(max_shard_bytes: Any, extra_files: Any) -> tuple[int, list[FilePath]]:
     """Returns the largest number of bytes of a file, and the other files, checked.
 
     Raises:
@@ -40,13 +41,20 @@ def check_options(max_shard_bytes: Any, extra_files: Sequence[Any]) -> tuple[int
         )
     if isinstance(extra_files, (str, bytes, os.PathLike)):
         raise SaveError("extra_files is one path, and not several.", hint=f"extra_files=[{extra_files!r}]")
-    paths = [FilePath(path) for path in extra_files]
-    for path in paths:
+    try:
+        paths = [FilePath(path) for path in extra_files]
+    except TypeError as error:
+        raise SaveError("extra_files is not a list of paths.", hint="extra_files=['folder/config.json']") from error
+    # Without regard to case, because some file systems have none.
+    lowered = [path.name.lower() for path in paths]
+    for path, name in zip(paths, lowered, strict=True):
         if not path.is_file():
             raise SaveError(f"There is no file at {path}.", hint="extra_files=['folder/config.json']")
-        if path.name.endswith(".safetensors") or path.name == INDEX:
+        if name.endswith(".safetensors") or name == INDEX:
             raise SaveError(f"{path} has the name of a file of arrays.", hint="leave it out of extra_files")
-    if len({path.name for path in paths}) < len(paths):
+        if name == NAME:
+            raise SaveError(f"{path} has the name of a checkpoint's manifest.", hint="leave it out of extra_files")
+    if len({*lowered}) < len(paths):
         raise SaveError("Two of extra_files have the same name.", hint="files with different names")
     return max_shard_bytes, paths
 

@@ -11,11 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from flax import nnx
 
-from statewise._src.checkpoint.format.keys import words_of
+from statewise._src.checkpoint.format.keys import is_utf8, words_of
 from statewise._src.checkpoint.format.records import records_of, unpacked
 from statewise._src.checkpoint.interop.adapter_folder import is_of_adapter
 from statewise._src.checkpoint.interop.fill import fill_ours
 from statewise._src.checkpoint.interop.match import is_of_run
+from statewise._src.checkpoint.interop.safetensors import RESERVED, SAFETENSORS_DTYPES
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, stored_dtype
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
 from statewise._src.common.problems import Problems
@@ -23,7 +24,7 @@ from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
 from statewise._src.core.usable import check_concrete
 from statewise._src.names.layout import Layout
-from statewise._src.names.names import NamesData, row_hint
+from statewise._src.names.names import NamesData
 from statewise._src.plan.tables import OPTIMIZER
 
 __all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays"]
@@ -145,7 +146,12 @@ def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[So
         if not layouts and not names.knows(array.leaf, array.within):
             left_out = adapter and not issubclass(array.leaf.type, nnx.LoRAParam)
             if array.kind not in derived and not is_of_run(array.leaf.type) and not left_out:
-                problems.add(array.leaf, "has no row in the names", row_hint(array.leaf.path + array.within))
+                hint = names.hint_of(array.leaf.path + array.within)
+                problems.add(array.leaf, "has no row in the names", hint)
+            continue
+        if array.dtype not in SAFETENSORS_DTYPES.values():
+            hint = "state.cast(...) to a dtype that it has, or None in the row of the names"
+            problems.add(array.leaf, f"safetensors has no {array.dtype}", hint)
             continue
         for path, layout in layouts:
             for name, shape in layout.names.items():
@@ -155,6 +161,10 @@ def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[So
                 if name in entries:
                     other = format_path(entries[name][1].leaf.path)
                     problems.add(array.leaf, f"would be written as {name}, which is also {other}", "names that differ")
+                    continue
+                if name == RESERVED or not is_utf8(name):
+                    fact = "which safetensors reserves" if name == RESERVED else "which is not UTF-8"
+                    problems.add(array.leaf, f"would be written as {name!r}, {fact}", "another name in the row")
                     continue
                 entries[name] = SourceArray(name, (name,), shape, array.dtype, kind=array.kind), array, layout
                 ours[name] = path

@@ -21,6 +21,7 @@ from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise.errors import CorruptedError, RestoreError, StatewiseError
 
 __all__ = [
+    "RESERVED",
     "SAFETENSORS_DTYPES",
     "first_line",
     "open_file",
@@ -42,6 +43,8 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
+# The name in a header that is not an array's.
+RESERVED = "__metadata__"
 
 
 def safetensors_package() -> Any:
@@ -82,7 +85,7 @@ def open_file(path: FilePath) -> Source:
             f"{path} is corrupted, or not a safetensors file: {first_line(error)}.",
             hint="fetch or write it again; sw.convert reads checkpoints of Statewise, of Orbax, and .safetensors files",
         ) from error
-    header.pop("__metadata__", None)
+    header.pop(RESERVED, None)
     entries = []
     for name, facts in header.items():
         dtype = SAFETENSORS_DTYPES.get(facts["dtype"], facts["dtype"])
@@ -109,6 +112,11 @@ def open_file(path: FilePath) -> Source:
             raise CorruptedError(
                 f"{path} is corrupted: it has become shorter.", hint="fetch or write it again"
             ) from error
+        # XLA computes with the bytes of a bool as they are.
+        if into.dtype == np.bool_ and into.size and into.view(np.uint8).max() > 1:
+            raise CorruptedError(
+                f"{path} is corrupted: {name} has bytes that are not a bool.", hint="fetch or write it again"
+            )
 
     return Source(str(path), "safetensors", tuple(entries), read, read_part=read_part)
 

@@ -62,12 +62,13 @@ def open_folder(folder: FilePath) -> Source:
             elif entry.name in owner:
                 wrong.append(f"{entry.name} is in {owner[entry.name]} and in {file}")
             owner.setdefault(entry.name, file)
+    is_twice = not index and len(owner) < sum(len(source.entries) for source in opened.values())
     lost = [(name, file) for name, file in index.items() if file in opened and name not in owner]
     wrong += [f"{name} is not in {file}, where the index has it" for name, file in lost]
     if wrong:
         is_partial = len(wrong) == 1 and bool(absent)
         hint = "fetch the folder again"
-        if outside:
+        if outside or is_twice:
             hint += f"; or say which files are meant: {_EXAMPLE}"
         fact = "is not complete" if is_partial else "is corrupted"
         raise CorruptedError(f"{folder} {fact}: {'; '.join(wrong)}.", hint=hint)

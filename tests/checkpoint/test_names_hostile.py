@@ -1,0 +1,197 @@
+"""`names=` with hostile arguments, files and models: an error that says why, and no wrong number."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import statewise as sw
+from named_models import NAMES, Net, folder_of, theirs
+from refusals import refused
+
+
+def file_of(path: Path, dtype: str, shape: list[int], content: bytes) -> Path:
+    """A file with one array, w."""
+    header = json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(content)]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content)
+    return path
+
+
+class One(nnx.Module):
+    def __init__(self, value: Any) -> None:
+        self.w = nnx.Param(jnp.asarray(value))
+
+
+def test_a_check_of_thousands_of_rows_that_do_not_fit_takes_seconds(tmp_path: Path) -> None:
+    """Each name in the files is looked up, and not compared with each row."""
+    count = 3000
+    model = nnx.List([nnx.Param(jnp.zeros(())) for _ in range(count)])
+    arrays = {f"w.{number}": np.zeros((), np.float32) for number in range(count)}
+    safetensors.numpy.save_file(arrays, tmp_path / "x.safetensors")
+    names = sw.Names({str(number): f"w.{number}.other" for number in range(count)})
+    plan = sw.plan(model)
+    start = time.perf_counter()
+    assert len(names.check(plan, tmp_path).problems) == count
+    assert time.perf_counter() - start < 15  # over a minute if each is compared with each
+
+
+def test_the_names_of_a_model_are_not_those_of_several_objects(tmp_path: Path) -> None:
+    """The hint is code that helps."""
+    model = Net()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    plan = sw.plan(model, optimizer)
+    folder = folder_of(tmp_path / "theirs", theirs())
+    report = NAMES.check(plan, folder)
+    hint = report.hints[0]
+    assert hint == (
+        "the names are of '0', one of several objects in the plan: "
+        "sw.Names({f'0/{path}': name for path, name in names.items()})"
+    )
+    assert len(report.hints) == 2  # once, and that the model is smaller than the files
+    state = plan.take(model, optimizer)
+    with pytest.raises(sw.RestoreError) as caught:
+        sw.convert(state, tmp_path / "published", names=NAMES)
+    assert caught.value.hint == hint
+    names = eval(hint.partition("plan: ")[2], {"sw": sw, "names": NAMES})
+    assert names.check(plan, folder).ok
+
+
+def test_a_tied_leaf_has_one_layout(tmp_path: Path) -> None:
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.zeros((2, 2)))
+            self.also = self.w
+
+    safetensors.numpy.save_file({"e": np.ones((2, 2), np.float32)}, tmp_path / "x.safetensors")
+    names = sw.Names({"w": "e", "also": sw.Name("e", "a b -> b a")})
+    report = names.check(sw.plan(Tied()), tmp_path / "x.safetensors")
+    assert [leaf.note for leaf in report.problems] == ["is e by two of its paths, also and w, in two layouts"]
+    assert report.hints == ("the same pattern in both rows, or one row",)
+    same = sw.Names({"w": "e", "also": "e"})
+    assert same.check(sw.plan(Tied()), tmp_path / "x.safetensors").ok
+
+
+def test_bytes_that_are_not_a_bool_are_refused(tmp_path: Path) -> None:
+    """XLA would compute with them: the byte 2 is neither equal to True nor to False."""
+    model = One([True, False, True])
+    target, names = sw.plan(model).take(model), sw.Names({"w": "w"})
+    good = file_of(tmp_path / "good.safetensors", "BOOL", [3], b"\0\1\1")
+    state, _ = sw.restore(good, target, names=names)
+    assert state["params"]["w"][...].tolist() == [False, True, True]
+    bad = file_of(tmp_path / "bad.safetensors", "BOOL", [3], b"\0\1\2")
+    with refused(
+        sw.CorruptedError,
+        f"{bad} is corrupted: w has bytes that are not a bool.",
+        hint="fetch or write it again",
+    ):
+        sw.restore(bad, target, names=names)
+
+
+def test_a_dtype_that_jax_lacks_is_not_compared(tmp_path: Path) -> None:
+    model = One(jnp.zeros((2, 2)))
+    state, names = sw.plan(model).take(model), sw.Names({"w": "w"})
+    path = file_of(tmp_path / "x.safetensors", "F4", [2, 2], b"\0\0")
+    other = file_of(tmp_path / "y.safetensors", "F4", [2, 2], b"\0\1")
+    hint = "files in a dtype that JAX has, such as bfloat16 or float8_e4m3fn"
+    for first, second, options, leaf in (
+        (path, state, {"names": names}, "w: Array(2, 2) F4  (is F4)"),
+        (path, other, {}, "w: Array(2, 2) F4  (is F4)"),
+    ):
+        with refused(
+            sw.RestoreError, f"{path} cannot be compared: 1 leaf has a dtype that JAX lacks.", hint=hint, leaves=[leaf]
+        ):
+            sw.diff(first, second, **options)
+
+
+def test_a_path_at_which_there_is_nothing_is_not_called_another_mistake(tmp_path: Path) -> None:
+    state = sw.plan(Net()).take(Net())
+    for first, second in ((tmp_path / "nothing", state), (state, tmp_path / "nothing")):
+        with pytest.raises(sw.RestoreError, match=r"There is nothing at .*nothing\."):
+            sw.diff(first, second, names=NAMES)
+
+
+def test_a_folder_with_the_same_arrays_twice_says_what_to_give(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "theirs", theirs())
+    (folder / "model.fp16.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(sw.CorruptedError) as caught:
+        NAMES.check(sw.plan(Net()), folder)
+    assert "model.norm.bias is in model.fp16.safetensors and in model.safetensors" in caught.value.message
+    assert caught.value.hint == (
+        "fetch the folder again; or say which files are meant: "
+        "sw.restore(['a.safetensors', 'b.safetensors'], target, names=names)"
+    )
+    assert NAMES.check(sw.plan(Net()), [folder / "model.safetensors"]).ok
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        ([3], "extra_files is not a list of paths.", "extra_files=['folder/config.json']"),
+        ([b"config.json"], "extra_files is not a list of paths.", "extra_files=['folder/config.json']"),
+        (None, "extra_files is not a list of paths.", "extra_files=['folder/config.json']"),
+        (["MODEL.SAFETENSORS"], "MODEL.SAFETENSORS has the name of a file of arrays.", "leave it out of extra_files"),
+        (
+            ["model.safetensors.INDEX.json"],
+            "model.safetensors.INDEX.json has the name of a file of arrays.",
+            "leave it out of extra_files",
+        ),
+        (
+            ["statewise.json"],
+            "statewise.json has the name of a checkpoint's manifest.",
+            "leave it out of extra_files",
+        ),
+        (["config.json", "Config.json"], "Two of extra_files have the same name.", "files with different names"),
+    ],
+)
+def test_other_files_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Any, message: str, hint: str
+) -> None:
+    """Also names that are the same where a file system does not distinguish case."""
+    monkeypatch.chdir(tmp_path)
+    for file in files or ():
+        if isinstance(file, str):
+            (tmp_path / file).write_text("{}")
+    before = sorted(tmp_path.iterdir())
+    with refused(sw.SaveError, message, hint=hint):
+        sw.convert(sw.plan(Net()).take(Net()), "published", names=NAMES, extra_files=files)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "note", "hint"),
+    [
+        (
+            "int4",
+            "w",
+            "safetensors has no int4",
+            "state.cast(...) to a dtype that it has, or None in the row of the names",
+        ),
+        (
+            "float32",
+            "__metadata__",
+            "would be written as '__metadata__', which safetensors reserves",
+            "another name in the row",
+        ),
+        ("float32", "\ud800", "would be written as '\\ud800', which is not UTF-8", "another name in the row"),
+    ],
+)
+def test_what_a_file_cannot_have_is_a_problem_of_our_leaf(
+    tmp_path: Path, dtype: str, name: str, note: str, hint: str
+) -> None:
+    """The hint does not speak of `rename`, which is not used with names."""
+    model = One(jnp.ones(2, dtype))
+    with pytest.raises(sw.RestoreError) as caught:
+        sw.convert(sw.plan(model).take(model), tmp_path / "published", names=sw.Names({"w": name}))
+    assert [(leaf.path, leaf.note) for leaf in caught.value.leaves] == [(("w",), note)]
+    assert caught.value.hint == hint
+    assert list(tmp_path.iterdir()) == []
