@@ -95,6 +95,8 @@ def _cost(bound: str, row: str) -> Callable[[Found], float]:
 # A noisy machine does not tell 1.00 from 1.03: "no slower" allows that much.
 NO_SLOWER = 1.03
 
+LOAD_FILE = "`safetensors.numpy.load_file`, then `jax.device_put`"
+
 TARGETS = (
     Target("many small leaves: `nnx.jit` over ours", "6", _times("many_small", "nnx.jit", OURS), _faster(6)),
     Target("the same: by hand over ours", "more than 1", _times("many_small", HAND, OURS), _faster(1)),
@@ -201,6 +203,14 @@ TARGETS = (
         "at most 1",
         _times("keep_async", "`checkpoints.save(step, state)` returns", "one copy of all arrays on the host"),
         _at_most(NO_SLOWER),
+    ),
+    Target(
+        "reading published weights: ours over `load_file` and `device_put`",
+        "at most 1",
+        _times(
+            "names", "`sw.restore(names=)`, as the arrays are", "`safetensors.numpy.load_file`, then `jax.device_put`"
+        ),
+        _at_most(1),
     ),
 )
 
