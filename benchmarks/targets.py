@@ -95,8 +95,6 @@ def _cost(bound: str, row: str) -> Callable[[Found], float]:
 # A noisy machine does not tell 1.00 from 1.03: "no slower" allows that much.
 NO_SLOWER = 1.03
 
-LOAD_FILE = "`safetensors.numpy.load_file`, then `jax.device_put`"
-
 TARGETS = (
     Target("many small leaves: `nnx.jit` over ours", "6", _times("many_small", "nnx.jit", OURS), _faster(6)),
     Target("the same: by hand over ours", "more than 1", _times("many_small", HAND, OURS), _faster(1)),
