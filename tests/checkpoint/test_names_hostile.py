@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import nnx
 
 import statewise as sw
-from named_models import NAMES, Net, folder_of, theirs
+from named_models import NAMES, Net, check_read, folder_of, theirs
 from refusals import refused
 
 
@@ -118,6 +118,23 @@ def test_a_path_at_which_there_is_nothing_is_not_called_another_mistake(tmp_path
     for first, second in ((tmp_path / "nothing", state), (state, tmp_path / "nothing")):
         with pytest.raises(sw.RestoreError, match=r"There is nothing at .*nothing\."):
             sw.diff(first, second, names=NAMES)
+
+
+def test_a_mapping_is_not_a_path_and_is_converted(tmp_path: Path) -> None:
+    arrays: Any = theirs()
+    plan = sw.plan(Net())
+    target = plan.take(Net())
+    hint = "sw.convert(arrays, 'run/converted', target=target, names=names)"
+    for read in (
+        lambda: NAMES.check(plan, arrays),
+        lambda: sw.restore(arrays, target, names=NAMES),
+        lambda: sw.preview(arrays, target, names=NAMES),
+        lambda: sw.Names.infer(plan, arrays),
+    ):
+        with refused(sw.RestoreError, "A mapping of arrays is not the path of files.", hint=hint):
+            read()
+    sw.convert(arrays, tmp_path / "converted", target=target, names=NAMES)  # as the hint says
+    check_read(sw.restore(tmp_path / "converted", target)[0], arrays)
 
 
 def test_a_folder_with_the_same_arrays_twice_says_what_to_give(tmp_path: Path) -> None:

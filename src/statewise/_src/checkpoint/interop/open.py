@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ def open_any(path: object) -> Source:
     """
     if is_several(path):
         return open_path(path)
+    if isinstance(path, Mapping):
+        hint = "sw.convert(arrays, 'run/converted', target=target, names=names)"
+        raise RestoreError("A mapping of arrays is not the path of files.", hint=hint)
     if not isinstance(path, (str, bytes, os.PathLike)):
         hint = "sw.convert('run/checkpoint', dst), or nested dicts of arrays; a state: sw.save(path, state), or names="
         raise RestoreError(f"{type(path).__name__} is neither a path nor a mapping.", hint=hint)
