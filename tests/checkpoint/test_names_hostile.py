@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import time
@@ -212,3 +213,30 @@ def test_what_a_file_cannot_have_is_a_problem_of_our_leaf(
     assert [(leaf.path, leaf.note) for leaf in caught.value.leaves] == [(("w",), note)]
     assert caught.value.hint == hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_files_lack_is_left_out_by_the_names(tmp_path: Path) -> None:
+    """As the hint says."""
+    model = One(jnp.ones(2, "int4"))
+    model.v = nnx.Param(jnp.ones(2))
+    state = sw.plan(model).take(model)
+    assert sw.convert(state, tmp_path / "published", names=sw.Names({"w": None, "v": "v"})).ok
+    assert [*safetensors.numpy.load_file(tmp_path / "published" / "model.safetensors")] == ["v"]
+
+
+def test_a_kind_that_is_not_saved_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    kinds = sw.Kinds.standard()
+    kinds = kinds.replace(params=dataclasses.replace(kinds["params"], saved=False))
+    model = Net()
+    state = kinds.plan(model).take(model)
+    names = sw.Names({"norm/scale": "model.norm.weight", "count": "count"})
+    with refused(
+        sw.RestoreError,
+        f"the state does not become {tmp_path / 'published'} (safetensors): 1 leaf is in the way. "
+        "Nothing was read or written.",
+        leaves=["norm/scale: Param(8,) float32  kind=params  (is of kind 'params', which is not saved)"],
+        hint="Kind(..., saved=True) for 'params', or None in the row of the names",
+    ):
+        sw.convert(state, tmp_path / "published", names=names)
+    names = sw.Names({"norm/scale": None, "count": "count"})
+    assert sw.convert(state, tmp_path / "published", names=names).ok

@@ -32,7 +32,7 @@ __all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays"]
 
 @dataclasses.dataclass(frozen=True)
 class PlannedArray:
-    """One array of a plan that is saved.
+    """One array of a plan.
 
     Attributes:
       leaf: its leaf.
@@ -53,12 +53,12 @@ class PlannedArray:
     position: int
 
 
-def arrays_of(state: State) -> list[PlannedArray]:
-    """Returns the arrays of a state's plan that are saved, in the plan's order."""
+def arrays_of(state: State, saved: bool = True) -> list[PlannedArray]:
+    """Returns the arrays of a state's plan that are saved, or those that are not, in the plan's order."""
     plan = state.tables
     found = []
     for (record, start), leaf in zip(records_of(plan), plan.leaves, strict=True):
-        if plan.kinds[record.kind].saved:
+        if plan.kinds[record.kind].saved is saved:
             for position, array in enumerate(record.arrays, start):
                 shape, dtype = array.numeric
                 found.append(PlannedArray(leaf, array.within, shape, dtype, array.prng, record.kind, position))
@@ -149,7 +149,7 @@ def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[So
                 hint = names.hint_of(array.leaf.path + array.within)
                 problems.add(array.leaf, "has no row in the names", hint)
             continue
-        if array.dtype not in SAFETENSORS_DTYPES.values():
+        if layouts and array.dtype not in SAFETENSORS_DTYPES.values():
             hint = "state.cast(...) to a dtype that it has, or None in the row of the names"
             problems.add(array.leaf, f"safetensors has no {array.dtype}", hint)
             continue
@@ -168,6 +168,7 @@ def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[So
                     continue
                 entries[name] = SourceArray(name, (name,), shape, array.dtype, kind=array.kind), array, layout
                 ours[name] = path
+    _report_unsaved(state, names, adapter, problems)
 
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
         kinds = {entries[name][1].kind for name in wanted}
@@ -184,6 +185,15 @@ def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[So
         return found
 
     return Source("the state", "statewise", tuple(entry for entry, _, _ in entries.values()), read), problems, ours
+
+
+def _report_unsaved(state: State, names: NamesData, adapter: bool, problems: Problems) -> None:
+    """Adds the arrays that have a name, but are of a kind that is not saved: else they would be left out in silence."""
+    for array in arrays_of(state, saved=False):
+        is_written = not adapter or issubclass(array.leaf.type, nnx.LoRAParam)
+        if is_written and names.layouts(array.leaf, array.within, array.shape, problems):
+            hint = f"Kind(..., saved=True) for {array.kind!r}, or None in the row of the names"
+            problems.add(array.leaf, f"is of kind {array.kind!r}, which is not saved", hint)
 
 
 def _absent(layout: Layout, theirs: Mapping[str, SourceArray]) -> list[str]:
