@@ -98,6 +98,15 @@ def test_bytes_that_are_not_a_bool_are_refused(tmp_path: Path) -> None:
         sw.restore(bad, target, names=names)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F4", 2), ("I8", 4)])
+def test_a_cast_that_is_impossible_is_not_the_hint(tmp_path: Path, dtype: str, nbytes: int, cast: bool) -> None:
+    model = One(jnp.zeros((2, 2)))
+    path = file_of(tmp_path / "x.safetensors", dtype, [2, 2], bytes(nbytes))
+    report = sw.preview(path, sw.plan(model).take(model), names=sw.Names({"w": "w"}), cast=cast)
+    assert report.hints == ("plan the model with the dtype that was saved, restore, and convert it yourself",)
+
+
 def test_a_dtype_that_jax_lacks_is_not_compared(tmp_path: Path) -> None:
     model = One(jnp.zeros((2, 2)))
     state, names = sw.plan(model).take(model), sw.Names({"w": "w"})

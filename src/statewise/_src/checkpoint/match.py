@@ -342,14 +342,15 @@ class Matcher:
         # A PRNG key and its words are not different dtypes of the same numbers.
         dtypes = [mismatch for mismatch in mismatches if mismatch.field is Field.DTYPE]
         casts = [mismatch for mismatch in dtypes if "key<" not in mismatch.expected + mismatch.found]
-        end = uncastable(casts) if self.cast else ""
+        impossible = uncastable(casts)
+        end = impossible if self.cast else ""
         if self.cast and not end:
             mismatches = [mismatch for mismatch in mismatches if mismatch not in casts]
         refused = [change for change in changes if isinstance(change, Refused)]
         if mismatches or refused:
             more = [Mismatch(Field.SHAPE, "", each.words) for each in refused]
             hints = [hint_of(mismatch, placed.record, saved) for mismatch in mismatches]
-            hints = [_RECAST if end and hint == CAST else hint for hint in hints]
+            hints = [_RECAST if impossible and hint == CAST else hint for hint in hints]
             why = note_of((*mismatches, *more), "checkpoint") + end
             self.say(placed.record, "problem", why, [*hints, *(each.hint for each in refused)])
             return True
