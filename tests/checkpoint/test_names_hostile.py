@@ -67,6 +67,24 @@ def test_the_names_of_a_model_are_not_those_of_several_objects(tmp_path: Path) -
     assert names.check(plan, folder).ok
 
 
+def test_a_name_that_is_nearly_there_is_in_the_hint(tmp_path: Path) -> None:
+    """Misspelled, and numbers with leading zeros."""
+    folder = folder_of(tmp_path / "theirs", theirs())
+    report = sw.Names(dict(NAMES) | {"norm/bias": "model.norm.biases"}).check(sw.plan(Net()), folder)
+    assert report.hints == (
+        "names.check(plan, path) lists what it has",
+        "'model.norm.bias' is there, and no leaf is read from it: is it what 'model.norm.biases' should be?",
+    )
+    safetensors.numpy.save_file(
+        {f"layers.{number:02}.w": np.zeros(2, np.float32) for number in range(12)}, tmp_path / "x.safetensors"
+    )
+    names = sw.Names({"w": "layers.{i}.w"})
+    report = names.check(sw.plan(One(jnp.zeros((12, 2)))), tmp_path / "x.safetensors")
+    assert [leaf.note for leaf in report.problems] == ["the source has no layers.0.w and 9 more"]
+    hint = "'layers.00.w' is there, and no leaf is read from it: is it what 'layers.0.w' should be?"
+    assert report.hints[1] == hint
+
+
 def test_a_tied_leaf_has_one_layout(tmp_path: Path) -> None:
     class Tied(nnx.Module):
         def __init__(self) -> None:

@@ -6,6 +6,7 @@ Both are decided from shapes alone.  An array is read when it is asked for, and 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,9 @@ from statewise._src.names.names import NamesData
 from statewise._src.plan.tables import OPTIMIZER
 
 __all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays"]
+
+# How many names a misspelled one is compared with.
+_COMPARED = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,7 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
     entries: dict[str, tuple[SourceArray, Layout]] = {}
     by_design: set[str] = set()
     first: dict[str, Leaf] = {}
+    lacking: list[str] = []
     for array in arrays_of(target):
         layouts = names.layouts(array.leaf, array.within, array.shape, problems)
         if not layouts and names.knows(array.leaf, array.within):
@@ -101,12 +106,15 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
                     problems.add(array.leaf, note, "names that differ; or tie the leaves in the model")
         if layouts and not usable:
             _report_absent(array.leaf, layouts[0][1], theirs, problems)
+            lacking.append(_absent(layouts[0][1], theirs)[0])
         for path, layout in usable:
             entry = _entry(path, array, layout, theirs, problems)
             if entry is not None:
                 entries[entry.name] = entry, layout
     # A name of which something else is wrong has been reported.
     others = tuple(name for name in (*theirs, *source.others) if name not in first)
+    if lacking:
+        problems.hint(_near(lacking[0], others[:_COMPARED]))  # of the first one only, because names may be many
 
     def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
         entry, layout = entries[name]
@@ -198,6 +206,15 @@ def _report_unsaved(state: State, names: NamesData, adapter: bool, problems: Pro
 
 def _absent(layout: Layout, theirs: Mapping[str, SourceArray]) -> list[str]:
     return [name for name in layout.names if name not in theirs]
+
+
+def _near(name: str, others: Sequence[str]) -> str:
+    """Returns the hint that a name may be misspelled; empty if no other is nearly the same."""
+    ratios = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in others}
+    near = max(ratios, key=ratios.__getitem__, default=None)
+    if near is None or ratios[near] < 0.8:
+        return ""
+    return f"{near!r} is there, and no leaf is read from it: is it what {name!r} should be?"
 
 
 def _report_absent(leaf: Leaf, layout: Layout, theirs: Mapping[str, SourceArray], problems: Problems) -> None:
