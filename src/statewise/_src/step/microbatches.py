@@ -130,15 +130,13 @@ class Mean(NamedTuple):
       outputs: the loss, which is the mean over the parts, and the other outputs, stacked where the batch was split.
       written: the arrays that the function wrote, after the last part.
       grads: the mean gradients, by number.
-      is_valid: whether the weights are at least zero, and their sum is larger.
-      weight: the sum of the weights; the number of parts, if there are none.
+      is_valid: whether the weights are at least zero, and their sum is larger and finite.
     """
 
     outputs: list[Any]
     written: list[Any]
     grads: dict[int, Any]
     is_valid: Any
-    weight: Any
 
 
 class _Sums(NamedTuple):
@@ -212,10 +210,10 @@ def mean_of_parts(
     loss, grads, weight, is_valid = sums[:4]
     if axes:
         loss, grads, weight = jax.lax.psum((loss, grads, weight), axes)
-    is_valid = everywhere(is_valid, axes) & (weight > 0)
+    is_valid = everywhere(is_valid, axes) & (weight > 0) & jnp.isfinite(weight)
     mean = jnp.where(is_valid, loss / weight, jnp.nan).astype(dtype)
     means = {number: (total / weight.astype(total.dtype)).astype(wrt[number].dtype) for number, total in grads.items()}
-    return Mean([mean, *others], sums.written, means, is_valid, weight)
+    return Mean([mean, *others], sums.written, means, is_valid)
 
 
 def _of_same_type(new: Any, old: Any) -> Any:
