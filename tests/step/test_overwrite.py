@@ -92,6 +92,19 @@ def test_the_gradient_itself_also_where_sums_would_round() -> None:
     np.testing.assert_array_equal(state["params"]["w"], np.array([0.1, 3.0], np.float32))
 
 
+def test_an_audit_knows_which_gradients_replace_something() -> None:
+    """An amax history is made from values, and no cotangent reaches it; but `stopped` would be replaced by zero."""
+    model = Bridged()
+    model.stopped = Fp8(jnp.ones(()))
+
+    def stopped(model: Any, x: jax.Array) -> jax.Array:
+        return loss_of(model, x) * jax.lax.stop_gradient(model.stopped[...])
+
+    state = KINDS.plan(model, optimizers=OPTIMIZERS).take(model)
+    audit = sw.audit(sw.train_step(stopped), state, X)
+    assert [sw.format_path(row.path) for row in audit.leaves if row.zero_gradient] == ["stopped"]
+
+
 def test_each_part_starts_from_the_gradients_of_the_part_before() -> None:
     """As an amax history: its gradient is the history, moved by one."""
 
