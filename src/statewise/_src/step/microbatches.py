@@ -85,7 +85,8 @@ def split_arguments(
     """
     count = training.microbatches
     keyed, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    parts, split, shardings, uneven = [], [], [], []
+    parts, split, shardings = [], [], []
+    uneven: dict[str, str] = {}  # each array, with the name of its argument
     for keys, leaf in keyed:
         name, shape = name_of(plain_key(keys[1])), tuple(getattr(leaf, "shape", ()))
         split.append(bool(shape) and name not in training.whole)
@@ -94,7 +95,7 @@ def split_arguments(
             parts.append(leaf)
             continue
         if shape[0] % count:
-            uneven.append(f"{name}{jax.tree_util.keystr(keys[2:])} of shape {shape}")
+            uneven[f"{name}{jax.tree_util.keystr(keys[2:])} of shape {shape}"] = name
         parts.append(with_shape(leaf, (shape[0] // count, *shape[1:])))
     if not any(split):
         raise StructureError(
@@ -102,7 +103,7 @@ def split_arguments(
             hint=f"pass the batch as arguments: state, loss = {step}(state, x, y)\nor leave microbatches out",
         )
     if uneven:
-        name = uneven[0].split(" of shape", 1)[0].split("[", 1)[0]
+        name = next(iter(uneven.values()))
         raise StructureError(
             f"{step} splits its arguments into {count} microbatches, and the first axis does not divide by {count} in "
             f"{'; '.join(uneven)}.",
