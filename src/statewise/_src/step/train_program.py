@@ -146,7 +146,11 @@ class TrainProgram:
             loss_of = lambda wrt: self._run(before, now | wrt, own)  # noqa: E731
             at = {number: now.get(number, array) for number, array in wrt.items()}
             (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(at)
-            return outputs, [*written, *(grads[number] for number in self.overwritten)], grads
+            replaced = [grads[number] for number in self.overwritten]
+            if self.training.weighted:  # a part of weight 0 replaces nothing
+                old = [now[number] for number in self.overwritten]
+                replaced = [jnp.where(outputs[1] == 0, *pair) for pair in zip(old, replaced, strict=True)]
+            return outputs, [*written, *replaced], grads
 
         count = len(self.written)
         if not self.training.is_plain:
