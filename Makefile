@@ -3,6 +3,7 @@
 # installs nothing.
 #
 #   make demo          train the small transformer on real text, in under two minutes
+#   make demo-minilm   search with the real all-MiniLM-L6-v2, train it, give it back; installs it and torch (some GB)
 #   make quick         lint, types and the tests that answer fast: what to run while working
 #   make test          lint, types, tests, doctests: what CI runs
 #   make docs          the documentation as a site, in site/
@@ -29,7 +30,7 @@ UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
-.PHONY: help demo quick test tests-oldest test-pre test-slow test-torch browser-tests lint types tests docs bench bench-quick dist format clean
+.PHONY: help demo demo-minilm quick test tests-oldest test-pre test-slow test-torch browser-tests lint types tests docs bench bench-quick dist format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,15 +54,14 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
 demo: $(VENV)/.installed
 	$(BIN)/statewise demo
 
+demo-minilm: $(VENV)/.installed-minilm
+	$(BIN)/python -m statewise.examples.minilm
+
 # JAX keeps what the tests compiled: most programs come again, and a second run is faster.
 tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 
 # Bytecode is kept, whatever the environment says: the suite starts hundreds of interpreters.
 tests quick test-modes test-modes-fixed: export PYTHONDONTWRITEBYTECODE :=
-
-# Most of the time of a test goes into compiling.  What runs beside the complete suite compiles without XLA's expensive
-# optimizations, in two thirds of the time; the complete suite compiles as users do.
-quick tests-oldest test-modes test-modes-fixed test-pre: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 
 # Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
 # marks, files marked `heavy`, and tests that took more than 0.2 seconds in the last quick run of this checkout

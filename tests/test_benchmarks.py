@@ -24,7 +24,7 @@ from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
 from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
-from benchmarks.workloads import WORKLOADS, grow, look, memory, options, serve, train  # noqa: E402
+from benchmarks.workloads import WORKLOADS, grow, look, memory, names, options, serve, train  # noqa: E402
 
 pytestmark = pytest.mark.heavy
 
@@ -57,6 +57,11 @@ def test_every_rival_computes_what_ours_does(name: str) -> None:
         assert row["q1_s"] <= row["median_s"] <= row["q3_s"]
         assert row["first_call_s"] > 0
     assert rows[OURS]["ratio"] == 1
+
+
+def test_published_weights_are_what_they_were() -> None:
+    (found,) = names.names(TINY)  # raises where something else came back
+    assert [row["key"] for row in found["rows"]] == [names.REFERENCE, names.AS_IT_IS, names.TURNED, names.BYTES]
 
 
 @needs_equinox

@@ -14,6 +14,7 @@ from statewise._src.checkpoint.restore import preview as preview
 from statewise._src.checkpoint.restore import restore as restore
 from statewise._src.checkpoint.save import save as save
 from statewise._src.common.paths import format_path as format_path
+from statewise._src.core.merge_lora import merge_lora as merge_lora
 from statewise._src.core.plan import Kinds as Kinds
 from statewise._src.core.plan import Plan as Plan
 from statewise._src.core.plan import State as State

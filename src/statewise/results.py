@@ -14,6 +14,7 @@ from statewise._src.inspect.memory import KindMemory, Memory
 from statewise._src.inspect.select.select import Explanation
 from statewise._src.inspect.watch.result import LeafChange
 from statewise._src.inspect.watch.watch import Watch
+from statewise._src.names.proposal import NamesProposal
 from statewise._src.report.gather import LeafReport
 from statewise._src.report.report import Report
 from statewise._src.step.aot import Compiled, Lowered
@@ -42,6 +43,7 @@ __all__ = [
     "Lowered",
     "Measured",
     "Memory",
+    "NamesProposal",
     "Report",
     "RestoreReport",
     "RestoreResult",

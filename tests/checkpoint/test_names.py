@@ -35,6 +35,13 @@ def test_a_folder_is_read(tmp_path: Path, files: int) -> None:
     if files == 1:
         check_read(sw.restore(folder / "model.safetensors", target, names=NAMES)[0], arrays)
     assert sw.inspect(folder)["arrays"].leaves == len(arrays)
+    # Several files, whatever they are called.
+    several = [file.rename(file.with_name(f"x{number}")) for number, file in enumerate(folder.glob("*.safetensors"))]
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    assert NAMES.check(plan, several).ok
+    assert sw.preview(several, target, names=NAMES).path == ", ".join(map(str, several))
+    check_read(sw.restore(tuple(map(str, several)), target, names=NAMES)[0], arrays)
+    assert sw.inspect(several)["arrays"].leaves == len(arrays)
 
 
 @pytest.mark.parametrize("most", [None, 300, 1])
@@ -210,3 +217,26 @@ def test_thousands_of_rows_are_matched_at_once() -> None:
     assert [names.rows_of(f"layers/{i}/w") for i in (0, 4999)] == [[("layers/0/w", {})], [("layers/4999/w", {})]]
     assert names.rows_of("x/b") == [("{i}/b", {"i": "x"})]
     assert names.rows_of("{i}/b") == [("{i}/b", {"i": "{i}"})]
+
+
+def test_files_are_converted_into_a_checkpoint_by_names(tmp_path: Path) -> None:
+    arrays = theirs()
+    folder = folder_of(tmp_path / "theirs", arrays, 2)
+    plan = sw.plan(Net())
+    target = plan.take(Net())
+    report = sw.convert(folder, tmp_path / "run", target=target, names=NAMES)
+    assert report.ok
+    assert report.source_format == "safetensors"
+    assert ("model.layers.1.q.weight", ("layers", 1, "q", "kernel")) in {(n, leaf.path) for n, leaf in report.matched}
+    assert [(sw.format_path(leaf.path), leaf.note) for leaf in report.kept if leaf.kind == "variables"] == [
+        ("count", "not in the files, as the names say")
+    ]
+    state, _ = sw.restore(tmp_path / "run", plan.take(Net(3)))
+    check_read(state, arrays)
+    wrong = sw.Names({row: name for row, name in NAMES.items() if row != "norm/bias"})
+    with pytest.raises(sw.RestoreError) as caught:
+        sw.convert([*folder.glob("*.safetensors")], tmp_path / "not", target=target, names=wrong)
+    assert [str(leaf) for leaf in caught.value.leaves] == [
+        "norm/bias: Param(8,) float32  kind=params  (has no row in the names)"
+    ]
+    assert caught.value.hint == "a row in the names, 'norm/bias': 'its name there'; or None, for what is not there"

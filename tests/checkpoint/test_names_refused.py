@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 import statewise as sw
 from named_models import INDEX, NAMES, Net, check_read, folder_of, theirs
@@ -76,6 +81,18 @@ def test_a_state_that_has_no_row_for_a_leaf_is_not_written(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pattern_that_does_not_fit_is_one_problem_for_each_leaf(tmp_path: Path) -> None:
+    """It is not said as well that the row matches no leaf, and that the model has other sizes."""
+    names = sw.Names(dict(NAMES) | {"layers/{i}/up/kernel": sw.Name("model.layers.{i}.up.weight", "o i n -> n i o")})
+    report = names.check(sw.plan(Net()), folder_of(tmp_path / "theirs", theirs()))
+    assert [(leaf.path[1], leaf.note) for leaf in report.problems] == [
+        (layer, "has 2 axes, and 'o i n -> n i o' 3") for layer in range(2)
+    ]
+    assert report.hints == ("another pattern, or a model of other sizes, in the row 'layers/{i}/up/kernel'",)
+    dropped = {leaf.leaf.path[0]: leaf.why for leaf in report.leaves if leaf.outcome == "dropped"}
+    assert dropped == {f"model.layers.{layer}.up.weight": "no leaf is read from it" for layer in range(2)}
+
+
 def test_tied_leaves_that_differ_in_the_files_are_refused(tmp_path: Path) -> None:
     arrays = theirs()
     arrays["lm_head.weight"] = arrays["model.embed.weight"].copy()
@@ -140,10 +157,11 @@ def test_an_index_and_files_that_do_not_agree(tmp_path: Path) -> None:
         ({"extra_files": ["nowhere/config.json"]}, "There is no file at nowhere/config.json."),
         ({"names": None}, "State is neither a path nor a mapping."),
         ({"names": {"a": "b"}}, "names is dict, and not sw.Names."),
-        ({"cast": True}, "A state is written under other names into safetensors files: target, rename, cast and other"),
+        ({"cast": True}, "A state is written under other names into safetensors files: rename, cast and other formats"),
+        ({"to": "orbax"}, "A state is written under other names into safetensors files: rename, cast and other"),
         (
-            {"to": "orbax"},
-            "A state is written under other names into safetensors files: target, rename, cast and other",
+            {"target": sw.plan(Net()).abstract()},
+            "Files are read into a target by names, without rename; a state is not",
         ),
     ],
 )
@@ -184,8 +202,9 @@ def test_arguments_that_are_refused(tmp_path: Path) -> None:
         sw.convert(folder / "model.safetensors", tmp_path / "x.safetensors", max_shard_bytes=3)
     with refused(
         sw.StructureError,
-        "With names a state is converted, and not PosixPath.",
-        hint="sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names)",
+        "With names a state is converted, or files into a target; not PosixPath alone.",
+        hint="sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names), or "
+        "sw.convert(path, 'run/converted', target=target, names=names)",
     ):
         sw.convert(folder, tmp_path / "x", names=NAMES)
 
@@ -222,3 +241,134 @@ def test_files_of_a_deeper_model_are_refused(tmp_path: Path) -> None:
         hint="a model of the size of the files: as many layers, and every leaf that a row is about",
     ):
         sw.restore(folder, sw.plan(Net()).take(Net()), names=NAMES)
+
+
+def test_names_that_match_no_leaf_list_the_leaves_without_a_row(tmp_path: Path) -> None:
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with refused(
+        sw.RestoreError,
+        f"the state does not become {tmp_path / 'published'} (safetensors): 2 leaves are in the way. "
+        "Nothing was read or written.",
+        leaves=[
+            "bias: Param(3,) float32  kind=params  (has no row in the names)",
+            "kernel: Param(2, 3) float32  kind=params  (has no row in the names)",
+        ],
+        hint="a row in the names, 'bias': 'its name there'; or None, for what is not there\n"
+        "a row in the names, 'kernel': 'its name there'; or None, for what is not there",
+    ):
+        sw.convert(sw.plan(model).take(model), tmp_path / "published", names=sw.Names({"x": "y"}))
+    nothing = sw.Names({"bias": None, "kernel": None})
+    with refused(
+        sw.RestoreError, "the state has no arrays to convert.", hint="another source, or a rename that keeps some"
+    ):
+        sw.convert(sw.plan(model).take(model), tmp_path / "published", names=nothing)
+
+
+def test_an_abstract_target_gets_what_the_files_lack_by_the_hint(tmp_path: Path) -> None:
+    arrays = theirs()
+    folder = folder_of(tmp_path / "theirs", arrays)
+    plan = sw.plan(nnx.eval_shape(Net))
+    target = plan.abstract()
+    report = sw.preview(folder, target, names=NAMES)
+    assert {leaf.kind for leaf in report.problems} == {"rng", "variables"}
+    whole, some = report.hints
+    known = {"sw": sw, "jax": jax, "plan": plan, "target": target, "path": folder, "names": NAMES}
+    known |= {"make_model": Net, "model": Net()}
+    assert whole == "restore into a state with values: sw.restore(path, plan.take(model), names=names)"
+    check_read(eval(whole.partition(": ")[2], known)[0], arrays)
+    assert some.startswith("or compute only what the files lack: target = target.replace(")
+    exec(some.partition(": ")[2], known)
+    state, _ = sw.restore(folder, known["target"], names=NAMES)
+    check_read(state, arrays)
+    assert state["variables"]["count"][...] == 3
+
+
+def test_what_is_written_is_shown_by_our_path_and_their_name(tmp_path: Path) -> None:
+    model = Net()
+    report = sw.convert(sw.plan(model).take(model), tmp_path / "x", names=NAMES, dry_run=True)
+    shown = {(name, leaf.path, leaf.kind) for name, leaf in report.matched}
+    assert ("layers/0/up/kernel", ("model.layers.0.up.weight",), "params") in shown
+    assert ("head/embedding", ("lm_head.weight",), "params") in shown
+
+
+def of_header(path: Path, facts: dict[str, Any], nbytes: int = 8) -> Path:
+    header = json.dumps(facts).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(nbytes))
+    return path
+
+
+def test_every_file_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+    """Missing, cut off, a header of a gigabyte, overlapping ranges, an invented dtype, links, a directory, a pipe."""
+    one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    outside = of_header(tmp_path / "outside.safetensors", {"w": one})
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "cut.safetensors").write_bytes(outside.read_bytes()[:-1])
+    (folder / "large.safetensors").write_bytes(struct.pack("<Q", 1 << 30) + b"{")
+    os.truncate(folder / "large.safetensors", (1 << 30) + 8)  # a hole
+    of_header(folder / "overlap.safetensors", {"a": one, "b": one | {"data_offsets": [4, 12]}}, 12)
+    of_header(folder / "invented.safetensors", {"a": one | {"dtype": "F33"}})
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "up.safetensors").symlink_to("../outside.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    files = ["gone", "cut", "large", "overlap", "invented", "link", "up", "folder", "pipe"]
+    for has_index in (False, True):
+        if has_index:
+            owner = {f"array.{name}": f"{name}.safetensors" for name in files}
+            (folder / INDEX).write_text(json.dumps({"weight_map": owner}))
+        with pytest.raises(sw.CorruptedError) as caught:
+            NAMES.check(sw.plan(Net()), folder)
+        message = caught.value.message
+        assert ("its index names gone.safetensors, which is not there" in message) is has_index
+        for name in ("cut", "large", "overlap", "invented"):
+            assert f"{folder}/{name}.safetensors is corrupted, or not a safetensors file" in message
+        for name in ("link", "up"):
+            assert f"{name}.safetensors is a link to a file outside of the folder" in message
+        for name in ("folder", "pipe"):
+            assert f"{name}.safetensors is not a file" in message
+        assert caught.value.hint == (
+            "fetch the folder again; or say which files are meant: "
+            "sw.restore(['a.safetensors', 'b.safetensors'], target, names=names)"
+        )
+
+
+def test_nothing_outside_of_a_folder_is_opened(tmp_path: Path) -> None:
+    arrays = theirs()
+    real = folder_of(tmp_path / "real", arrays)
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(real / "model.safetensors")
+    opened: list[str] = []
+    is_on = True  # a hook cannot be taken away
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if is_on and event == "open" else None)
+    with pytest.raises(sw.CorruptedError):
+        NAMES.check(sw.plan(Net()), folder)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).symlink_to(real / "model.safetensors")
+    with pytest.raises(sw.CorruptedError, match="is a link to a file outside of the folder"):
+        NAMES.check(sw.plan(Net()), folder)
+    is_on = False
+    # That there is no index is known from the attempt to open it.
+    assert [name for name in opened if name.startswith((str(real), str(folder)))] == [str(folder / INDEX)]
+
+
+def test_links_of_a_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    arrays = theirs()
+    real = folder_of(tmp_path / "real", arrays, 2)
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0a1b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(real.iterdir())):
+        file.rename(blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    target = sw.plan(Net()).take(Net())
+    check_read(sw.restore(snapshot, target, names=NAMES)[0], arrays)
+
+
+def test_a_dtype_that_jax_lacks_is_a_problem_of_the_leaf(tmp_path: Path) -> None:
+    model = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0))
+    path = of_header(tmp_path / "x.safetensors", {"w": {"dtype": "F4", "shape": [2, 2], "data_offsets": [0, 2]}}, 2)
+    for cast in (False, True):
+        report = sw.preview(path, sw.plan(model).take(model), names=sw.Names({"kernel": "w"}), cast=cast)
+        assert [leaf.note.split(",")[0] for leaf in report.problems] == ["is F4 in the checkpoint"]

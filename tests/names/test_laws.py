@@ -6,14 +6,16 @@ import itertools
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statewise._src.names.layout import Layout
 from statewise._src.names.name import Name
 from statewise._src.names.names import NamesData
+from statewise._src.names.pieces import pieces
 
 LETTERS = "abcdef"
 DTYPES = (np.float32, np.int8, np.float64, ml_dtypes.bfloat16, np.bool_)
@@ -81,6 +83,41 @@ def test_there_and_back_is_the_identity(case: Any, dtype: Any, seed: int) -> Non
     back = layout.to_ours(of)
     assert (back.dtype, back.shape, back.tobytes()) == (array.dtype, array.shape, array.tobytes())
     assert sorted(read) == sorted(layout.names), "each of their arrays is read once"
+
+
+@settings(max_examples=10)  # each shape compiles
+@given(cases(), st.integers(0, 2**32 - 1))
+def test_on_the_device_it_is_the_same(case: Any, seed: int) -> None:
+    name, shape, _ = case
+    layout = Layout.of(name, {}, shape)
+    array = _random(shape, np.uint32, seed)
+    files, expected = layout.to_theirs(jnp.asarray(array)), layout.to_theirs(array)
+    assert all(np.array_equal(files[file], part) for file, part in expected.items())
+    assert np.array_equal(layout.joined(files), array)
+
+
+@given(cases(), st.data())
+def test_every_part_comes_in_pieces_of_theirs(case: Any, data: st.DataObject) -> None:
+    """What one device has of an array, in pieces of any size; judged by einops and slices of NumPy."""
+    name, shape, _ = case
+    layout = Layout.of(name, {}, shape)
+    array = np.arange(math.prod(shape)).reshape(shape)
+    files = layout.to_theirs(array)
+    index = []
+    for size in shape:
+        start = data.draw(st.integers(0, size))
+        index.append(slice(start, data.draw(st.integers(start, size))))
+    elements = data.draw(st.integers(1, 9))
+    out = np.full(array[tuple(index)].shape, -1)
+    count = 0
+    every = pieces(layout, index, out)
+    for piece in (smaller for one in every for smaller in one.cut(elements)):
+        part = np.asarray(files[piece.name])[piece.index]
+        assert not piece.is_direct or piece.into.size == part.size
+        piece.into[...] = part.reshape(piece.shape)[(*piece.within, ...)]
+        count += piece.into.size
+    assert np.array_equal(out, array[tuple(index)])
+    assert count == out.size, "nothing is there twice"
 
 
 def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> np.ndarray:

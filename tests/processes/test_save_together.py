@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import safetensors.numpy
 
 import statewise as sw
 from programs import save_per_device
-from programs.save_together import make
+from programs.save_together import make, published
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,9 +44,13 @@ def run_together(count: int, folder: Path, script: str = "save_together.py") -> 
 
 
 def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
+    """Also, they read published files by names together."""
+    (tmp_path / "theirs").mkdir()
+    for file, arrays in published().items():
+        safetensors.numpy.save_file(arrays, tmp_path / "theirs" / file)
     printed = run_together(2, tmp_path)
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
-    assert [path.name for path in tmp_path.iterdir()] == ["together"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "together"]
     # In this process, which has other devices: the same numbers as one process would have made.
     model = make()
     plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})

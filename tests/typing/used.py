@@ -35,6 +35,7 @@ from statewise.results import (
     Lowered,
     Measured,
     Memory,
+    NamesProposal,
     Report,
     RestoreReport,
     RestoreResult,
@@ -337,12 +338,16 @@ fused = sw.Name(["q.{i}", "k.{i}"], "(n h) d -> d n h", h=4, join=0, sizes=[4, 8
 elsewhere = sw.Names({"a": "b", "c/{i}": fused, "d": None})
 assert_type(elsewhere["a"], sw.Name | None)
 assert_type(elsewhere.check(plan, "model"), RestoreReport)
+assert_type(elsewhere.check(plan, ["a.safetensors", "b.safetensors"]), RestoreReport)
+assert_type(elsewhere.infer(plan, "model"), NamesProposal)
+assert_type(sw.Names.infer(plan, "model"), NamesProposal)
 assert_type(sw.restore(FilePath("model"), plan.abstract(), names=elsewhere | elsewhere)[0], sw.State)
 read_back = sw.Names.from_dict(elsewhere.to_dict())
 sw.convert(state, "published", names=read_back, max_shard_bytes=2**30, extra_files=["config.json"])
 item: Checkpointable = sw.checkpointable(state, only="params", layout="named", members=0)
 moved = sw.transfer(state, sw.plan(model), kinds=["params"], cast=jnp.bfloat16, mesh=mesh)
-moved = sw.transfer(state, moved, kinds="params", cast=True)
+moved = sw.transfer(state, moved, kinds="params", cast=True, names=elsewhere)
+assert_type(sw.merge_lora(state), sw.State)
 
 options = ocp.CheckpointManagerOptions(max_to_keep=3)
 with sw.Checkpoints("run", max_to_keep=3, every=10, layout="packed", asynchronous=False) as checkpoints:

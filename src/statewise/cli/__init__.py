@@ -1,4 +1,4 @@
-"""The command line: `census | plan | explain | memory | lint | report TARGET`, `inspect | convert | diff`, `demo`.
+"""Commands: `census | plan | explain | memory | lint | report TARGET`, `inspect | convert | diff | names`, `demo`.
 
 A target is a function without arguments that makes a model, `package.module:factory` or `file.py:factory`; a model
 itself, or a tuple of objects, also works.  Exit status: 0 for success, 1 for findings (such as leaves that no kind

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.select.select import objects_of
 from statewise.cli.targets import UsageError
 
-__all__ = ["check_conversion", "is_checkpoint", "renames", "state_of"]
+__all__ = ["check_conversion", "convert_by_names", "is_checkpoint", "renames", "state_of"]
 
 
 def check_conversion(args: argparse.Namespace) -> None:
@@ -27,11 +28,32 @@ def check_conversion(args: argparse.Namespace) -> None:
     # lexists: a broken link is something too.
     if os.path.lexists(args.destination):
         raise UsageError(f"there is already something at {args.destination!r}, and nothing is overwritten")
+    if args.names is not None and args.target is None:
+        raise UsageError("--names are those of the leaves of a --target, and there is none")
+    if args.names is not None and args.rename:
+        raise UsageError("--names and --rename do not go together")
     statewise = args.to == "statewise" or (args.to is None and not args.destination.endswith(".safetensors"))
     if statewise and args.target is None:
         raise UsageError("a checkpoint of Statewise needs --target: only a model has the kinds and types of the leaves")
     if args.target is None and (args.kinds or args.abstract):
         raise UsageError("--kinds and --abstract are for a --target, and there is none")
+
+
+def convert_by_names(args: argparse.Namespace, target: State | None, names: Any) -> Any:
+    """Reads files of other names into a target, or writes a checkpoint of the target's model as such files."""
+    from statewise._src.checkpoint.interop.convert import convert
+    from statewise._src.checkpoint.interop.foreign import is_foreign
+    from statewise._src.checkpoint.restore import preview, restore
+
+    assert target is not None, "checked before"
+    if is_foreign(args.source):
+        given = {"target": target, "to": args.to, "dry_run": args.dry_run, "cast": args.cast}
+        return convert(args.source, args.destination, names=names, **given)
+    if args.dry_run:
+        preview(args.source, target, cast=args.cast).raise_problems()
+        return convert(target, args.destination, names=names, to=args.to, dry_run=True)
+    state, _ = restore(args.source, target, cast=args.cast)
+    return convert(state, args.destination, names=names, to=args.to)
 
 
 def renames(texts: list[str]) -> dict[str, str | None]:

@@ -126,6 +126,20 @@ def _inspect(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     return _show(args, counted, counted.to_dict())
 
 
+def _names(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    from statewise._src.checkpoint.names import Names
+
+    names = Names({}) if args.names is None else _names_of(args.names, stack)
+    plan = _plan_of(args, stack)
+    path = args.path[0] if len(args.path) == 1 else args.path
+    if args.action == "check":
+        report = names.check(plan, path)
+        return _show(args, report, report.to_dict(), ok=report.ok)
+    proposal = names.infer(plan, path)
+    print(json.dumps(proposal.to_dict(), indent=2) if args.json else proposal)
+    return 1 if proposal.undecided else 0
+
+
 def _convert(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     from statewise._src.checkpoint.interop.convert import convert
 
@@ -135,6 +149,9 @@ def _convert(args: argparse.Namespace, stack: contextlib.ExitStack) -> int:
         model, _ = _model(args.target, args.abstract, stack)
         target = checkpoints.state_of(model, args.abstract, _planned(model), _kinds(args, stack))
     rename = checkpoints.renames(args.rename) or None
+    if args.names is not None:
+        conversion = checkpoints.convert_by_names(args, target, _names_of(args.names, stack))
+        return _show(args, conversion, conversion.to_dict(), ok=conversion.ok)
     conversion = convert(
         args.source, args.destination, target=target, to=args.to, rename=rename, dry_run=args.dry_run, cast=args.cast
     )
@@ -175,6 +192,7 @@ _COMMANDS = {
     "report": _report,
     "inspect": _inspect,
     "convert": _convert,
+    "names": _names,
     "diff": _diff,
     "demo": _demo,
 }
@@ -212,6 +230,17 @@ def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | Non
     if not isinstance(kinds, Kinds):
         raise UsageError(f"{args.kinds} is {type(kinds).__name__}, not Kinds")
     return kinds
+
+
+def _names_of(text: str, stack: contextlib.ExitStack) -> Any:
+    """Returns the names that a text means."""
+    from statewise._src.checkpoint.names import Names
+
+    with contextlib.redirect_stdout(sys.stderr):
+        names = load(text, stack).evaluated(lambda value: isinstance(value, Names))
+    if not isinstance(names, Names):
+        raise UsageError(f"{text} is {type(names).__name__}, not Names")
+    return names
 
 
 def _step(text: str, stack: contextlib.ExitStack) -> Step[..., Any]:

@@ -18,6 +18,18 @@ FILTER is written as in Python: type names (of the target's module, of the model
 CONVERT = """\
   statewise convert run/step_100 model.safetensors
   statewise convert model.safetensors run/imported --target my_project.models:make --dry-run
+  statewise convert llama_folder run/imported --target my_project.models:make --names my_project.names:llama
+  statewise convert run/step_100 published --target my_project.models:make --names my_project.names:llama
+"""
+
+NAMES = """\
+NAMES is package.module:names or file.py:names, a sw.Names or a function that returns one.  PATH is a folder, or one or
+more .safetensors files.  Reads no array.
+"""
+
+NAMES_EXAMPLES = """\
+  statewise names infer my_project.models:make llama_folder > proposal.py
+  statewise names check my_project.names:llama my_project.models:make llama_folder
 """
 
 MEMORY = """\
@@ -88,10 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(add)
     _add_report(add)
     _add_checkpoints(add)
+    _add_names(add)
     demo = add("demo", "train a small transformer on real text, and see what its kinds are good for")
     demo.add_argument("--steps", type=_positive, metavar="N", help="the number of training steps")
     # Last, so that --json is the last option of each command.
     for name, command in commands.choices.items():
+        if name == "names":
+            continue  # its own commands have it
         text = "print the data as JSON; then no page is needed" if name == "report" else "print JSON"
         command.add_argument("--json", action="store_true", help=text)
     return parser
@@ -179,6 +194,12 @@ def _add_checkpoints(add: _Add) -> None:
     convert.add_argument(
         "--rename", action="append", default=[], metavar="OLD=NEW", help="another path for a name; `OLD=` drops it"
     )
+    convert.add_argument(
+        "--names",
+        metavar="NAMES",
+        help="package.module:names or file.py:names, what the leaves of --target are called in another program's "
+        "files: those are read if SOURCE is not a checkpoint of Statewise, and otherwise written",
+    )
     convert.add_argument("--cast", action="store_true", help="allow other dtypes")
     convert.add_argument("--dry-run", action="store_true", help="only show what would be done")
     diff = add("diff", "compare two checkpoints, leaf by leaf; exit status 1 if they differ, 2 for trouble")
@@ -187,3 +208,23 @@ def _add_checkpoints(add: _Add) -> None:
             name, metavar=name.upper(), help=f"a checkpoint's directory; or, to compare with a model, {FACTORY}"
         )
     diff.add_argument("--kinds", metavar="KINDS", help=f"the kinds of models among the two, {AS_IN_PLAN}")
+
+
+def _add_names(add: _Add) -> None:
+    names = add("names", "what the leaves of a model are called in another program's files", NAMES_EXAMPLES)
+    actions = names.add_subparsers(dest="action", metavar="ACTION", required=True)
+    texts = {
+        "check": "compare names with a model and with files; exit status 1 if they do not fit",
+        "infer": "propose names, as code to read and paste; exit status 1 if some rows could not be decided",
+    }
+    for action, text in texts.items():
+        command = actions.add_parser(
+            action, help=text, description=text, epilog=NAMES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if action == "check":
+            command.add_argument("names", metavar="NAMES", help="the names")
+        _add_target(command, ABSTRACT, f"the kinds of the model, {AS_IN_PLAN}")
+        command.add_argument("path", metavar="PATH", nargs="+", help="a folder, or .safetensors files")
+        if action == "infer":
+            command.add_argument("--names", metavar="NAMES", help="names whose rows are kept")
+        command.add_argument("--json", action="store_true", help="print JSON")

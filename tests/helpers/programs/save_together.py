@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 if __name__ == "__main__":  # imported by a test, this changes nothing there
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -16,6 +17,7 @@ import optax
 from flax import nnx
 
 import statewise as sw
+from statewise._src.checkpoint.interop import safetensors
 
 
 def make() -> nnx.Linear:
@@ -44,6 +46,53 @@ def assert_same_shards(state: sw.State, back: sw.State) -> None:
             np.testing.assert_array_equal(one.data, other.data)
 
 
+class Stack(nnx.Module):
+    def __init__(self) -> None:
+        self.layers = nnx.Param(jnp.zeros((4, 3, 2)))
+        self.norm = nnx.Param(jnp.zeros(3))
+
+
+NAMES = sw.Names({"layers": sw.Name("layers.{i}.weight", "layer o i -> layer i o"), "norm": "norm.weight"})
+
+
+def published() -> dict[str, dict[str, np.ndarray]]:
+    """Two files: the layers of each process, of which each of its two devices has one; and what all have."""
+    rng = np.random.default_rng(0)
+    layers = {f"layers.{layer}.weight": rng.normal(size=(2, 3)).astype(np.float32) for layer in range(4)}
+    first = {"norm.weight": rng.normal(size=3).astype(np.float32)}
+    for layer in range(2):
+        first[f"layers.{layer}.weight"] = layers.pop(f"layers.{layer}.weight")
+    return {"0.safetensors": first, "1.safetensors": layers}
+
+
+def read_named(folder: str, number: int) -> None:
+    """Reads files of other names: each process the arrays that its own devices need, and no other."""
+    read: list[tuple[str, int]] = []
+    read_range = safetensors.read_range
+
+    def noted(file: Any, offset: int, shape: Any, index: Any, into: np.ndarray) -> None:
+        read.append((file.name[-len("0.safetensors") :], into.nbytes))
+        read_range(file, offset, shape, index, into)
+
+    safetensors.read_range = noted
+    kinds = sw.Kinds.standard().replace(params=sw.Kind(nnx.Param, placement=lambda path, shape: split(shape)))
+    mesh = jax.make_mesh((4,), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+    state, _ = sw.restore(folder, kinds.plan(nnx.eval_shape(Stack)).abstract(mesh), names=NAMES)
+    arrays = {name: array for file in published().values() for name, array in file.items()}
+    whole = np.stack([arrays[f"layers.{layer}.weight"].T for layer in range(4)])
+    layers, norm = state["params"]["layers"][...], state["params"]["norm"][...]
+    for shard in layers.addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+    for shard in norm.addressable_shards:
+        np.testing.assert_array_equal(shard.data, arrays["norm.weight"])
+    # Two layers, one for each device; and the norm once, for both.
+    assert sorted(read) == sorted([(f"{number}.safetensors", 24)] * 2 + [("0.safetensors", 12)]), read
+
+
+def split(shape: tuple[int, ...]) -> sw.Sharded | sw.Replicated:
+    return sw.Sharded("all") if len(shape) == 3 else sw.Replicated()
+
+
 def main(number: int, count: int, port: str, folder: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
     model = make()
@@ -55,6 +104,7 @@ def main(number: int, count: int, port: str, folder: str) -> None:
     back, report = sw.restore(f"{folder}/together", state)
     assert report.counts == {"params": {"restored": 2}, "optimizer": {"restored": 5}}
     assert_same_shards(state, back)
+    read_named(f"{folder}/theirs", number)
     print("the same", flush=True)
 
 

@@ -84,7 +84,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[Spot, Any]:
             continue  # an average starts as a copy of the restored value
         for position in range(start, start + len(record.arrays)):
             value = own(record.kind)[position]
-            sharding = getattr(value, "sharding", None)
+            sharding = _sharding(value)
             if isinstance(value, jax.ShapeDtypeStruct) or is_deleted(value):
                 value = jax.device_put(jnp.zeros(value.shape, value.dtype), sharding)
             restarted_value = _restarted(target.tables, record.leaf(), position, value, lost)
@@ -109,7 +109,7 @@ def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:
     own = functools.cache(functools.partial(own_arrays, target))
     for record, position in matched.restarted:
         if plan.kinds[record.kind].of is EMA:
-            sharding = getattr(own(record.kind)[position], "sharding", None)
+            sharding = _sharding(own(record.kind)[position])
             first = _start(plan, plan.by_kind[record.kind][position], new, own, casts)
             new[record.kind, position] = jax.device_put(first, sharding)
     for source in matched.sources:
@@ -146,7 +146,15 @@ def start_moments(matched: Match, target: State, new: dict[Spot, Any]) -> None:
         program = jax.jit(functools.partial(_init, plan, group, wanted))
         for position, array in zip(wanted, program(sources), strict=True):
             spot = group.derived.into, position
-            new[spot] = jax.device_put(array, getattr(own(spot[0])[position], "sharding", None))
+            new[spot] = jax.device_put(array, _sharding(own(spot[0])[position]))
+
+
+def _sharding(value: Any) -> Any:
+    """Returns where a value of the target is; the default device if the target does not say."""
+    sharding = getattr(value, "sharding", None)
+    # Named, not left to JAX: arrays that are read are committed to their device.  If others were not, they would be
+    # after the first step, which would then be compiled again.
+    return jnp.zeros(()).sharding if sharding is None else sharding
 
 
 def _init(plan: PlanTables, group: DerivedArrays, wanted: Sequence[int], sources: Sequence[Any]) -> list[Any]:

@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
+from statewise._src.checkpoint.interop.adapter_folder import as_read
 from statewise._src.checkpoint.interop.match import is_of_run, note_of_tied, same_values
-from statewise._src.checkpoint.interop.named import arrays_of, as_ours, row_hint
+from statewise._src.checkpoint.interop.named import arrays_of, as_ours
+from statewise._src.checkpoint.interop.placed import read_placed
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
 from statewise._src.checkpoint.restore_report import LeafRestore
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, row_hint
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.tables import OPTIMIZER
 
@@ -66,6 +66,7 @@ class _NamedMatcher(Matcher):
         for leaf in problems.leaves:
             self.wrong.setdefault(leaf.path, []).append(leaf)
         self.found_hints = problems.hints
+        self.without_value: dict[str, None] = {}
 
     def missing(self, placed: Placed) -> None:
         """Handles a leaf that the files lack."""
@@ -96,6 +97,19 @@ class _NamedMatcher(Matcher):
             self.restart(placed, why)
         else:
             self.say(placed.record, "problem", f"{why}, and {lost}", [self.with_values()])
+            self.without_value[placed.record.kind] = None
+
+    def with_values(self) -> str:
+        """Returns the hint for a target that has to have values."""
+        return f"{super().with_values().removesuffix(')')}, names=names)"
+
+    def run(self) -> None:
+        """Matches everything."""
+        super().run()
+        if self.without_value:
+            # A program of these values alone: what the files have is not computed, and takes no memory.
+            computed = (f"{kind}=jax.jit(lambda: plan.take(make_model())[{kind!r}])()" for kind in self.without_value)
+            self.hints[f"or compute only what the files lack: target = target.replace({', '.join(computed)})"] = {}
 
     def by_design(self, record: LeafRecord) -> bool:
         """Returns whether the names say that no array of a leaf is in the files."""
@@ -124,24 +138,26 @@ def match_names(
       cast: whether other dtypes are allowed.
       check: whether only the names are of interest, and leaves that the files cannot have need no value.
     """
-    ours, problems = as_ours(source, names, state)
+    ours, problems = as_ours(as_read(path, source), names, state)
     entry_of = _entries(state, ours, problems)
-    dtypes = {entry.name: entry.dtype for entry in ours.entries}
+    by_name = {entry.name: entry for entry in ours.entries}
     found: list[LeafRecord] = []
     wrong = {leaf.path for leaf in problems.leaves}
     for record, _ in records_of(state.tables):
         keys = [(record.path, array.within) for array in record.arrays]
         if keys and record.path not in wrong and all(key in entry_of for key in keys):
             arrays = tuple(
-                array if array.prng else dataclasses.replace(array, dtype=dtypes[entry_of[key]], stored=None)
+                array if array.prng else dataclasses.replace(array, dtype=by_name[entry_of[key]].dtype, stored=None)
                 for key, array in zip(keys, record.arrays, strict=True)
             )
             found.append(dataclasses.replace(record, arrays=arrays))
     matcher = _NamedMatcher(state, Manifest({}, "named", {}, tuple(found)), only, cast, ours, problems, check)
     matcher.run()
-    matched = matcher.result(path)
+    matched = matcher.result(source.name if isinstance(path, (list, tuple)) else path)
     report = matched.report
-    unused = [_unused(name, names.rows_about(name)) for name in ours.others]
+    # A leaf whose array was not used has a problem of its own, and then the row does match one.
+    reported = {format_path(way) for leaf in problems.leaves for way in (leaf.path, *leaf.aliases)}
+    unused = [_unused(name, names.rows_about(name), reported.isdisjoint(names.paths_of(name))) for name in ours.others]
     hints = report.hints
     if any(each.outcome == "problem" for each in unused):
         hints = (*hints, "a model of the size of the files: as many layers, and every leaf that a row is about")
@@ -150,8 +166,8 @@ def match_names(
     def read(leaf: RestoreSource, shardings: Sequence[Any]) -> list[Any]:
         arrays = []
         for record, sharding in zip(leaf.record.arrays, shardings, strict=True):
-            name = entry_of[leaf.placed.record.path, record.within]
-            arrays.append(_placed(ours.read((name,))[name], record.prng, sharding))
+            entry = by_name[entry_of[leaf.placed.record.path, record.within]]
+            arrays.append(read_placed(ours, entry, record.prng, sharding))
         return arrays
 
     return NamedMatch(dataclasses.replace(matched, report=report), read)
@@ -179,21 +195,9 @@ def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path,
     return found
 
 
-def _unused(name: str, rows: Sequence[str]) -> LeafRestore:
+def _unused(name: str, rows: Sequence[str], is_news: bool) -> LeafRestore:
     """Returns what is said of a name in the files that no leaf is read from."""
     leaf = Leaf((name,), None, jax.Array, None, None)
-    if len(rows) == 1:  # several rows about one name are another problem, which its leaves have
+    if len(rows) == 1 and is_news:  # several rows about one name are another problem, which its leaves have
         return LeafRestore(leaf, "problem", f"is in the files, and the row {rows[0]!r} matches no leaf for it")
     return LeafRestore(leaf, "dropped", "no leaf is read from it" if rows else "no row of the names is about it")
-
-
-def _placed(array: np.ndarray, prng: str | None, sharding: Any) -> Any:
-    """Returns an array where the target has it; one of a dtype that JAX does not have here stays as it is."""
-    if prng is not None:
-        return jax.device_put(jax.random.wrap_key_data(jnp.asarray(array), impl=prng), sharding)
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array
-    if sharding is None:
-        return jnp.asarray(array)
-    # Each process passes on what its own devices need; views, so that only the device has a second copy.
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from statewise._src.checkpoint.interop.named import model_arrays
 from statewise._src.checkpoint.interop.open import open_any
 from statewise._src.checkpoint.match_names import match_names
 from statewise._src.checkpoint.restore_report import RestoreReport
+from statewise._src.common.paths import format_path
+from statewise._src.common.problems import Problems
 from statewise._src.core.plan import Plan
 from statewise._src.names.names import NamesData
+from statewise._src.names.proposal import NamesProposal, proposed_names
 from statewise.errors import StructureError
 
 __all__ = ["Names"]
+
+
+Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class _Infer:
+    """`names.infer` and `Names.infer`: of names, which keep their rows, or of none."""
+
+    def __get__(self, names: NamesData | None, cls: type[NamesData]) -> Callable[[Plan, Files], NamesProposal]:
+        def infer(plan: Any, path: Any) -> NamesProposal:
+            """Proposes names from shapes and similar names, as code to read and paste; see `Names`."""
+            return _inferred(cls({}) if names is None else names, plan, path)
+
+        return infer
 
 
 class Names(NamesData):
@@ -40,16 +60,22 @@ class Names(NamesData):
       >>> restored, report = sw.restore(folder, sw.plan(model).abstract(), names=names)
       >>> bool((restored["params"]["kernel"][...] == model.kernel[...]).all())
       True
+
+    `Names.infer(plan, path)` proposes names for the leaves of a plan from shapes and similar names, as code to read,
+    correct and paste (`statewise.results.NamesProposal`); `names.infer(plan, path)` keeps the rows that there are, and
+    proposes the others.  Neither reads an array.
     """
 
     __slots__ = ()
 
-    def check(self, plan: Plan, path: str | os.PathLike[str]) -> RestoreReport:
+    infer = _Infer()
+
+    def check(self, plan: Plan, path: Files) -> RestoreReport:
         """Compares the names with a plan and with files; reads no array but those of a tied leaf's names.
 
         Args:
           plan: the plan of our model.
-          path: their files: a `.safetensors` file, or a folder of them.
+          path: their files: a `.safetensors` file, several of them, or a folder.
 
         Returns:
           what a restore with `cast=True` would do with each leaf, and the names in the files that no row is about;
@@ -65,3 +91,20 @@ class Names(NamesData):
                 hint="names.check(sw.plan(model), path)",
             )
         return match_names(path, open_any(path), self, plan.abstract(), None, cast=True, check=True).matched.report
+
+
+def _inferred(names: NamesData, plan: object, path: object) -> NamesProposal:
+    if not isinstance(plan, Plan):
+        raise StructureError(
+            f"Names are proposed for a plan, not {type(plan).__name__}.", hint="sw.Names.infer(sw.plan(model), path)"
+        )
+    source = open_any(path)
+    leaves, used = [], set()
+    for array in model_arrays(plan.abstract()):
+        ways = [way + array.within for way in (array.leaf.path, *array.leaf.aliases)]
+        is_known = names.knows(array.leaf, array.within)
+        for _, layout in names.layouts(array.leaf, array.within, array.shape, Problems()):
+            used |= {*layout.names}
+        leaves.append(([([format_path((key,)) for key in way], array.shape) for way in ways], is_known))
+    theirs = {entry.name: entry.shape for entry in source.entries if entry.name not in used}
+    return proposed_names(leaves, theirs, names)

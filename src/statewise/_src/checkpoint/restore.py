@@ -44,7 +44,7 @@ __all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
 
 
 def restore(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: State,
     *,
     only: str | Sequence[str] | None = None,
@@ -68,8 +68,9 @@ def restore(
         gets none (it is then kept, or restarted if the kind says `missing="restart"`); for one model the number of one.
         A checkpoint of one model has the member 0.
       names: what the leaves are called in another program's files (`sw.Names`); `path` is then a `.safetensors` file,
-        or a folder of them, as models are published.  What such files cannot have keeps the target's values, or starts
-        as the optimizer's `init` makes it.
+        several of them, or a folder, as models are published.  What such files cannot have keeps the target's values,
+        or starts as the optimizer's `init` makes it.  In a folder of a LoRA adapter (of the package peft) B is
+        multiplied by the scale that its configuration gives, because `nnx.LoRA` has none.
 
     Returns:
       the state, of the target's plan, and what happened to each leaf.
@@ -108,7 +109,7 @@ def restore(
 
 
 def preview(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: State,
     *,
     only: str | Sequence[str] | None = None,
@@ -142,8 +143,15 @@ def preview(
     return _matched(path, target, only, cast, base, members)[2].report
 
 
-def inspect(path: str | os.PathLike[str]) -> Census:
-    """Returns the census of a checkpoint, of a plain Orbax one, or of a safetensors file; reads no array.
+def inspect(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, names: NamesData | None = None
+) -> Census:
+    """Returns the census of a checkpoint, of a plain Orbax one, or of safetensors files; reads no array.
+
+    Args:
+      path: where it is; of safetensors files a folder, one of them, or several.
+      names: what leaves are called in another program's files.  Arrays that no row is about are then counted as
+        `dropped`, and not as what they would be without names.
 
     Raises:
       CorruptedError: it is not a checkpoint in a known format, or it is corrupted.
@@ -158,7 +166,16 @@ def inspect(path: str | os.PathLike[str]) -> Census:
       >>> sw.inspect(f"{folder}/first")["params"].size
       9
     """
-    return Census(count_leaves(*leaves_on_disk(path)), members_on_disk(path))
+    leaves, handlings = leaves_on_disk(path)
+    if names is not None:
+        _check_names(names)
+        if not is_foreign(path):
+            raise RestoreError(
+                "Names are of another program's files, and this is a checkpoint of Statewise.", hint="sw.inspect(path)"
+            )
+        leaves = foreign_leaves(path, names)
+        handlings = dict.fromkeys((leaf.kind or "" for leaf in leaves), "-")
+    return Census(count_leaves(leaves, handlings), members_on_disk(path))
 
 
 def leaves_on_disk(path: object) -> tuple[list[Leaf], dict[str, str]]:
@@ -194,16 +211,21 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 
+def _check_names(names: object) -> NamesData:
+    if not isinstance(names, NamesData):
+        hint = "names=sw.Names({'embed/embedding': 'model.embed_tokens.weight'})"
+        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
+    return names
+
+
 def _matched_names(
     path: object, target: Any, only: object, cast: bool, base: object, members: object, names: object
 ) -> NamedMatch:
     _check_target(target)
-    if not isinstance(names, NamesData):
-        hint = "names=sw.Names({'embed/embedding': 'model.embed_tokens.weight'})"
-        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
+    checked = _check_names(names)
     if base is not None or members is not None:
         raise RestoreError("Files of other names have neither a base nor members.", hint="leave out base and members")
-    return match_names(path, open_any(path), names, target, only, cast)
+    return match_names(path, open_any(path), checked, target, only, cast)
 
 
 def _matched(

@@ -7,6 +7,7 @@ smaller, after it otherwise.  The source does not change, and shares no memory w
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,11 @@ import jax
 from statewise._src.common.compare import MISSING, note_of
 from statewise._src.common.object_names import names_given
 from statewise._src.common.paths import Path
-from statewise._src.common.problems import Problems
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.cast import arrays_in_order, parts_for
 from statewise._src.core.cast import cast as cast_state
 from statewise._src.core.plan import Plan, State, tables_of
-from statewise._src.core.state_data import StateData
+from statewise._src.core.state_data import StateData, check_not_donated, kind_places, mesh_of
 from statewise._src.core.templates import abstract
 from statewise._src.core.transfer_arrays import (
     Move,
@@ -30,11 +30,15 @@ from statewise._src.core.transfer_arrays import (
     restarted_averages,
     shardings_for,
 )
+from statewise._src.core.transfer_layouts import placed_by_names
 from statewise._src.core.transfer_match import OTHER, PlacedLeaf, difference, leaves_of
+from statewise._src.core.transfer_names import NamedMatch, NamedMove, match_names
 from statewise._src.core.usable import check_usable
 from statewise._src.core.versions import carry, settle
+from statewise._src.names.names import NamesData
+from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.resolve import check_devices, copies_on, on_mesh
+from statewise._src.sharding.resolve import array_shardings, check_devices, copies_on, on_mesh
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["transfer"]
@@ -47,6 +51,7 @@ def transfer(
     kinds: str | Iterable[str] | None = None,
     cast: bool | jax.typing.DTypeLike = False,
     mesh: jax.sharding.Mesh | None = None,
+    names: NamesData | None = None,
 ) -> State:
     """Copies kinds of one state into a state of another plan, or on another mesh.
 
@@ -59,6 +64,11 @@ def transfer(
         floating-point dtype makes that the dtype of the target's floating-point numbers in these kinds.
       mesh: the mesh to place the values on, as the target's `shardings` says; by default they are placed as the
         target's own arrays, or, for a plan, as the source's.
+      names: what the source's leaves are called in the target (`sw.Names`), where the two models are not alike: the
+        source's paths on the left side, the target's on the right.  A stack of layers becomes single ones, or the
+        reverse; patterns rearrange axes.  Names with the target's paths on the left are read backwards, so that one
+        declaration serves both ways.  Leaves that no row is about are matched by path; one with None on the right keeps
+        the target's value.  Paths of several objects may be those within their object.
 
     Averages (`sw.EMA`) of a kind that is transferred restart, as copies of its new values, unless they are transferred
     as well.  The target's optimizer keeps its state.  Inside `jax.jit`, where values are unknown, a cast may lose them.
@@ -86,34 +96,60 @@ def transfer(
       dtype(bfloat16)
     """
     plan, into = _target(src, target)
-    names = _kinds(plan, into, kinds)
+    filled = _kinds(plan, into, kinds)
     if not isinstance(cast, bool):
-        plan = cast_state(abstract(plan), dict.fromkeys(names, cast)).tables
+        plan = cast_state(abstract(plan), dict.fromkeys(filled, cast)).tables
     # Without a mesh a plan would have no place for per-device values.
     target_mesh = _own_mesh(src.tables, plan) if into is None and mesh is None else mesh
     if target_mesh is not None:
         plan = _on_mesh(plan, into, target_mesh)
     if into is not None:
         check_not_batch(into)
-    moves = _matched(src.tables, plan, names, cast is not False)
-    used = tuple(kind for kind in src.tables.kinds if any(source.kind == kind for _, source in moves))
+    matched = _matched(src.tables, plan, filled, cast is not False, _checked(names), into is not None)
+    pairs = matched.pairs
+    used = tuple(kind for kind in src.tables.kinds if any(source.kind == kind for _, source in pairs))
     hint = "src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)"
     check_usable(src, used, "transfer", hint, subject="The source")
-    shardings = shardings_for(plan, into, names, target_mesh)
+    shardings = shardings_for(plan, into, filled, target_mesh)
     arrays = {kind: arrays_in_order(src.tables, kind, src.part(kind).arrays) for kind in used}
-    check_casts(moves, arrays)
+    check_casts(pairs, arrays)
+    own = _own(into, matched.kept)
+    by_names = _sharded(src, plan, used, shardings) if into is None and target_mesh is None else shardings
     # Nothing was copied before this line, and nothing is checked after it.
-    parts: dict[str, list[Any]] = {kind: [] for kind in names}
-    for to, source in moves:  # in the order of the target's parts
+    parts: dict[str, list[Any]] = {kind: [None] * len(plan.specs[kind]) for kind in filled}
+    for to, source in matched.moves:
         array = arrays[source.kind][source.position]
-        parts[to.kind].append(place(array, to, source, shardings[to.kind][to.position]))
+        parts[to.kind][to.position] = place(array, to, source, shardings[to.kind][to.position])
+    for move in matched.named:
+        given = [arrays[source.kind][source.position] for source in move.sources]
+        places = [by_names[to.kind][to.position] for to in move.targets if to is not None]
+        for to, array in placed_by_names(move, given, places):
+            parts[to.kind][to.position] = array
+    for to in matched.kept:
+        parts[to.kind][to.position] = place(own[to.number], to, to, shardings[to.kind][to.position])
     parts |= restarted_averages(plan, into, parts, target_mesh)
     made = parts_for(plan, into, parts)
-    kind_of = {kind: {source.kind for to, source in moves if to.kind == kind} for kind in names}
+    kind_of = {kind: {source.kind for to, source in pairs if to.kind == kind} for kind in filled}
     carry([(src.tables, src.parts)], plan, made, {kind: next(iter(of)) for kind, of in kind_of.items() if len(of) == 1})
     if into is not None:
         settle(plan, into.parts, made, fresh=tuple(parts))
     return State.make(plan, made)
+
+
+def _own(into: StateData | None, kept: Sequence[ArrayInfo]) -> dict[int, Any]:
+    """Returns the target's own arrays that it keeps, by number."""
+    if into is None or not kept:
+        return {}
+    kinds = {info.kind for info in kept}
+    check_not_donated(into, kinds)
+    arrays = {kind: arrays_in_order(into.tables, kind, into.part(kind).arrays) for kind in kinds}
+    return {info.number: arrays[info.kind][info.position] for info in kept}
+
+
+def _sharded(src: State, plan: PlanTables, kinds: Sequence[str], own: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Returns the shardings of rearranged arrays in a plan: by its placements, on the source's mesh if it has one."""
+    mesh = mesh_of(kind_places(src, kinds))
+    return own if mesh is None else array_shardings(plan, mesh)
 
 
 def _target(src: object, target: object) -> tuple[PlanTables, StateData | None]:
@@ -185,20 +221,49 @@ def _kinds(plan: PlanTables, into: StateData | None, kinds: object) -> tuple[str
 # --- matching ----------------------------------------------------------------------------------------------------
 
 
-def _matched(src: PlanTables, plan: PlanTables, names: Sequence[str], cast: bool) -> list[Move]:
-    """Returns the move of each array of these kinds, in the order of the target's parts.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Matched:
+    """What is transferred: arrays as they are, arrays by names, and the target's own arrays that are kept."""
+
+    moves: list[Move]
+    named: list[NamedMove]
+    kept: list[ArrayInfo]
+
+    @property
+    def pairs(self) -> list[Move]:
+        """Returns each array of the target with each array that it is made from."""
+        return [*self.moves, *(pair for move in self.named for pair in move.pairs)]
+
+
+def _checked(names: object) -> NamesData | None:
+    if names is None or isinstance(names, NamesData):
+        return names
+    raise StructureError(
+        f"names is {type(names).__name__}, and not sw.Names.",
+        hint="sw.transfer(src, target, names=sw.Names({'layers/kernel': 'layers/{i}/kernel'}))",
+    )
+
+
+def _matched(
+    src: PlanTables, plan: PlanTables, kinds: Sequence[str], cast: bool, names: NamesData | None, keeps: bool
+) -> _Matched:
+    """Returns where each array of these kinds comes from.
 
     Raises:
       StructureError: leaves do not fit; lists all of them.
     """
+    named = NamedMatch() if names is None else match_names(src, plan, kinds, names, cast)
     available: dict[Path, PlacedLeaf] = {}
     for source in leaves_of(src):
-        available |= dict.fromkeys((source.leaf.path, *source.leaf.aliases), source)
-    wanted = [placed for placed in leaves_of(plan) if placed.leaf.kind in names]
+        if source.leaf.path not in named.taken:
+            available |= dict.fromkeys((source.leaf.path, *source.leaf.aliases), source)
+    wanted = [placed for placed in leaves_of(plan) if placed.leaf.kind in kinds]
     source_path = _path_translation(src, plan, wanted, available)
     moves: list[Move] = []
-    problems = Problems()
+    problems = named.problems
     for placed in wanted:
+        if placed.leaf.path in named.decided:
+            continue
         paths = [source_path(path) for path in (placed.leaf.path, *placed.leaf.aliases)]
         # By identity: tied leaves of the source are one leaf with several paths.
         sources = list({id(available[path]): available[path] for path in paths if path in available}.values())
@@ -207,15 +272,18 @@ def _matched(src: PlanTables, plan: PlanTables, names: Sequence[str], cast: bool
             problems.add(placed.leaf, note, hint)
         else:
             moves += zip(placed.arrays, sources[0].arrays, strict=True)
+    for placed in [] if keeps else named.kept:
+        note = "the source does not have it, as the names say, and a plan has no values"
+        problems.add(placed.leaf, note, "sw.transfer(src, plan.take(model), names=names)")
     # One hint for all missing leaves, not one for each: usually complete kinds are missing.
     missing = note_of(MISSING, "source")
     if any(leaf.note == missing for leaf in problems.leaves):
         wrong = {leaf.kind for leaf in problems.leaves}
-        complete = tuple(kind for kind in names if kind not in wrong)
+        complete = tuple(kind for kind in kinds if kind not in wrong)
         names_them = f"name the kinds that the source has: sw.transfer(src, state, kinds={complete!r})"
         problems.hint(names_them if complete else OTHER)
     problems.raise_as(StructureError, "The source does not fit the target: {n} leaves differ.")
-    return sorted(moves, key=lambda move: move[0].number)
+    return _Matched(moves, named.moves, [array for placed in named.kept for array in placed.arrays])
 
 
 Translation = Callable[[Path], Path]

@@ -15,7 +15,7 @@ from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.members import Axis, place_of, shrunk
 from statewise._src.plan.tables import PlanTables
 
-__all__ = ["OTHER", "PlacedLeaf", "difference", "leaves_of"]
+__all__ = ["OTHER", "TIED", "PlacedLeaf", "difference", "leaves_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def leaves_of(plan: PlanTables) -> Iterator[PlacedLeaf]:
 
 OTHER = "the models differ: plan the target's model as the source's was made"
 _CAST = "sw.transfer(src, target, cast=True)  # or a dtype"
-_TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
+TIED = "tie them in the target as they are in the source: assign the same nnx.Variable, or two"
 
 
 def difference(wanted: PlacedLeaf, sources: Sequence[PlacedLeaf], cast: bool) -> tuple[str, str]:
@@ -77,7 +77,7 @@ def difference(wanted: PlacedLeaf, sources: Sequence[PlacedLeaf], cast: bool) ->
         return note_of(MISSING, "source"), ""  # one hint for all leaves together names what the source has
     if len(sources) > 1:
         names = " and ".join(format_path(source.leaf.path) for source in sources)
-        return f"tied here, apart in the source as {names}", _TIED
+        return f"tied here, apart in the source as {names}", TIED
     (source,) = sources
     # First whether only the leading axes differ: a hint about the shape would be misleading then.
     if source.leaf.type is wanted.leaf.type and source.structure == wanted.structure:

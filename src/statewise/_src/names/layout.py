@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from statewise._src.names.name import Name
+from statewise._src.names.pattern import Axes
 
 __all__ = ["Layout"]
 
 Shape = tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """One of our arrays, elsewhere.
 
@@ -62,6 +65,26 @@ class Layout:
         """Returns the shape of each of their arrays."""
         return {name: shape for part in self.parts for name, shape in zip(part, self.shapes, strict=True)}
 
+    @functools.cached_property
+    def factors(self) -> tuple[dict[str, int], Axes, Axes]:
+        """Returns the length of each axis of the pattern; ours and theirs as products of these, with those stacked."""
+        if self.name.parsed is not None:
+            return self.name.parsed.factors(self.shape)
+        axes = tuple((str(number),) for number in range(len(self.shape)))
+        return {axis: size for (axis,), size in zip(axes, self.shape, strict=True)}, axes, axes
+
+    @property
+    def joined_axis(self) -> int | None:
+        """Returns along which axis of theirs several are joined; None if none are."""
+        return self._join if len(self.shapes) > 1 else None
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """Returns which of our axes are the stacked ones; none if one of them is only a part of one of ours."""
+        _, ours, theirs = self.factors
+        stacked = theirs[: len(self.stacked)]
+        return tuple(map(ours.index, stacked)) if all(len(group) == 1 and group in ours for group in stacked) else ()
+
     def to_theirs(self, array: Any) -> dict[str, Any]:
         """Returns their arrays for one of ours."""
         if self.name.parsed is not None:
@@ -100,6 +123,28 @@ class Layout:
         assert ours is not None
         return ours
 
+    def numbered(self) -> Layout:
+        """Returns the layout with numbers for names: equal for all arrays that are laid out alike."""
+        name = self.name
+        plain = Name(
+            [*map(str, range(len(name.names)))], name.pattern, join=name.join, sizes=name.sizes, **dict(name.axes)
+        )
+        numbers = map(str, itertools.count())
+        return dataclasses.replace(
+            self, name=plain, parts=tuple(tuple(next(numbers) for _ in part) for part in self.parts)
+        )
+
+    def joined(self, arrays: Mapping[str, Any]) -> Any:
+        """Returns our array, from JAX arrays of theirs by name: all at once, on their device."""
+        every = [
+            arrays[part[0]] if len(part) == 1 else jnp.concatenate([arrays[name] for name in part], self._join)
+            for part in self.parts
+        ]
+        if not self.stacked:
+            return self._rearranged(every[0])
+        whole = jnp.stack(every) if every else jnp.zeros((0, *self._each))
+        return self._rearranged(whole.reshape(self.stacked + self._each))
+
     @property
     def _join(self) -> int:
         assert self.name.join is not None
@@ -118,7 +163,7 @@ class Layout:
         arrays = [read(name) for name in part]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, self._join)
 
-    def _rearranged(self, array: np.ndarray, one_of: int = 0) -> Any:
+    def _rearranged(self, array: Any, one_of: int = 0) -> Any:
         parsed = self.name.parsed
         return array if parsed is None else parsed.to_ours(array, self.shape, one_of)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from statewise._src.common.paths import Leaf, format_path
+from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.names.layout import Layout
 from statewise._src.names.name import Name
 from statewise._src.names.template import Template
 from statewise.errors import DeclarationError
 
-__all__ = ["NamesData", "Row"]
+__all__ = ["NamesData", "Row", "row_hint"]
 
 Row = Name | None
 
@@ -94,6 +94,16 @@ class NamesData(Mapping[str, Row]):
         named = ((row, each) for row, each in self._rows.items() if each is not None)
         return [row for row, each in named if any(template.match(name) is not None for template in each.templates)]
 
+    def paths_of(self, name: str) -> list[str]:
+        """Returns our paths that a name elsewhere belongs to, by the rows that are about it."""
+        found = []
+        for row, each in self._rows.items():
+            for template in () if each is None else each.templates:
+                values = template.match(name)
+                if values is not None:
+                    found.append(Template.parse(row).fill(values))
+        return found
+
     def layouts(
         self, leaf: Leaf, within: tuple[Any, ...], shape: tuple[int, ...], problems: Problems
     ) -> list[tuple[str, Layout]]:
@@ -144,3 +154,10 @@ def _check_fields(template: Template, name: Row) -> None:
             f"The leaves {template.text!r} differ in {shown}, which {name.names[0]!r} does not have.",
             hint=f"a name with {shown}: 'model.layers.{shown}.weight'",
         )
+
+
+def row_hint(path: Path) -> str:
+    """Returns the hint to add a row: one for all layers of a list."""
+    fields = iter("ijklmnop")
+    row = "/".join(f"{{{next(fields, 'n')}}}" if isinstance(key, int) else str(key) for key in path)
+    return f"a row in the names, {row!r}: 'its name there'; or None, for what is not there"

@@ -7,6 +7,7 @@ pattern has an inverse, and that shapes follow from it in both directions, befor
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,6 +98,16 @@ class Pattern:
         for group in self.theirs:
             found += covered if group == (_ELLIPSIS,) else [math.prod(lengths[name] for name in group)]
         return tuple(found)
+
+    def factors(self, shape: Sequence[int]) -> tuple[dict[str, int], Axes, Axes]:
+        """Returns the length of each axis; our axes as products of these, for our array of this shape; and theirs."""
+        covered = {f"{_ELLIPSIS}{number}": length for number, length in enumerate(self._covered(shape))}
+        many = tuple((axis,) for axis in covered)
+        ours, theirs = (
+            tuple(itertools.chain.from_iterable(many if group == (_ELLIPSIS,) else (group,) for group in side))
+            for side in (self.ours, self.theirs)
+        )
+        return self._solve(shape) | covered, ours, theirs
 
     def to_ours(self, array: Any, shape: Sequence[int], one_of: int = 0) -> Any:
         """Returns their array as one of ours; a view where NumPy can give one.

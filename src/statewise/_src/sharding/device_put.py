@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-__all__ = ["moved"]
+__all__ = ["moved", "on_devices_of"]
 
 
 def moved(array: jax.Array, sharding: Sharding) -> jax.Array:
@@ -35,7 +35,7 @@ def moved(array: jax.Array, sharding: Sharding) -> jax.Array:
     if _devices(source) == _devices(sharding):
         return _copied(sharding)(array)
     if not (source.is_fully_replicated and sharding.is_fully_replicated):
-        split = _on_devices_of(source, sharding)
+        split = on_devices_of(source, sharding)
         if split is not None:
             array = _copied(split)(array)
         elif not source.is_fully_replicated and isinstance(source, jax.NamedSharding):
@@ -68,7 +68,7 @@ def _devices(sharding: Sharding) -> list[Any] | None:
     return list(sharding.device_set) if len(sharding.device_set) == 1 else None
 
 
-def _on_devices_of(source: Sharding, sharding: Sharding) -> jax.NamedSharding | None:
+def on_devices_of(source: Sharding, sharding: Sharding) -> jax.NamedSharding | None:
     """Returns the split of a sharding, on as many devices of another one's mesh; None if that is not possible."""
     if not (isinstance(source, jax.NamedSharding) and isinstance(sharding, jax.NamedSharding)):
         return None

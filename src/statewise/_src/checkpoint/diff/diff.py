@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from statewise._src.checkpoint.diff.foreign import sides_by_names
 from statewise._src.checkpoint.diff.result import Diff, LeafDiff
 from statewise._src.checkpoint.diff.sources import Arrays, Change, Side, compare, is_path, side_of
 from statewise._src.checkpoint.format.manifest import LeafRecord
 from statewise._src.checkpoint.format.per_device import members_of
+from statewise._src.checkpoint.interop.foreign import is_foreign
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.common.compare import Field, Mismatch, change_of, compare_leaf, fields_of
 from statewise._src.common.paths import format_dtype, format_path, format_shape, format_type
@@ -24,6 +26,7 @@ from statewise._src.common.problems import counted
 from statewise._src.common.tables import format_count
 from statewise._src.core.plan import Kinds, Plan, tables_in
 from statewise._src.inspect.select.select import check_kinds
+from statewise._src.names.names import NamesData
 from statewise.errors import DeclarationError
 
 __all__ = ["Diff", "LeafDiff", "diff"]
@@ -32,7 +35,7 @@ __all__ = ["Diff", "LeafDiff", "diff"]
 BATCH = 64 * 1024 * 1024
 
 
-def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
+def diff(a: object, b: object, *, kinds: Kinds | None = None, names: NamesData | None = None) -> Diff:
     """Compares two models, states or checkpoints, leaf by leaf: from `a` to `b`.
 
     Leaves are matched by path, and compared in type, kind, shape, dtype, what they are tied to, and values.  Their
@@ -41,10 +44,12 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
 
     Args:
       a: a module, or a tuple or list of objects; a state; a plan; or the path of a checkpoint.  Something
-        abstract is compared without values.
+        abstract is compared without values.  Or another program's files: a folder, a `.safetensors` file, or several.
       b: another of these; the two need not be of the same sort.
       kinds: the kinds to plan models by; by default those of the other side, if it is a state or a plan, and otherwise
         `Kinds.standard()`.
+      names: what the leaves are called in another program's files, if one side is such files and the other a model, a
+        state or a plan.  Without names, two sides of such files are compared by the files' own names.
 
     Returns:
       the differences; false if there are none.  A checkpoint that was not meant to have a kind (one declared ephemeral,
@@ -72,7 +77,7 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
       >>> changes.same
       {'params': 1}
     """
-    models = [each for each in (a, b) if not (is_path(each) or tables_in(each) is not None)]
+    models = [each for each in (a, b) if not (is_path(each) or is_foreign(each) or tables_in(each) is not None)]
     if kinds is not None:
         check_kinds(kinds)
         if not models:
@@ -82,6 +87,8 @@ def diff(a: object, b: object, *, kinds: Kinds | None = None) -> Diff:
     else:
         planned = [each for each in map(tables_in, (a, b)) if each is not None]
         kinds = Plan.of(planned[0]).kinds if planned else Kinds.standard()
+    if names is not None or (is_foreign(a) and is_foreign(b)):
+        return _diff(*sides_by_names(a, b, names, kinds))
     return _diff(side_of(a, kinds), side_of(b, kinds))
 
 

@@ -18,12 +18,14 @@ import numpy as np
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
+from statewise._src.checkpoint.interop.adapter_folder import ADAPTER_FILE, adapter_config, as_read, as_written
 from statewise._src.checkpoint.interop.export import FORMATS, destination, export
 from statewise._src.checkpoint.interop.export_folder import check_options, export_folder
+from statewise._src.checkpoint.interop.fit_names import fit_names
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
 from statewise._src.checkpoint.interop.named import as_theirs
 from statewise._src.checkpoint.interop.open import open_any
-from statewise._src.checkpoint.interop.sources import Source, open_mapping
+from statewise._src.checkpoint.interop.sources import NAMED, Source, SourceArray, open_mapping
 from statewise._src.checkpoint.save import save
 from statewise._src.common.narrowing import Casts
 from statewise._src.common.paths import Leaf, format_dtype, format_path, format_shape
@@ -39,6 +41,10 @@ from statewise.errors import RestoreError, SaveError, StructureError
 __all__ = ["Conversion", "convert"]
 __all__ = ["Conversion", "convert"]
 
+_BY_NAMES = (
+    "sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names), or "
+    "sw.convert(path, 'run/converted', target=target, names=names)"
+)
 _TARGET = "sw.convert(src, dst, target=plan.take(model)), or plan.abstract()"
 
 
@@ -51,7 +57,8 @@ class Conversion(ShownData):
       dst: where it went; None if nothing was written.
       source_format: the source's format: `statewise`, `orbax`, `safetensors` or `mapping`.
       to: the format written: `statewise`, `orbax`, `safetensors` or `linen`.
-      matched: for each array its name in the source and the leaf that it becomes; the leaf's `note` reports a cast.
+      matched: for each array its name in the source, which for a state is its path, and the leaf that it becomes; the
+        leaf's `note` reports a cast.
       kept: leaves that have the target's own value, each with the reason in its `note`.
       missing: leaves of the target that the source lacks, each with what is known about it in its `note`.
       problems: leaves that the source has but that do not fit, each with what is wrong in its `note`.
@@ -132,7 +139,7 @@ def _row(name: str, leaf: Leaf, outcome: str) -> tuple[str, ...]:
 
 
 def convert(
-    src: str | os.PathLike[str] | Mapping[str, Any] | State,
+    src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any] | State,
     dst: str | os.PathLike[str] | None,
     *,
     target: State | None = None,
@@ -148,8 +155,8 @@ def convert(
 
     Args:
       src: the path of a checkpoint of Statewise, of a plain Orbax checkpoint (or a manager's step with one tree), or of
-        a `.safetensors` file or a folder of them; or nested dicts of arrays, such as Linen's variables; or, with
-        `names`, a state.
+        a `.safetensors` file, several of them, or a folder; or nested dicts of arrays, such as Linen's variables; or,
+        with `names`, a state.
       dst: a path at which there is nothing; or None, to get a nested dict as the result's `tree` (with `to="orbax"` or
         `"linen"`).
       target: a state, or an abstract one: it determines which leaves there are, and their kinds, types, shapes and
@@ -162,9 +169,12 @@ def convert(
         has under several names: their arrays have to be equal.
       cast: allows other dtypes, floating-point to floating-point and integer to integer.
       names: what the leaves are called elsewhere (`sw.Names`).  With a state as `src` it is written under these names:
-        into a folder of safetensors files, as models are published, unless `dst` ends in `.safetensors`.
+        into a folder of safetensors files, as models are published, unless `dst` ends in `.safetensors`.  With a
+        `target`, `src` are files that have these names.
       max_shard_bytes: the most bytes of arrays in one file of such a folder; 5 GiB if it is None.
-      extra_files: files that are copied into the folder as they are, such as `config.json`.
+      extra_files: files that are copied into the folder as they are, such as `config.json`.  With an
+        `adapter_config.json` of the package peft among them the folder is one of a LoRA adapter: it has the leaves that
+        are called `base_model.model...`, and no others, in `adapter_model.safetensors`; B is divided by the scale.
 
     Returns:
       what was matched, kept, missing, unexpected.  Leaves that a source cannot have (optimizer state, RNG, metrics)
@@ -193,8 +203,12 @@ def convert(
       >>> sw.inspect(f"{folder}/linear")["params"].size
       9
     """
-    if names is not None:
-        return _by_names(src, dst, target, to, names, dry_run, max_shard_bytes, extra_files, rename, cast)
+    if names is not None and not isinstance(names, NamesData):
+        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=_BY_NAMES)
+    if names is not None and target is None:
+        return _by_names(src, dst, to, names, dry_run, max_shard_bytes, extra_files, rename, cast)
+    if names is not None and (rename is not None or isinstance(src, State)):
+        raise StructureError("Files are read into a target by names, without rename; a state is not.", hint=_BY_NAMES)
     if isinstance(src, State):
         open_any(src)  # raises, before anything else about the arguments
     if max_shard_bytes is not None or extra_files:
@@ -213,7 +227,10 @@ def convert(
         )
     final = None if dst is None else destination(dst, to)
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
-    fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
+    if names is not None and target is not None:
+        source, fitted = fit_names(as_read(src, source), to, target, names, cast)
+    else:
+        fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
     compare_tied(source, fitted)
     conversion = _conversion(source, final, to, fitted)
     if dry_run:
@@ -229,9 +246,8 @@ def convert(
 def _by_names(
     src: Any,
     dst: Any,
-    target: Any,
     to: str | None,
-    names: Any,
+    names: NamesData,
     dry_run: bool,
     max_shard_bytes: Any,
     extra_files: Any,
@@ -239,32 +255,39 @@ def _by_names(
     cast: bool,
 ) -> Conversion:
     """Writes a state under the names of other programs."""
-    hint = "sw.convert(state, 'folder', names=names); to read such files: sw.restore(path, target, names=names)"
     if not isinstance(src, State):
-        raise StructureError(f"With names a state is converted, and not {type(src).__name__}.", hint=hint)
-    if not isinstance(names, NamesData):
-        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
-    if target is not None or rename is not None or cast or dst is None or to not in (None, "safetensors"):
         raise StructureError(
-            "A state is written under other names into safetensors files: target, rename, cast and other formats do "
-            "not go with it.",
-            hint=hint,
+            f"With names a state is converted, or files into a target; not {type(src).__name__} alone.", hint=_BY_NAMES
+        )
+    if rename is not None or cast or dst is None or to not in (None, "safetensors"):
+        raise StructureError(
+            "A state is written under other names into safetensors files: rename, cast and other formats do not go "
+            "with it.",
+            hint=_BY_NAMES,
         )
     check_not_batch(src)
     most, others = check_options(max_shard_bytes, extra_files)
     final = destination(dst, "safetensors")
     if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
-        raise SaveError(f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder.", hint=hint)
-    source, problems = as_theirs(src, names)
-    fitted = fit_alone(source, "safetensors", None)
+        fact = f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder."
+        raise SaveError(fact, hint=_BY_NAMES)
+    config = adapter_config(others)
+    if config is not None and max_shard_bytes is not None:
+        raise SaveError("The file of an adapter is one file, and max_shard_bytes is of several.", hint=_BY_NAMES)
+    source, problems, ours = as_theirs(src, names, adapter=config is not None)
+    if config is not None and not problems:
+        source = as_written(source, config)
+    # Without a single array, the leaves that have no row say why.
+    fitted = Fit() if problems and not source.entries else fit_alone(source, "safetensors", None)
     for leaf in problems.leaves:
         fitted.problems.add(leaf)
     fitted.problems.hint(*problems.hints)
     conversion = _conversion(source, final, "safetensors", fitted)
+    conversion = dataclasses.replace(conversion, matched=tuple((ours[name], leaf) for name, leaf in conversion.matched))
     if dry_run:
         return conversion
     conversion.raise_problems()
-    export_folder(source, final, most, others)
+    export_folder(source, final, None if config else most, others, ADAPTER_FILE if config else "model.safetensors")
     return conversion
 
 
@@ -284,14 +307,15 @@ def _format(dst: object, to: str | None) -> str:
 def _conversion(source: Source, final: Any, to: str, fitted: Fit) -> Conversion:
     skips_empty = final is not None and to in ("orbax", "linen")
     empty = "has no elements, so that Orbax stores nothing"
+    parts = {entry.name: _shown(entry) for entry in source.entries}
     notes = [piece.note or (empty if skips_empty and 0 in piece.shape else "") for piece in fitted.pieces]
     return Conversion(
         source=source.name,
         dst=None if final is None else str(final),
-        source_format=source.format,
+        source_format="safetensors" if source.format == NAMED else source.format,
         to=to,
         matched=tuple(
-            (piece.source, dataclasses.replace(piece.leaf, note=note))
+            (parts.get(piece.source, piece.source), dataclasses.replace(piece.leaf, note=note))
             for piece, note in zip(fitted.pieces, notes, strict=True)
             if piece.source is not None
         ),
@@ -301,6 +325,12 @@ def _conversion(source: Source, final: Any, to: str, fitted: Fit) -> Conversion:
         unexpected=tuple(fitted.unexpected),
         hints=tuple(fitted.problems.hints),
     )
+
+
+def _shown(entry: SourceArray) -> str:
+    """Returns what an entry is called in the source."""
+    more = f" and {len(entry.parts) - 1} more" if len(entry.parts) > 1 else ""
+    return f"{entry.parts[0]}{more}" if entry.parts else entry.name
 
 
 # --- values ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from statewise._src.checkpoint.interop.export import committed
-from statewise._src.checkpoint.interop.safetensors import INDEX, write_file
+from statewise._src.checkpoint.interop.safetensors import write_file
+from statewise._src.checkpoint.interop.several_files import INDEX
 from statewise._src.checkpoint.interop.sources import Source
 from statewise.errors import SaveError
 
@@ -50,14 +51,21 @@ def check_options(max_shard_bytes: Any, extra_files: Sequence[Any]) -> tuple[int
     return max_shard_bytes, paths
 
 
-def export_folder(source: Source, final: FilePath, max_shard_bytes: int, extra_files: Sequence[FilePath]) -> None:
+def export_folder(
+    source: Source,
+    final: FilePath,
+    max_shard_bytes: int | None,
+    extra_files: Sequence[FilePath],
+    single: str = "model.safetensors",
+) -> None:
     """Writes a source's arrays, under their names; what has the final name is complete.
 
     Args:
       source: the arrays; those of one file are read at a time.
       final: the folder, which does not exist; or one file, if it ends in `.safetensors`.
-      max_shard_bytes: the most bytes of arrays in one file; a larger array has a file of its own.
+      max_shard_bytes: the most bytes of arrays in one file; a larger array has a file of its own.  None: one file.
       extra_files: files that are copied into the folder as they are.
+      single: what the file is called if there is one.
 
     Raises:
       SaveError: it could not be written; nothing of it is left.
@@ -65,8 +73,8 @@ def export_folder(source: Source, final: FilePath, max_shard_bytes: int, extra_f
     sizes = {entry.name: entry.leaf().nbytes for entry in source.entries}
     total = sum(sizes.values())
     is_file = final.name.endswith(".safetensors")
-    shards = [list(sizes)] if is_file else _shards(sizes, max_shard_bytes)
-    files = ["model.safetensors"]
+    shards = [list(sizes)] if is_file or max_shard_bytes is None else _shards(sizes, max_shard_bytes)
+    files = [single]
     if len(shards) > 1:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     with committed(final, total) as place:

@@ -19,12 +19,14 @@ import numpy as np
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import within
-from statewise._src.checkpoint.interop.safetensors import first_line, has_safetensors, open_file, open_folder
+from statewise._src.checkpoint.interop.safetensors import first_line, open_file
+from statewise._src.checkpoint.interop.several_files import has_safetensors, is_several, open_files, open_folder
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
+from statewise._src.names.names import NamesData
 from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["foreign_leaves", "is_foreign", "only_item", "open_path"]
@@ -37,6 +39,8 @@ ORBAX_FILE = "_METADATA"
 
 def is_foreign(path: object) -> bool:
     """Returns whether something at a path is not a checkpoint of Statewise, but may be one that `open_path` reads."""
+    if is_several(path):
+        return True
     if not isinstance(path, (str, os.PathLike)):
         return False
     folder = place_of(path)
@@ -46,12 +50,14 @@ def is_foreign(path: object) -> bool:
 
 
 def open_path(path: object) -> Source:
-    """Opens a safetensors file, or a plain Orbax checkpoint.
+    """Opens safetensors files: one, several, or a folder of them; or a plain Orbax checkpoint.
 
     Raises:
       RestoreError: there is nothing, or nothing in a known format.
       CorruptedError: it is not what was written.
     """
+    if isinstance(path, (list, tuple)):
+        return open_files(path)
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     if not folder.exists():
         raise RestoreError(
@@ -95,14 +101,17 @@ def only_item(folder: Any, name: str) -> Any:
     return items[0] if items else None
 
 
-def foreign_leaves(path: object) -> list[Leaf]:
+def foreign_leaves(path: object, names: NamesData | None = None) -> list[Leaf]:
     """Returns the leaves of another program's file, each with a kind; reads no array.
 
     A safetensors file that Statewise wrote has the kinds; for Linen's variables each collection is one; anything else
-    is of one kind, `arrays`.
+    is of one kind, `arrays`.  With names, arrays that no row is about are of the kind `dropped`.
     """
     source = open_path(path)
     linen = is_linen(source.entries)
+    if names is not None:
+        kinds = {entry.name: "arrays" if names.rows_about(entry.name) else "dropped" for entry in source.entries}
+        return [dataclasses.replace(entry.leaf(), kind=kinds[entry.name]) for entry in source.entries]
     return [
         dataclasses.replace(entry.leaf(), kind=entry.kind or (str(entry.path[0]) if linen else "arrays"))
         for entry in source.entries

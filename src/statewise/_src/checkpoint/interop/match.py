@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys
 from statewise._src.checkpoint.format.manifest import ArrayRecord
 from statewise._src.checkpoint.format.records import records_of
 from statewise._src.checkpoint.interop.export import Piece, add_obstacles, collection_of
-from statewise._src.checkpoint.interop.sources import ARRAY, Source, SourceArray, is_linen, known_collection
+from statewise._src.checkpoint.interop.sources import ARRAY, NAMED, Source, SourceArray, is_linen, known_collection
 from statewise._src.checkpoint.renested import arguments, objects
 from statewise._src.common import compat
 from statewise._src.common.compare import (
@@ -38,6 +38,7 @@ from statewise._src.common.nnx_graph import ArraySpec, is_abstract
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
+from statewise._src.names.names import row_hint
 from statewise._src.plan.tables import OPTIMIZER
 from statewise.errors import RestoreError, StructureError
 
@@ -182,8 +183,11 @@ _SAME_NAME = "keys that only look alike (0 and '0') cannot be distinguished in a
 
 
 class _Fitter:
-    def __init__(self, source: Source, target: State, rename: object, cast: bool) -> None:
+    def __init__(
+        self, source: Source, target: State, rename: object, cast: bool, reported: Collection[Path] = ()
+    ) -> None:
         self.source = source
+        self.reported = reported
         self.plan = target.tables
         self.cast = cast
         self.fitted = Fit()
@@ -263,6 +267,11 @@ class _Fitter:
     def absent(self, piece: Piece, present: set[str | None]) -> None:
         """Handles a leaf that the source lacks: it keeps the target's value, if that is allowed, or is missing."""
         leaf, kind = piece.leaf, piece.leaf.kind or ""
+        if format_path(piece.path) in self.source.by_design and self.has_values[kind]:
+            self.keep(piece, "not in the files, as the names say")
+            return
+        if leaf.path in self.reported:
+            return
         declared = self.plan.kinds[kind].missing == "keep"
         # What belongs to a training run is not in other programs' files of weights.
         of_run = kind in self.derived or is_of_run(leaf.type)
@@ -270,6 +279,9 @@ class _Fitter:
         why = f"the source has no {kind}" if foreign else self.where(piece)
         if (declared or foreign) and self.has_values[kind]:
             self.keep(piece, why)
+            return
+        if self.source.format == NAMED and not (declared or foreign):
+            self.problems.add(leaf, "has no row in the names", row_hint(piece.path))
             return
         self.fitted.missing.append(dataclasses.replace(leaf, note=why))
         if foreign or declared:
@@ -316,6 +328,6 @@ class _Fitter:
             self.problems.add(piece.leaf, note_of(mismatches, "source") + end, hint)
 
 
-def fit(source: Source, to: str, target: State, rename: object, cast: bool) -> Fit:
-    """Fits the leaves of a target from a source."""
-    return _Fitter(source, target, rename, cast).run(to)
+def fit(source: Source, to: str, target: State, rename: object, cast: bool, reported: Collection[Path] = ()) -> Fit:
+    """Fits the leaves of a target from a source; nothing is said of leaves that are reported already."""
+    return _Fitter(source, target, rename, cast, reported).run(to)

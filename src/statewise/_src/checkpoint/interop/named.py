@@ -6,31 +6,27 @@ Both are decided from shapes alone.  An array is read when it is asked for, and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from flax import nnx
 
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import records_of, unpacked
+from statewise._src.checkpoint.interop.adapter_folder import is_of_adapter
+from statewise._src.checkpoint.interop.fill import fill_ours
 from statewise._src.checkpoint.interop.match import is_of_run
-from statewise._src.checkpoint.interop.sources import Source, SourceArray
+from statewise._src.checkpoint.interop.sources import Source, SourceArray, stored_dtype
 from statewise._src.common.paths import Leaf, Path, format_path, format_shape
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
 from statewise._src.core.usable import check_concrete
 from statewise._src.names.layout import Layout
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, row_hint
 from statewise._src.plan.tables import OPTIMIZER
 
-__all__ = ["arrays_of", "as_ours", "as_theirs", "row_hint"]
-
-
-def row_hint(path: Path) -> str:
-    """Returns the hint to add a row: one for all layers of a list."""
-    fields = iter("ijklmnop")
-    row = "/".join(f"{{{next(fields, 'n')}}}" if isinstance(key, int) else str(key) for key in path)
-    return f"a row in the names, {row!r}: 'its name there'; or None, for what is not there"
+__all__ = ["arrays_of", "as_ours", "as_theirs", "model_arrays"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +62,12 @@ def arrays_of(state: State) -> list[PlannedArray]:
                 shape, dtype = array.numeric
                 found.append(PlannedArray(leaf, array.within, shape, dtype, array.prng, record.kind, position))
     return found
+
+
+def model_arrays(state: State) -> list[PlannedArray]:
+    """Returns the arrays of a state's plan that other programs' files have: without what belongs to a training run."""
+    derived = {OPTIMIZER, *(each.into for each in state.tables.derived)}
+    return [array for array in arrays_of(state) if array.kind not in derived and not is_of_run(array.leaf.type)]
 
 
 def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Problems]:
@@ -105,37 +107,57 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
     # A name of which something else is wrong has been reported.
     others = tuple(name for name in (*theirs, *source.others) if name not in first)
 
+    def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        _, layout = entries[name]
+        wanted = [len(range(*part.indices(size))) for part, size in zip(index, layout.shape, strict=True)]
+        fill_ours(source, layout, index, into.reshape(wanted))
+
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
-        one = lambda name: source.read((name,))[name]  # noqa: E731
-        return {name: entries[name][1].to_ours(one) for name in wanted}
+        arrays = {}
+        for name in wanted:
+            entry, _ = entries[name]
+            arrays[name] = np.empty(entry.shape, stored_dtype(entry))
+            read_part(name, [slice(None)] * len(entry.shape), arrays[name])
+        return arrays
 
     ours = tuple(entry for entry, _ in entries.values())
-    return Source(source.name, source.format, ours, read, others, frozenset(by_design)), problems
+    return Source(source.name, source.format, ours, read, others, frozenset(by_design), read_part), problems
 
 
-def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
+def as_theirs(state: State, names: NamesData, adapter: bool = False) -> tuple[Source, Problems, dict[str, str]]:
     """Returns a state as a source that has their names; without what belongs to a training run.
 
+    Args:
+      state: the state.
+      names: what its leaves are called there.
+      adapter: whether only adapters are written, so that other leaves need no row.
+
     Returns:
-      the source, and what is wrong: all of it.
+      the source; what is wrong, all of it; and for each of their names our path.
     """
     plan = state.tables
     derived = {OPTIMIZER, *(each.into for each in plan.derived)}
     problems = Problems()
     entries: dict[str, tuple[SourceArray, PlannedArray, Layout]] = {}
+    ours: dict[str, str] = {}
     for array in arrays_of(state):
         layouts = names.layouts(array.leaf, array.within, array.shape, problems)
         if not layouts and not names.knows(array.leaf, array.within):
-            if array.kind not in derived and not is_of_run(array.leaf.type):
+            left_out = adapter and not issubclass(array.leaf.type, nnx.LoRAParam)
+            if array.kind not in derived and not is_of_run(array.leaf.type) and not left_out:
                 problems.add(array.leaf, "has no row in the names", row_hint(array.leaf.path + array.within))
             continue
-        for _, layout in layouts:
+        for path, layout in layouts:
             for name, shape in layout.names.items():
+                if adapter and issubclass(array.leaf.type, nnx.LoRAParam) and not is_of_adapter(name):
+                    note = f"would be {name}, which is not the name of a matrix in the file of an adapter"
+                    problems.add(array.leaf, note, "'base_model.model.layers.{i}.q_proj.lora_A.weight', for example")
                 if name in entries:
                     other = format_path(entries[name][1].leaf.path)
                     problems.add(array.leaf, f"would be written as {name}, which is also {other}", "names that differ")
                     continue
-                entries[name] = SourceArray(name, (name,), shape, array.dtype), array, layout
+                entries[name] = SourceArray(name, (name,), shape, array.dtype, kind=array.kind), array, layout
+                ours[name] = path
 
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
         kinds = {entries[name][1].kind for name in wanted}
@@ -151,7 +173,7 @@ def as_theirs(state: State, names: NamesData) -> tuple[Source, Problems]:
                 found |= {each: part for each, part in theirs.items() if each in asked}
         return found
 
-    return Source("the state", "statewise", tuple(entry for entry, _, _ in entries.values()), read), problems
+    return Source("the state", "statewise", tuple(entry for entry, _, _ in entries.values()), read), problems, ours
 
 
 def _absent(layout: Layout, theirs: Mapping[str, SourceArray]) -> list[str]:
@@ -181,4 +203,5 @@ def _entry(
     if array.prng is not None and dtype != array.dtype:
         problems.add(array.leaf, f"is a PRNG key, and {dtype} in the source", f"words of {array.dtype}")
         return None
-    return SourceArray(path, array.leaf.path + array.within, array.shape, dtype)
+    ours = array.leaf.path + array.within
+    return SourceArray(path, ours, array.shape, dtype, stacked=layout.stack_axes, parts=tuple(layout.names))

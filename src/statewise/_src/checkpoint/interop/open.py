@@ -13,6 +13,7 @@ from statewise._src.checkpoint.format.load import read_leaves
 from statewise._src.checkpoint.format.locate import find_with_base, leaves_with_base
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.foreign import only_item, open_path
+from statewise._src.checkpoint.interop.several_files import is_several
 from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise._src.checkpoint.orbax.paths import place_of
 from statewise._src.common.paths import format_path
@@ -30,6 +31,8 @@ def open_any(path: object) -> Source:
       RestoreError: there is nothing, or nothing in a known format.
       CorruptedError: it is not what was written.
     """
+    if is_several(path):
+        return open_path(path)
     if not isinstance(path, (str, bytes, os.PathLike)):
         hint = "sw.convert('run/checkpoint', dst), or nested dicts of arrays; a state: sw.save(path, state), or names="
         raise RestoreError(f"{type(path).__name__} is neither a path nor a mapping.", hint=hint)

@@ -1,4 +1,4 @@
-"""safetensors: one file, or a folder of several with an index, as models are published.
+"""safetensors files.
 
 A file is eight bytes that give the length of a header, the header in JSON, and the arrays one after another.  The
 package checks all of that; arrays are read here, by their byte ranges.
@@ -7,32 +7,26 @@ package checks all of that; arrays are read here, by their byte ranges.
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
 from statewise._src.checkpoint.format.keys import dtype_of
+from statewise._src.checkpoint.interop.read_range import read_range
 from statewise._src.checkpoint.interop.recognize import recognized
 from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise.errors import CorruptedError, RestoreError, StatewiseError
 
 __all__ = [
-    "INDEX",
     "SAFETENSORS_DTYPES",
     "first_line",
-    "has_safetensors",
     "open_file",
-    "open_folder",
     "safetensors_package",
     "write_file",
 ]
-
-# The index of a folder: {"weight_map": {name: file}}.
-INDEX = "model.safetensors.index.json"
 
 # The dtypes of a safetensors file, by the format's codes; those that are missing here have no dtype in JAX.
 SAFETENSORS_DTYPES = {
@@ -97,20 +91,26 @@ def open_file(path: FilePath) -> Source:
 
     def read(names: Collection[str]) -> dict[str, np.ndarray]:
         arrays = {}
-        with path.open("rb") as raw:
-            for name in names:
-                # Not with the package: its NumPy side does not have float8, its Flax side narrows 64 bits to 32.
-                start, stop = header[name]["data_offsets"]
-                raw.seek(8 + length + start)
-                data = np.fromfile(raw, np.uint8, stop - start)
-                if data.size != stop - start:
-                    raise CorruptedError(f"{path} is corrupted: it has become shorter.", hint="fetch or write it again")
-                own = dtype_of(dtypes[name])
-                assert own is not None, "a dtype that JAX lacks fits no leaf"
-                arrays[name] = data.view(own).reshape(header[name]["shape"])
+        for name in names:
+            # Not with the package: its NumPy side does not have float8, its Flax side narrows 64 bits to 32.
+            own = dtype_of(dtypes[name])
+            assert own is not None, "a dtype that JAX lacks fits no leaf"
+            arrays[name] = np.empty(header[name]["shape"], own)
+            read_part(name, [slice(None)] * arrays[name].ndim, arrays[name])
         return arrays
 
-    return Source(str(path), "safetensors", tuple(entries), read)
+    def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        shape, start = header[name]["shape"], 8 + length + header[name]["data_offsets"][0]
+        wanted = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
+        try:
+            with path.open("rb", buffering=0) as raw:
+                read_range(raw, start, shape, index, into.reshape(wanted))
+        except EOFError as error:
+            raise CorruptedError(
+                f"{path} is corrupted: it has become shorter.", hint="fetch or write it again"
+            ) from error
+
+    return Source(str(path), "safetensors", tuple(entries), read, read_part=read_part)
 
 
 def _check_other(path: FilePath) -> None:
@@ -154,80 +154,3 @@ def write_file(place: FilePath, arrays: Mapping[str, Any], metadata: dict[str, s
         package.numpy.save_file(flat, place, metadata=metadata)
     except package.SafetensorError as error:
         raise OSError(str(error)) from error
-
-
-# --- a folder ------------------------------------------------------------------------------------------------------
-
-
-def has_safetensors(folder: Any) -> bool:
-    """Returns whether a folder has an index of safetensors files, or such files."""
-    return (folder / INDEX).exists() or any(entry.name.endswith(".safetensors") for entry in folder.iterdir())
-
-
-def open_folder(folder: FilePath) -> Source:
-    """Opens a folder of safetensors files: those that its index names, or all of them if it has none.
-
-    Raises:
-      CorruptedError: a file is not what was written, or the index and the files do not agree: all of it is listed.
-    """
-    index = _read_index(folder)
-    files = sorted({*index.values()}) if index else sorted(path.name for path in folder.glob("*.safetensors"))
-    absent = [name for name in files if not (folder / name).is_file()]
-    if absent:
-        raise CorruptedError(
-            f"{folder} is not complete: its index names {', '.join(absent)}, which is not there.",
-            hint="fetch the folder again",
-        )
-    sources = {name: open_file(folder / name) for name in files}
-    owner: dict[str, str] = {}
-    wrong: list[str] = []
-    for file, source in sources.items():
-        for entry in source.entries:
-            if index and index.get(entry.name) != file:
-                wrong.append(f"{entry.name} is in {file}, and the index has it in {index.get(entry.name, 'no file')}")
-            elif entry.name in owner:
-                wrong.append(f"{entry.name} is in {owner[entry.name]} and in {file}")
-            owner.setdefault(entry.name, file)
-    wrong += [f"{name} is not in {file}, where the index has it" for name, file in index.items() if name not in owner]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise CorruptedError(f"{folder} is corrupted: {'; '.join(wrong[:5])}{more}.", hint="fetch the folder again")
-
-    def read(names: Collection[str]) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = {}
-        for name in names:
-            arrays |= sources[owner[name]].read((name,))
-        return arrays
-
-    entries = tuple(entry for source in sources.values() for entry in source.entries)
-    return Source(str(folder), "safetensors", entries, read)
-
-
-def _read_index(folder: FilePath) -> dict[str, str]:
-    """Returns in which file each array is; empty if there is no index.
-
-    Raises:
-      CorruptedError: it is not an index, or names something that is not a file of this folder.
-    """
-    try:
-        text = (folder / INDEX).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise _not_an_index(folder, first_line(error)) from error
-    try:
-        found = json.loads(text)["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _not_an_index(folder, "it has no weight_map") from error
-    if not isinstance(found, Mapping) or not found or not all(isinstance(file, str) for file in found.values()):
-        raise _not_an_index(folder, "its weight_map does not give a file for each name")
-    # Nothing outside of the folder is opened, whatever an index says.
-    is_outside = lambda file: file != os.path.basename(file) or file in ("", ".", "..") or {*file} & {"\\", "\0"}  # noqa: E731
-    outside = sorted(filter(is_outside, {*found.values()}))
-    if outside:
-        raise _not_an_index(folder, f"it names {', '.join(map(repr, outside[:5]))}, which is not a file of the folder")
-    return dict(found)
-
-
-def _not_an_index(folder: FilePath, why: str) -> CorruptedError:
-    return CorruptedError(f"{folder / INDEX} is not an index: {why}.", hint="fetch the folder again")

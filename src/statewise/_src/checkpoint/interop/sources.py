@@ -23,9 +23,11 @@ from statewise._src.common.problems import Problems
 from statewise._src.core.usable import check_concrete
 from statewise.errors import StructureError
 
-__all__ = ["ARRAY", "Source", "SourceArray", "is_linen", "known_collection", "open_mapping"]
+__all__ = ["ARRAY", "NAMED", "Source", "SourceArray", "is_linen", "known_collection", "open_mapping", "stored_dtype"]
 
 ARRAY = "jax:Array"
+# The format of a source whose names became those of our paths.
+NAMED = "named"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class SourceArray:
       prng: for the words of PRNG keys the implementation, if the source has it.
       aliases: other paths of its leaf, if the source has them.
       average: whether it is an average that a plan keeps, and not a leaf of the model.
+      stacked: the axes of which each position is an array of its own in the files.
+      parts: the names of the arrays that it is in the files, if names say so.
     """
 
     name: str
@@ -53,6 +57,8 @@ class SourceArray:
     prng: str | None = None
     aliases: tuple[Path, ...] = ()
     average: bool = False
+    stacked: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
     def leaf(self, note: str = "") -> Leaf:
         """Returns the entry as tables and errors show it."""
@@ -68,11 +74,12 @@ class Source:
 
     Attributes:
       name: its name in messages.
-      format: `statewise`, `orbax`, `safetensors` or `mapping`.
+      format: `statewise`, `orbax`, `safetensors`, `mapping` or `named`.
       entries: the arrays that it has; none was read for this.
       read: returns the arrays of some entries, by name.
       others: the names of everything in it that is not an array.
       by_design: the paths, as text, of leaves that it is known not to have.
+      read_part: reads a part of one array into a buffer, see `fill`; None if an array is only read as a whole.
     """
 
     name: str
@@ -81,6 +88,27 @@ class Source:
     read: Callable[[Collection[str]], dict[str, np.ndarray]]
     others: tuple[str, ...] = ()
     by_design: frozenset[str] = frozenset()
+    read_part: Callable[[str, Sequence[slice], np.ndarray], None] | None = None
+
+    def fill(self, name: str, index: Sequence[slice], into: np.ndarray) -> None:
+        """Reads a part of an array into a buffer.
+
+        Args:
+          name: the array's entry.
+          index: the positions of the part along each axis, without steps.
+          into: a buffer in C order, of the array's dtype, with as many elements as the part, in any shape.
+        """
+        if self.read_part is None:
+            into[...] = self.read((name,))[name][tuple(index)].reshape(into.shape)
+        else:
+            self.read_part(name, index, into)
+
+
+def stored_dtype(entry: SourceArray) -> np.dtype[Any]:
+    """Returns the dtype in which an array is stored, which is one that fits a leaf."""
+    dtype = dtype_of(entry.dtype)
+    assert dtype is not None, "a dtype that JAX lacks fits no leaf"
+    return dtype
 
 
 def known_collection(name: Any) -> bool:
