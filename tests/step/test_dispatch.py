@@ -190,23 +190,6 @@ def test_sharded_outputs() -> None:
     assert out.sharding == sharding
 
 
-def test_options_of_arguments_without_a_name_of_their_own() -> None:
-    """As in `jax.jit`: a position among `*rest`, and any name if there is a `**named`."""
-
-    def fn(model: Any, *rest: Any, scale: jax.Array, **named: Any) -> jax.Array:
-        return rest[1] * scale * (2 if named["mode"] == "twice" else 1)
-
-    x, y, scale = jnp.ones(3), jnp.ones(3), jnp.ones(3)
-    step = sw.step(fn, donate_argnames="scale", static_argnames="mode")
-    assert step(fresh(), x, y, scale=scale, mode="twice").tolist() == [2.0] * 3
-    assert scale.is_deleted()
-    assert not y.is_deleted()
-    step = sw.step(fn, donate_argnums=2, static_argnames="mode")
-    step(fresh(), x, y, scale=x, mode="once")
-    assert y.is_deleted()
-    assert not x.is_deleted()
-
-
 @pytest.mark.parametrize(
     "options, text",
     [

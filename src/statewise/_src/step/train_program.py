@@ -189,7 +189,8 @@ class TrainProgram:
             new = dict(zip(numbers, values, strict=True))
 
             def of_part(carried: Sequence[Any], own: Sequence[Any]) -> PartResult:
-                now, grads = dict(zip(self.carried, carried, strict=True)), {}
+                now = dict(zip(self.carried, carried, strict=True))
+                grads: dict[int, Any] = {}
                 loss_of = lambda new: self._run(before, now | new, own)  # noqa: E731
                 if differentiates:
                     (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(new)

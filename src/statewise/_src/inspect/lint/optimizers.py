@@ -156,14 +156,16 @@ def half_precision_parameters(subject: Subject) -> Iterator[Found]:
 )
 def rounded_by_a_step(subject: Subject) -> Iterator[Found]:
     """Finds steps that write trained parameters which they see in a compute dtype with fewer bits."""
-    plan, rounded = subject.plan, dict[str, list[int]]()
+    if subject.plan is None:
+        return
+    rounded: dict[str, list[int]] = {}
     for number in sorted({number for training in trainings(subject) for number in training.trained}):
         kind = subject.kind(number)
         compute = None if kind is None or not subject.is_floating(number) else kind.compute
         if compute is not None and jnp.finfo(compute).bits < jnp.finfo(subject.dtype(number)).bits:
             rounded.setdefault(str(subject.claims[number]), []).append(number)
-    for step in subject.steps if plan is not None and rounded else ():
-        for name in step.contract_of(plan, step.name).named:
+    for step in subject.steps if rounded else ():
+        for name in step.contract_of(subject.plan, step.name).named:
             if name in rounded:
                 yield Found(
                     f"{step.name} writes the kind {name!r}, which it sees in {subject.kinds[name].compute}.",
