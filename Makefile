@@ -63,6 +63,10 @@ tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 # Bytecode is kept, whatever the environment says: the suite starts hundreds of interpreters.
 tests quick test-modes test-modes-fixed: export PYTHONDONTWRITEBYTECODE :=
 
+# Most of the time of a test goes into compiling.  What runs beside the complete suite compiles without XLA's expensive
+# optimizations, in two thirds of the time; the complete suite compiles as users do.
+quick tests-oldest test-modes test-modes-fixed: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
+
 # Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
 # marks, files marked `heavy`, and tests that took more than 0.2 seconds in the last quick run of this checkout
 # (tests/helpers/quick.py).

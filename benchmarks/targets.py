@@ -202,6 +202,14 @@ TARGETS = (
         _times("keep_async", "`checkpoints.save(step, state)` returns", "one copy of all arrays on the host"),
         _at_most(NO_SLOWER),
     ),
+    Target(
+        "reading published weights: ours over `load_file` and `device_put`",
+        "at most 1",
+        _times(
+            "names", "`sw.restore(names=)`, as the arrays are", "`safetensors.numpy.load_file`, then `jax.device_put`"
+        ),
+        _at_most(1),
+    ),
 )
 
 

@@ -137,9 +137,6 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Skips a test that is about what the mode of this run changes in Flax, or whose fixtures do what Flax refuses."""
-    # Most of the time of a test goes into compiling, and a third of that into the expensive optimizations of XLA's code
-    # generator.  Only where trained numbers are compared with NNX is a program compiled as users compile it.
-    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("equivalence") is None)
     changed = modes.changed_by_flax(item.nodeid)
     if changed:
         pytest.skip(changed)

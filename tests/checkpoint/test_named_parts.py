@@ -107,6 +107,28 @@ def test_a_device_has_only_one_layer_on_its_way(tmp_path: Path, monkeypatch: pyt
     assert sorted(buffers) == [(1, 8, 6)] * 4 + [(6, 1)] * 4
 
 
+def test_a_wider_dtype_is_read_into_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 files in a float32 model, as on the CPU: without a copy of the whole in bfloat16."""
+    buffers: list[Any] = []
+    aligned = placed._aligned
+    monkeypatch.setattr(placed, "_aligned", lambda shape, dtype: buffers.append(dtype) or aligned(shape, dtype))
+    arrays = {name: array.astype(jnp.bfloat16) for name, array in arrays_of().items()}
+    folder = folder_of(tmp_path / "theirs", arrays)
+    model = Stacked()
+    state, report = sw.restore(folder, sw.plan(model).take(model), names=NAMES, cast=True)
+    assert report.counts == {"params": {"cast": 2}}
+    check(state, {name: array.astype(np.float32) for name, array in arrays.items()})
+    assert {str(dtype) for dtype in buffers} == {"float32"}
+    # The reverse may lose numbers, which is known only of all of them.
+    half = sw.plan(model).take(model).cast(params="bfloat16")
+    exact = folder_of(tmp_path / "exact", arrays_of())
+    state, _ = sw.restore(exact, half, names=NAMES, cast=True)
+    check(state, {name: array.astype(jnp.bfloat16) for name, array in arrays_of().items()})
+    large = arrays_of() | {"h.1.b": np.full(6, 3.4e38, np.float32)}
+    with pytest.raises(sw.RestoreError, match="Casting would lose numbers"):
+        sw.restore(folder_of(tmp_path / "large", large), half, names=NAMES, cast=True)
+
+
 def test_an_array_that_was_read_can_be_donated(tmp_path: Path) -> None:
     """On the CPU it is the buffer that was read into, which JAX must not free twice or write to."""
     arrays = {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8)}

@@ -51,7 +51,7 @@ def test_a_path_where_nothing_is(tmp_path: pathlib.Path) -> None:
     )
 
 
-@pytest.mark.parametrize("path", [None, 3, ("run",)], ids=str)
+@pytest.mark.parametrize("path", [None, 3, {"run": 1}, ()], ids=str)
 def test_what_is_no_path(path: Any) -> None:
     check_all(
         path, sw.RestoreError, f"{type(path).__name__} is not a path.", "sw.restore('run/step_100', target)", sw.inspect

@@ -35,7 +35,10 @@ FAMILIES: dict[str, tuple[ModuleType, Callable[..., nnx.Module], Any]] = {
     "qwen3": (qwen3, qwen3.Qwen3, qwen3.Config(50, 16, 24, **SMALL, **HEADS)),
     "gemma": (gemma, gemma.Gemma, gemma.Config(50, 16, 24, **SMALL, num_key_value_heads=1, head_dim=6)),
     "gpt2": (gpt2, gpt2.GPT2, gpt2.Config(50, n_positions=20, n_embd=16, n_layer=3, n_head=4, n_inner=64)),
+    # Every matrix is square, so that only names say which is which, and whether it is transposed.
+    "gpt2, square": (gpt2, gpt2.GPT2, gpt2.Config(40, n_positions=12, n_embd=12, n_layer=12, n_head=2, n_inner=12)),
     "bert": (bert, bert.Bert, bert.Config(50, 16, 24, **SMALL)),
+    "bert, square": (bert, bert.Bert, bert.Config(50, 16, 16, **SMALL, prefix="bert.", norm=("gamma", "beta"))),
     "vit": (vit, vit.ViT, vit.Config(16, 24, **SMALL, image_size=6, patch_size=2)),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.records import Placed, records_of
@@ -22,6 +23,7 @@ from statewise._src.checkpoint.interop.placed import read_placed
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
 from statewise._src.checkpoint.restore_report import LeafRestore
+from statewise._src.common.narrowing import may_lose
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -165,9 +167,12 @@ def match_names(
 
     def read(leaf: RestoreSource, shardings: Sequence[Any]) -> list[Any]:
         arrays = []
-        for record, sharding in zip(leaf.record.arrays, shardings, strict=True):
+        pairs = zip(leaf.record.arrays, leaf.placed.record.arrays, shardings, strict=True)
+        for record, target, sharding in pairs:
             entry = by_name[entry_of[leaf.placed.record.path, record.within]]
-            arrays.append(read_placed(ours, entry, record.prng, sharding))
+            # A cast that cannot lose a number needs no check of them all, and no second array.
+            exact = record.prng is None and not may_lose(jnp.dtype(record.dtype), jnp.dtype(target.dtype))
+            arrays.append(read_placed(ours, entry, record.prng, sharding, target.dtype if exact else None))
         return arrays
 
     return NamedMatch(dataclasses.replace(matched, report=report), read)

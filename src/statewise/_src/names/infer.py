@@ -17,7 +17,7 @@ from statewise._src.names.assign import assigned
 from statewise._src.names.modules import Link, Module, linked, modules_of
 from statewise._src.names.name import Name
 from statewise._src.names.shapes import Fitting, Shape, fittings, is_matrix
-from statewise._src.names.words import Similarity, role_of
+from statewise._src.names.words import Similarity, has_inputs_first, role_of
 
 __all__ = ["Proposed", "propose"]
 
@@ -173,8 +173,9 @@ class _Finder:
         return pairs, doubtful
 
     def is_straight(self, pairs: Mapping[int, int]) -> bool:
-        """Returns whether kernels whose shapes fit one way only have their inputs first in the files."""
-        straight = turned = 0
+        """Returns whether most kernels have their inputs first there: by shapes that fit one way, and by names."""
+        straight = sum(has_inputs_first(module.parts) for module in self.theirs)
+        turned = 0
         for number, partner in pairs.items():
             fit = self.fit(number, partner, False)
             assert fit is not None, "a pair fits"

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["Similarity", "role_of", "words_of_name"]
+__all__ = ["Similarity", "has_inputs_first", "role_of", "words_of_name"]
 
 # The last word of a name: what the array is to its module.
 _ROLES = {
@@ -53,7 +53,7 @@ _PARTS = {
     "wq": "q",
     "wk": "k",
     "wv": "v",
-    "wo": "o",
+    "wo": "o attention",
     "wte": "embed",
     "wpe": "position",
     "embed_tokens": "embed",
@@ -91,6 +91,10 @@ _WORDS = {
     "fc": "linear",
     "conv": "convolution",
 }
+# What is a part of which block.
+_WITHIN = {"attention": frozenset(("q", "k", "v", "qkv")), "mlp": frozenset(("up", "gate", "down"))}
+# https://github.com/huggingface/transformers has a layer `Conv1D` of these names.
+_INPUTS_FIRST = frozenset(("c_attn", "c_proj", "c_fc"))
 # Words that say nothing about which array it is.
 _NOISE = frozenset(("model", "transformer", "proj", "projection", "dense", "module", "base", "params", "net", "lm"))
 
@@ -119,7 +123,15 @@ def words_of_name(parts: Iterable[str], *, has_own: bool = False) -> frozenset[s
             continue
         for word in re.findall(r"[a-z]+|\d+", plain.replace("feed_forward", "mlp").replace("layer_norm", "norm")):
             found.add(_singular(word))
+            found |= {"attention"} if word == "o" else set()  # `output` may be of anything
+    for context, words in _WITHIN.items():
+        found |= {context} if found & words else set()
     return frozenset(found - _NOISE)
+
+
+def has_inputs_first(parts: Iterable[str | None]) -> bool:
+    """Returns whether a module's name is one of those that GPT-2's code gives to layers with their inputs first."""
+    return not _INPUTS_FIRST.isdisjoint(part for part in parts if part is not None)
 
 
 def _singular(word: str) -> str:

@@ -46,22 +46,23 @@ class _Scratch(threading.local):
         return np.frombuffer(self.memory, dtype, count).reshape(shape)
 
 
-def fill_ours(source: Source, layout: Layout, index: Sequence[slice], out: np.ndarray) -> None:
+def fill_ours(source: Source, layout: Layout, dtype: np.dtype[Any], index: Sequence[slice], out: np.ndarray) -> None:
     """Reads a part of one of our arrays.
 
     Args:
       source: has their arrays.
       layout: which of them ours is.
+      dtype: their dtype.
       index: the positions of the part along each of our axes, without steps.
-      out: a buffer of the part's shape, and of their dtype.
+      out: a buffer of the part's shape; of another dtype, it gets the numbers as they are in that.
     """
     scratch = _Scratch()
 
     def read(piece: Piece) -> None:
-        if piece.is_direct:
+        if piece.is_direct and out.dtype == dtype:
             source.fill(piece.name, piece.index, piece.into)
             return
-        chunk = scratch.array(piece.shape, out.dtype)
+        chunk = scratch.array(piece.shape, dtype)
         source.fill(piece.name, piece.index, chunk)
         within: tuple[Any, ...] = (*piece.within, ...)
         piece.into[...] = chunk[within]

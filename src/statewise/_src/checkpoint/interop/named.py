@@ -108,9 +108,9 @@ def as_ours(source: Source, names: NamesData, target: State) -> tuple[Source, Pr
     others = tuple(name for name in (*theirs, *source.others) if name not in first)
 
     def read_part(name: str, index: Sequence[slice], into: np.ndarray) -> None:
-        _, layout = entries[name]
+        entry, layout = entries[name]
         wanted = [len(range(*part.indices(size))) for part, size in zip(index, layout.shape, strict=True)]
-        fill_ours(source, layout, index, into.reshape(wanted))
+        fill_ours(source, layout, stored_dtype(entry), index, into.reshape(wanted))
 
     def read(wanted: Collection[str]) -> dict[str, np.ndarray]:
         arrays = {}

@@ -26,7 +26,7 @@ _ALIGNED = 64
 Index = tuple[slice, ...]
 
 
-def read_placed(source: Source, entry: SourceArray, prng: str | None, sharding: Any) -> Any:
+def read_placed(source: Source, entry: SourceArray, prng: str | None, sharding: Any, wanted: Any = None) -> Any:
     """Reads an array onto the devices of a sharding; each process reads what its own devices need.
 
     Args:
@@ -34,6 +34,7 @@ def read_placed(source: Source, entry: SourceArray, prng: str | None, sharding: 
       entry: the array.
       prng: the implementation, if the array is the words of PRNG keys.
       sharding: where to; None for the default device.
+      wanted: the dtype that it becomes while it is read, if every number of its own is one of that.
 
     Returns:
       the array; one in a dtype that JAX does not have here is a NumPy array.
@@ -44,6 +45,7 @@ def read_placed(source: Source, entry: SourceArray, prng: str | None, sharding: 
         return jax.device_put(jax.random.wrap_key_data(words, impl=prng), sharding)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return source.read((entry.name,))[entry.name]
+    dtype = dtype if wanted is None else np.dtype(wanted)
     sharding = jnp.zeros(()).sharding if sharding is None else sharding
     devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(entry.shape).items():
@@ -53,31 +55,34 @@ def read_placed(source: Source, entry: SourceArray, prng: str | None, sharding: 
         )
     parts: list[jax.Array] = []
     for spans, places in devices.items():
-        wanted = tuple(slice(*span) for span in spans)
-        parts += _read_part(source, entry, wanted, places)
+        parts += _read_part(source, entry, dtype, tuple(slice(*span) for span in spans), places)
     return jax.make_array_from_single_device_arrays(entry.shape, sharding, parts, dtype=dtype)
 
 
-def _read_part(source: Source, entry: SourceArray, index: Index, places: Sequence[Any]) -> list[jax.Array]:
+def _read_part(
+    source: Source, entry: SourceArray, dtype: np.dtype[Any], index: Index, places: Sequence[Any]
+) -> list[jax.Array]:
     """Returns a part of an array, on each of some devices."""
     shape = tuple(part.stop - part.start for part in index)
     counts = [shape[axis] if axis in entry.stacked else 1 for axis in range(len(shape))]
     if max(counts, default=1) == 1 or 0 in shape or not all(map(_is_streamed, places)):
-        return _put(source, entry, index, places)
-    wholes = [jnp.zeros(shape, stored_dtype(entry), device=place) for place in places]
+        return _put(source, entry, dtype, index, places)
+    wholes = [jnp.zeros(shape, dtype, device=place) for place in places]
     for position in itertools.product(*map(range, counts)):
         one = list(index)
         for axis in entry.stacked:
             start = index[axis].start + position[axis]
             one[axis] = slice(start, start + 1)
-        parts = _put(source, entry, tuple(one), places)
+        parts = _put(source, entry, dtype, tuple(one), places)
         wholes = [_updated(whole, part, position) for whole, part in zip(wholes, parts, strict=True)]
         jax.block_until_ready(wholes)  # or the host would hold what is still on its way
     return wholes
 
 
-def _put(source: Source, entry: SourceArray, index: Index, places: Sequence[Any]) -> list[jax.Array]:
-    buffer = _aligned(tuple(part.stop - part.start for part in index), stored_dtype(entry))
+def _put(
+    source: Source, entry: SourceArray, dtype: np.dtype[Any], index: Index, places: Sequence[Any]
+) -> list[jax.Array]:
+    buffer = _aligned(tuple(part.stop - part.start for part in index), dtype)
     source.fill(entry.name, index, buffer)
     # Nothing else has the buffer, so that the array may be the buffer itself; it then lives as long as the array.
     return jax.block_until_ready([jax.device_put(buffer, place, may_alias=True) for place in places])

@@ -88,7 +88,10 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
     opened, errors = _opened(places)
     if len(errors) == 1:
         raise errors[0]
-    wrong = [error.message.rstrip(".") for error in errors]
+    if errors:
+        listed = "; ".join(error.message.rstrip(".") for error in errors)
+        raise CorruptedError(f"{len(errors)} files are not what was written: {listed}.", hint="fetch them again")
+    wrong: list[str] = []
     owner: dict[str, str] = {}
     for file, source in opened.items():
         twice = [entry.name for entry in source.entries if owner.setdefault(entry.name, file) != file]

@@ -96,7 +96,8 @@ class Source:
         Args:
           name: the array's entry.
           index: the positions of the part along each axis, without steps.
-          into: a buffer in C order, of the array's dtype, with as many elements as the part, in any shape.
+          into: a buffer in C order, of the array's dtype, with as many elements as the part, in any shape.  Of a source
+            of our names the dtype may be another.
         """
         if self.read_part is None:
             into[...] = self.read((name,))[name][tuple(index)].reshape(into.shape)
