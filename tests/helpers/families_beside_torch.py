@@ -6,12 +6,14 @@ Imported by tests of tests/names/torch alone: it needs torch and transformers.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 
@@ -30,6 +32,17 @@ def random_model(model_class: Any, config: Any, seed: int = 0) -> Any:
             noise = torch.randn(weight.shape)
             weight.copy_(weight + 0.3 * noise if weight.ndim == 1 else noise / weight.shape[-1] ** 0.5)
     return model
+
+
+def check_refused(family: ModuleType, config: Any, given: Mapping[str, Any], folder: Path) -> None:
+    """Asserts that a configuration with one field that the model does not follow is refused, by file and field."""
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    ((field, value),) = given.items()
+    with pytest.raises(ValueError, match="and this model has") as caught:
+        family.Config.read(folder)
+    assert f"{file} has {field}={value!r}, and this model has " in str(caught.value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,6 +215,17 @@ def test_layers_are_taken_together() -> None:
     assert all(type(value) is (int if "nonfinite" in key else float) for key, value in leaves.items())
 
 
+def test_leaves_whose_paths_are_printed_alike_are_taken_together() -> None:
+    model = nnx.Dict({"a/b": nnx.Param(jnp.ones(2)), "a": nnx.Dict({"b": nnx.Param(jnp.full(2, 3.0))})})
+    step = sw.train_step(lambda model, x: (model["a/b"][...] * model["a"]["b"][...]).sum() * x, measure="grads")
+    _, (_, measured) = step(plan_of(model).take(model), 1.0)
+    for depth in (None, 2):
+        figures = measured.to_dict(depth=depth)
+        assert set(figures) == {f"grad_{figure}/params/a/b" for figure in ("norm", "max", "nonfinite")}
+        assert figures["grad_norm/params/a/b"] == pytest.approx(math.sqrt(20))
+        assert figures["grad_max/params/a/b"] == 3
+
+
 def test_a_table_names_the_first_leaves_that_are_not_finite() -> None:
     model = Net(nnx.Rngs(0))
     state = plan_of(model).take(model)

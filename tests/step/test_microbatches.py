@@ -284,6 +284,9 @@ def test_an_argument_that_does_not_divide() -> None:
     assert error.hint.splitlines()[0] == "a batch whose size is a multiple of 4"
     within = refused(r"in batch\['x'\] of shape \(15, 6\)", {"x": X[:15]}, fn=lambda model, batch: 0.0, microbatches=4)
     assert "whole_argnames='batch'" in within.hint
+    other = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    within = refused(r"in other.bias.value of shape \(3,\)", X, other, fn=lambda model, x, other: 0.0, microbatches=2)
+    assert "whole_argnames='other'" in within.hint
 
 
 def test_no_array_argument() -> None:
@@ -296,6 +299,22 @@ def test_no_array_argument() -> None:
 def test_a_number_of_parts_that_is_none(count: Any) -> None:
     with pytest.raises(DeclarationError, match="is not a number of parts"):
         sw.train_step(loss_of, microbatches=count)
+
+
+def test_arguments_without_a_name_of_their_own() -> None:
+    """`*rest` takes every further position, though other parameters come after it; and `**named` takes any name."""
+
+    def fn(model: Any, x: jax.Array, *rest: jax.Array, table: jax.Array, **named: jax.Array) -> Any:
+        seen.append((x.shape, *(each.shape for each in rest), table.shape, named["codes"].shape))
+        return model.w[...] * x.sum()
+
+    model, four, two = nnx.Dict(w=nnx.Param(jnp.array(1.0))), jnp.ones(4), jnp.ones(2)
+    for whole in (("table",), ("table", "rest"), ("table", "codes")):
+        seen: list[Any] = []
+        state = sw.plan(model, optimizers={"params": optax.sgd(1.0)}).take(model)
+        sw.train_step(fn, microbatches=2, whole_argnames=whole)(state, four, four, four, table=four, codes=four)
+        rest, codes = four if "rest" in whole else two, four if "codes" in whole else two
+        assert seen == [(two.shape, rest.shape, rest.shape, four.shape, codes.shape)]
 
 
 def test_an_argument_that_the_function_does_not_have() -> None:

@@ -92,27 +92,55 @@ def test_the_gradient_itself_also_where_sums_would_round() -> None:
     np.testing.assert_array_equal(state["params"]["w"], np.array([0.1, 3.0], np.float32))
 
 
-def test_each_part_starts_from_the_gradients_of_the_part_before() -> None:
-    """As an amax history: its gradient is the history, moved by one."""
+def test_an_audit_knows_which_gradients_replace_something() -> None:
+    """An amax history is made from values, and no cotangent reaches it; but `stopped` would be replaced by zero."""
+    model = Bridged()
+    model.stopped = Fp8(jnp.ones(()))
 
-    @jax.custom_vjp
-    def recorded(history: jax.Array, x: jax.Array) -> jax.Array:
-        return x
+    def stopped(model: Any, x: jax.Array) -> jax.Array:
+        return loss_of(model, x) * jax.lax.stop_gradient(model.stopped[...])
 
-    def backward(saved: tuple[Any, Any], grad: Any) -> tuple[Any, Any]:
-        history, x = saved
-        return jnp.concatenate([jnp.abs(x).max()[None], history[:-1]]), grad
+    state = KINDS.plan(model, optimizers=OPTIMIZERS).take(model)
+    audit = sw.audit(sw.train_step(stopped), state, X)
+    assert [sw.format_path(row.path) for row in audit.leaves if row.zero_gradient] == ["stopped"]
 
-    recorded.defvjp(lambda history, x: (x, (history, x)), backward)
+
+@jax.custom_vjp
+def recorded(history: jax.Array, x: jax.Array) -> jax.Array:
+    return x
+
+
+def backward(saved: tuple[Any, Any], grad: Any) -> tuple[Any, Any]:
+    history, x = saved
+    return jnp.concatenate([jnp.abs(x).max()[None], history[:-1]]), grad
+
+
+recorded.defvjp(lambda history, x: (x, (history, x)), backward)
+PARTS = jnp.array([1.0, -2.0, 3.0, 0.5, -7.0, 6.0, 4.0, 4.5])
+
+
+def history_of(x: jax.Array, fn: Any, **options: Any) -> Any:
+    """Trains once in four parts, with an amax history: its gradient is the history, moved by one."""
     model = nnx.Dict(history=Fp8(jnp.zeros(5)), w=nnx.Param(jnp.array(1.0)))
     state = KINDS.plan(model, optimizers=OPTIMIZERS).take(model)
+    state, _ = sw.train_step(fn, microbatches=4, **options)(state, x)
+    return state["fp8"]["history"]
 
-    @sw.train_step(microbatches=4)
-    def train(model: Any, x: jax.Array) -> jax.Array:
-        return (recorded(model.history[...], x) * model.w[...]).mean()
 
-    state, _ = train(state, jnp.array([1.0, -2.0, 3.0, 0.5, -7.0, 6.0, 4.0, 4.5]))
-    np.testing.assert_array_equal(state["fp8"]["history"], [4.5, 7.0, 3.0, 2.0, 0.0])
+def test_each_part_starts_from_the_gradients_of_the_part_before() -> None:
+    history = history_of(PARTS, lambda model, x: (recorded(model.history[...], x) * model.w[...]).mean())
+    np.testing.assert_array_equal(history, [4.5, 7.0, 3.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9, np.nan])
+def test_a_part_of_weight_0_replaces_nothing(padding: float) -> None:
+    def weighted(model: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        is_data = (jnp.abs(x) > 0) & (jnp.abs(x) < 1e8)
+        losses = recorded(model.history[...], x) * model.w[...]
+        return jnp.where(is_data, losses, 0).sum() / is_data.sum(), is_data.sum()
+
+    history = history_of(PARTS.at[2:4].set(padding).at[6:].set(padding), weighted, weighted=True)
+    np.testing.assert_array_equal(history, [7.0, 2.0, 0.0, 0.0, 0.0])
 
 
 def test_within_other_transformations_the_gradient_to_rounding() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -143,6 +144,24 @@ def test_a_parameter_that_the_function_does_not_have() -> None:
     for options in ({"static_argnames": "mode"}, {"donate_argnames": ("mode",)}):
         with pytest.raises(sw.DeclarationError, match=r"has no parameter mode\.\n  hint: one of: model$"):
             sw.step(loss, **options)
+
+
+def test_options_of_arguments_without_a_name_of_their_own() -> None:
+    """As in `jax.jit`: a position among `*rest`, and any name if there is a `**named`."""
+
+    def fn(model: Any, *rest: Any, scale: jax.Array, **named: Any) -> jax.Array:
+        return rest[1] * scale * (2 if named["mode"] == "twice" else 1)
+
+    model = nnx.Dict(w=nnx.Param(jnp.ones(3)))
+    state, x, y, scale = sw.plan(model).take(model), jnp.ones(3), jnp.ones(3), jnp.ones(3)
+    step = sw.step(fn, donate_argnames="scale", static_argnames="mode")
+    assert step(state, x, y, scale=scale, mode="twice").tolist() == [2.0] * 3
+    assert scale.is_deleted()
+    assert not y.is_deleted()
+    step = sw.step(fn, donate_argnums=2, static_argnames="mode")
+    step(state, x, y, scale=x, mode="once")
+    assert y.is_deleted()
+    assert not x.is_deleted()
 
 
 def test_what_a_train_step_writes_by_default_and_what_it_refuses() -> None:

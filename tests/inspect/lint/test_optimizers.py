@@ -145,6 +145,31 @@ def test_parameters_in_half_precision_that_are_trained() -> None:
     clean(linear(), optimizer(linear(), optax.sgd(0.1)))
 
 
+@pytest.mark.parametrize("decorator", [sw.step, sw.train_step])
+def test_a_step_that_rounds_what_an_optimizer_trains(decorator: Any) -> None:
+    def clip(model: Any) -> Any:
+        model.kernel[...] = jnp.clip(model.kernel[...], -1, 1)
+        return model.kernel[...].sum()
+
+    def plan_of(compute: Any, **optimizers: Any) -> sw.Plan:
+        return sw.Kinds(params=sw.Kind(nnx.Param, compute=compute)).plan(linear(), optimizers=optimizers)
+
+    rounding, sgd = decorator(clip, writes="params"), optax.sgd(0.1)
+    finds(
+        "rounded-by-a-step",
+        "clip writes the kind 'params', which it sees in bfloat16.",
+        ["kernel: Param(2, 3) float32  kind=params"],
+        "state = state.replace(params=rule(state['params']))"
+        "  # instead of the step, in a jax.jit: there they are float32",
+        plan_of("bfloat16", params=sgd),
+        steps=rounding,
+    )
+    clean(plan_of("bfloat16", params=sgd), steps=[sw.step(clip), sw.train_step(clip)])
+    clean(plan_of("bfloat16"), steps=rounding)
+    clean(plan_of("float32", params=sgd), steps=rounding)
+    clean(linear(), steps=rounding)
+
+
 # --- what an optimizer holds ---------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import transformers
 
 from beside_torch import arrays_in, check_training
-from families_beside_torch import Pair, random_model
+from families_beside_torch import Pair, check_refused, random_model
 from statewise.examples.names import gpt2
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
@@ -101,10 +100,4 @@ def test_training(tmp_path: Path) -> None:
     ids=lambda given: next(iter(given)),
 )
 def test_what_the_model_does_not_do_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
-    transformers.GPT2Config(**SIZES).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | given))
-    ((field, value),) = given.items()
-    with pytest.raises(ValueError, match="and this model has") as caught:
-        gpt2.Config.read(tmp_path)
-    assert f"{file} has {field}={value!r}, and this model has " in str(caught.value)
+    check_refused(gpt2, transformers.GPT2Config(**SIZES), given, tmp_path)

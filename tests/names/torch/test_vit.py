@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from families_beside_torch import Pair, random_model
+from families_beside_torch import Pair, check_refused, random_model
 from statewise.examples.names import vit
 
 IMAGES = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
@@ -83,10 +82,4 @@ def test_bfloat16(tmp_path: Path) -> None:
     ids=lambda given: next(iter(given)),
 )
 def test_what_the_model_does_not_do_is_refused(tmp_path: Path, given: dict[str, Any]) -> None:
-    transformers.ViTConfig(**SIZES).save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | given))
-    ((field, value),) = given.items()
-    with pytest.raises(ValueError, match="and this model has") as caught:
-        vit.Config.read(tmp_path)
-    assert f"{file} has {field}={value!r}, and this model has " in str(caught.value)
+    check_refused(vit, transformers.ViTConfig(**SIZES), given, tmp_path)

@@ -63,7 +63,8 @@ class Kind:
         `optimizer` then follows the leaves that it updates, and averages (`sw.Kind(sw.EMA)`) the values they track.
       compute: the floating-point dtype in which the functions of steps see the kind, such as `"bfloat16"`; a step casts
         floating-point leaves when it reads them, gradients arrive in the state's own dtype, and what a function writes
-        is cast back.  The state, the optimizer and checkpoints keep their dtypes.  None casts nothing.
+        is cast back, so it is rounded.  The state, the optimizer and checkpoints keep their dtypes.  None casts
+        nothing.
       depends_on: the kinds whose values this one's are made from, as a cache is made from `("params", "lora")`; one
         name or several.  Once one of them has changed, the kind is *stale*, until it restarts or a step writes all of
         it without reading it.  What such a kind itself depends on counts as well.

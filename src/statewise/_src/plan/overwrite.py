@@ -19,7 +19,8 @@ def overwrite_with_gradient() -> optax.GradientTransformation:
 
     It has no state.  In `optax.chain`, or any other transformation of Optax, the new value is the gradient only to
     rounding: Optax adds updates to parameters.  With microbatches each part starts from the gradients of the part
-    before, and the last part's are stored.
+    before, and the last part's are stored; a part of weight 0 changes nothing.  In a plan with `PerDevice` kinds, each
+    device computes a gradient, and their mean is stored.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -91,7 +91,8 @@ class Arguments:
             )
         self.static = chosen_parameters(fn, options, "static")
         self.donated = chosen_parameters(fn, options, "donate")
-        self.names = _names_of(fn)
+        # By position; and the name of `*rest`, which takes every further position.
+        self.names, self.rest = _positions_of(parameters_of(fn) or ())
         self.jit_options = {name: value for name, value in options.items() if name in _OPTIONS}
         if "in_shardings" in options and (self.static or self.donated):
             raise DeclarationError(
@@ -130,7 +131,7 @@ class Arguments:
         yield from kwargs.items()
 
     def _name(self, position: int) -> str | None:
-        return self.names[position] if position < len(self.names) else None
+        return self.names[position] if position < len(self.names) else self.rest
 
     def unhashable(self, static: Iterable[tuple[int | str, object]], objects: int) -> StructureError:
         """Returns the error for static arguments, one of which cannot be hashed."""
@@ -205,8 +206,14 @@ def parameters_of(fn: Any) -> list[inspect.Parameter] | None:
         return None  # a builtin without a signature
 
 
-def _names_of(fn: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(parameter.name for parameter in parameters_of(fn) or ())
+def _positions_of(parameters: Iterable[inspect.Parameter]) -> tuple[tuple[str, ...], str | None]:
+    """Returns the names of parameters by position, up to `*rest`, and the name of that one, if there is one."""
+    names: list[str] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return tuple(names), parameter.name
+        names.append(parameter.name)
+    return tuple(names), None
 
 
 def chosen_parameters(fn: Callable[..., Any], options: Mapping[str, Any], which: str) -> frozenset[Any]:
@@ -215,18 +222,25 @@ def chosen_parameters(fn: Callable[..., Any], options: Mapping[str, Any], which:
     Raises:
       DeclarationError: the function does not have such a parameter.
     """
-    names = _names_of(fn)
+    parameters = parameters_of(fn) or []
+    names = [parameter.name for parameter in parameters]
     chosen = set(_many(options.get(f"{which}_argnames")))
     numbers = set(_many(options.get(f"{which}_argnums")))
     if not names:
         return frozenset(chosen | numbers)
-    missing = sorted(name for name in chosen if name not in names)
-    missing += [str(number) for number in sorted(numbers) if not -len(names) <= number < len(names)]
+    positions, rest = _positions_of(parameters)
+    takes_any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    missing = sorted(name for name in chosen if name not in names and not takes_any_name)
+    missing += [
+        str(number)
+        for number in sorted(numbers)
+        if not -len(names) <= number or (number >= len(names) and rest is None)
+    ]
     if missing:
         raise DeclarationError(
             f"{which}: {getattr(fn, '__name__', fn)} has no parameter {missing[0]}.", hint="one of: " + ", ".join(names)
         )
-    return frozenset(chosen | {names[number] for number in numbers})
+    return frozenset(chosen | {names[number] if number < len(positions) else number for number in numbers})
 
 
 def _many(given: Any) -> Iterable[Any]:

@@ -243,8 +243,8 @@ def train_step(
         are passed whole.
       weighted: whether the function returns `(loss, weight)`, or `(loss, weight, aux)`: then loss and gradients are
         means with these weights, such as the number of tokens in each part.  A weight is a real scalar; a part of
-        weight 0 does not count.  If one is negative, or they sum to zero, nothing changes, and the loss is `nan`: a
-        weight is known on the device only, so this cannot be an error.
+        weight 0 does not count.  If one is negative or not finite, or they sum to zero, nothing changes, and the loss
+        is `nan`: a weight is known on the device only, so this cannot be an error.
       whole_argnames: the arguments that are passed whole to every part.
       nonfinite: `"skip"` leaves everything but random streams as it was where the loss or a gradient is not finite, or
         where the function writes a number that is not finite over one that is.  The loss that is returned is then not

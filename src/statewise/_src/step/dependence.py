@@ -27,7 +27,9 @@ __all__ = ["differentiably_reached", "reached", "zero_gradients"]
 _Flags = tuple[bool, ...]
 
 
-def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[bool]:
+def zero_gradients(
+    loss_of: Callable[..., Any], wrt: Any, *others: Any, overwritten: Sequence[bool] | None = None
+) -> list[bool]:
     """Returns, for each array of `wrt`, whether the gradient of the loss with respect to it is zero for all values.
 
     Nothing is computed: the gradient is only traced.
@@ -36,6 +38,8 @@ def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[
       loss_of: a function of `wrt` and the others that returns a real scalar.
       wrt: a pytree of arrays, concrete or abstract.
       *others: further arguments of `loss_of`.
+      overwritten: for each array of `wrt`, whether its gradient is its next value, as that of an amax history is.  Such
+        a gradient need not be linear: it is zero only if no input reaches it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,8 +54,12 @@ def zero_gradients(loss_of: Callable[..., Any], wrt: Any, *others: Any) -> list[
 
     # The cotangent is the first input; a gradient that it does not reach is zero.
     closed = jax.make_jaxpr(pulled_back)(jnp.ones((), jnp.float32), wrt, others)
-    inputs = [True] + [False] * (len(jaxprs.input_types(closed)) - 1)
-    return [not is_reached for is_reached in reached(closed, inputs)]
+    count = len(jaxprs.input_types(closed))
+    of_cotangent = reached(closed, [True] + [False] * (count - 1))
+    if overwritten is None or not any(overwritten):
+        return [not is_reached for is_reached in of_cotangent]
+    of_any = reached(closed, [True] * count)
+    return [not (any_ if is_own else one) for is_own, any_, one in zip(overwritten, of_any, of_cotangent, strict=True)]
 
 
 def reached(closed: Any, inputs: Sequence[bool]) -> _Flags:

@@ -183,14 +183,17 @@ class Measured(ShownData):
           StructureError: the figures are of several steps, or are being traced.
           DeclarationError: `depth` is not a number of keys.
         """
-        figures = self._figures(depth)
+        groups: dict[tuple[Measure, str], list[_Figures]] = {}
+        for (what, (kind, path)), each in self._figures(depth).items():
+            # Two paths may be one text: the keys `a`, `b` and the key `a/b`.
+            groups.setdefault((what, format_path((kind, *path))), []).append(each)
+        figures = {key: _together(group) for key, group in groups.items()}
         flat: dict[str, Any] = {}
         for what, name in MEASURES.items():
             for figure, attribute in (("norm", "norm"), ("max", "largest"), ("nonfinite", "nonfinite")):
-                for (measured, (kind, path)), each in figures.items():
+                for (measured, text), each in figures.items():
                     if measured == what:
-                        key = f"{name}_{figure}/{format_path((kind, *path))}"
-                        flat[key] = getattr(each, attribute)
+                        flat[f"{name}_{figure}/{text}"] = getattr(each, attribute)
         return flat
 
     def to_json(self, depth: int | None = None) -> str:

@@ -85,7 +85,8 @@ def split_arguments(
     """
     count = training.microbatches
     keyed, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    parts, split, shardings, uneven = [], [], [], []
+    parts, split, shardings = [], [], []
+    uneven: dict[str, str] = {}  # each array, with the name of its argument
     for keys, leaf in keyed:
         name, shape = name_of(plain_key(keys[1])), tuple(getattr(leaf, "shape", ()))
         split.append(bool(shape) and name not in training.whole)
@@ -94,7 +95,7 @@ def split_arguments(
             parts.append(leaf)
             continue
         if shape[0] % count:
-            uneven.append(f"{name}{jax.tree_util.keystr(keys[2:])} of shape {shape}")
+            uneven[f"{name}{jax.tree_util.keystr(keys[2:])} of shape {shape}"] = name
         parts.append(with_shape(leaf, (shape[0] // count, *shape[1:])))
     if not any(split):
         raise StructureError(
@@ -102,7 +103,7 @@ def split_arguments(
             hint=f"pass the batch as arguments: state, loss = {step}(state, x, y)\nor leave microbatches out",
         )
     if uneven:
-        name = uneven[0].split(" of shape", 1)[0].split("[", 1)[0]
+        name = next(iter(uneven.values()))
         raise StructureError(
             f"{step} splits its arguments into {count} microbatches, and the first axis does not divide by {count} in "
             f"{'; '.join(uneven)}.",
@@ -130,15 +131,13 @@ class Mean(NamedTuple):
       outputs: the loss, which is the mean over the parts, and the other outputs, stacked where the batch was split.
       written: the arrays that the function wrote, after the last part.
       grads: the mean gradients, by number.
-      is_valid: whether the weights are at least zero, and their sum is larger.
-      weight: the sum of the weights; the number of parts, if there are none.
+      is_valid: whether the weights are at least zero, and their sum is larger and finite.
     """
 
     outputs: list[Any]
     written: list[Any]
     grads: dict[int, Any]
     is_valid: Any
-    weight: Any
 
 
 class _Sums(NamedTuple):
@@ -212,10 +211,10 @@ def mean_of_parts(
     loss, grads, weight, is_valid = sums[:4]
     if axes:
         loss, grads, weight = jax.lax.psum((loss, grads, weight), axes)
-    is_valid = everywhere(is_valid, axes) & (weight > 0)
+    is_valid = everywhere(is_valid, axes) & (weight > 0) & jnp.isfinite(weight)
     mean = jnp.where(is_valid, loss / weight, jnp.nan).astype(dtype)
     means = {number: (total / weight.astype(total.dtype)).astype(wrt[number].dtype) for number, total in grads.items()}
-    return Mean([mean, *others], sums.written, means, is_valid, weight)
+    return Mean([mean, *others], sums.written, means, is_valid)
 
 
 def _of_same_type(new: Any, old: Any) -> Any:

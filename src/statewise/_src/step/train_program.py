@@ -71,7 +71,7 @@ class TrainProgram:
         # normalize their own weights are updated from the normalized ones.
         arrays.store(self.written, mean.written)
         loss, *others = mean.outputs
-        gradients = Gradients(loss, mean.grads, functools.partial(self._loss_with, before, leaves, mean.weight))
+        gradients = Gradients(loss, mean.grads, functools.partial(self._loss_with, before, leaves))
         if self.training.may_keep:
             changes = jnp.asarray(mean.is_valid)
             if self.training.skips_nonfinite:
@@ -146,7 +146,11 @@ class TrainProgram:
             loss_of = lambda wrt: self._run(before, now | wrt, own)  # noqa: E731
             at = {number: now.get(number, array) for number, array in wrt.items()}
             (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(at)
-            return outputs, [*written, *(grads[number] for number in self.overwritten)], grads
+            replaced = [grads[number] for number in self.overwritten]
+            if self.training.weighted:  # a part of weight 0 replaces nothing
+                old = [now[number] for number in self.overwritten]
+                replaced = [jnp.where(outputs[1] == 0, *pair) for pair in zip(old, replaced, strict=True)]
+            return outputs, [*written, *replaced], grads
 
         count = len(self.written)
         if not self.training.is_plain:
@@ -157,30 +161,56 @@ class TrainProgram:
         (loss, *others), written, grads = of_part(start, leaves)
         if self.axes:
             loss, grads = jax.lax.pmean((loss, grads), self.axes)
-        return Mean([loss, *others], written[:count], grads, True, None)
+        return Mean([loss, *others], written[:count], grads, True)
 
     def _loss_with(
-        self, before: Sequence[Any], leaves: Sequence[Any], weight: Any, numbers: Sequence[int], values: Sequence[Any]
+        self, before: Sequence[Any], leaves: Sequence[Any], numbers: Sequence[int], values: Sequence[Any]
     ) -> Any:
         """Returns the loss of the batch with other values of some arrays: for optimizers that evaluate it."""
-        start = [before[number] for number in self.carried]
 
         def loss_of(values: Sequence[Any]) -> Any:
+            return self._run(before, dict(zip(numbers, values, strict=True)), leaves)[0]
+
+        if not self.training.is_plain:
+            return self._loss_of_parts(before, leaves, numbers)(list(values))
+        return (_averaged(loss_of, self.axes) if self.axes else loss_of)(list(values))
+
+    def _loss_of_parts(
+        self, before: Sequence[Any], leaves: Sequence[Any], numbers: Sequence[int]
+    ) -> Callable[[list[Any]], Any]:
+        """Returns the loss as a function of some arrays, whose gradient is taken of one part after another.
+
+        JAX's own gradient of the loop would keep what the backward pass of every part needs, and would be NaN where
+        the mean of a part without weight is 0 / 0, although the part does not count.
+        """
+        start = [before[number] for number in self.carried]
+
+        def mean_at(values: Sequence[Any], differentiates: bool) -> Mean:
             new = dict(zip(numbers, values, strict=True))
-            if self.training.is_plain:
-                return self._run(before, new, leaves)[0]
 
             def of_part(carried: Sequence[Any], own: Sequence[Any]) -> PartResult:
                 now = dict(zip(self.carried, carried, strict=True))
-                outputs, written = self._run(before, now | new, own)[1]
-                return outputs, [*written, *(now[number] for number in self.overwritten)], {}
+                grads: dict[int, Any] = {}
+                loss_of = lambda new: self._run(before, now | new, own)  # noqa: E731
+                if differentiates:
+                    (_, (outputs, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(new)
+                else:
+                    outputs, written = loss_of(new)[1]
+                return outputs, [*written, *(now[number] for number in self.overwritten)], grads
 
-            mean = mean_of_parts(self.training, self.traced.batch, leaves, start, {}, of_part, self.dtype)
-            # `_averaged` takes the mean over the devices, each of which has a sum of weights of its own.
-            share = mean.weight * jax.lax.psum(1, self.axes) / weight if self.axes else 1
-            return mean.outputs[0] * share
+            wrt = new if differentiates else {}
+            return mean_of_parts(self.training, self.traced.batch, leaves, start, wrt, of_part, self.dtype, self.axes)
 
-        return (_averaged(loss_of, self.axes) if self.axes else loss_of)(list(values))
+        def forward(values: Sequence[Any]) -> tuple[Any, Any]:
+            mean = mean_at(values, differentiates=True)
+            return mean.outputs[0], [mean.grads[number] for number in numbers]
+
+        def backward(grads: Sequence[Any], cotangent: Any) -> Any:
+            return ([(cotangent * grad).astype(grad.dtype) for grad in grads],)
+
+        loss = jax.custom_vjp(lambda values: mean_at(values, differentiates=False).outputs[0])
+        loss.defvjp(forward, backward)
+        return loss
 
 
 def _averaged(loss_of: Callable[[Any], Any], axes: tuple[str, ...]) -> Callable[[Any], Any]:

@@ -144,7 +144,7 @@ def _audit(step: Step, state: State, args: tuple[Any, ...], kwargs: dict[str, An
         # Everything that a call would check is checked, with the same errors.
         traced, *_ = lenient.trace_checked(state, args, kwargs)
         touched = _touched(definition, plan, traced, contract)
-        zero = _zero_gradients(plan, traced, touched["differentiated"]) if contract.trains else set()
+        zero = _zero_gradients(plan, traced, contract) if contract.trains else set()
     error: StatewiseError | None = None
     try:
         with jax.disable_jit(False):
@@ -219,8 +219,12 @@ def _row(plan: PlanTables, leaf: Leaf, numbers: list[int], touched: dict[str, se
     )
 
 
-def _zero_gradients(plan: PlanTables, traced: Traced, differentiated: set[int]) -> set[int]:
+def _zero_gradients(plan: PlanTables, traced: Traced, contract: Contract) -> set[int]:
     """Returns the numbers of the differentiated arrays whose gradient is zero whatever the values."""
+    overwrites = {
+        array.number: group.overwrites for group in contract.groups for array in plan.arrays_of(group).sources
+    }
+    differentiated = set(overwrites)
     # The jaxpr takes only the arrays that are read, so its inputs have other numbers.
     read = [number for number, is_read in enumerate(traced.effects.read) if is_read]
     shapes = {
@@ -237,7 +241,7 @@ def _zero_gradients(plan: PlanTables, traced: Traced, differentiated: set[int]) 
     is_zero: list[bool] = []
 
     def traced_again() -> Traced:
-        is_zero.extend(zero_gradients(loss_of, wrt, others))
+        is_zero.extend(zero_gradients(loss_of, wrt, others, overwritten=[overwrites[number] for number in sorted(wrt)]))
         return traced
 
     # On a mesh the loss may use the names of its axes, which only a shard_map defines.

@@ -151,6 +151,31 @@ def half_precision_parameters(subject: Subject) -> Iterator[Found]:
 
 
 @RULES.rule(
+    "rounded-by-a-step",
+    "a step stores what it made in the compute dtype: all of a leaf is rounded, and small updates before it are lost",
+)
+def rounded_by_a_step(subject: Subject) -> Iterator[Found]:
+    """Finds steps that write trained parameters which they see in a compute dtype with fewer bits."""
+    if subject.plan is None:
+        return
+    rounded: dict[str, list[int]] = {}
+    for number in sorted({number for training in trainings(subject) for number in training.trained}):
+        kind = subject.kind(number)
+        compute = None if kind is None or not subject.is_floating(number) else kind.compute
+        if compute is not None and jnp.finfo(compute).bits < jnp.finfo(subject.dtype(number)).bits:
+            rounded.setdefault(str(subject.claims[number]), []).append(number)
+    for step in subject.steps if rounded else ():
+        for name in step.contract_of(subject.plan, step.name).named:
+            if name in rounded:
+                yield Found(
+                    f"{step.name} writes the kind {name!r}, which it sees in {subject.kinds[name].compute}.",
+                    subject.rows(rounded[name]),
+                    f"state = state.replace({name}=rule(state[{name!r}]))"
+                    f"  # instead of the step, in a jax.jit: there they are {subject.dtype(rounded[name][0])}",
+                )
+
+
+@RULES.rule(
     "optimizer-state-for-frozen",
     "the moments take memory for nothing, and weight decay moves what is declared frozen",
 )
