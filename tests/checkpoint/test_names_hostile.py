@@ -266,5 +266,15 @@ def test_a_kind_that_is_not_saved_is_not_left_out_in_silence(tmp_path: Path) -> 
         hint="Kind(..., saved=True) for 'params', or None in the row of the names",
     ):
         sw.convert(state, tmp_path / "published", names=names)
-    names = sw.Names({"norm/scale": None, "count": "count"})
-    assert sw.convert(state, tmp_path / "published", names=names).ok
+    some = sw.Names({"norm/scale": None, "count": "count"})
+    assert sw.convert(state, tmp_path / "published", names=some).ok
+    arrays = {"model.norm.weight": np.ones(8, np.float32), "count": np.zeros((), np.int32)}
+    safetensors.numpy.save_file(arrays, tmp_path / "all.safetensors")
+    report = sw.preview(tmp_path / "all.safetensors", state, names=names)
+    assert [(str(leaf.path[0]), leaf.note) for leaf in report.problems] == [
+        ("model.norm.weight", "belongs to a leaf of kind 'params', which is not saved")
+    ]
+    assert report.hints == ("leave the row out, or declare the kind with Kind(..., saved=True)",)
+    report = sw.preview(tmp_path / "all.safetensors", state, names=some)
+    assert report.ok
+    assert report.counts["params"] == {"kept": 9}

@@ -22,7 +22,7 @@ from statewise._src.checkpoint.interop.named import arrays_of, as_ours
 from statewise._src.checkpoint.interop.placed import read_placed
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.match import Match, Matcher, RestoreSource
-from statewise._src.checkpoint.restore_report import LeafRestore
+from statewise._src.checkpoint.restore_report import LeafRestore, Outcome
 from statewise._src.common.narrowing import may_lose
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
@@ -158,11 +158,10 @@ def match_names(
     matcher.run()
     matched = matcher.result(source.name if isinstance(path, (list, tuple)) else path)
     report = matched.report
-    # A leaf whose array was not used has a problem of its own, and then the row does match one.
-    reported = {format_path(way) for leaf in problems.leaves for way in (leaf.path, *leaf.aliases)}
-    unused = [_unused(name, names.rows_about(name), reported.isdisjoint(names.paths_of(name))) for name in ours.others]
-    hints = report.hints
-    if any(each.outcome == "problem" for each in unused):
+    unused, hints = _unused(ours, names, state, problems), report.hints
+    if any(each.why.endswith("which is not saved") for each in unused):
+        hints = (*hints, "leave the row out, or declare the kind with Kind(..., saved=True)")
+    if any(each.why.endswith("matches no leaf for it") for each in unused):
         hints = (*hints, "a model of the size of the files: as many layers, and every leaf that a row is about")
     report = dataclasses.replace(report, leaves=(*report.leaves, *unused), hints=hints)
 
@@ -201,9 +200,25 @@ def _entries(state: State, ours: Source, problems: Problems) -> dict[tuple[Path,
     return found
 
 
-def _unused(name: str, rows: Sequence[str], is_news: bool) -> LeafRestore:
-    """Returns what is said of a name in the files that no leaf is read from."""
-    leaf = Leaf((name,), None, jax.Array, None, None)
-    if len(rows) == 1 and is_news:  # several rows about one name are another problem, which its leaves have
-        return LeafRestore(leaf, "problem", f"is in the files, and the row {rows[0]!r} matches no leaf for it")
-    return LeafRestore(leaf, "dropped", "no leaf is read from it" if rows else "no row of the names is about it")
+def _unused(ours: Source, names: NamesData, state: State, problems: Problems) -> list[LeafRestore]:
+    """Returns what is said of each name in the files that no leaf is read from."""
+    # A leaf whose array was not used has a problem of its own, and then the row does match one.
+    reported = {format_path(way) for leaf in problems.leaves for way in (leaf.path, *leaf.aliases)}
+    unsaved = {
+        format_path(way): leaf.kind
+        for leaf in state.tables.leaves
+        if leaf.kind is not None and not state.tables.kinds[leaf.kind].saved
+        for way in (leaf.path, *leaf.aliases)
+    }
+    found = []
+    for name in ours.others:
+        paths, rows = names.paths_of(name), names.rows_about(name)
+        kind = next((unsaved[path] for path in paths if path in unsaved), None)
+        outcome: Outcome = "dropped"
+        why = "no leaf is read from it" if rows else "no row of the names is about it"
+        if kind is not None:
+            outcome, why = "problem", f"belongs to a leaf of kind {kind!r}, which is not saved"
+        elif len(rows) == 1 and reported.isdisjoint(paths):  # several rows about one name are another problem
+            outcome, why = "problem", f"is in the files, and the row {rows[0]!r} matches no leaf for it"
+        found.append(LeafRestore(Leaf((name,), None, jax.Array, None, None), outcome, why))
+    return found
