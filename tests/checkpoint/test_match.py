@@ -255,6 +255,7 @@ def test_everything_is_listed_at_once_with_every_hint(tmp_path: pathlib.Path) ->
                 CAST,
                 "declare it as it was saved, of kind 'stats'; then sw.transfer(restored, plan) into other kinds",
                 "give the leaf the type that it was saved with: BatchStat",
+                "plan the model with the dtype that was saved, restore, and convert it yourself",
                 STRUCTURE,
                 "make it a key: jax.random.key(0, impl='threefry2x32')",
                 "give the leaf the type that it was saved with: Variable",

@@ -309,7 +309,7 @@ class _Plain:
 def _template() -> Any:
     """Returns an abstract `nnx.Linear`, whose attributes are replaced: tracing one for each layer would take long."""
     with nnx.var_defaults(hijax=False, ref=False):
-        return nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)), graph=True)
 
 
 def _linear(module: Any) -> Any:
