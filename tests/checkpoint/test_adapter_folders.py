@@ -266,9 +266,7 @@ def test_options_that_peft_does_not_read(tmp_path: Path, options: dict[str, Any]
         ({"target_modules": "ALL-linear"}, True),
     ],
 )
-def test_modules_without_an_adapter_by_other_options(
-    tmp_path: Path, options: dict[str, Any], is_written: bool
-) -> None:
+def test_modules_without_an_adapter_by_other_options(tmp_path: Path, options: dict[str, Any], is_written: bool) -> None:
     if is_written:
         written(tmp_path, NAMES, config(**options))
     else:

@@ -158,9 +158,7 @@ def test_a_function_that_may_change_the_matrices() -> None:
 def test_a_layer_that_may_not_compute_the_product(option: str, base: Any) -> None:
     note = f"is of a layer with a {option} of its own, which may compute something other than the product"
     leaves = [f"layer/base_module/kernel: Param(3, 4) float32  kind=params  ({note})"]
-    with refused(
-        sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="params", hint=LINEAR
-    ):
+    with refused(sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="params", hint=LINEAR):
         merge(Held(layer=adapter(base)))
 
 
@@ -168,9 +166,7 @@ def test_a_product_of_its_own_under_the_adapter_of_flax() -> None:
     model = nnx.LoRALinear(3, 4, lora_rank=2, dot_general=lambda *args, **kw: 2.0, rngs=nnx.Rngs(0))
     note = "is of a layer with a dot_general of its own, which may compute something other than the product"
     leaves = [f"kernel: Param(3, 4) float32  kind=params  ({note})"]
-    with refused(
-        sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="params", hint=LINEAR
-    ):
+    with refused(sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="params", hint=LINEAR):
         merge(model)
 
 
@@ -214,18 +210,25 @@ def test_shapes_and_dtypes_without_a_sum() -> None:
     stacked = plain()
     stacked.kernel = nnx.Param(jnp.ones((3, 7, 4)))
     leaves = [
+        "complex/base_module/kernel: Param(3, 4) float32  kind=params  (is float32, and its adapter complex64)",
         "integers/base_module/kernel: Param(3, 4) int8  kind=params  (is int8, to which no product is added)",
         "stacked/base_module/kernel: Param(3, 7, 4) float32  kind=params  "
         "(is (3, 7, 4), and its adapter (3, 2) and (2, 4))",
     ]
     with refused(
         sw.errors.StructureError,
-        IN_THE_WAY.format("2 leaves are"),
+        IN_THE_WAY.format("3 leaves are"),
         leaves=leaves,
         kind="params",
-        hint="dequantize it first\nlayers that are stacked along the first axis",
+        hint="a kernel of the adapter's dtype\ndequantize it first\nlayers that are stacked along the first axis",
     ):
-        merge(Held(integers=adapter(integers), stacked=adapter(stacked)))
+        merge(
+            Held(
+                complex=adapter(plain(), param_dtype=jnp.complex64),
+                integers=adapter(integers),
+                stacked=adapter(stacked),
+            )
+        )
 
 
 def test_an_optimizer_inside_an_object() -> None:

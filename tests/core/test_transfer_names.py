@@ -280,6 +280,10 @@ def test_a_stack_of_no_layers(is_on_mesh: bool) -> None:
     assert filled["params"]["up"].shape == (0, 8, 16)
     assert filled["params"]["up"].sharding == stacked["params"]["up"].sharding
     assert np.array_equal(filled["params"]["scale"], none["params"]["scale"])
-    assert jax.eval_shape(lambda a, b: sw.transfer(a, b, names=names), none, stacked)["params"]["up"].shape == (0, 8, 16)
+    assert jax.eval_shape(lambda a, b: sw.transfer(a, b, names=names), none, stacked)["params"]["up"].shape == (
+        0,
+        8,
+        16,
+    )
     back = sw.transfer(stacked, none, names=names)
     assert np.array_equal(back["params"]["scale"], stacked["params"]["scale"])

@@ -260,6 +260,14 @@ class _Adapters:
             note = _misfit(leaves[number], leaves[a], leaves[b])
             if note:
                 self._problems.add(leaves[number], note, "layers that are stacked along the first axis")
+            wider = next((leaves[each] for each in (a, b) if _is_complex(leaves[each])), None)
+            if wider is not None and not _is_complex(leaves[number]):
+                note = f"is {leaves[number].dtype}, and its adapter {wider.dtype}"
+                self._problems.add(leaves[number], note, "a kernel of the adapter's dtype")
+
+
+def _is_complex(leaf: Leaf) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating))
 
 
 def _misfit(kernel: Leaf, a: Leaf, b: Leaf) -> str:

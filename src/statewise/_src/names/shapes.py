@@ -82,6 +82,8 @@ def fittings(ours: Shape, theirs: Shape, role: str | None, key: str, straight: b
     """
     if math.prod(ours) != math.prod(theirs):
         return []
+    if 0 in ours:  # lengths do not say which axis is which
+        return [Fitting(tuple((axis,) for axis in range(len(ours))), ours, True, False)] if ours == theirs else []
     is_kernel = is_matrix(role, key, ours) and len(theirs) > 1
     found: dict[tuple[tuple[int, ...], ...], Fitting] = {}
     for order in _orders(len(ours), is_kernel and not straight, len(ours) == len(theirs)):

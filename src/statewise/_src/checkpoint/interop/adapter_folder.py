@@ -229,8 +229,8 @@ def _check_no_adapter(files: Sequence[FilePath]) -> None:
     place = next((file.parent / CONFIG for file in files if (file.parent / CONFIG).is_file()), None)
     if place is not None:
         raise RestoreError(
-            f"{place} is beside the matrices of an adapter that are not in {ADAPTER_FILE}: it is not known whether they "
-            "have its scale.",
+            f"{place} is beside the matrices of an adapter that are not in {ADAPTER_FILE}: it is not known "
+            "whether they have its scale.",
             hint=f"call the file {ADAPTER_FILE} if peft wrote it; or read it from a folder without {CONFIG}",
         )
 
