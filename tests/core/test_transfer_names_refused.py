@@ -244,3 +244,17 @@ def test_a_leaf_whose_value_goes_elsewhere() -> None:
         sw.transfer(taken(a=(2,), b=(2,)), taken(a=(2,), b=(2,)), names=sw.Names({"a": "b"}))
     swapped = sw.Names({"a": "b", "b": "a"})  # the hint
     assert sw.transfer(taken(a=(2,), b=(2,)), taken(a=(2,), b=(2,)), names=swapped)["params"]["a"].shape == (2,)
+
+
+def test_a_layer_of_a_kind_with_another_name_is_not_left_out() -> None:
+    stack = model(w=(3, 2))
+    src = sw.Kinds(weights=sw.Kind(nnx.Param)).plan(stack).take(stack)
+    with refused(
+        sw.errors.StructureError,
+        fit(1),
+        leaves=["w: Param(3, 2) float32  kind=weights  (would be l/2/w, which the target lacks)"],
+        kind="weights",
+        hint="another name in the row 'w', or a target that has this leaf",
+    ):
+        sw.transfer(src, taken(l=[(2,)] * 2), names=W)
+    assert sw.transfer(src, taken(l=[(2,)] * 3), names=W)["params"]["l"][2]["w"].shape == (2,)

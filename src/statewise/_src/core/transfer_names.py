@@ -160,7 +160,8 @@ class _Forward(_Matcher):
     def _add(self, source: PlacedLeaf, layout: Layout) -> None:
         absent = [name for name in layout.names if name not in self._rights]
         # Of kinds that are not asked for, only what is there can be known.
-        if absent and source.leaf.kind in self._kinds:
+        present = {self._rights[name].leaf.kind for name in layout.names if name in self._rights}
+        if absent and not {*present, source.leaf.kind}.isdisjoint(self._kinds):
             row = self._rows_of(source)[0]
             self._say(source.leaf, f"would be {_and_more(absent)}, which the target lacks", _ROW.format(row, "target"))
         targets: list[ArrayInfo | None] = []

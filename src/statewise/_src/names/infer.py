@@ -203,7 +203,7 @@ class _Finder:
         return of
 
     def _by_shape(self, number: int, key: str, pairs: Mapping[int, int]) -> list[str]:
-        """Returns their names that fit the shape alone, of modules without a partner: `layer4.0`, and `block4_1` here."""
+        """Returns their names that fit the shape, of modules without a partner: `layer4.0` for our `block4_1`."""
         shape, taken = self.ours[number].leaves[key], {*pairs.values()}
         fitting = [
             (partner, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,8 @@ def is_matrix(role: str | None, key: str, shape: Shape) -> bool:
     return role == "weight" and key not in ("embedding", "scale", "gamma") and len(shape) > 1
 
 
-def fittings(ours: Shape, theirs: Shape, role: str | None, key: str, straight: bool) -> list[Fitting]:
+@functools.lru_cache(maxsize=4096)
+def fittings(ours: Shape, theirs: Shape, role: str | None, key: str, straight: bool) -> Sequence[Fitting]:
     """Returns the patterns that two shapes allow, the most usual first.
 
     Args:
