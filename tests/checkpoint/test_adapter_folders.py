@@ -258,7 +258,8 @@ def test_options_that_peft_does_not_read(tmp_path: Path, options: dict[str, Any]
         ({"exclude_modules": r".*\.1\..*"}, False),
         ({"exclude_modules": ["other"]}, True),
         ({"target_modules": ["proj"], "layers_to_transform": [0]}, False),
-        ({"target_modules": ["proj"], "layers_to_transform": [0, 1]}, True),
+        ({"target_modules": ["proj"], "layers_to_transform": [0, 1]}, False),  # in `model.layers.0`, not in `layers.0`
+        ({"target_modules": ["proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"}, True),
         ({"target_modules": ["proj"], "layers_to_transform": 0, "layers_pattern": ["layers"]}, False),
         ({"target_modules": ["proj"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"}, False),
         ({"target_modules": ["layers.0.proj", "layers.1.proj"], "layers_to_transform": [0]}, True),

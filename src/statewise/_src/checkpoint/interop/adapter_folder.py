@@ -160,9 +160,12 @@ class AdapterConfig:
         listed = [layers] if isinstance(layers, int) else layers
         if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
             raise self._wrong("layers_to_transform")
-        patterns = self.data.get("layers_pattern") or r"[^.]*"
-        for pattern in [patterns] if isinstance(patterns, str) else self._texts("layers_pattern", patterns):
-            found = self._match("layers_pattern", rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", module)
+        given = self.data.get("layers_pattern") or []
+        names = [given] if isinstance(given, str) else self._texts("layers_pattern", given)
+        # Without a pattern peft finds no number in `layers.0.q`, but in `model.layers.0.q`.
+        patterns = [rf"(?:^|.*?\.){name}" for name in names] or [r".*?\.[^.]*"]
+        for pattern in patterns:
+            found = self._match("layers_pattern", rf"{pattern}\.(?P<number>\d+)\.", module)
             if found is not None:
                 return int(found["number"]) in listed
         return False
