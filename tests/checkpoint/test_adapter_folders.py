@@ -225,3 +225,89 @@ def test_what_peft_would_not_read_is_not_written(tmp_path: Path) -> None:
         written(tmp_path, sw.Names({"layers/{i}/lora/lora_a": NAMES["layers/{i}/lora/lora_a"]}), config())
     assert not (tmp_path / "out").exists()
     written(tmp_path, NAMES, config(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_of_writing"),
+    [
+        ({"alpha_pattern": {"layers.[": 3}}, False),
+        ({"rank_pattern": ["proj"]}, False),
+        ({"target_modules": "("}, True),
+        ({"target_modules": 3}, True),
+        ({"exclude_modules": [3]}, True),
+        ({"layers_to_transform": "0", "target_modules": ["proj"]}, True),
+        ({"layers_to_transform": 0, "target_modules": ["proj"], "layers_pattern": "("}, True),
+    ],
+)
+def test_options_that_peft_does_not_read(tmp_path: Path, options: dict[str, Any], is_of_writing: bool) -> None:
+    option = "layers_pattern" if "layers_pattern" in options else next(iter(options))
+    place = folder_of(tmp_path / "adapter", matrices(), config(**options))
+    fact = f" has {option}={options[option]!r}, which peft does not read."
+    hint = f"the {option} that peft wrote"
+    if not is_of_writing:
+        with refused(sw.RestoreError, f"{place / 'adapter_config.json'}{fact}", hint=hint):
+            restored(place)
+    with refused(sw.SaveError, f"{tmp_path / 'adapter_config.json'}{fact}", hint=hint):
+        written(tmp_path, NAMES, config(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_written"),
+    [
+        ({"exclude_modules": ["layers.1.proj"]}, False),
+        ({"exclude_modules": r".*\.1\..*"}, False),
+        ({"exclude_modules": ["other"]}, True),
+        ({"target_modules": ["proj"], "layers_to_transform": [0]}, False),
+        ({"target_modules": ["proj"], "layers_to_transform": [0, 1]}, False),  # in `model.layers.0`, not in `layers.0`
+        ({"target_modules": ["proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"}, True),
+        ({"target_modules": ["proj"], "layers_to_transform": 0, "layers_pattern": ["layers"]}, False),
+        ({"target_modules": ["proj"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"}, False),
+        ({"target_modules": ["layers.0.proj", "layers.1.proj"], "layers_to_transform": [0]}, True),
+        ({"modules_to_save": ["layers"]}, False),
+        ({"target_modules": "ALL-linear"}, True),
+    ],
+)
+def test_modules_without_an_adapter_by_other_options(tmp_path: Path, options: dict[str, Any], is_written: bool) -> None:
+    if is_written:
+        written(tmp_path, NAMES, config(**options))
+    else:
+        with pytest.raises(sw.SaveError, match="peft would not read base_model"):
+            written(tmp_path, NAMES, config(**options))
+    assert (tmp_path / "out").exists() == is_written
+
+
+def test_matrices_under_the_name_of_an_adapter(tmp_path: Path) -> None:
+    # As a state_dict has them; peft's own files are without it.
+    named = {name.replace(".weight", ".default.weight"): array for name, array in matrices().items()}
+    names = sw.Names.from_dict(json.loads(json.dumps(NAMES.to_dict()).replace(".weight", ".default.weight")))
+    place = folder_of(tmp_path / "adapter", named, config())
+    state, _ = sw.restore(place, sw.plan(net()).take(net()), names=names, only="lora")
+    _, b = read(state, 0)
+    assert np.array_equal(b, 2 * named["base_model.model.layers.0.proj.lora_B.default.weight"].T)
+    with pytest.raises(sw.SaveError, match=r"peft would not read base_model\.model\.layers\.0\.proj\.lora_A\.default"):
+        written(tmp_path, names, config())
+
+
+def test_matrices_in_a_file_of_another_name(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "adapter", matrices(), config())
+    file = (place / "adapter_model.safetensors").rename(place / "model.safetensors")
+    for path in (place, file, [file]):
+        with refused(
+            sw.RestoreError,
+            f"{place / 'adapter_config.json'} is beside the matrices of an adapter that are not in "
+            "adapter_model.safetensors: it is not known whether they have its scale.",
+            hint="call the file adapter_model.safetensors if peft wrote it; or read it from a folder without "
+            "adapter_config.json",
+        ):
+            restored(path)
+    (place / "adapter_config.json").unlink()  # the hint: as sw.convert writes a state without a configuration
+    assert np.array_equal(read(restored(place), 0)[1], matrices()["base_model.model.layers.0.proj.lora_B.weight"].T)
+
+
+def test_the_file_of_an_adapter_is_not_written_alone(tmp_path: Path) -> None:
+    with refused(
+        sw.SaveError,
+        "adapter_model.safetensors is of an adapter, and its adapter_config.json gives the scale of its matrices.",
+        hint="sw.convert(state, 'folder', names=names, extra_files=['adapter_config.json'])",
+    ):
+        sw.convert(sw.plan(net()).take(net()), tmp_path / "adapter_model.safetensors", names=NAMES)

@@ -22,6 +22,9 @@ import statewise as sw
 def make(): return nnx.Linear(2, 3, rngs=nnx.Rngs(0))
 names = sw.Names({"kernel": sw.Name("proj.weight", "o i -> i o"), "bias": "proj.bias"})
 def other(): return sw.Names({"kernel": "proj.weight"})
+number = 3
+rows = {"kernel": "proj.weight"}
+def of_size(size): return names
 half = sw.Names({"bias": "proj.bias"})
 """
 MAKE = "models_of_names:make"
@@ -95,6 +98,19 @@ def test_convert_there_and_back(run: Run) -> None:
     ("argv", "says"),
     [
         (["names", "check", "models_of_names:make", MAKE, "published"], "models_of_names:make is Linear, not Names"),
+        (
+            ["names", "check", "models_of_names:rows", MAKE, "published"],
+            "models_of_names:rows is dict, not a function that takes no arguments and returns Names",
+        ),
+        (
+            ["names", "check", "models_of_names:of_size", MAKE, "published"],
+            "models_of_names:of_size is a function that needs arguments (size); name a function without any that "
+            "returns Names",
+        ),
+        (
+            ["names", "infer", "models_of_names:number", "published"],
+            "models_of_names:number is int, not a function that takes no arguments and returns the model",
+        ),
         (["names", "check", "models_of_names:names", MAKE, "nowhere"], "There is nothing at"),
         (["names", "infer", MAKE, "published", "nowhere.safetensors"], "There is no file at"),
         (

@@ -85,11 +85,11 @@ def test_what_is_not_of_flax_is_listed_at_once() -> None:
         squared=adapter(Squared(3, 4, rngs=nnx.Rngs(0))),
     )
     leaves = [
-        "conv/lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to a Conv, which is not an nnx.Linear)",
-        "heads/lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to a LinearGeneral, which is not an nnx.Linear)",
+        "conv/lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to Conv, which is not an nnx.Linear)",
+        "heads/lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to LinearGeneral, which is not an nnx.Linear)",
         "other/kernel: Param(3, 4) float32  kind=params  (is of Other, which is not Flax's own nnx.LoRALinear)",
         "scaled/lora_a: LoRAParam(3, 2) float32  kind=lora  (is of Scaled, which computes something else)",
-        "squared/lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to a Squared, which is not an nnx.Linear)",
+        "squared/lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to Squared, which is not an nnx.Linear)",
     ]
     state = sw.plan(model).take(model)
     with pytest.raises(sw.errors.StructureError) as caught:
@@ -147,6 +147,35 @@ def test_a_function_that_may_change_the_matrices() -> None:
         merge(Held(inner=inner, outer=adapter(plain(), promote_dtype=doubled)))
 
 
+@pytest.mark.parametrize(
+    ("option", "base"),
+    [
+        ("promote_dtype", nnx.Linear(3, 4, promote_dtype=lambda arrays, dtype=None: arrays, rngs=nnx.Rngs(0))),
+        ("dot_general", nnx.Linear(3, 4, dot_general=lambda *args, **kw: 2.0, rngs=nnx.Rngs(0))),
+        ("dot_general_cls", nnx.LinearGeneral(3, 4, dot_general_cls=lambda: None, rngs=nnx.Rngs(0))),
+    ],
+)
+def test_a_layer_that_may_not_compute_the_product(option: str, base: Any) -> None:
+    note = f"is of a layer with a {option} of its own, which may compute something other than the product"
+    leaves = [f"layer/base_module/kernel: Param(3, 4) float32  kind=params  ({note})"]
+    with refused(sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="params", hint=LINEAR):
+        merge(Held(layer=adapter(base)))
+
+
+def test_a_product_of_its_own_under_the_adapter_of_flax() -> None:
+    model = nnx.LoRALinear(3, 4, lora_rank=2, dot_general=lambda *args, **kw: 2.0, rngs=nnx.Rngs(0))
+    note = "is of a layer with a dot_general of its own, which may compute something other than the product"
+    leaves = [f"kernel: Param(3, 4) float32  kind=params  ({note})"]
+    with refused(sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="params", hint=LINEAR):
+        merge(model)
+
+
+def test_an_adapter_of_a_function() -> None:
+    leaves = ["lora_a: LoRAParam(3, 2) float32  kind=lora  (is added to function, which is not an nnx.Linear)"]
+    with refused(sw.errors.StructureError, IN_THE_WAY.format("1 leaf is"), leaves=leaves, kind="lora", hint=LINEAR):
+        merge(adapter(lambda x: x))
+
+
 def test_kinds_that_do_not_fit_the_plain_model() -> None:
     model = Held(layer=adapter(plain()))
     kinds = sw.Kinds(base=sw.Kind(sw.Path("**/base_module/*"), frozen=True), rest=sw.Kind(...))
@@ -181,18 +210,25 @@ def test_shapes_and_dtypes_without_a_sum() -> None:
     stacked = plain()
     stacked.kernel = nnx.Param(jnp.ones((3, 7, 4)))
     leaves = [
+        "complex/base_module/kernel: Param(3, 4) float32  kind=params  (is float32, and its adapter complex64)",
         "integers/base_module/kernel: Param(3, 4) int8  kind=params  (is int8, to which no product is added)",
         "stacked/base_module/kernel: Param(3, 7, 4) float32  kind=params  "
         "(is (3, 7, 4), and its adapter (3, 2) and (2, 4))",
     ]
     with refused(
         sw.errors.StructureError,
-        IN_THE_WAY.format("2 leaves are"),
+        IN_THE_WAY.format("3 leaves are"),
         leaves=leaves,
         kind="params",
-        hint="dequantize it first\nlayers that are stacked along the first axis",
+        hint="a kernel of the adapter's dtype\ndequantize it first\nlayers that are stacked along the first axis",
     ):
-        merge(Held(integers=adapter(integers), stacked=adapter(stacked)))
+        merge(
+            Held(
+                complex=adapter(plain(), param_dtype=jnp.complex64),
+                integers=adapter(integers),
+                stacked=adapter(stacked),
+            )
+        )
 
 
 def test_an_optimizer_inside_an_object() -> None:

@@ -268,3 +268,22 @@ def test_tied_leaves() -> None:
     names = sw.Names({"embed": "a", "head": "b"})
     published = sw.transfer(taken(tied), taken(both), names=names)
     assert np.array_equal(published["params"]["a"][...], embed[...])
+
+
+@pytest.mark.parametrize("is_on_mesh", [False, True])
+def test_a_stack_of_no_layers(is_on_mesh: bool) -> None:
+    mesh = mesh_of(0, 2, AxisType.Explicit, data=2) if is_on_mesh else None
+    none = taken(nnx.Dict(layers=nnx.List([]), scale=parameter(0, 8)))
+    stacked = taken(nnx.Dict(up=parameter(1, 0, 8, 16), scale=parameter(2, 8)), mesh)
+    names = sw.Names({"up": sw.Name("layers/{i}/up", "layer o i -> layer i o")})
+    filled = sw.transfer(none, stacked, names=names)
+    assert filled["params"]["up"].shape == (0, 8, 16)
+    assert filled["params"]["up"].sharding == stacked["params"]["up"].sharding
+    assert np.array_equal(filled["params"]["scale"], none["params"]["scale"])
+    assert jax.eval_shape(lambda a, b: sw.transfer(a, b, names=names), none, stacked)["params"]["up"].shape == (
+        0,
+        8,
+        16,
+    )
+    back = sw.transfer(stacked, none, names=names)
+    assert np.array_equal(back["params"]["scale"], stacked["params"]["scale"])

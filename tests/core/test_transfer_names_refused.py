@@ -216,3 +216,45 @@ def test_donated_and_abstract_sources_and_what_are_no_names() -> None:
     jax.tree.leaves(src)[0].delete()
     with pytest.raises(sw.errors.StructureError, match="was donated"):
         sw.transfer(src, target, names=W)
+
+
+def test_a_layer_of_the_source_is_not_left_out() -> None:
+    stack, three, four = taken(w=(3, 2)), taken(l=[(2,)] * 3), taken(l=[(2,)] * 4)
+    note = "is in the row 'w', which matches no leaf of the target for it"
+    with refused(
+        sw.errors.StructureError,
+        fit(1),
+        leaves=[f"l/3/w: Param(2,) float32  kind=params  ({note})"],
+        kind="params",
+        hint="a target of the source's size: as many layers",
+    ):
+        sw.transfer(four, stack, names=W)
+    assert sw.transfer(three, stack, names=W)["params"]["w"].shape == (3, 2)
+    assert sw.transfer(four, taken(w=(4, 2)), names=W)["params"]["w"].shape == (4, 2)  # the hint
+
+
+def test_a_leaf_whose_value_goes_elsewhere() -> None:
+    with refused(
+        sw.errors.StructureError,
+        fit(1),
+        leaves=["a: Param(2,) float32  kind=params  (by the names, the source's is another leaf of the target)"],
+        kind="params",
+        hint="a row in the names for this leaf too",
+    ):
+        sw.transfer(taken(a=(2,), b=(2,)), taken(a=(2,), b=(2,)), names=sw.Names({"a": "b"}))
+    swapped = sw.Names({"a": "b", "b": "a"})  # the hint
+    assert sw.transfer(taken(a=(2,), b=(2,)), taken(a=(2,), b=(2,)), names=swapped)["params"]["a"].shape == (2,)
+
+
+def test_a_layer_of_a_kind_with_another_name_is_not_left_out() -> None:
+    stack = model(w=(3, 2))
+    src = sw.Kinds(weights=sw.Kind(nnx.Param)).plan(stack).take(stack)
+    with refused(
+        sw.errors.StructureError,
+        fit(1),
+        leaves=["w: Param(3, 2) float32  kind=weights  (would be l/2/w, which the target lacks)"],
+        kind="weights",
+        hint="another name in the row 'w', or a target that has this leaf",
+    ):
+        sw.transfer(src, taken(l=[(2,)] * 2), names=W)
+    assert sw.transfer(src, taken(l=[(2,)] * 3), names=W)["params"]["l"][2]["w"].shape == (2,)

@@ -181,6 +181,24 @@ def test_what_the_names_do_not_say_is_left_to_a_reader(tmp_path: Path) -> None:
     assert str(proposal) == proposal.code
 
 
+def test_arrays_of_a_shape_are_candidates_whatever_their_numbers(tmp_path: Path) -> None:
+    model = nnx.Dict(block4_1=nnx.Conv(2, 3, (3, 3), use_bias=False, rngs=nnx.Rngs(0)), none=nnx.Param(jnp.ones(7)))
+    arrays = {f"layer4.{i}.conv{i}.weight": np.ones((3, 2, 3, 3), np.float32) for i in range(2)}
+    proposal = sw.Names.infer(sw.plan(model), folder_of(tmp_path / "theirs", arrays))
+    listed = "'layer4.1.conv1.weight', 'layer4.0.conv0.weight'"  # the more similar first
+    assert f"# 'block4_1/kernel': ?  # one of {listed}\n" in proposal.code
+    assert "# 'none': None,  # not one array there fits; None says that they do not have it\n" in proposal.code
+    assert proposal.undecided == ("block4_1/kernel", "none")
+
+
+def test_arrays_without_elements(tmp_path: Path) -> None:
+    model = nnx.Dict(same=nnx.Param(jnp.ones((0, 3))), other=nnx.Param(jnp.ones((0, 5))))
+    arrays = {"same": np.ones((0, 3), np.float32), "other": np.ones((5, 0), np.float32)}
+    proposal = sw.Names.infer(sw.plan(model), folder_of(tmp_path / "theirs", arrays))
+    assert read(proposal) == sw.Names({"same": "same"})
+    assert proposal.undecided == ("other",)
+
+
 def test_a_square_matrix_is_as_the_other_kernels_of_the_files_are(tmp_path: Path) -> None:
     class Two(nnx.Module):
         def __init__(self) -> None:

@@ -226,7 +226,7 @@ def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | Non
     if args.kinds is None:
         return None
     with contextlib.redirect_stdout(sys.stderr):
-        kinds = load(args.kinds, stack).evaluated(lambda value: isinstance(value, Kinds))
+        kinds = load(args.kinds, stack).evaluated(lambda value: isinstance(value, Kinds), wanted="Kinds")
     if not isinstance(kinds, Kinds):
         raise UsageError(f"{args.kinds} is {type(kinds).__name__}, not Kinds")
     return kinds
@@ -237,7 +237,7 @@ def _names_of(text: str, stack: contextlib.ExitStack) -> Any:
     from statewise._src.checkpoint.names import Names
 
     with contextlib.redirect_stdout(sys.stderr):
-        names = load(text, stack).evaluated(lambda value: isinstance(value, Names))
+        names = load(text, stack).evaluated(lambda value: isinstance(value, Names), wanted="Names")
     if not isinstance(names, Names):
         raise UsageError(f"{text} is {type(names).__name__}, not Names")
     return names

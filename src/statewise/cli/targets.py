@@ -47,12 +47,15 @@ class Target:
     module: ModuleType
     value: Any
 
-    def evaluated(self, is_value: Callable[[Any], bool], through: Callable[[Any], Any] | None = None) -> Any:
+    def evaluated(
+        self, is_value: Callable[[Any], bool], through: Callable[[Any], Any] | None = None, wanted: str = "the model"
+    ) -> Any:
         """Returns the value, or the result of calling it if it is a function.
 
         Args:
           is_value: tells a wanted value from a function that makes one; a model is callable too.
           through: calls the function, if it should not be called directly.
+          wanted: what the value is, for messages.
 
         Raises:
           UsageError: the function takes arguments, raises, or returns None; or it is neither a value nor a function.
@@ -60,8 +63,9 @@ class Target:
         if is_value(self.value):
             return self.value
         if not callable(self.value):
-            raise UsageError(f"{self.text} is {type(self.value).__name__}, not a function that takes no arguments")
-        _check_no_arguments(self.text, self.value)
+            is_of = f"{self.text} is {type(self.value).__name__}"
+            raise UsageError(f"{is_of}, not a function that takes no arguments and returns {wanted}")
+        _check_no_arguments(self.text, self.value, wanted)
         try:
             result = through(self.value) if through else self.value()
         except (Exception, SystemExit) as error:
@@ -71,7 +75,7 @@ class Target:
         return result
 
 
-def _check_no_arguments(text: str, factory: Callable[..., Any]) -> None:
+def _check_no_arguments(text: str, factory: Callable[..., Any], wanted: str) -> None:
     try:
         signature = inspect.signature(factory)
     except ValueError:  # a builtin without a signature: the call will show
@@ -81,7 +85,7 @@ def _check_no_arguments(text: str, factory: Callable[..., Any]) -> None:
     except TypeError as error:
         kind = "class" if isinstance(factory, type) else "function"
         raise UsageError(
-            f"{text} is a {kind} that needs arguments {signature}; name a function without any that returns the model"
+            f"{text} is a {kind} that needs arguments {signature}; name a function without any that returns {wanted}"
         ) from error
 
 

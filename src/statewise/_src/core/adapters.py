@@ -34,7 +34,11 @@ Pairs = tuple[tuple[int, int], ...]
 # What Flax's adapters do to their matrices before the product: a cast.
 _PROMOTE = inspect.signature(nnx.LoRA.__init__).parameters["promote_dtype"].default
 
+_IN_THE_WAY = "{n} leaves are in the way of merging the adapters. Nothing was merged."
 _ALONE = "nnx.LoRA(..., base_module=linear), or nnx.LoRALinear, so that it is known what it is added to"
+# What Flax's linear layers multiply with if nothing else is given.
+_PRODUCTS = {"dot_general": (jax.lax.dot_general, None), "dot_general_cls": (None,), "promote_dtype": (_PROMOTE,)}
+
 _LINEAR = "adapters of nnx.Linear alone; fold any other by hand: kernel + lora_a @ lora_b"
 _TIED = "untie the kernel in the model, so that the merged one has a place of its own"
 
@@ -73,12 +77,12 @@ def without_adapters(plan: PlanTables, objects: Sequence[Any]) -> PlainObjects:
     problems = Problems()
     adapters = _Adapters(plan, graph, number_of, problems)
     pairs_of = adapters.by_kernel()
+    problems.raise_as(StructureError, _IN_THE_WAY)
     changed = _Plain().of(list(objects))
     numbers = tuple(number_of[id(leaf)] for leaf in read_graph(changed, names).leaves) if changed else ()
     folded = {number for pairs in pairs_of.values() for pair in pairs for number in pair}
-    if not problems:
-        _check_rest(plan, before, numbers, folded, problems)
-    problems.raise_as(StructureError, "{n} leaves are in the way of merging the adapters. Nothing was merged.")
+    _check_rest(plan, before, numbers, folded, problems)
+    problems.raise_as(StructureError, _IN_THE_WAY)
     if not pairs_of:
         raise StructureError(
             "There are no adapters to merge: no nnx.LoRA and no nnx.LoRALinear is in the model.",
@@ -199,6 +203,7 @@ class _Adapters:
         if isinstance(module, nnx.LoRALinear):
             if type(module) is not nnx.LoRALinear or type(module.lora) is not nnx.LoRA or module.lora.base_module:
                 self._refuse(module.kernel, f"is of {name}, which is not Flax's own nnx.LoRALinear", _LINEAR)
+            self._check_product(module)
             return
         if module.promote_dtype is not _PROMOTE:
             self._refuse(module.lora_a, "has a promote_dtype of its own, which may change more than dtypes", _LINEAR)
@@ -210,7 +215,16 @@ class _Adapters:
                 self._refuse(module.lora_a, "is of an nnx.LoRA without a base_module", _ALONE)
         elif not isinstance(module.base_module, nnx.LoRA | nnx.LoRALinear) and not _is_linear(module.base_module):
             base = format_type(type(module.base_module))
-            self._refuse(module.lora_a, f"is added to a {base}, which is not an nnx.Linear", _LINEAR)
+            self._refuse(module.lora_a, f"is added to {base}, which is not an nnx.Linear", _LINEAR)
+        elif _is_linear(module.base_module):
+            self._check_product(module.base_module)
+
+    def _check_product(self, linear: Any) -> None:
+        """Checks that a layer multiplies by its kernel itself."""
+        own = [name for name, usual in _PRODUCTS.items() if getattr(linear, name, usual[0]) not in usual]
+        if own:
+            note = f"is of a layer with a {own[0]} of its own, which may compute something other than the product"
+            self._refuse(linear.kernel, note, _LINEAR)
 
     def _is_base(self, node: Any) -> bool:
         under = (isinstance(holder, nnx.LoRA) for holder in self._graph.holders(node))
@@ -246,6 +260,14 @@ class _Adapters:
             note = _misfit(leaves[number], leaves[a], leaves[b])
             if note:
                 self._problems.add(leaves[number], note, "layers that are stacked along the first axis")
+            wider = next((leaves[each] for each in (a, b) if _is_complex(leaves[each])), None)
+            if wider is not None and not _is_complex(leaves[number]):
+                note = f"is {leaves[number].dtype}, and its adapter {wider.dtype}"
+                self._problems.add(leaves[number], note, "a kernel of the adapter's dtype")
+
+
+def _is_complex(leaf: Leaf) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating))
 
 
 def _misfit(kernel: Leaf, a: Leaf, b: Leaf) -> str:

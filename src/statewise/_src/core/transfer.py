@@ -268,6 +268,11 @@ def _matched(
         # By identity: tied leaves of the source are one leaf with several paths.
         sources = list({id(available[path]): available[path] for path in paths if path in available}.values())
         note, hint = difference(placed, sources, cast)
+        if not sources and named.taken.intersection(paths):
+            note, hint = (
+                "by the names, the source's is another leaf of the target",
+                "a row in the names for this leaf too",
+            )
         if note:
             problems.add(placed.leaf, note, hint)
         else:

@@ -34,6 +34,11 @@ def placed_by_names(move: NamedMove, arrays: Sequence[Any], shardings: Sequence[
       shardings: the sharding of each array of the target; None where it is that of the source's devices.
     """
     targets = [target for target in move.targets if target is not None]
+    if not arrays:  # a stack of no layers
+        made = [jnp.zeros(target.spec.shape, target.spec.dtype) for target in targets]
+        return [
+            (to, _traced(array, to, sharding)) for to, array, sharding in zip(targets, made, shardings, strict=True)
+        ]
     wanted = tuple(target is not None for target in move.targets)
     dtypes = tuple(target.spec.dtype for target in targets)
     # By numbers, so that all layers share one program.

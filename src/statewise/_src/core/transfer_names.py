@@ -160,7 +160,8 @@ class _Forward(_Matcher):
     def _add(self, source: PlacedLeaf, layout: Layout) -> None:
         absent = [name for name in layout.names if name not in self._rights]
         # Of kinds that are not asked for, only what is there can be known.
-        if absent and source.leaf.kind in self._kinds:
+        present = {self._rights[name].leaf.kind for name in layout.names if name in self._rights}
+        if absent and not {*present, source.leaf.kind}.isdisjoint(self._kinds):
             row = self._rows_of(source)[0]
             self._say(source.leaf, f"would be {_and_more(absent)}, which the target lacks", _ROW.format(row, "target"))
         targets: list[ArrayInfo | None] = []
@@ -202,6 +203,9 @@ class _Backward(_Matcher):
 
     def __init__(self, src: PlanTables, plan: PlanTables, kinds: Collection[str], names: NamesData, cast: bool) -> None:
         super().__init__(plan, src, kinds, names, cast)
+        # The rows about leaves that are filled, and the leaves of the source that these ask for.
+        self._rows: set[str] = set()
+        self._asked: set[object] = set()
 
     def match(self) -> NamedMatch:
         """Returns what the names say."""
@@ -211,6 +215,9 @@ class _Backward(_Matcher):
             self._found.decided.add(target.leaf.path)
             problems = len(self._found.problems)
             layouts = self._layouts(target)
+            self._rows.update(self._rows_of(target))
+            named = (name for layout in layouts for name in layout.names)
+            self._asked.update(self._rights[name].leaf.path for name in named if name in self._rights)
             if not layouts:
                 if len(self._found.problems) == problems:
                     self._found.kept.append(target)
@@ -226,7 +233,17 @@ class _Backward(_Matcher):
             row = self._row_about(text)
             if row is not None:
                 self._say(source.leaf, f"is in the row {row!r}, which is about no leaf of the target", "its path there")
+        self._check_rest()
         return self._found
+
+    def _check_rest(self) -> None:
+        """Checks that no leaf of the source is left over: the fourth layer, where the target has a stack of three."""
+        by_path = {text for target in self._lefts for text in _texts(self._left, target.leaf)}
+        for text, source in self._rights.items():
+            row = next((row for row in self._names.rows_about(text) if row in self._rows), None)
+            if row is not None and source.leaf.path not in self._asked and text not in by_path:
+                note = f"is in the row {row!r}, which matches no leaf of the target for it"
+                self._say(source.leaf, note, "a target of the source's size: as many layers")
 
     def _add(self, target: PlacedLeaf, layouts: Sequence[Layout]) -> None:
         layout = layouts[0]

@@ -73,7 +73,7 @@ def propose(
     used: set[tuple[int, str]] = set()
     for number, module in enumerate(mine):
         partner = pairs.get(number)
-        candidates = finder.candidates(number)
+        candidates = finder.candidates(number, pairs)
         joined = finder.joined(number, pairs, straight) if partner is None else None
         for key in module.leaves:
             row = module.name(key, "/")
@@ -186,7 +186,7 @@ class _Finder:
                     straight += kinds == {False}
         return straight > turned
 
-    def candidates(self, number: int) -> Callable[[str], list[str]]:
+    def candidates(self, number: int, pairs: Mapping[int, int]) -> Callable[[str], list[str]]:
         """Returns a function from a key of our module to their names that fit its shape, the most similar first."""
         order = [
             int(each) for each in np.argsort(-self.scores[number], kind="stable") if self.scores[number, each] >= 0
@@ -198,9 +198,21 @@ class _Finder:
                 fit = self.fit(number, partner, False)
                 if fit is not None and key in fit.arrays:
                     found.append(self.theirs[partner].name(fit.arrays[key][0], ".", fit.link.fields))
-            return found[:4]
+            return (found or self._by_shape(number, key, pairs))[:4]
 
         return of
+
+    def _by_shape(self, number: int, key: str, pairs: Mapping[int, int]) -> list[str]:
+        """Returns their names that fit the shape, of modules without a partner: `layer4.0` for our `block4_1`."""
+        shape, taken = self.ours[number].leaves[key], {*pairs.values()}
+        fitting = [
+            (partner, other)
+            for partner, module in enumerate(self.theirs)
+            for other, their in module.leaves.items()
+            if partner not in taken and _is_role(key, other) and fittings(shape, their, role_of(key), key, False)
+        ]
+        fitting.sort(key=lambda pair: -self.likeness(number, pair[0]))
+        return [name for partner, other in fitting for name in self.theirs[partner].names(other)]
 
     def note(self, number: int, partner: int) -> str:
         """Returns what to say of a pair whose names have nothing in common."""

@@ -44,6 +44,12 @@ class Module:
         parts = [f"{{{next(left)}}}" if part is None else part for part in self.parts]
         return separator.join([*parts, *([key] if key else [])])
 
+    def names(self, key: str) -> list[str]:
+        """Returns the name of one of the arrays of each of the modules."""
+        ordered = sorted(self.numbers, key=lambda numbers: [*map(int, numbers)])
+        filled = ([next(left) if part is None else part for part in self.parts] for left in map(iter, ordered))
+        return [".".join([*parts, *([key] if key else [])]) for parts in filled]
+
 
 def modules_of(arrays: Iterable[tuple[Sequence[object], Shape]]) -> list[Module]:
     """Groups arrays, each given by the keys of its name and its shape; in the order of the first of each."""

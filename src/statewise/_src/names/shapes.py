@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,8 @@ def is_matrix(role: str | None, key: str, shape: Shape) -> bool:
     return role == "weight" and key not in ("embedding", "scale", "gamma") and len(shape) > 1
 
 
-def fittings(ours: Shape, theirs: Shape, role: str | None, key: str, straight: bool) -> list[Fitting]:
+@functools.lru_cache(maxsize=4096)
+def fittings(ours: Shape, theirs: Shape, role: str | None, key: str, straight: bool) -> Sequence[Fitting]:
     """Returns the patterns that two shapes allow, the most usual first.
 
     Args:
@@ -82,6 +84,8 @@ def fittings(ours: Shape, theirs: Shape, role: str | None, key: str, straight: b
     """
     if math.prod(ours) != math.prod(theirs):
         return []
+    if 0 in ours:  # lengths do not say which axis is which
+        return [Fitting(tuple((axis,) for axis in range(len(ours))), ours, True, False)] if ours == theirs else []
     is_kernel = is_matrix(role, key, ours) and len(theirs) > 1
     found: dict[tuple[tuple[int, ...], ...], Fitting] = {}
     for order in _orders(len(ours), is_kernel and not straight, len(ours) == len(theirs)):

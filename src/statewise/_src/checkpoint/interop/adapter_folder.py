@@ -29,7 +29,7 @@ CONFIG = "adapter_config.json"
 
 # What peft writes in front of the name of a module.
 _PREFIX = "base_model.model."
-_MATRIX = re.compile(r"(?P<module>.*)\.lora_(embedding_)?(?P<which>[AB])(\.weight)?")
+_MATRIX = re.compile(r"(?P<module>.*)\.lora_(embedding_)?(?P<which>[AB])(?P<adapter>\.(?!weight$)[^.]+)?(\.weight)?")
 
 # Options with which a layer computes something else, or whose arrays are not of the form of A and B.
 _OTHER_LAYERS = (
@@ -105,7 +105,9 @@ class AdapterConfig:
     def _of_module(self, option: str, default: str, module: str) -> float:
         """Returns a number that the configuration may give for single modules, by the end of their names."""
         patterns = self.data.get(option) or {}
-        found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        if not isinstance(patterns, Mapping):
+            raise self._wrong(option)
+        found = next((key for key in patterns if self._fits(option, rf"(.*\.)?({key})", module)), None)
         return self._number(default, self.data.get(default) if found is None else patterns[found])
 
     def scale(self, name: str, shape: Sequence[int]) -> float:
@@ -129,14 +131,67 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.data.get("use_rslora") else rank) if found["which"] == "B" else 1.0
 
     def targets(self, name: str) -> bool:
-        """Returns whether peft looks for the matrices of a module, by `target_modules`."""
-        found, wanted = _MATRIX.fullmatch(name), self.data.get("target_modules")
-        if found is None or wanted in (None, "all-linear"):
+        """Returns whether peft looks for the matrices of a module, and would find this one."""
+        found = _MATRIX.fullmatch(name)
+        if found is None:
             return True
-        module = found["module"].removeprefix(_PREFIX)
-        if isinstance(wanted, str):
-            return re.fullmatch(wanted, module) is not None
-        return any(module == each or module.endswith(f".{each}") for each in wanted)
+        # In a file of peft the names are without that of the adapter, `default`.
+        return found["adapter"] is None and self._has_adapter(found["module"].removeprefix(_PREFIX))
+
+    def _has_adapter(self, module: str) -> bool:
+        """Returns what peft's `check_target_module_exists` does."""
+        wanted, excluded = self.data.get("target_modules"), self.data.get("exclude_modules")
+        if excluded and self._is_one_of("exclude_modules", excluded, module):
+            return False
+        saved = self._texts("modules_to_save", self.data.get("modules_to_save") or [])
+        if any(self._fits("modules_to_save", rf"(|.*\.){each}(|\..*)", module) for each in saved):
+            return False
+        if wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear"):
+            return True
+        if isinstance(wanted, str) or module in self._texts("target_modules", wanted):
+            return self._is_one_of("target_modules", wanted, module)
+        return self._is_one_of("target_modules", wanted, module) and self._is_in_layers(module)
+
+    def _is_in_layers(self, module: str) -> bool:
+        """Returns whether a module is in one of the layers that the configuration lists, if it lists some."""
+        layers = self.data.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        listed = [layers] if isinstance(layers, int) else layers
+        if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+            raise self._wrong("layers_to_transform")
+        given = self.data.get("layers_pattern") or []
+        names = [given] if isinstance(given, str) else self._texts("layers_pattern", given)
+        # Without a pattern peft finds no number in `layers.0.q`, but in `model.layers.0.q`.
+        patterns = [rf"(?:^|.*?\.){name}" for name in names] or [r".*?\.[^.]*"]
+        for pattern in patterns:
+            found = self._match("layers_pattern", rf"{pattern}\.(?P<number>\d+)\.", module)
+            if found is not None:
+                return int(found["number"]) in listed
+        return False
+
+    def _is_one_of(self, option: str, modules: Any, module: str) -> bool:
+        if isinstance(modules, str):
+            return self._fits(option, modules, module)
+        return any(module == each or module.endswith(f".{each}") for each in self._texts(option, modules))
+
+    def _texts(self, option: str, values: Any) -> list[str]:
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise self._wrong(option)
+        return values
+
+    def _fits(self, option: str, pattern: str, module: str) -> bool:
+        return self._match(option, f"(?:{pattern})$", module) is not None
+
+    def _match(self, option: str, pattern: str, module: str) -> re.Match[str] | None:
+        try:
+            return re.match(pattern, module)
+        except re.error as cause:
+            raise self._wrong(option) from cause
+
+    def _wrong(self, option: str) -> StatewiseError:
+        shown = f"{self.place} has {option}={self.data.get(option)!r}, which peft does not read."
+        return self.error(shown, hint=f"the {option} that peft wrote")
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -157,9 +212,10 @@ def as_read(path: object, source: Source) -> Source:
     places = [FilePath(os.fsdecode(each)) for each in (path if isinstance(path, (list, tuple)) else [path])]  # type: ignore[arg-type]
     files = [place / ADAPTER_FILE if place.is_dir() else place for place in places]
     folders = [file.parent for file in files if file.name == ADAPTER_FILE and file.is_file()]
-    if not folders:
-        return source
     matrices = [entry for entry in source.entries if is_of_adapter(entry.name) and _MATRIX.fullmatch(entry.name)]
+    if not folders:
+        _check_no_adapter(files if matrices else ())
+        return source
     if len(folders) > 1:
         raise RestoreError("There are several adapters, each with its own scale.", hint="restore one after another")
     if matrices and not (folders[0] / CONFIG).is_file():
@@ -169,6 +225,17 @@ def as_read(path: object, source: Source) -> Source:
         )
     config = AdapterConfig.read(folders[0] / CONFIG, RestoreError) if matrices else None
     return source if config is None else _scaled(source, _scales(config, matrices), np.multiply, RestoreError)
+
+
+def _check_no_adapter(files: Sequence[FilePath]) -> None:
+    """Checks that no configuration is beside matrices of an adapter whose file has another name."""
+    place = next((file.parent / CONFIG for file in files if (file.parent / CONFIG).is_file()), None)
+    if place is not None:
+        raise RestoreError(
+            f"{place} is beside the matrices of an adapter that are not in {ADAPTER_FILE}: it is not known "
+            "whether they have its scale.",
+            hint=f"call the file {ADAPTER_FILE} if peft wrote it; or read it from a folder without {CONFIG}",
+        )
 
 
 def _scales(config: AdapterConfig, entries: Collection[SourceArray]) -> dict[str, float]:

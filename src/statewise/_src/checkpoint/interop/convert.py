@@ -271,6 +271,9 @@ def _by_names(
     if final.name.endswith(".safetensors") and (max_shard_bytes is not None or others):
         fact = f"{final.name} is one file, and max_shard_bytes and extra_files are of a folder."
         raise SaveError(fact, hint=_BY_NAMES)
+    if final.name == ADAPTER_FILE:
+        fact = f"{ADAPTER_FILE} is of an adapter, and its adapter_config.json gives the scale of its matrices."
+        raise SaveError(fact, hint="sw.convert(state, 'folder', names=names, extra_files=['adapter_config.json'])")
     config = adapter_config(others)
     if config is not None and max_shard_bytes is not None:
         raise SaveError("The file of an adapter is one file, and max_shard_bytes is of several.", hint=_BY_NAMES)
