@@ -225,22 +225,23 @@ def _planned(value: object) -> Plan | None:
 def _kinds(args: argparse.Namespace, stack: contextlib.ExitStack) -> Kinds | None:
     if args.kinds is None:
         return None
-    with contextlib.redirect_stdout(sys.stderr):
-        kinds = load(args.kinds, stack).evaluated(lambda value: isinstance(value, Kinds), wanted="Kinds")
-    if not isinstance(kinds, Kinds):
-        raise UsageError(f"{args.kinds} is {type(kinds).__name__}, not Kinds")
-    return kinds
+    return _declared(args.kinds, stack, Kinds)
 
 
 def _names_of(text: str, stack: contextlib.ExitStack) -> Any:
     """Returns the names that a text means."""
     from statewise._src.checkpoint.names import Names
 
+    return _declared(text, stack, Names)
+
+
+def _declared(text: str, stack: contextlib.ExitStack, wanted: type) -> Any:
+    """Returns the declaration that a text means: one of a class, or a function that returns one."""
     with contextlib.redirect_stdout(sys.stderr):
-        names = load(text, stack).evaluated(lambda value: isinstance(value, Names), wanted="Names")
-    if not isinstance(names, Names):
-        raise UsageError(f"{text} is {type(names).__name__}, not Names")
-    return names
+        found = load(text, stack).evaluated(lambda value: isinstance(value, wanted), wanted=wanted.__name__)
+    if not isinstance(found, wanted):
+        raise UsageError(f"{text} is {type(found).__name__}, not {wanted.__name__}")
+    return found
 
 
 def _step(text: str, stack: contextlib.ExitStack) -> Step[..., Any]:

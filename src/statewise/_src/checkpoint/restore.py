@@ -36,11 +36,13 @@ from statewise._src.core.state_data import check_fits
 from statewise._src.core.usable import check_untraced
 from statewise._src.core.versions import settle
 from statewise._src.inspect.census import Census
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, check_names
 from statewise._src.plan.arrays import Spot
 from statewise.errors import RestoreError, StructureError
 
 __all__ = ["inspect", "leaves_on_disk", "members_on_disk", "preview", "restore"]
+
+_NAMES = "names=sw.Names({'embed/embedding': 'model.embed_tokens.weight'})"
 
 
 def restore(
@@ -168,7 +170,7 @@ def inspect(
     """
     leaves, handlings = leaves_on_disk(path)
     if names is not None:
-        _check_names(names)
+        check_names(names, _NAMES)
         if not is_foreign(path):
             raise RestoreError(
                 "Names are of another program's files, and this is a checkpoint of Statewise.", hint="sw.inspect(path)"
@@ -211,18 +213,11 @@ def _as_in_models(record: LeafRecord) -> Leaf:
 # --- comparing ---------------------------------------------------------------------------------------------------
 
 
-def _check_names(names: object) -> NamesData:
-    if not isinstance(names, NamesData):
-        hint = "names=sw.Names({'embed/embedding': 'model.embed_tokens.weight'})"
-        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
-    return names
-
-
 def _matched_names(
     path: object, target: Any, only: object, cast: bool, base: object, members: object, names: object
 ) -> NamedMatch:
     _check_target(target)
-    checked = _check_names(names)
+    checked = check_names(names, _NAMES)
     if base is not None or members is not None:
         raise RestoreError("Files of other names have neither a base nor members.", hint="leave out base and members")
     return match_names(path, open_any(path), checked, target, only, cast)

@@ -59,6 +59,11 @@ class Problems:
         """Adds hints."""
         self._hints |= dict.fromkeys(filter(None, hints))
 
+    def extend(self, others: Problems) -> None:
+        """Adds all problems and hints of another collector."""
+        self._leaves |= others._leaves
+        self._hints |= others._hints
+
     def raise_as(
         self, error: type[StatewiseError], message: str, hint: str | None = None, *, cause: BaseException | None = None
     ) -> None:

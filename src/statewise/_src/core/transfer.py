@@ -35,13 +35,15 @@ from statewise._src.core.transfer_match import OTHER, PlacedLeaf, difference, le
 from statewise._src.core.transfer_names import NamedMatch, NamedMove, match_names
 from statewise._src.core.usable import check_usable
 from statewise._src.core.versions import carry, settle
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, check_names
 from statewise._src.plan.arrays import ArrayInfo
 from statewise._src.plan.tables import PlanTables
 from statewise._src.sharding.resolve import array_shardings, check_devices, copies_on, on_mesh
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["transfer"]
+
+_NAMES = "sw.transfer(src, target, names=sw.Names({'layers/kernel': 'layers/{i}/kernel'}))"
 
 
 def transfer(
@@ -105,7 +107,9 @@ def transfer(
         plan = _on_mesh(plan, into, target_mesh)
     if into is not None:
         check_not_batch(into)
-    matched = _matched(src.tables, plan, filled, cast is not False, _checked(names), into is not None)
+    if names is not None:
+        check_names(names, _NAMES)
+    matched = _matched(src.tables, plan, filled, cast is not False, names, into is not None)
     pairs = matched.pairs
     used = tuple(kind for kind in src.tables.kinds if any(source.kind == kind for _, source in pairs))
     hint = "src = plan.take(model)  # or restore into it: src, report = sw.restore(path, src)"
@@ -233,15 +237,6 @@ class _Matched:
     def pairs(self) -> list[Move]:
         """Returns each array of the target with each array that it is made from."""
         return [*self.moves, *(pair for move in self.named for pair in move.pairs)]
-
-
-def _checked(names: object) -> NamesData | None:
-    if names is None or isinstance(names, NamesData):
-        return names
-    raise StructureError(
-        f"names is {type(names).__name__}, and not sw.Names.",
-        hint="sw.transfer(src, target, names=sw.Names({'layers/kernel': 'layers/{i}/kernel'}))",
-    )
 
 
 def _matched(

@@ -34,18 +34,14 @@ def placed_by_names(move: NamedMove, arrays: Sequence[Any], shardings: Sequence[
       shardings: the sharding of each array of the target; None where it is that of the source's devices.
     """
     targets = [target for target in move.targets if target is not None]
-    if not arrays:  # a stack of no layers
-        made = [jnp.zeros(target.spec.shape, target.spec.dtype) for target in targets]
-        return [
-            (to, _traced(array, to, sharding)) for to, array, sharding in zip(targets, made, shardings, strict=True)
-        ]
     wanted = tuple(target is not None for target in move.targets)
     dtypes = tuple(target.spec.dtype for target in targets)
     # By numbers, so that all layers share one program.
     layout = move.layout.numbered()
     function = functools.partial(_run, layout, move.backward, wanted, dtypes)
-    if any(isinstance(array, compat.Tracer) for array in arrays):
-        made = function(*arrays)
+    if not arrays or any(isinstance(array, compat.Tracer) for array in arrays):
+        # Of no arrays a stack of no layers is made.
+        made = function(*arrays) if arrays else [jnp.zeros(to.spec.shape, to.spec.dtype) for to in targets]
         return [
             (to, _traced(array, to, sharding)) for to, array, sharding in zip(targets, made, shardings, strict=True)
         ]

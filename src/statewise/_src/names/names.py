@@ -10,9 +10,9 @@ from statewise._src.common.problems import Problems
 from statewise._src.names.layout import Layout
 from statewise._src.names.name import Name
 from statewise._src.names.template import Template
-from statewise.errors import DeclarationError
+from statewise.errors import DeclarationError, StructureError
 
-__all__ = ["NamesData", "Row", "row_hint"]
+__all__ = ["NamesData", "Row", "check_names", "row_hint"]
 
 Row = Name | None
 
@@ -178,3 +178,14 @@ def row_hint(path: Path) -> str:
     fields = iter("ijklmnop")
     row = "/".join(f"{{{next(fields, 'n')}}}" if isinstance(key, int) else str(key) for key in path)
     return f"a row in the names, {row!r}: 'its name there'; or None, for what is not there"
+
+
+def check_names(names: object, hint: str) -> NamesData:
+    """Returns names, if they are.
+
+    Raises:
+      StructureError: they are something else.
+    """
+    if not isinstance(names, NamesData):
+        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=hint)
+    return names

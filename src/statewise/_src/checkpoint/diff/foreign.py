@@ -20,8 +20,8 @@ from statewise._src.common.paths import format_path
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import Kinds, Plan, State
 from statewise._src.inspect.select.select import objects_of
-from statewise._src.names.names import NamesData
-from statewise.errors import DeclarationError, RestoreError, StructureError
+from statewise._src.names.names import NamesData, check_names
+from statewise.errors import DeclarationError, RestoreError
 
 __all__ = ["sides_by_names"]
 
@@ -45,20 +45,19 @@ def sides_by_names(first: object, second: object, names: object, kinds: Kinds) -
       DeclarationError: neither side is such files; or the other one is a checkpoint, which has no plan.
       RestoreError: the names do not fit.
     """
-    if names is not None and not isinstance(names, NamesData):
-        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=_EXAMPLE)
+    checked = None if names is None else check_names(names, _EXAMPLE)
     files = [is_foreign(each) for each in (first, second)]
     if all(files):
         return _foreign_side(first), _foreign_side(second)
     other = second if files[0] else first
     for each in () if any(files) else filter(is_path, (first, second)):
         open_any(each)  # raises if there is nothing, or nothing that can be read
-    if not any(files) or is_path(other) or names is None:
+    if not any(files) or is_path(other) or checked is None:
         raise DeclarationError(
             "Names are of a model, a state or a plan, compared with another program's files.", hint=_EXAMPLE
         )
     target = other if isinstance(other, State) else _planned(other, kinds).abstract()
-    named = _named_side(first if files[0] else second, names, target)
+    named = _named_side(first if files[0] else second, checked, target)
     alone = side_of(other, kinds)
     return (named, alone) if files[0] else (alone, named)
 

@@ -34,7 +34,7 @@ from statewise._src.common.tables import ShownData, Table, leaf_dict
 from statewise._src.core.batches import check_not_batch
 from statewise._src.core.plan import State
 from statewise._src.core.state_data import check_not_donated
-from statewise._src.names.names import NamesData
+from statewise._src.names.names import NamesData, check_names
 from statewise._src.plan.arrays import Spot
 from statewise.errors import RestoreError, SaveError, StructureError
 
@@ -203,8 +203,8 @@ def convert(
       >>> sw.inspect(f"{folder}/linear")["params"].size
       9
     """
-    if names is not None and not isinstance(names, NamesData):
-        raise StructureError(f"names is {type(names).__name__}, and not sw.Names.", hint=_BY_NAMES)
+    if names is not None:
+        check_names(names, _BY_NAMES)
     if names is not None and target is None:
         return _by_names(src, dst, to, names, dry_run, max_shard_bytes, extra_files, rename, cast)
     if names is not None and (rename is not None or isinstance(src, State)):
@@ -282,9 +282,7 @@ def _by_names(
         source = as_written(source, config)
     # Without a single array, the leaves that have no row say why.
     fitted = Fit() if problems and not source.entries else fit_alone(source, "safetensors", None)
-    for leaf in problems.leaves:
-        fitted.problems.add(leaf)
-    fitted.problems.hint(*problems.hints)
+    fitted.problems.extend(problems)
     conversion = _conversion(source, final, "safetensors", fitted)
     conversion = dataclasses.replace(conversion, matched=tuple((ours[name], leaf) for name, leaf in conversion.matched))
     if dry_run:

@@ -22,7 +22,5 @@ def fit_names(source: Source, to: str, target: State, names: NamesData, cast: bo
     ours, problems = as_ours(source, names, target)
     ours = dataclasses.replace(ours, format=NAMED)
     fitted = fit(ours, to, target, None, cast, {leaf.path for leaf in problems.leaves})
-    for leaf in problems.leaves:
-        fitted.problems.add(leaf)
-    fitted.problems.hint(*problems.hints)
+    fitted.problems.extend(problems)
     return ours, fitted
