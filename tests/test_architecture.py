@@ -281,6 +281,16 @@ def test_files_and_functions_stay_small() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_package_that_lists_its_files_lists_all_of_them() -> None:
+    wrong = []
+    for init in SOURCE.rglob("__init__.py"):
+        text = ast.get_docstring(parse(init)) or ""
+        if "The files" in text:
+            files = sorted(file.stem for file in init.parent.glob("*.py") if file != init)
+            wrong += [f"{name_of(init)}: no `{file}`" for file in files if f"`{file}`" not in text]
+    assert not wrong, "\n".join(wrong)
+
+
 def public_names() -> list[str]:
     import statewise
 

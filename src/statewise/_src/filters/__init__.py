@@ -15,6 +15,6 @@ The other packages use seven functions, each of which takes a filter of any sort
 - `type_only` and `type_key`: whether the answer depends on a leaf's type alone, and the key under which to cache it.
   A plan uses this to evaluate each filter once per type rather than once per leaf.
 
-The modules: `values` (text and equality of the values in filters), `combinators` (what a filter is, and how filters are
+The files: `values` (text and equality of the values in filters), `combinators` (what a filter is, and how filters are
 combined), `primitives` (the four), `explain` (how a filter decides about a leaf).
 """

@@ -4,10 +4,6 @@ Most of them are calls that succeed: a variance that starts at zero, a base that
 every checkpoint.  Each rule is one small function with a name and a reason; `RULES` is the list of all.  Nothing is run
 or traced, except the shapes of an optimizer's state and the functions that make fresh values; arrays are read in few
 transfers (`read_values`).
-
-The files: `subject` (the model), `training` (what updates it), `finding` (the results); the rules by theme: `values`,
-`arrays`, `leaf_types`, `sowing`, `declared` (the kinds), `statistics`, `constants`, `optimizers`, `hooks`, `restarts`,
-`members` (ensembles).
 """
 
 from __future__ import annotations
