@@ -170,9 +170,7 @@ def test_the_list_of_public_names_is_read_and_not_repeated() -> None:
         for alias in node.names
     }
     text = (SOURCE / "__init__.py").read_text(encoding="utf-8")
-    repeated = [
-        name for name in listed if name not in ("errors", "results", "testing") and re.search(rf"\b{name}\b", text)
-    ]
+    repeated = [name for name in listed if re.search(rf"\b{name}\b", text)]
     assert repeated == [], repeated
     assert {module for module, _, _ in imported(SOURCE / "__init__.py")} <= {"ast", "importlib", "os", "typing"}
     check = "import sys, statewise; assert not {'jax', 'flax', 'rich'} & set(sys.modules)"
@@ -300,6 +298,13 @@ def public_names() -> list[str]:
 def test_the_public_names_are_these() -> None:
     expected = NAMES.read_text(encoding="utf-8").split()
     assert public_names() == expected, f"a change of the public names is a change of {name_of(NAMES)}, reviewed as one"
+
+
+def test_completion_offers_the_public_names_and_nothing_else() -> None:
+    import statewise
+
+    shown = [name for name in dir(statewise) if not name.startswith("_")]
+    assert shown == sorted([*public_names(), "errors", "results", "testing"])
 
 
 def test_every_public_name_is_there_and_documented_with_an_example() -> None:
