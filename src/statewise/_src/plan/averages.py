@@ -22,7 +22,7 @@ from statewise._src.plan.leaf_specs import LeafSpec
 from statewise._src.plan.optimizer_state import OPTIMIZER
 from statewise.errors import DeclarationError
 
-__all__ = ["Average", "averaged_kind", "check_averages"]
+__all__ = ["Average", "averaged_kind", "resolve_averages"]
 
 # The first key, after the name, of the path of a schedule's count: no kind can have this name.
 COUNTS = "_counts"
@@ -93,7 +93,7 @@ def averaged_kind(path: Path) -> str:
     return str(path[2] if path[1] == COUNTS else path[1])
 
 
-def check_averages(
+def resolve_averages(
     kinds: Mapping[str, Kind], rows: Sequence[LeafSpec], averages: Mapping[Any, Any]
 ) -> tuple[dict[str, Kind], tuple[Average, ...]]:
     """Resolves declared averages, in their order.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statewise._src.plan.kind import Kind
 from statewise.errors import DeclarationError
 
-__all__ = ["check_depends_on", "sources_of"]
+__all__ = ["check_depends_on", "all_sources"]
 
 
 def check_depends_on(kinds: Mapping[str, Kind]) -> None:
@@ -67,7 +67,7 @@ def _circles(kinds: Mapping[str, Kind]) -> Iterator[tuple[str, ...]]:
         yield from paths((name,))
 
 
-def sources_of(kinds: Mapping[str, Kind], present: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def all_sources(kinds: Mapping[str, Kind], present: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Returns, for each kind that depends on others, all that it depends on, directly or through another kind.
 
     Args:

@@ -28,7 +28,7 @@ from statewise._src.plan.leaf_specs import LeafSpec
 from statewise._src.plan.overwrite import overwrites
 from statewise.errors import DeclarationError
 
-__all__ = ["OPTIMIZER", "OptimizerGroup", "check_optimizers"]
+__all__ = ["OPTIMIZER", "OptimizerGroup", "resolve_optimizers"]
 
 OPTIMIZER = "optimizer"
 
@@ -172,7 +172,7 @@ def _starts_within(keys: Sequence[Any], known: Collection[Path]) -> bool:
     return False
 
 
-def check_optimizers(
+def resolve_optimizers(
     kinds: Mapping[str, Kind], rows: Sequence[LeafSpec], optimizers: Mapping[Any, Any]
 ) -> tuple[OptimizerGroup, ...]:
     """Resolves declared optimizers to groups, in their order.

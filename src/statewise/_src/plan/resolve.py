@@ -11,13 +11,13 @@ from flax import nnx
 
 from statewise._src.common.nnx_graph import ONE, make_leaf, read_graph
 from statewise._src.common.object_names import check_name, given
-from statewise._src.plan.averages import check_averages
+from statewise._src.plan.averages import resolve_averages
 from statewise._src.plan.depends_on import check_depends_on
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, with_kinds
 from statewise._src.plan.leaf_specs import LeafSpec, drop_sown, rows_of
 from statewise._src.plan.match import claim
-from statewise._src.plan.optimizer_state import check_optimizers
+from statewise._src.plan.optimizer_state import resolve_optimizers
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise.errors import DeclarationError, StructureError
 
@@ -52,10 +52,10 @@ def resolve_plan(
         raise StructureError("There are no leaves but those that an earlier `sow` left.", leaves=sown, hint=_ASSIGN)
     rows = rows_of(graph, claims)
     _check_compute(kinds, rows)
-    groups = check_optimizers(kinds, rows, optimizers or {})
+    groups = resolve_optimizers(kinds, rows, optimizers or {})
     if groups and OPTIMIZER not in kinds:
         kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
-    added, tracked = check_averages(kinds, rows, averages or {})
+    added, tracked = resolve_averages(kinds, rows, averages or {})
     kinds = with_kinds(kinds, added)
     check_depends_on(kinds)
     return intern(PlanTables(kinds, graph.graphdef, rows, (*groups, *tracked), len(objects), names, sown))

@@ -26,7 +26,7 @@ from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Slot
 from statewise._src.plan.averages import Average
-from statewise._src.plan.depends_on import sources_of
+from statewise._src.plan.depends_on import all_sources
 from statewise._src.plan.derived import Derived
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, unknown_kind
@@ -230,7 +230,7 @@ class PlanTables:
     @functools.cached_property
     def sources(self) -> dict[str, tuple[str, ...]]:
         """Returns, for each kind that was made from others (`depends_on`), all of these; empty where none was."""
-        return sources_of(self.kinds, [kind for kind, specs in self.specs.items() if specs])
+        return all_sources(self.kinds, [kind for kind, specs in self.specs.items() if specs])
 
     # --- what a state stores, by slot ------------------------------------------------------------------------
 

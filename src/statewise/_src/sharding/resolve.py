@@ -26,7 +26,6 @@ from statewise._src.plan.placements import (
     PLACEMENTS,
     FromMetadata,
     PerDevice,
-    Replicated,
     Sharded,
     axes_of,
     describe_placement,
@@ -84,9 +83,9 @@ def slot_shardings(plan: PlanTables, mesh: Any, placed: Placed | None = None) ->
 def copies_on(plan: PlanTables, mesh: Any, placed: Placed | None = None) -> PerDeviceArrays | None:
     """Returns which arrays of a plan are `PerDevice` on a mesh; None if none is."""
     if placed is None:
+        declared = [kind.placement for kind in plan.kinds.values() if kind.placement is not None]
         # Neither PerDevice nor a function that may return it: there is nothing to resolve.
-        known = (Replicated, Sharded, FromMetadata)
-        if all(kind.placement is None or isinstance(kind.placement, known) for kind in plan.kinds.values()):
+        if all(isinstance(each, PLACEMENTS) and not isinstance(each, PerDevice) for each in declared):
             return None
         placed = resolve(plan, mesh)
     own = {kind: frozenset(index for index, array in enumerate(part) if array.each) for kind, part in placed.items()}

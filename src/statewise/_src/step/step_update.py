@@ -1,7 +1,7 @@
 """The updates of a train step, one for each derived thing of a plan: of an optimizer, of an average, or another.
 
-`step_update` returns the update of one of them.  It is a generic function: the file that defines a new subclass of
-`Derived` registers how a train step moves it, and no other file needs to change.
+`step_update` returns the update of one of them.  It is a generic function: for a new subclass of `Derived`, a file
+beside `average_update` registers how a train step moves it, and `program` imports that file.
 """
 
 from __future__ import annotations
