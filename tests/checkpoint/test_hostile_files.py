@@ -13,7 +13,7 @@ import statewise as sw
 from damaging import state, words
 from refusals import refused
 from signing import LAYOUTS, corrupted, little_memory, saved
-from statewise._src.checkpoint.format.manifest import LARGEST, NAME
+from statewise._src.checkpoint.format.manifest import FORMAT, LARGEST, NAME
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -62,10 +62,10 @@ def test_what_is_no_manifest_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_a_later_format_asks_for_an_update(folder: Path) -> None:
-    (folder / NAME).write_bytes(b'{"statewise":2,"whatever":{}}')
+    (folder / NAME).write_bytes(b'{"statewise":%d,"whatever":{}}' % (FORMAT + 1))
     with refused(
         sw.CorruptedError,
-        f"{folder / NAME} is of format 2; this version of Statewise reads formats up to 1.",
+        f"{folder / NAME} is of format {FORMAT + 1}; this version of Statewise reads formats up to {FORMAT}.",
         hint="update Statewise: pip install --upgrade statewise",
     ):
         sw.restore(folder, state())

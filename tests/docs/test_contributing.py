@@ -20,7 +20,7 @@ Hunk = tuple[str, str, str]  # a file, its lines before and after
 
 # What the three walks promise, for a copy of the source with all their diffs applied.
 PROMISED = """
-import json, sys
+import hashlib, json, pathlib, sys
 import jax, jax.numpy as jnp
 from flax import nnx
 import statewise as sw
@@ -41,6 +41,16 @@ assert json.load(open(f"{new}/statewise.json"))["statewise"] == 2
 assert sw.restore(new, state)[1].ok
 assert json.load(open(f"{golden}/statewise.json"))["statewise"] == 1
 assert sw.inspect(golden)["params"].leaves > 0
+
+manifest = pathlib.Path(new, "statewise.json")
+content = manifest.read_text().partition('"content":')[2].removesuffix("}\\n")  # of format 2, said to be of format 1
+digest = hashlib.sha256(content.encode()).hexdigest()
+manifest.write_text(f'{{"statewise":1,"sha256":"{digest}","content":{content}}}\\n')
+try:
+    sw.inspect(new)
+    raise SystemExit("a manifest of format 1 has a field of format 2")
+except sw.CorruptedError as error:
+    assert "a kind has other fields" in error.message
 """
 
 
@@ -56,7 +66,8 @@ def hunks() -> Iterator[Hunk]:
 
 @pytest.mark.parametrize(("name", "old", "new"), list(hunks()))
 def test_a_diff_fits_the_code(name: str, old: str, new: str) -> None:
-    assert (ROOT / name).read_text(encoding="utf-8").count(old) >= 1, "bring the walk up to date: apply it, run it"
+    fits = old in (ROOT / name).read_text(encoding="utf-8")
+    assert fits, f"{name} has changed where CONTRIBUTING.md shows it: bring the diff there up to date"
     assert old != new
 
 
@@ -86,6 +97,16 @@ def test_the_map_has_every_package_in_the_order_of_the_arrow() -> None:
     arrow = re.search(r"^common -> .*$", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert arrow is not None
     assert arrow[0].split(" -> ") == [*named, "cli"]
+
+
+def test_a_file_that_is_named_is_there() -> None:
+    pages = TEXT + (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    files = [
+        f"/{file.relative_to(ROOT)}" for folder in ("src", "tests", "docs") for file in (ROOT / folder).rglob("*.*")
+    ]
+    named = sorted(set(re.findall(r"`([\w/]+\.(?:py|pyi|md|txt))`", pages)))
+    assert len(named) > 40
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == ["CHANGELOG.md"]
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`make ([\w-]+)`", TEXT))))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statewise._src.plan.kind import Kind
 from statewise.errors import DeclarationError
 
-__all__ = ["check_depends_on", "all_sources"]
+__all__ = ["all_sources", "check_depends_on"]
 
 
 def check_depends_on(kinds: Mapping[str, Kind]) -> None:
