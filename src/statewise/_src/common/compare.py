@@ -195,7 +195,7 @@ def is_same_static(one: object, other: object) -> bool:
 
 
 def facts_of(leaf: Any) -> LeafFacts:
-    """Returns the facts of a live leaf: a Variable, or a raw array; whether it was donated is not asked."""
+    """Returns the facts of a live leaf: a Variable, or a raw array; it may be donated."""
     return LeafFacts(compat.variable_type(leaf), *specs_of(held_value(leaf)))
 
 

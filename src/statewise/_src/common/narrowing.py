@@ -267,7 +267,7 @@ def _on_host(array: np.ndarray, target: Any) -> float:
 
 
 def _of_python(number: Any, target: Any) -> float:
-    """Returns the same for a Python number, whose integers are unbounded."""
+    """Returns the same as `_worst` for a Python number: Python's integers are unbounded."""
     if isinstance(number, bool):
         return -1.0
     if isinstance(number, int) and not -(2**63) <= number < 2**64:

@@ -4,7 +4,7 @@ A low-rank adapter adds `x @ lora_a @ lora_b` to the output of a linear layer `x
 with the kernel `kernel + lora_a @ lora_b` (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1).  That holds
 only if the layer is linear, and if each use of the kernel has the same adapters; everything else is refused.
 
-What is changed here are abstract objects that were built for it, never a user's model.
+Only abstract objects that were built for this are changed here, never a user's model.
 """
 
 from __future__ import annotations

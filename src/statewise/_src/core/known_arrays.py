@@ -94,7 +94,7 @@ def _fact(array: Any) -> _Fact | None:
 
 
 def belong(plan: PlanTables, parts: Sequence[Part], arrays: Mapping[str, Sequence[Any]]) -> None:
-    """Gives the parts of a new state what is known of the arrays that they are copies of, and remembers these.
+    """Gives the parts of a new state what is known of the arrays that they were copied from; remembers those arrays.
 
     Kinds of which nothing is known belong together as they are.
 

@@ -1,7 +1,7 @@
 """Matching the leaves of two states whose models are not alike: by names, which say what one calls the other's leaves.
 
 The left side of names is the source, or the target if they are read backwards.  Which of the two it is follows from the
-paths: names fit the state whose leaves they are about.  Whatever no row is about is matched by its path.
+paths: names fit the state whose leaves they are about.  Leaves that no row is about are matched by path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where one of our arrays is elsewhere: in which of their arrays, of which shapes; and the way there and back."""
+"""Where one of our arrays is found in another program: in which of its arrays, of which shapes; and the way back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One of our arrays, elsewhere.
+    """One of our arrays, as another program has it.
 
     Attributes:
       name: its name there.

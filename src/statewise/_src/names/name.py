@@ -1,4 +1,4 @@
-"""One name elsewhere: of an array, or of several that are one of ours together, with how their axes become ours."""
+"""What another program calls one of our arrays, or the parts of it, and how the axes there become ours."""
 
 from __future__ import annotations
 

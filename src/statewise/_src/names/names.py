@@ -98,7 +98,7 @@ class NamesData(Mapping[str, Row]):
         return exact + [(row, values) for row, values in found if values is not None]
 
     def rows_about(self, name: str) -> list[str]:
-        """Returns the rows whose names elsewhere this is one of."""
+        """Returns the rows that have this name of the other program among theirs."""
         matching = (row for row, template in self._open_about if template.match(name) is not None)
         return list(dict.fromkeys((*self._about.get(name, ()), *matching)))
 
@@ -111,7 +111,7 @@ class NamesData(Mapping[str, Row]):
     def layouts(
         self, leaf: Leaf, within: tuple[Any, ...], shape: tuple[int, ...], problems: Problems
     ) -> list[tuple[str, Layout]]:
-        """Returns where one array of a leaf is elsewhere, by its paths: a tied leaf may be there more than once.
+        """Returns where the other program has one array of a leaf, by the leaf's paths: it may have a tied leaf twice.
 
         Args:
           leaf: the leaf.
@@ -146,7 +146,7 @@ class NamesData(Mapping[str, Row]):
         return list(found.values())
 
     def knows(self, leaf: Leaf, within: tuple[Any, ...] = ()) -> bool:
-        """Returns whether a row is about an array, if only to say that it is not elsewhere."""
+        """Returns whether a row is about an array, even one that says that the other program does not have it."""
         return any(self.rows_of(format_path(path + within)) for path in (leaf.path, *leaf.aliases))
 
     def hint_of(self, path: Path) -> str:
@@ -181,7 +181,7 @@ def row_hint(path: Path) -> str:
 
 
 def check_names(names: object, hint: str) -> NamesData:
-    """Returns names, if they are.
+    """Returns the names that were passed, checked.
 
     Raises:
       StructureError: they are something else.

@@ -142,7 +142,7 @@ def _cuts(
 
 
 def _boxes(lengths: Sequence[int], start: int, stop: int) -> Iterator[list[Range]]:
-    """Yields blocks of the factors of an axis, the outermost first, that together are its positions, in their order."""
+    """Yields, in order, blocks of an axis's factors (the outermost first) that together cover these positions."""
     if start >= stop:
         return
     if not lengths:
@@ -175,7 +175,7 @@ def _span(lengths: Sequence[int], wanted: Sequence[Range]) -> tuple[Range, list[
 
 
 def _at(lengths: Sequence[int], position: Sequence[int]) -> int:
-    """Returns the position along an axis for that along each of its factors."""
+    """Returns the position along an axis, from the position along each of its factors."""
     found = 0
     for length, each in zip(lengths, position, strict=True):
         found = found * length + each

@@ -95,7 +95,7 @@ def proposed_names(
 def _first_open(
     ways: Sequence[tuple[Sequence[str], Shape]], decided: Iterable[str]
 ) -> list[tuple[Sequence[str], Shape]]:
-    """Returns the first path of an array of which not one path has a row; nothing if one has."""
+    """Returns the first path of an array if none of its paths has a row; otherwise nothing."""
     has_row = any(_matches(row, {"/".join(keys)}) for keys, _ in ways for row in decided)
     return [] if has_row else [*ways[:1]]
 

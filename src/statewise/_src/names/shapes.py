@@ -122,7 +122,7 @@ def _orders(count: int, transposed: bool, same: bool) -> Iterator[tuple[int, ...
 
 
 def _groups(sizes: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, ...]] | None:
-    """Returns which sizes, one after another, are together each of those that are wanted; None if they cannot be."""
+    """Groups consecutive sizes so that the products are the wanted sizes; None if that is not possible."""
     groups: list[tuple[int, ...]] = []
     at = 0
     for size in wanted:

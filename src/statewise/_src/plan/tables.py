@@ -229,7 +229,7 @@ class PlanTables:
 
     @functools.cached_property
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """Returns, for each kind that was made from others (`depends_on`), all of these; empty where none was."""
+        """Returns, for each kind that depends on others (`depends_on`), all that it depends on; empty if none does."""
         return all_sources(self.kinds, [kind for kind, specs in self.specs.items() if specs])
 
     # --- what a state stores, by slot ------------------------------------------------------------------------

@@ -157,7 +157,7 @@ class CompiledStep:
         return (self.received(state, written, donate, places), out) if self.returns_state else out
 
     def not_stale(self, state: State) -> State:
-        """Returns a state of which the step may read what it reads; see `Staleness.checked`."""
+        """Returns a state in which nothing is stale that the step reads; see `Staleness.checked`."""
         return state if self.staleness is None else self.staleness.checked(state, self.name)
 
     def _places(self, parts: Sequence[Part]) -> tuple[PartShardings | None, ...]:

@@ -1,7 +1,7 @@
 """Instruments: the norm, the largest absolute value and the number of elements that are not finite, of each leaf.
 
 Squares are added in at least 32 bits, in two sums for each leaf: of the elements below `split`, and of the others, each
-scaled by a power of two, so that no square overflows, and none that counts underflows:
+scaled by a power of two, so that no square overflows, and none underflows that is large enough to matter:
 
     norm = hypot(sqrt(sum((low * 2**20)**2)) * 2**-20, sqrt(sum((high * 2**-80)**2)) * 2**80)
 

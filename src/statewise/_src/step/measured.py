@@ -197,7 +197,7 @@ class Measured(ShownData):
         return flat
 
     def to_json(self, depth: int | None = None) -> str:
-        """Returns the same as JSON; a number that is not finite is text, `nan` or `inf`.
+        """Returns the figures as JSON; a number that is not finite is text, `nan` or `inf`.
 
         Args:
           depth: as that of `to_dict`.

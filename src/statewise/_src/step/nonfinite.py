@@ -1,4 +1,4 @@
-"""A step that changes nothing: where the loss, a gradient, or what the function writes is not finite.
+"""A step that changes nothing if the loss, a gradient, or a value that the function writes is not finite.
 
 Random streams are the exception: they advance, so that the next step draws other numbers.  `train_program` decides
 whether the update is a branch, or is computed as always and then selected or not.
@@ -66,11 +66,11 @@ def keep_old(changes: Any, plan: PlanTables, arrays: Arrays, before: Sequence[An
 
 
 def protected(plan: PlanTables, numbers: Iterable[int], before: Sequence[Any]) -> list[int]:
-    """Returns those of some arrays that a step keeps where it changes nothing: all but random streams."""
+    """Returns which of these arrays stay as they are in a step that changes nothing: all but random streams."""
     infos = (plan.arrays[number] for number in numbers if before[number] is not None)
     return [info.number for info in infos if not issubclass(info.leaf.type, nnx.RngState)]
 
 
 def everywhere(is_true: Any, axes: tuple[str, ...]) -> Any:
-    """Returns whether it is true on every device along these mesh axes."""
+    """Returns whether a flag is true on every device along these mesh axes."""
     return jax.lax.pmin(is_true.astype(jnp.int32), axes) > 0 if axes else is_true

@@ -89,7 +89,7 @@ class Passed:
         return [(_path(keys), leaf) for before in self._before for keys, (leaf, _, _) in before.items()]
 
     def after(self, out: Any) -> list[Any]:
-        """Examines the objects after the call; returns the arrays that the program must decide about, as in `unclear`.
+        """Examines the objects after the call; returns the arrays of `unclear`, about which the program must decide.
 
         What the function returns is not lost, written or not.
         """

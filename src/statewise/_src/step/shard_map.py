@@ -214,7 +214,7 @@ def program_on_each(
 
 
 def _map(fn: Callable[[Any, Any], Any], arrays: Any, others: Any) -> list[tuple[Any, ...]]:
-    """Maps a function over the arrays of operands, each with something that is known of it."""
+    """Maps a function over the arrays of operands, each with its counterpart in a structure of the same form."""
     return [tuple(map(fn, *pair)) for pair in zip(arrays, others, strict=True)]
 
 

@@ -75,7 +75,7 @@ class Staleness:
         return tuple(index for index, _ in self.read)
 
     def checked(self, state: State, name: str) -> State:
-        """Returns a state of which the step may read everything that it reads: the same, unless kinds restart first.
+        """Returns a state in which nothing is stale that the step reads: the same state, unless kinds restart first.
 
         Raises:
           StaleError: it reads a kind that is stale, and that raises an error then.
@@ -101,7 +101,7 @@ class Staleness:
         return state
 
     def check(self, state: State, name: str) -> list[str]:
-        """Checks that the step may read what it reads; returns the stale kinds that restart first.
+        """Checks that nothing is stale that the step reads; returns the stale kinds that restart first.
 
         Raises:
           StaleError: it reads a kind that is stale, and that raises an error then.
@@ -134,7 +134,7 @@ class Staleness:
 
 
 def staleness_of(plan: PlanTables, operands: Operands, *, may_keep: bool) -> Staleness | None:
-    """Returns what a step does about kinds that depend on others; None if it has to do with none.
+    """Returns what a step does about kinds that depend on others; None if it involves none of them.
 
     Args:
       plan: the plan.

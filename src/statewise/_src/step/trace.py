@@ -65,7 +65,7 @@ class Traced:
       outputs: the number of arrays in the output.
       written: (kind, position) of each written array, in the order in which the jaxpr returns them.
       closes_over_tracers: whether the function used a tracer of an outer trace that is not an argument.
-      lost_writes: the same of each array whose only new value is lost.
+      lost_writes: (kind, position) of each array whose only new value is lost.
       passed: what is written to objects among the arguments.
       eager: what runs instead of the jaxpr, under `jax.disable_jit`.
       casts: the dtypes in which the function sees the arrays of the state, by number.

@@ -1,4 +1,4 @@
-"""Rules of hooks: what a Variable does when its value is read or set, and who passes it by.
+"""Rules of hooks: what a Variable does when its value is read or set, and which writes bypass it.
 
 Inside a step hooks run as they do under `nnx.jit`, since the step's function gets Variables.  A state holds raw arrays,
 and so does Optax: what an optimizer writes, `nnx.Optimizer` included, does not go through `on_set_value`.
