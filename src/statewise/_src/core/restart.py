@@ -11,13 +11,14 @@ compiled once for each plan, set of kinds, and way of choosing slots.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from statewise._src.common import compat
-from statewise._src.common.narrowing import WIDE, as_jax, refuse
+from statewise._src.common.narrowing import WIDE, refuse
 from statewise._src.common.nnx_graph import is_traced
 from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems, add_change
@@ -39,14 +40,17 @@ from statewise._src.core.state_data import (
 )
 from statewise._src.core.usable import check_usable
 from statewise._src.core.versions import note_slots
-from statewise._src.plan.arrays import DerivedArrays
+from statewise._src.plan.arrays import ArrayInfo, DerivedArrays
 from statewise._src.plan.derived import keys_within
-from statewise._src.plan.fresh_values import check_kept, drawn_value, fresh_value, keys_of, takes
+from statewise._src.plan.fresh_values import check_kept, fresh_values, keys_of, takes
 from statewise._src.plan.tables import OPTIMIZER, PlanTables
 from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["initial_state", "restart"]
+
+# The number of bytes that one loop renews: while it runs, they are there twice.
+_LARGEST_LOOP = 1 << 24
 
 
 def restart(state: StateT, kinds: Sequence[str], where: object, key: object, *, donate: bool = True) -> StateT:
@@ -184,19 +188,31 @@ def _by_function(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: 
         paths = _array_paths(plan, name)
         # One table of keys, with a row for each array and as many columns as the largest number of slots.
         keys = keys_of(key, [paths[array.position] for array in renewed], max(counts))
+    else:
+        keys, counts = None, [0] * len(renewed)
     fresh: dict[int, Any] = {}
+    for rows in _alike(renewed, axes, old):
+        arrays = [old[renewed[row].position] for row in rows]
+        leaves = [renewed[row].leaf for row in rows]
+        own_keys = None if keys is None else keys[np.array(rows), : counts[rows[0]]]
+        each = bool(renewed[rows[0]].devices)
+        values = fresh_values(function, arrays, leaves, own_keys, axes[rows[0]], each, lost)
+        fresh.update(zip((renewed[row].position for row in rows), values, strict=True))
     problems = Problems()
-    for row, (array, axis) in enumerate(zip(renewed, axes, strict=True)):
-        now, leaf, per_device = old[array.position], array.leaf, bool(array.devices)
-        as_array = functools.partial(as_jax, leaf, lost=lost)
-        if takes(function).key:
-            new = drawn_value(function, now, leaf.path, keys[row, : counts[row]], axis, per_device, as_array)
-        else:
-            new = fresh_value(function, now, leaf.path, per_device, as_array)
-        add_change(problems, leaf, now, new)
-        fresh[array.position] = new
+    for array in renewed:
+        add_change(problems, array.leaf, old[array.position], fresh[array.position])
     check_kept(problems, StructureError)
     return fresh
+
+
+def _alike(renewed: Sequence[ArrayInfo], axes: Sequence[int | None], old: Sequence[Any]) -> Iterator[list[int]]:
+    """Yields the rows of arrays that one loop renews: of one type, with as many slots, and not too large together."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, (array, axis) in enumerate(zip(renewed, axes, strict=True)):
+        groups.setdefault((jax.typeof(old[array.position]), axis, array.devices), []).append(row)
+    for rows in groups.values():
+        number = max(1, _LARGEST_LOOP // max(1, renewed[rows[0]].held.nbytes))
+        yield from (rows[start : start + number] for start in range(0, len(rows), number))
 
 
 def _array_paths(plan: PlanTables, kind: str) -> list[Path]:

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statewise._src.common.paths import Path
+from statewise._src.common.narrowing import as_jax
+from statewise._src.common.paths import Leaf, Path
 from statewise._src.common.problems import Problems
 from statewise.errors import DeclarationError, StatewiseError
 
-__all__ = ["Takes", "check_kept", "check_key", "check_restart", "drawn_value", "fresh_value", "keys_of", "takes"]
+__all__ = ["Takes", "check_kept", "check_key", "check_restart", "fresh_value", "fresh_values", "keys_of", "takes"]
 
 
 class Takes(NamedTuple):
@@ -133,6 +134,51 @@ def check_kept(problems: Problems, error: type[StatewiseError]) -> None:
     )
 
 
+def fresh_values(
+    restart: Callable[..., Any],
+    arrays: Sequence[Any],
+    leaves: Sequence[Leaf],
+    keys: Any,
+    axis: int | None,
+    each: bool,
+    lost: list[Leaf],
+) -> list[Any]:
+    """Returns fresh values of arrays that have one type.
+
+    With keys, one loop draws all of them if the restart does not depend on the path.  XLA takes about a second to
+    compile the random numbers of one key, and would do it again for each array.
+
+    Args:
+      restart: the kind's function.
+      arrays: the current values.
+      leaves: their leaves.
+      keys: for each array a row of keys, one for each slot, those of the first device first; None if it takes none.
+      axis: the axis of the slots; None if an array is one slot.
+      each: whether there is a leading axis, with one value for each device.
+      lost: gets the leaves for which the restart returns numbers that JAX's dtypes do not have.
+    """
+    if keys is None:
+        return [
+            fresh_value(restart, array, leaf.path, each, functools.partial(as_jax, leaf, lost=lost))
+            for array, leaf in zip(arrays, leaves, strict=True)
+        ]
+    if len(arrays) > 1 and not takes(restart).path:
+        narrowed: list[Leaf] = []
+        as_array = functools.partial(as_jax, leaves[0], lost=narrowed)
+
+        def draw(given: tuple[Any, Any]) -> Any:
+            array, keys = given
+            return _drawn_value(restart, array, leaves[0].path, keys, axis, each, as_array)
+
+        together = jax.lax.map(draw, (jnp.stack(arrays), keys))
+        if not narrowed:  # otherwise each leaf is reported
+            return list(together)
+    return [
+        _drawn_value(restart, array, leaf.path, own, axis, each, functools.partial(as_jax, leaf, lost=lost))
+        for array, leaf, own in zip(arrays, leaves, keys, strict=True)
+    ]
+
+
 def fresh_value(restart: Callable[..., Any], array: Any, path: Path, each: bool, as_array: Callable[[Any], Any]) -> Any:
     """Returns a fresh value of one array, from a restart that takes no key.
 
@@ -155,7 +201,7 @@ def _with_path(restart: Callable[..., Any], path: Path) -> Callable[..., Any]:
     return functools.partial(restart, path=path) if takes(restart).path else restart
 
 
-def drawn_value(
+def _drawn_value(
     restart: Callable[..., Any],
     array: Any,
     path: Path,
