@@ -64,7 +64,8 @@ tests quick: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.jax_cache
 tests quick test-modes test-modes-fixed: export PYTHONDONTWRITEBYTECODE :=
 
 # Most of the time of a test goes into compiling.  What runs beside the complete suite compiles without XLA's expensive
-# optimizations, in two thirds of the time; the complete suite compiles as users do.
+# optimizations, in two thirds of the time; so do those directories of the complete suite that are not about what a
+# program computes (tests/conftest.py).  The others compile as users do.
 quick tests-oldest test-modes test-modes-fixed: export JAX_DISABLE_MOST_OPTIMIZATIONS := 1
 
 # Everything that answers fast.  Properties draw ten examples.  Left out are the directories that tests/conftest.py
