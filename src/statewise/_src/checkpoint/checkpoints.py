@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
+from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
@@ -163,22 +164,27 @@ class Checkpoints:
             raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
         return paths[step]
 
-    def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:
+    def save(
+        self, step: SupportsIndex, state: State, /, *, data: object = None, force: bool = False, **extra: object
+    ) -> bool:
         """Saves a step.
 
         Args:
           step: its number, larger than those of the existing steps.
           state: the state; it may be donated to the next step as soon as this returns.
+          data: a data iterator: Grain's, or one whose `get_state()` returns its position, as bytes or as what JSON can
+            represent, and whose `set_state(position)` goes there.  The position is the one that it has now.
           force: saves whatever `every` says, and beside newer steps; `max_to_keep` then counts from the last one saved.
-          **extra: more items: anything that JSON can represent, or an `ocp.args.CheckpointArgs` (such as a data
-            iterator's; through Orbax's newer interface, an `ocp.v1.StatefulCheckpointable`).
+          **extra: more items: anything that JSON can represent, or an `ocp.args.CheckpointArgs` (through Orbax's newer
+            interface, an `ocp.v1.StatefulCheckpointable`).
 
         Returns:
           whether it was a step to save.
 
         Raises:
-          SaveError: the step, or a newer one, exists already; an extra item cannot be written; the step could not be
-            written; or this is closed.  If the background write of an earlier step failed, this reports it, or `wait`.
+          SaveError: the step, or a newer one, exists already; an extra item cannot be written; `data` is not such an
+            iterator; the step could not be written; or this is closed.  If the background write of an earlier step
+            failed, this reports it, or `wait`.
           StructureError: the state was donated, is abstract, or is being traced.
         """
         if self._closed:
@@ -191,9 +197,15 @@ class Checkpoints:
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
         check_metrics(self._manager, items)
+        if data is not None:
+            check_iterator(data, SaveError)
         step = self._new_step(step, bool(force))
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
+        if data is not None:
+            if not (force or self.manager.should_save(step)):
+                return False  # without asking for the position: that may take longer than a step
+            items[DATA] = data_item(data, step)
         try:
             self._writing = self._manager.save(step, item, items, bool(force))
         except StatewiseError:
@@ -230,6 +242,7 @@ class Checkpoints:
         step: int | None = None,
         only: str | Sequence[str] | None = None,
         cast: bool = False,
+        data: object = None,
         extra: str | Sequence[str] | Mapping[str, Any] = (),
         members: int | Sequence[int | None] | None = None,
     ) -> RestoreResult:
@@ -240,12 +253,15 @@ class Checkpoints:
           step: the step; by default the newest.
           only: the kinds to restore; by default all that are `saved`.
           cast: allows other dtypes.
+          data: the iterator to set to the position that `save(..., data=iterator)` saved; it is set when everything
+            else is restored.
           extra: names of extra items that were saved as JSON; or, by name, the `ocp.args.CheckpointArgs` to restore
             them with (through Orbax's newer interface, the objects to load them into).
           members: which members of an ensemble, as in `sw.restore`.
 
         Raises:
-          RestoreError: there is no such step or item, or the target and the checkpoint do not match.
+          RestoreError: there is no such step or item, the target and the checkpoint do not match, or the iterator
+            refuses the position; it then keeps its own.
           SaveError: a step that was being written could not be.
           CorruptedError: files or arrays are not what was written.
         """
@@ -255,14 +271,20 @@ class Checkpoints:
         assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else tuple(extra)
         items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-        missing = [name for name in names if name not in items]
+        wanted = names if data is None else (*names, DATA)
+        missing = [name for name in wanted if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
+        if DATA in names and not isinstance(extra, Mapping):
+            check_not_position(path.parent / DATA, step)
+        move = None if data is None else find_move(path.parent / DATA, data, step)
         state, report = restore(path, target, only=only, cast=cast, members=members)
         if isinstance(extra, Mapping):
             restored = dict(self._manager.restore(step, extra)) if extra else {}
         else:
             restored = {name: read_json(path.parent / name) for name in names}
+        if move is not None:
+            move.make()  # last: everything else can still fail without having changed anything
         return RestoreResult(state, report, step, restored)
 
     def preview(
