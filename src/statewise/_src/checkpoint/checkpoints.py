@@ -19,7 +19,7 @@ from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
-from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
+from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, check_timeout, extra_item
 from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
@@ -109,7 +109,7 @@ class Checkpoints:
         check_counts(max_to_keep, every)
         check_options(options)
         self._layout = layout
-        self._bytes = 0
+        self._bytes = self._step = 0
         self._writing = self._closed = False
         self._directory = steps_in(directory)
         try:
@@ -200,19 +200,21 @@ class Checkpoints:
         if data is not None:
             check_iterator(data, SaveError)
         step = self._new_step(step, bool(force))
-        self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
-        self._writing = False
         if data is not None:
             if not (force or self.manager.should_save(step)):
                 return False  # without asking for the position: that may take longer than a step
             items[DATA] = data_item(data, step)
+        before, self._writing = self._writing, False  # a save that fails is in progress forever for Orbax
         try:
-            self._writing = self._manager.save(step, item, items, bool(force))
+            started = self._manager.save(step, item, items, bool(force))
         except StatewiseError:
             raise
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
-        return self._writing
+        self._writing = before or started
+        if started:
+            self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
+        return started
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
@@ -304,7 +306,7 @@ class Checkpoints:
         """Returns the census of a step; see `sw.inspect`."""
         return inspect(self.path(step))
 
-    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def wait(self, progress: Callable[[int, int], None] | None = None, *, timeout: float | None = None) -> None:
         """Waits until everything is written.
 
         If that is 256 MiB or more, a terminal shows a progress bar; elsewhere the logger `statewise` gets an occasional
@@ -312,27 +314,45 @@ class Checkpoints:
 
         Args:
           progress: called a few times a second with the bytes written and the total, instead of the bar.
+          timeout: the most seconds to wait; None for as long as it takes.
 
         Raises:
-          SaveError: something could not be written.
+          SaveError: something could not be written; or it is still being written after `timeout`, which goes on.
         """
         total = self._bytes
+        end = time.monotonic() + check_timeout(timeout)
         try:
             if progress is not None:
-                self._watch(progress, total)
+                self._watch(progress, total, end)
             elif total >= LARGE:
                 with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
-                    self._watch(lambda written, _: tell(written), total)
-            self._manager.wait()
+                    self._watch(lambda written, _: tell(written), total, end)
+            elif timeout is not None:
+                self._watch(None, total, end)
+            if is_in_time := timeout is None or not self._is_writing():
+                self._manager.wait()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
+        if not is_in_time:
+            raise SaveError(
+                f"Step {self._step} ({total:,} bytes) is still being written to {self._directory} after {timeout} s.",
+                hint="checkpoints.wait() until it is complete; a process that ends before loses this step only",
+            )
 
-    def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
-        """Reports the progress of the background write, by the size of the files that it has made."""
-        while self._writing and self._manager.is_writing():
-            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
-            time.sleep(0.1)
-        progress(total, total)
+    def _is_writing(self) -> bool:
+        return self._writing and self._manager.is_writing()
+
+    def _watch(self, progress: Callable[[int, int], None] | None, total: int, end: float) -> None:
+        """Waits for the background write, and reports its progress by the size of the files that it has made."""
+        while self._is_writing():
+            if progress is not None:
+                progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(0.1, left))
+        if progress is not None:
+            progress(total, total)
 
     def close(self) -> None:
         """Waits until everything is written, and closes Orbax's manager.

@@ -265,6 +265,8 @@ def _read(folder: Any, name: str, step: int, here: _Position) -> tuple[_Position
     try:
         record = json.loads(written)
         known = (record["format"], record["step"], record["sha256"], record["state"], record["iterator"])
+        if not isinstance(known[0], int) or known[3] not in ("json", "bytes"):
+            raise ValueError("a field is not what it can be")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise _corrupted(beside.name, step, "it is not a record of Statewise's") from error
     if known[0] != 1:
@@ -276,7 +278,7 @@ def _read(folder: Any, name: str, step: int, here: _Position) -> tuple[_Position
         raise _corrupted(name, step, "it is not what was written")
     if known[1] != step:
         raise _corrupted(name, step, f"it was saved with step {known[1]}")
-    return _Position(content, is_json, "json" if known[3] == "json" else "bytes"), str(known[4])
+    return _Position(content, is_json, known[3]), str(known[4])
 
 
 def _corrupted(name: str, step: int, why: str) -> CorruptedError:
@@ -288,8 +290,8 @@ def _of_all(folder: Any, files: Mapping[int, str], step: int, here: _Position) -
     found = [_read(folder, files[index], step, here) for index in sorted(files)]
     first, maker = found[0]
     processes = "1 process" if len(files) == 1 else f"{len(files)} processes"
-    said = f"The data of step {step} were saved by {processes}, and now there are {jax.process_count()}."
-    hint = f"{len(files)} again; or leave out data=, and start the data at the step: dataset[step * batch_size :]"
+    said = f"The data of step {step} were saved by {processes}, not by {jax.process_count()}."
+    hint = f"{processes} again; or leave out data=, and start the data at the step: dataset[step * batch_size :]"
     if not _is_elastic(first):
         raise RestoreError(f"{said} Each position is of the part that one process had.", hint=hint)
     if any(position.differs(first) for position, _ in found):
