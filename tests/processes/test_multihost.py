@@ -141,7 +141,7 @@ def bits(array: jax.Array) -> np.ndarray:
 # --- SIGTERM -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_sigterm_at_one_process_saves_the_same_step_in_all_and_ends_them(tmp_path: Path, processes: int) -> None:
     folder = tmp_path / "run"
     with started(folder, processes, 4 // processes, 100_000) as running:
