@@ -86,6 +86,10 @@ def _maker_of(data: object) -> str:
     return f"{_type_of(data)} of {package} {version}" if version else _type_of(data)
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}."
+
+
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +129,7 @@ def _position_of(data: Any, failure: type[StatewiseError]) -> _Position:
         ) from error
     except Exception as error:
         raise failure(
-            f"{_type_of(data)}.get_state() failed: {type(error).__name__}: {error}.",
+            f"{_type_of(data)}.get_state() failed: {_told(error)}",
             hint="an iterator that can say where it is; or leave out data=",
         ) from error
     return _Position(state, _is_json(state), "bytes")
@@ -182,7 +186,7 @@ class Move:
             self.iterator.set_state(self.there.fresh())
             arrived = _position_of(self.iterator, RestoreError)
         except Exception as error:
-            why = error.message if isinstance(error, StatewiseError) else f"{type(error).__name__}: {error}."
+            why = error.message if isinstance(error, StatewiseError) else _told(error)
             raise self._refused(why, self._undo()) from error
         if arrived.differs(self.there):
             why = "get_state() then returns something else than what set_state was given."
@@ -194,7 +198,7 @@ class Move:
             self.iterator.set_state(self.here.fresh())
         except Exception as error:
             said = "It did not go back to its own position either: make it again."
-            raise self._refused(f"{type(error).__name__}: {error}.", said) from error
+            raise self._refused(_told(error), said) from error
         return "It is where it was."
 
     def _refused(self, why: str, after: str) -> RestoreError:
