@@ -184,7 +184,7 @@ def test_an_iterator_that_says_it_is_somewhere_else(saved: sw.Checkpoints) -> No
 
     iterator = Forgets()
     name = f"{Forgets.__module__}.{Forgets.__qualname__}"
-    why = "get_state() then returns something else than what set_state was given. It is where it was."
+    why = "get_state() then does not return what set_state was given. It is where it was."
     message = f"{name} did not take the position of step 2, of {NAME}: {why}"
     with sw.Checkpoints(saved.directory) as checkpoints, refused(sw.RestoreError, message, hint=AGAIN):
         checkpoints.restore(numbered(0), data=iterator)

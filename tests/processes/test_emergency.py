@@ -16,4 +16,4 @@ def test_both_processes_restore_a_step_that_only_one_has_kept(tmp_path: Path) ->
         running.check_ended_well()
         assert all(f"the same at {STEPS}" in running.said(number) for number in range(2))
     kept = {place.name: sorted(step.name for step in place.iterdir()) for place in (tmp_path / "run").iterdir()}
-    assert kept == {"local0": [], "local1": ["3", "4"], "lasting": ["1", "3"]}
+    assert kept == {"local0": [], "local1": ["4", "5"], "lasting": ["2", "4"]}

@@ -25,7 +25,7 @@ from orbax.checkpoint.experimental.emergency import checkpoint_manager as emerge
 import statewise as sw
 from programs.save_together import make
 
-STEPS = 4
+STEPS = 5
 
 
 def shards(array: jax.Array) -> list[np.ndarray]:

@@ -189,7 +189,7 @@ class Move:
             why = error.message if isinstance(error, StatewiseError) else _told(error)
             raise self._refused(why, self._undo()) from error
         if arrived.differs(self.there):
-            why = "get_state() then returns something else than what set_state was given."
+            why = "get_state() then does not return what set_state was given."
             raise self._refused(why, self._undo())
 
     def _undo(self) -> str:
