@@ -18,7 +18,9 @@ from checkpoint_models import numbered
 
 
 def by_emergency(folder: pathlib.Path, mesh: jax.sharding.Mesh, item: Any) -> None:
-    with emergency.CheckpointManager(folder, folder, mesh, {}) as manager:
+    # Not in the background: threads of Orbax's would wait for minutes for what a save that fails does not do.
+    options = emergency.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with emergency.CheckpointManager(folder, folder, mesh, {}, options=options) as manager:
         manager.save(0, args=ocp.args.Composite(state=item))
 
 
