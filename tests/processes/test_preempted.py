@@ -23,7 +23,6 @@ from started import started
         ("flag", 1),
         ("new", 1),
         pytest.param("first", 1, marks=pytest.mark.slow),
-        pytest.param("new", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_sigterm_saves_the_step_at_hand_and_ends_the_process(tmp_path: Path, how: str, count: int) -> None:
