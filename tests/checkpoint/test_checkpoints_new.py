@@ -16,7 +16,7 @@ NEW = ocp.v1.training.Checkpointer
 
 
 class Counter:
-    """A data iterator that saves and loads itself, as Orbax's newer interface has it."""
+    """An object that saves and loads itself, as Orbax's newer interface has it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -38,9 +38,9 @@ class Counter:
 
 def test_what_saves_itself_is_an_extra_item_of_the_newer_interface(tmp_path: pathlib.Path) -> None:
     with sw.Checkpoints(tmp_path, options=NEW) as checkpoints:
-        checkpoints.save(1, numbered(1), data=Counter(5))
+        checkpoints.save(1, numbered(1), counter=Counter(5))
         counter = Counter(0)
-        assert checkpoints.restore(numbered(0), extra={"data": counter}).extra == {"data": counter}
+        assert checkpoints.restore(numbered(0), extra={"counter": counter}).extra == {"counter": counter}
         assert counter.count == 5
         with refused(
             sw.SaveError,

@@ -85,7 +85,10 @@ def run_markdown(file: Path, module: types.ModuleType) -> int:
 
 
 # Pages with code for packages that Statewise does not need; the test extra has them.
-NEEDS = {"docs/howto/instruments.md": ("matplotlib", "tensorboardX")}
+NEEDS = {
+    "docs/howto/instruments.md": ("matplotlib", "tensorboardX"),
+    "docs/howto/resume-with-data.md": ("grain",),
+}
 
 
 def markdown_files() -> list[Path]:

@@ -88,6 +88,11 @@ def test_a_killed_save_loses_nothing_and_offers_no_half(how: str, tmp_path: Path
         first = begun + 1
 
 
+def test_a_sigterm_that_nothing_handles_loses_the_step_that_is_being_written_and_no_earlier_one(tmp_path: Path) -> None:
+    begun, done = killed(tmp_path, "managed", 0, 0.05, signal.SIGTERM)
+    check_managed(tmp_path, begun, done)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", CHECKS)
 def test_fifty_kills_lose_nothing(how: str, tmp_path: Path) -> None:

@@ -136,3 +136,23 @@ def test_other_numbers_of_devices_go_on_from_the_same_state(
 
 def bits(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(array) if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array)
+
+
+# --- SIGTERM -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_sigterm_at_one_process_saves_the_same_step_in_all_and_ends_them(tmp_path: Path, processes: int) -> None:
+    folder = tmp_path / "run"
+    with started(folder, processes, 4 // processes, 100_000) as running:
+        wait_for_step(folder, 7)
+        running[-1].send_signal(signal.SIGTERM)
+        ends = [process.wait(timeout=PATIENCE) for process in running]
+    said = said_by(folder, 0).read_text()
+    assert ends == [0] * processes, said[-3000:]
+    preempted = re.search(r"preempted at step (\d+)", said)
+    assert preempted is not None
+    with sw.Checkpoints(folder) as checkpoints:
+        assert checkpoints.latest == int(preempted[1]) == max(losses(folder))
+        restored = checkpoints.restore(multihost.make_plan().abstract(mesh_of(1)))
+    assert restored.report.ok

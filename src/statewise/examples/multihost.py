@@ -10,7 +10,8 @@ Two processes on one machine, each with two devices that XLA simulates on the CP
     python -m statewise.examples.multihost run --coordinator localhost:7777 --processes 2 --process 1 --cpu-devices 2
 
 On Slurm, Open MPI and TPU pods JAX finds the other processes by itself, and only the directory is needed.  Kill a
-process, start all of them again, in any number, and training continues from the newest complete step.
+process, start all of them again, in any number, and training continues from the newest complete step.  Send SIGTERM to
+one, as machines that are taken away do: all save the same step, and end.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def train_until(last: int, directory: str, *, every: int = 5, mesh: jax.sharding
       mesh: the mesh; by default all devices along one axis.
 
     Returns:
-      the state after the last step.
+      the state after the last step; after an earlier one if a process was sent SIGTERM.
     """
     if mesh is None:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -108,6 +109,9 @@ def train_until(last: int, directory: str, *, every: int = 5, mesh: jax.sharding
             state, loss = train(state, *batch_of(step, mesh))
             checkpoints.save(step, state)
             _say(f"step {step} loss {float(loss).hex()} = {float(loss):.4f}")
+            if checkpoints.manager.reached_preemption(step):  # then this step is saved, whatever `every` says
+                _say(f"preempted at step {step}")
+                break
     return state
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
+from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
-from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
+from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, check_timeout, extra_item
 from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
@@ -108,7 +109,7 @@ class Checkpoints:
         check_counts(max_to_keep, every)
         check_options(options)
         self._layout = layout
-        self._bytes = 0
+        self._bytes = self._step = 0
         self._writing = self._closed = False
         self._directory = steps_in(directory)
         try:
@@ -163,22 +164,27 @@ class Checkpoints:
             raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
         return paths[step]
 
-    def save(self, step: SupportsIndex, state: State, /, *, force: bool = False, **extra: object) -> bool:
+    def save(
+        self, step: SupportsIndex, state: State, /, *, data: object = None, force: bool = False, **extra: object
+    ) -> bool:
         """Saves a step.
 
         Args:
           step: its number, larger than those of the existing steps.
           state: the state; it may be donated to the next step as soon as this returns.
+          data: a data iterator: Grain's, or one whose `get_state()` returns its position, as bytes or as what JSON can
+            represent, and whose `set_state(position)` goes there.  The position is the one that it has now.
           force: saves whatever `every` says, and beside newer steps; `max_to_keep` then counts from the last one saved.
-          **extra: more items: anything that JSON can represent, or an `ocp.args.CheckpointArgs` (such as a data
-            iterator's; through Orbax's newer interface, an `ocp.v1.StatefulCheckpointable`).
+          **extra: more items: anything that JSON can represent, or an `ocp.args.CheckpointArgs` (through Orbax's newer
+            interface, an `ocp.v1.StatefulCheckpointable`).
 
         Returns:
           whether it was a step to save.
 
         Raises:
-          SaveError: the step, or a newer one, exists already; an extra item cannot be written; the step could not be
-            written; or this is closed.  If the background write of an earlier step failed, this reports it, or `wait`.
+          SaveError: the step, or a newer one, exists already; an extra item cannot be written; `data` is not such an
+            iterator; the step could not be written; or this is closed.  If the background write of an earlier step
+            failed, this reports it, or `wait`.
           StructureError: the state was donated, is abstract, or is being traced.
         """
         if self._closed:
@@ -191,16 +197,24 @@ class Checkpoints:
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
         check_metrics(self._manager, items)
+        if data is not None:
+            check_iterator(data, SaveError)
         step = self._new_step(step, bool(force))
-        self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
-        self._writing = False
+        if data is not None:
+            if not (force or self.manager.should_save(step)):
+                return False  # without asking for the position: that may take longer than a step
+            items[DATA] = data_item(data, step)
+        before, self._writing = self._writing, False  # a save that fails is in progress forever for Orbax
         try:
-            self._writing = self._manager.save(step, item, items, bool(force))
+            started = self._manager.save(step, item, items, bool(force))
         except StatewiseError:
             raise
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
-        return self._writing
+        self._writing = before or started
+        if started:
+            self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
+        return started
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
@@ -230,6 +244,7 @@ class Checkpoints:
         step: int | None = None,
         only: str | Sequence[str] | None = None,
         cast: bool = False,
+        data: object = None,
         extra: str | Sequence[str] | Mapping[str, Any] = (),
         members: int | Sequence[int | None] | None = None,
     ) -> RestoreResult:
@@ -240,12 +255,15 @@ class Checkpoints:
           step: the step; by default the newest.
           only: the kinds to restore; by default all that are `saved`.
           cast: allows other dtypes.
+          data: the iterator to set to the position that `save(..., data=iterator)` saved; it is set when everything
+            else is restored.
           extra: names of extra items that were saved as JSON; or, by name, the `ocp.args.CheckpointArgs` to restore
             them with (through Orbax's newer interface, the objects to load them into).
           members: which members of an ensemble, as in `sw.restore`.
 
         Raises:
-          RestoreError: there is no such step or item, or the target and the checkpoint do not match.
+          RestoreError: there is no such step or item, the target and the checkpoint do not match, or the iterator
+            refuses the position; it then keeps its own.
           SaveError: a step that was being written could not be.
           CorruptedError: files or arrays are not what was written.
         """
@@ -255,14 +273,20 @@ class Checkpoints:
         assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else tuple(extra)
         items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-        missing = [name for name in names if name not in items]
+        wanted = names if data is None else (*names, DATA)
+        missing = [name for name in wanted if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
+        if DATA in names and not isinstance(extra, Mapping):
+            check_not_position(path.parent / DATA, step)
+        move = None if data is None else find_move(path.parent / DATA, data, step)
         state, report = restore(path, target, only=only, cast=cast, members=members)
         if isinstance(extra, Mapping):
             restored = dict(self._manager.restore(step, extra)) if extra else {}
         else:
             restored = {name: read_json(path.parent / name) for name in names}
+        if move is not None:
+            move.make()  # last: everything else can still fail without having changed anything
         return RestoreResult(state, report, step, restored)
 
     def preview(
@@ -282,7 +306,7 @@ class Checkpoints:
         """Returns the census of a step; see `sw.inspect`."""
         return inspect(self.path(step))
 
-    def wait(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def wait(self, progress: Callable[[int, int], None] | None = None, *, timeout: float | None = None) -> None:
         """Waits until everything is written.
 
         If that is 256 MiB or more, a terminal shows a progress bar; elsewhere the logger `statewise` gets an occasional
@@ -290,27 +314,45 @@ class Checkpoints:
 
         Args:
           progress: called a few times a second with the bytes written and the total, instead of the bar.
+          timeout: the most seconds to wait; None for as long as it takes.
 
         Raises:
-          SaveError: something could not be written.
+          SaveError: something could not be written; or it is still being written after `timeout`, which goes on.
         """
         total = self._bytes
+        end = time.monotonic() + check_timeout(timeout)
         try:
             if progress is not None:
-                self._watch(progress, total)
+                self._watch(progress, total, end)
             elif total >= LARGE:
                 with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
-                    self._watch(lambda written, _: tell(written), total)
-            self._manager.wait()
+                    self._watch(lambda written, _: tell(written), total, end)
+            elif timeout is not None:
+                self._watch(None, total, end)
+            if is_in_time := timeout is None or not self._is_writing():
+                self._manager.wait()
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
+        if not is_in_time:
+            raise SaveError(
+                f"Step {self._step} ({total:,} bytes) is still being written to {self._directory} after {timeout} s.",
+                hint="checkpoints.wait() until it is complete; a process that ends before loses this step only",
+            )
 
-    def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
-        """Reports the progress of the background write, by the size of the files that it has made."""
-        while self._writing and self._manager.is_writing():
-            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
-            time.sleep(0.1)
-        progress(total, total)
+    def _is_writing(self) -> bool:
+        return self._writing and self._manager.is_writing()
+
+    def _watch(self, progress: Callable[[int, int], None] | None, total: int, end: float) -> None:
+        """Waits for the background write, and reports its progress by the size of the files that it has made."""
+        while self._is_writing():
+            if progress is not None:
+                progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(0.1, left))
+        if progress is not None:
+            progress(total, total)
 
     def close(self) -> None:
         """Waits until everything is written, and closes Orbax's manager.

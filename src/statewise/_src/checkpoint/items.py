@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
@@ -14,7 +15,7 @@ from statewise._src.checkpoint.orbax.manager import ITEM, METRICS, Json, Manager
 from statewise._src.checkpoint.orbax.paths import obstacle
 from statewise.errors import SaveError
 
-__all__ = ["bytes_in", "check_counts", "check_metrics", "extra_item"]
+__all__ = ["bytes_in", "check_counts", "check_metrics", "check_timeout", "extra_item"]
 
 # Names that an extra item cannot have, because other functions have options of these names: the function, and the code
 # that was probably meant.
@@ -38,6 +39,13 @@ def check_counts(max_to_keep: int | None, every: int) -> None:
     for name, count in (("max_to_keep", max_to_keep), ("every", every)):
         if count is not None and count < 1:
             raise SaveError(f"{name}={count} is less than one step.", hint=f"{name}=1, or leave it out")
+
+
+def check_timeout(timeout: float | None) -> float:
+    """Returns a timeout in seconds, infinite for None; raises if it is not a number of seconds."""
+    if timeout is not None and not timeout >= 0:  # nor is NaN
+        raise SaveError(f"timeout={timeout} is not a number of seconds.", hint="timeout=30, or leave it out")
+    return math.inf if timeout is None else timeout
 
 
 def extra_item(manager: Manager, name: str, given: object) -> Any:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -176,9 +177,20 @@ class _FirstManager:
     def __init__(self, directory: Any, options: ocp.CheckpointManagerOptions) -> None:
         self.orbax = ocp.CheckpointManager(epath(directory), options=options)
         self.best_fn = options.best_fn
+        self._saving_thread: int | None = None
+        self.orbax.reached_preemption = functools.partial(self._reached_preemption, self.orbax.reached_preemption)
         self._names = options.step_name_format or ocp.path.step.standard_name_format(
             step_prefix=options.step_prefix, step_format_fixed_length=options.step_format_fixed_length
         )
+
+    def _reached_preemption(self, ask: Callable[[int], bool], step: int) -> bool:
+        """Asks whether all processes are to save this step, but not from the thread that ends a write.
+
+        That one asks about the step it has written, only to log it.  JAX takes the last step that was asked about for
+        the one that training is at, and chooses the step after it: one that training has passed, so that no process
+        would ever save.
+        """
+        return self._saving_thread in (None, threading.get_ident()) and ask(step)
 
     @property
     def directory(self) -> Any:
@@ -198,6 +210,7 @@ class _FirstManager:
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
         items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = extra.get(METRICS)
+        self._saving_thread = threading.get_ident()
         # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
         return bool(
             self.orbax.save(

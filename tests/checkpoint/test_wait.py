@@ -1,0 +1,86 @@
+"""`checkpoints.wait(timeout=)`, and who asks JAX whether a machine is to be taken away."""
+
+from __future__ import annotations
+
+import pathlib
+import threading
+from typing import Any
+
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental import multihost_utils
+
+import statewise as sw
+from checkpoint_models import number_of, numbered
+from refusals import refused
+from statewise._src.checkpoint.orbax.state_writer import StateWriter
+
+NEW = ocp.v1.training.Checkpointer
+
+
+class Held:
+    """Lets each write wait until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_go_on = threading.Event()
+        write = StateWriter.write
+
+        def held(writer: StateWriter) -> None:
+            assert self.may_go_on.wait(60)
+            write(writer)
+
+        monkeypatch.setattr(StateWriter, "write", held)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    return Held(monkeypatch)
+
+
+@pytest.mark.parametrize("progress", [None, lambda written, total: None], ids=["", "progress"])
+@pytest.mark.parametrize("options", [None, NEW], ids=["first", "new"])
+def test_a_wait_ends_at_its_timeout_and_the_write_goes_on(
+    tmp_path: pathlib.Path, held: Held, options: Any, progress: Any
+) -> None:
+    with sw.Checkpoints(tmp_path / "run", options=options, every=2) as checkpoints:
+        assert checkpoints.save(2, numbered(2))
+        for timeout in (0, 0.15):
+            message = f"Step 2 (28 bytes) is still being written to {tmp_path / 'run'} after {timeout} s."
+            hint = "checkpoints.wait() until it is complete; a process that ends before loses this step only"
+            with refused(sw.SaveError, message, hint=hint):
+                checkpoints.wait(progress, timeout=timeout)
+            assert not checkpoints.save(3, numbered(3))  # not one to save: the other is still being written
+        assert checkpoints.steps == ()
+        held.may_go_on.set()
+        checkpoints.wait(timeout=60)
+        assert checkpoints.steps == (2,)
+        assert number_of(checkpoints.restore(numbered(0)).state) == 2
+        checkpoints.wait(timeout=0)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_timeout_is_a_number_of_seconds(tmp_path: pathlib.Path, timeout: float) -> None:
+    message = f"timeout={timeout} is not a number of seconds."
+    with sw.Checkpoints(tmp_path) as checkpoints, refused(sw.SaveError, message, hint="timeout=30, or leave it out"):
+        checkpoints.wait(timeout=timeout)
+
+
+def test_only_the_thread_that_saves_asks_which_step_is_the_last(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX would take the step that another thread asks about for the one that training is at."""
+    asked: list[tuple[int, bool]] = []
+
+    def ask(step: int) -> bool:
+        asked.append((step, threading.current_thread() is threading.main_thread()))
+        return step == 5
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", ask)
+    with sw.Checkpoints(tmp_path, every=3) as checkpoints:
+        saved = [checkpoints.save(step, numbered(step)) for step in range(1, 8)]
+        checkpoints.wait()
+        assert checkpoints.steps == (3, 5, 6)
+    steps = [step for step, _ in asked]
+    assert steps == sorted(steps)
+    assert saved == [False, False, True, False, True, True, False]
+    assert all(in_main for _, in_main in asked)
