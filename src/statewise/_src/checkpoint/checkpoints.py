@@ -6,6 +6,7 @@ be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import contextlib
 import operator
 import os
 import time
@@ -13,15 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, SupportsIndex
 
+import jax
 import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
-from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
-from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
-from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
+from statewise._src.checkpoint.orbax.manager import Options, check_options, open_manager, read_json
+from statewise._src.checkpoint.orbax.paths import is_url, make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
+from statewise._src.checkpoint.orbax.store_steps import Claim
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
@@ -110,6 +113,7 @@ class Checkpoints:
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False
+        self._claim: Claim | None = None
         self._directory = steps_in(directory)
         try:
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
@@ -139,8 +143,7 @@ class Checkpoints:
 
     def _paths(self) -> dict[int, Any]:
         """Returns the complete steps, in order, with the paths of their states."""
-        paths = {step: path / ITEM for step, path in sorted(self._manager.found().items())}
-        return {step: path for step, path in paths.items() if (path / NAME).exists()}
+        return dict(sorted(self._manager.found().items()))
 
     @property
     def latest(self) -> int | None:
@@ -192,15 +195,47 @@ class Checkpoints:
         items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
         check_metrics(self._manager, items)
         step = self._new_step(step, bool(force))
+        if not (force or self._manager.is_due(step)):
+            return False
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
+        with self._writes():
+            if is_url(self._directory) and jax.process_index() == 0:
+                item.claim = self._claimed(step)
+            self._manager.save(step, item, items)
+        self._writing = True
+        return True
+
+    def _claimed(self, step: int) -> Claim:
+        """Returns the right to commit a step on an object store."""
+        self._end()  # Orbax, too, waits for the step before
+        claim = Claim(StorePath(str(self._manager.place(step))))
+        if step in self.steps:  # another writer has committed it since it was looked for
+            claim.release()
+            raise self._exists(step)
+        self._claim = claim
+        return claim
+
+    def _end(self) -> None:
+        """Waits for the step that is being written, and ends the claim to it."""
+        claim, self._claim = self._claim, None
+        self._manager.wait()
+        if claim is not None:
+            claim.release()
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        """Raises what comes of a write as a `SaveError`."""
         try:
-            self._writing = self._manager.save(step, item, items, bool(force))
+            yield
         except StatewiseError:
             raise
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
-        return self._writing
+
+    def _exists(self, step: int) -> SaveError:
+        hint = f"another step; checkpoints.manager.delete({step}) removes one that is corrupted"
+        return SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
@@ -211,8 +246,7 @@ class Checkpoints:
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
             if step in self.steps or self._manager.is_writing():
-                hint = f"another step; {remove} removes one that is corrupted"
-                raise SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
+                raise self._exists(step)
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
         newer = sorted(number for number in known if number > step)
         if newer and not force:
@@ -295,15 +329,13 @@ class Checkpoints:
           SaveError: something could not be written.
         """
         total = self._bytes
-        try:
+        with self._writes():
             if progress is not None:
                 self._watch(progress, total)
             elif total >= LARGE:
                 with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total)
-            self._manager.wait()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            self._end()
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
         """Reports the progress of the background write, by the size of the files that it has made."""

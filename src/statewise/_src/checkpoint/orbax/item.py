@@ -11,7 +11,7 @@ import abc
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
+from statewise._src.checkpoint.orbax.store_steps import Claim
 from statewise._src.core.plan import State
 
 __all__ = ["StateItem"]
@@ -33,6 +34,8 @@ _PATIENCE = 1200
 class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     """A state that Orbax saves and loads; the class that has one says what is saved, and how it is restored."""
 
+    claim: Claim | None = None  # the right to commit the step; None where Orbax commits it by a rename
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         ocp.args.register_with_handler(StateHandler, for_save=True, for_restore=True)(cls)
@@ -41,6 +44,13 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     @abc.abstractmethod
     def saving(self) -> Saving:
         """Returns what a save writes."""
+
+    def commit(self, directory: Any, finish: Callable[[], None]) -> None:
+        """Calls what writes the manifest, as the last file of a state."""
+        if self.claim is None:
+            finish()
+        else:
+            self.claim.commit(directory.name, finish)
 
     @abc.abstractmethod
     def restored(self, directory: str | os.PathLike[str]) -> State:
@@ -64,7 +74,7 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
                 if several:
                     await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
                 if jax.process_index() == 0:
-                    await asyncio.to_thread(writer.finish)
+                    await asyncio.to_thread(self.commit, directory.path, writer.finish)
             finally:
                 writer.close()
 

@@ -1,0 +1,137 @@
+"""The steps of a run on an object store: which are complete, and who writes one.
+
+Nothing is renamed there, so all writers of a step write to the same names.  A step is complete when it has Orbax's
+mark, which Orbax writes last, and a manifest of ours.
+
+An object beside the step names its writer.  Whoever begins a step writes its own name there, and Orbax then removes
+what an earlier writer has left: a run that was killed goes on, and the last one to begin a step is the one that may
+commit it.  A writer looks for its name before it writes the manifest, after that (which is before Orbax marks the
+step), and once more when everything is written: if another name is there, it says so, and nothing of it counts.  What
+is there without such a name is not ours, and stays.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from etils.epath import backend
+
+from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, read, remove
+from statewise.errors import SaveError
+
+__all__ = ["Claim", "complete_steps", "keep_no_listings"]
+
+# Orbax's mark of a step that is committed.
+_MARK = "commit_success.txt"
+# The end of the name of the object that names the writer of a step.
+_WRITER = ".statewise-writer"
+_DIGITS = re.compile("[0-9]+$")
+# The libraries behind Orbax's paths, by the scheme of their URLs; the extras have the names on the right.
+_LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+
+
+def keep_no_listings(url: str) -> None:
+    """Has the library behind Orbax's paths ask the store each time what there is.
+
+    It would keep each listing for the whole life of the process: Orbax would never see a step of another process, and
+    would leave objects behind when it removes one.
+
+    Raises:
+      SaveError: this library is not installed.
+    """
+    scheme = url.partition("://")[0]
+    library, extra = _LIBRARIES[scheme]
+    if importlib.util.find_spec("tensorflow") is not None:
+        return  # Orbax's paths prefer TensorFlow, which keeps none
+    if importlib.util.find_spec(library) is None:
+        raise SaveError(f"Steps on {scheme}:// need {library}.", hint=f"pip install 'statewise[{extra}]'")
+    listings = backend.fsspec_backend.fs(url).dircache
+    listings.use_listings_cache = False
+    listings.clear()
+
+
+def complete_steps(directory: StorePath, name_of: Callable[[int], str], item: str) -> dict[int, StorePath]:
+    """Returns the complete steps, each with the directory of its state.
+
+    It takes one listing of everything, because several questions for each step would take much longer.
+
+    Args:
+      directory: the directory of the steps.
+      name_of: returns the name of a step.
+      item: the name of the state in each step.
+    """
+    names = set(listing(directory))
+    places = {}
+    for name in names:
+        step, _, rest = name.partition("/")
+        digits = _DIGITS.search(step)
+        if rest == _MARK and digits and f"{step}/{item}/{NAME}" in names and name_of(int(digits[0])) == step:
+            places[int(digits[0])] = directory / step / item
+    return places
+
+
+class Claim:
+    """The right to commit a step; it is taken when this is made.
+
+    Args:
+      step: the directory of the step.
+
+    Raises:
+      SaveError: there is something that no writer of ours has begun.
+    """
+
+    def __init__(self, step: StorePath) -> None:
+        self._step = step
+        self._writer = step.parent / f"{step.name}{_WRITER}"
+        name = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(16)}
+        self._name = json.dumps(name).encode()
+        if read(self._writer).data is None:
+            found = listing(step)
+            if found and not any(name.endswith(f"/{NAME}") for name in found):
+                raise SaveError(
+                    f"There is already something at {step}, which is not a checkpoint of Statewise.",
+                    hint="another step; or remove it with the tools of the store",
+                )
+        self._writer.write_bytes(self._name)
+
+    def commit(self, item: str, finish: Callable[[], None]) -> None:
+        """Calls what writes the manifest of an item of the step.
+
+        Raises:
+          SaveError: another writer has begun the step since.
+        """
+        self._check()
+        # A manifest that is there is one of a writer that looked for its name just before this one took the step.
+        remove(self._step / item, [NAME])
+        finish()
+        self._check()
+
+    def release(self) -> None:
+        """Ends the claim, when the step is complete.
+
+        Raises:
+          SaveError: another writer has begun the step since.
+        """
+        self._check()
+        remove(self._writer.parent, [self._writer.name])
+
+    def _check(self) -> None:
+        found = read(self._writer).data
+        if found == self._name:
+            return
+        who = "which is complete"
+        if found is not None:
+            other = json.loads(found)
+            who = f"process {other['process']} on {other['host']}"
+        raise SaveError(
+            f"Another writer has written {self._step} at the same time ({who}). This one was dropped.",
+            hint="another directory for each writer",
+        )
