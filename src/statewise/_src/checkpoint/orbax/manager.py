@@ -28,6 +28,14 @@ __all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "op
 ITEM, METRICS = "state", "metrics"
 # On s3:// Orbax would rename, unless it is told to mark what is committed, as it does on gs://.
 _BY_MARKER = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+# What Orbax writes with arrays, for which it makes a path on disk of any URL that is not gs://.
+_OF_ARRAYS = (
+    ocp.args.PyTreeSave,
+    ocp.args.StandardSave,
+    ocp.args.ArraySave,
+    ocp.args.JaxRandomKeySave,
+    ocp.args.NumpyRandomKeySave,
+)
 # The files in which Orbax's two interfaces keep JSON.
 _JSON_FILES = ("metadata", "data.json", METRICS)
 
@@ -61,7 +69,11 @@ class Manager(Protocol):
         """Returns the directory with the steps, as Orbax has it."""
 
     def item(self, given: object) -> Any:
-        """Returns something as an extra item; None if it is not one by itself."""
+        """Returns something as an extra item; None if it is not one by itself.
+
+        Raises:
+          SaveError: Orbax cannot write it in this directory.
+        """
 
     def found(self) -> Mapping[int, Any]:
         """Returns the steps that are complete now, each with the directory of its state."""
@@ -221,6 +233,9 @@ class _FirstManager:
     def item(self, given: object) -> Any:
         if isinstance(given, ocp.args.JsonSave):
             return Json(given.item)
+        if _is_s3(self.directory) and isinstance(given, _OF_ARRAYS):
+            hint = "numbers as JSON; a state as sw.checkpointable(state); or a directory on disk or on gs://"
+            raise SaveError(f"Orbax cannot write the arrays of {type(given).__name__} to s3://.", hint=hint)
         return given if isinstance(given, ocp.args.CheckpointArgs) else None
 
     def found(self) -> Mapping[int, Any]:
