@@ -21,10 +21,10 @@ from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
 from statewise._src.checkpoint.orbax.manager import Options, check_options, open_manager, read_json
-from statewise._src.checkpoint.orbax.paths import is_url, make_folder, steps_in
+from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.orbax.store_steps import Claim
-from statewise._src.checkpoint.orbax.stores import StorePath
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
@@ -121,9 +121,20 @@ class Checkpoints:
             self._manager = open_manager(
                 self._directory, options, max_to_keep=max_to_keep, every=every, asynchronous=asynchronous
             )
-        except OSError as error:
-            hint = "a directory that can be written to"
-            raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
+        except StatewiseError:
+            raise
+        except Exception as error:
+            if not self._is_of_disk_or_store(error):
+                raise
+            hint = getattr(error, "hint", "a directory that can be written to")
+            raise SaveError(f"{self._directory} cannot be used: {_reason(error)}.", hint=hint) from error
+
+    def _is_of_disk_or_store(self, error: Exception) -> bool:
+        """Returns whether an exception says that something could not be read or written.
+
+        On an object store that may be any one, because Orbax passes on what the library of the store raises.
+        """
+        return isinstance(error, (OSError, ValueError)) or isinstance(self._directory, StorePath)
 
     @property
     def directory(self) -> Any:
@@ -143,7 +154,17 @@ class Checkpoints:
 
     def _paths(self) -> dict[int, Any]:
         """Returns the complete steps, in order, with the paths of their states."""
-        return dict(sorted(self._manager.found().items()))
+        with self._reads():
+            return dict(sorted(self._manager.found().items()))
+
+    @contextlib.contextmanager
+    def _reads(self) -> Iterator[None]:
+        """Raises what a store has refused to read as a `RestoreError`."""
+        try:
+            yield
+        except StoreError as error:
+            said = f"{self._directory} cannot be read: {error.strerror}."
+            raise RestoreError(said, hint=error.hint) from error
 
     @property
     def latest(self) -> int | None:
@@ -194,13 +215,14 @@ class Checkpoints:
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
         check_metrics(self._manager, items)
-        step = self._new_step(step, bool(force))
+        with self._writes():
+            step = self._new_step(step, bool(force))
         if not (force or self._manager.is_due(step)):
             return False
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
         with self._writes():
-            if is_url(self._directory) and jax.process_index() == 0:
+            if isinstance(self._directory, StorePath) and jax.process_index() == 0:
                 item.claim = self._claimed(step)
             self._manager.save(step, item, items)
         self._writing = True
@@ -210,7 +232,7 @@ class Checkpoints:
         """Returns the right to commit a step on an object store."""
         self._end()  # Orbax, too, waits for the step before
         claim = Claim(StorePath(str(self._manager.place(step))))
-        if step in self.steps:  # another writer has committed it since it was looked for
+        if step in self._manager.found():  # another writer has committed it since it was looked for
             claim.release()
             raise self._exists(step)
         self._claim = claim
@@ -230,7 +252,9 @@ class Checkpoints:
             yield
         except StatewiseError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not self._is_of_disk_or_store(error):
+                raise
             raise self._failed(error) from error
 
     def _exists(self, step: int) -> SaveError:
@@ -242,10 +266,11 @@ class Checkpoints:
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
             raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
-        known = {*self.steps, *self._manager.steps()}
+        complete = self._manager.found()
+        known = {*complete, *self._manager.steps()}
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
-            if step in self.steps or self._manager.is_writing():
+            if step in complete or self._manager.is_writing():
                 raise self._exists(step)
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
         newer = sorted(number for number in known if number > step)
@@ -288,7 +313,8 @@ class Checkpoints:
         path = self.path(step)
         assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else tuple(extra)
-        items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        with self._reads():
+            items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
         missing = [name for name in names if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
@@ -296,7 +322,8 @@ class Checkpoints:
         if isinstance(extra, Mapping):
             restored = dict(self._manager.restore(step, extra)) if extra else {}
         else:
-            restored = {name: read_json(path.parent / name) for name in names}
+            with self._reads():
+                restored = {name: read_json(path.parent / name) for name in names}
         return RestoreResult(state, report, step, restored)
 
     def preview(
@@ -357,10 +384,9 @@ class Checkpoints:
             self._manager.close()
 
     def _failed(self, error: Exception) -> SaveError:
-        known = error.hint if isinstance(error, StatewiseError) else None
         return SaveError(
-            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are complete.",
-            hint=known or "free some space, or choose a directory that can be written to",
+            f"A step could not be written to {self._directory}: {_reason(error)}. Earlier steps are complete.",
+            hint=getattr(error, "hint", None) or "free some space, or choose a directory that can be written to",
         )
 
     def __iter__(self) -> Iterator[int]:
@@ -377,3 +403,9 @@ class Checkpoints:
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self._directory)!r}, steps={self.steps})"
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the system or the store reported, in its own words."""
+    said = reason_of(error)
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said or error}"

@@ -19,7 +19,7 @@ from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.paths import is_url
 from statewise._src.checkpoint.orbax.store_steps import complete_steps, keep_no_listings
-from statewise._src.checkpoint.orbax.stores import StorePath
+from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from statewise.errors import CorruptedError, RestoreError, SaveError
 
 __all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "open_manager", "read_json"]
@@ -128,6 +128,7 @@ def open_manager(
     """
     if is_url(directory):
         keep_no_listings(str(directory))
+        listing(StorePath(str(directory)))  # raises what the store says; Orbax would make a bucket of any name
     if _is_of_newer(options):
         return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
     own = options or _options(directory, max_to_keep, every, asynchronous)
