@@ -43,11 +43,11 @@ def binary() -> Path | str:
 class ConditionalProxy(Proxy):
     """Holds the emulator to the conditions that TensorStore sends, which it would ignore."""
 
-    def __init__(self, upstream: str) -> None:
-        super().__init__(upstream)
+    def __init__(self, upstream: str, seed: int = 0) -> None:
+        super().__init__(upstream, seed)
         self._deleting = asyncio.Lock()
 
-    async def answer(self, request: Request, upstream: Connection) -> Answer | None:
+    async def forward(self, request: Request, upstream: Connection) -> Answer:
         """Passes a request on; one that has a condition, in a form in which it is checked."""
         if request.method in ("GET", "HEAD"):
             return await upstream.ask(request)
@@ -84,8 +84,8 @@ def in_two_parts(request: Request) -> Request:
 
 
 @contextlib.contextmanager
-def gcs_server() -> Iterator[str]:
-    """Runs an emulator, and gives its URL."""
+def gcs_server() -> Iterator[Proxy]:
+    """Runs an emulator, and gives the proxy before it."""
     program = binary()
     assert isinstance(program, Path), program
     with socket.socket() as free:
@@ -98,7 +98,7 @@ def gcs_server() -> Iterator[str]:
     try:
         _wait_for(url, process)
         with ConditionalProxy(url) as proxy:
-            yield proxy.url
+            yield proxy
     finally:
         process.kill()
         process.wait()

@@ -1,16 +1,23 @@
 """An HTTP proxy on loopback between a client and a store, in a thread of its own.
 
-It reads a whole request, passes it on, reads the whole answer, and passes that back.  What goes wrong in between is
-`faults`.  Where the servers name themselves in an answer, the client reads the name of the proxy.
+It reads a whole request, passes it on, reads the whole answer, and passes that back.  What goes wrong in between, a
+test says:
+
+    proxy.faults = [refuse(503, retry_after=1, first=3), delay(0.02, methods=("PUT",))]
+
+Where the server names itself in the headers of an answer, the client reads the name of the proxy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
+import re
 import threading
-from collections.abc import Coroutine
-from typing import Any
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from typing import Any, Self
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 WITHOUT_BODY = (204, 304)
@@ -66,89 +73,229 @@ def _encoded(first: str, headers: list[tuple[str, str]], body: bytes, length: in
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong with requests that come through a proxy; made by the functions below.
+
+    Attributes:
+        what: `delay`, `refuse`, `drop_request`, `drop_before_answer`, `drop_answer`, `truncate`, `flip`, or `hold`.
+        amount: Seconds for a delay, a status, the share of a body that passes, or the number of requests that overtake.
+        headers: Of the answer, for a refusal.
+        share: Of the requests that match, how many are concerned: which, the seed of the proxy says.
+        after: So many requests that match pass before the first.
+        first: At most so many are concerned; None for no limit.
+        methods: Of the requests that match; all if empty.
+        pattern: A regular expression that is found in the target of those that match.
+    """
+
+    what: str
+    amount: float = 0
+    headers: tuple[tuple[str, str], ...] = ()
+    share: float = 1.0
+    after: int = 0
+    first: int | None = None
+    methods: tuple[str, ...] = ()
+    pattern: str = ""
+
+    def matches(self, method: str, target: str) -> bool:
+        """Returns whether a request is one that the fault is about."""
+        return (not self.methods or method in self.methods) and re.search(self.pattern, target) is not None
+
+
+def delay(seconds: float, **which: Any) -> Fault:
+    """Returns a fault: the server is asked later."""
+    return Fault("delay", seconds, **which)
+
+
+def refuse(status: int, *, retry_after: int | None = None, **which: Any) -> Fault:
+    """Returns a fault: the server is not asked, and the client reads a status such as 429 or 503."""
+    wait = () if retry_after is None else (("Retry-After", str(retry_after)),)
+    return Fault("refuse", status, wait, **which)
+
+
+def drop_request(passing: float = 0.5, **which: Any) -> Fault:
+    """Returns a fault: the connection closes when a share of the body has come, and the server hears nothing."""
+    return Fault("drop_request", passing, **which)
+
+
+def drop_before_answer(**which: Any) -> Fault:
+    """Returns a fault: the server does what it is asked, and the connection closes before the client hears of it."""
+    return Fault("drop_before_answer", **which)
+
+
+def drop_answer(passing: float = 0.5, **which: Any) -> Fault:
+    """Returns a fault: the connection closes when a share of the answer's body has been sent."""
+    return Fault("drop_answer", passing, **which)
+
+
+def truncate(passing: float = 0.5, **which: Any) -> Fault:
+    """Returns a fault: the body of an answer ends early, and its length says so: the client cannot see it."""
+    return Fault("truncate", passing, **which)
+
+
+def flip(place: float = 0.5, **which: Any) -> Fault:
+    """Returns a fault: one bit of the answer's body is another one."""
+    return Fault("flip", place, **which)
+
+
+def hold(overtaking: int = 3, **which: Any) -> Fault:
+    """Returns a fault: the server is asked when so many later requests have been answered, or none is under way."""
+    return Fault("hold", overtaking, **which)
+
+
 class Proxy:
     """A proxy for the server at a URL, from `with` until its end.
 
     Attributes:
         url: What a client is given instead of the server's own URL.
+        faults: What goes wrong from now on; of several that a request matches, the first.
+        seed: Which requests a fault with a share concerns: the same for the same requests, in whatever order.
         requests: What came, in order: the method and the target.
+        hits: How often something went wrong.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, seed: int = 0) -> None:
         self.upstream = upstream
         self.url = ""
-        self.requests: list[tuple[str, str]] = []
+        self.reset(seed)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._server: asyncio.Server | None = None
+        self._answered = 0
+        self._under_way = 0
+        self._held = 0
 
-    def __enter__(self) -> Proxy:
+    def reset(self, seed: int = 0) -> None:
+        """Forgets faults and requests."""
+        self.faults: Sequence[Fault] = ()
+        self.seed = seed
+        self.requests: list[tuple[str, str]] = []
+        self.hits = 0
+        self._matched: Counter[Fault] = Counter()
+        self._concerned: Counter[Fault] = Counter()
+        self._seen: Counter[tuple[Fault, str, str]] = Counter()
+
+    def __enter__(self) -> Self:
         self._thread.start()
-        self._server = self.run(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20))
+        self._server = self._run(asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**20, backlog=512))
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self.run(self._end())
+        self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Runs a coroutine in the thread of the proxy, and returns what it returns."""
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _end(self) -> None:
         assert self._server is not None
         self._server.close()
-        mine = asyncio.current_task()
-        others = [task for task in asyncio.all_tasks() if task is not mine]
+        own = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not own]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    async def answer(self, request: Request, upstream: Connection) -> Answer | None:
-        """Returns what the client is to read; None closes its connection.  Proxies of other kinds change this."""
+    async def forward(self, request: Request, upstream: Connection) -> Answer:
+        """Returns what the server answers.  Proxies of other kinds change this."""
         return await upstream.ask(request)
-
-    async def send(self, request: Request, answer: Answer, writer: asyncio.StreamWriter) -> bool:
-        """Sends an answer, and says whether the connection is still good."""
-        writer.write(answer.encoded())
-        await writer.drain()
-        return True
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = Connection(self)
         try:
-            good = True
-            while good:
-                request = await self._read(reader, writer)
-                if request is None:
-                    return
-                self.requests.append((request.method, request.target))
-                answer = await self.answer(request, upstream)
-                good = answer is not None and await self.send(request, answer, writer)
+            while await self._exchange(reader, writer, upstream):
+                pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or the proxy ends
         finally:
             upstream.close()
             writer.close()
 
-    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request | None:
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: Connection) -> bool:
         head = await read_head(reader)
         if head is None:
-            return None
+            return False
         first, headers = head
         method, target, _ = first.split(" ", 2)
+        self.requests.append((method, target))
+        fault = self._choose(method, target)
         if "100-continue" in value_of(headers, "expect").lower():
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return Request(method, target, headers, await self.read_body(headers, reader, writer))
+        if fault is not None and fault.what == "drop_request":
+            await reader.readexactly(int(fault.amount * int(value_of(headers, "content-length") or 0)))
+            writer.transport.abort()
+            return False
+        request = Request(method, target, headers, await read_body(headers, reader, to_the_end=False))
+        self._under_way += 1
+        try:
+            answer = await self._answer(request, fault, upstream)
+        finally:
+            self._under_way -= 1
+            self._answered += 1
+        return await _send(answer, fault, writer)
 
-    async def read_body(
-        self, headers: tuple[tuple[str, str], ...], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bytes:
-        """Returns the body of a request."""
-        return await read_body(headers, reader, to_the_end=False)
+    def _choose(self, method: str, target: str) -> Fault | None:
+        for fault in self.faults:
+            if not fault.matches(method, target):
+                continue
+            self._matched[fault] += 1
+            self._seen[fault, method, target] += 1
+            draw = random.Random(f"{self.seed} {method} {target} {self._seen[fault, method, target]}").random()
+            over = fault.first is not None and self._concerned[fault] >= fault.first
+            if not over and self._matched[fault] > fault.after and draw < fault.share:
+                self._concerned[fault] += 1
+                self.hits += 1
+                return fault
+        return None
+
+    async def _answer(self, request: Request, fault: Fault | None, upstream: Connection) -> Answer:
+        what = "" if fault is None else fault.what
+        if fault is not None and what == "refuse":
+            return Answer(int(fault.amount), fault.headers, b"as the test wants it", "Refused by the test")
+        if fault is not None and what == "delay":
+            await asyncio.sleep(fault.amount)
+        if fault is not None and what == "hold":
+            await self._wait_for_later(int(fault.amount))
+        return await self.forward(request, upstream)
+
+    async def _wait_for_later(self, number: int) -> None:
+        """Waits until so many requests have been answered, or for a moment in which all that came are waiting."""
+        self._held += 1
+        until, quiet = self._answered + number, 0
+        while self._answered < until and quiet < ROUNDS_OF_QUIET:
+            await asyncio.sleep(ROUND)
+            quiet = quiet + 1 if self._held == self._under_way else 0
+        self._held -= 1
+
+
+# A request that is held while no other is under way goes on after so many looks at that.
+ROUNDS_OF_QUIET, ROUND = 10, 0.002
+
+
+async def _send(answer: Answer, fault: Fault | None, writer: asyncio.StreamWriter) -> bool:
+    """Sends an answer, and says whether the connection is still good."""
+    what, amount = ("", 0.0) if fault is None else (fault.what, fault.amount)
+    if what == "drop_before_answer":
+        writer.transport.abort()
+        return False
+    body = answer.body
+    end = int(amount * len(body))
+    if what == "truncate":
+        answer = dataclasses.replace(answer, body=body[:end])
+    if what == "flip" and body:
+        at = min(end, len(body) - 1)
+        answer = dataclasses.replace(answer, body=body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :])
+    encoded = answer.encoded()
+    if what == "drop_answer":
+        writer.write(encoded[: len(encoded) - len(body) + end])
+        await writer.drain()
+        return False
+    writer.write(encoded)
+    await writer.drain()
+    return True
 
 
 class Connection:

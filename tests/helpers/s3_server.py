@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from proxy import Proxy
+
 PROGRAM = Path(__file__).parent / "programs/serve_s3.py"
 REGION = "us-east-1"
 
@@ -21,14 +23,15 @@ def missing() -> str:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """Runs an emulator, and gives its URL."""
+def s3_server() -> Iterator[Proxy]:
+    """Runs an emulator, and gives a proxy before it."""
     silent = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen([sys.executable, str(PROGRAM)], **silent) as process:
         try:
             port = process.stdout.readline()
             assert port, f"the emulator has ended with exit status {process.wait()}"
-            yield f"http://127.0.0.1:{int(port)}"
+            with Proxy(f"http://127.0.0.1:{int(port)}") as proxy:
+                yield proxy
         finally:
             process.kill()
 

@@ -208,6 +208,11 @@ class StorePath(os.PathLike[str]):
         """Writes an object, whatever was there."""
         self.write_bytes(text.encode())
 
+    def unlink(self) -> None:
+        """Removes the object."""
+        with store_errors():
+            _objects(self).write("", None).result()
+
     def read_range(self, start: int, stop: int | None) -> bytes | None:
         """Returns bytes of an object, or None if it does not have all of them.
 
