@@ -7,17 +7,18 @@ be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 import contextlib
+import copy
 import operator
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple, SupportsIndex
 
-import jax
 import numpy as np
 
-from statewise._src.checkpoint.checkpointable import checkpointable
+from statewise._src.checkpoint.checkpointable import Checkpointable, checkpointable
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
 from statewise._src.checkpoint.orbax.manager import Options, check_options, open_manager, read_json
@@ -28,6 +29,7 @@ from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
+from statewise._src.checkpoint.together import agreed, together
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
 from statewise.errors import RestoreError, SaveError, StatewiseError
@@ -222,21 +224,26 @@ class Checkpoints:
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
         with self._writes():
-            if isinstance(self._directory, StorePath) and jax.process_index() == 0:
-                item.claim = self._claimed(step)
+            if isinstance(self._directory, StorePath):
+                self._claim_step(step, item, items)
             self._manager.save(step, item, items)
         self._writing = True
         return True
 
-    def _claimed(self, step: int) -> Claim:
-        """Returns the right to commit a step on an object store."""
+    def _claim_step(self, step: int, item: Checkpointable, items: dict[str, Any]) -> None:
+        """Takes the right to commit a step on an object store, for its states."""
         self._end()  # Orbax, too, waits for the step before
-        claim = Claim(StorePath(str(self._manager.place(step))))
-        if step in self._manager.found():  # another writer has committed it since it was looked for
-            claim.release()
-            raise self._exists(step)
-        self._claim = claim
-        return claim
+        token = f"{agreed(secrets.randbits(32)):08x}{agreed(secrets.randbits(32)):08x}"
+        with together(self._directory):
+            claim = Claim(StorePath(str(self._manager.place(step))), token)
+            if step in self._manager.found():  # another writer has committed it since it was looked for
+                claim.release()
+                raise self._exists(step)
+        self._claim = item.claim = claim
+        for name, extra in items.items():
+            if isinstance(extra, Checkpointable):
+                items[name] = copy.copy(extra)  # the user's own may be saved elsewhere
+                items[name].claim = claim
 
     def _end(self) -> None:
         """Waits for the step that is being written, and ends the claim to it."""

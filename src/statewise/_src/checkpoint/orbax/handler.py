@@ -27,7 +27,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
         """Starts a save; returns futures to wait for."""
-        self._item, self._writer = args, (writer := StateWriter(directory, args.saving))
+        self._item, self._writer = args, (writer := args.writer(directory))
         futures = await writer.begin()
         # Orbax may make the directory in the background: this future waits until it exists.
         written = ocp.future.CommitFutureAwaitingContractedSignals(
@@ -37,13 +37,13 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
-        self._item, self._writer = args, StateWriter(directory, args.saving)
+        self._item, self._writer = args, args.writer(directory)
         run(self._writer)
 
     def finalize(self, directory: Any) -> None:
         """Writes the manifest when everything else is written; called once, by one process."""
         assert self._writer is not None, "finalize comes after a save"
-        self._item.commit(directory, self._writer.finish)
+        self._item.commit(directory, self._writer)
         self.close()
 
     def restore(self, directory: Any, args: Any) -> Any:

@@ -11,7 +11,7 @@ import abc
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_steps import Claim
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.core.plan import State
 
 __all__ = ["StateItem"]
@@ -45,12 +46,16 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     def saving(self) -> Saving:
         """Returns what a save writes."""
 
-    def commit(self, directory: Any, finish: Callable[[], None]) -> None:
-        """Calls what writes the manifest, as the last file of a state."""
+    def writer(self, directory: Any) -> StateWriter:
+        """Returns what writes the state into a directory; it need not exist yet."""
+        return StateWriter(directory, self.saving, self.claim.own if self.claim else "")
+
+    def commit(self, directory: Any, writer: StateWriter) -> None:
+        """Writes the manifest, when everything else is written."""
         if self.claim is None:
-            finish()
+            writer.finish()
         else:
-            self.claim.commit(directory.name, finish)
+            self.claim.commit(StorePath(str(directory)), writer)
 
     @abc.abstractmethod
     def restored(self, directory: str | os.PathLike[str]) -> State:
@@ -58,7 +63,7 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
-        writer = StateWriter(directory.path, self.saving)
+        writer = self.writer(directory.path)
         several = jax.process_count() > 1
         if several:
             await directory.await_creation()  # for the processes to write into it
@@ -74,7 +79,7 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
                 if several:
                     await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
                 if jax.process_index() == 0:
-                    await asyncio.to_thread(self.commit, directory.path, writer.finish)
+                    await asyncio.to_thread(self.commit, directory.path, writer)
             finally:
                 writer.close()
 

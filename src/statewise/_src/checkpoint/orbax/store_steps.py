@@ -16,15 +16,15 @@ import importlib.util
 import json
 import os
 import re
-import secrets
 import socket
 from collections.abc import Callable
-from typing import Any
 
+import jax
 from etils.epath import backend
 
-from statewise._src.checkpoint.format.manifest import NAME
-from statewise._src.checkpoint.orbax.stores import StorePath, listing, read, remove
+from statewise._src.checkpoint.format.manifest import NAME, OWN
+from statewise._src.checkpoint.orbax.state_writer import StateWriter
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, read, remove, write_if
 from statewise.errors import SaveError
 
 __all__ = ["Claim", "complete_steps", "keep_no_listings"]
@@ -79,39 +79,55 @@ def complete_steps(directory: StorePath, name_of: Callable[[int], str], item: st
 
 
 class Claim:
-    """The right to commit a step; it is taken when this is made.
+    """The right to commit a step; the first process takes it when this is made.
 
     Args:
       step: the directory of the step.
+      token: 16 hexadecimal digits that no other writer has, the same in every process.
+
+    Attributes:
+      own: the name of this writer's directory in each state of the step.
 
     Raises:
       SaveError: there is something that no writer of ours has begun.
     """
 
-    def __init__(self, step: StorePath) -> None:
+    def __init__(self, step: StorePath, token: str) -> None:
         self._step = step
         self._writer = step.parent / f"{step.name}{_WRITER}"
-        name = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(16)}
-        self._name = json.dumps(name).encode()
+        self._name = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": token}).encode()
+        self.own = f"{OWN}{token}"
+        if jax.process_index() == 0:
+            self._take()
+
+    def _take(self) -> None:
         if read(self._writer).data is None:
-            found = listing(step)
+            found = listing(self._step)
             if found and not any(name.endswith(f"/{NAME}") for name in found):
                 raise SaveError(
-                    f"There is already something at {step}, which is not a checkpoint of Statewise.",
+                    f"There is already something at {self._step}, which is not a checkpoint of Statewise.",
                     hint="another step; or remove it with the tools of the store",
                 )
         self._writer.write_bytes(self._name)
 
-    def commit(self, item: str, finish: Callable[[], None]) -> None:
-        """Calls what writes the manifest of an item of the step.
+    def commit(self, place: StorePath, writer: StateWriter) -> None:
+        """Writes the manifest of a state of the step.
+
+        Args:
+          place: the directory of the state.
+          writer: has written everything else, into its own directory.
 
         Raises:
           SaveError: another writer has begun the step since.
         """
         self._check()
+        data = writer.manifest()
+        for name, content in writer.for_orbax().items():
+            (place / name).write_bytes(content)
         # A manifest that is there is one of a writer that looked for its name just before this one took the step.
-        remove(self._step / item, [NAME])
-        finish()
+        remove(place, [NAME])
+        if write_if(place / NAME, data, read(place / NAME).generation) is None:
+            raise self._lost()
         self._check()
 
     def release(self) -> None:
@@ -120,18 +136,19 @@ class Claim:
         Raises:
           SaveError: another writer has begun the step since.
         """
-        self._check()
-        remove(self._writer.parent, [self._writer.name])
+        if jax.process_index() == 0:
+            self._check()
+            remove(self._writer.parent, [self._writer.name])
 
     def _check(self) -> None:
+        if read(self._writer).data != self._name:
+            raise self._lost()
+
+    def _lost(self) -> SaveError:
         found = read(self._writer).data
-        if found == self._name:
-            return
-        who = "which is complete"
-        if found is not None:
-            other = json.loads(found)
-            who = f"process {other['process']} on {other['host']}"
-        raise SaveError(
-            f"Another writer has written {self._step} at the same time ({who}). This one was dropped.",
+        other = json.loads(found) if found else {}
+        who = f"process {other['process']} on {other['host']}" if other else "which has ended"
+        return SaveError(
+            f"Another writer ({who}) has written {self._step} at the same time; this one was dropped.",
             hint="another directory for each writer",
         )
