@@ -367,14 +367,18 @@ class Checkpoints:
             if progress is not None:
                 self._watch(progress, total)
             elif total >= LARGE:
-                with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+                with bar(f"writing a step of {self._directory.name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total)
             self._end()
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
-        """Reports the progress of the background write, by the size of the files that it has made."""
+        """Reports the progress of the background write: on a disk, by the size of the files that it has made."""
         while self._writing and self._manager.is_writing():
-            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            if self._claim is None:
+                written = bytes_in(FilePath(self._directory).glob("*tmp*"))
+            else:
+                written = self._claim.written
+            progress(min(written, total), total)
             time.sleep(0.1)
         progress(total, total)
 

@@ -48,7 +48,9 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
 
     def writer(self, directory: Any) -> StateWriter:
         """Returns what writes the state into a directory; it need not exist yet."""
-        return StateWriter(directory, self.saving, self.claim.own if self.claim else "")
+        if self.claim is None:
+            return StateWriter(directory, self.saving)
+        return StateWriter(directory, self.saving, self.claim.own, self.claim.wrote)
 
     def commit(self, directory: Any, writer: StateWriter) -> None:
         """Writes the manifest, when everything else is written."""

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
@@ -18,7 +18,7 @@ from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.paths import is_url
-from statewise._src.checkpoint.orbax.store_steps import complete_steps, keep_no_listings
+from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
 from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from statewise.errors import CorruptedError, RestoreError, SaveError
 
@@ -133,7 +133,7 @@ def open_manager(
         return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
     own = options or _options(directory, max_to_keep, every, asynchronous)
     if _is_s3(directory):
-        names = _names_in(directory, own.step_name_format)
+        names = own.step_name_format and _Marked(own.step_name_format)
         own = dataclasses.replace(own, step_name_format=names, atomicity_options=_BY_MARKER)
     return _again(lambda: _FirstManager(directory, own))
 
@@ -158,11 +158,24 @@ def _is_s3(directory: object) -> bool:
     return str(directory).startswith("s3://")
 
 
-def _names_in(directory: object, names: Any) -> Any:
-    """Returns the names of steps, for a directory in which only a mark says that one is committed."""
-    if _is_s3(directory) and hasattr(names, "atomicity_options"):
-        return dataclasses.replace(names, atomicity_options=_BY_MARKER)
-    return names
+class _Marked:
+    """The names of steps, where a step that is not marked is not committed; what made them does not know that."""
+
+    def __init__(self, names: Any) -> None:
+        self._names = names
+        self.single_host_load_and_broadcast = getattr(names, "single_host_load_and_broadcast", False)
+
+    def build_name(self, step: int) -> str:
+        return str(self._names.build_name(step))
+
+    def find_all(self, directory: Any) -> Iterator[Any]:
+        yield from (found for found in self._names.find_all(directory) if is_marked(found.path))
+
+    def find_step(self, directory: Any, step: int) -> Any:
+        found = self._names.find_step(directory, step)
+        if not is_marked(found.path):
+            raise ValueError(f"{found.path} is not committed.")
+        return found
 
 
 def _is_of_newer(options: object) -> bool:
@@ -290,8 +303,7 @@ class _NewManager:
         training = ocp.v1.training
         policies = training.save_decision_policies
         given = keywords.get("context")
-        marks = ocp.v1.options.AtomicityOptions(mode=_BY_MARKER.mode) if _is_s3(directory) else None
-        self._context = ocp.v1.Context(given, atomicity_options=marks)
+        self._context = ocp.v1.Context(given)
         if given is None:  # as for the first interface
             self._context.asynchronous.create_directories_asynchronously = is_url(directory)
         defaults = {
@@ -302,7 +314,9 @@ class _NewManager:
             "step_name_format": ocp.v1.path.step.standard_name_format(),
         }
         used = defaults | keywords | {"context": self._context}
-        used["step_name_format"] = _names_in(directory, used["step_name_format"])
+        if _is_s3(directory):
+            self._context.atomicity.mode = _BY_MARKER.mode
+            used["step_name_format"] = _Marked(used["step_name_format"])
         self.orbax = training.Checkpointer(epath(directory), **used)
         self._names = used["step_name_format"]
         self._asynchronous = asynchronous

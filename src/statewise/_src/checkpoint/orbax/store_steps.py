@@ -18,16 +18,17 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils.epath import backend
 
 from statewise._src.checkpoint.format.manifest import NAME, OWN
 from statewise._src.checkpoint.orbax.state_writer import StateWriter
-from statewise._src.checkpoint.orbax.stores import StorePath, listing, read, remove, write_if
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
 from statewise.errors import SaveError
 
-__all__ = ["Claim", "complete_steps", "keep_no_listings"]
+__all__ = ["Claim", "complete_steps", "is_marked", "keep_no_listings"]
 
 # Orbax's mark of a step that is committed.
 _MARK = "commit_success.txt"
@@ -78,6 +79,11 @@ def complete_steps(directory: StorePath, name_of: Callable[[int], str], item: st
     return places
 
 
+def is_marked(step: Any) -> bool:
+    """Returns whether Orbax has committed a step."""
+    return probe(StorePath(str(step)) / _MARK)
+
+
 class Claim:
     """The right to commit a step; the first process takes it when this is made.
 
@@ -87,6 +93,7 @@ class Claim:
 
     Attributes:
       own: the name of this writer's directory in each state of the step.
+      written: the number of bytes that this process has written to states of the step.
 
     Raises:
       SaveError: there is something that no writer of ours has begun.
@@ -97,6 +104,7 @@ class Claim:
         self._writer = step.parent / f"{step.name}{_WRITER}"
         self._name = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": token}).encode()
         self.own = f"{OWN}{token}"
+        self.written = 0
         if jax.process_index() == 0:
             self._take()
 
@@ -109,6 +117,10 @@ class Claim:
                     hint="another step; or remove it with the tools of the store",
                 )
         self._writer.write_bytes(self._name)
+
+    def wrote(self, size: int) -> None:
+        """Counts bytes that were written."""
+        self.written += size
 
     def commit(self, place: StorePath, writer: StateWriter) -> None:
         """Writes the manifest of a state of the step.
