@@ -132,14 +132,13 @@ class Claim:
         Raises:
           SaveError: another writer has begun the step since.
         """
+        # A manifest that is there is one of a writer that looked for its name just before this one took the step.
+        there = read(place / NAME)
         self._check()
-        data = writer.manifest()
+        if write_if(place / NAME, writer.manifest(), there.generation) is None:
+            raise self._lost()
         for name, content in writer.for_orbax().items():
             (place / name).write_bytes(content)
-        # A manifest that is there is one of a writer that looked for its name just before this one took the step.
-        remove(place, [NAME])
-        if write_if(place / NAME, data, read(place / NAME).generation) is None:
-            raise self._lost()
         self._check()
 
     def release(self) -> None:
