@@ -16,7 +16,7 @@ from proxy import Proxy, refuse
 from refusals import refused
 from statewise._src.checkpoint.orbax.state_writer import StateWriter
 from statewise._src.checkpoint.orbax.store_steps import Claim
-from statewise._src.checkpoint.orbax.stores import StorePath, listing
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, remove
 
 NEW = ocp.v1.training.Checkpointer
 INTERFACES = pytest.mark.parametrize(
@@ -62,8 +62,7 @@ def test_of_two_writers_of_a_step_the_last_to_begin_wins_and_the_other_says_so(
         held.go.set()
         with refused(
             sw.SaveError,
-            f"A step could not be written to {url}: Another writer (which has ended) has written {url}/7 at the same "
-            "time; this one was dropped. Earlier steps are complete.",
+            f"Another writer (which has ended) has written {url}/7 at the same time; this one was dropped.",
             hint="another directory for each writer",
         ):
             loser.wait()
@@ -128,8 +127,6 @@ def test_without_its_mark_or_without_its_manifest_a_step_is_none(stores: str) ->
         for step in (1, 2, 3):
             checkpoints.save(step, numbered(step))
         checkpoints.wait()
-        from statewise._src.checkpoint.orbax.stores import remove
-
         remove(StorePath(url), ["2/commit_success.txt", "3/state/statewise.json"])
         assert (checkpoints.steps, checkpoints.latest) == ((1,), 1)
 

@@ -137,7 +137,7 @@ class Claim:
         self._check()
         if write_if(place / NAME, writer.manifest(), there.generation) is None:
             raise self._lost()
-        for name, content in writer.for_orbax().items():
+        for name, content in writer.for_orbax.items():
             (place / name).write_bytes(content)
         self._check()
 
