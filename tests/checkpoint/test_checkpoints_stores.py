@@ -22,7 +22,8 @@ NEW = ocp.v1.training.Checkpointer
 # Orbax warns of what it does here on purpose: without a target it takes the shardings that it finds.
 PLAIN = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
 # One of each pair that differs in both is always run.
-MODES = ["first async", "new sync", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("first sync", "new async"))]
+SLOW = (pytest.param(mode, marks=pytest.mark.slow) for mode in ("first sync", "new async"))
+MODES = ["first async", "new sync", *SLOW]
 
 
 @pytest.fixture(params=MODES)

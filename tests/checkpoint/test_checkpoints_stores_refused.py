@@ -19,9 +19,7 @@ from statewise._src.checkpoint.orbax.store_steps import Claim
 from statewise._src.checkpoint.orbax.stores import StorePath, listing, remove
 
 NEW = ocp.v1.training.Checkpointer
-INTERFACES = pytest.mark.parametrize(
-    "options", [None, pytest.param(NEW, marks=pytest.mark.slow)], ids=["first", "new"]
-)
+INTERFACES = pytest.mark.parametrize("options", [None, pytest.param(NEW, marks=pytest.mark.slow)], ids=["first", "new"])
 TOOLS = "another step; or remove it with the tools of the store"
 
 
@@ -138,9 +136,7 @@ def test_without_its_mark_or_without_its_manifest_a_step_is_none(stores: str) ->
 def test_the_library_of_a_store_that_is_missing_is_named(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     library, extra = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}[store]
-    with refused(
-        sw.SaveError, f"Steps on {store}:// need {library}.", hint=f"pip install 'statewise[{extra}]'"
-    ):
+    with refused(sw.SaveError, f"Steps on {store}:// need {library}.", hint=f"pip install 'statewise[{extra}]'"):
         sw.Checkpoints(f"{store}://bucket/run")
 
 
@@ -170,7 +166,6 @@ def test_a_store_that_refuses_is_quoted(stores: str, proxy: Proxy) -> None:
         proxy.faults = [refuse(403, methods=("PUT", "POST"))]
         with pytest.raises(sw.SaveError, match=f"A step could not be written to {url}: .*403"):
             checkpoints.save(2, numbered(2))
-            checkpoints.wait()
         proxy.faults = []
         assert checkpoints.steps == (1,)
         assert checkpoints.save(2, numbered(2))

@@ -1,4 +1,4 @@
-"""`sw.Checkpoints` on an object store that several processes see: one that reads all the time, and one that is killed."""
+"""`sw.Checkpoints` on an object store, in several processes: one that reads again and again, and one that is killed."""
 
 from __future__ import annotations
 

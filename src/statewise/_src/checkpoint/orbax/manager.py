@@ -131,7 +131,7 @@ def open_manager(
         listing(StorePath(str(directory)))  # raises what the store says; Orbax would make a bucket of any name
     if _is_of_newer(options):
         return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
-    own = options or _options(directory, max_to_keep, every, asynchronous)
+    own: Any = options or _options(directory, max_to_keep, every, asynchronous)
     if _is_s3(directory):
         names = own.step_name_format and _Marked(own.step_name_format)
         own = dataclasses.replace(own, step_name_format=names, atomicity_options=_BY_MARKER)

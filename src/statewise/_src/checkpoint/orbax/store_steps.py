@@ -40,7 +40,7 @@ _LIBRARIES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 
 def keep_no_listings(url: str) -> None:
-    """Has the library behind Orbax's paths ask the store each time what there is.
+    """Makes the library behind Orbax's paths ask the store each time what there is.
 
     It would keep each listing for the whole life of the process: Orbax would never see a step of another process, and
     would leave objects behind when it removes one.

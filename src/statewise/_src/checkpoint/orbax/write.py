@@ -81,7 +81,9 @@ class TreeWriter:
         written.
     """
 
-    def __init__(self, tree: Mapping[str, Any], own: str = "", wrote: Callable[[int], None] = lambda size: None) -> None:
+    def __init__(
+        self, tree: Mapping[str, Any], own: str = "", wrote: Callable[[int], None] = lambda size: None
+    ) -> None:
         flat = dict(sorted(traverse_util.flatten_dict(tree).items()))
         self._own, self._wrote = own, wrote
         self.for_orbax: Mapping[str, bytes] = {}
