@@ -310,7 +310,7 @@ def test_arrays_that_the_store_does_not_give_are_not_called_corrupted(
 
 
 def test_a_store_that_is_busy_for_a_moment(stores: str, proxy: Proxy) -> None:
-    proxy.faults = [refuse(503, share=0.3), refuse(429, share=0.2), drop_answer(share=0.1)]
+    proxy.faults = [refuse(503, first=3), refuse(429, after=4, first=2), drop_answer(after=8, first=1)]
     sw.save(f"{stores}/run", small())
     assert value(sw.restore(f"{stores}/run", small(0))[0]) == 1
 
@@ -362,12 +362,21 @@ def test_what_orbax_needs_is_missing_if_the_store_ends_after_the_manifest(
 # --- what is not a path ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("url", ["gs://", "s3:///run", "gs://."])
-def test_a_url_without_a_bucket(url: str) -> None:
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("gs://", "it names no bucket"),
+        ("s3:///run", "it names no bucket"),
+        ("gs://./run", "it names no bucket"),
+        ("gs://No_Bucket!/run", "'No_Bucket!' is not the name of a bucket"),
+        ("s3://No_Bucket!/run", "'No_Bucket!' is not the name of a bucket"),
+    ],
+)
+def test_a_url_without_a_bucket(url: str, why: str) -> None:
     hint = "'gs://bucket/run/step_100', or 's3://bucket/run/step_100'"
-    with refused(sw.SaveError, f"{url} names no bucket.", hint=hint):
+    with refused(sw.SaveError, f"{url} cannot be a path: {why}.", hint=hint):
         sw.save(url, small())
-    with refused(sw.RestoreError, f"{url} names no bucket.", hint=hint):
+    with refused(sw.RestoreError, f"{url} cannot be a path: {why}.", hint=hint):
         sw.restore(url, small())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from statewise._src.checkpoint.format.keys import is_utf8
 from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.stores import SCHEMES, StorePath, is_url, spec_of_store
+from statewise._src.checkpoint.orbax.stores import SCHEMES, StorePath, check_bucket, is_url, spec_of_store
 from statewise.errors import RestoreError, SaveError, StatewiseError
 
 __all__ = [
@@ -122,11 +122,12 @@ def _in_store(text: str, error: type[StatewiseError]) -> StorePath:
     try:
         place = StorePath(text)
         text.encode()
+        check_bucket(place)
     except UnicodeEncodeError as wrong:
         raise error(f"{text!r} cannot be a path: it has characters that are not text.", hint="another path") from wrong
     except ValueError as wrong:
         raise error(
-            f"{text} names no bucket.", hint="'gs://bucket/run/step_100', or 's3://bucket/run/step_100'"
+            f"{text} cannot be a path: {wrong}.", hint="'gs://bucket/run/step_100', or 's3://bucket/run/step_100'"
         ) from wrong
     return place
 

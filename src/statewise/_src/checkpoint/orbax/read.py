@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from statewise._src.checkpoint.format.checksums import Pieces, Sums, sums_of
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.checkpoint.orbax.database import Database, open_stored, opened, reading
+from statewise._src.checkpoint.orbax.parts import holders
+from statewise._src.common import compat
 
 __all__ = ["Key", "Stored", "read_stored"]
 
@@ -50,7 +53,7 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * np.dtype(dtype_of(self.dtype)).itemsize
 
 
-def read_stored(folder: Any, wanted: Mapping[Key, Stored], index: str = "") -> Iterator[tuple[Key, Any]]:
+def read_stored(folder: Any, wanted: Mapping[Key, Stored], index: str = "") -> Iterator[tuple[Key, Any, Sums | None]]:
     """Reads arrays by their keys in Orbax's tree.
 
     Args:
@@ -59,8 +62,8 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored], index: str = "") -> I
       index: the directory in it that has the database's own file; empty if it is the folder itself.
 
     Yields:
-      the key, and its array: JAX's for an array of several processes, otherwise NumPy's.  Those of several processes
-      come first; the others in the order of `wanted`.
+      the key, and its array: JAX's for an array of several processes, with its checksum, otherwise NumPy's.  Those of
+      several processes come first; the others in the order of `wanted`.
     """
     database = reading(folder, index)
     spread = [(key, stored) for key, stored in wanted.items() if stored.is_spread]
@@ -78,27 +81,67 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored], index: str = "") -> I
     yield from _arrived(coming)
 
 
-def _arrived(coming: collections.deque[tuple[Key, Any]]) -> Iterator[tuple[Key, Any]]:
+def _arrived(coming: collections.deque[tuple[Key, Any]]) -> Iterator[tuple[Key, Any, Sums | None]]:
     while coming:
         key, future = coming.popleft()
-        yield key, future.result()
+        yield key, future.result(), None
 
 
-def _read_spread(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> Iterator[tuple[Key, Any]]:
-    """Yields arrays of several processes: each part that devices of this one need is read once."""
+class _Parts(NamedTuple):
+    """What this process reads of an array of several: each part once, and the devices that it goes to."""
+
+    key: Key
+    stored: Stored
+    parts: Mapping[str, tuple[tuple[int, ...], np.ndarray]]
+    devices: Sequence[tuple[jax.Device, str]]
+
+
+def _read_spread(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> Iterator[tuple[Key, Any, Sums | None]]:
+    """Yields arrays of several processes, with the checksums of what all of them have read.
+
+    Each process sums the parts that it is the first to hold; all exchange their sums once, and learn whether another
+    could not read.
+    """
+    sums = np.zeros((len(wanted) + 1, 2), np.uint32)  # the last row says that this process could not read
+    try:
+        read = _read_parts(database, wanted)
+        sums[:-1] = [_sums_here(each) for each in read]
+    except Exception:
+        sums[-1] = 1
+        compat.values_of_processes(sums)
+        raise
+    total = compat.values_of_processes(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
+    if total[-1, 0]:
+        raise ValueError("another process could not read its parts")
+    for (key, stored, parts, devices), (plain, placed) in zip(read, total[:-1].tolist(), strict=True):
+        memory = stored.sharding.memory_kind
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=memory) for device, _ in devices]
+        arrays = jax.device_put([parts[index][1] for _, index in devices], places)
+        array = jax.make_array_from_single_device_arrays(stored.shape, stored.sharding, arrays)
+        yield key, array, (plain, placed)
+
+
+def _read_parts(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> list[_Parts]:
     opening = [(key, stored, open_stored(database, key)) for key, stored in wanted]
     reading_parts = []
     for key, stored, future in opening:
         store = opened(future, stored.shape)
-        parts: dict[str, Any] = {}
+        parts: dict[str, tuple[tuple[int, ...], Any]] = {}
         devices: list[tuple[jax.Device, str]] = []
         for device, index in stored.sharding.addressable_devices_indices_map(stored.shape).items():
-            if str(index) not in parts:  # slices cannot be keys of a dict on every Python
-                parts[str(index)] = store[index].read()
-            devices.append((device, str(index)))
+            name = str(index)  # slices cannot be keys of a dict on every Python
+            if name not in parts:
+                parts[name] = tuple(axis.start or 0 for axis in index), store[index].read()
+            devices.append((device, name))
         reading_parts.append((key, stored, parts, devices))
-    for key, stored, parts, devices in reading_parts:
-        memory = stored.sharding.memory_kind
-        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=memory) for device, _ in devices]
-        arrays = jax.device_put([parts[part].result() for _, part in devices], places)
-        yield key, jax.make_array_from_single_device_arrays(stored.shape, stored.sharding, arrays)
+    return [
+        _Parts(key, stored, {name: (start, future.result()) for name, (start, future) in parts.items()}, devices)
+        for key, stored, parts, devices in reading_parts
+    ]
+
+
+def _sums_here(read: _Parts) -> Sums:
+    """Returns the checksum of the parts that this process is the first to hold."""
+    first = holders(read.stored.sharding, read.stored.shape)
+    own = [part for name, part in read.parts.items() if first[name][0].process_index == jax.process_index()]
+    return sums_of(Pieces(read.stored.shape, tuple(own)))

@@ -13,7 +13,6 @@ written by one of them, by turns.
 
 import base64
 import concurrent.futures
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from statewise._src.checkpoint.orbax.database import (
     writing,
     writing_apart,
 )
+from statewise._src.checkpoint.orbax.parts import holders
 from statewise._src.checkpoint.orbax.stores import is_url
 
 __all__ = ["TreeWriter", "tree_handler"]
@@ -169,7 +169,7 @@ def _held_here(array: Any, number: int) -> "np.ndarray | Pieces | None":
         return held(array)
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return held(array) if jax.process_index() == 0 else None  # each process has one, and the first one's is saved
-    writers = _writers(array.sharding, array.shape)
+    writers = holders(array.sharding, array.shape)
     mine = [
         shard
         for shard in array.addressable_shards
@@ -183,16 +183,6 @@ def _held_here(array: Any, number: int) -> "np.ndarray | Pieces | None":
         return np.asarray(mine[0].data)
     parts = ((tuple(axis.start or 0 for axis in shard.index), np.asarray(shard.data)) for shard in mine)
     return Pieces(array.shape, tuple(parts))
-
-
-@functools.lru_cache(maxsize=4096)
-def _writers(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Mapping[str, Sequence[jax.Device]]:
-    """Returns by part the devices that may write it: one of each process that holds it."""
-    devices: dict[str, dict[int, jax.Device]] = {}
-    index_of: Mapping[jax.Device, Any] = sharding.devices_indices_map(shape)
-    for device, index in index_of.items():
-        devices.setdefault(str(index), {}).setdefault(device.process_index, device)
-    return {index: [each[process] for process in sorted(each)] for index, each in devices.items()}
 
 
 def _write_together(database: Database, arrays: Sequence[_Array]) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "state_type",
     "state_types",
     "trace_state",
+    "values_of_processes",
     "variable_type",
     "versions",
 ]
@@ -70,8 +71,12 @@ def jit_is_disabled() -> bool:
 
 def flags_of_processes(flag: bool) -> list[int]:
     """Returns the numbers of the processes that give True; every process calls this, and waits for the others."""
-    flags = multihost_utils.process_allgather(np.asarray(flag, np.int32))
-    return [int(number) for number in np.flatnonzero(flags)]
+    return [int(number) for number in np.flatnonzero(values_of_processes(np.asarray(flag, np.uint32)))]
+
+
+def values_of_processes(values: np.ndarray) -> np.ndarray:
+    """Returns an array from every process, along a new first axis; all give one of the same shape."""
+    return np.asarray(multihost_utils.process_allgather(values))
 
 
 def broadcast_from_first_process(value: Any) -> Any:
