@@ -74,6 +74,13 @@ def stores(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue(request.param)
 
 
+def make_buckets(name: str, request: pytest.FixtureRequest) -> None:
+    """Makes a bucket of this name on each store, and sends this test to them."""
+    for fixture, server in (("gcs", google), ("s3", amazon)):
+        request.getfixturevalue(fixture)
+        server.create_bucket(request.getfixturevalue(f"{fixture}_proxy").url, name)
+
+
 @pytest.fixture
 def proxy(stores: str, request: pytest.FixtureRequest) -> Proxy:
     """The proxy before the store of a test that has `stores`."""

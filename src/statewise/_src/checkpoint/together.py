@@ -35,17 +35,27 @@ def together(final: str | os.PathLike[str]) -> Iterator[None]:
       final: what they write.
 
     Raises:
-      SaveError: it has failed in another process.
+      SaveError: it has failed in another process, or that one has ended.
     """
     if jax.process_count() == 1:
         yield
         return
     try:
         yield
-    except Exception:
-        compat.flags_of_processes(True)
+    except Exception as failure:
+        try:
+            compat.flags_of_processes(True)
+        except (RuntimeError, ValueError) as error:
+            failure.add_note(f"The other processes could not be told: {error}")
         raise
-    failed = compat.flags_of_processes(False)
+    try:
+        failed = compat.flags_of_processes(False)
+    except (RuntimeError, ValueError) as error:  # how JAX reports that a process does not answer
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise SaveError(
+            f"{os.fspath(final)} could not be written: another process has ended or cannot be reached: {said}.",
+            hint="the logs of the other processes; then restart all of them, on as many as there are",
+        ) from error
     if failed:
         raise SaveError(
             f"{os.fspath(final)} could not be written: process {failed[0]} has failed, and its own error says why.",
