@@ -19,16 +19,8 @@ from statewise._src.checkpoint.format.locate import is_left
 from statewise._src.checkpoint.format.manifest import NAME, OWN
 from statewise._src.checkpoint.orbax.paths import TAKEN_HINT
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
-from statewise._src.checkpoint.orbax.stores import (
-    StoreError,
-    StorePath,
-    listing,
-    probe,
-    read,
-    remove,
-    said,
-    write_if,
-)
+from statewise._src.checkpoint.orbax.store_errors import StoreError, said
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
 from statewise._src.checkpoint.together import agreed, is_first, together
 from statewise.errors import SaveError, StatewiseError
 

@@ -46,7 +46,7 @@ _AT_ONCE = 1 << 28
 _INDEX, _SHARDINGS = "_METADATA", "_sharding"
 # Orbax's name of the directory in which one of several processes writes, up to its number.
 _PART = "ocdbt.process_"
-# The file with the checksums of what one of several processes has written, until they are added up.
+# The file with the checksums of the parts that one of several processes has written, until they are added up.
 _SUMS = "sums.json"
 # Orbax's number for a key of a dict, among the keys of a path.
 _DICT_KEY = 2
@@ -135,7 +135,7 @@ class TreeWriter:
             self._wrote(sum(array.nbytes for array in group))
 
     def _sums(self) -> dict[str, Sums]:
-        """Returns by name the checksum of what this process writes of each array: they add up to that of the array."""
+        """Returns by name the checksum of the parts of an array that this process writes; all together add up."""
         return {array.name: sums_of(array.host) for array in self._arrays}
 
     def _whole(self, directory: Any) -> Database:
