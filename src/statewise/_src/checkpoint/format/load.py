@@ -126,7 +126,7 @@ def _arriving(
     """Yields the arrays by their keys; under the key () one for arrays without elements, which are not stored."""
     yield (), np.zeros(0)
     try:
-        yield from read_stored(folder, trees)
+        yield from read_stored(folder, trees, manifest.index)
     except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
         raise corrupted(folder, manifest, [], records, error) from error
 

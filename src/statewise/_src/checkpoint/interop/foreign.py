@@ -22,8 +22,10 @@ from statewise._src.checkpoint.interop.recognize import within
 from statewise._src.checkpoint.interop.safetensors import first_line, open_file
 from statewise._src.checkpoint.interop.several_files import has_safetensors, is_several, open_files, open_folder
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
+from statewise._src.checkpoint.orbax.epath import with_file
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.names.names import NamesData
@@ -44,8 +46,13 @@ def is_foreign(path: object) -> bool:
     if not isinstance(path, (str, os.PathLike)):
         return False
     folder = place_of(path)
-    if not folder.is_dir():
-        return bool(folder.is_file())
+    try:
+        if isinstance(folder, StorePath) and (folder / NAME).is_file():
+            return False  # the answer to one request
+        if not folder.is_dir():
+            return bool(folder.is_file())
+    except StoreError as error:
+        raise RestoreError(f"{folder} cannot be read: {error.strerror}.", hint=error.hint) from error
     return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE) or has_safetensors(folder))
 
 
@@ -83,9 +90,7 @@ def open_path(path: object) -> Source:
 
 def _items_with(folder: Any, name: str) -> list[Any]:
     """Returns the directory itself if it has a file of this name; otherwise its directories that do: a step's items."""
-    if (folder / name).exists():
-        return [folder]
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and (entry / name).exists())
+    return [folder] if (folder / name).exists() else with_file(folder, name)
 
 
 def only_item(folder: Any, name: str) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.extend import core as jex_core
@@ -29,6 +30,7 @@ __all__ = [
     "RoPE",
     "Tracer",
     "broadcast_from_first_process",
+    "flags_of_processes",
     "is_nnx_state",
     "is_variable",
     "jit_is_disabled",
@@ -39,7 +41,6 @@ __all__ = [
     "trace_state",
     "variable_type",
     "versions",
-    "wait_for_all_processes",
 ]
 
 Tracer = jax.core.Tracer
@@ -67,9 +68,10 @@ def jit_is_disabled() -> bool:
     return bool(config.jax_disable_jit)
 
 
-def wait_for_all_processes(name: str) -> None:
-    """Returns when every process of a cluster has called this with the same name."""
-    multihost_utils.sync_global_devices(name)
+def flags_of_processes(flag: bool) -> list[int]:
+    """Returns the numbers of the processes that give True; every process calls this, and waits for the others."""
+    flags = multihost_utils.process_allgather(np.asarray(flag, np.int32))
+    return [int(number) for number in np.flatnonzero(flags)]
 
 
 def broadcast_from_first_process(value: Any) -> Any:
