@@ -13,7 +13,6 @@ import sys
 import etils.epath
 import gcsfs
 import orbax.checkpoint
-import orbax.checkpoint.v1
 import s3fs
 import tensorstore
 
@@ -22,7 +21,7 @@ import statewise as sw
 
 STEPS = 50
 # What a save imports when it is needed.
-IMPORTED = (etils.epath, gcsfs, orbax.checkpoint, orbax.checkpoint.v1, s3fs, tensorstore)
+IMPORTED = (etils.epath, gcsfs, orbax.checkpoint, s3fs, tensorstore)
 
 
 def plain(base: str, first: int) -> None:
