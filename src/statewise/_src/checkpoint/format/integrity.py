@@ -23,7 +23,7 @@ from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, M
 from statewise._src.checkpoint.format.parse import is_plain_file
 from statewise._src.checkpoint.orbax.database import open_stored, opened, reading
 from statewise._src.checkpoint.orbax.epath import size_of
-from statewise._src.checkpoint.orbax.stores import StorePath
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
 from statewise._src.common.paths import Leaf
 from statewise.errors import CorruptedError
 
@@ -57,6 +57,10 @@ def _wrong(path: Any, name: str, facts: Mapping[str, Any]) -> str:
             return f"{name} is not what was written"
     except FileNotFoundError:
         return f"{name} is missing"
+    except StoreError as error:
+        if error.is_refusal:
+            raise
+        return f"{name} cannot be read: {error.strerror}"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
     return ""

@@ -19,6 +19,7 @@ from statewise._src.checkpoint.format.integrity import corrupted, corrupted_file
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, said, unreadable
 from statewise.errors import CorruptedError
 
 __all__ = ["Wanted", "read_arrays", "read_leaves"]
@@ -85,7 +86,10 @@ def read_arrays(
       CorruptedError: with every file and every leaf that is corrupted.
     """
     records = [record for record, _ in wanted]
-    files = [] if files_checked else corrupted_files(folder, manifest)
+    try:
+        files = [] if files_checked else corrupted_files(folder, manifest)
+    except StoreError as error:
+        raise unreadable(folder, error) from error
     if files:
         raise corrupted(folder, manifest, files, records)
     places, trees = _places(manifest, wanted)
@@ -127,7 +131,9 @@ def _arriving(
     yield (), np.zeros(0)
     try:
         yield from read_stored(folder, trees, manifest.index)
-    except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
+    except Exception as error:  # TensorStore raises any exception for what it cannot read
+        if isinstance(folder, StorePath) and said(error).is_refusal:
+            raise unreadable(folder, said(error)) from error
         raise corrupted(folder, manifest, [], records, error) from error
 
 

@@ -13,7 +13,7 @@ from statewise._src.checkpoint.format.manifest import NAME, OWN, LeafRecord, Man
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.interop.recognize import recognized, within
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, is_url, listing
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, is_url, listing, unreadable
 from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["FOR_ORBAX", "find", "find_with_base", "is_unfinished", "leaves_with_base", "not_ours"]
@@ -34,7 +34,7 @@ def find(path: object) -> Any:
     try:
         return _found(folder)
     except StoreError as error:
-        raise RestoreError(f"{folder} cannot be read: {error.strerror}.", hint=error.hint) from error
+        raise unreadable(folder, error) from error
 
 
 def _found(folder: Any) -> Any:

@@ -32,11 +32,11 @@ from statewise._src.checkpoint.format.manifest import (
     content_text,
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
-from statewise._src.checkpoint.orbax.epath import own_path, read_at_most
-from statewise._src.checkpoint.orbax.stores import StoreError, is_url
+from statewise._src.checkpoint.orbax.epath import own_path, read_at_most, size_of
+from statewise._src.checkpoint.orbax.stores import StoreError, is_url, unreadable
 from statewise._src.common.paths import Path
 from statewise._src.plan.members import shrunk
-from statewise.errors import CorruptedError, RestoreError
+from statewise.errors import CorruptedError
 
 __all__ = ["is_plain_file", "read_manifest"]
 
@@ -63,9 +63,10 @@ def read_manifest(directory: Any) -> Manifest:
             raise CorruptedError(f"{path} is not a file.", hint="restore another checkpoint")
         data = read_at_most(path, LARGEST)
         if data is None:
-            raise CorruptedError(f"{path} is not a manifest: it has more than {LARGEST} bytes.")
+            size = f"more than {LARGEST}" if is_url(path) else f"{size_of(path)}"
+            raise CorruptedError(f"{path} is not a manifest: it has {size} bytes, and the limit is {LARGEST}.")
     except StoreError as error:
-        raise RestoreError(f"{path} cannot be read: {error.strerror}.", hint=error.hint) from error
+        raise unreadable(path, error) from error
     except OSError as error:
         hint = f"is it one of Statewise's? sw.convert({str(directory)!r}, ...) takes a plain Orbax checkpoint"
         raise CorruptedError(f"{path} cannot be read: {error.strerror}.", hint=hint) from error

@@ -20,12 +20,18 @@ from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import within
 from statewise._src.checkpoint.interop.safetensors import first_line, open_file
-from statewise._src.checkpoint.interop.several_files import has_safetensors, is_several, open_files, open_folder
+from statewise._src.checkpoint.interop.several_files import (
+    check_local,
+    has_safetensors,
+    is_several,
+    open_files,
+    open_folder,
+)
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
 from statewise._src.checkpoint.orbax.epath import with_file
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, copying, unreadable
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.names.names import NamesData
@@ -52,7 +58,7 @@ def is_foreign(path: object) -> bool:
         if not folder.is_dir():
             return bool(folder.is_file())
     except StoreError as error:
-        raise RestoreError(f"{folder} cannot be read: {error.strerror}.", hint=error.hint) from error
+        raise unreadable(folder, error) from error
     return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE) or has_safetensors(folder))
 
 
@@ -71,11 +77,13 @@ def open_path(path: object) -> Source:
             f"There is nothing at {folder}.", hint="the path of a checkpoint's directory, or of a .safetensors file"
         )
     if folder.is_file():
+        check_local(folder)
         return open_file(FilePath(os.fspath(folder)))
     item = only_item(folder, ORBAX_FILE)
     if item is not None:
         return _open_orbax(item)
     if has_safetensors(folder):
+        check_local(folder)
         return open_folder(FilePath(os.fspath(folder)))
     steps = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and _items_with(entry, ORBAX_FILE)]
     if steps:
@@ -128,6 +136,11 @@ def foreign_leaves(path: object, names: NamesData | None = None) -> list[Leaf]:
 
 def _open_orbax(folder: Any) -> Source:
     check_usable(folder)
+    if isinstance(folder, StorePath) and folder.scheme != "gs":
+        raise RestoreError(
+            f"{folder} is a plain Orbax checkpoint, and Orbax cannot read it from {folder.scheme}://.",
+            hint=f"copy it to a disk: {copying(folder)}",
+        )
     with _by_orbax(folder, "metadata"):
         tree = described_tree(folder)
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)

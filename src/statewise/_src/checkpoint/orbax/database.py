@@ -5,9 +5,10 @@ This is the database that Orbax writes and reads, with the same specification: e
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -50,7 +51,8 @@ _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000
 _VALUE = re.compile(r"value:([^:]*):([^:]*):([0-9]+):([0-9]+)")
 
 
-class Database(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Database:
     """A database, as TensorStore's specification, and what its arrays share while they are read or written."""
 
     spec: dict[str, Any]
@@ -152,8 +154,8 @@ def writing_apart(folder: Any, own: str) -> Database:
     """
     database = writing(folder)
     prefixes = ("value_data_prefix", "btree_node_data_prefix", "version_tree_node_data_prefix")
-    return database._replace(
-        spec=database.spec | dict.fromkeys(prefixes, f"{own}/d/") | {"manifest": {"driver": "memory"}}
+    return dataclasses.replace(
+        database, spec=database.spec | dict.fromkeys(prefixes, f"{own}/d/") | {"manifest": {"driver": "memory"}}
     )
 
 

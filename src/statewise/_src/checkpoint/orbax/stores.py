@@ -12,6 +12,7 @@ A request that fails for a moment is repeated by TensorStore, with pauses that g
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -19,9 +20,11 @@ import os
 import posixpath
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorstore as ts
+
+from statewise.errors import RestoreError
 
 __all__ = [
     "SCHEMES",
@@ -29,6 +32,7 @@ __all__ = [
     "StoreError",
     "StorePath",
     "context_of",
+    "copying",
     "is_url",
     "listing",
     "probe",
@@ -37,6 +41,7 @@ __all__ = [
     "said",
     "spec_of_store",
     "store_errors",
+    "unreadable",
     "write_if",
 ]
 
@@ -50,6 +55,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _STATUS = re.compile(r"[A-Z_]{2,}: ")
 _FACT = re.compile(r" \[([a-z_\-]+)='((?:[^'\\]|\\.)*)'\]")
 _RANGE = "OUT_OF_RANGE"
+# The statuses of requests that were refused for who asked, or for how often; and how TensorStore says that it gave up.
+_REFUSALS, _GIVEN_UP = (401, 403, 407, 408, 429), "retry attempts failed"
 # A name to ask for where only the answer of the store matters.
 _PROBED = "statewise.json"
 
@@ -79,6 +86,11 @@ class StoreError(OSError):
         self.status = status
 
     @property
+    def is_refusal(self) -> bool:
+        """Returns whether the store did not give what it may well have, so that nothing need be corrupted."""
+        return self.status in _REFUSALS or (self.status or 0) >= 500 or _GIVEN_UP in (self.strerror or "")
+
+    @property
     def hint(self) -> str:
         """Returns what may help, in words."""
         if self.status in (401, 403):
@@ -102,6 +114,17 @@ def said(error: BaseException) -> StoreError:
     status = int(code) if code.isdecimal() else None
     shown = " ".join(words.split())[:300].rstrip(".")
     return StoreError(f"the store said {code}: {shown}" if status else shown, status)
+
+
+def unreadable(path: object, error: StoreError) -> RestoreError:
+    """Returns the error for something that a store does not give."""
+    return RestoreError(f"{path} cannot be read: {error.strerror}.", hint=error.hint)
+
+
+def copying(path: StorePath) -> str:
+    """Returns the command that copies what is at a path to a disk."""
+    commands = {"gs": "gcloud storage cp --recursive", "s3": "aws s3 cp --recursive"}
+    return f"{commands[path.scheme]} {path} {path.name}"
 
 
 @contextlib.contextmanager
@@ -296,7 +319,7 @@ def _shared(retries: str) -> Any:
 
 
 def spec_of_store(path: StorePath, *, folder: bool = True) -> dict[str, Any]:
-    """Returns TensorStore's specification of what is below a path; or, of no folder, of the names that start with it."""
+    """Returns TensorStore's specification of what is below a path; or, if it is no folder, of its own name."""
     spec: dict[str, Any] = {"driver": SCHEMES[path.scheme], "bucket": path.bucket}
     spec["path"] = f"{path.key}/" if folder and path.key else path.key
     if path.scheme != "s3":
@@ -314,7 +337,8 @@ def _objects(path: StorePath, *, folder: bool = False) -> Any:
     return ts.KvStore.open(spec_of_store(path, folder=folder), context=context).result()
 
 
-class Found(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Found:
     """An object as it was read.
 
     Attributes:
