@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,12 +20,12 @@ class Numbered(nnx.Module):
 
     def __init__(self, number: int) -> None:
         dice = np.random.default_rng(number)
-        self.kernel = nnx.Param(jnp.asarray(dice.standard_normal((64, 48), np.float32)))
-        self.half = nnx.Param(jnp.asarray(dice.standard_normal((33,), np.float32).astype(jnp.bfloat16)))
-        self.blocks = nnx.List([nnx.Param(jnp.asarray(dice.standard_normal((16, 8), np.float32))) for _ in range(6)])
-        self.mean = nnx.BatchStat(jnp.asarray(dice.standard_normal((48,), np.float32)))
-        self.count = nnx.Variable(jnp.asarray(np.int32(number)))
-        self.bytes = nnx.Variable(jnp.asarray(dice.integers(0, 256, (7, 11), np.uint8)))
+        self.kernel = nnx.Param(jax.device_put(dice.standard_normal((64, 48), np.float32)))
+        self.half = nnx.Param(jax.device_put(dice.standard_normal((33,), np.float32).astype(jnp.bfloat16)))
+        self.blocks = nnx.List([nnx.Param(jax.device_put(dice.standard_normal((16, 8), np.float32))) for _ in range(6)])
+        self.mean = nnx.BatchStat(jax.device_put(dice.standard_normal((48,), np.float32)))
+        self.count = nnx.Variable(jax.device_put(np.int32(number)))
+        self.bytes = nnx.Variable(jax.device_put(dice.integers(0, 256, (7, 11), np.uint8)))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,25 +20,25 @@ PATHS = (TESTS / "helpers", TESTS.parent / "src")
 class Template:
     """A process of which each writer is a fork."""
 
-    def __init__(self, process: subprocess.Popen[str], how: str) -> None:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._how = how
 
     @property
     def _input(self) -> IO[str]:
         assert self._process.stdin is not None
         return self._process.stdin
 
-    def killed(self, base: str, first: int, after: float, *, saves: int = 0) -> Killed:
+    def killed(self, how: str, base: str, first: int, after: float, *, saves: int = 0) -> Killed:
         """Has a writer save one step after the other, and kills it some time after a save has begun.
 
         Args:
+            how: `plain` writers save to a path for each step, `managed` ones keep two.
             base: The path under which it saves.
             first: Its first step.
             after: So many seconds after it begins the save that is cut short.
             saves: So many saves are done before that one.
         """
-        self._input.write(f"{base} {first} {self._how}\n")
+        self._input.write(f"{base} {first} {how}\n")
         self._input.flush()
         pid, seen = 0, Killed(first)
         killer: threading.Timer | None = None
@@ -90,8 +90,8 @@ def kill(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def template(how: str, **variables: str) -> Iterator[Template]:
-    """Runs a template of writers: `plain` ones save to a path for each step, `managed` ones keep two."""
+def template(variables: Mapping[str, str]) -> Iterator[Template]:
+    """Runs a template of writers, with these variables in its environment."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
@@ -103,6 +103,6 @@ def template(how: str, **variables: str) -> Iterator[Template]:
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, str(PROGRAM)], stdin=pipe, stdout=pipe, text=True, env=environment) as made:
         try:
-            yield Template(made, how)
+            yield Template(made)
         finally:
             made.kill()
