@@ -170,18 +170,31 @@ def test_whichever_request_of_a_save_goes_wrong_at_each_of_them(
         save_with_one_fault(stores, proxy, ONCE[fault], number)
 
 
-@pytest.mark.parametrize("fault", ONCE)
+@pytest.mark.parametrize("fault", ["refused", "cut"])
 def test_whichever_request_of_a_restore_goes_wrong_it_raises_or_is_right(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRIES, "0")
+    restore_with_one_fault(stores, proxy, ONCE[fault], every=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ONCE)
+def test_whichever_request_of_a_restore_goes_wrong_at_each_of_them(
+    fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RETRIES, "0")
+    restore_with_one_fault(stores, proxy, ONCE[fault], every=1)
+
+
+def restore_with_one_fault(stores: str, proxy: Proxy, fault: Fault, every: int) -> None:
     path = f"{stores}/step_1"
     sw.save(path, numbered.state(1))
     proxy.reset()
     assert is_step(path, 1)
-    for number in range(len(proxy.requests)):
+    for number in range(0, len(proxy.requests), every):
         proxy.reset()
-        proxy.faults = [dataclasses.replace(ONCE[fault], after=number, first=1)]
+        proxy.faults = [dataclasses.replace(fault, after=number, first=1)]
         found = outcome(path)
         if isinstance(found, sw.State):
             assert words(found) == words(numbered.state(1))
@@ -192,16 +205,26 @@ def test_whichever_request_of_a_restore_goes_wrong_it_raises_or_is_right(
 WRONG = {"cut": truncate(0.5), "empty": truncate(0.0), "flipped": flip(0.5), "flipped at the end": flip(1.0)}
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", ["cut", "flipped"])
 def test_an_answer_that_is_wrong_never_becomes_a_value(fault: str, stores: str, proxy: Proxy) -> None:
+    restore_with_wrong_answers(stores, proxy, WRONG[fault], every=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", WRONG)
+def test_no_answer_that_is_wrong_ever_becomes_a_value(fault: str, stores: str, proxy: Proxy) -> None:
+    restore_with_wrong_answers(stores, proxy, WRONG[fault], every=1)
+
+
+def restore_with_wrong_answers(stores: str, proxy: Proxy, fault: Fault, every: int) -> None:
     path = f"{stores}/step_1"
     sw.save(path, numbered.state(1))
     proxy.reset()
     assert is_step(path, 1)
     wrong = 0
-    for number in range(len(proxy.requests)):
+    for number in range(0, len(proxy.requests), every):
         proxy.reset()
-        proxy.faults = [dataclasses.replace(WRONG[fault], after=number, first=1)]
+        proxy.faults = [dataclasses.replace(fault, after=number, first=1)]
         found = outcome(path)
         if isinstance(found, sw.State):
             assert words(found) == words(numbered.state(1))
