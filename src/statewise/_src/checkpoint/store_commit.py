@@ -1,11 +1,11 @@
 """A checkpoint in an object store: complete from the moment that its manifest exists.
 
 Nothing can be renamed there.  Each writer writes into a directory of its own below the path, `statewise-` and a random
-token, then three files beside it that Orbax looks for, and at last the manifest, on the condition that there is none.
-Of two writers one meets that condition.  The manifest names the directory that it belongs to, so nothing that another
-writer does can change what it describes; the three files are only for Orbax, and whoever has lost writes them again as
-the winner's directory has them.  What writers left that died is removed by the next one, when its manifest exists: then
-no other can come to its own.
+token, and then the manifest, on the condition that there is none.  Of two writers one meets that condition.  The
+manifest names the directory that it belongs to, so nothing that another writer does can change what it describes.
+
+When its manifest exists, the winner writes beside it what Orbax looks for, and removes what other writers left: those
+that died, and those that are still writing, of which none can come to its own manifest any more.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from statewise._src.checkpoint.format.locate import FOR_ORBAX, not_ours
+from statewise._src.checkpoint.format.locate import is_left
 from statewise._src.checkpoint.format.manifest import NAME, OWN
-from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.orbax.paths import TAKEN_HINT
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
 from statewise._src.checkpoint.orbax.stores import (
@@ -36,6 +35,8 @@ from statewise.errors import SaveError, StatewiseError
 __all__ = ["check_free", "save_in_store"]
 
 _log = logging.getLogger("statewise")
+# The file by which Orbax knows a complete checkpoint where nothing can be renamed.
+_COMMITTED = "commit_success.txt"
 
 
 def save_in_store(final: StorePath, saving: Saving) -> None:
@@ -57,9 +58,8 @@ def save_in_store(final: StorePath, saving: Saving) -> None:
                     data = writer.manifest() if is_first() else b""
             with together(final):
                 if is_first():
-                    for name, content in writer.for_orbax().items():
-                        (final / name).write_bytes(content)
                     _commit(final, own, data)
+                    _finish(final, own, writer.for_orbax)
 
 
 def check_free(final: StorePath) -> None:
@@ -70,12 +70,12 @@ def check_free(final: StorePath) -> None:
     """
     with _store_refusals(final):
         names, is_object = listing(final), bool(final.key) and probe(final)
-    if not_ours(names) or is_object:
+    if is_object or not all(map(is_left, names)):
         raise SaveError(f"There is already something at {final}, and nothing is overwritten.", hint=TAKEN_HINT)
 
 
 def _commit(final: StorePath, own: str, data: bytes) -> None:
-    """Writes the manifest, if there is none, and then removes what other writers left."""
+    """Writes the manifest, if there is none."""
     path = final / NAME
     try:
         absent = read(path)
@@ -87,30 +87,23 @@ def _commit(final: StorePath, own: str, data: bytes) -> None:
             hint=f"sw.inspect({str(final)!r}) says whether it is; if not, save again to this path",
         ) from error
     if written is None:
-        with contextlib.suppress(FileNotFoundError):  # the winner has been removed by its user
-            _write_for_orbax(final)
-        remove(final, [f"{own}/{name}" for name in listing(final / own)])
+        remove(final / own, listing(final / own))
         raise SaveError(
             f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
             hint="another path for each writer",
         )
+
+
+def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
+    """Writes what Orbax looks for beside the manifest, and removes what other writers left."""
     try:
-        _write_for_orbax(final)
-        names = listing(final)
-        remove(final, [name for name in names if name.startswith(OWN) and not name.startswith(f"{own}/")])
+        for name, content in for_orbax.items():
+            (final / name).write_bytes(content)
+        if for_orbax:  # Orbax takes what has no such file for incomplete, and this is the last that it needs
+            (final / _COMMITTED).write_text("The manifest of Statewise was written before this file.")
+        remove(final, [name for name in listing(final) if is_left(name) and not name.startswith(f"{own}/")])
     except StoreError as error:
-        _log.warning("%s is complete, but what other writers left there may not be removed: %s", final, error.strerror)
-
-
-def _write_for_orbax(final: StorePath) -> None:
-    """Makes the files that Orbax reads those of the checkpoint's own directory, if another writer has replaced them."""
-    index = read_manifest(final).index
-    for name in FOR_ORBAX if index else ():
-        own = read(final / index / name).data
-        if own is not None and own != read(final / name).data:
-            (final / name).write_bytes(own)
-        if own is None:
-            remove(final, [name])
+        _log.warning("%s is complete, but not all that Orbax needs to read it is there: %s", final, error.strerror)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from statewise._src.checkpoint.format.keys import PathId
@@ -16,10 +16,8 @@ from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, is_url, listing, unreadable
 from statewise.errors import CorruptedError, RestoreError
 
-__all__ = ["FOR_ORBAX", "find", "find_with_base", "is_unfinished", "leaves_with_base", "not_ours"]
+__all__ = ["check_finished", "find", "find_with_base", "is_left", "leaves_with_base"]
 
-# What is at the path itself in an object store, for Orbax to read; each writer has it in its own directory too.
-FOR_ORBAX = ("manifest.ocdbt", "_METADATA", "_sharding")
 _OF_WRITER = re.compile(rf"{OWN}[0-9a-f]{{16}}/")
 
 
@@ -48,11 +46,7 @@ def _found(folder: Any) -> Any:
     if folder.is_file():
         file = recognized(folder)
         raise RestoreError(f"{folder} is not a checkpoint of Statewise, but {file.what}.", hint=file.hint)
-    if isinstance(folder, StorePath) and is_unfinished(folder):
-        raise RestoreError(
-            f"{folder} is not a complete checkpoint: its writer did not come to the manifest, or is still writing.",
-            hint="wait for its writer; or restore another one: the next save to this path clears it",
-        )
+    check_finished(folder)
     items = [] if (folder / NAME).exists() else _items(folder)
     if len(items) == 1 and items[0].parent == folder:  # a step of a run, with one item that is a state
         folder = items[0]
@@ -85,18 +79,22 @@ def _items_in_store(folder: StorePath) -> list[Any]:
     return [folder / "/".join(folders) for folders in (items if items and len(items[0]) == 1 else items[::-1])]
 
 
-def is_unfinished(folder: StorePath) -> bool:
-    """Returns whether all that is below a path of a store is what writers left that did not come to the manifest."""
-    return not not_ours(listing(folder))
+def check_finished(folder: Any) -> None:
+    """Raises if all that is at a path of a store is what writers left that did not come to their manifest.
 
-
-def not_ours(names: Collection[str]) -> list[str]:
-    """Returns which of these names below a path of a store are not those of a checkpoint without its manifest.
-
-    Each writer has a directory of its own, and all write three files for Orbax beside it.
+    Raises:
+      RestoreError: it is.
     """
-    ours = [name for name in names if _OF_WRITER.match(name)]
-    return [name for name in names if name not in (*ours, *(FOR_ORBAX if ours else ()))]
+    if isinstance(folder, StorePath) and (names := listing(folder)) and all(map(is_left, names)):
+        raise RestoreError(
+            f"{folder} is not a complete checkpoint: its writer did not come to the manifest, or is still writing.",
+            hint="wait for its writer; or restore another one: the next save to this path clears it",
+        )
+
+
+def is_left(name: str) -> bool:
+    """Returns whether a name below a path of a store is of what a writer writes before its manifest exists."""
+    return _OF_WRITER.match(name) is not None
 
 
 def _entries(folder: Any) -> list[Any]:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from statewise._src.checkpoint.format.keys import dtype_of
+from statewise._src.checkpoint.format.locate import check_finished, is_left
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import within
 from statewise._src.checkpoint.interop.safetensors import first_line, open_file
@@ -76,6 +77,7 @@ def open_path(path: object) -> Source:
         raise RestoreError(
             f"There is nothing at {folder}.", hint="the path of a checkpoint's directory, or of a .safetensors file"
         )
+    check_finished(folder)
     if folder.is_file():
         check_local(folder)
         return open_file(FilePath(os.fspath(folder)))
@@ -98,7 +100,9 @@ def open_path(path: object) -> Source:
 
 def _items_with(folder: Any, name: str) -> list[Any]:
     """Returns the directory itself if it has a file of this name; otherwise its directories that do: a step's items."""
-    return [folder] if (folder / name).exists() else with_file(folder, name)
+    if (folder / name).exists():
+        return [folder]
+    return [item for item in with_file(folder, name) if not is_left(f"{item.name}/")]
 
 
 def only_item(folder: Any, name: str) -> Any:

@@ -93,9 +93,10 @@ class StateWriter:
         files = files_of(self._directory, self._own)
         return write_manifest(dataclasses.replace(self._manifest, files=files), leaves)
 
-    def for_orbax(self) -> dict[str, bytes]:
-        """Returns the files that Orbax reads at the path itself, if the writer has its own directory."""
-        return {} if self._tree is None else self._tree.for_orbax(self._directory)
+    @property
+    def for_orbax(self) -> Mapping[str, bytes]:
+        """Returns the files that Orbax looks for at the path itself, if the writer has its own directory."""
+        return {} if self._tree is None else self._tree.for_orbax
 
     def close(self) -> None:
         """Closes what it uses."""

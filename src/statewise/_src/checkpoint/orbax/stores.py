@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import functools
 import io
+import json
 import os
 import posixpath
 import re
@@ -31,6 +32,7 @@ __all__ = [
     "Found",
     "StoreError",
     "StorePath",
+    "check_bucket",
     "context_of",
     "copying",
     "is_url",
@@ -58,7 +60,7 @@ _RANGE = "OUT_OF_RANGE"
 # The statuses of requests that were refused for who asked, or for how often; and how TensorStore says that it gave up.
 _REFUSALS, _GIVEN_UP = (401, 403, 407, 408, 429), "retry attempts failed"
 # A name to ask for where only the answer of the store matters.
-_PROBED = "statewise.json"
+_PROBED = b"statewise.json"
 
 
 def is_url(path: object) -> bool:
@@ -156,8 +158,8 @@ class StorePath(os.PathLike[str]):
         self.scheme, _, rest = text.partition("://")
         self.bucket, _, key = rest.partition("/")
         self.key = posixpath.normpath(f"/{key}").lstrip("/")
-        if self.scheme not in SCHEMES or not self.bucket:
-            raise ValueError(f"{text} names no bucket")
+        if self.scheme not in SCHEMES or self.bucket in ("", ".", ".."):
+            raise ValueError("it names no bucket")
 
     def __fspath__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
@@ -225,7 +227,7 @@ class StorePath(os.PathLike[str]):
     def write_bytes(self, data: bytes) -> None:
         """Writes an object, whatever was there."""
         with store_errors():
-            _objects(self).write("", data).result()
+            _objects(self).write(self.key, data).result()
 
     def write_text(self, text: str) -> None:
         """Writes an object, whatever was there."""
@@ -234,7 +236,7 @@ class StorePath(os.PathLike[str]):
     def unlink(self) -> None:
         """Removes the object."""
         with store_errors():
-            _objects(self).write("", None).result()
+            _objects(self).write(self.key, None).result()
 
     def read_range(self, start: int, stop: int | None) -> bytes | None:
         """Returns bytes of an object, or None if it does not have all of them.
@@ -243,7 +245,7 @@ class StorePath(os.PathLike[str]):
           FileNotFoundError: there is no such object.
         """
         try:
-            found = _objects(self).read("", byte_range=slice(start, stop)).result()
+            found = _objects(self).read(self.key, byte_range=slice(start, stop)).result()
         except ValueError as error:
             if _RANGE in str(error):
                 return None
@@ -318,10 +320,10 @@ def _shared(retries: str) -> Any:
     return context_of()
 
 
-def spec_of_store(path: StorePath, *, folder: bool = True) -> dict[str, Any]:
-    """Returns TensorStore's specification of what is below a path; or, if it is no folder, of its own name."""
+def spec_of_store(path: StorePath) -> dict[str, Any]:
+    """Returns TensorStore's specification of what is below a path."""
     spec: dict[str, Any] = {"driver": SCHEMES[path.scheme], "bucket": path.bucket}
-    spec["path"] = f"{path.key}/" if folder and path.key else path.key
+    spec["path"] = f"{path.key}/" if path.key else ""
     if path.scheme != "s3":
         return spec
     # TensorStore asks S3 itself for a condition only if it knows the endpoint; otherwise it would look, and then write.
@@ -332,9 +334,27 @@ def spec_of_store(path: StorePath, *, folder: bool = True) -> dict[str, Any]:
     return spec | ({"endpoint": endpoint, "aws_region": region or "us-east-1"} if endpoint else {})
 
 
-def _objects(path: StorePath, *, folder: bool = False) -> Any:
-    context = _shared(os.environ.get(_RETRIES_VARIABLE, ""))
-    return ts.KvStore.open(spec_of_store(path, folder=folder), context=context).result()
+def check_bucket(path: StorePath) -> None:
+    """Raises if no bucket can have this name.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    try:
+        ts.KvStore.Spec(spec_of_store(path))
+    except ValueError as error:
+        raise ValueError(f"{path.bucket!r} is not the name of a bucket") from error
+
+
+def _objects(path: StorePath) -> Any:
+    """Returns the bucket of a path, opened; once, because TensorStore looks for credentials each time."""
+    bucket = StorePath(f"{path.scheme}://{path.bucket}")
+    return _opened(json.dumps(spec_of_store(bucket)), os.environ.get(_RETRIES_VARIABLE, ""))
+
+
+@functools.cache
+def _opened(spec: str, retries: str) -> Any:
+    return ts.KvStore.open(json.loads(spec), context=_shared(retries)).result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,25 +373,37 @@ class Found:
 def read(path: StorePath) -> Found:
     """Returns an object, and which one it is; without data if there is none."""
     with store_errors():
-        found = _objects(path).read("").result()
+        found = _objects(path).read(path.key).result()
     return Found(None if found.state == "missing" else bytes(found.value), found.stamp.generation)
 
 
 def probe(path: StorePath) -> bool:
     """Returns whether there is an object of this name, without reading it."""
     with store_errors():
-        return bool(_objects(path).read("", byte_range=slice(0, 0)).result().state != "missing")
+        return bool(_objects(path).read(path.key, byte_range=slice(0, 0)).result().state != "missing")
 
 
 def listing(path: StorePath) -> list[str]:
     """Returns the names of all objects below a path, without the path itself, in order."""
     with store_errors():
-        store = _objects(path, folder=True)
-        names = sorted(name.decode("utf-8", "surrogateescape") for name in store.list().result())
-        if not names and path.scheme == "gs":
-            # TensorStore takes the refusal of a listing by Google's store for an empty one, but not that of a read.
-            store.read(_PROBED, byte_range=slice(0, 0)).result()
+        store, prefix = _objects(path), _prefix(path)
+        below = ts.KvStore.KeyRange(prefix, _after(prefix))
+        answer = store.list(below, strip_prefix_length=len(prefix))
+        if path.scheme == "gs" and (answer.exception() is not None or not answer.result()):
+            # TensorStore takes the refusal of a listing by Google's store for an empty one, or for one that it cannot
+            # read; but that of a read for what it is.
+            store.read(prefix + _PROBED, byte_range=slice(0, 0)).result()
+        names = sorted(name.decode("utf-8", "surrogateescape") for name in answer.result())
     return [name for name in names if name]  # some tools write an object of the folder's own name
+
+
+def _prefix(path: StorePath) -> bytes:
+    return f"{path.key}/".encode() if path.key else b""
+
+
+def _after(prefix: bytes) -> bytes:
+    """Returns the first name after all that begin with a prefix, which ends in a slash; of no prefix, no limit."""
+    return prefix[:-1] + b"0" if prefix else b""
 
 
 def write_if(path: StorePath, data: bytes, generation: bytes) -> bytes | None:
@@ -387,17 +419,17 @@ def write_if(path: StorePath, data: bytes, generation: bytes) -> bytes | None:
     """
     with store_errors():
         store = _objects(path)
-        written = store.write("", data, if_equal=generation).result().generation
+        written = store.write(path.key, data, if_equal=generation).result().generation
         if written:
             return bytes(written)
         # A request that was repeated may have been written the first time, so that its own object was in the way.
-        found = store.read("").result()
+        found = store.read(path.key).result()
     return bytes(found.stamp.generation) if found.state == "value" and found.value == data else None
 
 
 def remove(path: StorePath, names: Collection[str]) -> None:
     """Removes objects below a path; those that do not exist are removed already."""
     with store_errors():
-        store = _objects(path, folder=True)
-        for removed in [store.write(name.encode("utf-8", "surrogateescape"), None) for name in names]:
+        store, prefix = _objects(path), _prefix(path)
+        for removed in [store.write(prefix + name.encode("utf-8", "surrogateescape"), None) for name in names]:
             removed.result()

@@ -36,7 +36,7 @@ from statewise._src.checkpoint.orbax.database import (
     writing,
     writing_apart,
 )
-from statewise._src.checkpoint.orbax.stores import StorePath, is_url, read
+from statewise._src.checkpoint.orbax.stores import is_url
 
 __all__ = ["TreeWriter", "tree_handler"]
 
@@ -74,11 +74,16 @@ class TreeWriter:
     Args:
       tree: nested dicts of JAX's and NumPy's arrays, not empty.
       own: in an object store, the directory below the checkpoint that this writer has, if others may write there too.
+
+    Attributes:
+      for_orbax: the files that Orbax looks for at the path itself, if the writer has its own directory; when it has
+        written.
     """
 
     def __init__(self, tree: Mapping[str, Any], own: str = "") -> None:
         flat = dict(sorted(traverse_util.flatten_dict(tree).items()))
         self._own = own
+        self.for_orbax: Mapping[str, bytes] = {}
         self._several = jax.process_count() > 1
         # Their values are taken here, because a later step may donate the arrays.
         parts = ((".".join(key), _held_here(array, number)) for number, (key, array) in enumerate(flat.items()))
@@ -129,11 +134,6 @@ class TreeWriter:
         """Returns by name the checksum of what this process writes of each array: they add up to that of the array."""
         return {array.name: sums_of(array.host) for array in self._arrays}
 
-    def for_orbax(self, directory: StorePath) -> dict[str, bytes]:
-        """Returns what Orbax reads at the path of the checkpoint itself, in which the writer has its own directory."""
-        own = directory / self._own
-        return {name: data for name in (DATABASE, _INDEX, _SHARDINGS) if (data := read(own / name).data) is not None}
-
     def _whole(self, directory: Any) -> Database:
         return writing_apart(directory, self._own) if self._own else writing(directory)
 
@@ -143,12 +143,15 @@ class TreeWriter:
 
     def _write_index(self, directory: Any, database: Database) -> None:
         """Writes Orbax's index, and what else of the whole is not written yet."""
-        place = directory / self._own if self._own else directory
-        if self._own:
-            (place / DATABASE).write_bytes(in_memory(database))
+        files = {_INDEX: _index_text(self._types).encode()}
         if self._shardings:
-            (place / _SHARDINGS).write_text(_shardings_text(self._shardings))
-        (place / _INDEX).write_text(_index_text(self._types))
+            files[_SHARDINGS] = _shardings_text(self._shardings).encode()
+        if self._own:
+            files[DATABASE] = in_memory(database)
+            self.for_orbax = files
+        place = directory / self._own if self._own else directory
+        for name, data in files.items():
+            (place / name).write_bytes(data)
 
 
 def _held_here(array: Any, number: int) -> "np.ndarray | Pieces | None":
