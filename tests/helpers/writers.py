@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +28,16 @@ class Template:
         assert self._process.stdin is not None
         return self._process.stdin
 
-    def killed(self, how: str, base: str, first: int, after: float, *, saves: int = 0) -> Killed:
+    def killed(
+        self,
+        how: str,
+        base: str,
+        first: int,
+        after: float,
+        *,
+        saves: int = 0,
+        when_begun: Callable[[], object] | None = None,
+    ) -> Killed:
         """Has a writer save one step after the other, and kills it some time after a save has begun.
 
         Args:
@@ -37,6 +46,7 @@ class Template:
             first: Its first step.
             after: So many seconds after it begins the save that is cut short.
             saves: So many saves are done before that one.
+            when_begun: Is called when it has begun the first.
         """
         self._input.write(f"{base} {first} {how}\n")
         self._input.flush()
@@ -49,6 +59,8 @@ class Template:
                 pid = number
             elif word == "begun":
                 seen.begun = number
+                if when_begun is not None and number == first:
+                    when_begun()
                 if number == first + saves:
                     killer = threading.Timer(after, kill, (pid,))
                     killer.start()
