@@ -15,6 +15,7 @@ from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from writers import Template
 
 OTHER_PATH = "another path for each writer"
+LISTINGS = r"/o\?|list-type=2"
 
 
 def save_all(path: str, numbers: Sequence[int]) -> dict[int, sw.SaveError]:
@@ -131,9 +132,13 @@ def test_a_writer_that_lost_and_may_not_remove_what_it_wrote_says_that_it_lost(
 ) -> None:
     path = f"{stores}/step_1"
     monkeypatch.setenv("STATEWISE_STORE_RETRIES", "0")
-    error = save_while_another_is_late(path, proxy, refuse(403, methods=("DELETE",)))
+    error = save_while_another_is_late(path, proxy, refuse(503, methods=("GET",), pattern=LISTINGS))
     assert error is not None
+    assert proxy.hits == 2
     assert error.message == lost(path)[0]
+    (note,) = error.__notes__
+    assert note.startswith(f"What it has written is left below {path}/statewise-")
+    assert "the store said 503: " in note
     restored, _ = sw.restore(path, numbered.plan().abstract())
     assert words(restored) == words(numbered.state(2))
 
