@@ -6,8 +6,11 @@ be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+import contextlib
+import copy
 import operator
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
@@ -15,16 +18,18 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from statewise._src.checkpoint.checkpointable import checkpointable
-from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.checkpointable import Checkpointable, checkpointable
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
-from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
+from statewise._src.checkpoint.orbax.manager import Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
+from statewise._src.checkpoint.orbax.store_steps import Claim
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
+from statewise._src.checkpoint.together import agreed, together
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
 from statewise.errors import RestoreError, SaveError, StatewiseError
@@ -110,6 +115,7 @@ class Checkpoints:
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False
+        self._claim: Claim | None = None
         self._directory = steps_in(directory)
         try:
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
@@ -117,9 +123,20 @@ class Checkpoints:
             self._manager = open_manager(
                 self._directory, options, max_to_keep=max_to_keep, every=every, asynchronous=asynchronous
             )
-        except OSError as error:
-            hint = "a directory that can be written to"
-            raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
+        except StatewiseError:
+            raise
+        except Exception as error:
+            if not self._is_of_disk_or_store(error):
+                raise
+            hint = getattr(error, "hint", "a directory that can be written to")
+            raise SaveError(f"{self._directory} cannot be used: {_reason(error)}.", hint=hint) from error
+
+    def _is_of_disk_or_store(self, error: Exception) -> bool:
+        """Returns whether an exception says that something could not be read or written.
+
+        On an object store that may be any one, because Orbax passes on what the library of the store raises.
+        """
+        return isinstance(error, (OSError, ValueError)) or isinstance(self._directory, StorePath)
 
     @property
     def directory(self) -> Any:
@@ -139,8 +156,17 @@ class Checkpoints:
 
     def _paths(self) -> dict[int, Any]:
         """Returns the complete steps, in order, with the paths of their states."""
-        paths = {step: path / ITEM for step, path in sorted(self._manager.found().items())}
-        return {step: path for step, path in paths.items() if (path / NAME).exists()}
+        with self._reads():
+            return dict(sorted(self._manager.found().items()))
+
+    @contextlib.contextmanager
+    def _reads(self) -> Iterator[None]:
+        """Raises what a store has refused to read as a `RestoreError`."""
+        try:
+            yield
+        except StoreError as error:
+            said = f"{self._directory} cannot be read: {error.strerror}."
+            raise RestoreError(said, hint=error.hint) from error
 
     @property
     def latest(self) -> int | None:
@@ -191,28 +217,68 @@ class Checkpoints:
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
         check_metrics(self._manager, items)
-        step = self._new_step(step, bool(force))
+        with self._writes():
+            step = self._new_step(step, bool(force))
+        if not (force or self._manager.is_due(step)):
+            return False
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
+        with self._writes():
+            if isinstance(self._directory, StorePath):
+                self._claim_step(step, item, items)
+            self._manager.save(step, item, items)
+        self._writing = True
+        return True
+
+    def _claim_step(self, step: int, item: Checkpointable, items: dict[str, Any]) -> None:
+        """Takes the right to commit a step on an object store, for its states."""
+        self._end()  # Orbax, too, waits for the step before
+        token = f"{agreed(secrets.randbits(32)):08x}{agreed(secrets.randbits(32)):08x}"
+        with together(self._directory):
+            claim = Claim(StorePath(str(self._manager.place(step))), token)
+            if step in self._manager.found():  # another writer has committed it since it was looked for
+                claim.release()
+                raise self._exists(step)
+        self._claim = item.claim = claim
+        for name, extra in items.items():
+            if isinstance(extra, Checkpointable):
+                items[name] = copy.copy(extra)  # the user's own may be saved elsewhere
+                items[name].claim = claim
+
+    def _end(self) -> None:
+        """Waits for the step that is being written, and ends the claim to it."""
+        claim, self._claim = self._claim, None
+        self._manager.wait()
+        if claim is not None:
+            claim.release()
+
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        """Raises what comes of a write as a `SaveError`."""
         try:
-            self._writing = self._manager.save(step, item, items, bool(force))
+            yield
         except StatewiseError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not self._is_of_disk_or_store(error):
+                raise
             raise self._failed(error) from error
-        return self._writing
+
+    def _exists(self, step: int) -> SaveError:
+        hint = f"another step; checkpoints.manager.delete({step}) removes one that is corrupted"
+        return SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
             raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
-        known = {*self.steps, *self._manager.steps()}
+        complete = self._manager.found()
+        known = {*complete, *self._manager.steps()}
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
-            if step in self.steps or self._manager.is_writing():
-                hint = f"another step; {remove} removes one that is corrupted"
-                raise SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
+            if step in complete or self._manager.is_writing():
+                raise self._exists(step)
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
         newer = sorted(number for number in known if number > step)
         if newer and not force:
@@ -254,7 +320,8 @@ class Checkpoints:
         path = self.path(step)
         assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else tuple(extra)
-        items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        with self._reads():
+            items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
         missing = [name for name in names if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
@@ -262,7 +329,8 @@ class Checkpoints:
         if isinstance(extra, Mapping):
             restored = dict(self._manager.restore(step, extra)) if extra else {}
         else:
-            restored = {name: read_json(path.parent / name) for name in names}
+            with self._reads():
+                restored = {name: read_json(path.parent / name) for name in names}
         return RestoreResult(state, report, step, restored)
 
     def preview(
@@ -295,20 +363,22 @@ class Checkpoints:
           SaveError: something could not be written.
         """
         total = self._bytes
-        try:
+        with self._writes():
             if progress is not None:
                 self._watch(progress, total)
             elif total >= LARGE:
-                with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+                with bar(f"writing a step of {self._directory.name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total)
-            self._manager.wait()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            self._end()
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
-        """Reports the progress of the background write, by the size of the files that it has made."""
+        """Reports the progress of the background write: on a disk, by the size of the files that it has made."""
         while self._writing and self._manager.is_writing():
-            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            if self._claim is None:
+                written = bytes_in(FilePath(self._directory).glob("*tmp*"))
+            else:
+                written = self._claim.written
+            progress(min(written, total), total)
             time.sleep(0.1)
         progress(total, total)
 
@@ -325,10 +395,9 @@ class Checkpoints:
             self._manager.close()
 
     def _failed(self, error: Exception) -> SaveError:
-        known = error.hint if isinstance(error, StatewiseError) else None
         return SaveError(
-            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are complete.",
-            hint=known or "free some space, or choose a directory that can be written to",
+            f"A step could not be written to {self._directory}: {_reason(error)}. Earlier steps are complete.",
+            hint=getattr(error, "hint", None) or "free some space, or choose a directory that can be written to",
         )
 
     def __iter__(self) -> Iterator[int]:
@@ -345,3 +414,9 @@ class Checkpoints:
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self._directory)!r}, steps={self.steps})"
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the system or the store reported, in its own words."""
+    said = reason_of(error)
+    return said if isinstance(error, (OSError, ValueError)) and said else f"{type(error).__name__}: {said or error}"

@@ -179,7 +179,7 @@ def steps_in(directory: object) -> Any:
     """
     text = _checked_text(directory, SaveError, "sw.Checkpoints('run/steps')", "written", SCHEMES)
     if is_url(text):
-        return directory
+        return _in_store(text, SaveError)
     place = FilePath(_absolute(text))
     check_usable(place, writing=True)
     return place

@@ -47,13 +47,16 @@ class StateWriter:
       directory: where it will be written; it need not exist before `write`.
       saving: what to save.
       own: in an object store, the directory below it that this writer has, if others may write there too.
+      wrote: is called with numbers of bytes, when so many more are written.
 
     Raises:
       SaveError: the directory cannot be written to.
       StructureError: the state was donated, is abstract, or is being traced.
     """
 
-    def __init__(self, directory: Any, saving: Saving, own: str = "") -> None:
+    def __init__(
+        self, directory: Any, saving: Saving, own: str = "", wrote: Callable[[int], None] = lambda size: None
+    ) -> None:
         check_usable(directory, writing=True)  # here, because a user's own Orbax manager chooses the directory
         self._directory = own_path(directory)
         self._own = own
@@ -62,7 +65,7 @@ class StateWriter:
         self._manifest = _manifest(saving, laid)
         self._text = _leaves_text(laid)
         # Without a tree all leaves are empty, and Orbax does not accept an empty tree.
-        self._tree = TreeWriter(laid.tree, own) if laid.tree else None
+        self._tree = TreeWriter(laid.tree, own, wrote) if laid.tree else None
         self._leaves: str | None = None
 
     async def begin(self) -> Sequence[Any]:

@@ -15,7 +15,7 @@ import base64
 import concurrent.futures
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,15 +74,16 @@ class TreeWriter:
     Args:
       tree: nested dicts of JAX's and NumPy's arrays, not empty.
       own: in an object store, the directory below the checkpoint that this writer has, if others may write there too.
+      wrote: is called with numbers of bytes, when so many more are written.
 
     Attributes:
       for_orbax: the files that Orbax looks for at the path itself, if the writer has its own directory; when it has
         written.
     """
 
-    def __init__(self, tree: Mapping[str, Any], own: str = "") -> None:
+    def __init__(self, tree: Mapping[str, Any], own: str = "", wrote: Callable[[int], None] = lambda size: None) -> None:
         flat = dict(sorted(traverse_util.flatten_dict(tree).items()))
-        self._own = own
+        self._own, self._wrote = own, wrote
         self.for_orbax: Mapping[str, bytes] = {}
         self._several = jax.process_count() > 1
         # Their values are taken here, because a later step may donate the arrays.
@@ -129,6 +130,7 @@ class TreeWriter:
     def _write_arrays(self, database: Database) -> None:
         for group in grouped(self._arrays, lambda array: array.nbytes, _AT_ONCE):
             _write_together(database, group)
+            self._wrote(sum(array.nbytes for array in group))
 
     def _sums(self) -> dict[str, Sums]:
         """Returns by name the checksum of what this process writes of each array: they add up to that of the array."""
