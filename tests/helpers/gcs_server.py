@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from proxy import Answer, Connection, Proxy, Request
+from proxy import REFUSAL, Answer, Connection, Proxy, Request
 
 MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 SECONDS_TO_START = 30
@@ -60,11 +60,16 @@ class ConditionalProxy(Proxy):
                 return await upstream.ask(in_two_parts(request))
             return await upstream.ask(request)
 
+    def refusal(self, status: int, headers: tuple[tuple[str, str], ...]) -> Answer:
+        """Returns a refusal as Google's store words it."""
+        body = json.dumps({"error": {"code": status, "message": REFUSAL}}).encode()
+        return Answer(status, (*headers, ("Content-Type", "application/json")), body, "Refused")
+
     async def _delete(self, request: Request, upstream: Connection) -> Answer:
         found = await upstream.ask(Request("GET", request.url.path, request.headers))
         generation = "0" if found.status == 404 else str(json.loads(found.body)["generation"])
         if generation != request.query[HAVING]:
-            return Answer(412, body=b'{"error": {"code": 412, "message": "Precondition failed"}}')
+            return self.refusal(412, ())
         return await upstream.ask(request)
 
 

@@ -79,11 +79,12 @@ def _commit(final: StorePath, own: str, data: bytes) -> None:
             hint=f"sw.inspect({str(final)!r}) says whether it is; if not, save again to this path",
         ) from error
     if written is None:
-        remove(final / own, listing(final / own))
-        raise SaveError(
+        lost = SaveError(
             f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
             hint="another path for each writer",
         )
+        _remove_own(final, own, lost)
+        raise lost
 
 
 def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
@@ -105,11 +106,16 @@ def _removed_on_failure(final: StorePath, own: str) -> Iterator[None]:
         yield
     except BaseException as failure:
         if is_first():
-            try:
-                remove(final / own, listing(final / own))
-            except StoreError as error:
-                failure.add_note(f"What it has written is left below {final / own}: {error.strerror}.")
+            _remove_own(final, own, failure)
         raise
+
+
+def _remove_own(final: StorePath, own: str, failure: BaseException) -> None:
+    """Removes a writer's directory; if the store refuses that, the failure says so too."""
+    try:
+        remove(final / own, listing(final / own))
+    except StoreError as error:
+        failure.add_note(f"What it has written is left below {final / own}: {error.strerror}.")
 
 
 @contextlib.contextmanager
