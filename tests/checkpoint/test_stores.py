@@ -117,13 +117,15 @@ def test_conversions_to_and_from_a_store(stores: str, tmp_path: pathlib.Path) ->
         sw.convert(tmp_path / "theirs.safetensors", f"{stores}/ours", target=state, dry_run=True)
 
 
-def test_differences_and_the_command_line(stores: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_differences_and_the_command_line(stores: str, tmp_path: pathlib.Path) -> None:
     sw.save(f"{stores}/one", small(1))
     sw.save(f"{stores}/other", small(2))
     assert sw.diff(f"{stores}/one", small(1)).same
     assert not sw.diff(f"{stores}/one", f"{stores}/other").same
     assert main(["inspect", f"{stores}/one"]) == 0
-    assert "params" in capsys.readouterr().out
+    assert main(["diff", f"{stores}/one", f"{stores}/other"]) == 1
+    assert main(["convert", f"{stores}/one", str(tmp_path / "one.safetensors")]) == 0
+    assert (tmp_path / "one.safetensors").exists()
 
 
 @pytest.mark.parametrize(
