@@ -46,7 +46,7 @@ class StateWriter:
       directory: where it will be written; it need not exist before `write`.
       saving: what to save.
       own: in an object store, the directory below it that this writer has, if others may write there too.
-      wrote: is called with numbers of bytes, when so many more are written.
+      wrote: is called with a number of bytes whenever this many more are written.
 
     Raises:
       SaveError: the directory cannot be written to.

@@ -74,7 +74,7 @@ class TreeWriter:
     Args:
       tree: nested dicts of JAX's and NumPy's arrays, not empty.
       own: in an object store, the directory below the checkpoint that this writer has, if others may write there too.
-      wrote: is called with numbers of bytes, when so many more are written.
+      wrote: is called with a number of bytes whenever this many more are written.
 
     Attributes:
       for_orbax: the files that Orbax looks for at the path itself, if the writer has its own directory; when it has
