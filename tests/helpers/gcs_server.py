@@ -2,7 +2,8 @@
 
 It ignores the conditions of what TensorStore sends (uploads of one request, and deletions), so that two writers would
 both win.  `ConditionalProxy` stands before it: it sends such an upload as one of two parts, whose conditions the
-emulator checks itself, and checks those of deletions while nothing else is written.
+emulator checks itself, and checks those of deletions while nothing else is written.  The emulator also forgets uploads
+of several requests when they are complete; of Google's store a client that was not told may ask again.
 """
 
 from __future__ import annotations
@@ -46,12 +47,21 @@ class ConditionalProxy(Proxy):
     def __init__(self, upstream: str, seed: int = 0) -> None:
         super().__init__(upstream, seed)
         self._deleting = asyncio.Lock()
+        self._completed: dict[str, Answer] = {}
 
     async def forward(self, request: Request, upstream: Connection) -> Answer:
         """Passes a request on; one that has a condition, in a form in which it is checked."""
         if request.method in ("GET", "HEAD"):
             return await upstream.ask(request)
+        upload = request.query.get("upload_id", "")
+        if upload in self._completed:
+            return self._completed[upload]
         async with self._deleting:
+            if upload:
+                answer = await upstream.ask(request)
+                if answer.status in (200, 201):
+                    self._completed[upload] = answer
+                return answer
             if HAVING not in request.query:
                 return await upstream.ask(request)
             if request.method == "DELETE":

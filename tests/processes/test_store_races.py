@@ -97,9 +97,13 @@ def test_of_two_programs_one_wins(stores: str, store_writers: Template) -> None:
     check_is(path, 1 if errors else 999, objects)
 
 
-def save_while_another_is_late(path: str, proxy: Proxy, *more: Fault) -> sw.SaveError | None:
-    """Saves 1 to a path, and 2 while the manifest of 1 is on its way; returns what the save of 1 raises."""
-    late = delay(2, methods=("PUT", "POST"), pattern=r"step_1(/|%2F)statewise\.json", first=1)
+LATE_MANIFEST = delay(2, methods=("PUT", "POST"), pattern=r"step_1(/|%2F)statewise\.json", first=1)
+
+
+def save_while_another_is_late(
+    path: str, proxy: Proxy, *more: Fault, late: Fault = LATE_MANIFEST
+) -> sw.SaveError | None:
+    """Saves 1 to a path, and 2 while an object of 1 is on its way; returns what the save of 1 raises."""
     proxy.faults = [late]
     errors: list[sw.SaveError] = []
 
@@ -122,6 +126,15 @@ def save_while_another_is_late(path: str, proxy: Proxy, *more: Fault) -> sw.Save
 def test_the_first_manifest_wins_however_early_the_other_began(stores: str, proxy: Proxy) -> None:
     path, objects = f"{stores}/step_1", clean(stores)
     error = save_while_another_is_late(path, proxy)
+    assert error is not None
+    assert (error.message, error.hint) == (lost(path)[0], OTHER_PATH)
+    check_is(path, 2, objects)
+
+
+def test_a_writer_whose_objects_the_winner_has_removed_says_that_it_lost(stores: str, proxy: Proxy) -> None:
+    path, objects = f"{stores}/step_1", clean(stores)
+    late = delay(2, methods=("PUT", "POST"), pattern=r"step_1(/|%2F)statewise-\w+(/|%2F)_METADATA", first=1)
+    error = save_while_another_is_late(path, proxy, late=late)
     assert error is not None
     assert (error.message, error.hint) == (lost(path)[0], OTHER_PATH)
     check_is(path, 2, objects)

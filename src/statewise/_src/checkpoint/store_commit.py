@@ -85,12 +85,24 @@ def _commit(final: StorePath, own: str, data: bytes) -> None:
             hint=f"sw.inspect({str(final)!r}) says whether it is; if not, save again to this path",
         ) from error
     if written is None:
-        lost = SaveError(
-            f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
-            hint="another path for each writer",
-        )
+        lost = _lost(final)
         _remove_own(final, own, lost)
         raise lost
+
+
+def _lost(final: StorePath) -> SaveError:
+    return SaveError(
+        f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
+        hint="another path for each writer",
+    )
+
+
+def _is_complete(final: StorePath) -> bool:
+    """Returns whether the store says that there is a manifest."""
+    try:
+        return probe(final / NAME)
+    except StoreError:
+        return False
 
 
 def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
@@ -107,12 +119,19 @@ def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def _removed_on_failure(final: StorePath, own: str) -> Iterator[None]:
-    """Removes a writer's directory if it fails while it is writing there."""
+    """Removes a writer's directory if it fails while it is writing there.
+
+    Raises:
+      SaveError: another writer has come to its manifest, and has removed what this one was writing.
+    """
     try:
         yield
     except BaseException as failure:
         if is_first():
             _remove_own(final, own, failure)
+        if isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError):
+            if _is_complete(final):
+                raise _lost(final) from failure
         raise
 
 
