@@ -81,7 +81,8 @@ def restore(
     Raises:
       RestoreError: there is no checkpoint, or the store does not give it.  Or the target and the checkpoint do not match:
         leaves are missing, unexpected, of another kind, type, shape, dtype or structure, or tied differently, or keys
-        are of another PRNG implementation.  All are listed, and nothing was read.  Or a cast would lose numbers: rounding is fine, overflow is not.
+        are of another PRNG implementation.  All are listed, and nothing was read.  Or a cast would lose numbers:
+        rounding is fine, overflow is not.
       CorruptedError: files or arrays are not what was written; each is named.
       DeclarationError: `only` names a kind that does not exist, or one that is never saved.
 

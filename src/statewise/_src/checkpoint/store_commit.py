@@ -129,9 +129,9 @@ def _removed_on_failure(final: StorePath, own: str) -> Iterator[None]:
     except BaseException as failure:
         if is_first():
             _remove_own(final, own, failure)
-        if isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError):
-            if _is_complete(final):
-                raise _lost(final) from failure
+        is_of_store = isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError)
+        if is_of_store and _is_complete(final):
+            raise _lost(final) from failure
         raise
 
 
