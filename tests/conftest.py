@@ -36,6 +36,7 @@ import worker_memory
 from hints import check_hints_of
 from statewise._src.inspect.lint.finding import Finding
 from statewise.errors import StatewiseError, StatewiseWarning
+from stores import gcs, gcs_proxy, proxy, s3, s3_proxy, store_writers, stores  # noqa: F401 - fixtures
 
 runtime_types.open_public_boundary()
 modes.start()
@@ -52,8 +53,8 @@ MARKED = {
     "torch": "needs torch, transformers and peft, and is left out unless asked for: `make test-torch`",
     "equivalence": "trains models beside plain NNX and compares every number",
 }
-# Directories that are not about what a compiled program computes.  Most of their time goes into compiling, and it takes a
-# sixth less without XLA's expensive optimizations; all others compile as users do.
+# Directories that are not about what a compiled program computes.  Most of their time goes into compiling, and it takes
+# a sixth less without XLA's expensive optimizations; all others compile as users do.
 COMPILED_FAST = {"checkpoint", "cli", "common", "core", "filters", "inspect", "names", "plan", "report", "sharding"}
 QUICK_EXAMPLES = 10  # of each property, under `--hypothesis-profile=quick`
 CI_EXAMPLES = 16

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
+from statewise._src.checkpoint.claimed import Claims
 from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
-from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, check_timeout, extra_item
 from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
@@ -25,10 +25,11 @@ from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
-from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
+from statewise._src.checkpoint.save import check_layout, kinds_to_save
+from statewise._src.checkpoint.step_errors import opens, reads, step_exists, writes
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
-from statewise.errors import RestoreError, SaveError, StatewiseError
+from statewise.errors import RestoreError, SaveError
 
 __all__ = ["Checkpoints", "RestoreResult"]
 
@@ -69,7 +70,9 @@ class Checkpoints:
     lost (never an earlier one).
 
     Args:
-      directory: where the steps go; it is made if it does not exist.
+      directory: where the steps go; it is made if it does not exist.  Or a URL, `gs://bucket/run` or `s3://bucket/run`,
+        for which the clouds' own libraries find credentials.  There, if two processes write the same step, the last one
+        to begin it wins: so a run that was killed goes on by itself.
       max_to_keep: how many steps to keep, the newest; None for all.
       every: saves only steps that are a multiple of this; `save` returns False for the others.
       layout: `"named"` or `"packed"`, as in `sw.save`.
@@ -79,7 +82,8 @@ class Checkpoints:
         of it; its `preservation_policy` and `save_decision_policy` replace `max_to_keep` and `every`.
 
     Raises:
-      SaveError: the directory cannot be made or written, or the options are something else.
+      SaveError: the directory cannot be made or written, or the options are something else; the store refuses, or its
+        library is not installed.
 
     Example:
       >>> import tempfile
@@ -112,15 +116,13 @@ class Checkpoints:
         self._bytes = self._step = 0
         self._writing = self._closed = False
         self._directory = steps_in(directory)
-        try:
+        with opens(self._directory):
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
                 make_folder(self._directory)  # raises for a file, which Orbax does not notice
             self._manager = open_manager(
                 self._directory, options, max_to_keep=max_to_keep, every=every, asynchronous=asynchronous
             )
-        except OSError as error:
-            hint = "a directory that can be written to"
-            raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
+        self._claims = Claims(self._directory, self._manager)
 
     @property
     def directory(self) -> Any:
@@ -140,8 +142,8 @@ class Checkpoints:
 
     def _paths(self) -> dict[int, Any]:
         """Returns the complete steps, in order, with the paths of their states."""
-        paths = {step: path / ITEM for step, path in sorted(self._manager.found().items())}
-        return {step: path for step, path in paths.items() if (path / NAME).exists()}
+        with reads(self._directory):
+            return dict(sorted(self._manager.found().items()))
 
     @property
     def latest(self) -> int | None:
@@ -184,7 +186,7 @@ class Checkpoints:
         Raises:
           SaveError: the step, or a newer one, exists already; an extra item cannot be written; `data` is not such an
             iterator; the step could not be written; or this is closed.  If the background write of an earlier step
-            failed, this reports it, or `wait`.
+            failed, or another process has written that step at the same time, this reports it, or `wait`.
           StructureError: the state was donated, is abstract, or is being traced.
         """
         if self._closed:
@@ -199,34 +201,31 @@ class Checkpoints:
         check_metrics(self._manager, items)
         if data is not None:
             check_iterator(data, SaveError)
-        step = self._new_step(step, bool(force))
+        with writes(self._directory):
+            step = self._new_step(step, bool(force))
+        if not (force or self._manager.is_due(step)):
+            return False  # without asking for the position of the data: that may take longer than a step
         if data is not None:
-            if not (force or self.manager.should_save(step)):
-                return False  # without asking for the position: that may take longer than a step
             items[DATA] = data_item(data, step)
-        before, self._writing = self._writing, False  # a save that fails is in progress forever for Orbax
-        try:
-            started = self._manager.save(step, item, items, bool(force))
-        except StatewiseError:
-            raise
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
-        self._writing = before or started
-        if started:
-            self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
-        return started
+        self._writing = False  # a save that fails is in progress forever for Orbax
+        with writes(self._directory):
+            claimed = self._claims.take(step, {ITEM: item, **items})
+            self._manager.save(step, claimed.pop(ITEM), claimed)
+        self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
+        self._writing = True
+        return True
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
             raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
-        known = {*self.steps, *self._manager.steps()}
+        complete = self._manager.found()
+        known = {*complete, *self._manager.steps()}
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
-            if step in self.steps or self._manager.is_writing():
-                hint = f"another step; {remove} removes one that is corrupted"
-                raise SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
+            if step in complete or self._manager.is_writing():
+                raise step_exists(self._directory, step)
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
         newer = sorted(number for number in known if number > step)
         if newer and not force:
@@ -272,19 +271,22 @@ class Checkpoints:
         path = self.path(step)
         assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else tuple(extra)
-        items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
         wanted = names if data is None else (*names, DATA)
+        with reads(self._directory):
+            items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
         missing = [name for name in wanted if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
-        if DATA in names and not isinstance(extra, Mapping):
-            check_not_position(path.parent / DATA, step)
-        move = None if data is None else find_move(path.parent / DATA, data, step)
+        with reads(self._directory):
+            if DATA in names and not isinstance(extra, Mapping):
+                check_not_position(path.parent / DATA, step)
+            move = None if data is None else find_move(path.parent / DATA, data, step)
         state, report = restore(path, target, only=only, cast=cast, members=members)
         if isinstance(extra, Mapping):
             restored = dict(self._manager.restore(step, extra)) if extra else {}
         else:
-            restored = {name: read_json(path.parent / name) for name in names}
+            with reads(self._directory):
+                restored = {name: read_json(path.parent / name) for name in names}
         if move is not None:
             move.make()  # last: everything else can still fail without having changed anything
         return RestoreResult(state, report, step, restored)
@@ -321,18 +323,16 @@ class Checkpoints:
         """
         total = self._bytes
         end = time.monotonic() + check_timeout(timeout)
-        try:
+        with writes(self._directory):
             if progress is not None:
                 self._watch(progress, total, end)
             elif total >= LARGE:
-                with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+                with bar(f"writing a step of {self._directory.name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total, end)
             elif timeout is not None:
                 self._watch(None, total, end)
             if is_in_time := timeout is None or not self._is_writing():
-                self._manager.wait()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+                self._claims.end()
         if not is_in_time:
             raise SaveError(
                 f"Step {self._step} ({total:,} bytes) is still being written to {self._directory} after {timeout} s.",
@@ -343,10 +343,13 @@ class Checkpoints:
         return self._writing and self._manager.is_writing()
 
     def _watch(self, progress: Callable[[int, int], None] | None, total: int, end: float) -> None:
-        """Waits for the background write, and reports its progress by the size of the files that it has made."""
+        """Waits for the background write, and reports its progress: on a disk, by the size of its files."""
         while self._is_writing():
             if progress is not None:
-                progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+                written = self._claims.written
+                if written is None:
+                    written = bytes_in(FilePath(self._directory).glob("*tmp*"))
+                progress(min(written, total), total)
             left = end - time.monotonic()
             if left <= 0:
                 return
@@ -365,13 +368,6 @@ class Checkpoints:
         finally:
             self._closed = True
             self._manager.close()
-
-    def _failed(self, error: Exception) -> SaveError:
-        known = error.hint if isinstance(error, StatewiseError) else None
-        return SaveError(
-            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are complete.",
-            hint=known or "free some space, or choose a directory that can be written to",
-        )
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps)

@@ -12,7 +12,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.state_writer import StateWriter, run
+from statewise._src.checkpoint.orbax.state_writer import StateWriter
 from statewise._src.checkpoint.orbax.write import tree_handler
 
 __all__ = ["StateHandler"]
@@ -23,26 +23,26 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def __init__(self) -> None:
         self._writer: StateWriter | None = None
+        self._item: Any = None
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
         """Starts a save; returns futures to wait for."""
-        self._writer = writer = StateWriter(directory, args.saving)
-        futures = await writer.begin()
+        self._item, self._writer = args, (writer := args.writer(directory))
         # Orbax may make the directory in the background: this future waits until it exists.
         written = ocp.future.CommitFutureAwaitingContractedSignals(
             asyncio.to_thread(writer.write), name="statewise-arrays"
         )
-        return [*futures, written]
+        return [written]
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
-        self._writer = StateWriter(directory, args.saving)
-        run(self._writer)
+        self._item, self._writer = args, args.writer(directory)
+        self._writer.write()
 
     def finalize(self, directory: Any) -> None:
         """Writes the manifest when everything else is written; called once, by one process."""
         assert self._writer is not None, "finalize comes after a save"
-        self._writer.finish()
+        self._item.commit(directory, self._writer)
         self.close()
 
     def restore(self, directory: Any, args: Any) -> Any:
@@ -56,6 +56,4 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def close(self) -> None:
         """Closes what the last save used."""
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
+        self._item = self._writer = None
