@@ -6,7 +6,6 @@ final name is a complete checkpoint, and what a process left that died has anoth
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import glob
 import os
@@ -27,7 +26,8 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
-from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
+from statewise._src.checkpoint.orbax.flush import flush, flush_one, make_folder
+from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
 from statewise._src.common import compat
@@ -36,7 +36,7 @@ from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
 
-__all__ = ["check_layout", "flush", "kinds_to_save", "reason_of", "save", "write_error"]
+__all__ = ["check_layout", "kinds_to_save", "reason_of", "save", "write_error"]
 
 
 def save(
@@ -133,7 +133,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
             # The order makes it safe against a crash: the data, then the name, then the directory with the name.
             flush(temporary)
             temporary.rename(final)
-            _flush_one(final.parent)
+            flush_one(final.parent)
         first = False  # nothing is left to remove
     except StatewiseError:
         raise
@@ -200,22 +200,6 @@ def _is_alive(pid: int) -> bool:
     except OSError as error:
         return isinstance(error, PermissionError)  # the process exists, and is another user's
     return True
-
-
-def flush(place: FilePath) -> None:
-    """Writes a file, or everything in a directory, from the system's cache to the disk."""
-    below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
-    # At the same time, because a file system with a journal then commits it once for several files.
-    with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
-        list(pool.map(_flush_one, below or [place]))  # raises what a thread raised
-
-
-def _flush_one(path: Any) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- several processes -----------------------------------------------------------------------------------------

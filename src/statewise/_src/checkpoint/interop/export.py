@@ -24,10 +24,11 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
 from statewise._src.checkpoint.interop.safetensors import RESERVED, SAFETENSORS_DTYPES, write_file
 from statewise._src.checkpoint.interop.sources import ARRAY
-from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
+from statewise._src.checkpoint.orbax.flush import flush, flush_one, make_folder
+from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.plain import write_tree
 from statewise._src.checkpoint.orbax.progress import growing
-from statewise._src.checkpoint.save import flush, write_error
+from statewise._src.checkpoint.save import write_error
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise.errors import SaveError, StatewiseError
@@ -214,6 +215,7 @@ def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
                 yield place
             flush(place)
             _give_name(place, final)
+            flush_one(final.parent)
     except StatewiseError:
         raise
     except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError

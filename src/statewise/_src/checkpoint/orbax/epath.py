@@ -10,7 +10,12 @@ from typing import Any
 
 from etils import epath as epaths
 
+from statewise._src.checkpoint.orbax.flush import flush, flush_one
+
 __all__ = ["epath", "size_of"]
+
+# In the names of directories that Orbax has not finished.
+_TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 @functools.cache
@@ -37,6 +42,19 @@ def _literal_path() -> Any:
                 yield from super().iterdir()
             else:
                 yield from (self / name for name in os.listdir(self))
+
+        def rename(self, target: Any) -> Any:
+            """Renames this; before the last of Orbax's renames everything in it is on the disk, afterwards its name.
+
+            Orbax itself flushes nothing, and deletes older steps right after it.
+            """
+            above = os.path.dirname(os.fspath(target))
+            if "://" in str(self) or _TEMPORARY in above:
+                return super().rename(target)
+            flush(self)
+            renamed = super().rename(target)
+            flush_one(above)
+            return renamed
 
     return LiteralPath
 

@@ -1,0 +1,43 @@
+"""From the system's cache to the disk: what a power cut must not take.
+
+A file is on the disk when it was flushed, its name when the directory that has it was.  So a checkpoint is flushed under
+a temporary name, then renamed, and then the directory above it is flushed: in this order nothing half-written ever has
+the final name, and the name is there when the save returns.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import os
+from pathlib import Path as FilePath
+from typing import Any
+
+__all__ = ["flush", "flush_one", "make_folder"]
+
+
+def flush(place: Any) -> None:
+    """Writes a file, or everything in a directory, from the system's cache to the disk."""
+    below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
+    # At the same time, because a file system with a journal then commits it once for several files.
+    with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
+        list(pool.map(flush_one, below or [place]))  # raises what a thread raised
+
+
+def flush_one(path: Any) -> None:
+    """Writes one file, or the names in one directory, from the system's cache to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: FilePath) -> None:
+    """Makes a directory and those above it, any number of them: `mkdir(parents=True)` recurses for each."""
+    for path in reversed((folder, *folder.parents)):
+        if not path.is_dir():
+            if path.exists():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            path.mkdir(exist_ok=True)  # another process may make it at the same time
+            flush_one(path.parent)
