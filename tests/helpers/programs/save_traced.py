@@ -68,6 +68,23 @@ def kept(folder: Path, options: Any = None, max_to_keep: int = 2, asynchronous: 
     mark(folder, "done 3")
 
 
+def in_own_manager(folder: Path) -> None:
+    """An item of a user's own `ocp.CheckpointManager`, which flushes nothing itself."""
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        for step in range(3):
+            manager.save(step, args=ocp.args.Composite(state=sw.checkpointable(numbered(step))))
+            manager.wait_until_finished()
+            mark(folder, f"done {step}")
+
+
+def in_own_checkpointer(folder: Path) -> None:
+    """The same on the newer interface."""
+    with ocp.v1.training.Checkpointer(folder) as checkpointer:
+        for step in range(2):
+            checkpointer.save_checkpointables(step, {"state": sw.checkpointable(numbered(step))})
+            mark(folder, f"done {step}")
+
+
 def converted(folder: Path) -> None:
     """`sw.convert`, to each format that a file or a directory holds."""
     state = numbered(5)
@@ -91,6 +108,8 @@ WAYS: dict[str, Callable[[Path], None]] = {
     "one newer": functools.partial(kept, max_to_keep=1, options=ocp.v1.training.Checkpointer),
     "blocking": functools.partial(kept, asynchronous=False),
     "overlapping": functools.partial(kept, wait=False),
+    "own": in_own_manager,
+    "own newer": in_own_checkpointer,
     "converted": converted,
 }
 

@@ -12,7 +12,7 @@ from etils import epath as epaths
 
 from statewise._src.checkpoint.orbax.flush import flush, flush_one
 
-__all__ = ["epath", "size_of"]
+__all__ = ["epath", "flush_item", "size_of"]
 
 # In the names of directories that Orbax has not finished.
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -64,6 +64,12 @@ def epath(path: Any) -> Any:
     local = epaths.Path(path)
     # Paths of other classes are on other file systems.
     return _literal_path()(local) if type(local) is type(epaths.Path("/")) else local
+
+
+def flush_item(directory: Any) -> None:
+    """Writes an item to the disk before Orbax renames it, unless the path's own rename does: in a user's manager."""
+    if not isinstance(directory, _literal_path()) and "://" not in str(directory):
+        flush(directory)
 
 
 def size_of(path: Any) -> int:

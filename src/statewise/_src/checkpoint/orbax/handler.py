@@ -11,7 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.epath import epath, flush_item
 from statewise._src.checkpoint.orbax.state_writer import StateWriter, run
 from statewise._src.checkpoint.orbax.write import tree_handler
 
@@ -43,6 +43,7 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         """Writes the manifest when everything else is written; called once, by one process."""
         assert self._writer is not None, "finalize comes after a save"
         self._writer.finish()
+        flush_item(directory)
         self.close()
 
     def restore(self, directory: Any, args: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.epath import epath, flush_item
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.core.plan import State
@@ -65,6 +65,7 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
                     await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
                 if jax.process_index() == 0:
                     await asyncio.to_thread(writer.finish)
+                    await asyncio.to_thread(flush_item, directory.path)
             finally:
                 writer.close()
 
