@@ -111,6 +111,7 @@ class Checkpoints:
         self._layout = layout
         self._bytes = 0
         self._writing = self._closed = False
+        self._last: int | None = None
         self._directory = steps_in(directory)
         try:
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
@@ -197,6 +198,7 @@ class Checkpoints:
         self._writing = False
         try:
             self._writing = self._manager.save(step, item, items, bool(force))
+            self._last = step if self._writing else self._last
         except StatewiseError:
             raise
         except (OSError, ValueError) as error:
@@ -323,10 +325,19 @@ class Checkpoints:
             self.wait()
         finally:
             self._closed = True
-            self._manager.close()
+            try:
+                self._manager.close()
+            except (OSError, ValueError) as error:
+                raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> SaveError:
         known = error.hint if isinstance(error, StatewiseError) else None
+        if self._last in self.steps:
+            return SaveError(
+                f"Step {self._last} in {self._directory} is complete, but not what Orbax does after it, such as "
+                f"deleting older steps: {reason_of(error)}.",
+                hint=known or "remove by hand what should have gone, if it is still there",
+            )
         return SaveError(
             f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are complete.",
             hint=known or "free some space, or choose a directory that can be written to",

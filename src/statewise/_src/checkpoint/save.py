@@ -26,7 +26,7 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
-from statewise._src.checkpoint.orbax.flush import flush, flush_one, make_folder
+from statewise._src.checkpoint.orbax.flush import make_folder, named
 from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
@@ -131,9 +131,8 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
         yield temporary
         if first:
             # The order makes it safe against a crash: the data, then the name, then the directory with the name.
-            flush(temporary)
-            temporary.rename(final)
-            flush_one(final.parent)
+            with named(temporary, final):
+                temporary.rename(final)
         first = False  # nothing is left to remove
     except StatewiseError:
         raise
@@ -178,7 +177,8 @@ def _remove(folder: FilePath) -> None:
 
 def _is_of_disk(error: Exception) -> bool:
     words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "No space left", "File too large", "Error writing", "quota")
-    return any(word in str(error) for word in words)
+    # TensorStore adds the number to whatever the system has reported.
+    return "os_error_code=" in str(error) or any(word in str(error) for word in words)
 
 
 def _host() -> str:

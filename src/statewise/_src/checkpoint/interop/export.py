@@ -24,7 +24,7 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
 from statewise._src.checkpoint.interop.safetensors import RESERVED, SAFETENSORS_DTYPES, write_file
 from statewise._src.checkpoint.interop.sources import ARRAY
-from statewise._src.checkpoint.orbax.flush import flush, flush_one, make_folder
+from statewise._src.checkpoint.orbax.flush import make_folder, named
 from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.plain import write_tree
 from statewise._src.checkpoint.orbax.progress import growing
@@ -213,9 +213,8 @@ def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
             place = FilePath(folder, "converted")  # a short name, because Orbax adds to it
             with growing(f"writing {final.name}", nbytes, lambda: [FilePath(folder)]):
                 yield place
-            flush(place)
-            _give_name(place, final)
-            flush_one(final.parent)
+            with named(place, final):
+                _give_name(place, final)
     except StatewiseError:
         raise
     except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError

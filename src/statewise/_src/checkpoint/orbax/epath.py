@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath as epaths
 
-from statewise._src.checkpoint.orbax.flush import flush, flush_one
+from statewise._src.checkpoint.orbax.flush import flush, named
 
 __all__ = ["epath", "flush_item", "size_of"]
 
@@ -48,13 +48,10 @@ def _literal_path() -> Any:
 
             Orbax itself flushes nothing, and deletes older steps right after it.
             """
-            above = os.path.dirname(os.fspath(target))
-            if "://" in str(self) or _TEMPORARY in above:
+            if "://" in str(self) or _TEMPORARY in os.path.dirname(os.fspath(target)):
                 return super().rename(target)
-            flush(self)
-            renamed = super().rename(target)
-            flush_one(above)
-            return renamed
+            with named(self, target):
+                return super().rename(target)
 
     return LiteralPath
 

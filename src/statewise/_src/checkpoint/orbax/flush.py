@@ -8,12 +8,14 @@ the final name, and the name is there when the save returns.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
-__all__ = ["flush", "flush_one", "make_folder"]
+__all__ = ["flush", "make_folder", "named"]
 
 
 def flush(place: Any) -> None:
@@ -21,16 +23,31 @@ def flush(place: Any) -> None:
     below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
     # At the same time, because a file system with a journal then commits it once for several files.
     with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
-        list(pool.map(flush_one, below or [place]))  # raises what a thread raised
+        list(pool.map(_flush_one, below or [place]))  # raises what a thread raised
 
 
-def flush_one(path: Any) -> None:
+def _flush_one(path: Any) -> None:
     """Writes one file, or the names in one directory, from the system's cache to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def named(place: Any, final: Any) -> Iterator[None]:
+    """Flushes a file or directory; then the block gives it its final name; then that is on the disk too.
+
+    If the disk does not take the name, the file or directory has its first name again.
+    """
+    flush(place)
+    yield
+    try:
+        _flush_one(os.path.dirname(os.fspath(final)))
+    except OSError:
+        os.rename(final, place)
+        raise
 
 
 def make_folder(folder: FilePath) -> None:
@@ -40,4 +57,4 @@ def make_folder(folder: FilePath) -> None:
             if path.exists():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             path.mkdir(exist_ok=True)  # another process may make it at the same time
-            flush_one(path.parent)
+            _flush_one(path.parent)

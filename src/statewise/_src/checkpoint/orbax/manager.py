@@ -243,11 +243,12 @@ class _NewManager:
                 [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
             ),
             "preservation_policy": None if max_to_keep is None else training.preservation_policies.LatestN(max_to_keep),
-            "step_name_format": ocp.v1.path.step.standard_name_format(),
         }
         used = defaults | keywords | {"context": self._context}
         self.orbax = training.Checkpointer(epath(directory), **used)
-        self._names = used["step_name_format"]
+        # Not passed on if it is the default: Orbax's own default also knows the time of a step whose file of metadata is
+        # gone, which a deletion that was cut short leaves; without a time no step could be saved any more.
+        self._names = keywords.get("step_name_format") or ocp.v1.path.step.standard_name_format()
         self._asynchronous = asynchronous
         self._response: Any = None
 
