@@ -19,7 +19,7 @@ import pytest
 __all__ = ["CHANGING", "STRACE", "Call", "Handle", "calls_in", "need_strace", "traced"]
 
 STRACE = "strace"
-WITHOUT = "there is no strace: `.ci/strace` as root, or `apt-get install strace`"
+WITHOUT = "there is no strace: run `.ci/strace` as root, or `apt-get install strace`"
 # Every call that can change a file or a directory, or make a change last; `io_uring_setup`, because what goes through
 # such a ring is not seen.
 CHANGING = (

@@ -6,6 +6,7 @@ Every state of it is looked at; those that look alike for a checkpoint are resto
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -30,7 +31,8 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",
 }
-ALWAYS, OPENED = 24, 2  # states at each moment, and how many of a run's are opened as a user would
+ALWAYS, MANY = 10, 500  # states at each moment, at most
+OPENED, MANY_OPENED = 2, 60  # how many of a run's states are opened as a user would
 MANAGED = ("first", "newer", "one", "one newer", "blocking", "overlapping")
 
 
@@ -88,8 +90,11 @@ class Outcomes:
         return self._known[key]
 
 
+target = functools.cache(lambda: numbered(-1))
+
+
 def restored(path: Path) -> float:
-    return number_of(sw.restore(path, numbered(-1))[0])
+    return number_of(sw.restore(path, target())[0])
 
 
 # --- sw.save -----------------------------------------------------------------------------------------------------
@@ -148,10 +153,10 @@ def check_kept(disk: Disk, folder: Path, most: int, opened: int) -> None:
             newest = distinct[state]
             assert checkpoints.latest == (None if newest < 0 else newest)
             if newest >= 0:
-                assert number_of(checkpoints.restore(numbered(-1)).state) == newest
+                assert number_of(checkpoints.restore(target()).state) == newest
             checkpoints.save(9, numbered(9))
             checkpoints.wait()
-            assert number_of(checkpoints.restore(numbered(-1)).state) == 9
+            assert number_of(checkpoints.restore(target()).state) == 9
 
 
 @pytest.mark.parametrize("way", MANAGED)
@@ -173,7 +178,7 @@ def test_an_item_of_a_users_own_manager_is_whole_or_absent(way: str, program: Tr
 
 
 def as_statewise(path: Path) -> float:
-    state, _ = sw.restore(path, numbered(-1), names=NAMES)
+    state, _ = sw.restore(path, target(), names=NAMES)
     return number_of(state)
 
 
@@ -202,3 +207,23 @@ def check_converted(disk: Disk, folder: Path, most: int) -> None:
 
 def test_what_is_converted_is_whole_or_absent_and_stays(program: Traced, tmp_path: Path) -> None:
     check_converted(program.disk("converted"), tmp_path, ALWAYS)
+
+
+# --- more of the same ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", MANAGED)
+def test_of_many_states_the_newest_step_is_whole_and_stays(way: str, program: Traced, tmp_path: Path) -> None:
+    check_kept(program.disk(way), tmp_path, MANY, MANY_OPENED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["save", "packed"])
+def test_of_many_states_a_saved_state_is_whole_or_absent_and_stays(way: str, program: Traced, tmp_path: Path) -> None:
+    check_saved(program.disk(way), tmp_path, MANY)
+
+
+@pytest.mark.slow
+def test_of_many_states_what_is_converted_is_whole_or_absent_and_stays(program: Traced, tmp_path: Path) -> None:
+    check_converted(program.disk("converted"), tmp_path, MANY)

@@ -58,14 +58,14 @@ def both(variables: float, params: float) -> sw.State:
 def kept(folder: Path, options: Any = None, max_to_keep: int = 2, asynchronous: bool = True, wait: bool = True) -> None:
     """`sw.Checkpoints`, with metrics."""
     with sw.Checkpoints(folder, max_to_keep=max_to_keep, options=options, asynchronous=asynchronous) as checkpoints:
-        for step in range(4):
+        for step in range(3):
             checkpoints.save(step, numbered(step), metrics={"loss": float(step)})
             if wait:
                 checkpoints.wait()
                 mark(folder, f"done {step}")
             elif step:
                 mark(folder, f"done {step - 1}")  # a save waits for the one before
-    mark(folder, "done 3")
+    mark(folder, "done 2")
 
 
 def in_own_manager(folder: Path) -> None:
