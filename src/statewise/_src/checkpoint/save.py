@@ -36,7 +36,15 @@ from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
 
-__all__ = ["check_layout", "kinds_to_save", "reason_of", "save", "write_error"]
+__all__ = [
+    "check_layout",
+    "clear_abandoned",
+    "kinds_to_save",
+    "reason_of",
+    "save",
+    "temporary_beside",
+    "write_error",
+]
 
 
 def save(
@@ -119,13 +127,13 @@ def kinds_to_save(state: State, only: object) -> tuple[str, ...]:
 def _committed(final: FilePath) -> Iterator[FilePath]:
     """Yields a directory to write into; afterwards it has the final name, or is removed if something went wrong."""
     # All processes use one name, which the first of them chooses.
-    token = f"{_agreed(secrets.randbits(32)):08x}"
-    temporary = final.parent / f".{short_name(final.name)}.tmp-{_host()}-{_agreed(os.getpid())}-{token}"
+    token = _agreed(secrets.randbits(32))
+    temporary = temporary_beside(final, _agreed(os.getpid()), token)
     first = jax.process_index() == 0
     try:
         if first:
             make_folder(final.parent)
-            _clear_abandoned(final)
+            clear_abandoned(final)
             temporary.mkdir()
         _sync("started")
         yield temporary
@@ -185,7 +193,12 @@ def _host() -> str:
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] if jax.process_count() == 1 else "many"
 
 
-def _clear_abandoned(final: FilePath) -> None:
+def temporary_beside(final: FilePath, pid: int, token: int) -> FilePath:
+    """Returns where a process writes until the result gets its final name."""
+    return final.parent / f".{short_name(final.name)}.tmp-{_host()}-{pid}-{token:08x}"
+
+
+def clear_abandoned(final: FilePath) -> None:
     """Removes what processes of this machine left that died while they wrote to this same path."""
     start = f".{short_name(final.name)}.tmp-{_host()}-"
     for folder in final.parent.glob(f"{glob.escape(start)}*"):

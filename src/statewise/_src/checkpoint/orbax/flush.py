@@ -46,7 +46,10 @@ def named(place: Any, final: Any) -> Iterator[None]:
     try:
         _flush_one(os.path.dirname(os.fspath(final)))
     except OSError:
-        os.rename(final, place)
+        if os.path.exists(place):  # a file that was linked has both names
+            os.unlink(final)
+        else:
+            os.rename(final, place)
         raise
 
 
