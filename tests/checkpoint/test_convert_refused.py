@@ -17,8 +17,8 @@ from flax import nnx
 import statewise as sw
 from foreign_models import linen, state_of
 from refusals import refused
-from statewise._src.checkpoint.orbax import flush as flushing
 from statewise._src.checkpoint.interop.convert import convert
+from statewise._src.checkpoint.orbax import flush as flushing
 
 RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's unexpected"
 APART = "give them names that differ: rename={'name in the source': 'another/path'}"

@@ -77,7 +77,7 @@ def test_half_a_deleted_step_stops_no_save(options: object, tmp_path: Path) -> N
         (tmp_path / "1" / gone).unlink()
     with sw.Checkpoints(tmp_path, max_to_keep=2, options=options) as checkpoints:
         assert checkpoints.steps == (1, 2)
-        with pytest.raises(sw.CorruptedError, match="manifest.ocdbt is missing"):
+        with pytest.raises(sw.CorruptedError, match=r"manifest\.ocdbt is missing"):
             checkpoints.restore(numbered(0), step=1)
         checkpoints.save(3, numbered(3))
         checkpoints.wait()

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 from system_calls import Call, Handle
 
-__all__ = ["Disk", "Tree", "built", "below"]
+__all__ = ["Disk", "Tree", "below", "built"]
 
 # What is in a directory: by the path relative to it, a file's content, or None for a directory.
 Tree: TypeAlias = dict[str, bytes | None]
@@ -140,7 +140,8 @@ class Disk:
             assert not (shared and mapped and mapped.path.startswith(self._folder)), f"not followed: {call}"
         else:
             inside = [one for one in call.arguments if isinstance(one, (bytes, Handle)) and self._folder in _shown(one)]
-            assert not inside and call.name != "io_uring_setup", f"not followed: {call}"
+            assert call.name != "io_uring_setup", "not followed"
+            assert not inside, f"not followed: {call}"
 
     def _opened(self, call: Call) -> None:
         path = self._path_of(call, 0)
@@ -148,7 +149,7 @@ class Disk:
         if path is None:
             return
         flags = str(call.arguments[1 if call.name == "open" else 2])
-        assert "SYNC" not in flags and "O_TMPFILE" not in flags and "O_APPEND" not in flags, f"not followed: {call}"
+        assert not any(flag in flags for flag in ("SYNC", "O_TMPFILE", "O_APPEND")), f"not followed: {call}"
         node = self._find(path)
         if node is None:
             assert "O_CREAT" in flags, f"the model has no {path!r}"
@@ -235,7 +236,7 @@ class Disk:
         return self._tree(_NEVER, self._named, {})
 
     def states(self, cut: int, most: int, dice: random.Random) -> Iterator[Tree]:
-        """What the disk can hold after a power cut at a moment: all of it if it is little, or the extremes and a sample.
+        """What the disk can hold after a power cut at a moment: all states if they are few, or extremes and a sample.
 
         Args:
           cut: the moment.

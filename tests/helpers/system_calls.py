@@ -23,15 +23,17 @@ WITHOUT = "there is no strace: run `.ci/strace` as root, or `apt-get install str
 # Every call that can change a file or a directory, or make a change last; `io_uring_setup`, because what goes through
 # such a ring is not seen.
 CHANGING = (
-    "open openat openat2 creat write pwrite64 writev pwritev pwritev2 ftruncate truncate fallocate rename renameat "
-    "renameat2 link linkat symlink symlinkat unlink unlinkat mkdir mkdirat rmdir fsync fdatasync sync syncfs "
-    "sync_file_range sendfile copy_file_range splice io_uring_setup mmap"
-).split()
+    "open,openat,openat2,creat,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,fallocate,rename,renameat,"
+    "renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,mkdir,mkdirat,rmdir,fsync,fdatasync,sync,syncfs,"
+    "sync_file_range,sendfile,copy_file_range,splice,io_uring_setup,mmap"
+)
 _LONGEST = 1 << 24  # bytes of a call's data that are shown
 _LINE = re.compile(r"(\d+) +(.*)")
 _START = re.compile(r"(\w+)\((.*)")
 _RESUMED = re.compile(r"<\.\.\. (\w+) resumed>(.*)")
-_END = re.compile(r"(.*)\) += (-?\d+|\?|0x[0-9a-f]+)(<.*?>)?(?:\(deleted\))?(?: (\w+) \(.*\))?(?: \(INJECTED\))?", re.DOTALL)
+_END = re.compile(
+    r"(.*)\) += (-?\d+|\?|0x[0-9a-f]+)(<.*?>)?(?:\(deleted\))?(?: (\w+) \(.*\))?(?: \(INJECTED\))?", re.DOTALL
+)
 _STRING = re.compile(r'"((?:\\x[0-9a-f]{2})*)"(\.\.\.)?')
 _HANDLE = re.compile(r"(-?\d+|AT_FDCWD)<((?:\\x[0-9a-f]{2})*|[^>\\]*)>(?:\(deleted\))?")
 
@@ -82,22 +84,14 @@ def need_strace() -> None:
         pytest.skip(why)
 
 
-def traced(command: Sequence[str], environment: dict[str, str], options: Sequence[str] = (), wait: float = 300) -> tuple[
-    subprocess.CompletedProcess[str], list[Call]
-]:
+def traced(command: Sequence[str], environment: dict[str, str]) -> tuple[subprocess.CompletedProcess[str], list[Call]]:
     """Runs a program, and gives what it printed and its calls that change files."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "calls")
         # Paths and data in hexadecimal, so that no byte of them can be taken for the line's own.
-        how = ["-f", "-y", "-xx", "-s", str(_LONGEST), "-e", "signal=none", "-e", f"trace={','.join(CHANGING)}"]
-        fast = [] if options else ["--seccomp-bpf"]
+        how = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", str(_LONGEST), "-e", "signal=none", "-e", f"trace={CHANGING}"]
         done = subprocess.run(
-            [STRACE, *how, *fast, *options, "-o", str(log), *command],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=wait,
-            check=False,
+            [STRACE, *how, "-o", str(log), *command], env=environment, capture_output=True, text=True, check=False
         )
         return done, list(calls_in(log.read_text()))
 

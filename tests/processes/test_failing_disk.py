@@ -46,7 +46,7 @@ ALWAYS = {
     "first": MANAGED,
     "newer": MANAGED,
 }
-COMPLETE = dict.fromkeys(ALWAYS, [("", "", ERRORS)])
+COMPLETE = {way: [("", "", ERRORS)] for way in ALWAYS}
 
 
 def told(folder: Path, cases: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

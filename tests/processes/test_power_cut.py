@@ -10,7 +10,7 @@ import functools
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import statewise as sw
 from checkpoint_models import number_of, numbered
 from power_cuts import Disk, Tree, below, built
 from programs.save_traced import NAMES, WAYS, both
-from system_calls import Call, need_strace, traced
+from system_calls import need_strace, traced
 
 TESTS = Path(__file__).parents[1]
 PROGRAM = TESTS / "helpers/programs/save_traced.py"
@@ -139,7 +139,7 @@ def check_kept(disk: Disk, folder: Path, most: int, opened: int) -> None:
     outcomes = Outcomes(folder / "steps", restored)
     distinct: dict[tuple[tuple[str, bytes | None], ...], float] = {}
     for tree, done in looked_at(disk, most):
-        offered = sorted((int(name) for name in tree if name.isdigit() and f"{name}/state/statewise.json" in tree))
+        offered = sorted(int(name) for name in tree if name.isdigit() and f"{name}/state/statewise.json" in tree)
         values = {step: outcomes.of(below(tree, f"{step}/state")) for step in offered}
         newest = max(offered, default=-1)
         assert newest >= max(map(int, done), default=-1), "it is still there"

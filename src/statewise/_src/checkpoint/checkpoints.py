@@ -19,8 +19,8 @@ from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
-from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.flush import make_folder
+from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore

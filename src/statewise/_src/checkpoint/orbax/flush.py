@@ -1,8 +1,8 @@
 """From the system's cache to the disk: what a power cut must not take.
 
-A file is on the disk when it was flushed, its name when the directory that has it was.  So a checkpoint is flushed under
-a temporary name, then renamed, and then the directory above it is flushed: in this order nothing half-written ever has
-the final name, and the name is there when the save returns.
+A file is on the disk when it has been flushed, its name when the directory that has it has been.  So a checkpoint is
+flushed under a temporary name, then renamed, and then the directory above it is flushed: in this order nothing
+half-written ever has the final name, and the name is there when the save returns.
 """
 
 from __future__ import annotations

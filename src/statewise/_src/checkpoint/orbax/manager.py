@@ -246,8 +246,8 @@ class _NewManager:
         }
         used = defaults | keywords | {"context": self._context}
         self.orbax = training.Checkpointer(epath(directory), **used)
-        # Not passed on if it is the default: Orbax's own default also knows the time of a step whose file of metadata is
-        # gone, which a deletion that was cut short leaves; without a time no step could be saved any more.
+        # Not passed on if it is the default: Orbax's own default also knows the time of a step whose metadata is gone,
+        # because its deletion was cut short.  Without a time no step could be saved any more.
         self._names = keywords.get("step_name_format") or ocp.v1.path.step.standard_name_format()
         self._asynchronous = asynchronous
         self._response: Any = None
