@@ -15,6 +15,7 @@ import pytest
 import statewise as sw
 from checkpoint_models import number_of, numbered
 from refusals import refused
+from statewise._src.checkpoint.orbax import epath
 from statewise._src.checkpoint.save import temporary_beside
 
 HINT = "free some space, or choose a directory that can be written to"
@@ -91,3 +92,7 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(tmp_path: Path) ->
     (left / "converted").mkdir(parents=True)
     WRITE["plain"](tmp_path / "plain")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_what_orbax_has_not_finished_is_called_as_orbax_calls_it() -> None:
+    assert epath._TEMPORARY == ocp.path.atomicity.TMP_DIR_SUFFIX

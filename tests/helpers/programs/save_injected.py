@@ -2,7 +2,7 @@
 
 `python save_injected.py FOLDER CASES`: for each way to save it traces a save first, for the calls that it makes and
 their paths; then it saves once for each call that the cases select, which fails once, and prints what happened.  CASES
-is JSON: for each way a list of calls (empty for all), the end of their path, and the errors.
+is JSON: for each way a list of calls (empty for all), the end of their path, and the errors; `ENOSPC+` every time.
 """
 
 from __future__ import annotations
@@ -130,14 +130,15 @@ def calls_of(way: str, folder: Path) -> list[tuple[str, str]]:
 
 
 def tried(way: str, folder: Path, template: Path, call: str, path: str, error: str) -> dict[str, Any]:
-    """Saves while a call on a path fails once in each thread; tells what happened."""
+    """Saves while a call on a path fails, once in each thread or every time; tells what happened."""
     shutil.rmtree(folder)
     shutil.copytree(template, folder)
     log = folder.parent / "log"
     where = [] if path.endswith(NAMELESS) else ["-P", path]
     said: dict[str, Any] = {"call": call, "path": os.path.relpath(path, folder), "error": error}
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
-    with followed([*where, "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when=1"], log):
+    failing = f"inject={call}:error={error.rstrip('+')}:when=1{'+' if error.endswith('+') else ''}"
+    with followed([*where, "-e", f"trace={call}", "-e", failing], log):
         said |= saved(way, folder)
     said["hit"] = log.read_text().count("(INJECTED)")
     said["names"], said["there"] = names(folder), there(folder)

@@ -6,6 +6,7 @@ import functools
 import glob
 import os
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 from typing import Any
 
 from etils import epath as epaths
@@ -48,7 +49,7 @@ def _literal_path() -> Any:
 
             Orbax itself flushes nothing, and deletes older steps right after it.
             """
-            if "://" in str(self) or _TEMPORARY in os.path.dirname(os.fspath(target)):
+            if "://" in str(self) or _TEMPORARY in FilePath(target).parent.name:
                 return super().rename(target)
             with named(self, target):
                 return super().rename(target)
