@@ -70,7 +70,7 @@ def test_what_is_there_is_never_written_over(tmp_path: Path) -> None:
         (
             "gs://bucket/a.safetensors",
             {},
-            "gs://bucket/a.safetensors is on an object store, which cannot rename a directory atomically.",
+            "gs://bucket/a.safetensors is in an object store, where only checkpoints of Statewise are written.",
             "convert to a local path, and then copy the result",
         ),
     ],

@@ -135,7 +135,10 @@ def test_a_leaf_whose_name_another_format_cannot_hold(tmp_path: pathlib.Path, to
         ("/a#b/c%20?d", {"driver": "file", "path": "/a#b/c%20?d/"}),
         ("gs://my-bucket/a#b/c%20?d", {"driver": "gcs", "bucket": "my-bucket", "path": "a#b/c%20?d/"}),
         ("gs://my-bucket", {"driver": "gcs", "bucket": "my-bucket", "path": ""}),
-        ("s3://my-bucket/run/3", {"driver": "s3", "bucket": "my-bucket", "path": "run/3/"}),
+        (
+            "s3://my-bucket/run/3",
+            {"driver": "s3", "bucket": "my-bucket", "path": "run/3/", "use_conditional_write": True},
+        ),
     ],
 )
 def test_a_path_is_a_field_and_no_part_of_a_url(path: str, spec: dict[str, str]) -> None:

@@ -36,16 +36,6 @@ def test_what_is_no_path(path: Any) -> None:
         sw.save(path, small())
 
 
-def test_an_object_store() -> None:
-    with refused(
-        sw.SaveError,
-        "gs://bucket/run is on an object store, which cannot rename a directory atomically.",
-        hint="use Orbax's own manager there: manager.save(step, args=ocp.args.Composite("
-        "state=sw.checkpointable(state)))",
-    ):
-        sw.save("gs://bucket/run", small())
-
-
 @pytest.mark.parametrize("there", ["folder", "file", "link", "checkpoint"])
 def test_what_is_there_is_never_written_over(tmp_path: pathlib.Path, there: str) -> None:
     path = tmp_path / "run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -31,10 +30,9 @@ DTYPES = ("bool", "int4", "int8", "uint32", "float16", "bfloat16", "float32", "f
 def ours(folder: Path, tree: Any) -> Path:
     place = epath.Path(folder / "ours")
     place.mkdir(parents=True)
-    writer = writing.tree_writer(tree)
+    writer = writing.TreeWriter(tree)
     writer.write(place)
     writer.finish(place)
-    writer.close()
     return folder / "ours"
 
 
@@ -78,9 +76,9 @@ def transactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     plain = writing._write_together
 
-    def noted(folder: Any, arrays: Any, context: Any) -> None:
+    def noted(database: Any, arrays: Any) -> None:
         counts.append(len(arrays))
-        plain(folder, arrays, context)
+        plain(database, arrays)
 
     monkeypatch.setattr(writing, "_write_together", noted)
     return counts
@@ -160,7 +158,7 @@ def test_arrays_too_large_for_one_chunk_are_read_by_orbax(tmp_path: Path, monkey
         "split": jax.device_put(jnp.arange(16.0 * 6).reshape(16, 6), split),
         "host": np.arange(7),
     }
-    monkeypatch.setattr(writing, "chunks_of", functools.partial(database.chunks_of, most=16))
+    monkeypatch.setattr(writing, "chunks_of", lambda shape, itemsize, most: database.chunks_of(shape, itemsize, 16))
     folder = ours(tmp_path, tree)
     chunks = [len([key for key in stored(folder) if key.startswith(f"{name}/".encode())]) - 1 for name in tree]
     assert chunks == [20, 32, 7]  # of 3, 3 and 1 elements: equal parts of at most 16 bytes

@@ -23,6 +23,7 @@ import jax
 import pytest
 
 from code_blocks import PARSER, code_blocks
+from stores import make_buckets
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
@@ -88,14 +89,22 @@ def run_markdown(file: Path, module: types.ModuleType) -> int:
 NEEDS = {"docs/howto/instruments.md": ("matplotlib", "tensorboardX")}
 
 
+# Pages with code for object stores, which run on loopback for them, and the bucket that they name on each.
+BUCKETS = {"docs/object-stores.md": "my-bucket"}
+
+
 def markdown_files() -> list[Path]:
     return [file for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if file.exists()]
 
 
 @pytest.mark.parametrize("file", [pytest.param(file, id=str(file.relative_to(ROOT))) for file in markdown_files()])
-def test_markdown(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_markdown(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     for package in NEEDS.get(str(file.relative_to(ROOT)), ()):
         pytest.importorskip(package)
+    if bucket := BUCKETS.get(str(file.relative_to(ROOT))):
+        make_buckets(bucket, request)
     monkeypatch.chdir(tmp_path)
     # A real module, since dataclasses and `module:qualname` references look it up by name.
     module = types.ModuleType(re.sub(r"\W", "_", f"markdown_{file.stem}"))

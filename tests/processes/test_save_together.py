@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
+import pytest
 import safetensors.numpy
 
 import statewise as sw
@@ -18,9 +20,10 @@ from programs import save_per_device
 from programs.save_together import make, published
 
 ROOT = Path(__file__).parents[2]
+PROGRAMS = ROOT / "tests/helpers/programs"
 
 
-def run_together(count: int, folder: Path, script: str = "save_together.py") -> list[str]:
+def run_together(count: int, folder: Path, *more: str, script: str = "save_together.py") -> list[str]:
     """Runs a script so many times at once; what each of them printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -28,7 +31,15 @@ def run_together(count: int, folder: Path, script: str = "save_together.py") -> 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests/helpers")])}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/helpers/programs" / script), str(number), str(count), port, str(folder)],
+            [
+                sys.executable,
+                str(PROGRAMS / script),
+                str(number),
+                str(count),
+                port,
+                str(folder),
+                *more,
+            ],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -43,27 +54,55 @@ def run_together(count: int, folder: Path, script: str = "save_together.py") -> 
             process.kill()
 
 
-def test_two_processes_save_and_one_restores(tmp_path: Path) -> None:
-    """Also, they read published files by names together."""
+def test_two_processes_save_and_one_restores(tmp_path: Path, gcs: str, s3: str) -> None:
+    """On a disk, and in object stores.  Also, they read published files by names together."""
     (tmp_path / "theirs").mkdir()
     for file, arrays in published().items():
         safetensors.numpy.save_file(arrays, tmp_path / "theirs" / file)
-    printed = run_together(2, tmp_path)
+    printed = run_together(2, tmp_path, gcs, s3)
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "together"]
+    assert_restored(tmp_path / "together", f"{gcs}/together", f"{s3}/together")
+
+
+@pytest.mark.slow
+def test_four_processes_save_and_one_restores(tmp_path: Path, gcs: str, s3: str) -> None:
+    printed = run_together(4, tmp_path, gcs, s3)
+    assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
+    assert_restored(tmp_path / "together", f"{gcs}/together", f"{s3}/together")
+
+
+def assert_restored(*paths: Path | str) -> None:
+    """Asserts that this process restores what several have saved."""
     # In this process, which has other devices: the same numbers as one process would have made.
     model = make()
     plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
     train = sw.train_step(lambda model, x: (model(x) ** 2).mean())
     expected, _ = train(plan.take(model), jax.numpy.ones((4, 8)))
-    found, report = sw.restore(tmp_path / "together", plan.abstract())
-    assert report.ok
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    for path in paths:
+        found, report = sw.restore(path, plan.abstract())
+        assert report.ok
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_plain_orbax_reads_what_two_processes_have_written(tmp_path: Path) -> None:
+    """And of two processes, one that fails or dies while it saves: the other says so, and nothing is left of it."""
+    printed = run_together(2, tmp_path, script="save_failing.py")
+    full, dead = (f"{tmp_path}/{name} could not be written: " for name in ("full", "dead"))
+    first = printed[0].splitlines()
+    assert f"full {full}process 1 has failed, and its own error says why." in first, printed[0]
+    assert f"full {full}No space left on device. Nothing of it is left." in printed[1].splitlines(), printed[1]
+    said = f"dead {dead}another process has ended or cannot be reached: "
+    assert any(line.startswith(said) for line in first), printed[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        read = checkpointer.restore(tmp_path / "first", {"bias": make().bias[...], "kernel": make().kernel[...]})
+    np.testing.assert_array_equal(read["kernel"], make().kernel[...])
 
 
 def test_two_processes_save_through_each_interface_of_orbax_and_one_restores(tmp_path: Path) -> None:
-    printed = run_together(2, tmp_path, "save_items_together.py")
+    printed = run_together(2, tmp_path, script="save_items_together.py")
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
     model = make()
     plan = sw.plan(model, optimizers={"params": optax.adam(1e-2)})
@@ -75,7 +114,7 @@ def test_two_processes_save_through_each_interface_of_orbax_and_one_restores(tmp
 
 
 def test_two_processes_save_the_values_of_each_device_and_one_restores_them(tmp_path: Path) -> None:
-    printed = run_together(2, tmp_path, "save_per_device.py")
+    printed = run_together(2, tmp_path, script="save_per_device.py")
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
     kinds, four = (jax.sharding.AxisType.Auto,), jax.devices()[:4]
     mesh = jax.make_mesh((4,), ("data",), axis_types=kinds, devices=four)

@@ -93,7 +93,7 @@ def split(shape: tuple[int, ...]) -> sw.Sharded | sw.Replicated:
     return sw.Sharded("all") if len(shape) == 3 else sw.Replicated()
 
 
-def main(number: int, count: int, port: str, folder: str) -> None:
+def main(number: int, count: int, port: str, folder: str, *stores: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
     model = make()
     state = spread(sw.plan(model, optimizers={"params": optax.adam(1e-2)}).take(model))
@@ -104,9 +104,13 @@ def main(number: int, count: int, port: str, folder: str) -> None:
     back, report = sw.restore(f"{folder}/together", state)
     assert report.counts == {"params": {"restored": 2}, "optimizer": {"restored": 5}}
     assert_same_shards(state, back)
-    read_named(f"{folder}/theirs", number)
+    for store in stores:
+        sw.save(f"{store}/together", state)
+        assert_same_shards(state, sw.restore(f"{store}/together", state)[0])
+    if count == 2:
+        read_named(f"{folder}/theirs", number)
     print("the same", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
-from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.claimed import Claims
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, extra_item
 from statewise._src.checkpoint.orbax.flush import make_folder
@@ -25,10 +25,11 @@ from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
-from statewise._src.checkpoint.save import check_layout, kinds_to_save, reason_of
+from statewise._src.checkpoint.save import check_layout, kinds_to_save
+from statewise._src.checkpoint.step_errors import opens, reads, step_exists, writes
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
-from statewise.errors import RestoreError, SaveError, StatewiseError
+from statewise.errors import RestoreError, SaveError
 
 __all__ = ["Checkpoints", "RestoreResult"]
 
@@ -113,15 +114,13 @@ class Checkpoints:
         self._writing = self._closed = False
         self._last: int | None = None
         self._directory = steps_in(directory)
-        try:
+        with opens(self._directory):
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
                 make_folder(self._directory)  # raises for a file, which Orbax does not notice
             self._manager = open_manager(
                 self._directory, options, max_to_keep=max_to_keep, every=every, asynchronous=asynchronous
             )
-        except OSError as error:
-            hint = "a directory that can be written to"
-            raise SaveError(f"{self._directory} cannot be used: {error.strerror or error}.", hint=hint) from error
+        self._claims = Claims(self._directory, self._manager)
 
     @property
     def directory(self) -> Any:
@@ -141,8 +140,8 @@ class Checkpoints:
 
     def _paths(self) -> dict[int, Any]:
         """Returns the complete steps, in order, with the paths of their states."""
-        paths = {step: path / ITEM for step, path in sorted(self._manager.found().items())}
-        return {step: path for step, path in paths.items() if (path / NAME).exists()}
+        with reads(self._directory):
+            return dict(sorted(self._manager.found().items()))
 
     @property
     def latest(self) -> int | None:
@@ -193,29 +192,30 @@ class Checkpoints:
         check_savable(item.state, kinds_to_save(item.state, None))
         items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
         check_metrics(self._manager, items)
-        step = self._new_step(step, bool(force))
+        with writes(self._directory):
+            step = self._new_step(step, bool(force))
+        if not (force or self._manager.is_due(step)):
+            return False
         self._bytes = sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = False
-        try:
-            self._writing = self._manager.save(step, item, items, bool(force))
-            self._last = step if self._writing else self._last
-        except StatewiseError:
-            raise
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
-        return self._writing
+        with writes(self._directory, self._complete):
+            claimed = self._claims.take(step, {ITEM: item, **items})
+            self._manager.save(step, claimed.pop(ITEM), claimed)
+        self._writing = True
+        self._last = step
+        return True
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
         step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
         if step < 0:
             raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
-        known = {*self.steps, *self._manager.steps()}
+        complete = self._manager.found()
+        known = {*complete, *self._manager.steps()}
         if step in known:
             remove = f"checkpoints.manager.delete({step})"
-            if step in self.steps or self._manager.is_writing():
-                hint = f"another step; {remove} removes one that is corrupted"
-                raise SaveError(f"There is already a step {step} in {self._directory}.", hint=hint)
+            if step in complete or self._manager.is_writing():
+                raise step_exists(self._directory, step)
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
         newer = sorted(number for number in known if number > step)
         if newer and not force:
@@ -257,7 +257,8 @@ class Checkpoints:
         path = self.path(step)
         assert step is not None, "there is a path, and so a step"
         names = (extra,) if isinstance(extra, str) else tuple(extra)
-        items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        with reads(self._directory):
+            items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
         missing = [name for name in names if name not in items]
         if missing:
             raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
@@ -265,7 +266,8 @@ class Checkpoints:
         if isinstance(extra, Mapping):
             restored = dict(self._manager.restore(step, extra)) if extra else {}
         else:
-            restored = {name: read_json(path.parent / name) for name in names}
+            with reads(self._directory):
+                restored = {name: read_json(path.parent / name) for name in names}
         return RestoreResult(state, report, step, restored)
 
     def preview(
@@ -298,20 +300,21 @@ class Checkpoints:
           SaveError: something could not be written.
         """
         total = self._bytes
-        try:
+        with writes(self._directory, self._complete):
             if progress is not None:
                 self._watch(progress, total)
             elif total >= LARGE:
-                with bar(f"writing a step of {FilePath(self._directory).name}", total) as tell:
+                with bar(f"writing a step of {self._directory.name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total)
-            self._manager.wait()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            self._claims.end()
 
     def _watch(self, progress: Callable[[int, int], None], total: int) -> None:
-        """Reports the progress of the background write, by the size of the files that it has made."""
+        """Reports the progress of the background write: on a disk, by the size of the files that it has made."""
         while self._writing and self._manager.is_writing():
-            progress(min(bytes_in(FilePath(self._directory).glob("*tmp*")), total), total)
+            written = self._claims.written
+            if written is None:
+                written = bytes_in(FilePath(self._directory).glob("*tmp*"))
+            progress(min(written, total), total)
             time.sleep(0.1)
         progress(total, total)
 
@@ -325,23 +328,12 @@ class Checkpoints:
             self.wait()
         finally:
             self._closed = True
-            try:
+            with writes(self._directory, self._complete):
                 self._manager.close()
-            except (OSError, ValueError) as error:
-                raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> SaveError:
-        known = error.hint if isinstance(error, StatewiseError) else None
-        if self._last in self.steps:
-            return SaveError(
-                f"Step {self._last} in {self._directory} is complete, but not what Orbax does after it, such as "
-                f"deleting older steps: {reason_of(error)}.",
-                hint=known or "remove by hand what should have gone, if it is still there",
-            )
-        return SaveError(
-            f"A step could not be written to {self._directory}: {reason_of(error)}. Earlier steps are complete.",
-            hint=known or "free some space, or choose a directory that can be written to",
-        )
+    def _complete(self) -> int | None:
+        """Returns the last step that was saved, if it is complete on a disk."""
+        return self._last if isinstance(self._directory, FilePath) and self._last in self.steps else None
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps)

@@ -1,7 +1,8 @@
 """`sw.save`: a state into a directory that is complete from the moment it exists.
 
-Everything is written into a hidden directory beside the final one, which is then renamed.  So a directory with the
-final name is a complete checkpoint, and what a process left that died has another name.
+On a disk everything is written into a hidden directory beside the final one, which is then renamed.  So a directory
+with the final name is a complete checkpoint, and what a process left that died has another name.  In an object store,
+where nothing can be renamed, a checkpoint is complete from the moment that its manifest exists: `store_commit`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import posixpath
 import secrets
 import shutil
 import socket
@@ -18,7 +20,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import jax
-import numpy as np
 
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.layout import lay_out
@@ -26,11 +27,13 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
-from statewise._src.checkpoint.orbax.flush import make_folder, named
+from statewise._src.checkpoint.orbax.flush import flush, make_folder, named
 from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
-from statewise._src.common import compat
+from statewise._src.checkpoint.orbax.stores import StorePath
+from statewise._src.checkpoint.store_commit import save_in_store
+from statewise._src.checkpoint.together import agreed, is_first, together
 from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
@@ -55,14 +58,15 @@ def save(
     base: str | os.PathLike[str] | None = None,
     layout: str = "named",
 ) -> None:
-    """Writes a state to disk: every kind except ephemeral ones, optimizer state included.
+    """Writes a state to a disk or an object store: every kind except ephemeral ones, optimizer state included.
 
     What is at `path` afterwards is complete; if anything goes wrong, nothing is there.  It is also a plain Orbax
     checkpoint, in which each leaf has its own path.  With several processes, all of them call this.
 
     Args:
-      path: a directory that does not exist yet, on a file system that can rename; its parents are made.  Nothing is
-        ever overwritten: `sw.Checkpoints` keeps a directory for each step.
+      path: a directory that does not exist yet; its parents are made.  Or the URL of one in an object store,
+        `gs://bucket/run/step_100` or `s3://...`, for which the clouds' own libraries find credentials.  Nothing is ever
+        overwritten: `sw.Checkpoints` keeps a directory for each step.
       state: a state; it does not change.
       only: the kinds to save, such as `("lora",)`; by default all that are `saved`.
       base: the path of a checkpoint that has the kinds which `only` leaves out, unchanged; a restore takes them from
@@ -72,7 +76,8 @@ def save(
         for speed, and only Statewise can separate them.
 
     Raises:
-      SaveError: there is something at `path` already, or it cannot be written (a full disk, no permission).
+      SaveError: there is something at `path` already, or it cannot be written (a full disk, no permission, a store
+        that refuses); or another writer was faster.
       StructureError: the state was donated, is abstract, or is being traced; `base` has other values.
       DeclarationError: `only` names a kind that does not exist, or one that is declared ephemeral.
 
@@ -94,21 +99,25 @@ def save(
         )
     kinds = kinds_to_save(state, only)
     check_layout(layout)
-    item = "state=sw.checkpointable(state)"
-    store = f"use Orbax's own manager there: manager.save(step, args=ocp.args.Composite({item}))"
-    final = new_place(path, example="sw.save('run/step_100', state)", store=store)
+    final = new_place(path, example="sw.save('run/step_100', state)")
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
-    first = jax.process_index() == 0  # this one shows the progress of all
+    if isinstance(final, StorePath):
+        save_in_store(final, saving)
+        return
+    first = is_first()  # this one shows the progress of all
     size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
     with (
         _committed(final) as temporary,
         growing(f"writing {final.name}", size, lambda: [temporary]),
         contextlib.closing(StateWriter(temporary, saving)) as writer,
     ):
-        run(writer)
-        _sync("written")
-        if jax.process_index() == 0:
-            writer.finish()
+        with together(final):
+            run(writer)
+            if jax.process_count() > 1:  # another process cannot do this for the files of this one
+                flush(temporary)
+        with together(final):
+            if first:
+                writer.finish()
 
 
 def check_layout(layout: object) -> None:
@@ -127,20 +136,21 @@ def kinds_to_save(state: State, only: object) -> tuple[str, ...]:
 def _committed(final: FilePath) -> Iterator[FilePath]:
     """Yields a directory to write into; afterwards it has the final name, or is removed if something went wrong."""
     # All processes use one name, which the first of them chooses.
-    token = _agreed(secrets.randbits(32))
-    temporary = temporary_beside(final, _agreed(os.getpid()), token)
-    first = jax.process_index() == 0
+    token = agreed(secrets.randbits(32))
+    temporary = temporary_beside(final, agreed(os.getpid()), token)
+    first = is_first()
     try:
-        if first:
-            make_folder(final.parent)
-            clear_abandoned(final)
-            temporary.mkdir()
-        _sync("started")
+        with together(final):
+            if first:
+                make_folder(final.parent)
+                clear_abandoned(final)
+                temporary.mkdir()
         yield temporary
-        if first:
-            # The order makes it safe against a crash: the data, then the name, then the directory with the name.
-            with named(temporary, final):
-                temporary.rename(final)
+        with together(final):
+            if first:
+                # The order makes it safe against a crash: the data, then the name, then the directory with the name.
+                with named(temporary, final):
+                    temporary.rename(final)
         first = False  # nothing is left to remove
     except StatewiseError:
         raise
@@ -152,7 +162,6 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
     finally:
         if first:
             _remove(temporary)
-    _sync("committed")
 
 
 def write_error(final: FilePath, error: Exception) -> SaveError:
@@ -215,29 +224,17 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-# --- several processes -----------------------------------------------------------------------------------------
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        compat.wait_for_all_processes(f"statewise.save.{name}")
-
-
-def _agreed(number: int) -> int:
-    """Returns the first process's number in all processes."""
-    if jax.process_count() == 1:
-        return number
-    return int(compat.broadcast_from_first_process(np.uint32(number)))
 
 
 # --- over a base -----------------------------------------------------------------------------------------------
 
 
-def _base(state: State, kinds: tuple[str, ...], base: object, final: FilePath) -> dict[str, str] | None:
+def _base(state: State, kinds: tuple[str, ...], base: object, final: FilePath | StorePath) -> dict[str, str] | None:
     """Returns what the manifest records about the base: its path, and the digest that identifies it."""
     if base is None:
         return None
-    folder = FilePath(os.fspath(find(base)))
+    found = find(base)
+    folder = found if isinstance(found, StorePath) else FilePath(os.fspath(found))
     manifest = read_manifest(folder)
     rest = tuple(name for name in kinds_to_save(state, None) if name not in kinds)
     if not rest:
@@ -249,9 +246,18 @@ def _base(state: State, kinds: tuple[str, ...], base: object, final: FilePath) -
         f"save these kinds too: only={(*kinds, *dict.fromkeys(leaf.kind for leaf in problems.leaves))!r}; "
         "or a new base first: sw.save(base, state)",
     )
+    return {"path": _relative(folder, final.parent), "digest": manifest.digest}
+
+
+def _relative(folder: FilePath | StorePath, start: FilePath | StorePath) -> str:
+    """Returns the path of a base as seen from a directory; if one of them is in another store, its complete path."""
+    if isinstance(folder, StorePath):
+        if isinstance(start, StorePath) and (folder.scheme, folder.bucket) == (start.scheme, start.bucket):
+            return posixpath.relpath(f"/{folder.key}", f"/{start.key}")
+        return str(folder)
     # With links followed: a link called `latest` may lead elsewhere when this is restored.
-    path = os.path.relpath(os.path.realpath(folder), os.path.realpath(final.parent))
-    return {"path": path, "digest": manifest.digest}
+    real = os.path.realpath(folder)
+    return real if isinstance(start, StorePath) else os.path.relpath(real, os.path.realpath(start))
 
 
 def _compare_with_base(state: State, kinds: tuple[str, ...], manifest: Manifest) -> Problems:

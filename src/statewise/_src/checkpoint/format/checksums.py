@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Pieces", "Sums", "held", "is_spread", "sums_of", "sums_of_runs"]
+__all__ = ["Pieces", "Sums", "added", "held", "is_spread", "sums_of", "sums_of_runs"]
 
 Sums = tuple[int, int]
 
@@ -100,6 +100,11 @@ def _adjacent(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]
         end = start + length
     if lengths:
         yield first, lengths
+
+
+def added(one: Sums, other: Sums) -> Sums:
+    """Returns the checksum of what two checksums are of together: two parts of one array."""
+    return (one[0] + other[0]) % _MODULUS, (one[1] + other[1]) % _MODULUS
 
 
 def is_spread(array: Any) -> bool:

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from statewise._src.checkpoint.format.checksums import sums_of_runs
+from statewise._src.checkpoint.format.checksums import Sums, sums_of_runs
 from statewise._src.checkpoint.format.integrity import corrupted, corrupted_files, is_whole, stored_array
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, said, unreadable
 from statewise.errors import CorruptedError
 
 __all__ = ["Wanted", "read_arrays", "read_leaves"]
@@ -85,7 +86,10 @@ def read_arrays(
       CorruptedError: with every file and every leaf that is corrupted.
     """
     records = [record for record, _ in wanted]
-    files = [] if files_checked else corrupted_files(folder, manifest)
+    try:
+        files = [] if files_checked else corrupted_files(folder, manifest)
+    except StoreError as error:
+        raise unreadable(folder, error) from error
     if files:
         raise corrupted(folder, manifest, files, records)
     places, trees = _places(manifest, wanted)
@@ -99,9 +103,9 @@ def read_arrays(
         waiting.clear()
 
     held = 0
-    for key, array in _arriving(folder, manifest, records, trees):
+    for key, array, sums in _arriving(folder, manifest, records, trees):
         held += getattr(array, "nbytes", 0)
-        for place, stored, whole in _checked(places[key], key, array, manifest):
+        for place, stored, whole in _checked(places[key], key, array, sums, manifest):
             if whole:
                 waiting.append((place, stored))
             else:
@@ -122,12 +126,17 @@ def read_arrays(
 
 def _arriving(
     folder: Any, manifest: Manifest, records: Sequence[LeafRecord], trees: Mapping[Key, Stored]
-) -> Iterator[tuple[Key, Any]]:
-    """Yields the arrays by their keys; under the key () one for arrays without elements, which are not stored."""
-    yield (), np.zeros(0)
+) -> Iterator[tuple[Key, Any, Sums | None]]:
+    """Yields the arrays by their keys, with their sums if these are known.
+
+    Under the key () there is one for arrays without elements, which are not stored.
+    """
+    yield (), np.zeros(0), None
     try:
-        yield from read_stored(folder, trees)
-    except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
+        yield from read_stored(folder, trees, manifest.index)
+    except Exception as error:  # TensorStore raises any exception for what it cannot read
+        if isinstance(folder, StorePath) and said(error).is_refusal:
+            raise unreadable(folder, said(error)) from error
         raise corrupted(folder, manifest, [], records, error) from error
 
 
@@ -150,12 +159,14 @@ def _places(manifest: Manifest, wanted: Sequence[Wanted]) -> tuple[Mapping[Key, 
     return places, trees
 
 
-def _checked(places: Sequence[_Place], key: Key, array: Any, manifest: Manifest) -> Iterator[tuple[_Place, Any, bool]]:
+def _checked(
+    places: Sequence[_Place], key: Key, array: Any, known: Sums | None, manifest: Manifest
+) -> Iterator[tuple[_Place, Any, bool]]:
     """Yields for each place its array, from the one with this key, and whether it is what was saved."""
     if not places or places[0].record.buffer is None:
         for place in places:
             stored = stored_array(place.record, manifest, {key: array})
-            yield place, stored, is_whole(stored, place.record)
+            yield place, stored, is_whole(stored, place.record, known)
         return
     flat = array.reshape(-1)
     same = flat.dtype == dtype_of(places[0].record.on_disk[1])

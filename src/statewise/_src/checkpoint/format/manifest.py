@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,13 @@ __all__ = [
 ]
 
 NAME = "statewise.json"
+# The beginning of the name of a directory that a writer has in an object store, for as long as it is not complete.
+OWN = "statewise-"
 FORMAT = 1
 # A leaf takes about 300 bytes.  A larger file is not a manifest, whatever it says.
 LARGEST = 64 * 1024 * 1024
+# The database's own file in the directory that a writer has in an object store.
+_OWN_DATABASE = re.compile(rf"{OWN}[0-9a-f]+/manifest\.ocdbt")
 # The sums of an array until they are known.
 _UNKNOWN = (-1, -1)
 
@@ -185,6 +190,12 @@ class Manifest:
     base: Mapping[str, str] | None = None
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     digest: str = ""
+
+    @property
+    def index(self) -> str:
+        """Returns the directory in the checkpoint that has the database's own file; empty for the checkpoint itself."""
+        # In an object store each writer has a directory of its own; a checkpoint has that of the one that completed it.
+        return next((name.partition("/")[0] for name in self.files if _OWN_DATABASE.fullmatch(name)), "")
 
     def has_saved(self, kind: str) -> bool:
         """Returns whether the checkpoint itself has a kind, not its base."""

@@ -32,7 +32,8 @@ from statewise._src.checkpoint.format.manifest import (
     content_text,
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
-from statewise._src.checkpoint.orbax.epath import epath, size_of
+from statewise._src.checkpoint.orbax.epath import own_path, read_at_most, size_of
+from statewise._src.checkpoint.orbax.stores import StoreError, is_url, unreadable
 from statewise._src.common.paths import Path
 from statewise._src.plan.members import shrunk
 from statewise.errors import CorruptedError
@@ -54,15 +55,18 @@ def read_manifest(directory: Any) -> Manifest:
 
     Raises:
       CorruptedError: it is not what was written, or was never written by Statewise.
+      RestoreError: the object store that it is in does not give it.
     """
-    path = epath(directory) / NAME
+    path = own_path(directory) / NAME
     try:
-        if path.exists() and not is_plain_file(path):
+        if not is_url(path) and path.exists() and not is_plain_file(path):
             raise CorruptedError(f"{path} is not a file.", hint="restore another checkpoint")
-        size = size_of(path)
-        if size > LARGEST:
+        data = read_at_most(path, LARGEST)
+        if data is None:
+            size = f"more than {LARGEST}" if is_url(path) else f"{size_of(path)}"
             raise CorruptedError(f"{path} is not a manifest: it has {size} bytes, and the limit is {LARGEST}.")
-        data = path.read_bytes()
+    except StoreError as error:
+        raise unreadable(path, error) from error
     except OSError as error:
         hint = f"is it one of Statewise's? sw.convert({str(directory)!r}, ...) takes a plain Orbax checkpoint"
         raise CorruptedError(f"{path} cannot be read: {error.strerror}.", hint=hint) from error
@@ -82,8 +86,7 @@ def read_manifest(directory: Any) -> Manifest:
 
 def is_plain_file(path: Any) -> bool:
     """Returns whether a path is a file, or a link to one: reading a pipe or a device might never end."""
-    text = str(path)
-    return path.is_file() if "://" in text else os.path.isfile(text)
+    return path.is_file() if is_url(path) else os.path.isfile(str(path))
 
 
 class _InvalidError(ValueError):

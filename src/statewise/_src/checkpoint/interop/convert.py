@@ -19,7 +19,7 @@ import numpy as np
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
 from statewise._src.checkpoint.interop.adapter_folder import ADAPTER_FILE, adapter_config, as_read, as_written
-from statewise._src.checkpoint.interop.export import FORMATS, destination, export
+from statewise._src.checkpoint.interop.export import FORMATS, checkpoint_destination, destination, export
 from statewise._src.checkpoint.interop.export_folder import check_options, export_folder
 from statewise._src.checkpoint.interop.fit_names import fit_names
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
@@ -225,7 +225,8 @@ def convert(
         raise StructureError(
             "A checkpoint of Statewise needs a target, which has the kinds and types of the leaves.", hint=_TARGET
         )
-    final = None if dst is None else destination(dst, to)
+    place = None if dst is None or to == "statewise" else destination(dst, to)
+    final = checkpoint_destination(dst) if dst is not None and to == "statewise" else place
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
     if names is not None and target is not None:
         source, fitted = fit_names(as_read(src, source), to, target, names, cast)
@@ -240,7 +241,7 @@ def convert(
     if to == "statewise" and target is not None and final is not None:
         save(final, _state(target, fitted, arrays))
         return conversion
-    return dataclasses.replace(conversion, tree=export(to, final, fitted.pieces, arrays))
+    return dataclasses.replace(conversion, tree=export(to, place, fitted.pieces, arrays))
 
 
 def _by_names(

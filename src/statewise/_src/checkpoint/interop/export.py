@@ -29,12 +29,23 @@ from statewise._src.checkpoint.orbax.flush import make_folder, named
 from statewise._src.checkpoint.orbax.paths import new_place
 from statewise._src.checkpoint.orbax.plain import write_tree
 from statewise._src.checkpoint.orbax.progress import growing
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.save import clear_abandoned, temporary_beside, write_error
+from statewise._src.checkpoint.store_commit import check_free
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
 from statewise.errors import SaveError, StatewiseError
 
-__all__ = ["FORMATS", "Piece", "add_obstacles", "collection_of", "committed", "destination", "export"]
+__all__ = [
+    "FORMATS",
+    "Piece",
+    "add_obstacles",
+    "checkpoint_destination",
+    "collection_of",
+    "committed",
+    "destination",
+    "export",
+]
 
 FORMATS = ("statewise", "orbax", "safetensors", "linen")
 
@@ -152,13 +163,28 @@ def safetensors_name(path: Path) -> str:
 
 
 def destination(path: object, to: str = "orbax") -> FilePath:
-    """Returns the path to write to.
+    """Returns the path to write another format to, which is not one in an object store.
 
     Raises:
       SaveError: there is something already, or it cannot be written to.
     """
-    example, store = "sw.convert(src, 'run/converted')", "convert to a local path, and then copy the result"
-    return new_place(path, arrays=to != "safetensors", example=example, store=store, taken="another path")
+    example = "sw.convert(src, 'run/converted')"
+    store = "convert to a local path, and then copy the result"
+    place = new_place(path, arrays=to != "safetensors", example=example, store=store, taken="another path")
+    assert isinstance(place, FilePath), "others are refused"
+    return place
+
+
+def checkpoint_destination(path: object) -> FilePath | StorePath:
+    """Returns the path to write a checkpoint of Statewise to.
+
+    Raises:
+      SaveError: there is something already, or it cannot be written to.
+    """
+    place = new_place(path, example="sw.convert(src, 'run/converted', target=target)", taken="another path")
+    if isinstance(place, StorePath):
+        check_free(place)
+    return place
 
 
 def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Sequence[np.ndarray]) -> Any:

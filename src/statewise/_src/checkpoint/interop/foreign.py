@@ -17,13 +17,22 @@ import jax
 import numpy as np
 
 from statewise._src.checkpoint.format.keys import dtype_of
+from statewise._src.checkpoint.format.locate import check_finished, is_left
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.interop.recognize import within
 from statewise._src.checkpoint.interop.safetensors import first_line, open_file
-from statewise._src.checkpoint.interop.several_files import has_safetensors, is_several, open_files, open_folder
+from statewise._src.checkpoint.interop.several_files import (
+    check_local,
+    has_safetensors,
+    is_several,
+    open_files,
+    open_folder,
+)
 from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_linen
+from statewise._src.checkpoint.orbax.epath import with_file
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, copying, unreadable
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.names.names import NamesData
@@ -44,8 +53,13 @@ def is_foreign(path: object) -> bool:
     if not isinstance(path, (str, os.PathLike)):
         return False
     folder = place_of(path)
-    if not folder.is_dir():
-        return bool(folder.is_file())
+    try:
+        if isinstance(folder, StorePath) and (folder / NAME).is_file():
+            return False  # the answer to one request
+        if not folder.is_dir():
+            return bool(folder.is_file())
+    except StoreError as error:
+        raise unreadable(folder, error) from error
     return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE) or has_safetensors(folder))
 
 
@@ -63,12 +77,15 @@ def open_path(path: object) -> Source:
         raise RestoreError(
             f"There is nothing at {folder}.", hint="the path of a checkpoint's directory, or of a .safetensors file"
         )
+    check_finished(folder)
     if folder.is_file():
+        check_local(folder)
         return open_file(FilePath(os.fspath(folder)))
     item = only_item(folder, ORBAX_FILE)
     if item is not None:
         return _open_orbax(item)
     if has_safetensors(folder):
+        check_local(folder)
         return open_folder(FilePath(os.fspath(folder)))
     steps = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and _items_with(entry, ORBAX_FILE)]
     if steps:
@@ -85,7 +102,7 @@ def _items_with(folder: Any, name: str) -> list[Any]:
     """Returns the directory itself if it has a file of this name; otherwise its directories that do: a step's items."""
     if (folder / name).exists():
         return [folder]
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and (entry / name).exists())
+    return [item for item in with_file(folder, name) if not is_left(f"{item.name}/")]
 
 
 def only_item(folder: Any, name: str) -> Any:
@@ -123,6 +140,11 @@ def foreign_leaves(path: object, names: NamesData | None = None) -> list[Leaf]:
 
 def _open_orbax(folder: Any) -> Source:
     check_usable(folder)
+    if isinstance(folder, StorePath) and folder.scheme != "gs":
+        raise RestoreError(
+            f"{folder} is a plain Orbax checkpoint, and Orbax cannot read it from {folder.scheme}://.",
+            hint=f"copy it to a disk: {copying(folder)}",
+        )
     with _by_orbax(folder, "metadata"):
         tree = described_tree(folder)
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)

@@ -12,6 +12,7 @@ from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
 from statewise._src.checkpoint.format.manifest import LARGEST, NAME
+from statewise._src.checkpoint.orbax.stores import StorePath, copying
 
 __all__ = ["Recognized", "looks_like_safetensors", "recognized", "within"]
 
@@ -47,13 +48,15 @@ class Recognized(NamedTuple):
 
 def recognized(path: Any) -> Recognized:
     """Returns what a file is that cannot be read as a checkpoint."""
-    file = FilePath(os.fspath(path))
-    with file.open("rb") as opened:
-        head = opened.read(_HEAD)
-    text, start = str(file), head.lstrip()[:1]
+    file = path if isinstance(path, StorePath) else FilePath(os.fspath(path))
     if file.name in (NAME, *_OF_ORBAX):
         what = "the manifest of one" if file.name == NAME else "a file of an Orbax checkpoint"
         return Recognized(what, f"the directory that it is in: {str(file.parent)!r}")
+    if isinstance(file, StorePath):
+        return Recognized("a file", f"copy it to a disk, and give that: {copying(file)}", False)
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD)
+    text, start = str(file), head.lstrip()[:1]
     if looks_like_safetensors(head):
         return Recognized("a safetensors file", _then_restored(repr(text)), False)
     for magic, what, hint in _MAGIC:

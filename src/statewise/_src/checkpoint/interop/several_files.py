@@ -17,9 +17,10 @@ import numpy as np
 from statewise._src.checkpoint.interop.safetensors import first_line, open_file
 from statewise._src.checkpoint.interop.sources import Source
 from statewise._src.checkpoint.orbax.paths import place_of
+from statewise._src.checkpoint.orbax.stores import StorePath, copying
 from statewise.errors import CorruptedError, RestoreError
 
-__all__ = ["INDEX", "has_safetensors", "is_several", "open_files", "open_folder"]
+__all__ = ["INDEX", "check_local", "has_safetensors", "is_several", "open_files", "open_folder"]
 
 # The index of a folder: {"weight_map": {name: file}}.
 INDEX = "model.safetensors.index.json"
@@ -29,6 +30,19 @@ _EXAMPLE = "sw.restore(['a.safetensors', 'b.safetensors'], target, names=names)"
 def has_safetensors(folder: Any) -> bool:
     """Returns whether a folder has an index of safetensors files, or such files."""
     return (folder / INDEX).exists() or any(entry.name.endswith(".safetensors") for entry in folder.iterdir())
+
+
+def check_local(path: Any) -> None:
+    """Raises if files of another program are not on a disk.
+
+    Raises:
+      RestoreError: they are in an object store.
+    """
+    if isinstance(path, StorePath):
+        raise RestoreError(
+            f"{path} is in an object store, where files of other programs are not read.",
+            hint=f"copy it to a disk: {copying(path)}",
+        )
 
 
 def is_several(path: object) -> bool:
@@ -82,7 +96,10 @@ def open_files(paths: Sequence[str | os.PathLike[str]]) -> Source:
       CorruptedError: a file is not what was written, or an array is in two of them: all of it is listed.
       RestoreError: there is no such file at some of the paths: all are listed.
     """
-    places = {str(place): FilePath(os.fspath(place)) for place in (place_of(path, _EXAMPLE) for path in paths)}
+    found = [place_of(path, _EXAMPLE) for path in paths]
+    for place in found:
+        check_local(place)
+    places = {str(place): FilePath(os.fspath(place)) for place in found}
     absent = [name for name, place in places.items() if not place.is_file()]
     if absent:
         raise RestoreError(f"There is no file at {', '.join(absent)}.", hint=f"{_EXAMPLE}; or one folder")

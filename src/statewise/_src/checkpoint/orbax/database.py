@@ -5,6 +5,7 @@ This is the database that Orbax writes and reads, with the same specification: e
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -13,23 +14,32 @@ import numpy as np
 import tensorstore as ts
 
 from statewise._src.checkpoint.orbax.paths import is_url, spec_of
+from statewise._src.checkpoint.orbax.stores import context_of
 
 __all__ = [
     "DATABASE",
     "LARGEST_CHUNK",
+    "LARGEST_IN_STORE",
     "Commit",
+    "Database",
     "chunks_of",
+    "has_data",
+    "in_memory",
+    "merge",
     "open_stored",
     "opened",
     "places_of_values",
     "reading",
     "writing",
+    "writing_apart",
 ]
 
 # The database's file with which everything in it begins.
 DATABASE = "manifest.ocdbt"
-# The number of bytes of one value in the database, at most; on Google's object store, of one data file.
-LARGEST_CHUNK, _LARGEST_IN_GCS = 1 << 31, 400 << 20
+# The number of bytes of one value in the database, at most; and in an object store, where one data file is one request.
+LARGEST_CHUNK, LARGEST_IN_STORE = 1 << 31, 1 << 28
+# The number of bytes of a data file in an object store, so that several of them are sent at the same time.
+_FILE_IN_STORE = 1 << 26
 # A piece is split only by factors up to this, so that no array is cut into very many chunks.
 _LARGEST_FACTOR = 1 << 10
 # What Orbax writes with: many files at the same time, and a cache for the database's own index.
@@ -41,18 +51,39 @@ _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000
 _VALUE = re.compile(r"value:([^:]*):([^:]*):([0-9]+):([0-9]+)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Database:
+    """A database, as TensorStore's specification, and what its arrays share while they are read or written."""
+
+    spec: dict[str, Any]
+    context: Any
+
+    @property
+    def most(self) -> int:
+        """Returns the number of bytes of one value in it, at most."""
+        return LARGEST_CHUNK if self.spec["base"]["driver"] == "file" else LARGEST_IN_STORE
+
+
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
-def reading() -> Any:
-    """Returns what the arrays of one database share while they are read: its caches and its threads."""
-    return ts.Context()
+def reading(folder: Any, index: str = "") -> Database:
+    """Returns a database to read from.
+
+    Args:
+      folder: the directory that the places of its data are relative to.
+      index: the directory in it that has the database's own file; empty if it is the folder itself.
+    """
+    spec = {"driver": "ocdbt", "base": spec_of(folder)}
+    if index:
+        spec["manifest"] = spec_of(folder / index)
+    return Database(spec, context_of())
 
 
-def open_stored(folder: Any, key: Sequence[str], context: Any) -> Any:
+def open_stored(database: Database, key: Sequence[str]) -> Any:
     """Opens an array, as a future: Orbax stores each as zarr, in one database for all of them (OCDBT)."""
-    place = {"driver": "ocdbt", "base": spec_of(folder), "path": f"{'.'.join(key)}/"}
-    return ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=context)
+    place = database.spec | {"path": f"{'.'.join(key)}/"}
+    return ts.open({"driver": "zarr", "kvstore": place}, open=True, read=True, context=database.context)
 
 
 def opened(future: Any, shape: tuple[int, ...]) -> Any:
@@ -67,16 +98,23 @@ def opened(future: Any, shape: tuple[int, ...]) -> Any:
     return store
 
 
-def places_of_values(directory: Any, names: Collection[str]) -> Iterator[tuple[str, int, int]]:
+def places_of_values(directory: Any, names: Collection[str], index: str = "") -> Iterator[tuple[str, int, int]]:
     """Yields where the arrays are in these files: the file, the first byte, and the number of bytes.
+
+    Args:
+      directory: the directory of the database.
+      names: the names of the files.
+      index: the directory in it that has the database's own file.
 
     Raises:
       ValueError: TensorStore cannot read its own index.
     """
-    if not (directory / DATABASE).exists():
+    own = directory / index if index else directory
+    if not (own / DATABASE).exists():
         return
-    store = ts.KvStore.open(spec_of(directory)).result()
-    versions = ts.ocdbt.dump(store).result()["versions"]
+    context = context_of()
+    store = ts.KvStore.open(spec_of(directory), context=context).result()
+    versions = ts.ocdbt.dump(ts.KvStore.open(spec_of(own), context=context).result()).result()["versions"]
     # Only the last version: the older ones are what earlier commits left.
     nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []
     while nodes:
@@ -91,22 +129,67 @@ def places_of_values(directory: Any, names: Collection[str]) -> Iterator[tuple[s
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def writing() -> Any:
-    """Returns what the arrays of one database share while they are written."""
-    return ts.Context(_WRITING)
+def writing(folder: Any) -> Database:
+    """Returns the database of a directory to write to; this process writes it, and no other one."""
+    base = spec_of(folder)
+    spec = {
+        "driver": "ocdbt",
+        "base": base,
+        "config": _CONFIG,
+        "assume_config": True,  # otherwise an empty manifest is written first
+        "target_data_file_size": _FILE_IN_STORE if is_url(folder) else LARGEST_CHUNK,
+        "cache_pool": "cache_pool#ocdbt",
+    }
+    if not is_url(folder):
+        # Data files have new names, so they need no rename to be complete; the manifest, which refers to them, does.
+        spec |= {"base": base | {"file_io_locking": {"mode": "non_atomic"}}, "manifest": base}
+    return Database(spec, context_of(_WRITING))
+
+
+def writing_apart(folder: Any, own: str) -> Database:
+    """Returns a database whose data is in a directory of its own below the folder, and whose own file is in memory.
+
+    The data's places are relative to the folder, so the file can be written there, for Orbax, and in the directory, by
+    whom it is read with `reading(folder, own)`.  `in_memory` returns it.
+    """
+    database = writing(folder)
+    prefixes = ("value_data_prefix", "btree_node_data_prefix", "version_tree_node_data_prefix")
+    return dataclasses.replace(
+        database, spec=database.spec | dict.fromkeys(prefixes, f"{own}/d/") | {"manifest": {"driver": "memory"}}
+    )
+
+
+def in_memory(database: Database) -> bytes:
+    """Returns the file of a database that keeps it in memory."""
+    store = ts.KvStore.open(database.spec["manifest"], context=database.context).result()
+    return bytes(store.read(DATABASE).result().value)
+
+
+def has_data(database: Database) -> bool:
+    """Returns whether anything was written to a database."""
+    base = ts.KvStore.open(database.spec.get("manifest", database.spec["base"]), context=database.context).result()
+    return bool(base.read(DATABASE, byte_range=slice(0, 0)).result().state != "missing")
+
+
+def merge(database: Database, parts: Sequence[Database]) -> None:
+    """Makes a database of several others, whose data stays where it is: below the same directory."""
+    transaction = ts.Transaction(atomic=True)
+    opening = [ts.KvStore.open(each.spec, context=database.context) for each in (database, *parts)]
+    whole, *others = [future.result() for future in opening]
+    for copied in [other.experimental_copy_range_to(whole.with_transaction(transaction)) for other in others]:
+        copied.result()
+    transaction.commit_sync()
 
 
 class Commit:
     """What is written together: afterwards either all of it is in the database, or nothing.
 
     Args:
-      folder: the directory of the database.
-      context: from `writing`.
+      database: from `writing`.
     """
 
-    def __init__(self, folder: Any, context: Any) -> None:
-        self._database = _for_writing(folder)
-        self._context = context
+    def __init__(self, database: Database) -> None:
+        self._database = database
         self._transaction = ts.Transaction(atomic=True)
 
     def create(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype) -> Any:
@@ -120,7 +203,7 @@ class Commit:
         """
         spec = {
             "driver": "zarr",
-            "kvstore": self._database | {"path": name},
+            "kvstore": self._database.spec | {"path": name},
             "dtype": np.dtype(dtype).name,
             # Without compression: weights hardly shrink, and it takes most of the time.
             "metadata": {"shape": shape, "chunks": chunks, "compressor": None},
@@ -129,28 +212,11 @@ class Commit:
             # Zeros too, so that what is missing can be distinguished from what is zero.
             "store_data_equal_to_fill_value": True,
         }
-        return ts.open(spec, create=True, open=True, context=self._context, transaction=self._transaction)
+        return ts.open(spec, create=True, open=True, context=self._database.context, transaction=self._transaction)
 
     def done(self) -> None:
         """Writes everything to the disk, and waits for it."""
         self._transaction.commit_sync()
-
-
-def _for_writing(folder: Any) -> dict[str, Any]:
-    """Returns the specification of a database that this process writes, and no other one."""
-    base = spec_of(folder)
-    database = {
-        "driver": "ocdbt",
-        "base": base,
-        "config": _CONFIG,
-        "assume_config": True,  # otherwise an empty manifest is written first
-        "target_data_file_size": LARGEST_CHUNK,
-        "cache_pool": "cache_pool#ocdbt",
-    }
-    if is_url(folder):
-        return database | {"target_data_file_size": _LARGEST_IN_GCS if base["driver"] == "gcs" else LARGEST_CHUNK}
-    # Data files have new names, so they need no rename to be complete; the manifest, which refers to them, does.
-    return database | {"base": base | {"file_io_locking": {"mode": "non_atomic"}}, "manifest": base}
 
 
 def chunks_of(shape: tuple[int, ...], itemsize: int, most: int = LARGEST_CHUNK) -> tuple[int, ...]:

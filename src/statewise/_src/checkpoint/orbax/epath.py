@@ -1,4 +1,4 @@
-"""Paths as Orbax takes them, local with the library that Orbax itself uses."""
+"""Paths as Orbax takes them, with the library that Orbax itself uses; and as they are read and written without it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath as epaths
 
 from statewise._src.checkpoint.orbax.flush import flush, named
+from statewise._src.checkpoint.orbax.stores import StorePath, is_url, listing
 
-__all__ = ["epath", "flush_item", "size_of"]
+__all__ = ["epath", "flush_item", "own_path", "read_at_most", "size_of", "with_file"]
 
 # In the names of directories that Orbax has not finished.
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -77,3 +78,26 @@ def size_of(path: Any) -> int:
     many containers.
     """
     return int(path.stat().length) if "://" in str(path) else os.path.getsize(path)
+
+
+def own_path(path: Any) -> Any:
+    """Returns a path as it is read and written without Orbax: in an object store without a library of its own."""
+    return StorePath(os.fspath(path)) if is_url(path) else epath(path)
+
+
+def read_at_most(path: Any, most: int) -> bytes | None:
+    """Returns a file; None if it has more than that many bytes, and then it is not read.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    is_larger = path.read_range(most, most + 1) is not None if isinstance(path, StorePath) else size_of(path) > most
+    return None if is_larger else path.read_bytes()
+
+
+def with_file(folder: Any, name: str) -> list[Any]:
+    """Returns the directories right below this one that have a file of this name."""
+    if isinstance(folder, StorePath):
+        found = [each.split("/") for each in listing(folder)]
+        return [folder / parts[0] for parts in found if len(parts) == 2 and parts[1] == name]
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and (entry / name).exists())

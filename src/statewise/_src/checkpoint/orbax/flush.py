@@ -23,7 +23,12 @@ def flush(place: Any) -> None:
     below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
     # At the same time, because a file system with a journal then commits it once for several files.
     with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
-        list(pool.map(_flush_one, below or [place]))  # raises what a thread raised
+        list(pool.map(_flush_if_there, below or [place]))  # raises what a thread raised
+
+
+def _flush_if_there(path: Any) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process has renamed it since, and flushes it itself
+        _flush_one(path)
 
 
 def _flush_one(path: Any) -> None:

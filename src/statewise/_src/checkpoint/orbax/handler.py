@@ -11,7 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from statewise._src.checkpoint.orbax.epath import epath, flush_item
+from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.state_writer import StateWriter, run
 from statewise._src.checkpoint.orbax.write import tree_handler
 
@@ -23,10 +23,11 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def __init__(self) -> None:
         self._writer: StateWriter | None = None
+        self._item: Any = None
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
         """Starts a save; returns futures to wait for."""
-        self._writer = writer = StateWriter(directory, args.saving)
+        self._item, self._writer = args, (writer := args.writer(directory))
         futures = await writer.begin()
         # Orbax may make the directory in the background: this future waits until it exists.
         written = ocp.future.CommitFutureAwaitingContractedSignals(
@@ -36,14 +37,13 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
-        self._writer = StateWriter(directory, args.saving)
+        self._item, self._writer = args, args.writer(directory)
         run(self._writer)
 
     def finalize(self, directory: Any) -> None:
         """Writes the manifest when everything else is written; called once, by one process."""
         assert self._writer is not None, "finalize comes after a save"
-        self._writer.finish()
-        flush_item(directory)
+        self._item.commit(directory, self._writer)
         self.close()
 
     def restore(self, directory: Any, args: Any) -> Any:
@@ -59,4 +59,4 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         """Closes what the last save used."""
         if self._writer is not None:
             self._writer.close()
-        self._writer = None
+        self._item = self._writer = None

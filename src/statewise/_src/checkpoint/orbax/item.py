@@ -20,6 +20,8 @@ import orbax.checkpoint as ocp
 from statewise._src.checkpoint.orbax.epath import epath, flush_item
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
+from statewise._src.checkpoint.orbax.store_steps import Claim
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.core.plan import State
 
 __all__ = ["StateItem"]
@@ -33,6 +35,8 @@ _PATIENCE = 1200
 class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     """A state that Orbax saves and loads; the class that has one says what is saved, and how it is restored."""
 
+    claim: Claim | None = None  # the right to commit the step; None where Orbax commits it by a rename
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         ocp.args.register_with_handler(StateHandler, for_save=True, for_restore=True)(cls)
@@ -42,13 +46,27 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     def saving(self) -> Saving:
         """Returns what a save writes."""
 
+    def writer(self, directory: Any) -> StateWriter:
+        """Returns what writes the state into a directory; it need not exist yet."""
+        if self.claim is None:
+            return StateWriter(directory, self.saving)
+        return StateWriter(directory, self.saving, self.claim.own, self.claim.wrote)
+
+    def commit(self, directory: Any, writer: StateWriter) -> None:
+        """Writes the manifest, when everything else is written."""
+        if self.claim is None:
+            writer.finish()
+            flush_item(directory)
+        else:
+            self.claim.commit(StorePath(str(directory)), writer)
+
     @abc.abstractmethod
     def restored(self, directory: str | os.PathLike[str]) -> State:
         """Restores the state and returns it."""
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
-        writer = StateWriter(directory.path, self.saving)
+        writer = self.writer(directory.path)
         several = jax.process_count() > 1
         if several:
             await directory.await_creation()  # for the processes to write into it
@@ -64,8 +82,7 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
                 if several:
                     await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
                 if jax.process_index() == 0:
-                    await asyncio.to_thread(writer.finish)
-                    await asyncio.to_thread(flush_item, directory.path)
+                    await asyncio.to_thread(self.commit, directory.path, writer)
             finally:
                 writer.close()
 

@@ -9,20 +9,33 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
+from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.paths import is_url
+from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
+from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from statewise.errors import CorruptedError, RestoreError, SaveError
 
 __all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "open_manager", "read_json"]
 
 # The name of the state's item in each step, and of the item that Orbax judges steps by.
 ITEM, METRICS = "state", "metrics"
+# On s3:// Orbax would rename, unless it is told to mark what is committed, as it does on gs://.
+_BY_MARKER = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+# What Orbax writes with arrays, for which it makes a path on disk of any URL that is not gs://.
+_OF_ARRAYS = (
+    ocp.args.PyTreeSave,
+    ocp.args.StandardSave,
+    ocp.args.ArraySave,
+    ocp.args.JaxRandomKeySave,
+    ocp.args.NumpyRandomKeySave,
+)
 # The files in which Orbax's two interfaces keep JSON.
 _JSON_FILES = ("metadata", "data.json", METRICS)
 
@@ -56,16 +69,26 @@ class Manager(Protocol):
         """Returns the directory with the steps, as Orbax has it."""
 
     def item(self, given: object) -> Any:
-        """Returns something as an extra item; None if it is not one by itself."""
+        """Returns something as an extra item; None if it is not one by itself.
+
+        Raises:
+          SaveError: Orbax cannot write it in this directory.
+        """
 
     def found(self) -> Mapping[int, Any]:
-        """Returns the steps that are on the disk now, each with its directory."""
+        """Returns the steps that are complete now, each with the directory of its state."""
+
+    def place(self, step: int) -> Any:
+        """Returns the directory that a step has, or would have."""
 
     def steps(self) -> Collection[int]:
         """Returns the steps that are known, including one that is being written."""
 
-    def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
-        """Saves a step; returns whether it was one to save."""
+    def is_due(self, step: int) -> bool:
+        """Returns whether a step is one to save."""
+
+    def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
+        """Saves a step."""
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         """Restores extra items, each with what Orbax takes to restore it."""
@@ -103,9 +126,15 @@ def open_manager(
       every: saves only steps that are a multiple of this.
       asynchronous: writes in the background.
     """
+    if is_url(directory):
+        keep_no_listings(str(directory))
+        listing(StorePath(str(directory)))  # raises what the store says; Orbax would make a bucket of any name
     if _is_of_newer(options):
         return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
-    own = options or _options(directory, max_to_keep, every, asynchronous)
+    own: Any = options or _options(directory, max_to_keep, every, asynchronous)
+    if _is_s3(directory):
+        names = own.step_name_format and _Marked(own.step_name_format)
+        own = dataclasses.replace(own, step_name_format=names, atomicity_options=_BY_MARKER)
     return _again(lambda: _FirstManager(directory, own))
 
 
@@ -118,7 +147,35 @@ def _again(call: Callable[[], T]) -> T:
 
 
 def _found(names: Any, directory: Any) -> dict[int, Any]:
-    return {entry.step: entry.path for entry in _again(lambda: list(names.find_all(directory)))}
+    """Returns the complete steps: those that Orbax has committed, and that have a manifest."""
+    if is_url(directory):
+        return complete_steps(StorePath(str(directory)), names.build_name, ITEM)
+    places = {entry.step: entry.path / ITEM for entry in _again(lambda: list(names.find_all(directory)))}
+    return {step: place for step, place in places.items() if (place / NAME).exists()}
+
+
+def _is_s3(directory: object) -> bool:
+    return str(directory).startswith("s3://")
+
+
+class _Marked:
+    """The names of steps, where a step that is not marked is not committed; what made them does not know that."""
+
+    def __init__(self, names: Any) -> None:
+        self._names = names
+        self.single_host_load_and_broadcast = getattr(names, "single_host_load_and_broadcast", False)
+
+    def build_name(self, step: int) -> str:
+        return str(self._names.build_name(step))
+
+    def find_all(self, directory: Any) -> Iterator[Any]:
+        yield from (found for found in self._names.find_all(directory) if is_marked(found.path))
+
+    def find_step(self, directory: Any, step: int) -> Any:
+        found = self._names.find_step(directory, step)
+        if not is_marked(found.path):
+            raise ValueError(f"{found.path} is not committed.")
+        return found
 
 
 def _is_of_newer(options: object) -> bool:
@@ -177,7 +234,10 @@ class _FirstManager:
         self.orbax = ocp.CheckpointManager(epath(directory), options=options)
         self.best_fn = options.best_fn
         self._names = options.step_name_format or ocp.path.step.standard_name_format(
-            step_prefix=options.step_prefix, step_format_fixed_length=options.step_format_fixed_length
+            step_prefix=options.step_prefix,
+            step_format_fixed_length=options.step_format_fixed_length,
+            temporary_path_cls=options.temporary_path_class,
+            atomicity_options=options.atomicity_options,
         )
 
     @property
@@ -187,25 +247,32 @@ class _FirstManager:
     def item(self, given: object) -> Any:
         if isinstance(given, ocp.args.JsonSave):
             return Json(given.item)
+        if _is_s3(self.directory) and isinstance(given, _OF_ARRAYS):
+            hint = "numbers as JSON; a state as sw.checkpointable(state); or a directory on disk or on gs://"
+            raise SaveError(f"Orbax cannot write the arrays of {type(given).__name__} to s3://.", hint=hint)
         return given if isinstance(given, ocp.args.CheckpointArgs) else None
 
     def found(self) -> Mapping[int, Any]:
         return _found(self._names, self.directory)
 
+    def place(self, step: int) -> Any:
+        return self.directory / self._names.build_name(step)
+
     def steps(self) -> Collection[int]:
         return self.orbax.all_steps()
 
-    def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
+    def is_due(self, step: int) -> bool:
+        return self.orbax.should_save(step)
+
+    def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
         items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = extra.get(METRICS)
         # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
-        return bool(
-            self.orbax.save(
-                step,
-                args=ocp.args.Composite(**{ITEM: state}, **items),
-                metrics=metrics.data if isinstance(metrics, Json) else None,
-                force=force,
-            )
+        self.orbax.save(
+            step,
+            args=ocp.args.Composite(**{ITEM: state}, **items),
+            metrics=metrics.data if isinstance(metrics, Json) else None,
+            force=True,
         )
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -235,8 +302,9 @@ class _NewManager:
         keywords = make.keywords if isinstance(make, functools.partial) else {}
         training = ocp.v1.training
         policies = training.save_decision_policies
-        self._context = ocp.v1.Context(keywords.get("context"))
-        if "context" not in keywords:  # as for the first interface
+        given = keywords.get("context")
+        self._context = ocp.v1.Context(given)
+        if given is None:  # as for the first interface
             self._context.asynchronous.create_directories_asynchronously = is_url(directory)
         defaults = {
             "save_decision_policy": policies.AnySavePolicy(
@@ -245,10 +313,13 @@ class _NewManager:
             "preservation_policy": None if max_to_keep is None else training.preservation_policies.LatestN(max_to_keep),
         }
         used = defaults | keywords | {"context": self._context}
-        self.orbax = training.Checkpointer(epath(directory), **used)
         # Not passed on if it is the default: Orbax's own default also knows the time of a step whose metadata is gone,
         # because its deletion was cut short.  Without a time no step could be saved any more.
         self._names = keywords.get("step_name_format") or ocp.v1.path.step.standard_name_format()
+        if _is_s3(directory):
+            self._context.atomicity.mode = _BY_MARKER.mode
+            used["step_name_format"] = self._names = _Marked(self._names)
+        self.orbax = training.Checkpointer(epath(directory), **used)
         self._asynchronous = asynchronous
         self._response: Any = None
 
@@ -262,12 +333,16 @@ class _NewManager:
     def found(self) -> Mapping[int, Any]:
         return _found(self._names, self.directory)
 
+    def place(self, step: int) -> Any:
+        return self.directory / self._names.build_name(step)
+
     def steps(self) -> Collection[int]:
         return [checkpoint.step for checkpoint in self.orbax.checkpoints]
 
-    def save(self, step: int, state: StateItem, extra: Mapping[str, Any], force: bool) -> bool:
-        if not (force or self.orbax.should_save(step)):
-            return False
+    def is_due(self, step: int) -> bool:
+        return self.orbax.should_save(step)
+
+    def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
         self.wait()  # Orbax writes one step at a time, and reports the failure of the last one only to its response
         items = {name: item.data if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = items.pop(METRICS, None)
@@ -283,12 +358,10 @@ class _NewManager:
         context.checkpointables.registry = registry
         with context:
             self._response = self.orbax.save_checkpointables_async(
-                step, {ITEM: state, **items}, force=force, metrics=metrics
+                step, {ITEM: state, **items}, force=True, metrics=metrics
             )
-        started = self._response is not None
         if not self._asynchronous:
             self.wait()
-        return started
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         if step not in self.steps():

@@ -17,9 +17,11 @@ from typing import Any
 
 from statewise._src.checkpoint.format.keys import is_utf8
 from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.stores import SCHEMES, StorePath, check_bucket, is_url, spec_of_store
 from statewise.errors import RestoreError, SaveError, StatewiseError
 
 __all__ = [
+    "TAKEN_HINT",
     "check_usable",
     "is_url",
     "new_place",
@@ -30,11 +32,14 @@ __all__ = [
     "steps_in",
 ]
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
-# TensorStore's names of object stores, by the scheme of their URLs.
-_DRIVERS = {"gs": "gcs", "s3": "s3"}
+# What is left of a URL that went through `pathlib`.
+_HALF_URL = re.compile(r"(gs|s3):/[^/]")
 # The first names of paths that the library which Orbax uses takes for the start of a URL.
 _TAKEN = ("gs", "s3", "az", "hf")
+# The hint for a path at which there is something.
+TAKEN_HINT = "another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step"
+# The number of bytes of an object's name, at most, and those that ours take below a checkpoint.
+_LONGEST_KEY, _BELOW_KEY = 1024, 100
 # The number of bytes that Orbax's and TensorStore's own names take below a checkpoint, including temporary ones.
 _BELOW = 512
 # The number of bytes of a checkpoint's name in the name of its temporary directory: together with what is added, any
@@ -54,12 +59,6 @@ def _text_of(path: Any) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def is_url(path: object) -> bool:
-    """Returns whether a path is a URL, and not a path of the local file system."""
-    text = _text_of(path)
-    return text is not None and _URL.match(text) is not None
-
-
 def _checked_text(path: object, error: type[StatewiseError], example: str, done: str, schemes: Collection[str]) -> str:
     """Returns the text of a path; raises this error if it cannot be one, or is a URL of another scheme."""
     text = _text_of(path)
@@ -72,6 +71,11 @@ def _checked_text(path: object, error: type[StatewiseError], example: str, done:
             local = rest if scheme == "file" else f"./{text}"
             raise error(f"{text} is a URL, and {scheme}:// is not {done}.", hint=f"a path: {local!r}")
         return text
+    if _HALF_URL.match(text):
+        raise error(
+            f"{text} is a URL without one of its slashes: a pathlib.Path cannot have two.",
+            hint=f"the text of the URL, or an epath.Path: '{text[:4]}/{text[4:]}'",
+        )
     why = "it has a null byte" if "\0" in text else ""
     try:
         os.fsencode(text)
@@ -101,9 +105,9 @@ def place_of(path: object, example: str = "sw.restore('run/step_100', target)") 
     Raises:
       RestoreError: it is not a path, or a URL that TensorStore has no driver for.
     """
-    text = _checked_text(path, RestoreError, example, "read", _DRIVERS)
+    text = _checked_text(path, RestoreError, example, "read", SCHEMES)
     if is_url(text):
-        return epath(text)
+        return _in_store(text, RestoreError)
     text = _absolute(text)
     # Checked before `epath` would make a URL of it.
     if text.startswith("/") and text.split("/")[1] in _TAKEN:
@@ -111,29 +115,50 @@ def place_of(path: object, example: str = "sw.restore('run/step_100', target)") 
     return epath(text)
 
 
+def _in_store(text: str, error: type[StatewiseError]) -> StorePath:
+    """Returns the path of a URL; raises this error if a store cannot have it."""
+    try:
+        place = StorePath(text)
+        text.encode()
+        check_bucket(place)
+    except UnicodeEncodeError as wrong:
+        raise error(f"{text!r} cannot be a path: it has characters that are not text.", hint="another path") from wrong
+    except ValueError as wrong:
+        raise error(
+            f"{text} cannot be a path: {wrong}.", hint="'gs://bucket/run/step_100', or 's3://bucket/run/step_100'"
+        ) from wrong
+    return place
+
+
 def new_place(
     path: object,
     *,
     arrays: bool = True,
     example: str,
-    store: str,
-    taken: str = "another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step",
-) -> FilePath:
-    """Returns a local path to write to, at which there is nothing.
+    store: str = "",
+    taken: str = TAKEN_HINT,
+) -> FilePath | StorePath:
+    """Returns a path to write to, at which there is nothing; of a store this is not known yet.
 
     Args:
       path: the path, as the user gave it.
       arrays: whether Orbax writes there, and not a file of another format.
       example: code for the hint if this is not a path.
-      store: the hint for an object store.
+      store: the hint for an object store, if it cannot be written to.
       taken: the hint if there is something already.
 
     Raises:
       SaveError: it is not a path, there is something already, or it cannot be written to.
     """
-    text = _checked_text(path, SaveError, example, "written", _TAKEN)
+    text = _checked_text(path, SaveError, example, "written", SCHEMES)
     if is_url(text):
-        raise SaveError(f"{text} is on an object store, which cannot rename a directory atomically.", hint=store)
+        if store:
+            raise SaveError(
+                f"{text} is in an object store, where only checkpoints of Statewise are written.", hint=store
+            )
+        place = _in_store(text, SaveError)
+        check_usable(place, writing=True)
+        return place
     final = FilePath(_absolute(text))
     try:
         os.lstat(final)  # not `exists`: a broken link is something too
@@ -151,9 +176,9 @@ def steps_in(directory: object) -> Any:
     Raises:
       SaveError: it is not a path, or steps cannot be written below it.
     """
-    text = _checked_text(directory, SaveError, "sw.Checkpoints('run/steps')", "written", _DRIVERS)
+    text = _checked_text(directory, SaveError, "sw.Checkpoints('run/steps')", "written", SCHEMES)
     if is_url(text):
-        return directory
+        return _in_store(text, SaveError)
     place = FilePath(_absolute(text))
     check_usable(place, writing=True)
     return place
@@ -174,9 +199,7 @@ def spec_of(directory: Any) -> dict[str, Any]:
     """Returns a directory as TensorStore's specification of a key-value store."""
     text = str(directory if directory.is_absolute() else directory.absolute())  # TensorStore takes only absolute paths
     if is_url(text):
-        scheme, _, rest = text.partition("://")
-        bucket, _, path = rest.strip("/").partition("/")
-        return {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path}/" if path else ""}
+        return spec_of_store(StorePath(text))
     return {"driver": "file", "path": f"{text.rstrip('/')}/"}
 
 
@@ -223,6 +246,15 @@ def check_usable(path: object, *, writing: bool = False, arrays: bool = True) ->
             hint="give it another name, or a link that has one, and read that:\n"
             f"link = os.path.join(tempfile.mkdtemp(), 'checkpoint'); os.symlink({str(path)!r}, link)",
         )
+    if writing and isinstance(path, StorePath):
+        size = len(path.key.encode())
+        if size + _BELOW_KEY > _LONGEST_KEY:
+            raise SaveError(
+                f"{path} cannot be written: of the {_LONGEST_KEY} bytes that a name in a store may have, it leaves "
+                f"{max(_LONGEST_KEY - size, 0)} for the names of the objects below it, which take up to {_BELOW_KEY}.",
+                hint="a shorter path",
+            )
+        return
     size = len(os.fsencode(str(path)))
     longest = os.pathconf("/", "PC_PATH_MAX") if hasattr(os, "pathconf") else 1 << 15
     if writing and not is_url(path) and size + _BELOW > longest:

@@ -20,7 +20,7 @@ __all__ = ["described_tree", "read_tree", "write_tree"]
 def described_tree(folder: Any) -> Any:
     """Returns a checkpoint's tree with a description instead of each value: `shape` and `dtype` for an array."""
     with contextlib.closing(tree_handler()) as handler:
-        tree = handler.metadata(folder)
+        tree = handler.metadata(epath(folder))
     return getattr(tree, "tree", tree)
 
 
@@ -40,7 +40,7 @@ def read_tree(folder: Any, structure: Any, dtypes: Sequence[np.dtype | None]) ->
     how = [ocp.RestoreArgs() if dtype is None else ocp.RestoreArgs(restore_type=np.ndarray) for dtype in dtypes]
     item, restore_args = (jax.tree_util.tree_unflatten(structure, leaves) for leaves in (items, how))
     with contextlib.closing(tree_handler()) as handler:
-        read = handler.restore(folder, args=ocp.args.PyTreeRestore(item, restore_args=restore_args))
+        read = handler.restore(epath(folder), args=ocp.args.PyTreeRestore(item, restore_args=restore_args))
     return list(structure.flatten_up_to(read))
 
 

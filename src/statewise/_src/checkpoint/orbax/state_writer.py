@@ -14,13 +14,15 @@ import datetime
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from statewise._src.checkpoint.format.checksums import Sums, held, is_spread, sums_of, sums_of_runs
+import jax
+
+from statewise._src.checkpoint.format.checksums import Sums, held, sums_of, sums_of_runs
 from statewise._src.checkpoint.format.files import files_of
 from statewise._src.checkpoint.format.layout import LaidOut, lay_out
 from statewise._src.checkpoint.format.manifest import NAME, KindRecord, Manifest, leaves_text, write_manifest
-from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.epath import own_path
 from statewise._src.checkpoint.orbax.paths import check_usable
-from statewise._src.checkpoint.orbax.write import TreeWriter, tree_writer
+from statewise._src.checkpoint.orbax.write import TreeWriter
 from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.filters.explain import as_code
@@ -44,46 +46,63 @@ class StateWriter:
     Args:
       directory: where it will be written; it need not exist before `write`.
       saving: what to save.
+      own: in an object store, the directory below it that this writer has, if others may write there too.
+      wrote: is called with numbers of bytes, when so many more are written.
 
     Raises:
       SaveError: the directory cannot be written to.
       StructureError: the state was donated, is abstract, or is being traced.
     """
 
-    def __init__(self, directory: Any, saving: Saving) -> None:
+    def __init__(
+        self, directory: Any, saving: Saving, own: str = "", wrote: Callable[[int], None] = lambda size: None
+    ) -> None:
         check_usable(directory, writing=True)  # here, because a user's own Orbax manager chooses the directory
-        self._directory = epath(directory)
+        self._directory = own_path(directory)
+        self._own = own
+        self._several = jax.process_count() > 1
         laid = lay_out(saving.state, saving.kinds, saving.layout)
         self._manifest = _manifest(saving, laid)
         self._text = _leaves_text(laid)
         # Without a tree all leaves are empty, and Orbax does not accept an empty tree.
-        self._tree: TreeWriter | None = tree_writer(laid.tree) if laid.tree else None
+        self._tree = TreeWriter(laid.tree, own, wrote) if laid.tree else None
         self._leaves: str | None = None
 
     async def begin(self) -> Sequence[Any]:
         """Starts what the main thread has to start; returns futures to wait for."""
-        return () if self._tree is None else await self._tree.begin(self._directory)
+        return ()
 
     def write(self) -> None:
         """Writes everything that this process writes, but for the manifest; in any thread."""
+        if self._several:
+            if self._tree is not None:
+                self._tree.write(self._directory)
+            return
         with concurrent.futures.ThreadPoolExecutor(1, "statewise-manifest") as pool:
-            leaves = pool.submit(self._text)  # the checksums, while the arrays are written
+            leaves = pool.submit(self._text, {})  # the checksums, while the arrays are written
             if self._tree is not None:
                 self._tree.write(self._directory)
             self._leaves = leaves.result()
 
     def finish(self) -> None:
         """Writes the manifest when every process has written; called once, by one process."""
-        assert self._leaves is not None, "finish comes after write"
-        if self._tree is not None:
-            self._tree.finish(self._directory)
-        data = write_manifest(dataclasses.replace(self._manifest, files=files_of(self._directory)), self._leaves)
-        (self._directory / NAME).write_bytes(data)
+        (self._directory / NAME).write_bytes(self.manifest())
+
+    def manifest(self) -> bytes:
+        """Returns the manifest when every process has written, and puts everything else into its place."""
+        sums = {} if self._tree is None else self._tree.finish(self._directory)
+        leaves = self._text(sums) if self._several else self._leaves
+        assert leaves is not None, "this comes after write"
+        files = files_of(self._directory, self._own)
+        return write_manifest(dataclasses.replace(self._manifest, files=files), leaves)
+
+    @property
+    def for_orbax(self) -> Mapping[str, bytes]:
+        """Returns the files that Orbax looks for at the path itself, if the writer has its own directory."""
+        return {} if self._tree is None else self._tree.for_orbax
 
     def close(self) -> None:
         """Closes what it uses."""
-        if self._tree is not None:
-            self._tree.close()
 
 
 def run(writer: StateWriter) -> None:
@@ -106,21 +125,23 @@ def run(writer: StateWriter) -> None:
             pool.submit(asyncio.run, written()).result()
 
 
-def _leaves_text(laid: LaidOut) -> Callable[[], str]:
+def _leaves_text(laid: LaidOut) -> Callable[[Mapping[str, Sums]], str]:
     """Returns a function that makes the manifest's text of the leaves, with their checksums.
 
-    A later step may donate the arrays while that function runs in its thread, so their values are taken here.
+    A later step may donate the arrays while that function runs in its thread, so their values are taken here.  If
+    several processes write, those of the stored arrays are given to it: each process has summed what it has written.
     """
-    sums: dict[int, Sums] = {}
-    values: dict[int, Any] = {}
+    stored = [array.key for record in laid.records for array in record.arrays]
+    names = {number: ".".join(key) for number, key in enumerate(stored) if key} if jax.process_count() > 1 else {}
     in_buffers = {number for _, buffer in laid.packed for number in buffer.numbers}
-    for number, source in enumerate(laid.sources):
-        if is_spread(source):
-            sums[number] = sums_of(source)  # a collective: all processes have to take part, in the same order
-        elif number not in in_buffers:
-            values[number] = held(source)
+    values = {
+        number: held(source)
+        for number, source in enumerate(laid.sources)
+        if number not in names and number not in in_buffers
+    }
 
-    def text() -> str:
+    def text(given: Mapping[str, Sums]) -> str:
+        sums = {number: given[name] for number, name in names.items()}
         for array, buffer in laid.packed:
             sums.update(zip(buffer.numbers, sums_of_runs(array, buffer.runs), strict=True))
         sums.update((number, sums_of(value)) for number, value in values.items())

@@ -2,61 +2,54 @@
 
 Orbax waits for each array on its own, in an event loop: for a thousand small ones, that is nine tenths of the time.
 Here TensorStore, which stores Orbax's arrays, gets a thousand of them at the same time, and commits them as one.  What
-is on disk afterwards is what Orbax reads: each array under its own path, with Orbax's specification.  If several
-processes write, Orbax itself writes all arrays: it knows which process has which part, and puts the parts together.
+is on disk afterwards is what Orbax reads: each array under its own path, with Orbax's specification.
+
+If several processes write, each writes its parts into a database of its own, below the checkpoint, and one of them puts
+these together: the database of all refers to the data of each, which stays where it is.  What several processes hold is
+written by one of them, by turns.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 
 import base64
+import concurrent.futures
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from statewise._src.checkpoint.format.checksums import Pieces, held
+from statewise._src.checkpoint.format.checksums import Pieces, Sums, added, held, sums_of
 from statewise._src.checkpoint.orbax.batching import grouped
-from statewise._src.checkpoint.orbax.database import DATABASE, Commit, chunks_of, writing
-from statewise._src.checkpoint.orbax.epath import epath
-from statewise.errors import SaveError
+from statewise._src.checkpoint.orbax.database import (
+    DATABASE,
+    Commit,
+    Database,
+    chunks_of,
+    has_data,
+    in_memory,
+    merge,
+    writing,
+    writing_apart,
+)
+from statewise._src.checkpoint.orbax.parts import holders
+from statewise._src.checkpoint.orbax.stores import is_url
 
-__all__ = ["TreeWriter", "tree_handler", "tree_writer"]
+__all__ = ["TreeWriter", "tree_handler"]
 
 # The number of bytes committed together: a commit holds them all, and rewrites the database's index.
 _AT_ONCE = 1 << 28
 # Orbax's index of the tree, and its file with the shardings of the arrays.
 _INDEX, _SHARDINGS = "_METADATA", "_sharding"
+# Orbax's name of the directory in which one of several processes writes, up to its number.
+_PART = "ocdbt.process_"
+# The file with the checksums of what one of several processes has written, until they are added up.
+_SUMS = "sums.json"
 # Orbax's number for a key of a dict, among the keys of a path.
 _DICT_KEY = 2
-
-
-@runtime_checkable
-class TreeWriter(Protocol):
-    """Writes a tree of arrays, with the values that they have when the writer is made."""
-
-    async def begin(self, directory: Any) -> Sequence[Any]:
-        """Starts what the main thread has to start; returns futures to wait for."""
-
-    def write(self, directory: Any) -> None:
-        """Writes the rest, into a directory that exists; in any thread."""
-
-    def finish(self, directory: Any) -> None:
-        """Puts together what all processes have written; in one of them."""
-
-    def close(self) -> None:
-        """Closes what it uses."""
-
-
-def tree_writer(tree: Mapping[str, Any]) -> TreeWriter:
-    """Makes the writer of a tree that contains only JAX's and NumPy's arrays: nested dicts, not empty."""
-    return _Alone(tree) if jax.process_count() == 1 else _Together(tree)
-
-
-# --- one process -------------------------------------------------------------------------------------------------
 
 
 class _Array(NamedTuple):
@@ -75,42 +68,130 @@ class _Array(NamedTuple):
         return self.host.parts if isinstance(self.host, Pieces) else (((0,) * self.host.ndim, self.host),)
 
 
-class _Alone:
-    """Writes all arrays through TensorStore, and Orbax's index as this process knows it."""
+class TreeWriter:
+    """Writes a tree of arrays, with the values that they have when the writer is made.
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    Args:
+      tree: nested dicts of JAX's and NumPy's arrays, not empty.
+      own: in an object store, the directory below the checkpoint that this writer has, if others may write there too.
+      wrote: is called with numbers of bytes, when so many more are written.
+
+    Attributes:
+      for_orbax: the files that Orbax looks for at the path itself, if the writer has its own directory; when it has
+        written.
+    """
+
+    def __init__(
+        self, tree: Mapping[str, Any], own: str = "", wrote: Callable[[int], None] = lambda size: None
+    ) -> None:
         flat = dict(sorted(traverse_util.flatten_dict(tree).items()))
+        self._own, self._wrote = own, wrote
+        self.for_orbax: Mapping[str, bytes] = {}
+        self._several = jax.process_count() > 1
         # Their values are taken here, because a later step may donate the arrays.
-        self._arrays = [_Array(".".join(key), held(array)) for key, array in flat.items()]
+        parts = ((".".join(key), _held_here(array, number)) for number, (key, array) in enumerate(flat.items()))
+        self._arrays = [_Array(name, host) for name, host in parts if host is not None]
         of_jax = {key: array for key, array in flat.items() if isinstance(array, jax.Array)}
         self._types = {key: "jax.Array" if key in of_jax else "np.ndarray" for key in flat}
         self._shardings = {".".join(key): array.sharding for key, array in of_jax.items()}
 
-    async def begin(self, directory: Any) -> Sequence[Any]:
-        return ()
-
     def write(self, directory: Any) -> None:
-        context = writing()
+        """Writes what this process writes, into a directory that exists; in any thread."""
+        if not self._several:
+            database = self._whole(directory)
+            self._write_arrays(database)
+            self._write_index(directory, database)
+            return
+        place = self._part(directory, jax.process_index())
+        if not is_url(place):
+            place.mkdir(exist_ok=True)
+        with concurrent.futures.ThreadPoolExecutor(1, "statewise-sums") as pool:
+            sums = pool.submit(self._sums)  # while the arrays are written
+            self._write_arrays(writing(place))
+        (place / _SUMS).write_text(json.dumps(sums.result()))
+
+    def finish(self, directory: Any) -> Mapping[str, Sums]:
+        """Puts together what several processes have written; in one of them.
+
+        Returns:
+          by its name in the database the checksum of each array; empty if there is one process.
+        """
+        if not self._several:
+            return {}
+        whole = self._whole(directory)
+        parts = [self._part(directory, number) for number in range(jax.process_count())]
+        merge(whole, [database for database in map(writing, parts) if has_data(database)])
+        self._write_index(directory, whole)
+        totals: dict[str, Sums] = {}
+        for part in parts:
+            for name, (plain, placed) in json.loads((part / _SUMS).read_text()).items():
+                totals[name] = added(totals.get(name, (0, 0)), (plain, placed))
+            (part / _SUMS).unlink()
+        return totals
+
+    def _write_arrays(self, database: Database) -> None:
         for group in grouped(self._arrays, lambda array: array.nbytes, _AT_ONCE):
-            _write_together(directory, group, context)
+            _write_together(database, group)
+            self._wrote(sum(array.nbytes for array in group))
+
+    def _sums(self) -> dict[str, Sums]:
+        """Returns by name the checksum of what this process writes of each array: they add up to that of the array."""
+        return {array.name: sums_of(array.host) for array in self._arrays}
+
+    def _whole(self, directory: Any) -> Database:
+        return writing_apart(directory, self._own) if self._own else writing(directory)
+
+    def _part(self, directory: Any, number: int) -> Any:
+        """Returns the directory in which one of several processes writes."""
+        return directory / (f"{self._own}/{number}" if self._own else f"{_PART}{number}")
+
+    def _write_index(self, directory: Any, database: Database) -> None:
+        """Writes Orbax's index, and what else of the whole is not written yet."""
+        files = {_INDEX: _index_text(self._types).encode()}
         if self._shardings:
-            (directory / _SHARDINGS).write_text(_shardings_text(self._shardings))
-        (directory / _INDEX).write_text(_index_text(self._types))
+            files[_SHARDINGS] = _shardings_text(self._shardings).encode()
+        if self._own:
+            files[DATABASE] = in_memory(database)
+            self.for_orbax = files
+        place = directory / self._own if self._own else directory
+        for name, data in files.items():
+            (place / name).write_bytes(data)
 
-    def finish(self, directory: Any) -> None:
-        pass  # it is in one piece already
 
-    def close(self) -> None:
-        pass
+def _held_here(array: Any, number: int) -> "np.ndarray | Pieces | None":
+    """Returns what this process writes of an array; None if that is nothing.
+
+    Args:
+      array: the array, of this process or of several.
+      number: its number, by which processes that hold the same take turns.
+    """
+    if jax.process_count() == 1:
+        return held(array)
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return held(array) if jax.process_index() == 0 else None  # each process has one, and the first one's is saved
+    writers = holders(array.sharding, array.shape)
+    mine = [
+        shard
+        for shard in array.addressable_shards
+        if writers[str(shard.index)][number % len(writers[str(shard.index)])] == shard.device
+    ]
+    if not mine:
+        return None
+    for shard in mine:
+        shard.data.copy_to_host_async()  # otherwise each copy would start only when the one before it has ended
+    if array.is_fully_replicated:
+        return np.asarray(mine[0].data)
+    parts = ((tuple(axis.start or 0 for axis in shard.index), np.asarray(shard.data)) for shard in mine)
+    return Pieces(array.shape, tuple(parts))
 
 
-def _write_together(folder: Any, arrays: Sequence[_Array], context: Any) -> None:
+def _write_together(database: Database, arrays: Sequence[_Array]) -> None:
     """Writes arrays and waits for them; afterwards either all of them are in the database, or none."""
-    commit = Commit(folder, context)
+    commit = Commit(database)
     opening = []
     for array in arrays:
         _, part = array.parts()[0]
-        chunks = chunks_of(part.shape, part.dtype.itemsize)
+        chunks = chunks_of(part.shape, part.dtype.itemsize, database.most)
         opening.append(commit.create(array.name, array.host.shape, chunks, part.dtype))
     pieces = []
     for array, future in zip(arrays, opening, strict=True):
@@ -153,37 +234,6 @@ def _text(sharding: jax.sharding.Sharding) -> str | None:
     return None
 
 
-# --- several processes -------------------------------------------------------------------------------------------
-
-
 def tree_handler() -> ocp.PyTreeCheckpointHandler:
     """Makes Orbax's handler, without compression: weights hardly shrink, and it takes most of the time."""
     return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-class _Together:
-    """Has Orbax write all arrays, each process its own parts."""
-
-    def __init__(self, tree: Mapping[str, Any]) -> None:
-        self._handler = tree_handler()
-        self._tree: Mapping[str, Any] = tree
-
-    async def begin(self, directory: Any) -> Sequence[Any]:
-        args = ocp.args.PyTreeSave(self._tree)
-        self._tree = {}  # Orbax copies the values before this returns
-        return await self._handler.async_save(epath(directory), args=args) or ()
-
-    def write(self, directory: Any) -> None:
-        pass
-
-    def finish(self, directory: Any) -> None:
-        self._handler.finalize(epath(directory))
-        # If Orbax finds nothing to merge, it only logs that.
-        if not (directory / DATABASE).exists():
-            raise SaveError(
-                f"Orbax could not put the checkpoint in {directory} together: it found nothing of its own there.",
-                hint="a path of plain letters: 'run/step_100'",
-            )
-
-    def close(self) -> None:
-        self._handler.close()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.extend import core as jex_core
@@ -29,6 +30,7 @@ __all__ = [
     "RoPE",
     "Tracer",
     "broadcast_from_first_process",
+    "flags_of_processes",
     "is_nnx_state",
     "is_variable",
     "jit_is_disabled",
@@ -37,9 +39,9 @@ __all__ = [
     "state_type",
     "state_types",
     "trace_state",
+    "values_of_processes",
     "variable_type",
     "versions",
-    "wait_for_all_processes",
 ]
 
 Tracer = jax.core.Tracer
@@ -67,9 +69,14 @@ def jit_is_disabled() -> bool:
     return bool(config.jax_disable_jit)
 
 
-def wait_for_all_processes(name: str) -> None:
-    """Returns when every process of a cluster has called this with the same name."""
-    multihost_utils.sync_global_devices(name)
+def flags_of_processes(flag: bool) -> list[int]:
+    """Returns the numbers of the processes that give True; every process calls this, and waits for the others."""
+    return [int(number) for number in np.flatnonzero(values_of_processes(np.asarray(flag, np.uint32)))]
+
+
+def values_of_processes(values: np.ndarray) -> np.ndarray:
+    """Returns an array from every process, along a new first axis; all give one of the same shape."""
+    return np.asarray(multihost_utils.process_allgather(values))
 
 
 def broadcast_from_first_process(value: Any) -> Any:

@@ -1,0 +1,85 @@
+"""What a disk or a store says while steps are saved or read, as errors of Statewise."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, said
+from statewise._src.checkpoint.save import reason_of
+from statewise.errors import RestoreError, SaveError, StatewiseError
+
+__all__ = ["opens", "reads", "step_exists", "writes"]
+
+
+@contextlib.contextmanager
+def opens(directory: Any) -> Iterator[None]:
+    """Raises a `SaveError` if a block cannot open a directory of steps."""
+    facts = "{directory} cannot be used: {reason}.", "a directory that can be written to"
+    yield from _told(directory, lambda: facts)
+
+
+@contextlib.contextmanager
+def writes(directory: Any, complete: Callable[[], int | None] = lambda: None) -> Iterator[None]:
+    """Raises a `SaveError` if a block cannot write a step.
+
+    Args:
+      directory: the directory of the steps.
+      complete: returns the step that was being written, if it is complete all the same.
+    """
+
+    def facts() -> tuple[str, str]:
+        step = complete()
+        if step is None:
+            text = "A step could not be written to {directory}: {reason}. Earlier steps are complete."
+            return text, "free some space, or choose a directory that can be written to"
+        after = "not what Orbax does after it, such as deleting older steps"
+        text = f"Step {step} in {{directory}} is complete, but {after}: {{reason}}."
+        return text, "remove by hand what should have gone, if it is still there"
+
+    yield from _told(directory, facts)
+
+
+def _told(directory: Any, facts: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Raises an error with a text and a hint; they are asked for when there is one."""
+    try:
+        yield
+    except StatewiseError:
+        raise
+    except Exception as error:
+        text, hint = facts()
+        if isinstance(directory, StorePath):
+            answer = _answer(error)
+            reason, hint = answer.strerror or "", answer.hint
+        elif isinstance(error, (OSError, ValueError)):
+            reason = reason_of(error)
+        else:
+            raise
+        raise SaveError(text.format(directory=directory, reason=reason), hint=hint) from error
+
+
+def _answer(error: Exception) -> StoreError:
+    """Returns as what a store said what TensorStore raises, or the library that Orbax has for the store."""
+    if isinstance(error, (StoreError, ValueError)):
+        return said(error)
+    text = " ".join(str(error).split()).rstrip(".")
+    if not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {text}"
+    refused = isinstance(error, PermissionError) or "Forbidden" in text
+    return StoreError(text, 403 if refused else None)
+
+
+@contextlib.contextmanager
+def reads(directory: Any) -> Iterator[None]:
+    """Raises a `RestoreError` if a store refuses what a block reads."""
+    try:
+        yield
+    except StoreError as error:
+        raise RestoreError(f"{directory} cannot be read: {error.strerror}.", hint=error.hint) from error
+
+
+def step_exists(directory: Any, step: int) -> SaveError:
+    """Returns the error for a step that is complete already, or is being written."""
+    hint = f"another step; checkpoints.manager.delete({step}) removes one that is corrupted"
+    return SaveError(f"There is already a step {step} in {directory}.", hint=hint)
