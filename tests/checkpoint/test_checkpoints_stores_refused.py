@@ -144,6 +144,17 @@ def test_without_its_mark_or_without_its_manifest_a_step_is_none(stores: str) ->
         checkpoints.wait()
         remove(StorePath(url), ["2/commit_success.txt", "3/state/statewise.json"])
         assert (checkpoints.steps, checkpoints.latest) == ((1,), 1)
+        message = f"Step 3 in {url} is not a complete checkpoint."
+        with refused(sw.SaveError, message, hint="checkpoints.manager.delete(3)"):
+            checkpoints.save(3, numbered(5))
+        checkpoints.manager.delete(3)
+        assert checkpoints.save(3, numbered(5))
+        checkpoints.wait()
+        assert number_of(checkpoints.restore(numbered(0)).state) == 5
+    with sw.Checkpoints(url) as checkpoints:  # which has never seen the second step
+        assert checkpoints.save(2, numbered(6), force=True)
+        checkpoints.wait()
+        assert checkpoints.steps == (1, 2, 3)
 
 
 # --- what a store says -------------------------------------------------------------------------------------------
