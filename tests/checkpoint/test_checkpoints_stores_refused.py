@@ -170,7 +170,7 @@ def test_the_library_of_a_store_that_is_missing_is_named(store: str, monkeypatch
 
 @pytest.mark.parametrize("store", ["gs", "s3"])
 def test_a_url_without_a_bucket_is_refused(store: str) -> None:
-    with pytest.raises(sw.SaveError, match=f"{store}:// cannot be a path: it names no bucket"):
+    with pytest.raises(sw.SaveError, match=f"{store}:// cannot be a path: it does not name a bucket"):
         sw.Checkpoints(f"{store}://")
 
 
