@@ -36,7 +36,7 @@ import worker_memory
 from hints import check_hints_of
 from statewise._src.inspect.lint.finding import Finding
 from statewise.errors import StatewiseError, StatewiseWarning
-from stores import gcs, gcs_proxy, proxy, s3, s3_proxy, stores  # noqa: F401 - fixtures
+from stores import gcs, gcs_proxy, proxy, s3, s3_proxy, store_writers, stores  # noqa: F401 - fixtures
 
 runtime_types.open_public_boundary()
 modes.start()

@@ -86,6 +86,23 @@ def test_who_writes_at_the_same_time_is_named(stores: str, monkeypatch: pytest.M
         assert checkpoints.steps == ()
 
 
+def test_who_comes_later_and_finds_the_step_complete_leaves_it_to_its_writer(stores: str) -> None:
+    url = f"{stores}/run"
+    with sw.Checkpoints(url) as checkpoints:
+        checkpoints.save(7, numbered(1))
+        checkpoints.manager.wait_until_finished()
+        later = Claim(StorePath(f"{url}/7"), "0" * 16)
+        assert checkpoints.steps == (7,)
+        later.release()
+        checkpoints.wait()
+        assert number_of(checkpoints.restore(numbered(0)).state) == 1
+        checkpoints.save(8, numbered(2))
+        checkpoints.manager.wait_until_finished()
+        remove(StorePath(url), ["8.statewise-writer", "8/state/statewise.json"])  # by one that began it, and removes it
+        with pytest.raises(sw.SaveError, match=r"Another writer \(which has ended\) has written .*/8 at the same time"):
+            checkpoints.wait()
+
+
 def test_a_step_that_is_complete_is_not_written_over_whoever_wrote_it(
     stores: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +144,17 @@ def test_without_its_mark_or_without_its_manifest_a_step_is_none(stores: str) ->
         checkpoints.wait()
         remove(StorePath(url), ["2/commit_success.txt", "3/state/statewise.json"])
         assert (checkpoints.steps, checkpoints.latest) == ((1,), 1)
+        message = f"Step 3 in {url} is not a complete checkpoint."
+        with refused(sw.SaveError, message, hint="checkpoints.manager.delete(3)"):
+            checkpoints.save(3, numbered(5))
+        checkpoints.manager.delete(3)
+        assert checkpoints.save(3, numbered(5))
+        checkpoints.wait()
+        assert number_of(checkpoints.restore(numbered(0)).state) == 5
+    with sw.Checkpoints(url) as checkpoints:  # which has never seen the second step
+        assert checkpoints.save(2, numbered(6), force=True)
+        checkpoints.wait()
+        assert checkpoints.steps == (1, 2, 3)
 
 
 # --- what a store says -------------------------------------------------------------------------------------------
@@ -142,7 +170,7 @@ def test_the_library_of_a_store_that_is_missing_is_named(store: str, monkeypatch
 
 @pytest.mark.parametrize("store", ["gs", "s3"])
 def test_a_url_without_a_bucket_is_refused(store: str) -> None:
-    with pytest.raises(sw.SaveError, match=f"{store}:// names no bucket"):
+    with pytest.raises(sw.SaveError, match=f"{store}:// cannot be a path: it does not name a bucket"):
         sw.Checkpoints(f"{store}://")
 
 

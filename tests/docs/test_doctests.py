@@ -98,9 +98,7 @@ def markdown_files() -> list[Path]:
 
 
 @pytest.mark.parametrize("file", [pytest.param(file, id=str(file.relative_to(ROOT))) for file in markdown_files()])
-def test_markdown(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_markdown(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     for package in NEEDS.get(str(file.relative_to(ROOT)), ()):
         pytest.importorskip(package)
     if bucket := BUCKETS.get(str(file.relative_to(ROOT))):

@@ -2,7 +2,8 @@
 
 It ignores the conditions of what TensorStore sends (uploads of one request, and deletions), so that two writers would
 both win.  `ConditionalProxy` stands before it: it sends such an upload as one of two parts, whose conditions the
-emulator checks itself, and checks those of deletions while nothing else is written.
+emulator checks itself, and checks those of deletions while nothing else is written.  The emulator also forgets uploads
+of several requests when they are complete; of Google's store a client that was not told may ask again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from proxy import Answer, Connection, Proxy, Request
+from proxy import REFUSAL, Answer, Connection, Proxy, Request
 
 MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 SECONDS_TO_START = 30
@@ -46,12 +47,21 @@ class ConditionalProxy(Proxy):
     def __init__(self, upstream: str, seed: int = 0) -> None:
         super().__init__(upstream, seed)
         self._deleting = asyncio.Lock()
+        self._completed: dict[str, Answer] = {}
 
     async def forward(self, request: Request, upstream: Connection) -> Answer:
         """Passes a request on; one that has a condition, in a form in which it is checked."""
         if request.method in ("GET", "HEAD"):
             return await upstream.ask(request)
+        upload = request.query.get("upload_id", "")
+        if upload in self._completed:
+            return self._completed[upload]
         async with self._deleting:
+            if upload:
+                answer = await upstream.ask(request)
+                if answer.status in (200, 201):
+                    self._completed[upload] = answer
+                return answer
             if HAVING not in request.query:
                 return await upstream.ask(request)
             if request.method == "DELETE":
@@ -60,11 +70,16 @@ class ConditionalProxy(Proxy):
                 return await upstream.ask(in_two_parts(request))
             return await upstream.ask(request)
 
+    def refusal(self, status: int, headers: tuple[tuple[str, str], ...]) -> Answer:
+        """Returns a refusal as Google's store words it."""
+        body = json.dumps({"error": {"code": status, "message": REFUSAL}}).encode()
+        return Answer(status, (*headers, ("Content-Type", "application/json")), body, "Refused")
+
     async def _delete(self, request: Request, upstream: Connection) -> Answer:
         found = await upstream.ask(Request("GET", request.url.path, request.headers))
         generation = "0" if found.status == 404 else str(json.loads(found.body)["generation"])
         if generation != request.query[HAVING]:
-            return Answer(412, body=b'{"error": {"code": 412, "message": "Precondition failed"}}')
+            return self.refusal(412, ())
         return await upstream.ask(request)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 WITHOUT_BODY = (204, 304)
+REFUSAL = "as the test wants it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Answer:
     status: int
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
-    reason: str = "as told"
+    reason: str = ""
     length: int | None = None
 
     def encoded(self) -> bytes:
@@ -203,6 +204,10 @@ class Proxy:
         """Returns what the server answers.  Proxies of other kinds change this."""
         return await upstream.ask(request)
 
+    def refusal(self, status: int, headers: tuple[tuple[str, str], ...]) -> Answer:
+        """Returns the answer that refuses a request.  Proxies of other kinds change this, to what their server says."""
+        return Answer(status, headers, REFUSAL.encode(), "Refused")
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = Connection(self)
         try:
@@ -254,7 +259,7 @@ class Proxy:
     async def _answer(self, request: Request, fault: Fault | None, upstream: Connection) -> Answer:
         what = "" if fault is None else fault.what
         if fault is not None and what == "refuse":
-            return Answer(int(fault.amount), fault.headers, b"as the test wants it", "Refused by the test")
+            return self.refusal(int(fault.amount), fault.headers)
         if fault is not None and what == "delay":
             await asyncio.sleep(fault.amount)
         if fault is not None and what == "hold":

@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from proxy import Proxy
+from proxy import REFUSAL, Answer, Proxy
 
 PROGRAM = Path(__file__).parent / "programs/serve_s3.py"
 REGION = "us-east-1"
@@ -22,6 +22,16 @@ def missing() -> str:
     return "" if importlib.util.find_spec("moto") else "moto[server] is not installed"
 
 
+class S3Proxy(Proxy):
+    """Refuses in the words of Amazon's store."""
+
+    def refusal(self, status: int, headers: tuple[tuple[str, str], ...]) -> Answer:
+        """Returns a refusal, as XML."""
+        code = {403: "AccessDenied", 429: "TooManyRequests", 503: "SlowDown"}[status]
+        body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{REFUSAL}</Message></Error>"
+        return Answer(status, (*headers, ("Content-Type", "application/xml")), body.encode(), "Refused")
+
+
 @contextlib.contextmanager
 def s3_server() -> Iterator[Proxy]:
     """Runs an emulator, and gives a proxy before it."""
@@ -30,7 +40,7 @@ def s3_server() -> Iterator[Proxy]:
         try:
             port = process.stdout.readline()
             assert port, f"the emulator has ended with exit status {process.wait()}"
-            with Proxy(f"http://127.0.0.1:{int(port)}") as proxy:
+            with S3Proxy(f"http://127.0.0.1:{int(port)}") as proxy:
                 yield proxy
         finally:
             process.kill()

@@ -24,6 +24,7 @@ import pytest
 
 import gcs_server as google
 import s3_server as amazon
+import writers
 from proxy import Proxy
 
 numbers = itertools.count(1)
@@ -85,6 +86,13 @@ def make_buckets(name: str, request: pytest.FixtureRequest) -> None:
 def proxy(stores: str, request: pytest.FixtureRequest) -> Proxy:
     """The proxy before the store of a test that has `stores`."""
     return request.getfixturevalue("gcs_proxy" if stores.startswith("gs:") else "s3_proxy")
+
+
+@pytest.fixture(scope="session")
+def store_writers(gcs_proxy: Proxy, s3_proxy: Proxy) -> Iterator[writers.Template]:
+    """A template of writers to both stores, which are killed."""
+    with writers.template(google.environment(gcs_proxy.url) | amazon.environment(s3_proxy.url)) as template:
+        yield template
 
 
 def set_environment(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ class Checkpoints:
     lost (never an earlier one).
 
     Args:
-      directory: where the steps go; it is made if it does not exist.
+      directory: where the steps go; it is made if it does not exist.  Or a URL, `gs://bucket/run` or `s3://bucket/run`,
+        for which the clouds' own libraries find credentials.  There, if two processes write the same step, the last one
+        to begin it wins: so a run that was killed goes on by itself.
       max_to_keep: how many steps to keep, the newest; None for all.
       every: saves only steps that are a multiple of this; `save` returns False for the others.
       layout: `"named"` or `"packed"`, as in `sw.save`.
@@ -80,7 +82,8 @@ class Checkpoints:
         of it; its `preservation_policy` and `save_decision_policy` replace `max_to_keep` and `every`.
 
     Raises:
-      SaveError: the directory cannot be made or written, or the options are something else.
+      SaveError: the directory cannot be made or written, or the options are something else; the store refuses, or its
+        library is not installed.
 
     Example:
       >>> import tempfile
@@ -179,7 +182,8 @@ class Checkpoints:
 
         Raises:
           SaveError: the step, or a newer one, exists already; an extra item cannot be written; the step could not be
-            written; or this is closed.  If the background write of an earlier step failed, this reports it, or `wait`.
+            written; or this is closed.  If the background write of an earlier step failed, or another process has
+            written that step at the same time, this reports it, or `wait`.
           StructureError: the state was donated, is abstract, or is being traced.
         """
         if self._closed:

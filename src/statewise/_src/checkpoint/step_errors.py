@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, said
+from statewise._src.checkpoint.orbax.store_errors import StoreError, said
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.save import reason_of
 from statewise.errors import RestoreError, SaveError, StatewiseError
 

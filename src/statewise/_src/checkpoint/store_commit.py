@@ -18,17 +18,10 @@ from collections.abc import Iterator, Mapping
 from statewise._src.checkpoint.format.locate import is_left
 from statewise._src.checkpoint.format.manifest import NAME, OWN
 from statewise._src.checkpoint.orbax.paths import TAKEN_HINT
-from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
-from statewise._src.checkpoint.orbax.stores import (
-    StoreError,
-    StorePath,
-    listing,
-    probe,
-    read,
-    remove,
-    said,
-    write_if,
-)
+from statewise._src.checkpoint.orbax.progress import counting
+from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
+from statewise._src.checkpoint.orbax.store_errors import StoreError, said
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
 from statewise._src.checkpoint.together import agreed, is_first, together
 from statewise.errors import SaveError, StatewiseError
 
@@ -39,8 +32,13 @@ _log = logging.getLogger("statewise")
 _COMMITTED = "commit_success.txt"
 
 
-def save_in_store(final: StorePath, saving: Saving) -> None:
+def save_in_store(final: StorePath, saving: Saving, size: int = 0) -> None:
     """Writes a checkpoint to an object store; every process calls this.
+
+    Args:
+      final: its path.
+      saving: what to save.
+      size: the number of bytes to write, of which this process shows how many are written; 0 for none.
 
     Raises:
       SaveError: there is something at this path; another writer was faster; or the store refuses.
@@ -50,16 +48,16 @@ def save_in_store(final: StorePath, saving: Saving) -> None:
         with together(final):
             if is_first():
                 check_free(final)
-        with contextlib.closing(StateWriter(final, saving, own)) as writer:
-            with _removed_on_failure(final, own):
-                with together(final):
-                    run(writer)
-                with together(final):
-                    data = writer.manifest() if is_first() else b""
+        with _removed_on_failure(final, own), counting(f"writing {final.name}", size) as wrote:
+            writer = StateWriter(final, saving, own, wrote)
             with together(final):
-                if is_first():
-                    _commit(final, own, data)
-                    _finish(final, own, writer.for_orbax)
+                writer.write()
+            with together(final):
+                data = writer.manifest() if is_first() else b""
+        with together(final):
+            if is_first():
+                _commit(final, own, data)
+                _finish(final, own, writer.for_orbax)
 
 
 def check_free(final: StorePath) -> None:
@@ -87,11 +85,24 @@ def _commit(final: StorePath, own: str, data: bytes) -> None:
             hint=f"sw.inspect({str(final)!r}) says whether it is; if not, save again to this path",
         ) from error
     if written is None:
-        remove(final / own, listing(final / own))
-        raise SaveError(
-            f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
-            hint="another path for each writer",
-        )
+        lost = _lost(final)
+        _remove_own(final, own, lost)
+        raise lost
+
+
+def _lost(final: StorePath) -> SaveError:
+    return SaveError(
+        f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
+        hint="another path for each writer",
+    )
+
+
+def _is_complete(final: StorePath) -> bool:
+    """Returns whether the store says that there is a manifest."""
+    try:
+        return probe(final / NAME)
+    except StoreError:
+        return False
 
 
 def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
@@ -108,16 +119,28 @@ def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
 
 @contextlib.contextmanager
 def _removed_on_failure(final: StorePath, own: str) -> Iterator[None]:
-    """Removes a writer's directory if it fails while it is writing there."""
+    """Removes a writer's directory if it fails while it is writing there.
+
+    Raises:
+      SaveError: another writer has come to its manifest, and has removed what this one was writing.
+    """
     try:
         yield
     except BaseException as failure:
         if is_first():
-            try:
-                remove(final / own, listing(final / own))
-            except StoreError as error:
-                failure.add_note(f"What it has written is left below {final / own}: {error.strerror}.")
+            _remove_own(final, own, failure)
+        if isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError):
+            if _is_complete(final):
+                raise _lost(final) from failure
         raise
+
+
+def _remove_own(final: StorePath, own: str, failure: BaseException) -> None:
+    """Removes a writer's directory; if the store refuses that, the failure says so too."""
+    try:
+        remove(final / own, listing(final / own))
+    except StoreError as error:
+        failure.add_note(f"What it has written is left below {final / own}: {error.strerror}.")
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def together(final: str | os.PathLike[str]) -> Iterator[None]:
         try:
             compat.flags_of_processes(True)
         except (RuntimeError, ValueError) as error:
-            failure.add_note(f"The other processes could not be told: {error}")
+            failure.add_note(f"The other processes do not know of it: {error}")
         raise
     try:
         failed = compat.flags_of_processes(False)

@@ -103,7 +103,7 @@ def _adjacent(runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, list[int]]
 
 
 def added(one: Sums, other: Sums) -> Sums:
-    """Returns the checksum of what two checksums are of together: two parts of one array."""
+    """Returns the checksum of two parts of one array together, from those of the parts."""
     return (one[0] + other[0]) % _MODULUS, (one[1] + other[1]) % _MODULUS
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.database import places_of_values
 from statewise._src.checkpoint.orbax.epath import size_of
-from statewise._src.checkpoint.orbax.stores import StorePath, listing, store_errors
+from statewise._src.checkpoint.orbax.store_errors import store_errors
+from statewise._src.checkpoint.orbax.stores import StorePath, listing
 
 __all__ = ["HASHED", "files_of", "sha256_of"]
 

@@ -23,7 +23,8 @@ from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, M
 from statewise._src.checkpoint.format.parse import is_plain_file
 from statewise._src.checkpoint.orbax.database import open_stored, opened, reading
 from statewise._src.checkpoint.orbax.epath import size_of
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath
+from statewise._src.checkpoint.orbax.store_errors import StoreError
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.common.paths import Leaf
 from statewise.errors import CorruptedError
 

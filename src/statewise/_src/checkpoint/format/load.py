@@ -19,7 +19,8 @@ from statewise._src.checkpoint.format.integrity import corrupted, corrupted_file
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, said, unreadable
+from statewise._src.checkpoint.orbax.store_errors import StoreError, said, unreadable
+from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise.errors import CorruptedError
 
 __all__ = ["Wanted", "read_arrays", "read_leaves"]

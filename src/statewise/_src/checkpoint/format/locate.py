@@ -13,7 +13,8 @@ from statewise._src.checkpoint.format.manifest import NAME, OWN, LeafRecord, Man
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.interop.recognize import recognized, within
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, is_url, listing, unreadable
+from statewise._src.checkpoint.orbax.store_errors import StoreError, unreadable
+from statewise._src.checkpoint.orbax.stores import StorePath, is_url, listing
 from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["check_finished", "find", "find_with_base", "is_left", "leaves_with_base"]
@@ -93,7 +94,7 @@ def check_finished(folder: Any) -> None:
 
 
 def is_left(name: str) -> bool:
-    """Returns whether a name below a path of a store is of what a writer writes before its manifest exists."""
+    """Returns whether a name below a path of a store is one that a writer uses before its manifest exists."""
     return _OF_WRITER.match(name) is not None
 
 

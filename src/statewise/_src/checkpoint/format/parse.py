@@ -33,7 +33,8 @@ from statewise._src.checkpoint.format.manifest import (
 )
 from statewise._src.checkpoint.format.per_device import EACH, MEMBERS
 from statewise._src.checkpoint.orbax.epath import own_path, read_at_most, size_of
-from statewise._src.checkpoint.orbax.stores import StoreError, is_url, unreadable
+from statewise._src.checkpoint.orbax.store_errors import StoreError, unreadable
+from statewise._src.checkpoint.orbax.stores import is_url
 from statewise._src.common.paths import Path
 from statewise._src.plan.members import shrunk
 from statewise.errors import CorruptedError

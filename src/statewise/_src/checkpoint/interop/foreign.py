@@ -32,7 +32,8 @@ from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_li
 from statewise._src.checkpoint.orbax.epath import with_file
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
-from statewise._src.checkpoint.orbax.stores import StoreError, StorePath, copying, unreadable
+from statewise._src.checkpoint.orbax.store_errors import StoreError, unreadable
+from statewise._src.checkpoint.orbax.stores import StorePath, copying
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.names.names import NamesData

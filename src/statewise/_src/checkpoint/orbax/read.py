@@ -97,7 +97,7 @@ class _Parts(NamedTuple):
 
 
 def _read_spread(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> Iterator[tuple[Key, Any, Sums | None]]:
-    """Yields arrays of several processes, with the checksums of what all of them have read.
+    """Yields arrays of several processes, with checksums of the parts that all of them have read.
 
     Each process sums the parts that it is the first to hold; all exchange their sums once, and learn whether another
     could not read.

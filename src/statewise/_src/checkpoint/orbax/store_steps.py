@@ -50,9 +50,9 @@ def keep_no_listings(url: str) -> None:
     """
     scheme = url.partition("://")[0]
     library, extra = _LIBRARIES[scheme]
-    if importlib.util.find_spec("tensorflow") is not None:
-        return  # Orbax's paths prefer TensorFlow, which keeps none
     if importlib.util.find_spec(library) is None:
+        if importlib.util.find_spec("tensorflow") is not None:
+            return  # Orbax's paths take that instead, which keeps no listings
         raise SaveError(f"Steps on {scheme}:// need {library}.", hint=f"pip install 'statewise[{extra}]'")
     listings = backend.fsspec_backend.fs(url).dircache
     listings.use_listings_cache = False
@@ -96,7 +96,7 @@ class Claim:
       written: the number of bytes that this process has written to states of the step.
 
     Raises:
-      SaveError: there is something that no writer of ours has begun.
+      SaveError: there is something that no writer of ours has started.
     """
 
     def __init__(self, step: StorePath, token: str) -> None:
@@ -105,6 +105,7 @@ class Claim:
         self._name = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "token": token}).encode()
         self.own = f"{OWN}{token}"
         self.written = 0
+        self._manifests: dict[StorePath, bytes] = {}
         if jax.process_index() == 0:
             self._take()
 
@@ -130,12 +131,13 @@ class Claim:
           writer: has written everything else, into its own directory.
 
         Raises:
-          SaveError: another writer has begun the step since.
+          SaveError: another writer has started the step since.
         """
         # A manifest that is there is one of a writer that looked for its name just before this one took the step.
         there = read(place / NAME)
         self._check()
-        if write_if(place / NAME, writer.manifest(), there.generation) is None:
+        self._manifests[place] = data = writer.manifest()
+        if write_if(place / NAME, data, there.generation) is None:
             raise self._lost()
         for name, content in writer.for_orbax.items():
             (place / name).write_bytes(content)
@@ -145,11 +147,15 @@ class Claim:
         """Ends the claim, when the step is complete.
 
         Raises:
-          SaveError: another writer has begun the step since.
+          SaveError: another writer has started the step since.
         """
-        if jax.process_index() == 0:
-            self._check()
-            remove(self._writer.parent, [self._writer.name])
+        if jax.process_index() != 0:
+            return
+        found = read(self._writer).data
+        if found is None and all(read(place / NAME).data == data for place, data in self._manifests.items()):
+            return  # a writer that came later has found the step complete, and left it
+        self._check()
+        remove(self._writer.parent, [self._writer.name])
 
     def _check(self) -> None:
         if read(self._writer).data != self._name:

@@ -11,7 +11,6 @@ A request that fails for a moment is repeated by TensorStore, with pauses that g
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import functools
@@ -25,12 +24,11 @@ from typing import Any
 
 import tensorstore as ts
 
-from statewise.errors import RestoreError
+from statewise._src.checkpoint.orbax.store_errors import said, store_errors
 
 __all__ = [
     "SCHEMES",
     "Found",
-    "StoreError",
     "StorePath",
     "check_bucket",
     "context_of",
@@ -40,10 +38,7 @@ __all__ = [
     "probe",
     "read",
     "remove",
-    "said",
     "spec_of_store",
-    "store_errors",
-    "unreadable",
     "write_if",
 ]
 
@@ -53,12 +48,8 @@ SCHEMES = {"gs": "gcs", "s3": "s3"}
 _RETRIES, _FIRST_PAUSE, _LONGEST_PAUSE = 12, "100ms", "32s"
 _RETRIES_VARIABLE = "STATEWISE_STORE_RETRIES"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
-# TensorStore's text of an error: the name of a status, what happened, and facts in brackets.
-_STATUS = re.compile(r"[A-Z_]{2,}: ")
-_FACT = re.compile(r" \[([a-z_\-]+)='((?:[^'\\]|\\.)*)'\]")
+# TensorStore's name for a range of bytes that an object does not have.
 _RANGE = "OUT_OF_RANGE"
-# The statuses of requests that were refused for who asked, or for how often; and how TensorStore says that it gave up.
-_REFUSALS, _GIVEN_UP = (401, 403, 407, 408, 429), "retry attempts failed"
 # A name to ask for where only the answer of the store matters.
 _PROBED = b"statewise.json"
 
@@ -72,72 +63,6 @@ def is_url(path: object) -> bool:
     return isinstance(text, str) and _URL.match(text) is not None
 
 
-# --- errors ----------------------------------------------------------------------------------------------------
-
-
-class StoreError(OSError):
-    """What a store said when it refused a request, or what kept the request from it.
-
-    Attributes:
-      status: the number of the HTTP status; None if there was no answer.
-      strerror: it in words.
-    """
-
-    def __init__(self, text: str, status: int | None = None) -> None:
-        super().__init__(errno.EIO, text)
-        self.status = status
-
-    @property
-    def is_refusal(self) -> bool:
-        """Returns whether the store did not give what it may well have, so that nothing need be corrupted."""
-        return self.status in _REFUSALS or (self.status or 0) >= 500 or _GIVEN_UP in (self.strerror or "")
-
-    @property
-    def hint(self) -> str:
-        """Returns what may help, in words."""
-        if self.status in (401, 403):
-            return "credentials with which this bucket may be read, listed and written"
-        if self.status == 404:
-            return "make the bucket first, or look at its name"
-        return "try again; if that does not help, look at the endpoint and the bucket"
-
-
-def said(error: BaseException) -> StoreError:
-    """Returns an exception of TensorStore as what the store said."""
-    if isinstance(error, StoreError):
-        return error
-    text = str(error)
-    facts = dict(_FACT.findall(text))
-    words = _STATUS.sub("", _FACT.sub("", text).split(" [tensorstore_spec=")[0], count=1).strip()
-    body = facts.get("http_response_body", "")
-    if words.endswith("Unknown") and body:
-        words = words.removesuffix("Unknown") + body
-    code = facts.get("http_response_code", "")
-    status = int(code) if code.isdecimal() else None
-    shown = " ".join(words.split())[:300].rstrip(".")
-    return StoreError(f"the store said {code}: {shown}" if status else shown, status)
-
-
-def unreadable(path: object, error: StoreError) -> RestoreError:
-    """Returns the error for something that a store does not give."""
-    return RestoreError(f"{path} cannot be read: {error.strerror}.", hint=error.hint)
-
-
-def copying(path: StorePath) -> str:
-    """Returns the command that copies what is at a path to a disk."""
-    commands = {"gs": "gcloud storage cp --recursive", "s3": "aws s3 cp --recursive"}
-    return f"{commands[path.scheme]} {path} {path.name}"
-
-
-@contextlib.contextmanager
-def store_errors() -> Iterator[None]:
-    """Raises what TensorStore raises in a block as a `StoreError`."""
-    try:
-        yield
-    except ValueError as error:  # the only exception that TensorStore has for what a store refuses
-        raise said(error) from error
-
-
 # --- paths -----------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +74,7 @@ class StorePath(os.PathLike[str]):
         path; every other character is itself.
 
     Raises:
-      ValueError: it names no bucket.
+      ValueError: there is no bucket in it.
     """
 
     __slots__ = ("bucket", "key", "scheme")
@@ -159,7 +84,7 @@ class StorePath(os.PathLike[str]):
         self.bucket, _, key = rest.partition("/")
         self.key = posixpath.normpath(f"/{key}").lstrip("/")
         if self.scheme not in SCHEMES or self.bucket in ("", ".", ".."):
-            raise ValueError("it names no bucket")
+            raise ValueError("it does not name a bucket")
 
     def __fspath__(self) -> str:
         return f"{self.scheme}://{self.bucket}" + (f"/{self.key}" if self.key else "")
@@ -301,6 +226,12 @@ class _ObjectFile(io.RawIOBase):
         return min(len(data), len(view))
 
 
+def copying(path: StorePath) -> str:
+    """Returns the command that copies what is at a path to a disk."""
+    commands = {"gs": "gcloud storage cp --recursive", "s3": "aws s3 cp --recursive"}
+    return f"{commands[path.scheme]} {path} {path.name}"
+
+
 # --- requests --------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +252,7 @@ def _shared(retries: str) -> Any:
 
 
 def spec_of_store(path: StorePath) -> dict[str, Any]:
-    """Returns TensorStore's specification of what is below a path."""
+    """Returns TensorStore's specification of the objects below a path."""
     spec: dict[str, Any] = {"driver": SCHEMES[path.scheme], "bucket": path.bucket}
     spec["path"] = f"{path.key}/" if path.key else ""
     if path.scheme != "s3":
@@ -415,7 +346,7 @@ def write_if(path: StorePath, data: bytes, generation: bytes) -> bytes | None:
       generation: from `read`.
 
     Returns:
-      the generation of what was written; None if it was not written, because there is another object.
+      the generation of the new object; None if it was not written, because there is another object.
     """
     with store_errors():
         store = _objects(path)
