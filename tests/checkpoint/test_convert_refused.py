@@ -17,8 +17,8 @@ from flax import nnx
 import statewise as sw
 from foreign_models import linen, state_of
 from refusals import refused
-from statewise._src.checkpoint.interop import export as exporting
 from statewise._src.checkpoint.interop.convert import convert
+from statewise._src.checkpoint.orbax import flush as flushing
 
 RENAME = "rename={'name in the source': 'path/of/the/leaf'}; what the source has is in the conversion's unexpected"
 APART = "give them names that differ: rename={'name in the source': 'another/path'}"
@@ -313,9 +313,9 @@ def test_of_two_writers_the_first_stays(tmp_path: Path, monkeypatch: pytest.Monk
     def other_writes(*args: Any) -> None:
         final.write_text("of another")
 
-    monkeypatch.setattr(exporting, "flush", other_writes)
+    monkeypatch.setattr(flushing, "flush", other_writes)
     if late and name == "a.safetensors":  # between the last look and the writing
-        monkeypatch.setattr(exporting, "flush", lambda place: None)
+        monkeypatch.setattr(flushing, "flush", lambda place: None)
         monkeypatch.setattr(os, "link", lambda place, path: (other_writes(), os.stat(place), os.symlink(place, path)))
     with refused(
         sw.SaveError,

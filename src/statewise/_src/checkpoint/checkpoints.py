@@ -20,8 +20,9 @@ from statewise._src.checkpoint.claimed import Claims
 from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, check_timeout, extra_item
+from statewise._src.checkpoint.orbax.flush import make_folder
 from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
-from statewise._src.checkpoint.orbax.paths import make_folder, steps_in
+from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
@@ -113,8 +114,9 @@ class Checkpoints:
         check_counts(max_to_keep, every)
         check_options(options)
         self._layout = layout
-        self._bytes = self._step = 0
+        self._bytes = 0
         self._writing = self._closed = False
+        self._step: int | None = None
         self._directory = steps_in(directory)
         with opens(self._directory):
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
@@ -208,7 +210,7 @@ class Checkpoints:
         if data is not None:
             items[DATA] = data_item(data, step)
         self._writing = False  # a save that fails is in progress forever for Orbax
-        with writes(self._directory):
+        with writes(self._directory, self._complete):
             claimed = self._claims.take(step, {ITEM: item, **items})
             self._manager.save(step, claimed.pop(ITEM), claimed)
         self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
@@ -323,7 +325,7 @@ class Checkpoints:
         """
         total = self._bytes
         end = time.monotonic() + check_timeout(timeout)
-        with writes(self._directory):
+        with writes(self._directory, self._complete):
             if progress is not None:
                 self._watch(progress, total, end)
             elif total >= LARGE:
@@ -367,7 +369,12 @@ class Checkpoints:
             self.wait()
         finally:
             self._closed = True
-            self._manager.close()
+            with writes(self._directory, self._complete):
+                self._manager.close()
+
+    def _complete(self) -> int | None:
+        """Returns the last step that was saved, if it is complete on a disk."""
+        return self._step if isinstance(self._directory, FilePath) and self._step in self.steps else None
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps)

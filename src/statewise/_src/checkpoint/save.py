@@ -7,7 +7,6 @@ where nothing can be renamed, a checkpoint is complete from the moment that its 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import glob
 import os
@@ -28,7 +27,8 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
-from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
+from statewise._src.checkpoint.orbax.flush import flush, make_folder, named
+from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.stores import StorePath
@@ -39,7 +39,15 @@ from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
 from statewise.errors import SaveError, StatewiseError, StructureError
 
-__all__ = ["check_layout", "flush", "kinds_to_save", "reason_of", "save", "write_error"]
+__all__ = [
+    "check_layout",
+    "clear_abandoned",
+    "kinds_to_save",
+    "reason_of",
+    "save",
+    "temporary_beside",
+    "write_error",
+]
 
 
 def save(
@@ -125,22 +133,21 @@ def kinds_to_save(state: State, only: object) -> tuple[str, ...]:
 def _committed(final: FilePath) -> Iterator[FilePath]:
     """Yields a directory to write into; afterwards it has the final name, or is removed if something went wrong."""
     # All processes use one name, which the first of them chooses.
-    token = f"{agreed(secrets.randbits(32)):08x}"
-    temporary = final.parent / f".{short_name(final.name)}.tmp-{_host()}-{agreed(os.getpid())}-{token}"
+    token = agreed(secrets.randbits(32))
+    temporary = temporary_beside(final, agreed(os.getpid()), token)
     first = is_first()
     try:
         with together(final):
             if first:
                 make_folder(final.parent)
-                _clear_abandoned(final)
+                clear_abandoned(final)
                 temporary.mkdir()
         yield temporary
         with together(final):
             if first:
                 # The order makes it safe against a crash: the data, then the name, then the directory with the name.
-                flush(temporary)
-                temporary.rename(final)
-                _flush_one(final.parent)
+                with named(temporary, final):
+                    temporary.rename(final)
         first = False  # nothing is left to remove
     except StatewiseError:
         raise
@@ -184,14 +191,20 @@ def _remove(folder: FilePath) -> None:
 
 def _is_of_disk(error: Exception) -> bool:
     words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "No space left", "File too large", "Error writing", "quota")
-    return any(word in str(error) for word in words)
+    # TensorStore adds the number to whatever the system has reported.
+    return "os_error_code=" in str(error) or any(word in str(error) for word in words)
 
 
 def _host() -> str:
     return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] if jax.process_count() == 1 else "many"
 
 
-def _clear_abandoned(final: FilePath) -> None:
+def temporary_beside(final: FilePath, pid: int, token: int) -> FilePath:
+    """Returns where a process writes until the result gets its final name."""
+    return final.parent / f".{short_name(final.name)}.tmp-{_host()}-{pid}-{token:08x}"
+
+
+def clear_abandoned(final: FilePath) -> None:
     """Removes what processes of this machine left that died while they wrote to this same path."""
     start = f".{short_name(final.name)}.tmp-{_host()}-"
     for folder in final.parent.glob(f"{glob.escape(start)}*"):
@@ -206,22 +219,6 @@ def _is_alive(pid: int) -> bool:
     except OSError as error:
         return isinstance(error, PermissionError)  # the process exists, and is another user's
     return True
-
-
-def flush(place: FilePath) -> None:
-    """Writes a file, or everything in a directory, from the system's cache to the disk."""
-    below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
-    # At the same time, because a file system with a journal then commits it once for several files.
-    with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
-        list(pool.map(_flush_one, below or [place]))  # raises what a thread raised
-
-
-def _flush_one(path: Any) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- over a base -----------------------------------------------------------------------------------------------

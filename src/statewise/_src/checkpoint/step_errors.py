@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from statewise._src.checkpoint.orbax.store_errors import StoreError, said
@@ -17,22 +17,39 @@ __all__ = ["opens", "reads", "step_exists", "writes"]
 @contextlib.contextmanager
 def opens(directory: Any) -> Iterator[None]:
     """Raises a `SaveError` if a block cannot open a directory of steps."""
-    yield from _told(directory, "{directory} cannot be used: {reason}.", "a directory that can be written to")
+    facts = "{directory} cannot be used: {reason}.", "a directory that can be written to"
+    yield from _told(directory, lambda: facts)
 
 
 @contextlib.contextmanager
-def writes(directory: Any) -> Iterator[None]:
-    """Raises a `SaveError` if a block cannot write a step."""
-    text = "A step could not be written to {directory}: {reason}. Earlier steps are complete."
-    yield from _told(directory, text, "free some space, or choose a directory that can be written to")
+def writes(directory: Any, complete: Callable[[], int | None] = lambda: None) -> Iterator[None]:
+    """Raises a `SaveError` if a block cannot write a step.
+
+    Args:
+      directory: the directory of the steps.
+      complete: returns the step that was being written, if it is complete all the same.
+    """
+
+    def facts() -> tuple[str, str]:
+        step = complete()
+        if step is None:
+            text = "A step could not be written to {directory}: {reason}. Earlier steps are complete."
+            return text, "free some space, or choose a directory that can be written to"
+        after = "not what Orbax does after it, such as deleting older steps"
+        text = f"Step {step} in {{directory}} is complete, but {after}: {{reason}}."
+        return text, "remove by hand what should have gone, if it is still there"
+
+    yield from _told(directory, facts)
 
 
-def _told(directory: Any, text: str, hint: str) -> Iterator[None]:
+def _told(directory: Any, facts: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Raises an error with a text and a hint; they are asked for when there is one."""
     try:
         yield
     except StatewiseError:
         raise
     except Exception as error:
+        text, hint = facts()
         if isinstance(directory, StorePath):
             answer = _answer(error)
             reason, hint = answer.strerror or "", answer.hint

@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from types import ModuleType
@@ -24,11 +25,12 @@ from statewise._src.checkpoint.format.keys import OrbaxKeys, is_utf8, type_name
 from statewise._src.checkpoint.format.records import STORABLE
 from statewise._src.checkpoint.interop.safetensors import RESERVED, SAFETENSORS_DTYPES, write_file
 from statewise._src.checkpoint.interop.sources import ARRAY
-from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
+from statewise._src.checkpoint.orbax.flush import make_folder, named
+from statewise._src.checkpoint.orbax.paths import new_place
 from statewise._src.checkpoint.orbax.plain import write_tree
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.stores import StorePath
-from statewise._src.checkpoint.save import flush, write_error
+from statewise._src.checkpoint.save import clear_abandoned, temporary_beside, write_error
 from statewise._src.checkpoint.store_commit import check_free
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
@@ -231,19 +233,22 @@ def _metadata(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 @contextlib.contextmanager
 def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
     """Yields a path to write that many bytes to; afterwards it has the final name, or is removed if that failed."""
-    prefix = f".{short_name(final.name)}.tmp-"
+    folder = temporary_beside(final, os.getpid(), secrets.randbits(32))
+    place = folder / "converted"  # a short name, because Orbax adds to it
     try:
         make_folder(final.parent)
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=final.parent, ignore_cleanup_errors=True) as folder:
-            place = FilePath(folder, "converted")  # a short name, because Orbax adds to it
-            with growing(f"writing {final.name}", nbytes, lambda: [FilePath(folder)]):
-                yield place
-            flush(place)
+        clear_abandoned(final)
+        folder.mkdir()
+        with growing(f"writing {final.name}", nbytes, lambda: [folder]):
+            yield place
+        with named(place, final):
             _give_name(place, final)
     except StatewiseError:
         raise
     except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError
         raise write_error(final, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _give_name(place: FilePath, final: FilePath) -> None:

@@ -6,13 +6,18 @@ import functools
 import glob
 import os
 from collections.abc import Iterator
+from pathlib import Path as FilePath
 from typing import Any
 
 from etils import epath as epaths
 
+from statewise._src.checkpoint.orbax.flush import flush, named
 from statewise._src.checkpoint.orbax.stores import StorePath, is_url, listing
 
-__all__ = ["epath", "own_path", "read_at_most", "size_of", "with_file"]
+__all__ = ["epath", "flush_item", "own_path", "read_at_most", "size_of", "with_file"]
+
+# In the names of directories that Orbax has not finished.
+_TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 @functools.cache
@@ -40,6 +45,16 @@ def _literal_path() -> Any:
             else:
                 yield from (self / name for name in os.listdir(self))
 
+        def rename(self, target: Any) -> Any:
+            """Renames this; before the last of Orbax's renames everything in it is on the disk, afterwards its name.
+
+            Orbax itself flushes nothing, and deletes older steps right after it.
+            """
+            if "://" in str(self) or _TEMPORARY in FilePath(target).parent.name:
+                return super().rename(target)
+            with named(self, target):
+                return super().rename(target)
+
     return LiteralPath
 
 
@@ -48,6 +63,12 @@ def epath(path: Any) -> Any:
     local = epaths.Path(path)
     # Paths of other classes are on other file systems.
     return _literal_path()(local) if type(local) is type(epaths.Path("/")) else local
+
+
+def flush_item(directory: Any) -> None:
+    """Writes an item to the disk before Orbax renames it, unless the path's own rename does: in a user's manager."""
+    if not isinstance(directory, _literal_path()) and "://" not in str(directory):
+        flush(directory)
 
 
 def size_of(path: Any) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.epath import epath, flush_item
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_steps import Claim
@@ -56,6 +56,7 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
         """Writes the manifest, when everything else is written."""
         if self.claim is None:
             writer.finish()
+            flush_item(directory)
         else:
             self.claim.commit(StorePath(str(directory)), writer)
 

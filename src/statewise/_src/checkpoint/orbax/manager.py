@@ -324,14 +324,15 @@ class _NewManager:
                 [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
             ),
             "preservation_policy": None if max_to_keep is None else training.preservation_policies.LatestN(max_to_keep),
-            "step_name_format": ocp.v1.path.step.standard_name_format(),
         }
         used = defaults | keywords | {"context": self._context}
+        # Not passed on if it is the default: Orbax's own default also knows the time of a step whose metadata is gone,
+        # because its deletion was cut short.  Without a time no step could be saved any more.
+        self._names = keywords.get("step_name_format") or ocp.v1.path.step.standard_name_format()
         if _is_s3(directory):
             self._context.atomicity.mode = _BY_MARKER.mode
-            used["step_name_format"] = _Marked(used["step_name_format"])
+            used["step_name_format"] = self._names = _Marked(self._names)
         self.orbax = training.Checkpointer(epath(directory), **used)
-        self._names = used["step_name_format"]
         self._asynchronous = asynchronous
         self._response: Any = None
 
@@ -385,8 +386,13 @@ class _NewManager:
 
     def wait(self) -> None:
         response, self._response = self._response, None
-        if response is not None:
-            response.result()  # which has what the write has raised
+        try:
+            if response is not None:
+                response.result()  # which has what the write has raised
+        except BaseException:
+            with contextlib.suppress(Exception):  # the same, which Orbax raises once more in this thread
+                self.orbax.wait()
+            raise
         self.orbax.wait()
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ so that they are rejected before a byte is written.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -25,7 +24,6 @@ __all__ = [
     "TAKEN_HINT",
     "check_usable",
     "is_url",
-    "make_folder",
     "new_place",
     "obstacle",
     "place_of",
@@ -184,15 +182,6 @@ def steps_in(directory: object) -> Any:
     place = FilePath(_absolute(text))
     check_usable(place, writing=True)
     return place
-
-
-def make_folder(folder: FilePath) -> None:
-    """Makes a directory and those above it, any number of them: `mkdir(parents=True)` recurses for each."""
-    for path in reversed((folder, *folder.parents)):
-        if not path.is_dir():
-            if path.exists():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            path.mkdir(exist_ok=True)  # another process may make it at the same time
 
 
 def short_name(name: str) -> str:

@@ -1,0 +1,98 @@
+"""What a save writes is on the disk when it returns; if the disk does not take it, nothing of it is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+import pytest
+
+import statewise as sw
+from checkpoint_models import number_of, numbered
+from refusals import refused
+from statewise._src.checkpoint.orbax import epath
+from statewise._src.checkpoint.save import temporary_beside
+
+HINT = "free some space, or choose a directory that can be written to"
+WRITE: dict[str, Callable[[Path], object]] = {
+    "saved": lambda path: sw.save(path, numbered(2)),
+    "plain": lambda path: sw.convert({"a": numbered(2)["variables"]["leaves"]["a"]}, path, to="orbax"),
+    "a.safetensors": lambda path: sw.convert({"a": numbered(2)["variables"]["leaves"]["a"]}, path, to="safetensors"),
+}
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """From now on the disk takes everything but the names in a directory."""
+    fsync = os.fsync
+
+    def fails(handle: int) -> None:
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_name_that_the_disk_does_not_take_is_taken_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch, tmp_path)
+    said = f"{tmp_path / name} could not be written: Input/output error. Nothing of it is left."
+    with refused(sw.SaveError, said, hint=HINT):
+        WRITE[name](tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [None, ocp.v1.training.Checkpointer], ids=["first", "newer"])
+def test_a_step_whose_name_the_disk_does_not_take_is_no_step(
+    options: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with sw.Checkpoints(tmp_path, options=options) as checkpoints:
+        checkpoints.save(1, numbered(1))
+    with monkeypatch.context() as patch:
+        checkpoints = sw.Checkpoints(tmp_path, max_to_keep=1 if options is None else None, options=options)
+        broken(patch, tmp_path)
+        checkpoints.save(2, numbered(2))
+        said = f"A step could not be written to {tmp_path}: Input/output error. Earlier steps are complete."
+        with refused(sw.SaveError, said, hint=HINT):
+            checkpoints.wait()
+    with sw.Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == (1,)
+        checkpoints.save(2, numbered(2))
+        assert number_of(checkpoints.restore(numbered(0)).state) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("options", [None, ocp.v1.training.Checkpointer], ids=["first", "newer"])
+def test_half_a_deleted_step_stops_no_save(options: object, tmp_path: Path) -> None:
+    with sw.Checkpoints(tmp_path, options=options) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, numbered(step))
+    for gone in ("_CHECKPOINT_METADATA", "commit_success.txt", "state/manifest.ocdbt"):
+        (tmp_path / "1" / gone).unlink()
+    with sw.Checkpoints(tmp_path, max_to_keep=2, options=options) as checkpoints:
+        assert checkpoints.steps == (1, 2)
+        with pytest.raises(sw.CorruptedError, match=r"manifest\.ocdbt is missing"):
+            checkpoints.restore(numbered(0), step=1)
+        checkpoints.save(3, numbered(3))
+        checkpoints.wait()
+        assert checkpoints.steps == (2, 3)
+
+
+def test_what_a_killed_conversion_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    left = temporary_beside(tmp_path / "plain", process.pid, 5)
+    (left / "converted").mkdir(parents=True)
+    WRITE["plain"](tmp_path / "plain")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_what_orbax_has_not_finished_is_called_as_orbax_calls_it() -> None:
+    assert epath._TEMPORARY == ocp.path.atomicity.TMP_DIR_SUFFIX
