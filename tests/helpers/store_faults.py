@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 import statewise as sw
-from proxy import Fault, delay, drop_answer, drop_before_answer, drop_request, hold, refuse
+from proxy import REFUSAL, Fault, delay, drop_answer, drop_before_answer, drop_request, hold, refuse
 
 # How often a request is repeated, as a number.
 RETRIES = "STATEWISE_STORE_RETRIES"
@@ -37,4 +37,4 @@ def check_says_what_the_store_said(error: object, path: str) -> None:
     """It names the path, and what was answered, or what kept the answer from arriving."""
     assert isinstance(error, (sw.SaveError, sw.RestoreError)), error
     assert path in error.message, error
-    assert re.search(r"the store said (429|503|403): |CURL error ", error.message), error
+    assert re.search(rf"the store said (429|503|403): |CURL error |{REFUSAL}", error.message), error
