@@ -174,6 +174,12 @@ def test_files_of_other_programs_in_a_store(stores: str) -> None:
             with refused(sw.RestoreError, said, hint=f"copy it to a disk: {copying} {path} {name}"):
                 verb(path)
     with refused(
+        sw.CorruptedError,
+        f"{stores}/theirs is not a checkpoint of Statewise: it has no statewise.json, but it holds model.safetensors.",
+        hint=f"copy it to a disk: {copying} {stores}/theirs theirs",
+    ):
+        sw.restore(f"{stores}/theirs", small())
+    with refused(
         sw.RestoreError,
         f"{stores}/notes.txt is not a checkpoint of Statewise, but a file.",
         hint=f"copy it to a disk, and give that: {copying} {stores}/notes.txt notes.txt",

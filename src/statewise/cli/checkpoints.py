@@ -23,10 +23,11 @@ def check_conversion(args: argparse.Namespace) -> None:
     Raises:
       UsageError: wrong paths; options that cannot be combined.
     """
-    if not os.path.exists(args.source):
+    # What is at a URL, only a store can say: the conversion asks it.
+    if not (_is_url(args.source) or os.path.exists(args.source)):
         raise UsageError(f"there is nothing at {args.source!r}")
     # lexists: a broken link is something too.
-    if os.path.lexists(args.destination):
+    if not _is_url(args.destination) and os.path.lexists(args.destination):
         raise UsageError(f"there is already something at {args.destination!r}, and nothing is overwritten")
     if args.names is not None and args.target is None:
         raise UsageError("--names are those of the leaves of a --target, and there is none")
@@ -37,6 +38,10 @@ def check_conversion(args: argparse.Namespace) -> None:
         raise UsageError("a checkpoint of Statewise needs --target: only a model has the kinds and types of the leaves")
     if args.target is None and (args.kinds or args.abstract):
         raise UsageError("--kinds and --abstract are for a --target, and there is none")
+
+
+def _is_url(text: str) -> bool:
+    return "://" in text
 
 
 def convert_by_names(args: argparse.Namespace, target: State | None, names: Any) -> Any:
@@ -94,7 +99,7 @@ def is_checkpoint(text: str) -> bool:
     Raises:
       UsageError: it is neither.
     """
-    if os.path.exists(text):
+    if _is_url(text) or os.path.exists(text):
         return True
     if ":" not in text:
         raise UsageError(f"there is nothing at {text!r}, and it is not package.module:factory or file.py:factory")

@@ -58,7 +58,8 @@ def restore(
     """Restores a checkpoint into a new state, exactly, or says why it cannot.
 
     Args:
-      path: what `sw.save` wrote, or the item of a step that an Orbax manager wrote from `sw.checkpointable`.
+      path: what `sw.save` wrote, or the item of a step that an Orbax manager wrote from `sw.checkpointable`; on a disk,
+        or in an object store: `gs://bucket/run`, `s3://bucket/run`.
       target: a state, or an abstract one (`plan.abstract()`): it determines which leaves there are, their shapes and
         dtypes, and their devices.  It does not change.  Leaves that are not restored keep its values, except for
         averages (`sw.EMA`) of a kind that is restored: they start again as copies of it.  Where everything is restored,
@@ -78,9 +79,10 @@ def restore(
       the state, of the target's plan, and what happened to each leaf.
 
     Raises:
-      RestoreError: the target and the checkpoint do not match: leaves are missing, unexpected, of another kind, type,
-        shape, dtype or structure, or tied differently, or keys are of another PRNG implementation.  All are listed, and
-        nothing was read.  Or a cast would lose numbers: rounding is fine, overflow is not.
+      RestoreError: there is no checkpoint, or the store does not give it.  Or the target and the checkpoint do not match:
+        leaves are missing, unexpected, of another kind, type, shape, dtype or structure, or tied differently, or keys
+        are of another PRNG implementation.  All are listed, and nothing was read.  Or a cast would lose numbers:
+        rounding is fine, overflow is not.
       CorruptedError: files or arrays are not what was written; each is named.
       DeclarationError: `only` names a kind that does not exist, or one that is never saved.
 
@@ -151,7 +153,8 @@ def inspect(
     """Returns the census of a checkpoint, of a plain Orbax one, or of safetensors files; reads no array.
 
     Args:
-      path: where it is; of safetensors files a folder, one of them, or several.
+      path: where it is, on a disk or in an object store; of safetensors files, which are on a disk, a folder, one of
+        them, or several.
       names: what leaves are called in another program's files.  Arrays that no row is about are then counted as
         `dropped`, and not as what they would be without names.
 

@@ -30,7 +30,7 @@ from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
 from statewise._src.checkpoint.orbax.paths import make_folder, new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
-from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
+from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.store_commit import save_in_store
 from statewise._src.checkpoint.together import agreed, is_first, together
@@ -93,20 +93,17 @@ def save(
     check_layout(layout)
     final = new_place(path, example="sw.save('run/step_100', state)")
     saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
-    if isinstance(final, StorePath):
-        save_in_store(final, saving)
-        return
     first = is_first()  # this one shows the progress of all
     size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
-    with (
-        _committed(final) as temporary,
-        growing(f"writing {final.name}", size, lambda: [temporary]),
-        contextlib.closing(StateWriter(temporary, saving)) as writer,
-    ):
+    if isinstance(final, StorePath):
+        save_in_store(final, saving, size)
+        return
+    with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
+        writer = StateWriter(temporary, saving)
         with together(final):
-            run(writer)
-            if jax.process_count() > 1:  # another process cannot do this for the files of this one
-                flush(temporary)
+            writer.write()
+            if writer.part is not None:  # another process cannot do this for the files of this one
+                flush(FilePath(os.fspath(writer.part)))
         with together(final):
             if first:
                 writer.finish()

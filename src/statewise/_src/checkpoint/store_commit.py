@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from statewise._src.checkpoint.format.locate import is_left
 from statewise._src.checkpoint.format.manifest import NAME, OWN
 from statewise._src.checkpoint.orbax.paths import TAKEN_HINT
-from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter, run
+from statewise._src.checkpoint.orbax.progress import counting
+from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_errors import StoreError, said
 from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
 from statewise._src.checkpoint.together import agreed, is_first, together
@@ -31,8 +32,13 @@ _log = logging.getLogger("statewise")
 _COMMITTED = "commit_success.txt"
 
 
-def save_in_store(final: StorePath, saving: Saving) -> None:
+def save_in_store(final: StorePath, saving: Saving, size: int = 0) -> None:
     """Writes a checkpoint to an object store; every process calls this.
+
+    Args:
+      final: its path.
+      saving: what to save.
+      size: the number of bytes to write, of which this process shows how many are written; 0 for none.
 
     Raises:
       SaveError: there is something at this path; another writer was faster; or the store refuses.
@@ -42,16 +48,16 @@ def save_in_store(final: StorePath, saving: Saving) -> None:
         with together(final):
             if is_first():
                 check_free(final)
-        with contextlib.closing(StateWriter(final, saving, own)) as writer:
-            with _removed_on_failure(final, own):
-                with together(final):
-                    run(writer)
-                with together(final):
-                    data = writer.manifest() if is_first() else b""
+        with _removed_on_failure(final, own), counting(f"writing {final.name}", size) as wrote:
+            writer = StateWriter(final, saving, own, wrote)
             with together(final):
-                if is_first():
-                    _commit(final, own, data)
-                    _finish(final, own, writer.for_orbax)
+                writer.write()
+            with together(final):
+                data = writer.manifest() if is_first() else b""
+        with together(final):
+            if is_first():
+                _commit(final, own, data)
+                _finish(final, own, writer.for_orbax)
 
 
 def check_free(final: StorePath) -> None:
@@ -123,9 +129,9 @@ def _removed_on_failure(final: StorePath, own: str) -> Iterator[None]:
     except BaseException as failure:
         if is_first():
             _remove_own(final, own, failure)
-        if isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError):
-            if _is_complete(final):
-                raise _lost(final) from failure
+        is_of_store = isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError)
+        if is_of_store and _is_complete(final):
+            raise _lost(final) from failure
         raise
 
 

@@ -157,8 +157,8 @@ def convert(
       src: the path of a checkpoint of Statewise, of a plain Orbax checkpoint (or a manager's step with one tree), or of
         a `.safetensors` file, several of them, or a folder; or nested dicts of arrays, such as Linen's variables; or,
         with `names`, a state.
-      dst: a path at which there is nothing; or None, to get a nested dict as the result's `tree` (with `to="orbax"` or
-        `"linen"`).
+      dst: a path at which there is nothing, for a checkpoint of Statewise also in an object store; or None, to get a
+        nested dict as the result's `tree` (with `to="orbax"` or `"linen"`).
       target: a state, or an abstract one: it determines which leaves there are, and their kinds, types, shapes and
         dtypes.  A checkpoint of Statewise needs one; without it, everything in the source is converted as it is.
       to: `"statewise"`, `"orbax"`, `"safetensors"` or `"linen"` (a plain Orbax checkpoint of variable collections);

@@ -140,4 +140,5 @@ def within(folder: Any) -> Recognized | None:
     indices = [name for name in names if name.endswith(_INDEX)]
     files = [name for name in names if name.endswith(".safetensors")]
     held = (indices or files)[:1]
-    return Recognized(f"holds {held[0]}", _of_folder(folder)) if held else None
+    hint = f"copy it to a disk: {copying(folder)}" if isinstance(folder, StorePath) else _of_folder(folder)
+    return Recognized(f"holds {held[0]}", hint) if held else None

@@ -12,7 +12,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.state_writer import StateWriter, run
+from statewise._src.checkpoint.orbax.state_writer import StateWriter
 from statewise._src.checkpoint.orbax.write import tree_handler
 
 __all__ = ["StateHandler"]
@@ -28,17 +28,16 @@ class StateHandler(ocp.AsyncCheckpointHandler):
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
         """Starts a save; returns futures to wait for."""
         self._item, self._writer = args, (writer := args.writer(directory))
-        futures = await writer.begin()
         # Orbax may make the directory in the background: this future waits until it exists.
         written = ocp.future.CommitFutureAwaitingContractedSignals(
             asyncio.to_thread(writer.write), name="statewise-arrays"
         )
-        return [*futures, written]
+        return [written]
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
         self._item, self._writer = args, args.writer(directory)
-        run(self._writer)
+        self._writer.write()
 
     def finalize(self, directory: Any) -> None:
         """Writes the manifest when everything else is written; called once, by one process."""
@@ -57,6 +56,4 @@ class StateHandler(ocp.AsyncCheckpointHandler):
 
     def close(self) -> None:
         """Closes what the last save used."""
-        if self._writer is not None:
-            self._writer.close()
         self._item = self._writer = None

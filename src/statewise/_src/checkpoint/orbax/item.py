@@ -69,21 +69,16 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
         several = jax.process_count() > 1
         if several:
             await directory.await_creation()  # for the processes to write into it
-        futures = await writer.begin()
         name = f"statewise.{next(_saves)}"
 
         # In threads, because `write` blocks and Orbax runs this in its event loop.
         async def written() -> None:
-            try:
-                await directory.await_creation()
-                waiting = [asyncio.to_thread(future.result) for future in futures]
-                await asyncio.gather(asyncio.to_thread(writer.write), *waiting)
-                if several:
-                    await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
-                if jax.process_index() == 0:
-                    await asyncio.to_thread(self.commit, directory.path, writer)
-            finally:
-                writer.close()
+            await directory.await_creation()
+            await asyncio.to_thread(writer.write)
+            if several:
+                await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
+            if jax.process_index() == 0:
+                await asyncio.to_thread(self.commit, directory.path, writer)
 
         return written()
 

@@ -26,7 +26,7 @@ __all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "op
 
 # The name of the state's item in each step, and of the item that Orbax judges steps by.
 ITEM, METRICS = "state", "metrics"
-# On s3:// Orbax would rename, unless it is told to mark what is committed, as it does on gs://.
+# On s3:// Orbax would rename, unless its options say to mark what is committed, as on gs://.
 _BY_MARKER = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 # What Orbax writes with arrays, for which it makes a path on disk of any URL that is not gs://.
 _OF_ARRAYS = (

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from statewise._src.checkpoint.items import bytes_in
 
-__all__ = ["LARGE", "bar", "growing"]
+__all__ = ["LARGE", "bar", "counting", "growing"]
 
 # Writes of this many bytes or more show their progress.
 LARGE = 256 * 1024 * 1024
@@ -59,6 +59,29 @@ def growing(what: str, total: int, folders: Callable[[], Iterable[FilePath]]) ->
         finally:
             ended.set()
             watcher.join()
+        tell(total)
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Tell]:
+    """Shows the progress of a block; yields a function to call with the number of bytes that are written since.
+
+    Args:
+      what: what the block does.
+      total: the number of bytes to write; below `LARGE` nothing is shown.
+    """
+    if total < LARGE:
+        yield lambda _: None
+        return
+    written = 0
+    with bar(what, total) as tell:
+
+        def wrote(more: int) -> None:
+            nonlocal written
+            written += more
+            tell(min(written, total))
+
+        yield wrote
         tell(total)
 
 

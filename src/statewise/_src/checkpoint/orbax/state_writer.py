@@ -7,11 +7,10 @@ calls `finish` before it renames it: a directory without a manifest is not a che
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from statewise._src.common import compat
 from statewise._src.core.plan import State
 from statewise._src.filters.explain import as_code
 
-__all__ = ["Saving", "StateWriter", "run"]
+__all__ = ["Saving", "StateWriter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class StateWriter:
       directory: where it will be written; it need not exist before `write`.
       saving: what to save.
       own: in an object store, the directory below it that this writer has, if others may write there too.
-      wrote: is called with numbers of bytes, when so many more are written.
+      wrote: is called with a number of bytes whenever this many more are written.
 
     Raises:
       SaveError: the directory cannot be written to.
@@ -68,9 +67,10 @@ class StateWriter:
         self._tree = TreeWriter(laid.tree, own, wrote) if laid.tree else None
         self._leaves: str | None = None
 
-    async def begin(self) -> Sequence[Any]:
-        """Starts what the main thread has to start; returns futures to wait for."""
-        return ()
+    @property
+    def part(self) -> Any:
+        """Returns the directory that this process alone writes into; None if there is none."""
+        return self._tree.part(self._directory) if self._tree is not None and self._several else None
 
     def write(self) -> None:
         """Writes everything that this process writes, but for the manifest; in any thread."""
@@ -100,29 +100,6 @@ class StateWriter:
     def for_orbax(self) -> Mapping[str, bytes]:
         """Returns the files that Orbax looks for at the path itself, if the writer has its own directory."""
         return {} if self._tree is None else self._tree.for_orbax
-
-    def close(self) -> None:
-        """Closes what it uses."""
-
-
-def run(writer: StateWriter) -> None:
-    """Writes everything that this process writes, and waits for it."""
-
-    async def written() -> None:
-        # Wait for all of them, even if the first fails: a thread that still writes would undo the removal of the files.
-        waiting = [asyncio.to_thread(future.result) for future in await writer.begin()]
-        results = await asyncio.gather(asyncio.to_thread(writer.write), *waiting, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(written())
-    else:  # in a notebook a loop is running, and another one needs another thread
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(asyncio.run, written()).result()
 
 
 def _leaves_text(laid: LaidOut) -> Callable[[Mapping[str, Sums]], str]:

@@ -96,7 +96,7 @@ class Claim:
       written: the number of bytes that this process has written to states of the step.
 
     Raises:
-      SaveError: there is something that no writer of ours has begun.
+      SaveError: there is something that no writer of ours has started.
     """
 
     def __init__(self, step: StorePath, token: str) -> None:
@@ -131,7 +131,7 @@ class Claim:
           writer: has written everything else, into its own directory.
 
         Raises:
-          SaveError: another writer has begun the step since.
+          SaveError: another writer has started the step since.
         """
         # A manifest that is there is one of a writer that looked for its name just before this one took the step.
         there = read(place / NAME)
@@ -147,7 +147,7 @@ class Claim:
         """Ends the claim, when the step is complete.
 
         Raises:
-          SaveError: another writer has begun the step since.
+          SaveError: another writer has started the step since.
         """
         if jax.process_index() != 0:
             return

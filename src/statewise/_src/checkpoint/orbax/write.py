@@ -74,7 +74,7 @@ class TreeWriter:
     Args:
       tree: nested dicts of JAX's and NumPy's arrays, not empty.
       own: in an object store, the directory below the checkpoint that this writer has, if others may write there too.
-      wrote: is called with numbers of bytes, when so many more are written.
+      wrote: is called with a number of bytes whenever this many more are written.
 
     Attributes:
       for_orbax: the files that Orbax looks for at the path itself, if the writer has its own directory; when it has
@@ -102,7 +102,7 @@ class TreeWriter:
             self._write_arrays(database)
             self._write_index(directory, database)
             return
-        place = self._part(directory, jax.process_index())
+        place = self.part(directory)
         if not is_url(place):
             place.mkdir(exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(1, "statewise-sums") as pool:
@@ -137,6 +137,10 @@ class TreeWriter:
     def _sums(self) -> dict[str, Sums]:
         """Returns by name the checksum of the parts of an array that this process writes; all together add up."""
         return {array.name: sums_of(array.host) for array in self._arrays}
+
+    def part(self, directory: Any) -> Any:
+        """Returns the directory in which this process writes, if it is one of several."""
+        return self._part(directory, jax.process_index())
 
     def _whole(self, directory: Any) -> Database:
         return writing_apart(directory, self._own) if self._own else writing(directory)
