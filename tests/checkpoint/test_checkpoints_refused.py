@@ -251,10 +251,11 @@ def test_a_background_write_that_fails_is_said_by_close(tmp_path: pathlib.Path, 
         checkpoints.save(1, numbered(1))
 
 
+@pytest.mark.parametrize("options", [None, NEW], ids=["first", "new"])
 def test_after_a_write_that_failed_the_step_can_be_saved_again(
-    tmp_path: pathlib.Path, full: pytest.MonkeyPatch
+    options: Any, tmp_path: pathlib.Path, full: pytest.MonkeyPatch
 ) -> None:
-    with sw.Checkpoints(tmp_path) as checkpoints:
+    with sw.Checkpoints(tmp_path, options=options) as checkpoints:
         checkpoints.save(1, numbered(1))
         with failed(tmp_path):
             checkpoints.wait()

@@ -144,6 +144,17 @@ def test_without_its_mark_or_without_its_manifest_a_step_is_none(stores: str) ->
         checkpoints.wait()
         remove(StorePath(url), ["2/commit_success.txt", "3/state/statewise.json"])
         assert (checkpoints.steps, checkpoints.latest) == ((1,), 1)
+        message = f"Step 3 in {url} is not a complete checkpoint."
+        with refused(sw.SaveError, message, hint="checkpoints.manager.delete(3)"):
+            checkpoints.save(3, numbered(5))
+        checkpoints.manager.delete(3)
+        assert checkpoints.save(3, numbered(5))
+        checkpoints.wait()
+        assert number_of(checkpoints.restore(numbered(0)).state) == 5
+    with sw.Checkpoints(url) as checkpoints:  # which has never seen the second step
+        assert checkpoints.save(2, numbered(6), force=True)
+        checkpoints.wait()
+        assert checkpoints.steps == (1, 2, 3)
 
 
 # --- what a store says -------------------------------------------------------------------------------------------
@@ -159,7 +170,7 @@ def test_the_library_of_a_store_that_is_missing_is_named(store: str, monkeypatch
 
 @pytest.mark.parametrize("store", ["gs", "s3"])
 def test_a_url_without_a_bucket_is_refused(store: str) -> None:
-    with pytest.raises(sw.SaveError, match=f"{store}:// cannot be a path: it names no bucket"):
+    with pytest.raises(sw.SaveError, match=f"{store}:// cannot be a path: it does not name a bucket"):
         sw.Checkpoints(f"{store}://")
 
 

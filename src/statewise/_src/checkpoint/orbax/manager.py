@@ -372,8 +372,13 @@ class _NewManager:
 
     def wait(self) -> None:
         response, self._response = self._response, None
-        if response is not None:
-            response.result()  # which has what the write has raised
+        try:
+            if response is not None:
+                response.result()  # which has what the write has raised
+        except BaseException:
+            with contextlib.suppress(Exception):  # the same, which Orbax raises once more in this thread
+                self.orbax.wait()
+            raise
         self.orbax.wait()
 
     def close(self) -> None:
