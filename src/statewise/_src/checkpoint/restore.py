@@ -79,7 +79,7 @@ def restore(
       the state, of the target's plan, and what happened to each leaf.
 
     Raises:
-      RestoreError: there is no checkpoint, or the store does not give it.  Or the target and the checkpoint do not match:
+      RestoreError: there is no checkpoint, or the store does not give it.  Or the target and it do not match: some
         leaves are missing, unexpected, of another kind, type, shape, dtype or structure, or tied differently, or keys
         are of another PRNG implementation.  All are listed, and nothing was read.  Or a cast would lose numbers:
         rounding is fine, overflow is not.
