@@ -71,7 +71,13 @@ def two_steps(stores: str) -> Iterator[tuple[StorePath, StorePath]]:
     assert words(restored) == words(numbered.state(2))
 
 
-@pytest.mark.parametrize("harm", HARM)
+# The others are slow tests.
+QUICK = ("flipped", "cut by a byte", "removed", "of another step")
+
+
+@pytest.mark.parametrize(
+    "harm", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in HARM]
+)
 def test_a_corrupted_object_is_named_or_not_read(harm: str, two_steps: tuple[StorePath, StorePath]) -> None:
     path, other = two_steps
     own, others = objects(path), objects(other)

@@ -17,6 +17,8 @@ from damaging import words
 from proxy import Fault, Proxy, drop_answer, drop_before_answer, drop_request, flip, refuse, truncate
 from store_faults import PASSING, RETRIES, check_says_what_the_store_said
 
+SLOW = pytest.mark.slow
+
 
 def outcome(path: str) -> sw.State | sw.RestoreError | sw.CorruptedError:
     """What a restore gives, or what it raises."""
@@ -63,7 +65,10 @@ FOR_GOOD: dict[str, Sequence[Fault]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FOR_GOOD)
+@pytest.mark.parametrize(
+    "fault",
+    [name if name in ("503", "403", "drops what is read") else pytest.param(name, marks=SLOW) for name in FOR_GOOD],
+)
 def test_retries_end_and_the_error_says_what_the_store_said(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,11 +131,11 @@ def test_whichever_request_of_a_save_goes_wrong_nothing_is_half_written(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRIES, "0")
-    for number in range(0, requests_of_a_save(stores, proxy), 4):
+    for number in range(0, requests_of_a_save(stores, proxy), 7):
         save_with_one_fault(stores, proxy, ONCE[fault], number)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("fault", ONCE)
 def test_whichever_request_of_a_save_goes_wrong_at_each_of_them(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
@@ -145,10 +150,10 @@ def test_whichever_request_of_a_restore_goes_wrong_it_raises_or_is_right(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRIES, "0")
-    restore_with_one_fault(stores, proxy, ONCE[fault], every=4)
+    restore_with_one_fault(stores, proxy, ONCE[fault], every=7)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("fault", ONCE)
 def test_whichever_request_of_a_restore_goes_wrong_at_each_of_them(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
@@ -177,10 +182,10 @@ WRONG = {"cut": truncate(0.5), "empty": truncate(0.0), "flipped": flip(0.5), "fl
 
 @pytest.mark.parametrize("fault", ["cut", "flipped"])
 def test_an_answer_that_is_wrong_never_becomes_a_value(fault: str, stores: str, proxy: Proxy) -> None:
-    restore_with_wrong_answers(stores, proxy, WRONG[fault], every=4)
+    restore_with_wrong_answers(stores, proxy, WRONG[fault], every=7)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("fault", WRONG)
 def test_no_answer_that_is_wrong_ever_becomes_a_value(fault: str, stores: str, proxy: Proxy) -> None:
     restore_with_wrong_answers(stores, proxy, WRONG[fault], every=1)

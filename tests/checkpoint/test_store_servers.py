@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -82,3 +83,20 @@ def test_programs_find_the_same_bucket(stores: str) -> None:
     code = f"from etils import epath; epath.Path('{stores}/file').write_text('written')"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert opened(stores).read("file").result().value == b"written"
+
+
+def test_a_server_ends_with_the_process_that_started_it() -> None:
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    starter = f"import sys; sys.path[:0] = {sys.path!r}; from tied_processes import tied\n"
+    starter += f"with tied([sys.executable, '-c', {sleeper!r}]) as server:\n"
+    starter += "    print(server.stdout.readline(), flush=True)\n    sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", starter], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        server = int(process.stdout.readline())
+        process.kill()
+    until = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):  # noqa: PT012 - it ends in a moment
+        while time.monotonic() < until:
+            os.kill(server, 0)
+            time.sleep(0.01)

@@ -81,6 +81,15 @@ def test_a_store_that_is_busy_for_too_long(stores: str, proxy: Proxy, impatient:
     assert caught.value.hint == AGAIN
 
 
+def test_a_number_of_retries_that_is_none(stores: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATEWISE_STORE_RETRIES", "often")
+    why = "STATEWISE_STORE_RETRIES='often' is not a number"
+    with pytest.raises(sw.SaveError, match=f"/run could not be written: {why}"):
+        sw.save(f"{stores}/run", small())
+    with refused(sw.RestoreError, f"{stores}/run cannot be read: {why}.", hint=AGAIN):
+        sw.restore(f"{stores}/run", small())
+
+
 def test_no_bucket_of_this_name(stores: str) -> None:
     absent = f"{stores}-absent"
     with pytest.raises(sw.SaveError, match=r"-absent/run could not be written: the store said 404: ") as caught:

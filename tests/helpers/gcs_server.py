@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from proxy import REFUSAL, Answer, Connection, Proxy, Request
+from tied_processes import tied
 
 MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 SECONDS_TO_START = 30
@@ -109,17 +110,13 @@ def gcs_server() -> Iterator[Proxy]:
     url = f"http://127.0.0.1:{port}"
     options = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
     options += ["-external-url", url, "-public-host", "127.0.0.1", "-log-level", "error"]
-    process = subprocess.Popen([str(program), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with tied([str(program), *options]) as process:
         _wait_for(url, process)
         with ConditionalProxy(url) as proxy:
             yield proxy
-    finally:
-        process.kill()
-        process.wait()
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_for(url: str, process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < until and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/storage/v1/b"):

@@ -243,12 +243,12 @@ class Proxy:
         return await _send(answer, fault, writer)
 
     def _choose(self, method: str, target: str) -> Fault | None:
-        for fault in self.faults:
+        for place, fault in enumerate(self.faults):
             if not fault.matches(method, target):
                 continue
             self._matched[fault] += 1
             self._seen[fault, method, target] += 1
-            draw = random.Random(f"{self.seed} {method} {target} {self._seen[fault, method, target]}").random()
+            draw = random.Random(f"{self.seed} {place} {method} {target} {self._seen[fault, method, target]}").random()
             over = fault.first is not None and self._concerned[fault] >= fault.first
             if not over and self._matched[fault] > fault.after and draw < fault.share:
                 self._concerned[fault] += 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from proxy import REFUSAL, Answer, Proxy
+from tied_processes import tied
 
 PROGRAM = Path(__file__).parent / "programs/serve_s3.py"
 REGION = "us-east-1"
@@ -35,15 +35,12 @@ class S3Proxy(Proxy):
 @contextlib.contextmanager
 def s3_server() -> Iterator[Proxy]:
     """Runs an emulator, and gives a proxy before it."""
-    silent = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen([sys.executable, str(PROGRAM)], **silent) as process:
-        try:
-            port = process.stdout.readline()
-            assert port, f"the emulator has ended with exit status {process.wait()}"
-            with S3Proxy(f"http://127.0.0.1:{int(port)}") as proxy:
-                yield proxy
-        finally:
-            process.kill()
+    with tied([sys.executable, str(PROGRAM)]) as process:
+        assert process.stdout is not None
+        port = process.stdout.readline()
+        assert port, "the emulator has ended"
+        with S3Proxy(f"http://127.0.0.1:{int(port)}") as proxy:
+            yield proxy
 
 
 def create_bucket(url: str, name: str) -> None:

@@ -53,6 +53,25 @@ def kill_writers(template: Template, base: str, kills: int, dice: random.Random)
     return half_written
 
 
+def kill_managers(template: Template, base: str, kills: int, dice: random.Random) -> None:
+    """Kills so many that save with `sw.Checkpoints`: what is offered restores, and nothing that was done is lost."""
+    first, url = 1, f"{base}/run"
+    for _ in range(kills):
+        seen = template.killed("managed", url, first, dice.uniform(0, 3 * LONGEST), saves=dice.randrange(2))
+        assert not seen.failed, seen
+        with sw.Checkpoints(url) as checkpoints:
+            steps, latest = checkpoints.steps, checkpoints.latest or 0
+            assert max(seen.done, first - 1) <= latest <= seen.begun
+            for step in steps[-2:]:
+                restored = checkpoints.restore(numbered.plan().abstract(), step=step).state
+                assert words(restored) == words(numbered.state(step))
+        first = latest + 1  # the next one writes the step at which this one was killed
+    seen = template.killed("managed", url, first, 0, saves=1)
+    assert seen.done == first
+    with sw.Checkpoints(url) as checkpoints:
+        assert words(checkpoints.restore(numbered.plan().abstract()).state) == words(numbered.state(first))
+
+
 def test_five_kills_lose_nothing(stores: str, store_writers: Template) -> None:
     kill_writers(store_writers, stores, 5, random.Random(0))
 
@@ -60,3 +79,12 @@ def test_five_kills_lose_nothing(stores: str, store_writers: Template) -> None:
 @pytest.mark.slow
 def test_two_hundred_kills_lose_nothing(stores: str, store_writers: Template) -> None:
     assert kill_writers(store_writers, stores, 200, random.Random()) > 20
+
+
+def test_two_killed_managers_lose_nothing(stores: str, store_writers: Template) -> None:
+    kill_managers(store_writers, stores, 2, random.Random(1))
+
+
+@pytest.mark.slow
+def test_a_hundred_killed_managers_lose_nothing(stores: str, store_writers: Template) -> None:
+    kill_managers(store_writers, stores, 100, random.Random())

@@ -24,7 +24,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from statewise._src.checkpoint.orbax.store_errors import said, store_errors
+from statewise._src.checkpoint.orbax.store_errors import StoreError, said, store_errors
 
 __all__ = [
     "SCHEMES",
@@ -237,8 +237,11 @@ def copying(path: StorePath) -> str:
 
 def context_of(settings: Mapping[str, Any] | None = None) -> Any:
     """Returns what requests share: how often they are repeated, and these settings of TensorStore's."""
+    number = os.environ.get(_RETRIES_VARIABLE, str(_RETRIES))
+    if not number.isdecimal():
+        raise StoreError(f"{_RETRIES_VARIABLE}={number!r} is not a number")
     retries = {
-        "max_retries": int(os.environ.get(_RETRIES_VARIABLE, _RETRIES)),
+        "max_retries": int(number),
         "initial_delay": _FIRST_PAUSE,
         "max_delay": _LONGEST_PAUSE,
     }
