@@ -56,6 +56,8 @@ MARKED = {
 # Directories that are not about what a compiled program computes.  Most of their time goes into compiling, and it takes
 # a sixth less without XLA's expensive optimizations; all others compile as users do.
 COMPILED_FAST = {"checkpoint", "cli", "common", "core", "filters", "inspect", "names", "plan", "report", "sharding"}
+# Fixtures of the servers on loopback: tests that ask for one are `heavy`.
+STORES = {"stores", "gcs", "s3"}
 QUICK_EXAMPLES = 10  # of each property, under `--hypothesis-profile=quick`
 CI_EXAMPLES = 16
 
@@ -97,11 +99,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks each test by the directory that it is in."""
+    """Marks each test by the directory that it is in, and those that ask for a server."""
     few = config.getoption("--hypothesis-profile") == "quick"
     for item in items:
         for folder in MARKED.keys() & set(item.path.relative_to(TESTS).parts[:-1]):
             item.add_marker(folder)
+        if STORES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
         if few:
             draw_few_examples(item)
 

@@ -20,6 +20,8 @@ from checkpoint_models import assert_identical, copied, number_of, numbered, tra
 from iterators import PIPELINES, SIZE, Counting, Holding, drawn, loader, numbers
 from statewise._src.checkpoint.orbax.data_item import DataItem
 
+pytestmark = pytest.mark.heavy
+
 NEW = ocp.v1.training.Checkpointer
 INTERFACES = pytest.mark.parametrize("options", [None, NEW], ids=["first", "new"])
 
