@@ -46,7 +46,7 @@ def check_offered(url: str, at_least: Sequence[int], at_most: Sequence[int]) -> 
 
 
 # Orbax's own requests go through gcsfs and s3fs, whose pauses are long.
-QUICK = ("slow", "does what it is asked, and does not say so")
+QUICK = ("slow",)
 
 
 @THREADS
@@ -124,12 +124,12 @@ def save_with_faults_at(every: int, stores: str, proxy: Proxy, fault: Fault) -> 
 
 
 @THREADS
-@pytest.mark.parametrize("fault", ["refused", "done, not said"])
+@pytest.mark.parametrize("fault", ["done, not said"])
 def test_whichever_request_goes_wrong_the_newest_complete_step_restores(
     fault: str, stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRIES, "0")
-    save_with_faults_at(13, stores, proxy, ONCE[fault])
+    save_with_faults_at(21, stores, proxy, ONCE[fault])
 
 
 @THREADS
