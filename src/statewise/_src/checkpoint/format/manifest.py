@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 NAME = "statewise.json"
-# The beginning of the name of a directory that a writer has in an object store, for as long as it is not complete.
-OWN = "statewise-"
 FORMAT = 1
 # A leaf takes about 300 bytes.  A larger file is not a manifest, whatever it says.
 LARGEST = 64 * 1024 * 1024
+# The name of a directory that a writer has in an object store begins like this.
+OWN = "statewise-"
 # The database's own file in the directory that a writer has in an object store.
 _OWN_DATABASE = re.compile(rf"{OWN}[0-9a-f]+/manifest\.ocdbt")
 # The sums of an array until they are known.
