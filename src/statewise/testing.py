@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.checkpoint.diff.diff import diff
+from statewise._src.checkpoint.format.layout import Layout
 from statewise._src.checkpoint.restore import restore
 from statewise._src.checkpoint.save import save
 from statewise._src.common.paths import format_path
@@ -153,7 +154,7 @@ def assert_same_placement(first: State, second: State) -> None:
         raise AssertionError("\n".join([f"{len(moved)} of {len(left)} arrays have another sharding:", *moved]))
 
 
-def assert_round_trip(state: State, *, layout: str = "named") -> None:
+def assert_round_trip(state: State, *, layout: Layout = "named") -> None:
     """Asserts that a checkpoint of a state restores to the same state, bitwise and with the same shardings.
 
     The checkpoint is written to a temporary directory and removed.

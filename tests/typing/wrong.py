@@ -31,6 +31,8 @@ state.restart("cache", where="all")  # wrong: text names no slots
 plan.init(lambda: model)  # wrong: the mesh is missing
 sw.restore("run/step_1", state, onyl="params")  # wrong: a misspelled keyword
 sw.save("run/step_1", state, only=3)  # wrong: a number names no kinds
+sw.save("run/step_1", state, layout="flat")  # wrong: not one of the two
+sw.convert("a.safetensors", "b", to="linnen")  # wrong: not one of the formats
 print(sw.audit(train, state, jnp.ones(3)).leafs)  # wrong: no such attribute
 train(model, jnp.ones(3))  # wrong: a step takes a state
 train(state)  # wrong: the step's argument is missing

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from statewise._src.checkpoint.format.layout import Layout
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.state_writer import Saving
 from statewise._src.checkpoint.restore import restore
@@ -47,7 +48,7 @@ class Checkpointable(StateItem):
     state: State
     only: tuple[str, ...] | None = None
     cast: bool = False
-    layout: str = "named"
+    layout: Layout = "named"
     report: RestoreReport | None = None
     members: int | Sequence[int | None] | None = None
 
@@ -67,7 +68,7 @@ def checkpointable(
     *,
     only: str | Sequence[str] | None = None,
     cast: bool = False,
-    layout: str = "named",
+    layout: Layout = "named",
     members: int | Sequence[int | None] | None = None,
 ) -> Checkpointable:
     """Makes an item of a state for Orbax's own managers, to save it there or to restore into it.

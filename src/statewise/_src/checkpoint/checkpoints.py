@@ -18,6 +18,7 @@ import numpy as np
 from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.claimed import Claims
 from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
+from statewise._src.checkpoint.format.layout import Layout
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, check_timeout, extra_item
 from statewise._src.checkpoint.orbax.flush import make_folder
@@ -106,7 +107,7 @@ class Checkpoints:
         *,
         max_to_keep: int | None = None,
         every: int = 1,
-        layout: str = "named",
+        layout: Layout = "named",
         asynchronous: bool = True,
         options: Options | None = None,
     ) -> None:

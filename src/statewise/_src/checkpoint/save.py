@@ -17,12 +17,12 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from statewise._src.checkpoint.format.checksums import sums_of
-from statewise._src.checkpoint.format.layout import lay_out
+from statewise._src.checkpoint.format.layout import Layout, lay_out
 from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
@@ -56,7 +56,7 @@ def save(
     *,
     only: str | Sequence[str] | None = None,
     base: str | os.PathLike[str] | None = None,
-    layout: str = "named",
+    layout: Layout = "named",
 ) -> None:
     """Writes a state to a disk or an object store: every kind except ephemeral ones, optimizer state included.
 
@@ -119,7 +119,7 @@ def save(
 
 def check_layout(layout: object) -> None:
     """Raises if a layout is unknown."""
-    if layout not in ("named", "packed"):
+    if layout not in get_args(Layout):
         raise SaveError(f"layout={layout!r} is neither 'named' nor 'packed'.", hint="layout='packed'")
 
 

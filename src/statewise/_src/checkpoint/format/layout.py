@@ -10,7 +10,7 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,9 @@ from statewise._src.core.plan import State
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import StructureError
 
-__all__ = ["LaidOut", "lay_out"]
+__all__ = ["LaidOut", "Layout", "lay_out"]
+
+Layout = Literal["named", "packed"]
 
 # Arrays up to this many bytes share buffers in the packed layout: below it Orbax's cost is per array, not per byte.
 _SMALL = 1024 * 1024

@@ -19,7 +19,7 @@ import numpy as np
 from statewise._src.checkpoint.format.keys import words_of
 from statewise._src.checkpoint.format.records import unpacked
 from statewise._src.checkpoint.interop.adapter_folder import ADAPTER_FILE, adapter_config, as_read, as_written
-from statewise._src.checkpoint.interop.export import FORMATS, checkpoint_destination, destination, export
+from statewise._src.checkpoint.interop.export import FORMATS, Format, checkpoint_destination, destination, export
 from statewise._src.checkpoint.interop.export_folder import check_options, export_folder
 from statewise._src.checkpoint.interop.fit_names import fit_names
 from statewise._src.checkpoint.interop.match import Fit, compare_tied, fit, fit_alone
@@ -143,7 +143,7 @@ def convert(
     dst: str | os.PathLike[str] | None,
     *,
     target: State | None = None,
-    to: str | None = None,
+    to: Format | None = None,
     rename: Mapping[str, str | None] | Callable[[str], str | None] | None = None,
     dry_run: bool = False,
     cast: bool = False,
@@ -216,32 +216,32 @@ def convert(
             "max_shard_bytes and extra_files are of a folder, which is written from a state by names.",
             hint="sw.convert(state, 'folder', names=names, max_shard_bytes=5 * 2**30)",
         )
-    to = _format(dst, to)
+    written = _format(dst, to)
     if target is not None and not isinstance(target, State):
         raise StructureError(f"The target of a conversion is a state, not {type(target).__name__}.", hint=_TARGET)
     if target is not None:
         check_not_batch(target)
-    elif to == "statewise":
+    elif written == "statewise":
         raise StructureError(
             "A checkpoint of Statewise needs a target, which has the kinds and types of the leaves.", hint=_TARGET
         )
-    place = None if dst is None or to == "statewise" else destination(dst, to)
-    final = checkpoint_destination(dst) if dst is not None and to == "statewise" else place
+    place = None if dst is None or written == "statewise" else destination(dst, written)
+    final = checkpoint_destination(dst) if dst is not None and written == "statewise" else place
     source = open_mapping(src) if isinstance(src, Mapping) else open_any(src)
     if names is not None and target is not None:
-        source, fitted = fit_names(as_read(src, source), to, target, names, cast)
+        source, fitted = fit_names(as_read(src, source), written, target, names, cast)
     else:
-        fitted = fit_alone(source, to, rename) if target is None else fit(source, to, target, rename, cast)
+        fitted = fit_alone(source, written, rename) if target is None else fit(source, written, target, rename, cast)
     compare_tied(source, fitted)
-    conversion = _conversion(source, final, to, fitted)
+    conversion = _conversion(source, final, written, fitted)
     if dry_run:
         return conversion
     conversion.raise_problems()
     arrays = _arrays(source, fitted, target, conversion)
-    if to == "statewise" and target is not None and final is not None:
+    if written == "statewise" and target is not None and final is not None:
         save(final, _state(target, fitted, arrays))
         return conversion
-    return dataclasses.replace(conversion, tree=export(to, place, fitted.pieces, arrays))
+    return dataclasses.replace(conversion, tree=export(written, place, fitted.pieces, arrays))
 
 
 def _by_names(

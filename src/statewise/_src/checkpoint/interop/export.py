@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from flax import nnx, traverse_util
@@ -38,6 +38,7 @@ from statewise.errors import SaveError, StatewiseError
 
 __all__ = [
     "FORMATS",
+    "Format",
     "Piece",
     "add_obstacles",
     "checkpoint_destination",
@@ -47,7 +48,8 @@ __all__ = [
     "export",
 ]
 
-FORMATS = ("statewise", "orbax", "safetensors", "linen")
+Format = Literal["statewise", "orbax", "safetensors", "linen"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclasses.dataclass(frozen=True)
