@@ -278,6 +278,18 @@ def test_a_write_that_fails_at_once_leaves_nothing_to_wait_for(
         assert checkpoints.steps == ()
 
 
+@pytest.mark.parametrize("options", [None, NEW], ids=["first", "new"])
+def test_a_write_that_fails_at_once_is_not_taken_for_what_comes_after_the_step_before(
+    options: Any, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
+    with sw.Checkpoints(tmp_path, asynchronous=False, options=options) as checkpoints:
+        checkpoints.save(1, numbered(1))
+        request.getfixturevalue("full")
+        with failed(tmp_path):
+            checkpoints.save(2, numbered(2))
+        assert checkpoints.steps == (1,)
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_step_whose_directory_cannot_be_made_leaves_no_thread_that_waits_for_it(
     tmp_path: pathlib.Path, asynchronous: bool

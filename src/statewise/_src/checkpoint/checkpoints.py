@@ -210,11 +210,13 @@ class Checkpoints:
             return False  # without asking for the position of the data: that may take longer than a step
         if data is not None:
             items[DATA] = data_item(data, step)
+        with writes(self._directory, self._complete):
+            self._manager.wait()  # Orbax would too; here its error is that of the step before
         self._writing = False  # a save that fails is in progress forever for Orbax
+        self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
         with writes(self._directory, self._complete):
             claimed = self._claims.take(step, {ITEM: item, **items})
             self._manager.save(step, claimed.pop(ITEM), claimed)
-        self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
         self._writing = True
         return True
 
