@@ -149,6 +149,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     if not FAST_EVERYWHERE:
         fast = item.path.relative_to(TESTS).parts[0] in COMPILED_FAST
         jax.config.update("jax_disable_most_optimizations", fast)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # programs that it starts compute the same
     changed = modes.changed_by_flax(item.nodeid)
     if changed:
         pytest.skip(changed)
