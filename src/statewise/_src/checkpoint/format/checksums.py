@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Pieces", "Sums", "added", "held", "is_spread", "sums_of", "sums_of_runs"]
+__all__ = ["Pieces", "Sums", "added", "held", "is_spread", "sums_of", "sums_of_run", "sums_of_runs"]
 
 Sums = tuple[int, int]
 
@@ -50,6 +50,24 @@ def sums_of(array: Any) -> Sums:
             return int(plain), int(placed)
         array = held(array)
     return _of_pieces(array) if isinstance(array, Pieces) else _on_host(np.asarray(array))
+
+
+def sums_of_run(run: np.ndarray, before: int) -> Sums:
+    """Returns what a run of an array's elements adds to the sums of the array.
+
+    Args:
+      run: the run, with one axis.
+      before: the number of elements before it.
+
+    Example:
+      >>> import numpy as np
+      >>> from statewise._src.checkpoint.format.checksums import sums_of_run
+      >>> sums_of_run(np.array([5], np.uint8), 1)
+      (5, 10)
+    """
+    plain, placed = _on_host(run)
+    each = _words(run[:1]).size  # an element of 8 bytes is two words
+    return plain, (placed + before * each * plain) % _MODULUS
 
 
 def sums_of_runs(flat: np.ndarray, runs: Sequence[tuple[int, int]]) -> list[Sums]:

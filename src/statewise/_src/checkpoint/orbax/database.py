@@ -98,8 +98,8 @@ def opened(future: Any, shape: tuple[int, ...]) -> Any:
     return store
 
 
-def places_of_values(directory: Any, names: Collection[str], index: str = "") -> Iterator[tuple[str, int, int]]:
-    """Yields where the arrays are in these files: the file, the first byte, and the number of bytes.
+def places_of_values(directory: Any, names: Collection[str], index: str = "") -> Iterator[tuple[str, str, int, int]]:
+    """Yields where the values are in these files: the key, the file, the first byte, and the number of bytes.
 
     Args:
       directory: the directory of the database.
@@ -116,14 +116,16 @@ def places_of_values(directory: Any, names: Collection[str], index: str = "") ->
     store = ts.KvStore.open(spec_of(directory), context=context).result()
     versions = ts.ocdbt.dump(ts.KvStore.open(spec_of(own), context=context).result()).result()["versions"]
     # Only the last version: the older ones are what earlier commits left.
-    nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []
+    nodes = [(versions[-1]["root"]["location"], b"")] if versions and "location" in versions[-1]["root"] else []
     while nodes:
-        for entry in ts.ocdbt.dump(store, node=nodes.pop()).result()["entries"]:
+        node, prefix = nodes.pop()
+        for entry in ts.ocdbt.dump(store, node=node).result()["entries"]:
             value = _VALUE.fullmatch(entry.get("indirect_value", ""))
             if "location" in entry:
-                nodes.append(entry["location"])
+                nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
             elif value is not None and value[1] + value[2] in names:
-                yield value[1] + value[2], int(value[3]), int(value[4])
+                key = (prefix + entry["key"]).decode(errors="replace")
+                yield key, value[1] + value[2], int(value[3]), int(value[4])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
