@@ -42,8 +42,13 @@ LARGEST_CHUNK, LARGEST_IN_STORE = 1 << 31, 1 << 28
 _FILE_IN_STORE = 1 << 26
 # A piece is split only by factors up to this, so that no array is cut into very many chunks.
 _LARGEST_FACTOR = 1 << 10
-# What Orbax writes with: many files at the same time, and a cache for the database's own index.
-_WRITING = {"file_io_concurrency": {"limit": 128}, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+# What Orbax writes with: many files at the same time, and a cache for the database's own index.  Files are flushed by
+# whoever writes, because TensorStore would wait for each before it writes the next one.
+_WRITING = {
+    "file_io_concurrency": {"limit": 128},
+    "file_io_sync": False,
+    "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
+}
 # Small values, such as zarr's descriptions of arrays, are in the index itself, and the index is one node, which is fast
 # to read.  Only one process writes to a database, so its manifest can be a single file.
 _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
@@ -217,7 +222,7 @@ class Commit:
         return ts.open(spec, create=True, open=True, context=self._database.context, transaction=self._transaction)
 
     def done(self) -> None:
-        """Writes everything to the disk, and waits for it."""
+        """Writes everything, and waits for it; on a disk, to the system's cache."""
         self._transaction.commit_sync()
 
 
