@@ -120,6 +120,15 @@ def test_small_arrays_and_loose_bits_are_left_to_tensorstore(tmp_path: Path, dty
     assert read_alone(tmp_path, stored_at(tmp_path, numbers(dtype, shape))) is None
 
 
+def test_an_array_that_claims_very_many_pieces_is_left_to_tensorstore(tmp_path: Path) -> None:
+    stored_at(tmp_path, numbers())
+    place = {"driver": "ocdbt", "base": f"file://{tmp_path}/", "path": "y/"}
+    metadata = {"shape": [1 << 50], "chunks": [1], "compressor": None, "dtype": "<f4"}
+    store = ts.open({"driver": "zarr", "kvstore": place, "metadata": metadata}, create=True).result()
+    with DiskValues(tmp_path, sizes_of(tmp_path)) as found:
+        assert found.start("y", store) is None
+
+
 def test_no_other_file_is_read(tmp_path: Path) -> None:
     store = stored_at(tmp_path, numbers())
     assert read_alone(tmp_path, store, {}) is None

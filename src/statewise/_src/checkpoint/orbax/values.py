@@ -2,7 +2,7 @@
 
 TensorStore reads a value into memory of its own, and copies it into an array that JAX then copies as well.  To get that
 memory from the system takes longer than to read a file that is in its cache.  Here it is taken once: where the database
-says that an array stands in a file as it is in memory, its bytes are read into an array that JAX uses as its own, and
+says that a file has an array as it is in memory, its bytes are read into an array that JAX uses as its own, and
 are summed while they are in the processor's cache.
 """
 
@@ -85,14 +85,15 @@ class DiskValues:
           store: the array, as TensorStore has opened it.
 
         Returns:
-          the array that is coming; None if it is small, or does not stand in a file as it is in memory.
+          the array that is coming; None if it is small, or no file has it as it is in memory.
         """
-        chunks = _chunks_in_memory(store)
-        if not chunks or is_url(self._folder):
+        count, end = _chunks_in_memory(store)
+        # A corrupted description could have any number of chunks.
+        if not count or is_url(self._folder) or count > len(self._places):
             return None
-        places = [self._places.get(f"{name}/{chunk}") for chunk in chunks]
+        places = [self._places.get(f"{name}/{number}{end}") for number in range(count)]
         dtype = store.dtype.numpy_dtype
-        size = math.prod(store.shape) * dtype.itemsize // len(chunks)
+        size = math.prod(store.shape) * dtype.itemsize // count
         if any(place is None or place.size != size for place in places):
             return None
         if self._pool is None:
@@ -118,22 +119,23 @@ class DiskValues:
                 yield key, _Place(os.fspath(self._folder / file), start, size)
 
 
-def _chunks_in_memory(store: Any) -> list[str]:
-    """Returns the keys of an array's chunks if these are, one after the other, the array as it is in memory."""
+def _chunks_in_memory(store: Any) -> tuple[int, str]:
+    """Returns how many chunks an array has, and how their keys end after the number; 0 if it is not read here.
+
+    The chunks are, one after the other, the array as it is in memory.
+    """
     dtype = store.dtype.numpy_dtype
     size = math.prod(store.shape) * dtype.itemsize
     # Of other elements of one byte not every bit counts.
     if (dtype.itemsize == 1 and dtype.kind not in "iu") or size < LARGE:
-        return []
+        return 0, ""
     found = store.spec().to_json()["metadata"]
     shape, chunks = tuple(found["shape"]), tuple(found["chunks"])
     is_raw = found["compressor"] is None and not found.get("filters") and found["order"] == "C"
     is_whole = shape == tuple(store.shape) and chunks[1:] == shape[1:] and shape[0] % chunks[0] == 0
     if not (is_raw and is_whole and isinstance(found["dtype"], str) and not found["dtype"].startswith(">")):
-        return []
-    rest = ["0"] * (len(shape) - 1)
-    separator = found.get("dimension_separator", ".")
-    return [separator.join([str(number), *rest]) for number in range(shape[0] // chunks[0])]
+        return 0, ""
+    return shape[0] // chunks[0], f"{found.get('dimension_separator', '.')}0" * (len(shape) - 1)
 
 
 def _empty(size: int, dtype: Any) -> np.ndarray:
