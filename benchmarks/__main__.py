@@ -37,6 +37,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "leaves": (1, 1),
     "look": (1, 1),
     "keep": (1, 2),
+    "disk": (1, 1),
     "names": (1, 2),
     "memory": (1, 1),
 }

@@ -203,6 +203,30 @@ TARGETS = (
         _at_most(NO_SLOWER),
     ),
     Target(
+        "saving large arrays on a disk: its own rate, write and flush, over ours",
+        "at least 0.8",
+        _times("disk_save", "alone", OURS),
+        _faster(0.8),
+    ),
+    Target(
+        "restoring them, warm: ours over safetensors' `load_file` and `device_put`",
+        "no slower",
+        _times("disk_warm", OURS, "safetensors"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        "saving to an object store that is 20 ms late: ours over Orbax's manager",
+        "no slower",
+        _times("disk_store_save", OURS, "orbax-gs"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        "restoring from it: ours over Orbax's manager",
+        "no slower",
+        _times("disk_store_restore", OURS, "orbax-gs"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
         "reading published weights: ours over `load_file` and `device_put`",
         "at most 1",
         _times(

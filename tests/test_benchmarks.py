@@ -24,7 +24,7 @@ from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
 from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
-from benchmarks.workloads import WORKLOADS, grow, look, memory, names, options, serve, train  # noqa: E402
+from benchmarks.workloads import WORKLOADS, disk, grow, look, memory, names, options, serve, train  # noqa: E402
 
 pytestmark = pytest.mark.heavy
 
@@ -62,6 +62,18 @@ def test_every_rival_computes_what_ours_does(name: str) -> None:
 def test_published_weights_are_what_they_were() -> None:
     (found,) = names.names(TINY)  # raises where something else came back
     assert [row["key"] for row in found["rows"]] == [names.REFERENCE, names.AS_IT_IS, names.TURNED, names.BYTES]
+
+
+def test_what_is_read_from_disks_and_stores_is_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "DELAY", 0.0)
+    saved, *restored = disk.disk(TINY)  # raises where something else came back
+    ways = [row["key"] for row in saved["rows"]]
+    assert {disk.OURS, disk.ALONE, "orbax", "orbax-v1"} <= set(ways)
+    assert [table["key"] for table in restored[:2]] == ["disk_warm", "disk_cold"]
+    for table in restored[:2]:
+        assert [row["key"] for row in table["rows"]] == ways
+    for table in restored[2:]:  # none where there is no emulator
+        assert [row["key"] for row in table["rows"]] == [disk.OURS, disk.ORBAX_STORE]
 
 
 @needs_equinox

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Settings
-from benchmarks.workloads import grow, keep, look, loops, memory, names, options, serve, train
+from benchmarks.workloads import disk, grow, keep, look, loops, memory, names, options, serve, train
 
 __all__ = ["WORKLOADS", "Workload"]
 
@@ -39,6 +39,7 @@ WORKLOADS = {
     "leaves": Workload(grow.leaves, "Cost against the number of leaves"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),
     "keep": Workload(keep.keep, "Saving and restoring"),
+    "disk": Workload(disk.disk, "Large states on a disk, and in object stores"),
     "names": Workload(names.names, "Reading published weights"),
     "memory": Workload(memory.memory, "Peak memory of a train step"),
 }

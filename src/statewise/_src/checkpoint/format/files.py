@@ -68,7 +68,7 @@ def _objects_of(directory: StorePath, own: str) -> dict[str, dict[str, Any]]:
     ends: dict[str, int] = {}
     values: dict[str, list[tuple[int, int]]] = {}
     with store_errors():
-        for name, start, length in places_of_values(directory, names, own):
+        for _, name, start, length in places_of_values(directory, names, own):
             values.setdefault(name, []).append((start, length))
             ends[name] = max(ends.get(name, 0), start + length)
 
@@ -109,7 +109,7 @@ def sha256_of(path: Any, parts: Parts | None = None) -> str:
 def _without_arrays(directory: Any, sizes: Mapping[str, int]) -> dict[str, list[list[int]]]:
     """Returns the parts of each of these files that are not an array's; no entry for a file without arrays."""
     values: dict[str, list[tuple[int, int]]] = {}
-    for name, start, length in places_of_values(directory, sizes):
+    for _, name, start, length in places_of_values(directory, sizes):
         values.setdefault(name, []).append((start, length))
     return {name: _between(places, sizes[name]) for name, places in values.items()}
 

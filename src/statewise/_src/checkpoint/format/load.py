@@ -134,7 +134,8 @@ def _arriving(
     """
     yield (), np.zeros(0), None
     try:
-        yield from read_stored(folder, trees, manifest.index)
+        sizes = {name: facts["bytes"] for name, facts in manifest.files.items()}
+        yield from read_stored(folder, trees, manifest.index, sizes)
     except Exception as error:  # TensorStore raises any exception for what it cannot read
         if isinstance(folder, StorePath) and said(error).is_refusal:
             raise unreadable(folder, said(error)) from error

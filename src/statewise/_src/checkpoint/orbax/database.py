@@ -42,8 +42,13 @@ LARGEST_CHUNK, LARGEST_IN_STORE = 1 << 31, 1 << 28
 _FILE_IN_STORE = 1 << 26
 # A piece is split only by factors up to this, so that no array is cut into very many chunks.
 _LARGEST_FACTOR = 1 << 10
-# What Orbax writes with: many files at the same time, and a cache for the database's own index.
-_WRITING = {"file_io_concurrency": {"limit": 128}, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+# What Orbax writes with: many files at the same time, and a cache for the database's own index.  Files are flushed by
+# whoever writes, because TensorStore would wait for each before it writes the next one.
+_WRITING = {
+    "file_io_concurrency": {"limit": 128},
+    "file_io_sync": False,
+    "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
+}
 # Small values, such as zarr's descriptions of arrays, are in the index itself, and the index is one node, which is fast
 # to read.  Only one process writes to a database, so its manifest can be a single file.
 _CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
@@ -98,8 +103,8 @@ def opened(future: Any, shape: tuple[int, ...]) -> Any:
     return store
 
 
-def places_of_values(directory: Any, names: Collection[str], index: str = "") -> Iterator[tuple[str, int, int]]:
-    """Yields where the arrays are in these files: the file, the first byte, and the number of bytes.
+def places_of_values(directory: Any, names: Collection[str], index: str = "") -> Iterator[tuple[str, str, int, int]]:
+    """Yields where the values are in these files: the key, the file, the first byte, and the number of bytes.
 
     Args:
       directory: the directory of the database.
@@ -116,14 +121,16 @@ def places_of_values(directory: Any, names: Collection[str], index: str = "") ->
     store = ts.KvStore.open(spec_of(directory), context=context).result()
     versions = ts.ocdbt.dump(ts.KvStore.open(spec_of(own), context=context).result()).result()["versions"]
     # Only the last version: the older ones are what earlier commits left.
-    nodes = [versions[-1]["root"]["location"]] if versions and "location" in versions[-1]["root"] else []
+    nodes = [(versions[-1]["root"]["location"], b"")] if versions and "location" in versions[-1]["root"] else []
     while nodes:
-        for entry in ts.ocdbt.dump(store, node=nodes.pop()).result()["entries"]:
+        node, prefix = nodes.pop()
+        for entry in ts.ocdbt.dump(store, node=node).result()["entries"]:
             value = _VALUE.fullmatch(entry.get("indirect_value", ""))
             if "location" in entry:
-                nodes.append(entry["location"])
+                nodes.append((entry["location"], prefix + entry["subtree_common_prefix"]))
             elif value is not None and value[1] + value[2] in names:
-                yield value[1] + value[2], int(value[3]), int(value[4])
+                key = (prefix + entry["key"]).decode(errors="replace")
+                yield key, value[1] + value[2], int(value[3]), int(value[4])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -215,7 +222,7 @@ class Commit:
         return ts.open(spec, create=True, open=True, context=self._database.context, transaction=self._transaction)
 
     def done(self) -> None:
-        """Writes everything to the disk, and waits for it."""
+        """Writes everything, and waits for it; on a disk, to the system's cache."""
         self._transaction.commit_sync()
 
 

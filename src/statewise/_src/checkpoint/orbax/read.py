@@ -8,6 +8,7 @@ that they take through Orbax.  Of an array of several processes each reads the p
 
 import collections
 import math
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.checkpoint.orbax.database import Database, open_stored, opened, reading
 from statewise._src.checkpoint.orbax.parts import holders
+from statewise._src.checkpoint.orbax.values import Coming, DiskValues
 from statewise._src.common import compat
 
 __all__ = ["Key", "Stored", "read_stored"]
@@ -53,17 +55,20 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * np.dtype(dtype_of(self.dtype)).itemsize
 
 
-def read_stored(folder: Any, wanted: Mapping[Key, Stored], index: str = "") -> Iterator[tuple[Key, Any, Sums | None]]:
+def read_stored(
+    folder: Any, wanted: Mapping[Key, Stored], index: str = "", files: Mapping[str, int] = types.MappingProxyType({})
+) -> Iterator[tuple[Key, Any, Sums | None]]:
     """Reads arrays by their keys in Orbax's tree.
 
     Args:
       folder: the checkpoint's directory.
       wanted: the arrays to read, by key.
       index: the directory in it that has the database's own file; empty if it is the folder itself.
+      files: by name the sizes of files of which large arrays may be read without TensorStore.
 
     Yields:
-      the key, and its array: JAX's for an array of several processes, with its checksum, otherwise NumPy's.  Those of
-      several processes come first; the others in the order of `wanted`.
+      the key, its array, and its checksum if that is known: JAX's for an array of several processes, otherwise NumPy's.
+      Those of several processes come first; the others in the order of `wanted`.
     """
     database = reading(folder, index)
     spread = [(key, stored) for key, stored in wanted.items() if stored.is_spread]
@@ -72,19 +77,26 @@ def read_stored(folder: Any, wanted: Mapping[Key, Stored], index: str = "") -> I
     # A queue, so that an array is not kept here when it has been yielded.
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
     alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
-    for group in grouped(alone, lambda pair: pair[1].nbytes, _AT_ONCE):
-        opening = [(key, stored, open_stored(database, key)) for key, stored in group]
-        ahead = [(key, opened(future, stored.shape).read()) for key, stored, future in opening]
-        # While this group is being read, the caller checks the arrays of the one before.
+    with DiskValues(folder, files, index) as values:
+        for group in grouped(alone, lambda pair: pair[1].nbytes, _AT_ONCE):
+            opening = [(key, stored, open_stored(database, key)) for key, stored in group]
+            ahead = [(key, _started(values, key, opened(future, stored.shape))) for key, stored, future in opening]
+            # While this group is being read, the caller checks the arrays of the one before.
+            yield from _arrived(coming)
+            coming.extend(ahead)
         yield from _arrived(coming)
-        coming.extend(ahead)
-    yield from _arrived(coming)
+
+
+def _started(values: DiskValues, key: Key, store: Any) -> Any:
+    """Returns an array that is being read: from its file if that is possible, otherwise by TensorStore."""
+    return values.start(".".join(key), store) or store.read()
 
 
 def _arrived(coming: collections.deque[tuple[Key, Any]]) -> Iterator[tuple[Key, Any, Sums | None]]:
     while coming:
         key, future = coming.popleft()
-        yield key, future.result(), None
+        found = future.result()
+        yield (key, *found) if isinstance(future, Coming) else (key, found, None)
 
 
 class _Parts(NamedTuple):

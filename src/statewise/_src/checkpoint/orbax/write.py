@@ -35,13 +35,14 @@ from statewise._src.checkpoint.orbax.database import (
     writing,
     writing_apart,
 )
+from statewise._src.checkpoint.orbax.flush import flush
 from statewise._src.checkpoint.orbax.parts import holders
 from statewise._src.checkpoint.orbax.stores import is_url
 
 __all__ = ["TreeWriter", "tree_handler"]
 
-# The number of bytes committed together: a commit holds them all, and rewrites the database's index.
-_AT_ONCE = 1 << 28
+# The number of bytes committed together: a commit rewrites the database's index, and then its file is flushed.
+_AT_ONCE = 1 << 27
 # Orbax's index of the tree, and its file with the shardings of the arrays.
 _INDEX, _SHARDINGS = "_METADATA", "_sharding"
 # Orbax's name of the directory in which one of several processes writes, up to its number.
@@ -99,7 +100,7 @@ class TreeWriter:
         """Writes what this process writes, into a directory that exists; in any thread."""
         if not self._several:
             database = self._whole(directory)
-            self._write_arrays(database)
+            self._write_arrays(database, directory)
             self._write_index(directory, database)
             return
         place = self.part(directory)
@@ -107,7 +108,7 @@ class TreeWriter:
             place.mkdir(exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(1, "statewise-sums") as pool:
             sums = pool.submit(self._sums)  # while the arrays are written
-            self._write_arrays(writing(place))
+            self._write_arrays(writing(place), place)
         (place / _SUMS).write_text(json.dumps(sums.result()))
 
     def finish(self, directory: Any) -> Mapping[str, Sums]:
@@ -129,10 +130,16 @@ class TreeWriter:
             (part / _SUMS).unlink()
         return totals
 
-    def _write_arrays(self, database: Database) -> None:
-        for group in grouped(self._arrays, lambda array: array.nbytes, _AT_ONCE):
-            _write_together(database, group)
-            self._wrote(sum(array.nbytes for array in group))
+    def _write_arrays(self, database: Database, place: Any) -> None:
+        flushed = []
+        with concurrent.futures.ThreadPoolExecutor(1, "statewise-flushes") as pool:
+            for group in grouped(self._arrays, lambda array: array.nbytes, _AT_ONCE):
+                _write_together(database, group)
+                if not is_url(place):
+                    flushed.append(pool.submit(flush, place))  # while the next group goes to the system's cache
+                self._wrote(sum(array.nbytes for array in group))
+            for each in flushed:
+                each.result()
 
     def _sums(self) -> dict[str, Sums]:
         """Returns by name the checksum of the parts of an array that this process writes; all together add up."""
