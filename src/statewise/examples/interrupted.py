@@ -43,15 +43,39 @@ class Resumed:
     losses: list[float]
 
 
+class Batches:
+    """The batches that the demo trains on: an iterator that says where it is, and goes there.
+
+    Args:
+      settings: the seed, and the shape of a batch.
+      text: what they are drawn from.
+    """
+
+    def __init__(self, settings: Settings, text: CharText) -> None:
+        self._settings, self._text = settings, text
+        self._random = np.random.default_rng(settings.seed)
+
+    def __next__(self) -> tuple[Any, Any]:
+        return self._text.batch(self._random, self._settings.batch, self._settings.window)
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position: the state of NumPy's generator."""
+        return dict(self._random.bit_generator.state)
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        self._random.bit_generator.state = state
+
+
 def train_and_save(settings: Settings, folder: str) -> None:
     """Trains and saves, until it is killed."""
     text = load_topics()
     model, plan = begin(settings, text)
-    state, random = plan.take(model), np.random.default_rng(settings.seed)
+    state, batches = plan.take(model), Batches(settings, text)
     with sw.Checkpoints(folder, every=EVERY, max_to_keep=2) as checkpoints:
         for step in range(1, settings.steps - MORE + 1):
-            state, _, _ = advance(state, step, *text.batch(random, settings.batch, settings.window))
-            checkpoints.save(step, state, data=random.bit_generator.state)
+            state, _, _ = advance(state, step, *next(batches))
+            checkpoints.save(step, state, data=batches)
         checkpoints.wait()
         signal.pause()  # waits to be killed, even if training is done
 
@@ -59,12 +83,11 @@ def train_and_save(settings: Settings, folder: str) -> None:
 def resume(settings: Settings, text: CharText, folder: str) -> Resumed:
     """Restores the newest complete step, and continues training from there."""
     _, plan = begin(settings, text)
-    random, losses = np.random.default_rng(), []
+    batches, losses = Batches(settings, text), []
     with sw.Checkpoints(folder) as checkpoints:
-        state, _, step, extra = checkpoints.restore(plan.abstract(), extra="data")
-    random.bit_generator.state = extra["data"]
+        state, _, step, _ = checkpoints.restore(plan.abstract(), data=batches)
     for number in range(step + 1, step + MORE + 1):
-        state, loss, _ = advance(state, number, *text.batch(random, settings.batch, settings.window))
+        state, loss, _ = advance(state, number, *next(batches))
         losses.append(loss)
     return Resumed(step, losses)
 
