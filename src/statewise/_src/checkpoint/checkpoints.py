@@ -139,7 +139,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Returns the complete steps on disk, in order, whatever wrote them."""
+        """Returns the complete steps, in order, whatever wrote them; each time the disk or the store is asked."""
         # The manager's `reload` would forget a step that is being written, and then never delete it.
         return tuple(self._paths())
 
@@ -150,7 +150,7 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Returns the newest complete step; None if there is none."""
+        """Returns the newest complete step; None if there is none; each time the disk or the store is asked."""
         return max(self.steps, default=None)
 
     def path(self, step: int | None = None) -> Any:
@@ -269,7 +269,8 @@ class Checkpoints:
           RestoreError: there is no such step or item, the target and the checkpoint do not match, or the iterator
             refuses the position; it then keeps its own.
           SaveError: a step that was being written could not be.
-          CorruptedError: files or arrays are not what was written.
+          CorruptedError: files or arrays are not what was written.  This or a RestoreError is also what a reader gets
+            when the run deletes the step (`max_to_keep`) while it is read.
         """
         self.wait()  # a step that was saved just now is one that a restore is expected to find
         step = self.latest if step is None else step
