@@ -217,7 +217,9 @@ def test_an_iterator_that_does_not_go_back_is_not_said_to_be_where_it_was(saved:
         saved.restore(numbered(0), data=Drifting())
 
 
-@pytest.mark.parametrize(("depth", "number", "why"), [(0, 10**5000, "digits"), (3000, 1, "recursion")])
+@pytest.mark.parametrize(
+    ("depth", "number", "why"), [(0, 10**5000, "digits"), (3000, 1, "recursion")], ids=["long", "deep"]
+)
 def test_a_position_that_cannot_be_written_is_not_a_failure_of_get_state(
     tmp_path: pathlib.Path, depth: int, number: int, why: str
 ) -> None:
