@@ -199,3 +199,15 @@ def test_a_store_that_refuses_is_quoted(stores: str, proxy: Proxy) -> None:
         assert checkpoints.save(2, numbered(2))
         checkpoints.wait()
         assert checkpoints.steps == (1, 2)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run*", "s3://bucket/lr[0.1]/steps", "gs://bucket/run?"])
+def test_a_directory_that_is_a_pattern_for_gcsfs(url: str) -> None:
+    """Orbax would delete the steps of `run1` with those of `run*`."""
+    [character] = {"*", "?", "["} & {*url}
+    with refused(
+        sw.SaveError,
+        f"{url} cannot hold steps: gcsfs and s3fs, with which Orbax deletes steps, take {character!r} for a pattern.",
+        hint="another directory, without such characters",
+    ):
+        sw.Checkpoints(url, max_to_keep=1)

@@ -205,6 +205,36 @@ def test_an_iterator_that_goes_nowhere(saved: sw.Checkpoints) -> None:
         checkpoints.restore(numbered(0), data=Broken())
 
 
+class Drifting(Counting):
+    """Is one further than where it is told to go."""
+
+    def set_state(self, state: Any) -> None:
+        super().set_state({key: value + 1 for key, value in state.items()})
+
+
+def test_an_iterator_that_does_not_go_back_is_not_said_to_be_where_it_was(saved: sw.Checkpoints) -> None:
+    with pytest.raises(sw.RestoreError, match="It did not go back to its own position either: make it again"):
+        saved.restore(numbered(0), data=Drifting())
+
+
+@pytest.mark.parametrize(
+    ("depth", "number", "why"), [(0, 10**5000, "digits"), (3000, 1, "recursion")], ids=["long", "deep"]
+)
+def test_a_position_that_cannot_be_written_is_not_a_failure_of_get_state(
+    tmp_path: pathlib.Path, depth: int, number: int, why: str
+) -> None:
+    message = f"The position of iterators.Holding cannot be written: .*{why}"
+    with sw.Checkpoints(tmp_path) as checkpoints, pytest.raises(sw.SaveError, match=message):
+        checkpoints.save(3, numbered(3), data=Holding([number, nested(depth)]))
+
+
+def nested(depth: int) -> list[Any]:
+    state: list[Any] = []
+    for _ in range(depth):
+        state = [state]
+    return state
+
+
 def test_an_iterator_stays_where_it_is_if_the_arrays_do_not_fit(saved: sw.Checkpoints) -> None:
     iterator = Counting()
     target = taken({"a": jax.numpy.zeros(5), "b": jax.numpy.arange(4)})

@@ -138,9 +138,10 @@ def test_what_orbax_needs_is_missing_if_the_store_ends_after_the_manifest(
         ("gs://./run", "it does not name a bucket"),
         ("gs://No_Bucket!/run", "'No_Bucket!' is not the name of a bucket"),
         ("s3://No_Bucket!/run", "'No_Bucket!' is not the name of a bucket"),
+        ("gs://bucket/a\nb", "no object can have a name below it (control characters, or too long)"),
     ],
 )
-def test_a_url_without_a_bucket(url: str, why: str) -> None:
+def test_a_url_that_no_object_can_have(url: str, why: str) -> None:
     hint = "'gs://bucket/run/step_100', or 's3://bucket/run/step_100'"
     with refused(sw.SaveError, f"{url} cannot be a path: {why}.", hint=hint):
         sw.save(url, small())

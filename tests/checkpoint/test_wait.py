@@ -58,9 +58,9 @@ def test_a_wait_ends_at_its_timeout_and_the_write_goes_on(
         checkpoints.wait(timeout=0)
 
 
-@pytest.mark.parametrize("timeout", [-1, float("nan")])
-def test_a_timeout_is_a_number_of_seconds(tmp_path: pathlib.Path, timeout: float) -> None:
-    message = f"timeout={timeout} is not a number of seconds."
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "30", [], -(10**400)], ids=["-1", "nan", "text", "list", "far"])
+def test_a_timeout_is_a_number_of_seconds(tmp_path: pathlib.Path, timeout: Any) -> None:
+    message = f"timeout={timeout!r} is not a number of seconds."
     with sw.Checkpoints(tmp_path) as checkpoints, refused(sw.SaveError, message, hint="timeout=30, or leave it out"):
         checkpoints.wait(timeout=timeout)
 

@@ -120,19 +120,21 @@ def _position_of(data: Any, failure: type[StatewiseError]) -> _Position:
     """Returns the position of an iterator; raises an error of this class if it cannot be stored."""
     try:
         state = data.get_state()
-        if not isinstance(state, bytes):
-            return _Position(json.dumps(_plain(state, ""), indent=4).encode(), True, "json")
-    except _NotJsonError as error:
-        raise failure(
-            f"The position of {_type_of(data)} cannot be written: {error}.",
-            hint="get_state() that returns bytes, or dicts with text as keys, lists, numbers and text",
-        ) from error
     except Exception as error:
         raise failure(
             f"{_type_of(data)}.get_state() failed: {_told(error)}",
             hint="an iterator that can say where it is; or leave out data=",
         ) from error
-    return _Position(state, _is_json(state), "bytes")
+    if isinstance(state, bytes):
+        return _Position(state, _is_json(state), "bytes")
+    try:
+        return _Position(json.dumps(_plain(state, ""), indent=4).encode(), True, "json")
+    # The last two: it is nested too deeply, or has an integer of thousands of digits.
+    except (_NotJsonError, RecursionError, ValueError) as error:
+        raise failure(
+            f"The position of {_type_of(data)} cannot be written: {str(error).rstrip('.')}.",
+            hint="get_state() that returns bytes, or dicts with text as keys, lists, numbers and text",
+        ) from error
 
 
 class _NotJsonError(Exception):
@@ -194,12 +196,13 @@ class Move:
 
     def _undo(self) -> str:
         """Goes back; returns what there is to say about that."""
+        said = "It did not go back to its own position either: make it again."
         try:
             self.iterator.set_state(self.here.fresh())
+            arrived = _position_of(self.iterator, RestoreError)
         except Exception as error:
-            said = "It did not go back to its own position either: make it again."
             raise self._refused(_told(error), said) from error
-        return "It is where it was."
+        return said if arrived.differs(self.here) else "It is where it was."
 
     def _refused(self, why: str, after: str) -> RestoreError:
         return RestoreError(

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, SupportsFloat
 
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.manager import ITEM, METRICS, Json, Manager
@@ -41,11 +41,17 @@ def check_counts(max_to_keep: int | None, every: int) -> None:
             raise SaveError(f"{name}={count} is less than one step.", hint=f"{name}=1, or leave it out")
 
 
-def check_timeout(timeout: float | None) -> float:
+def check_timeout(timeout: object) -> float:
     """Returns a timeout in seconds, infinite for None; raises if it is not a number of seconds."""
-    if timeout is not None and not timeout >= 0:  # nor is NaN
-        raise SaveError(f"timeout={timeout} is not a number of seconds.", hint="timeout=30, or leave it out")
-    return math.inf if timeout is None else timeout
+    if timeout is None:
+        return math.inf
+    try:
+        seconds = float(timeout) if isinstance(timeout, SupportsFloat) else math.nan
+    except (TypeError, OverflowError):  # several numbers; too large a one
+        seconds = math.nan
+    if not seconds >= 0:  # nor is NaN
+        raise SaveError(f"timeout={timeout!r} is not a number of seconds.", hint="timeout=30, or leave it out")
+    return seconds
 
 
 def extra_item(manager: Manager, name: str, given: object) -> Any:

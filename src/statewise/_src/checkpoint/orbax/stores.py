@@ -52,6 +52,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _RANGE = "OUT_OF_RANGE"
 # A name to ask for where only the answer of the store matters.
 _PROBED = b"statewise.json"
+_NO_NAME = "no object can have a name below it (control characters, or too long)"
 
 
 def is_url(path: object) -> bool:
@@ -269,15 +270,17 @@ def spec_of_store(path: StorePath) -> dict[str, Any]:
 
 
 def check_bucket(path: StorePath) -> None:
-    """Raises if no bucket can have this name.
+    """Raises if no bucket can have this name, or no object in it can have one below this path.
 
     Raises:
       ValueError: it cannot.
     """
-    try:
-        ts.KvStore.Spec(spec_of_store(path))
-    except ValueError as error:
-        raise ValueError(f"{path.bucket!r} is not the name of a bucket") from error
+    bucket = StorePath(f"{path.scheme}://{path.bucket}")
+    for place, why in ((bucket, f"{path.bucket!r} is not the name of a bucket"), (path, _NO_NAME)):
+        try:
+            ts.KvStore.Spec(spec_of_store(place))
+        except ValueError as error:
+            raise ValueError(why) from error
 
 
 def _objects(path: StorePath) -> Any:
