@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -31,9 +31,13 @@ from statewise._src.checkpoint.save import check_layout, kinds_to_save
 from statewise._src.checkpoint.step_errors import opens, reads, step_exists, writes
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
-from statewise.errors import RestoreError, SaveError
+from statewise.errors import CorruptedError, RestoreError, SaveError
 
 __all__ = ["Checkpoints", "RestoreResult"]
+
+T = TypeVar("T")
+# Seconds: how long a deletion that has begun may take until the step is not listed, looked for several times.
+_DELETION = (0.0, 0.05, 0.2)
 
 
 class RestoreResult(NamedTuple):
@@ -159,6 +163,10 @@ class Checkpoints:
         Raises:
           RestoreError: there is no such step.
         """
+        return self._place(step)[1]
+
+    def _place(self, step: int | None) -> tuple[int, Any]:
+        """Returns a step, by default the newest, and the path of its state, both from one listing."""
         paths = self._paths()
         known = list(paths)
         if not known:
@@ -167,7 +175,30 @@ class Checkpoints:
         if step not in known:
             shown = ", ".join(map(str, known[-5:]))
             raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
-        return paths[step]
+        return step, paths[step]
+
+    def _read_from(self, step: int | None, read: Callable[[int, Any], T]) -> T:
+        """Reads from a step; from the newest again, if the run deletes the one that is being read."""
+        while True:
+            number, path = self._place(step)
+            try:
+                return read(number, path)
+            except (RestoreError, CorruptedError) as error:
+                if not self._is_deleted(number):
+                    raise
+                if step is not None:
+                    raise RestoreError(
+                        f"Step {number} in {self._directory} was deleted while it was read.",
+                        hint="checkpoints.latest, or a larger max_to_keep for the run that writes",
+                    ) from error
+
+    def _is_deleted(self, step: int) -> bool:
+        """Returns whether a step is gone; waits a moment for a deletion that has begun with other files."""
+        for pause in _DELETION:
+            time.sleep(pause)
+            if step not in self._paths():
+                return True
+        return False
 
     def save(
         self, step: SupportsIndex, state: State, /, *, data: object = None, force: bool = False, **extra: object
@@ -269,33 +300,36 @@ class Checkpoints:
           RestoreError: there is no such step or item, the target and the checkpoint do not match, or the iterator
             refuses the position; it then keeps its own.
           SaveError: a step that was being written could not be.
-          CorruptedError: files or arrays are not what was written.  This or a RestoreError is also what a reader gets
-            when the run deletes the step (`max_to_keep`) while it is read.
+          CorruptedError: files or arrays are not what was written.
+
+        If the run that writes deletes the step (`max_to_keep`) while it is read, without `step` the newest is read
+        instead, and with it a RestoreError says so.
         """
         self.wait()  # a step that was saved just now is one that a restore is expected to find
-        step = self.latest if step is None else step
-        path = self.path(step)
-        assert step is not None, "there is a path, and so a step"
-        names = (extra,) if isinstance(extra, str) else tuple(extra)
-        wanted = names if data is None else (*names, DATA)
-        with reads(self._directory):
-            items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-        missing = [name for name in wanted if name not in items]
-        if missing:
-            raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
-        with reads(self._directory):
-            if DATA in names and not isinstance(extra, Mapping):
-                check_not_position(path.parent / DATA, step)
-            move = None if data is None else find_move(path.parent / DATA, data, step)
-        state, report = restore(path, target, only=only, cast=cast, members=members)
-        if isinstance(extra, Mapping):
-            restored = dict(self._manager.restore(step, extra)) if extra else {}
-        else:
+
+        def read(step: int, path: Any) -> RestoreResult:
+            names = (extra,) if isinstance(extra, str) else tuple(extra)
+            wanted = names if data is None else (*names, DATA)
             with reads(self._directory):
-                restored = {name: read_json(path.parent / name) for name in names}
-        if move is not None:
-            move.make()  # last: everything else can still fail without having changed anything
-        return RestoreResult(state, report, step, restored)
+                items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+            missing = [name for name in wanted if name not in items]
+            if missing:
+                raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
+            with reads(self._directory):
+                if DATA in names and not isinstance(extra, Mapping):
+                    check_not_position(path.parent / DATA, step)
+                move = None if data is None else find_move(path.parent / DATA, data, step)
+            state, report = restore(path, target, only=only, cast=cast, members=members)
+            if isinstance(extra, Mapping):
+                restored = dict(self._manager.restore(step, extra)) if extra else {}
+            else:
+                with reads(self._directory):
+                    restored = {name: read_json(path.parent / name) for name in names}
+            if move is not None:
+                move.make()  # last: everything else can still fail without having changed anything
+            return RestoreResult(state, report, step, restored)
+
+        return self._read_from(step, read)
 
     def preview(
         self,
@@ -308,11 +342,11 @@ class Checkpoints:
         members: int | Sequence[int | None] | None = None,
     ) -> RestoreReport:
         """Reports what `restore` would do; see `sw.preview`."""
-        return preview(self.path(step), target, only=only, cast=cast, members=members)
+        return self._read_from(step, lambda _, path: preview(path, target, only=only, cast=cast, members=members))
 
     def inspect(self, step: int | None = None) -> Census:
         """Returns the census of a step; see `sw.inspect`."""
-        return inspect(self.path(step))
+        return self._read_from(step, lambda _, path: inspect(path))
 
     def wait(self, progress: Callable[[int, int], None] | None = None, *, timeout: float | None = None) -> None:
         """Waits until everything is written.
