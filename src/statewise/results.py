@@ -1,10 +1,10 @@
 """The types of the public functions' results, for annotations: `def log(audit: statewise.results.Audit) -> None`."""
 
 from statewise._src.checkpoint.checkpointable import Checkpointable
-from statewise._src.checkpoint.checkpoints import RestoreResult
 from statewise._src.checkpoint.diff.result import Diff, LeafDiff
 from statewise._src.checkpoint.interop.convert import Conversion
 from statewise._src.checkpoint.restore_report import LeafRestore, RestoreReport
+from statewise._src.checkpoint.restore_result import RestoreResult
 from statewise._src.common.paths import Leaf
 from statewise._src.common.tables import KindCount
 from statewise._src.inspect.audit.result import Audit, KindAudit, LeafAudit

@@ -5,13 +5,14 @@ item called `state` in each of them is what `sw.save` writes.  `Checkpoints` add
 be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 """
 
-# No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+from __future__ import annotations
+
 import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -27,46 +28,18 @@ from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
+from statewise._src.checkpoint.restore_result import RestoreResult
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
 from statewise._src.checkpoint.step_errors import opens, reads, step_exists, writes
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
 from statewise.errors import CorruptedError, RestoreError, SaveError
 
-__all__ = ["Checkpoints", "RestoreResult"]
+__all__ = ["Checkpoints"]
 
 T = TypeVar("T")
-# Seconds: how long a deletion that has begun may take until the step is not listed, looked for several times.
+# Seconds until a step whose deletion has started is not listed; it is looked for several times.
 _DELETION = (0.0, 0.05, 0.2)
-
-
-class RestoreResult(NamedTuple):
-    """The result of `Checkpoints.restore`.
-
-    Attributes:
-      state: the state.
-      report: what happened to each leaf.
-      step: the step that was restored.
-      extra: the requested extra items, by name.
-
-    Example:
-      >>> import tempfile
-      >>> from flax import nnx
-      >>> import statewise as sw
-      >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-      >>> state = sw.plan(model).take(model)
-      >>> with sw.Checkpoints(tempfile.mkdtemp()) as checkpoints:
-      ...     _ = checkpoints.save(7, state)
-      ...     checkpoints.wait()
-      ...     state, report, step, extra = checkpoints.restore(state)
-      >>> step, report.ok
-      (7, True)
-    """
-
-    state: State
-    report: RestoreReport
-    step: int
-    extra: dict[str, Any]
 
 
 class Checkpoints:
@@ -167,14 +140,13 @@ class Checkpoints:
 
     def _place(self, step: int | None) -> tuple[int, Any]:
         """Returns a step, by default the newest, and the path of its state, both from one listing."""
-        paths = self._paths()
-        known = list(paths)
+        known = list(paths := self._paths())
         if not known:
             raise RestoreError(f"There is no checkpoint in {self._directory}.", hint="checkpoints.save(step, state)")
         step = known[-1] if step is None else step
         if step not in known:
-            shown = ", ".join(map(str, known[-5:]))
-            raise RestoreError(f"There is no step {step} in {self._directory}.", hint=f"one of: {shown}")
+            hint = f"one of: {', '.join(map(str, known[-5:]))}"
+            raise RestoreError(f"There is no step {step} in {self._directory}.", hint=hint)
         return step, paths[step]
 
     def _read_from(self, step: int | None, read: Callable[[int, Any], T]) -> T:
@@ -193,7 +165,7 @@ class Checkpoints:
                     ) from error
 
     def _is_deleted(self, step: int) -> bool:
-        """Returns whether a step is gone; waits a moment for a deletion that has begun with other files."""
+        """Returns whether a step is gone; waits a moment for a deletion that has started with other files."""
         for pause in _DELETION:
             time.sleep(pause)
             if step not in self._paths():
@@ -306,13 +278,12 @@ class Checkpoints:
         instead, and with it a RestoreError says so.
         """
         self.wait()  # a step that was saved just now is one that a restore is expected to find
+        names = (extra,) if isinstance(extra, str) else tuple(extra)
 
         def read(step: int, path: Any) -> RestoreResult:
-            names = (extra,) if isinstance(extra, str) else tuple(extra)
-            wanted = names if data is None else (*names, DATA)
             with reads(self._directory):
                 items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-            missing = [name for name in wanted if name not in items]
+            missing = [name for name in (*names, *(() if data is None else (DATA,))) if name not in items]
             if missing:
                 raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
             with reads(self._directory):
@@ -386,9 +357,8 @@ class Checkpoints:
         """Waits for the background write, and reports its progress: on a disk, by the size of its files."""
         while self._is_writing():
             if progress is not None:
-                written = self._claims.written
-                if written is None:
-                    written = bytes_in(FilePath(self._directory).glob("*tmp*"))
+                claimed = self._claims.written
+                written = bytes_in(FilePath(self._directory).glob("*tmp*")) if claimed is None else claimed
                 progress(min(written, total), total)
             left = end - time.monotonic()
             if left <= 0:
@@ -411,7 +381,7 @@ class Checkpoints:
                 self._manager.close()
 
     def _complete(self) -> int | None:
-        """Returns the last step that was saved, if it is complete on a disk."""
+        # The last step that was saved, if it is complete on a disk.
         return self._step if isinstance(self._directory, FilePath) and self._step in self.steps else None
 
     def __iter__(self) -> Iterator[int]:
@@ -420,7 +390,7 @@ class Checkpoints:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
