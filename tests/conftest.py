@@ -146,10 +146,11 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Skips a test that is about what the mode of this run changes in Flax, or whose fixtures do what Flax refuses."""
-    if not FAST_EVERYWHERE:
-        fast = item.path.relative_to(TESTS).parts[0] in COMPILED_FAST
+    fast = FAST_EVERYWHERE or item.path.relative_to(TESTS).parts[0] in COMPILED_FAST
+    if fast != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # two programs that a test compares are compiled alike
         jax.config.update("jax_disable_most_optimizations", fast)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # programs that it starts compute the same
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(fast))  # programs that it starts too
     changed = modes.changed_by_flax(item.nodeid)
     if changed:
         pytest.skip(changed)
