@@ -154,7 +154,7 @@ def _read(path: str, start: int, run: np.ndarray, before: int) -> Sums:
         file.seek(start)
         for first in range(0, run.size, step):
             part = run[first : first + step]
-            left = memoryview(part.view(np.uint8))
+            left = part.view(np.uint8).data
             while left:
                 count = file.readinto(left)
                 if not count:
