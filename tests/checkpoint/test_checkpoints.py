@@ -350,42 +350,37 @@ def test_nothing_is_shown_for_small_ones(tmp_path: pathlib.Path, capsys: pytest.
 # --- a step that the run deletes while it is read ----------------------------------------------------------------
 
 
-def deleted_while_read(monkeypatch: pytest.MonkeyPatch, checkpoints: sw.Checkpoints, folder: pathlib.Path) -> None:
-    """Has the files of step 1 go while it is being restored for the first time, as a deletion by another process."""
-    real = checkpoints_module.restore
-
-    def restore(path: Any, *arguments: Any, **options: Any) -> Any:
-        if path == folder / "1" / "state" and path.exists():
-            checkpoints.save(2, numbered(2), force=True)
-            checkpoints.wait()
-            shutil.rmtree(folder / "1")
-        return real(path, *arguments, **options)
-
-    monkeypatch.setattr(checkpoints_module, "restore", restore)
-
-
-def test_the_newest_is_read_again_if_the_run_deletes_the_one_that_is_read(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def reader_of_deleted(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sw.Checkpoints]:
+    """A reader of step 1, whose files go while it is restored for the first time, as another process deletes them."""
     with sw.Checkpoints(tmp_path) as writer, sw.Checkpoints(tmp_path) as reader:
         writer.save(1, numbered(1))
         writer.wait()
-        deleted_while_read(monkeypatch, writer, tmp_path)
-        result = reader.restore(numbered(0))
-        assert result.step == 2
-        assert number_of(result.state) == 2
+        real = checkpoints_module.restore
+
+        def restore(path: Any, *arguments: Any, **options: Any) -> Any:
+            if path == tmp_path / "1" / "state" and path.exists():
+                writer.save(2, numbered(2), force=True)
+                writer.wait()
+                shutil.rmtree(tmp_path / "1")
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(checkpoints_module, "restore", restore)
+        yield reader
+
+
+def test_the_newest_is_read_again_if_the_run_deletes_the_one_that_is_read(reader_of_deleted: sw.Checkpoints) -> None:
+    result = reader_of_deleted.restore(numbered(0))
+    assert result.step == 2
+    assert number_of(result.state) == 2
 
 
 def test_a_step_that_the_run_deletes_is_not_called_corrupted(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    reader_of_deleted: sw.Checkpoints, tmp_path: pathlib.Path
 ) -> None:
-    with sw.Checkpoints(tmp_path) as writer, sw.Checkpoints(tmp_path) as reader:
-        writer.save(1, numbered(1))
-        writer.wait()
-        deleted_while_read(monkeypatch, writer, tmp_path)
-        with refused(
-            sw.RestoreError,
-            f"Step 1 in {tmp_path} was deleted while it was read.",
-            hint="checkpoints.latest, or a larger max_to_keep for the run that writes",
-        ):
-            reader.restore(numbered(0), step=1)
+    with refused(
+        sw.RestoreError,
+        f"Step 1 in {tmp_path} was deleted while it was read.",
+        hint="checkpoints.latest, or a larger max_to_keep for the run that writes",
+    ):
+        reader_of_deleted.restore(numbered(0), step=1)

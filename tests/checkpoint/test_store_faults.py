@@ -7,7 +7,7 @@ the store said, retries end, and what was complete before still restores.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -163,6 +163,14 @@ def test_whichever_request_of_a_restore_goes_wrong_at_each_of_them(
 
 
 def restore_with_one_fault(stores: str, proxy: Proxy, fault: Fault, every: int) -> None:
+    for error in refusals_of_a_restore(stores, proxy, fault, every):
+        check_says_what_the_store_said(error, f"{stores}/step_1")
+
+
+def refusals_of_a_restore(
+    stores: str, proxy: Proxy, fault: Fault, every: int
+) -> Iterator[sw.RestoreError | sw.CorruptedError]:
+    """Restores again and again, each time with the fault at one request; yields what is raised: else all is right."""
     path = f"{stores}/step_1"
     sw.save(path, numbered.state(1))
     proxy.reset()
@@ -174,7 +182,7 @@ def restore_with_one_fault(stores: str, proxy: Proxy, fault: Fault, every: int) 
         if isinstance(found, sw.State):
             assert words(found) == words(numbered.state(1))
         else:
-            check_says_what_the_store_said(found, path)
+            yield found
 
 
 WRONG = {"cut": truncate(0.5), "empty": truncate(0.0), "flipped": flip(0.5), "flipped at the end": flip(1.0)}
@@ -192,18 +200,6 @@ def test_no_answer_that_is_wrong_ever_becomes_a_value(fault: str, stores: str, p
 
 
 def restore_with_wrong_answers(stores: str, proxy: Proxy, fault: Fault, every: int) -> None:
-    path = f"{stores}/step_1"
-    sw.save(path, numbered.state(1))
-    proxy.reset()
-    assert is_step(path, 1)
-    wrong = 0
-    for number in range(0, len(proxy.requests), every):
-        proxy.reset()
-        proxy.faults = [dataclasses.replace(fault, after=number, first=1)]
-        found = outcome(path)
-        if isinstance(found, sw.State):
-            assert words(found) == words(numbered.state(1))
-        else:
-            wrong += 1
-            assert path in found.message
+    wrong = list(refusals_of_a_restore(stores, proxy, fault, every))
     assert wrong
+    assert all(f"{stores}/step_1" in error.message for error in wrong)

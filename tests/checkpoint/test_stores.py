@@ -22,26 +22,10 @@ from statewise._src.checkpoint import store_commit
 from statewise._src.checkpoint.orbax import progress
 from statewise._src.checkpoint.orbax.stores import StorePath, listing, remove
 from statewise.cli import main
+from stored_objects import WHOLE, objects, small, value
 from strategies import Node
 
 TAKEN = "another path, or sw.Checkpoints(directory), which keeps a checkpoint for each step"
-
-
-def small(number: float = 1.0) -> sw.State:
-    return taken({"a": jnp.full(3, float(number)), "b": jnp.full((2, 2), number, jnp.bfloat16)})
-
-
-def value(state: sw.State) -> float:
-    return float(jax.tree.leaves(state)[0].reshape(-1)[0])
-
-
-def objects(url: str) -> set[str]:
-    """The objects below a path; of a writer's own directory only that there is one."""
-    names = listing(StorePath(url))
-    return {"OWN/" if name.startswith("statewise-") else name for name in names}
-
-
-WHOLE = {"OWN/", "_METADATA", "_sharding", "commit_success.txt", "manifest.ocdbt", "statewise.json"}
 
 
 # --- back and forth --------------------------------------------------------------------------------------------

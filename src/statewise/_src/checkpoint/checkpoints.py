@@ -214,7 +214,7 @@ class Checkpoints:
         if data is not None:
             items[DATA] = data_item(data, step)
         with writes(self._directory, self._complete):
-            self._manager.wait()  # Orbax would too; here its error is that of the step before
+            self._claims.end()  # Orbax would wait too; here its error is that of the step before
         self._writing = False  # a save that fails is in progress forever for Orbax
         self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
         with writes(self._directory, self._complete):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from statewise._src.checkpoint.orbax.manager import Manager
 from statewise._src.checkpoint.orbax.store_steps import Claim
 from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.step_errors import step_exists
-from statewise._src.checkpoint.together import agreed, together
+from statewise._src.checkpoint.together import agreed_token, together
 
 __all__ = ["Claims"]
 
@@ -36,7 +35,7 @@ class Claims:
         return None if self._claim is None else self._claim.written
 
     def take(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the right to commit a step; waits for the one before, as Orbax does.
+        """Takes the right to commit a step; that to the one before has ended.
 
         Args:
           step: its number.
@@ -50,8 +49,7 @@ class Claims:
         """
         if not isinstance(self._directory, StorePath):
             return dict(items)
-        self.end()
-        token = f"{agreed(secrets.randbits(32)):08x}{agreed(secrets.randbits(32)):08x}"
+        token = agreed_token()
         with together(self._directory):
             claim = Claim(StorePath(str(self._manager.place(step))), token)
             if step in self._manager.found():  # another writer has committed it since it was looked for

@@ -27,12 +27,12 @@ from statewise._src.checkpoint.format.locate import find
 from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
-from statewise._src.checkpoint.orbax.flush import flush, make_folder, named
+from statewise._src.checkpoint.orbax.flush import make_folder, named
 from statewise._src.checkpoint.orbax.paths import new_place, short_name
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.stores import StorePath
-from statewise._src.checkpoint.store_commit import save_in_store
+from statewise._src.checkpoint.store_commit import another_writer, save_in_store
 from statewise._src.checkpoint.together import agreed, is_first, together
 from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
 from statewise._src.common.problems import Problems
@@ -110,8 +110,6 @@ def save(
         writer = StateWriter(temporary, saving)
         with together(final):
             writer.write()
-            if writer.part is not None:  # another process cannot do this for the files of this one
-                flush(FilePath(os.fspath(writer.part)))
         with together(final):
             if first:
                 writer.finish()
@@ -164,10 +162,7 @@ def _committed(final: FilePath) -> Iterator[FilePath]:
 def write_error(final: FilePath, error: Exception) -> SaveError:
     """Returns the error for something that could not be written, and of which nothing is left."""
     if final.exists():
-        return SaveError(
-            f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
-            hint="another path for each writer",
-        )
+        return another_writer(final)
     hint = "free some space, or choose a directory that can be written to"
     return SaveError(f"{final} could not be written: {reason_of(error)}. Nothing of it is left.", hint=hint)
 

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from statewise._src.checkpoint.orbax.store_errors import StoreError, said
+from statewise._src.checkpoint.orbax.store_errors import StoreError, said, unreadable
 from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.save import reason_of
-from statewise.errors import RestoreError, SaveError, StatewiseError
+from statewise.errors import SaveError, StatewiseError
 
 __all__ = ["opens", "reads", "step_exists", "writes"]
 
@@ -77,7 +77,7 @@ def reads(directory: Any) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        raise RestoreError(f"{directory} cannot be read: {error.strerror}.", hint=error.hint) from error
+        raise unreadable(directory, error) from error
 
 
 def step_exists(directory: Any, step: int) -> SaveError:

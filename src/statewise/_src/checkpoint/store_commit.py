@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 from collections.abc import Iterator, Mapping
 
 from statewise._src.checkpoint.format.locate import is_left
@@ -21,15 +20,14 @@ from statewise._src.checkpoint.orbax.paths import TAKEN_HINT
 from statewise._src.checkpoint.orbax.progress import counting
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_errors import StoreError, said
+from statewise._src.checkpoint.orbax.store_steps import MARK
 from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
-from statewise._src.checkpoint.together import agreed, is_first, together
+from statewise._src.checkpoint.together import agreed_token, is_first, together
 from statewise.errors import SaveError, StatewiseError
 
-__all__ = ["check_free", "save_in_store"]
+__all__ = ["another_writer", "check_free", "save_in_store"]
 
 _log = logging.getLogger("statewise")
-# The file by which Orbax knows a complete checkpoint where nothing can be renamed.
-_COMMITTED = "commit_success.txt"
 
 
 def save_in_store(final: StorePath, saving: Saving, size: int = 0) -> None:
@@ -43,7 +41,7 @@ def save_in_store(final: StorePath, saving: Saving, size: int = 0) -> None:
     Raises:
       SaveError: there is something at this path; another writer was faster; or the store refuses.
     """
-    own = f"{OWN}{agreed(secrets.randbits(32)):08x}{agreed(secrets.randbits(32)):08x}"
+    own = f"{OWN}{agreed_token()}"
     with _store_refusals(final):
         with together(final):
             if is_first():
@@ -85,12 +83,13 @@ def _commit(final: StorePath, own: str, data: bytes) -> None:
             hint=f"sw.inspect({str(final)!r}) says whether it is; if not, save again to this path",
         ) from error
     if written is None:
-        lost = _lost(final)
+        lost = another_writer(final)
         _remove_own(final, own, lost)
         raise lost
 
 
-def _lost(final: StorePath) -> SaveError:
+def another_writer(final: object) -> SaveError:
+    """Returns the error for a path that another writer has written first."""
     return SaveError(
         f"Another writer has written {final} at the same time. That one is complete; this one was dropped.",
         hint="another path for each writer",
@@ -111,7 +110,7 @@ def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
         for name, content in for_orbax.items():
             (final / name).write_bytes(content)
         if for_orbax:  # Orbax takes what has no such file for incomplete, and this is the last that it needs
-            (final / _COMMITTED).write_text("The manifest of Statewise was written before this file.")
+            (final / MARK).write_text("The manifest of Statewise was written before this file.")
         remove(final, [name for name in listing(final) if is_left(name) and not name.startswith(f"{own}/")])
     except StoreError as error:
         _log.warning("%s is complete, but not all that Orbax needs to read it is there: %s", final, error.strerror)
@@ -131,7 +130,7 @@ def _removed_on_failure(final: StorePath, own: str) -> Iterator[None]:
             _remove_own(final, own, failure)
         is_of_store = isinstance(failure, (OSError, ValueError)) and not isinstance(failure, StatewiseError)
         if is_of_store and _is_complete(final):
-            raise _lost(final) from failure
+            raise another_writer(final) from failure
         raise
 
 

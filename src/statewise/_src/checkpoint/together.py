@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from statewise._src.common import compat
 from statewise.errors import SaveError
 
-__all__ = ["agreed", "is_first", "together"]
+__all__ = ["agreed", "agreed_token", "is_first", "together"]
 
 
 def is_first() -> bool:
@@ -25,6 +26,11 @@ def agreed(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(compat.broadcast_from_first_process(np.uint32(number)))
+
+
+def agreed_token() -> str:
+    """Returns 16 random hexadecimal digits, the same in all processes."""
+    return f"{agreed(secrets.randbits(32)):08x}{agreed(secrets.randbits(32)):08x}"
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ class Manager(Protocol):
         """Returns whether a step is one to save."""
 
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
-        """Saves a step."""
+        """Saves a step; the one before has been waited for."""
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         """Restores extra items, each with what Orbax takes to restore it."""
@@ -207,6 +207,32 @@ def read_json(folder: Any) -> Any:
     )
 
 
+class _OrbaxManager:
+    """What both interfaces do alike."""
+
+    orbax: Any
+    _names: Any  # Orbax's format of the names of steps
+
+    @property
+    def directory(self) -> Any:
+        return self.orbax.directory
+
+    def found(self) -> Mapping[int, Any]:
+        return _found(self._names, self.directory)
+
+    def place(self, step: int) -> Any:
+        return self.directory / self._names.build_name(step)
+
+    def is_due(self, step: int) -> bool:
+        return self.orbax.should_save(step)
+
+    def is_writing(self) -> bool:
+        return self.orbax.is_saving_in_progress()
+
+    def close(self) -> None:
+        self.orbax.close()
+
+
 # --- the first interface -----------------------------------------------------------------------------------------
 
 
@@ -226,7 +252,7 @@ def _options(directory: Any, max_to_keep: int | None, every: int, asynchronous: 
     )
 
 
-class _FirstManager:
+class _FirstManager(_OrbaxManager):
     """`ocp.CheckpointManager`."""
 
     item_example = "an ocp.args.CheckpointArgs, such as ocp.args.PyTreeSave(...)"
@@ -252,10 +278,6 @@ class _FirstManager:
         """
         return self._saving_thread in (None, threading.get_ident()) and ask(step)
 
-    @property
-    def directory(self) -> Any:
-        return self.orbax.directory
-
     def item(self, given: object) -> Any:
         if isinstance(given, ocp.args.JsonSave):
             return Json(given.item)
@@ -264,17 +286,8 @@ class _FirstManager:
             raise SaveError(f"Orbax cannot write the arrays of {type(given).__name__} to s3://.", hint=hint)
         return given if isinstance(given, ocp.args.CheckpointArgs) else None
 
-    def found(self) -> Mapping[int, Any]:
-        return _found(self._names, self.directory)
-
-    def place(self, step: int) -> Any:
-        return self.directory / self._names.build_name(step)
-
     def steps(self) -> Collection[int]:
         return self.orbax.all_steps()
-
-    def is_due(self, step: int) -> bool:
-        return self.orbax.should_save(step)
 
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
         items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
@@ -291,21 +304,15 @@ class _FirstManager:
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(self.orbax.restore(step, args=ocp.args.Composite(**wanted)).items())
 
-    def is_writing(self) -> bool:
-        return self.orbax.is_saving_in_progress()
-
     def wait(self) -> None:
         self.orbax.wait_until_finished()
         self.orbax.check_for_errors()
-
-    def close(self) -> None:
-        self.orbax.close()
 
 
 # --- the newer interface -----------------------------------------------------------------------------------------
 
 
-class _NewManager:
+class _NewManager(_OrbaxManager):
     """`ocp.v1.training.Checkpointer`."""
 
     item_example = "an object that saves and loads itself (ocp.v1.StatefulCheckpointable)"
@@ -336,27 +343,13 @@ class _NewManager:
         self._asynchronous = asynchronous
         self._response: Any = None
 
-    @property
-    def directory(self) -> Any:
-        return self.orbax.directory
-
     def item(self, given: object) -> Any:
         return given if isinstance(given, ocp.v1.StatefulCheckpointable) else None
-
-    def found(self) -> Mapping[int, Any]:
-        return _found(self._names, self.directory)
-
-    def place(self, step: int) -> Any:
-        return self.directory / self._names.build_name(step)
 
     def steps(self) -> Collection[int]:
         return [checkpoint.step for checkpoint in self.orbax.checkpoints]
 
-    def is_due(self, step: int) -> bool:
-        return self.orbax.should_save(step)
-
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
-        self.wait()  # Orbax writes one step at a time, and reports the failure of the last one only to its response
         items = {name: item.data if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = items.pop(METRICS, None)
         if metrics is not None and not (isinstance(metrics, dict) and metrics):
@@ -381,9 +374,6 @@ class _NewManager:
             self.orbax.reload()  # another process has written it
         return self.orbax.load_checkpointables(step, dict(wanted))
 
-    def is_writing(self) -> bool:
-        return self.orbax.is_saving_in_progress()
-
     def wait(self) -> None:
         response, self._response = self._response, None
         try:
@@ -394,6 +384,3 @@ class _NewManager:
                 self.orbax.wait()
             raise
         self.orbax.wait()
-
-    def close(self) -> None:
-        self.orbax.close()

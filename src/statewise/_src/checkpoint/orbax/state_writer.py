@@ -67,11 +67,6 @@ class StateWriter:
         self._tree = TreeWriter(laid.tree, own, wrote) if laid.tree else None
         self._leaves: str | None = None
 
-    @property
-    def part(self) -> Any:
-        """Returns the directory that this process alone writes into; None if there is none."""
-        return self._tree.part(self._directory) if self._tree is not None and self._several else None
-
     def write(self) -> None:
         """Writes everything that this process writes, but for the manifest; in any thread."""
         if self._several:

@@ -28,10 +28,10 @@ from statewise._src.checkpoint.orbax.state_writer import StateWriter
 from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
 from statewise.errors import SaveError
 
-__all__ = ["Claim", "complete_steps", "is_marked", "keep_no_listings"]
+__all__ = ["MARK", "Claim", "complete_steps", "is_marked", "keep_no_listings"]
 
-# Orbax's mark of a step that is committed.
-_MARK = "commit_success.txt"
+# Orbax's mark of a directory that is committed, where nothing can be renamed.
+MARK = "commit_success.txt"
 # The end of the name of the object that names the writer of a step.
 _WRITER = ".statewise-writer"
 _DIGITS = re.compile("[0-9]+$")
@@ -74,14 +74,14 @@ def complete_steps(directory: StorePath, name_of: Callable[[int], str], item: st
     for name in names:
         step, _, rest = name.partition("/")
         digits = _DIGITS.search(step)
-        if rest == _MARK and digits and f"{step}/{item}/{NAME}" in names and name_of(int(digits[0])) == step:
+        if rest == MARK and digits and f"{step}/{item}/{NAME}" in names and name_of(int(digits[0])) == step:
             places[int(digits[0])] = directory / step / item
     return places
 
 
 def is_marked(step: Any) -> bool:
     """Returns whether Orbax has committed a step."""
-    return probe(StorePath(str(step)) / _MARK)
+    return probe(StorePath(str(step)) / MARK)
 
 
 class Claim:

@@ -103,7 +103,7 @@ class TreeWriter:
             self._write_arrays(database, directory)
             self._write_index(directory, database)
             return
-        place = self.part(directory)
+        place = self._part(directory, jax.process_index())
         if not is_url(place):
             place.mkdir(exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(1, "statewise-sums") as pool:
@@ -144,10 +144,6 @@ class TreeWriter:
     def _sums(self) -> dict[str, Sums]:
         """Returns by name the checksum of the parts of an array that this process writes; all together add up."""
         return {array.name: sums_of(array.host) for array in self._arrays}
-
-    def part(self, directory: Any) -> Any:
-        """Returns the directory in which this process writes, if it is one of several."""
-        return self._part(directory, jax.process_index())
 
     def _whole(self, directory: Any) -> Database:
         return writing_apart(directory, self._own) if self._own else writing(directory)
