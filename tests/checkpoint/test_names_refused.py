@@ -150,6 +150,7 @@ def test_an_index_and_files_that_do_not_agree(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"max_shard_bytes": 0}, "max_shard_bytes=0 is not a number of bytes."),
+        ({"max_shard_bytes": True}, "max_shard_bytes=True is not a number of bytes."),
         ({"extra_files": "config.json"}, "extra_files is one path, and not several."),
         ({"extra_files": ["nowhere/config.json"]}, "There is no file at nowhere/config.json."),
         ({"names": None}, "State is neither a path nor a mapping."),

@@ -7,7 +7,6 @@ be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 
 from __future__ import annotations
 
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.restore_result import RestoreResult
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
 from statewise._src.checkpoint.step_errors import opens, reads, step_exists, writes
+from statewise._src.common.numbers import whole_number
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
 from statewise.errors import CorruptedError, RestoreError, SaveError
@@ -225,8 +225,8 @@ class Checkpoints:
 
     def _new_step(self, given: object, force: bool) -> int:
         """Returns the number of a step that may be saved."""
-        step = operator.index(given) if hasattr(given, "__index__") and not isinstance(given, bool) else -1
-        if step < 0:
+        step = whole_number(given, 0)
+        if step is None:
             raise SaveError(f"{given!r} is not the number of a step.", hint="checkpoints.save(100, state)")
         complete = self._manager.found()
         known = {*complete, *self._manager.steps()}

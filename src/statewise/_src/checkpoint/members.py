@@ -7,7 +7,6 @@ checkpoint lacks, the kind's `missing`.
 """
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
-import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.per_device import Refused, count_members, devices_of, members_of, shape_of_one
+from statewise._src.common.numbers import whole_number
 from statewise._src.plan.members import Axis
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
@@ -78,12 +78,11 @@ def asked_members(plan: PlanTables, manifests: Sequence[Manifest], members: Any)
         )
     chosen: list[Any] = []
     for member in given:
-        # NumPy's integers are numbers here, but booleans are not.
-        is_index = hasattr(member, "__index__") and not isinstance(member, bool)
+        index = whole_number(member, -known)
         if member is None and several:
             chosen.append(None)
-        elif is_index and -known <= operator.index(member) < known:
-            chosen.append(operator.index(member) % known)
+        elif index is not None and index < known:
+            chosen.append(index % known)
         else:
             holds = f"an ensemble of {number}" if number else "one model"
             raise RestoreError(f"The checkpoint is of {holds}: it has no member {_shown(member)}.", hint=hint)

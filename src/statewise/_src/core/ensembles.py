@@ -6,9 +6,7 @@ stacked; the values of a kind that all members share are compared too, bit by bi
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_abstract, is_traced
+from statewise._src.common.numbers import whole_number
 from statewise._src.common.problems import Problems, counted
 from statewise._src.core.batches import check_not_batch, hint_of_batch
 from statewise._src.core.member_view import compiled, single_of, with_complete_axis
@@ -53,8 +52,8 @@ def stacked(plan: PlanTables, count: Any, over: object, axes: Mapping[str, objec
             f"This plan is of an ensemble of {plan.members} already.",
             hint="make the larger ensemble of the plan of one model: kinds.plan(model).stacked(...)",
         )
-    # A bool is an int to Python, but not a number of members.
-    if isinstance(count, bool) or not hasattr(count, "__index__") or operator.index(count) < 1:
+    number = whole_number(count, 1)
+    if number is None:
         shown = count if isinstance(count, int | float | str) else type(count).__name__
         raise DeclarationError(f"{shown!r} is not a number of members.", hint="plan.stacked(8)")
     if over is not None and not isinstance(over, str):
@@ -65,7 +64,7 @@ def stacked(plan: PlanTables, count: Any, over: object, axes: Mapping[str, objec
             "Nothing in this ensemble has an axis: its members would be one model.",
             hint="plan.stacked(8)  # every kind has its own values in each member; a kind given as None is shared",
         )
-    return plan.with_members(Members(plan, operator.index(count), by_kind, over))
+    return plan.with_members(Members(plan, number, by_kind, over))
 
 
 # --- stacking ----------------------------------------------------------------------------------------------------
@@ -240,15 +239,12 @@ def _index(index: Any, count: int) -> int | jax.Array:
     if isinstance(index, compat.Tracer):
         if index.shape == () and jnp.issubdtype(index.dtype, jnp.integer):
             return jnp.where(index < 0, index + count, index)
-    elif not isinstance(index, bool | np.bool_) and hasattr(index, "__index__"):
-        # An array has `__index__`, but raises unless it is one integer.
-        with contextlib.suppress(TypeError):
-            number = operator.index(index)
-            if -count <= number < count:
-                return number % count
-            raise StructureError(
-                f"There is no member {number}: the ensemble has {count}.", hint=f"state.member({count - 1})  # the last"
-            )
+    elif (number := whole_number(index)) is not None:
+        if -count <= number < count:
+            return number % count
+        raise StructureError(
+            f"There is no member {number}: the ensemble has {count}.", hint=f"state.member({count - 1})  # the last"
+        )
     shown = repr(index) if isinstance(index, int | float | str) else type(index).__name__
     raise StructureError(
         f"{shown} is not the number of a member.",

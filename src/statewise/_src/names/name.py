@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
+from statewise._src.common.numbers import whole_number
 from statewise._src.names.pattern import Pattern
 from statewise._src.names.template import Template
 from statewise.errors import DeclarationError
@@ -55,9 +56,9 @@ class Name:
         names: str | Sequence[str],
         pattern: str | None = None,
         *,
-        join: int | None = None,
+        join: SupportsIndex | None = None,
         sizes: Sequence[int] | None = None,
-        **axes: int,
+        **axes: SupportsIndex,
     ) -> None:
         listed = (names,) if isinstance(names, str) else tuple(_sequence(names))
         templates = tuple(map(Template.parse, listed))
@@ -69,9 +70,9 @@ class Name:
         values = {
             "names": listed,
             "pattern": pattern,
-            "join": join,
+            "join": whole_number(join),
             "sizes": None if sizes is None else tuple(sizes),
-            "axes": tuple(sorted(axes.items())),
+            "axes": tuple((axis, int(length)) for axis, length in sorted(axes.items())),
             "templates": templates,
             "parsed": parsed,
         }
@@ -148,7 +149,7 @@ def _check_joined(names: Sequence[str], templates: Sequence[Template], join: Any
             raise DeclarationError(f"{names[0]!r} is one name, and there is nothing to join.", hint=repr(names[0]))
         return
     hint = f"sw.Name({list(names)}, join=0)"
-    if isinstance(join, bool) or not isinstance(join, int):
+    if whole_number(join) is None:
         raise DeclarationError(f"Several names need an axis along which they are joined, not join={join!r}.", hint=hint)
     if len({*names}) < len(names):
         raise DeclarationError(

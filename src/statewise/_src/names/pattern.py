@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from statewise._src.common.numbers import whole_number
 from statewise.errors import DeclarationError, StatewiseError
 
 __all__ = ["Pattern", "einops_package"]
@@ -55,7 +56,7 @@ class Pattern:
     ours: Axes
 
     @classmethod
-    def parse(cls, text: Any, lengths: Mapping[str, int]) -> Pattern:
+    def parse(cls, text: Any, lengths: Mapping[str, Any]) -> Pattern:
         """Reads a pattern.
 
         Raises:
@@ -75,7 +76,7 @@ class Pattern:
         if unknown:
             raise _refused(text, f"has no axis {', '.join(unknown)}, whose length is given", text)
         for name, length in lengths.items():
-            if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            if whole_number(length, 1) is None:
                 raise _refused(text, f"has an axis {name} of length {length!r}", f"{name}=64")
         # Their shape follows from ours, so that it is enough if the lengths of ours are known.
         for group in ours:
@@ -86,7 +87,7 @@ class Pattern:
                     f"does not say how ({' '.join(group)}) is divided into {' and '.join(open_axes)}",
                     f"sw.Name(..., {text!r}, {open_axes[-1]}=64)",
                 )
-        return cls(text, dict(lengths), theirs, ours)
+        return cls(text, {name: int(length) for name, length in lengths.items()}, theirs, ours)
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of their array for one of ours.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Unpack, overload
+from typing import Any, Concatenate, Literal, ParamSpec, SupportsIndex, TypeVar, Unpack, overload
 
 from statewise._src.common import compat
 from statewise._src.core.plan import State
@@ -27,7 +27,7 @@ _Function = Callable[Concatenate[Any, P], R]
 class TrainOptions(JitOptions, total=False):
     """The options of a train step that do not change the type of its result, and those of `jax.jit`."""
 
-    microbatches: int
+    microbatches: SupportsIndex
     whole_argnames: str | Sequence[str]
     nonfinite: NonFinite
 
@@ -219,7 +219,7 @@ def train_step(
     writes: str | Sequence[str] | None = None,
     has_aux: bool = False,
     capture: str | Sequence[str] | None = None,
-    microbatches: int = 1,
+    microbatches: SupportsIndex = 1,
     weighted: bool = False,
     whole_argnames: str | Sequence[str] = (),
     nonfinite: NonFinite = "write",
@@ -294,7 +294,7 @@ def train_step(
     training = Training.of(fn, microbatches, weighted, whole_argnames, nonfinite, measure)
     options = describe_options(
         capture=capture,
-        microbatches=None if microbatches == 1 else microbatches,
+        microbatches=None if training.microbatches == 1 else training.microbatches,
         weighted=weighted,
         whole_argnames=whole_argnames,
         nonfinite=None if nonfinite == "write" else nonfinite,

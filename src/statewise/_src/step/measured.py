@@ -12,11 +12,12 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import numpy as np
 
+from statewise._src.common.numbers import whole_number
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.tables import ShownData, Table, format_count
 from statewise._src.core.usable import check_concrete, check_untraced
@@ -132,7 +133,7 @@ class Measured(ShownData):
                 found[leaf.path] = dataclasses.replace(leaf, note=note)
         return tuple(found.values())
 
-    def table(self, depth: int = 2) -> Table:
+    def table(self, depth: SupportsIndex = 2) -> Table:
         """Returns a table with a line for each layer: the first `depth` keys of the leaves' paths.
 
         Args:
@@ -169,7 +170,7 @@ class Measured(ShownData):
             below=below if leaves else None,
         )
 
-    def to_dict(self, depth: int | None = None) -> dict[str, Any]:
+    def to_dict(self, depth: SupportsIndex | None = None) -> dict[str, Any]:
         """Returns the figures as a flat dict for a logger: `{"grad_norm/params/blocks/0": 0.1, ...}`.
 
         The keys are `written_`, `grad_`, `update_` or `param_`, with `norm`, `max` or `nonfinite`, then the kind and
@@ -196,7 +197,7 @@ class Measured(ShownData):
                         flat[f"{name}_{figure}/{text}"] = getattr(each, attribute)
         return flat
 
-    def to_json(self, depth: int | None = None) -> str:
+    def to_json(self, depth: SupportsIndex | None = None) -> str:
         """Returns the figures as JSON; a number that is not finite is text, `nan` or `inf`.
 
         Args:
@@ -223,13 +224,13 @@ class Measured(ShownData):
 
     def _entries(self, depth: Any) -> Iterator[tuple[Measure, int, _Place]]:
         """Yields what each column measures, the number of its array, and its place at a depth."""
-        if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 0):
+        if depth is not None and whole_number(depth, 0) is None:
             raise DeclarationError(f"depth={depth!r} is not a number of keys of a path.", hint="depth=2")
         for what, number in self.columns.entries:
             leaf = self.columns.tables.arrays[number].leaf
             yield what, number, (leaf.kind or "", leaf.path[:depth])
 
-    def _places(self, depth: int) -> list[_Place]:
+    def _places(self, depth: SupportsIndex) -> list[_Place]:
         """Returns the places in the order of the plan."""
         ordered = sorted(self._entries(depth), key=lambda entry: entry[1])
         return list(dict.fromkeys(place for _, _, place in ordered))

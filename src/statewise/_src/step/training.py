@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
+from statewise._src.common.numbers import whole_number
 from statewise._src.step.arguments import chosen_parameters
 from statewise._src.step.measured import MEASURES, Measure
 from statewise.errors import DeclarationError
@@ -59,7 +60,8 @@ class Training:
           DeclarationError: a number of microbatches that is not a positive integer; a parameter that the function does
             not have; another word for `nonfinite`; something that is not measured.
         """
-        if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        parts = whole_number(microbatches, 1)
+        if parts is None:
             raise DeclarationError(
                 f"microbatches={microbatches!r} is not a number of parts.",
                 hint="microbatches=8  # 1 is the whole batch",
@@ -67,7 +69,7 @@ class Training:
         whole = chosen_parameters(fn, {"whole_argnames": whole_argnames}, "whole")
         if nonfinite not in get_args(NonFinite):
             raise DeclarationError(f"nonfinite={nonfinite!r} is not one of 'write', 'skip'.", hint="nonfinite='skip'")
-        return cls(microbatches, weighted, whole, nonfinite == "skip", _measures(measure))
+        return cls(parts, weighted, whole, nonfinite == "skip", _measures(measure))
 
 
 def _measures(given: object) -> frozenset[Measure]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def convert(
     dry_run: bool = False,
     cast: bool = False,
     names: NamesData | None = None,
-    max_shard_bytes: int | None = None,
+    max_shard_bytes: SupportsIndex | None = None,
     extra_files: Sequence[str | os.PathLike[str]] = (),
 ) -> Conversion:
     """Converts a checkpoint: of Statewise, plain Orbax, safetensors, or Linen variables, each into each.

@@ -19,6 +19,7 @@ from statewise._src.checkpoint.interop.export import committed
 from statewise._src.checkpoint.interop.safetensors import write_file
 from statewise._src.checkpoint.interop.several_files import INDEX
 from statewise._src.checkpoint.interop.sources import Source
+from statewise._src.common.numbers import whole_number
 from statewise.errors import SaveError
 
 __all__ = ["check_options", "export_folder"]
@@ -35,7 +36,8 @@ def check_options(max_shard_bytes: Any, extra_files: Any) -> tuple[int, list[Fil
     """
     if max_shard_bytes is None:
         max_shard_bytes = SHARD_BYTES
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+    most = whole_number(max_shard_bytes, 1)
+    if most is None:
         raise SaveError(
             f"max_shard_bytes={max_shard_bytes!r} is not a number of bytes.", hint="max_shard_bytes=5 * 2**30"
         )
@@ -56,7 +58,7 @@ def check_options(max_shard_bytes: Any, extra_files: Any) -> tuple[int, list[Fil
             raise SaveError(f"{path} has the name of a checkpoint's manifest.", hint="leave it out of extra_files")
     if len({*lowered}) < len(paths):
         raise SaveError("Two of extra_files have the same name.", hint="files with different names")
-    return max_shard_bytes, paths
+    return most, paths
 
 
 def export_folder(

@@ -27,8 +27,8 @@ from statewise.errors import DeclarationError, StructureError, WatchError
 
 __all__ = ["Watch", "watch"]
 
-# The default for a model that is not passed.
-NOTHING: object = object()
+# The default for a model that is not passed; `help` shows it as it stands here.
+NOTHING: object = ...
 
 
 def watch(
