@@ -99,7 +99,9 @@ def test_an_array_in_pieces_is_summed_piece_by_piece(
     monkeypatch: pytest.MonkeyPatch, spec: tuple[Any, ...], dtype: str
 ) -> None:
     monkeypatch.setattr(checksums, "_CHUNK", 32)  # so that a piece, too, is looked at in parts
-    monkeypatch.setattr(checksums, "_PLACES", np.arange(1, 33, dtype=np.uint64))
+    monkeypatch.setattr(checksums, "_ROW", 8)
+    monkeypatch.setattr(checksums, "_PLACES", np.arange(1, 9, dtype=np.uint32))
+    monkeypatch.setattr(checksums, "_ROWS", np.arange(0, 32, 8, dtype=np.uint32))
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.enable_x64(True):
         array = (one_of(dtype, (8, 16, 4)) * 7).astype(dtype)

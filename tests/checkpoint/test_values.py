@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import statewise as sw
-from statewise._src.checkpoint.format.checksums import sums_of
+from statewise._src.checkpoint.format.checksums import Pieces, sums_of
 from statewise._src.checkpoint.orbax import read as stored
 from statewise._src.checkpoint.orbax import values
 from statewise._src.checkpoint.orbax.database import open_stored, reading
@@ -54,8 +54,8 @@ def through_tensorstore(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     plain = DiskValues.start
 
-    def noted(self: DiskValues, name: str, store: Any) -> Any:
-        coming = plain(self, name, store)
+    def noted(self: DiskValues, name: str, store: Any, part: Any = ()) -> Any:
+        coming = plain(self, name, store, part)
         if coming is None:
             keys.append(name)
         return coming
@@ -82,6 +82,26 @@ def test_pieces_along_the_first_axis_are_put_together(tmp_path: Path, monkeypatc
     assert coming is not None
     np.testing.assert_array_equal(coming.array, array)
     assert coming.result()[1] == sums_of(array)
+
+
+@pytest.mark.parametrize("part", [slice(0, 256), slice(512, 1024), slice(256, 512), slice(None), slice(512, None)])
+def test_a_part_of_whole_chunks_is_read_alone_with_what_it_adds_to_the_sums(tmp_path: Path, part: slice) -> None:
+    array = numbers()
+    store = stored_at(tmp_path, array, chunks=[256, 260])
+    with DiskValues(tmp_path, sizes_of(tmp_path)) as found:
+        coming = found.start("x", store, (part, slice(None)))
+        assert coming is not None
+        read, sums = coming.result()
+    np.testing.assert_array_equal(read, array[part], strict=True)
+    first, last, _ = part.indices(len(array))
+    assert sums == sums_of(Pieces(array.shape, (((first, 0), array[first:last]),)))
+
+
+@pytest.mark.parametrize("part", [(slice(0, 200), slice(None)), (slice(0, 256), slice(0, 130)), (slice(8, 8), slice(0))])
+def test_a_part_that_chunks_hold_more_than_is_left_to_tensorstore(tmp_path: Path, part: tuple[slice, ...]) -> None:
+    store = stored_at(tmp_path, numbers(), chunks=[256, 260])
+    with DiskValues(tmp_path, sizes_of(tmp_path)) as found:
+        assert found.start("x", store, part) is None
 
 
 def test_an_index_of_many_nodes_is_searched(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_two_processes_save_and_one_restores(tmp_path: Path, gcs: str, s3: str) 
         safetensors.numpy.save_file(arrays, tmp_path / "theirs" / file)
     printed = run_together(2, tmp_path, gcs, s3)
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "together"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "theirs", "together"]
     assert_restored(tmp_path / "together", f"{gcs}/together", f"{s3}/together")
 
 

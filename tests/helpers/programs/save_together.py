@@ -18,6 +18,7 @@ from flax import nnx
 
 import statewise as sw
 from statewise._src.checkpoint.interop import safetensors
+from statewise._src.checkpoint.orbax.values import DiskValues
 
 
 def make() -> nnx.Linear:
@@ -89,6 +90,27 @@ def read_named(folder: str, number: int) -> None:
     assert sorted(read) == sorted([(f"{number}.safetensors", 24)] * 2 + [("0.safetensors", 12)]), read
 
 
+def save_large(path: str) -> None:
+    """Saves large arrays, and reads from their files what this process needs of them."""
+    rng = np.random.default_rng(0)
+    shapes = {"split": (1024, 520), "whole": (1025, 300)}
+    model = nnx.Dict(**{name: nnx.Param(rng.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()})
+    state = spread(sw.plan(model).take(model))
+    sw.save(path, state)
+    read: list[tuple[str, int]] = []
+    start = DiskValues.start
+
+    def noted(self: DiskValues, name: str, store: Any, part: tuple[slice, ...] = ()) -> Any:
+        coming = start(self, name, store, part)
+        read.append((name.rpartition(".")[2], 0 if coming is None else coming.array.nbytes))
+        return coming
+
+    DiskValues.start = noted
+    assert_same_shards(state, sw.restore(path, state)[0])
+    # A quarter for each of the two devices of this process; and the whole once, for both.
+    assert sorted(read) == [("split", 1024 * 520)] * 2 + [("whole", 1025 * 300 * 4)], read
+
+
 def split(shape: tuple[int, ...]) -> sw.Sharded | sw.Replicated:
     return sw.Sharded("all") if len(shape) == 3 else sw.Replicated()
 
@@ -109,6 +131,7 @@ def main(number: int, count: int, port: str, folder: str, *stores: str) -> None:
         assert_same_shards(state, sw.restore(f"{store}/together", state)[0])
     if count == 2:
         read_named(f"{folder}/theirs", number)
+        save_large(f"{folder}/large")
     print("the same", flush=True)
 
 

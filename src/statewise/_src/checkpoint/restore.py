@@ -101,13 +101,15 @@ def restore(
         named = _matched_names(path, target, only, cast, base, members, names)
         named.matched.report.raise_problems()
         fresh = fresh_values(named.matched.restarted, target)
-        read = [named.read(source, _shardings(source, target)) for source in named.matched.sources]
+        default = jnp.zeros(()).sharding
+        read = [named.read(source, _shardings(source, target, default)) for source in named.matched.sources]
         return _state(named.matched, target, read, fresh, {}), named.matched.report
     folders, manifests, matched = _matched(path, target, only, cast, base, members)
     matched.report.raise_problems()
     fresh = fresh_values(matched.restarted, target)
     own = own_members(matched, target)
-    wanted = [(source.checkpoint, (source.record, _shardings(source, target))) for source in matched.sources]
+    default = jnp.zeros(()).sharding
+    wanted = [(source.checkpoint, (source.record, _shardings(source, target, default))) for source in matched.sources]
     arrays = read_leaves(folders, manifests, wanted)
     return _state(matched, target, arrays, fresh, own), matched.report
 
@@ -254,9 +256,9 @@ def _sharding_at(target: State, kind: str, position: int) -> Any:
     return None if packed else getattr(target.part(kind).arrays[position], "sharding", None)
 
 
-def _shardings(source: RestoreSource, target: State) -> list[Any]:
-    """Returns the sharding to read each array of a leaf with: the target's."""
-    kind, default = source.placed.record.kind, jnp.zeros(()).sharding
+def _shardings(source: RestoreSource, target: State, default: jax.sharding.Sharding) -> list[Any]:
+    """Returns the sharding to read each array of a leaf with: the target's, or the default if it has none."""
+    kind = source.placed.record.kind
     return [
         # An array that is changed goes to the target's devices only afterwards.
         None if change is not None else _sharding_at(target, kind, position) or default
@@ -306,7 +308,7 @@ def _state(
             elif change is not None:
                 array = regrouped(array, change, own_members.get(spot), _sharding_at(target, *spot))
             elif not isinstance(array, jax.Array):  # it was read in a dtype that JAX does not have
-                array = jax.device_put(array, _shardings(source, target)[position - start])
+                array = jax.device_put(array, _sharding_at(target, *spot) or jnp.zeros(()).sharding)
             new[spot] = array
     new |= fresh
     start_moments(matched, target, new)

@@ -170,7 +170,11 @@ def held(array: Any) -> "np.ndarray | Pieces":
 def _of_pieces(array: Pieces) -> Sums:
     plain = placed = 0
     for start, part in array.parts:
-        sums = _on_host(part) if part.shape == array.shape else _of_piece(part, start, array.shape)
+        if part.shape[1:] == array.shape[1:]:  # the piece is a run of elements
+            before = start[0] * math.prod(part.shape[1:]) if start else 0
+            sums = sums_of_run(part.reshape(-1), before)
+        else:
+            sums = _of_piece(part, start, array.shape)
         plain, placed = plain + sums[0], placed + sums[1]
     return plain % _MODULUS, placed % _MODULUS
 

@@ -6,6 +6,7 @@ This is the database that Orbax writes and reads, with the same specification: e
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -211,7 +212,7 @@ class Commit:
         spec = {
             "driver": "zarr",
             "kvstore": self._database.spec | {"path": name},
-            "dtype": np.dtype(dtype).name,
+            "dtype": _name_of(np.dtype(dtype)),
             # Without compression: weights hardly shrink, and it takes most of the time.
             "metadata": {"shape": shape, "chunks": chunks, "compressor": None},
             "recheck_cached_data": False,
@@ -224,6 +225,11 @@ class Commit:
     def done(self) -> None:
         """Writes everything, and waits for it; on a disk, to the system's cache."""
         self._transaction.commit_sync()
+
+
+@functools.cache
+def _name_of(dtype: np.dtype) -> str:
+    return dtype.name  # NumPy puts it together anew each time
 
 
 def chunks_of(shape: tuple[int, ...], itemsize: int, most: int = LARGEST_CHUNK) -> tuple[int, ...]:

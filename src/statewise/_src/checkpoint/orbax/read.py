@@ -7,6 +7,8 @@ that they take through Orbax.  Of an array of several processes each reads the p
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 
 import collections
+import functools
+import itertools
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from statewise._src.checkpoint.format.checksums import Pieces, Sums, sums_of
+from statewise._src.checkpoint.format.checksums import Pieces, Sums, added, sums_of
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.checkpoint.orbax.database import Database, open_stored, opened, reading
@@ -72,8 +74,10 @@ def read_stored(
     """
     database = reading(folder, index)
     spread = [(key, stored) for key, stored in wanted.items() if stored.is_spread]
-    for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
-        yield from _read_spread(database, group)
+    if spread:
+        with DiskValues(folder, files, index) as values:
+            for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
+                yield from _read_spread(database, values, group)
     # A queue, so that an array is not kept here when it has been yielded.
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
     alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
@@ -99,16 +103,26 @@ def _arrived(coming: collections.deque[tuple[Key, Any]]) -> Iterator[tuple[Key, 
         yield (key, *found) if isinstance(future, Coming) else (key, found, None)
 
 
+class _Part(NamedTuple):
+    """A part of an array: its first index along each axis, its values, and what they add to the checksum, if known."""
+
+    start: tuple[int, ...]
+    values: np.ndarray
+    sums: Sums | None
+
+
 class _Parts(NamedTuple):
     """What this process reads of an array of several: each part once, and the devices that it goes to."""
 
     key: Key
     stored: Stored
-    parts: Mapping[str, tuple[tuple[int, ...], np.ndarray]]
+    parts: Mapping[str, _Part]
     devices: Sequence[tuple[jax.Device, str]]
 
 
-def _read_spread(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> Iterator[tuple[Key, Any, Sums | None]]:
+def _read_spread(
+    database: Database, values: DiskValues, wanted: Sequence[tuple[Key, Stored]]
+) -> Iterator[tuple[Key, Any, Sums | None]]:
     """Yields arrays of several processes, with checksums of the parts that all of them have read.
 
     Each process sums the parts that it is the first to hold; all exchange their sums once, and learn whether another
@@ -116,7 +130,7 @@ def _read_spread(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> It
     """
     sums = np.zeros((len(wanted) + 1, 2), np.uint32)  # the last row says that this process could not read
     try:
-        read = _read_parts(database, wanted)
+        read = _read_parts(database, values, wanted)
         sums[:-1] = [_sums_here(each) for each in read]
     except Exception:
         sums[-1] = 1
@@ -125,15 +139,24 @@ def _read_spread(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> It
     total = compat.values_of_processes(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
     if total[-1, 0]:
         raise ValueError("another process could not read its parts")
-    for (key, stored, parts, devices), (plain, placed) in zip(read, total[:-1].tolist(), strict=True):
-        memory = stored.sharding.memory_kind
-        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=memory) for device, _ in devices]
-        arrays = jax.device_put([parts[index][1] for _, index in devices], places)
+    # In one call for all: a call for each of a thousand small arrays takes longer than to read them.
+    placed_parts = jax.device_put(
+        [each.parts[name].values for each in read for _, name in each.devices],
+        [_place(device, each.stored.sharding.memory_kind) for each in read for device, _ in each.devices],
+    )
+    coming = iter(placed_parts)
+    for (key, stored, _, devices), (plain, placed) in zip(read, total[:-1].tolist(), strict=True):
+        arrays = list(itertools.islice(coming, len(devices)))
         array = jax.make_array_from_single_device_arrays(stored.shape, stored.sharding, arrays)
         yield key, array, (plain, placed)
 
 
-def _read_parts(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> list[_Parts]:
+@functools.cache
+def _place(device: jax.Device, memory_kind: str | None) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
+
+
+def _read_parts(database: Database, values: DiskValues, wanted: Sequence[tuple[Key, Stored]]) -> list[_Parts]:
     opening = [(key, stored, open_stored(database, key)) for key, stored in wanted]
     reading_parts = []
     for key, stored, future in opening:
@@ -143,17 +166,26 @@ def _read_parts(database: Database, wanted: Sequence[tuple[Key, Stored]]) -> lis
         for device, index in stored.sharding.addressable_devices_indices_map(stored.shape).items():
             name = str(index)  # slices cannot be keys of a dict on every Python
             if name not in parts:
-                parts[name] = tuple(axis.start or 0 for axis in index), store[index].read()
+                coming = values.start(".".join(key), store, index) or store[index].read()
+                parts[name] = tuple(axis.start or 0 for axis in index), coming
             devices.append((device, name))
         reading_parts.append((key, stored, parts, devices))
     return [
-        _Parts(key, stored, {name: (start, future.result()) for name, (start, future) in parts.items()}, devices)
+        _Parts(key, stored, {name: _result(*part) for name, part in parts.items()}, devices)
         for key, stored, parts, devices in reading_parts
     ]
+
+
+def _result(start: tuple[int, ...], future: Any) -> _Part:
+    """Returns a part when it has been read."""
+    found = future.result()
+    return _Part(start, *found) if isinstance(future, Coming) else _Part(start, found, None)
 
 
 def _sums_here(read: _Parts) -> Sums:
     """Returns the checksum of the parts that this process is the first to hold."""
     first = holders(read.stored.sharding, read.stored.shape)
     own = [part for name, part in read.parts.items() if first[name][0].process_index == jax.process_index()]
-    return sums_of(Pieces(read.stored.shape, tuple(own)))
+    unknown = tuple((part.start, part.values) for part in own if part.sums is None)
+    known = [part.sums for part in own if part.sums is not None]
+    return functools.reduce(added, known, sums_of(Pieces(read.stored.shape, unknown)))

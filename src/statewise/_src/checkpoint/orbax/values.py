@@ -77,12 +77,13 @@ class DiskValues:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def start(self, name: str, store: Any) -> Coming | None:
-        """Starts to read an array.
+    def start(self, name: str, store: Any, part: tuple[slice, ...] = ()) -> Coming | None:
+        """Starts to read an array, or a part of it.
 
         Args:
           name: its key in the database.
           store: the array, as TensorStore has opened it.
+          part: the part to read; the whole array if it is empty.
 
         Returns:
           the array that is coming; None if it is small, or no file has it as it is in memory.
@@ -91,23 +92,25 @@ class DiskValues:
         # A corrupted description could have any number of chunks.
         if not count or is_url(self._folder) or count > len(self._places):
             return None
-        places = [self._places.get(f"{name}/{number}{end}") for number in range(count)]
+        numbers = _chunks_of(part, store.shape, store.shape[0] // count)
+        places = [self._places.get(f"{name}/{number}{end}") for number in numbers]
         dtype = store.dtype.numpy_dtype
         size = math.prod(store.shape) * dtype.itemsize // count
-        if any(place is None or place.size != size for place in places):
+        if not places or any(place is None or place.size != size for place in places):
             return None
         if self._pool is None:
             threads = min(_MOST_THREADS, os.cpu_count() or 1)
             self._pool = concurrent.futures.ThreadPoolExecutor(threads, "statewise-read")
-        flat = _empty(math.prod(store.shape), dtype)
+        flat = _empty(len(places) * size // dtype.itemsize, dtype)
+        before = numbers.start * size // dtype.itemsize
         parts = []
         for number, place in enumerate(places):
             assert place is not None, "all have been found"
             for first in range(0, size, _RUN):
                 begin = (number * size + first) // dtype.itemsize
                 run = flat[begin : begin + min(_RUN, size - first) // dtype.itemsize]
-                parts.append(self._pool.submit(_read, place.path, place.start + first, run, begin))
-        return Coming(flat.reshape(store.shape), parts)
+                parts.append(self._pool.submit(_read, place.path, place.start + first, run, before + begin))
+        return Coming(flat.reshape(-1, *store.shape[1:]), parts)
 
     @functools.cached_property
     def _places(self) -> dict[str, _Place]:
@@ -136,6 +139,20 @@ def _chunks_in_memory(store: Any) -> tuple[int, str]:
     if not (is_raw and is_whole and isinstance(found["dtype"], str) and not found["dtype"].startswith(">")):
         return 0, ""
     return shape[0] // chunks[0], f"{found.get('dimension_separator', '.')}0" * (len(shape) - 1)
+
+
+def _chunks_of(part: tuple[slice, ...], shape: tuple[int, ...], rows: int) -> range:
+    """Returns the numbers of the chunks that make up a part of an array; none if they hold more than it.
+
+    Args:
+      part: the part; the whole array if it is empty.
+      shape: the shape of the array.
+      rows: the length of a chunk along the first axis; along the others it is the array's.
+    """
+    spans = [axis.indices(size)[:2] for axis, size in zip(part, shape, strict=False)] or [(0, shape[0])]
+    (first, last), *others = spans
+    is_whole = all(span == (0, size) for span, size in zip(others, shape[1:], strict=False))
+    return range(first // rows, last // rows) if is_whole and not (first % rows or last % rows) else range(0)
 
 
 def _empty(size: int, dtype: Any) -> np.ndarray:
