@@ -97,7 +97,9 @@ def test_a_part_of_whole_chunks_is_read_alone_with_what_it_adds_to_the_sums(tmp_
     assert sums == sums_of(Pieces(array.shape, (((first, 0), array[first:last]),)))
 
 
-@pytest.mark.parametrize("part", [(slice(0, 200), slice(None)), (slice(0, 256), slice(0, 130)), (slice(8, 8), slice(0))])
+@pytest.mark.parametrize(
+    "part", [(slice(0, 200), slice(None)), (slice(0, 256), slice(0, 130)), (slice(8, 8), slice(0))], ids=str
+)
 def test_a_part_that_chunks_hold_more_than_is_left_to_tensorstore(tmp_path: Path, part: tuple[slice, ...]) -> None:
     store = stored_at(tmp_path, numbers(), chunks=[256, 260])
     with DiskValues(tmp_path, sizes_of(tmp_path)) as found:

@@ -229,7 +229,7 @@ class Commit:
 
 @functools.cache
 def _name_of(dtype: np.dtype) -> str:
-    return dtype.name  # NumPy puts it together anew each time
+    return dtype.name  # NumPy makes this text at each access
 
 
 def chunks_of(shape: tuple[int, ...], itemsize: int, most: int = LARGEST_CHUNK) -> tuple[int, ...]:

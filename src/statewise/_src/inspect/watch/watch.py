@@ -27,7 +27,7 @@ from statewise.errors import DeclarationError, StructureError, WatchError
 
 __all__ = ["Watch", "watch"]
 
-# The default for a model that is not passed; `help` shows it as it stands here.
+# The default for a model that is not passed; `help` shows it.
 NOTHING: object = ...
 
 
