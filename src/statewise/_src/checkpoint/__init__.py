@@ -1,7 +1,15 @@
 """Checkpoints: states to disk and back.
 
-`save` writes and `restore` reads.  Both use `format`: `records` (which leaf is what), `layout` (where it goes) and
-`manifest` (what a checkpoint records about itself).  `match` compares a target with a manifest before anything is read,
-and `restore_report` says what happens to each leaf.  `orbax` has the handler that Orbax calls; `checkpointable` and
-`checkpoints` are built on it.  `interop` converts other formats, `diff` compares.
+The files:
+
+- the verbs: `save`, `restore` (with `preview` and `inspect`), `checkpoints` (a checkpoint for each step),
+  `checkpointable` (an item of Orbax's own managers), `names` (what leaves are called elsewhere);
+- saving: `store_commit` (when a checkpoint in an object store is complete), `together` (several processes);
+- restoring: `match` (a target with a checkpoint, before anything is read) and `match_names` (with files of other
+  names), `compare_records` (a leaf with its record), `renested` and `retyped` (leaves that all differ for one reason),
+  `members` (of an ensemble), `fill` (values that are not read), `restore_report` (what happens to each leaf);
+- steps: `items` (what is beside a state), `data` (the position of an iterator), `claimed` (who writes a step),
+  `step_errors`, `restore_result`;
+- packages: `format` (Statewise's own), `orbax` (all that calls Orbax and TensorStore), `interop` (other programs'
+  files), `diff`.
 """
