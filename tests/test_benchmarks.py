@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is run from the checkout, not installed
@@ -100,6 +102,32 @@ def test_twins_have_the_same_loss(make: Callable[[], Case]) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@needs_equinox
+def test_the_twin_of_the_decoder_decodes_and_caches_alike() -> None:
+    case = serve.decode_wide_case(1, width=8, length=4)
+    twin = case.programs["decode"].eqx
+    assert twin is not None
+    assert case.eqx is not None
+    build_twin = case.eqx.build
+
+    @jax.jit
+    def two_tokens() -> tuple[list[Any], list[Any]]:
+        model = case.build()
+        mine, caches = build_twin(model)
+        ours, theirs = [], []
+        for token in (jnp.array([3]), jnp.array([5])):
+            ours.append(model(token))
+            out, caches = twin(mine, caches, token)
+            theirs.append(out)
+        return [ours, nnx.state(model, nnx.Cache)], [theirs, caches]
+
+    ours, theirs = map(jax.tree.leaves, two_tokens())
+    assert len(ours) == len(theirs) == 5
+    shapes = lambda arrays: sorted(arrays, key=lambda array: (array.shape, float(array.sum())))
+    for mine, twins in zip(shapes(ours), shapes(theirs), strict=True):
+        np.testing.assert_allclose(mine, twins, rtol=1e-4, atol=1e-5)
+
+
 def test_on_a_mesh(devices: list[jax.Device], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "FEW", (OURS, "by-hand", "nnx.jit"))
     (table,) = train.mesh(TINY, blocks=1)
@@ -110,6 +138,12 @@ def test_many_caches_over_one_set_of_weights() -> None:
     table = serve.many_caches(serve.decode_case(8, 1, length=8), TINY, conversations=2)
     assert [row["key"] for row in table["rows"]] == ["many-states", "replace", "by-hand"]
     assert max(row["difference"] for row in table["rows"]) < 1e-5
+
+
+def test_loops_until_a_token_give_what_single_calls_give() -> None:
+    table = serve.decode_loop(serve.decode_wide_case(1, width=8, length=8), TINY, "one layer", tokens=6)  # raises if not
+    assert [row["key"] for row in table["rows"]] == list(serve.LOOPS)
+    assert [row["difference"] for row in table["rows"]] == [0.0] * 5
 
 
 def test_scan_computes_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
