@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "load", "markdown", "merge", "show", "write_docs"]
+__all__ = ["OLDEST", "SCHEMA", "load", "markdown", "merge", "show", "write_docs"]
 
 SCHEMA = 1
 NUMBERS = (
@@ -16,6 +16,9 @@ NUMBERS = (
     *("setup_s", "first_call_s", "peak_bytes", "compiled_bytes"),
 )
 BEGIN, END = "<!-- written by python -m benchmarks --write-docs -->", "<!-- end of the written part -->"
+
+# The folder, in that of the results, of those measured on the oldest libraries that are supported.
+OLDEST = "oldest"
 
 Result = dict[str, Any]
 
@@ -150,7 +153,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     """Writes the tables and the plot into docs/performance.md, between its two marks; the prose stays as it is.
 
     Args:
-      results: the folder of the JSON.
+      results: the folder of the JSON; its folder `oldest` has that of the oldest libraries, for the numbers to reach.
       docs: the folder of the page.
       order: names of workloads, in the order of their sections; any others come first.
 
@@ -171,7 +174,11 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page.name} has lost its marks, {BEGIN} and {END}")
     written = [page]
-    sections = [_about(found), "## Numbers to reach", targets_markdown(found)]
+    oldest = load(results / OLDEST)
+    about = _about(found)
+    if oldest:
+        about = f"{about}\n\nThe columns of the oldest libraries below: {_about(oldest)}"
+    sections = [about, "## Numbers to reach", targets_markdown(found, oldest)]
     if "leaves" in found:
         plot = docs / "performance-leaves.svg"
         write_plot(found["leaves"], plot)

@@ -237,18 +237,30 @@ TARGETS = (
 )
 
 
-def targets_markdown(found: Found) -> str:
-    """The targets as a table in Markdown."""
-    lines = ["| what | reach | found | |", "| --- | --- | ---: | --- |"]
+def targets_markdown(found: Found, oldest: Found | None = None) -> str:
+    """The targets as a table in Markdown.
+
+    Args:
+      found: the results on the newest libraries.
+      oldest: those on the oldest that are supported, for columns of their own; None or empty for none.
+    """
+    heads = ("what", "reach", "newest libraries", "", "oldest libraries", "") if oldest else ("what", "reach", "found", "")
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: | --- |" * (2 if oldest else 1)]
     for target in TARGETS:
-        try:
-            value = target.value(found)
-        except MissingError as missing:
-            lines.append(f"| {target.what} | {target.reach} | | {missing} |")
-            continue
-        verdict = "reached" if target.met(value) else "**not reached**"
-        lines.append(f"| {target.what} | {target.reach} | {target.show.format(value)} | {verdict} |")
-    return "\n".join(lines)
+        cells = [target.what, target.reach, *_verdict(target, found)]
+        if oldest:
+            cells += _verdict(target, oldest)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).replace("|  |", "| |").replace("|  |", "| |")
+
+
+def _verdict(target: Target, found: Found) -> tuple[str, str]:
+    """What was found, and whether it is enough."""
+    try:
+        value = target.value(found)
+    except MissingError as missing:
+        return "", str(missing)
+    return target.show.format(value), "reached" if target.met(value) else "**not reached**"
 
 
 def packing_pays(found: Found) -> str:

@@ -16,6 +16,7 @@ from benchmarks.case import Call, Case, EqxCase, Program
 from benchmarks.compare import check, compare, fresh, table, time_calls
 from benchmarks.measure import Settings, timed
 from benchmarks.styles.by_hand import ByHand
+from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
 from benchmarks.twins import twin
 
@@ -208,7 +209,8 @@ def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[
     """One set of weights under many caches, a token for each conversation in turn.
 
     Ours twice: one state for each conversation, which share the weights; and one state, whose cache is swapped
-    before each token.  By hand, the caches are a list of lists.
+    before each token.  By hand, the caches are a list of lists.  `nnx.jit_partial` holds one model, whose cache is
+    swapped too.
     """
     model = case.build()
     ours = Ours(case, model)
@@ -237,11 +239,23 @@ def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[
             lists[number], logits = fn(hand.params, cache, hand.rest, tokens)
         return logits
 
-    calls = {"many-states": many_states, "replace": replaced, "by-hand": by_hand}
+    partial = Nnx(case, case.build(), variant="partial")
+    decode_partial = partial.program("decode")
+    own = [_cache_of(partial.model) for _ in range(conversations)]
+
+    def jit_partial() -> Any:
+        for number, cache in enumerate(own):
+            nnx.update(partial.model, cache)
+            logits = decode_partial(tokens)
+            own[number] = _cache_of(partial.model)
+        return logits
+
+    calls = {"many-states": many_states, "replace": replaced, "by-hand": by_hand, "nnx.jit_partial": jit_partial}
     labels = {
         "many-states": "Statewise, a state for each conversation",
         "replace": "Statewise, `state.replace(cache=...)` before each token",
         "by-hand": "`jax.jit` by hand: flat lists, donated",
+        "nnx.jit_partial": "`nnx.jit_partial(graph=False)`, `nnx.update` before each token",
     }
     outputs = {key: [np.asarray(call()) for _ in range(settings.check_steps)] for key, call in calls.items()}
     worst = {key: check(key, found, outputs["many-states"], case.tolerance) for key, found in outputs.items()}
@@ -249,6 +263,10 @@ def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[
     made = [{"key": key, "label": labels[key], **rows[key], "difference": worst[key]} for key in calls]
     title = f"{conversations} conversations over one set of weights"
     return table("decode_many", title, made, per="token", reference="many-states", conversations=conversations)
+
+
+def _cache_of(model: Any) -> Any:
+    return nnx.as_pure(nnx.state(model, nnx.Cache))
 
 
 def _with_own_cache(state: sw.State) -> sw.State:
