@@ -92,9 +92,12 @@ def times(value: float) -> str:
 
 def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
     """The columns that these rows have something for: a name, and what makes a cell of a row."""
+    counts = sorted({int(count) for row in rows for count in row.get("seconds_by_leaves", ())})
     columns = [
+        *((f"{count:,} leaves", "seconds_by_leaves", _at_leaves(count)) for count in counts),
+        ("exponent", "exponent", lambda row: f"{row['exponent']:.2f}"),
         ("median", "median_s", lambda row: seconds(row["median_s"])),
-        ("middle half", "median_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
+        ("middle half", "q1_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
         ("process", "peak_bytes", lambda row: amount(row["peak_bytes"])),
         ("compiled step", "compiled_bytes", lambda row: amount(row["compiled_bytes"])),
         ("times the first", "ratio", lambda row: times(row["ratio"]) + _spread(row)),
@@ -107,6 +110,14 @@ def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
         return lambda row: render(row) if number in row else ""
 
     return [(name, cell(number, render)) for name, number, render in columns if any(number in row for row in rows)]
+
+
+def _at_leaves(count: int) -> Any:
+    def cell(row: Result) -> str:
+        value = row["seconds_by_leaves"].get(str(count))
+        return "" if value is None else seconds(value)
+
+    return cell
 
 
 def _spread(row: Result) -> str:
@@ -163,7 +174,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     Raises:
       ValueError: there are no results, or the page has lost its marks.
     """
-    from benchmarks.plot import write_plot
+    from benchmarks.plot import write_growth_plot, write_plot
     from benchmarks.targets import packing_pays, targets_markdown
 
     found = load(results)
@@ -184,6 +195,11 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
         write_plot(found["leaves"], plot)
         written.append(plot)
         sections += ["## Cost against the number of leaves", f"![milliseconds a step by leaves]({plot.name})"]
+    if "growth" in found:
+        plot = docs / "performance-growth.svg"
+        write_growth_plot(found["growth"], plot)
+        written.append(plot)
+        sections += ["## How every verb grows with the model", f"![seconds a call by leaves]({plot.name})"]
     sections += ["## From how many steps on packing pays", packing_pays(found)]
     places = {name: place for place, name in enumerate(order)}
     ordered = sorted(found.values(), key=lambda result: places.get(result["name"], -1))

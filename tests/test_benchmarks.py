@@ -24,9 +24,21 @@ from benchmarks import accelerator, report, targets  # noqa: E402
 from benchmarks.case import Case  # noqa: E402
 from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
-from benchmarks.plot import curves, write_plot  # noqa: E402
+from benchmarks.plot import curves, write_growth_plot, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
-from benchmarks.workloads import WORKLOADS, disk, grow, look, memory, names, options, serve, train  # noqa: E402
+from benchmarks.workloads import (  # noqa: E402
+    WORKLOADS,
+    disk,
+    grow,
+    growth,
+    large,
+    look,
+    memory,
+    names,
+    options,
+    serve,
+    train,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -173,6 +185,33 @@ def test_growth_and_looking() -> None:
     ]
 
 
+@pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_every_verb_is_called_at_every_size(every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not every:
+        fast = [label for label, (group, _) in growth.VERBS.items() if group == "nnx" or "census" in label]
+        monkeypatch.setattr(growth, "VERBS", {label: growth.VERBS[label] for label in fast})
+    (table,) = growth.growth(TINY, counts=(10, 20))
+    assert [row["key"] for row in table["rows"]] == list(growth.VERBS)
+    assert all([*row["seconds_by_leaves"]] == ["10", "20"] for row in table["rows"])
+    assert growth.exponent({"10": 0.5, "100": 5.0, "1000": 50.0}) == pytest.approx(1)
+    assert growth.exponent({"10": 0.01, "100": 1.0}) == pytest.approx(2)
+    text = report.markdown(table)
+    assert text.startswith("| for one call | 10 leaves | 20 leaves | exponent |")
+    assert "`nnx.split(model, ...)`" in text.splitlines()[2]
+    value = next(target for target in targets.TARGETS if "every verb" in target.what).value
+    others = [row["exponent"] for row in table["rows"] if row["group"] != "nnx"]
+    assert value({"growth": {"tables": [table]}}) == max(others)
+
+
+def test_a_model_that_is_nowhere_is_asked_everything(tmp_path: Path) -> None:
+    assert large.write_checkpoint(tmp_path / "run", 64, 1) == 58368
+    for verb in large.VERBS:
+        found = large.child(verb, str(tmp_path / "run"), 64, 1)  # raises where there is no answer
+        assert found["peak_bytes"] < 500e6
+    with pytest.raises(WrongResultError, match=r"sw.preview"):
+        large.child("`sw.preview(path, plan.abstract(mesh))`", str(tmp_path / "run"), 128, 1)
+
+
 def test_memory_of_one_way() -> None:
     found = memory.child("by-hand", "large", 8)
     assert len(found["losses"]) == memory.STEPS
@@ -317,6 +356,19 @@ def test_the_plot_is_svg_and_the_same_each_time(tmp_path: Path) -> None:
         write_plot(result, file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert xml.etree.ElementTree.parse(files[0]).getroot().tag.endswith("svg")
+
+
+@needs_matplotlib
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib itself imports
+def test_the_plot_of_growth_is_svg(tmp_path: Path) -> None:
+    rows = [
+        {"key": name, "label": name, "group": group, "seconds_by_leaves": {"10": 0.1, "100": 1.0}, "exponent": 1.0}
+        for name, group in (("a", "nnx"), ("b", "plans"), ("c", "plans"))
+    ]
+    write_growth_plot(report.merge("growth", [run("growth", rows, counts=[10, 100])], quick=True), tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert xml.etree.ElementTree.fromstring(text).tag.endswith("svg")
+    assert text.count(">plans<") == text.count(">nnx<") == 1
 
 
 def test_what_is_committed_has_the_schema() -> None:
