@@ -413,6 +413,12 @@ def test_the_command_for_accelerators_has_two_figures_of_correctness_in_each_row
             assert len(figures) == 2
 
 
+def test_microbatches_on_an_accelerator_give_the_losses_of_the_whole_batch() -> None:
+    (table,) = accelerator.microbatches(TINY)
+    assert [row["key"] for row in table["rows"]] == list(accelerator.WAYS)
+    assert all(row["difference"] <= 2e-2 and row["difference_to_cpu"] == 0 for row in table["rows"])
+
+
 def test_a_section_that_fails_is_written_down_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, matmul_precision: None
 ) -> None:
