@@ -341,7 +341,9 @@ def scaled_decoder(source: models.ScaledDecoder) -> tuple[ScaledDecoder, ScaledC
     dense = ("query", "key", "value", "out", "gate", "up", "down")
     layers = [
         ScaledLayer(
-            layer_norm(layer.norm1), layer_norm(layer.norm2), **{name: scaled_dense(getattr(layer, name)) for name in dense}
+            layer_norm(layer.norm1),
+            layer_norm(layer.norm2),
+            **{name: scaled_dense(getattr(layer, name)) for name in dense},
         )
         for layer in source.layers
     ]

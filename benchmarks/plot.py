@@ -1,4 +1,4 @@
-"""The plots: seconds for one step, and for one call of each verb, against the number of leaves; both axes are logarithmic."""
+"""The plots: seconds for one step, and for a call of each verb, against the number of leaves; axes are logarithmic."""
 
 from __future__ import annotations
 

@@ -284,7 +284,9 @@ def targets_markdown(found: Found, oldest: Found | None = None) -> str:
       found: the results on the newest libraries.
       oldest: those on the oldest that are supported, for columns of their own; None or empty for none.
     """
-    heads = ("what", "reach", "newest libraries", "", "oldest libraries", "") if oldest else ("what", "reach", "found", "")
+    heads = (
+        ("what", "reach", "newest libraries", "", "oldest libraries", "") if oldest else ("what", "reach", "found", "")
+    )
     lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: | --- |" * (2 if oldest else 1)]
     for target in TARGETS:
         cells = [target.what, target.reach, *_verdict(target, found)]

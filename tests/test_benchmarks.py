@@ -135,8 +135,8 @@ def test_the_twin_of_the_decoder_decodes_and_caches_alike() -> None:
 
     ours, theirs = map(jax.tree.leaves, two_tokens())
     assert len(ours) == len(theirs) == 5
-    shapes = lambda arrays: sorted(arrays, key=lambda array: (array.shape, float(array.sum())))
-    for mine, twins in zip(shapes(ours), shapes(theirs), strict=True):
+    ours, theirs = (sorted(side, key=lambda array: (array.shape, float(array.sum()))) for side in (ours, theirs))
+    for mine, twins in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, twins, rtol=1e-4, atol=1e-5)
 
 
@@ -153,7 +153,9 @@ def test_many_caches_over_one_set_of_weights() -> None:
 
 
 def test_loops_until_a_token_give_what_single_calls_give() -> None:
-    table = serve.decode_loop(serve.decode_wide_case(1, width=8, length=8), TINY, "one layer", tokens=6)  # raises if not
+    table = serve.decode_loop(
+        serve.decode_wide_case(1, width=8, length=8), TINY, "one layer", tokens=6
+    )  # raises if not
     assert [row["key"] for row in table["rows"]] == list(serve.LOOPS)
     assert [row["difference"] for row in table["rows"]] == [0.0] * 5
 

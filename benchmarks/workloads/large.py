@@ -98,12 +98,10 @@ VERBS: dict[str, Callable[[Any, sw.Plan, Path], Any]] = {
 def large(settings: Settings) -> list[dict[str, Any]]:
     """Each verb once in a fresh process: seconds, and by how much the process grew."""
     width, depth = (64, 2) if settings.quick else (2048, 18)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         count = write_checkpoint(path, width, depth)
-        for verb in VERBS:
-            rows.append({"key": verb, "label": verb, **_measured(verb, path, width, depth)})
+        rows = [{"key": verb, "label": verb, **_measured(verb, path, width, depth)} for verb in VERBS]
     title = f"A transformer of {count / 1e9:.2f} billion parameters in bfloat16, abstract, on a mesh of eight devices"
     return [table("large", title, rows, per="call", reference=rows[0]["key"], parameters=count)]
 

@@ -120,8 +120,8 @@ def _name(names: str | Sequence[str], pattern: str | None, lengths: Mapping[str,
 class _Finder:
     """Scores of pairs of modules.
 
-    Modules that are called alike on both sides, and whose arrays all fit, are pairs: between a model and files of its own
-    names there may be tens of thousands.  The others are scored, each with each.
+    Modules that are called alike on both sides, and whose arrays all fit, are pairs: between a model and files of its
+    own names there may be tens of thousands.  The others are scored, each with each.
     """
 
     def __init__(self, ours: Sequence[Module], theirs: Sequence[Module]) -> None:
