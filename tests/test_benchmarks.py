@@ -11,27 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is run from the checkout, not installed
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import accelerator, report, targets  # noqa: E402
+from benchmarks import report, targets  # noqa: E402
 from benchmarks.case import Case  # noqa: E402
 from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
-from benchmarks.plot import curves, write_growth_plot, write_plot  # noqa: E402
+from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
     WORKLOADS,
     disk,
     grow,
-    growth,
-    large,
     look,
     memory,
     names,
@@ -114,32 +110,6 @@ def test_twins_have_the_same_loss(make: Callable[[], Case]) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@needs_equinox
-def test_the_twin_of_the_decoder_decodes_and_caches_alike() -> None:
-    case = serve.decode_wide_case(1, width=8, length=4)
-    twin = case.programs["decode"].eqx
-    assert twin is not None
-    assert case.eqx is not None
-    build_twin = case.eqx.build
-
-    @jax.jit
-    def two_tokens() -> tuple[list[Any], list[Any]]:
-        model = case.build()
-        mine, caches = build_twin(model)
-        ours, theirs = [], []
-        for token in (jnp.array([3]), jnp.array([5])):
-            ours.append(model(token))
-            out, caches = twin(mine, caches, token)
-            theirs.append(out)
-        return [ours, nnx.state(model, nnx.Cache)], [theirs, caches]
-
-    ours, theirs = map(jax.tree.leaves, two_tokens())
-    assert len(ours) == len(theirs) == 5
-    ours, theirs = (sorted(side, key=lambda array: (array.shape, float(array.sum()))) for side in (ours, theirs))
-    for mine, twins in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(mine, twins, rtol=1e-4, atol=1e-5)
-
-
 def test_on_a_mesh(devices: list[jax.Device], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "FEW", (OURS, "by-hand", "nnx.jit"))
     (table,) = train.mesh(TINY, blocks=1)
@@ -150,14 +120,6 @@ def test_many_caches_over_one_set_of_weights() -> None:
     table = serve.many_caches(serve.decode_case(8, 1, length=8), TINY, conversations=2)
     assert [row["key"] for row in table["rows"]] == ["many-states", "replace", "by-hand", "nnx.jit_partial"]
     assert max(row["difference"] for row in table["rows"]) < 1e-5
-
-
-def test_loops_until_a_token_give_what_single_calls_give() -> None:
-    table = serve.decode_loop(
-        serve.decode_wide_case(1, width=8, length=8), TINY, "one layer", tokens=6
-    )  # raises if not
-    assert [row["key"] for row in table["rows"]] == list(serve.LOOPS)
-    assert [row["difference"] for row in table["rows"]] == [0.0] * 5
 
 
 def test_scan_computes_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,33 +147,6 @@ def test_growth_and_looking() -> None:
         "look_split",
         "look_census",
     ]
-
-
-@pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_every_verb_is_called_at_every_size(every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not every:
-        fast = [label for label, (group, _) in growth.VERBS.items() if group == "nnx" or "census" in label]
-        monkeypatch.setattr(growth, "VERBS", {label: growth.VERBS[label] for label in fast})
-    (table,) = growth.growth(TINY, counts=(10, 20))
-    assert [row["key"] for row in table["rows"]] == list(growth.VERBS)
-    assert all([*row["seconds_by_leaves"]] == ["10", "20"] for row in table["rows"])
-    assert growth.exponent({"10": 0.5, "100": 5.0, "1000": 50.0}) == pytest.approx(1)
-    assert growth.exponent({"10": 0.01, "100": 1.0}) == pytest.approx(2)
-    text = report.markdown(table)
-    assert text.startswith("| for one call | 10 leaves | 20 leaves | exponent |")
-    assert "`nnx.split(model, ...)`" in text.splitlines()[2]
-    value = next(target for target in targets.TARGETS if "every verb" in target.what).value
-    others = [row["exponent"] for row in table["rows"] if row["group"] != "nnx"]
-    assert value({"growth": {"tables": [table]}}) == max(others)
-
-
-def test_a_model_that_is_nowhere_is_asked_everything(tmp_path: Path) -> None:
-    assert large.write_checkpoint(tmp_path / "run", 64, 1) == 58368
-    for verb in large.VERBS:
-        found = large.child(verb, str(tmp_path / "run"), 64, 1)  # raises where there is no answer
-        assert found["peak_bytes"] < 500e6
-    with pytest.raises(WrongResultError, match=r"sw.preview"):
-        large.child("`sw.preview(path, plan.abstract(mesh))`", str(tmp_path / "run"), 128, 1)
 
 
 def test_memory_of_one_way() -> None:
@@ -360,19 +295,6 @@ def test_the_plot_is_svg_and_the_same_each_time(tmp_path: Path) -> None:
     assert xml.etree.ElementTree.parse(files[0]).getroot().tag.endswith("svg")
 
 
-@needs_matplotlib
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what matplotlib itself imports
-def test_the_plot_of_growth_is_svg(tmp_path: Path) -> None:
-    rows = [
-        {"key": name, "label": name, "group": group, "seconds_by_leaves": {"10": 0.1, "100": 1.0}, "exponent": 1.0}
-        for name, group in (("a", "nnx"), ("b", "plans"), ("c", "plans"))
-    ]
-    write_growth_plot(report.merge("growth", [run("growth", rows, counts=[10, 100])], quick=True), tmp_path / "a.svg")
-    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
-    assert xml.etree.ElementTree.fromstring(text).tag.endswith("svg")
-    assert text.count(">plans<") == text.count(">nnx<") == 1
-
-
 def test_what_is_committed_has_the_schema() -> None:
     folder = ROOT / "benchmarks" / "results"
     committed = [*report.load(folder).items(), *report.load(folder / report.OLDEST).items()]
@@ -391,58 +313,3 @@ def test_the_command_line_knows_every_workload() -> None:
     assert set(command.PLANNED) == set(WORKLOADS)
     with pytest.raises(SystemExit):
         command.main(["--only", "nonsense"])
-
-
-@pytest.fixture
-def matmul_precision():
-    before = jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
-
-
-def test_the_command_for_accelerators_has_two_figures_of_correctness_in_each_row(
-    tmp_path: Path, matmul_precision: None
-) -> None:
-    kept: list[dict[str, object]] = []
-    result = accelerator.run(TINY, ["keep", "pinned", "decode_wide"], 600.0, kept.append)
-    assert result["failures"] == []
-    assert [table["key"] for table in result["tables"]] == ["keep_save", "keep_restore", "pinned", "decode_wide"]
-    assert len(kept) == 3
-    for table in result["tables"]:
-        for row in table["rows"]:
-            figures = {"elements_that_differ", "arrays_elsewhere"} & set(row) or {"difference", "difference_to_cpu"}
-            assert figures <= set(row)
-            assert len(figures) == 2
-
-
-def test_microbatches_on_an_accelerator_give_the_losses_of_the_whole_batch() -> None:
-    (table,) = accelerator.microbatches(TINY)
-    assert [row["key"] for row in table["rows"]] == list(accelerator.WAYS)
-    assert all(row["difference"] <= 2e-2 and row["difference_to_cpu"] == 0 for row in table["rows"])
-
-
-def test_a_section_that_fails_is_written_down_and_the_others_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, matmul_precision: None
-) -> None:
-    def broken(settings: Settings) -> list[dict[str, object]]:
-        raise WrongResultError("the device differs from the CPU by 3")
-
-    sections = {"broken": broken, "keep": accelerator.keep}
-    monkeypatch.setattr(accelerator, "SECTIONS", sections)
-    kept: list[dict[str, object]] = []
-    result = accelerator.run(TINY, ["broken", "keep"], 600.0, kept.append)
-    assert [failure["section"] for failure in result["failures"]] == ["broken"]
-    assert "differs from the CPU by 3" in result["failures"][0]["error"]
-    assert [table["key"] for table in result["tables"]] == ["keep_save", "keep_restore"]
-
-
-def test_no_section_starts_after_the_budget(matmul_precision: None) -> None:
-    result = accelerator.run(TINY, ["keep"], -1.0, lambda found: None)
-    assert result["tables"] == []
-    assert result["failures"][0]["error"].startswith("not started")
-
-
-def test_a_save_that_is_read_back_differently_stops_the_benchmark() -> None:
-    expected = [np.zeros(3)]
-    with pytest.raises(WrongResultError, match="1 elements differ"):
-        accelerator._checked(TINY, {"save": lambda: "path"}, expected, {"save": lambda path: [np.array([0.0, 1, 0])]})
