@@ -7,7 +7,7 @@
 #   make quick         lint, types and the tests that answer fast: what to run while working
 #   make test          lint, types, tests, doctests: what CI runs
 #   make docs          the documentation as a site, in site/
-#   make bench         the numbers, side by side (bench-quick: a short run)
+#   make bench         the numbers, side by side (bench-quick: a short run; bench-oldest: on the oldest Python)
 #   make dist          wheel and sdist, checked, and tried in an empty environment
 #   make test-modes    the tests under each of Flax's modes, on the newest and the oldest Python: docs/compatibility.md
 #   make tests-oldest  the tests on the oldest Python of the machine, beside the first: what CI runs as well
@@ -30,7 +30,7 @@ UV := $(shell command -v uv)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(1) ||) \
   $(BIN)/python -m pip install --quiet --disable-pip-version-check $(1)
 
-.PHONY: help demo demo-minilm quick test tests-oldest test-pre test-slow test-torch browser-tests lint types tests docs bench bench-quick dist format clean
+.PHONY: help demo demo-minilm quick test tests-oldest test-pre test-slow test-torch browser-tests lint types tests docs bench bench-oldest bench-quick dist format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -142,6 +142,12 @@ bench: $(VENV)/.installed-bench
 
 bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks --quick
+
+# The same on the oldest Python and libraries, whose results have a folder of their own.
+BENCH_ARGS = --results benchmarks/results/oldest
+bench-oldest:
+	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=$(OLDEST_VENV) $(OLDEST_VENV)/.installed-bench
+	$(OLDEST_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 # The README's first example and the demo, run by the wheel alone, in an environment with nothing else.
 dist: $(VENV)/.installed-dist

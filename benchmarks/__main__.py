@@ -35,6 +35,8 @@ PLANNED: dict[str, tuple[int, int]] = {
     "options": (1, 2),
     "small_kind": (1, 2),
     "leaves": (1, 1),
+    "growth": (1, 1),
+    "large": (1, 1),
     "look": (1, 1),
     "keep": (1, 2),
     "disk": (1, 1),
@@ -47,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.memory_of:
         return _memory(*args.memory_of)
+    if args.large_verb:
+        return _large_verb(*args.large_verb)
     if args.worker:
         return _work(args.worker, args.quick, Path(args.json))
     results = Path(args.results) if args.results else RESULTS / "quick" if args.quick else RESULTS
@@ -69,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     for hidden in ("--worker", "--json"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--large-verb", nargs=4, help=argparse.SUPPRESS)
     return parser
 
 
@@ -129,6 +134,13 @@ def _memory(way: str, name: str, size: str) -> int:
     from benchmarks.workloads.memory import child
 
     print(json.dumps(child(way, name, int(size))))
+    return 0
+
+
+def _large_verb(verb: str, path: str, width: str, depth: str) -> int:
+    from benchmarks.workloads.large import child
+
+    print(json.dumps(child(verb, path, int(width), int(depth))))
     return 0
 
 

@@ -28,20 +28,18 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import statewise as sw
-from benchmarks import models
-from benchmarks.case import Case, training
+from benchmarks.case import Case
 from benchmarks.compare import WrongResultError, compare, table, time_calls
 from benchmarks.machine import describe
 from benchmarks.measure import Settings, timed
 from benchmarks.report import merge, show
 from benchmarks.styles.ours import Ours
 from benchmarks.workloads import loops, serve, train
+from benchmarks.workloads.bfloat16 import microbatches, transformer_case
 
 __all__ = ["SECTIONS", "main", "run"]
 
@@ -143,8 +141,8 @@ def _with_cpu(found: dict[str, Any], case: Case, settings: Settings) -> dict[str
 
 
 def many_small(settings: Settings) -> Tables:
-    """Many small leaves: what crosses the boundary of a compiled function."""
-    blocks = 8 if settings.quick else 100
+    """Many small leaves, packed as well: what crosses the boundary of a compiled function."""
+    blocks = 8 if settings.quick else 100  # 1,200 arrays; 2,400 take a minute more to compile than there is
     case = train.many_small_case(blocks)
     title = f"{blocks} blocks of width 8, Adam"
     return [_with_cpu(compare(case, settings, key="many_small", title=title, names=RIVALS), case, settings)]
@@ -154,37 +152,14 @@ def decode_wide(settings: Settings) -> Tables:
     """A decode step over thousands of Variables."""
     depth = 2 if settings.quick else 64
     case = serve.decode_wide_case(depth)
-    names = ("statewise", "by-hand", "nnx.jit_partial", "nnx.jit")
     title = f"{depth} layers of 119 Variables"
-    found = compare(case, settings, key="decode_wide", title=title, per="token", names=names)
+    found = compare(case, settings, key="decode_wide", title=title, per="token", names=serve.WIDE[:4])
     return [_with_cpu(found, case, settings)]
 
 
 def scan(settings: Settings) -> Tables:
     """Sixteen steps in one program."""
     return loops.scan(settings, blocks=None if settings.quick else 40)
-
-
-def transformer_case(width: int, depth: int, batch: int, length: int, heads: int) -> Case:
-    """A transformer with bfloat16 arithmetic and float32 parameters, under AdamW."""
-    vocabulary = 64 if width < 256 else 32768
-    tokens = jax.random.randint(jax.random.key(1), (batch, length + 1), 0, vocabulary)
-
-    def build() -> nnx.Module:
-        return models.Transformer(width, depth, heads, vocabulary, dropout=0.0, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-
-    return training(
-        build,
-        _cross_entropy_in_float32,
-        (tokens[:, :-1], tokens[:, 1:]),
-        optax.adamw(1e-4),
-        donate=True,
-        tolerance=2e-2,  # bfloat16 keeps eight bits
-    )
-
-
-def _cross_entropy_in_float32(model: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(model(tokens).astype(jnp.float32), labels).mean()
 
 
 def transformer(settings: Settings) -> Tables:
@@ -340,6 +315,7 @@ def pinned(settings: Settings) -> Tables:
 
 SECTIONS: dict[str, Callable[[Settings], Tables]] = {
     "transformer": transformer,
+    "microbatches": microbatches,
     "keep": keep,
     "pinned": pinned,
     "many_small": many_small,

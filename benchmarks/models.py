@@ -204,8 +204,9 @@ class ScaledLayer(nnx.Module):
         h, index = self.norm1(x), self.cache_index[...]
         length = self.cached_key.shape[0]
         place = index % length  # a benchmark decodes for ever
-        self.cached_key[...] = self.cached_key[...].at[place].set(self.key(h)[0])
-        self.cached_value[...] = self.cached_value[...].at[place].set(self.value(h)[0])
+        put = jax.lax.dynamic_update_slice
+        self.cached_key[...] = put(self.cached_key[...], self.key(h), (place, 0))
+        self.cached_value[...] = put(self.cached_value[...], self.value(h), (place, 0))
         self.cache_index[...] = index + 1
         scores = self.query(h) @ self.cached_key[...].T / length**0.5
         seen = (jnp.arange(length) <= index)[None, :]

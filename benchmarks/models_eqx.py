@@ -19,6 +19,8 @@ __all__ = [
     "policy",
     "resnet",
     "resnet_loss",
+    "scaled_decoder",
+    "scaled_decoder_fn",
     "transformer",
     "transformer_loss",
     "vectors",
@@ -48,7 +50,7 @@ def projection(source: Any, outwards: bool) -> eqx.nn.Linear:
 
 
 def layer_norm(source: Any) -> eqx.nn.LayerNorm:
-    made = eqx.nn.LayerNorm(source.scale.shape, eps=1e-5)
+    made = eqx.nn.LayerNorm(source.scale.shape, eps=source.epsilon)
     weights = (jnp.copy(source.scale[...]), jnp.copy(source.bias[...]))
     return eqx.tree_at(lambda layer: (layer.weight, layer.bias), made, weights)
 
@@ -290,3 +292,79 @@ def cached_attention(module: Any, x: jax.Array, keys: jax.Array, values: jax.Arr
     seen = (jnp.arange(length) <= position)[None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jax.vmap(module.output_proj)(jnp.einsum("bhl,blhd->bhd", weights, values).reshape(batch, -1)), keys, values
+
+
+# --- the decoder of many small arrays --------------------------------------------------------------------------
+
+ScaledCaches = list[tuple[jax.Array, jax.Array, jax.Array]]
+
+
+class ScaledDense(eqx.Module):
+    kernel: jax.Array
+    bias: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array
+    group_scales: list[jax.Array]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale
+        for group in self.group_scales:
+            scale = scale * group
+        return x @ ((self.kernel - self.zero_point) * scale) + self.bias
+
+
+class ScaledLayer(eqx.Module):
+    norm1: eqx.nn.LayerNorm
+    norm2: eqx.nn.LayerNorm
+    query: ScaledDense
+    key: ScaledDense
+    value: ScaledDense
+    out: ScaledDense
+    gate: ScaledDense
+    up: ScaledDense
+    down: ScaledDense
+
+
+class ScaledDecoder(eqx.Module):
+    embed: jax.Array
+    layers: list[ScaledLayer]
+    head: eqx.nn.Linear
+
+
+def scaled_dense(source: Any) -> ScaledDense:
+    arrays = (jnp.copy(leaf[...]) for leaf in (source.kernel, source.bias, source.scale, source.zero_point))
+    return ScaledDense(*arrays, [jnp.copy(group[...]) for group in source.group_scales])
+
+
+def scaled_decoder(source: models.ScaledDecoder) -> tuple[ScaledDecoder, ScaledCaches]:
+    """The state beside it: for each layer keys, values and the position."""
+    dense = ("query", "key", "value", "out", "gate", "up", "down")
+    layers = [
+        ScaledLayer(
+            layer_norm(layer.norm1),
+            layer_norm(layer.norm2),
+            **{name: scaled_dense(getattr(layer, name)) for name in dense},
+        )
+        for layer in source.layers
+    ]
+    caches = [
+        tuple(jnp.copy(leaf[...]) for leaf in (layer.cached_key, layer.cached_value, layer.cache_index))
+        for layer in source.layers
+    ]
+    return ScaledDecoder(jnp.copy(source.embed.embedding[...]), layers, linear(source.head)), caches
+
+
+def scaled_decoder_fn(model: ScaledDecoder, state: ScaledCaches, tokens: jax.Array) -> tuple[jax.Array, ScaledCaches]:
+    x, written = model.embed[tokens], []
+    for layer, (keys, values, index) in zip(model.layers, state, strict=True):
+        h, length = jax.vmap(layer.norm1)(x), keys.shape[0]
+        place = (index % length, 0)
+        keys = jax.lax.dynamic_update_slice(keys, layer.key(h), place)
+        values = jax.lax.dynamic_update_slice(values, layer.value(h), place)
+        written.append((keys, values, index + 1))
+        seen = (jnp.arange(length) <= index)[None, :]
+        scores = jnp.where(seen, layer.query(h) @ keys.T / length**0.5, -1e9)
+        x = x + layer.out(jax.nn.softmax(scores) @ values)
+        h = jax.vmap(layer.norm2)(x)
+        x = x + layer.down(jax.nn.silu(layer.gate(h)) * layer.up(h))
+    return jax.vmap(model.head)(x), written

@@ -1,11 +1,12 @@
-"""The plot: seconds for one step against the number of leaves, both axes logarithmic, as SVG."""
+"""The plots: seconds for one step, and for a call of each verb, against the number of leaves; axes are logarithmic."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["curves", "write_plot"]
+__all__ = ["curves", "write_growth_plot", "write_plot"]
 
 # Ours stand out; the others are told apart by colour and by the label at their end.
 COLOURS = {
@@ -33,8 +34,45 @@ def curves(result: dict[str, Any]) -> dict[str, tuple[str, list[tuple[int, float
     return found
 
 
+GROUPS = {"nnx": "#222222", "plans": "#0b6e4f", "states": "#1982c4", "looks": "#f3a712", "files": "#b3001b"}
+
+
 def write_plot(result: dict[str, Any], path: Path) -> None:
     """Draws the sweep over leaves."""
+    drawn = sorted(curves(result).items(), key=lambda item: -item[1][1][-1][1])
+
+    def draw(axes: Any) -> None:
+        for key, (label, points) in drawn:
+            counts, values = zip(*points, strict=True)
+            width = 2.5 if key.startswith("statewise") else 1.3
+            axes.loglog(
+                counts, [1e3 * value for value in values], "o-", ms=3, lw=width, color=COLOURS[key], label=label
+            )
+
+    _write(draw, "leaves, each read and written", "milliseconds a step", path)
+
+
+def write_growth_plot(result: dict[str, Any], path: Path) -> None:
+    """Draws every verb's time against the number of leaves, and how a cost per leaf and a quadratic one would grow."""
+    (table,) = result["tables"]
+
+    def draw(axes: Any) -> None:
+        labelled: set[str] = set()
+        for row in table["rows"]:
+            counts = [int(count) for count in row["seconds_by_leaves"]]
+            label = None if row["group"] in labelled else row["group"]
+            labelled.add(row["group"])
+            width = 1.8 if row["group"] == "nnx" else 0.8
+            values = list(row["seconds_by_leaves"].values())
+            axes.loglog(counts, values, "o-", ms=2, lw=width, color=GROUPS[row["group"]], label=label)
+        low, high = min(table["facts"]["counts"]), max(table["facts"]["counts"])
+        for power, style, name in ((1, "--", "per leaf"), (2, ":", "the square")):
+            axes.loglog([low, high], [1e-2, 1e-2 * (high / low) ** power], style, color="#888888", label=name)
+
+    _write(draw, "leaves of the model", "seconds a call", path)
+
+
+def _write(draw: Callable[[Any], None], across: str, up: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -43,15 +81,9 @@ def write_plot(result: dict[str, Any], path: Path) -> None:
     # The same numbers give the same file.
     with pyplot.rc_context({"svg.hashsalt": "statewise", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        drawn = sorted(curves(result).items(), key=lambda item: -item[1][1][-1][1])
-        for key, (label, points) in drawn:
-            counts, values = zip(*points, strict=True)
-            width = 2.5 if key.startswith("statewise") else 1.3
-            axes.loglog(
-                counts, [1e3 * value for value in values], "o-", ms=3, lw=width, color=COLOURS[key], label=label
-            )
-        axes.set_xlabel("leaves, each read and written")
-        axes.set_ylabel("milliseconds a step")
+        draw(axes)
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
         axes.grid(which="major", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # in the order of the curves' ends

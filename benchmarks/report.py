@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "load", "markdown", "merge", "show", "write_docs"]
+__all__ = ["OLDEST", "SCHEMA", "load", "markdown", "merge", "show", "write_docs"]
 
 SCHEMA = 1
 NUMBERS = (
@@ -16,6 +16,9 @@ NUMBERS = (
     *("setup_s", "first_call_s", "peak_bytes", "compiled_bytes"),
 )
 BEGIN, END = "<!-- written by python -m benchmarks --write-docs -->", "<!-- end of the written part -->"
+
+# The folder, in that of the results, of those measured on the oldest libraries that are supported.
+OLDEST = "oldest"
 
 Result = dict[str, Any]
 
@@ -89,9 +92,12 @@ def times(value: float) -> str:
 
 def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
     """The columns that these rows have something for: a name, and what makes a cell of a row."""
+    counts = sorted({int(count) for row in rows for count in row.get("seconds_by_leaves", ())})
     columns = [
+        *((f"{count:,} leaves", "seconds_by_leaves", _at_leaves(count)) for count in counts),
+        ("exponent", "exponent", lambda row: f"{row['exponent']:.2f}"),
         ("median", "median_s", lambda row: seconds(row["median_s"])),
-        ("middle half", "median_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
+        ("middle half", "q1_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
         ("process", "peak_bytes", lambda row: amount(row["peak_bytes"])),
         ("compiled step", "compiled_bytes", lambda row: amount(row["compiled_bytes"])),
         ("times the first", "ratio", lambda row: times(row["ratio"]) + _spread(row)),
@@ -104,6 +110,14 @@ def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
         return lambda row: render(row) if number in row else ""
 
     return [(name, cell(number, render)) for name, number, render in columns if any(number in row for row in rows)]
+
+
+def _at_leaves(count: int) -> Any:
+    def cell(row: Result) -> str:
+        value = row["seconds_by_leaves"].get(str(count))
+        return "" if value is None else seconds(value)
+
+    return cell
 
 
 def _spread(row: Result) -> str:
@@ -150,7 +164,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     """Writes the tables and the plot into docs/performance.md, between its two marks; the prose stays as it is.
 
     Args:
-      results: the folder of the JSON.
+      results: the folder of the JSON; its folder `oldest` has that of the oldest libraries, for the numbers to reach.
       docs: the folder of the page.
       order: names of workloads, in the order of their sections; any others come first.
 
@@ -160,7 +174,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     Raises:
       ValueError: there are no results, or the page has lost its marks.
     """
-    from benchmarks.plot import write_plot
+    from benchmarks.plot import write_growth_plot, write_plot
     from benchmarks.targets import packing_pays, targets_markdown
 
     found = load(results)
@@ -171,12 +185,21 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page.name} has lost its marks, {BEGIN} and {END}")
     written = [page]
-    sections = [_about(found), "## Numbers to reach", targets_markdown(found)]
+    oldest = load(results / OLDEST)
+    about = _about(found)
+    if oldest:
+        about = f"{about}\n\nThe columns of the oldest libraries below: {_about(oldest)}"
+    sections = [about, "## Numbers to reach", targets_markdown(found, oldest)]
     if "leaves" in found:
         plot = docs / "performance-leaves.svg"
         write_plot(found["leaves"], plot)
         written.append(plot)
         sections += ["## Cost against the number of leaves", f"![milliseconds a step by leaves]({plot.name})"]
+    if "growth" in found:
+        plot = docs / "performance-growth.svg"
+        write_growth_plot(found["growth"], plot)
+        written.append(plot)
+        sections += ["## How every verb grows with the model", f"![seconds a call by leaves]({plot.name})"]
     sections += ["## From how many steps on packing pays", packing_pays(found)]
     places = {name: place for place, name in enumerate(order)}
     ordered = sorted(found.values(), key=lambda result: places.get(result["name"], -1))

@@ -18,13 +18,23 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is run from the checkout, not installed
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import accelerator, report, targets  # noqa: E402
+from benchmarks import report, targets  # noqa: E402
 from benchmarks.case import Case  # noqa: E402
 from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
 from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
-from benchmarks.workloads import WORKLOADS, disk, grow, look, memory, names, options, serve, train  # noqa: E402
+from benchmarks.workloads import (  # noqa: E402
+    WORKLOADS,
+    disk,
+    grow,
+    look,
+    memory,
+    names,
+    options,
+    serve,
+    train,
+)
 
 pytestmark = pytest.mark.heavy
 
@@ -108,7 +118,7 @@ def test_on_a_mesh(devices: list[jax.Device], monkeypatch: pytest.MonkeyPatch) -
 
 def test_many_caches_over_one_set_of_weights() -> None:
     table = serve.many_caches(serve.decode_case(8, 1, length=8), TINY, conversations=2)
-    assert [row["key"] for row in table["rows"]] == ["many-states", "replace", "by-hand"]
+    assert [row["key"] for row in table["rows"]] == ["many-states", "replace", "by-hand", "nnx.jit_partial"]
     assert max(row["difference"] for row in table["rows"]) < 1e-5
 
 
@@ -117,19 +127,20 @@ def test_scan_computes_what_single_steps_do(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(loops, "many_small_case", lambda blocks: train.many_small_case(1))
     (table,) = loops.scan(TINY, steps=2)
-    assert {row["key"] for row in table["rows"]} == {"scan", "packed-scan", "by-hand-scan", "steps", "by-hand"}
+    assert {row["key"] for row in table["rows"]} == set(loops.LABELS)
 
 
 def test_options_of_a_train_step_change_no_loss() -> None:
     ways = ("plain", "skip", "measure", "packed-measure")
     table = options.options_table("small", "one block", train.many_small_case(1), ways, TINY)
-    assert [row["key"] for row in table["rows"]] == list(ways)
+    assert [row["key"] for row in table["rows"]] == [*ways, *options.RIVALS]
     assert max(row["difference"] for row in table["rows"]) < 1e-5
 
 
 def test_growth_and_looking() -> None:
     steps, restarts = grow.small_kind(TINY, counts=(12, 20))
     assert steps["facts"]["counts"] == restarts["facts"]["counts"] == [12, 20]
+    assert {row["key"] for row in steps["rows"]} >= {f"nnx.jit_partial-{count}" for count in (12, 20)}
     assert [table["key"] for table in look.look(TINY, blocks=2)] == [
         "look_plan",
         "look_select",
@@ -234,6 +245,24 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path) -> None:
         report.write_docs(results, docs)
 
 
+def test_the_oldest_libraries_have_columns_of_their_own(tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    for folder in (docs, results / report.OLDEST):
+        folder.mkdir(parents=True)
+    page = docs / "performance.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    for folder, python, seconds in ((results, "3.13", 7.0), (results / report.OLDEST, "3.11", 3.0)):
+        made = run("many_small", [row(OURS, 1.0), row("nnx.jit", seconds)]) | {"versions": {"python": python}}
+        text = json.dumps(report.merge("many_small", [made], quick=False))
+        (folder / "many_small.json").write_text(text, encoding="utf-8")
+    report.write_docs(results, docs)
+    text = page.read_text(encoding="utf-8")
+    assert "| what | reach | newest libraries | | oldest libraries | |" in text
+    assert "`nnx.jit` over ours | 6 | 7.00 times | reached | 3.00 times | **not reached** |" in text
+    assert text.index("python 3.13") < text.index("oldest libraries below") < text.index("python 3.11")
+    assert text.count("## many_small") == 1
+
+
 def test_packing_pays_from_so_many_steps() -> None:
     def rows(packed_first: float, packed: float) -> list[dict[str, Any]]:
         ours = row(OURS, 2e-3, first_call_s=1.0)
@@ -267,7 +296,10 @@ def test_the_plot_is_svg_and_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_has_the_schema() -> None:
-    for name, result in report.load(ROOT / "benchmarks" / "results").items():
+    folder = ROOT / "benchmarks" / "results"
+    committed = [*report.load(folder).items(), *report.load(folder / report.OLDEST).items()]
+    assert committed
+    for name, result in committed:
         assert name in WORKLOADS
         assert not result["quick"]
         assert {"machine", "versions", "when", "device", "seconds", "tables"} <= set(result)
@@ -281,52 +313,3 @@ def test_the_command_line_knows_every_workload() -> None:
     assert set(command.PLANNED) == set(WORKLOADS)
     with pytest.raises(SystemExit):
         command.main(["--only", "nonsense"])
-
-
-@pytest.fixture
-def matmul_precision():
-    before = jax.config.jax_default_matmul_precision
-    yield
-    jax.config.update("jax_default_matmul_precision", before)
-
-
-def test_the_command_for_accelerators_has_two_figures_of_correctness_in_each_row(
-    tmp_path: Path, matmul_precision: None
-) -> None:
-    kept: list[dict[str, object]] = []
-    result = accelerator.run(TINY, ["keep", "pinned", "decode_wide"], 600.0, kept.append)
-    assert result["failures"] == []
-    assert [table["key"] for table in result["tables"]] == ["keep_save", "keep_restore", "pinned", "decode_wide"]
-    assert len(kept) == 3
-    for table in result["tables"]:
-        for row in table["rows"]:
-            figures = {"elements_that_differ", "arrays_elsewhere"} & set(row) or {"difference", "difference_to_cpu"}
-            assert figures <= set(row)
-            assert len(figures) == 2
-
-
-def test_a_section_that_fails_is_written_down_and_the_others_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, matmul_precision: None
-) -> None:
-    def broken(settings: Settings) -> list[dict[str, object]]:
-        raise WrongResultError("the device differs from the CPU by 3")
-
-    sections = {"broken": broken, "keep": accelerator.keep}
-    monkeypatch.setattr(accelerator, "SECTIONS", sections)
-    kept: list[dict[str, object]] = []
-    result = accelerator.run(TINY, ["broken", "keep"], 600.0, kept.append)
-    assert [failure["section"] for failure in result["failures"]] == ["broken"]
-    assert "differs from the CPU by 3" in result["failures"][0]["error"]
-    assert [table["key"] for table in result["tables"]] == ["keep_save", "keep_restore"]
-
-
-def test_no_section_starts_after_the_budget(matmul_precision: None) -> None:
-    result = accelerator.run(TINY, ["keep"], -1.0, lambda found: None)
-    assert result["tables"] == []
-    assert result["failures"][0]["error"].startswith("not started")
-
-
-def test_a_save_that_is_read_back_differently_stops_the_benchmark() -> None:
-    expected = [np.zeros(3)]
-    with pytest.raises(WrongResultError, match="1 elements differ"):
-        accelerator._checked(TINY, {"save": lambda: "path"}, expected, {"save": lambda path: [np.array([0.0, 1, 0])]})

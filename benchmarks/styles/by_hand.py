@@ -1,8 +1,11 @@
 """`jax.jit` over flat lists of arrays, donated: the limit of what is written by hand for one program.
 
-The arrays stand in four lists: parameters, the optimizer's, caches, and all others.  A call passes the lists that
-the model needs to be merged and returns, donated, those that it writes.  Nothing is wrapped and nothing walked in
-Python: what it costs is what arrays cost at `jax.jit`'s boundary.
+The model is flattened once.  The compiled function takes flat lists of arrays, and closes over the graph definition
+and the treedefs by which it makes the model of them again: nothing is wrapped, nothing static is passed or compared.
+What a call costs is what arrays cost at `jax.jit`'s boundary.
+
+The arrays stand in four lists, not in one: parameters, the optimizer's, caches, and all others.  A call passes the
+lists that the model needs, and returns, donated, those that it writes.  One list would have to come back as a whole.
 """
 
 from __future__ import annotations

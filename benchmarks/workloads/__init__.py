@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Settings
-from benchmarks.workloads import disk, grow, keep, look, loops, memory, names, options, serve, train
+from benchmarks.workloads import disk, grow, growth, keep, large, look, loops, memory, names, options, serve, train
 
 __all__ = ["WORKLOADS", "Workload"]
 
@@ -37,6 +37,8 @@ WORKLOADS = {
     "options": Workload(options.options, "What the options of a train step cost"),
     "small_kind": Workload(grow.small_kind, "One small kind in a small and in a large model"),
     "leaves": Workload(grow.leaves, "Cost against the number of leaves"),
+    "growth": Workload(growth.growth, "How every verb grows with the model"),
+    "large": Workload(large.large, "A billion parameters, abstract"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),
     "keep": Workload(keep.keep, "Saving and restoring"),
     "disk": Workload(disk.disk, "Large states on a disk, and in object stores"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from benchmarks import models
 from benchmarks.case import Call, Case, EqxCase, Program
 from benchmarks.compare import check, compare, table, time_calls
 from benchmarks.measure import Settings, timed
-from benchmarks.styles import STYLES
+from benchmarks.styles import LABELS, STYLES
 from benchmarks.styles.by_hand import ByHand
 from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
@@ -98,9 +99,14 @@ def small_kind(settings: Settings, counts: tuple[int, ...] = ()) -> Tables:
 
 
 def _steps(settings: Settings, counts: tuple[int, ...]) -> dict[str, Any]:
-    """Ours, `jax.jit` over all leaves, and `nnx.jit`: in the small model and in the large one."""
-    styles = {"statewise": Ours, "by-hand": ByHand, "nnx.jit": Nnx}
-    named = {"statewise": "Statewise", "by-hand": "`jax.jit` by hand, all leaves passed", "nnx.jit": "`nnx.jit`"}
+    """Ours, `jax.jit` over all leaves, and NNX's own: in the small model and in the large one."""
+    styles = {
+        "statewise": Ours,
+        "by-hand": ByHand,
+        "nnx.jit_partial": functools.partial(Nnx, variant="partial"),
+        "nnx.jit": Nnx,
+    }
+    named = {**LABELS, "by-hand": "`jax.jit` by hand, all leaves passed"}
     calls: dict[str, Call] = {}
     labels, firsts = {}, {}
     for count in counts:

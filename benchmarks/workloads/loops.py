@@ -13,6 +13,7 @@ from benchmarks.case import Call, Case
 from benchmarks.compare import array_count, check, fresh, table, time_calls
 from benchmarks.measure import Settings, timed
 from benchmarks.styles.by_hand import ByHand
+from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
 from benchmarks.workloads.train import many_small_case
 
@@ -24,6 +25,7 @@ LABELS = {
     "by-hand-scan": "`jax.lax.scan` by hand: flat lists, donated",
     "steps": "Statewise, a call for each step",
     "by-hand": "`jax.jit` by hand: flat lists, donated, a call for each step",
+    "nnx.jit_partial": "`nnx.jit_partial(graph=False)`, a call for each step",
 }
 
 
@@ -40,6 +42,7 @@ def scan(settings: Settings, steps: int = 16, blocks: int | None = None) -> list
         "by-hand-scan": _hand_scan,
         "steps": _ours_steps,
         "by-hand": _hand_steps,
+        "nnx.jit_partial": _partial_steps,
     }
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
@@ -94,6 +97,10 @@ def _ours_steps(case: Case, model: Any, rows: Any) -> Call:
 
 def _hand_steps(case: Case, model: Any, rows: Any) -> Call:
     return _calls(ByHand(case, model).program("train"), rows)
+
+
+def _partial_steps(case: Case, model: Any, rows: Any) -> Call:
+    return _calls(Nnx(case, model, variant="partial").program("train"), rows)
 
 
 def _calls(train: Call, rows: Any) -> Call:

@@ -60,7 +60,7 @@ def memory(settings: Settings, large: int | None = None, small: int | None = Non
 def _table(key: str, name: str, size: int, title: str, settings: Settings) -> dict[str, Any]:
     case = _case(name, size)
     rows, losses = [], {}
-    ways = ("statewise-shared", "by-hand", "nnx.jit") if settings.quick else tuple(WAYS)
+    ways = ("statewise-shared", "by-hand", "nnx.jit_partial", "nnx.jit") if settings.quick else tuple(WAYS)
     for way in ways:
         label = WAY_LABELS.get(way) or LABELS[way]
         reason = why_not(WAYS[way][0], case)

@@ -12,6 +12,8 @@ import statewise as sw
 from benchmarks.case import Call, Case
 from benchmarks.compare import array_count, check, fresh, table, time_calls
 from benchmarks.measure import Settings, timed
+from benchmarks.styles import LABELS as STYLE_LABELS
+from benchmarks.styles import STYLES
 from benchmarks.workloads.train import few_large_case, many_small_case, transformer_case
 
 __all__ = ["WAYS", "options", "options_table"]
@@ -35,6 +37,8 @@ LABELS = {
     "packed-skip": '`train_step(nonfinite="skip")`, packed',
     "packed-measure": "`train_step(measure=True)`, packed",
 }
+# The plain step of others, without options.
+RIVALS = ("by-hand", "nnx.jit_partial")
 UNPACKED = tuple(key for key, (_, pack) in WAYS.items() if not pack)
 
 
@@ -55,14 +59,19 @@ def options_table(key: str, title: str, case: Case, ways: tuple[str, ...], setti
     copy = fresh(case)
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
+    ways = (*ways, *RIVALS)
     for way in ways:
-        calls[way] = case.loop(functools.partial(_trained, case, copy(), *WAYS[way]))
+        if way in WAYS:
+            calls[way] = case.loop(functools.partial(_trained, case, copy(), *WAYS[way]))
+        else:
+            calls[way] = case.loop(STYLES[way](case, copy()).program)
         firsts[way], first = timed(calls[way])
         outputs[way] = [np.asarray(loss) for loss in (first, *(calls[way]() for _ in range(settings.check_steps - 1)))]
     worst = {way: check(way, outputs[way], outputs["plain"], case.tolerance) for way in ways}
     numbers = time_calls({way: calls[way] for way in ways}, "plain", settings)
+    labels = {**STYLE_LABELS, **LABELS}
     rows = [
-        {"key": way, "label": LABELS[way], **numbers[way], "first_call_s": firsts[way], "difference": worst[way]}
+        {"key": way, "label": labels[way], **numbers[way], "first_call_s": firsts[way], "difference": worst[way]}
         for way in ways
     ]
     return table(key, title, rows, per="step", reference="plain", **array_count(case))

@@ -13,13 +13,14 @@ from flax import nnx
 import statewise as sw
 from benchmarks import models
 from benchmarks.case import Call, Case, EqxCase, Program
-from benchmarks.compare import check, compare, table, time_calls
-from benchmarks.measure import Settings
+from benchmarks.compare import check, compare, fresh, table, time_calls
+from benchmarks.measure import Settings, timed
 from benchmarks.styles.by_hand import ByHand
+from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
 from benchmarks.twins import twin
 
-__all__ = ["decode", "decode_case", "decode_wide", "decode_wide_case", "noop", "rl"]
+__all__ = ["decode", "decode_case", "decode_loop", "decode_wide", "decode_wide_case", "noop", "rl"]
 
 Tables = list[dict[str, Any]]
 
@@ -54,6 +55,10 @@ def decode(settings: Settings) -> Tables:
     return [one, many_caches(case, settings)]
 
 
+# Each compiles for a minute; packed it would be six, for a step that hardly returns an array.
+WIDE = ("statewise", "by-hand", "nnx.jit_partial", "nnx.jit", "equinox", "equinox-flat")
+
+
 def decode_wide_case(depth: int, width: int = 16, length: int = 32) -> Case:
     """One token through a decoder of 119 Variables a layer; every layer's cache is written."""
 
@@ -64,8 +69,9 @@ def decode_wide_case(depth: int, width: int = 16, length: int = 32) -> Case:
 
     return Case(
         lambda: models.ScaledDecoder(width, depth, length, rngs=nnx.Rngs(0)),
-        {"decode": Program(lambda model, tokens: model(tokens), writes="cache")},
+        {"decode": Program(lambda model, tokens: model(tokens), writes="cache", eqx=twin("scaled_decoder_fn"))},
         loop,
+        eqx=EqxCase(twin("scaled_decoder")),
         tiny=lambda: decode_wide_case(1, width, length),
     )
 
@@ -74,14 +80,137 @@ def decode_wide(settings: Settings) -> Tables:
     """The shape of tpu-inference#2607: thousands of small Variables, read in every step."""
     depth = 4 if settings.quick else 64
     title = f"{depth} layers of 119 Variables"
-    return [compare(decode_wide_case(depth), settings, key="decode_wide", title=title, per="token")]
+    case = decode_wide_case(depth)
+    one = compare(case, settings, key="decode_wide", title=title, per="token", names=WIDE)
+    return [one, decode_loop(case, settings, f"{title}, 32 tokens")]
+
+
+# --- many tokens in one call -----------------------------------------------------------------------------------
+
+LOOPS = {
+    "loop": "Statewise, a step with `nnx.while_loop` in it",
+    "loop-over-step": "Statewise, `jax.lax.while_loop` over a step, which returns the complete state",
+    "by-hand-loop": "`jax.lax.while_loop` by hand: flat lists, donated",
+    "calls": "Statewise, a call for each token",
+    "by-hand-calls": "`jax.jit` by hand: flat lists, donated, a call for each token",
+}
+
+
+def decode_loop(case: Case, settings: Settings, title: str, tokens: int = 32) -> dict[str, Any]:
+    """So many tokens, each the likeliest after the one before it: in one call that may stop early, and in a call each.
+
+    What is timed never stops early; that both loops stop at the same token is checked first.
+    """
+    copy = fresh(case)
+    makers = {
+        "loop": _ours_loop,
+        "loop-over-step": _loop_over_step,
+        "by-hand-loop": _hand_loop,
+        "calls": _ours_calls,
+        "by-hand-calls": _hand_calls,
+    }
+    texts, calls, firsts, worst = {}, {}, {}, {}
+    for key, maker in makers.items():
+        calls[key] = maker(case, copy(), tokens)
+        firsts[key], text = timed(lambda call=calls[key]: call(-1))
+        texts[key] = np.asarray(text)
+        worst[key] = check(key, [texts[key]], [texts["loop"]], 0.0)
+    end = int(texts["loop"][tokens // 2])
+    length = int(np.argmax(texts["loop"] == end)) + 1
+    for key in ("loop", "loop-over-step", "by-hand-loop"):
+        stopped = np.asarray(makers[key](case, copy(), tokens)(end))
+        check(f"{key}, stopped", [stopped], [np.where(np.arange(tokens) < length, texts["loop"], 0)], 0.0)
+    rows = time_calls({key: lambda call=call: call(-1) for key, call in calls.items()}, "loop", settings, tokens)
+    made = [
+        {"key": key, "label": LOOPS[key], **rows[key], "first_call_s": firsts[key], "difference": worst[key]}
+        for key in makers
+    ]
+    return table("decode_loop", title, made, per="token", reference="loop", tokens=tokens)
+
+
+def _until(decode: Call, tokens: int, while_loop: Call = jax.lax.while_loop) -> Call:
+    """The loop of all: of (what decoding writes, a token, the token that ends it); returns the text, zeros after it."""
+
+    def loop(written: Any, token: jax.Array, end: jax.Array) -> Any:
+        def unfinished(carry: Any) -> jax.Array:
+            _, token, count, _ = carry
+            return (count < tokens) & (token[0] != end)
+
+        def one(carry: Any) -> Any:
+            written, token, count, text = carry
+            written, logits = decode(written, token)
+            token = logits.argmax(-1)
+            return written, token, count + 1, text.at[count].set(token[0])
+
+        written, _, _, text = while_loop(unfinished, one, (written, token, 0, jnp.zeros(tokens, int)))
+        return written, text
+
+    return loop
+
+
+def _ours_loop(case: Case, model: Any, tokens: int) -> Call:
+    fn = case.programs["decode"].fn
+    loop = _until(lambda model, token: (model, fn(model, token)), tokens, nnx.while_loop)
+    generate = sw.step(lambda model, token, end: loop(model, token, end)[1], writes="cache")
+    return _generating(Ours(case, model), generate)
+
+
+def _loop_over_step(case: Case, model: Any, tokens: int) -> Call:
+    ours = Ours(case, model)
+    return _generating(ours, jax.jit(_until(ours.step("decode"), tokens), donate_argnums=0))
+
+
+def _generating(ours: Ours, generate: Call) -> Call:
+    def call(end: int) -> Any:
+        ours.state, text = generate(ours.state, jnp.ones(1, int), end)
+        return text
+
+    return call
+
+
+def _hand_loop(case: Case, model: Any, tokens: int) -> Call:
+    hand = ByHand(case, model)
+    fn = hand.call_fn(case.programs["decode"])
+
+    def generate(params: Any, cache: Any, rest: Any, token: jax.Array, end: jax.Array) -> Any:
+        return _until(lambda cache, token: fn(params, cache, rest, token), tokens)(cache, token, end)
+
+    compiled = jax.jit(generate, donate_argnums=1)
+
+    def call(end: int) -> Any:
+        hand.cache, text = compiled(hand.params, hand.cache, hand.rest, jnp.ones(1, int), end)
+        return text
+
+    return call
+
+
+def _ours_calls(case: Case, model: Any, tokens: int) -> Call:
+    return _calls(Ours(case, model).program("decode"), tokens)
+
+
+def _hand_calls(case: Case, model: Any, tokens: int) -> Call:
+    return _calls(ByHand(case, model).program("decode"), tokens)
+
+
+def _calls(decode: Call, tokens: int) -> Call:
+    likeliest = jax.jit(lambda logits: logits.argmax(-1))
+
+    def call(end: int) -> Any:
+        token, text = jnp.ones(1, int), []
+        for _ in range(tokens):
+            token = likeliest(decode(token))
+            text.append(token)
+        return jnp.concatenate(text)
+
+    return call
 
 
 def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[str, Any]:
     """One set of weights under many caches, a token for each conversation in turn.
 
     Ours twice: one state for each conversation, which share the weights; and one state, whose cache is swapped
-    before each token.  By hand, the caches are a list of lists.
+    before each token.  By hand, the caches are a list of lists.  `nnx.jit_partial` holds one model, whose cache is
+    swapped too.
     """
     model = case.build()
     ours = Ours(case, model)
@@ -110,11 +239,23 @@ def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[
             lists[number], logits = fn(hand.params, cache, hand.rest, tokens)
         return logits
 
-    calls = {"many-states": many_states, "replace": replaced, "by-hand": by_hand}
+    partial = Nnx(case, case.build(), variant="partial")
+    decode_partial = partial.program("decode")
+    own = [_cache_of(partial.model) for _ in range(conversations)]
+
+    def jit_partial() -> Any:
+        for number, cache in enumerate(own):
+            nnx.update(partial.model, cache)
+            logits = decode_partial(tokens)
+            own[number] = _cache_of(partial.model)
+        return logits
+
+    calls = {"many-states": many_states, "replace": replaced, "by-hand": by_hand, "nnx.jit_partial": jit_partial}
     labels = {
         "many-states": "Statewise, a state for each conversation",
         "replace": "Statewise, `state.replace(cache=...)` before each token",
         "by-hand": "`jax.jit` by hand: flat lists, donated",
+        "nnx.jit_partial": "`nnx.jit_partial(graph=False)`, `nnx.update` before each token",
     }
     outputs = {key: [np.asarray(call()) for _ in range(settings.check_steps)] for key, call in calls.items()}
     worst = {key: check(key, found, outputs["many-states"], case.tolerance) for key, found in outputs.items()}
@@ -122,6 +263,10 @@ def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[
     made = [{"key": key, "label": labels[key], **rows[key], "difference": worst[key]} for key in calls]
     title = f"{conversations} conversations over one set of weights"
     return table("decode_many", title, made, per="token", reference="many-states", conversations=conversations)
+
+
+def _cache_of(model: Any) -> Any:
+    return nnx.as_pure(nnx.state(model, nnx.Cache))
 
 
 def _with_own_cache(state: sw.State) -> sw.State:

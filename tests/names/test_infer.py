@@ -17,6 +17,7 @@ from named_models import NAMES, Net, folder_of, theirs
 from refusals import refused
 from statewise._src.checkpoint.interop.named import model_arrays
 from statewise._src.common.problems import Problems
+from statewise._src.names import infer
 from statewise._src.names.layout import Layout
 from statewise.examples.names import bert, gemma, gpt2, llama, qwen3, vit
 
@@ -223,3 +224,25 @@ def test_nothing_but_a_plan_gets_a_proposal(tmp_path: Path) -> None:
         hint="sw.Names.infer(sw.plan(model), path)",
     ):
         sw.Names.infer(Net(), folder)  # type: ignore[arg-type]
+
+
+def test_modules_of_equal_names_are_pairs_and_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored(*_: object) -> float:
+        raise AssertionError("a module was scored")
+
+    monkeypatch.setattr(infer.Similarity, "of", scored)
+    paths = [(f"part{number}x", key) for number in range(200) for key in ("kernel", "bias")]
+    shapes = {"kernel": (4, 4), "bias": (4,)}
+    ours = [(path, shapes[path[1]]) for path in paths]
+    rows, unused = infer.propose(ours, [(".".join(path), shape) for path, shape in reversed(ours)])
+    assert unused == []
+    assert {row.row for row in rows} == {"/".join(path) for path in paths}
+    assert all(row.name is not None and row.name.names == (row.row.replace("/", "."),) for row in rows)
+
+
+def test_a_module_of_the_same_name_with_another_shape_is_not_its_pair() -> None:
+    ours = [(("head", "kernel"), (4, 6)), (("body", "kernel"), (4, 8))]
+    rows, unused = infer.propose(ours, [("head.weight", (5, 5)), ("body.weight", (8, 4)), ("top.weight", (6, 4))])
+    named = {row.row: row.name and row.name.names for row in rows}
+    assert named == {"head/kernel": ("top.weight",), "body/kernel": ("body.weight",)}
+    assert unused == ["head.weight"]

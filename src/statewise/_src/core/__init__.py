@@ -7,6 +7,7 @@
 - models: `model_io` (`take`, `put`, `build`), `check_objects` (that they fit the plan);
 - new values: `restart`, `restart_targets` (what it renews), `restart_slots`; `cast`; `averages` (swapped in,
   restarted); `reduce_devices`; `merge_lora`, `adapters` (which kernel each belongs to);
+- many arrays: `many_arrays` (what is compiled in pieces);
 - other plans: `transfer`, `transfer_match` and `transfer_names` (which leaf is which), `transfer_arrays` and
   `transfer_layouts` (the copies);
 - many states: `ensembles`, `member_view` (one member, inside `jax.vmap`), `vmap_axes` (`plan.axes`), `batches` (what

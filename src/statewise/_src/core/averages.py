@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, may_lose
 from statewise._src.common.nnx_graph import is_abstract
+from statewise._src.core.many_arrays import each_array
 from statewise._src.core.member_view import as_ensemble, as_one, compiled, for_each_member, is_of_one_member, single_of
 from statewise._src.core.restart_slots import axis_of_rows, only_where
 from statewise._src.core.restart_targets import Chosen
@@ -67,8 +68,18 @@ def with_averages(state: StateT, name: str) -> StateT:
     if plan.packing:
         check_fits(state, [name])
     tracked = [average.kind for average, _ in averages]
-    values = _values_program(plan, name, kind_places(state, tracked))([arrays])
+    places = kind_places(state, tracked)
+    if plan.packing or plan.ensemble:
+        values = _values_program(plan, name, places)([arrays])
+    else:
+        specs = [plan.specs[kind] for kind in tracked]
+        own = [arrays[start : start + len(of)] for (_, start), of in zip(averages, specs, strict=True)]
+        values = each_array(_as_value, own, [[spec.dtype for spec in of] for of in specs], places)
     return with_arrays(state, dict(zip(tracked, values, strict=True)))
+
+
+def _as_value(average: Any, dtype: Any) -> Any:
+    return jnp.array(average, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -82,7 +93,7 @@ def _values_program(plan: PlanTables, name: str, places: tuple[PartShardings | N
         tracked = []
         for average, start in averages:
             specs = single.specs[average.kind]
-            arrays = [jnp.array(array, dtype=spec.dtype) for array, spec in zip(own[start:], specs, strict=False)]
+            arrays = [_as_value(array, spec.dtype) for array, spec in zip(own[start:], specs, strict=False)]
             tracked.append(single.pack(average.kind, tuple(arrays)))
         return tracked
 

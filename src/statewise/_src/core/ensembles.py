@@ -19,7 +19,8 @@ from statewise._src.common.nnx_graph import is_abstract, is_traced
 from statewise._src.common.numbers import whole_number
 from statewise._src.common.problems import Problems, counted
 from statewise._src.core.batches import check_not_batch, hint_of_batch
-from statewise._src.core.member_view import compiled, single_of, with_complete_axis
+from statewise._src.core.many_arrays import each_array
+from statewise._src.core.member_view import single_of, with_complete_axis
 from statewise._src.core.state_data import (
     StateData,
     StateT,
@@ -227,8 +228,10 @@ def member(state: StateT, index: object) -> StateT:
     check_fits(state, plan.kinds)
     if is_abstract(jax.tree.leaves(state)):
         return state.wrap(abstract(members.single))
-    program = _member_program(plan, kind_places(state, plan.kinds))
-    own = state.of(members.single, program(kind_arrays(state, plan.kinds), chosen))
+    axes = [[slot.axis for slot in plan.stored[kind]] for kind in plan.kinds]
+    places = _member_places(plan, kind_places(state, plan.kinds))
+    arrays = each_array(_at_index, kind_arrays(state, plan.kinds), axes, places, chosen)
+    own = state.of(members.single, arrays)
     carry([(plan, state.parts)], members.single, own.parts)
     return own
 
@@ -253,17 +256,9 @@ def _index(index: Any, count: int) -> int | jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _member_program(plan: PlanTables, places: tuple[PartShardings | None, ...]) -> Any:
-    """Returns the compiled function that copies the arrays of one member, by its number, on the ensemble's devices."""
-    kinds = list(plan.stored.values())
-
-    def one_member(parts: Sequence[Sequence[Any]], index: Any) -> list[tuple[Any, ...]]:
-        return [
-            tuple(_at_index(array, slot.axis, index) for array, slot in zip(part, slots, strict=True))
-            for part, slots in zip(parts, kinds, strict=True)
-        ]
-
-    without_axis = [
+def _member_places(plan: PlanTables, places: tuple[PartShardings | None, ...]) -> list[PartShardings | None]:
+    """Returns the shardings of the arrays of one member, on the ensemble's devices."""
+    return [
         place
         and PartShardings(
             tuple(
@@ -271,9 +266,8 @@ def _member_program(plan: PlanTables, places: tuple[PartShardings | None, ...]) 
                 for sharding, slot in zip(place.shardings, slots, strict=True)
             )
         )
-        for place, slots in zip(places, kinds, strict=True)
+        for place, slots in zip(places, plan.stored.values(), strict=True)
     ]
-    return compiled(one_member, without_axis)
 
 
 def _at_index(array: Any, axis: Axis, index: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def propose(
     used: set[tuple[int, str]] = set()
     for number, module in enumerate(mine):
         partner = pairs.get(number)
-        candidates = finder.candidates(number, pairs)
+        candidates = functools.cache(functools.partial(finder.candidates, number, pairs))
         joined = finder.joined(number, pairs, straight) if partner is None else None
         for key in module.leaves:
             row = module.name(key, "/")
@@ -82,10 +83,10 @@ def propose(
                 rows.append(Proposed(row, joined[0][key], note="several arrays that are joined; check their order"))
                 used |= joined[1]
             elif partner is None or fit is None or key not in fit.arrays:
-                rows.append(Proposed(row, None, tuple(candidates(key))))
+                rows.append(Proposed(row, None, tuple(candidates()(key))))
             elif number in doubtful:
                 own = files[partner].name(fit.arrays[key][0], ".", fit.link.fields)
-                others = [name for name in candidates(key) if name != own]
+                others = [name for name in candidates()(key) if name != own]
                 rows.append(Proposed(row, None, (own, *others), "their names do not say which"))
                 used.add((partner, fit.arrays[key][0]))
             else:
@@ -117,30 +118,64 @@ def _name(names: str | Sequence[str], pattern: str | None, lengths: Mapping[str,
 
 
 class _Finder:
-    """Scores of pairs of modules."""
+    """Scores of pairs of modules.
+
+    Modules that are called alike on both sides, and whose arrays all fit, are pairs: between a model and files of its
+    own names there may be tens of thousands.  The others are scored, each with each.
+    """
 
     def __init__(self, ours: Sequence[Module], theirs: Sequence[Module]) -> None:
         self.ours, self.theirs = ours, theirs
         has_own = any("pre_feedforward_layernorm" in module.parts for module in theirs)
         self.words = [[module.words(has_own) for module in side] for side in (ours, theirs)]
         self.similarity = Similarity([words for side in self.words for words in side])
-        self.scores = np.full((len(ours), len(theirs)), -1.0)
-        for number, partner in np.ndindex(self.scores.shape):
-            fit = self.fit(number, partner, False)
-            if fit is not None:
-                extra = len(theirs[partner].leaves) - len(fit.arrays)
-                alike = self.likeness(number, partner)
-                self.scores[number, partner] = max(0.2 + alike - 0.3 * fit.missing - 0.1 * extra, 0)
+        # What a fit depends on is the same for most modules: each is found once.
+        forms: dict[tuple[Any, ...], int] = {}
+        self.forms = [[forms.setdefault(_form(module), len(forms)) for module in side] for side in (ours, theirs)]
+        self.fits: dict[tuple[int, int, bool], _Fit | None] = {}
+        self.equal = self._equal()
+        taken = {*self.equal.values()}
+        self.rows = [number for number in range(len(ours)) if number not in self.equal]
+        self.columns = [partner for partner in range(len(theirs)) if partner not in taken]
+        self.row_of = {number: row for row, number in enumerate(self.rows)}
+        self.scores = np.full((len(self.rows), len(self.columns)), -1.0)
+        for column, partner in enumerate(self.columns):
+            letters = difflib.SequenceMatcher(None, "", _letters(self.words[1][partner]))
+            for row, number in enumerate(self.rows):
+                fit = self.fit(number, partner, False)
+                if fit is not None:
+                    extra = len(theirs[partner].leaves) - len(fit.arrays)
+                    alike = self.likeness(number, partner, letters)
+                    self.scores[row, column] = max(0.2 + alike - 0.3 * fit.missing - 0.1 * extra, 0)
 
-    def likeness(self, number: int, partner: int) -> float:
-        """Returns how alike the names of two modules are, from 0 to about 1."""
+    def _equal(self) -> dict[int, int]:
+        """Returns their module for each of ours that has one of its own name, with the same arrays."""
+        named: dict[tuple[str | None, ...], list[int]] = {}
+        for partner, module in enumerate(self.theirs):
+            named.setdefault(module.parts, []).append(partner)
+        found: dict[int, int] = {}
+        for number, module in enumerate(self.ours):
+            partners = named.get(module.parts, [])
+            fit = self.fit(number, partners[0], False) if len(partners) == 1 else None
+            if fit is not None and not fit.missing and len(self.theirs[partners[0]].leaves) == len(fit.arrays):
+                found[number] = partners[0]
+        return found
+
+    def likeness(self, number: int, partner: int, letters: difflib.SequenceMatcher[str] | None = None) -> float:
+        """Returns how alike the names of two modules are, from 0 to about 1; `letters` has those of theirs."""
         one, other = self.words[0][number], self.words[1][partner]
-        letters = difflib.SequenceMatcher(None, " ".join(sorted(one)), " ".join(sorted(other))).ratio()
-        return self.similarity.of(one, other) + 0.1 * letters
+        letters = letters or difflib.SequenceMatcher(None, "", _letters(other))
+        letters.set_seq1(_letters(one))
+        return self.similarity.of(one, other) + 0.1 * letters.ratio()
 
     def fit(self, number: int, partner: int, straight: bool) -> _Fit | None:
         """Returns how the arrays of our module can be those of one of theirs; None if not one of them can."""
-        mine, other = self.ours[number], self.theirs[partner]
+        forms = self.forms[0][number], self.forms[1][partner], straight
+        if forms not in self.fits:
+            self.fits[forms] = self._fit(self.ours[number], self.theirs[partner], straight)
+        return self.fits[forms]
+
+    def _fit(self, mine: Module, other: Module, straight: bool) -> _Fit | None:
         link = linked(mine, other)
         if link is None:
             return None
@@ -156,21 +191,22 @@ class _Finder:
     def pairs(self) -> tuple[dict[int, int], set[int]]:
         """Returns their module for each of ours; and those of ours for which another would be as good."""
         pairs = assigned(self.scores)
-        taken = {partner: number for number, partner in pairs.items()}
+        taken = {column: row for row, column in pairs.items()}
         doubtful = set()
-        for number, partner in pairs.items():
-            for other in range(len(self.theirs)):
-                score = self.scores[number, other]
-                if other == partner or score < 0:
+        for row, column in pairs.items():
+            for other in range(len(self.columns)):
+                score = self.scores[row, other]
+                if other == column or score < 0:
                     continue
                 rival = taken.get(other)
-                gained, lost = score, self.scores[number, partner]
+                gained, lost = score, self.scores[row, column]
                 if rival is not None:
-                    back = self.scores[rival, partner]
+                    back = self.scores[rival, column]
                     gained, lost = gained + (back if back >= 0 else -np.inf), lost + self.scores[rival, other]
                 if gained > lost - _MARGIN:
-                    doubtful.add(number)
-        return pairs, doubtful
+                    doubtful.add(self.rows[row])
+        found = {self.rows[row]: self.columns[column] for row, column in pairs.items()}
+        return {**self.equal, **found}, doubtful
 
     def is_straight(self, pairs: Mapping[int, int]) -> bool:
         """Returns whether most kernels have their inputs first there: by shapes that fit one way, and by names."""
@@ -188,9 +224,8 @@ class _Finder:
 
     def candidates(self, number: int, pairs: Mapping[int, int]) -> Callable[[str], list[str]]:
         """Returns a function from a key of our module to their names that fit its shape, the most similar first."""
-        order = [
-            int(each) for each in np.argsort(-self.scores[number], kind="stable") if self.scores[number, each] >= 0
-        ]
+        scores = self.scores[self.row_of[number]]
+        order = [self.columns[each] for each in np.argsort(-scores, kind="stable") if scores[each] >= 0]
 
         def of(key: str) -> list[str]:
             found = []
@@ -242,6 +277,15 @@ class _Finder:
             if found:
                 return found, {(each, key) for each in known for key in self.theirs[each].leaves}
         return None
+
+
+def _form(module: Module) -> tuple[Any, ...]:
+    """Returns what decides which arrays fit: all of a module but its name."""
+    return module.depth, module.numbers, tuple(module.leaves.items())
+
+
+def _letters(words: frozenset[str]) -> str:
+    return " ".join(sorted(words))
 
 
 def _is_role(ours: str, theirs: str) -> bool:

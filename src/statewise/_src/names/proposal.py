@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from statewise._src.names.infer import Proposed, propose
@@ -81,10 +81,16 @@ def proposed_names(
     open_paths = [pair for ways, is_known in leaves if not is_known for pair in ways if _is_path(pair[0])]
     rows, unused = propose(open_paths, list(usable.items()))
     decided = [row.row for row in rows if row.name is not None]
-    needed = {"/".join(keys) for ways, is_known in leaves if not is_known for keys, _ in _first_open(ways, decided)}
-    undecided = [row for row in rows if row.name is None and _matches(row.row, needed)]
+    is_decided = _matcher(decided)
+    needed = [
+        "/".join(ways[0][0])
+        for ways, is_known in leaves
+        if not is_known and ways and not any(is_decided("/".join(keys)) for keys, _ in ways)
+    ]
+    undecided = _undecided(rows, needed)
+    open_rows = {row.row for row in undecided}
     lines = [f"        {path!r}: {'None' if name is None else name.code()}," for path, name in known.items()]
-    lines += [line for row in rows for line in _lines(row, row in undecided)]
+    lines += [line for row in rows for line in _lines(row, row.row in open_rows)]
     lost = [*unused, *(name for name in theirs if name not in usable)]
     code = "names = sw.Names(\n    {\n" + "".join(f"{line}\n" for line in lines) + "    }\n)"
     if lost:
@@ -92,17 +98,23 @@ def proposed_names(
     return NamesProposal(code, tuple(decided), tuple(row.row for row in undecided), tuple(lost))
 
 
-def _first_open(
-    ways: Sequence[tuple[Sequence[str], Shape]], decided: Iterable[str]
-) -> list[tuple[Sequence[str], Shape]]:
-    """Returns the first path of an array if none of its paths has a row; otherwise nothing."""
-    has_row = any(_matches(row, {"/".join(keys)}) for keys, _ in ways for row in decided)
-    return [] if has_row else [*ways[:1]]
+def _matcher(rows: Iterable[str]) -> Callable[[str], bool]:
+    """Returns whether one of some rows is about a path; rows without placeholders are looked up."""
+    templates = [Template.parse(row) for row in rows]
+    exact = {template.text for template in templates if not template.fields}
+    patterns = [template for template in templates if template.fields]
+    return lambda path: path in exact or any(template.match(path) is not None for template in patterns)
 
 
-def _matches(row: str, paths: Iterable[str]) -> bool:
-    template = Template.parse(row)
-    return any(template.match(path) is not None for path in paths)
+def _undecided(rows: Iterable[Proposed], needed: Iterable[str]) -> list[Proposed]:
+    """Returns the rows without a name that are about a path that needs one."""
+    paths = {*needed}
+
+    def is_needed(row: str) -> bool:
+        template = Template.parse(row)
+        return any(template.match(path) is not None for path in paths) if template.fields else row in paths
+
+    return [row for row in rows if row.name is None and is_needed(row.row)]
 
 
 def _lines(row: Proposed, is_undecided: bool) -> list[str]:

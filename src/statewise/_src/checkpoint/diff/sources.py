@@ -117,13 +117,14 @@ def _of_state(state: State, name: str) -> Side:
     check_not_donated(state, state.tables.kinds)
     check_fits(state, state.tables.kinds)
     placed = {record.id: (record, start) for record, start in records_of(state.tables)}
-    part = functools.cache(functools.partial(unpacked, state))
+
+    @functools.cache  # once for each kind, and not for each of its leaves
+    def part(kind: str) -> Sequence[Any] | None:
+        return None if is_abstract(state.part(kind).arrays) else unpacked(state, kind)
 
     def arrays(record: LeafRecord) -> Arrays:
-        if is_abstract(state.part(record.kind).arrays):
-            return None
-        start = placed[record.id][1]
-        return list(map(words_of, part(record.kind)[start : start + len(record.arrays)]))
+        own, start = part(record.kind), placed[record.id][1]
+        return None if own is None else list(map(words_of, own[start : start + len(record.arrays)]))
 
     records = {identity: record for identity, (record, _) in placed.items()}
     return Side(name, records, _saved(state.tables), False, lambda asked: list(map(arrays, asked)))
