@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -261,3 +262,28 @@ def test_a_batch_of_packed_states_says_what_it_is() -> None:
     assert caught.value.hint == (
         "take one state out of a batch of them: one = jax.tree.map(lambda array: array[0], states)"
     )
+
+
+def _slices_of(specs: list[ArraySpec]) -> tuple[int, int]:
+    """Returns how many slices of a buffer a program has, and how many different ones; checks their values."""
+    buffer = PackedBuffer(tuple(range(len(specs))), tuple(specs))
+    values = [np.full(spec.shape, number, spec.dtype) for number, spec in enumerate(specs)]
+    flat = buffer.join(values)
+    program = jax.jit(lambda flat: packing.separated(buffer, flat))
+    for found, expected in zip(program(flat), values, strict=True):
+        np.testing.assert_array_equal(found, expected, strict=True)
+    slices = re.findall(r"stablehlo\.slice %\S+ (.*)", program.lower(flat).as_text())
+    return len(slices), len(set(slices))
+
+
+def test_slices_of_equal_layers_are_equal() -> None:
+    """XLA compiles equal slices once: 40 layers of three arrays are cut into runs of layers."""
+    slices, different = _slices_of([ArraySpec(shape, jnp.dtype("int32")) for shape in ((4, 4), (4,), ())] * 40)
+    assert slices > 2 * 120  # in both branches of a conditional
+    assert different < 30
+
+
+@pytest.mark.parametrize("sizes", [range(1, 71), [2] * 8], ids=["unequal", "few"])
+def test_arrays_that_gain_nothing_are_sliced_once(sizes: list[int]) -> None:
+    slices, _ = _slices_of([ArraySpec((size,), jnp.dtype("float32")) for size in sizes])
+    assert slices == 2 * len(sizes) + 1  # and one element, for the condition

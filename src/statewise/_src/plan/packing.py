@@ -11,7 +11,7 @@ update, so that the update can run on the buffers themselves; the moments of suc
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,8 @@ __all__ = ["PackedBuffer", "Packing", "choose", "pack", "separated", "unpack"]
 LARGEST = 64 * 1024
 # Fewer arrays than this are not worth a buffer.
 FEWEST = 4
+# How many arrays a run of a buffer may have: see `separated`.
+_RUN = range(8, 65)
 
 
 class PackedBuffer(NamedTuple):
@@ -50,11 +52,12 @@ class PackedBuffer(NamedTuple):
 
     def arrays(self, flat: Any) -> list[Any]:
         """Returns the arrays in a buffer."""
-        arrays, start = [], 0
-        for spec in self.specs:
-            arrays.append(flat[start : start + spec.size].reshape(spec.shape))
-            start += spec.size
-        return arrays
+        sizes = [spec.size for spec in self.specs]
+        if isinstance(flat, np.ndarray):
+            parts: Sequence[Any] = np.split(flat, np.cumsum(sizes[:-1]))
+        else:
+            parts = jax.lax.split(flat, sizes)  # one equation: a slice for each array takes much longer to trace
+        return [part.reshape(spec.shape) for part, spec in zip(parts, self.specs, strict=True)]
 
     def join(self, arrays: Sequence[Any]) -> Any:
         """Returns the buffer that contains these arrays."""
@@ -135,10 +138,52 @@ def separated(buffer: PackedBuffer, flat: Any) -> list[Any]:
     that takes several times as long as the rest of a training step.  In the branches of a conditional the slices are
     separate computations, made of trivial copies.  Both branches are the same, so it does not matter which is taken,
     only that the compiler cannot know.
+
+    XLA compiles equal kernels once, and a slice of another place is another kernel.  So a buffer is first cut into runs
+    of arrays, and the runs into arrays: the layers of a model make equal runs, and their slices are equal kernels.
     """
     if jax.default_backend() != "cpu":
         return buffer.arrays(flat)
-    return jax.lax.cond(flat[0] == flat[0], buffer.arrays, lambda flat: buffer.arrays(flat), flat)
+    runs = _runs(buffer.specs)
+    if len(runs) == 1:
+        return _undecided(buffer.arrays, flat)
+    sizes = [run.spec.size for run in runs]
+
+    def arrays(parts: Sequence[Any]) -> list[Any]:
+        return [array for run, part in zip(runs, parts, strict=True) for array in run.arrays(part)]
+
+    return _undecided(arrays, _undecided(lambda flat: jax.lax.split(flat, sizes), flat))
+
+
+def _undecided(cut: Callable[[Any], Sequence[Any]], of: Any) -> list[Any]:
+    """Returns `cut(of)`, in both branches of a conditional that the compiler cannot decide."""
+    first = jax.tree.leaves(of)[0][0]
+    return list(jax.lax.cond(first == first, cut, lambda of: cut(of), of))
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(specs: tuple[ArraySpec, ...]) -> tuple[PackedBuffer, ...]:
+    """Returns the runs into which a buffer is cut: those for which XLA compiles the fewest kernels."""
+    lengths = [len(specs), *range(_RUN.start, min(_RUN.stop, len(specs)))]
+    length = min(lengths, key=functools.partial(_kernels, [(spec.size, spec.shape) for spec in specs]))
+    starts = range(0, len(specs), length)
+    return tuple(PackedBuffer((), specs[start : start + length]) for start in starts)
+
+
+def _kernels(arrays: Sequence[tuple[int, tuple[int, ...]]], length: int) -> int:
+    """Returns how many different slices are compiled for runs of a length: of the runs, and of the arrays in them."""
+    starts = range(0, len(arrays), length)
+    if len(starts) == 1:
+        return len(arrays)
+    different = set()
+    for start in starts:
+        run = arrays[start : start + length]
+        total = sum(size for size, _ in run)
+        place = 0
+        for size, shape in run:
+            different.add((total, place, shape))
+            place += size
+    return len(starts) + len(different)
 
 
 # --- what to pack ----------------------------------------------------------------------------------------------
