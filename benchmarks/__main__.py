@@ -36,6 +36,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "small_kind": (1, 2),
     "leaves": (1, 1),
     "look": (1, 1),
+    "start": (1, 1),
     "keep": (1, 2),
     "disk": (1, 1),
     "names": (1, 2),

@@ -24,7 +24,7 @@ from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
 from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
-from benchmarks.workloads import WORKLOADS, disk, grow, look, memory, names, options, serve, train  # noqa: E402
+from benchmarks.workloads import WORKLOADS, disk, grow, look, memory, names, options, serve, start, train  # noqa: E402
 
 pytestmark = pytest.mark.heavy
 
@@ -135,7 +135,17 @@ def test_growth_and_looking() -> None:
         "look_select",
         "look_split",
         "look_census",
+        "look_take",
+        "look_put",
+        "look_build",
     ]
+
+
+def test_the_start_of_a_program() -> None:
+    tables = start.start(TINY, blocks=1)
+    assert [table["key"] for table in tables] == ["start_import", "start_first", "start_whole"]
+    assert [row["key"] for row in tables[1]["rows"]] == ["statewise", "by-hand"]
+    assert all(row["median_s"] > 0 for table in tables for row in table["rows"])
 
 
 def test_memory_of_one_way() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Settings
-from benchmarks.workloads import disk, grow, keep, look, loops, memory, names, options, serve, train
+from benchmarks.workloads import disk, grow, keep, look, loops, memory, names, options, serve, start, train
 
 __all__ = ["WORKLOADS", "Workload"]
 
@@ -38,6 +38,7 @@ WORKLOADS = {
     "small_kind": Workload(grow.small_kind, "One small kind in a small and in a large model"),
     "leaves": Workload(grow.leaves, "Cost against the number of leaves"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),
+    "start": Workload(start.start, "The start of a program"),
     "keep": Workload(keep.keep, "Saving and restoring"),
     "disk": Workload(disk.disk, "Large states on a disk, and in object stores"),
     "names": Workload(names.names, "Reading published weights"),

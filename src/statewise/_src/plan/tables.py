@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.common.known_graph import KnownGraph, known_graph, values_if_fit
-from statewise._src.common.nnx_graph import ONE, ArraySpec, is_abstract, make_leaf
+from statewise._src.common.nnx_graph import ONE, ArraySpec, ModelGraph, is_abstract, make_leaf, read_graph
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Slot
@@ -120,6 +120,16 @@ class PlanTables:
         leaves = self.known_graph.leaves_of(tuple(objects) if self.several else objects[0])
         values = None if leaves is None else values_if_fit(leaves, [(row.specs, row.structure) for row in self.rows])
         return None if leaves is None or values is None else (leaves, values)
+
+    def read(self, objects: Sequence[Any]) -> ModelGraph:
+        """Returns objects, flattened; fast for those that are as planned."""
+        known = self.known_graph
+        leaves = None if known is None else known.leaves_of(tuple(objects) if self.several else objects[0])
+        if leaves is None:
+            return read_graph(objects, self.names)
+        return ModelGraph(
+            self.graphdef, tuple([row.path for row in self.rows]), tuple(leaves), self.several, self.names
+        )
 
     @property
     def object_labels(self) -> Sequence[str | int]:
