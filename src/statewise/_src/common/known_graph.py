@@ -197,7 +197,7 @@ class _Node(NamedTuple):
       definition: its own part of the definition.
       keys: NNX's keys of its children, by what they are.
       contents: static values; objects; Variables, each with the number of its leaf; the numbers of raw arrays; the
-        numbers of what was reached before; the structures of pytrees without children.
+        numbers of objects that were reached before; the structures of pytrees without children.
     """
 
     definition: Any
