@@ -204,6 +204,45 @@ TARGETS = (
         _at_most(NO_SLOWER),
     ),
     Target(
+        "a repeated `plan` of an equal model over the first",
+        "0.5",
+        _times("look_plan", "`sw.plan(model)`, repeated", "`sw.plan(model)`"),
+        _at_most(0.5),
+    ),
+    Target(
+        "`plan.take` of 20,000 leaves, with copies, over `nnx.state`",
+        "no slower",
+        _times("look_take", "`plan.take(model)`", "`nnx.state(model)`, which shares"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        "`plan.put(copy=False)` of 20,000 leaves over `nnx.update`",
+        "no slower",
+        _times("look_put", "`plan.put(state, model, copy=False)`", "`nnx.update(model, state)`, which shares"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        "`plan.build(copy=False)` of 20,000 leaves over `nnx.merge` of arrays",
+        "no slower",
+        _times("look_build", "`plan.build(state, copy=False)`", "`nnx.merge(graphdef, arrays)`, which shares"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
+        "importing Statewise and its verbs, beyond `flax.nnx`",
+        "0.1 s",
+        lambda found: (
+            _row(found, "start_import", "statewise")["median_s"] - _row(found, "start_import", "flax")["median_s"]
+        ),
+        _at_most(0.1),
+        "{:.2f} s",
+    ),
+    Target(
+        "the first step of a second process over by hand, compilation cache warm",
+        "1.1",
+        lambda found: 1 / _row(found, "start_first", "by-hand")["ratio"],
+        _at_most(1.1),
+    ),
+    Target(
         'a repeated `state["params"]`: `nnx.split` over ours',
         "10",
         lambda found: (

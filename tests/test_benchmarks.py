@@ -33,6 +33,7 @@ from benchmarks.workloads import (  # noqa: E402
     names,
     options,
     serve,
+    start,
     train,
 )
 
@@ -146,7 +147,17 @@ def test_growth_and_looking() -> None:
         "look_select",
         "look_split",
         "look_census",
+        "look_take",
+        "look_put",
+        "look_build",
     ]
+
+
+def test_the_start_of_a_program() -> None:
+    tables = start.start(TINY, blocks=1)
+    assert [table["key"] for table in tables] == ["start_import", "start_first", "start_whole"]
+    assert [row["key"] for row in tables[1]["rows"]] == ["statewise", "by-hand"]
+    assert all(row["median_s"] > 0 for table in tables for row in table["rows"])
 
 
 def test_memory_of_one_way() -> None:

@@ -10,7 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.measure import Settings
-from benchmarks.workloads import disk, grow, growth, keep, large, look, loops, memory, names, options, serve, train
+from benchmarks.workloads import (
+    disk,
+    grow,
+    growth,
+    keep,
+    large,
+    look,
+    loops,
+    memory,
+    names,
+    options,
+    serve,
+    start,
+    train,
+)
 
 __all__ = ["WORKLOADS", "Workload"]
 
@@ -40,6 +54,7 @@ WORKLOADS = {
     "growth": Workload(growth.growth, "How every verb grows with the model"),
     "large": Workload(large.large, "A billion parameters, abstract"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),
+    "start": Workload(start.start, "The start of a program"),
     "keep": Workload(keep.keep, "Saving and restoring"),
     "disk": Workload(disk.disk, "Large states on a disk, and in object stores"),
     "names": Workload(names.names, "Reading published weights"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -25,9 +26,12 @@ def look(settings: Settings, blocks: int | None = None) -> list[dict[str, Any]]:
     plan = sw.plan(model)
     state = plan.take(model)
     _check(model, kinds, plan, state)
+    # Kinds that nothing else uses, so that no plan of them is in use when the model is planned.
+    unused = kinds.replace(cache=dataclasses.replace(kinds["cache"], saved=True))
     asked = {
         "plan": {
-            "`sw.plan(model)`": lambda: sw.plan(model),
+            "`sw.plan(model)`": lambda: unused.plan(model),
+            "`sw.plan(model)`, repeated": lambda: sw.plan(model),
             "`nnx.split(model, ...)` by the same kinds": lambda: nnx.split(model, *filters),
         },
         "select": {
@@ -47,6 +51,44 @@ def look(settings: Settings, blocks: int | None = None) -> list[dict[str, Any]]:
     }
     _add_equinox(asked, model)
     titles = {"plan": "Planning", "select": "Selecting one kind", "split": "Splitting by kind", "census": "Counting"}
+    tables = [_table(key, titles[key], calls, settings, 4 * blocks) for key, calls in asked.items()]
+    return tables + _exchange(settings, blocks if settings.quick else 10 * blocks)
+
+
+def _exchange(settings: Settings, blocks: int) -> list[dict[str, Any]]:
+    """Arrays from a model to a state and back.  NNX's functions share them; ours copy them, unless told otherwise."""
+    model, other = (models.Chain(blocks, rngs=nnx.Rngs(seed)) for seed in range(2))
+    plan = sw.plan(model)
+    state = plan.take(model)
+    graphdef, variables = nnx.split(model)
+    arrays = nnx.as_pure(variables)
+    plan.put(state, other)
+    pairs = zip(jax.tree.leaves(plan.take(other)), jax.tree.leaves(plan.take(plan.build(state))), strict=True)
+    if not all(bool((one == another).all()) for one, another in pairs):
+        raise WrongResultError("put and build disagree")
+    asked: dict[str, dict[str, Call]] = {
+        "take": {
+            "`plan.take(model)`": lambda: plan.take(model),
+            "`plan.take(model, copy=False)`": lambda: plan.take(model, copy=False),
+            "`nnx.state(model)`, which shares": lambda: nnx.state(model),
+        },
+        "put": {
+            "`plan.put(state, model)`": lambda: plan.put(state, other),
+            "`plan.put(state, model, copy=False)`": lambda: plan.put(state, other, copy=False),
+            "`nnx.update(model, state)`, which shares": lambda: nnx.update(other, variables),
+        },
+        "build": {
+            "`plan.build(state)`": lambda: plan.build(state),
+            "`plan.build(state, copy=False)`": lambda: plan.build(state, copy=False),
+            "`nnx.merge(graphdef, state)`, which shares Variables too": lambda: nnx.merge(graphdef, variables),
+            "`nnx.merge(graphdef, arrays)`, which shares": lambda: nnx.merge(graphdef, arrays),
+        },
+    }
+    titles = {
+        "take": "From a model to a state",
+        "put": "From a state to a model",
+        "build": "From a state to a new model",
+    }
     return [_table(key, titles[key], calls, settings, 4 * blocks) for key, calls in asked.items()]
 
 

@@ -26,11 +26,14 @@ __all__ = [
     "ArraySpec",
     "ModelError",
     "ModelGraph",
+    "any_is_deleted",
+    "are_concrete",
     "arrays_of",
     "check_plain",
     "held_value",
     "is_abstract",
     "is_array",
+    "is_concrete",
     "is_deleted",
     "is_object",
     "is_traced",
@@ -43,6 +46,7 @@ __all__ = [
     "row_of",
     "spec_of",
     "specs_of",
+    "value_in",
     "value_of",
 ]
 
@@ -258,6 +262,24 @@ def is_deleted(array: Any) -> bool:
     return isinstance(array, jax.Array) and not isinstance(array, compat.Tracer) and array.is_deleted()
 
 
+def is_concrete(array: Any) -> bool:
+    """Returns whether this is a JAX array with values: neither NumPy's nor traced nor a shape; it may be deleted."""
+    return isinstance(array, jax.Array) and not isinstance(array, compat.Tracer)
+
+
+def are_concrete(arrays: Iterable[Any]) -> bool:
+    """Returns whether all of these are JAX arrays with values; they may be deleted."""
+    # A type says so for all arrays of it, and there are few types.
+    return all(map(is_concrete, {type(array): array for array in arrays}.values()))
+
+
+def any_is_deleted(arrays: Sequence[Any]) -> bool:
+    """Returns whether any of these is a JAX array whose buffer was donated."""
+    if are_concrete(arrays):
+        return any(array.is_deleted() for array in arrays)
+    return any(map(is_deleted, arrays))
+
+
 def is_abstract(arrays: Iterable[Any]) -> bool:
     """Returns whether any of these is a shape and dtype only."""
     return any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays)
@@ -275,9 +297,12 @@ def held_value(leaf: Any) -> Any:
 
 def raw_value(leaf: Any) -> Any:
     """Returns a leaf's value, without hooks: what a Variable or its reference holds, a raw array itself."""
-    if not compat.is_variable(leaf):
-        return leaf
-    value = leaf.get_raw_value()
+    return value_in(leaf) if compat.is_variable(leaf) else leaf
+
+
+def value_in(variable: Any) -> Any:
+    """Returns what a Variable or its reference holds, without hooks."""
+    value = variable.get_raw_value()
     if type(value) in _jax_arrays or not isinstance(value, jax.Ref):
         return value
     return value[...]

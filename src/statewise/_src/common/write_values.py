@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import is_array, raw_value, row_of
+from statewise._src.common.nnx_graph import is_array, row_of, value_in
 from statewise._src.common.paths import Path, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.common.variable_forms import store
@@ -46,11 +46,13 @@ def put_values(root: Any, leaves: Iterable[Any], writes: Sequence[tuple[Path, An
     Raises:
       StructureError: raw arrays that cannot be replaced where they are, all of them; nothing was written.
     """
-    variables = [(leaf, value) for _, leaf, value in writes if compat.is_variable(leaf)]
+    variables: list[tuple[Any, Any]] = []
     wanted: dict[Any, Any] = {}
     raw: list[tuple[Path, Any]] = []
     for path, leaf, value in writes:
-        if not compat.is_variable(leaf) and leaf is not value:
+        if compat.is_variable(leaf):
+            variables.append((leaf, value))
+        elif leaf is not value:
             raw.append((path, leaf))
             _branch(wanted, path[:-1])[path[-1]] = _Value(path, leaf, value)
     assignments = _assignments(root, wanted, raw) if raw else []
@@ -246,8 +248,8 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
     """Writes everything; if that fails, undoes what was written."""
     # All undo steps are prepared before the first write: an interrupt may come between any two lines.
     # All Variables, not only the written ones: a user's setter may change others.
-    live = {id(leaf): leaf for leaf in (*leaves, *(leaf for leaf, _ in variables)) if compat.is_variable(leaf)}
-    before = [(leaf, raw_value(leaf)) for leaf in live.values()]
+    live = {id(leaf): leaf for leaf in leaves if compat.is_variable(leaf)} | {id(leaf): leaf for leaf, _ in variables}
+    before = [(leaf, value_in(leaf)) for leaf in live.values()]
     undo = [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
     try:
         for assignment in assignments:
@@ -267,7 +269,7 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
 
 def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
     for leaf, value in variables:
-        if raw_value(leaf) is not value:
+        if value_in(leaf) is not value:
             store(leaf, value)
 
 

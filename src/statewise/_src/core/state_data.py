@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 import jax
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import is_deleted
+from statewise._src.common.nnx_graph import any_is_deleted
 from statewise._src.common.paths import Leaf, format_path
 from statewise._src.core.batches import misfit_error, misfits
 from statewise._src.core.part import Part
@@ -157,7 +157,7 @@ register(StateData)
 def check_not_donated(state: StateData, kinds: Iterable[str]) -> None:
     """Checks that no array of these kinds was donated."""
     # Arrays may also have been donated behind a part's back: by the user's own jit, or in a copy of the pytree.
-    donated = [kind for kind in kinds if state.part(kind).donated_by or any(map(is_deleted, state.part(kind).arrays))]
+    donated = [kind for kind in kinds if state.part(kind).donated_by or any_is_deleted(state.part(kind).arrays)]
     if donated:
         raise donated_error(state, donated)
 
@@ -175,9 +175,7 @@ def donated_error(state: StateData, kinds: Sequence[str]) -> StructureError:
 
 def deleted_kinds(state: StateData) -> list[str]:
     """Returns the kinds with arrays that no longer exist."""
-    return [
-        kind for kind, part in zip(state.tables.kinds, state.parts, strict=True) if any(map(is_deleted, part.arrays))
-    ]
+    return [kind for kind, part in zip(state.tables.kinds, state.parts, strict=True) if any_is_deleted(part.arrays)]
 
 
 def check_fits(state: StateData, kinds: Iterable[str], hint: str | None = None) -> None:

@@ -14,9 +14,10 @@ from flax import nnx
 from statewise._src.common import compat, paths
 from statewise._src.filters.combinators import And, Filter, Not, Or, Ours, compound, describe, normalize, predicate
 from statewise._src.filters.primitives import Exactly, Meta, Where
+from statewise._src.filters.primitives import Path as Glob
 from statewise._src.filters.values import ById, type_as_code
 
-__all__ = ["as_code", "explain_leaf", "is_python", "type_key", "type_only"]
+__all__ = ["as_code", "explain_leaf", "is_python", "static_only", "type_key", "type_only"]
 
 
 def explain_leaf(filter: object, path: paths.Path, leaf: Any) -> tuple[bool, str]:
@@ -98,6 +99,33 @@ def _type_only(filter: Filter) -> bool:
         return owner in (type, abc.ABCMeta, type(nnx.Variable), type(jax.Array))
     literal = filter is None or filter is Ellipsis or isinstance(filter, bool)
     return literal or type(filter) in (nnx.Everything, nnx.Nothing)
+
+
+def static_only(filter: object) -> bool:
+    """Returns whether a filter's answer depends only on `type_key(leaf)` and the leaf's paths; False if not certain.
+
+    Raises:
+      FilterError: the filter, or a part of it, is not a filter.
+
+    Example:
+      >>> from flax import nnx
+      >>> import statewise as sw
+      >>> from statewise._src.filters.explain import static_only
+      >>> static_only(nnx.Param & sw.Path("head/**")), static_only(lambda path, leaf: leaf.ndim == 2)
+      (True, False)
+    """
+    return _static_only(normalize(filter))
+
+
+def _static_only(filter: Filter) -> bool:
+    of = compound(filter)
+    if of is not None:
+        return all(map(_static_only, of[1]))
+    return type(filter) in _OF_PATHS or _type_only(filter)
+
+
+# Filters that look at paths alone.
+_OF_PATHS = (Glob, nnx.PathContains, nnx.filterlib.PathIn)
 
 
 def type_key(leaf: Any) -> Hashable:

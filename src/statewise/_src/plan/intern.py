@@ -10,7 +10,7 @@ import atexit
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from statewise._src.common.paths import Path
@@ -42,11 +42,14 @@ class _Identity:
             and self.kinds == other.kinds
             and self.names == other.names
             and self.derived == other.derived
-            and self.rows == other.rows
-            and all(_same_keys(row.path, twin.path) for row, twin in zip(self.rows, other.rows, strict=True))
+            and (self.rows is other.rows or _same_rows(self.rows, other.rows))
             and self.stored == other.stored
             and same_graph(self.graphdef, other.graphdef)
         )
+
+
+def _same_rows(rows: Sequence[LeafSpec], others: Sequence[LeafSpec]) -> bool:
+    return rows == others and all(_same_keys(row.path, twin.path) for row, twin in zip(rows, others, strict=True))
 
 
 def _same_keys(path: Path, twin: Path) -> bool:
@@ -59,10 +62,12 @@ def _same_keys(path: Path, twin: Path) -> bool:
 
 def same_graph(graphdef: Any, other: Any) -> bool:
     """Returns whether two graph definitions are equal; False if their metadata cannot be compared."""
+    if graphdef is other:
+        return True
     try:
         equal = bool(graphdef == other)
     except (ValueError, TypeError):  # metadata with arrays, which have no truth value
-        equal = graphdef is other
+        return False
     # 1 == 1.0 == True, but a model that multiplies by one of them is another model.
     return equal and all(
         type(getattr(attribute, "value", None)) is type(getattr(twin, "value", None))

@@ -36,9 +36,8 @@ def claimants(kinds: Mapping[str, Kind]) -> Claimants:
     known: dict[Any, tuple[str, ...]] = {}
 
     def claims_of(path: Any, leaf: Any) -> tuple[str, ...]:
-        key = type_key(leaf)
-        names = known.get(key)
-        if names is None:
+        names = known.get(type(leaf))  # of a plain Variable its type is the key
+        if names is None and (names := known.get(key := type_key(leaf))) is None:
             names = known[key] = tuple(name for name, matches in by_type.items() if matches(path, leaf))
         if others:
             more = tuple(name for name, matches in others.items() if matches(path, leaf))

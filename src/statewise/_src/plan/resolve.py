@@ -9,12 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from statewise._src.common.nnx_graph import ONE, make_leaf, read_graph
+from statewise._src.common.nnx_graph import ONE, ModelGraph, make_leaf, read_graph
 from statewise._src.common.object_names import check_name, given
+from statewise._src.common.paths import Leaf
 from statewise._src.plan.averages import resolve_averages
 from statewise._src.plan.depends_on import check_depends_on
 from statewise._src.plan.intern import intern
 from statewise._src.plan.kind import Kind, with_kinds
+from statewise._src.plan.known_models import recall, remember
 from statewise._src.plan.leaf_specs import LeafSpec, drop_sown, rows_of
 from statewise._src.plan.match import claim
 from statewise._src.plan.optimizer_state import resolve_optimizers
@@ -37,6 +39,31 @@ def resolve_plan(
     _check_keys("optimizers", optimizers, "updates", "{'params': optax.adamw(3e-4)}")
     _check_keys("averages", averages, "tracks", "{'params': sw.EMA(0.999)}")
     objects, names = given(objects, named, "kinds.plan")
+    declared, leaves = kinds, None
+    sown: tuple[Leaf, ...] = ()
+    known = recall(declared, objects, names)
+    if known is not None:
+        graphdef, rows = known.graphdef, known.rows
+    else:
+        graph, claims, sown = _matched(kinds, objects, names)
+        graphdef, rows, leaves = graph.graphdef, rows_of(graph, claims), graph.leaves
+    _check_compute(kinds, rows)
+    groups = resolve_optimizers(kinds, rows, optimizers or {})
+    if groups and OPTIMIZER not in kinds:
+        kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
+    added, tracked = resolve_averages(kinds, rows, averages or {})
+    kinds = with_kinds(kinds, added)
+    check_depends_on(kinds)
+    tables: PlanTables = intern(PlanTables(kinds, graphdef, rows, (*groups, *tracked), len(objects), names, sown))
+    if leaves is not None:
+        remember(declared, objects, leaves, tables)
+    return tables
+
+
+def _matched(
+    kinds: Mapping[str, Kind], objects: Sequence[Any], names: tuple[str, ...]
+) -> tuple[ModelGraph, list[str], tuple[Leaf, ...]]:
+    """Returns the objects, flattened, the kind of each leaf, and the leaves that `drop_sown` has removed."""
     graph = read_graph(objects, names)
     if () in graph.paths:
         name = type(objects[0]).__name__
@@ -50,15 +77,7 @@ def resolve_plan(
     graph, claims, sown = drop_sown(kinds, objects, graph, claim(kinds, graph))
     if not graph.leaves:
         raise StructureError("There are no leaves but those that an earlier `sow` left.", leaves=sown, hint=_ASSIGN)
-    rows = rows_of(graph, claims)
-    _check_compute(kinds, rows)
-    groups = resolve_optimizers(kinds, rows, optimizers or {})
-    if groups and OPTIMIZER not in kinds:
-        kinds = with_kinds(kinds, {OPTIMIZER: Kind(nnx.OptState)})
-    added, tracked = resolve_averages(kinds, rows, averages or {})
-    kinds = with_kinds(kinds, added)
-    check_depends_on(kinds)
-    return intern(PlanTables(kinds, graph.graphdef, rows, (*groups, *tracked), len(objects), names, sown))
+    return graph, claims, sown
 
 
 def _check_keys(option: str, declared: Any, verb: str, example: str) -> None:

@@ -21,7 +21,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from statewise._src.common.nnx_graph import ONE, ArraySpec, is_abstract, make_leaf
+from statewise._src.common.known_graph import KnownGraph, known_graph, values_if_fit
+from statewise._src.common.nnx_graph import ONE, ArraySpec, ModelGraph, is_abstract, make_leaf, read_graph
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.ties import aliases_of
 from statewise._src.plan.arrays import ArrayInfo, DerivedArrays, Slot
@@ -102,6 +103,33 @@ class PlanTables:
             for path, spec in zip(each.leaf_paths, each.layout.specs, strict=True)
         ]
         return tuple(of_model + derived)
+
+    @functools.cached_property
+    def known_graph(self) -> KnownGraph | None:
+        """Returns the graph definition, as objects are compared with it without flattening them."""
+        return known_graph(self.graphdef)
+
+    def read_fitting(self, objects: Sequence[Any]) -> tuple[list[Any], list[Any]] | None:
+        """Returns the live leaves of objects that are exactly as planned, row by row, and what they hold.
+
+        The answer is None if they differ, even in ways that are allowed (functions among their static attributes), or
+        if it is not certain that they do not.
+        """
+        if self.known_graph is None or len(objects) != self.object_count:
+            return None
+        leaves = self.known_graph.leaves_of(tuple(objects) if self.several else objects[0])
+        values = None if leaves is None else values_if_fit(leaves, [(row.specs, row.structure) for row in self.rows])
+        return None if leaves is None or values is None else (leaves, values)
+
+    def read(self, objects: Sequence[Any]) -> ModelGraph:
+        """Returns objects, flattened; fast for those that are as planned."""
+        known = self.known_graph
+        leaves = None if known is None else known.leaves_of(tuple(objects) if self.several else objects[0])
+        if leaves is None:
+            return read_graph(objects, self.names)
+        return ModelGraph(
+            self.graphdef, tuple([row.path for row in self.rows]), tuple(leaves), self.several, self.names
+        )
 
     @property
     def object_labels(self) -> Sequence[str | int]:

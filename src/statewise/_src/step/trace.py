@@ -196,7 +196,7 @@ class Call:
             for row, numbers in zip(plan.rows, _numbers_of_rows(plan), strict=True)
         ]
         objects = rebuild(plan.graphdef, values, plan.several)
-        before = read_graph(objects, plan.names)
+        before = plan.read(objects)
         try:
             # What the function makes is plain too, whatever the default: `nnx.capture` does not recognize hijax
             # Variables, and no version of Flax can write them in every trace.
@@ -209,7 +209,7 @@ class Call:
                 raise
             raise outside from error
         check_not_model(out, before.leaves, self.name)
-        after = read_graph(objects, plan.names)
+        after = plan.read(objects)
         check_plain(after, self.name)
         live = dict(zip(after.paths, after.leaves, strict=True))
         replaced = assigned(plan, objects, before.leaves, live, self.capture, self.name)
