@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -113,6 +114,9 @@ READ: dict[str, Callable[[], Any]] = {
     "ordered": lambda: Data(items=collections.OrderedDict(a=nnx.Param(jnp.ones(2)), b=None)),
     "raw": lambda: Plain(table=jnp.ones(3), other=np.ones(2)),
     "empty": lambda: Plain(items=[], none=None, weight=nnx.Param(jnp.ones(1))),
+    "array in a tuple": lambda: Data(items=(jnp.ones(2),)),
+    "shape in a tuple": lambda: Data(items=(jax.ShapeDtypeStruct((2,), jnp.float32),)),
+    "NumPy's scalar": lambda: Data(items=(np.float32(1),)),
     "several arrays": lambda: Plain(pair=nnx.Variable({"a": jnp.ones(1), "b": jnp.ones(2)})),
     "named": lambda: (Block(), Block()),
     "optimizer": lambda: nnx.ModelAndOptimizer(Block(), TX),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
@@ -134,6 +135,9 @@ class KnownGraph(NamedTuple):
         )
         shared = [found.nodes[position] for position in self.shared] + variables
         if not same or len(set(map(id, shared))) != len(shared):
+            return None
+        # To NNX what only has a shape is a static value, outside of a Variable.
+        if not all(isinstance(array, jax.Array | np.ndarray) for array in found.arrays):
             return None
         if not all(one is shared[position] for one, position in zip(found.again, self.again, strict=True)):
             return None
