@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-FILE = TESTS.parent / ".quick_times.json"
+# Each mode of Flax runs the same tests: run_modes.py gives a place where there are no times of earlier runs.
+FILE = Path(os.environ.get("STATEWISE_QUICK_TIMES", TESTS.parent / ".quick_times.json"))
 SLOW = Path(__file__).parent / "slow_tests.txt"
 LISTED = 0.2  # seconds: the functions in `slow_tests.txt` take longer
 FADES = 0.8  # by this factor in each run that leaves the test out

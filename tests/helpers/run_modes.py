@@ -115,7 +115,7 @@ def demo(python: str, mode: str) -> bool:
     return process.returncode == 0
 
 
-def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: bool, quick: bool) -> Result:
+def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: bool, quick: float) -> Result:
     """Runs test files under one mode in a process of its own, and the demo in another."""
     started = time.monotonic()
     environment = {**os.environ, **MODES[mode].environment, VARIABLE: mode}
@@ -125,8 +125,9 @@ def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: b
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "results.xml"
+        environment["STATEWISE_QUICK_TIMES"] = f"{folder}/times.json"
         command = [python, "-m", "pytest", "-q", "-m", LEFT_OUT, f"--junitxml={xml}", "-o", "junit_logging=no"]
-        command += ["--hypothesis-profile=quick", "-p", "no:cacheprovider", *(["--quick=1"] if quick else [])]
+        command += ["--hypothesis-profile=quick", "-p", "no:cacheprovider", *([f"--quick={quick}"] if quick else [])]
         command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
         process = subprocess.run(
             [*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -156,13 +157,16 @@ def read(xml: Path, seconds: float) -> Result:
     return Result(passed, failed, dict(skipped), seconds)
 
 
-def table(names: Sequence[str], results: Mapping[tuple[str, str], Result | None], files: Sequence[str]) -> str:
+def table(
+    names: Sequence[str], results: Mapping[tuple[str, str], Result | None], files: Sequence[str], quick: float = 0.0
+) -> str:
     """Returns the table of modes by versions, and below it why tests were skipped, as Markdown."""
     lines = ["| mode | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for mode, each in MODES.items():
         cells = [str(results.get((mode, name), "not run") or "this Flax does not have it") for name in names]
         lines.append(f"| {each.about} | " + " | ".join(cells) + " |")
-    lines += ["", "What ran: " + ", ".join(f"`{file}`" for file in files) + ".", ""]
+    left_out = f" Tests that take more than {quick:g} seconds were left out." if quick else ""
+    lines += ["", "What ran: " + ", ".join(f"`{file}`" for file in files) + "." + left_out, ""]
     reasons: dict[str, list[str]] = {}
     for (mode, name), result in results.items():
         for reason, count in sorted((result.skipped if result else {}).items()):
@@ -176,18 +180,22 @@ def _escaped(reason: str) -> str:
     return re.sub(r"\s+", " ", reason).replace("|", "\\|").replace("<", "&lt;")
 
 
-def kept(files: Sequence[str]) -> dict[tuple[str, str], Result | None]:
-    """Returns the results of earlier calls on the same files: a table may be made in several calls."""
+def kept(files: Sequence[str], quick: float) -> dict[tuple[str, str], Result | None]:
+    """Returns the results of earlier calls on the same tests: a table may be made in several calls."""
     if not KEPT.exists():
         return {}
-    stored = json.loads(KEPT.read_text(encoding="utf-8")).get(" ".join(files), [])
+    stored = json.loads(KEPT.read_text(encoding="utf-8")).get(_key(files, quick), [])
     return {(mode, name): Result(**result) for mode, name, result in stored}
 
 
-def keep(files: Sequence[str], results: Mapping[tuple[str, str], Result | None]) -> None:
+def _key(files: Sequence[str], quick: float) -> str:
+    return " ".join([*files, *([f"up to {quick:g} seconds"] if quick else [])])
+
+
+def keep(files: Sequence[str], quick: float, results: Mapping[tuple[str, str], Result | None]) -> None:
     """Keeps results for the next call."""
     known = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    known[" ".join(files)] = [[*key, dataclasses.asdict(each)] for key, each in results.items() if each is not None]
+    known[_key(files, quick)] = [[*key, dataclasses.asdict(each)] for key, each in results.items() if each is not None]
     KEPT.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
 
@@ -208,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mode", action="append", choices=tuple(MODES), help="a mode; all of them without it")
     parser.add_argument("--fixed", action="store_true", help="the small part that CI runs")
     parser.add_argument("--demo", action="store_true", help="also run the demo under each mode")
-    parser.add_argument("--quick", action="store_true", help="leave out tests that take more than a second")
+    parser.add_argument("--quick", type=float, default=0.0, help="leave out tests that take more than these seconds")
     parser.add_argument("--together", action="store_true", help="run all interpreters at the same time")
     parser.add_argument("--workers", type=int, default=1, help="of pytest-xdist, in each run")
     parser.add_argument("--resume", action="store_true", help="run only what no earlier call has run on these files")
@@ -218,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = given.files or [f"tests/{file}" for file in (FIXED if given.fixed else PARTS)]
     # By the versions: where there is one Python only, both ends are the same.
     answers = {answer["name"]: (python, answer) for python in given.python for answer in [asked(python)]}
-    results = kept(files) if given.resume else {}
+    results = kept(files, given.quick) if given.resume else {}
     fresh: list[Result] = []
     with contextlib.ExitStack() as stack:
         threads = len(answers) if given.together else 1
@@ -234,11 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for done in concurrent.futures.as_completed(runs):
             results[runs[done]] = result = done.result()
             fresh.append(result)
-            keep(files, results)
+            keep(files, given.quick, results)
             if given.write:
-                write(table(list(answers), results, files))
+                write(table(list(answers), results, files, given.quick))
             print(f"{' on '.join(runs[done])}: {result} in {result.seconds:.0f} s", flush=True)
-    print(table(list(answers), results, files))
+    print(table(list(answers), results, files, given.quick))
     return int(any(result.failed or result.demo is False for result in fresh))
 
 
