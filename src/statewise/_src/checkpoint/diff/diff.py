@@ -214,7 +214,7 @@ class _Values(NamedTuple):
 def _compare_values(pairs: Sequence[Pair], first: Side, second: Side) -> Iterator[_Values | None]:
     """Yields for each pair how the values differ; None if one side has no values."""
     # A checkpoint is read last, and only where the other side has values: gigabytes of it, for an abstract model.
-    sides, last = (first, second), int(not first.on_disk)
+    sides, last = (first, second), 0 if first.on_disk and not second.on_disk else 1
     for batch in grouped(pairs, lambda pair: pair.both[0].leaf().nbytes, BATCH):
         known = sides[1 - last].read([pair.both[1 - last] for pair in batch])
         wanted = [pair for pair, arrays in zip(batch, known, strict=True) if arrays is not None]
