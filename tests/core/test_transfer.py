@@ -259,12 +259,12 @@ def test_a_dtype_makes_the_targets_numbers_so() -> None:
 
 
 def test_a_cast_that_shrinks_comes_before_the_way_and_one_that_grows_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = []
-    put = jax.device_put
-    monkeypatch.setattr(jax, "device_put", lambda array, *rest: moved.append(array.dtype) or put(array, *rest))
     wide, narrow = (sw.plan(nnx.Dict(a=nnx.Param(jnp.ones(3, dtype)))) for dtype in (jnp.float32, jnp.bfloat16))
     mesh = mesh_of(slice(1, 2), data=1)
     src = wide.take(nnx.Dict(a=nnx.Param(jnp.ones(3))))
+    moved = []
+    put = jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda array, *rest: moved.append(array.dtype) or put(array, *rest))
     small = sw.transfer(src, narrow, cast=True, mesh=mesh)
     sw.transfer(small, wide, cast=True, mesh=mesh_of(slice(2, 3), data=1))
     assert moved == [jnp.bfloat16, jnp.bfloat16]
