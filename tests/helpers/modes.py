@@ -143,6 +143,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "'aval_property' object has no attribute 'mesh'|must implement `batch`",
         "nnx.vmap does not make hijax Variables",
     ),
+    Refusal("hijax", "'AbstractVariable' object has no attribute 'shape'", "nnx.vmap does not take hijax Variables"),
+    Refusal("hijax", "RecursionError: maximum recursion depth", "nnx.EMA of hijax Variables"),
     Refusal(
         "hijax",
         "different numbers of pytree children",

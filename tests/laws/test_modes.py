@@ -269,6 +269,8 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "nnx.grad of hijax Variables": lambda: nnx.grad(lambda model: model.w[...].sum())(Small()),
     "hijax Variables as an output of jax.jit": lambda: jax.jit(lambda state: state)(nnx.state(Small())),
     "nnx.vmap does not make hijax Variables": lambda: nnx.vmap(lambda _: Small())(jnp.arange(3)),
+    "nnx.vmap does not take hijax Variables": lambda: nnx.vmap(lambda w, x: w * x)(nnx.Param(jnp.ones(2)), jnp.ones(2)),
+    "nnx.EMA of hijax Variables": lambda: nnx.EMA(Small(), 0.9),
     "nnx.Optimizer.update takes no gradients from jax.tree.map of hijax Variables": update_with_mapped_gradients,
     "a hijax Variable holds arrays only": lambda: nnx.Variable("text"),
     "a reference holds one array, not text, None or a tuple": lambda: nnx.Variable((jnp.ones(2), jnp.ones(3))),

@@ -32,6 +32,11 @@ def linear() -> nnx.Linear:
     return nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 
 
+def name_of(thing: Any) -> str:
+    """A hijax Variable's own class is another one."""
+    return (thing.var_type if isinstance(thing, nnx.Variable) else type(thing)).__name__
+
+
 def state_of(*objects: Any) -> sw.State:
     return sw.plan(*objects).take(*objects)
 
@@ -138,7 +143,7 @@ def test_an_argument_that_is_written_is_refused_at_any_depth(kind: str, deep: st
         _ = step(state, X, extra=given) if deep == "keyword" else step(state, X, given)
     expression = "extra" + {"dict": "['in']", "list": "[1]", "dataclass": ".rngs"}.get(deep, "")
     assert caught.value.message == (
-        f"f writes to its argument `{expression}` ({type(thing).__name__}), and the write would be lost: the function "
+        f"f writes to its argument `{expression}` ({name_of(thing)}), and the write would be lost: the function "
         "receives a copy."
     )
     slash = "" if leaf.startswith(":") else "/"

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from statewise._src.common import paths
+from statewise._src.common import compat, paths
 from statewise._src.filters.combinators import Ours, Predicate, ask
 from statewise._src.filters.values import (
     describe_callable,
@@ -66,7 +66,8 @@ class Exactly(Ours):
     def __init__(self, *types: type) -> None:
         for given in types:
             if not isinstance(given, type):
-                hint = f"sw.Exactly({type_as_code(type(given))})  # the type, not an object of it"
+                cls = compat.variable_type(given) if compat.is_variable(given) else type(given)
+                hint = f"sw.Exactly({type_as_code(cls)})  # the type, not an object of it"
                 hint = hint if isinstance(given, nnx.Variable) else "sw.Exactly(nnx.Variable, nnx.Param)"
                 raise FilterError(f"Exactly takes types, not {shown(given)}.", hint=hint)
         if not types:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, ModelGraph, make_leaf, read_graph
 from statewise._src.common.object_names import check_name, given
 from statewise._src.common.paths import Leaf
@@ -66,7 +67,7 @@ def _matched(
     """Returns the objects, flattened, the kind of each leaf, and the leaves that `drop_sown` has removed."""
     graph = read_graph(objects, names)
     if () in graph.paths:
-        name = type(objects[0]).__name__
+        name = compat.variable_type(objects[0]).__name__
         raise StructureError(
             f"Object 0 is a {name} on its own, which has no path.",
             hint=f"put it into a dict: {{'{name.lower()}': ...}}",
