@@ -12,9 +12,14 @@ import optax
 import pytest
 from flax import nnx
 
+import modes
 import statewise as sw
 from statewise._src.plan import resolve
 from statewise.errors import StructureError
+
+pytestmark = pytest.mark.skipif(
+    modes.current() in ("hijax", "ref"), reason="hijax Variables and references are flattened each time"
+)
 
 
 class Model(nnx.Module):
