@@ -259,7 +259,7 @@ def is_object(value: object) -> bool:
 
 def is_deleted(array: Any) -> bool:
     """Returns whether this is a JAX array whose buffer was donated."""
-    return isinstance(array, jax.Array) and not isinstance(array, compat.Tracer) and array.is_deleted()
+    return is_concrete(array) and array.is_deleted()
 
 
 def is_concrete(array: Any) -> bool:

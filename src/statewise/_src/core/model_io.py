@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
@@ -132,10 +131,6 @@ def _copies(arrays: Sequence[Sequence[Any]]) -> list[list[Any]]:
     for (number, index), array in zip(together, made, strict=True):
         copies[number][index] = array
     return copies
-
-
-def _is_of_keys(array: Any) -> bool:
-    return not isinstance(array.dtype, np.dtype)
 
 
 def _by_kind(plan: PlanTables, leaves: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:

@@ -81,17 +81,19 @@ def type_only(filter: object) -> bool:
       >>> type_only(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))), type_only(nnx.Param & sw.Path("head/**"))
       (True, False)
     """
-    return _type_only(normalize(filter))
+    return _looks_only_at_types(normalize(filter))
 
 
-def _type_only(filter: Filter) -> bool:
+def _looks_only_at_types(filter: Filter, or_paths: bool = False) -> bool:
     of = compound(filter)
     if of is not None:
-        return all(map(_type_only, of[1]))
+        return all(_looks_only_at_types(part, or_paths) for part in of[1])
+    if or_paths and type(filter) in _OF_PATHS:
+        return True
     if isinstance(filter, Ours):
         return filter.by_type
     if type(filter) is nnx.OfType:
-        return _type_only(filter.type)
+        return _looks_only_at_types(filter.type)
     if isinstance(filter, type):
         # A metaclass may let isinstance inspect the value: jaxtyping's array types, runtime protocols.
         metaclass: Any = type(filter)
@@ -114,14 +116,7 @@ def static_only(filter: object) -> bool:
       >>> static_only(nnx.Param & sw.Path("head/**")), static_only(lambda path, leaf: leaf.ndim == 2)
       (True, False)
     """
-    return _static_only(normalize(filter))
-
-
-def _static_only(filter: Filter) -> bool:
-    of = compound(filter)
-    if of is not None:
-        return all(map(_static_only, of[1]))
-    return type(filter) in _OF_PATHS or _type_only(filter)
+    return _looks_only_at_types(normalize(filter), or_paths=True)
 
 
 # Filters that look at paths alone.

@@ -115,21 +115,22 @@ class PlanTables:
         The answer is None if they differ, even in ways that are allowed (functions among their static attributes), or
         if it is not certain that they do not.
         """
-        if self.known_graph is None or len(objects) != self.object_count:
-            return None
-        leaves = self.known_graph.leaves_of(tuple(objects) if self.several else objects[0])
+        leaves = self._known_leaves(objects) if len(objects) == self.object_count else None
         values = None if leaves is None else values_if_fit(leaves, [(row.specs, row.structure) for row in self.rows])
         return None if leaves is None or values is None else (leaves, values)
 
     def read(self, objects: Sequence[Any]) -> ModelGraph:
         """Returns objects, flattened; fast for those that are as planned."""
-        known = self.known_graph
-        leaves = None if known is None else known.leaves_of(tuple(objects) if self.several else objects[0])
+        leaves = self._known_leaves(objects)
         if leaves is None:
             return read_graph(objects, self.names)
         return ModelGraph(
             self.graphdef, tuple([row.path for row in self.rows]), tuple(leaves), self.several, self.names
         )
+
+    def _known_leaves(self, objects: Sequence[Any]) -> list[Any] | None:
+        root = tuple(objects) if self.several else objects[0]
+        return None if self.known_graph is None else self.known_graph.leaves_of(root)
 
     @property
     def object_labels(self) -> Sequence[str | int]:

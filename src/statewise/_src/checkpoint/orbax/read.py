@@ -74,14 +74,12 @@ def read_stored(
     """
     database = reading(folder, index)
     spread = [(key, stored) for key, stored in wanted.items() if stored.is_spread]
-    if spread:
-        with DiskValues(folder, files, index) as values:
-            for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
-                yield from _read_spread(database, values, group)
+    alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
     # A queue, so that an array is not kept here when it has been yielded.
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
-    alone = [(key, stored) for key, stored in wanted.items() if not stored.is_spread]
     with DiskValues(folder, files, index) as values:
+        for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
+            yield from _read_spread(database, values, group)
         for group in grouped(alone, lambda pair: pair[1].nbytes, _AT_ONCE):
             opening = [(key, stored, open_stored(database, key)) for key, stored in group]
             ahead = [(key, _started(values, key, opened(future, stored.shape))) for key, stored, future in opening]
