@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pathlib
+import re
 import socket
 import threading
 from typing import Any
@@ -211,3 +214,23 @@ def test_a_directory_that_is_a_pattern_for_gcsfs(url: str) -> None:
         hint="another directory, without such characters",
     ):
         sw.Checkpoints(url, max_to_keep=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ocp.CheckpointManagerOptions(step_prefix="run[1]"),
+        ocp.CheckpointManagerOptions(step_name_format=ocp.path.step.standard_name_format(step_prefix="run[1]")),
+        functools.partial(NEW, step_name_format=ocp.v1.path.step.standard_name_format(step_prefix="run[1]")),
+    ],
+    ids=["prefix", "format", "new"],
+)
+@pytest.mark.parametrize("place", ["gs://bucket/run", "run"])
+def test_a_name_of_steps_that_is_a_pattern(options: Any, place: str, tmp_path: pathlib.Path) -> None:
+    """Orbax would not find them on a disk, and in a store delete those of other names too."""
+    with pytest.raises(sw.SaveError) as caught:
+        sw.Checkpoints(place if "://" in place else tmp_path / place, options=options)
+    said = r"Steps cannot be named as 'run\[1\](_0)?': Orbax takes '\[' for a pattern\."
+    assert re.fullmatch(said, caught.value.message)
+    assert caught.value.hint == "names without such characters: ocp.CheckpointManagerOptions(step_prefix='at')"
+    assert not any(tmp_path.iterdir())

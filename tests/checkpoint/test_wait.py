@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import signal
 import threading
 from typing import Any
 
@@ -14,6 +15,7 @@ import statewise as sw
 from checkpoint_models import number_of, numbered
 from refusals import refused
 from statewise._src.checkpoint.orbax.state_writer import StateWriter
+from statewise._src.checkpoint.orbax.stores import StorePath, listing
 
 NEW = ocp.v1.training.Checkpointer
 
@@ -84,3 +86,50 @@ def test_only_the_thread_that_saves_asks_which_step_is_the_last(
     assert steps == sorted(steps)
     assert saved == [False, False, True, False, True, True, False]
     assert all(in_main for _, in_main in asked)
+
+
+def wait_interrupted(checkpoints: sw.Checkpoints, timeout: float | None = None) -> None:
+    """Waits, and is interrupted as by Ctrl-C."""
+    main = threading.main_thread().ident
+    assert main is not None
+    interrupt = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    # A shell that runs the tests in the background has interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait(timeout=timeout)
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("timeout", [None, 60], ids=["", "timeout"])
+@pytest.mark.parametrize("options", [None, NEW], ids=["first", "new"])
+def test_an_interrupted_wait_loses_nothing(
+    tmp_path: pathlib.Path, held: Held, options: Any, timeout: float | None
+) -> None:
+    """The write goes on, and the next wait is for the same step."""
+    with sw.Checkpoints(tmp_path / "run", options=options) as checkpoints:
+        for step in (1, 2):
+            held.may_go_on.clear()
+            checkpoints.save(step, numbered(step))
+            wait_interrupted(checkpoints, timeout)
+            assert checkpoints.steps == tuple(range(1, step))
+            held.may_go_on.set()
+            checkpoints.wait()
+            assert checkpoints.steps == tuple(range(1, step + 1))
+        assert number_of(checkpoints.restore(numbered(0)).state) == 2
+
+
+@pytest.mark.parametrize("options", [None, NEW], ids=["first", "new"])
+def test_after_an_interrupted_wait_a_step_in_a_store_is_still_ours(stores: str, held: Held, options: Any) -> None:
+    """The object that names the writer stays until the step is complete, and goes then."""
+    with sw.Checkpoints(f"{stores}/run", options=options) as checkpoints:
+        checkpoints.save(1, numbered(1))
+        wait_interrupted(checkpoints)
+        assert "1.statewise-writer" in listing(StorePath(f"{stores}/run"))
+        held.may_go_on.set()
+        checkpoints.wait()
+        assert checkpoints.steps == (1,)
+        assert {name.partition("/")[0] for name in listing(StorePath(f"{stores}/run"))} == {"1"}

@@ -86,5 +86,5 @@ def test_two_killed_managers_lose_nothing(stores: str, store_writers: Template) 
 
 
 @pytest.mark.slow
-def test_a_hundred_killed_managers_lose_nothing(stores: str, store_writers: Template) -> None:
-    kill_managers(store_writers, stores, 100, random.Random())
+def test_two_hundred_killed_managers_lose_nothing(stores: str, store_writers: Template) -> None:
+    kill_managers(store_writers, stores, 200, random.Random())

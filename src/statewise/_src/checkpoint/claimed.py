@@ -64,8 +64,12 @@ class Claims:
         Raises:
           SaveError: another writer has taken it.
         """
+        try:
+            self._manager.wait()
+        except Exception:  # an interrupted wait, which the next one goes on with, keeps the claim
+            self._claim = None
+            raise
         claim, self._claim = self._claim, None
-        self._manager.wait()
         if claim is not None:
             claim.release()
 

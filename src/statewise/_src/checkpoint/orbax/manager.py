@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
-from statewise._src.checkpoint.orbax.paths import is_url
+from statewise._src.checkpoint.orbax.paths import PATTERN, is_url
 from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
 from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from statewise.errors import CorruptedError, RestoreError, SaveError
@@ -106,13 +106,20 @@ class Manager(Protocol):
 
 def check_options(options: object) -> None:
     """Raises if no manager is opened with these options."""
-    if options is None or isinstance(options, ocp.CheckpointManagerOptions) or _is_of_newer(options):
-        return
-    raise SaveError(
-        f"options={options!r} is neither an ocp.CheckpointManagerOptions nor ocp.v1.training.Checkpointer.",
-        hint="options=ocp.CheckpointManagerOptions(max_to_keep=3), or "
-        "functools.partial(ocp.v1.training.Checkpointer, preservation_policy=...)",
-    )
+    if not (options is None or isinstance(options, ocp.CheckpointManagerOptions) or _is_of_newer(options)):
+        raise SaveError(
+            f"options={options!r} is neither an ocp.CheckpointManagerOptions nor ocp.v1.training.Checkpointer.",
+            hint="options=ocp.CheckpointManagerOptions(max_to_keep=3), or "
+            "functools.partial(ocp.v1.training.Checkpointer, preservation_policy=...)",
+        )
+    given = getattr(options, "keywords", None) or {}
+    names = given.get("step_name_format") or getattr(options, "step_name_format", None)
+    name = names.build_name(0) if names else getattr(options, "step_prefix", None) or ""
+    if found := PATTERN.search(name):  # Orbax would not find such steps, or would delete others too
+        raise SaveError(
+            f"Steps cannot be named as {name!r}: Orbax takes {found[0]!r} for a pattern.",
+            hint="names without such characters: ocp.CheckpointManagerOptions(step_prefix='at')",
+        )
 
 
 def open_manager(
@@ -375,12 +382,13 @@ class _NewManager(_OrbaxManager):
         return self.orbax.load_checkpointables(step, dict(wanted))
 
     def wait(self) -> None:
-        response, self._response = self._response, None
-        try:
-            if response is not None:
-                response.result()  # which has what the write has raised
-        except BaseException:
-            with contextlib.suppress(Exception):  # the same, which Orbax raises once more in this thread
-                self.orbax.wait()
-            raise
+        if self._response is not None:
+            try:
+                self._response.result()  # which has what the write has raised
+            except Exception:
+                self._response = None
+                with contextlib.suppress(Exception):  # the same, which Orbax raises once more in this thread
+                    self.orbax.wait()
+                raise
+            self._response = None  # not before: an interrupted wait leaves it to the next one
         self.orbax.wait()

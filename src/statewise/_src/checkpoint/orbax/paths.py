@@ -21,6 +21,7 @@ from statewise._src.checkpoint.orbax.stores import SCHEMES, StorePath, check_buc
 from statewise.errors import RestoreError, SaveError, StatewiseError
 
 __all__ = [
+    "PATTERN",
     "TAKEN_HINT",
     "check_usable",
     "is_url",
@@ -45,8 +46,8 @@ _BELOW = 512
 # The number of bytes of a checkpoint's name in the name of its temporary directory: together with what is added, any
 # file system takes it, even one that takes names of 143 bytes (an encrypted one).
 _NAME = 60
-# The characters that fsspec takes for patterns.
-_PATTERN = re.compile(r"[*?[]")
+# The characters that fsspec, and Orbax in the names of steps, take for patterns.
+PATTERN = re.compile(r"[*?[]")
 
 
 # --- a path as users write it ----------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def steps_in(directory: object) -> Any:
     """
     text = _checked_text(directory, SaveError, "sw.Checkpoints('run/steps')", "written", SCHEMES)
     if is_url(text):
-        if found := _PATTERN.search(text):
+        if found := PATTERN.search(text):
             # Deleting a step of `run[1]` or `run*` would delete that step of `run1` too.
             raise SaveError(
                 f"{text} cannot hold steps: gcsfs and s3fs, with which Orbax deletes steps, take {found[0]!r} for a "
