@@ -68,6 +68,11 @@ def bump(model: Any) -> jax.Array:
     return cached.get_raw_value().sum()
 
 
+def loss(model: Any) -> jax.Array:
+    """One leaf: what a gradient costs besides its computation."""
+    return model.stage0.layer0.query.get_raw_value().sum()
+
+
 @sw.train_step
 def train(model: Any) -> jax.Array:
     """All parameters."""
@@ -94,6 +99,7 @@ class Subject:
         self.state, self.other = self.plan.take(self.model), self.plan.take(self.twin)
         self.moving = self.plan.take(self.model)  # what donates the state that it is given
         self.averaged = self.trained.take(self.model)
+        self.both = self.plan.stacked(2).stack([self.state, self.other])
         self.graphdef, self.parts = sw.split(self.model, self.kinds)
         self.pure = nnx.split(self.model)
         self.mesh = jax.sharding.AbstractMesh(tuple(MESH.values()), tuple(MESH))
@@ -160,6 +166,7 @@ VERBS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     '`state.restart("cache")`': ("states", Subject.restarted),
     '`state.with_averages("ema")`': ("states", lambda s: s.averaged.with_averages("ema")),
     "`state.cast(params=)`": ("states", lambda s: s.state.cast(params=jnp.bfloat16)),
+    "`state.member(0)`": ("states", lambda s: s.both.member(0)),
     "a step that touches one leaf": ("states", Subject.bumped),
     "`sw.transfer(state, state)`": ("states", lambda s: sw.transfer(s.state, s.other, kinds="params")),
     "`sw.transfer(state, plan)`": ("states", lambda s: sw.transfer(s.state, s.plan)),
@@ -171,6 +178,7 @@ VERBS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "`sw.split(model, kinds)`": ("looks", lambda s: sw.split(s.model, s.kinds)),
     "`sw.merge(graphdef, parts)`": ("looks", lambda s: sw.merge(s.graphdef, s.parts)),
     "`sw.update(model, part)`": ("looks", lambda s: sw.update(s.model, s.parts["params"])),
+    "`sw.grad(loss)(model)`": ("looks", lambda s: sw.grad(loss)(s.model)),
     "`sw.census(model)`": ("looks", lambda s: sw.census(s.model)),
     "`sw.census(plan)`": ("looks", lambda s: sw.census(s.plan)),
     "`sw.memory(plan, mesh)`": ("looks", lambda s: sw.memory(s.trained, MESH)),
