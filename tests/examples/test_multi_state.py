@@ -55,7 +55,7 @@ def test_batch_stat_is_a_type_of_its_own() -> None:
 
 def test_every_leaf_is_as_declared(model: MultiState) -> None:
     found = {
-        path[0]: (type(leaf), leaf.get_value().shape, leaf.get_value().dtype)
+        path[0]: (leaf.var_type, leaf.get_value().shape, leaf.get_value().dtype)
         for path, leaf in nnx.to_flat_state(nnx.state(model))
     }
     f32 = jnp.dtype("float32")

@@ -216,9 +216,10 @@ def _raised_below_statewise(error: BaseException) -> bool:
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
         # The environments that `make` makes are in the repository too, with Flax and JAX in them.
-        if file.is_relative_to(ROOT / "src"):
-            ours = True
-        elif file.is_relative_to(ROOT / "tests"):
+        # The models in `examples` are written as users write theirs.
+        if file.is_relative_to(ROOT / "tests") or file.is_relative_to(ROOT / "src" / "statewise" / "examples"):
             ours = False
+        elif file.is_relative_to(ROOT / "src"):
+            ours = True
         trace = trace.tb_next
     return ours
