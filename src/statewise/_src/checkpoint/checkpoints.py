@@ -51,7 +51,7 @@ class Checkpoints:
     Args:
       directory: where the steps go; it is made if it does not exist.  Or a URL, `gs://bucket/run` or `s3://bucket/run`,
         for which the clouds' own libraries find credentials.  There, if two processes write the same step, the last one
-        to begin it wins: so a run that was killed goes on by itself.
+        to begin it wins, so a run that was killed can be started again without cleaning up.
       max_to_keep: how many steps to keep, the newest; None for all.
       every: saves only steps that are a multiple of this; `save` returns False for the others.
       layout: `"named"` or `"packed"`, as in `sw.save`.

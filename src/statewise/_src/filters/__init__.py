@@ -6,7 +6,7 @@ Every NNX filter is a filter here: a type, a tag, `...`, a callable of (path, le
 and equal by value, so they work wherever NNX takes a filter: `nnx.state`, `nnx.split`, `nnx.pop`,
 `nnx.Optimizer(wrt=...)`, `nnx.All(...)`, keys of a mapping.
 
-The other packages use seven functions, each of which takes a filter of any sort:
+The other packages mostly use these functions, each of which takes a filter of any sort:
 
 - `normalize`: the same filter, hashable and equal by value; rejects what is not a filter;
 - `predicate`: the filter as one callable of (path, leaf), which fails with the leaf's path;
@@ -15,6 +15,7 @@ The other packages use seven functions, each of which takes a filter of any sort
 - `type_only` and `type_key`: whether the answer depends on a leaf's type alone, and the key under which to cache it.
   A plan uses this to evaluate each filter once per type rather than once per leaf.
 
-The files: `values` (text and equality of the values in filters), `combinators` (what a filter is, and how filters are
-combined), `primitives` (the four), `explain` (how a filter decides about a leaf).
+The files: `combinators` (what a filter is, how filters are combined, and `normalize`, `predicate`, `describe`),
+`primitives` (the four), `explain` (`explain_leaf`, `as_code`, `type_only`, `type_key`), `values` (text and equality of
+the values in filters).
 """

@@ -91,7 +91,7 @@ def census(model: object, kinds: Kinds | None = None) -> Census:
       UnclaimedError: leaves that no kind claims, all of them.
       OverlapError: leaves that several kinds claim, all of them.
       DeclarationError: `kinds` is not a `Kinds`, has a path that does not exist, or is passed beside a plan.
-      StructureError: the model is not a model; a batch of states under the plan of one.
+      StructureError: `model` is not a module or another object with leaves; a batch of states under the plan of one.
 
     Example:
       >>> from flax import nnx

@@ -139,7 +139,7 @@ def report(
       DeclarationError: `kinds` is not a `Kinds`, or there is no model to plan; a mesh for a checkpoint.
       UnclaimedError: leaves of a model that no kind claims.
       OverlapError: leaves of a model that several kinds claim.
-      StructureError: the model is not a model; a state was donated or is being traced.
+      StructureError: `target` or `other` is not an object with leaves; a state was donated or is being traced.
       PlacementError: leaves that cannot be placed on the mesh, all of them.
       RestoreError: there is no such checkpoint.
       CorruptedError: the checkpoint is not what was written.

@@ -93,8 +93,8 @@ def step(
       UndeclaredWriteError: the function writes a kind that is not declared; when it is first traced.
       DeclarationError: `writes` names a kind that does not exist or is frozen, or does not name kinds.
       StructureError: the function returns the model; makes, removes or reshapes Variables; writes an object that it did
-        not receive, or that is an argument; the state was donated.  At decoration: `fn` is a model, or under a
-        `jax.jit`.
+        not receive, or that is an argument; the state was donated.  At decoration: `fn` is a model, or is
+        already wrapped in `jax.jit`.
 
     Warns:
       StatewiseWarning: a kind in `writes` is never written; a write is lost under a plain `jax.jit` or

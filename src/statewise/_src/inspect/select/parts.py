@@ -82,7 +82,7 @@ def split(model: M, kinds: Kinds) -> tuple[nnx.GraphDef[M], dict[str, compat.Nes
       OverlapError: leaves that several kinds claim, all of them.
       UnclaimedError: leaves that no kind claims, all of them.
       DeclarationError: `kinds` is not a `Kinds`, or has a path that does not exist.
-      StructureError: the model is not a model.
+      StructureError: `model` is not a module or another object with leaves.
 
     Example:
       >>> from flax import nnx

@@ -109,7 +109,7 @@ def select(model: object, filter: Filter) -> compat.NestedState:
 
     Raises:
       FilterError: it is not a filter, or has a path that could mean one leaf or another.
-      StructureError: the model is not a model.
+      StructureError: `model` is not a module or another object with leaves.
 
     Example:
       >>> from flax import nnx
@@ -141,7 +141,7 @@ def count(model: object, *filters: Filter) -> int | tuple[int, ...]:
 
     Raises:
       FilterError: one is not a filter, or has a path that could mean one leaf or another.
-      StructureError: the model is not a model.
+      StructureError: `model` is not a module or another object with leaves.
 
     Example:
       >>> from flax import nnx
@@ -216,7 +216,7 @@ def explain(model: object, filter: Filter) -> Explanation:
 
     Raises:
       FilterError: it is not a filter, or has a path that could mean one leaf or another.
-      StructureError: the model is not a model.
+      StructureError: `model` is not a module or another object with leaves.
 
     Example:
       >>> from flax import nnx
