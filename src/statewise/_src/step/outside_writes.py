@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.errors import ImmutableVariableError
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ModelGraph, row_of
@@ -171,11 +172,15 @@ def _brought_and_written(
 
 
 def _written_part(error: Exception) -> Any:
-    """Returns the Variable or module that Flax refused to write: `self` of the last method in the traceback."""
-    # Flax's error does not carry the object, so it is read from the frames: the innermost one comes last.
+    """Returns the Variable or module that Flax refused to write: the object of the last method in the traceback."""
+    # Flax's error does not carry the object, so it is read from the frames: the innermost one comes last.  The methods
+    # of a hijax Variable do not call their first argument `self`.
     part, trace = None, error.__traceback__
     while trace is not None:
-        own = trace.tb_frame.f_locals.get("self")
+        first = trace.tb_frame.f_code.co_varnames[:1]
+        own = trace.tb_frame.f_locals.get(first[0]) if first else None
         part = own if isinstance(own, (nnx.Variable, nnx.Pytree)) else part
         trace = trace.tb_next
+    if isinstance(error, ImmutableVariableError) and not compat.reference(part).startswith("hijax"):
+        return None  # Linen's error has the same type
     return part

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
+from flax.errors import ImmutableVariableError, TraceContextError
 
 from statewise._src.common import compat
 from statewise._src.common.narrowing import check_given
@@ -202,7 +202,7 @@ class Call:
             # Variables, and no version of Flax can write them in every trace.
             with nnx.var_defaults(hijax=False, ref=False):
                 out, sown = self.capture.call(self.fn, objects, args, kwargs)
-        except TraceContextError as error:
+        except (TraceContextError, ImmutableVariableError) as error:  # the second of hijax Variables
             known = Passed((), {}) if passed is None else passed
             outside = written_outside(error, self.fn, objects, before, known, self.name, bool(plan.optimizers))
             if outside is None:
