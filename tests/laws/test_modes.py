@@ -302,6 +302,12 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
         model = Small()
         assert not nnx.to_flat_state(nnx.pop(model, nnx.Variable))
         assert hasattr(model, "n")
+        assert jax.tree.leaves(model)[0] is model.n
+        assert nnx.Variable(np.array([2**40, 1])).get_raw_value().dtype == np.int32
+        graphdef, state = nnx.split(model)
+        if int(flax.__version__.split(".")[2]) > 8:
+            with pytest.raises(flax.errors.ImmutableVariableError, match="inside JAX transformations"):
+                jax.jit(lambda state: write(nnx.merge(graphdef, state)))(state)
 
 
 @pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")
