@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from flax import nnx
 
-from statewise._src.common import compat
 from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, Rules
-from statewise._src.inspect.lint.sowing import never_written
+from statewise._src.inspect.lint.sowing import never_written, taken_out
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.leaf_specs import is_sown
 
@@ -93,13 +92,6 @@ def sown_values_left(subject: Subject) -> Iterator[Found]:
         yield Found(
             f"{counted(len(left), 'sown value was', 'sown values were')} left in the model.",
             subject.rows(left),
-            f"{_without_sown(subject, left)}\nor @sw.step(capture='intermediates'), which leaves none",
+            f"{taken_out(subject, left, 'sown = nnx.pop(model, nnx.Intermediate)', 'after each call')}\n"
+            "or @sw.step(capture='intermediates'), which leaves none",
         )
-
-
-def _without_sown(subject: Subject, left: Sequence[int]) -> str:
-    """Returns the code that takes sown values out of a model."""
-    hijax = [number for number in left if compat.reference(subject.graph.leaves[number]).startswith("hijax")]
-    if hijax:
-        return f"del {subject.target(hijax[0])}  # after each call; nnx.pop does not find hijax Variables"
-    return "sown = nnx.pop(model, nnx.Intermediate)  # after each call"
