@@ -144,6 +144,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "nnx.vmap does not make hijax Variables",
     ),
     Refusal("hijax", "'AbstractVariable' object has no attribute 'shape'", "nnx.vmap does not take hijax Variables"),
+    Refusal("hijax", "Tracer has no attribute (dtype|shape|size)", "jax.jit of hijax Variables gives no shape or dtype"),
     Refusal("hijax", "RecursionError: maximum recursion depth", "nnx.EMA of hijax Variables"),
     Refusal(
         "hijax",
@@ -210,6 +211,11 @@ CHANGED: dict[str, dict[str, str]] = {
 }
 
 
+def hijax_is_written_in_traces() -> bool:
+    """Returns whether the installed Flax writes hijax Variables in traces: 0.12.8 does, and the newest refuses it."""
+    return _numbers(metadata.version("flax")) < _numbers("0.12.9")
+
+
 def changed_by_flax(nodeid: str) -> str:
     """Returns why a test does not hold in this mode, if it is about what the mode changes; else an empty text."""
     name = nodeid.partition("[")[0].rpartition("/")[2]
@@ -229,16 +235,19 @@ def refused_by_flax(error: BaseException) -> str:
 
 
 def _raised_below_statewise(error: BaseException) -> bool:
-    """Returns whether the last frame that belongs to this repository is one of Statewise's."""
+    """Returns whether the last frame that belongs to this repository is one of Statewise's; in mode hijax, any frame.
+
+    Functions that Statewise calls get plain Variables, so Flax refuses nothing of them because they are hijax ones.
+    """
     ours, trace = False, error.__traceback__
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)
         # The environments that `make` makes are in the repository too, with Flax and JAX in them.
         if file.is_relative_to(ROOT / "src" / "statewise" / "examples"):
-            ours = False  # models as users write them
+            ours = ours and current() == "hijax"  # models as users write them
         elif file.is_relative_to(ROOT / "src"):
             ours = True
         elif file.is_relative_to(ROOT / "tests"):
-            ours = False
+            ours = ours and current() == "hijax"
         trace = trace.tb_next
     return ours

@@ -133,8 +133,10 @@ def test_the_object_that_stands_in_the_place_of_the_model_is_named(way: Any) -> 
     assert caught.value.hint == f"use `m`, the step's argument, instead of `{expression}`"
 
 
-def test_all_that_the_error_says() -> None:
-    model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("hijax", [False, True])
+def test_all_that_the_error_says(hijax: bool) -> None:
+    with nnx.var_defaults(hijax=hijax):
+        model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
 
     def loss(m: Any, x: Any) -> Any:
         return model(x).mean()

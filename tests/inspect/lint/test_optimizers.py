@@ -10,17 +10,12 @@ import optax
 import pytest
 from flax import nnx
 
-import modes
 import statewise as sw
 from linted import clean, codes, finds
 
 LORA = sw.Kinds(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True), lora=sw.Kind(nnx.LoRAParam))
 HALF = "keep the parameters in float32 and compute in bfloat16: nnx.Linear(..., dtype=jnp.bfloat16)\n"
 HALF += "or keep only the first moment in bfloat16: optax.adam(..., mu_dtype=jnp.bfloat16)"
-# Flax's type of a moment that is shaped like a parameter.
-MOMENT = "OptArray" if modes.current() == "hijax" else "OptVariable"
-
-
 def adapted() -> nnx.LoRALinear:
     return nnx.LoRALinear(2, 3, lora_rank=1, use_bias=False, rngs=nnx.Rngs(0))
 
@@ -31,6 +26,11 @@ def linear(**options: Any) -> nnx.Linear:
 
 def optimizer(model: Any, tx: Any = None, wrt: Any = nnx.Param) -> nnx.Optimizer:
     return nnx.Optimizer(model, optax.adam(1e-3) if tx is None else tx, wrt=wrt)
+
+
+def moment_type() -> str:
+    """Flax's type of a moment that is shaped like a parameter."""
+    return "OptArray" if nnx.var_defaults().hijax else "OptVariable"
 
 
 # --- LoRA ----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_moments_in_half_precision_of_an_optimizer() -> None:
     finds(
         "half-precision-moments",
         "The nnx.Optimizer at 1 keeps 1 array of its state in half precision.",
-        [f"1/opt_state/0/nu/kernel: {MOMENT}(2, 3) bfloat16  kind=optimizer"],
+        [f"1/opt_state/0/nu/kernel: {moment_type()}(2, 3) bfloat16  kind=optimizer"],
         HALF,
         model,
         optimizer(model),
@@ -209,7 +209,13 @@ def test_an_optimizer_that_masks_the_frozen_leaves_is_fine() -> None:
     clean(model, optimizer(model, optax.masked(optax.adam(1e-3), mask)), kinds=FROZEN_BASE)
 
 
-def test_each_optimizer_is_matched_with_its_own_model() -> None:
+@pytest.mark.parametrize("hijax", [False, True])
+def test_each_optimizer_is_matched_with_its_own_model(hijax: bool) -> None:
+    with nnx.var_defaults(hijax=hijax):
+        check_each_optimizer_is_matched_with_its_own_model()
+
+
+def check_each_optimizer_is_matched_with_its_own_model() -> None:
     generator, critic = nnx.Dict(g=linear()), nnx.Dict(d=linear())
     kinds = FROZEN_BASE.replace(
         base=sw.Kind(nnx.Param & sw.Path("g/**"), frozen=True), head=sw.Kind(nnx.Param & sw.Path("d/**"))
@@ -240,7 +246,13 @@ def test_an_optimizer_that_holds_its_model() -> None:
     assert codes(plain, nnx.ModelAndOptimizer(plain, optax.adam(1e-3))) == ["tied-weights"]
 
 
-def test_moments_of_leaves_that_are_gone() -> None:
+@pytest.mark.parametrize("hijax", [False, True])
+def test_moments_of_leaves_that_are_gone(hijax: bool) -> None:
+    with nnx.var_defaults(hijax=hijax):
+        check_moments_of_leaves_that_are_gone()
+
+
+def check_moments_of_leaves_that_are_gone() -> None:
     model = nnx.Dict(old=linear())
     tx = optimizer(model)
     model.new = linear()
@@ -249,8 +261,8 @@ def test_moments_of_leaves_that_are_gone() -> None:
         "optimizer-of-another-model",
         "The nnx.Optimizer at 1 holds 2 moments for leaves that the model does not have.",
         [
-            f"1/opt_state/0/mu/old/kernel: {MOMENT}(2, 3) float32  kind=optimizer",
-            f"1/opt_state/0/nu/old/kernel: {MOMENT}(2, 3) float32  kind=optimizer",
+            f"1/opt_state/0/mu/old/kernel: {moment_type()}(2, 3) float32  kind=optimizer",
+            f"1/opt_state/0/nu/old/kernel: {moment_type()}(2, 3) float32  kind=optimizer",
         ],
         "make the optimizer after the last change of the model: nnx.Optimizer(model, tx, wrt=nnx.Param)",
         model,
