@@ -144,7 +144,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "nnx.vmap does not make hijax Variables",
     ),
     Refusal("hijax", "'AbstractVariable' object has no attribute 'shape'", "nnx.vmap does not take hijax Variables"),
-    Refusal("hijax", "Tracer has no attribute (dtype|shape|size)", "jax.jit of hijax Variables gives no shape or dtype"),
+    Refusal("hijax", "Tracer has no attribute (dtype|shape|size)", "hijax Variables in jax.jit have no shape or dtype"),
     Refusal("hijax", "RecursionError: maximum recursion depth", "nnx.EMA of hijax Variables"),
     Refusal(
         "hijax",
@@ -182,17 +182,17 @@ CHANGED: dict[str, dict[str, str]] = {
         "test_update.py::test_update_under_jit": "hijax Variables are not written inside jax.jit",
         "test_arrays.py::test_a_copy_of_the_module_alone_shares_its_arrays": "jax.tree.map gives hijax Variables "
         "themselves, not their arrays",
-        **{
-            test: "a hijax Variable narrows the numbers of Python and NumPy that it is made of"
-            for test in (
+        **dict.fromkeys(
+            (
                 "test_narrowing.py::test_numbers_of_numpy_and_python_in_a_model_are_not_narrowed",
                 "test_narrowing.py::test_scan_layers_refuses_numpys_numbers",
                 "test_narrowing.py::test_a_difference_sees_what_a_state_would_not_hold",
                 "test_narrowing_gradients.py::test_gradients_of_numbers_that_jax_would_lose_are_refused",
                 "test_arrays.py::test_wide_numbers_of_numpy",
                 "test_false_alarms.py::test_each_wide_leaf_has_its_own_dtype",
-            )
-        },
+            ),
+            "a hijax Variable narrows the numbers of Python and NumPy that it is made of",
+        ),
     },
     "ref": {
         "test_model_io.py::test_without_copying_the_model_shares_until_a_step_donates": "reading a reference copies it",

@@ -16,6 +16,8 @@ from linted import clean, codes, finds
 LORA = sw.Kinds(params=sw.Kind(nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)), frozen=True), lora=sw.Kind(nnx.LoRAParam))
 HALF = "keep the parameters in float32 and compute in bfloat16: nnx.Linear(..., dtype=jnp.bfloat16)\n"
 HALF += "or keep only the first moment in bfloat16: optax.adam(..., mu_dtype=jnp.bfloat16)"
+
+
 def adapted() -> nnx.LoRALinear:
     return nnx.LoRALinear(2, 3, lora_rank=1, use_bias=False, rngs=nnx.Rngs(0))
 
