@@ -140,7 +140,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("hijax", "'aval_property' object is not callable", "hijax Variables as an output of jax.jit", "0.12.12"),
     Refusal(
         "hijax",
-        "'aval_property' object has no attribute 'mesh'|must implement `batch`",
+        "'aval_property' object has no attribute 'mesh'|must implement `batch`|Batching rule for 'new_variable' not",
         "nnx.vmap does not make hijax Variables",
     ),
     Refusal("hijax", "'AbstractVariable' object has no attribute 'shape'", "nnx.vmap does not take hijax Variables"),

@@ -21,7 +21,7 @@ from statewise._src.step.function import called_as, positional_names
 from statewise._src.step.passed_objects import Passed, WrittenArgument
 from statewise.errors import StructureError
 
-__all__ = ["check_not_baked", "check_written_arguments", "instead_of", "written_outside"]
+__all__ = ["check_not_baked", "check_written_arguments", "instead_of", "written_outside", "written_variable"]
 
 
 def _names_of_objects(fn: Any, objects: int) -> list[str]:
@@ -152,6 +152,26 @@ def written_outside(
             )
     holder = holder_of(brought(fn), part)
     return None if holder is None else _brought_and_written(holder, part, fn, objects, name, optimizers)
+
+
+def written_variable(part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool) -> StructureError:
+    """Returns the error for a write to a hijax Variable from outside, where Flax itself lets a trace do so.
+
+    Args:
+      part: the Variable.
+      fn: the function.
+      objects: the planned objects.
+      name: the step's name.
+      optimizers: whether the plan has optimizers.
+    """
+    holder = holder_of(brought(fn), part)
+    if holder is not None:
+        return _brought_and_written(holder, part, fn, objects, name, optimizers)
+    return StructureError(
+        f"{name} writes to a hijax Variable from outside: a step writes only the objects that it receives.",
+        leaves=[row_of((), part, note="written")],
+        hint="plan the object that holds it as an additional one: kinds.plan(model, other)",
+    )
 
 
 def _brought_and_written(
