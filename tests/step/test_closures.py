@@ -117,7 +117,7 @@ def test_hijax_variables_from_outside_that_are_written_are_named(make: Any) -> N
     assert list(map(str, caught.value.leaves)) == ["norm/mean: BatchStat(3,) float32  (written)"]
     hidden = weakref.ref(metric)  # which no search follows
     errors = (sw.StructureError, flax.errors.ImmutableVariableError)
-    with pytest.raises(errors, match="writes to a hijax Variable from outside: a step|inside JAX transformations"):
+    with pytest.raises(errors, match=r"writes to a hijax Variable from outside: a step|inside JAX transformations"):
         make(lambda m, x: hidden().update(values=x) or m(x).mean())(state_of(Net()), X)
     assert float(metric.total[...]) == 0.0
 

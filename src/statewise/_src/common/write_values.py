@@ -268,7 +268,7 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
 
 
 def _is_never_written(leaf: Any, value: Any) -> bool:
-    """Returns whether Flax lets nobody write a Variable: a hijax one in a trace, where it also reads as a new value."""
+    """Returns whether Flax refuses every write of a Variable: a hijax one in a trace, where it reads as a new value."""
     return any(isinstance(array, compat.Tracer) for array in jax.tree.leaves(value)) and compat.reference(
         leaf
     ).startswith("hijax")
