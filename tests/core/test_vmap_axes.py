@@ -37,7 +37,7 @@ def make(key: jax.Array) -> Model:
 KEYS = jax.random.split(jax.random.key(0), 3)
 XS = jax.random.normal(jax.random.key(1), (3, 5, 3))
 YS = XS.sum(-1, keepdims=True)
-PLAN = sw.plan(nnx.eval_shape(lambda: make(KEYS[0])), optimizers={"params": optax.adam(1e-2)})
+PLAN = sw.plan(make(KEYS[0]), optimizers={"params": optax.adam(1e-2)})
 ALL = {"params": 0, "stats": 0, "rng": 0}
 
 

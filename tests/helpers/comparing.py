@@ -25,6 +25,12 @@ def leaves(thing: Any) -> dict[tuple[Any, ...], Any]:
     return {tuple(path): raw_value(leaf) for path, leaf in nnx.to_flat_state(nnx.state(thing))}
 
 
+def holds_the_same(value: Any, other: Any) -> bool:
+    """Whether two values hold the very same arrays; a hijax Variable makes the dict around them at every look."""
+    (arrays, structure), (others, other_structure) = jax.tree.flatten(value), jax.tree.flatten(other)
+    return structure == other_structure and all(one is two for one, two in zip(arrays, others, strict=True))
+
+
 def data(array: Any) -> np.ndarray:
     """What can be compared of an array; of a key, its words."""
     return np.asarray(jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array)

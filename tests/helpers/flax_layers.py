@@ -79,12 +79,12 @@ def _type(leaf: Any) -> str:
 
 
 def leaf_types() -> dict[str, dict[str, list[Any]]]:
-    """For each layer, by path, each leaf's type, shape and dtype: as JSON."""
+    """For each layer, by path, each leaf's type, shape and dtype: as JSON; the same in every mode of Flax."""
     tables = {}
     for name, make in (SHIPPED | MORE).items():
-        leaves = jax.tree_util.tree_leaves_with_path(
-            nnx.state(make()), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-        )
+        with nnx.var_defaults(hijax=False, ref=False):
+            state = nnx.state(make())
+        leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
         tables[name] = {
             "/".join(str(key.key) for key in keys): [_type(leaf), list(leaf.shape), str(leaf.dtype)]
             for keys, leaf in leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
@@ -209,6 +210,11 @@ def test_an_error_below_statewise_is_never_taken_for_a_refusal_of_flax(monkeypat
     # The user's function under a step of ours: the test's own code is what was refused.
     state = sw.plan(Net()).take(Net())
     assert modes.refused_by_flax(caught(lambda: sw.step(raising)(state))) == "flax in mode tree: because"
+    # Under hijax no refusal of Flax comes from there: a step's Variables are plain.
+    monkeypatch.setattr(modes, "REFUSALS", (dataclasses.replace(refusal, mode="hijax"),))
+    monkeypatch.setenv(modes.VARIABLE, "hijax")
+    assert modes.refused_by_flax(caught(raising)) == "flax in mode hijax: because"
+    assert modes.refused_by_flax(caught(lambda: sw.step(raising)(state))) == ""
     monkeypatch.setenv(modes.VARIABLE, "graph")
     assert modes.refused_by_flax(caught(raising)) == ""
 
@@ -270,6 +276,9 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "hijax Variables as an output of jax.jit": lambda: jax.jit(lambda state: state)(nnx.state(Small())),
     "nnx.vmap does not make hijax Variables": lambda: nnx.vmap(lambda _: Small())(jnp.arange(3)),
     "nnx.vmap does not take hijax Variables": lambda: nnx.vmap(lambda w, x: w * x)(nnx.Param(jnp.ones(2)), jnp.ones(2)),
+    "hijax Variables in jax.jit have no shape or dtype": lambda: jax.jit(
+        lambda state: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    )(nnx.state(Small(), nnx.Param)),
     "nnx.EMA of hijax Variables": lambda: nnx.EMA(Small(), 0.9),
     "nnx.Optimizer.update takes no gradients from jax.tree.map of hijax Variables": update_with_mapped_gradients,
     "a hijax Variable holds arrays only": lambda: nnx.Variable("text"),
@@ -302,6 +311,12 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
         model = Small()
         assert not nnx.to_flat_state(nnx.pop(model, nnx.Variable))
         assert hasattr(model, "n")
+        assert jax.tree.leaves(model)[0] is model.n
+        assert nnx.Variable(np.array([2**40, 1])).get_raw_value().dtype == np.int32
+        graphdef, state = nnx.split(model)
+        if not modes.hijax_is_written_in_traces():
+            with pytest.raises(flax.errors.ImmutableVariableError, match="inside JAX transformations"):
+                jax.jit(lambda state: write(nnx.merge(graphdef, state)))(state)
 
 
 @pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")

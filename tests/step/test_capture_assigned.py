@@ -217,14 +217,17 @@ def test_popped_by_the_function_it_needs_no_capture() -> None:
     state, value = sw.train_step(loss)(state)
     assert (float(value), state["params"]["w"].tolist()) == (2.0, [0.5, 0.5])
 
-    model = called(Small())
-    plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
-    with pytest.raises(sw.StructureError, match=r"kl_loss: .*\(removed\)") as caught:
-        sw.train_step(loss)(plan.take(model))
-    parses(caught.value.hint)
-    exec(caught.value.hint or "", {"nnx": nnx, "sw": sw, "Loss": Loss, "model": model})
-    plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
-    assert float(sw.train_step(loss)(plan.take(model))[1]) == 2.0
+    for hijax in (False, True):
+        with nnx.var_defaults(hijax=hijax):
+            model = called(Small())
+        plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
+        with pytest.raises(sw.StructureError, match=r"kl_loss: .*\(removed\)") as caught:
+            sw.train_step(loss)(plan.take(model))
+        parses(caught.value.hint)
+        assert ("nnx.pop does not find hijax Variables" in str(caught.value.hint)) == hijax
+        exec(caught.value.hint or "", {"nnx": nnx, "sw": sw, "Loss": Loss, "model": model})
+        plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
+        assert float(sw.train_step(loss)(plan.take(model))[1]) == 2.0
 
 
 def test_one_name_both_sown_and_assigned() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import statewise as sw
 from refusals import refused
@@ -97,8 +99,56 @@ def test_the_planned_model_written_under_a_transform_by_closure(transform: Any) 
         sw.train_step(f)(state_of(model), X)
 
 
-def test_a_step_that_evaluates_another_model_than_its_own_is_warned_of() -> None:
-    model = Net()
+@pytest.mark.parametrize("make", [sw.step, sw.train_step])
+def test_hijax_variables_from_outside_that_are_written_are_named(make: Any) -> None:
+    """Flax refuses the write of a hijax Variable with another error than that of a plain one, and 0.12.8 runs it."""
+    with nnx.var_defaults(hijax=True):
+        metric, norm = nnx.metrics.Average(), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with refused(
+        sw.StructureError,
+        "f writes to `metric`, a variable of its closure: a step writes only the objects that it receives.",
+        leaves=["metric/total: MetricState() float32  (written)"],
+        hint="plan = kinds.plan(m, metric, optimizers=optimizers)\nstate = plan.take(m, metric)\n"
+        "def f(m, metric, x): ...",
+    ):
+        make(written_by_closure(metric))(state_of(Net()), X)
+    with pytest.raises(sw.StructureError, match="writes to `norm`, a variable of its closure") as caught:
+        make(lambda m, x: jax.jit(lambda x: norm(x))(x).mean() + m(x).mean())(state_of(Net()), X)
+    assert list(map(str, caught.value.leaves)) == ["norm/mean: BatchStat(3,) float32  (written)"]
+    hidden = weakref.ref(metric)  # which no search follows
+    errors = (sw.StructureError, flax.errors.ImmutableVariableError)
+    with pytest.raises(errors, match=r"writes to a hijax Variable from outside: a step|inside JAX transformations"):
+        make(lambda m, x: hidden().update(values=x) or m(x).mean())(state_of(Net()), X)
+    assert float(metric.total[...]) == 0.0
+
+
+def test_an_error_of_linen_passes_as_it_is() -> None:
+    """Linen's error about an immutable variable has the type of Flax's about hijax Variables."""
+
+    class Writes(linen.Module):
+        @linen.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            count = self.variable("counts", "n", lambda: jnp.zeros(()))
+            count.value = count.value + 1
+            return x
+
+    module = Writes()
+    variables = module.init(jax.random.key(0), X)
+    with pytest.raises(flax.errors.ModifyScopeVariableError):
+        sw.step(lambda m, x: module.apply(variables, m(x)))(state_of(Net()), X)
+    frozen = flax.errors.ImmutableVariableError("because")
+
+    def raises(m: Any, x: Any) -> Any:
+        raise frozen
+
+    with pytest.raises(flax.errors.ImmutableVariableError, match="because"):
+        sw.step(raises)(state_of(Net()), X)
+
+
+@pytest.mark.parametrize("hijax", [False, True])
+def test_a_step_that_evaluates_another_model_than_its_own_is_warned_of(hijax: bool) -> None:
+    with nnx.var_defaults(hijax=hijax):
+        model = Net()
     step = sw.step(lambda m, x: model(x))
     with pytest.warns(sw.StatewiseWarning, match="reads nothing of its state; it reads `model`"):
         step(state_of(model), X)

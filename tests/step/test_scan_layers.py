@@ -32,7 +32,7 @@ class Block(nnx.Module):
 
 KEYS = jax.random.split(jax.random.key(0), LAYERS)
 X = jax.random.normal(jax.random.key(1), (5, 4))
-PLAN = sw.plan(nnx.eval_shape(lambda: Block(nnx.Rngs(0))))
+PLAN = sw.plan(Block(nnx.Rngs(0)))
 block = sw.step(writes=("stats", "rng"))(lambda block, x: block(x))
 
 
@@ -300,10 +300,9 @@ def test_a_packed_state() -> None:
         layer[1][...] += x
         return x + layer[1][...].sum() + layer[4][...].sum()
 
-    found = [
-        sw.scan_layers(run, jax.vmap(lambda _, pack=pack: plan.take(thing, pack=pack))(KEYS), jnp.array(1.0))
-        for pack in (False, True)
-    ]
+    taken = [plan.take(thing, pack=pack) for pack in (False, True)]
+    stacked = [jax.vmap(lambda _, state: state, in_axes=(0, None))(KEYS, state) for state in taken]
+    found = [sw.scan_layers(run, layers, jnp.array(1.0)) for layers in stacked]
     close(found[0][1], found[1][1])
     for number in range(LAYERS):
         one, other = (jax.tree.map(lambda array: array[number], states) for states, _ in found)  # noqa: B023

@@ -178,13 +178,16 @@ def test_a_static_argument_is_no_way_around() -> None:
     with pytest.raises(sw.StructureError, match="writes to `rngs`, a static argument"):
         step(state_of(linear()), X, nnx.Rngs(noise=0))
     step = sw.step(lambda model, x, other: other(x), static_argnames="other")
-    with refused(
-        sw.StructureError,
-        "<lambda> reads Variables of `other`, a static argument: they would be constants of the compiled step.",
-        leaves=["other/bias: Param(2,) float32", "other/kernel: Param(3, 2) float32"],
-        hint="take 'other' out of static_argnames: Variables that are only read may be passed",
-    ):
-        step(state_of(linear()), X, linear())
+    for hijax in (False, True):
+        with nnx.var_defaults(hijax=hijax):
+            other = linear()
+        with refused(
+            sw.StructureError,
+            "<lambda> reads Variables of `other`, a static argument: they would be constants of the compiled step.",
+            leaves=["other/bias: Param(2,) float32", "other/kernel: Param(3, 2) float32"],
+            hint="take 'other' out of static_argnames: Variables that are only read may be passed",
+        ):
+            step(state_of(linear()), X, other)
 
 
 def test_what_is_read_is_fresh_at_every_call_as_under_nnx_jit() -> None:

@@ -6,6 +6,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 
 import statewise as sw
@@ -87,7 +88,19 @@ class Sows(nnx.Module):
         return x
 
 
-def test_what_an_earlier_sow_left() -> None:
+@pytest.mark.parametrize(
+    ("hijax", "hint"),
+    [
+        (False, "sown = nnx.pop(model, nnx.Intermediate)  # after each call"),
+        (True, "del self.seen  # after each call; nnx.pop does not find hijax Variables"),
+    ],
+)
+def test_what_an_earlier_sow_left(hijax: bool, hint: str) -> None:
+    with nnx.var_defaults(hijax=hijax):
+        check_what_an_earlier_sow_left(hint)
+
+
+def check_what_an_earlier_sow_left(hint: str) -> None:
     model = Sows()
     clean(model)
     model(jnp.ones(2))
@@ -95,11 +108,10 @@ def test_what_an_earlier_sow_left() -> None:
         "sown-values-left",
         "1 sown value was left in the model.",
         ["seen: Intermediate- -  kind=intermediates"],
-        "sown = nnx.pop(model, nnx.Intermediate)  # after each call\n"
-        "or @sw.step(capture='intermediates'), which leaves none",
+        f"{hint}\nor @sw.step(capture='intermediates'), which leaves none",
         model,
     )
-    nnx.pop(model, nnx.Intermediate)
+    exec(hint.replace("self.", "model."), {"model": model, "nnx": nnx})
     clean(model)
 
 

@@ -86,14 +86,20 @@ class Capturing(nnx.Module):
 BEFORE = "or, as in earlier versions: flax.config.update('nnx_sow_capture_noop', False)"
 
 
-def held_hint(type_: str) -> str:
-    return (
-        f"nnx.pop(model, nnx.{type_})  # once: take it out of the model\n"
-        f"output, sown = nnx.capture(model, nnx.{type_})(x)  # or @sw.step(capture='intermediates')\n{BEFORE}"
-    )
+def capture_hint(model: str, type_: str) -> str:
+    call = f"output, sown = nnx.capture({model}, nnx.{type_})(x)"
+    return f"with nnx.var_defaults(hijax=False): {call}" if nnx.var_defaults().hijax else call
 
 
-POP_HINT = f"output, sown = nnx.capture(module, nnx.Intermediate)(x)  # instead of nnx.pop\n{BEFORE}"
+def held_hint(type_: str, name: str) -> str:
+    pop = f"nnx.pop(model, nnx.{type_})  # once: take it out of the model\n"
+    if nnx.var_defaults().hijax:
+        pop = f"del self.{name}  # once: take it out of the model; nnx.pop does not find hijax Variables\n"
+    return f"{pop}{capture_hint('model', type_)}  # or @sw.step(capture='intermediates')\n{BEFORE}"
+
+
+def pop_hint() -> str:
+    return f"{capture_hint('module', 'Intermediate')}  # instead of nnx.pop\n{BEFORE}"
 
 
 def test_as_long_as_sow_writes_there_is_nothing_to_find() -> None:
@@ -112,18 +118,26 @@ def test_who_captures_hears_nothing() -> None:
         clean(sw.plan(model))
     # They do capture: by flax alone, and in our steps.
     model = Sows()
-    _, sown = nnx.capture(model, nnx.Intermediate)(jnp.ones(2))
+    with nnx.var_defaults(hijax=False):  # nnx.capture collects plain Variables only
+        _, sown = nnx.capture(model, nnx.Intermediate)(jnp.ones(2))
     assert jax.tree.leaves(sown)[0].shape == (2,)
     clean(model)
     plan = sw.plan(model)
     step = sw.step(lambda model, x: model(x), capture="intermediates")
     _, captured = step(plan.take(model), jnp.ones(2))
     assert jnp.array_equal(jax.tree.leaves(captured)[0], jnp.ones(2))
-    assert Capturing()(jnp.ones(2)).tolist() == [3.0, 3.0]
+    with nnx.var_defaults(hijax=False):
+        assert Capturing()(jnp.ones(2)).tolist() == [3.0, 3.0]
 
 
 @has_setting
-def test_a_value_that_no_call_writes_any_more() -> None:
+@pytest.mark.parametrize("hijax", [False, True])
+def test_a_value_that_no_call_writes_any_more(hijax: bool) -> None:
+    with nnx.var_defaults(hijax=hijax):
+        check_a_value_that_no_call_writes_any_more()
+
+
+def check_a_value_that_no_call_writes_any_more() -> None:
     model = Sows()
     model(jnp.ones(2))
     flax.config.update("nnx_sow_capture_noop", True)
@@ -134,16 +148,16 @@ def test_a_value_that_no_call_writes_any_more() -> None:
         "sow-without-capture",
         "1 leaf is held for sow or perturb, which do not write to the model.",
         ["seen: Intermediate- -  kind=intermediates"],
-        held_hint("Intermediate"),
+        held_hint("Intermediate", "seen"),
         model,
     )
-    first, second, _ = held_hint("Intermediate").splitlines()
+    first, second, _ = held_hint("Intermediate", "seen").splitlines()
     scope: dict[str, Any] = {"nnx": nnx, "model": model, "x": jnp.zeros(2)}
-    exec(first, scope)
+    exec(first.replace("self.", "model."), scope)
     exec(second, scope)
     clean(model)
     assert jnp.array_equal(jax.tree.leaves(scope["sown"])[0], jnp.zeros(2))
-    parses(held_hint("Intermediate"))
+    parses(held_hint("Intermediate", "seen"))
 
 
 @has_setting
@@ -157,7 +171,7 @@ def test_a_gradient_that_is_always_zero() -> None:
         "sow-without-capture",
         "1 leaf is held for sow or perturb, which do not write to the model.",
         ["grad_of_x: Perturbation() float32  kind=intermediates"],
-        held_hint("Perturbation"),
+        held_hint("Perturbation", "grad_of_x"),
         model,
     )
     flax.config.update("nnx_sow_capture_noop", False)  # the other hint
@@ -175,14 +189,14 @@ def test_a_loss_that_is_popped_and_not_there() -> None:
         "sow-without-capture",
         "Router.__call__ pops Intermediate, but nothing records it outside of nnx.capture.",
         [],
-        POP_HINT,
+        pop_hint(),
         model,
     )
     finds(
         "sow-without-capture",
         "Router.__call__, in the module at layers/0, pops Intermediate, but nothing records it outside of nnx.capture.",
         [],
-        POP_HINT,
+        pop_hint(),
         nnx.Dict(layers=nnx.List([Router(), Router()])),
     )
     clean(Capturing())  # the hint, followed
@@ -205,7 +219,7 @@ def test_a_type_of_the_users() -> None:
     (found,) = sw.lint(OwnLoss())
     assert found.code == "sow-without-capture"
     assert [leaf.path for leaf in found.leaves] == [("aux",)]
-    assert found.hint.splitlines()[1] == "output, sown = nnx.capture(model, Loss)(x)"
+    assert found.hint.splitlines()[1].endswith("output, sown = nnx.capture(model, Loss)(x)")
     assert codes(sw.plan(OwnLoss()).take(OwnLoss())) == ["sow-without-capture"]
 
 

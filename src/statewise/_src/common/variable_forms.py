@@ -21,6 +21,7 @@ from statewise._src.common import compat
 __all__ = [
     "abstract_objects",
     "empty_leaves",
+    "has_hijax",
     "hijax_brought_back",
     "hijax_set_aside",
     "of_plain_variables",
@@ -98,6 +99,11 @@ def _with_metadata(graphdef: Any, **flags: bool) -> Any:
 def of_plain_variables(graphdef: Any) -> Any:
     """Returns the graph definition of the same objects with plain Variables; itself if it is that already."""
     return _with_metadata(graphdef, hijax=False, ref=False)
+
+
+def has_hijax(graphdef: Any) -> bool:
+    """Returns whether some Variables of a graph definition are hijax ones."""
+    return any(_is_variable(node) and node.metadata.get("hijax", False) for node in graphdef.nodes)
 
 
 def hijax_set_aside(graphdef: Any) -> Any:

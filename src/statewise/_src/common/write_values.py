@@ -261,10 +261,17 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
         )
         _set_values(variables)
     except BaseException:
-        _set_values(before)
+        _set_values(pair for pair in before if not _is_never_written(*pair))
         for back in undo:
             back()
         raise
+
+
+def _is_never_written(leaf: Any, value: Any) -> bool:
+    """Returns whether Flax refuses every write of a Variable: a hijax one in a trace, where it reads as a new value."""
+    return any(isinstance(array, compat.Tracer) for array in jax.tree.leaves(value)) and compat.reference(
+        leaf
+    ).startswith("hijax")
 
 
 def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:

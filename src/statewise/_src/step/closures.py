@@ -200,9 +200,14 @@ def parts_of(obj: Any) -> Iterator[Any]:
 
 def arrays_in(obj: Any) -> list[tuple[Leaf, Any]]:
     """Returns the leaves of an NNX object, each with its arrays."""
+    return [(row, arrays_of(held_value(leaf))[0]) for row, leaf in _leaves_in(obj)]
+
+
+def _leaves_in(obj: Any) -> list[tuple[Leaf, Any]]:
+    """Returns the leaves of an NNX object, as data and as they are."""
     leaves = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
     return [
-        (row_of(tuple(map(plain_key, keys)), leaf), arrays_of(held_value(leaf))[0])
+        (row_of(tuple(map(plain_key, keys)), leaf), leaf)
         for keys, leaf in leaves
         if isinstance(leaf, nnx.Variable) or is_array(leaf)
     ]
@@ -216,11 +221,16 @@ def holder_of(candidates: Iterable[Brought], part: Any) -> Brought | None:
 
 def read_by(jaxpr: Any, consts: Sequence[Any], candidates: Iterable[Brought]) -> list[tuple[Brought, list[Leaf]]]:
     """Returns the objects whose arrays are constants of a program, each with the leaves concerned."""
-    # By identity: a constant of the program is the very array that the object held when it was traced.
+    # By identity: a constant of the program is the very array that the object held when it was traced, or, of a hijax
+    # Variable, the Variable itself.
     held = {id(const) for const in consts} | set(_constants(jaxpr))
     objects = []
     for candidate in candidates:
-        leaves = [leaf for leaf, arrays in arrays_in(candidate.obj) if any(id(array) in held for array in arrays)]
+        leaves = [
+            row
+            for row, leaf in _leaves_in(candidate.obj)
+            if any(id(constant) in held for constant in (leaf, *arrays_of(held_value(leaf))[0]))
+        ]
         if leaves:
             objects.append((candidate, leaves))
     return objects

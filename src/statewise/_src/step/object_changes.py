@@ -16,6 +16,7 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, is_array, make_leaf, numbered, row_of
 from statewise._src.common.paths import Leaf, Path, format_type
 from statewise._src.common.problems import Problems
+from statewise._src.common.variable_forms import has_hijax
 from statewise._src.filters.explain import as_code
 from statewise._src.filters.primitives import Exactly
 from statewise._src.plan.leaf_specs import LeafSpec
@@ -107,11 +108,18 @@ def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any])
         hints.append("make the Variable before the plan (with model.init_cache(...), for example)")
     left_behind = next((leaf for leaf in problems if leaf.note == _REMOVED and _is_for_a_call(leaf.type)), None)
     if left_behind:
-        hints.append(
-            f"nnx.pop(model, {as_code(Exactly(left_behind.type))})  "
-            "# before planning: an earlier call left it there, and every call makes it"
-        )
+        hints.append(_taken_out(plan, left_behind))
     return hints or [_ASSIGN]
+
+
+def _taken_out(plan: PlanTables, leaf: Leaf) -> str:
+    """Returns the code that takes a leaf which an earlier call left out of a model."""
+    why = "before planning: an earlier call left it there, and every call makes it"
+    if not has_hijax(plan.graphdef):
+        return f"nnx.pop(model, {as_code(Exactly(leaf.type))})  # {why}"
+    keys = plan.relative(leaf.path)
+    place = "".join(f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]" for key in keys)
+    return f"del model{place}  # {why}; nnx.pop does not find hijax Variables"
 
 
 def _is_for_a_call(type_: type) -> bool:

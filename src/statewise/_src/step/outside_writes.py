@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.errors import ImmutableVariableError
 
 from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ModelGraph, row_of
@@ -20,7 +21,7 @@ from statewise._src.step.function import called_as, positional_names
 from statewise._src.step.passed_objects import Passed, WrittenArgument
 from statewise.errors import StructureError
 
-__all__ = ["check_not_baked", "check_written_arguments", "instead_of", "written_outside"]
+__all__ = ["check_not_baked", "check_written_arguments", "instead_of", "written_outside", "written_variable"]
 
 
 def _names_of_objects(fn: Any, objects: int) -> list[str]:
@@ -153,6 +154,26 @@ def written_outside(
     return None if holder is None else _brought_and_written(holder, part, fn, objects, name, optimizers)
 
 
+def written_variable(part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool) -> StructureError:
+    """Returns the error for a write to a hijax Variable from outside, where Flax itself lets a trace do so.
+
+    Args:
+      part: the Variable.
+      fn: the function.
+      objects: the planned objects.
+      name: the step's name.
+      optimizers: whether the plan has optimizers.
+    """
+    holder = holder_of(brought(fn), part)
+    if holder is not None:
+        return _brought_and_written(holder, part, fn, objects, name, optimizers)
+    return StructureError(
+        f"{name} writes to a hijax Variable from outside: a step writes only the objects that it receives.",
+        leaves=[row_of((), part, note="written")],
+        hint="plan the object that holds it as an additional one: kinds.plan(model, other)",
+    )
+
+
 def _brought_and_written(
     used: Brought, part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool
 ) -> StructureError:
@@ -171,11 +192,15 @@ def _brought_and_written(
 
 
 def _written_part(error: Exception) -> Any:
-    """Returns the Variable or module that Flax refused to write: `self` of the last method in the traceback."""
-    # Flax's error does not carry the object, so it is read from the frames: the innermost one comes last.
+    """Returns the Variable or module that Flax refused to write: the object of the last method in the traceback."""
+    # Flax's error does not carry the object, so it is read from the frames: the innermost one comes last.  The methods
+    # of a hijax Variable do not call their first argument `self`.
     part, trace = None, error.__traceback__
     while trace is not None:
-        own = trace.tb_frame.f_locals.get("self")
+        first = trace.tb_frame.f_code.co_varnames[:1]
+        own = trace.tb_frame.f_locals.get(first[0]) if first else None
         part = own if isinstance(own, (nnx.Variable, nnx.Pytree)) else part
         trace = trace.tb_next
+    if isinstance(error, ImmutableVariableError) and not compat.reference(part).startswith("hijax"):
+        return None  # Linen's error has the same type
     return part

@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
+from flax.errors import ImmutableVariableError, TraceContextError
 
 from statewise._src.common import compat
+from statewise._src.common.compat import jaxprs
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nested_state import is_state
 from statewise._src.common.nnx_graph import (
@@ -47,7 +48,7 @@ from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.lost_writes import dropped_inputs
 from statewise._src.step.microbatches import Batch
 from statewise._src.step.object_changes import assigned, leaf_of
-from statewise._src.step.outside_writes import written_outside
+from statewise._src.step.outside_writes import written_outside, written_variable
 from statewise._src.step.passed_objects import Passed, WrittenArgument, holds_leaves
 from statewise.errors import StructureError
 
@@ -147,6 +148,8 @@ class Call:
             return leaves, after, passed.after(out)
 
         closed = jax.make_jaxpr(flat_call)(compute_specs(plan, arrays), args, kwargs)
+        for variable in jaxprs.written_variables(closed):
+            raise written_variable(variable, self.fn, objects_of(plan), self.name, bool(plan.optimizers))
         outputs, inputs = box["out_tree"].num_leaves, len(arrays)
         unclear = [number for _, number in box["passed"].unclear]
         # The function's output is followed by the new values: of the state's arrays, then of unclear arguments.
@@ -202,7 +205,7 @@ class Call:
             # Variables, and no version of Flax can write them in every trace.
             with nnx.var_defaults(hijax=False, ref=False):
                 out, sown = self.capture.call(self.fn, objects, args, kwargs)
-        except TraceContextError as error:
+        except (TraceContextError, ImmutableVariableError) as error:  # the second of hijax Variables
             known = Passed((), {}) if passed is None else passed
             outside = written_outside(error, self.fn, objects, before, known, self.name, bool(plan.optimizers))
             if outside is None:

@@ -41,6 +41,7 @@ __all__ = [
     "scan_of",
     "specs_of",
     "while_of",
+    "written_variables",
 ]
 
 Literal = jex_core.Literal
@@ -84,6 +85,24 @@ def eval_jaxpr(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[A
 def is_reference(var: Any) -> bool:
     """Returns whether a variable of a jaxpr is a reference to an array that changes in place (`jax.new_ref`)."""
     return hasattr(var.aval, "inner_aval")
+
+
+def written_variables(jaxpr: Any, operands: Sequence[Any] = ()) -> Iterator[Any]:
+    """Yields the hijax Variables among a program's constants that it writes; only flax 0.12.8 lets a trace do so.
+
+    Args:
+      jaxpr: the program, closed or open.
+      operands: the Variables among its inputs, None for every other input.
+    """
+    inner = inner_jaxpr(jaxpr)
+    known = dict(zip(inner.constvars, consts_of(jaxpr), strict=False)) | dict(zip(inner.invars, operands, strict=False))
+    for eqn in inner.eqns:
+        given = [var.val if isinstance(var, Literal) else known.get(var) for var in eqn.invars]
+        if name_of(eqn) == primitives.SET_VARIABLE and given[0] is not None:
+            yield given[0]
+        for body in bodies_of(eqn):
+            same = len(inner_jaxpr(body).invars) == len(given)
+            yield from written_variables(body, given if same else ())
 
 
 # --- an equation ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ __all__ = [
     "SAME_VALUE",
     "SCAN",
     "SELECT",
+    "SET_VARIABLE",
     "SHARD_MAP",
     "SIGN",
     "SUMS",
@@ -38,6 +39,7 @@ __all__ = [
 # --- those that the walks know one by one -----------------------------------------------------------------------
 
 SCAN, WHILE, COND, SELECT, SHARD_MAP = "scan", "while", "cond", "select_n", "shard_map"
+SET_VARIABLE = "set_variable"  # of a hijax Variable, in flax 0.12.8; later ones refuse it in a trace
 CAST, TRANSPOSE, RESHAPE, SIGN = "convert_element_type", "transpose", "reshape", "sign"
 # From the words of a key to the key, and back.
 RANDOM_WRAP, RANDOM_UNWRAP = "random_wrap", "random_unwrap"

@@ -8,7 +8,7 @@ from flax import nnx
 
 from statewise._src.common.problems import counted
 from statewise._src.inspect.lint.finding import Found, Rules
-from statewise._src.inspect.lint.sowing import never_written
+from statewise._src.inspect.lint.sowing import never_written, taken_out
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.leaf_specs import is_sown
 
@@ -92,6 +92,6 @@ def sown_values_left(subject: Subject) -> Iterator[Found]:
         yield Found(
             f"{counted(len(left), 'sown value was', 'sown values were')} left in the model.",
             subject.rows(left),
-            "sown = nnx.pop(model, nnx.Intermediate)  # after each call\n"
+            f"{taken_out(subject, left, 'sown = nnx.pop(model, nnx.Intermediate)', 'after each call')}\n"
             "or @sw.step(capture='intermediates'), which leaves none",
         )

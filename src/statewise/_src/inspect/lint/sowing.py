@@ -6,7 +6,7 @@ code relies on values being recorded outside of a capture: a leaf that `sow` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flax import nnx
 
@@ -18,7 +18,7 @@ from statewise._src.inspect.lint.class_code import Call, FunctionCode, functions
 from statewise._src.inspect.lint.finding import Found, Rules
 from statewise._src.inspect.lint.subject import Subject
 
-__all__ = ["RULES", "never_written"]
+__all__ = ["RULES", "never_written", "taken_out"]
 
 RULES = Rules()
 
@@ -41,17 +41,32 @@ def sow_without_capture(subject: Subject) -> Iterator[Found]:
         yield Found(
             f"{counted(len(held), 'leaf is', 'leaves are')} held for sow or perturb, which do not write to the model.",
             subject.rows(held),
-            f"nnx.pop(model, {as_code(type_)})  # once: take it out of the model\n"
-            f"output, sown = nnx.capture(model, {as_code(type_)})(x)"
-            f"{_BY_STEP if issubclass(type_, nnx.Intermediate) else ''}\n{_AS_BEFORE}",
+            f"{taken_out(subject, held, f'nnx.pop(model, {as_code(type_)})', 'once: take it out of the model')}\n"
+            f"{_capture('model', type_)}{_BY_STEP if issubclass(type_, nnx.Intermediate) else ''}\n{_AS_BEFORE}",
         )
     for path, function, type_ in _popping(subject):
         where = f", in the module at {format_path(path)}," if path else ""
         yield Found(
             f"{function}{where} pops {type_.__name__}, but nothing records it outside of nnx.capture.",
             (),
-            f"output, sown = nnx.capture(module, {as_code(type_)})(x)  # instead of nnx.pop\n{_AS_BEFORE}",
+            f"{_capture('module', type_)}  # instead of nnx.pop\n{_AS_BEFORE}",
         )
+
+
+def taken_out(subject: Subject, numbers: Sequence[int], pop: str, when: str) -> str:
+    """Returns the code that takes leaves which were sown out of a model: `pop`, where that finds them."""
+    leaves = subject.graph.leaves
+    hijax = [number for number in numbers if compat.reference(leaves[number]).startswith("hijax")]
+    if hijax:
+        return f"del {subject.target(hijax[0])}  # {when}; nnx.pop does not find hijax Variables"
+    return f"{pop}  # {when}"
+
+
+def _capture(model: str, type_: type) -> str:
+    """Returns the code that captures what a model sows."""
+    call = f"output, sown = nnx.capture({model}, {as_code(type_)})(x)"
+    # It collects plain Variables only.
+    return f"with nnx.var_defaults(hijax=False): {call}" if nnx.var_defaults().hijax else call
 
 
 def never_written(subject: Subject) -> list[int]:

@@ -1,13 +1,15 @@
 """Which optimizer trains which leaves: the optimizers of a plan, and every `nnx.Optimizer` among the objects."""
 
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from statewise._src.common import compat
 from statewise._src.common.nnx_graph import make_leaf
-from statewise._src.common.paths import Leaf, Path, format_path
+from statewise._src.common.paths import Leaf, Path, format_path, plain_key
 from statewise._src.filters.combinators import predicate
 from statewise._src.inspect.lint.subject import Subject
 from statewise._src.plan.tables import OPTIMIZER
@@ -73,7 +75,7 @@ def _of_object(subject: Subject, root: Path, optimizer: Any) -> Training:
     state = [number for number in subject.below(root) if issubclass(subject.types[number], nnx.OptState)]
     moments = subject.rows(state)
     # Only moments that are shaped like a parameter have its path: the end of their own, below the optimizer's.
-    like = [number for number in state if subject.types[number].__name__ == "OptVariable"]
+    like = _of_parameters(subject, root, optimizer, state)
     depth = len(root) + 1
     tails = {number: [paths[number][start:] for start in range(depth, len(paths[number]))] for number in like}
     if not like and subject.graph.several and len(subject.objects) > 2:
@@ -92,6 +94,19 @@ def _of_object(subject: Subject, root: Path, optimizer: Any) -> Training:
     known = set(candidates.values())
     orphans = [number for number, ends in tails.items() if known and known.isdisjoint(ends)]
     return Training(label, (), trained, moments, subject.rows(orphans))
+
+
+def _of_parameters(subject: Subject, root: Path, optimizer: Any, state: Sequence[int]) -> list[int]:
+    """Returns the moments that are shaped like a parameter."""
+    # Flax marks them by their type, except those of hijax Variables, whose arrays are in an `nnx.State` all the same.
+    places = jax.tree_util.tree_flatten_with_path(optimizer.opt_state, is_leaf=compat.is_nnx_state)[0]
+    states = [(*root, "opt_state", *map(plain_key, keys)) for keys, value in places if compat.is_nnx_state(value)]
+    return [
+        number
+        for number in state
+        if subject.types[number].__name__ == "OptVariable"
+        or any(subject.paths[number][: len(path)] == path for path in states)
+    ]
 
 
 def _candidates(subject: Subject, root: Path) -> dict[int, Path]:
