@@ -7,7 +7,6 @@ metadata, so that `plan.build` makes a model of the forms that were planned.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,31 +46,20 @@ def store(variable: Any, value: Any) -> None:
 
 
 def read_reference(reference: Any) -> Any:
-    """Returns the array in a reference."""
-    with _without_mesh():
+    """Returns the array in a reference: a copy."""
+    with compat.without_mesh():
         return reference[...]
 
 
 def write_reference(reference: Any, value: Any) -> None:
     """Writes an array into a reference."""
-    with _without_mesh():
+    with compat.without_mesh():
         reference[...] = value
 
 
 def _new_reference(value: Any) -> Any:
-    with _without_mesh():
+    with compat.without_mesh():
         return jax.new_ref(jnp.asarray(value))
-
-
-_NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
-_UNTRACED = compat.trace_state()
-
-
-def _without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Returns a context without the mesh of `jax.set_mesh`, under which JAX refuses a reference on other devices."""
-    if jax.sharding.get_abstract_mesh().empty or compat.trace_state() != _UNTRACED:  # under tracing no mesh can be set
-        return contextlib.nullcontext()
-    return jax.set_mesh(_NO_MESH)
 
 
 def _is_stored_alike(held: Any, value: Any) -> bool:
