@@ -50,7 +50,7 @@ def test_averages_are_copied_in_pieces_and_placed(pieces: list[int], devices: li
 
 def test_a_member_is_taken_out_in_pieces(pieces: list[int]) -> None:
     plan = sw.plan(model())
-    states = [plan.take(model()), plan.take(jax.tree.map(lambda array: array + 10, model()))]
+    states = [plan.take(model()), jax.tree.map(lambda array: array + 10, plan.take(model()))]
     stacked = plan.stacked(2)
     member = stacked.stack(states).member(1)
     assert pieces == [3, 3, 1]
