@@ -302,6 +302,15 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
         model = Small()
         assert not nnx.to_flat_state(nnx.pop(model, nnx.Variable))
         assert hasattr(model, "n")
+    with modes.classic(), nnx.var_defaults(ref=True):
+        model = nnx.Dict(w=nnx.Param(jnp.ones((2, 2))))
+        for optimizer in (optax.adafactor(min_dim_size_to_factor=2), optax.inject_hyperparams(optax.adam)(1e-3)):
+            with pytest.raises(TypeError, match="a Ref can't be passed where an array is expected"):
+                nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+        # Why some tests ask for plain Variables: `docs/compatibility.md`.
+        assert model.w.get_value() is not model.w.get_value()
+        assert model.w[...].committed
+        assert not jnp.ones(2).committed
 
 
 @pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")

@@ -184,8 +184,8 @@ def test_a_static_argument_is_no_way_around() -> None:
     step = sw.step(lambda model, x, rngs: rngs.noise.uniform((2,)), static_argnames="rngs")
     with pytest.raises(sw.StructureError, match="writes to `rngs`, a static argument"), nnx.var_defaults(ref=False):
         step(state_of(linear()), X, nnx.Rngs(noise=0))
-    # A reference would be one of the step's constants, and `plan.put` may replace it.
-    with pytest.raises(sw.StructureError, match="reads Variables of `rngs`, a static argument"):
+    # A reference would be one of the constants of the step, and `plan.put` may replace it.
+    with pytest.raises(sw.StructureError, match="(reads Variables of|writes to) `rngs`, a static"):
         with nnx.var_defaults(ref=True, hijax=False):
             rngs = nnx.Rngs(noise=0)
         step(state_of(linear()), X, rngs)
@@ -291,7 +291,7 @@ def test_a_reference_is_not_returned() -> None:
                 hint="return variable[...]  # what it holds; what is written into a reference is in it after the call",
             ):
                 make(f)(state, X, rngs)
-    layers = nnx.Dict(w=nnx.Param(jnp.ones((2, 3)), ref=False))
+    layers = nnx.Dict(w=nnx.Param(jnp.ones((2, 1, 3)), ref=False))
     with pytest.raises(sw.StructureError, match=returned):
         sw.scan_layers(lambda layer, x: (x[0] * layer.w[...], x[1]), layers, (X, rngs))
 
