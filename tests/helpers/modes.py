@@ -179,14 +179,14 @@ CHANGED: dict[str, dict[str, str]] = {
     "ref": {
         "test_model_io.py::test_without_copying_the_model_shares_until_a_step_donates": "reading a reference copies it",
         "test_model_io.py::test_weak_types_stay_weak": "references have no weak types in JAX 0.12",
-        **{
-            test: "Optax reads an array of each parameter, and NNX gives it references"
-            for test in (
+        **dict.fromkeys(
+            (
                 "test_optimizers.py::test_the_optimizers_of_optax_are_fine[adafactor]",
                 "test_optimizers.py::test_the_optimizers_of_optax_are_fine[hyperparams]",
                 "test_annotations.py::test_factored_moments_follow_the_axes_that_are_left_of_their_parameter",
-            )
-        },
+            ),
+            "Optax reads an array of each parameter, and NNX gives it references",
+        ),
         "test_intern.py::test_threads_get_one_plan": "JAX does not let several threads read one reference at once",
     },
     "sow-noop": {
