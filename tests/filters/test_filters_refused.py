@@ -130,7 +130,7 @@ def says_one(path: Any, leaf: Any) -> Any:
 
 
 def says_array(path: Any, leaf: Any) -> Any:
-    return leaf.get_raw_value() > 0
+    return leaf[...] > 0
 
 
 class Proud:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common.nnx_graph import raw_value
 from statewise._src.core.plan import Kinds
 from statewise.errors import StatewiseError
 
@@ -31,7 +32,7 @@ def flat(thing: Any) -> dict[Any, Any]:
     """Each leaf's type and raw value by path."""
     state = thing if isinstance(thing, nnx.State) else nnx.state(thing)
     return {
-        tuple(path): (type(leaf), leaf.get_raw_value()) if isinstance(leaf, nnx.Variable) else (jax.Array, leaf)
+        tuple(path): (type(leaf) if isinstance(leaf, nnx.Variable) else jax.Array, raw_value(leaf))
         for path, leaf in nnx.to_flat_state(state)
     }
 

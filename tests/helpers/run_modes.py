@@ -68,11 +68,15 @@ print(json.dumps({
 """
 
 
-# `statewise demo` with the defaults of a mode that has no environment variable.
+# `statewise demo` with the defaults of a mode that has no environment variable, or under the Flax that is simulated.
 DEMO = """
 import json, sys
+sys.path.append(sys.argv[2])
+import plain_states
 from flax import nnx
 from statewise.cli import main
+if plain_states.IS_DICT:
+    plain_states.install()
 defaults = json.loads(sys.argv[1])
 if defaults:
     nnx.var_defaults(**defaults)
@@ -107,7 +111,7 @@ def asked(python: str) -> dict[str, Any]:
 def demo(python: str, mode: str) -> bool:
     """Runs `statewise demo` under one mode; returns whether every promise that it checks holds."""
     environment = {**os.environ, **MODES[mode].environment, "JAX_PLATFORMS": "cpu"}
-    command = [python, "-c", DEMO, json.dumps(dict(MODES[mode].defaults))]
+    command = [python, "-c", DEMO, json.dumps(dict(MODES[mode].defaults)), str(Path(__file__).parent)]
     with tempfile.TemporaryDirectory() as folder:  # it writes its checkpoints where it runs
         process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:

@@ -68,7 +68,7 @@ def test_under_tracing() -> None:
     def total(state: Any) -> jax.Array:
         model = nnx.merge(graphdef, state)
         assert count(model, nnx.Param) == 2
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(select(model, nnx.Param)))
+        return sum(jnp.sum(leaf[...]) for leaf in jax.tree.leaves(select(model, nnx.Param)))
 
     graphdef, state = nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     assert total(state) == 3.0

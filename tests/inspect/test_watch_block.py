@@ -274,7 +274,7 @@ def test_it_shows_itself() -> None:
     model: Any = nnx.Dict(
         base=nnx.Param(jnp.ones(2)),
         lora=nnx.LoRAParam(jnp.ones(2)),
-        hits=nnx.Variable(jnp.array(0)),
+        hits=nnx.Variable(jnp.array(0), ref=False),  # a reference keeps its dtype
         tied=nnx.Dropout(0.5),
     )
     with sw.watch(model, FROZEN) as watch:

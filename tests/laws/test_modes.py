@@ -306,6 +306,10 @@ def test_flax_alone_refuses(refusal: modes.Refusal) -> None:
     assert re.search(refusal.error, f"{type(error.value).__name__}: {error.value}")
 
 
+# What JAX 0.10 to 0.12 say where a function of theirs gets a reference.
+NO_ARRAY = "a Ref can't be passed|requires ndarray or scalar arguments|Out of bound indexer"
+
+
 def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
     with nnx.var_defaults(hijax=True):  # `modes.CHANGED`
         model = Small()
@@ -317,6 +321,15 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
         if not modes.hijax_is_written_in_traces():
             with pytest.raises(flax.errors.ImmutableVariableError, match="inside JAX transformations"):
                 jax.jit(lambda state: write(nnx.merge(graphdef, state)))(state)
+    with modes.classic(), nnx.var_defaults(ref=True):
+        model = nnx.Dict(w=nnx.Param(jnp.ones((2, 2))))
+        for optimizer in (optax.adafactor(min_dim_size_to_factor=2), optax.inject_hyperparams(optax.adam)(1e-3)):
+            with pytest.raises((TypeError, ValueError), match=NO_ARRAY):
+                nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+        # Why some tests ask for plain Variables: `docs/compatibility.md`.
+        assert model.w.get_value() is not model.w.get_value()
+        assert model.w[...].committed
+        assert not jnp.ones(2).committed
 
 
 @pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")

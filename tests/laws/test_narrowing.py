@@ -26,7 +26,8 @@ INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "ui
 
 
 def model_of(**values: Any) -> nnx.Dict[Any]:
-    return nnx.Dict(**{name: nnx.Param(value) for name, value in values.items()})
+    # A reference would hold JAX's array, of JAX's dtype.
+    return nnx.Dict(**{name: nnx.Param(value, ref=False) for name, value in values.items()})
 
 
 def state_of(**values: Any) -> sw.State:
@@ -322,7 +323,7 @@ def test_put_and_build_refuse_what_somebody_mapped_to_numpy_of_64_bits() -> None
 
 
 def test_scan_layers_refuses_numpys_numbers() -> None:
-    layers = nnx.Dict(scale=nnx.Param(np.array([1, 2**40])))
+    layers = nnx.Dict(scale=nnx.Param(np.array([1, 2**40]), ref=False))
     with pytest.raises(sw.StructureError, match="Casting would lose numbers"):
         sw.scan_layers(lambda layer, x: x * layer["scale"][...], layers, jnp.array(1))
 

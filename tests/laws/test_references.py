@@ -229,6 +229,48 @@ def test_a_model_of_them_is_made_on_a_mesh(options: dict[str, bool], devices: li
         np.testing.assert_array_equal(model["w"][...], np.arange(16.0))
 
 
+def test_references_are_read_and_written_whatever_mesh_is_set(devices: list[jax.Device]) -> None:
+    """JAX refuses `reference[...]` under `jax.set_mesh` if the reference is on other devices."""
+    mesh = jax.make_mesh((2,), ("d",), devices=devices[:2])
+    model, plain = Model(ref=True), Model()
+    plan = sw.plan(model)
+    plan.put(jax.device_put(plan.take(plain), devices[0]), plain)  # which JAX does not copy under that mesh either
+    with jax.set_mesh(mesh):
+        state = plan.take(model)
+        for options in ({}, {"mesh": mesh}, {"copy": False}):
+            assert_same(dict(plan.take(plain, **options)), dict(state))
+        plan.put(jax.tree.map(lambda array: array, state), model)
+        built = plan.build(state)
+        placed = plan.take(model, mesh=mesh)
+    for each in (model, built):
+        assert_same(each, plain)
+        assert_form(each.layer.kernel, {"ref": True})
+    plan.put(placed, model)
+    with jax.set_mesh(mesh):
+        assert_same(dict(plan.take(model)), dict(plan.take(plain)))
+    assert len(model.layer.kernel.get_raw_value().sharding.device_set) == 2
+
+
+class Refusing(nnx.Variable[Any]):
+    """A Variable that takes no value from outside."""
+
+    def set_raw_value(self, value: Any, **options: Any) -> None:
+        raise RuntimeError("read-only")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_write_that_is_taken_back_leaves_the_very_references(elsewhere: bool, devices: list[jax.Device]) -> None:
+    model = nnx.Dict(a=nnx.Param(jnp.ones(2), ref=True), z=Refusing(jnp.ones(2), ref=False))
+    held, plan = model["a"].get_raw_value(), sw.plan(model)
+    state = jax.tree.map(lambda array: array + 1, plan.take(model))
+    if elsewhere:  # a new reference, which is taken back as well
+        state = jax.device_put(state, devices[1])
+    with pytest.raises(RuntimeError, match="read-only"):
+        plan.put(state, model)
+    assert model["a"].get_raw_value() is held
+    assert held[...].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_what_an_earlier_sow_left_is_not_planned(options: dict[str, bool]) -> None:
     # A class of its own: an equal plan that is alive in another test would be this one, without what is excluded here.

@@ -27,7 +27,9 @@ class Net(nnx.Module):
         self.calls = nnx.Variable(jnp.zeros((), int))
 
 
-MODEL = Net(nnx.Rngs(0))
+# The array of a reference is committed to its devices, and JAX lets one thread at a time read it.
+with nnx.var_defaults(ref=False):
+    MODEL = Net(nnx.Rngs(0))
 PLAN = sw.plan(MODEL, optimizers={"params": optax.sgd(0.1)})
 X = jnp.ones((4, 3))
 AUTO = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
@@ -133,7 +135,7 @@ def test_structures_and_names_of_arguments() -> None:
 
 def test_a_leaf_that_stops_being_weak_settles() -> None:
     """As under `jax.jit`: a weak type takes part in promotion, so a state keeps it until a step writes another."""
-    model = nnx.Dict(total=nnx.Variable(jnp.asarray(0.0)))
+    model = nnx.Dict(total=nnx.Variable(jnp.asarray(0.0), ref=False))  # a reference has no weak type
     state = sw.plan(model).take(model)
     step, traces = counted(sw.step, lambda model, x: model.total.set_value(model.total[...] + x), writes="variables")
     for _ in range(4):

@@ -147,7 +147,8 @@ def restored(state: sw.State, folder: Path, **options: Any) -> sw.State:
 
 
 def put_and_taken(state: sw.State) -> sw.State:
-    model = Decoder()
+    with nnx.var_defaults(ref=False):  # reading a reference gives a new array, of which nothing is known
+        model = Decoder()
     PLAN.put(state, model)
     assert not is_stale(PLAN.take(model))
     model.scale[...] = model.scale[...] + 1

@@ -1,8 +1,12 @@
-"""NNX objects among a step's arguments: what only is read may pass, what is written is refused."""
+"""NNX objects among a step's arguments: what only is read may pass, what is written is refused.
+
+What is written into a reference is not lost, so these objects are made of plain Variables, and of references below.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -125,8 +129,9 @@ KINDS: dict[str, tuple[Any, Any, str]] = {
 @pytest.mark.parametrize("trains", [False, True], ids=["step", "train_step"])
 def test_an_argument_that_is_written_is_refused_at_any_depth(kind: str, deep: str, trains: bool) -> None:
     make, use, leaf = KINDS[kind]
+    with nnx.var_defaults(ref=False):
+        thing = make()
     get = {"dict": lambda a: a["in"], "list": lambda a: a[1], "dataclass": lambda a: a.rngs}.get(deep, lambda a: a)
-    thing = make()
     given = {"dict": {"in": thing}, "list": [1.0, thing], "dataclass": Batch(X, thing)}.get(deep, thing)
 
     def f(model: Any, x: Any, extra: Any) -> Any:
@@ -170,13 +175,20 @@ def test_all_written_arguments_are_named_at_once() -> None:
         hint="plan = kinds.plan(model, rngs, metric)\nstate = plan.take(model, rngs, metric)\n"
         "def f(model, rngs, metric, x): ...",
     ):
-        sw.step(f)(state_of(linear()), X, nnx.Rngs(noise=0), nnx.metrics.Average())
+        with nnx.var_defaults(ref=False):
+            rngs, metric = nnx.Rngs(noise=0), nnx.metrics.Average()
+        sw.step(f)(state_of(linear()), X, rngs, metric)
 
 
 def test_a_static_argument_is_no_way_around() -> None:
     step = sw.step(lambda model, x, rngs: rngs.noise.uniform((2,)), static_argnames="rngs")
-    with pytest.raises(sw.StructureError, match="writes to `rngs`, a static argument"):
+    with pytest.raises(sw.StructureError, match="writes to `rngs`, a static argument"), nnx.var_defaults(ref=False):
         step(state_of(linear()), X, nnx.Rngs(noise=0))
+    # A reference would be one of the constants of the step, and `plan.put` may replace it.
+    with nnx.var_defaults(ref=True, hijax=False):
+        rngs = nnx.Rngs(noise=0)
+    with pytest.raises(sw.StructureError, match=r"(reads Variables of|writes to) `rngs`, a static"):
+        step(state_of(linear()), X, rngs)
     step = sw.step(lambda model, x, other: other(x), static_argnames="other")
     for hijax in (False, True):
         with nnx.var_defaults(hijax=hijax):
@@ -188,6 +200,40 @@ def test_a_static_argument_is_no_way_around() -> None:
             hint="take 'other' out of static_argnames: Variables that are only read may be passed",
         ):
             step(state_of(linear()), X, other)
+
+
+@pytest.mark.parametrize("kind", ["rngs", "metric", "variable", "module", "optimizer", "state"])
+@pytest.mark.parametrize("trains", [False, True], ids=["step", "train_step"])
+def test_what_is_written_into_a_reference_is_not_lost(kind: str, trains: bool) -> None:
+    """As under `nnx.jit`: the reference itself is passed, and is written at each call."""
+    make, use, _ = KINDS[kind]
+    with nnx.var_defaults(ref=True, hijax=False):
+        thing, judge = make(), make()
+
+    def f(model: Any, x: Any, extra: Any) -> Any:
+        use(extra[0])
+        return model(x).mean()
+
+    model = linear()
+    plan = sw.plan(model, optimizers={"params": optax.sgd(0.1)}) if trains else sw.plan(model)
+    state, step, out = plan.take(model), sw.train_step(f) if trains else sw.step(f), []
+    for _ in range(3):
+        result = step(state, X, [thing])
+        state, loss = result if trains else (state, result)
+        out.append(float(loss))
+        use(judge)
+        jax.tree.map(np.testing.assert_allclose, contents(thing), contents(judge))
+    assert len(set(out)) == (3 if trains else 1)
+
+
+def contents(thing: Any) -> dict[str, np.ndarray]:
+    """What flax reads of each Variable."""
+    leaves = jax.tree_util.tree_flatten_with_path(thing, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    values = {jax.tree_util.keystr(keys): leaf.get_value() for keys, leaf in leaves}
+    return {
+        path: np.asarray(jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value)
+        for path, value in values.items()
+    }
 
 
 def test_what_is_read_is_fresh_at_every_call_as_under_nnx_jit() -> None:
@@ -218,11 +264,36 @@ def test_a_copy_in_the_function_may_be_written_and_what_is_returned_is_not_lost(
     def handed_on(model: Any, x: Any, rngs: Any) -> Any:
         return model(x) + rngs.noise.uniform((4, 2)), rngs
 
-    rngs, state = nnx.Rngs(noise=0), state_of(linear())
+    with nnx.var_defaults(ref=False):
+        rngs = nnx.Rngs(noise=0)
+    state = state_of(linear())
     first = sw.step(cloned)(state, X, rngs)
     out, rngs = sw.step(handed_on)(state, X, rngs)
     np.testing.assert_array_equal(out, first)
     assert int(rngs.noise.count[...]) == 1
+
+
+def test_a_reference_is_not_returned() -> None:
+    with nnx.var_defaults(ref=True, hijax=False):
+        rngs = nnx.Rngs(noise=0)
+    model = linear()
+    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
+    returned = "returns a reference, which JAX does not return from a compiled function."
+    for out in (lambda rngs: rngs, lambda rngs: {"count": rngs.noise.count}, lambda rngs: [rngs.noise.key]):
+        for make in (sw.step, functools.partial(sw.train_step, has_aux=True)):
+
+            def f(model: Any, x: Any, rngs: Any, out: Any = out) -> Any:
+                return model(x).mean(), out(rngs)
+
+            with refused(
+                sw.StructureError,
+                f"f {returned}",
+                hint="return variable[...]  # what it holds; what is written into a reference is in it after the call",
+            ):
+                make(f)(state, X, rngs)
+    layers = nnx.Dict(w=nnx.Param(jnp.ones((2, 1, 3)), ref=False))
+    with pytest.raises(sw.StructureError, match=returned):
+        sw.scan_layers(lambda layer, x: (x[0] * layer.w[...], x[1]), layers, (X, rngs))
 
 
 def test_a_dict_of_arrays_may_be_changed_in_the_function() -> None:
@@ -272,7 +343,8 @@ def parts() -> tuple[Any, Any, Any, Any]:
 
 def test_flax_s_train_step_is_refused_with_the_hint_that_makes_it_equal_nnx_jit() -> None:
     batch = {"x": jnp.arange(12.0).reshape(4, 3), "y": jnp.ones((4, 2))}
-    model, optimizer, metrics, rngs = parts()
+    with nnx.var_defaults(ref=False):
+        model, optimizer, metrics, rngs = parts()
     everything = ("params", "stats", "rng", "metrics", "optimizer", "variables")
     plan = sw.plan(model)
     step = sw.step(flax_train_step, writes=("params", "stats"))
@@ -324,6 +396,8 @@ def test_value_and_grad_writes_its_arguments_as_it_says() -> None:
 
 def test_scan_layers_refuses_an_object_that_a_layer_writes_and_drops() -> None:
     layers = nnx.vmap(lambda key: nnx.Linear(3, 3, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 2))
+    with nnx.var_defaults(ref=False):
+        carried, left = nnx.Rngs(noise=0), nnx.Rngs(noise=0)
 
     def run(layer: Any, x: Any) -> Any:
         h, rngs = x
@@ -333,8 +407,8 @@ def test_scan_layers_refuses_an_object_that_a_layer_writes_and_drops() -> None:
         h, rngs = x
         return layer(h) + rngs.noise.uniform((4, 3)), nnx.Rngs(noise=0)
 
-    out, rngs = sw.scan_layers(run, layers, (X, nnx.Rngs(noise=0)))
+    out, rngs = sw.scan_layers(run, layers, (X, carried))
     assert out.shape == X.shape
     assert int(rngs.noise.count[...]) == 2  # handed on from layer to layer
     with pytest.raises(sw.StructureError, match=r"writes to its argument `x\[1\]` \(Rngs\)"):
-        sw.scan_layers(dropped, layers, (X, nnx.Rngs(noise=0)))
+        sw.scan_layers(dropped, layers, (X, left))

@@ -136,7 +136,7 @@ def test_wide_numbers_of_numpy() -> None:
         ["scale: Variable(3,) float32  kind=variables  (float64 in NumPy)"],
         "nnx.Variable(jnp.asarray(value))  # the dtype that it will have anyway\n"
         "or, for 64 bits: jax.config.update('jax_enable_x64', True)  # before any array is made",
-        nnx.Dict(scale=nnx.Variable(np.ones(3))),
+        nnx.Dict(scale=nnx.Variable(np.ones(3), ref=False)),  # a reference holds JAX's
     )
     clean(nnx.Dict(scale=nnx.Variable(np.ones(3, np.float32)), mask=nnx.Variable(np.ones(3, bool))))
     assert codes(nnx.Dict(index=nnx.Variable((np.arange(3), 1)))) == ["wide-numpy-value"]
@@ -154,19 +154,20 @@ def test_one_array_in_two_variables() -> None:
         "1 leaf holds the same array as another.",
         ["b: Param(3,) float32  kind=params  (shares its array with a)"],
         "nnx.Variable(jnp.copy(array))  # or, if they are meant to stay one: share the Variable, not its array",
-        nnx.Dict(a=nnx.Param(array), b=nnx.Param(array)),
+        nnx.Dict(a=nnx.Param(array, ref=False), b=nnx.Param(array, ref=False)),  # a reference holds a copy
     )
     clean(nnx.Dict(a=nnx.Param(array), b=nnx.Param(jnp.copy(array))))
 
 
 def test_a_copy_of_the_module_alone_shares_its_arrays() -> None:
-    model = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
+    with nnx.var_defaults(ref=False):
+        model = nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))
     assert codes(model, jax.tree.map(lambda array: array, model)) == ["shared-array"]
     clean(model, jax.tree.map(jnp.copy, model))
 
 
 def test_arrays_that_were_donated() -> None:
-    model = nnx.Dict(w=nnx.Param(jnp.ones(3)), b=nnx.Param(jnp.ones(2)))
+    model = nnx.Dict(w=nnx.Param(jnp.ones(3), ref=False), b=nnx.Param(jnp.ones(2)))  # a reference is not donated
     jax.jit(lambda w: w + 1, donate_argnums=0)(model.w.get_raw_value())
     finds(
         "deleted-array",

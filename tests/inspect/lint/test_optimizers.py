@@ -205,9 +205,9 @@ def test_an_optimizer_for_frozen_leaves(tx: Any, held: str) -> None:
     clean(model, optimizer(model, tx, sw.Path("head/**")), kinds=FROZEN_BASE)
 
 
-def test_an_optimizer_that_masks_the_frozen_leaves_is_fine() -> None:
+def test_an_optimizer_that_masks_the_frozen_leaves_is_fine(container: type) -> None:
     model = parts()
-    mask = nnx.State({"base": {"kernel": False}, "head": {"kernel": True}})
+    mask = container({"base": {"kernel": False}, "head": {"kernel": True}})
     clean(model, optimizer(model, optax.masked(optax.adam(1e-3), mask)), kinds=FROZEN_BASE)
 
 

@@ -18,7 +18,12 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.paths import Leaf, Path, Ways
 from statewise._src.common.problems import Problems
-from statewise._src.common.variable_forms import of_plain_variables, with_references, without_reference_nodes
+from statewise._src.common.variable_forms import (
+    of_plain_variables,
+    read_reference,
+    with_references,
+    without_reference_nodes,
+)
 from statewise.errors import StructureError
 
 __all__ = [
@@ -305,7 +310,7 @@ def value_in(variable: Any) -> Any:
     value = variable.get_raw_value()
     if type(value) in _jax_arrays or not isinstance(value, jax.Ref):
         return value
-    return value[...]
+    return read_reference(value)
 
 
 def arrays_of(value: Any) -> tuple[list[Any], Any]:

@@ -25,9 +25,11 @@ __all__ = [
     "hijax_brought_back",
     "hijax_set_aside",
     "of_plain_variables",
+    "read_reference",
     "store",
     "with_references",
     "without_reference_nodes",
+    "write_reference",
 ]
 
 
@@ -36,12 +38,29 @@ def store(variable: Any, value: Any) -> None:
     held = variable.get_raw_value()
     if isinstance(held, jax.Ref):
         if _is_stored_alike(held, value):
-            held[...] = value
+            write_reference(held, value)
             return
-        value = jax.new_ref(jnp.asarray(value))  # an array elsewhere cannot be written into the reference's memory
+        value = _new_reference(value)  # an array elsewhere cannot be written into the reference's memory
     elif variable.ref and isinstance(value, (jax.Array, np.ndarray)):
-        value = jax.new_ref(jnp.asarray(value))  # the Variable was abstract
+        value = _new_reference(value)  # the Variable was abstract
     variable.set_raw_value(value)
+
+
+def read_reference(reference: Any) -> Any:
+    """Returns the array in a reference: a copy."""
+    with compat.without_mesh():
+        return reference[...]
+
+
+def write_reference(reference: Any, value: Any) -> None:
+    """Writes an array into a reference."""
+    with compat.without_mesh():
+        reference[...] = value
+
+
+def _new_reference(value: Any) -> Any:
+    with compat.without_mesh():
+        return jax.new_ref(jnp.asarray(value))
 
 
 def _is_stored_alike(held: Any, value: Any) -> bool:
@@ -154,7 +173,7 @@ def with_references(graphdef: Any, values: Sequence[Any]) -> list[Any]:
         return list(values)
     leaves = [leaf for _, leaf in empty_leaves(graphdef)]
     return [
-        jax.new_ref(jnp.asarray(value))
+        _new_reference(value)
         if compat.is_variable(leaf) and leaf.ref and isinstance(value, (jax.Array, np.ndarray))
         else value
         for leaf, value in zip(leaves, values, strict=True)

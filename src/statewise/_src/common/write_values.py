@@ -23,7 +23,7 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import is_array, row_of, value_in
 from statewise._src.common.paths import Path, format_path, plain_key
 from statewise._src.common.problems import Problems
-from statewise._src.common.variable_forms import store
+from statewise._src.common.variable_forms import store, write_reference
 from statewise.errors import StructureError
 
 __all__ = ["Objects", "put_values"]
@@ -249,8 +249,8 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
     # All undo steps are prepared before the first write: an interrupt may come between any two lines.
     # All Variables, not only the written ones: a user's setter may change others.
     live = {id(leaf): leaf for leaf in leaves if compat.is_variable(leaf)} | {id(leaf): leaf for leaf, _ in variables}
-    before = [(leaf, value_in(leaf)) for leaf in live.values()]
-    undo = [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
+    undo = [_undo_variable(leaf) for leaf in live.values()]
+    undo += [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
     try:
         for assignment in assignments:
             assignment.run()
@@ -261,7 +261,6 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
         )
         _set_values(variables)
     except BaseException:
-        _set_values(pair for pair in before if not _is_never_written(*pair))
         for back in undo:
             back()
         raise
@@ -276,8 +275,21 @@ def _is_never_written(leaf: Any, value: Any) -> bool:
 
 def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
     for leaf, value in variables:
-        if value_in(leaf) is not value:
+        if leaf.get_raw_value() is not value:
             store(leaf, value)
+
+
+def _undo_variable(variable: Any) -> Callable[[], None]:
+    # A reference may be replaced by another one; what is written into it is in all other objects that hold it.
+    held, value = variable.get_raw_value(), value_in(variable)
+
+    def back() -> None:
+        if variable.get_raw_value() is not held and not _is_never_written(variable, held):
+            variable.set_raw_value(held)
+        if held is not value:
+            write_reference(held, value)
+
+    return back
 
 
 def _undo_container(node: Any) -> Callable[[], None]:

@@ -22,6 +22,7 @@ from statewise._src.common.nnx_graph import (
     any_is_deleted,
     are_concrete,
     arrays_of,
+    held_value,
     is_concrete,
     raw_value,
     read_graph,
@@ -66,7 +67,7 @@ def take(
     copies = None if mesh is None else copies_on(plan, mesh)
     packed = plan.with_packing(_kinds_to_pack(plan, pack, copies)) if pack else plan
     placer = _Placer(with_copies(packed, copies), mesh)
-    arrays = _arrays_in(plan, objects)
+    arrays, are_read = _arrays_in(plan, objects)
     every = list(itertools.chain.from_iterable(arrays))
     if not are_concrete(every) or any_is_deleted(every):
         check_model_arrays(
@@ -77,13 +78,13 @@ def take(
         )
         _check_not_narrowed(plan, arrays)
     copied = copy and mesh is None
-    placed = _copies(arrays) if copied else arrays
+    placed = _copies(arrays, are_read) if copied else arrays
     parts: dict[str, list[Any]] = {kind: [] for kind in plan.kinds}
-    for row, own in zip(plan.rows, placed, strict=True):
+    for row, own, is_read in zip(plan.rows, placed, are_read, strict=True):
         for array in own:
             # Each is placed before the next is copied: a device holds one complete array at a time, never all.
             part = parts[row.kind]
-            part.append(array if copied else placer.place(row.kind, len(part), array, copy))
+            part.append(array if copied else placer.place(row.kind, len(part), array, copy and not is_read))
     for derived in plan.derived_arrays if plan.derived else ():
         with explained("plan.take", mesh, parts):
             sources = [parts[source.kind][source.position] for source in derived.sources]
@@ -96,28 +97,33 @@ def take(
     return state
 
 
-def _arrays_in(plan: PlanTables, objects: Sequence[object]) -> list[list[Any]]:
-    """Returns the arrays of each leaf of objects that fit a plan, in the order of its rows."""
+def _arrays_in(plan: PlanTables, objects: Sequence[object]) -> tuple[list[list[Any]], list[bool]]:
+    """Returns the arrays of each leaf of objects that fit a plan, in the order of its rows.
+
+    Also whether they were read from a reference: they are copies then, which nothing else holds.
+    """
     read = plan.read_fitting(objects)
     if read is None:
         graph = read_graph(objects, names_for(plan, objects))
         leaves = matched(plan, graph, objects, "take")
         check_statics(plan, graph, objects)
-        return [arrays_of(raw_value(leaf))[0] for leaf in leaves]
-    return [
+        are_read = [isinstance(held_value(leaf), jax.Ref) for leaf in leaves]
+        return [arrays_of(raw_value(leaf))[0] for leaf in leaves], are_read
+    arrays = [
         [value] if row.structure is ONE else arrays_of(value)[0] for value, row in zip(read[1], plan.rows, strict=True)
     ]
+    return arrays, [False] * len(arrays)
 
 
-def _copies(arrays: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Returns copies of the arrays of each leaf, as JAX has them; tracers and shapes unchanged.
+def _copies(arrays: Sequence[Sequence[Any]], are_read: Sequence[bool] = ()) -> list[list[Any]]:
+    """Returns copies of the arrays of each leaf, as JAX has them; tracers, shapes and what is a copy unchanged.
 
     JAX copies many arrays in one call, each where it is, in a third of the time of as many calls.
     """
     copies: list[list[Any]] = [list(own) for own in arrays]
     together: list[tuple[int, int]] = []
     for number, own in enumerate(copies):
-        for index, array in enumerate(own):
+        for index, array in enumerate(() if are_read and are_read[number] else own):
             # `jax.device_put` would put keys on one device.
             if (
                 is_concrete(array)
@@ -202,7 +208,7 @@ class _Placer:
             return array if copy else self._unshared(array)
         info, sharding = self._plan.by_kind[kind][position], self._arrays[kind][position]
         # `jax.device_put` may return the same memory, so the copy is made before.
-        array = array if isinstance(array, jax.Array) and not copy else jnp.array(array)
+        array = _as_jax(array, copy)
         spreads = info.devices > 0
         array = spread(array, info.devices, sharding, info.axis) if spreads else jax.device_put(array, sharding)
         return array if copy else self._unshared(array)
@@ -259,9 +265,10 @@ def _as_jax(array: Any, copy: bool) -> Any:
     """Returns an array as JAX has it, copied if requested or if it is NumPy's; tracers and shapes unchanged."""
     if isinstance(array, jax.ShapeDtypeStruct | compat.Tracer):
         return array
-    if isinstance(array, jax.Array):
-        return jnp.copy(array) if copy else array
-    return jnp.array(array)
+    if isinstance(array, jax.Array) and not copy:
+        return array
+    with compat.without_mesh():
+        return jnp.array(array)
 
 
 def put(plan: PlanTables, state: object, objects: Sequence[object], *, copy: bool) -> None:

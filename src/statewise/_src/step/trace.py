@@ -297,12 +297,17 @@ def _is_data(value: object) -> bool:
 
 
 def check_output(leaves: Sequence[object], name: str) -> None:
-    """Checks that all parts of an output are arrays or numbers."""
+    """Checks that all parts of an output are arrays or numbers, and no references."""
     for leaf in leaves:
         if spec_of(leaf) is None:
             raise StructureError(
                 f"{name} returns {type(leaf).__name__}, which is not an array.",
                 hint="return arrays, numbers, or tuples, lists and dicts of them",
+            )
+        if isinstance(leaf, jax.Ref):
+            raise StructureError(
+                f"{name} returns a reference, which JAX does not return from a compiled function.",
+                hint="return variable[...]  # what it holds; what is written into a reference is in it after the call",
             )
 
 

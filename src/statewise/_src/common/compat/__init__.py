@@ -11,6 +11,7 @@ guaranteed to be stable: `jax.core`, `jax.extend`, `jax.interpreters` and `jax.e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import sys
@@ -42,11 +43,14 @@ __all__ = [
     "values_of_processes",
     "variable_type",
     "versions",
+    "without_mesh",
 ]
 
 Tracer = jax.core.Tracer
 # What is being traced now, to compare with an earlier value.  JAX's own function: every call of a step pays for it.
 trace_state = jex_core.get_opaque_trace_state
+_UNTRACED = trace_state()
+_NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 MetricState: type = nnx.metrics.MetricState
 # Rotary position embeddings, a layer that flax 0.12.8 does not have.
 RoPE: type | None = getattr(nnx, "RoPE", None)
@@ -67,6 +71,13 @@ def jit_is_disabled() -> bool:
     """Returns whether `jax.disable_jit` is active; JAX's configuration has no typed attributes."""
     config: Any = jax.config
     return bool(config.jax_disable_jit)
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context without the mesh of `jax.set_mesh`, under which JAX copies no array that is elsewhere."""
+    if jax.sharding.get_abstract_mesh().empty or trace_state() != _UNTRACED:  # under tracing no mesh can be set
+        return contextlib.nullcontext()
+    return jax.set_mesh(_NO_MESH)
 
 
 def flags_of_processes(flag: bool) -> list[int]:

@@ -7,6 +7,7 @@ and so does Optax: what an optimizer writes, `nnx.Optimizer` included, does not 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from flax import nnx
 
@@ -35,7 +36,7 @@ def hook_not_run(subject: Subject) -> Iterator[Found]:
                 f"{training.label} writes {counted(len(hooked), 'leaf', 'leaves')} without running "
                 f"{'its hook' if len(hooked) == 1 else 'their hooks'}.",
                 tuple(subject.row(number, note=how) for number, how in hooked.items()),
-                _hint(training, [subject.types[number] for number in hooked]),
+                _hint(training, [(subject.types[number], subject.graph.leaves[number]) for number in hooked]),
             )
 
 
@@ -50,13 +51,15 @@ def _when_set(subject: Subject, number: int) -> str:
     return f"{cls.__name__}.set_value" if getattr(cls, "set_value", None) is not nnx.Variable.set_value else ""
 
 
-def _hint(training: Training, types: list[type]) -> str:
-    classes = list(dict.fromkeys(types))
+def _hint(training: Training, hooked: list[tuple[type, Any]]) -> str:
+    classes = list(dict.fromkeys(cls for cls, _ in hooked))
+    # In a step all Variables are plain ones; a hook of the user's takes an array, not a reference.
+    read = "[...]" if not training.kinds and any(leaf.ref for _, leaf in hooked) else ""
     of = as_code(classes[0]) if len(classes) == 1 else f"({', '.join(map(as_code, classes))})"
     body = (
         "for _, leaf in nnx.iter_graph(model):\n"
         f"    if isinstance(leaf, {of}):\n"
-        "        leaf.set_value(leaf.get_raw_value())"
+        f"        leaf.set_value(leaf.get_raw_value(){read})"
     )
     if not training.kinds:
         return f"{body}  # after each optimizer.update(model, grads)"

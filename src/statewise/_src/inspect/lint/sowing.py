@@ -22,7 +22,6 @@ __all__ = ["RULES", "never_written", "taken_out"]
 
 RULES = Rules()
 
-_WANTED = ("sow", "perturb", nnx.pop)
 _BY_STEP = "  # or @sw.step(capture='intermediates')"
 _AS_BEFORE = "or, as in earlier versions: flax.config.update('nnx_sow_capture_noop', False)"
 
@@ -88,7 +87,7 @@ def _classes(subject: Subject) -> dict[type, tuple[FunctionCode, ...]]:
     """Returns the code of the classes of the modules; Flax's own layers read nothing that they sow."""
     classes = dict.fromkeys(type(node) for _, node in subject.nodes if isinstance(node, nnx.Module))
     own = (cls for cls in classes if cls.__module__.partition(".")[0] != "flax")
-    return {cls: functions_of(cls, _WANTED) for cls in own}
+    return {cls: functions_of(cls, ("sow", "perturb", nnx.pop)) for cls in own}
 
 
 def _recording(code: FunctionCode) -> list[Call]:
