@@ -286,7 +286,7 @@ def _undo_variable(variable: Any) -> Callable[[], None]:
     def back() -> None:
         if variable.get_raw_value() is not held and not _is_never_written(variable, held):
             variable.set_raw_value(held)
-        if held is not value:
+        if isinstance(held, jax.Ref):
             write_reference(held, value)
 
     return back
