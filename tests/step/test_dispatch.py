@@ -27,7 +27,9 @@ class Net(nnx.Module):
         self.calls = nnx.Variable(jnp.zeros((), int))
 
 
-with nnx.var_defaults(ref=False):  # what is in a reference is committed to its devices, and read by one thread at a time
+with nnx.var_defaults(
+    ref=False
+):  # what is in a reference is committed to its devices, and read by one thread at a time
     MODEL = Net(nnx.Rngs(0))
 PLAN = sw.plan(MODEL, optimizers={"params": optax.sgd(0.1)})
 X = jnp.ones((4, 3))
@@ -187,8 +189,7 @@ def test_donated_arguments() -> None:
 
 def test_sharded_outputs() -> None:
     sharding = jax.NamedSharding(AUTO, jax.P("d"))
-    out = sw.step(dense, out_shardings=sharding)(fresh(), X)
-    assert out.sharding == sharding
+    assert sw.step(dense, out_shardings=sharding)(fresh(), X).sharding == sharding
 
 
 @pytest.mark.parametrize(
