@@ -27,9 +27,7 @@ class Net(nnx.Module):
         self.calls = nnx.Variable(jnp.zeros((), int))
 
 
-with nnx.var_defaults(
-    ref=False
-):  # what is in a reference is committed to its devices, and read by one thread at a time
+with nnx.var_defaults(ref=False):  # what is in a reference is committed to its devices
     MODEL = Net(nnx.Rngs(0))
 PLAN = sw.plan(MODEL, optimizers={"params": optax.sgd(0.1)})
 X = jnp.ones((4, 3))
