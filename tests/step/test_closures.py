@@ -85,6 +85,28 @@ def test_closed_over_references_are_read_and_written_as_under_nnx_jit(trains: bo
     assert out == [100, 200, 300]
 
 
+def test_a_reference_is_not_returned() -> None:
+    with nnx.var_defaults(ref=True, hijax=False):
+        rngs = nnx.Rngs(noise=0)
+    state = state_of(Net())
+    returned = "returns a reference, which JAX does not return from a compiled function."
+    for out in (lambda rngs: rngs, lambda rngs: {"count": rngs.noise.count}, lambda rngs: [rngs.noise.key]):
+        for make in (sw.step, functools.partial(sw.train_step, has_aux=True)):
+
+            def f(model: Any, x: Any, rngs: Any, out: Any = out) -> Any:
+                return model(x).mean(), out(rngs)
+
+            with refused(
+                sw.StructureError,
+                f"f {returned}",
+                hint="return variable[...]  # what it holds; what is written into a reference is in it after the call",
+            ):
+                make(f)(state, X, rngs)
+    layers = nnx.Dict(w=nnx.Param(jnp.ones((4, 1, 3)), ref=False))
+    with pytest.raises(sw.StructureError, match=returned):
+        sw.scan_layers(lambda layer, x: (x[0] * layer.w[...], x[1]), layers, (X, rngs))
+
+
 def test_its_hint_goes_through() -> None:
     kinds, m, metric = sw.Kinds.standard(), Net(), nnx.metrics.Average()
     plan = kinds.plan(m, metric, optimizers={"params": optax.sgd(0.1)})

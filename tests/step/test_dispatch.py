@@ -27,8 +27,7 @@ class Net(nnx.Module):
         self.calls = nnx.Variable(jnp.zeros((), int))
 
 
-# The array of a reference is committed to its devices, and JAX lets one thread at a time read it.
-with nnx.var_defaults(ref=False):
+with nnx.var_defaults(ref=False):  # what is in a reference is committed to its devices
     MODEL = Net(nnx.Rngs(0))
 PLAN = sw.plan(MODEL, optimizers={"params": optax.sgd(0.1)})
 X = jnp.ones((4, 3))
@@ -188,8 +187,7 @@ def test_donated_arguments() -> None:
 
 def test_sharded_outputs() -> None:
     sharding = jax.NamedSharding(AUTO, jax.P("d"))
-    out = sw.step(dense, out_shardings=sharding)(fresh(), X)
-    assert out.sharding == sharding
+    assert sw.step(dense, out_shardings=sharding)(fresh(), X).sharding == sharding
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ What is written into a reference is not lost, so these objects are made of plain
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -271,29 +270,6 @@ def test_a_copy_in_the_function_may_be_written_and_what_is_returned_is_not_lost(
     out, rngs = sw.step(handed_on)(state, X, rngs)
     np.testing.assert_array_equal(out, first)
     assert int(rngs.noise.count[...]) == 1
-
-
-def test_a_reference_is_not_returned() -> None:
-    with nnx.var_defaults(ref=True, hijax=False):
-        rngs = nnx.Rngs(noise=0)
-    model = linear()
-    state = sw.plan(model, optimizers={"params": optax.sgd(0.1)}).take(model)
-    returned = "returns a reference, which JAX does not return from a compiled function."
-    for out in (lambda rngs: rngs, lambda rngs: {"count": rngs.noise.count}, lambda rngs: [rngs.noise.key]):
-        for make in (sw.step, functools.partial(sw.train_step, has_aux=True)):
-
-            def f(model: Any, x: Any, rngs: Any, out: Any = out) -> Any:
-                return model(x).mean(), out(rngs)
-
-            with refused(
-                sw.StructureError,
-                f"f {returned}",
-                hint="return variable[...]  # what it holds; what is written into a reference is in it after the call",
-            ):
-                make(f)(state, X, rngs)
-    layers = nnx.Dict(w=nnx.Param(jnp.ones((2, 1, 3)), ref=False))
-    with pytest.raises(sw.StructureError, match=returned):
-        sw.scan_layers(lambda layer, x: (x[0] * layer.w[...], x[1]), layers, (X, rngs))
 
 
 def test_a_dict_of_arrays_may_be_changed_in_the_function() -> None:

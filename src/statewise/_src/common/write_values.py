@@ -249,8 +249,8 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
     # All undo steps are prepared before the first write: an interrupt may come between any two lines.
     # All Variables, not only the written ones: a user's setter may change others.
     live = {id(leaf): leaf for leaf in leaves if compat.is_variable(leaf)} | {id(leaf): leaf for leaf, _ in variables}
-    undo = [_undo_variable(leaf) for leaf in live.values()]
-    undo += [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
+    before = [(leaf, leaf.get_raw_value(), value_in(leaf)) for leaf in live.values()]
+    undo = [_undo_container(node) for node in {id(each.node): each.node for each in assignments}.values()]
     try:
         for assignment in assignments:
             assignment.run()
@@ -261,6 +261,8 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
         )
         _set_values(variables)
     except BaseException:
+        for leaf, held, value in before:
+            _restore_variable(leaf, held, value)
         for back in undo:
             back()
         raise
@@ -279,17 +281,12 @@ def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:
             store(leaf, value)
 
 
-def _undo_variable(variable: Any) -> Callable[[], None]:
-    # A reference may be replaced by another one; what is written into it is in all other objects that hold it.
-    held, value = variable.get_raw_value(), value_in(variable)
-
-    def back() -> None:
-        if variable.get_raw_value() is not held and not _is_never_written(variable, held):
-            variable.set_raw_value(held)
-        if isinstance(held, jax.Ref):
-            write_reference(held, value)
-
-    return back
+def _restore_variable(variable: Any, held: Any, value: Any) -> None:
+    """Gives a Variable back what it held; if that is a reference, also the reference its array."""
+    if variable.get_raw_value() is not held and not _is_never_written(variable, held):
+        variable.set_raw_value(held)
+    if isinstance(held, jax.Ref):
+        write_reference(held, value)
 
 
 def _undo_container(node: Any) -> Callable[[], None]:
