@@ -32,8 +32,11 @@ PAGE = ROOT / "docs" / "compatibility.md"
 KEPT = ROOT / ".mode_results.json"
 BEGIN, END = "<!-- modes: written by `make test-modes` -->", "<!-- modes: end -->"
 
-# What can depend on a mode: the equivalence with Flax, filters, plans, states, steps, inspection and checkpoints.
-PARTS = ("common", "filters", "plan", "core", "step", "equivalence", "laws", "inspect", "sharding", "checkpoint")
+# All that has to do with models: without the rules of the repository, the types and the pages.
+PARTS = (
+    *("common", "names", "filters", "plan", "sharding", "core", "step", "inspect", "checkpoint", "report", "cli"),
+    *("equivalence", "examples", "laws"),
+)
 # What `.ci/run` runs of them: what fits into the time of CI, every verb in it.
 ROUNDTRIP = "checkpoint/test_roundtrip.py::test_"
 TRAINING = "equivalence/test_models.py::test_training_gives_the_numbers_of_nnx_jit_and_nnx_optimizer"
