@@ -217,6 +217,8 @@ CHANGED: dict[str, dict[str, str]] = {
             "test_leaf_specs.py::test_at_whatever_path_it_can_be_reached",
             "test_leaf_specs.py::test_a_kind_that_is_saved_keeps_what_was_sown",
             "test_graphdef.py::test_graph_with_a_shared_module_is_not_a_tree",
+            "test_graphdef.py::test_plan_of_a_model_with_sown_leaves_is_that_of_one_without",
+            "test_scan_layers_made.py::test_a_model_has_afterwards_what_nnx_scan_leaves_in_it",
             "test_capture_assigned.py::test_sown_onto_what_an_earlier_call_left",
             "test_scan_layers_made.py::test_uncaptured_the_refusal_names_the_path_in_the_model",
             "test_leaf_types.py::test_what_an_earlier_sow_left",
