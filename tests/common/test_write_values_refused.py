@@ -230,7 +230,7 @@ def test_one_list_by_two_paths_cannot_hold_two_arrays() -> None:
 
 @pytest.mark.parametrize("hijax", [False, True])
 def test_a_model_of_an_outer_trace_stays_as_it_is(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         model = model_of("a tuple")
     plan = sw.plan(model)
     bits = Bits(model)

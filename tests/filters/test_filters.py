@@ -121,7 +121,7 @@ def test_globs(pattern: str, path: tuple[Any, ...], matches: bool) -> None:
 
 
 def test_types_are_true_under_hijax() -> None:
-    with nnx.var_defaults(hijax=True):
+    with nnx.var_defaults(hijax=True, ref=False):
         model = Node(w=nnx.Param(ones(2), role="base"), v=nnx.Variable(ones(2)))
     assert type(model.w) is type(model.v)
     assert [path for path, leaf in leaves_of(model) if sw.Exactly(nnx.Variable)(path, leaf)] == [("v",)]

@@ -28,7 +28,7 @@ X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 CONTEXTS: dict[str, Callable[[], Any]] = {
     "tree": lambda: nnx.set_graph_mode(False),
     "no-updates": lambda: nnx.set_graph_updates(False),
-    "hijax": lambda: nnx.var_defaults(hijax=True),
+    "hijax": lambda: nnx.var_defaults(hijax=True, ref=False),
     "ref": lambda: nnx.var_defaults(ref=True),
     "hijax and ref": lambda: nnx.var_defaults(hijax=True, ref=True),
 }
@@ -311,7 +311,7 @@ NO_ARRAY = "a Ref can't be passed|requires ndarray or scalar arguments|Out of bo
 
 
 def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
-    with nnx.var_defaults(hijax=True):  # `modes.CHANGED`
+    with nnx.var_defaults(hijax=True, ref=False):  # `modes.CHANGED`
         model = Small()
         assert not nnx.to_flat_state(nnx.pop(model, nnx.Variable))
         assert hasattr(model, "n")

@@ -218,7 +218,7 @@ def test_popped_by_the_function_it_needs_no_capture() -> None:
     assert (float(value), state["params"]["w"].tolist()) == (2.0, [0.5, 0.5])
 
     for hijax in (False, True):
-        with nnx.var_defaults(hijax=hijax):
+        with nnx.var_defaults(hijax=hijax, ref=False):
             model = called(Small())
         plan = KINDS.plan(model, optimizers={"params": optax.sgd(0.5)})
         with pytest.raises(sw.StructureError, match=r"kl_loss: .*\(removed\)") as caught:

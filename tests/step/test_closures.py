@@ -152,7 +152,7 @@ def test_the_planned_model_written_under_a_transform_by_closure(transform: Any) 
 @pytest.mark.parametrize("make", [sw.step, sw.train_step])
 def test_hijax_variables_from_outside_that_are_written_are_named(make: Any) -> None:
     """Flax refuses the write of a hijax Variable with another error than that of a plain one, and 0.12.8 runs it."""
-    with nnx.var_defaults(hijax=True):
+    with nnx.var_defaults(hijax=True, ref=False):
         metric, norm = nnx.metrics.Average(), nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     with refused(
         sw.StructureError,
@@ -197,7 +197,7 @@ def test_an_error_of_linen_passes_as_it_is() -> None:
 
 @pytest.mark.parametrize("hijax", [False, True])
 def test_a_step_that_evaluates_another_model_than_its_own_is_warned_of(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         model = Net()
     step = sw.step(lambda m, x: model(x))
     with pytest.warns(sw.StatewiseWarning, match="reads nothing of its state; it reads `model`"):

@@ -136,7 +136,7 @@ def test_the_object_that_stands_in_the_place_of_the_model_is_named(way: Any) -> 
 
 @pytest.mark.parametrize("hijax", [False, True])
 def test_all_that_the_error_says(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         model = nnx.Linear(3, 1, use_bias=False, rngs=nnx.Rngs(0))
 
     def loss(m: Any, x: Any) -> Any:

@@ -190,7 +190,7 @@ def test_a_static_argument_is_no_way_around() -> None:
         step(state_of(linear()), X, rngs)
     step = sw.step(lambda model, x, other: other(x), static_argnames="other")
     for hijax in (False, True):
-        with nnx.var_defaults(hijax=hijax):
+        with nnx.var_defaults(hijax=hijax, ref=False):
             other = linear()
         with refused(
             sw.StructureError,

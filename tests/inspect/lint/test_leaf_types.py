@@ -96,7 +96,7 @@ class Sows(nnx.Module):
     ],
 )
 def test_what_an_earlier_sow_left(hijax: bool, hint: str) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         check_what_an_earlier_sow_left(hint)
 
 

@@ -213,7 +213,7 @@ def test_an_optimizer_that_masks_the_frozen_leaves_is_fine(container: type) -> N
 
 @pytest.mark.parametrize("hijax", [False, True])
 def test_each_optimizer_is_matched_with_its_own_model(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         check_each_optimizer_is_matched_with_its_own_model()
 
 
@@ -250,7 +250,7 @@ def test_an_optimizer_that_holds_its_model() -> None:
 
 @pytest.mark.parametrize("hijax", [False, True])
 def test_moments_of_leaves_that_are_gone(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         check_moments_of_leaves_that_are_gone()
 
 

@@ -133,7 +133,7 @@ def test_who_captures_hears_nothing() -> None:
 @has_setting
 @pytest.mark.parametrize("hijax", [False, True])
 def test_a_value_that_no_call_writes_any_more(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax):
+    with nnx.var_defaults(hijax=hijax, ref=False):
         check_a_value_that_no_call_writes_any_more()
 
 
