@@ -92,8 +92,7 @@ class Checkpoints:
         check_counts(max_to_keep, every)
         check_options(options)
         self._layout = layout
-        self._bytes = 0
-        self._writing = self._closed = False
+        self._bytes, self._writing, self._closed = 0, False, False
         self._step: int | None = None
         self._directory = steps_in(directory)
         with opens(self._directory):
@@ -159,10 +158,9 @@ class Checkpoints:
                 if not self._is_deleted(number):
                     raise
                 if step is not None:
-                    raise RestoreError(
-                        f"Step {number} in {self._directory} was deleted while it was read.",
-                        hint="checkpoints.latest, or a larger max_to_keep for the run that writes",
-                    ) from error
+                    said = f"Step {number} in {self._directory} was deleted while it was read."
+                    hint = "checkpoints.latest, or a larger max_to_keep for the run that writes"
+                    raise RestoreError(said, hint=hint) from error
 
     def _is_deleted(self, step: int) -> bool:
         """Returns whether a step is gone; waits a moment for a deletion that has started with other files."""
@@ -214,6 +212,7 @@ class Checkpoints:
         if data is not None:
             items[DATA] = data_item(data, step)
         with writes(self._directory, self._complete):
+            self._watch(None, 0, float("inf"))
             self._claims.end()  # Orbax would wait too; here its error is that of the step before
         self._writing = False  # a save that fails is in progress forever for Orbax
         self._step, self._bytes = step, sum(leaf.nbytes for leaf in item.state.tables.leaves)
@@ -237,10 +236,9 @@ class Checkpoints:
             raise SaveError(f"Step {step} in {self._directory} is not a complete checkpoint.", hint=remove)
         newer = sorted(number for number in known if number > step)
         if newer and not force:
-            raise SaveError(
-                f"Step {step} is older than what {self._directory} holds: {', '.join(map(str, newer[-5:]))}.",
-                hint="another directory, to go on from an older step; or save(..., force=True), to save it beside them",
-            )
+            said = f"Step {step} is older than what {self._directory} holds: {', '.join(map(str, newer[-5:]))}."
+            hint = "another directory, to go on from an older step; or save(..., force=True), to save it beside them"
+            raise SaveError(said, hint=hint)
         return step
 
     def restore(
@@ -340,21 +338,22 @@ class Checkpoints:
             elif total >= LARGE:
                 with bar(f"writing a step of {self._directory.name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total, end)
-            elif timeout is not None:
+            else:
                 self._watch(None, total, end)
             if is_in_time := timeout is None or not self._is_writing():
                 self._claims.end()
         if not is_in_time:
-            raise SaveError(
-                f"Step {self._step} ({total:,} bytes) is still being written to {self._directory} after {timeout} s.",
-                hint="checkpoints.wait() until it is complete; a process that ends before loses this step only",
-            )
+            said = f"Step {self._step} ({total:,} bytes) is still being written to {self._directory} after {timeout} s."
+            hint = "checkpoints.wait() until it is complete; a process that ends before loses this step only"
+            raise SaveError(said, hint=hint)
 
     def _is_writing(self) -> bool:
         return self._writing and self._manager.is_writing()
 
     def _watch(self, progress: Callable[[int, int], None] | None, total: int, end: float) -> None:
         """Waits for the background write, and reports its progress: on a disk, by the size of its files."""
+        pause = 0.001 if progress is None else 0.1
+        # Not by a join of its thread: up to Python 3.12 that takes a running thread for an ended one if Ctrl-C ends it.
         while self._is_writing():
             if progress is not None:
                 claimed = self._claims.written
@@ -363,7 +362,8 @@ class Checkpoints:
             left = end - time.monotonic()
             if left <= 0:
                 return
-            time.sleep(min(0.1, left))
+            time.sleep(min(pause, left))
+            pause = min(1.5 * pause, 0.1)
         if progress is not None:
             progress(total, total)
 
