@@ -144,7 +144,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "nnx.vmap does not make hijax Variables",
     ),
     Refusal("hijax", "'AbstractVariable' object has no attribute 'shape'", "nnx.vmap does not take hijax Variables"),
-    Refusal("hijax", "Tracer has no attribute (dtype|shape|size)", "hijax Variables in jax.jit have no shape or dtype"),
+    Refusal("hijax", "Tracer has no attribute (dtype|ndim|shape|size)", "hijax Variables in jax.jit have no shape"),
     Refusal("hijax", "RecursionError: maximum recursion depth", "nnx.EMA of hijax Variables"),
     Refusal(
         "hijax",

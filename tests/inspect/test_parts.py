@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 
+import modes
 import strategies
 from parts_model import STANDARD, Model, assert_same, flat, notes
 from statewise._src.core.plan import Kinds
@@ -98,14 +99,14 @@ def test_the_graph_definition_is_static_to_jax(model: Model) -> None:
 
     def total(graphdef: Any, parts: Any) -> jax.Array:
         traces.append(1)
-        return merge(graphdef, parts).first.kernel.sum()
+        return merge(graphdef, parts).first.kernel[...].sum()
 
     model.nothing.set_raw_value(jnp.zeros(()))
     for jitted in (jax.jit(total, static_argnums=0), jax.jit(total)):
         traces.clear()
         for _ in range(3):
             graphdef, parts = split(model, STANDARD)
-            assert jitted(graphdef, parts) == model.first.kernel.sum()
+            assert jitted(graphdef, parts) == model.first.kernel[...].sum()
         assert len(traces) == 1
     graphdef, _ = split(model, STANDARD)
     assert jax.tree.leaves(graphdef) == []
@@ -117,7 +118,9 @@ def test_the_graph_definition_is_static_to_jax(model: Model) -> None:
 
 
 def test_the_graph_definition_goes_through_pickle_and_scan() -> None:
-    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    # Flax 0.12.8 does not tell the type of a hijax Variable in a scan.
+    with nnx.var_defaults(hijax=nnx.var_defaults().hijax and not modes.hijax_is_written_in_traces()):
+        model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     graphdef, parts = split(model, STANDARD)
     again = pickle.loads(pickle.dumps(graphdef))
     assert_same(merge(again, parts), model)

@@ -276,7 +276,7 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "hijax Variables as an output of jax.jit": lambda: jax.jit(lambda state: state)(nnx.state(Small())),
     "nnx.vmap does not make hijax Variables": lambda: nnx.vmap(lambda _: Small())(jnp.arange(3)),
     "nnx.vmap does not take hijax Variables": lambda: nnx.vmap(lambda w, x: w * x)(nnx.Param(jnp.ones(2)), jnp.ones(2)),
-    "hijax Variables in jax.jit have no shape or dtype": lambda: jax.jit(
+    "hijax Variables in jax.jit have no shape": lambda: jax.jit(
         lambda state: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     )(nnx.state(Small(), nnx.Param)),
     "nnx.EMA of hijax Variables": lambda: nnx.EMA(Small(), 0.9),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ from hints import parses
 FORMS = [{"ref": True}, {"hijax": True}, {"hijax": True, "ref": True}]
 PLAIN = {"hijax": False, "ref": False}
 X = jnp.full((3, 2), 0.5)
+
+
+@pytest.fixture(autouse=True)
+def _plain_unless_said() -> Iterator[None]:
+    """In every mode these tests are of the forms that they name."""
+    with nnx.var_defaults(**PLAIN):
+        yield
 
 
 class Model(nnx.Module):
@@ -220,7 +227,7 @@ def test_a_model_of_them_is_made_on_a_mesh(options: dict[str, bool], devices: li
     model = nnx.Dict(w=nnx.Param(jnp.arange(16.0), **options))
     plan = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.Sharded("d"))).plan(model)
     state = plan.take(model, mesh=mesh)
-    with nnx.var_defaults(**options):
+    with nnx.var_defaults(**(PLAIN | options)):
         made = plan.init(lambda: nnx.Dict(w=nnx.Param(jnp.arange(16.0))), mesh)
     assert_same(dict(made), dict(state))
     if options != {"hijax": True, "ref": True}:  # flax 0.12.8 does not replace the reference of a hijax Variable
