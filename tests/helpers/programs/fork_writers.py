@@ -24,17 +24,22 @@ STEPS = 50
 IMPORTED = (etils.epath, gcsfs, orbax.checkpoint, s3fs, tensorstore)
 
 
+def say(text: str) -> None:
+    """Writes a line in one call: of one that `print` writes in parts, a writer that is killed may leave the first."""
+    os.write(1, f"{text}\n".encode())
+
+
 def plain(base: str, first: int) -> None:
     """`sw.save` to a path for each step."""
     for step in range(first, first + STEPS):
         state = numbered.state(step)
-        print("begun", step, flush=True)
+        say(f"begun {step}")
         try:
             sw.save(f"{base}/step_{step}", state)
         except sw.SaveError as error:
-            print("failed", step, error.message, flush=True)
+            say(f"failed {step} {error.message}")
             return
-        print("done", step, flush=True)
+        say(f"done {step}")
 
 
 def managed(base: str, first: int) -> None:
@@ -42,10 +47,10 @@ def managed(base: str, first: int) -> None:
     with sw.Checkpoints(base, max_to_keep=2) as checkpoints:
         for step in range(first, first + STEPS):
             state = numbered.state(step)
-            print("begun", step, flush=True)
+            say(f"begun {step}")
             checkpoints.save(step, state)
             checkpoints.wait()
-            print("done", step, flush=True)
+            say(f"done {step}")
 
 
 def main() -> None:
@@ -56,11 +61,11 @@ def main() -> None:
         base, first, how = line.split()
         pid = os.fork()
         if not pid:
-            print("pid", os.getpid(), flush=True)
+            say(f"pid {os.getpid()}")
             {"plain": plain, "managed": managed}[how](base, int(first))
             os._exit(0)
         os.waitpid(pid, 0)
-        print("ended", pid, flush=True)
+        say(f"ended {pid}")
 
 
 if __name__ == "__main__":
