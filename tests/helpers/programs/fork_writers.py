@@ -18,15 +18,11 @@ import tensorstore
 
 import numbered
 import statewise as sw
+from saying import say
 
 STEPS = 50
 # What a save imports when it is needed.
 IMPORTED = (etils.epath, gcsfs, orbax.checkpoint, s3fs, tensorstore)
-
-
-def say(text: str) -> None:
-    """Writes a line in one call: of one that `print` writes in parts, a writer that is killed may leave the first."""
-    os.write(1, f"{text}\n".encode())
 
 
 def plain(base: str, first: int) -> None:

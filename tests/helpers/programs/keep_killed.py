@@ -15,25 +15,26 @@ import orbax.checkpoint as ocp
 
 import statewise as sw
 from damaging import state
+from saying import say
 
 
 def plain(folder: Path, first: int) -> None:
     """`sw.save` to a path for each step."""
     for step in range(first, first + 1000):
-        print("begun", step, flush=True)
+        say(f"begun {step}")
         sw.save(folder / f"step_{step}", state(step), layout=("named", "packed")[step % 2])
-        print("done", step, flush=True)
+        say(f"done {step}")
 
 
 def managed(folder: Path, first: int, options: Any = None) -> None:
     """`sw.Checkpoints`, which keeps two."""
     with sw.Checkpoints(folder, max_to_keep=2, options=options) as checkpoints:
         for step in range(first, first + 1000):
-            print("begun", step, flush=True)
+            say(f"begun {step}")
             checkpoints.save(step, state(step))
             if step % 2:  # the others overlap
                 checkpoints.wait()
-                print("done", step, flush=True)
+                say(f"done {step}")
 
 
 def newer(folder: Path, first: int) -> None:
