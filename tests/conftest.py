@@ -190,6 +190,13 @@ def devices() -> list[jax.Device]:
     return found
 
 
+@pytest.fixture
+def plain_variables() -> Iterator[None]:
+    """Plain Variables, in every mode."""
+    with nnx.var_defaults(hijax=False, ref=False):
+        yield
+
+
 @pytest.fixture(params=["nnx.State", "dict"])
 def container(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """What Flax gives leaves in: an `nnx.State` as today, and the dict that is announced."""

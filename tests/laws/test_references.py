@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,10 @@ from flax import nnx
 import statewise as sw
 from hints import parses
 
+pytestmark = pytest.mark.usefixtures("plain_variables")  # but for the forms that a test names
 FORMS = [{"ref": True}, {"hijax": True}, {"hijax": True, "ref": True}]
 PLAIN = {"hijax": False, "ref": False}
 X = jnp.full((3, 2), 0.5)
-
-
-@pytest.fixture(autouse=True)
-def _plain_unless_said() -> Iterator[None]:
-    """In every mode these tests are of the forms that they name."""
-    with nnx.var_defaults(**PLAIN):
-        yield
 
 
 class Model(nnx.Module):
