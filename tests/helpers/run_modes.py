@@ -253,6 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.write:
                 write(table(list(answers), results, files, given.quick))
             print(f"{' on '.join(runs[done])}: {result} in {result.seconds:.0f} s", flush=True)
+    if given.write:  # also if nothing was left to run
+        write(table(list(answers), results, files, given.quick))
     print(table(list(answers), results, files, given.quick))
     return int(any(result.failed or result.demo is False for result in fresh))
 
