@@ -173,7 +173,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("ref", "'Ref' object has no attribute", "a reference has no methods of arrays, as is_deleted"),
 )
 
-TOLD_BY_STATE = "the moments of hijax Variables are told by the nnx.State that they are in"
+KNOWN_BY_STATE = "the moments of hijax Variables are known by the nnx.State that they are in"
 # Tests of what a mode changes in Flax itself, without an error that says so: by mode, the test's name (with its
 # parameters, or for all of them) and what changes.
 CHANGED: dict[str, dict[str, str]] = {
@@ -182,7 +182,7 @@ CHANGED: dict[str, dict[str, str]] = {
         "test_graphdef.py::test_without_leaves_is_what_is_left_when_they_are_popped": "nnx.pop does not find hijax "
         "Variables",
         "test_update.py::test_update_under_jit": "hijax Variables are not written inside jax.jit",
-        "test_optimizers.py::test_an_optimizer_that_masks_the_frozen_leaves_is_fine[dict]": TOLD_BY_STATE,
+        "test_optimizers.py::test_an_optimizer_that_masks_the_frozen_leaves_is_fine[dict]": KNOWN_BY_STATE,
         "test_arrays.py::test_a_copy_of_the_module_alone_shares_its_arrays": "jax.tree.map gives hijax Variables "
         "themselves, not their arrays",
         **dict.fromkeys(
@@ -215,7 +215,7 @@ CHANGED: dict[str, dict[str, str]] = {
             "test_optimizers.py::test_each_optimizer_is_matched_with_its_own_model[True]",
             "test_optimizers.py::test_moments_of_leaves_that_are_gone[True]",
         ),
-        TOLD_BY_STATE,
+        KNOWN_BY_STATE,
     ),
     "sow-noop": dict.fromkeys(
         (
