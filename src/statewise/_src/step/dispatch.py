@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.common import compat
-from statewise._src.common.compat import trace_state
+from statewise._src.common.compat import is_untraced
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems
 from statewise._src.core.part import Part
@@ -144,8 +144,9 @@ class CompiledStep:
             if fn is not None:
                 written, out = fn(*operands)
             else:
-                # Inside a transform (vmap, grad) the transform owns the arrays, so nothing may be donated.
-                untraced = trace_state() == _UNTRACED
+                # Inside a transform the transform owns the arrays, so nothing may be donated: `vmap` may use one for
+                # all members, and `grad` still needs it.  A tracer does not know its sharding either.
+                untraced = is_untraced()
                 donate = untraced and not _looks_for_nans()
                 places = self._places(parts) if untraced else ()
                 written, out = self._call((donate, places), operands)
@@ -378,11 +379,6 @@ def _settings() -> int:
     JAX traces a function once for each combination of them, so the number identifies a trace of `_probe`.
     """
     return int(jax.eval_shape(_probe).shape[0])
-
-
-# Inside a transform the transform owns the arrays: `vmap` may use one array for all members, and `grad` still needs it.
-# A tracer does not know its sharding either.
-_UNTRACED = trace_state()
 
 
 def _looks_for_nans() -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from statewise._src.common.compat import trace_state
+from statewise._src.common.compat import is_untraced
 from statewise._src.core.part import Origin, Part
 from statewise._src.core.plan import State
 from statewise._src.core.restart import restart
@@ -20,8 +20,6 @@ from statewise._src.step.operands import Operands
 from statewise.errors import StaleError
 
 __all__ = ["Staleness", "staleness_of"]
-
-_UNTRACED = trace_state()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class Staleness:
 
     def _examined(self, state: State, name: str) -> State:
         # Inside a transform nothing is known of the arrays, and nothing is claimed.
-        if trace_state() != _UNTRACED:
+        if not is_untraced():
             return state
         # Not in place: the step may still fail, or return no state, and then this one is used again.  Again, because a
         # kind that depends on one that was restarted is stale only now.

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import platform
 import sys
+import threading
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,15 @@ __all__ = [
     "Tracer",
     "broadcast_from_first_process",
     "flags_of_processes",
+    "is_hijax",
     "is_nnx_state",
+    "is_untraced",
     "is_variable",
     "jit_is_disabled",
     "reference",
     "sow_needs_capture",
     "state_type",
     "state_types",
-    "trace_state",
     "values_of_processes",
     "variable_type",
     "versions",
@@ -47,9 +49,6 @@ __all__ = [
 ]
 
 Tracer = jax.core.Tracer
-# What is being traced now, to compare with an earlier value.  JAX's own function: every call of a step pays for it.
-trace_state = jex_core.get_opaque_trace_state
-_UNTRACED = trace_state()
 _NO_MESH = jax.sharding.Mesh(np.empty((), dtype=object), ())
 MetricState: type = nnx.metrics.MetricState
 # Rotary position embeddings, a layer that flax 0.12.8 does not have.
@@ -73,11 +72,29 @@ def jit_is_disabled() -> bool:
     return bool(config.jax_disable_jit)
 
 
+def _untraced_state() -> Any:
+    # Each thread has a state of its own, and a new one traces nothing: this module may be imported inside of a trace,
+    # when one of the public names is first used there.
+    states: list[Any] = []
+    thread = threading.Thread(target=lambda: states.append(jex_core.get_opaque_trace_state()))
+    thread.start()
+    thread.join()
+    return states[0]
+
+
+_UNTRACED = _untraced_state()
+
+
+def is_untraced() -> bool:
+    """Returns whether nothing is being traced, mapped or differentiated; every call of a step pays for it."""
+    return bool(jex_core.get_opaque_trace_state() == _UNTRACED)
+
+
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
     """Returns a context without the mesh of `jax.set_mesh`, under which JAX copies no array that is elsewhere."""
-    if jax.sharding.get_abstract_mesh().empty or trace_state() != _UNTRACED:  # under tracing no mesh can be set
-        return contextlib.nullcontext()
-    return jax.set_mesh(_NO_MESH)
+    if is_untraced() and not jax.sharding.get_abstract_mesh().empty:  # under tracing no mesh can be set
+        return jax.set_mesh(_NO_MESH)
+    return contextlib.nullcontext()
 
 
 def flags_of_processes(flag: bool) -> list[int]:
@@ -132,6 +149,11 @@ def reference(leaf: Any) -> str:
     if isinstance(leaf, nnx.Variable):  # an instance of another class that passes for a Variable
         return "hijax=True, ref=True" if leaf.ref else "hijax=True"
     return "a reference outside of a Variable" if isinstance(leaf, jax.Ref) else ""
+
+
+def is_hijax(leaf: Any) -> bool:
+    """Returns whether a leaf is a hijax Variable."""
+    return reference(leaf).startswith("hijax")
 
 
 def state_type() -> type:
