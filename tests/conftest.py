@@ -197,6 +197,13 @@ def plain_variables() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=[False, True])
+def hijax(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Plain Variables, then hijax ones, in every mode."""
+    with nnx.var_defaults(hijax=request.param, ref=False):
+        yield request.param
+
+
 @pytest.fixture(params=["nnx.State", "dict"])
 def container(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """What Flax gives leaves in: an `nnx.State` as today, and the dict that is announced."""

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from comparing import data
 from refusals import refused
 
 X = jnp.ones((4, 3))
@@ -228,11 +229,7 @@ def test_what_is_written_into_a_reference_is_not_lost(kind: str, trains: bool) -
 def contents(thing: Any) -> dict[str, np.ndarray]:
     """What flax reads of each Variable."""
     leaves = jax.tree_util.tree_flatten_with_path(thing, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
-    values = {jax.tree_util.keystr(keys): leaf.get_value() for keys, leaf in leaves}
-    return {
-        path: np.asarray(jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value)
-        for path, value in values.items()
-    }
+    return {jax.tree_util.keystr(keys): data(leaf.get_value()) for keys, leaf in leaves}
 
 
 def test_what_is_read_is_fresh_at_every_call_as_under_nnx_jit() -> None:

@@ -6,7 +6,6 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
 import statewise as sw
@@ -88,19 +87,10 @@ class Sows(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize(
-    ("hijax", "hint"),
-    [
-        (False, "sown = nnx.pop(model, nnx.Intermediate)  # after each call"),
-        (True, "del self.seen  # after each call; nnx.pop does not find hijax Variables"),
-    ],
-)
-def test_what_an_earlier_sow_left(hijax: bool, hint: str) -> None:
-    with nnx.var_defaults(hijax=hijax, ref=False):
-        check_what_an_earlier_sow_left(hint)
-
-
-def check_what_an_earlier_sow_left(hint: str) -> None:
+def test_what_an_earlier_sow_left(hijax: bool) -> None:
+    hint = "sown = nnx.pop(model, nnx.Intermediate)  # after each call"
+    if hijax:
+        hint = "del self.seen  # after each call; nnx.pop does not find hijax Variables"
     model = Sows()
     clean(model)
     model(jnp.ones(2))

@@ -211,13 +211,8 @@ def test_an_optimizer_that_masks_the_frozen_leaves_is_fine(container: type) -> N
     clean(model, optimizer(model, optax.masked(optax.adam(1e-3), mask)), kinds=FROZEN_BASE)
 
 
-@pytest.mark.parametrize("hijax", [False, True])
-def test_each_optimizer_is_matched_with_its_own_model(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax, ref=False):
-        check_each_optimizer_is_matched_with_its_own_model()
-
-
-def check_each_optimizer_is_matched_with_its_own_model() -> None:
+@pytest.mark.usefixtures("hijax")
+def test_each_optimizer_is_matched_with_its_own_model() -> None:
     generator, critic = nnx.Dict(g=linear()), nnx.Dict(d=linear())
     kinds = FROZEN_BASE.replace(
         base=sw.Kind(nnx.Param & sw.Path("g/**"), frozen=True), head=sw.Kind(nnx.Param & sw.Path("d/**"))
@@ -248,13 +243,8 @@ def test_an_optimizer_that_holds_its_model() -> None:
     assert codes(plain, nnx.ModelAndOptimizer(plain, optax.adam(1e-3))) == ["tied-weights"]
 
 
-@pytest.mark.parametrize("hijax", [False, True])
-def test_moments_of_leaves_that_are_gone(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax, ref=False):
-        check_moments_of_leaves_that_are_gone()
-
-
-def check_moments_of_leaves_that_are_gone() -> None:
+@pytest.mark.usefixtures("hijax")
+def test_moments_of_leaves_that_are_gone() -> None:
     model = nnx.Dict(old=linear())
     tx = optimizer(model)
     model.new = linear()

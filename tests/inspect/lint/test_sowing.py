@@ -131,13 +131,8 @@ def test_who_captures_hears_nothing() -> None:
 
 
 @has_setting
-@pytest.mark.parametrize("hijax", [False, True])
-def test_a_value_that_no_call_writes_any_more(hijax: bool) -> None:
-    with nnx.var_defaults(hijax=hijax, ref=False):
-        check_a_value_that_no_call_writes_any_more()
-
-
-def check_a_value_that_no_call_writes_any_more() -> None:
+@pytest.mark.usefixtures("hijax")
+def test_a_value_that_no_call_writes_any_more() -> None:
     model = Sows()
     model(jnp.ones(2))
     flax.config.update("nnx_sow_capture_noop", True)

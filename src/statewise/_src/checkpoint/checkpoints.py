@@ -333,14 +333,12 @@ class Checkpoints:
         total = self._bytes
         end = time.monotonic() + check_timeout(timeout)
         with writes(self._directory, self._complete):
-            if progress is not None:
-                self._watch(progress, total, end)
-            elif total >= LARGE:
+            if progress is None and total >= LARGE:
                 with bar(f"writing a step of {self._directory.name}", total) as tell:
                     self._watch(lambda written, _: tell(written), total, end)
             else:
-                self._watch(None, total, end)
-            if is_in_time := timeout is None or not self._is_writing():
+                self._watch(progress, total, end)
+            if is_in_time := not self._is_writing():
                 self._claims.end()
         if not is_in_time:
             said = f"Step {self._step} ({total:,} bytes) is still being written to {self._directory} after {timeout} s."

@@ -25,6 +25,7 @@ __all__ = [
     "hijax_brought_back",
     "hijax_set_aside",
     "of_plain_variables",
+    "out_of_model",
     "read_reference",
     "store",
     "with_references",
@@ -123,6 +124,17 @@ def of_plain_variables(graphdef: Any) -> Any:
 def has_hijax(graphdef: Any) -> bool:
     """Returns whether some Variables of a graph definition are hijax ones."""
     return any(_is_variable(node) and node.metadata.get("hijax", False) for node in graphdef.nodes)
+
+
+def out_of_model(pop: str, hijax: str | None, when: str) -> str:
+    """Returns the code that takes leaves which a call has left out of a model, for a hint.
+
+    Args:
+      pop: the call of `nnx.pop` that does it for other Variables than hijax ones.
+      hijax: the place of a hijax Variable among the leaves; None if there is none.
+      when: when to do it, for the comment.
+    """
+    return f"{pop}  # {when}" if hijax is None else f"del {hijax}  # {when}; nnx.pop does not find hijax Variables"
 
 
 def hijax_set_aside(graphdef: Any) -> Any:

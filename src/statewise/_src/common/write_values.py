@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import is_array, row_of, value_in
+from statewise._src.common.nnx_graph import is_array, is_traced, row_of, value_in
 from statewise._src.common.paths import Path, format_path, plain_key
 from statewise._src.common.problems import Problems
 from statewise._src.common.variable_forms import store, write_reference
@@ -270,9 +270,7 @@ def _write(variables: Sequence[tuple[Any, Any]], assignments: Sequence[_Assignme
 
 def _is_never_written(leaf: Any, value: Any) -> bool:
     """Returns whether Flax refuses every write of a Variable: a hijax one in a trace, where it reads as a new value."""
-    return any(isinstance(array, compat.Tracer) for array in jax.tree.leaves(value)) and compat.reference(
-        leaf
-    ).startswith("hijax")
+    return is_traced(jax.tree.leaves(value)) and compat.is_hijax(leaf)
 
 
 def _set_values(variables: Iterable[tuple[Any, Any]]) -> None:

@@ -16,7 +16,7 @@ from statewise._src.common import compat
 from statewise._src.common.nnx_graph import ONE, is_array, make_leaf, numbered, row_of
 from statewise._src.common.paths import Leaf, Path, format_type
 from statewise._src.common.problems import Problems
-from statewise._src.common.variable_forms import has_hijax
+from statewise._src.common.variable_forms import has_hijax, out_of_model
 from statewise._src.filters.explain import as_code
 from statewise._src.filters.primitives import Exactly
 from statewise._src.plan.leaf_specs import LeafSpec
@@ -114,12 +114,13 @@ def _hints(plan: PlanTables, problems: Sequence[Leaf], live: Mapping[Path, Any])
 
 def _taken_out(plan: PlanTables, leaf: Leaf) -> str:
     """Returns the code that takes a leaf which an earlier call left out of a model."""
-    why = "before planning: an earlier call left it there, and every call makes it"
-    if not has_hijax(plan.graphdef):
-        return f"nnx.pop(model, {as_code(Exactly(leaf.type))})  # {why}"
     keys = plan.relative(leaf.path)
     place = "".join(f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]" for key in keys)
-    return f"del model{place}  # {why}; nnx.pop does not find hijax Variables"
+    return out_of_model(
+        f"nnx.pop(model, {as_code(Exactly(leaf.type))})",
+        f"model{place}" if has_hijax(plan.graphdef) else None,
+        "before planning: an earlier call left it there, and every call makes it",
+    )
 
 
 def _is_for_a_call(type_: type) -> bool:

@@ -201,6 +201,6 @@ def _written_part(error: Exception) -> Any:
         own = trace.tb_frame.f_locals.get(first[0]) if first else None
         part = own if isinstance(own, (nnx.Variable, nnx.Pytree)) else part
         trace = trace.tb_next
-    if isinstance(error, ImmutableVariableError) and not compat.reference(part).startswith("hijax"):
+    if isinstance(error, ImmutableVariableError) and not compat.is_hijax(part):
         return None  # Linen's error has the same type
     return part

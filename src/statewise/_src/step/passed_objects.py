@@ -148,7 +148,7 @@ def plain_arguments(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     A step only reads the objects among its arguments, and plain Variables are read alike in every trace.
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
-    if not any(compat.reference(leaf).startswith("hijax") for leaf in leaves):
+    if not any(compat.is_hijax(leaf) for leaf in leaves):
         return None
     plain = [leaf.copy(hijax=False, ref=False) if compat.is_variable(leaf) else leaf for leaf in leaves]
     own_args, own_kwargs = jax.tree.unflatten(structure, plain)

@@ -13,6 +13,7 @@ from flax import nnx
 from statewise._src.common import compat
 from statewise._src.common.paths import Path, format_path
 from statewise._src.common.problems import counted
+from statewise._src.common.variable_forms import out_of_model
 from statewise._src.filters.explain import as_code
 from statewise._src.inspect.lint.class_code import Call, FunctionCode, functions_of
 from statewise._src.inspect.lint.finding import Found, Rules
@@ -54,11 +55,8 @@ def sow_without_capture(subject: Subject) -> Iterator[Found]:
 
 def taken_out(subject: Subject, numbers: Sequence[int], pop: str, when: str) -> str:
     """Returns the code that takes leaves which were sown out of a model: `pop`, where that finds them."""
-    leaves = subject.graph.leaves
-    hijax = [number for number in numbers if compat.reference(leaves[number]).startswith("hijax")]
-    if hijax:
-        return f"del {subject.target(hijax[0])}  # {when}; nnx.pop does not find hijax Variables"
-    return f"{pop}  # {when}"
+    hijax = next((number for number in numbers if compat.is_hijax(subject.graph.leaves[number])), None)
+    return out_of_model(pop, None if hijax is None else subject.target(hijax), when)
 
 
 def _capture(model: str, type_: type) -> str:
