@@ -147,6 +147,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Skips a test that is about what the mode of this run changes in Flax, or whose fixtures do what Flax refuses."""
     fast = FAST_EVERYWHERE or item.path.relative_to(TESTS).parts[0] in COMPILED_FAST
+    fast = fast and item.get_closest_marker("optimized") is None
     if fast != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()  # two programs that a test compares are compiled alike
         jax.config.update("jax_disable_most_optimizations", fast)

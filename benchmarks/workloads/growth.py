@@ -6,6 +6,8 @@ timed at sizes that grow tenfold, and an exponent is fitted: 1 is a cost per lea
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import math
 import tempfile
@@ -28,6 +30,7 @@ __all__ = ["NNX_SPLIT", "VERBS", "Subject", "exponent", "growth"]
 LAYERS = 100  # layers in a stage
 IN_LAYER = 10  # leaves in a layer
 MESH = {"data": 8}
+PER_DEVICE = sw.PerDevice("data")
 NNX_SPLIT = "`nnx.split(model, ...)`"
 
 
@@ -60,12 +63,27 @@ class Stages(nnx.Module):
             setattr(self, f"stage{number}", Stage(min(LAYERS, layers - number * LAYERS), rows))
 
 
+class Adapted(nnx.Module):
+    """Four leaves in a layer: kernel, bias, and the two factors of an adapter."""
+
+    def __init__(self, leaves: int) -> None:
+        zeros, rngs = nnx.initializers.zeros, nnx.Rngs(0)
+        for number in range(leaves // 4):
+            layer = nnx.LoRALinear(4, 4, lora_rank=1, kernel_init=zeros, a_initializer=zeros, rngs=rngs)
+            setattr(self, f"layer{number}", layer)
+
+
 @sw.step(writes="cache")
 def bump(model: Any) -> jax.Array:
     """One leaf: what a step costs besides its leaves."""
     cached = model.stage0.layer0.cached
     cached.set_raw_value(cached.get_raw_value() + 1)
     return cached.get_raw_value().sum()
+
+
+def follow(layer: Any, x: jax.Array) -> jax.Array:
+    """One leaf of each layer: what a scan costs besides its layers."""
+    return x + layer.stage0.layer0.query.get_raw_value()
 
 
 def loss(model: Any) -> jax.Array:
@@ -100,6 +118,11 @@ class Subject:
         self.moving = self.plan.take(self.model)  # what donates the state that it is given
         self.averaged = self.trained.take(self.model)
         self.both = self.plan.stacked(2).stack([self.state, self.other])
+        self.adapted = sw.plan(adapted := Adapted(leaves)).take(adapted)
+        one_device = jax.make_mesh((1,), ("data",))
+        apart = self.kinds.replace(stats=dataclasses.replace(self.kinds["stats"], placement=PER_DEVICE))
+        self.per_device = apart.plan(self.model).take(self.model, mesh=one_device)
+        self.init = functools.partial(self.plan.init, lambda: Stages(leaves), one_device)
         self.graphdef, self.parts = sw.split(self.model, self.kinds)
         self.pure = nnx.split(self.model)
         self.mesh = jax.sharding.AbstractMesh(tuple(MESH.values()), tuple(MESH))
@@ -153,6 +176,7 @@ VERBS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "`plan.take(model, copy=False)`": ("plans", lambda s: s.plan.take(s.model, copy=False)),
     "`plan.take(model, pack=True)`": ("plans", lambda s: s.plan.take(s.model, pack=True)),
     "`plan.take(model)`, with optimizer and average": ("plans", lambda s: s.trained.take(s.model)),
+    "`plan.init(make_model, mesh)`": ("plans", lambda s: s.init()),
     "`plan.put(state, model)`": ("plans", lambda s: s.plan.put(s.other, s.twin)),
     "`plan.build(state)`": ("plans", lambda s: s.plan.build(s.state)),
     "`plan.abstract(mesh)`": ("plans", lambda s: s.plan.abstract(s.mesh)),
@@ -165,6 +189,9 @@ VERBS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "`state.replace(params=)`": ("states", lambda s: s.state.replace(params=s.other["params"])),
     '`state.restart("cache")`': ("states", Subject.restarted),
     '`state.with_averages("ema")`': ("states", lambda s: s.averaged.with_averages("ema")),
+    "`state.reduce_devices()`": ("states", lambda s: s.per_device.reduce_devices()),
+    "`sw.merge_lora(state)`": ("states", lambda s: sw.merge_lora(s.adapted)),
+    "`sw.scan_layers`, of a module": ("states", lambda s: sw.scan_layers(follow, s.twin, jnp.zeros(()))),
     "`state.cast(params=)`": ("states", lambda s: s.state.cast(params=jnp.bfloat16)),
     "`state.member(0)`": ("states", lambda s: s.both.member(0)),
     "a step that touches one leaf": ("states", Subject.bumped),
@@ -192,6 +219,7 @@ VERBS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "`sw.audit`, of a train step": ("looks", lambda s: sw.audit(train, s.trained.abstract())),
     "`sw.save`": ("files", lambda s: sw.save(s.fresh(), s.state)),
     '`sw.save(layout="packed")`': ("files", lambda s: sw.save(s.fresh(), s.state, layout="packed")),
+    "`sw.checkpointable(state)`": ("files", lambda s: sw.checkpointable(s.state)),
     "`sw.inspect(path)`": ("files", lambda s: sw.inspect(s.kept)),
     "`sw.preview(path, plan.abstract())`": ("files", lambda s: sw.preview(s.kept, s.abstract)),
     "`sw.restore(path, plan.abstract())`": ("files", lambda s: sw.restore(s.kept, s.abstract)),

@@ -98,6 +98,7 @@ def test_parts_selections_and_gradients_are_what_flax_gives(container: type) -> 
     nnx.Optimizer(model, optax.sgd(0.1), wrt=KINDS["params"].of).update(model, grads)
 
 
+@pytest.mark.usefixtures("plain_variables")  # what comes out of a step are plain Variables
 def test_captured_values_and_outputs_are_what_flax_gives(container: type) -> None:
     class Sowing(nnx.Module):
         def __init__(self) -> None:

@@ -288,6 +288,7 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "nnx.eval_shape of references": lambda: nnx.eval_shape(Small),
     "tied references as arguments of jax.jit": lambda: jax.jit(lambda model: model["a"][...])(tied()),
     "a reference has no methods of arrays, as is_deleted": lambda: Small().w.is_deleted(),
+    "nnx.split_rngs writes other shapes into references": lambda: nnx.split_rngs(nnx.Rngs(0), splits=2),
 }
 
 
@@ -330,6 +331,8 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
         assert model.w.get_value() is not model.w.get_value()
         assert model.w[...].committed
         assert not jnp.ones(2).committed
+        with pytest.raises(ValueError, match="axis spec None"):
+            jax.vmap(lambda _: nnx.Variable(jnp.ones(2))[...], out_axes=None)(jnp.arange(3))
 
 
 @pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")

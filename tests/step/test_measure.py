@@ -57,6 +57,7 @@ ODD: dict[str, Any] = {
 }
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_extreme_values_in_every_dtype(dtype: Any) -> None:
     """Gradients that are given: the loss is linear.  Large and small leaves, zero-size ones, NaN and infinities."""

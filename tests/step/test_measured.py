@@ -127,6 +127,7 @@ def test_a_step_that_measures_can_be_differentiated() -> None:
 # --- meshes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_norms_are_those_of_the_whole_array_on_a_mesh(axis_type: Any) -> None:
     mesh = jax.make_mesh((8,), ("data",), (axis_type,))
@@ -158,6 +159,7 @@ def test_norms_are_those_of_the_whole_array_on_a_mesh(axis_type: Any) -> None:
     assert measured.counts.sharding.is_fully_replicated
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("large", [False, True])
 def test_values_per_device_are_measured_over_all_devices(large: bool) -> None:
     """As the state has them: with an axis for the devices.  A value that is bad on one device is counted once."""
