@@ -117,12 +117,13 @@ def test_counts_beyond_an_int32_stay_at_the_largest(monkeypatch: pytest.MonkeyPa
     assert measured.to_dict(depth=0)["param_nonfinite/params"] == 30_000 + 24_000
 
 
-@pytest.mark.skipif(
-    jax.config.read("jax_disable_most_optimizations"), reason="without optimizations XLA adds one number at a time"
-)
+@pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(1024, 1024), (2**20,)])
 def test_long_sums_keep_their_digits(shape: tuple[int, ...]) -> None:
-    """A large number before a million ones: added one by one in float32, they would leave no trace."""
+    """A large number before a million ones: added one by one in float32, they would leave no trace.
+
+    Without its optimizations XLA adds one by one.
+    """
     model = nnx.Dict(w=nnx.Param(jnp.ones(2**20).at[0].set(2.0**12).reshape(shape)))
     step = sw.train_step(lambda model: model.w[0].sum(), measure="params")
     _, (_, measured) = step(sw.plan(model, optimizers={"params": optax.sgd(0.0)}).take(model))
