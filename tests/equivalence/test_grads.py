@@ -236,5 +236,6 @@ def test_one_variable_is_a_model_too() -> None:
 
     grads = sw.grad(loss)(nnx.Param(jnp.arange(3.0)), 2.0)
     expected = nnx.grad(loss)(nnx.Param(jnp.arange(3.0)), 2.0)
-    assert type(grads) is type(expected) is nnx.Param
+    assert type(grads) is type(expected)
+    assert isinstance(grads, nnx.Param)
     np.testing.assert_array_equal(grads[...], expected[...])

@@ -145,6 +145,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("hijax", "'AbstractVariable' object has no attribute 'shape'", "nnx.vmap does not take hijax Variables"),
     Refusal("hijax", "Tracer has no attribute (dtype|ndim|shape|size)", "hijax Variables in jax.jit have no shape"),
+    Refusal(
+        "hijax",
+        "implement the `vspace_add` method|jvp not implemented for 'get_variable'",
+        "nnx.grad of hijax Variables that are read twice",
+    ),
+    Refusal("hijax", "HijaxVariable'> is not registered", "the bridge to Linen has no collection for hijax Variables"),
     Refusal("hijax", "RecursionError: maximum recursion depth", "nnx.EMA of hijax Variables"),
     Refusal(
         "hijax",
@@ -179,13 +185,42 @@ KNOWN_BY_STATE = "the moments of hijax Variables are known by the nnx.State that
 # parameters, or for all of them) and what changes.
 CHANGED: dict[str, dict[str, str]] = {
     "hijax": {
-        "test_filters.py::test_split_pop_and_merge": "nnx.pop does not find hijax Variables",
-        "test_graphdef.py::test_without_leaves_is_what_is_left_when_they_are_popped": "nnx.pop does not find hijax "
-        "Variables",
+        **dict.fromkeys(
+            (
+                "test_filters.py::test_split_pop_and_merge",
+                "test_graphdef.py::test_without_leaves_is_what_is_left_when_they_are_popped",
+                "test_capture.py::test_captured_values_of_an_evaluation",
+                "test_capture.py::test_each_captured_kind_comes_apart[RematerialisedSower]",
+            ),
+            "nnx.pop and nnx.capture do not find hijax Variables",
+        ),
         "test_update.py::test_update_under_jit": "hijax Variables are not written inside jax.jit",
         "test_optimizers.py::test_an_optimizer_that_masks_the_frozen_leaves_is_fine[dict]": KNOWN_BY_STATE,
-        "test_arrays.py::test_a_copy_of_the_module_alone_shares_its_arrays": "jax.tree.map gives hijax Variables "
-        "themselves, not their arrays",
+        **dict.fromkeys(
+            (
+                "test_arrays.py::test_a_copy_of_the_module_alone_shares_its_arrays",
+                "test_convert.py::test_what_people_save_of_an_nnx_model_is_taken[True]",
+            ),
+            "jax.tree.map gives hijax Variables themselves, not their arrays",
+        ),
+        "test_positions.py::test_each_leaf_is_what_its_own_variable_says": "a hijax Variable says so in its metadata",
+        **dict.fromkeys(
+            (
+                *(
+                    f"test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[{case}-nnx.jit]"
+                    for case in (
+                        "batchnorm_dropout",
+                        "by_path",
+                        "by_operators",
+                        "own_type",
+                        "rematerialised",
+                        "statistics",
+                    )
+                ),
+                "test_grads.py::test_aux_comes_back_beside_the_loss[jit]",
+            ),
+            "hijax Variables are not written inside nnx.jit",
+        ),
         **dict.fromkeys(
             (
                 "test_narrowing.py::test_numbers_of_numpy_and_python_in_a_model_are_not_narrowed",

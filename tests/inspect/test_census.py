@@ -175,8 +175,9 @@ def test_every_leaf_is_counted_exactly_once(model: nnx.Module) -> None:
     assert found.total.leaves == count(model)
     for kind in found:
         assert found[kind].leaves == sum(found[kind].dtypes.values()) == sum(found[kind].types.values())
-    arrays = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
-    keys = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    leaves = jax.tree.leaves(nnx.as_pure(nnx.state(model)))
+    arrays = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    keys = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     assert found.total.nbytes == sum(array.nbytes for array in arrays) + 8 * len(keys)
 
 

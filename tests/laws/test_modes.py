@@ -279,6 +279,12 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "hijax Variables in jax.jit have no shape": lambda: jax.jit(
         lambda state: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
     )(nnx.state(Small(), nnx.Param)),
+    "nnx.grad of hijax Variables that are read twice": lambda: nnx.grad(
+        lambda model: (model.w[...] * model.w[...]).sum()
+    )(Small()),
+    "the bridge to Linen has no collection for hijax Variables": lambda: nnx.variable_name_from_type(
+        type(nnx.Param(jnp.ones(2)))
+    ),
     "nnx.EMA of hijax Variables": lambda: nnx.EMA(Small(), 0.9),
     "nnx.Optimizer.update takes no gradients from jax.tree.map of hijax Variables": update_with_mapped_gradients,
     "a hijax Variable holds arrays only": lambda: nnx.Variable("text"),
