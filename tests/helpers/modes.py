@@ -227,6 +227,7 @@ CHANGED: dict[str, dict[str, str]] = {
                 "test_narrowing.py::test_numbers_of_numpy_and_python_in_a_model_are_not_narrowed",
                 "test_narrowing.py::test_scan_layers_refuses_numpys_numbers",
                 "test_narrowing.py::test_a_difference_sees_what_a_state_would_not_hold",
+                "test_narrowing.py::test_a_taken_numpy_array_gives_its_values_or_is_refused",
                 "test_narrowing_gradients.py::test_gradients_of_numbers_that_jax_would_lose_are_refused",
                 "test_arrays.py::test_wide_numbers_of_numpy",
                 "test_false_alarms.py::test_each_wide_leaf_has_its_own_dtype",
