@@ -180,125 +180,97 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("ref", r"Invalid shape for `swap`. Ref shape: \(\)", "nnx.split_rngs writes other shapes into references"),
 )
 
-KNOWN_BY_STATE = "the moments of hijax Variables are known by the nnx.State that they are in"
-# Tests of what a mode changes in Flax itself, without an error that says so: by mode, the test's name (with its
-# parameters, or for all of them) and what changes.
-CHANGED: dict[str, dict[str, str]] = {
+# Tests of what a mode changes in Flax itself, without an error that says so: by mode, what changes, and the names of
+# the tests (with their parameters, or for all of them).
+CHANGED: dict[str, dict[str, tuple[str, ...]]] = {
     "hijax": {
-        **dict.fromkeys(
-            (
-                "test_filters.py::test_split_pop_and_merge",
-                "test_graphdef.py::test_without_leaves_is_what_is_left_when_they_are_popped",
-                "test_capture.py::test_captured_values_of_an_evaluation",
-                "test_capture.py::test_each_captured_kind_comes_apart[RematerialisedSower]",
-            ),
-            "nnx.pop and nnx.capture do not find hijax Variables",
+        "nnx.pop and nnx.capture do not find hijax Variables": (
+            "test_capture.py::test_captured_values_of_an_evaluation",
+            "test_capture.py::test_each_captured_kind_comes_apart[RematerialisedSower]",
+            "test_filters.py::test_split_pop_and_merge",
+            "test_graphdef.py::test_without_leaves_is_what_is_left_when_they_are_popped",
         ),
-        "test_update.py::test_update_under_jit": "hijax Variables are not written inside jax.jit",
-        "test_optimizers.py::test_an_optimizer_that_masks_the_frozen_leaves_is_fine[dict]": KNOWN_BY_STATE,
-        **dict.fromkeys(
-            (
-                "test_arrays.py::test_a_copy_of_the_module_alone_shares_its_arrays",
-                "test_convert.py::test_what_people_save_of_an_nnx_model_is_taken[True]",
-            ),
-            "jax.tree.map gives hijax Variables themselves, not their arrays",
+        "hijax Variables are not written inside jax.jit": ("test_update.py::test_update_under_jit",),
+        "the moments of hijax Variables are known by the nnx.State that they are in": (
+            "test_optimizers.py::test_an_optimizer_that_masks_the_frozen_leaves_is_fine[dict]",
         ),
-        "test_positions.py::test_each_leaf_is_what_its_own_variable_says": "a hijax Variable says so in its metadata",
-        **dict.fromkeys(
-            (
-                *(
-                    f"test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[{case}-nnx.jit]"
-                    for case in (
-                        "batchnorm_dropout",
-                        "by_path",
-                        "by_operators",
-                        "own_type",
-                        "rematerialised",
-                        "statistics",
-                    )
-                ),
-                "test_grads.py::test_aux_comes_back_beside_the_loss[jit]",
-                "test_several_objects.py::test_kinds_of_the_users_own",
-            ),
-            "hijax Variables are not written inside nnx.jit",
+        "jax.tree.map gives hijax Variables themselves, not their arrays": (
+            "test_arrays.py::test_a_copy_of_the_module_alone_shares_its_arrays",
+            "test_convert.py::test_what_people_save_of_an_nnx_model_is_taken[True]",
         ),
-        **dict.fromkeys(
-            (
-                "test_narrowing.py::test_numbers_of_numpy_and_python_in_a_model_are_not_narrowed",
-                "test_narrowing.py::test_scan_layers_refuses_numpys_numbers",
-                "test_narrowing.py::test_a_difference_sees_what_a_state_would_not_hold",
-                "test_narrowing.py::test_a_taken_numpy_array_gives_its_values_or_is_refused",
-                "test_narrowing_gradients.py::test_gradients_of_numbers_that_jax_would_lose_are_refused",
-                "test_arrays.py::test_wide_numbers_of_numpy",
-                "test_false_alarms.py::test_each_wide_leaf_has_its_own_dtype",
-            ),
-            "a hijax Variable narrows the numbers of Python and NumPy that it is made of",
+        "a hijax Variable says so in its metadata": (
+            "test_positions.py::test_each_leaf_is_what_its_own_variable_says",
+        ),
+        "hijax Variables are not written inside nnx.jit": (
+            "test_grads.py::test_aux_comes_back_beside_the_loss[jit]",
+            "test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[batchnorm_dropout-nnx.jit]",
+            "test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[by_operators-nnx.jit]",
+            "test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[by_path-nnx.jit]",
+            "test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[own_type-nnx.jit]",
+            "test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[rematerialised-nnx.jit]",
+            "test_grads.py::test_loss_gradients_and_writes_are_those_of_nnx[statistics-nnx.jit]",
+            "test_several_objects.py::test_kinds_of_the_users_own",
+        ),
+        "a hijax Variable narrows the numbers of Python and NumPy that it is made of": (
+            "test_arrays.py::test_wide_numbers_of_numpy",
+            "test_false_alarms.py::test_each_wide_leaf_has_its_own_dtype",
+            "test_narrowing.py::test_a_difference_sees_what_a_state_would_not_hold",
+            "test_narrowing.py::test_a_taken_numpy_array_gives_its_values_or_is_refused",
+            "test_narrowing.py::test_numbers_of_numpy_and_python_in_a_model_are_not_narrowed",
+            "test_narrowing.py::test_scan_layers_refuses_numpys_numbers",
+            "test_narrowing_gradients.py::test_gradients_of_numbers_that_jax_would_lose_are_refused",
         ),
     },
     "ref": {
-        **dict.fromkeys(
-            (
-                "test_model_io.py::test_without_copying_the_model_shares_until_a_step_donates",
-                "test_audit_plain.py::test_a_plain_function_of_several_objects_is_audited",
-            ),
-            "reading a reference copies it",
+        "reading a reference copies it": (
+            "test_audit_plain.py::test_a_plain_function_of_several_objects_is_audited",
+            "test_model_io.py::test_without_copying_the_model_shares_until_a_step_donates",
         ),
-        **dict.fromkeys(
-            ("test_placement.py::test_jax_takes_the_shardings_as_they_are", "test_transforms.py::test_shard_map"),
-            "what is read of a reference is committed",
+        "what is read of a reference is committed": (
+            "test_placement.py::test_jax_takes_the_shardings_as_they_are",
+            "test_transforms.py::test_shard_map",
         ),
-        "test_transforms.py::test_derivatives_by_an_argument": "JAX 0.12 makes no references in jax.jvp",
-        **dict.fromkeys(
-            (
-                "test_scan_layers.py::test_a_module_runs_as_under_nnx_scan",
-                "test_scan_layers.py::test_with_rematerialised_layers_where_nnx_scan_stacks_everything",
-            ),
-            "nnx.scan does not write the counts of RNG streams",
+        "JAX 0.12 makes no references in jax.jvp": ("test_transforms.py::test_derivatives_by_an_argument",),
+        "nnx.scan does not write the counts of RNG streams": (
+            "test_scan_layers.py::test_a_module_runs_as_under_nnx_scan",
+            "test_scan_layers.py::test_with_rematerialised_layers_where_nnx_scan_stacks_everything",
         ),
-        **dict.fromkeys(
-            (
-                "test_vmap_axes.py::test_a_kind_that_is_written_without_an_axis_is_named",
-                "test_scan_layers.py::test_what_is_shared_is_carried_where_it_is_written",
-            ),
-            "a reference that is made inside jax.vmap has its axis",
+        "a reference that is made inside jax.vmap has its axis": (
+            "test_scan_layers.py::test_what_is_shared_is_carried_where_it_is_written",
+            "test_vmap_axes.py::test_a_kind_that_is_written_without_an_axis_is_named",
         ),
-        "test_positions.py::test_each_leaf_is_what_its_own_variable_says": "a reference holds one array",
-        "test_model_io.py::test_weak_types_stay_weak": "references have no weak types in JAX 0.12",
-        **dict.fromkeys(
-            (
-                "test_optimizers.py::test_the_optimizers_of_optax_are_fine[adafactor]",
-                "test_optimizers.py::test_the_optimizers_of_optax_are_fine[hyperparams]",
-                "test_annotations.py::test_factored_moments_follow_the_axes_that_are_left_of_their_parameter",
-                "test_false_alarms.py::test_models_without_a_fault[optimized]",
-                "test_microbatch_models.py::test_the_statistics_of_a_resnet_are_those_of_the_loop_by_hand[adafactor]",
-                "test_microbatches.py::test_parts_equal_the_whole_batch_and_a_loop_by_hand[adafactor]",
-            ),
-            "Optax reads an array of each parameter, and NNX gives it references",
+        "a reference holds one array": ("test_positions.py::test_each_leaf_is_what_its_own_variable_says",),
+        "references have no weak types in JAX 0.12": ("test_model_io.py::test_weak_types_stay_weak",),
+        "Optax reads an array of each parameter, and NNX gives it references": (
+            "test_annotations.py::test_factored_moments_follow_the_axes_that_are_left_of_their_parameter",
+            "test_false_alarms.py::test_models_without_a_fault[optimized]",
+            "test_microbatch_models.py::test_the_statistics_of_a_resnet_are_those_of_the_loop_by_hand[adafactor]",
+            "test_microbatches.py::test_parts_equal_the_whole_batch_and_a_loop_by_hand[adafactor]",
+            "test_optimizers.py::test_the_optimizers_of_optax_are_fine[adafactor]",
+            "test_optimizers.py::test_the_optimizers_of_optax_are_fine[hyperparams]",
         ),
-        "test_intern.py::test_threads_get_one_plan": "JAX does not let several threads read one reference at once",
+        "JAX does not let several threads read one reference at once": ("test_intern.py::test_threads_get_one_plan",),
     },
-    "dict": dict.fromkeys(
-        (
+    "dict": {
+        "the moments of hijax Variables are known by the nnx.State that they are in": (
             "test_optimizers.py::test_each_optimizer_is_matched_with_its_own_model[True]",
             "test_optimizers.py::test_moments_of_leaves_that_are_gone[True]",
         ),
-        KNOWN_BY_STATE,
-    ),
-    "sow-noop": dict.fromkeys(
-        (
-            "test_leaf_specs.py::test_what_an_earlier_sow_left_is_dropped",
-            "test_leaf_specs.py::test_dropped_leaves_are_told",
-            "test_leaf_specs.py::test_at_whatever_path_it_can_be_reached",
-            "test_leaf_specs.py::test_a_kind_that_is_saved_keeps_what_was_sown",
+    },
+    "sow-noop": {
+        "sow outside of nnx.capture leaves nothing": (
+            "test_capture_assigned.py::test_sown_onto_what_an_earlier_call_left",
             "test_graphdef.py::test_graph_with_a_shared_module_is_not_a_tree",
             "test_graphdef.py::test_plan_of_a_model_with_sown_leaves_is_that_of_one_without",
-            "test_scan_layers_made.py::test_a_model_has_afterwards_what_nnx_scan_leaves_in_it",
-            "test_capture_assigned.py::test_sown_onto_what_an_earlier_call_left",
-            "test_scan_layers_made.py::test_uncaptured_the_refusal_names_the_path_in_the_model",
+            "test_leaf_specs.py::test_a_kind_that_is_saved_keeps_what_was_sown",
+            "test_leaf_specs.py::test_at_whatever_path_it_can_be_reached",
+            "test_leaf_specs.py::test_dropped_leaves_are_told",
+            "test_leaf_specs.py::test_what_an_earlier_sow_left_is_dropped",
             "test_leaf_types.py::test_what_an_earlier_sow_left",
+            "test_scan_layers_made.py::test_a_model_has_afterwards_what_nnx_scan_leaves_in_it",
+            "test_scan_layers_made.py::test_uncaptured_the_refusal_names_the_path_in_the_model",
         ),
-        "sow outside of nnx.capture leaves nothing",
-    ),
+    },
 }
 
 
@@ -310,9 +282,11 @@ def hijax_is_written_in_traces() -> bool:
 def changed_by_flax(nodeid: str) -> str:
     """Returns why a test does not hold in this mode, if it is about what the mode changes; else an empty text."""
     path, bracket, parameters = nodeid.partition("[")
-    name, changed = path.rpartition("/")[2], CHANGED.get(current(), {})
-    reason = changed.get(name) or changed.get(f"{name}{bracket}{parameters}", "")
-    return reason and f"flax in mode {current()}: {reason}"
+    name = path.rpartition("/")[2]
+    for reason, tests in CHANGED.get(current(), {}).items():
+        if name in tests or f"{name}{bracket}{parameters}" in tests:
+            return f"flax in mode {current()}: {reason}"
+    return ""
 
 
 def refused_by_flax(error: BaseException) -> str:

@@ -246,6 +246,16 @@ def test_every_file_of_the_fixed_part_exists() -> None:
     ] == []
 
 
+def test_what_a_mode_changes_names_tests_that_exist() -> None:
+    folder, missing = Path(__file__).parents[1], []
+    for mode, reasons in modes.CHANGED.items():
+        for name in (name for names in reasons.values() for name in names):
+            file, _, test = name.partition("[")[0].partition("::")
+            if not any(f"def {test}(" in path.read_text(encoding="utf-8") for path in folder.rglob(file)):
+                missing.append((mode, name))
+    assert missing == []
+
+
 # --- what Flax itself refuses: each error of `modes.REFUSALS`, without Statewise -----------------------------------
 
 
