@@ -18,7 +18,7 @@ from flax import nnx
 
 from benchmarks.case import Call, Case
 from benchmarks.measure import Settings, interleave, quartiles, stats, timed
-from benchmarks.styles import LABELS, OURS, STYLES, why_not
+from benchmarks.styles import BUFFER, LABELS, OURS, STYLES, why_not
 
 __all__ = ["WrongResultError", "array_count", "check", "compare", "fresh", "table", "time_calls"]
 
@@ -86,8 +86,8 @@ def compare(
     sharding: Any = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Runs a case with all rivals, or those named, and returns the table."""
-    names = [name for name in STYLES if names is None or name in names]
+    """Runs a case with all rivals but the buffer by hand, or with those named, and returns the table."""
+    names = [name for name in STYLES if (name != BUFFER if names is None else name in names)]
     skipped = {name: reason for name in names if (reason := why_not(name, case))}
     names = [name for name in names if name not in skipped]
     if settings.warm_up:

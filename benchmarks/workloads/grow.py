@@ -14,7 +14,7 @@ from benchmarks import models
 from benchmarks.case import Call, Case, EqxCase, Program
 from benchmarks.compare import check, compare, table, time_calls
 from benchmarks.measure import Settings, timed
-from benchmarks.styles import LABELS, STYLES
+from benchmarks.styles import BUFFER, LABELS, STYLES
 from benchmarks.styles.by_hand import ByHand
 from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
@@ -68,7 +68,7 @@ def leaves(settings: Settings, counts: tuple[int, ...] = ()) -> Tables:
     counts = counts or ((20, 200) if settings.quick else (20, 200, 2000, 20000))
     tables = []
     for count in counts:
-        names = [name for name in STYLES if count <= 2000 or name not in AT_MOST_2000]
+        names = [name for name in STYLES if name != BUFFER and (count <= 2000 or name not in AT_MOST_2000)]
         mine = settings if count <= 2000 else dataclasses.replace(settings, rounds=(5, 15))
         title = f"{count:,} leaves, each read and written"
         tables.append(compare(sweep_case(count), mine, key=f"leaves_{count}", title=title, names=names, leaves=count))

@@ -13,6 +13,7 @@ from benchmarks.case import Call, Case
 from benchmarks.compare import array_count, check, fresh, table, time_calls
 from benchmarks.measure import Settings, timed
 from benchmarks.styles.by_hand import ByHand
+from benchmarks.styles.by_hand_buffer import ByHandBuffer
 from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
 from benchmarks.workloads.train import many_small_case
@@ -23,6 +24,7 @@ LABELS = {
     "scan": "Statewise, 16 steps in one `jax.lax.scan`",
     "packed-scan": "Statewise, `pack=True`, 16 steps in one `jax.lax.scan`",
     "by-hand-scan": "`jax.lax.scan` by hand: flat lists, donated",
+    "by-hand-buffer-scan": "`jax.lax.scan` by hand: one flat buffer, donated",
     "steps": "Statewise, a call for each step",
     "by-hand": "`jax.jit` by hand: flat lists, donated, a call for each step",
     "nnx.jit_partial": "`nnx.jit_partial(graph=False)`, a call for each step",
@@ -40,6 +42,7 @@ def scan(settings: Settings, steps: int = 16, blocks: int | None = None) -> list
         "scan": _ours_scan,
         "packed-scan": functools.partial(_ours_scan, pack=True),
         "by-hand-scan": _hand_scan,
+        "by-hand-buffer-scan": functools.partial(_hand_scan, way=ByHandBuffer),
         "steps": _ours_steps,
         "by-hand": _hand_steps,
         "nnx.jit_partial": _partial_steps,
@@ -72,8 +75,8 @@ def _ours_scan(case: Case, model: Any, batches: Any, pack: bool = False) -> Call
     return call
 
 
-def _hand_scan(case: Case, model: Any, batches: Any) -> Call:
-    style = ByHand(case, model)
+def _hand_scan(case: Case, model: Any, batches: Any, way: type[ByHand] = ByHand) -> Call:
+    style = way(case, model)
     train = style.train_fn(case.programs["train"])
 
     def body(carry: Any, batch: Any) -> Any:

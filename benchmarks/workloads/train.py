@@ -14,6 +14,7 @@ from benchmarks import models
 from benchmarks.case import Case, EqxCase, training
 from benchmarks.compare import compare
 from benchmarks.measure import Settings
+from benchmarks.styles import STYLES
 from benchmarks.twins import twin
 
 __all__ = ["few_large", "few_large_case", "many_small", "many_small_case", "mesh", "resnet", "transformer"]
@@ -45,7 +46,8 @@ def many_small_case(blocks: int, batch: int = 8) -> Case:
 
 def many_small(settings: Settings) -> Tables:
     blocks = 30 if settings.quick else 200
-    return [compare(many_small_case(blocks), settings, key="many_small", title=f"{blocks} blocks of width 8, Adam")]
+    title = f"{blocks} blocks of width 8, Adam"
+    return [compare(many_small_case(blocks), settings, key="many_small", title=title, names=tuple(STYLES))]
 
 
 def few_large_case(widths: tuple[int, ...], batch: int = 16) -> Case:
