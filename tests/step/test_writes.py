@@ -23,7 +23,6 @@ from statewise._src.step.step import definition_of
 pytestmark = pytest.mark.usefixtures("plain_variables")  # NNX's own transforms are the judge
 MESH = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
-
 GRAPH: dict[str, Any] = {}
 TREE: dict[str, Any] = {"graph": False}
 
