@@ -48,6 +48,14 @@ class ByHand:
         """What is neither parameter nor cache, as it is after a call."""
         return jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.Cache)))))
 
+    def cut(self, params: list[Any]) -> list[Any]:
+        """The parameters one by one, of the list that a call passes."""
+        return params
+
+    def joined(self, arrays: list[Any]) -> list[Any]:
+        """The inverse of `cut`, of parameters or of their gradients."""
+        return arrays
+
     def train_fn(self, program: Program) -> Call:
         """Of (params, moments, rest, *args), all lists donated."""
         tx = self.case.tx
@@ -58,8 +66,8 @@ class ByHand:
                 model = self.merged(params, [], rest)
                 return program.fn(model, *args), self.others(model)
 
-            (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-            updates, state = tx.update(grads, jax.tree.unflatten(self.moments_tree, moments), params)
+            (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(self.cut(params))
+            updates, state = tx.update(self.joined(grads), jax.tree.unflatten(self.moments_tree, moments), params)
             return optax.apply_updates(params, updates), jax.tree.leaves(state), rest, loss
 
         return train
