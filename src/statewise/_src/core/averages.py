@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from statewise._src.common.narrowing import Casts, may_lose
 from statewise._src.common.nnx_graph import is_abstract
-from statewise._src.core.many_arrays import each_array
 from statewise._src.core.member_view import as_ensemble, as_one, compiled, for_each_member, is_of_one_member, single_of
 from statewise._src.core.restart_slots import axis_of_rows, only_where
 from statewise._src.core.restart_targets import Chosen
@@ -69,17 +68,8 @@ def with_averages(state: StateT, name: str) -> StateT:
         check_fits(state, [name])
     tracked = [average.kind for average, _ in averages]
     places = kind_places(state, tracked)
-    if plan.packing or plan.ensemble:
-        values = _values_program(plan, name, places)([arrays])
-    else:
-        specs = [plan.specs[kind] for kind in tracked]
-        own = [arrays[start : start + len(of)] for (_, start), of in zip(averages, specs, strict=True)]
-        values = each_array(_as_value, own, [[spec.dtype for spec in of] for of in specs], places)
+    values = _values_program(plan, name, places)([arrays])
     return with_arrays(state, dict(zip(tracked, values, strict=True)))
-
-
-def _as_value(average: Any, dtype: Any) -> Any:
-    return jnp.array(average, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,12 +83,12 @@ def _values_program(plan: PlanTables, name: str, places: tuple[PartShardings | N
         tracked = []
         for average, start in averages:
             specs = single.specs[average.kind]
-            arrays = [_as_value(array, spec.dtype) for array, spec in zip(own[start:], specs, strict=False)]
+            arrays = [jnp.array(array, spec.dtype) for array, spec in zip(own[start:], specs, strict=False)]
             tracked.append(single.pack(average.kind, tuple(arrays)))
         return tracked
 
     kinds = [average.kind for average, _ in averages]
-    return compiled(for_each_member(plan, values, [name], kinds), places)
+    return compiled(for_each_member(plan, values, [name], kinds), plan, kinds, places)
 
 
 def _check_casts(state: StateData, name: str, *, to_values: bool) -> None:
@@ -194,4 +184,4 @@ def _restart_program(
             lambda given: of_one(*given), (parts, slots), (axes, axis_of_rows(slots)), [plan.slot_axes[name]]
         )
 
-    return compiled(of_all, [places])
+    return compiled(of_all, plan, [name], [places])

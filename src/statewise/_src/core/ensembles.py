@@ -19,8 +19,8 @@ from statewise._src.common.nnx_graph import is_abstract, is_traced
 from statewise._src.common.numbers import whole_number
 from statewise._src.common.problems import Problems, counted
 from statewise._src.core.batches import check_not_batch, hint_of_batch
-from statewise._src.core.many_arrays import each_array
-from statewise._src.core.member_view import single_of, with_complete_axis
+from statewise._src.core.many_arrays import ManyArrays
+from statewise._src.core.member_view import compiled, single_of, with_complete_axis
 from statewise._src.core.state_data import (
     StateData,
     StateT,
@@ -228,9 +228,7 @@ def member(state: StateT, index: object) -> StateT:
     check_fits(state, plan.kinds)
     if is_abstract(jax.tree.leaves(state)):
         return state.wrap(abstract(members.single))
-    axes = [[slot.axis for slot in plan.stored[kind]] for kind in plan.kinds]
-    places = _member_places(plan, kind_places(state, plan.kinds))
-    arrays = each_array(_at_index, kind_arrays(state, plan.kinds), axes, places, chosen)
+    arrays = _member_program(plan, kind_places(state, plan.kinds))(kind_arrays(state, plan.kinds), chosen)
     own = state.of(members.single, arrays)
     carry([(plan, state.parts)], members.single, own.parts)
     return own
@@ -256,7 +254,20 @@ def _index(index: Any, count: int) -> int | jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _member_places(plan: PlanTables, places: tuple[PartShardings | None, ...]) -> list[PartShardings | None]:
+def _member_program(plan: PlanTables, places: tuple[PartShardings | None, ...]) -> ManyArrays:
+    """Returns the compiled function from the parts of all members and a number to the parts of one of them."""
+    slots = plan.stored.values()
+
+    def chosen(parts: Sequence[Sequence[Any]], index: Any) -> list[tuple[Any, ...]]:
+        return [
+            tuple([_at_index(array, slot.axis, index) for array, slot in zip(part, own, strict=True)])
+            for part, own in zip(parts, slots, strict=True)
+        ]
+
+    return compiled(chosen, single_of(plan), list(plan.kinds), _member_places(plan, places))
+
+
+def _member_places(plan: PlanTables, places: Sequence[PartShardings | None]) -> list[PartShardings | None]:
     """Returns the shardings of the arrays of one member, on the ensemble's devices."""
     return [
         place

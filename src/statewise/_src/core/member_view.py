@@ -14,6 +14,7 @@ import jax
 
 from statewise._src.common.nnx_graph import arrays_of, is_traced, raw_value, read_graph, spec_of
 from statewise._src.core.check_objects import names_for
+from statewise._src.core.many_arrays import ManyArrays
 from statewise._src.core.state_data import StateData, StateT
 from statewise._src.plan.arrays import DerivedArrays
 from statewise._src.plan.members import Members
@@ -102,17 +103,26 @@ def for_each_member(
     return lambda parts: members.each(program, [tuple(part) for part in parts], in_axes, out_axes)
 
 
-def compiled(program: Callable[..., Any], places: Sequence[PartShardings | None], **options: Any) -> Any:
+def compiled(
+    program: Callable[..., Any],
+    plan: PlanTables,
+    kinds: Sequence[str],
+    places: Sequence[PartShardings | None],
+    *,
+    donate: bool = False,
+) -> ManyArrays:
     """Compiles a program that returns a list of parts.
 
     Args:
       program: the program.
-      places: for each returned part its shardings, as XLA would choose others; None where it is not on a mesh.
-      **options: further arguments of `jax.jit`.
+      plan: the plan of the returned parts.
+      kinds: their kinds.
+      places: for each of them its shardings, as XLA would choose others; None where it is not on a mesh.
+      donate: donates the first argument, parts of the same structure.
     """
-    if any(places):
-        options["out_shardings"] = [place and place.shardings for place in places]
-    return jax.jit(program, **options)
+    shardings = [place and place.shardings for place in places] if any(places) else None
+    count = sum(len(plan.stored[kind]) for kind in kinds)
+    return ManyArrays(program, count, shardings=shardings, donate=donate)
 
 
 def fresh_derived(derived: DerivedArrays, members: Members | None, sources: Sequence[Any]) -> list[Any]:

@@ -35,6 +35,7 @@ from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import Objects, put_values
 from statewise._src.core.check_objects import check_statics, matched, names_for
 from statewise._src.core.known_arrays import belong, remember, remembered_kinds
+from statewise._src.core.many_arrays import ManyArrays
 from statewise._src.core.member_view import as_ensemble, fresh_derived, holds_one_member, single_of
 from statewise._src.core.reduce_devices import check_not_per_device
 from statewise._src.core.state_data import StateData, check_fits, check_not_donated
@@ -187,7 +188,7 @@ def init(plan: PlanTables, make_model: object, mesh: Any) -> StateData:
 
     target = shardings(plan, mesh)
     with explained("plan.init", mesh):
-        return jax.jit(initial_state, out_shardings=target)()
+        return ManyArrays(initial_state, len(jax.tree.leaves(target)), shardings=target)()
 
 
 class _Placer:

@@ -166,7 +166,7 @@ def _program(
     if all(places) and mesh is not None:
         by_kind = dict(zip(target.kinds, slot_shardings(target, mesh), strict=True))
         shardings = [PartShardings(tuple(by_kind[kind])) for kind in kinds]
-    return compiled(for_each_member(plan, reduced_parts, kinds, kinds, target), shardings)
+    return compiled(for_each_member(plan, reduced_parts, kinds, kinds, target), target, kinds, shardings)
 
 
 def _reduce(leaf: Leaf, array: Any, how: How, lost: list[Leaf]) -> Any:

@@ -29,10 +29,9 @@ from statewise._src.core.restart_targets import Chosen, call_of, choose, slot_ax
 from statewise._src.core.state_data import (
     StateT,
     check_fits,
+    check_not_deleted,
     check_not_donated,
     check_unshared,
-    deleted_kinds,
-    donated_error,
     kind_arrays,
     kind_places,
     mesh_of,
@@ -49,8 +48,9 @@ from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["initial_state", "restart"]
 
-# The number of bytes that one loop renews: while it runs, they are there twice.
+# The number of bytes that one loop renews, which are there twice while it runs, and of arrays.
 _LARGEST_LOOP = 1 << 24
+_LONGEST_LOOP = 256
 
 
 def restart(state: StateT, kinds: Sequence[str], where: object, key: object, *, donate: bool = True) -> StateT:
@@ -73,11 +73,13 @@ def restart(state: StateT, kinds: Sequence[str], where: object, key: object, *, 
         # Inside a transform the arrays are tracers, which cannot be donated.
         donate = donate and not any(map(is_traced, old))
         program = _program(plan, chosen, slots is not None, places, donate)
-        fresh = program(old, others, slots, _on_mesh_of(places, key))
+        operands = old, others, slots, _on_mesh_of(places, key)
+        if program.is_divided(*operands):  # before the first of several programs donates anything
+            check_unshared(state)
+            check_not_deleted(state, read)
+        fresh = program(*operands)
     except (RuntimeError, ValueError) as error:
-        deleted = [name for name in deleted_kinds(state) if name in read]
-        if deleted:
-            raise donated_error(state, deleted) from error
+        check_not_deleted(state, read, error)
         check_unshared(state)
         raise
     for name, arrays in zip(chosen.kinds, fresh, strict=True):
@@ -170,8 +172,7 @@ def _program(
         return members.each(lambda given: of_one(*given), given, axes, in_axes)
 
     # Fresh values depend on no array that is sharded: XLA would replicate them all.
-    donated: dict[str, Any] = {"donate_argnums": 0} if donate else {}
-    return compiled(of_all, places, keep_unused=True, **donated)
+    return compiled(of_all, plan, chosen.kinds, places, donate=donate)
 
 
 def _by_function(chosen: Chosen, name: str, old: Sequence[Any], key: Any, lost: list[Leaf]) -> dict[int, Any]:
@@ -211,7 +212,7 @@ def _alike(renewed: Sequence[ArrayInfo], axes: Sequence[int | None], old: Sequen
     for row, (array, axis) in enumerate(zip(renewed, axes, strict=True)):
         groups.setdefault((jax.typeof(old[array.position]), axis, array.devices), []).append(row)
     for rows in groups.values():
-        number = max(1, _LARGEST_LOOP // max(1, renewed[rows[0]].held.nbytes))
+        number = min(_LONGEST_LOOP, max(1, _LARGEST_LOOP // max(1, renewed[rows[0]].held.nbytes)))
         yield from (rows[start : start + number] for start in range(0, len(rows), number))
 
 

@@ -43,16 +43,16 @@ LARGEST_CHUNK, LARGEST_IN_STORE = 1 << 31, 1 << 28
 _FILE_IN_STORE = 1 << 26
 # A piece is split only by factors up to this, so that no array is cut into very many chunks.
 _LARGEST_FACTOR = 1 << 10
-# What Orbax writes with: many files at the same time, and a cache for the database's own index.  Files are flushed by
-# whoever writes, because TensorStore would wait for each before it writes the next one.
-_WRITING = {
-    "file_io_concurrency": {"limit": 128},
-    "file_io_sync": False,
-    "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
-}
-# Small values, such as zarr's descriptions of arrays, are in the index itself, and the index is one node, which is fast
-# to read.  Only one process writes to a database, so its manifest can be a single file.
-_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}
+# A cache for the nodes of the database's index, by name and size; each read or save has one of its own.
+_CACHE = "cache_pool#ocdbt"
+_CACHED = {_CACHE: {"total_bytes_limit": 100_000_000}}
+# What Orbax writes with: many files at the same time.  Files are flushed by whoever writes, because TensorStore would
+# wait for each before it writes the next one.
+_WRITING = {"file_io_concurrency": {"limit": 128}, "file_io_sync": False, **_CACHED}
+# Small values, such as zarr's descriptions of arrays, are in the index itself.  For a thousand arrays it is one node,
+# which is fast to read; not for more, because TensorStore takes longer to find a key in a larger node.  One process
+# writes to a database, so its manifest can be a single file.
+_CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 500_000, "manifest_kind": "single"}
 # TensorStore's text for the position of a value: folder, file, first byte, and length.
 _VALUE = re.compile(r"value:([^:]*):([^:]*):([0-9]+):([0-9]+)")
 
@@ -80,10 +80,10 @@ def reading(folder: Any, index: str = "") -> Database:
       folder: the directory that the places of its data are relative to.
       index: the directory in it that has the database's own file; empty if it is the folder itself.
     """
-    spec = {"driver": "ocdbt", "base": spec_of(folder)}
+    spec = {"driver": "ocdbt", "base": spec_of(folder), "cache_pool": _CACHE}
     if index:
         spec["manifest"] = spec_of(folder / index)
-    return Database(spec, context_of())
+    return Database(spec, context_of(_CACHED))
 
 
 def open_stored(database: Database, key: Sequence[str]) -> Any:
@@ -146,7 +146,7 @@ def writing(folder: Any) -> Database:
         "config": _CONFIG,
         "assume_config": True,  # otherwise an empty manifest is written first
         "target_data_file_size": _FILE_IN_STORE if is_url(folder) else LARGEST_CHUNK,
-        "cache_pool": "cache_pool#ocdbt",
+        "cache_pool": _CACHE,
     }
     if not is_url(folder):
         # Data files have new names, so they need no rename to be complete; the manifest, which refers to them, does.

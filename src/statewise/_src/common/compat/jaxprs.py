@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core as jex_core
 from jax.interpreters import partial_eval
 
@@ -20,6 +21,7 @@ from statewise._src.common.compat import primitives
 __all__ = [
     "Literal",
     "Operation",
+    "Part",
     "Scan",
     "While",
     "axes_of",
@@ -105,6 +107,42 @@ def written_variables(jaxpr: Any, operands: Sequence[Any] = ()) -> Iterator[Any]
             yield from written_variables(body, given if same else ())
 
 
+class Part:
+    """Some equations of an open jaxpr, as a function of their own; two parts are equal if they do the same.
+
+    Args:
+      jaxpr: the open jaxpr.
+      eqns: the equations, in its order.
+      inputs: the variables that they read and do not make.
+      results: the variables or literals to return.
+    """
+
+    __slots__ = ("_does", "_jaxpr")
+
+    def __init__(self, jaxpr: Any, eqns: Sequence[Any], inputs: Sequence[Any], results: Sequence[Any]) -> None:
+        self._jaxpr = jaxpr.replace(constvars=[], invars=list(inputs), outvars=list(results), eqns=list(eqns))
+        numbers = {var: number for number, var in enumerate(inputs)}
+
+        def named(var: Any) -> Any:
+            return (var.aval, np.asarray(var.val).tobytes()) if isinstance(var, Literal) else numbers[var]
+
+        does: list[Any] = [len(inputs)]
+        for eqn in eqns:
+            does.append((operation_of(eqn), eqn.ctx, *map(named, eqn.invars)))
+            numbers |= {var: len(numbers) + index for index, var in enumerate(eqn.outvars)}
+        self._does = (*does, *map(named, results))
+
+    def __hash__(self) -> int:
+        return hash(self._does)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Part) and self._does == other._does
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Returns the results of other inputs, which may be tracers."""
+        return eval_jaxpr(self._jaxpr, (), inputs)
+
+
 # --- an equation ------------------------------------------------------------------------------------------------
 
 
@@ -115,10 +153,23 @@ def name_of(eqn: Any) -> str:
 
 
 class _Params(dict):
-    """An equation's parameters, compared by value, but hashable."""
+    """An equation's parameters, compared by value (arrays by identity), and hashable."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and self.keys() == other.keys() and all(_same(self[k], other[k]) for k in self)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if first is second:
+        return True
+    if isinstance(first, np.ndarray | jax.Array) or isinstance(second, np.ndarray | jax.Array):
+        return False
+    if isinstance(first, list | tuple) and type(first) is type(second) and len(first) == len(second):
+        return all(map(_same, first, second))
+    return bool(first == second)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
