@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import statewise as sw
-from checkpoint_models import bits, one_of, taken
+from checkpoint_models import assert_identical, bits, one_of, taken
 from refusals import refused
 from statewise._src.checkpoint.orbax import database
 from statewise._src.checkpoint.orbax import write as writing
@@ -201,3 +201,17 @@ def test_a_write_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monke
     with refused(sw.SaveError, said, hint="free some space, or choose a directory that can be written to"):
         sw.save(tmp_path / "first", taken({"a": jnp.ones(3)}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_of_several_nodes_is_read_by_us_and_by_orbax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorStore takes longer to find a key in a larger node, so the index of thousands of arrays is many nodes."""
+    monkeypatch.setitem(database._CONFIG, "max_decoded_node_bytes", 4_000)
+    # In data files, and in the index itself.
+    tree = {f"w{number:02}": jnp.arange(600 if number % 3 else 3) + float(number) for number in range(90)}
+    state = taken(tree)
+    sw.save(tmp_path / "saved", state)
+    store = ts.KvStore.open({"driver": "file", "path": f"{tmp_path / 'saved'}/"}).result()
+    (version,) = ts.ocdbt.dump(store).result()["versions"]
+    assert version["root_height"] > 0
+    assert_identical(sw.restore(tmp_path / "saved", state)[0], state)
+    assert jax.tree.map(bits, restored(tmp_path / "saved")) == {"leaves": jax.tree.map(bits, tree)}
