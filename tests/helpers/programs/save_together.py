@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import statewise as sw
 from statewise._src.checkpoint.interop import safetensors
+from statewise._src.checkpoint.orbax import read as orbax_read
 from statewise._src.checkpoint.orbax.values import DiskValues
 
 
@@ -109,6 +111,24 @@ def save_large(path: str) -> None:
     assert_same_shards(state, sw.restore(path, state)[0])
     # A quarter for each of the two devices of this process; and the whole once, for both.
     assert sorted(read) == [("split", 1024 * 520)] * 2 + [("whole", 1025 * 300 * 4)], read
+    read_in_groups(path, state)
+
+
+def read_in_groups(path: str, state: sw.State) -> None:
+    """Reads each array apart from the others; then one process cannot read the second, and both say so."""
+    orbax_read._AT_ONCE = 1
+    assert_same_shards(state, sw.restore(path, state)[0])
+    open_stored = orbax_read.open_stored
+
+    def fails(database: Any, key: Any) -> Any:
+        if jax.process_index() == 1 and key[-1] == "whole":
+            raise OSError("cannot be read here")
+        return open_stored(database, key)
+
+    orbax_read.open_stored = fails
+    what = "cannot be read here" if jax.process_index() == 1 else "another process could not read its parts"
+    with pytest.raises(sw.errors.CorruptedError, match=what):
+        sw.restore(path, state)
 
 
 def split(shape: tuple[int, ...]) -> sw.Sharded | sw.Replicated:

@@ -7,6 +7,7 @@ that they take through Orbax.  Of an array of several processes each reads the p
 # No `from __future__ import annotations`: the run-time type checker cannot read postponed ones of a NamedTuple.
 
 import collections
+import concurrent.futures
 import functools
 import itertools
 import math
@@ -78,8 +79,15 @@ def read_stored(
     # A queue, so that an array is not kept here when it has been yielded.
     coming: collections.deque[tuple[Key, Any]] = collections.deque()
     with DiskValues(folder, files, index) as values:
-        for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
-            yield from _read_spread(database, values, group)
+        # The parts of the next group are being read while those of one are checked, and the processes compare sums.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            begun: list[tuple[int, concurrent.futures.Future[Any]]] = []
+            for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
+                begun.append((len(group), thread.submit(_start_parts, database, values, group)))
+                if len(begun) > 1:
+                    yield from _spread_arrived(*begun.pop(0))
+            for each in begun:
+                yield from _spread_arrived(*each)
         for group in grouped(alone, lambda pair: pair[1].nbytes, _AT_ONCE):
             opening = [(key, stored, open_stored(database, key)) for key, stored in group]
             ahead = [(key, _started(values, key, opened(future, stored.shape))) for key, stored, future in opening]
@@ -118,17 +126,22 @@ class _Parts(NamedTuple):
     devices: Sequence[tuple[jax.Device, str]]
 
 
-def _read_spread(
-    database: Database, values: DiskValues, wanted: Sequence[tuple[Key, Stored]]
-) -> Iterator[tuple[Key, Any, Sums | None]]:
+def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iterator[tuple[Key, Any, Sums | None]]:
     """Yields arrays of several processes, with checksums of the parts that all of them have read.
 
     Each process sums the parts that it is the first to hold; all exchange their sums once, and learn whether another
     could not read.
+
+    Args:
+      count: how many arrays there are.
+      started: what `_start_parts` returns.
     """
-    sums = np.zeros((len(wanted) + 1, 2), np.uint32)  # the last row says that this process could not read
+    sums = np.zeros((count + 1, 2), np.uint32)  # the last row says that this process could not read
     try:
-        read = _read_parts(database, values, wanted)
+        read = [
+            _Parts(key, stored, {name: _result(*part) for name, part in parts.items()}, devices)
+            for key, stored, parts, devices in started.result()
+        ]
         sums[:-1] = [_sums_here(each) for each in read]
     except Exception:
         sums[-1] = 1
@@ -154,7 +167,10 @@ def _place(device: jax.Device, memory_kind: str | None) -> jax.sharding.Sharding
     return jax.sharding.SingleDeviceSharding(device, memory_kind=memory_kind)
 
 
-def _read_parts(database: Database, values: DiskValues, wanted: Sequence[tuple[Key, Stored]]) -> list[_Parts]:
+def _start_parts(
+    database: Database, values: DiskValues, wanted: Sequence[tuple[Key, Stored]]
+) -> list[tuple[Key, Stored, dict[str, Any], list[tuple[jax.Device, str]]]]:
+    """Returns, for each array, the parts that are being read, each once, and the devices that they go to."""
     opening = [(key, stored, open_stored(database, key)) for key, stored in wanted]
     reading_parts = []
     for key, stored, future in opening:
@@ -168,10 +184,7 @@ def _read_parts(database: Database, values: DiskValues, wanted: Sequence[tuple[K
                 parts[name] = tuple(axis.start or 0 for axis in index), coming
             devices.append((device, name))
         reading_parts.append((key, stored, parts, devices))
-    return [
-        _Parts(key, stored, {name: _result(*part) for name, part in parts.items()}, devices)
-        for key, stored, parts, devices in reading_parts
-    ]
+    return reading_parts
 
 
 def _result(start: tuple[int, ...], future: Any) -> _Part:
