@@ -213,5 +213,8 @@ def test_an_index_of_several_nodes_is_read_by_us_and_by_orbax(tmp_path: Path, mo
     store = ts.KvStore.open({"driver": "file", "path": f"{tmp_path / 'saved'}/"}).result()
     (version,) = ts.ocdbt.dump(store).result()["versions"]
     assert version["root_height"] > 0
+    files = {f"d/{file.name}" for file in (tmp_path / "saved" / "d").iterdir()}
+    found = {key.split("/")[0] for key, *_ in database.places_of_values(tmp_path / "saved", files)}
+    assert found == {f"leaves.{name}" for name, array in tree.items() if array.nbytes > 1024}
     assert_identical(sw.restore(tmp_path / "saved", state)[0], state)
     assert jax.tree.map(bits, restored(tmp_path / "saved")) == {"leaves": jax.tree.map(bits, tree)}
