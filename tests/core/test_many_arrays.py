@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.helpers.meshes import compilations
 
 import statewise as sw
+from meshes import compilations
 from statewise._src.core import many_arrays
 from statewise._src.core.many_arrays import ManyArrays
 
@@ -245,9 +245,6 @@ def test_a_kind_restarts_in_pieces(
 
 
 def test_an_optimizer_restarts_in_pieces_from_the_new_parameters(pieces: list[int]) -> None:
-    class Copies(optax.EmptyState):
-        pass
-
     copies = optax.GradientTransformation(
         lambda params: jax.tree.map(lambda value: value + 1, params), lambda grads, state, params=None: (grads, state)
     )

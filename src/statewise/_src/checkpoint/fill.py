@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from statewise._src.checkpoint.match import Match
 from statewise._src.checkpoint.members import Regrouped
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.common.narrowing import WIDE, Casts, as_jax, refuse
-from statewise._src.common.nnx_graph import is_deleted
+from statewise._src.common.nnx_graph import ArraySpec, is_deleted
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.many_arrays import ManyArrays
@@ -92,34 +91,29 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[Spot, Any]:
         if target.tables.kinds[record.kind].of is not EMA  # an average starts as a copy of the restored value
         for position in range(start, start + len(record.arrays))
     ]
-    for group in grouped(wanted, lambda each: _nbytes(each[2]), _AT_ONCE):
+    for group in grouped(wanted, lambda each: ArraySpec(each[2].shape, each[2].dtype).nbytes, _AT_ONCE):
         shardings = _shardings([value for _, _, value in group])
         zeros = _placed_zeros([value for _, _, value in group], shardings)
-        made: list[Any] = []
-        spots: list[Spot] = []
-        places: list[Any] = []
+        made: dict[int, Any] = {}
         for index, (leaf, position, value) in enumerate(group):
             value = zeros.get(index, value)
             restarted_value = _restarted(target.tables, leaf, position, value, lost)
             if not add_change(problems, leaf, value, restarted_value):
-                made.append(restarted_value)
-                spots.append((leaf.kind or "", position))
-                places.append(shardings[index])
-        fresh |= zip(spots, _placed_copies(made, places), strict=True)
+                made[index] = restarted_value
+        for index, array in _placed_copies(made, shardings).items():
+            leaf, position, _ = group[index]
+            fresh[leaf.kind or "", position] = array
     check_kept(problems, RestoreError)
     refuse(lost, RestoreError, WIDE)
     return fresh
 
 
-def _placed_copies(arrays: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-    """Returns copies: `restart` may return the target's own array, or the same one for several leaves."""
+def _placed_copies(arrays: Mapping[int, Any], shardings: Sequence[Any]) -> dict[int, Any]:
+    """Returns copies, by index: `restart` may return the target's own array, or the same one for several leaves."""
     # JAX copies arrays of its usual dtypes in one call, in a third of the time of as many calls.
-    unusual = [index for index, array in enumerate(arrays) if array.weak_type or _is_key(array)]
-    usual = sorted(set(range(len(arrays))).difference(unusual))
-    copies = {index: jnp.array(arrays[index], dtype=arrays[index].dtype) for index in unusual}
-    copies |= _put({index: arrays[index] for index in usual}, shardings, may_alias=False)
-    copies |= _put({index: copies[index] for index in unusual}, shardings)
-    return [copies[index] for index in range(len(arrays))]
+    unusual = {i: jnp.array(each, dtype=each.dtype) for i, each in arrays.items() if each.weak_type or _is_key(each)}
+    usual = {i: each for i, each in arrays.items() if i not in unusual}
+    return _put(usual, shardings, may_alias=False) | _put(unusual, shardings)
 
 
 def _placed_zeros(arrays: Sequence[Any], shardings: Sequence[Any]) -> dict[int, Any]:
@@ -137,10 +131,6 @@ def _put(arrays: Mapping[int, Any], shardings: Sequence[Any], **options: Any) ->
 
 def _is_key(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jax.dtypes.extended)
-
-
-def _nbytes(array: Any) -> int:
-    return math.prod(array.shape) * int(array.dtype.itemsize)
 
 
 def start_averages(matched: Match, target: State, new: dict[Spot, Any]) -> None:

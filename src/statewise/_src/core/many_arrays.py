@@ -17,7 +17,7 @@ import jax
 
 from statewise._src.common import compat
 from statewise._src.common.compat import jaxprs
-from statewise._src.common.nnx_graph import is_traced
+from statewise._src.common.nnx_graph import any_is_deleted, is_traced
 
 __all__ = ["ManyArrays"]
 
@@ -32,7 +32,7 @@ class ManyArrays:
       count: about how many arrays it returns.
       shardings: those of the results, or a prefix of them, as for `jax.jit`; None has XLA choose.
       donate: donates the arrays of the first argument, which has the structure of the results; these then use their
-        memory, even if `fn` reads only their shapes.
+        memory, even if `fn` reads only their shapes.  Of several programs the first donates nothing if one cannot.
     """
 
     def __init__(self, fn: Callable[..., Any], count: int, *, shardings: Any = None, donate: bool = False) -> None:
@@ -42,13 +42,14 @@ class ManyArrays:
         self._is_small = count <= _PIECE
         self._pieces: dict[Any, tuple[Any, list[_Piece]]] = {}
 
-    def is_divided(self, *args: Any) -> bool:
-        """Returns whether a call with these arguments runs more than one program."""
-        return not self._is_small and not compat.jit_is_disabled() and not is_traced(jax.tree.leaves(args))
-
     def __call__(self, *args: Any) -> Any:
-        if not self.is_divided(*args):
+        if self._is_small or compat.jit_is_disabled():
             return self._complete(*args)
+        leaves = jax.tree.leaves(args)
+        if is_traced(leaves):
+            return self._complete(*args)
+        if self._donates:
+            _check_donated(leaves)
         traced = self._complete.trace(*args)  # which JAX remembers
         jaxpr: Any = traced.jaxpr
         if jaxpr.effects:
@@ -60,7 +61,7 @@ class ManyArrays:
             self._pieces[jaxpr] = structure, list(_pieces(inner, self._flat_shardings(traced.out_info), donated))
         structure, pieces = self._pieces[jaxpr]
         values = dict(zip(inner.constvars, jaxprs.consts_of(jaxpr), strict=True))
-        values |= zip(inner.invars, jax.tree.leaves(args), strict=True)
+        values |= zip(inner.invars, leaves, strict=True)
         results: list[Any] = [None] * len(inner.outvars)
         for piece in pieces:
             found = piece.program([values[var] for var in piece.donated], [values[var] for var in piece.inputs])
@@ -74,6 +75,18 @@ class ManyArrays:
             jax.tree.broadcast(self._shardings, results, is_leaf=lambda prefix: prefix is None),
             is_leaf=lambda sharding: sharding is None,
         )
+
+
+def _check_donated(arrays: Sequence[Any]) -> None:
+    """Raises, as `jax.jit` does, before the first of several programs donates anything.
+
+    Raises:
+      ValueError: an array is deleted, or given twice.
+    """
+    if any_is_deleted(arrays):
+        raise ValueError("an array has been deleted")
+    if len(set(map(id, arrays))) < len(arrays):
+        raise ValueError("an array is given twice, and can be donated only once")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +192,17 @@ class _Groups:
 def _joined(groups: dict[int, tuple[list[Any], list[int]]], jaxpr: Any) -> Iterator[tuple[list[Any], list[int]]]:
     """Yields groups joined to pieces, alike ones side by side."""
     alike: dict[Hashable, list[tuple[list[Any], list[int]]]] = {}
-    for eqns, results in groups.values():
-        kind = len(eqns), *(jaxpr.outvars[position].aval for position in results)
-        alike.setdefault(kind, []).append((eqns, results))
-    eqns, results = [], []
+    for group in groups.values():
+        kind = len(group[0]), *(jaxpr.outvars[position].aval for position in group[1])
+        alike.setdefault(kind, []).append(group)
+    eqns: list[Any] = []
+    results: list[int] = []
     for group in (group for same in alike.values() for group in same):
         if results and len(results) + len(group[1]) > _PIECE:
             yield eqns, results
             eqns, results = [], []
-        eqns, results = [*eqns, *group[0]], [*results, *group[1]]
+        eqns.extend(group[0])
+        results.extend(group[1])
     if results:
         yield eqns, results
 

@@ -29,9 +29,10 @@ from statewise._src.core.restart_targets import Chosen, call_of, choose, slot_ax
 from statewise._src.core.state_data import (
     StateT,
     check_fits,
-    check_not_deleted,
     check_not_donated,
     check_unshared,
+    deleted_kinds,
+    donated_error,
     kind_arrays,
     kind_places,
     mesh_of,
@@ -73,13 +74,11 @@ def restart(state: StateT, kinds: Sequence[str], where: object, key: object, *, 
         # Inside a transform the arrays are tracers, which cannot be donated.
         donate = donate and not any(map(is_traced, old))
         program = _program(plan, chosen, slots is not None, places, donate)
-        operands = old, others, slots, _on_mesh_of(places, key)
-        if program.is_divided(*operands):  # before the first of several programs donates anything
-            check_unshared(state)
-            check_not_deleted(state, read)
-        fresh = program(*operands)
+        fresh = program(old, others, slots, _on_mesh_of(places, key))
     except (RuntimeError, ValueError) as error:
-        check_not_deleted(state, read, error)
+        deleted = [name for name in deleted_kinds(state) if name in read]
+        if deleted:
+            raise donated_error(state, deleted) from error
         check_unshared(state)
         raise
     for name, arrays in zip(chosen.kinds, fresh, strict=True):

@@ -178,13 +178,6 @@ def deleted_kinds(state: StateData) -> list[str]:
     return [kind for kind, part in zip(state.tables.kinds, state.parts, strict=True) if any_is_deleted(part.arrays)]
 
 
-def check_not_deleted(state: StateData, kinds: Iterable[str], cause: Exception | None = None) -> None:
-    """Checks that the arrays of these kinds exist, whatever donated them."""
-    deleted = [name for name in deleted_kinds(state) if name in kinds]
-    if deleted:
-        raise donated_error(state, deleted) from cause
-
-
 def check_fits(state: StateData, kinds: Iterable[str], hint: str | None = None) -> None:
     """Checks that the arrays of these kinds have the plan's shapes and dtypes (inside `jax.vmap` they may not)."""
     leaves = misfits(state.tables, {kind: state.part(kind).arrays for kind in kinds})
