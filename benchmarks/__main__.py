@@ -38,6 +38,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "growth": (1, 1),
     "large": (1, 1),
     "look": (1, 1),
+    "first": (1, 1),
     "start": (1, 1),
     "keep": (1, 2),
     "disk": (1, 1),

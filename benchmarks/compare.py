@@ -20,7 +20,7 @@ from benchmarks.case import Call, Case
 from benchmarks.measure import Settings, interleave, quartiles, stats, timed
 from benchmarks.styles import BUFFER, LABELS, OURS, STYLES, why_not
 
-__all__ = ["WrongResultError", "array_count", "check", "compare", "fresh", "table", "time_calls"]
+__all__ = ["WrongResultError", "array_count", "check", "compare", "fresh", "numbers_of", "table", "time_calls"]
 
 LeafSpec = dict[str, Any]
 
@@ -58,20 +58,17 @@ def time_calls(calls: Mapping[str, Call], reference: str, settings: Settings, pe
       by key, the numbers of a row.
     """
     samples = interleave(calls, settings)
+    return numbers_of({key: [sample / per_call for sample in mine] for key, mine in samples.items()}, reference)
+
+
+def numbers_of(samples: Mapping[str, Sequence[float]], reference: str) -> dict[str, LeafSpec]:
+    """The numbers of rows by key, of samples in seconds, of which those at one position were taken in one round."""
     rows = {}
     for key, mine in samples.items():
-        seconds = stats([sample / per_call for sample in mine])
-        ratios = [a / b for a, b in zip(mine, samples[reference], strict=True)]
-        low, middle, high = quartiles(ratios)
-        rows[key] = {
-            "median_s": seconds.median_s,
-            "q1_s": seconds.q1_s,
-            "q3_s": seconds.q3_s,
-            "samples": seconds.samples,
-            "ratio": middle,
-            "ratio_q1": low,
-            "ratio_q3": high,
-        }
+        seconds = stats(mine)
+        low, middle, high = quartiles([a / b for a, b in zip(mine, samples[reference], strict=True)])
+        times = {"median_s": seconds.median_s, "q1_s": seconds.q1_s, "q3_s": seconds.q3_s, "samples": seconds.samples}
+        rows[key] = {**times, "ratio": middle, "ratio_q1": low, "ratio_q3": high}
     return rows
 
 

@@ -27,6 +27,7 @@ from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
     WORKLOADS,
     disk,
+    first,
     grow,
     look,
     memory,
@@ -158,6 +159,15 @@ def test_the_start_of_a_program() -> None:
     assert [table["key"] for table in tables] == ["start_import", "start_first", "start_whole"]
     assert [row["key"] for row in tables[1]["rows"]] == ["statewise", "by-hand"]
     assert all(row["median_s"] > 0 for table in tables for row in table["rows"])
+
+
+def test_the_first_call_in_turns() -> None:
+    tables = first.first(TINY, blocks=1)
+    assert [table["key"] for table in tables] == ["first_lowered", "first_whole"]
+    lowered, whole = ({row["key"]: row for row in table["rows"]} for table in tables)
+    assert list(lowered) == list(whole) == list(first.WAYS)
+    assert all(lowered[key]["median_s"] < whole[key]["median_s"] for key in first.WAYS)
+    assert max(row["difference"] for row in whole.values()) < 1e-5
 
 
 def test_memory_of_one_way() -> None:

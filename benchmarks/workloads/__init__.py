@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.measure import Settings
 from benchmarks.workloads import (
     disk,
+    first,
     grow,
     growth,
     keep,
@@ -54,6 +55,7 @@ WORKLOADS = {
     "growth": Workload(growth.growth, "How every verb grows with the model"),
     "large": Workload(large.large, "A billion parameters, abstract"),
     "look": Workload(look.look, "Planning, selecting, splitting, counting"),
+    "first": Workload(first.first, "The first call"),
     "start": Workload(start.start, "The start of a program"),
     "keep": Workload(keep.keep, "Saving and restoring"),
     "disk": Workload(disk.disk, "Large states on a disk, and in object stores"),

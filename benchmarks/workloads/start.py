@@ -15,8 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.compare import check, table
-from benchmarks.measure import Settings, quartiles, stats
+from benchmarks.compare import check, numbers_of, table
+from benchmarks.measure import Settings
+from benchmarks.styles import OURS
 
 __all__ = ["IMPORTS", "child", "start"]
 
@@ -56,15 +57,8 @@ def start(settings: Settings, blocks: int | None = None) -> list[dict[str, Any]]
 
 
 def _table(key: str, title: str, samples: Mapping[str, Sequence[float]], labels: Mapping[str, str]) -> dict[str, Any]:
-    reference = "statewise"
-    rows = []
-    for name, mine in samples.items():
-        seconds = stats(list(mine))
-        low, middle, high = quartiles([a / b for a, b in zip(mine, samples[reference], strict=True)])
-        times = {"median_s": seconds.median_s, "q1_s": seconds.q1_s, "q3_s": seconds.q3_s, "samples": seconds.samples}
-        ratios = {"ratio": middle, "ratio_q1": low, "ratio_q3": high}
-        rows.append({"key": name, "label": labels[name], **times, **ratios})
-    return table(key, title, rows, per="process", reference=reference)
+    rows = [{"key": name, "label": labels[name], **row} for name, row in numbers_of(samples, OURS).items()]
+    return table(key, title, rows, per="process", reference=OURS)
 
 
 def _run(*arguments: str) -> str:
