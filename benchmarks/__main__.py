@@ -42,6 +42,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "start": (1, 1),
     "keep": (1, 2),
     "disk": (1, 1),
+    "together": (1, 1),
     "names": (1, 2),
     "memory": (1, 1),
 }

@@ -35,6 +35,7 @@ from benchmarks.workloads import (  # noqa: E402
     options,
     serve,
     start,
+    together,
     train,
 )
 
@@ -168,6 +169,14 @@ def test_the_first_call_in_turns() -> None:
     assert list(lowered) == list(whole) == list(first.WAYS)
     assert all(lowered[key]["median_s"] < whole[key]["median_s"] for key in first.WAYS)
     assert max(row["difference"] for row in whole.values()) < 1e-5
+
+
+@pytest.mark.processes
+def test_several_processes_restore_what_they_saved() -> None:
+    ways = ("statewise-1", "statewise-2", "apart-2", "orbax-2")
+    tables = together.together(TINY, ways)  # raises where something else came back
+    assert [table["key"] for table in tables] == ["together_small_save", "together_small_restore"]
+    assert all(row["median_s"] > 0 for table in tables for row in table["rows"])
 
 
 def test_memory_of_one_way() -> None:

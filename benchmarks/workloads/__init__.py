@@ -24,6 +24,7 @@ from benchmarks.workloads import (
     options,
     serve,
     start,
+    together,
     train,
 )
 
@@ -59,6 +60,7 @@ WORKLOADS = {
     "start": Workload(start.start, "The start of a program"),
     "keep": Workload(keep.keep, "Saving and restoring"),
     "disk": Workload(disk.disk, "Large states on a disk, and in object stores"),
+    "together": Workload(together.together, "Saving and restoring by several processes"),
     "names": Workload(names.names, "Reading published weights"),
     "memory": Workload(memory.memory, "Peak memory of a train step"),
 }

@@ -7,6 +7,7 @@ the store said, retries end, and what was complete before still restores.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 import numbered
 import statewise as sw
 from damaging import words
-from proxy import Fault, Proxy, drop_answer, drop_before_answer, drop_request, flip, refuse, truncate
+from proxy import Fault, Proxy, delay, drop_answer, drop_before_answer, drop_request, flip, refuse, truncate
+from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from store_faults import PASSING, RETRIES, check_says_what_the_store_said
 
 SLOW = pytest.mark.slow
@@ -143,6 +145,23 @@ def test_whichever_request_of_a_save_goes_wrong_at_each_of_them(
     monkeypatch.setenv(RETRIES, "0")
     for number in range(requests_of_a_save(stores, proxy)):
         save_with_one_fault(stores, proxy, ONCE[fault], number)
+
+
+def test_a_save_that_is_refused_waits_for_what_is_on_its_way_and_leaves_nothing(
+    stores: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small objects are written at the same time: none may come after the others have been removed."""
+    monkeypatch.setenv(RETRIES, "0")
+    proxy.faults = [
+        refuse(503, pattern="_sharding", methods=("POST", "PUT")),
+        delay(0.3, pattern=r"manifest\.ocdbt", methods=("POST", "PUT")),
+    ]
+    with pytest.raises(sw.SaveError) as saving:
+        sw.save(f"{stores}/step_1", numbered.state(1))
+    check_says_what_the_store_said(saving.value, f"{stores}/step_1")
+    assert proxy.hits == 2
+    time.sleep(0.5)
+    assert listing(StorePath(f"{stores}/step_1")) == []
 
 
 @pytest.mark.parametrize("fault", ["refused", "cut"])

@@ -21,7 +21,7 @@ from statewise._src.checkpoint.orbax.progress import counting
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_errors import StoreError, said
 from statewise._src.checkpoint.orbax.store_steps import MARK
-from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_if
+from statewise._src.checkpoint.orbax.stores import StorePath, listing, probe, read, remove, write_all, write_if
 from statewise._src.checkpoint.together import agreed_token, is_first, together
 from statewise.errors import SaveError, StatewiseError
 
@@ -107,8 +107,7 @@ def _is_complete(final: StorePath) -> bool:
 def _finish(final: StorePath, own: str, for_orbax: Mapping[str, bytes]) -> None:
     """Writes what Orbax looks for beside the manifest, and removes what other writers left."""
     try:
-        for name, content in for_orbax.items():
-            (final / name).write_bytes(content)
+        write_all(final, for_orbax)
         if for_orbax:  # Orbax takes what has no such file for incomplete, and this is the last that it needs
             (final / MARK).write_text("The manifest of Statewise was written before this file.")
         remove(final, [name for name in listing(final) if is_left(name) and not name.startswith(f"{own}/")])

@@ -28,7 +28,8 @@ from statewise._src.common import compat
 
 __all__ = ["Key", "Stored", "read_stored"]
 
-# The number of bytes being read at a time: enough for any disk, and little for a machine that holds the arrays anyway.
+# The number of bytes that a process reads at a time: enough for any disk, and little for a machine that holds the
+# arrays anyway.
 _AT_ONCE = 1 << 26
 
 Key = tuple[str, ...]
@@ -57,6 +58,12 @@ class Stored(NamedTuple):
         """Returns its size in bytes."""
         return math.prod(self.shape) * np.dtype(dtype_of(self.dtype)).itemsize
 
+    @property
+    def nbytes_of_process(self) -> int:
+        """Returns the size in bytes of what a process reads of it, or a little more: the same number in all of them."""
+        size = math.prod(self.sharding.shard_shape(self.shape)) * np.dtype(dtype_of(self.dtype)).itemsize
+        return min(self.nbytes, size * max(1, self.sharding.num_devices // jax.process_count()))
+
 
 def read_stored(
     folder: Any, wanted: Mapping[Key, Stored], index: str = "", files: Mapping[str, int] = types.MappingProxyType({})
@@ -82,7 +89,7 @@ def read_stored(
         # The parts of the next group are being read while those of one are checked, and the processes compare sums.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             begun: list[tuple[int, concurrent.futures.Future[Any]]] = []
-            for group in grouped(spread, lambda pair: pair[1].nbytes, _AT_ONCE):
+            for group in grouped(spread, lambda pair: pair[1].nbytes_of_process, _AT_ONCE):
                 begun.append((len(group), thread.submit(_start_parts, database, values, group)))
                 if len(begun) > 1:
                     yield from _spread_arrived(*begun.pop(0))

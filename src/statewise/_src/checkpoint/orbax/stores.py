@@ -39,6 +39,7 @@ __all__ = [
     "read",
     "remove",
     "spec_of_store",
+    "write_all",
     "write_if",
 ]
 
@@ -362,6 +363,16 @@ def write_if(path: StorePath, data: bytes, generation: bytes) -> bytes | None:
         # A request that was repeated may have been written the first time, so that its own object was in the way.
         found = store.read(path.key).result()
     return bytes(found.stamp.generation) if found.state == "value" and found.value == data else None
+
+
+def write_all(path: StorePath, files: Mapping[str, bytes]) -> None:
+    """Writes objects below a path at the same time, whatever was there; returns or raises when no request is left."""
+    with store_errors():
+        store, prefix = _objects(path), _prefix(path)
+        writing = [store.write(prefix + name.encode(), data) for name, data in files.items()]
+        refused = [error for each in writing if (error := each.exception()) is not None]  # it waits
+        if refused:
+            raise refused[0]
 
 
 def remove(path: StorePath, names: Collection[str]) -> None:

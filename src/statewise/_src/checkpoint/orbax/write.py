@@ -37,7 +37,7 @@ from statewise._src.checkpoint.orbax.database import (
 )
 from statewise._src.checkpoint.orbax.flush import flush
 from statewise._src.checkpoint.orbax.parts import holders
-from statewise._src.checkpoint.orbax.stores import is_url
+from statewise._src.checkpoint.orbax.stores import StorePath, is_url, write_all
 
 __all__ = ["TreeWriter", "tree_handler"]
 
@@ -161,6 +161,9 @@ class TreeWriter:
             files[DATABASE] = in_memory(database)
             self.for_orbax = files
         place = directory / self._own if self._own else directory
+        if isinstance(place, StorePath):
+            write_all(place, files)
+            return
         for name, data in files.items():
             (place / name).write_bytes(data)
 
