@@ -30,7 +30,7 @@ import statewise as sw
 from benchmarks.compare import WrongResultError, table
 from benchmarks.measure import Settings, quartiles
 
-__all__ = ["ALONE", "LOAD_FILE", "ORBAX_STORE", "OURS", "disk"]
+__all__ = ["ALONE", "LOAD_FILE", "ORBAX_STORE", "OURS", "disk", "late_store"]
 
 OURS, ALONE, LOAD_FILE = "statewise", "alone", "safetensors"
 ORBAX_STORE = "orbax-gs"
@@ -241,7 +241,7 @@ def _in_stores(arrays: Arrays, rounds: int) -> list[dict[str, Any]]:
     labels = {OURS: "`sw.Checkpoints`, gs://", ORBAX_STORE: "Orbax `CheckpointManager`, gs://"}
     saved: dict[str, list[float]] = {name: [] for name in ways}
     restored: dict[str, list[float]] = {name: [] for name in ways}
-    with _gcs() as bucket:
+    with late_store() as bucket:
         for number in range(rounds + 1) if bucket else ():
             for name in sorted(ways, reverse=number % 2 == 1):
                 path = f"{bucket}/{name}-{number}"
@@ -293,14 +293,14 @@ def _orbax_manager(arrays: Arrays) -> Way:
 
 
 @contextlib.contextmanager
-def _gcs() -> Iterator[str]:
-    """Yields an empty bucket of an emulator that answers late; an empty text if there is no emulator."""
+def late_store() -> Iterator[str | None]:
+    """Yields an empty bucket of an emulator that answers late; None if there is no emulator."""
     sys.path.append(str(HELPERS))
     import gcs_server
     import proxy
 
     if isinstance(gcs_server.binary(), str):
-        yield ""
+        yield None
         return
     with gcs_server.gcs_server() as server:
         gcs_server.create_bucket(server.url, "bucket")

@@ -7,6 +7,7 @@ with a state of its own of that size.  All of them wait for a line before each c
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 from benchmarks.compare import WrongResultError, numbers_of, table
 from benchmarks.measure import Settings
+from benchmarks.workloads.disk import DELAY, late_store
 
 __all__ = ["ONE", "VERBS", "WAYS", "child", "together"]
 
@@ -38,7 +40,11 @@ WAYS = {
 }
 VERBS = ("save", "restore")
 # What is saved: the number of arrays, their shape, and what it is called.
-SIZES = {"large": (16, (4096, 4096), "16 arrays, 1.07 GB"), "small": (1000, (8, 64), "1,000 arrays of 2 kB")}
+SIZES = {
+    "large": (16, (4096, 4096), "16 arrays, 1.07 GB"),
+    "small": (1000, (8, 64), "1,000 arrays of 2 kB"),
+    "store": (16, (1024, 1024), f"16 arrays, 67 MB, an object store on this machine, {1000 * DELAY:.0f} ms late"),
+}
 QUICK = {"small": (10, (8, 8), "10 arrays of 256 bytes")}
 
 Times = dict[str, list[float]]
@@ -49,7 +55,10 @@ def together(settings: Settings, ways: Sequence[str] = tuple(WAYS)) -> list[dict
     rounds = 2 if settings.quick else 6
     tables = []
     for size, (count, shape, title) in (QUICK if settings.quick else SIZES).items():
-        found = {way: _run(way, rounds, count, shape) for way in ways}
+        with late_store() if size == "store" else contextlib.nullcontext("") as bucket:
+            if bucket is None:
+                continue
+            found = {way: _run(way, rounds, count, shape, bucket and f"{bucket}/{way}") for way in ways}
         for verb in VERBS:
             numbers = numbers_of({way: times[verb] for way, times in found.items()}, ONE)
             rows = [{"key": way, "label": WAYS[way], **numbers[way]} for way in ways]
@@ -57,14 +66,22 @@ def together(settings: Settings, ways: Sequence[str] = tuple(WAYS)) -> list[dict
     return tables
 
 
-def _run(way: str, rounds: int, count: int, shape: Sequence[int]) -> Times:
-    """Seconds of the slowest process, by verb, for each round but the first, which compiles."""
+def _run(way: str, rounds: int, count: int, shape: Sequence[int], place: str) -> Times:
+    """Seconds of the slowest process, by verb, for each round but the first, which compiles.
+
+    Args:
+      way: one of `WAYS`.
+      rounds: how many times all is saved and restored.
+      count: how many arrays.
+      shape: their shape.
+      place: a path in an object store; if it is empty, a new directory.
+    """
     who, processes = way.split("-")
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        told = [folder, who, processes, str(port), str(rounds), str(count), *map(str, shape)]
+        told = [place or folder, who, processes, str(port), str(rounds), str(count), *map(str, shape)]
         command = [sys.executable, "-m", "benchmarks.workloads.together"]
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device each
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -49,6 +49,8 @@ _INDEX, _SHARDINGS = "_METADATA", "_sharding"
 _PART = "ocdbt.process_"
 # The file with the checksums of the parts that one of several processes has written, until they are added up.
 _SUMS = "sums.json"
+# The number of processes whose directories are looked into at the same time.
+_PARTS_AT_ONCE = 16
 # Orbax's number for a key of a dict, among the keys of a path.
 _DICT_KEY = 2
 
@@ -107,9 +109,9 @@ class TreeWriter:
         if not is_url(place):
             place.mkdir(exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(1, "statewise-sums") as pool:
-            sums = pool.submit(self._sums)  # while the arrays are written
+            sums = pool.submit(self._write_sums, place)  # while the arrays are written
             self._write_arrays(writing(place), place)
-        (place / _SUMS).write_text(json.dumps(sums.result()))
+            sums.result()
 
     def finish(self, directory: Any) -> Mapping[str, Sums]:
         """Puts together what several processes have written; in one of them.
@@ -121,13 +123,16 @@ class TreeWriter:
             return {}
         whole = self._whole(directory)
         parts = [self._part(directory, number) for number in range(jax.process_count())]
-        merge(whole, [database for database in map(writing, parts) if has_data(database)])
-        self._write_index(directory, whole)
+        databases = [writing(part) for part in parts]
         totals: dict[str, Sums] = {}
-        for part in parts:
-            for name, (plain, placed) in json.loads((part / _SUMS).read_text()).items():
-                totals[name] = added(totals.get(name, (0, 0)), (plain, placed))
-            (part / _SUMS).unlink()
+        with concurrent.futures.ThreadPoolExecutor(_PARTS_AT_ONCE, "statewise-parts") as pool:
+            taken = [pool.submit(_taken_sums, part) for part in parts]
+            written = pool.map(has_data, databases)
+            merge(whole, [database for database, is_written in zip(databases, written, strict=True) if is_written])
+            self._write_index(directory, whole)
+            for sums in taken:
+                for name, more in sums.result().items():
+                    totals[name] = added(totals.get(name, (0, 0)), more)
         return totals
 
     def _write_arrays(self, database: Database, place: Any) -> None:
@@ -141,9 +146,9 @@ class TreeWriter:
             for each in flushed:
                 each.result()
 
-    def _sums(self) -> dict[str, Sums]:
-        """Returns by name the checksum of the parts of an array that this process writes; all together add up."""
-        return {array.name: sums_of(array.host) for array in self._arrays}
+    def _write_sums(self, place: Any) -> None:
+        """Writes by name the checksum of the parts of an array that this process writes; all together add up."""
+        (place / _SUMS).write_text(json.dumps({array.name: sums_of(array.host) for array in self._arrays}))
 
     def _whole(self, directory: Any) -> Database:
         return writing_apart(directory, self._own) if self._own else writing(directory)
@@ -166,6 +171,13 @@ class TreeWriter:
             return
         for name, data in files.items():
             (place / name).write_bytes(data)
+
+
+def _taken_sums(part: Any) -> dict[str, Sums]:
+    """Returns what a process has left in its directory, and removes it there: its checksums by name."""
+    sums = json.loads((part / _SUMS).read_text())
+    (part / _SUMS).unlink()
+    return {name: (plain, placed) for name, (plain, placed) in sums.items()}
 
 
 def _held_here(array: Any, number: int) -> "np.ndarray | Pieces | None":
