@@ -60,7 +60,7 @@ class Stored(NamedTuple):
 
     @property
     def nbytes_of_process(self) -> int:
-        """Returns the size in bytes of what a process reads of it, or a little more: the same number in all of them."""
+        """Returns how many bytes a process reads, or a few more: the same number in all processes."""
         size = math.prod(self.sharding.shard_shape(self.shape)) * np.dtype(dtype_of(self.dtype)).itemsize
         return min(self.nbytes, size * max(1, self.sharding.num_devices // jax.process_count()))
 
