@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import RUN
 from benchmarks.report import merge, show, write_docs
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,7 @@ def _run_all(args: argparse.Namespace, results: Path) -> list[str]:
         start = time.perf_counter()
         processes = args.processes or (1 if args.quick else PLANNED[name][1])
         print(f"{name}: running in {processes} process{'es' if processes > 1 else ''} ...", flush=True)
-        found = [run for _ in range(processes) if (run := _spawn(name, args.quick)) is not None]
+        found = [run for number in range(processes) if (run := _spawn(name, args.quick, number)) is not None]
         if len(found) < processes:
             failed.append(name)
             continue
@@ -98,10 +99,14 @@ def _run_all(args: argparse.Namespace, results: Path) -> list[str]:
     return failed
 
 
-def _spawn(name: str, quick: bool) -> dict[str, Any] | None:
+def _spawn(name: str, quick: bool, number: int) -> dict[str, Any] | None:
     """Runs a workload in a process of its own; None if it fails, which it has told on standard error."""
     devices = PLANNED[name][0]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        RUN: str(number),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     if devices > 1:
         flag = f"--xla_force_host_platform_device_count={devices}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

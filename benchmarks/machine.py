@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe", "peak_bytes"]
+__all__ = ["RUN", "describe", "peak_bytes"]
+
+# The environment variable with the number of this process among those of its workload, from 0.
+RUN = "STATEWISE_BENCHMARK_RUN"
 
 PACKAGES = ("statewise", "jax", "jaxlib", "flax", "optax", "equinox", "numpy")
 

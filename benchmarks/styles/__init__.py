@@ -7,7 +7,7 @@ whatever state there is, runs the step on it, and returns the output.  Each foll
 - `flax_nnx`: Flax's performance guide and the docstrings of `nnx.jit`, `nnx.cached_partial`, `nnx.jit_partial`.
 - `by_hand`: `jax.jit` over flat lists of arrays, donated: what is left if one writes everything oneself.
 - `by_hand_buffer`: the same over one flat buffer, what is left if one packs everything oneself; only where it is named.
-- `by_hand_traced`: the same, traced before it is differentiated; only in the workload of first calls.
+- `by_hand_traced`: as `by_hand`, but the function is traced before it is differentiated; only in the workload `first`.
 - `equinox`: `eqx.filter_jit`, plain and as "Low-overhead training loops" in its collection of tricks.
 """
 

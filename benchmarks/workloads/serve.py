@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import statewise as sw
 from benchmarks import models
 from benchmarks.case import Call, Case, EqxCase, Program
 from benchmarks.compare import check, compare, fresh, table, time_calls
+from benchmarks.machine import RUN
 from benchmarks.measure import Settings, timed
 from benchmarks.styles.by_hand import ByHand
 from benchmarks.styles.flax_nnx import Nnx
@@ -112,8 +112,9 @@ def decode_loop(case: Case, settings: Settings, title: str, tokens: int = 32) ->
         "by-hand-calls": _hand_calls,
     }
     texts, calls, firsts = {}, {}, {}
-    # Another order in each process: of two copies of one program, the one made first may be faster by a sixth.
-    for key in random.Random(os.getpid()).sample(list(makers), len(makers)):
+    # The other way round in every second process: of two copies of one program, the one made first may be faster by a
+    # sixth.
+    for key in list(makers)[:: -1 if int(os.environ.get(RUN, "0")) % 2 else 1]:
         calls[key] = makers[key](case, copy(), tokens)
         firsts[key], text = timed(lambda call=calls[key]: call(-1))
         texts[key] = np.asarray(text)

@@ -52,7 +52,7 @@ def start(settings: Settings, blocks: int | None = None) -> list[dict[str, Any]]
     return [
         _table("start_import", "Importing", imports, {"flax": "`from flax import nnx`", "statewise": "and the verbs"}),
         _table("start_first", title + "from the model to the first output", first, labels),
-        _table("start_whole", title + "from the first import to the first output", whole, labels),
+        _table("start_whole", title + "from building the model to the first output", whole, labels),
     ]
 
 
@@ -68,7 +68,7 @@ def _run(*arguments: str) -> str:
 
 
 def child(way: str, blocks: int, cache: str, began: float) -> dict[str, Any]:
-    """Makes the first step of a process: seconds from the model, and from the first import, to its output."""
+    """Makes the first step of a process: seconds from the model, and from building it, to its output."""
     import jax
 
     jax.config.update("jax_compilation_cache_dir", cache)

@@ -1,23 +1,26 @@
 """Several processes save and restore one state together, on one machine: against one process, and against the limit.
 
 Each process holds an equal part of every array.  The limit is as many programs that know nothing of each other, each
-with a state of its own of that size.  All of them wait for a line before each call; what counts is the slowest.
+with a state of its own of that size.  All of them wait for a line before each call; what counts is the slowest.  No
+process holds more than its part of the state, and what it has restored.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import gc
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.compare import WrongResultError, numbers_of, table
@@ -47,7 +50,8 @@ SIZES = {
 }
 QUICK = {"small": (10, (8, 8), "10 arrays of 256 bytes")}
 
-Times = dict[str, list[float]]
+# Seconds after which processes that still run are ended.
+LONGEST = 900
 
 
 def together(settings: Settings, ways: Sequence[str] = tuple(WAYS)) -> list[dict[str, Any]]:
@@ -55,66 +59,82 @@ def together(settings: Settings, ways: Sequence[str] = tuple(WAYS)) -> list[dict
     rounds = 2 if settings.quick else 6
     tables = []
     for size, (count, shape, title) in (QUICK if settings.quick else SIZES).items():
-        with late_store() if size == "store" else contextlib.nullcontext("") as bucket:
-            if bucket is None:
+        place = late_store() if size == "store" else tempfile.TemporaryDirectory()
+        with place as folder:
+            if folder is None:  # there is no emulator
                 continue
-            found = {way: _run(way, rounds, count, shape, bucket and f"{bucket}/{way}") for way in ways}
+            found = _measured(ways, rounds, count, shape, folder)
         for verb in VERBS:
-            numbers = numbers_of({way: times[verb] for way, times in found.items()}, ONE)
+            cached = "" if verb == "save" or size == "store" else " from the system's cache"
+            numbers = numbers_of(found[verb], ONE)
             rows = [{"key": way, "label": WAYS[way], **numbers[way]} for way in ways]
-            tables.append(table(f"together_{size}_{verb}", f"{verb}, {title}", rows, per="call", reference=ONE))
+            tables.append(table(f"together_{size}_{verb}", f"{verb}{cached}, {title}", rows, per="call", reference=ONE))
     return tables
 
 
-def _run(way: str, rounds: int, count: int, shape: Sequence[int], place: str) -> Times:
-    """Seconds of the slowest process, by verb, for each round but the first, which compiles.
+def _measured(
+    ways: Sequence[str], rounds: int, count: int, shape: Sequence[int], place: str
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of the slowest process, by verb and way, for each round but the first, which compiles.
 
-    Args:
-      way: one of `WAYS`.
-      rounds: how many times all is saved and restored.
-      count: how many arrays.
-      shape: their shape.
-      place: a path in an object store; if it is empty, a new directory.
+    The processes of all ways live from the first round to the last; the ways make their calls one after the other, in
+    another order each round.
     """
-    who, processes = way.split("-")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        free.close()
-        told = [place or folder, who, processes, str(port), str(rounds), str(count), *map(str, shape)]
-        command = [sys.executable, "-m", "benchmarks.workloads.together"]
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device each
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        children = [
-            subprocess.Popen([*command, str(number), *told], env=environment, **pipes)
-            for number in range(int(processes))
-        ]
-        try:
-            times: Times = collections.defaultdict(list)
-            for number in range(rounds):
+    times: dict[str, dict[str, list[float]]] = {verb: {way: [] for way in ways} for verb in VERBS}
+    with contextlib.ExitStack() as stack:
+        running = {way: stack.enter_context(_processes(way, rounds, count, shape, f"{place}/{way}")) for way in ways}
+        for number in range(rounds):
+            for way in random.sample(list(ways), len(ways)):
                 for verb in VERBS:
-                    slowest = max(_called(children))
+                    os.sync()  # what others wrote is not flushed during this call
+                    slowest = max(_called(running[way]))
                     if number:
-                        times[verb].append(slowest)
-                for path in Path(folder).iterdir():
-                    shutil.rmtree(path)
-        finally:
-            for each in children:
-                each.kill()
-                each.communicate()
+                        times[verb][way].append(slowest)
+                shutil.rmtree(f"{place}/{way}", ignore_errors=True)
     return times
 
 
+@contextlib.contextmanager
+def _processes(
+    way: str, rounds: int, count: int, shape: Sequence[int], place: str
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts the processes of a way, and ends them."""
+    who, processes = way.split("-")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = [place, who, processes, str(port), str(rounds), str(count), *map(str, shape)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device each
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children: list[subprocess.Popen[str]] = []
+
+    def end() -> None:
+        for each in children:
+            each.kill()
+
+    watchdog = threading.Timer(LONGEST, end)  # whoever waits for a line of theirs then sees that they have ended
+    watchdog.start()
+    try:
+        for number in range(int(processes)):
+            command = [sys.executable, "-m", "benchmarks.workloads.together", str(number), *told]
+            children.append(subprocess.Popen(command, env=environment, **pipes))
+        for each in children:
+            _said(each, "ready")
+        yield children
+    finally:
+        watchdog.cancel()
+        end()
+        for each in children:
+            each.communicate()
+
+
 def _called(children: Sequence[subprocess.Popen[str]]) -> list[float]:
-    """Lets all make their next call, when all are ready; returns how long each took."""
-    for word in ("ready", "seconds"):
-        said = [_said(each, word) for each in children]
-        if word == "ready":
-            for each in children:
-                assert each.stdin is not None
-                each.stdin.write("go\n")
-                each.stdin.flush()
-    return said
+    """Lets all make their next call; returns how long each took."""
+    for each in children:
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    return [_said(each, "seconds") for each in children]
 
 
 def _said(process: subprocess.Popen[str], word: str) -> float:
@@ -140,15 +160,26 @@ def child(number: int, folder: str, who: str, processes: int, port: int, rounds:
 
     import statewise as sw
 
-    rng = np.random.default_rng(0)
-    leaves = {f"leaf_{each:04}": nnx.Param(rng.standard_normal(shape, np.float32)) for each in range(count)}
+    rng = np.random.default_rng(number)
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
-    plan = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.Sharded("devices"))).plan(nnx.Dict(**leaves))
-    state = plan.take(nnx.Dict(**leaves), mesh=mesh)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("devices"))
+    part = (shape[0] // jax.device_count(), *shape[1:])  # no process has more than that of an array
+    model = nnx.Dict(
+        {
+            f"leaf_{each:04}": nnx.Param(
+                jax.make_array_from_callback(shape, sharding, lambda _: rng.standard_normal(part, np.float32))
+            )
+            for each in range(count)
+        }
+    )
+    plan = sw.Kinds(params=sw.Kind(nnx.Param, placement=sw.Sharded("devices"))).plan(model)
+    state = plan.take(model, mesh=mesh)
+    del model
+    gc.collect()
     verbs = _orbax(state) if who == "orbax" else _ours(plan, state, mesh)
+    print(json.dumps({"ready": number}), flush=True)
     for each in range(rounds):
         for verb in VERBS:
-            print(json.dumps({"ready": each}), flush=True)
             sys.stdin.readline()
             start = time.perf_counter()
             arrays = jax.block_until_ready(verbs[verb](f"{folder}/{each}"))
@@ -198,4 +229,8 @@ def _check(saved: Sequence[Any], restored: Sequence[Any]) -> None:
 
 if __name__ == "__main__":
     first, place, whose, *numbers = sys.argv[1:]
-    child(int(first), place, whose, *map(int, numbers))
+    try:
+        child(int(first), place, whose, *map(int, numbers))
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        os._exit(1)  # JAX would wait for the other processes first

@@ -113,6 +113,15 @@ def test_two_processes_save_through_each_interface_of_orbax_and_one_restores(tmp
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_two_processes_place_train_and_keep_the_model_that_each_of_them_has(tmp_path: Path, devices: int) -> None:
+    """One device each is what GPUs have: `jax.device_put` makes replicated arrays there whose parts cannot be read."""
+    printed = run_together(2, tmp_path, str(devices), script="take_together.py")
+    losses = [text.rstrip().splitlines()[-1] for text in printed]
+    assert all(line.startswith("losses ") for line in losses), "\n".join(printed)
+    assert len(set(losses)) == 1
+
+
 def test_two_processes_save_the_values_of_each_device_and_one_restores_them(tmp_path: Path) -> None:
     printed = run_together(2, tmp_path, script="save_per_device.py")
     assert all(text.rstrip().endswith("the same") for text in printed), "\n".join(printed)

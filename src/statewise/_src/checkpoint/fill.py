@@ -18,6 +18,7 @@ from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.common.narrowing import WIDE, Casts, as_jax, refuse
 from statewise._src.common.nnx_graph import ArraySpec, is_deleted
 from statewise._src.common.paths import Leaf
+from statewise._src.common.placing import placed
 from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.many_arrays import ManyArrays
 from statewise._src.core.member_view import fresh_derived
@@ -111,7 +112,7 @@ def fresh_values(restarted: Sequence[Placed], target: State) -> dict[Spot, Any]:
 def _placed_copies(arrays: Mapping[int, Any], shardings: Sequence[Any]) -> dict[int, Any]:
     """Returns copies, by index: `restart` may return the target's own array, or the same one for several leaves."""
     # JAX copies arrays of its usual dtypes in one call, in a third of the time of as many calls.
-    unusual = {i: jnp.array(each, dtype=each.dtype) for i, each in arrays.items() if each.weak_type or _is_key(each)}
+    unusual = {i: jnp.array(each, dtype=each.dtype) for i, each in arrays.items() if _is_key(each) or each.weak_type}
     usual = {i: each for i, each in arrays.items() if i not in unusual}
     return _put(usual, shardings, may_alias=False) | _put(unusual, shardings)
 
@@ -124,9 +125,12 @@ def _placed_zeros(arrays: Sequence[Any], shardings: Sequence[Any]) -> dict[int, 
 
 
 def _put(arrays: Mapping[int, Any], shardings: Sequence[Any], **options: Any) -> dict[int, Any]:
-    """Places arrays, by index, in one call."""
-    placed = jax.device_put([*arrays.values()], [shardings[index] for index in arrays], **options)
-    return dict(zip(arrays, placed, strict=True))
+    """Places arrays, by index: in one call, unless several processes place them."""
+    places = [shardings[index] for index in arrays]
+    if all(sharding.is_fully_addressable for sharding in places):
+        return dict(zip(arrays, jax.device_put([*arrays.values()], places, **options), strict=True))
+    each = zip(arrays.items(), places, strict=True)
+    return {index: placed(jnp.copy(array) if options else array, sharding) for (index, array), sharding in each}
 
 
 def _is_key(array: Any) -> bool:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.format.per_device import Refused, count_members, devices_of, members_of, shape_of_one
 from statewise._src.common.numbers import whole_number
+from statewise._src.common.placing import placed
 from statewise._src.plan.members import Axis
 from statewise._src.plan.tables import PlanTables
 from statewise.errors import RestoreError
@@ -199,7 +200,7 @@ def regrouped(array: Any, change: Regrouped, own: Any, sharding: Any) -> Any:
             for index, member in enumerate(change.chosen)
         ]
         members = jnp.stack(slices, change.ours or 0)
-    return members if sharding is None else jax.device_put(members, sharding)
+    return members if sharding is None else placed(members, sharding)
 
 
 def _at(array: Any, number: int, axis: Axis) -> Any:

@@ -31,6 +31,7 @@ from statewise._src.common.nnx_graph import (
 )
 from statewise._src.common.object_names import in_order, names_given
 from statewise._src.common.paths import Leaf
+from statewise._src.common.placing import placed
 from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import Objects, put_values
 from statewise._src.core.check_objects import check_statics, matched, names_for
@@ -211,7 +212,7 @@ class _Placer:
         # `jax.device_put` may return the same memory, so the copy is made before.
         array = _as_jax(array, copy)
         spreads = info.devices > 0
-        array = spread(array, info.devices, sharding, info.axis) if spreads else jax.device_put(array, sharding)
+        array = spread(array, info.devices, sharding, info.axis) if spreads else placed(array, sharding)
         return array if copy else self._unshared(array)
 
     def place_derived(self, kind: str, position: int, array: Any) -> Any:

@@ -21,6 +21,7 @@ from statewise._src.common import compat
 from statewise._src.common.narrowing import WIDE, refuse
 from statewise._src.common.nnx_graph import is_traced
 from statewise._src.common.paths import Leaf, Path
+from statewise._src.common.placing import placed
 from statewise._src.common.problems import Problems, add_change
 from statewise._src.core.averages import averages_in, followers, with_restarted_averages
 from statewise._src.core.member_view import as_ensemble, as_one, compiled, is_of_one_member, single_of
@@ -129,7 +130,7 @@ def _on_mesh_of(places: Sequence[PartShardings | None], key: Any) -> Any:
     mesh = mesh_of(places)
     if mesh is None or key.sharding.device_set == set(mesh.devices.flat):
         return key
-    return jax.device_put(key, jax.NamedSharding(mesh, jax.P()))
+    return placed(key, jax.NamedSharding(mesh, jax.P()))
 
 
 @functools.lru_cache(maxsize=256)

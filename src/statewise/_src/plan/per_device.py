@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from statewise._src.common.nnx_graph import ArraySpec
+from statewise._src.common.placing import placed
 
 __all__ = ["PerDeviceArrays", "spread"]
 
@@ -68,7 +69,7 @@ def spread(array: Any, count: int, sharding: jax.sharding.Sharding | None = None
             stacked = jax.vmap(lambda member: spread(member, count), axis, axis)(jnp.asarray(array))
         else:
             stacked = jax.vmap(lambda number: _folded_in(array, number))(jnp.arange(count))
-        return stacked if sharding is None else jax.device_put(stacked, sharding)
+        return stacked if sharding is None else placed(stacked, sharding)
     value = jnp.asarray(array)[None]
     if sharding is None:
         return jnp.broadcast_to(value, (count, *array.shape))

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from statewise._src.common.placing import placed
+
 __all__ = ["moved", "on_devices_of"]
 
 
@@ -53,7 +55,7 @@ def _put(array: jax.Array, sharding: Sharding) -> jax.Array:
     source = array.sharding
     if source.device_set & sharding.device_set and (source.memory_kind == sharding.memory_kind or _is_on_cpu(source)):
         array = jnp.copy(array)
-    return jax.device_put(array, sharding)
+    return placed(array, sharding)
 
 
 def _is_on_cpu(sharding: Any) -> bool:

@@ -18,10 +18,11 @@ from statewise._src.checkpoint.format.checksums import Sums, sums_of_runs
 from statewise._src.checkpoint.format.integrity import corrupted, corrupted_files, is_whole, stored_array
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
-from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
+from statewise._src.checkpoint.orbax.parts import processes_of
+from statewise._src.checkpoint.orbax.read import Key, OtherProcessError, Stored, read_stored
 from statewise._src.checkpoint.orbax.store_errors import StoreError, said, unreadable
 from statewise._src.checkpoint.orbax.stores import StorePath
-from statewise.errors import CorruptedError
+from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["Wanted", "read_arrays", "read_leaves"]
 
@@ -60,6 +61,7 @@ def read_leaves(
 
     Raises:
       CorruptedError: with every file and every leaf that is corrupted.
+      RestoreError: a leaf goes to devices of one other process alone; or another process does not take part.
     """
     arrays: dict[int, list[Any]] = {}
     for number, (folder, manifest) in enumerate(zip(folders, manifests, strict=True)):
@@ -85,8 +87,10 @@ def read_arrays(
 
     Raises:
       CorruptedError: with every file and every leaf that is corrupted.
+      RestoreError: a leaf goes to devices of one other process alone; or another process does not take part.
     """
     records = [record for record, _ in wanted]
+    _check_here(folder, wanted)
     try:
         files = [] if files_checked else corrupted_files(folder, manifest)
     except StoreError as error:
@@ -125,6 +129,26 @@ def read_arrays(
     return read
 
 
+def _check_here(folder: Any, wanted: Sequence[Wanted]) -> None:
+    """Raises if something goes to devices of one other process alone, which then reads it alone."""
+    elsewhere = [
+        record.leaf(f"goes to process {min(processes_of(sharding))} alone")
+        for record, shardings in wanted
+        for sharding in shardings
+        if sharding is not None and _is_of_another(processes_of(sharding))
+    ]
+    if elsewhere:
+        raise RestoreError(
+            f"{folder} cannot be restored in process {jax.process_index()}: the target is on devices of another one.",
+            leaves=elsewhere,
+            hint="a mesh with devices of every process; or call it in the process of the target alone",
+        )
+
+
+def _is_of_another(processes: frozenset[int]) -> bool:
+    return len(processes) == 1 and jax.process_index() not in processes
+
+
 def _arriving(
     folder: Any, manifest: Manifest, records: Sequence[LeafRecord], trees: Mapping[Key, Stored]
 ) -> Iterator[tuple[Key, Any, Sums | None]]:
@@ -136,6 +160,11 @@ def _arriving(
     try:
         sizes = {name: facts["bytes"] for name, facts in manifest.files.items()}
         yield from read_stored(folder, trees, manifest.index, sizes)
+    except OtherProcessError as error:
+        raise RestoreError(
+            f"{folder} could not be read: {error}.",
+            hint="the logs of the other processes; then restart all of them, on as many as there are",
+        ) from error
     except Exception as error:  # TensorStore raises any exception for what it cannot read
         if isinstance(folder, StorePath) and said(error).is_refusal:
             raise unreadable(folder, said(error)) from error

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.common.paths import Path
+from statewise._src.common.placing import placed
 from statewise._src.plan.ema import EMA
 from statewise._src.plan.members import Axis, Members, place_of, shrunk
 from statewise._src.plan.per_device import spread
@@ -152,7 +153,7 @@ def resized(array: Any, change: Resized, sharding: Any, axis: Axis = None) -> An
     """Returns the array on its new devices; for an ensemble, of each member, along this axis."""
     if axis is not None:
         values = jax.vmap(lambda one: resized(one, change, None), in_axes=axis, out_axes=axis)(jnp.asarray(array))
-        return values if sharding is None else jax.device_put(values, sharding)
+        return values if sharding is None else placed(values, sharding)
     if change.how == "mean":
         array = jnp.mean(jnp.asarray(array), axis=0)
     elif change.how == "first":

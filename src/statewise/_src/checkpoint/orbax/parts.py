@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-__all__ = ["holders"]
+__all__ = ["holders", "most_parts", "processes_of"]
+
+
+@functools.lru_cache(maxsize=4096)
+def processes_of(sharding: jax.sharding.Sharding) -> frozenset[int]:
+    """Returns the numbers of the processes whose devices a sharding has."""
+    devices: set[jax.Device] = sharding.device_set
+    return frozenset(device.process_index for device in devices)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -22,3 +30,9 @@ def holders(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> Mapping[
     for device, index in index_of.items():
         devices.setdefault(str(index), {}).setdefault(device.process_index, device)
     return {index: [each[process] for process in sorted(each)] for index, each in devices.items()}
+
+
+def most_parts(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> int:
+    """Returns how many different parts one process holds at most: the same number in all processes."""
+    counts = collections.Counter(device.process_index for each in holders(sharding, shape).values() for device in each)
+    return max(counts.values())

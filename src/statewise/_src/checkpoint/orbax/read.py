@@ -22,17 +22,21 @@ from statewise._src.checkpoint.format.checksums import Pieces, Sums, added, sums
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.orbax.batching import grouped
 from statewise._src.checkpoint.orbax.database import Database, open_stored, opened, reading
-from statewise._src.checkpoint.orbax.parts import holders
+from statewise._src.checkpoint.orbax.parts import holders, most_parts, processes_of
 from statewise._src.checkpoint.orbax.values import Coming, DiskValues
 from statewise._src.common import compat
 
-__all__ = ["Key", "Stored", "read_stored"]
+__all__ = ["Key", "OtherProcessError", "Stored", "read_stored"]
 
 # The number of bytes that a process reads at a time: enough for any disk, and little for a machine that holds the
 # arrays anyway.
 _AT_ONCE = 1 << 26
 
 Key = tuple[str, ...]
+
+
+class OtherProcessError(RuntimeError):
+    """Another process has not taken part in reading what several hold."""
 
 
 class Stored(NamedTuple):
@@ -50,8 +54,8 @@ class Stored(NamedTuple):
 
     @property
     def is_spread(self) -> bool:
-        """Returns whether other processes hold parts of it."""
-        return self.sharding is not None and not self.sharding.is_fully_addressable
+        """Returns whether several processes hold parts of it: all of them read it together then."""
+        return self.sharding is not None and len(processes_of(self.sharding)) > 1
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +64,9 @@ class Stored(NamedTuple):
 
     @property
     def nbytes_of_process(self) -> int:
-        """Returns how many bytes a process reads, or a few more: the same number in all processes."""
+        """Returns the most bytes that one process reads: the same number in all processes."""
         size = math.prod(self.sharding.shard_shape(self.shape)) * np.dtype(dtype_of(self.dtype)).itemsize
-        return min(self.nbytes, size * max(1, self.sharding.num_devices // jax.process_count()))
+        return size * most_parts(self.sharding, self.shape)
 
 
 def read_stored(
@@ -152,9 +156,9 @@ def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iter
         sums[:-1] = [_sums_here(each) for each in read]
     except Exception:
         sums[-1] = 1
-        compat.values_of_processes(sums)
+        _of_all(sums)
         raise
-    total = compat.values_of_processes(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
+    total = _of_all(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
     if total[-1, 0]:
         raise ValueError("another process could not read its parts")
     # In one call for all: a call for each of a thousand small arrays takes longer than to read them.
@@ -165,8 +169,22 @@ def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iter
     coming = iter(placed_parts)
     for (key, stored, _, devices), (plain, placed) in zip(read, total[:-1].tolist(), strict=True):
         arrays = list(itertools.islice(coming, len(devices)))
-        array = jax.make_array_from_single_device_arrays(stored.shape, stored.sharding, arrays)
+        dtype = dtype_of(stored.dtype)  # a process may hold no part of it
+        array = jax.make_array_from_single_device_arrays(stored.shape, stored.sharding, arrays, dtype=dtype)
         yield key, array, (plain, placed)
+
+
+def _of_all(sums: np.ndarray) -> np.ndarray:
+    """Returns the sums of all processes.
+
+    Raises:
+      OtherProcessError: one of them does not answer.
+    """
+    try:
+        return compat.values_of_processes(sums)
+    except (RuntimeError, ValueError) as error:  # how JAX reports that
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise OtherProcessError(f"another process has ended or cannot be reached: {text}") from error
 
 
 @functools.cache

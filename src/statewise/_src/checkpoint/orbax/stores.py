@@ -19,7 +19,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorstore as ts
@@ -366,18 +366,21 @@ def write_if(path: StorePath, data: bytes, generation: bytes) -> bytes | None:
 
 
 def write_all(path: StorePath, files: Mapping[str, bytes]) -> None:
-    """Writes objects below a path at the same time, whatever was there; returns or raises when no request is left."""
+    """Writes objects below a path at the same time, whatever was there."""
     with store_errors():
         store, prefix = _objects(path), _prefix(path)
-        writing = [store.write(prefix + name.encode(), data) for name, data in files.items()]
-        refused = [error for each in writing if (error := each.exception()) is not None]  # it waits
-        if refused:
-            raise refused[0]
+        _wait_for([store.write(prefix + name.encode(), data) for name, data in files.items()])
 
 
 def remove(path: StorePath, names: Collection[str]) -> None:
     """Removes objects below a path; those that do not exist are removed already."""
     with store_errors():
         store, prefix = _objects(path), _prefix(path)
-        for removed in [store.write(prefix + name.encode("utf-8", "surrogateescape"), None) for name in names]:
-            removed.result()
+        _wait_for([store.write(prefix + name.encode("utf-8", "surrogateescape"), None) for name in names])
+
+
+def _wait_for(requests: Sequence[Any]) -> None:
+    """Waits for all, and raises if one was refused: when it does, none is left that could still be carried out."""
+    errors = [error for request in requests if (error := request.exception()) is not None]
+    if errors:
+        raise errors[0]

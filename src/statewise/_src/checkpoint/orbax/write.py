@@ -114,7 +114,7 @@ class TreeWriter:
             sums.result()
 
     def finish(self, directory: Any) -> Mapping[str, Sums]:
-        """Puts together what several processes have written; in one of them.
+        """Puts together what several processes have written; once, in one of them.
 
         Returns:
           by its name in the database the checksum of each array; empty if there is one process.
