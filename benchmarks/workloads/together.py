@@ -44,7 +44,7 @@ WAYS = {
 VERBS = ("save", "restore")
 # What is saved: the number of arrays, their shape, and what it is called.
 SIZES = {
-    "large": (16, (4096, 4096), "16 arrays, 1.07 GB"),
+    "large": (8, (4096, 4096), "8 arrays, 537 MB"),
     "small": (1000, (8, 64), "1,000 arrays of 2 kB"),
     "store": (16, (1024, 1024), f"16 arrays, 67 MB, an object store on this machine, {1000 * DELAY:.0f} ms late"),
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 import pytest
@@ -47,6 +48,34 @@ def test_a_name_that_the_disk_does_not_take_is_taken_back(
     with refused(sw.SaveError, said, hint=HINT):
         WRITE[name](tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_makes_the_same_folder_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two runs do that write into one new folder: it appears right after this one has looked."""
+    is_dir, appeared = Path.is_dir, []
+
+    def looked(path: Path, **options: Any) -> bool:
+        found = is_dir(path, **options)
+        if not found and path.name == "new":
+            os.mkdir(path)
+            appeared.append(path)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", looked)
+    sw.save(tmp_path / "new" / "run", numbered(1))
+    assert appeared == [tmp_path / "new"]
+    assert number_of(sw.restore(tmp_path / "new" / "run", numbered(2))[0]) == 1
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to nothing"])
+def test_what_is_in_the_way_of_a_folder_is_not_a_directory(tmp_path: Path, there: str) -> None:
+    (tmp_path / "new").write_text("mine") if there == "a file" else (tmp_path / "new").symlink_to(tmp_path / "gone")
+    said = f"{tmp_path / 'new' / 'run'} could not be written: Not a directory. Nothing of it is left."
+    with refused(sw.SaveError, said, hint=HINT):
+        sw.save(tmp_path / "new" / "run", numbered(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("options", [None, ocp.v1.training.Checkpointer], ids=["first", "newer"])

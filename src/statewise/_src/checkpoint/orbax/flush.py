@@ -62,7 +62,8 @@ def make_folder(folder: FilePath) -> None:
     """Makes a directory and those above it, any number of them: `mkdir(parents=True)` recurses for each."""
     for path in reversed((folder, *folder.parents)):
         if not path.is_dir():
-            if path.exists():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            path.mkdir(exist_ok=True)  # another process may make it at the same time
+            try:
+                path.mkdir(exist_ok=True)  # another process may make it at the same time
+            except FileExistsError as error:
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
             _flush_one(path.parent)
