@@ -56,17 +56,23 @@ class ByHand:
         """The inverse of `cut`, of parameters or of their gradients."""
         return arrays
 
+    def differentiable(self, fn: Call, *operands: Any) -> Call:
+        """What is differentiated in place of a function of these operands."""
+        return fn
+
     def train_fn(self, program: Program) -> Call:
         """Of (params, moments, rest, *args), all lists donated."""
         tx = self.case.tx
         assert tx is not None
 
         def train(params: Any, moments: Any, rest: Any, *args: Any) -> Any:
-            def loss_of(params: Any) -> Any:
+            def loss_of(params: Any, rest: Any, args: Any) -> Any:
                 model = self.merged(params, [], rest)
                 return program.fn(model, *args), self.others(model)
 
-            (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(self.cut(params))
+            operands = self.cut(params), rest, args
+            fn = self.differentiable(loss_of, *operands)
+            (loss, rest), grads = jax.value_and_grad(fn, has_aux=True)(*operands)
             updates, state = tx.update(self.joined(grads), jax.tree.unflatten(self.moments_tree, moments), params)
             return optax.apply_updates(params, updates), jax.tree.leaves(state), rest, loss
 

@@ -231,6 +231,6 @@ if __name__ == "__main__":
     first, place, whose, *numbers = sys.argv[1:]
     try:
         child(int(first), place, whose, *map(int, numbers))
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001  whatever it is, it is shown, and the parent sees that this process has ended
         traceback.print_exc()
         os._exit(1)  # JAX would wait for the other processes first

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from meshes import number
 from strategies import Node
 
 
@@ -29,11 +30,6 @@ VALUES = {
     "empty": lambda: jnp.ones((0, 2)),
 }
 SAVED = {"not saved": {"saved": False}, "missing": {"missing": "restart"}}
-
-
-def bits(array: jax.Array) -> np.ndarray:
-    """Its numbers; of keys, their words."""
-    return np.asarray(jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +51,11 @@ def test_it_starts_again(value: str, saved: str, on: str, tmp_path: pathlib.Path
     restored, report = sw.restore(tmp_path / "saved", target)
     assert report.counts == {"params": {"restored": 1}, "fresh": {"restarted": 1}}
     (found,) = jax.tree.leaves(restored["fresh"])
-    expected = bits(VALUES[value]())
+    expected = number(VALUES[value]())
     assert (found.dtype, found.shape) == (VALUES[value]().dtype, VALUES[value]().shape)
-    np.testing.assert_array_equal(bits(found), np.zeros_like(expected) if on == "nothing" else expected)
+    np.testing.assert_array_equal(number(found), np.zeros_like(expected) if on == "nothing" else expected)
     if on != "nothing":
         (own,) = jax.tree.leaves(target["fresh"])
         assert found.sharding == own.sharding
         own.delete()
-        np.testing.assert_array_equal(bits(found), expected)
+        np.testing.assert_array_equal(number(found), expected)

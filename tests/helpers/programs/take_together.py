@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 import statewise as sw
+from meshes import number
 
 
 class Step(nnx.Variable):
@@ -50,18 +51,14 @@ def kinds(rng: sw.Sharded | sw.Replicated | sw.PerDevice) -> sw.Kinds:
 
 def here(array: jax.Array) -> list[tuple[object, np.ndarray]]:
     """The parts of an array that this process holds, each with its place."""
-    keys = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    return [
-        (shard.index, np.asarray(jax.random.key_data(shard.data) if keys else shard.data))
-        for shard in array.addressable_shards
-    ]
+    return [(shard.index, number(shard.data)) for shard in array.addressable_shards]
 
 
 def check_same(placed: jax.Array, own: jax.Array) -> None:
     """Each part on each device of this process is that of the array that the process has."""
     assert placed.shape == own.shape
     assert len(placed.addressable_shards) == jax.local_device_count()
-    whole = np.asarray(jax.random.key_data(own) if jnp.issubdtype(own.dtype, jax.dtypes.prng_key) else own)
+    whole = number(own)
     for index, values in here(placed):
         np.testing.assert_array_equal(values, whole[index])
 
@@ -104,13 +101,13 @@ def check_elsewhere(plan: sw.Plan, folder: str) -> None:
         return
     with pytest.raises(sw.RestoreError) as caught:
         sw.restore(path, plan.abstract(mesh))
-    assert caught.value.message == (f"{path} cannot be restored in process 1: the target is on devices of another one.")
+    assert caught.value.message == f"{path} cannot be restored in process 1: the target is on devices of another one."
     assert "goes to process 0 alone" in str(caught.value)
     assert caught.value.hint.startswith("a mesh with devices of every process; or ")
 
 
-def main(number: int, count: int, port: str, folder: str) -> None:
-    jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
+def main(process: int, count: int, port: str, folder: str) -> None:
+    jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=process)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     train = sw.train_step(lambda model, x: jnp.mean(model(x) ** 2))
     batch = np.random.default_rng(0).standard_normal((16, 4), np.float32)

@@ -114,7 +114,7 @@ def _placed_copies(arrays: Mapping[int, Any], shardings: Sequence[Any]) -> dict[
     # JAX copies arrays of its usual dtypes in one call, in a third of the time of as many calls.
     unusual = {i: jnp.array(each, dtype=each.dtype) for i, each in arrays.items() if _is_key(each) or each.weak_type}
     usual = {i: each for i, each in arrays.items() if i not in unusual}
-    return _put(usual, shardings, may_alias=False) | _put(unusual, shardings)
+    return _put(usual, shardings, copy=True) | _put(unusual, shardings)
 
 
 def _placed_zeros(arrays: Sequence[Any], shardings: Sequence[Any]) -> dict[int, Any]:
@@ -124,13 +124,15 @@ def _placed_zeros(arrays: Sequence[Any], shardings: Sequence[Any]) -> dict[int, 
     return _put(zeros, shardings)
 
 
-def _put(arrays: Mapping[int, Any], shardings: Sequence[Any], **options: Any) -> dict[int, Any]:
-    """Places arrays, by index: in one call, unless several processes place them."""
+def _put(arrays: Mapping[int, Any], shardings: Sequence[Any], copy: bool = False) -> dict[int, Any]:
+    """Places arrays, by index: in one call, unless several processes place them.  `copy` shares no memory with them."""
     places = [shardings[index] for index in arrays]
     if all(sharding.is_fully_addressable for sharding in places):
-        return dict(zip(arrays, jax.device_put([*arrays.values()], places, **options), strict=True))
+        return dict(
+            zip(arrays, jax.device_put([*arrays.values()], places, may_alias=False if copy else None), strict=True)
+        )
     each = zip(arrays.items(), places, strict=True)
-    return {index: placed(jnp.copy(array) if options else array, sharding) for (index, array), sharding in each}
+    return {index: placed(jnp.copy(array) if copy else array, sharding) for (index, array), sharding in each}
 
 
 def _is_key(array: Any) -> bool:

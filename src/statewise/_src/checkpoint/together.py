@@ -51,15 +51,14 @@ def together(final: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as failure:
         try:
             compat.flags_of_processes(True)
-        except (RuntimeError, ValueError) as error:
-            failure.add_note(f"The other processes do not know of it: {error}")
+        except compat.OtherProcessError as error:
+            failure.add_note(f"The other processes do not know of it: {error.__cause__}")
         raise
     try:
         failed = compat.flags_of_processes(False)
-    except (RuntimeError, ValueError) as error:  # how JAX reports that a process does not answer
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    except compat.OtherProcessError as error:
         raise SaveError(
-            f"{os.fspath(final)} could not be written: another process has ended or cannot be reached: {said}.",
+            f"{os.fspath(final)} could not be written: {error}.",
             hint="the logs of the other processes; then restart all of them, on as many as there are",
         ) from error
     if failed:

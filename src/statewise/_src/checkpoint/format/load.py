@@ -19,9 +19,10 @@ from statewise._src.checkpoint.format.integrity import corrupted, corrupted_file
 from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.orbax.parts import processes_of
-from statewise._src.checkpoint.orbax.read import Key, OtherProcessError, Stored, read_stored
+from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
 from statewise._src.checkpoint.orbax.store_errors import StoreError, said, unreadable
 from statewise._src.checkpoint.orbax.stores import StorePath
+from statewise._src.common import compat
 from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["Wanted", "read_arrays", "read_leaves"]
@@ -160,7 +161,7 @@ def _arriving(
     try:
         sizes = {name: facts["bytes"] for name, facts in manifest.files.items()}
         yield from read_stored(folder, trees, manifest.index, sizes)
-    except OtherProcessError as error:
+    except compat.OtherProcessError as error:
         raise RestoreError(
             f"{folder} could not be read: {error}.",
             hint="the logs of the other processes; then restart all of them, on as many as there are",

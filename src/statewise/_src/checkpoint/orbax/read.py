@@ -26,17 +26,13 @@ from statewise._src.checkpoint.orbax.parts import holders, most_parts, processes
 from statewise._src.checkpoint.orbax.values import Coming, DiskValues
 from statewise._src.common import compat
 
-__all__ = ["Key", "OtherProcessError", "Stored", "read_stored"]
+__all__ = ["Key", "Stored", "read_stored"]
 
 # The number of bytes that a process reads at a time: enough for any disk, and little for a machine that holds the
 # arrays anyway.
 _AT_ONCE = 1 << 26
 
 Key = tuple[str, ...]
-
-
-class OtherProcessError(RuntimeError):
-    """Another process has not taken part in reading what several hold."""
 
 
 class Stored(NamedTuple):
@@ -156,9 +152,9 @@ def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iter
         sums[:-1] = [_sums_here(each) for each in read]
     except Exception:
         sums[-1] = 1
-        _of_all(sums)
+        compat.values_of_processes(sums)
         raise
-    total = _of_all(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
+    total = compat.values_of_processes(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
     if total[-1, 0]:
         raise ValueError("another process could not read its parts")
     # In one call for all: a call for each of a thousand small arrays takes longer than to read them.
@@ -172,19 +168,6 @@ def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iter
         dtype = dtype_of(stored.dtype)  # a process may hold no part of it
         array = jax.make_array_from_single_device_arrays(stored.shape, stored.sharding, arrays, dtype=dtype)
         yield key, array, (plain, placed)
-
-
-def _of_all(sums: np.ndarray) -> np.ndarray:
-    """Returns the sums of all processes.
-
-    Raises:
-      OtherProcessError: one of them does not answer.
-    """
-    try:
-        return compat.values_of_processes(sums)
-    except (RuntimeError, ValueError) as error:  # how JAX reports that
-        text = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        raise OtherProcessError(f"another process has ended or cannot be reached: {text}") from error
 
 
 @functools.cache

@@ -102,9 +102,21 @@ def flags_of_processes(flag: bool) -> list[int]:
     return [int(number) for number in np.flatnonzero(values_of_processes(np.asarray(flag, np.uint32)))]
 
 
+class OtherProcessError(RuntimeError):
+    """Another process does not take part in what all of them do."""
+
+
 def values_of_processes(values: np.ndarray) -> np.ndarray:
-    """Returns an array from every process, along a new first axis; all give one of the same shape."""
-    return np.asarray(multihost_utils.process_allgather(values))
+    """Returns an array from every process, along a new first axis; all give one of the same shape.
+
+    Raises:
+      OtherProcessError: one of them does not answer.
+    """
+    try:
+        return np.asarray(multihost_utils.process_allgather(values))
+    except (RuntimeError, ValueError) as error:  # how JAX reports that
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise OtherProcessError(f"another process has ended or cannot be reached: {text}") from error
 
 
 def broadcast_from_first_process(value: Any) -> Any:
