@@ -171,7 +171,6 @@ def test_the_first_call_in_turns() -> None:
     assert lowered["statewise"]["ratio"] == whole["statewise"]["ratio"] == 1.0
 
 
-@pytest.mark.processes
 def test_several_processes_restore_what_they_saved() -> None:
     ways = ("statewise-1", "statewise-2", "apart-2", "orbax-2")
     tables = together.together(TINY, ways)  # raises where something else came back

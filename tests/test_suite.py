@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -41,9 +42,9 @@ def test_a_directory_marks_its_tests(marker: str, pytestconfig: pytest.Config) -
 def test_a_test_has_the_markers_of_its_directories_only(request: pytest.FixtureRequest) -> None:
     names = {mark.name for mark in request.node.iter_markers()}
     assert names == set()
-    for item in request.session.items:
-        marked = {mark.name for mark in item.iter_markers()} & {"docs", "processes", "browser", "equivalence"}
-        assert marked == marked & set(item.path.parts)
+    # By the text: what this run has collected may be one file.
+    by_hand = re.compile(r"pytest\.mark\.(docs|processes|browser|equivalence)\b")
+    assert {path.name for path in TESTS.rglob("*.py") if by_hand.search(path.read_text(encoding="utf-8"))} == set()
 
 
 def test_a_test_that_takes_its_worker_over_the_limit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
