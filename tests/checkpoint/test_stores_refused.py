@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,22 @@ def test_a_number_of_retries_that_is_none(stores: str, monkeypatch: pytest.Monke
         sw.save(f"{stores}/run", small())
     with refused(sw.RestoreError, f"{stores}/run cannot be read: {why}.", hint=AGAIN):
         sw.restore(f"{stores}/run", small())
+
+
+@pytest.mark.parametrize("number", ["", "often"])
+def test_the_number_of_retries_is_of_stores_only(number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATEWISE_STORE_RETRIES", number)
+    sw.save(tmp_path / "run", small())
+    assert value(sw.restore(tmp_path / "run", small(0))[0]) == 1
+    with sw.Checkpoints(tmp_path / "steps") as checkpoints:
+        checkpoints.save(1, small())
+    assert checkpoints.latest == 1
+
+
+def test_no_number_of_retries_is_the_usual_one(stores: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STATEWISE_STORE_RETRIES", "")
+    sw.save(f"{stores}/run", small())
+    assert value(sw.restore(f"{stores}/run", small(0))[0]) == 1
 
 
 def test_no_bucket_of_this_name(stores: str) -> None:

@@ -27,7 +27,7 @@ class S3Proxy(Proxy):
 
     def refusal(self, status: int, headers: tuple[tuple[str, str], ...]) -> Answer:
         """Returns a refusal, as XML."""
-        code = {403: "AccessDenied", 429: "TooManyRequests", 503: "SlowDown"}[status]
+        code = {400: "ExpiredToken", 403: "AccessDenied", 429: "TooManyRequests", 503: "SlowDown"}[status]
         body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{REFUSAL}</Message></Error>"
         return Answer(status, (*headers, ("Content-Type", "application/xml")), body.encode(), "Refused")
 

@@ -126,8 +126,12 @@ def read_in_groups(path: str, state: sw.State) -> None:
         return open_stored(database, key)
 
     orbax_read.open_stored = fails
-    what = "cannot be read here" if jax.process_index() == 1 else "another process could not read its parts"
-    with pytest.raises(sw.errors.CorruptedError, match=what):
+    expected: tuple[type[sw.StatewiseError], str] = (
+        (sw.CorruptedError, "cannot be read here")
+        if jax.process_index() == 1
+        else (sw.RestoreError, "process 1 could not read its parts, and its own error says why")
+    )
+    with pytest.raises(expected[0], match=expected[1]):
         sw.restore(path, state)
 
 

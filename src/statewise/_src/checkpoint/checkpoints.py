@@ -25,11 +25,12 @@ from statewise._src.checkpoint.orbax.flush import make_folder
 from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
 from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
+from statewise._src.checkpoint.orbax.store_errors import reads
 from statewise._src.checkpoint.restore import inspect, preview, restore
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.restore_result import RestoreResult
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
-from statewise._src.checkpoint.step_errors import opens, reads, step_exists, writes
+from statewise._src.checkpoint.step_errors import opens, step_exists, writes
 from statewise._src.common.numbers import whole_number
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census

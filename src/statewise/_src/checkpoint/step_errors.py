@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from statewise._src.checkpoint.orbax.store_errors import StoreError, said, unreadable
+from statewise._src.checkpoint.orbax.store_errors import said
 from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.save import reason_of
 from statewise.errors import SaveError, StatewiseError
 
-__all__ = ["opens", "reads", "step_exists", "writes"]
+__all__ = ["opens", "step_exists", "writes"]
 
 
 @contextlib.contextmanager
@@ -51,33 +51,13 @@ def _told(directory: Any, facts: Callable[[], tuple[str, str]]) -> Iterator[None
     except Exception as error:
         text, hint = facts()
         if isinstance(directory, StorePath):
-            answer = _answer(error)
+            answer = said(error)
             reason, hint = answer.strerror or "", answer.hint
         elif isinstance(error, (OSError, ValueError)):
             reason = reason_of(error)
         else:
             raise
         raise SaveError(text.format(directory=directory, reason=reason), hint=hint) from error
-
-
-def _answer(error: Exception) -> StoreError:
-    """Returns as what a store said what TensorStore raises, or the library that Orbax has for the store."""
-    if isinstance(error, (StoreError, ValueError)):
-        return said(error)
-    text = " ".join(str(error).split()).rstrip(".")
-    if not isinstance(error, OSError):
-        text = f"{type(error).__name__}: {text}"
-    refused = isinstance(error, PermissionError) or "Forbidden" in text
-    return StoreError(text, 403 if refused else None)
-
-
-@contextlib.contextmanager
-def reads(directory: Any) -> Iterator[None]:
-    """Raises a `RestoreError` if a store refuses what a block reads."""
-    try:
-        yield
-    except StoreError as error:
-        raise unreadable(directory, error) from error
 
 
 def step_exists(directory: Any, step: int) -> SaveError:

@@ -20,7 +20,7 @@ from statewise._src.checkpoint.format.keys import dtype_of
 from statewise._src.checkpoint.format.manifest import ArrayRecord, LeafRecord, Manifest
 from statewise._src.checkpoint.orbax.parts import processes_of
 from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
-from statewise._src.checkpoint.orbax.store_errors import StoreError, said, unreadable
+from statewise._src.checkpoint.orbax.store_errors import reads, said, unreadable
 from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.common import compat
 from statewise.errors import CorruptedError, RestoreError
@@ -92,10 +92,8 @@ def read_arrays(
     """
     records = [record for record, _ in wanted]
     _check_here(folder, wanted)
-    try:
+    with reads(folder):
         files = [] if files_checked else corrupted_files(folder, manifest)
-    except StoreError as error:
-        raise unreadable(folder, error) from error
     if files:
         raise corrupted(folder, manifest, files, records)
     places, trees = _places(manifest, wanted)

@@ -13,7 +13,7 @@ from statewise._src.checkpoint.format.manifest import NAME, OWN, LeafRecord, Man
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.interop.recognize import recognized, within
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
-from statewise._src.checkpoint.orbax.store_errors import StoreError, unreadable
+from statewise._src.checkpoint.orbax.store_errors import reads
 from statewise._src.checkpoint.orbax.stores import StorePath, is_url, listing
 from statewise.errors import CorruptedError, RestoreError
 
@@ -30,10 +30,8 @@ def find(path: object) -> Any:
       CorruptedError: what is there is not a checkpoint of Statewise.
     """
     folder = place_of(path)
-    try:
+    with reads(folder):
         return _found(folder)
-    except StoreError as error:
-        raise unreadable(folder, error) from error
 
 
 def _found(folder: Any) -> Any:

@@ -32,7 +32,7 @@ from statewise._src.checkpoint.interop.sources import Source, SourceArray, is_li
 from statewise._src.checkpoint.orbax.epath import with_file
 from statewise._src.checkpoint.orbax.paths import check_usable, place_of
 from statewise._src.checkpoint.orbax.plain import described_tree, read_tree
-from statewise._src.checkpoint.orbax.store_errors import StoreError, unreadable
+from statewise._src.checkpoint.orbax.store_errors import reads, said, unreadable
 from statewise._src.checkpoint.orbax.stores import StorePath, copying
 from statewise._src.common.paths import Leaf, format_path, plain_key
 from statewise._src.common.problems import Problems
@@ -54,14 +54,12 @@ def is_foreign(path: object) -> bool:
     if not isinstance(path, (str, os.PathLike)):
         return False
     folder = place_of(path)
-    try:
+    with reads(folder):
         if isinstance(folder, StorePath) and (folder / NAME).is_file():
             return False  # the answer to one request
         if not folder.is_dir():
             return bool(folder.is_file())
-    except StoreError as error:
-        raise unreadable(folder, error) from error
-    return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE) or has_safetensors(folder))
+        return not _items_with(folder, NAME) and bool(_items_with(folder, ORBAX_FILE) or has_safetensors(folder))
 
 
 def open_path(path: object) -> Source:
@@ -74,6 +72,11 @@ def open_path(path: object) -> Source:
     if isinstance(path, (list, tuple)):
         return open_files(path)
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
+    with reads(folder):
+        return _opened(folder)
+
+
+def _opened(folder: Any) -> Source:
     if not folder.exists():
         raise RestoreError(
             f"There is nothing at {folder}.", hint="the path of a checkpoint's directory, or of a .safetensors file"
@@ -171,10 +174,12 @@ def _is_value(node: Any) -> bool:
 
 @contextlib.contextmanager
 def _by_orbax(folder: Any, what: str) -> Iterator[None]:
-    """Reports whatever Orbax raises in a block as a corrupted checkpoint."""
+    """Reports whatever Orbax raises in a block as a corrupted checkpoint, and what a store refuses as what it said."""
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise any exception for what they cannot read
+        if isinstance(folder, StorePath) and said(error).is_refusal:
+            raise unreadable(folder, said(error)) from error
         raise CorruptedError(
             f"{folder} is corrupted: Orbax cannot read its {what}: {first_line(error)}.",
             hint="convert another checkpoint",

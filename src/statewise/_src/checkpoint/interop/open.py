@@ -16,6 +16,7 @@ from statewise._src.checkpoint.interop.foreign import only_item, open_path
 from statewise._src.checkpoint.interop.several_files import is_several
 from statewise._src.checkpoint.interop.sources import Source, SourceArray
 from statewise._src.checkpoint.orbax.paths import place_of
+from statewise._src.checkpoint.orbax.store_errors import reads
 from statewise._src.common.paths import format_path
 from statewise._src.filters.explain import as_code
 from statewise._src.plan.ema import EMA
@@ -40,8 +41,9 @@ def open_any(path: object) -> Source:
         hint = "sw.convert('run/checkpoint', dst), or nested dicts of arrays; a state: sw.save(path, state), or names="
         raise RestoreError(f"{type(path).__name__} is neither a path nor a mapping.", hint=hint)
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
-    item = only_item(folder, NAME) if folder.is_dir() else None
-    return open_path(path) if item is None else _open_statewise(item)
+    with reads(folder):
+        item = only_item(folder, NAME) if folder.is_dir() else None
+        return open_path(path) if item is None else _open_statewise(item)
 
 
 def _open_statewise(folder: Any) -> Source:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterator, Sequence
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from statewise._src.checkpoint.orbax.paths import is_url, spec_of
-from statewise._src.checkpoint.orbax.stores import context_of
+from statewise._src.checkpoint.orbax.stores import settings_of_stores
 
 __all__ = [
     "DATABASE",
@@ -83,7 +84,12 @@ def reading(folder: Any, index: str = "") -> Database:
     spec = {"driver": "ocdbt", "base": spec_of(folder), "cache_pool": _CACHE}
     if index:
         spec["manifest"] = spec_of(folder / index)
-    return Database(spec, context_of(_CACHED))
+    return Database(spec, _context(folder, _CACHED))
+
+
+def _context(folder: Any, settings: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
+    """Returns what requests to a database share: these settings, and those of its store if it is in one."""
+    return ts.Context({**(settings_of_stores() if is_url(folder) else {}), **settings})
 
 
 def open_stored(database: Database, key: Sequence[str]) -> Any:
@@ -118,7 +124,7 @@ def places_of_values(directory: Any, names: Collection[str], index: str = "") ->
     own = directory / index if index else directory
     if not (own / DATABASE).exists():
         return
-    context = context_of()
+    context = _context(directory)
     store = ts.KvStore.open(spec_of(directory), context=context).result()
     versions = ts.ocdbt.dump(ts.KvStore.open(spec_of(own), context=context).result()).result()["versions"]
     # Only the last version: the older ones are what earlier commits left.
@@ -151,7 +157,7 @@ def writing(folder: Any) -> Database:
     if not is_url(folder):
         # Data files have new names, so they need no rename to be complete; the manifest, which refers to them, does.
         spec |= {"base": base | {"file_io_locking": {"mode": "non_atomic"}}, "manifest": base}
-    return Database(spec, context_of(_WRITING))
+    return Database(spec, _context(folder, _WRITING))
 
 
 def writing_apart(folder: Any, own: str) -> Database:

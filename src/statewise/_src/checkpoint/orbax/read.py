@@ -154,9 +154,10 @@ def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iter
         sums[-1] = 1
         compat.values_of_processes(sums)
         raise
-    total = compat.values_of_processes(sums).astype(np.uint64).sum(axis=0) % (1 << 32)
-    if total[-1, 0]:
-        raise ValueError("another process could not read its parts")
+    every = compat.values_of_processes(sums).astype(np.uint64)
+    if (failed := np.flatnonzero(every[:, -1, 0])).size:
+        raise compat.OtherProcessError(f"process {failed[0]} could not read its parts, and its own error says why")
+    total = every.sum(axis=0) % (1 << 32)
     # In one call for all: a call for each of a thousand small arrays takes longer than to read them.
     placed_parts = jax.device_put(
         [each.parts[name].values for each in read for _, name in each.devices],

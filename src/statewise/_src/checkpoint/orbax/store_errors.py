@@ -9,13 +9,20 @@ from collections.abc import Iterator
 
 from statewise.errors import RestoreError
 
-__all__ = ["StoreError", "said", "store_errors", "unreadable"]
+__all__ = ["StoreError", "reads", "said", "store_errors", "unreadable"]
 
 # TensorStore's text of an error: the name of a status, what happened, and facts in brackets.
 _STATUS = re.compile(r"[A-Z_]{2,}: ")
 _FACT = re.compile(r" \[([a-z_\-]+)='((?:[^'\\]|\\.)*)'\]")
-# The statuses of requests that were refused for who asked, or for how often; and how TensorStore says that it gave up.
-_REFUSALS, _GIVEN_UP = (401, 403, 407, 408, 429), "retry attempts failed"
+# The statuses that say something of the object: there is none, or none of its bytes are in this range.  All others are
+# refusals, for who asked, for how often, or for a token that has expired (400, in S3).
+_OF_THE_OBJECT = (404, 416)
+_CREDENTIALS = re.compile("token|credential|signature|access ?key", re.IGNORECASE)
+# How TensorStore says without a status that it got no answer, or did not ask: its own names, and that it gave up.
+_UNANSWERED = re.compile(
+    r"(UNAUTHENTICATED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED): "
+    r"|retry attempts failed|CURL error"
+)
 
 
 class StoreError(OSError):
@@ -24,21 +31,19 @@ class StoreError(OSError):
     Attributes:
       status: the number of the HTTP status; None if there was no answer.
       strerror: it in words.
+      is_refusal: whether the store did not give what it may well have, so that nothing need be corrupted.
     """
 
-    def __init__(self, text: str, status: int | None = None) -> None:
+    def __init__(self, text: str, status: int | None = None, is_refusal: bool = True) -> None:
         super().__init__(errno.EIO, text)
         self.status = status
-
-    @property
-    def is_refusal(self) -> bool:
-        """Returns whether the store did not give what it may well have, so that nothing need be corrupted."""
-        return self.status in _REFUSALS or (self.status or 0) >= 500 or _GIVEN_UP in (self.strerror or "")
+        self.is_refusal = is_refusal
 
     @property
     def hint(self) -> str:
         """Returns what may help, in words."""
-        if self.status in (401, 403):
+        # S3 answers 400 to a token that has expired.
+        if self.status in (401, 403) or (self.status == 400 and _CREDENTIALS.search(self.strerror or "")):
             return "credentials with which this bucket may be read, listed and written"
         if self.status == 404:
             return "make the bucket first, or look at its name"
@@ -46,9 +51,11 @@ class StoreError(OSError):
 
 
 def said(error: BaseException) -> StoreError:
-    """Returns an exception of TensorStore as what the store said."""
+    """Returns as what the store said what TensorStore raises, or the library that Orbax has for the store."""
     if isinstance(error, StoreError):
         return error
+    if not isinstance(error, ValueError):  # TensorStore has no other exception for what a store refuses
+        return _said_by_library(error)
     text = str(error)
     facts = dict(_FACT.findall(text))
     words = _STATUS.sub("", _FACT.sub("", text).split(" [tensorstore_spec=")[0], count=1).strip()
@@ -58,7 +65,18 @@ def said(error: BaseException) -> StoreError:
     code = facts.get("http_response_code", "")
     status = int(code) if code.isdecimal() else None
     shown = " ".join(words.split())[:300].rstrip(".")
-    return StoreError(f"the store said {code}: {shown}" if status else shown, status)
+    is_refusal = bool(_UNANSWERED.search(text)) if status is None else status not in _OF_THE_OBJECT
+    return StoreError(f"the store said {code}: {shown}" if status else shown, status, is_refusal)
+
+
+def _said_by_library(error: BaseException) -> StoreError:
+    text = " ".join(str(error).split()).rstrip(".")
+    if not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {text}"
+    code = getattr(error, "code", None)
+    status = 403 if isinstance(error, PermissionError) or "Forbidden" in text else code if type(code) is int else None
+    answered = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    return StoreError(text, status, answered if status is None else status not in _OF_THE_OBJECT)
 
 
 def unreadable(path: object, error: StoreError) -> RestoreError:
@@ -67,9 +85,18 @@ def unreadable(path: object, error: StoreError) -> RestoreError:
 
 
 @contextlib.contextmanager
+def reads(path: object) -> Iterator[None]:
+    """Raises what a store does not give to a block as a `RestoreError` that says so."""
+    try:
+        yield
+    except StoreError as error:
+        raise unreadable(path, error) from error
+
+
+@contextlib.contextmanager
 def store_errors() -> Iterator[None]:
     """Raises what TensorStore raises in a block as a `StoreError`."""
     try:
         yield
-    except ValueError as error:  # the only exception that TensorStore has for what a store refuses
+    except ValueError as error:
         raise said(error) from error

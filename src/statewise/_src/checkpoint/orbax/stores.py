@@ -31,13 +31,13 @@ __all__ = [
     "Found",
     "StorePath",
     "check_bucket",
-    "context_of",
     "copying",
     "is_url",
     "listing",
     "probe",
     "read",
     "remove",
+    "settings_of_stores",
     "spec_of_store",
     "write_all",
     "write_if",
@@ -48,6 +48,9 @@ SCHEMES = {"gs": "gcs", "s3": "s3"}
 # How often a request is repeated: with the pauses below, for two to three minutes.
 _RETRIES, _FIRST_PAUSE, _LONGEST_PAUSE = 12, "100ms", "32s"
 _RETRIES_VARIABLE = "STATEWISE_STORE_RETRIES"
+# A request has failed, and is repeated, after this many seconds in which fewer bytes a second than this came or went:
+# TensorStore's own variables, which it reads at its first request.  Without them it waits for a silent store for ever.
+_SILENCE = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30", "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 # TensorStore's name for a range of bytes that an object does not have.
 _RANGE = "OUT_OF_RANGE"
@@ -237,9 +240,9 @@ def copying(path: StorePath) -> str:
 # --- requests --------------------------------------------------------------------------------------------------
 
 
-def context_of(settings: Mapping[str, Any] | None = None) -> Any:
-    """Returns what requests share: how often they are repeated, and these settings of TensorStore's."""
-    number = os.environ.get(_RETRIES_VARIABLE, str(_RETRIES))
+def settings_of_stores() -> dict[str, Any]:
+    """Returns TensorStore's settings of how often a request to a store is repeated."""
+    number = os.environ.get(_RETRIES_VARIABLE) or str(_RETRIES)
     if not number.isdecimal():
         raise StoreError(f"{_RETRIES_VARIABLE}={number!r} is not a number")
     retries = {
@@ -247,17 +250,19 @@ def context_of(settings: Mapping[str, Any] | None = None) -> Any:
         "initial_delay": _FIRST_PAUSE,
         "max_delay": _LONGEST_PAUSE,
     }
-    return ts.Context({"gcs_request_retries": retries, "s3_request_retries": retries, **(settings or {})})
+    return {"gcs_request_retries": retries, "s3_request_retries": retries}
 
 
 @functools.cache
 def _shared(retries: str) -> Any:
     """Returns the context of all requests for single objects; one for each number of retries."""
-    return context_of()
+    return ts.Context(settings_of_stores())
 
 
 def spec_of_store(path: StorePath) -> dict[str, Any]:
     """Returns TensorStore's specification of the objects below a path."""
+    for name, value in _SILENCE.items():
+        os.environ.setdefault(name, value)
     spec: dict[str, Any] = {"driver": SCHEMES[path.scheme], "bucket": path.bucket}
     spec["path"] = f"{path.key}/" if path.key else ""
     if path.scheme != "s3":

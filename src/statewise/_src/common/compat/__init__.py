@@ -103,7 +103,7 @@ def flags_of_processes(flag: bool) -> list[int]:
 
 
 class OtherProcessError(RuntimeError):
-    """Another process does not take part in what all of them do."""
+    """Another process does not take part in what all of them do, or has failed in it."""
 
 
 def values_of_processes(values: np.ndarray) -> np.ndarray:
