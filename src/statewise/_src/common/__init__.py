@@ -7,7 +7,7 @@ The files:
 - objects: `nnx_graph` (reads a model and rebuilds it), `graphdef` (a graph definition taken apart), `known_graph` (the
   leaves of objects with a known definition), `nested_state` (`nnx.State` or dicts), `variable_forms` (plain, hijax,
   references), `object_names` (several objects), `write_values` (writes into live objects);
-- values and code: `narrowing` (casts that lose numbers), `placing` (devices of several processes), `numbers` (whole
-  numbers), `codes` (code objects);
+- values and code: `narrowing` (casts that lose numbers), `placing` (devices of several processes), `copying` (many
+  arrays), `numbers` (whole numbers), `codes` (code objects);
 - versions: the package `compat`.
 """
