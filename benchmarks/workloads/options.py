@@ -11,6 +11,7 @@ import numpy as np
 import statewise as sw
 from benchmarks.case import Call, Case
 from benchmarks.compare import array_count, check, fresh, table, time_calls
+from benchmarks.machine import order
 from benchmarks.measure import Settings, timed
 from benchmarks.styles import LABELS as STYLE_LABELS
 from benchmarks.styles import STYLES
@@ -60,7 +61,7 @@ def options_table(key: str, title: str, case: Case, ways: tuple[str, ...], setti
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
     ways = (*ways, *RIVALS)
-    for way in ways:
+    for way in order(ways):
         if way in WAYS:
             calls[way] = case.loop(functools.partial(_trained, case, copy(), *WAYS[way]))
         else:
