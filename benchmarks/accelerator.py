@@ -163,7 +163,7 @@ def scan(settings: Settings) -> Tables:
 
 
 def transformer(settings: Settings) -> Tables:
-    """A train step that is bound by its products: what is left of the chip's rate."""
+    """A train step that is compute-bound: what is left of the chip's rate."""
     width, depth, batch, length, heads = (32, 1, 2, 8, 2) if settings.quick else (1024, 12, 8, 1024, 16)
     case = transformer_case(width, depth, batch, length, heads)
     names = ("statewise", "by-hand", "nnx.jit_partial")

@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import resource
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,11 +19,12 @@ __all__ = ["RUN", "describe", "order", "peak_bytes"]
 # The environment variable with the number of this process among those of its workload, from 0.
 RUN = "STATEWISE_BENCHMARK_RUN"
 
+ROOT = Path(__file__).parent.parent
 PACKAGES = ("statewise", "jax", "jaxlib", "flax", "optax", "equinox", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """The machine, the versions and the moment, as plain data."""
+    """The machine, the versions, the commit and the moment, as plain data."""
     return {
         "machine": {
             "cpu": _cpu(),
@@ -32,6 +34,7 @@ def describe() -> dict[str, Any]:
             "load_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -69,6 +72,21 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with "+" if what is measured or what measures was changed since; None without git."""
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:

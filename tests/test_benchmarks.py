@@ -238,7 +238,7 @@ def test_a_table_says_what_was_left_out() -> None:
     rows = [row("nnx.jit", 2e-3), row(OURS, 1e-6), {"key": "equinox", "label": "Equinox", "skipped": "no twin"}]
     text = report.markdown(run("many_small", rows)["tables"][0])
     lines = text.splitlines()
-    assert lines[0] == "| for one step | median | middle half | times the first |"
+    assert lines[0] == "| for one step | median | interquartile range | ratio to the first row |"
     assert lines[2].startswith("| `statewise` | 1 µs |")
     assert lines[3].startswith("| `nnx.jit` | 2 ms |")
     assert lines[-1] == "Left out: Equinox: no twin."
@@ -287,7 +287,7 @@ def test_the_oldest_libraries_have_columns_of_their_own(tmp_path: Path) -> None:
         (folder / "many_small.json").write_text(text, encoding="utf-8")
     report.write_docs(results, docs)
     text = page.read_text(encoding="utf-8")
-    assert "| what | reach | newest libraries | | oldest libraries | |" in text
+    assert "| what | target | newest libraries | | oldest libraries | |" in text
     assert "`nnx.jit` over ours | 6 | 7.00 times | reached | 3.00 times | **not reached** |" in text
     assert text.index("python 3.13") < text.index("oldest libraries below") < text.index("python 3.11")
     assert text.count("## many_small") == 1

@@ -33,7 +33,7 @@ import statewise as sw
 from benchmarks.compare import WrongResultError, table
 from benchmarks.measure import Settings, quartiles
 
-__all__ = ["ALONE", "LOAD_FILE", "ORBAX_STORE", "OURS", "disk", "late_store", "remove_tree"]
+__all__ = ["ALONE", "LATE", "LOAD_FILE", "ORBAX_STORE", "OURS", "disk", "late_store", "remove_tree"]
 
 OURS, ALONE, LOAD_FILE = "statewise", "alone", "safetensors"
 ORBAX_STORE = "orbax-gs"
@@ -41,6 +41,7 @@ HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
 COUNT = 16
 # Seconds that a request to an object store takes longer.
 DELAY = 0.02
+LATE = f"an object store on this machine, {1000 * DELAY:.0f} ms of added latency"
 # The number of bytes that are written or read at a time where a file is written or read by itself.
 BLOCK = 1 << 20
 
@@ -271,10 +272,9 @@ def _in_stores(arrays: Arrays, rounds: int) -> list[dict[str, Any]]:
     if not bucket:
         return []
     facts = {"arrays": len(arrays), "bytes": sum(array.nbytes for array in arrays.values())}
-    late = f"an object store on this machine, {1000 * DELAY:.0f} ms late"
     return [
-        _table("disk_store_save", f"Save in {late}", "save", labels, saved, OURS, facts),
-        _table("disk_store_restore", f"Restore from {late}", "restore", labels, restored, OURS, facts),
+        _table("disk_store_save", f"Save in {LATE}", "save", labels, saved, OURS, facts),
+        _table("disk_store_restore", f"Restore from {LATE}", "restore", labels, restored, OURS, facts),
     ]
 
 

@@ -50,8 +50,8 @@ def options(settings: Settings) -> list[dict[str, Any]]:
         products = transformer_case(256, 4, dropout=0.0, batch=16, length=128)
         large, small = few_large_case((1024,) * 5), many_small_case(200)
     return [
-        options_table("options_products", "A transformer, bound by its products, AdamW", products, UNPACKED, settings),
-        options_table("options_memory", "Leaves of 1024 × 1024, bound by memory, Adam", large, UNPACKED, settings),
+        options_table("options_products", "A transformer, compute-bound, AdamW", products, UNPACKED, settings),
+        options_table("options_memory", "Leaves of 1024 × 1024, memory-bound, Adam", large, UNPACKED, settings),
         options_table("options_small", "200 blocks of width 8, about 2,000 leaves, Adam", small, tuple(WAYS), settings),
     ]
 

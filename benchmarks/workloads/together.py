@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.compare import WrongResultError, numbers_of, table
 from benchmarks.measure import Settings
-from benchmarks.workloads.disk import DELAY, late_store, remove_tree
+from benchmarks.workloads.disk import LATE, late_store, remove_tree
 
 __all__ = ["ONE", "VERBS", "WAYS", "child", "together"]
 
@@ -45,7 +45,7 @@ VERBS = ("save", "restore")
 SIZES = {
     "large": (8, (4096, 4096), "8 arrays, 537 MB"),
     "small": (1000, (8, 64), "1,000 arrays of 2 kB"),
-    "store": (16, (1024, 1024), f"16 arrays, 67 MB, an object store on this machine, {1000 * DELAY:.0f} ms late"),
+    "store": (16, (1024, 1024), f"16 arrays, 67 MB, {LATE}"),
 }
 QUICK = {"small": (10, (8, 8), "10 arrays of 256 bytes")}
 
