@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is run from the checkout, not installed
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import report, targets  # noqa: E402
+from benchmarks import machine, report, targets  # noqa: E402
 from benchmarks.case import Case  # noqa: E402
 from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
@@ -293,6 +293,31 @@ def test_the_oldest_libraries_have_columns_of_their_own(tmp_path: Path) -> None:
     assert text.count("## many_small") == 1
 
 
+def test_the_page_says_when_and_of_which_commits_results_were_taken(tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    for folder in (docs, results):
+        folder.mkdir()
+    page = docs / "performance.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    about = {"noop": ("2026-02-01", "abc"), "rl": ("2026-01-01", "abc+"), "many_small": ("2026-03-01", None)}
+    for name, (when, commit) in about.items():
+        made = run(name, [row(OURS, 1.0)]) | {"when": when} | ({"commit": commit} if commit else {})
+        (results / f"{name}.json").write_text(json.dumps(report.merge(name, [made], quick=False)), encoding="utf-8")
+    report.write_docs(results, docs)
+    text = page.read_text(encoding="utf-8")
+    assert "\n2026-01-01 to 2026-03-01; commits abc, abc+; load average" in text
+
+
+def test_ways_are_made_in_one_order_and_its_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for number in range(4):
+        monkeypatch.setenv(machine.RUN, str(number))
+        orders.append(machine.order("abcdef"))
+    assert all(sorted(found) == list("abcdef") for found in orders)
+    assert orders[1] == orders[0][::-1]
+    assert orders[3] == orders[2][::-1]
+
+
 def test_packing_pays_from_so_many_steps() -> None:
     def rows(packed_first: float, packed: float) -> list[dict[str, Any]]:
         ours = row(OURS, 2e-3, first_call_s=1.0)
@@ -310,6 +335,13 @@ def test_a_target_without_its_number_says_so() -> None:
     lines = targets.targets_markdown({}).splitlines()
     assert len(lines) == 2 + len(targets.TARGETS)
     assert all("not measured" in line for line in lines[2:])
+
+
+def test_a_row_without_a_target_has_no_verdict() -> None:
+    found = {"scan": run("scan", [row("by-hand", 8.0), row("packed-scan", 1.0), row("by-hand-buffer-scan", 2.0)])}
+    lines = targets.targets_markdown(found).splitlines()
+    assert "| the same, packed | 8 | 8.00 times | reached |" in lines
+    assert "| the same, the loop by hand on one flat buffer, which is the limit | none | 4.00 times | |" in lines
 
 
 @needs_matplotlib
