@@ -184,6 +184,12 @@ TARGETS = (
         _at_most(NO_SLOWER),
     ),
     Target(
+        "the same, `plan.take(copy=False)`",
+        "no slower",
+        times("look_take", "`plan.take(model, copy=False)`", "`nnx.state(model)`, which shares"),
+        _at_most(NO_SLOWER),
+    ),
+    Target(
         "`plan.put(copy=False)` of 20,000 leaves over `nnx.update`",
         "no slower",
         times("look_put", "`plan.put(state, model, copy=False)`", "`nnx.update(model, state)`, which shares"),

@@ -144,7 +144,7 @@ def test_growth_and_looking() -> None:
     steps, restarts = grow.small_kind(TINY, counts=(12, 20))
     assert steps["facts"]["counts"] == restarts["facts"]["counts"] == [12, 20]
     assert {row["key"] for row in steps["rows"]} >= {f"nnx.jit_partial-{count}" for count in (12, 20)}
-    assert [table["key"] for table in look.look(TINY, leaves=20)] == [
+    assert [table["key"] for table in look.look(TINY, leaves=120)] == [
         "look_plan",
         "look_select",
         "look_split",

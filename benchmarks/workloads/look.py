@@ -120,7 +120,8 @@ def variables_of(model: Stages) -> list[nnx.Variable]:
 
 
 def _of(module: nnx.Module, kind: type) -> list[Any]:
-    return [child for child in vars(module).values() if isinstance(child, kind)]
+    # In one order: a model that was built has its attributes in another than one that was made.
+    return [child for _, child in sorted(vars(module).items()) if isinstance(child, kind)]
 
 
 def arrays_of(model: Stages) -> list[jax.Array]:
