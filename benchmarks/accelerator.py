@@ -163,7 +163,7 @@ def scan(settings: Settings) -> Tables:
 
 
 def transformer(settings: Settings) -> Tables:
-    """A train step that is bound by its products: what is left of the chip's rate."""
+    """A train step that is compute-bound: what is left of the chip's rate."""
     width, depth, batch, length, heads = (32, 1, 2, 8, 2) if settings.quick else (1024, 12, 8, 1024, 16)
     case = transformer_case(width, depth, batch, length, heads)
     names = ("statewise", "by-hand", "nnx.jit_partial")
@@ -306,7 +306,7 @@ def pinned(settings: Settings) -> Tables:
     restored = jax.tree.leaves(back)
     if {array.sharding.memory_kind for array in restored} != {"pinned_host"}:
         raise WrongResultError("a restore into pinned_host put the arrays elsewhere")
-    if not all(map(np.array_equal, map(np.asarray, restored), expected)):
+    if not all(np.array_equal(one, other) for one, other in zip(restored, expected, strict=True)):
         raise WrongResultError("a restore into pinned_host gave other values")
     title = f"{size / 1e6:,.0f} MB between the device and the host's pinned memory"
     reference = next(iter(ways))

@@ -7,8 +7,6 @@ was left out and why.
 from __future__ import annotations
 
 import gc
-import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.case import Call, Case
+from benchmarks.machine import order
 from benchmarks.measure import Settings, interleave, quartiles, stats, timed
 from benchmarks.styles import BUFFER, LABELS, OURS, STYLES, why_not
 
@@ -91,8 +90,7 @@ def compare(
         _warm_up(case, names, settings)
     copy = fresh(case)
     calls, outputs, times = {}, {}, {}
-    # Another order in each process: a first call may gain from what the ones before it have traced.
-    for name in random.Random(os.getpid()).sample(names, len(names)):
+    for name in order(names):
         calls[name], outputs[name], times[name] = _begin(name, case, copy(), sharding, settings)
     apart = [name for name in names if name.startswith("equinox") and case.eqx and not case.eqx.comparable]
     checked = {name: check(name, outputs[name], outputs[OURS], case.tolerance) for name in names if name not in apart}

@@ -6,21 +6,25 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import random
 import resource
+import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RUN", "describe", "peak_bytes"]
+__all__ = ["RUN", "describe", "order", "peak_bytes"]
 
 # The environment variable with the number of this process among those of its workload, from 0.
 RUN = "STATEWISE_BENCHMARK_RUN"
 
+ROOT = Path(__file__).parent.parent
 PACKAGES = ("statewise", "jax", "jaxlib", "flax", "optax", "equinox", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """The machine, the versions and the moment, as plain data."""
+    """The machine, the versions, the commit and the moment, as plain data."""
     return {
         "machine": {
             "cpu": _cpu(),
@@ -30,8 +34,21 @@ def describe() -> dict[str, Any]:
             "load_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def order(keys: Iterable[str]) -> list[str]:
+    """The order in which this process makes its ways: another in each pair of processes, and the reverse in the second.
+
+    A first call may gain from what the ones before it have traced, and of two copies of one program, the one made first
+    may be faster by a sixth.  The processes of a workload have one parent, from whose number the order is drawn.
+    """
+    run = int(os.environ.get(RUN, "0"))
+    drawn = list(keys)
+    random.Random(1000 * os.getppid() + run // 2).shuffle(drawn)
+    return drawn[::-1] if run % 2 else drawn
 
 
 def peak_bytes() -> int:
@@ -55,6 +72,21 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, with "+" if what is measured or what measures was changed since; None without git."""
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -31,6 +31,7 @@ class Settings:
       budget_s: seconds of timed calls in one comparison.
       rounds: fewest and most rounds.
       sample_s: the length of one sample, in seconds, where one call is shorter.
+      fewest_calls: how many calls a sample has at least.
       check_steps: how many calls are compared with ours before timing.
       warm_up: whether a tiny model is run first, so that the first rival does not pay for what all share.
     """
@@ -39,6 +40,7 @@ class Settings:
     budget_s: float = 8.0
     rounds: tuple[int, int] = (9, 40)
     sample_s: float = 0.01
+    fewest_calls: int = 1
     check_steps: int = 3
     warm_up: bool = True
 
@@ -90,22 +92,24 @@ def interleave(calls: Mapping[str, Callable[[], Any]], settings: Settings) -> di
     shuffle = random.Random(0).shuffle
     gc.collect()
     gc.freeze()  # else each collection walks over the models of all rivals
-    start = time.perf_counter()
-    for number in range(settings.rounds[1]):
-        if number >= settings.rounds[0] and time.perf_counter() - start > settings.budget_s:
-            break
-        shuffle(order)
-        for name in order:
-            gc.collect()
-            samples[name].append(_sample(calls[name], repeats[name]))
-    gc.unfreeze()
+    try:
+        start = time.perf_counter()
+        for number in range(settings.rounds[1]):
+            if number >= settings.rounds[0] and time.perf_counter() - start > settings.budget_s:
+                break
+            shuffle(order)
+            for name in order:
+                gc.collect()
+                samples[name].append(_sample(calls[name], repeats[name]))
+    finally:
+        gc.unfreeze()
     return samples
 
 
 def _repeats(call: Callable[[], Any], settings: Settings) -> int:
     """How many calls make a sample; the calls made here warm up too."""
     seconds = min(timed(call)[0] for _ in range(3))
-    return max(1, min(2000, math.ceil(settings.sample_s / max(seconds, 1e-7))))
+    return max(settings.fewest_calls, min(2000, math.ceil(settings.sample_s / max(seconds, 1e-7))))
 
 
 def _sample(call: Callable[[], Any], repeats: int) -> float:

@@ -21,6 +21,7 @@ __all__ = [
     "resnet_loss",
     "scaled_decoder",
     "scaled_decoder_fn",
+    "stages",
     "transformer",
     "transformer_loss",
     "vectors",
@@ -97,6 +98,21 @@ class Vectors(eqx.Module):
     vectors: list[jax.Array]
 
 
+class Ten(eqx.Module):
+    """The leaves of a layer of `growth.Stages`."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    out: jax.Array
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+    norm: jax.Array
+    mean: jax.Array
+    cached: jax.Array
+
+
 def chain(source: models.Chain) -> tuple[Chain, None]:
     return Chain([Block(linear(block.up), linear(block.down)) for block in source.blocks]), None
 
@@ -111,6 +127,12 @@ def policy(source: models.Policy) -> tuple[Policy, None]:
 
 def vectors(source: models.Vectors) -> tuple[Vectors, None]:
     return Vectors([jnp.copy(vector[...]) for vector in source.vectors()]), None
+
+
+def stages(arrays: list[jax.Array]) -> list[list[Ten]]:
+    """The twin of `growth.Stages`: layers of ten arrays, a hundred of them in a stage."""
+    layers = [Ten(*map(jnp.copy, arrays[start : start + 10])) for start in range(0, len(arrays), 10)]
+    return [layers[start : start + 100] for start in range(0, len(layers), 100)]
 
 
 def mse(model: Any, state: None, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:

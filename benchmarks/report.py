@@ -97,10 +97,10 @@ def _columns(rows: Sequence[Result]) -> list[tuple[str, Any]]:
         *((f"{count:,} leaves", "seconds_by_leaves", _at_leaves(count)) for count in counts),
         ("exponent", "exponent", lambda row: f"{row['exponent']:.2f}"),
         ("median", "median_s", lambda row: seconds(row["median_s"])),
-        ("middle half", "q1_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
+        ("interquartile range", "q1_s", lambda row: f"{seconds(row['q1_s'])} to {seconds(row['q3_s'])}"),
         ("process", "peak_bytes", lambda row: amount(row["peak_bytes"])),
         ("compiled step", "compiled_bytes", lambda row: amount(row["compiled_bytes"])),
-        ("times the first", "ratio", lambda row: times(row["ratio"]) + _spread(row)),
+        ("ratio to the first row", "ratio", lambda row: times(row["ratio"]) + _spread(row)),
         ("first call", "first_call_s", lambda row: seconds(row["first_call_s"])),
         ("rate", "gigabytes_per_s", lambda row: f"{row['gigabytes_per_s']:.2f} GB/s"),
         ("arithmetic", "teraflops_per_s", lambda row: f"{row['teraflops_per_s']:.0f} TFLOP/s"),
@@ -164,7 +164,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     """Writes the tables and the plot into docs/performance.md, between its two marks; the prose stays as it is.
 
     Args:
-      results: the folder of the JSON; its folder `oldest` has that of the oldest libraries, for the numbers to reach.
+      results: the folder of the JSON; its folder `oldest` has that of the oldest libraries, for the targets.
       docs: the folder of the page.
       order: names of workloads, in the order of their sections; any others come first.
 
@@ -189,7 +189,7 @@ def write_docs(results: Path, docs: Path, order: Sequence[str] = ()) -> list[Pat
     about = _about(found)
     if oldest:
         about = f"{about}\n\nThe columns of the oldest libraries below: {_about(oldest)}"
-    sections = [about, "## Numbers to reach", targets_markdown(found, oldest)]
+    sections = [about, "## Targets", targets_markdown(found, oldest)]
     if "leaves" in found:
         plot = docs / "performance-leaves.svg"
         write_plot(found["leaves"], plot)
@@ -218,13 +218,21 @@ def _about(found: dict[str, Result]) -> str:
     moments = {(str(other["machine"]["cpu"]), str(other["versions"])) for other in found.values()}
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {packages};",
-        f"{result['when']}; load average before each workload {min(loads):.1f} to {max(loads):.1f}.",
+        f"{_range(found)}; load average before each workload {min(loads):.1f} to {max(loads):.1f}.",
     ]
     if len(moments) > 1:
         lines.append("**Not all of it was taken on the same machine with the same versions: see the JSON.**")
     if any(other["quick"] for other in found.values()):
         lines.append("**A quick run: small models, few rounds.**")
     return "\n".join(lines)
+
+
+def _range(found: dict[str, Result]) -> str:
+    """From when to when results were taken, and of which commits, if they say so."""
+    moments = sorted({result["when"] for result in found.values()})
+    commits = sorted({commit for result in found.values() if (commit := result.get("commit"))})
+    text = moments[0] if len(moments) == 1 else f"{moments[0]} to {moments[-1]}"
+    return text + (f"; commit{'s' * (len(commits) > 1)} {', '.join(commits)}" if commits else "")
 
 
 def _section(result: Result) -> str:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is run from the checkout, not installed
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import report, targets  # noqa: E402
+from benchmarks import machine, report, targets  # noqa: E402
 from benchmarks.case import Case  # noqa: E402
 from benchmarks.compare import WrongResultError, check, compare  # noqa: E402
 from benchmarks.measure import Settings, interleave, quartiles  # noqa: E402
@@ -144,7 +144,7 @@ def test_growth_and_looking() -> None:
     steps, restarts = grow.small_kind(TINY, counts=(12, 20))
     assert steps["facts"]["counts"] == restarts["facts"]["counts"] == [12, 20]
     assert {row["key"] for row in steps["rows"]} >= {f"nnx.jit_partial-{count}" for count in (12, 20)}
-    assert [table["key"] for table in look.look(TINY, blocks=2)] == [
+    assert [table["key"] for table in look.look(TINY, leaves=120)] == [
         "look_plan",
         "look_select",
         "look_split",
@@ -158,7 +158,8 @@ def test_growth_and_looking() -> None:
 def test_the_start_of_a_program() -> None:
     tables = start.start(TINY, blocks=1)
     assert [table["key"] for table in tables] == ["start_import", "start_first", "start_whole"]
-    assert [row["key"] for row in tables[1]["rows"]] == ["statewise", "by-hand"]
+    for table in tables[1:]:
+        assert {row["key"] for row in table["rows"]} == {"statewise", "by-hand", "statewise-cold", "by-hand-cold"}
     assert all(row["median_s"] > 0 for table in tables for row in table["rows"])
 
 
@@ -237,7 +238,7 @@ def test_a_table_says_what_was_left_out() -> None:
     rows = [row("nnx.jit", 2e-3), row(OURS, 1e-6), {"key": "equinox", "label": "Equinox", "skipped": "no twin"}]
     text = report.markdown(run("many_small", rows)["tables"][0])
     lines = text.splitlines()
-    assert lines[0] == "| for one step | median | middle half | times the first |"
+    assert lines[0] == "| for one step | median | interquartile range | ratio to the first row |"
     assert lines[2].startswith("| `statewise` | 1 µs |")
     assert lines[3].startswith("| `nnx.jit` | 2 ms |")
     assert lines[-1] == "Left out: Equinox: no twin."
@@ -286,10 +287,35 @@ def test_the_oldest_libraries_have_columns_of_their_own(tmp_path: Path) -> None:
         (folder / "many_small.json").write_text(text, encoding="utf-8")
     report.write_docs(results, docs)
     text = page.read_text(encoding="utf-8")
-    assert "| what | reach | newest libraries | | oldest libraries | |" in text
+    assert "| what | target | newest libraries | | oldest libraries | |" in text
     assert "`nnx.jit` over ours | 6 | 7.00 times | reached | 3.00 times | **not reached** |" in text
     assert text.index("python 3.13") < text.index("oldest libraries below") < text.index("python 3.11")
     assert text.count("## many_small") == 1
+
+
+def test_the_page_says_when_and_of_which_commits_results_were_taken(tmp_path: Path) -> None:
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    for folder in (docs, results):
+        folder.mkdir()
+    page = docs / "performance.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
+    about = {"noop": ("2026-02-01", "abc"), "rl": ("2026-01-01", "abc+"), "many_small": ("2026-03-01", None)}
+    for name, (when, commit) in about.items():
+        made = run(name, [row(OURS, 1.0)]) | {"when": when} | ({"commit": commit} if commit else {})
+        (results / f"{name}.json").write_text(json.dumps(report.merge(name, [made], quick=False)), encoding="utf-8")
+    report.write_docs(results, docs)
+    text = page.read_text(encoding="utf-8")
+    assert "\n2026-01-01 to 2026-03-01; commits abc, abc+; load average" in text
+
+
+def test_ways_are_made_in_one_order_and_its_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+    for number in range(4):
+        monkeypatch.setenv(machine.RUN, str(number))
+        orders.append(machine.order("abcdef"))
+    assert all(sorted(found) == list("abcdef") for found in orders)
+    assert orders[1] == orders[0][::-1]
+    assert orders[3] == orders[2][::-1]
 
 
 def test_packing_pays_from_so_many_steps() -> None:
@@ -309,6 +335,13 @@ def test_a_target_without_its_number_says_so() -> None:
     lines = targets.targets_markdown({}).splitlines()
     assert len(lines) == 2 + len(targets.TARGETS)
     assert all("not measured" in line for line in lines[2:])
+
+
+def test_a_row_without_a_target_has_no_verdict() -> None:
+    found = {"scan": run("scan", [row("by-hand", 8.0), row("packed-scan", 1.0), row("by-hand-buffer-scan", 2.0)])}
+    lines = targets.targets_markdown(found).splitlines()
+    assert "| the same, packed | 8 | 8.00 times | reached |" in lines
+    assert "| the same, the loop by hand on one flat buffer, which is the limit | none | 4.00 times | |" in lines
 
 
 @needs_matplotlib

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import random
@@ -17,6 +18,8 @@ import shutil
 import sys
 import tempfile
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ import statewise as sw
 from benchmarks.compare import WrongResultError, table
 from benchmarks.measure import Settings, quartiles
 
-__all__ = ["ALONE", "LOAD_FILE", "ORBAX_STORE", "OURS", "disk", "late_store"]
+__all__ = ["ALONE", "LATE", "LOAD_FILE", "ORBAX_STORE", "OURS", "disk", "late_store", "remove_tree"]
 
 OURS, ALONE, LOAD_FILE = "statewise", "alone", "safetensors"
 ORBAX_STORE = "orbax-gs"
@@ -38,6 +41,7 @@ HELPERS = Path(__file__).parents[2] / "tests" / "helpers"
 COUNT = 16
 # Seconds that a request to an object store takes longer.
 DELAY = 0.02
+LATE = f"an object store on this machine, {1000 * DELAY:.0f} ms of added latency"
 # The number of bytes that are written or read at a time where a file is written or read by itself.
 BLOCK = 1 << 20
 
@@ -215,7 +219,9 @@ def _read(way: Way, path: Path, arrays: Arrays, *, check: bool = False) -> float
 
 
 def _check(way: Way, found: Any, arrays: Arrays, check: bool) -> None:
-    if check and found is not None and not all(map(np.array_equal, found, arrays.values())):
+    if not check or found is None:
+        return
+    if not all(np.array_equal(one, other) for one, other in zip(found, arrays.values(), strict=True)):
         raise WrongResultError(f"{way.label}: what came back is not what was written")
 
 
@@ -230,6 +236,21 @@ def _forget(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def remove_tree(path: str) -> None:
+    """Removes everything below a path, also in the emulated store; nothing has to be there."""
+    if not path.startswith("gs://"):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    bucket, _, prefix = path.removeprefix("gs://").partition("/")
+    objects = f"{os.environ['STORAGE_EMULATOR_HOST']}/storage/v1/b/{bucket}/o"
+    with urllib.request.urlopen(f"{objects}?prefix={urllib.parse.quote(prefix + '/', safe='')}") as answer:
+        names = [found["name"] for found in json.load(answer).get("items", ())]
+    for name in names:
+        request = urllib.request.Request(f"{objects}/{urllib.parse.quote(name, safe='')}", method="DELETE")
+        with urllib.request.urlopen(request):
+            pass
 
 
 # --- in object stores ------------------------------------------------------------------------------------------
@@ -247,13 +268,13 @@ def _in_stores(arrays: Arrays, rounds: int) -> list[dict[str, Any]]:
                 path = f"{bucket}/{name}-{number}"
                 saved[name].append(_seconds(lambda path=path, name=name: ways[name].save(path)))
                 restored[name].append(_read_store(ways[name], path, arrays, check=number == 0))
+                remove_tree(path)
     if not bucket:
         return []
     facts = {"arrays": len(arrays), "bytes": sum(array.nbytes for array in arrays.values())}
-    late = f"an object store on this machine, {1000 * DELAY:.0f} ms late"
     return [
-        _table("disk_store_save", f"Save in {late}", "save", labels, saved, OURS, facts),
-        _table("disk_store_restore", f"Restore from {late}", "restore", labels, restored, OURS, facts),
+        _table("disk_store_save", f"Save in {LATE}", "save", labels, saved, OURS, facts),
+        _table("disk_store_restore", f"Restore from {LATE}", "restore", labels, restored, OURS, facts),
     ]
 
 
@@ -299,7 +320,9 @@ def late_store() -> Iterator[str | None]:
     import gcs_server
     import proxy
 
-    if isinstance(gcs_server.binary(), str):
+    missing = gcs_server.binary() if importlib.util.find_spec("gcsfs") else "gcsfs is not installed"
+    if isinstance(missing, str):
+        print(f"The tables of object stores are left out: {missing}.", flush=True)
         yield None
         return
     with gcs_server.gcs_server() as server:

@@ -25,10 +25,11 @@ import statewise as sw
 from benchmarks.compare import table
 from benchmarks.measure import Settings, timed
 
-__all__ = ["NNX_SPLIT", "VERBS", "Subject", "exponent", "growth"]
+__all__ = ["NAMES", "NNX_SPLIT", "VERBS", "Layer", "Stage", "Stages", "Subject", "exponent", "growth"]
 
 LAYERS = 100  # layers in a stage
-IN_LAYER = 10  # leaves in a layer
+# The leaves of a layer.
+NAMES = ("query", "key", "value", "out", "gate", "up", "down", "norm", "mean", "cached")
 MESH = {"data": 8}
 PER_DEVICE = sw.PerDevice("data")
 NNX_SPLIT = "`nnx.split(model, ...)`"
@@ -38,7 +39,7 @@ class Layer(nnx.Module):
     """Ten leaves of 100 numbers: eight parameters, a statistic and a cache."""
 
     def __init__(self, values: Iterator[jax.Array]) -> None:
-        for name in ("query", "key", "value", "out", "gate", "up", "down", "norm"):
+        for name in NAMES[:8]:
             setattr(self, name, nnx.Param(next(values)))
         self.mean = nnx.BatchStat(next(values))
         self.cached = nnx.Cache(next(values))
@@ -56,7 +57,7 @@ class Stages(nnx.Module):
     """A model of so many leaves: a hundred layers in a stage, ten leaves in a layer."""
 
     def __init__(self, leaves: int, seed: int = 0) -> None:
-        layers = leaves // IN_LAYER
+        layers = leaves // len(NAMES)
         values = np.random.default_rng(seed).normal(size=(leaves, 100)).astype(np.float32)
         rows = iter(jax.device_put(list(values)))
         for number in range(math.ceil(layers / LAYERS)):
@@ -170,7 +171,8 @@ VERBS: dict[str, tuple[str, Callable[[Subject], Any]]] = {
     "`nnx.state(model)`": ("nnx", lambda s: nnx.state(s.model)),
     "`nnx.merge`": ("nnx", lambda s: nnx.merge(*s.pure)),
     "`nnx.update`": ("nnx", lambda s: nnx.update(s.model, s.pure[1])),
-    "`sw.plan(model)`": ("plans", lambda s: sw.plan(s.model)),
+    # The subject holds a plan of this model: another is not matched again.
+    "`sw.plan(model)`, repeated": ("plans", lambda s: sw.plan(s.model)),
     "`sw.plan(model, optimizers=, averages=)`": ("plans", _optimized),
     "`plan.take(model)`": ("plans", lambda s: s.plan.take(s.model)),
     "`plan.take(model, copy=False)`": ("plans", lambda s: s.plan.take(s.model, copy=False)),

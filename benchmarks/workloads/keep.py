@@ -95,7 +95,7 @@ def _table(key: str, title: str, arrays: dict[str, jax.Array], settings: Setting
     with tempfile.TemporaryDirectory() as folder:
         for label, way in ways.items():
             found = way(Path(folder) / "checked")
-            if not all(map(np.array_equal, map(np.asarray, found), expected)):
+            if not all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True)):
                 raise WrongResultError(f"{label}: what came back is not what was written")
             shutil.rmtree(Path(folder) / "checked")
         rows = time_calls(

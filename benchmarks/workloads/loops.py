@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.case import Call, Case
 from benchmarks.compare import array_count, check, fresh, table, time_calls
+from benchmarks.machine import order
 from benchmarks.measure import Settings, timed
 from benchmarks.styles.by_hand import ByHand
 from benchmarks.styles.by_hand_buffer import ByHandBuffer
@@ -49,12 +50,12 @@ def scan(settings: Settings, steps: int = 16, blocks: int | None = None) -> list
     }
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
-    for key, maker in makers.items():
-        calls[key] = maker(case, copy(), batches if key.endswith("scan") else rows)
+    for key in order(makers):
+        calls[key] = makers[key](case, copy(), batches if key.endswith("scan") else rows)
         firsts[key], losses = timed(calls[key])
         outputs[key] = list(np.asarray(losses))
     worst = {key: check(key, found, outputs["scan"], case.tolerance) for key, found in outputs.items()}
-    numbers = time_calls(calls, "scan", settings, per_call=steps)
+    numbers = time_calls({key: calls[key] for key in makers}, "scan", settings, per_call=steps)
     made = [
         {"key": key, "label": LABELS[key], **numbers[key], "first_call_s": firsts[key], "difference": worst[key]}
         for key in makers

@@ -11,6 +11,7 @@ import numpy as np
 import statewise as sw
 from benchmarks.case import Call, Case
 from benchmarks.compare import array_count, check, fresh, table, time_calls
+from benchmarks.machine import order
 from benchmarks.measure import Settings, timed
 from benchmarks.styles import LABELS as STYLE_LABELS
 from benchmarks.styles import STYLES
@@ -49,8 +50,8 @@ def options(settings: Settings) -> list[dict[str, Any]]:
         products = transformer_case(256, 4, dropout=0.0, batch=16, length=128)
         large, small = few_large_case((1024,) * 5), many_small_case(200)
     return [
-        options_table("options_products", "A transformer, bound by its products, AdamW", products, UNPACKED, settings),
-        options_table("options_memory", "Leaves of 1024 × 1024, bound by memory, Adam", large, UNPACKED, settings),
+        options_table("options_products", "A transformer, compute-bound, AdamW", products, UNPACKED, settings),
+        options_table("options_memory", "Leaves of 1024 × 1024, memory-bound, Adam", large, UNPACKED, settings),
         options_table("options_small", "200 blocks of width 8, about 2,000 leaves, Adam", small, tuple(WAYS), settings),
     ]
 
@@ -60,7 +61,7 @@ def options_table(key: str, title: str, case: Case, ways: tuple[str, ...], setti
     calls: dict[str, Call] = {}
     firsts, outputs = {}, {}
     ways = (*ways, *RIVALS)
-    for way in ways:
+    for way in order(ways):
         if way in WAYS:
             calls[way] = case.loop(functools.partial(_trained, case, copy(), *WAYS[way]))
         else:

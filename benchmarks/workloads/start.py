@@ -1,21 +1,23 @@
 """The start of a program: importing, and the first step of a process when JAX's compilation cache is warm.
 
-Every number is of a process of its own.  The ways alternate, and share one folder of compiled programs, which a run
-that is not counted has filled.
+Every number is of a process of its own, in another order of the ways each round.  Each way has a folder of compiled
+programs, which its first process fills; those after it have to find every program there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import check, numbers_of, table
+from benchmarks.compare import WrongResultError, check, numbers_of, table
 from benchmarks.measure import Settings
 from benchmarks.styles import OURS
 
@@ -27,33 +29,81 @@ IMPORTS = {
     "statewise": "from flax import nnx; import statewise as sw; sw.plan, sw.State, sw.step, sw.train_step",
 }
 _TIMED = "import time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
+VERBS = "`import statewise` and its training verbs"
+WAYS = (OURS, "by-hand")
 BLOCKS = 200
+
+Numbers = dict[str, Any]
 
 
 def start(settings: Settings, blocks: int | None = None) -> list[dict[str, Any]]:
     blocks = blocks or (2 if settings.quick else BLOCKS)
     runs = 1 if settings.quick else 5
-    imports: dict[str, list[float]] = {key: [] for key in IMPORTS}
-    for _ in range(runs):
-        for key, code in IMPORTS.items():
-            imports[key].append(float(_run("-c", _TIMED.format(code))))
-    ways: dict[str, list[dict[str, Any]]] = {"statewise": [], "by-hand": []}
-    with tempfile.TemporaryDirectory() as cache:
-        for number in range(runs + 1):
-            for way, found in ways.items():
-                one = json.loads(_run("-m", "benchmarks.workloads.start", way, str(blocks), cache).splitlines()[-1])
-                if number:
-                    found.append(one)
-    check("by-hand", ways["by-hand"][0]["losses"], ways["statewise"][0]["losses"], 1e-4)
+    imports = _imports(runs)
+    cold, warm = _processes(runs, blocks)
     labels = {"statewise": "Statewise", "by-hand": "by hand, flattened"}
-    first = {way: [one["first_s"] for one in found] for way, found in ways.items()}
-    whole = {way: [one["whole_s"] for one in found] for way, found in ways.items()}
     title = f"A second process, {blocks} blocks of width 8: "
     return [
-        _table("start_import", "Importing", imports, {"flax": "`from flax import nnx`", "statewise": "and the verbs"}),
-        _table("start_first", title + "from the model to the first output", first, labels),
-        _table("start_whole", title + "from building the model to the first output", whole, labels),
+        _table("start_import", "Importing", imports, {"flax": "`from flax import nnx`", "statewise": VERBS}),
+        _with_cold(_table("start_first", title + "from the model to the first output", warm["first_s"], labels), cold),
+        _with_cold(
+            _table("start_whole", title + "from building the model to the first output", warm["whole_s"], labels), cold
+        ),
     ]
+
+
+def _imports(runs: int) -> dict[str, list[float]]:
+    """Seconds of each import, in another order each round; the first one reads files that later ones find in memory."""
+    imports: dict[str, list[float]] = {key: [] for key in IMPORTS}
+    for number in range(runs + 1):
+        for key in random.sample(list(IMPORTS), len(IMPORTS)):
+            seconds = float(_run("-c", _TIMED.format(IMPORTS[key])))
+            if number:
+                imports[key].append(seconds)
+    return imports
+
+
+def _processes(runs: int, blocks: int) -> tuple[dict[str, Numbers], dict[str, dict[str, list[float]]]]:
+    """By way, what a process says that compiles everything; by number and way, what those after it say."""
+    cold: dict[str, Numbers] = {}
+    warm: dict[str, dict[str, list[float]]] = {number: {way: [] for way in WAYS} for number in ("first_s", "whole_s")}
+    losses: list[tuple[str, list[float]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(runs + 1):
+            for way in random.sample(WAYS, len(WAYS)):
+                cache = Path(folder) / way
+                before = _programs(cache)
+                said = _run("-m", "benchmarks.workloads.start", way, str(blocks), str(cache))
+                one = json.loads(said.splitlines()[-1])
+                losses.append((way, one["losses"]))
+                if not number:
+                    cold[way] = one
+                    continue
+                if not before or _programs(cache) != before:
+                    raise WrongResultError(f"{way}: a process with a warm cache compiled something")
+                for name, seconds in warm.items():
+                    seconds[way].append(one[name])
+    for way, found in losses:
+        check(way, found, cold[OURS]["losses"], 1e-4)
+    return {way: cold[way] for way in WAYS}, warm
+
+
+def _programs(cache: Path) -> set[str]:
+    """What the compilation cache holds; the times of its last use are in files of their own."""
+    return {path.name for path in cache.rglob("*") if path.is_file() and not path.name.endswith("-atime")}
+
+
+def _with_cold(found: dict[str, Any], cold: Mapping[str, Numbers]) -> dict[str, Any]:
+    """The table with a row for each way's process that filled the cache: one sample."""
+    rows = {row["key"]: row for row in found["rows"]}
+    number = "first_s" if found["key"] == "start_first" else "whole_s"
+    for way, one in cold.items():
+        seconds = one[number]
+        times = {"median_s": seconds, "q1_s": seconds, "q3_s": seconds, "samples": 1}
+        ratio = seconds / rows[OURS]["median_s"]
+        label = f"{rows[way]['label']}, the cache empty (one process)"
+        found["rows"].append({"key": f"{way}-cold", "label": label, **times, "ratio": ratio})
+    return found
 
 
 def _table(key: str, title: str, samples: Mapping[str, Sequence[float]], labels: Mapping[str, str]) -> dict[str, Any]:
@@ -84,6 +134,7 @@ def child(way: str, blocks: int, cache: str, began: float) -> dict[str, Any]:
     call = case.loop(STYLES[way](case, model).program)
     losses = [float(jax.block_until_ready(call()))]
     done = time.perf_counter()
+    losses += [float(call()) for _ in range(2)]
     return {"first_s": done - made, "whole_s": done - began, "losses": losses}
 
 

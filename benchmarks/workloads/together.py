@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 from benchmarks.compare import WrongResultError, numbers_of, table
 from benchmarks.measure import Settings
-from benchmarks.workloads.disk import DELAY, late_store
+from benchmarks.workloads.disk import LATE, late_store, remove_tree
 
 __all__ = ["ONE", "VERBS", "WAYS", "child", "together"]
 
@@ -46,12 +45,12 @@ VERBS = ("save", "restore")
 SIZES = {
     "large": (8, (4096, 4096), "8 arrays, 537 MB"),
     "small": (1000, (8, 64), "1,000 arrays of 2 kB"),
-    "store": (16, (1024, 1024), f"16 arrays, 67 MB, an object store on this machine, {1000 * DELAY:.0f} ms late"),
+    "store": (16, (1024, 1024), f"16 arrays, 67 MB, {LATE}"),
 }
 QUICK = {"small": (10, (8, 8), "10 arrays of 256 bytes")}
 
-# Seconds after which processes that still run are ended.
-LONGEST = 900
+# Seconds that a start, or one call, may take before the processes are ended.
+LONGEST = 300
 
 
 def together(settings: Settings, ways: Sequence[str] = tuple(WAYS)) -> list[dict[str, Any]]:
@@ -90,7 +89,7 @@ def _measured(
                     slowest = max(_called(running[way]))
                     if number:
                         times[verb][way].append(slowest)
-                shutil.rmtree(f"{place}/{way}", ignore_errors=True)
+                remove_tree(f"{place}/{way}")
     return times
 
 
@@ -108,24 +107,21 @@ def _processes(
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     children: list[subprocess.Popen[str]] = []
 
-    def end() -> None:
-        for each in children:
-            each.kill()
-
-    watchdog = threading.Timer(LONGEST, end)  # whoever waits for a line of theirs then sees that they have ended
-    watchdog.start()
     try:
         for number in range(int(processes)):
             command = [sys.executable, "-m", "benchmarks.workloads.together", str(number), *told]
             children.append(subprocess.Popen(command, env=environment, **pipes))
-        for each in children:
-            _said(each, "ready")
+        _all_said(children, "ready")
         yield children
     finally:
-        watchdog.cancel()
-        end()
+        _end(children)
         for each in children:
             each.communicate()
+
+
+def _end(children: Sequence[subprocess.Popen[str]]) -> None:
+    for each in children:
+        each.kill()
 
 
 def _called(children: Sequence[subprocess.Popen[str]]) -> list[float]:
@@ -134,7 +130,17 @@ def _called(children: Sequence[subprocess.Popen[str]]) -> list[float]:
         assert each.stdin is not None
         each.stdin.write("go\n")
         each.stdin.flush()
-    return [_said(each, "seconds") for each in children]
+    return _all_said(children, "seconds")
+
+
+def _all_said(children: Sequence[subprocess.Popen[str]], word: str) -> list[float]:
+    """What each says of a word; all are ended when that takes too long, which whoever waits for a line then sees."""
+    watchdog = threading.Timer(LONGEST, _end, [children])
+    watchdog.start()
+    try:
+        return [_said(each, word) for each in children]
+    finally:
+        watchdog.cancel()
 
 
 def _said(process: subprocess.Popen[str], word: str) -> float:
@@ -180,11 +186,12 @@ def child(number: int, folder: str, who: str, processes: int, port: int, rounds:
     print(json.dumps({"ready": number}), flush=True)
     for each in range(rounds):
         for verb in VERBS:
-            sys.stdin.readline()
+            if not sys.stdin.readline():  # whoever asked has ended
+                return
             start = time.perf_counter()
             arrays = jax.block_until_ready(verbs[verb](f"{folder}/{each}"))
             seconds = time.perf_counter() - start
-            if verb == "restore" and not each:
+            if verb == "restore":
                 _check(jax.tree.leaves(state), arrays)
             del arrays
             print(json.dumps({"seconds": seconds}), flush=True)
