@@ -22,7 +22,7 @@ def copies_of(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     of one type in a sixth of the time of `jax.device_put`, but takes as long to compile as that needs for a thousand.
     """
     copies: list[Any] = [None] * len(arrays)
-    rest = range(len(arrays))
+    rest: Sequence[int] = range(len(arrays))
     if len(arrays) >= _MANY:
         alike, rest = _alike(arrays)
         for numbers in alike:
