@@ -17,6 +17,7 @@ import statewise as sw
 from checkpoint_models import number_of, numbered
 from refusals import refused
 from statewise._src.checkpoint.orbax import epath
+from statewise._src.checkpoint.orbax.flush import flush
 from statewise._src.checkpoint.save import temporary_beside
 
 HINT = "free some space, or choose a directory that can be written to"
@@ -48,6 +49,35 @@ def test_a_name_that_the_disk_does_not_take_is_taken_back(
     with refused(sw.SaveError, said, hint=HINT):
         WRITE[name](tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def unlisted(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """From now on no directory of arrays can be listed."""
+    scandir = os.scandir
+
+    def fails(path: Any = ".") -> Any:
+        if os.path.basename(os.fspath(path)) == "d":
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+
+
+def test_files_that_cannot_be_listed_are_not_taken_for_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "saved" / "d").mkdir(parents=True)
+    (tmp_path / "saved" / "d" / "array").write_text("")
+    with monkeypatch.context() as patch:
+        unlisted(patch, errno.EMFILE)
+        with pytest.raises(OSError, match="Too many open files"):
+            flush(tmp_path / "saved")
+        unlisted(patch, errno.ENOENT)
+        flush(tmp_path / "saved")  # another process has renamed it since it was seen
+    flush(tmp_path / "gone")
+    unlisted(monkeypatch, errno.EIO)
+    said = f"A step could not be written to {tmp_path / 'run'}: Input/output error. Earlier steps are complete."
+    with sw.Checkpoints(tmp_path / "run", asynchronous=False) as checkpoints, refused(sw.SaveError, said, hint=HINT):
+        checkpoints.save(1, numbered(1))
+    assert checkpoints.steps == ()
 
 
 def test_another_process_makes_the_same_folder_at_the_same_time(

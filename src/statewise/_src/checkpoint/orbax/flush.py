@@ -19,11 +19,22 @@ __all__ = ["flush", "make_folder", "named"]
 
 
 def flush(place: Any) -> None:
-    """Writes a file, or everything in a directory, from the system's cache to the disk."""
-    below = [path for folder, _, names in os.walk(place) for path in (folder, *(f"{folder}/{n}" for n in names))]
+    """Writes a file, or everything in a directory, from the system's cache to the disk.
+
+    Raises:
+      OSError: the disk has not taken all of it, or a directory cannot be listed, so that its files are not known.
+    """
+    folders = os.walk(place, onerror=_check_gone) if os.path.isdir(place) else ()
+    below = [path for folder, _, names in folders for path in (folder, *(f"{folder}/{n}" for n in names))]
     # At the same time, because a file system with a journal then commits it once for several files.
     with concurrent.futures.ThreadPoolExecutor(8, "statewise-flush") as pool:
         list(pool.map(_flush_if_there, below or [place]))  # raises what a thread raised
+
+
+def _check_gone(error: OSError) -> None:
+    """Raises the error for a directory that cannot be listed, unless it is not there any more."""
+    if not isinstance(error, FileNotFoundError):  # another process has renamed it since, and flushes it itself
+        raise error
 
 
 def _flush_if_there(path: Any) -> None:
