@@ -15,7 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
-__all__ = ["flush", "make_folder", "named"]
+__all__ = ["UnflushedNameError", "flush", "make_folder", "named"]
+
+
+class UnflushedNameError(OSError):
+    """A file or directory has its final name, but the disk neither took that name nor let it be taken back."""
 
 
 def flush(place: Any) -> None:
@@ -56,17 +60,28 @@ def named(place: Any, final: Any) -> Iterator[None]:
     """Flushes a file or directory; then the block gives it its final name; then that is on the disk too.
 
     If the disk does not take the name, the file or directory has its first name again.
+
+    Raises:
+      OSError: the disk has not taken it.
+      UnflushedNameError: it has not taken the name, and the name cannot be taken back.
     """
     flush(place)
     yield
     try:
         _flush_one(os.path.dirname(os.fspath(final)))
-    except OSError:
-        if os.path.exists(place):  # a file that was linked has both names
-            os.unlink(final)
-        else:
-            os.rename(final, place)
+    except OSError as failure:
+        try:
+            _take_back(place, final)
+        except OSError:
+            raise UnflushedNameError(failure.errno, failure.strerror) from failure
         raise
+
+
+def _take_back(place: Any, final: Any) -> None:
+    if os.path.exists(place):  # a file that was linked has both names
+        os.unlink(final)
+    else:
+        os.rename(final, place)
 
 
 def make_folder(folder: FilePath) -> None:
