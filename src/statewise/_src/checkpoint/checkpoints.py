@@ -23,7 +23,8 @@ from statewise._src.checkpoint.format.layout import Layout
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_timeout, items_of_step
 from statewise._src.checkpoint.orbax.flush import make_folder
-from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
+from statewise._src.checkpoint.orbax.manager import ITEM, open_manager, read_json
+from statewise._src.checkpoint.orbax.options import Options, check_options
 from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.restore import inspect, preview, restore
@@ -92,11 +93,11 @@ class Checkpoints:
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
-        check_options(options)
+        self._directory = steps_in(directory)
+        check_options(options, self._directory)
         self._layout = layout
         self._bytes, self._writing, self._closed = 0, False, False
         self._step: int | None = None
-        self._directory = steps_in(directory)
         with opens(self._directory):
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
                 make_folder(self._directory)  # raises for a file, which Orbax does not notice
