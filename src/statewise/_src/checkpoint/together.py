@@ -16,6 +16,9 @@ from statewise.errors import SaveError
 
 __all__ = ["agreed", "agreed_token", "is_first", "together"]
 
+# The hint if another process has ended.
+_RESTART = "the logs of the other processes; then restart all of them, on as many as there are"
+
 
 def is_first() -> bool:
     """Returns whether this is the first process, which does what is done once."""
@@ -23,10 +26,17 @@ def is_first() -> bool:
 
 
 def agreed(*numbers: int) -> list[int]:
-    """Returns the first process's numbers in all processes; each has 32 bits."""
+    """Returns the first process's numbers in all processes; each has 32 bits.
+
+    Raises:
+      SaveError: another process has ended.
+    """
     if jax.process_count() == 1:
         return list(numbers)
-    return [int(number) for number in compat.broadcast_from_first_process(np.asarray(numbers, np.uint32))]
+    try:
+        return [int(number) for number in compat.broadcast_from_first_process(np.asarray(numbers, np.uint32))]
+    except compat.OtherProcessError as error:
+        raise SaveError(f"No checkpoint could be written: {error}.", hint=_RESTART) from error
 
 
 def agreed_token() -> str:
@@ -60,10 +70,9 @@ def together(final: Any, is_complete: Callable[[], bool] | None = None) -> Itera
     try:
         failed = compat.flags_of_processes(False)
     except compat.OtherProcessError as error:
-        hint = "the logs of the other processes; then restart all of them, on as many as there are"
         if is_complete is not None and is_complete():
-            raise SaveError(f"{os.fspath(final)} is complete, but {error}.", hint=hint) from error
-        raise _failed(final, str(error), hint, is_complete) from error
+            raise SaveError(f"{os.fspath(final)} is complete, but {error}.", hint=_RESTART) from error
+        raise _failed(final, str(error), _RESTART, is_complete) from error
     if failed:
         why = f"process {failed[0]} has failed, and its own error says why"
         raise _failed(final, why, f"the log of process {failed[0]}", is_complete)
