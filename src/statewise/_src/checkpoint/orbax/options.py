@@ -50,8 +50,9 @@ def _marking_option(options: Any, given: Mapping[str, Any]) -> str:
         if getattr(atomicity, "mode", None) == ocp.options.AtomicityMode.COMMIT_FILE:
             return f"AtomicityMode.COMMIT_FILE in {name}"
     path_class = getattr(options, "temporary_path_class", None)
-    is_marking = isinstance(path_class, type) and issubclass(path_class, ocp.path.atomicity.CommitFileTemporaryPath)
-    return f"temporary_path_class={path_class.__name__}" if is_marking else ""
+    if isinstance(path_class, type) and issubclass(path_class, ocp.path.atomicity.CommitFileTemporaryPath):
+        return f"temporary_path_class={path_class.__name__}"
+    return ""
 
 
 def is_of_newer(options: object) -> bool:
