@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import shutil
 import threading
@@ -351,3 +352,49 @@ def test_metrics_that_best_fn_cannot_judge_are_refused_and_the_run_goes_on(tmp_p
         checkpoints.save(2, numbered(2), metrics={"loss": 0.0})
         checkpoints.wait()
         assert checkpoints.steps == (2,)
+
+
+MARKED = ocp.options.AtomicityMode.COMMIT_FILE
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        (
+            ocp.CheckpointManagerOptions(atomicity_options=ocp.options.AtomicityOptions(mode=MARKED)),
+            "AtomicityMode.COMMIT_FILE in atomicity_options",
+        ),
+        (
+            ocp.CheckpointManagerOptions(temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath),
+            "temporary_path_class=CommitFileTemporaryPath",
+        ),
+        (
+            functools.partial(
+                NEW, context=ocp.v1.Context(atomicity_options=ocp.v1.options.AtomicityOptions(mode=MARKED))
+            ),
+            "AtomicityMode.COMMIT_FILE in context",
+        ),
+    ],
+    ids=["first", "path class", "newer"],
+)
+def test_steps_that_are_marked_and_not_renamed_are_refused_on_a_disk(
+    options: Any, option: str, tmp_path: pathlib.Path
+) -> None:
+    """They would be on the disk only in part after a power cut: what is flushed is what Orbax renames."""
+    said = (
+        f"With {option} Orbax writes each step under its final name and renames nothing, so that on a disk a power cut "
+        "can take files of a complete step."
+    )
+    with refused(sw.SaveError, said, hint="leave it out: on a disk Orbax renames, and what is renamed is on the disk"):
+        sw.Checkpoints(tmp_path / "run", options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_are_renamed_by_name_are_as_those_by_default(tmp_path: pathlib.Path) -> None:
+    renamed = ocp.options.AtomicityMode.ATOMIC_RENAME
+    old = ocp.CheckpointManagerOptions(atomicity_options=ocp.options.AtomicityOptions(mode=renamed))
+    context = ocp.v1.Context(atomicity_options=ocp.v1.options.AtomicityOptions(mode=renamed))
+    for step, options in enumerate((old, functools.partial(NEW, context=context)), 1):
+        with sw.Checkpoints(tmp_path, options=options) as checkpoints:
+            checkpoints.save(step, numbered(step))
+    assert checkpoints.steps == (1, 2)

@@ -16,8 +16,9 @@ import pytest
 import statewise as sw
 from checkpoint_models import number_of, numbered
 from refusals import refused
+from statewise._src.checkpoint import temporary
 from statewise._src.checkpoint.orbax import epath
-from statewise._src.checkpoint.save import temporary_beside
+from statewise._src.checkpoint.orbax.flush import flush
 
 HINT = "free some space, or choose a directory that can be written to"
 WRITE: dict[str, Callable[[Path], object]] = {
@@ -48,6 +49,113 @@ def test_a_name_that_the_disk_does_not_take_is_taken_back(
     with refused(sw.SaveError, said, hint=HINT):
         WRITE[name](tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_name_that_cannot_be_taken_back_is_said_to_be_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes neither the name nor that it is taken back: what has the name is complete."""
+    broken(monkeypatch, tmp_path)
+    final, rename, unlink = tmp_path / name, os.rename, os.unlink
+
+    def is_final(path: Any) -> None:
+        if os.fspath(path) == str(final):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "rename", lambda path, target: (is_final(path), rename(path, target)))
+    monkeypatch.setattr(os, "unlink", lambda path, **options: (is_final(path), unlink(path, **options)))
+    said = (
+        f"{final} is complete, but the disk has not taken its name, so a power cut can remove it: Input/output error."
+    )
+    with refused(sw.SaveError, said, hint="save again, to another path"):
+        WRITE[name](final)
+    assert list(tmp_path.iterdir()) == [final]
+    assert sw.inspect(final)
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_what_cannot_be_removed_is_not_said_to_be_gone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails and is then mounted to be read only, as Linux does."""
+    fsync, unlink = os.fsync, os.unlink
+
+    def fails(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", lambda handle: fails(errno.EIO))
+    monkeypatch.setattr(os, "unlink", lambda path, **options: fails(errno.EROFS))
+    with pytest.raises(sw.SaveError) as caught:
+        WRITE[name](tmp_path / name)
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert left.name.startswith(f".{name}.tmp-")
+    assert caught.value.message == (
+        f"{tmp_path / name} could not be written: Input/output error. "
+        f"What it has written is left in {left}: Read-only file system."
+    )
+    assert caught.value.hint == HINT
+
+
+def test_what_a_failed_check_leaves_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside errors that are not the disk's."""
+
+    def fails(*_: object) -> None:
+        monkeypatch.setattr(temporary.shutil, "rmtree", busy)
+        raise sw.StructureError("It is donated.")
+
+    def busy(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr("statewise._src.checkpoint.orbax.state_writer.StateWriter.finish", fails)
+    with pytest.raises(sw.StructureError) as caught:
+        sw.save(tmp_path / "saved", numbered(1))
+    (left,) = tmp_path.iterdir()
+    assert caught.value.__notes__ == [f"What it has written is left in {left}: Device or resource busy."]
+
+
+def test_a_conversion_that_cannot_clear_up_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(temporary.shutil, "rmtree", busy)
+    WRITE["plain"](tmp_path / "plain")
+    (left,) = tmp_path.glob(".*")
+    assert caplog.messages == [f"{tmp_path / 'plain'} is complete, but {left} is left: Device or resource busy"]
+
+
+def unlisted(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """From now on no directory of arrays can be listed."""
+    scandir = os.scandir
+
+    def fails(path: Any = ".") -> Any:
+        if os.path.basename(os.fspath(path)) == "d":
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+
+
+def test_files_that_cannot_be_listed_are_not_taken_for_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "saved" / "d").mkdir(parents=True)
+    (tmp_path / "saved" / "d" / "array").write_text("")
+    with monkeypatch.context() as patch:
+        unlisted(patch, errno.EMFILE)
+        with pytest.raises(OSError, match="Too many open files"):
+            flush(tmp_path / "saved")
+        unlisted(patch, errno.ENOENT)
+        flush(tmp_path / "saved")  # another process has renamed it since it was seen
+    flush(tmp_path / "gone")
+    unlisted(monkeypatch, errno.EIO)
+    said = f"A step could not be written to {tmp_path / 'run'}: Input/output error. Earlier steps are complete."
+    with sw.Checkpoints(tmp_path / "run", asynchronous=False) as checkpoints, refused(sw.SaveError, said, hint=HINT):
+        checkpoints.save(1, numbered(1))
+    assert checkpoints.steps == ()
 
 
 def test_another_process_makes_the_same_folder_at_the_same_time(
@@ -117,7 +225,7 @@ def test_half_a_deleted_step_stops_no_save(options: object, tmp_path: Path) -> N
 def test_what_a_killed_conversion_left_is_cleared_by_the_next(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    left = temporary_beside(tmp_path / "plain", process.pid, 5)
+    left = tmp_path / f".plain.tmp-{temporary._host()}-{process.pid}.5-00000005"
     (left / "converted").mkdir(parents=True)
     WRITE["plain"](tmp_path / "plain")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]

@@ -17,6 +17,7 @@ import pytest
 import statewise as sw
 from damaging import model, plan, state, words
 from refusals import refused
+from statewise._src.checkpoint import temporary
 
 TESTS = Path(__file__).parents[1]
 PROGRAM = TESTS / "helpers/programs/keep_killed.py"
@@ -103,19 +104,39 @@ def test_fifty_kills_lose_nothing(how: str, tmp_path: Path) -> None:
         first = begun + 1
 
 
-def test_what_a_killed_save_left_is_cleared_by_the_next_to_that_path(tmp_path: Path) -> None:
+def dead() -> int:
+    """Returns the number of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    from statewise._src.checkpoint.save import _host
+    return process.pid
 
-    theirs = tmp_path / f".step?1.tmp-{_host()}-{process.pid}-0000"
-    ours = tmp_path / f".step?1.tmp-{_host()}-{os.getpid()}-0000"
-    other = tmp_path / f".step_2.tmp-{_host()}-{process.pid}-0000"
-    for folder in (theirs, ours, other):
-        folder.mkdir()
-        (folder / "half").write_text("")
+
+def test_what_a_killed_save_left_is_cleared_by_the_next_to_that_path(tmp_path: Path) -> None:
+    start = temporary._start_of(os.getpid())
+    host, many = temporary._host(), temporary._many(temporary._host_number())
+    # Containers give each trainer the number that the one before had: another start, another process.
+    ended = [f"{dead()}", f"{dead()}.{start}", f"{os.getpid()}.{start - 1}"]
+    running = [f"{os.getpid()}", f"{os.getpid()}.{start}"]
+    others = [f".step_2.tmp-{host}-{dead()}-0000", f".step?1.tmp-many-{dead()}-0000", f".step?1.tmp-{host}-mine-0000"]
+    cleared = [f".step?1.tmp-{of}-{maker}-0000" for of in (host, many) for maker in ended]
+    kept = [f".step?1.tmp-{of}-{maker}-0000" for of in (host, many) for maker in running] + others
+    for name in cleared + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
     sw.save(tmp_path / "step?1", state())
-    assert sorted(hidden(tmp_path)) == sorted([ours.name, other.name])
+    assert sorted(hidden(tmp_path)) == sorted(kept)
+
+
+def test_a_process_is_known_by_its_start_where_the_system_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = temporary.temporary_beside(tmp_path / "step")
+    assert path.name.startswith(f".step.tmp-{temporary._host()}-{os.getpid()}.{temporary._start_of(os.getpid())}-")
+    assert temporary._is_alive(1, 0), "another user's, perhaps"
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(FileNotFoundError(path)))
+    path = temporary.temporary_beside(tmp_path / "step")
+    assert path.name.startswith(f".step.tmp-{temporary._host()}-{os.getpid()}-")
+    assert temporary._is_alive(os.getpid(), 5), "the start is not known"
 
 
 # --- Ctrl-C ------------------------------------------------------------------------------------------------------

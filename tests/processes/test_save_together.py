@@ -18,6 +18,7 @@ import safetensors.numpy
 import statewise as sw
 from programs import save_per_device
 from programs.save_together import make, published
+from statewise._src.checkpoint import temporary
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "tests/helpers/programs"
@@ -88,17 +89,40 @@ def assert_restored(*paths: Path | str) -> None:
 
 def test_plain_orbax_reads_what_two_processes_have_written(tmp_path: Path) -> None:
     """And of two processes, one that fails or dies while it saves: the other says so, and nothing is left of it."""
+    left = f".first.tmp-{temporary._many(temporary._host_number())}-{os.getpid()}.1-0000"  # an earlier process
+    (tmp_path / left).mkdir()
     printed = run_together(2, tmp_path, script="save_failing.py")
-    full, dead = (f"{tmp_path}/{name} could not be written: " for name in ("full", "dead"))
-    first = printed[0].splitlines()
-    assert f"full {full}process 1 has failed, and its own error says why." in first, printed[0]
-    assert f"full {full}No space left on device. Nothing of it is left." in printed[1].splitlines(), printed[1]
-    said = f"dead {dead}another process has ended or cannot be reached: "
+    first, second = (text.splitlines() for text in printed)
+    for name in ("base", "made", "full"):
+        said = f"{name} {tmp_path}/{name} could not be written: process 1 has failed, and its own error says why."
+        assert said in first, printed[0]
+    assert f"base RestoreError: There is nothing at {tmp_path}/none." in second, printed[1]
+    for name in ("made", "full"):
+        said = f"{name} {tmp_path}/{name} could not be written: No space left on device. Process 0 removes what was "
+        assert f"{said}written." in second, printed[1]
+    said = f"data {tmp_path}/run could not be written: process 1 has failed, and its own error says why."
+    assert said in first, printed[0]
+    said = "data __main__.Broken.get_state() failed: OSError: [Errno 28] No space left on device."
+    assert said in second, printed[1]
+    assert "steps ()" in first, printed[0]
+    said = f"dead {tmp_path}/dead could not be written: another process has ended or cannot be reached: "
     assert any(line.startswith(said) for line in first), printed[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "run"]
     with ocp.StandardCheckpointer() as checkpointer:
         read = checkpointer.restore(tmp_path / "first", {"bias": make().bias[...], "kernel": make().kernel[...]})
     np.testing.assert_array_equal(read["kernel"], make().kernel[...])
+
+
+@pytest.mark.parametrize("store", ["disk", "gcs"])
+def test_what_is_complete_when_another_process_dies_is_said_to_be_complete(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = f"{tmp_path}/complete" if store == "disk" else f"{request.getfixturevalue(store)}/complete"
+    printed = run_together(2, tmp_path, path, script="save_failing.py")
+    said = f"complete {path} is complete, but another process has ended or cannot be reached: "
+    assert any(line.startswith(said) for line in printed[0].splitlines()), printed[0]
+    assert sw.restore(path, sw.plan(make()).take(make()))[1].ok
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_two_processes_save_through_each_interface_of_orbax_and_one_restores(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ The files:
 
 - the verbs: `save`, `restore` (with `preview` and `inspect`), `checkpoints` (a checkpoint for each step),
   `checkpointable` (an item of Orbax's own managers), `names` (what leaves are called elsewhere);
-- saving: `store_commit` (when a checkpoint in an object store is complete), `together` (several processes);
+- saving: `temporary` (where it is written on a disk until it is complete), `store_commit` (when a checkpoint in an
+  object store is complete), `together` (several processes);
 - restoring: `match` (a target with a checkpoint, before anything is read) and `match_names` (with files of other
   names), `compare_records` (a leaf with its record), `renested` and `retyped` (leaves that all differ for one reason),
   `members` (of an ensemble), `fill` (values that are not read), `restore_report` (what happens to each leaf);

@@ -7,6 +7,7 @@ be read with `sw.restore`, `sw.inspect`, or with a manager of Orbax's.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +18,13 @@ import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.claimed import Claims
-from statewise._src.checkpoint.data import DATA, check_iterator, check_not_position, data_item, find_move
+from statewise._src.checkpoint.data import DATA, check_not_position, find_move
 from statewise._src.checkpoint.format.layout import Layout
 from statewise._src.checkpoint.format.records import check_savable
-from statewise._src.checkpoint.items import bytes_in, check_counts, check_metrics, check_timeout, extra_item
+from statewise._src.checkpoint.items import bytes_in, check_counts, check_timeout, items_of_step
 from statewise._src.checkpoint.orbax.flush import make_folder
-from statewise._src.checkpoint.orbax.manager import ITEM, Options, check_options, open_manager, read_json
+from statewise._src.checkpoint.orbax.manager import ITEM, open_manager, read_json
+from statewise._src.checkpoint.orbax.options import Options, check_options
 from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.orbax.store_errors import reads
@@ -31,6 +33,7 @@ from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.restore_result import RestoreResult
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
 from statewise._src.checkpoint.step_errors import opens, step_exists, writes
+from statewise._src.checkpoint.together import together
 from statewise._src.common.numbers import whole_number
 from statewise._src.core.plan import State
 from statewise._src.inspect.census import Census
@@ -91,11 +94,11 @@ class Checkpoints:
     ) -> None:
         check_layout(layout)
         check_counts(max_to_keep, every)
-        check_options(options)
+        self._directory = steps_in(directory)
+        check_options(options, self._directory)
         self._layout = layout
         self._bytes, self._writing, self._closed = 0, False, False
         self._step: int | None = None
-        self._directory = steps_in(directory)
         with opens(self._directory):
             if isinstance(self._directory, FilePath) and (getattr(options, "create", True) or self._directory.exists()):
                 make_folder(self._directory)  # raises for a file, which Orbax does not notice
@@ -199,19 +202,17 @@ class Checkpoints:
             raise SaveError(f"Checkpoints({str(self._directory)!r}) is closed.", hint=hint)
         if not isinstance(force, (bool, np.bool_)):
             raise SaveError(f"force={force!r} is neither True nor False.", hint="another name, for an extra item")
-        item = checkpointable(state, layout=self._layout)
-        # Before Orbax starts: a save that fails halfway is in progress forever for it.
-        check_savable(item.state, kinds_to_save(item.state, None))
-        items = {name: extra_item(self._manager, name, given) for name, given in extra.items()}
-        check_metrics(self._manager, items)
-        if data is not None:
-            check_iterator(data, SaveError)
         with writes(self._directory):
             step = self._new_step(step, bool(force))
-        if not (force or self._manager.is_due(step)):
-            return False  # without asking for the position of the data: that may take longer than a step
-        if data is not None:
-            items[DATA] = data_item(data, step)
+        is_due = force or self._manager.is_due(step)
+        # What fails in one process, the others must not wait for in Orbax; no process waits for a step that is not due.
+        with together(self._directory) if is_due else contextlib.nullcontext():
+            item = checkpointable(state, layout=self._layout)
+            # Before Orbax starts: a save that fails halfway is in progress forever for it.
+            check_savable(item.state, kinds_to_save(item.state, None))
+            items = items_of_step(self._manager, extra, data, step if is_due else None)
+        if not is_due:
+            return False
         with writes(self._directory, self._complete):
             self._watch(None, 0, float("inf"))
             self._claims.end()  # Orbax would wait too; here its error is that of the step before

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any, SupportsFloat
 
+from statewise._src.checkpoint.data import DATA, check_iterator, data_item
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.manager import ITEM, METRICS, Json, Manager
 from statewise._src.checkpoint.orbax.paths import obstacle
 from statewise.errors import SaveError
 
-__all__ = ["bytes_in", "check_counts", "check_metrics", "check_timeout", "extra_item"]
+__all__ = ["bytes_in", "check_counts", "check_timeout", "items_of_step"]
 
 # Names that an extra item cannot have, because other functions have options of these names: the function, and the code
 # that was probably meant.
@@ -54,7 +55,28 @@ def check_timeout(timeout: object) -> float:
     return seconds
 
 
-def extra_item(manager: Manager, name: str, given: object) -> Any:
+def items_of_step(manager: Manager, extra: Mapping[str, object], data: object, step: int | None) -> dict[str, Any]:
+    """Returns what a step has beside its state, for Orbax to write.
+
+    Args:
+      manager: the steps of the run.
+      extra: the extra items, by name.
+      data: a data iterator; None for none.
+      step: the step; None if it is not saved, and all of this is only checked.
+
+    Raises:
+      SaveError: an item cannot be written, or Orbax cannot judge the metrics; `data` does not say where it is.
+    """
+    items = {name: _extra_item(manager, name, given) for name, given in extra.items()}
+    _check_metrics(manager, items)
+    if data is not None:
+        check_iterator(data, SaveError)
+        if step is not None:  # asking for the position may take longer than a step
+            items[DATA] = data_item(data, step)
+    return items
+
+
+def _extra_item(manager: Manager, name: str, given: object) -> Any:
     """Returns an extra item for Orbax; JSON is made now, because the data may change while it is being written."""
     if name in _OPTIONS:
         function, hint = _OPTIONS[name]
@@ -95,7 +117,7 @@ def _number(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def check_metrics(manager: Manager, items: Mapping[str, Any]) -> None:
+def _check_metrics(manager: Manager, items: Mapping[str, Any]) -> None:
     """Raises if Orbax could not find the best step by the metrics among the items: it would not save any step then."""
     metrics = items.get(METRICS)
     if manager.best_fn is None or not isinstance(metrics, Json) or metrics.data is None:

@@ -8,18 +8,11 @@ where nothing can be renamed, a checkpoint is complete from the moment that its 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import posixpath
-import secrets
-import shutil
-import socket
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any, get_args
-
-import jax
 
 from statewise._src.checkpoint.format.checksums import sums_of
 from statewise._src.checkpoint.format.layout import Layout, lay_out
@@ -28,25 +21,22 @@ from statewise._src.checkpoint.format.manifest import LeafRecord, Manifest
 from statewise._src.checkpoint.format.parse import read_manifest
 from statewise._src.checkpoint.format.records import kinds_of
 from statewise._src.checkpoint.orbax.flush import make_folder, named
-from statewise._src.checkpoint.orbax.paths import new_place, short_name
+from statewise._src.checkpoint.orbax.paths import new_place
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.stores import StorePath
-from statewise._src.checkpoint.store_commit import another_writer, save_in_store
-from statewise._src.checkpoint.together import agreed, is_first, together
+from statewise._src.checkpoint.store_commit import save_in_store
+from statewise._src.checkpoint.temporary import clear_abandoned, removed_on_failure, temporary_of_all
+from statewise._src.checkpoint.together import is_first, together
 from statewise._src.common.compare import LeafFacts, compare_leaf, note_of
 from statewise._src.common.problems import Problems
 from statewise._src.core.plan import State
-from statewise.errors import SaveError, StatewiseError, StructureError
+from statewise.errors import SaveError, StructureError
 
 __all__ = [
     "check_layout",
-    "clear_abandoned",
     "kinds_to_save",
-    "reason_of",
     "save",
-    "temporary_beside",
-    "write_error",
 ]
 
 
@@ -93,22 +83,23 @@ def save(
       >>> report.counts["params"]
       {'restored': 2}
     """
-    if not isinstance(state, State):
-        raise StructureError(
-            f"sw.save wants a state, not {type(state).__name__}.", hint="sw.save(path, plan.take(model))"
-        )
-    kinds = kinds_to_save(state, only)
-    check_layout(layout)
-    final = new_place(path, example="sw.save('run/step_100', state)")
-    saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
+    with together(path):  # what one process cannot read or write, the others may
+        if not isinstance(state, State):
+            raise StructureError(
+                f"sw.save wants a state, not {type(state).__name__}.", hint="sw.save(path, plan.take(model))"
+            )
+        kinds = kinds_to_save(state, only)
+        check_layout(layout)
+        final = new_place(path, example="sw.save('run/step_100', state)")
+        saving = Saving(state, kinds, layout, _base(state, kinds, base, final))
     first = is_first()  # this one shows the progress of all
     size = sum(leaf.nbytes for leaf in state.tables.leaves if leaf.kind in kinds) if first else 0
     if isinstance(final, StorePath):
         save_in_store(final, saving, size)
         return
     with _committed(final) as temporary, growing(f"writing {final.name}", size, lambda: [temporary]):
-        writer = StateWriter(temporary, saving)
         with together(final):
+            writer = StateWriter(temporary, saving)
             writer.write()
         with together(final):
             if first:
@@ -130,90 +121,19 @@ def kinds_to_save(state: State, only: object) -> tuple[str, ...]:
 @contextlib.contextmanager
 def _committed(final: FilePath) -> Iterator[FilePath]:
     """Yields a directory to write into; afterwards it has the final name, or is removed if something went wrong."""
-    # All processes use one name, which the first of them chooses.
-    token = agreed(secrets.randbits(32))
-    temporary = temporary_beside(final, agreed(os.getpid()), token)
-    first = is_first()
-    try:
+    temporary, first = temporary_of_all(final), is_first()
+    with removed_on_failure(final, temporary, is_first=first):
         with together(final):
             if first:
                 make_folder(final.parent)
                 clear_abandoned(final)
                 temporary.mkdir()
         yield temporary
-        with together(final):
+        with together(final, lambda: os.path.exists(final)):
             if first:
                 # The order makes it safe against a crash: the data, then the name, then the directory with the name.
                 with named(temporary, final):
                     temporary.rename(final)
-        first = False  # nothing is left to remove
-    except StatewiseError:
-        raise
-    except (OSError, ValueError) as error:
-        # TensorStore reports what the file system rejects as a ValueError.
-        if isinstance(error, OSError) or _is_of_disk(error):
-            raise write_error(final, error) from error
-        raise
-    finally:
-        if first:
-            _remove(temporary)
-
-
-def write_error(final: FilePath, error: Exception) -> SaveError:
-    """Returns the error for something that could not be written, and of which nothing is left."""
-    if final.exists():
-        return another_writer(final)
-    hint = "free some space, or choose a directory that can be written to"
-    return SaveError(f"{final} could not be written: {reason_of(error)}. Nothing of it is left.", hint=hint)
-
-
-def reason_of(error: Exception) -> str:
-    """Returns what the system reported, in its own words."""
-    if isinstance(error, StatewiseError):
-        return error.message.rstrip(".")
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    *first, last = str(error).split(" [")[0].split(": ")  # TensorStore's text starts with where it was
-    return f"{first[-1]}: {last}" if first and last.startswith('"') else last
-
-
-def _remove(folder: FilePath) -> None:
-    """Removes what was written; several times, because threads of a failed write may still make files for a moment."""
-    for pause in (0.0, 0.02, 0.1, 0.5):
-        time.sleep(pause)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_of_disk(error: Exception) -> bool:
-    words = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "No space left", "File too large", "Error writing", "quota")
-    # TensorStore adds the number to whatever the system has reported.
-    return "os_error_code=" in str(error) or any(word in str(error) for word in words)
-
-
-def _host() -> str:
-    return "".join(c if c.isalnum() else "_" for c in socket.gethostname())[:40] if jax.process_count() == 1 else "many"
-
-
-def temporary_beside(final: FilePath, pid: int, token: int) -> FilePath:
-    """Returns where a process writes until the result gets its final name."""
-    return final.parent / f".{short_name(final.name)}.tmp-{_host()}-{pid}-{token:08x}"
-
-
-def clear_abandoned(final: FilePath) -> None:
-    """Removes what processes of this machine left that died while they wrote to this same path."""
-    start = f".{short_name(final.name)}.tmp-{_host()}-"
-    for folder in final.parent.glob(f"{glob.escape(start)}*"):
-        pid = folder.name.removeprefix(start).partition("-")[0]
-        if pid.isdigit() and jax.process_count() == 1 and not _is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # the process exists, and is another user's
-    return True
 
 
 # --- over a base -----------------------------------------------------------------------------------------------

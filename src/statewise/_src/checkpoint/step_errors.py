@@ -8,7 +8,7 @@ from typing import Any
 
 from statewise._src.checkpoint.orbax.store_errors import said
 from statewise._src.checkpoint.orbax.stores import StorePath
-from statewise._src.checkpoint.save import reason_of
+from statewise._src.checkpoint.temporary import reason_of
 from statewise.errors import SaveError, StatewiseError
 
 __all__ = ["opens", "step_exists", "writes"]

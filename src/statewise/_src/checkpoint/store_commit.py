@@ -47,12 +47,12 @@ def save_in_store(final: StorePath, saving: Saving, size: int = 0) -> None:
             if is_first():
                 check_free(final)
         with _removed_on_failure(final, own), counting(f"writing {final.name}", size) as wrote:
-            writer = StateWriter(final, saving, own, wrote)
             with together(final):
+                writer = StateWriter(final, saving, own, wrote)
                 writer.write()
             with together(final):
                 data = writer.manifest() if is_first() else b""
-        with together(final):
+        with together(final, lambda: _is_complete(final)):
             if is_first():
                 _commit(final, own, data)
                 _finish(final, own, writer.for_orbax)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,30 +16,42 @@ from statewise.errors import SaveError
 
 __all__ = ["agreed", "agreed_token", "is_first", "together"]
 
+# The hint if another process has ended.
+_RESTART = "the logs of the other processes; then restart all of them, on as many as there are"
+
 
 def is_first() -> bool:
     """Returns whether this is the first process, which does what is done once."""
     return jax.process_index() == 0
 
 
-def agreed(number: int) -> int:
-    """Returns the first process's number in all processes; it has 32 bits."""
+def agreed(*numbers: int) -> list[int]:
+    """Returns the first process's numbers in all processes; each has 32 bits.
+
+    Raises:
+      SaveError: another process has ended.
+    """
     if jax.process_count() == 1:
-        return number
-    return int(compat.broadcast_from_first_process(np.uint32(number)))
+        return list(numbers)
+    try:
+        return [int(number) for number in compat.broadcast_from_first_process(np.asarray(numbers, np.uint32))]
+    except compat.OtherProcessError as error:
+        raise SaveError(f"No checkpoint could be written: {error}.", hint=_RESTART) from error
 
 
 def agreed_token() -> str:
     """Returns 16 random hexadecimal digits, the same in all processes."""
-    return f"{agreed(secrets.randbits(32)):08x}{agreed(secrets.randbits(32)):08x}"
+    return "".join(f"{number:08x}" for number in agreed(secrets.randbits(32), secrets.randbits(32)))
 
 
 @contextlib.contextmanager
-def together(final: str | os.PathLike[str]) -> Iterator[None]:
+def together(final: Any, is_complete: Callable[[], bool] | None = None) -> Iterator[None]:
     """Runs a block in every process; afterwards it has ended well in all of them, or every one of them raises.
 
     Args:
-      final: what they write.
+      final: the path that they write, as the user gave it: it is read only if the block has not rejected it.
+      is_complete: for a block in which the first process commits what all have written, returns whether it is
+        committed; if another process fails there, `final` may be complete all the same.
 
     Raises:
       SaveError: it has failed in another process, or that one has ended.
@@ -57,12 +70,18 @@ def together(final: str | os.PathLike[str]) -> Iterator[None]:
     try:
         failed = compat.flags_of_processes(False)
     except compat.OtherProcessError as error:
-        raise SaveError(
-            f"{os.fspath(final)} could not be written: {error}.",
-            hint="the logs of the other processes; then restart all of them, on as many as there are",
-        ) from error
+        if is_complete is not None and is_complete():
+            raise SaveError(f"{os.fspath(final)} is complete, but {error}.", hint=_RESTART) from error
+        raise _failed(final, str(error), _RESTART, is_complete) from error
     if failed:
-        raise SaveError(
-            f"{os.fspath(final)} could not be written: process {failed[0]} has failed, and its own error says why.",
-            hint=f"the log of process {failed[0]}",
-        )
+        why = f"process {failed[0]} has failed, and its own error says why"
+        raise _failed(final, why, f"the log of process {failed[0]}", is_complete)
+
+
+def _failed(final: Any, why: str, hint: str, is_complete: Callable[[], bool] | None) -> SaveError:
+    """Returns the error for a process that another one has left alone."""
+    path = os.fspath(final)
+    if is_complete is None:
+        return SaveError(f"{path} could not be written: {why}.", hint=hint)
+    hint = f"sw.inspect({path!r}) says whether it is; {hint}"
+    return SaveError(f"It is not known whether {path} is complete: {why}.", hint=hint)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,11 +30,11 @@ from statewise._src.checkpoint.orbax.paths import new_place
 from statewise._src.checkpoint.orbax.plain import write_tree
 from statewise._src.checkpoint.orbax.progress import growing
 from statewise._src.checkpoint.orbax.stores import StorePath
-from statewise._src.checkpoint.save import clear_abandoned, temporary_beside, write_error
 from statewise._src.checkpoint.store_commit import check_free
+from statewise._src.checkpoint.temporary import clear_abandoned, removed_on_failure, temporary_beside
 from statewise._src.common.paths import Leaf, Path, format_path
 from statewise._src.common.problems import Problems
-from statewise.errors import SaveError, StatewiseError
+from statewise.errors import SaveError
 
 __all__ = [
     "FORMATS",
@@ -50,6 +50,7 @@ __all__ = [
 
 Format = Literal["statewise", "orbax", "safetensors", "linen"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+_log = logging.getLogger("statewise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ def export(to: str, final: FilePath | None, pieces: Sequence[Piece], arrays: Seq
     """Writes arrays in a format; returns the nested dict if there is no path to write to.
 
     Raises:
-      SaveError: it could not be written; nothing of it is left.
+      SaveError: it could not be written; the error says whether anything of it is left.
     """
     keys = [key for key in keys_of(to, pieces) if key is not None]
     if to == "safetensors":
@@ -235,9 +236,9 @@ def _metadata(keys: Sequence[tuple[str, ...]], pieces: Sequence[Piece]) -> str:
 @contextlib.contextmanager
 def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
     """Yields a path to write that many bytes to; afterwards it has the final name, or is removed if that failed."""
-    folder = temporary_beside(final, os.getpid(), secrets.randbits(32))
+    folder = temporary_beside(final)
     place = folder / "converted"  # a short name, because Orbax adds to it
-    try:
+    with removed_on_failure(final, folder):
         make_folder(final.parent)
         clear_abandoned(final)
         folder.mkdir()
@@ -245,12 +246,10 @@ def committed(final: FilePath, nbytes: int) -> Iterator[FilePath]:
             yield place
         with named(place, final):
             _give_name(place, final)
-    except StatewiseError:
-        raise
-    except (OSError, ValueError) as error:  # TensorStore reports what the file system rejects as a ValueError
-        raise write_error(final, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        _log.warning("%s is complete, but %s is left: %s", final, folder, error.strerror)
 
 
 def _give_name(place: FilePath, final: FilePath) -> None:

@@ -78,7 +78,7 @@ def export_folder(
       single: what the file is called if there is one.
 
     Raises:
-      SaveError: it could not be written; nothing of it is left.
+      SaveError: it could not be written; the error says whether anything of it is left.
     """
     sizes = {entry.name: entry.leaf().nbytes for entry in source.entries}
     total = sum(sizes.values())

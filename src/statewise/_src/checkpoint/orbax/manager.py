@@ -11,19 +11,20 @@ import functools
 import json
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
-from statewise._src.checkpoint.orbax.paths import PATTERN, is_url
+from statewise._src.checkpoint.orbax.options import Options, is_of_newer
+from statewise._src.checkpoint.orbax.paths import is_url
 from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
 from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from statewise.errors import CorruptedError, RestoreError, SaveError
 
-__all__ = ["ITEM", "METRICS", "Json", "Manager", "Options", "check_options", "open_manager", "read_json"]
+__all__ = ["ITEM", "METRICS", "Json", "Manager", "open_manager", "read_json"]
 
 # The name of the state's item in each step, and of the item that Orbax judges steps by.
 ITEM, METRICS = "state", "metrics"
@@ -41,7 +42,6 @@ _OF_ARRAYS = (
 _JSON_FILES = ("metadata", "data.json", METRICS)
 
 T = TypeVar("T")
-Options: TypeAlias = ocp.CheckpointManagerOptions | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,24 +104,6 @@ class Manager(Protocol):
         """Closes Orbax's object."""
 
 
-def check_options(options: object) -> None:
-    """Raises if no manager is opened with these options."""
-    if not (options is None or isinstance(options, ocp.CheckpointManagerOptions) or _is_of_newer(options)):
-        raise SaveError(
-            f"options={options!r} is neither an ocp.CheckpointManagerOptions nor ocp.v1.training.Checkpointer.",
-            hint="options=ocp.CheckpointManagerOptions(max_to_keep=3), or "
-            "functools.partial(ocp.v1.training.Checkpointer, preservation_policy=...)",
-        )
-    given = getattr(options, "keywords", None) or {}
-    names = given.get("step_name_format") or getattr(options, "step_name_format", None)
-    name = names.build_name(0) if names else getattr(options, "step_prefix", None) or ""
-    if found := PATTERN.search(name):  # Orbax would not find such steps, or would delete others too
-        raise SaveError(
-            f"Steps cannot be named as {name!r}: Orbax takes {found[0]!r} for a pattern.",
-            hint="names without such characters: ocp.CheckpointManagerOptions(step_prefix='at')",
-        )
-
-
 def open_manager(
     directory: Any, options: Options | None, *, max_to_keep: int | None, every: int, asynchronous: bool
 ) -> Manager:
@@ -137,7 +119,7 @@ def open_manager(
     if is_url(directory):
         keep_no_listings(str(directory))
         listing(StorePath(str(directory)))  # raises what the store says; Orbax would make a bucket of any name
-    if _is_of_newer(options):
+    if is_of_newer(options):
         return _again(lambda: _NewManager(directory, options, max_to_keep, every, asynchronous))
     own: Any = options or _options(directory, max_to_keep, every, asynchronous)
     if _is_s3(directory):
@@ -184,11 +166,6 @@ class _Marked:
         if not is_marked(found.path):
             raise ValueError(f"{found.path} is not committed.")
         return found
-
-
-def _is_of_newer(options: object) -> bool:
-    made_by = options.func if isinstance(options, functools.partial) else options
-    return made_by is ocp.v1.training.Checkpointer
 
 
 def read_json(folder: Any) -> Any:

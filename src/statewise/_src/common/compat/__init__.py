@@ -16,6 +16,7 @@ import functools
 import platform
 import sys
 import threading
+from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -112,16 +113,27 @@ def values_of_processes(values: np.ndarray) -> np.ndarray:
     Raises:
       OtherProcessError: one of them does not answer.
     """
-    try:
+    with _other_processes():
         return np.asarray(multihost_utils.process_allgather(values))
-    except (RuntimeError, ValueError) as error:  # how JAX reports that
+
+
+def broadcast_from_first_process(values: np.ndarray) -> np.ndarray:
+    """Returns the first process's array in every process; all give one of the same shape.
+
+    Raises:
+      OtherProcessError: one of them does not answer.
+    """
+    with _other_processes():
+        return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+@contextlib.contextmanager
+def _other_processes() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # how JAX reports that one of them does not answer
         text = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise OtherProcessError(f"another process has ended or cannot be reached: {text}") from error
-
-
-def broadcast_from_first_process(value: Any) -> Any:
-    """Returns the first process's value in every process of a cluster, as a NumPy array."""
-    return multihost_utils.broadcast_one_to_all(value)
 
 
 def variable_type(leaf: Any) -> type:
