@@ -141,7 +141,7 @@ def test_metadata_of_orbax_that_are_corrupted_stop_neither_a_reader_nor_the_run(
     options: Any, harm: str, stores: str, request: pytest.FixtureRequest
 ) -> None:
     if options is not None and stores.startswith("s3:") and harm != "flipped":
-        # `_Marked` is a format of names of its own, of which Orbax's newer interface takes no time but that in the file.
+        # `_Marked` is a format of names of its own, for which the newer interface has no time but that in the file.
         reason = "on s3:// a step without a readable time stops all saves of the newer interface"
         request.applymarker(pytest.mark.xfail(strict=True, reason=reason, raises=sw.SaveError))
     url, name = f"{stores}/run", "2/_CHECKPOINT_METADATA"
