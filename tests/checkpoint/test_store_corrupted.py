@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 import numbered
 import statewise as sw
+from corrupting import HARM, QUICK, flipped, objects, set_to
 from damaging import words
 from statewise._src.checkpoint.orbax.stores import StorePath, listing, remove
 
 POSITIONS = 25
 # What is at the path itself for plain Orbax to read; Statewise reads what is in the directory of the writer.
 FOR_ORBAX = {"_METADATA", "_sharding", "manifest.ocdbt", "commit_success.txt"}
-
-
-def flipped(data: bytes, at: int, bit: int = 0) -> bytes:
-    """The bytes with one bit changed."""
-    return data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
-
-
-# From an object, and the one in its place in another step, what is there instead; None for nothing.
-HARM: dict[str, Callable[[bytes, bytes], bytes | None]] = {
-    "flipped at the start": lambda data, other: flipped(data, 0),
-    "flipped": lambda data, other: flipped(data, len(data) // 2),
-    "flipped at the end": lambda data, other: flipped(data, len(data) - 1),
-    "cut": lambda data, other: data[: len(data) // 2],
-    "cut by a byte": lambda data, other: data[:-1],
-    "longer": lambda data, other: data + b"\0",
-    "empty": lambda data, other: b"",
-    "removed": lambda data, other: None,
-    "of another step": lambda data, other: other,
-}
-
-
-def set_to(path: StorePath, name: str, data: bytes | None) -> None:
-    if data is None:
-        remove(path, [name])
-    else:
-        (path / name).write_bytes(data)
-
-
-def objects(path: StorePath) -> dict[str, bytes]:
-    return {name: (path / name).read_bytes() for name in listing(path)}
 
 
 def check_found_or_right(path: str, name: str) -> bool:
@@ -69,10 +40,6 @@ def two_steps(stores: str) -> Iterator[tuple[StorePath, StorePath]]:
     yield StorePath(f"{stores}/step_1"), StorePath(f"{stores}/step_2")
     restored, _ = sw.restore(f"{stores}/step_2", numbered.plan().abstract())
     assert words(restored) == words(numbered.state(2))
-
-
-# The others are slow tests.
-QUICK = ("flipped", "cut by a byte", "removed", "of another step")
 
 
 @pytest.mark.parametrize(

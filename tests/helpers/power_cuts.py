@@ -240,7 +240,7 @@ class Disk:
 
         Args:
           cut: the moment.
-          most: how many, at most (some of them may be equal).
+          most: all states if there are no more than this; else so many are drawn (some may be equal), beside extremes.
           dice: draws the sample.
         """
         named = [one for one in self._named if one.start <= cut]

@@ -1,7 +1,8 @@
 """A power cut at any moment of a save: what the disk can hold then restores, and what was saved is not lost.
 
 One program saves in every way, and is traced; `power_cuts` has what the disk can hold between any two of its calls.
-Every state of it is looked at; those that look alike for a checkpoint are restored once.
+At each of these moments that is very much: where the states are few, all of them are looked at, else the extremes and a
+sample.  Those that look alike for a checkpoint are restored once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 import statewise as sw
 from checkpoint_models import number_of, numbered
 from power_cuts import Disk, Tree, below, built
-from programs.save_traced import NAMES, WAYS, both
+from programs.save_traced import NAMES, WAYS, Position, both
 from system_calls import need_strace, traced
 
 TESTS = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",
 }
-ALWAYS, MANY = 10, 500  # states at each moment, at most
+ALWAYS, MANY = 10, 500  # if there are more states at a moment, so many of them are drawn, beside the extremes
 OPENED, MANY_OPENED = 2, 60  # how many of a run's states are opened as a user would
 MANAGED = ("first", "newer", "one", "one newer", "blocking", "overlapping")
 
@@ -62,7 +63,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Traced:
 
 
 def looked_at(disk: Disk, most: int) -> Iterator[tuple[Tree, list[str]]]:
-    """Every state that the disk could hold, with what had been saved by then."""
+    """What the disk could hold at each moment, as `Disk.states` chooses it, with what had been saved by then."""
     dice = random.Random(0)
     for cut in disk.cuts:
         done = [text.removeprefix("done ") for at, text in disk.marks if at <= cut]
@@ -164,6 +165,38 @@ def test_the_newest_step_is_whole_and_stays(way: str, program: Traced, tmp_path:
     check_kept(program.disk(way), tmp_path, ALWAYS, OPENED)
 
 
+def restored_with_data(folder: Path) -> float:
+    """Restores the one step of a run, and the position of its data; returns the number that both of them have."""
+    position = Position(-1)
+    with sw.Checkpoints(folder) as checkpoints:
+        number = number_of(checkpoints.restore(target(), data=position).state)
+    assert position.step == number
+    return number
+
+
+# What is said of a step whose deletion was cut short; the second and third, where the data went first.
+GONE = ("CorruptedError: ", "RestoreError: The item 'data' of step ", "RestoreError: Step ")
+
+
+def check_data_kept(disk: Disk, folder: Path, most: int) -> None:
+    """The newest step that is offered has its data too; an older one has them, or is corrupted; none is lost."""
+    outcomes = Outcomes(folder, restored_with_data)
+    for tree, done in looked_at(disk, most):
+        offered = sorted(int(name) for name in tree if name.isdigit() and f"{name}/state/statewise.json" in tree)
+        newest = max(offered, default=-1)
+        assert newest >= max(map(int, done), default=-1), "it is still there"
+        for step in offered:
+            own = {path: data for path, data in tree.items() if path == f"{step}" or path.startswith(f"{step}/")}
+            value = outcomes.of(own)
+            gone = step < newest and isinstance(value, str) and value.startswith(GONE)
+            assert value == step or gone, (step, value, done)
+
+
+@pytest.mark.parametrize("way", ["data", "data newer"])
+def test_the_newest_step_has_the_position_of_its_data(way: str, program: Traced, tmp_path: Path) -> None:
+    check_data_kept(program.disk(way), tmp_path, ALWAYS)
+
+
 @pytest.mark.parametrize("way", ["own", "own newer"])
 def test_an_item_of_a_users_own_manager_is_whole_or_absent(way: str, program: Traced, tmp_path: Path) -> None:
     outcomes = Outcomes(tmp_path, restored)
@@ -227,3 +260,9 @@ def test_of_many_states_a_saved_state_is_whole_or_absent_and_stays(way: str, pro
 @pytest.mark.slow
 def test_of_many_states_what_is_converted_is_whole_or_absent_and_stays(program: Traced, tmp_path: Path) -> None:
     check_converted(program.disk("converted"), tmp_path, MANY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["data", "data newer"])
+def test_of_many_states_the_newest_step_has_the_position_of_its_data(way: str, program: Traced, tmp_path: Path) -> None:
+    check_data_kept(program.disk(way), tmp_path, MANY)

@@ -22,7 +22,7 @@ import statewise as sw
 from checkpoint_models import numbered
 from strategies import Node
 
-__all__ = ["NAMES", "WAYS", "both"]
+__all__ = ["NAMES", "WAYS", "Position", "both"]
 
 NAMES = sw.Names({"leaves/a": "model.a", "leaves/b": "model.b"})
 
@@ -53,6 +53,28 @@ def both(variables: float, params: float) -> sw.State:
     """A state with a number in each of two kinds."""
     model = Node(a=nnx.Variable(jnp.full(3, float(variables))), p=nnx.Param(jnp.full(3, float(params))))
     return sw.plan(model).take(model)
+
+
+class Position:
+    """Data that are nothing but where they are."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def get_state(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def with_data(folder: Path, options: Any = None) -> None:
+    """`sw.Checkpoints`, with the position of the data."""
+    with sw.Checkpoints(folder, max_to_keep=2, options=options) as checkpoints:
+        for step in range(3):
+            checkpoints.save(step, numbered(step), data=Position(step))
+            checkpoints.wait()
+            mark(folder, f"done {step}")
 
 
 def kept(folder: Path, options: Any = None, max_to_keep: int = 2, asynchronous: bool = True, wait: bool = True) -> None:
@@ -108,6 +130,8 @@ WAYS: dict[str, Callable[[Path], None]] = {
     "one newer": functools.partial(kept, max_to_keep=1, options=ocp.v1.training.Checkpointer),
     "blocking": functools.partial(kept, asynchronous=False),
     "overlapping": functools.partial(kept, wait=False),
+    "data": with_data,
+    "data newer": functools.partial(with_data, options=ocp.v1.training.Checkpointer),
     "own": in_own_manager,
     "own newer": in_own_checkpointer,
     "converted": converted,

@@ -1,0 +1,70 @@
+"""One of several processes that save to an object store, of which the last one is refused, or is killed.
+
+`python fail_in_store.py NUMBER COUNT PORT FOLDER WAY URL SAVE ...`: each save is a number, with which `refused` or
+`killed` may stand.  What it says is printed after its number.  After such a save the processes wait for `go` in the
+folder, or go on if it is there.  Run by test_store_together.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # imported by a test, this changes nothing there
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import functools
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+import numbered
+import statewise as sw
+from programs.save_failing import said
+from programs.save_together import spread
+from statewise._src.checkpoint.orbax.write import TreeWriter
+
+PATIENCE = 3.0  # seconds, after which one that waits for a step says so
+write = TreeWriter.write
+
+
+def dies(*args: Any) -> None:
+    """Writes all that this process has to, and ends it as a machine does that is taken away."""
+    write(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def saving(way: str, url: str) -> Callable[[int], None]:
+    """Returns what saves the state of a number: alone, or as a step."""
+    if way == "alone":
+        return lambda number: sw.save(f"{url}/{number}", spread(numbered.state(number)))
+    checkpoints = sw.Checkpoints(url, options=ocp.v1.training.Checkpointer if way == "new" else None)
+
+    def save(number: int) -> None:
+        checkpoints.save(number, spread(numbered.state(number)), metrics={"loss": number / 4})
+        checkpoints.wait(timeout=None if number == 1 else PATIENCE)
+
+    return save
+
+
+def main(number: int, count: int, port: str, folder: str, way: str, url: str, *saves: str) -> None:
+    jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
+    save = saving(way, url)
+    for given in saves:
+        name, _, what = given.partition(" ")
+        if what == "killed" and number == count - 1:
+            TreeWriter.write = dies  # type: ignore[method-assign]
+        print(name, said(functools.partial(save, int(name))), flush=True)
+        while what and not Path(folder, "go").exists():
+            time.sleep(0.01)
+    os._exit(0)  # JAX would wait for the process that has ended
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
