@@ -356,16 +356,16 @@ def reader_of_deleted(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -
     with sw.Checkpoints(tmp_path) as writer, sw.Checkpoints(tmp_path) as reader:
         writer.save(1, numbered(1))
         writer.wait()
-        real = checkpoints_module.restore
+        real = checkpoints_module.open_checkpoint
 
-        def restore(path: Any, *arguments: Any, **options: Any) -> Any:
+        def open_checkpoint(path: Any, *arguments: Any, **options: Any) -> Any:
             if path == tmp_path / "1" / "state" and path.exists():
                 writer.save(2, numbered(2), force=True)
                 writer.wait()
                 shutil.rmtree(tmp_path / "1")
             return real(path, *arguments, **options)
 
-        monkeypatch.setattr(checkpoints_module, "restore", restore)
+        monkeypatch.setattr(checkpoints_module, "open_checkpoint", open_checkpoint)
         yield reader
 
 

@@ -55,7 +55,7 @@ class Checkpointable(StateItem):
     @property
     def saving(self) -> Saving:
         """Returns what a save writes; for Orbax."""
-        return Saving(self.state, kinds_to_save(self.state, self.only), self.layout)
+        return Saving(self.state, kinds_to_save(self.state, self.only), self.layout, recorded=self.recorded)
 
     def restored(self, directory: str | os.PathLike[str]) -> State:
         """Restores into `state` and returns it; for Orbax."""

@@ -18,21 +18,21 @@ import numpy as np
 
 from statewise._src.checkpoint.checkpointable import checkpointable
 from statewise._src.checkpoint.claimed import Claims
-from statewise._src.checkpoint.data import DATA, check_not_position, find_move
 from statewise._src.checkpoint.format.layout import Layout
 from statewise._src.checkpoint.format.records import check_savable
 from statewise._src.checkpoint.items import bytes_in, check_counts, check_timeout, items_of_step
 from statewise._src.checkpoint.orbax.flush import make_folder
-from statewise._src.checkpoint.orbax.manager import ITEM, open_manager, read_json
+from statewise._src.checkpoint.orbax.manager import ITEM, open_manager
 from statewise._src.checkpoint.orbax.options import Options, check_options
 from statewise._src.checkpoint.orbax.paths import steps_in
 from statewise._src.checkpoint.orbax.progress import LARGE, bar
 from statewise._src.checkpoint.orbax.store_errors import reads
-from statewise._src.checkpoint.restore import inspect, preview, restore
+from statewise._src.checkpoint.restore import inspect, open_checkpoint
 from statewise._src.checkpoint.restore_report import RestoreReport
 from statewise._src.checkpoint.restore_result import RestoreResult
 from statewise._src.checkpoint.save import check_layout, kinds_to_save
 from statewise._src.checkpoint.step_errors import opens, step_exists, writes
+from statewise._src.checkpoint.step_items import check_step, read_items, record_of
 from statewise._src.checkpoint.together import together
 from statewise._src.common.numbers import whole_number
 from statewise._src.core.plan import State
@@ -211,6 +211,7 @@ class Checkpoints:
             # Before Orbax starts: a save that fails halfway is in progress forever for it.
             check_savable(item.state, kinds_to_save(item.state, None))
             items = items_of_step(self._manager, extra, data, step if is_due else None)
+            item.recorded = record_of(step, items)
         if not is_due:
             return False
         with writes(self._directory, self._complete):
@@ -278,27 +279,18 @@ class Checkpoints:
         instead, and with it a RestoreError says so.
         """
         self.wait()  # a step that was saved just now is one that a restore is expected to find
-        names = (extra,) if isinstance(extra, str) else tuple(extra)
+        wanted = (extra,) if isinstance(extra, str) else extra if isinstance(extra, Mapping) else tuple(extra)
 
         def read(step: int, path: Any) -> RestoreResult:
+            opened = open_checkpoint(path, target, only=only, cast=cast, members=members)
             with reads(self._directory):
-                items = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
-            missing = [name for name in (*names, *(() if data is None else (DATA,))) if name not in items]
-            if missing:
-                raise RestoreError(f"Step {step} has no item {missing[0]!r}.", hint="one of: " + ", ".join(items))
-            with reads(self._directory):
-                if DATA in names and not isinstance(extra, Mapping):
-                    check_not_position(path.parent / DATA, step)
-                move = None if data is None else find_move(path.parent / DATA, data, step)
-            state, report = restore(path, target, only=only, cast=cast, members=members)
-            if isinstance(extra, Mapping):
-                restored = dict(self._manager.restore(step, extra)) if extra else {}
-            else:
-                with reads(self._directory):
-                    restored = {name: read_json(path.parent / name) for name in names}
+                items, move = read_items(path.parent, step, opened.recorded, wanted, data)
+            state, report = opened.restored()
+            if isinstance(wanted, Mapping) and wanted:
+                items = dict(self._manager.restore(step, wanted))
             if move is not None:
                 move.make()  # last: everything else can still fail without having changed anything
-            return RestoreResult(state, report, step, restored)
+            return RestoreResult(state, report, step, items)
 
         return self._read_from(step, read)
 
@@ -313,7 +305,13 @@ class Checkpoints:
         members: int | Sequence[int | None] | None = None,
     ) -> RestoreReport:
         """Reports what `restore` would do; see `sw.preview`."""
-        return self._read_from(step, lambda _, path: preview(path, target, only=only, cast=cast, members=members))
+
+        def read(step: int, path: Any) -> RestoreReport:
+            opened = open_checkpoint(path, target, only=only, cast=cast, members=members)
+            check_step(path.parent, step, opened.recorded)
+            return opened.report
+
+        return self._read_from(step, read)
 
     def inspect(self, step: int | None = None) -> Census:
         """Returns the census of a step; see `sw.inspect`."""

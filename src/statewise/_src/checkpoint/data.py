@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from statewise._src.checkpoint.orbax.data_item import DataItem
+from statewise._src.checkpoint.orbax.store_steps import MARK
 from statewise.errors import CorruptedError, RestoreError, SaveError, StatewiseError
 
 __all__ = ["DATA", "Move", "check_iterator", "check_not_position", "data_item", "find_move"]
@@ -27,6 +28,8 @@ __all__ = ["DATA", "Move", "check_iterator", "check_not_position", "data_item", 
 # The name of the item.
 DATA = "data"
 _FILE = re.compile(r"process_(\d+)-of-(\d+)\.(json|bytes)")
+# What is beside such a file.
+_RECORD = re.compile(r"process_\d+-of-\d+\.statewise")
 _ANOTHER = "another step: checkpoints.restore(target, step=..., data=iterator); or leave out data="
 
 
@@ -213,7 +216,7 @@ class Move:
 
 def check_not_position(folder: Any, step: int) -> None:
     """Raises if an item that is to be read as JSON is the position of an iterator."""
-    if any(_FILE.fullmatch(entry.name) for entry in folder.iterdir()):
+    if any(_FILE.fullmatch(entry.name) or _RECORD.fullmatch(entry.name) for entry in folder.iterdir()):
         raise RestoreError(
             f"The item {DATA!r} of step {step} is the position of an iterator.",
             hint=f"checkpoints.restore(target, step={step}, data=iterator)",
@@ -225,7 +228,7 @@ def find_move(folder: Any, data: Any, step: int) -> Move:
 
     Raises:
       RestoreError: the item is something else, or is of another number of processes, or `data` is not an iterator.
-      CorruptedError: the files are not what was written.
+      CorruptedError: the files are not what was written, or are gone.
     """
     check_iterator(data, RestoreError)
     here = _position_of(data, RestoreError)
@@ -240,7 +243,10 @@ def find_move(folder: Any, data: Any, step: int) -> Move:
 
 def _files(folder: Any, step: int) -> tuple[dict[int, str], int]:
     """Returns the names of the files by process, and how many processes there were."""
-    matched = [found for entry in folder.iterdir() if (found := _FILE.fullmatch(entry.name))]
+    names = [entry.name for entry in folder.iterdir()]
+    matched = [found for name in names if (found := _FILE.fullmatch(name))]
+    if all(name == MARK or _RECORD.fullmatch(name) for name in names):
+        raise CorruptedError(f"The item {DATA!r} of step {step} is corrupted: it has no position.", hint=_ANOTHER)
     if not matched:
         raise RestoreError(
             f"The item {DATA!r} of step {step} is not the position of an iterator.",

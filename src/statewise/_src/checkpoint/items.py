@@ -86,7 +86,10 @@ def _extra_item(manager: Manager, name: str, given: object) -> Any:
     why = _unusable(name)
     if why:
         raise SaveError(f"An extra item cannot be called {name!r}: {why}.", hint="another name")
-    if (item := manager.item(given)) is not None:
+    item = manager.item(given)
+    if isinstance(item, Json):
+        given = item.data
+    elif item is not None:
         return item
     try:
         return Json(json.loads(json.dumps(given, default=_number)))

@@ -104,14 +104,7 @@ def restore(
         default = jnp.zeros(()).sharding
         read = [named.read(source, _shardings(source, target, default)) for source in named.matched.sources]
         return _state(named.matched, target, read, fresh, {}), named.matched.report
-    folders, manifests, matched = _matched(path, target, only, cast, base, members)
-    matched.report.raise_problems()
-    fresh = fresh_values(matched.restarted, target)
-    own = own_members(matched, target)
-    default = jnp.zeros(()).sharding
-    wanted = [(source.checkpoint, (source.record, _shardings(source, target, default))) for source in matched.sources]
-    arrays = read_leaves(folders, manifests, wanted)
-    return _state(matched, target, arrays, fresh, own), matched.report
+    return open_checkpoint(path, target, only=only, cast=cast, base=base, members=members).restored()
 
 
 def preview(
@@ -146,7 +139,7 @@ def preview(
     """
     if names is not None:
         return _matched_names(path, target, only, cast, base, members, names).matched.report
-    return _matched(path, target, only, cast, base, members)[2].report
+    return open_checkpoint(path, target, only=only, cast=cast, base=base, members=members).report
 
 
 def inspect(
@@ -228,12 +221,44 @@ def _matched_names(
     return match_names(path, open_any(path), checked, target, only, cast)
 
 
-def _matched(
-    path: object, target: object, only: object, cast: bool, base: object, members: object
-) -> tuple[list[Any], list[Manifest], Match]:
+@dataclasses.dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint that is compared with the target of a restore; only manifests are read so far."""
+
+    target: State
+    folders: list[Any]
+    manifests: list[Manifest]
+    matched: Match
+
+    @property
+    def report(self) -> RestoreReport:
+        """Returns what a restore does."""
+        return self.matched.report
+
+    @property
+    def recorded(self) -> Mapping[str, str]:
+        """Returns what the checkpoint records, if it is a step of `Checkpoints`."""
+        return self.manifests[0].recorded
+
+    def restored(self) -> tuple[State, RestoreReport]:
+        """Reads the arrays, and returns the new state; raises if the checkpoint and the target do not match."""
+        matched, target = self.matched, self.target
+        matched.report.raise_problems()
+        fresh = fresh_values(matched.restarted, target)
+        own = own_members(matched, target)
+        default = jnp.zeros(()).sharding
+        wanted = [(each.checkpoint, (each.record, _shardings(each, target, default))) for each in matched.sources]
+        arrays = read_leaves(self.folders, self.manifests, wanted)
+        return _state(matched, target, arrays, fresh, own), matched.report
+
+
+def open_checkpoint(
+    path: object, target: object, *, only: object, cast: bool, members: object, base: object = None
+) -> OpenCheckpoint:
+    """Reads the manifests of a checkpoint and of its base, and compares them with a target."""
     checked = _check_target(target)
     folders, manifests = find_with_base(path, base)
-    return folders, manifests, match(path, manifests, checked, only, cast, members)
+    return OpenCheckpoint(checked, folders, manifests, match(path, manifests, checked, only, cast, members))
 
 
 def _check_target(target: object) -> State:

@@ -40,6 +40,8 @@ LARGEST = 64 * 1024 * 1024
 OWN = "statewise-"
 # The database's own file in the directory that a writer has in an object store.
 _OWN_DATABASE = re.compile(rf"{OWN}[0-9a-f]+/manifest\.ocdbt")
+# What a step of `Checkpoints` records, among the versions in the file: its number, and its items as `step/NAME`.
+STEP = "step"
 # The sums of an array until they are known.
 _UNKNOWN = (-1, -1)
 
@@ -180,6 +182,7 @@ class Manifest:
       base: another checkpoint that holds the kinds which this one leaves out: `{"path", "digest"}`.
       files: every other file of the checkpoint, by its path within: `{"bytes", "sha256"}`, sha256 of small files only.
       digest: the SHA-256 of all that; empty before it is written.
+      recorded: what a step of `Checkpoints` records: its number under `step`, and its other items under `step/NAME`.
     """
 
     written: Mapping[str, str]
@@ -190,6 +193,7 @@ class Manifest:
     base: Mapping[str, str] | None = None
     files: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     digest: str = ""
+    recorded: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def index(self) -> str:
@@ -268,7 +272,7 @@ def write_manifest(manifest: Manifest, leaves: str) -> bytes:
       StatewiseError: it would be larger than a manifest may be.
     """
     parts = {
-        "written": content_text(dict(manifest.written)),
+        "written": content_text({**manifest.written, **manifest.recorded}),
         "layout": content_text(manifest.layout),
         "kinds": content_text({name: kind.to_json() for name, kind in manifest.kinds.items()}),
         "leaves": leaves,

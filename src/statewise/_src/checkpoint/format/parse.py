@@ -24,6 +24,7 @@ from statewise._src.checkpoint.format.manifest import (
     FORMAT,
     LARGEST,
     NAME,
+    STEP,
     ArrayRecord,
     KindRecord,
     LeafRecord,
@@ -117,7 +118,9 @@ def _parse(data: bytes) -> Manifest:
     _need(text == complete[2], "it is not written as Statewise writes it")
     _fields(content, "its content", {"written", "layout", "kinds", "leaves", "buffers", "base", "files"})
     _need(content["layout"] in ("named", "packed"), "its layout is unknown")
-    written = _texts(content["written"], "written")
+    written, recorded = _texts(content["written"], "written"), {}
+    for name in [name for name in written if name.partition("/")[0] == STEP]:
+        recorded[name] = written.pop(name)
     kinds = {name: _kind(kind) for name, kind in _dict(content["kinds"], "kinds").items()}
     buffers = tuple(map(_buffer, _list(content["buffers"], "buffers")))
     leaves = tuple([_leaf(leaf, kinds, buffers) for leaf in _list(content["leaves"], "leaves")])
@@ -130,7 +133,7 @@ def _parse(data: bytes) -> Manifest:
     is_base = base is None or (set(base) == {"path", "digest"} and "\0" not in base["path"])
     _need(is_base, "its base is not a checkpoint")
     files = {name: _file(name, facts) for name, facts in _dict(content["files"], "files").items()}
-    return Manifest(written, content["layout"], kinds, leaves, buffers, base, files, digest)
+    return Manifest(written, content["layout"], kinds, leaves, buffers, base, files, digest, recorded)
 
 
 def _dict(value: Any, name: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import abc
 import asyncio
 import itertools
 import os
-from collections.abc import Awaitable
+import types
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ _PATIENCE = 1200
 class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     """A state that Orbax saves and loads; the class that has one says what is saved, and how it is restored."""
 
+    recorded: Mapping[str, str] = types.MappingProxyType({})  # what the manifest records of a step of `Checkpoints`
     claim: Claim | None = None  # the right to commit the step; None where Orbax commits it by a rename
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -20,11 +20,11 @@ from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.options import Options, is_of_newer
 from statewise._src.checkpoint.orbax.paths import is_url
-from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
+from statewise._src.checkpoint.orbax.store_steps import MARK, complete_steps, is_marked, keep_no_listings
 from statewise._src.checkpoint.orbax.stores import StorePath, listing
 from statewise.errors import CorruptedError, RestoreError, SaveError
 
-__all__ = ["ITEM", "METRICS", "Json", "Manager", "open_manager", "read_json"]
+__all__ = ["ANOTHER_STEP", "ITEM", "METRICS", "Json", "Manager", "open_manager", "read_json"]
 
 # The name of the state's item in each step, and of the item that Orbax judges steps by.
 ITEM, METRICS = "state", "metrics"
@@ -38,6 +38,8 @@ _OF_ARRAYS = (
     ocp.args.JaxRandomKeySave,
     ocp.args.NumpyRandomKeySave,
 )
+# The hint of an item that is corrupted.
+ANOTHER_STEP = "leave it out, or restore another step: checkpoints.restore(target, step=...)"
 # The files in which Orbax's two interfaces keep JSON.
 _JSON_FILES = ("metadata", "data.json", METRICS)
 
@@ -173,7 +175,7 @@ def read_json(folder: Any) -> Any:
 
     Raises:
       RestoreError: it is something else.
-      CorruptedError: its file is not what was written.
+      CorruptedError: its file is not what was written, or is gone.
     """
     for name in _JSON_FILES:
         try:
@@ -183,8 +185,11 @@ def read_json(folder: Any) -> Any:
         except ValueError as error:
             raise CorruptedError(
                 f"The item {folder.name!r} in {folder.parent} is corrupted: {name} is not JSON: {error}.",
-                hint="leave it out, or restore another step: checkpoints.restore(target, step=...)",
+                hint=ANOTHER_STEP,
             ) from error
+    if all(entry.name == MARK for entry in folder.iterdir()):
+        said = f"The item {folder.name!r} in {folder.parent} is corrupted: it has no file."
+        raise CorruptedError(said, hint=ANOTHER_STEP)
     raise RestoreError(
         f"The item {folder.name!r} in {folder.parent} is not JSON.",
         hint=f"say how to restore it: checkpoints.restore(target, extra={{{folder.name!r}: ocp.args.PyTreeRestore()}})",

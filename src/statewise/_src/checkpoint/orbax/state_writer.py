@@ -31,12 +31,13 @@ __all__ = ["Saving", "StateWriter"]
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """What to save: these kinds of a state, in this layout, over this base."""
+    """What to save: these kinds of a state, in this layout, over this base; and what its manifest records of a step."""
 
     state: State
     kinds: tuple[str, ...]
     layout: str = "named"
     base: Mapping[str, str] | None = None
+    recorded: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class StateWriter:
@@ -129,4 +130,4 @@ def _manifest(saving: Saving, laid: LaidOut) -> Manifest:
     }
     written = compat.versions() | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     buffers = tuple(buffer.stored for _, buffer in laid.packed)
-    return Manifest(written, saving.layout, kinds, laid.records, buffers, saving.base)
+    return Manifest(written, saving.layout, kinds, laid.records, buffers, saving.base, recorded=saving.recorded)
