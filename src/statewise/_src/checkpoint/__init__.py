@@ -9,8 +9,8 @@ The files:
 - restoring: `match` (a target with a checkpoint, before anything is read) and `match_names` (with files of other
   names), `compare_records` (a leaf with its record), `renested` and `retyped` (leaves that all differ for one reason),
   `members` (of an ensemble), `fill` (values that are not read), `restore_report` (what happens to each leaf);
-- steps: `items` (what is beside a state), `data` (the position of an iterator), `claimed` (who writes a step),
-  `step_errors`, `restore_result`;
+- steps: `items` (what is written beside a state), `step_items` (what is read beside it, and what its manifest records
+  of the step), `data` (the position of an iterator), `claimed` (who writes a step), `step_errors`, `restore_result`;
 - packages: `format` (Statewise's own), `orbax` (all that calls Orbax and TensorStore), `interop` (other programs'
   files), `diff`.
 """
