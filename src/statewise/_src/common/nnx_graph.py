@@ -42,6 +42,7 @@ __all__ = [
     "is_deleted",
     "is_object",
     "is_traced",
+    "made_plain",
     "make_leaf",
     "named",
     "numbered",
@@ -217,8 +218,15 @@ def check_plain(graph: ModelGraph, by: str) -> None:
         problems.raise_as(
             ModelError,
             f"{by} makes Variables that are references, or hijax Variables; where it is traced, all are plain ones.",
-            "leave hijax=True and ref=True out: nnx.Intermediate(value)",
+            made_plain(leaf.type for leaf in problems.leaves),
         )
+
+
+def made_plain(types: Iterable[type]) -> str:
+    """Returns the hint to make Variables of these types as plain ones."""
+    names = dict.fromkeys("nnx." * (getattr(nnx, cls.__name__, None) is cls) + cls.__name__ for cls in types)
+    calls = ", ".join(f"{name}(value)" for name in names)
+    return f"leave hijax=True and ref=True out, of nnx.var_defaults as well: {calls}"
 
 
 def rebuild(graphdef: Any, values: Sequence[Any], several: bool, *, plain: bool = True) -> tuple[Any, ...]:
