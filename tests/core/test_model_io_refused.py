@@ -242,8 +242,8 @@ def test_a_state_of_another_plan_with_the_same_leaves() -> None:
     plan = sw.plan(model(), optimizers={"params": optax.sgd(0.1)})
     state = sw.plan(model()).take(model())
     message = (
-        "This state is of another plan: Plan(params=1, variables=4), not Plan(params=1, variables=4).  They differ in:\n"
-        "  the optimizer of 'params', which the state does not have"
+        "This state is of another plan: Plan(params=1, variables=4), not Plan(params=1, variables=4).  "
+        "They differ in:\n  the optimizer of 'params', which the state does not have"
     )
     with refused(sw.StructureError, message, hint="plan.build(sw.transfer(state, plan))"):
         plan.build(state)

@@ -368,31 +368,3 @@ def test_flax_alone_leaves_nothing_where_sow_does_nothing() -> None:
         assert not hasattr(model, "out")
     finally:
         flax.config.update("nnx_sow_capture_noop", setting)
-
-
-class TiedWithStats(nnx.Module):
-    def __init__(self) -> None:
-        self.embed = nnx.Embed(4, 3, rngs=nnx.Rngs(0))
-        self.tied = self.embed.embedding
-        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-
-    def __call__(self, tokens: Any) -> Any:
-        return self.norm(self.embed(tokens)) @ self.tied[...].T
-
-
-@pytest.mark.parametrize(("graph", "line"), [(True, "model.eval()"), (False, "model.eval(graph=True)")])
-def test_the_hint_to_evaluate_works_in_the_mode_that_it_is_given_in(graph: bool, line: str) -> None:
-    """In tree mode Flax refuses `model.eval()` of a model with tied weights."""
-    with nnx.set_graph_mode(graph):
-        state = sw.plan(TiedWithStats()).take(TiedWithStats())
-        tokens = jnp.arange(4)
-        with pytest.raises(sw.UndeclaredWriteError) as caught:
-            sw.step(lambda model, tokens: model(tokens))(state, tokens)
-        assert f"if the function only evaluates: {line} as its first line" in str(caught.value.hint)
-
-        @sw.step
-        def evaluate(model: TiedWithStats, tokens: Any) -> Any:
-            exec(line, {"model": model})
-            return model(tokens)
-
-        assert evaluate(state, tokens).shape == (4, 4)
