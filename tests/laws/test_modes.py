@@ -238,7 +238,26 @@ def test_the_table(tmp_path: Path) -> None:
     assert "| tree mode: `NNX_GRAPH_MODE=false` | 4 passed, 0 skipped, **1 failed** | 5 passed, 2 skipped |" in text
     assert "`NNX_SOW_CAPTURE_NOOP=true` | this Flax does not have it | 5 passed, 2 skipped |" in text
     assert "- no a\\|b: 2 in mode graph on flax 1; 2 in mode graph on flax 2" in text
-    assert "What ran: `tests/plan`." in text
+    assert "What ran: `tests/plan`.\n\nWhat did not run: tests that take minutes, that " in text
+    assert " that start processes, or that need a browser.\n" in text
+    assert ", or that take more than 0.2 seconds.\n" in run_modes.table(names, results, ["tests/plan"], 0.2)
+
+
+def test_a_skip_has_its_reason_also_where_a_complete_file_is_skipped(tmp_path: Path) -> None:
+    where = "('/tests/conftest.py', 138, 'Skipped: flax in mode ref: because')"
+    cases = [
+        "<testcase name='test_one'/>",
+        "<testcase name='test_two'><skipped message='flax in mode ref: because'>tests:3</skipped></testcase>",
+        f"<testcase name='tests.core.test_all'><skipped message='collection skipped'>{where}</skipped></testcase>",
+        "<testcase name='test_three'><failure>no</failure></testcase>",
+    ]
+    (xml := tmp_path / "results.xml").write_text(f"<testsuite>{''.join(cases)}</testsuite>", encoding="utf-8")
+    result = run_modes.read(xml, 1.0)
+    assert (result.passed, result.failed) == (1, 1)
+    assert result.skipped == {
+        "flax in mode ref: because": 1,
+        "all tests of tests.core.test_all, counted as one: flax in mode ref: because": 1,
+    }
 
 
 def test_every_file_of_the_fixed_part_exists() -> None:
@@ -358,7 +377,9 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
             jax.vmap(lambda _: nnx.Variable(jnp.ones(2))[...], out_axes=None)(jnp.arange(3))
 
 
-@pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")
+@pytest.mark.skipif(
+    not modes.MODES["sow-noop"].exists, reason=f"flax {flax.__version__} does not have nnx_sow_capture_noop"
+)
 def test_flax_alone_leaves_nothing_where_sow_does_nothing() -> None:
     setting = flax.config.nnx_sow_capture_noop
     flax.config.update("nnx_sow_capture_noop", True)  # `modes.CHANGED`
