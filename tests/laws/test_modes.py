@@ -27,14 +27,6 @@ import statewise as sw
 SOURCE = Path(__file__).parents[2] / "src" / "statewise"
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 
-CONTEXTS: dict[str, Callable[[], Any]] = {
-    "tree": lambda: nnx.set_graph_mode(False),
-    "no-updates": lambda: nnx.set_graph_updates(False),
-    "hijax": lambda: nnx.var_defaults(hijax=True, ref=False),
-    "ref": lambda: nnx.var_defaults(ref=True),
-    "hijax and ref": lambda: nnx.var_defaults(hijax=True, ref=True),
-}
-
 
 class Net(nnx.Module):
     """Several kinds of state, a module that two paths reach, and a tied weight."""
@@ -127,9 +119,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return everything(tmp_path_factory.mktemp("classic"))
 
 
-@pytest.mark.parametrize("mode", CONTEXTS)
+@pytest.mark.parametrize("mode", modes.CONTEXTS)
 def test_every_verb_gives_the_same_under_each_mode(mode: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    with CONTEXTS[mode]():
+    with modes.CONTEXTS[mode]():
         results = everything(tmp_path)
     assert results.keys() == expected.keys()
     for name, result in results.items():
@@ -153,7 +145,7 @@ def test_a_step_gives_the_numbers_of_flax_whatever_the_mode() -> None:
             return loss
 
         expected = [float(by_flax(model, optimizer, X)) for _ in range(3)]
-    for mode, context in CONTEXTS.items():
+    for mode, context in modes.CONTEXTS.items():
         with context():
             net = Net()
             state = sw.plan(net, optimizers={"params": optax.adam(0.1)}).take(net)
@@ -260,11 +252,12 @@ def test_a_skip_has_its_reason_also_where_a_complete_file_is_skipped(tmp_path: P
     }
 
 
-def test_every_file_of_the_fixed_part_exists() -> None:
+def test_every_file_and_test_of_the_fixed_part_exists() -> None:
     folder = Path(__file__).parents[1]
-    assert [
-        file for file in (*run_modes.FIXED, *run_modes.PARTS) if not (folder / file.partition("::")[0]).exists()
-    ] == []
+    for each in (*run_modes.FIXED, *run_modes.PARTS):
+        file, _, test = each.partition("[")[0].partition("::")
+        assert (folder / file).exists()
+        assert not test or f"def {test}(" in (folder / file).read_text(encoding="utf-8")
 
 
 def test_what_a_mode_changes_names_tests_that_exist() -> None:
@@ -340,7 +333,7 @@ def test_each_refusal_is_shown() -> None:
 
 @pytest.mark.parametrize("refusal", modes.REFUSALS, ids=lambda refusal: refusal.reason)
 def test_flax_alone_refuses(refusal: modes.Refusal) -> None:
-    with modes.classic(), CONTEXTS[refusal.mode]():
+    with modes.classic(), modes.CONTEXTS[refusal.mode]():
         if not refusal.stands:
             SHOWN[refusal.reason]()
             return
