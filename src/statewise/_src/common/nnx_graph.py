@@ -152,7 +152,8 @@ def read_graph(objects: Sequence[Any], names: Sequence[str] = ()) -> ModelGraph:
     except (TypeError, ValueError) as error:
         types = ", ".join(type(given).__name__ for given in objects)
         raise ModelError(
-            f"NNX cannot flatten {types}: {error}", hint="nnx.split(model) shows the same; it says what is wrong"
+            f"NNX cannot flatten {types}: {error}",
+            hint="nnx.split(model, graph=True) shows the same; it says what is wrong",
         ) from error
     # An object that NNX takes for a leaf, though it is not a Variable: a function, say.  A single one is the only leaf.
     count = None if several else 1

@@ -20,6 +20,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.compat import jaxprs
+from statewise._src.common.graphdef import called
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     ONE,
@@ -376,10 +377,11 @@ def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[
             counts.append(shape[0])
             if shape[0] != counts[0]:
                 problems.add(leaf, f"{shape[0]} layers, others have {counts[0]}")
+    stacked = called("nnx.vmap", "make_layer", "transform_metadata={nnx.PARTITION_NAME: None}")
     problems.raise_as(
         StructureError,
         "Not every leaf has one slice for each layer.",
-        "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
+        f"stack them: layers = {stacked}(keys)\n"
         "or jax.vmap(lambda key: plan.take(...))(keys)\n"
         "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)",
     )
