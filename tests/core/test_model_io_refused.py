@@ -241,9 +241,13 @@ def test_a_state_of_another_plan_lists_the_differences() -> None:
 def test_a_state_of_another_plan_with_the_same_leaves() -> None:
     plan = sw.plan(model(), optimizers={"params": optax.sgd(0.1)})
     state = sw.plan(model()).take(model())
-    message = "This state is of another plan: Plan(params=1, variables=4), not Plan(params=1, variables=4)."
-    with refused(sw.StructureError, message, hint="state.plan.build(state)"):
+    message = (
+        "This state is of another plan: Plan(params=1, variables=4), not Plan(params=1, variables=4).  "
+        "They differ in:\n  the optimizer of 'params', which the state does not have"
+    )
+    with refused(sw.StructureError, message, hint="plan.build(sw.transfer(state, plan))"):
         plan.build(state)
+    assert same(plan.build(sw.transfer(state, plan)), model())
 
 
 @pytest.mark.parametrize("given", [None, 3, {}, nnx.State({})], ids=str)

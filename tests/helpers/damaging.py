@@ -22,7 +22,7 @@ def model(seed: int = 0) -> Node:
         layers=nnx.List([first, nnx.BatchNorm(2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(seed + 1))]),
         tied=first,
         half=nnx.Param(jnp.arange(5, dtype=jnp.bfloat16) + seed),
-        several=nnx.Variable({"a": jnp.arange(4) + seed, "b": jnp.ones((2, 2), jnp.uint8)}),
+        several=nnx.Variable({"a": jnp.arange(4) + seed, "b": jnp.ones((2, 2), jnp.uint8)}, ref=False),
     )
 
 

@@ -64,6 +64,16 @@ MODES: dict[str, Mode] = {
 }
 
 
+# The same within a process, for a block; without those that need a Flax of their own.
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "tree": lambda: nnx.set_graph_mode(False),
+    "no-updates": lambda: nnx.set_graph_updates(False),
+    "hijax": lambda: nnx.var_defaults(hijax=True, ref=False),
+    "ref": lambda: nnx.var_defaults(ref=True),
+    "hijax and ref": lambda: nnx.var_defaults(hijax=True, ref=True),
+}
+
+
 def current() -> str:
     """Returns the name of the mode that this process runs in."""
     return os.environ.get(VARIABLE, "graph")

@@ -23,7 +23,7 @@ class Net(nnx.Module):
         self.out = nnx.Linear(4, 1, rngs=rngs)
         self.seen = nnx.Cache(jnp.zeros((2, 3)))
         self.steps = nnx.Variable(jnp.array(0))
-        self.pair = nnx.Variable({"a": jnp.ones(2), "b": jnp.zeros((), jnp.bfloat16)})
+        self.pair = nnx.Variable({"a": jnp.ones(2), "b": jnp.zeros((), jnp.bfloat16)}, ref=False)
         self.table = nnx.data(jnp.arange(3.0))
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -27,14 +27,6 @@ import statewise as sw
 SOURCE = Path(__file__).parents[2] / "src" / "statewise"
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 
-CONTEXTS: dict[str, Callable[[], Any]] = {
-    "tree": lambda: nnx.set_graph_mode(False),
-    "no-updates": lambda: nnx.set_graph_updates(False),
-    "hijax": lambda: nnx.var_defaults(hijax=True, ref=False),
-    "ref": lambda: nnx.var_defaults(ref=True),
-    "hijax and ref": lambda: nnx.var_defaults(hijax=True, ref=True),
-}
-
 
 class Net(nnx.Module):
     """Several kinds of state, a module that two paths reach, and a tied weight."""
@@ -127,9 +119,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return everything(tmp_path_factory.mktemp("classic"))
 
 
-@pytest.mark.parametrize("mode", CONTEXTS)
+@pytest.mark.parametrize("mode", modes.CONTEXTS)
 def test_every_verb_gives_the_same_under_each_mode(mode: str, expected: dict[str, Any], tmp_path: Path) -> None:
-    with CONTEXTS[mode]():
+    with modes.CONTEXTS[mode]():
         results = everything(tmp_path)
     assert results.keys() == expected.keys()
     for name, result in results.items():
@@ -153,7 +145,7 @@ def test_a_step_gives_the_numbers_of_flax_whatever_the_mode() -> None:
             return loss
 
         expected = [float(by_flax(model, optimizer, X)) for _ in range(3)]
-    for mode, context in CONTEXTS.items():
+    for mode, context in modes.CONTEXTS.items():
         with context():
             net = Net()
             state = sw.plan(net, optimizers={"params": optax.adam(0.1)}).take(net)
@@ -238,14 +230,34 @@ def test_the_table(tmp_path: Path) -> None:
     assert "| tree mode: `NNX_GRAPH_MODE=false` | 4 passed, 0 skipped, **1 failed** | 5 passed, 2 skipped |" in text
     assert "`NNX_SOW_CAPTURE_NOOP=true` | this Flax does not have it | 5 passed, 2 skipped |" in text
     assert "- no a\\|b: 2 in mode graph on flax 1; 2 in mode graph on flax 2" in text
-    assert "What ran: `tests/plan`." in text
+    assert "What ran: `tests/plan`.\n\nWhat did not run: tests that take minutes, that " in text
+    assert " that start processes, or that need a browser.\n" in text
+    assert ", or that take more than 0.2 seconds.\n" in run_modes.table(names, results, ["tests/plan"], 0.2)
 
 
-def test_every_file_of_the_fixed_part_exists() -> None:
+def test_a_skip_has_its_reason_also_where_a_complete_file_is_skipped(tmp_path: Path) -> None:
+    where = "('/tests/conftest.py', 138, 'Skipped: flax in mode ref: because')"
+    cases = [
+        "<testcase name='test_one'/>",
+        "<testcase name='test_two'><skipped message='flax in mode ref: because'>tests:3</skipped></testcase>",
+        f"<testcase name='tests.core.test_all'><skipped message='collection skipped'>{where}</skipped></testcase>",
+        "<testcase name='test_three'><failure>no</failure></testcase>",
+    ]
+    (xml := tmp_path / "results.xml").write_text(f"<testsuite>{''.join(cases)}</testsuite>", encoding="utf-8")
+    result = run_modes.read(xml, 1.0)
+    assert (result.passed, result.failed) == (1, 1)
+    assert result.skipped == {
+        "flax in mode ref: because": 1,
+        "all tests of tests.core.test_all, counted as one: flax in mode ref: because": 1,
+    }
+
+
+def test_every_file_and_test_of_the_fixed_part_exists() -> None:
     folder = Path(__file__).parents[1]
-    assert [
-        file for file in (*run_modes.FIXED, *run_modes.PARTS) if not (folder / file.partition("::")[0]).exists()
-    ] == []
+    for each in (*run_modes.FIXED, *run_modes.PARTS):
+        file, _, test = each.partition("[")[0].partition("::")
+        assert (folder / file).exists()
+        assert not test or f"def {test}(" in (folder / file).read_text(encoding="utf-8")
 
 
 def test_what_a_mode_changes_names_tests_that_exist() -> None:
@@ -321,7 +333,7 @@ def test_each_refusal_is_shown() -> None:
 
 @pytest.mark.parametrize("refusal", modes.REFUSALS, ids=lambda refusal: refusal.reason)
 def test_flax_alone_refuses(refusal: modes.Refusal) -> None:
-    with modes.classic(), CONTEXTS[refusal.mode]():
+    with modes.classic(), modes.CONTEXTS[refusal.mode]():
         if not refusal.stands:
             SHOWN[refusal.reason]()
             return
@@ -358,7 +370,9 @@ def test_what_flax_alone_does_otherwise_in_a_mode() -> None:
             jax.vmap(lambda _: nnx.Variable(jnp.ones(2))[...], out_axes=None)(jnp.arange(3))
 
 
-@pytest.mark.skipif(not modes.MODES["sow-noop"].exists, reason="this Flax does not have it")
+@pytest.mark.skipif(
+    not modes.MODES["sow-noop"].exists, reason=f"flax {flax.__version__} does not have nnx_sow_capture_noop"
+)
 def test_flax_alone_leaves_nothing_where_sow_does_nothing() -> None:
     setting = flax.config.nnx_sow_capture_noop
     flax.config.update("nnx_sow_capture_noop", True)  # `modes.CHANGED`
@@ -368,31 +382,3 @@ def test_flax_alone_leaves_nothing_where_sow_does_nothing() -> None:
         assert not hasattr(model, "out")
     finally:
         flax.config.update("nnx_sow_capture_noop", setting)
-
-
-class TiedWithStats(nnx.Module):
-    def __init__(self) -> None:
-        self.embed = nnx.Embed(4, 3, rngs=nnx.Rngs(0))
-        self.tied = self.embed.embedding
-        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-
-    def __call__(self, tokens: Any) -> Any:
-        return self.norm(self.embed(tokens)) @ self.tied[...].T
-
-
-@pytest.mark.parametrize(("graph", "line"), [(True, "model.eval()"), (False, "model.eval(graph=True)")])
-def test_the_hint_to_evaluate_works_in_the_mode_that_it_is_given_in(graph: bool, line: str) -> None:
-    """In tree mode Flax refuses `model.eval()` of a model with tied weights."""
-    with nnx.set_graph_mode(graph):
-        state = sw.plan(TiedWithStats()).take(TiedWithStats())
-        tokens = jnp.arange(4)
-        with pytest.raises(sw.UndeclaredWriteError) as caught:
-            sw.step(lambda model, tokens: model(tokens))(state, tokens)
-        assert f"if the function only evaluates: {line} as its first line" in str(caught.value.hint)
-
-        @sw.step
-        def evaluate(model: TiedWithStats, tokens: Any) -> Any:
-            exec(line, {"model": model})
-            return model(tokens)
-
-        assert evaluate(state, tokens).shape == (4, 4)

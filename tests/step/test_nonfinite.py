@@ -218,6 +218,46 @@ def test_a_bad_value_on_one_device_only() -> None:
         assert not np.array_equal(numbers(state)["params"][0], before["params"][0])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_on_explicit_axes_a_step_that_skips_takes_what_any_other_step_takes(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter that is split, and statistics that are written as the batch is split: a step gives them back whole.
+
+    A branch and a choice, as on an accelerator, need the old and the new value to be split alike.
+    """
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Explicit,))
+
+    def fn(model: Any, x: jax.Array) -> jax.Array:
+        model.seen[...] = x
+        return jnp.square(jnp.dot(x, model.w[...], out_sharding=jax.P("data")) + model.b[...]).mean()
+
+    def run(step: Any, batches: Any) -> Any:
+        model = nnx.Dict(w=nnx.Param(jnp.ones((8, 2))), b=nnx.Param(jnp.ones((1, 2))))
+        model.seen = nnx.BatchStat(jnp.zeros((8, 8)))
+        kinds = sw.Kinds(
+            split=sw.Kind(sw.Path("w"), placement=sw.Sharded("data")),
+            params=sw.Kind(nnx.All(nnx.Param, nnx.Not(sw.Path("w")))),
+            stats=sw.Kind(nnx.BatchStat),
+        )
+        with jax.set_mesh(mesh):
+            plan = kinds.plan(
+                model, optimizers={("split", "params"): optax.adam(0.1)}, averages={("params", "stats"): sw.EMA(0.9)}
+            )
+            state = plan.take(model, mesh=mesh)
+            for x in batches:
+                state, _ = step(state, jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))))
+        return state
+
+    x = jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)
+    skipping = run(sw.train_step(fn, nonfinite="skip"), [x, x.at[3, 1].set(jnp.inf), x + 0.5])
+    plain = run(sw.train_step(fn), [x, x + 0.5])
+    for ours, theirs in zip(jax.tree.leaves(skipping), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        assert jax.typeof(ours) == jax.typeof(theirs)
+
+
 def test_beside_apply_if_finite() -> None:
     """Optax's wrapper would count the bad batch; here even its counter stays."""
     state = make(optimizer=optax.apply_if_finite(optax.adam(1e-2), 3))

@@ -125,12 +125,12 @@ def test_gradients_are_those_of_flax(make: Any) -> None:
 HINT = (
     "@sw.step(writes='params')\n"
     "def run_hooks(model):  # after each step: state, _ = run_hooks(state)\n"
-    "    for _, leaf in nnx.iter_graph(model):\n"
+    "    for _, leaf in nnx.iter_graph(model, graph=True):\n"
     "        if isinstance(leaf, {}):\n"
     "            leaf.set_value(leaf.get_raw_value())"
 )
 OWN_HINT = (
-    "for _, leaf in nnx.iter_graph(model):\n"
+    "for _, leaf in nnx.iter_graph(model, graph=True):\n"
     "    if isinstance(leaf, {}):\n"
     "        leaf.set_value(leaf.get_raw_value())  # after each optimizer.update(model, grads)"
 )

@@ -58,7 +58,7 @@ def test_other_names_may_be_zeros(name: str) -> None:
         Statistic(jnp.array([0.0, 1.0])),
         Statistic(jnp.zeros(2, int)),
         Statistic(jnp.zeros((0,))),
-        Statistic(None),
+        Statistic(None, ref=False),
     ],
     ids=["Param", "Cache", "MetricState", "not all", "integers", "empty", "None"],
 )

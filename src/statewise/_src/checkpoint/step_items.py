@@ -15,10 +15,16 @@ from typing import Any
 
 from statewise._src.checkpoint.data import DATA, Move, check_not_position, find_move
 from statewise._src.checkpoint.format.manifest import STEP
-from statewise._src.checkpoint.orbax.manager import ANOTHER_STEP, Json, read_json
+from statewise._src.checkpoint.orbax.manager import METRICS, Json
+from statewise._src.checkpoint.orbax.store_steps import MARK
 from statewise.errors import CorruptedError, RestoreError
 
 __all__ = ["check_step", "read_items", "record_of"]
+
+# The files in which Orbax's two interfaces keep JSON.
+_JSON_FILES = ("metadata", "data.json", METRICS)
+# The hint of an item that is corrupted.
+_ANOTHER = "leave it out, or restore another step: checkpoints.restore(target, step=...)"
 
 
 def record_of(step: int, items: Mapping[str, Any]) -> dict[str, str]:
@@ -90,7 +96,7 @@ def _all_there(folder: Any, step: int) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         said = f"Step {step} in {folder.parent} is corrupted: a file of its items was removed while it was read."
-        raise CorruptedError(said, hint=ANOTHER_STEP) from error
+        raise CorruptedError(said, hint=_ANOTHER) from error
 
 
 def _check_has(folder: Any, step: int, recorded: Mapping[str, str], names: Sequence[str]) -> None:
@@ -100,17 +106,43 @@ def _check_has(folder: Any, step: int, recorded: Mapping[str, str], names: Seque
         if name not in there:
             if f"{STEP}/{name}" in recorded:
                 said = f"Step {step} in {folder.parent} is corrupted: its item {name!r} is missing."
-                raise CorruptedError(said, hint=ANOTHER_STEP)
+                raise CorruptedError(said, hint=_ANOTHER)
             raise RestoreError(f"Step {step} has no item {name!r}.", hint="one of: " + ", ".join(there))
 
 
 def _read_item(folder: Any, step: int, expected: str | None) -> Any:
     """Returns the value of an item that is JSON; compares it with its checksum, if there is one."""
-    value = read_json(folder)
+    value = _read_json(folder)
     if expected and _checksum(value) != expected:
         raise CorruptedError(
             f"The item {folder.name!r} of step {step} in {folder.parent.parent} is corrupted: it is not what was "
             "written.",
-            hint=ANOTHER_STEP,
+            hint=_ANOTHER,
         )
     return value
+
+
+def _read_json(folder: Any) -> Any:
+    """Reads an extra item that is JSON, whichever interface has written it.
+
+    Raises:
+      RestoreError: it is something else.
+      CorruptedError: its file is not what was written, or is gone.
+    """
+    for name in _JSON_FILES:
+        try:
+            return json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise CorruptedError(
+                f"The item {folder.name!r} in {folder.parent} is corrupted: {name} is not JSON: {error}.",
+                hint=_ANOTHER,
+            ) from error
+    if all(entry.name == MARK for entry in folder.iterdir()):
+        said = f"The item {folder.name!r} in {folder.parent} is corrupted: it has no file."
+        raise CorruptedError(said, hint=_ANOTHER)
+    raise RestoreError(
+        f"The item {folder.name!r} in {folder.parent} is not JSON.",
+        hint=f"say how to restore it: checkpoints.restore(target, extra={{{folder.name!r}: ocp.args.PyTreeRestore()}})",
+    )

@@ -11,7 +11,9 @@ import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-__all__ = ["Tree", "is_tree", "read_tree"]
+from flax import nnx
+
+__all__ = ["Tree", "called", "is_tree", "read_tree"]
 
 # Where a Pytree keeps which of its attributes are data.  NNX takes an attribute out of it when the attribute goes.
 _DATA_ATTRIBUTES = "_pytree__nodes"
@@ -34,6 +36,20 @@ class _Entry(NamedTuple):
 def is_tree(graphdef: Any) -> bool:
     """Returns whether each object of a graph is reached by one path alone."""
     return "NodeRef" not in _type_names(graphdef.nodes)
+
+
+def called(function: str, *arguments: str, graphdef: Any = None) -> str:
+    """Returns a call of a function of Flax on a model, as code for a hint that works in the present mode.
+
+    In tree mode Flax refuses a model with tied weights, unless it is asked for a graph.
+
+    Args:
+      function: the function, or the method.
+      *arguments: its arguments.
+      graphdef: the graph definition of the model; None if it is not known.
+    """
+    is_refused = not nnx.set_graph_mode.current_value() and (graphdef is None or not is_tree(graphdef))
+    return f"{function}({', '.join([*arguments, *['graph=True'] * is_refused])})"
 
 
 def _type_names(nodes: list[Any]) -> set[str]:

@@ -42,6 +42,7 @@ __all__ = [
     "is_deleted",
     "is_object",
     "is_traced",
+    "made_plain",
     "make_leaf",
     "named",
     "numbered",
@@ -151,7 +152,8 @@ def read_graph(objects: Sequence[Any], names: Sequence[str] = ()) -> ModelGraph:
     except (TypeError, ValueError) as error:
         types = ", ".join(type(given).__name__ for given in objects)
         raise ModelError(
-            f"NNX cannot flatten {types}: {error}", hint="nnx.split(model) shows the same; it says what is wrong"
+            f"NNX cannot flatten {types}: {error}",
+            hint="nnx.split(model, graph=True) shows the same; it says what is wrong",
         ) from error
     # An object that NNX takes for a leaf, though it is not a Variable: a function, say.  A single one is the only leaf.
     count = None if several else 1
@@ -217,8 +219,15 @@ def check_plain(graph: ModelGraph, by: str) -> None:
         problems.raise_as(
             ModelError,
             f"{by} makes Variables that are references, or hijax Variables; where it is traced, all are plain ones.",
-            "leave hijax=True and ref=True out: nnx.Intermediate(value)",
+            made_plain(leaf.type for leaf in problems.leaves),
         )
+
+
+def made_plain(types: Iterable[type]) -> str:
+    """Returns the hint to make Variables of these types as plain ones."""
+    names = dict.fromkeys("nnx." * (getattr(nnx, cls.__name__, None) is cls) + cls.__name__ for cls in types)
+    calls = ", ".join(f"{name}(value)" for name in names)
+    return f"leave hijax=True and ref=True out, of nnx.var_defaults as well: {calls}"
 
 
 def rebuild(graphdef: Any, values: Sequence[Any], several: bool, *, plain: bool = True) -> tuple[Any, ...]:

@@ -8,8 +8,8 @@
 - new values: `restart`, `restart_targets` (what it renews), `restart_slots`; `cast`; `averages` (swapped in,
   restarted); `reduce_devices`; `merge_lora`, `adapters` (which kernel each belongs to);
 - many arrays: `many_arrays` (what is compiled in pieces);
-- other plans: `transfer`, `transfer_match` and `transfer_names` (which leaf is which), `transfer_arrays` and
-  `transfer_layouts` (the copies);
+- other plans: `plan_difference` (whose states fit, and how others differ); `transfer`, `transfer_match` and
+  `transfer_names` (which leaf is which), `transfer_arrays` and `transfer_layouts` (the copies);
 - many states: `ensembles`, `member_view` (one member, inside `jax.vmap`), `vmap_axes` (`plan.axes`), `batches` (what
   `jax.vmap` makes under the plan of one model);
 - what is known of values: `usable` (not abstract, traced or donated), `versions` (stale kinds), `known_arrays` (arrays

@@ -10,6 +10,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.compare import UNEXPECTED, LeafFacts, compare_leaf, facts_of, is_same_static, note_of
+from statewise._src.common.graphdef import called
 from statewise._src.common.nnx_graph import ModelGraph, named, rebuild, row_of
 from statewise._src.common.paths import Path, format_path
 from statewise._src.common.problems import Problems, counted
@@ -22,7 +23,7 @@ __all__ = ["check_statics", "matched", "names_for", "plain_attributes"]
 
 _TAKE = "plan = kinds.plan(model)  # plan the model as it is now"
 _STACKED = (
-    "the plan is of an ensemble of {}: objects with stacked arrays, nnx.vmap(make_model)(keys)\n"
+    "the plan is of an ensemble of {}: objects with stacked arrays, {}(keys)\n"
     "or a state for each member: plan.stack([single.take(model) for model in models])  # single: the plan of one"
 )
 _PLAIN = (bool, int, float, str, type(None), enum.Enum)
@@ -65,7 +66,8 @@ def matched(plan: PlanTables, graph: ModelGraph, objects: Sequence[object], verb
     for path, leaf in live.items():
         if not is_sown(compat.variable_type(leaf)):
             problems.add(row_of(path, leaf), note_of(UNEXPECTED, "model"))
-    hint = _TAKE if plan.members is None else _STACKED.format(plan.members)
+    mapped = called("nnx.vmap", "make_model", graphdef=plan.graphdef)
+    hint = _TAKE if plan.members is None else _STACKED.format(plan.members, mapped)
     problems.raise_as(
         StructureError,
         "The model is not what was planned: {n} leaves differ.",
@@ -98,9 +100,10 @@ def check_statics(plan: PlanTables, graph: ModelGraph, objects: Sequence[object]
             if path in now and not is_same_static(now[path], value)
         ]
     if differing:
+        back = [called(f"model.{mode}", graphdef=plan.graphdef) for mode in ("train", "eval")]
         raise StructureError(
             "The model's static attributes have changed since it was planned:\n  " + "\n  ".join(differing),
-            hint="plan = kinds.plan(model)  # or model.train() / model.eval() back to what was planned",
+            hint=f"plan = kinds.plan(model)  # or {back[0]} / {back[1]} back to what was planned",
         )
 
 

@@ -21,6 +21,7 @@ from statewise._src.common.problems import Problems, counted
 from statewise._src.core.batches import check_not_batch, hint_of_batch
 from statewise._src.core.many_arrays import ManyArrays
 from statewise._src.core.member_view import compiled, single_of, with_complete_axis
+from statewise._src.core.plan_difference import in_form_of, other_plan
 from statewise._src.core.state_data import (
     StateData,
     StateT,
@@ -41,6 +42,9 @@ from statewise._src.sharding.part_shardings import PartShardings
 from statewise.errors import DeclarationError, StructureError
 
 __all__ = ["member", "stack", "stacked"]
+
+_ALIKE = "plan the models alike: the same kinds, optimizers (the same object) and structure for all"
+_MOVE = "states = [sw.transfer(state, single) for state in states]  # single: the plan of one model"
 
 
 # --- the plan ----------------------------------------------------------------------------------------------------
@@ -85,6 +89,7 @@ def stack(plan: PlanTables, states: object) -> StateData:
         )
     members = (plan if plan.ensemble is not None else stacked(plan, len(given), None, {})).ensemble
     assert members is not None, "stacked makes the plan of an ensemble"
+    given = [in_form_of(members.single, state) for state in given]
     _check_states(members, given)
     # The given states may be packed, or on a mesh, where the plan is neither.
     target = given[0].tables.with_members(members)
@@ -100,7 +105,7 @@ def stack(plan: PlanTables, states: object) -> StateData:
 
 def _under_ensemble(plan: PlanTables, batch: StateT) -> StateT:
     """Returns the state of a batch that `jax.vmap` has made, with the plan of an ensemble."""
-    members = plan.ensemble
+    members, batch = plan.ensemble, in_form_of(plan, batch)
     if batch.tables is plan and members is not None:
         check_not_donated(batch, plan.kinds)
         check_fits(batch, plan.kinds)
@@ -108,11 +113,11 @@ def _under_ensemble(plan: PlanTables, batch: StateT) -> StateT:
     single = single_of(plan)
     if members is None or batch.tables.plain is not single.plain:
         hint = hint_of_batch(batch.tables, {kind: batch.part(kind).arrays for kind in batch.tables.kinds})
+        hint = hint or "plan.stack([state, ...])  # a state for each member"
+        if members is not None:
+            raise other_plan(single, batch, "This state", hint, hint)
         raise StructureError(
-            "plan.stack takes a state for each member, or a batch of states if the plan is of an ensemble."
-            if members is None
-            else f"This state is of another plan: {batch.tables!r}, not {single!r}.",
-            hint=hint or "plan.stack([state, ...])  # a state for each member",
+            "plan.stack takes a state for each member, or a batch of states if the plan is of an ensemble.", hint=hint
         )
     target = batch.tables.with_members(members)
     check_not_donated(batch, target.kinds)
@@ -143,10 +148,7 @@ def _check_states(members: Members, states: Sequence[StateData]) -> None:
         )
     for number, state in enumerate(states):
         if state.tables.plain is not members.single.plain:
-            raise StructureError(
-                f"State {number} is of another plan: {state.tables!r}, not {members.single!r}.",
-                hint="plan the models alike: the same kinds, optimizers (the same object) and structure for all",
-            )
+            raise other_plan(members.single, state, f"State {number}", _MOVE, _ALIKE)
         if state.tables is not states[0].tables:
             raise StructureError(
                 f"State {number} and state 0 differ in packing, or in their per-device values.",

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from statewise._src.common import compat
-from statewise._src.common.compare import UNEXPECTED, compare_leaf, facts_of_leaf, note_of
 from statewise._src.common.copying import copies_of
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
@@ -31,14 +30,13 @@ from statewise._src.common.nnx_graph import (
     value_of,
 )
 from statewise._src.common.object_names import in_order, names_given
-from statewise._src.common.paths import Leaf
 from statewise._src.common.placing import placed
-from statewise._src.common.problems import Problems
 from statewise._src.common.write_values import Objects, put_values
 from statewise._src.core.check_objects import check_statics, matched, names_for
 from statewise._src.core.known_arrays import belong, remember, remembered_kinds
 from statewise._src.core.many_arrays import ManyArrays
 from statewise._src.core.member_view import as_ensemble, fresh_derived, holds_one_member, single_of
+from statewise._src.core.plan_difference import in_form_of, other_plan
 from statewise._src.core.reduce_devices import check_not_per_device
 from statewise._src.core.state_data import StateData, check_fits, check_not_donated
 from statewise._src.core.templates import shardings
@@ -330,12 +328,11 @@ def _copies_of(plan: PlanTables, state: object, verb: str, copy: bool) -> list[l
             f"plan.{verb} takes a state, not {type(state).__name__}.",
             hint="plan.put(state, model)" if verb == "put" else "model = plan.build(state)",
         )
+    state = in_form_of(plan, state)
     if state.tables.plain is not plan.plain:
-        raise StructureError(
-            f"This state is of another plan: {state.tables!r}, not {plan!r}.",
-            leaves=_differing_leaves(plan, state.tables),
-            hint=f"state.plan.{verb}(state{', model' if verb == 'put' else ''})",
-        )
+        into = ", model" if verb == "put" else ""
+        hints = f"plan.{verb}(sw.transfer(state, plan){into})", f"state.plan.{verb}(state{into})"
+        raise other_plan(plan, state, "This state", *hints)
     own = state.tables  # may be packed, where `plan` is not
     if own.per_device:
         check_not_per_device(own, f"a model holds one value of each leaf; plan.{verb} would have to choose.")
@@ -348,17 +345,3 @@ def _copies_of(plan: PlanTables, state: object, verb: str, copy: bool) -> list[l
     elif not copy:
         return list(map(list, arrays))
     return _copies(arrays) if copy else [[_as_jax(array, False) for array in leaf] for leaf in arrays]
-
-
-def _differing_leaves(plan: PlanTables, other: PlanTables) -> list[Leaf]:
-    """Returns the leaves that differ between two plans; none if only handling or optimizers do."""
-    problems = Problems()
-    others = {leaf.path: leaf for leaf in other.leaves}
-    for leaf in plan.leaves:
-        counterpart = others.pop(leaf.path, None)
-        mismatches = compare_leaf(facts_of_leaf(leaf), None if counterpart is None else facts_of_leaf(counterpart))
-        if mismatches:
-            problems.add(leaf, note_of(mismatches, "state"))
-    for leaf in others.values():
-        problems.add(leaf, note_of(UNEXPECTED, "state"))
-    return problems.leaves

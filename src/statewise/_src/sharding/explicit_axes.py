@@ -18,7 +18,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from statewise.errors import PlacementError, StatewiseError
 
-__all__ = ["as_it_came", "explained", "explicit_axes", "explicit_sharding", "sharding_of_type", "spec_entries"]
+__all__ = [
+    "as_it_came",
+    "explained",
+    "explicit_axes",
+    "explicit_sharding",
+    "is_split",
+    "sharding_of_type",
+    "spec_entries",
+]
 
 
 def explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
@@ -34,6 +42,12 @@ def explicit_sharding(array: object) -> jax.NamedSharding | None:
         return sharding_of_type(jax.typeof(array))
     except TypeError:  # not an array
         return None
+
+
+def is_split(array: object) -> bool:
+    """Returns whether an array's type has a sharding that splits it: such arrays cannot be joined with others."""
+    sharding = explicit_sharding(array)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 def sharding_of_type(type_: object) -> jax.NamedSharding | None:

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from statewise._src.core.plan import State
+from statewise._src.core.plan_difference import in_form_of
 from statewise._src.step.dispatch import CompiledStep
 from statewise._src.step.function import called_as
 from statewise.errors import StructureError
@@ -78,6 +79,8 @@ class Compiled(Generic[R_co]):
         """Runs the compiled step on a state of the plan that it was compiled for."""
         if type(state) is not State:
             raise no_state(self._entry.name, state)
+        if state.tables is not self._entry.plan:
+            state = in_form_of(self._entry.plan, state)
         if state.tables is not self._entry.plan:
             raise StructureError(
                 f"{self._entry.name} was compiled for a plan other than this state's.",

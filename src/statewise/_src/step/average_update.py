@@ -87,12 +87,14 @@ def _(derived: Average, plan: PlanTables, moved: Moved) -> StepUpdate | None:
     inside = {number for spot in buffers for number in contents[spot].numbers}
     alone = tuple((number, average) for number, average in average_of.items() if number not in inside)
     count = averages[-1] if derived.ema.schedule else None
+    # What is written array by array is joined for its average, and then the step's new buffer as well.
+    joins = {spot for spot in buffers if not moved.numbers.isdisjoint(contents[spot].numbers)}
     averaging = _Averaging(derived, count, alone, buffers, contents, moved.numbers)
     return StepUpdate(
         reads={*params, *averages} - {average_of[number] for number in inside},
         writes={*averages},
         run=averaging.run,
-        whole={*buffers.values()},
+        whole={*buffers.values(), *joins},
     )
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common.graphdef import called
 from statewise._src.common.nnx_graph import numbered
 from statewise._src.common.paths import Path, format_path
 from statewise._src.common.problems import Problems
@@ -203,9 +204,7 @@ def _eval_hint(
     left = {kind for kind, position in undeclared if (kind, position) in written}
     if left & set(contract.why_not) or written.issuperset(undeclared):
         return []
-    # In tree mode Flax refuses a model with tied weights, unless it is asked for a graph.
-    is_tied = not nnx.set_graph_mode.current_value() and any(leaf.aliases for leaf in plan.leaves)
-    line = f"if the function only evaluates: model.eval({'graph=True' * is_tied}) as its first line"
+    line = f"if the function only evaluates: {called('model.eval', graphdef=plan.graphdef)} as its first line"
     return [f"{line}, and {contract.with_writes(plan, left)}" if left else line]
 
 

@@ -37,6 +37,7 @@ from statewise._src.filters.combinators import Filter, describe, predicate
 from statewise._src.plan.spelled_paths import Reading, nearest, spelled
 from statewise._src.sharding.explicit_axes import explained
 from statewise._src.step.function import named_like
+from statewise._src.step.outside_writes import plain_variables
 from statewise.errors import FilterError, StructureError
 
 __all__ = ["grad", "value_and_grad"]
@@ -96,6 +97,7 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
         )
 
         new_paths: list[Path] = []
+        name = getattr(fn, "__name__", type(fn).__name__)
 
         # JAX differentiates with respect to all of `diff`, so the other arrays are constants.
         def pure(diff: Sequence[Sequence[Any]]) -> tuple[Any, Any]:
@@ -106,17 +108,17 @@ def value_and_grad(fn: Callable[P, R], wrt: Filter = nnx.Param, has_aux: bool = 
             ]
             objects = rebuild(graph.graphdef, values, graph.several)
             own_args, own_kwargs = arguments(objects[1:])
-            with nnx.var_defaults(hijax=False, ref=False):  # others cannot be written, or returned, in every trace
+            with plain_variables(fn, objects[:1], name):
                 out = fn(objects[0], *own_args, **own_kwargs)
             loss, aux = _loss_of(out, has_aux)
             after = read_graph(objects)
-            check_plain(after, getattr(fn, "__name__", type(fn).__name__))
+            check_plain(after, name)
             changed, new = _changes(graph, values, after)
             # Paths cannot leave a trace, and do not sort as keys of a dict may have to: only the Variables are outputs.
             new_paths[:] = new
             return loss, (aux, changed, list(new.values()))
 
-        with explained(getattr(fn, "__name__", type(fn).__name__), diff, flat, args, kwargs):
+        with explained(name, diff, flat, args, kwargs):
             (loss, (aux, changed, new_leaves)), grads = jax.value_and_grad(pure, has_aux=True)(diff)
         root = (model, *others) if graph.several else model
         writes = [(graph.paths[number], graph.leaves[number], value) for number, value in changed.items()]

@@ -26,7 +26,7 @@ from flax import nnx
 from statewise._src.plan.arrays import Spot
 from statewise._src.plan.packing import separated
 from statewise._src.plan.tables import PlanTables
-from statewise._src.sharding.explicit_axes import explicit_sharding
+from statewise._src.sharding.explicit_axes import explicit_sharding, is_split
 from statewise._src.step.measured import MEASURES, Columns, Measure, Measured
 from statewise._src.step.operands import Arrays
 from statewise.errors import StructureError
@@ -193,7 +193,7 @@ def _each(pairs: Sequence[Pair], dtype: Any) -> _Sums:
     for index, (array, minus) in enumerate(pairs):
         if not array.size:
             continue
-        if array.size > _SMALL or _is_split(array):
+        if array.size > _SMALL or is_split(array):
             parts.append(_of_one(_bits(array, minus, dtype), dtype))
             order.append(index)
         else:
@@ -213,12 +213,6 @@ def _each(pairs: Sequence[Pair], dtype: Any) -> _Sums:
         order += empty
     back = np.argsort(order)
     return _Sums(*((jnp.concatenate(each) if len(parts) > 1 else each[0])[back] for each in zip(*parts, strict=True)))
-
-
-def _is_split(array: Any) -> bool:
-    """Returns whether an array's type has a sharding that splits it: such arrays cannot be joined with others."""
-    sharding = explicit_sharding(array)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 def _rows(arrays: Sequence[Any], made: dict[tuple[int, ...], Any]) -> Any:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from statewise._src.plan.arrays import Spot
 from statewise._src.plan.tables import PlanTables
+from statewise._src.sharding.explicit_axes import as_it_came, is_split
 from statewise._src.step.operands import Arrays
 
 __all__ = ["all_finite", "everywhere", "keep_old", "protected", "stays_finite"]
@@ -27,10 +28,12 @@ def all_finite(arrays: Iterable[Any]) -> Any:
     """Returns whether all elements of these arrays are finite; integers and keys always are."""
     floats = [array for array in arrays if jnp.issubdtype(array.dtype, jnp.inexact) and array.size]
     small: dict[Any, list[Any]] = {}
+    groups = []
     for array in floats:
-        if array.size <= _SMALL:
+        if array.size > _SMALL or is_split(array):
+            groups.append(array)
+        else:
             small.setdefault(array.dtype, []).append(jnp.ravel(array))
-    groups = [array for array in floats if array.size > _SMALL]
     groups += [arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays) for arrays in small.values()]
     is_finite = jnp.ones((), bool)
     for group in groups:
@@ -60,7 +63,7 @@ def keep_old(changes: Any, plan: PlanTables, arrays: Arrays, before: Sequence[An
     for number in protected(plan, range(len(plan.arrays)), before):
         new, old = arrays.flat[number], before[number]
         if new is not old:
-            arrays.flat[number] = jnp.where(changes, new, old)
+            arrays.flat[number] = jnp.where(changes, as_it_came(new, old), old)
     for spot, new in arrays.computed.items():
         arrays.computed[spot] = jnp.where(changes, new, slots[spot])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import keyword
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from flax.errors import ImmutableVariableError
 
 from statewise._src.common import compat
-from statewise._src.common.nnx_graph import ModelGraph, row_of
+from statewise._src.common.nnx_graph import ModelError, ModelGraph, made_plain, named, row_of
 from statewise._src.step.arguments import Bound, parameters_of, unused_name
 from statewise._src.step.closures import STATIC, Brought, brought, holder_of, parts_of, read_by
 from statewise._src.step.effects import Effects
@@ -21,7 +22,14 @@ from statewise._src.step.function import called_as, positional_names
 from statewise._src.step.passed_objects import Passed, WrittenArgument
 from statewise.errors import StructureError
 
-__all__ = ["check_not_baked", "check_written_arguments", "instead_of", "written_outside", "written_variable"]
+__all__ = [
+    "check_not_baked",
+    "check_written_arguments",
+    "instead_of",
+    "plain_variables",
+    "written_outside",
+    "written_variable",
+]
 
 
 def _names_of_objects(fn: Any, objects: int) -> list[str]:
@@ -143,15 +151,54 @@ def written_outside(
     for what, known in (("the model", of_model), ("an argument", passed.variables)):
         leaves = [row_of(path, leaf, note="written") for path, leaf in known if leaf is part]
         own = objects if what == "the model" else passed.objects
-        if leaves or any(other is part for planned in own for other in parts_of(planned)):
+        # A hijax Variable that was not there before is one that the function made.
+        is_own = not compat.is_hijax(part) and any(other is part for planned in own for other in parts_of(planned))
+        if leaves or is_own:
             return StructureError(
                 f"{name} writes to {what} inside a function that JAX traces (under jax.jit, jax.checkpoint, jax.grad, "
                 f"jax.vmap, jax.lax.scan ...) and that reaches {what} by its closure.",
                 leaves=leaves,
                 hint="nnx.jit, nnx.remat, nnx.grad, nnx.vmap, nnx.scan ..., passing it to the function as an argument",
             )
+    if isinstance(part, compat.Tracer):
+        return _not_writable(part, objects, name, before.names)
+    if compat.is_hijax(part):
+        return written_variable(part, fn, objects, name, optimizers)
     holder = holder_of(brought(fn), part)
     return None if holder is None else _brought_and_written(holder, part, fn, objects, name, optimizers)
+
+
+@contextlib.contextmanager
+def plain_variables(fn: Any, objects: Sequence[Any], name: str) -> Iterator[None]:
+    """Makes new Variables plain ones while a function is traced: no version of Flax can write others in every trace.
+
+    Args:
+      fn: the function.
+      objects: the objects that it received.
+      name: its name.
+
+    Raises:
+      ModelError: the function asks for a hijax Variable and writes to it, which Flax refuses.
+    """
+    with nnx.var_defaults(hijax=False, ref=False):
+        try:
+            yield
+        except ImmutableVariableError as error:
+            part = _written_part(error)
+            if part is None or holder_of(brought(fn), part) is not None:
+                raise
+            raise _not_writable(part, objects, name) from error
+
+
+def _not_writable(part: Any, objects: Sequence[Any], name: str, names: Sequence[str] = ()) -> StructureError:
+    """Returns the error for a write to a hijax Variable that the function made, or that no search finds."""
+    root = objects[0] if len(objects) == 1 and not names else tuple(objects)
+    paths = (path for path, other in nnx.iter_graph(root, graph=True) if other is part)
+    return ModelError(
+        f"{name} writes to a hijax Variable, which Flax refuses where a function is traced.",
+        leaves=[row_of(named(next(paths, ()), names), part, note=compat.reference(part))],
+        hint=made_plain([compat.variable_type(part)]),
+    )
 
 
 def written_variable(part: Any, fn: Any, objects: Sequence[Any], name: str, optimizers: bool) -> StructureError:

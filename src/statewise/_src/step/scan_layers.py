@@ -21,6 +21,7 @@ from statewise._src.common.object_names import names_given
 from statewise._src.core.member_view import as_ensemble, as_one
 from statewise._src.core.part import Part
 from statewise._src.core.plan import State
+from statewise._src.core.plan_difference import in_form_of
 from statewise._src.core.state_data import check_not_donated
 from statewise._src.core.versions import settle
 from statewise._src.filters.combinators import Filter
@@ -183,12 +184,13 @@ def _chosen(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
 def _result(result: Any, layer: State) -> tuple[State, Any]:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], State)):
         return layer, result
-    if result[0].tables is not layer.tables:
+    returned = in_form_of(layer.tables, result[0])
+    if returned.tables is not layer.tables:
         raise StructureError(
             "The function returns a state of a plan other than its layer's.",
             hint="return the layer that the step returned: layer, x = step(layer, x)",
         )
-    return result
+    return returned, result[1]
 
 
 def _with_arrays(state: State, arrays: Sequence[Any]) -> State:

@@ -20,6 +20,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.compat import jaxprs
+from statewise._src.common.graphdef import called
 from statewise._src.common.narrowing import check_given
 from statewise._src.common.nnx_graph import (
     ONE,
@@ -45,7 +46,7 @@ from statewise._src.step.arguments import parameters_of
 from statewise._src.step.effects import Effects, effects_of
 from statewise._src.step.function import check_function
 from statewise._src.step.graft import graft
-from statewise._src.step.outside_writes import check_written_arguments
+from statewise._src.step.outside_writes import check_written_arguments, plain_variables
 from statewise._src.step.passed_objects import Passed
 from statewise._src.step.trace import check_not_model, check_output
 from statewise.errors import StructureError
@@ -247,7 +248,7 @@ def _traced(fn: Callable[..., Any], stack: _Stack, x: Any) -> tuple[_Layer, Any]
     def call(values: Sequence[Any], x: Any) -> list[Any]:
         (layer,) = rebuild(stack.graph.graphdef, stack.values(values), several=False)
         before = read_graph((layer,))
-        with nnx.var_defaults(hijax=False, ref=False):
+        with plain_variables(fn, (layer,), name):
             out = fn(layer, x)
         check_not_model(out, before.leaves, name)
         leaves, box["out_tree"] = jax.tree.flatten(out)
@@ -293,7 +294,7 @@ def _check_written_x(fn: Callable[..., Any], stack: _Stack, x: Any, name: str) -
     def call(values: Sequence[Any], x: Any) -> list[Any]:
         (layer,) = rebuild(stack.graph.graphdef, stack.values(values), several=False)
         passed = box["passed"] = Passed((x,), {})
-        with nnx.var_defaults(hijax=False, ref=False):
+        with plain_variables(fn, (layer,), name):
             return passed.after(fn(layer, x))
 
     with jax.disable_jit(False):
@@ -376,10 +377,11 @@ def count_layers(rows: Sequence[tuple[Leaf, Any, bool]], shapes: Sequence[tuple[
             counts.append(shape[0])
             if shape[0] != counts[0]:
                 problems.add(leaf, f"{shape[0]} layers, others have {counts[0]}")
+    stacked = called("nnx.vmap", "make_layer", "transform_metadata={nnx.PARTITION_NAME: None}")
     problems.raise_as(
         StructureError,
         "Not every leaf has one slice for each layer.",
-        "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
+        f"stack them: layers = {stacked}(keys)\n"
         "or jax.vmap(lambda key: plan.take(...))(keys)\n"
         "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)",
     )

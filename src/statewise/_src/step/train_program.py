@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from statewise._src.plan.arrays import Spot
 from statewise._src.plan.tables import PlanTables
+from statewise._src.sharding.explicit_axes import as_it_came
 from statewise._src.step.instruments import Pair, columns_of, current_arrays, measured_of
 from statewise._src.step.measured import Measured
 from statewise._src.step.microbatches import Mean, PartResult, mean_of_parts
@@ -106,11 +107,15 @@ class TrainProgram:
         def updated() -> tuple[list[Any], dict[Spot, Any]]:
             own = Arrays(list(arrays.flat), arrays.slots, dict(arrays.computed))
             self._update(own, gradients)
-            return [own.flat[number] for number in kept], own.computed
+            new = [as_it_came(own.flat[number], before[number]) for number in kept]
+            return new, {spot: own.computed[spot] for spot in whole}
+
+        def old() -> tuple[list[Any], dict[Spot, Any]]:
+            return [before[number] for number in kept], {spot: slots[spot] for spot in whole}
 
         kept = protected(self.plan, self.changed, before)
-        wholes = {spot: slots[spot] for update in self.updates for spot in update.whole}
-        new, computed = jax.lax.cond(changes, updated, lambda: ([before[number] for number in kept], wholes))
+        whole = frozenset[Spot]().union(*(update.whole for update in self.updates))
+        new, computed = jax.lax.cond(changes, updated, old)
         arrays.store(kept, new)
         arrays.computed |= computed
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -20,11 +19,11 @@ from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.options import Options, is_of_newer
 from statewise._src.checkpoint.orbax.paths import is_url
-from statewise._src.checkpoint.orbax.store_steps import MARK, complete_steps, is_marked, keep_no_listings
+from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
 from statewise._src.checkpoint.orbax.stores import StorePath, listing
-from statewise.errors import CorruptedError, RestoreError, SaveError
+from statewise.errors import SaveError
 
-__all__ = ["ANOTHER_STEP", "ITEM", "METRICS", "Json", "Manager", "open_manager", "read_json"]
+__all__ = ["ITEM", "METRICS", "Json", "Manager", "open_manager"]
 
 # The name of the state's item in each step, and of the item that Orbax judges steps by.
 ITEM, METRICS = "state", "metrics"
@@ -38,10 +37,6 @@ _OF_ARRAYS = (
     ocp.args.JaxRandomKeySave,
     ocp.args.NumpyRandomKeySave,
 )
-# The hint of an item that is corrupted.
-ANOTHER_STEP = "leave it out, or restore another step: checkpoints.restore(target, step=...)"
-# The files in which Orbax's two interfaces keep JSON.
-_JSON_FILES = ("metadata", "data.json", METRICS)
 
 T = TypeVar("T")
 
@@ -170,30 +165,27 @@ class _Marked:
         return found
 
 
-def read_json(folder: Any) -> Any:
-    """Reads an extra item that is JSON, whichever interface has written it.
+class _Timed:
+    """The names of steps, where one whose metadata cannot be read is the oldest: without a time none can be saved."""
 
-    Raises:
-      RestoreError: it is something else.
-      CorruptedError: its file is not what was written, or is gone.
-    """
-    for name in _JSON_FILES:
-        try:
-            return json.loads((folder / name).read_text())
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise CorruptedError(
-                f"The item {folder.name!r} in {folder.parent} is corrupted: {name} is not JSON: {error}.",
-                hint=ANOTHER_STEP,
-            ) from error
-    if all(entry.name == MARK for entry in folder.iterdir()):
-        said = f"The item {folder.name!r} in {folder.parent} is corrupted: it has no file."
-        raise CorruptedError(said, hint=ANOTHER_STEP)
-    raise RestoreError(
-        f"The item {folder.name!r} in {folder.parent} is not JSON.",
-        hint=f"say how to restore it: checkpoints.restore(target, extra={{{folder.name!r}: ocp.args.PyTreeRestore()}})",
-    )
+    def __init__(self, names: Any) -> None:
+        self._names = names
+        self.build_name = names.build_name
+        self.single_host_load_and_broadcast = getattr(names, "single_host_load_and_broadcast", False)
+
+    def find_all(self, directory: Any) -> Iterator[Any]:
+        yield from map(self._timed, self._names.find_all(directory))
+
+    def find_step(self, directory: Any, step: int) -> Any:
+        return self._timed(self._names.find_step(directory, step))
+
+    @staticmethod
+    def _timed(found: Any) -> Any:
+        if found.commit_timestamp_nsecs is not None:
+            return found
+        return ocp.v1.training.CheckpointMetadata(
+            step=found.step, path=found.path, metadata=found.metadata, commit_timestamp_nsecs=0
+        )
 
 
 class _OrbaxManager:
@@ -322,12 +314,14 @@ class _NewManager(_OrbaxManager):
             "preservation_policy": None if max_to_keep is None else training.preservation_policies.LatestN(max_to_keep),
         }
         used = defaults | keywords | {"context": self._context}
-        # Not passed on if it is the default: Orbax's own default also knows the time of a step whose metadata is gone,
-        # because its deletion was cut short.  Without a time no step could be saved any more.
         self._names = keywords.get("step_name_format") or ocp.v1.path.step.standard_name_format()
         if _is_s3(directory):
             self._context.atomicity.mode = _BY_MARKER.mode
-            used["step_name_format"] = self._names = _Marked(self._names)
+            self._names = _Marked(self._names)
+        # Not passed on if it is the default: Orbax's own knows the time of a step from its directory, if its metadata
+        # is gone because its deletion was cut short.
+        if _is_s3(directory) or "step_name_format" in keywords:
+            used["step_name_format"] = self._names = _Timed(self._names)
         self.orbax = training.Checkpointer(epath(directory), **used)
         self._asynchronous = asynchronous
         self._response: Any = None

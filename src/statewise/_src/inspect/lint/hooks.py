@@ -57,7 +57,7 @@ def _hint(training: Training, hooked: list[tuple[type, Any]]) -> str:
     read = "[...]" if not training.kinds and any(leaf.ref for _, leaf in hooked) else ""
     of = as_code(classes[0]) if len(classes) == 1 else f"({', '.join(map(as_code, classes))})"
     body = (
-        "for _, leaf in nnx.iter_graph(model):\n"
+        "for _, leaf in nnx.iter_graph(model, graph=True):\n"
         f"    if isinstance(leaf, {of}):\n"
         f"        leaf.set_value(leaf.get_raw_value(){read})"
     )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statewise._src.common.graphdef import called
 from statewise._src.common.paths import Leaf
 from statewise._src.common.problems import counted
 from statewise._src.core.plan import Plan, State, tables_in
@@ -84,10 +85,11 @@ def members_share_noise(subject: Subject) -> Iterator[Found]:
             rows.append(dataclasses.replace(array.leaf, note=f"member {twin[0]} as member {twin[1]}"))
     if rows:
         streams = counted(len(rows), "random stream has", "random streams have")
+        mapped = called("nnx.vmap", "make_model", graphdef=plan.graphdef)
         shared = ", ".join(dict.fromkeys(f"{row.kind}=None" for row in rows))
         yield Found(
             f"{streams} one key in several members.",
             tuple(rows),
-            "make each member with a seed of its own: nnx.vmap(make_model)(jax.random.split(key, members))\n"
+            f"make each member with a seed of its own: {mapped}(jax.random.split(key, members))\n"
             f"or, if they should draw the same noise, say so: plan.stacked({plan.members}, {shared})",
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import jax.numpy as jnp
 from flax import nnx
 
+from statewise._src.common.graphdef import called
 from statewise._src.common.paths import Path, format_path
 from statewise._src.common.problems import counted
 from statewise._src.filters.combinators import Filter
@@ -57,10 +58,12 @@ def statistics_written_by_eval(subject: Subject) -> Iterator[Found]:
         _writers(subject) if flags == {True} else {}
     )  # without such a flag, nothing says that this model evaluates
     if writers:
+        graphdef = subject.graph.graphdef
+        view = called("nnx.view", "model", "deterministic=True", "use_running_average=True", graphdef=graphdef)
         yield Found(
             f"Every dropout is switched off, but running statistics are still updated (in {_first(writers)}).",
             subject.rows(sorted(set().union(*writers.values()))),
-            "model.eval()  # or nnx.view(model, deterministic=True, use_running_average=True)",
+            f"{called('model.eval', graphdef=graphdef)}  # or {view}",
         )
 
 
@@ -73,11 +76,12 @@ def frozen_statistics_in_training(subject: Subject) -> Iterator[Found]:
     frozen = {path: set(filter(subject.is_frozen, numbers)) for path, numbers in _writers(subject).items()}
     first = next((path for path, numbers in frozen.items() if numbers), None)
     if first is not None:
+        evaluated = called("model.eval", graphdef=subject.graph.graphdef)
         yield Found(
             "Frozen statistics belong to modules that update them.",
             subject.rows(sorted(set().union(*frozen.values()))),
             f"use_running_average=True, where the module is made ({format_path(first)})"
-            "  # or model.eval() as a step's first line",
+            f"  # or {evaluated} as a step's first line",
         )
 
 

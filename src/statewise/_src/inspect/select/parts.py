@@ -21,6 +21,7 @@ from flax import nnx
 
 from statewise._src.common import compat
 from statewise._src.common.compare import MISSING, UNEXPECTED, LeafFacts, compare_leaf, note_of
+from statewise._src.common.graphdef import called
 from statewise._src.common.nested_state import nested
 from statewise._src.common.nnx_graph import (
     ONE,
@@ -224,7 +225,8 @@ def _flat(part: Any, known: Mapping[Path, LeafFacts]) -> Iterator[tuple[Path, An
     if isinstance(part, nnx.FlatState):
         yield from ((tuple(path), leaf) for path, leaf in part)
     elif not isinstance(part, Mapping):
-        raise _not_a_state(part, "an nnx.State, or a dict of arrays by path; nnx.state(model) makes one of a model")
+        code = called("nnx.state", "model")
+        raise _not_a_state(part, f"an nnx.State, or a dict of arrays by path; {code} makes one of a model")
     # A key that is a tuple may also be a key of the model, in an nnx.Dict.
     elif part and all(isinstance(key, tuple) for key in part) and not part.keys() & {path[0] for path in known}:
         yield from part.items()
