@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import itertools
 import os
 from collections.abc import Awaitable
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.orbax.epath import epath, flush_item
+from statewise._src.checkpoint.orbax.exchange import LIMIT, write_together
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_steps import Claim
@@ -26,16 +26,14 @@ from statewise._src.core.plan import State
 
 __all__ = ["StateItem"]
 
-# Each save needs names of its own for what its processes wait for; they count in the same order.
-_saves = itertools.count()
-# The seconds that a process waits for the others: Orbax's own limit for a write.
-_PATIENCE = 1200
-
 
 class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     """A state that Orbax saves and loads; the class that has one says what is saved, and how it is restored."""
 
     claim: Claim | None = None  # the right to commit the step; None where Orbax commits it by a rename
+    # The most seconds that a process waits for the others.  With None the first interface waits for none: a manager of
+    # the user's own may be for some of the processes.
+    limit: float | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -67,17 +65,13 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     async def save(self, directory: Any) -> Awaitable[None]:
         """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
         writer = self.writer(directory.path)
-        several = jax.process_count() > 1
-        if several:
+        if jax.process_count() > 1:
             await directory.await_creation()  # for the processes to write into it
-        name = f"statewise.{next(_saves)}"
 
         # In threads, because `write` blocks and Orbax runs this in its event loop.
         async def written() -> None:
             await directory.await_creation()
-            await asyncio.to_thread(writer.write)
-            if several:
-                await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
+            await asyncio.to_thread(write_together, directory.path, writer.write, self.limit or LIMIT)
             if jax.process_index() == 0:
                 await asyncio.to_thread(self.commit, directory.path, writer)
 

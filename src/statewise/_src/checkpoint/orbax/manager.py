@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.format.manifest import NAME
+from statewise._src.checkpoint.orbax.data_item import DataItem
 from statewise._src.checkpoint.orbax.epath import epath
 from statewise._src.checkpoint.orbax.item import StateItem
 from statewise._src.checkpoint.orbax.options import Options, is_of_newer
@@ -196,6 +197,7 @@ class _OrbaxManager:
 
     orbax: Any
     _names: Any  # Orbax's format of the names of steps
+    _ending: Sequence[threading.Thread] = ()
 
     @property
     def directory(self) -> Any:
@@ -211,10 +213,26 @@ class _OrbaxManager:
         return self.orbax.should_save(step)
 
     def is_writing(self) -> bool:
-        return self.orbax.is_saving_in_progress()
+        # If a process does not answer, it stays in progress for Orbax although the thread that ends it has failed.
+        has_ended = bool(self._ending) and not any(thread.is_alive() for thread in self._ending)
+        return self.orbax.is_saving_in_progress() and not has_ended
+
+    @contextlib.contextmanager
+    def _starts(self) -> Iterator[None]:
+        """Keeps the thread that a block starts to end a save, by the name that Orbax gives it."""
+        before = threading.enumerate()
+        yield
+        self._ending = [new for new in threading.enumerate() if new not in before and new.name == "save_finalize"]
 
     def close(self) -> None:
         self.orbax.close()
+
+    def _set_limits(self, items: Iterable[Any], processes: Any, timing: Any) -> None:
+        """Tells our own items of a step how long its processes may wait for each other: as long as Orbax would."""
+        are_all = processes.active_processes is None and processes.primary_host is not None
+        for item in items:
+            if are_all and isinstance(item, (StateItem, DataItem)):
+                item.limit = timing.timeout_secs
 
 
 # --- the first interface -----------------------------------------------------------------------------------------
@@ -244,6 +262,8 @@ class _FirstManager(_OrbaxManager):
     def __init__(self, directory: Any, options: ocp.CheckpointManagerOptions) -> None:
         self.orbax = ocp.CheckpointManager(epath(directory), options=options)
         self.best_fn = options.best_fn
+        self._processes = options.multiprocessing_options
+        self._timing = options.async_options or ocp.options.AsyncOptions()
         self._saving_thread: int | None = None
         self.orbax.reached_preemption = functools.partial(self._reached_preemption, self.orbax.reached_preemption)
         self._names = options.step_name_format or ocp.path.step.standard_name_format(
@@ -276,14 +296,16 @@ class _FirstManager(_OrbaxManager):
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
         items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = extra.get(METRICS)
+        self._set_limits([state, *extra.values()], self._processes, self._timing)
         self._saving_thread = threading.get_ident()
         # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
-        self.orbax.save(
-            step,
-            args=ocp.args.Composite(**{ITEM: state}, **items),
-            metrics=metrics.data if isinstance(metrics, Json) else None,
-            force=True,
-        )
+        with self._starts():
+            self.orbax.save(
+                step,
+                args=ocp.args.Composite(**{ITEM: state}, **items),
+                metrics=metrics.data if isinstance(metrics, Json) else None,
+                force=True,
+            )
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(self.orbax.restore(step, args=ocp.args.Composite(**wanted)).items())
@@ -346,7 +368,8 @@ class _NewManager(_OrbaxManager):
             if isinstance(extra[name], Json):  # otherwise Orbax would write a dict as a tree of arrays
                 registry.add(ocp.v1.handlers.JsonHandler, checkpointable_name=name)
         context.checkpointables.registry = registry
-        with context:
+        self._set_limits([state, *extra.values()], context.multiprocessing, context.asynchronous)
+        with context, self._starts():
             self._response = self.orbax.save_checkpointables_async(
                 step, {ITEM: state, **items}, force=True, metrics=metrics
             )

@@ -33,6 +33,7 @@ __all__ = [
     "RoPE",
     "Tracer",
     "broadcast_from_first_process",
+    "failed_processes",
     "flags_of_processes",
     "is_hijax",
     "is_nnx_state",
@@ -125,6 +126,35 @@ def broadcast_from_first_process(values: np.ndarray) -> np.ndarray:
     """
     with _other_processes():
         return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def failed_processes(name: str, failed: bool, limit: float) -> list[int]:
+    """Returns the numbers of the processes that give True; unlike the others here, in any thread.
+
+    Nothing runs on devices: the processes talk through the service that `jax.distributed` has started.
+
+    Args:
+      name: what they talk about, without slashes; every process calls this with it, and waits for the others.
+      failed: whether this process has failed in it.
+      limit: the most seconds to wait.
+
+    Raises:
+      OtherProcessError: one of them does not answer.
+    """
+    # JAX has no function that gives this client; where it is, every supported version has it.
+    client: Any = getattr(multihost_utils, "distributed").global_state.client  # noqa: B009
+    milliseconds = int(1000 * limit)
+    key = f"{name}/{jax.process_index()}"
+    with _other_processes():
+        if failed:
+            client.key_value_set(key, "failed")
+        client.wait_at_barrier(name, milliseconds)
+        numbers = sorted(int(found.rpartition("/")[2]) for found, _ in client.key_value_dir_get(f"{name}/"))
+        if numbers:  # all of them have to read it before it is removed, for the next time with this name
+            client.wait_at_barrier(f"{name} read", milliseconds)
+        if failed:
+            client.key_value_delete(key)
+    return numbers
 
 
 @contextlib.contextmanager
