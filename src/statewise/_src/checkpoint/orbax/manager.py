@@ -169,6 +169,29 @@ class _Marked:
         return found
 
 
+class _Timed:
+    """The names of steps, where one whose metadata cannot be read is the oldest: without a time none can be saved."""
+
+    def __init__(self, names: Any) -> None:
+        self._names = names
+        self.build_name = names.build_name
+        self.single_host_load_and_broadcast = getattr(names, "single_host_load_and_broadcast", False)
+
+    def find_all(self, directory: Any) -> Iterator[Any]:
+        yield from map(self._timed, self._names.find_all(directory))
+
+    def find_step(self, directory: Any, step: int) -> Any:
+        return self._timed(self._names.find_step(directory, step))
+
+    @staticmethod
+    def _timed(found: Any) -> Any:
+        if found.commit_timestamp_nsecs is not None:
+            return found
+        return ocp.v1.training.CheckpointMetadata(
+            step=found.step, path=found.path, metadata=found.metadata, commit_timestamp_nsecs=0
+        )
+
+
 def read_json(folder: Any) -> Any:
     """Reads an extra item that is JSON, whichever interface has written it.
 
@@ -339,12 +362,14 @@ class _NewManager(_OrbaxManager):
             "preservation_policy": None if max_to_keep is None else training.preservation_policies.LatestN(max_to_keep),
         }
         used = defaults | keywords | {"context": self._context}
-        # Not passed on if it is the default: Orbax's own default also knows the time of a step whose metadata is gone,
-        # because its deletion was cut short.  Without a time no step could be saved any more.
         self._names = keywords.get("step_name_format") or ocp.v1.path.step.standard_name_format()
         if _is_s3(directory):
             self._context.atomicity.mode = _BY_MARKER.mode
-            used["step_name_format"] = self._names = _Marked(self._names)
+            self._names = _Marked(self._names)
+        # Not passed on if it is the default: Orbax's own knows the time of a step from its directory, if its metadata
+        # is gone because its deletion was cut short.
+        if _is_s3(directory) or "step_name_format" in keywords:
+            used["step_name_format"] = self._names = _Timed(self._names)
         self.orbax = training.Checkpointer(epath(directory), **used)
         self._asynchronous = asynchronous
         self._response: Any = None
