@@ -177,6 +177,22 @@ def test_each_of_two_processes_says_that_the_disk_of_one_was_full(way: str, fold
     assert second == f"A step could not be written to {url}: No space left on device. Earlier steps are complete."
 
 
+@pytest.mark.parametrize("way", ["first", pytest.param("new", marks=SLOW)])
+def test_one_of_two_processes_does_not_answer_and_the_other_says_so_when_the_limit_of_orbax_is_over(
+    way: str, folder: Path, tmp_path: Path
+) -> None:
+    url = tmp_path / "steps"
+    with started("fail_in_store.py", folder, 2, way, url, "1", "2 silent") as running:
+        running.wait_until(lambda: bool(said_of(running, 0, 2)))
+        (folder / "go").touch()
+        running.check_ended_well()
+        (said,) = said_of(running, 0, 2)
+    assert said.startswith(f"A step could not be written to {url}: ")
+    assert said.endswith(" seconds. Earlier steps are complete.") or "another process has ended or cannot be" in said
+    with sw.Checkpoints(url) as checkpoints:
+        assert checkpoints.steps == (1,)
+
+
 # --- other numbers of processes ----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from programs.save_together import spread
 from statewise._src.checkpoint.orbax.write import TreeWriter
 
 PATIENCE = 3.0  # seconds, after which one that waits for a step of a killed process says so
+LIMIT = 10  # seconds, after which the others go on without one that is silent
 write = TreeWriter.write
 
 
@@ -40,11 +41,20 @@ def dies(*args: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def saving(way: str, url: str) -> Callable[[int, str], None]:
+def options(way: str, limit: int) -> Any:
+    """Returns the options of one of Orbax's interfaces, whose processes wait for each other for so many seconds."""
+    if way == "first":
+        return ocp.CheckpointManagerOptions(async_options=ocp.options.AsyncOptions(timeout_secs=limit))
+    context = ocp.v1.Context()
+    context.asynchronous.timeout_secs = limit
+    return functools.partial(ocp.v1.training.Checkpointer, context=context)
+
+
+def saving(way: str, url: str, limit: int) -> Callable[[int, str], None]:
     """Returns what saves the state of a number: alone, or as a step."""
     if way == "alone":
         return lambda number, _: sw.save(f"{url}/{number}", spread(numbered.state(number)))
-    checkpoints = sw.Checkpoints(url, options=ocp.v1.training.Checkpointer if way == "new" else None)
+    checkpoints = sw.Checkpoints(url, options=options(way, limit))
 
     def save(number: int, what: str) -> None:
         checkpoints.save(number, spread(numbered.state(number)), metrics={"loss": number / 4})
@@ -55,14 +65,21 @@ def saving(way: str, url: str) -> Callable[[int, str], None]:
 
 def main(number: int, count: int, port: str, folder: str, way: str, url: str, *saves: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
-    save = saving(way, url)
+    save = saving(way, url, LIMIT if any("silent" in given for given in saves) else 1200)
+    go = Path(folder, "go")
+
+    def waits(*_: Any) -> None:
+        while not go.exists():
+            time.sleep(0.01)
+
+    ways = {"killed": dies, "full": fails, "silent": waits}
     for given in saves:
         name, _, what = given.partition(" ")
         if number == count - 1:
-            TreeWriter.write = {"killed": dies, "full": fails}.get(what, write)  # type: ignore[method-assign]
+            TreeWriter.write = ways.get(what, write)  # type: ignore[method-assign]
         print(name, said(functools.partial(save, int(name), what)), flush=True)
-        while what and not Path(folder, "go").exists():
-            time.sleep(0.01)
+        if what:
+            waits()
     os._exit(0)  # JAX would wait for the process that has ended
 
 

@@ -57,7 +57,7 @@ def _told(directory: Any, facts: Callable[[], tuple[str, str]]) -> Iterator[None
             answer = said(error)
             reason, hint = answer.strerror or "", answer.hint
         elif isinstance(error, (OSError, ValueError)):
-            reason = reason_of(error)
+            reason = reason_of(error).rstrip(".")
         else:
             raise
         raise SaveError(text.format(directory=directory, reason=reason), hint=hint) from error

@@ -10,12 +10,13 @@ from __future__ import annotations
 import abc
 import asyncio
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from statewise._src.checkpoint.orbax.data_item import DataItem
 from statewise._src.checkpoint.orbax.epath import epath, flush_item
 from statewise._src.checkpoint.orbax.exchange import LIMIT, write_together
 from statewise._src.checkpoint.orbax.handler import StateHandler
@@ -80,6 +81,20 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     async def load(self, directory: Any) -> Awaitable[State]:
         """Starts to load; returns an awaitable that ends when the state is restored."""
         return asyncio.to_thread(self.restored, epath(directory))
+
+
+def set_limits(items: Iterable[Any], processes: Any, timing: Any) -> None:
+    """Tells our own items of a step how long its processes wait for each other: as long as Orbax does by its options.
+
+    Args:
+      items: the items; those of others are left as they are.
+      processes: Orbax's options of processes; if not all of them write together, none is waited for.
+      timing: Orbax's options of the background write.
+    """
+    if processes.active_processes is None and processes.primary_host is not None:
+        for item in items:
+            if isinstance(item, (StateItem, DataItem)):
+                item.limit = timing.timeout_secs
 
 
 class StateItemHandler(ocp.v1.CheckpointableHandler[Any, Any]):

@@ -10,15 +10,15 @@ import dataclasses
 import functools
 import json
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.format.manifest import NAME
-from statewise._src.checkpoint.orbax.data_item import DataItem
 from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.item import StateItem
+from statewise._src.checkpoint.orbax.exchange import ending, has_ended
+from statewise._src.checkpoint.orbax.item import StateItem, set_limits
 from statewise._src.checkpoint.orbax.options import Options, is_of_newer
 from statewise._src.checkpoint.orbax.paths import is_url
 from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
@@ -220,7 +220,7 @@ class _OrbaxManager:
 
     orbax: Any
     _names: Any  # Orbax's format of the names of steps
-    _ending: Sequence[threading.Thread] = ()
+    _ending: Sequence[threading.Thread] = ()  # what ends the last save
 
     @property
     def directory(self) -> Any:
@@ -236,26 +236,10 @@ class _OrbaxManager:
         return self.orbax.should_save(step)
 
     def is_writing(self) -> bool:
-        # If a process does not answer, it stays in progress for Orbax although the thread that ends it has failed.
-        has_ended = bool(self._ending) and not any(thread.is_alive() for thread in self._ending)
-        return self.orbax.is_saving_in_progress() and not has_ended
-
-    @contextlib.contextmanager
-    def _starts(self) -> Iterator[None]:
-        """Keeps the thread that a block starts to end a save, by the name that Orbax gives it."""
-        before = threading.enumerate()
-        yield
-        self._ending = [new for new in threading.enumerate() if new not in before and new.name == "save_finalize"]
+        return self.orbax.is_saving_in_progress() and not has_ended(self._ending)
 
     def close(self) -> None:
         self.orbax.close()
-
-    def _set_limits(self, items: Iterable[Any], processes: Any, timing: Any) -> None:
-        """Tells our own items of a step how long its processes may wait for each other: as long as Orbax would."""
-        are_all = processes.active_processes is None and processes.primary_host is not None
-        for item in items:
-            if are_all and isinstance(item, (StateItem, DataItem)):
-                item.limit = timing.timeout_secs
 
 
 # --- the first interface -----------------------------------------------------------------------------------------
@@ -319,16 +303,12 @@ class _FirstManager(_OrbaxManager):
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
         items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = extra.get(METRICS)
-        self._set_limits([state, *extra.values()], self._processes, self._timing)
+        judged = metrics.data if isinstance(metrics, Json) else None
+        set_limits([state, *extra.values()], self._processes, self._timing)
         self._saving_thread = threading.get_ident()
         # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
-        with self._starts():
-            self.orbax.save(
-                step,
-                args=ocp.args.Composite(**{ITEM: state}, **items),
-                metrics=metrics.data if isinstance(metrics, Json) else None,
-                force=True,
-            )
+        with ending() as self._ending:
+            self.orbax.save(step, args=ocp.args.Composite(**{ITEM: state}, **items), metrics=judged, force=True)
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(self.orbax.restore(step, args=ocp.args.Composite(**wanted)).items())
@@ -393,8 +373,8 @@ class _NewManager(_OrbaxManager):
             if isinstance(extra[name], Json):  # otherwise Orbax would write a dict as a tree of arrays
                 registry.add(ocp.v1.handlers.JsonHandler, checkpointable_name=name)
         context.checkpointables.registry = registry
-        self._set_limits([state, *extra.values()], context.multiprocessing, context.asynchronous)
-        with context, self._starts():
+        set_limits([state, *extra.values()], context.multiprocessing, context.asynchronous)
+        with context, ending() as self._ending:
             self._response = self.orbax.save_checkpointables_async(
                 step, {ITEM: state, **items}, force=True, metrics=metrics
             )
