@@ -106,7 +106,7 @@ def some(always: set[tuple[str, ...]], *choices: Iterable[str]) -> list[Any]:
 def test_a_step_of_which_one_of_two_has_failed_is_not_offered_and_the_next_run_writes_it(
     way: str, what: str, bucket: tuple[str, Proxy], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wait with a timeout says so when that is over; one process goes on."""
+    """A wait with a timeout for a killed process says so when that is over; one process goes on."""
     url, proxy = f"{bucket[0]}/run", bucket[1]
     monkeypatch.setenv("STATEWISE_STORE_RETRIES", "0")
     proxy.faults = [REFUSED] if what == "refused" else []
@@ -134,17 +134,63 @@ def test_a_step_of_which_one_of_two_has_failed_is_not_offered_and_the_next_run_w
     assert not [name for name in listing(StorePath(url)) if name.endswith(".statewise-writer")]
 
 
-@pytest.mark.xfail(strict=True, reason="with sw.Checkpoints no process says which one has failed, nor why: they wait")
+FIRST_SAYS = (
+    "A step could not be written to {}: process 1 has failed, and its own error says why. Earlier steps are complete."
+)
+
+
+def check_went_on(running: Started, url: str | Path) -> None:
+    """The processes have saved step 2 after all, and then 3."""
+    running.check_ended_well()
+    assert [[said_of(running, number, step)[-1] for number in range(2)] for step in (2, 3)] == [["nothing"] * 2] * 2
+    with sw.Checkpoints(url) as checkpoints:
+        assert checkpoints.steps == (1, 2, 3)
+        for step in checkpoints.steps:
+            check_is(checkpoints.restore(numbered.plan().abstract(), step=step).state, step)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "way"), some({("gcs", "first"), ("s3", "new")}, ("gcs", "s3"), ("first", "new")), indirect=["bucket"]
+)
 def test_each_of_two_processes_says_that_one_has_failed_to_write_a_step(
-    gcs: str, gcs_proxy: Proxy, folder: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, bucket: tuple[str, Proxy], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No one waits for a timeout; then the same processes write that step, and the next one."""
+    url, proxy = f"{bucket[0]}/run", bucket[1]
     monkeypatch.setenv("STATEWISE_STORE_RETRIES", "0")
-    gcs_proxy.faults = [REFUSED]
-    with started("fail_in_store.py", folder, 2, "first", f"{gcs}/run", "1", "2 refused") as running:
-        first, second = wait_until_refused(running, gcs_proxy, folder)
+    proxy.faults = [REFUSED]
+    with started("fail_in_store.py", folder, 2, way, url, "1", "2 refused", "2", "3") as running:
+        first, second = wait_until_refused(running, proxy, folder)
+        check_went_on(running, url)
+    assert first == FIRST_SAYS.format(url)
+    assert second.startswith(f"A step could not be written to {url}: the store said 403: ")
+
+
+@pytest.mark.parametrize("way", ["first", "new"])
+def test_each_of_two_processes_says_that_the_disk_of_one_was_full(way: str, folder: Path, tmp_path: Path) -> None:
+    url = tmp_path / "steps"
+    (folder / "go").touch()
+    with started("fail_in_store.py", folder, 2, way, url, "1", "2 full", "2", "3") as running:
+        check_went_on(running, url)
+        first, second = (said_of(running, number, 2)[0] for number in range(2))
+    assert first == FIRST_SAYS.format(url)
+    assert second == f"A step could not be written to {url}: No space left on device. Earlier steps are complete."
+
+
+@pytest.mark.parametrize("way", ["first", pytest.param("new", marks=SLOW)])
+def test_one_of_two_processes_does_not_answer_and_the_other_says_so_when_the_limit_of_orbax_is_over(
+    way: str, folder: Path, tmp_path: Path
+) -> None:
+    url = tmp_path / "steps"
+    with started("fail_in_store.py", folder, 2, way, url, "1", "2 silent") as running:
+        running.wait_until(lambda: bool(said_of(running, 0, 2)))
+        (folder / "go").touch()
         running.check_ended_well()
-    assert "the store said 403" in second
-    assert "process 1 has failed" in first
+        (said,) = said_of(running, 0, 2)
+    assert said.startswith(f"A step could not be written to {url}: ")
+    assert said.endswith(" seconds. Earlier steps are complete.") or "another process has ended or cannot be" in said
+    with sw.Checkpoints(url) as checkpoints:
+        assert checkpoints.steps == (1,)
 
 
 # --- other numbers of processes ----------------------------------------------------------------------------------

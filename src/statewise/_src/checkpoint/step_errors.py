@@ -9,6 +9,7 @@ from typing import Any
 from statewise._src.checkpoint.orbax.store_errors import said
 from statewise._src.checkpoint.orbax.stores import StorePath
 from statewise._src.checkpoint.temporary import reason_of
+from statewise._src.common.compat import OtherProcessError
 from statewise.errors import SaveError, StatewiseError
 
 __all__ = ["opens", "step_exists", "writes"]
@@ -50,14 +51,23 @@ def _told(directory: Any, facts: Callable[[], tuple[str, str]]) -> Iterator[None
         raise
     except Exception as error:
         text, hint = facts()
-        if isinstance(directory, StorePath):
+        if other := _of_other_process(error):
+            reason, hint = str(other), "the logs of the other processes"
+        elif isinstance(directory, StorePath):
             answer = said(error)
             reason, hint = answer.strerror or "", answer.hint
         elif isinstance(error, (OSError, ValueError)):
-            reason = reason_of(error)
+            reason = reason_of(error).rstrip(".")
         else:
             raise
         raise SaveError(text.format(directory=directory, reason=reason), hint=hint) from error
+
+
+def _of_other_process(error: BaseException | None) -> OtherProcessError | None:
+    """Returns the error that says that another process has failed; Orbax's own may have followed it."""
+    while error is not None and not isinstance(error, OtherProcessError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def step_exists(directory: Any, step: int) -> SaveError:

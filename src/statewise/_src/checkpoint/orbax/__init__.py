@@ -6,6 +6,6 @@ The files:
 - arrays: `database` (OCDBT), `write`, `read`, `values` (large ones, read from a disk's files), `parts` (which process
   writes which part), `batching`, `flush` (to the disk), `plain` (checkpoints of other programs);
 - items and steps: `state_writer` (a state with its manifest), `handler` and `item` (a state as an item of either
-  interface), `data_item` (an iterator's position), `manager` (the steps of a run) and its `options`, `store_steps` (in
-  an object store), `progress`.
+  interface), `data_item` (an iterator's position), `exchange` (how several processes write in the background),
+  `manager` (the steps of a run) and its `options`, `store_steps` (in an object store), `progress`.
 """

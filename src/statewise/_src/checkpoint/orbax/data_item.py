@@ -13,6 +13,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.exchange import write_together
 
 __all__ = ["DataItem"]
 
@@ -24,13 +25,13 @@ class DataHandler(ocp.AsyncCheckpointHandler):
         """Starts a save; returns futures to wait for."""
         # As for a state: Orbax may make the directory in the background.
         written = ocp.future.CommitFutureAwaitingContractedSignals(
-            asyncio.to_thread(args.write, directory), name="statewise-data"
+            asyncio.to_thread(args.write_together, directory), name="statewise-data"
         )
         return [written]
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes the files."""
-        args.write(directory)
+        args.write_together(directory)
 
     def restore(self, directory: Any, args: Any = None) -> dict[str, bytes]:
         """Returns the files of all processes."""
@@ -43,18 +44,23 @@ class DataItem(ocp.args.CheckpointArgs):
     """What one process saves of its iterator: files, by name.  Through the newer interface it saves itself."""
 
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    limit: float | None = None  # the most seconds that a process waits for the others; None if it waits for none
 
-    def write(self, directory: Any) -> None:
-        """Writes the files into a directory that exists."""
-        folder = epath(directory)
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+    def write_together(self, directory: Any) -> None:
+        """Writes the files into a directory that exists, and waits for the other processes to do so."""
+
+        def write() -> None:
+            folder = epath(directory)
+            for name, content in self.files.items():
+                (folder / name).write_bytes(content)
+
+        write_together(directory, write, self.limit)
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
 
         async def written() -> None:
-            await asyncio.to_thread(self.write, await directory.await_creation())
+            await asyncio.to_thread(self.write_together, await directory.await_creation())
 
         return written()
 

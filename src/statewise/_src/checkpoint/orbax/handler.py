@@ -12,6 +12,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.orbax.epath import epath
+from statewise._src.checkpoint.orbax.exchange import write_together
 from statewise._src.checkpoint.orbax.state_writer import StateWriter
 from statewise._src.checkpoint.orbax.write import tree_handler
 
@@ -30,14 +31,14 @@ class StateHandler(ocp.AsyncCheckpointHandler):
         self._item, self._writer = args, (writer := args.writer(directory))
         # Orbax may make the directory in the background: this future waits until it exists.
         written = ocp.future.CommitFutureAwaitingContractedSignals(
-            asyncio.to_thread(writer.write), name="statewise-arrays"
+            asyncio.to_thread(write_together, directory, writer.write, args.limit), name="statewise-arrays"
         )
         return [written]
 
     def save(self, directory: Any, args: Any) -> None:
         """Writes everything but the manifest."""
         self._item, self._writer = args, args.writer(directory)
-        self._writer.write()
+        write_together(directory, self._writer.write, args.limit)
 
     def finalize(self, directory: Any) -> None:
         """Writes the manifest when everything else is written; called once, by one process."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import itertools
 import os
 import types
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from statewise._src.checkpoint.orbax.data_item import DataItem
 from statewise._src.checkpoint.orbax.epath import epath, flush_item
+from statewise._src.checkpoint.orbax.exchange import LIMIT, write_together
 from statewise._src.checkpoint.orbax.handler import StateHandler
 from statewise._src.checkpoint.orbax.state_writer import Saving, StateWriter
 from statewise._src.checkpoint.orbax.store_steps import Claim
@@ -27,17 +28,15 @@ from statewise._src.core.plan import State
 
 __all__ = ["StateItem"]
 
-# Each save needs names of its own for what its processes wait for; they count in the same order.
-_saves = itertools.count()
-# The seconds that a process waits for the others: Orbax's own limit for a write.
-_PATIENCE = 1200
-
 
 class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     """A state that Orbax saves and loads; the class that has one says what is saved, and how it is restored."""
 
     recorded: Mapping[str, str] = types.MappingProxyType({})  # what the manifest records of a step of `Checkpoints`
     claim: Claim | None = None  # the right to commit the step; None where Orbax commits it by a rename
+    # The most seconds that a process waits for the others.  With None the first interface waits for none: a manager of
+    # the user's own may be for some of the processes.
+    limit: float | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -69,17 +68,13 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     async def save(self, directory: Any) -> Awaitable[None]:
         """Starts to save into a directory that Orbax makes; returns an awaitable that ends when all is written."""
         writer = self.writer(directory.path)
-        several = jax.process_count() > 1
-        if several:
+        if jax.process_count() > 1:
             await directory.await_creation()  # for the processes to write into it
-        name = f"statewise.{next(_saves)}"
 
         # In threads, because `write` blocks and Orbax runs this in its event loop.
         async def written() -> None:
             await directory.await_creation()
-            await asyncio.to_thread(writer.write)
-            if several:
-                await ocp.v1.multihost.sync_global_processes("written", operation_id=name, timeout=_PATIENCE)
+            await asyncio.to_thread(write_together, directory.path, writer.write, self.limit or LIMIT)
             if jax.process_index() == 0:
                 await asyncio.to_thread(self.commit, directory.path, writer)
 
@@ -88,6 +83,20 @@ class StateItem(ocp.args.CheckpointArgs, abc.ABC):
     async def load(self, directory: Any) -> Awaitable[State]:
         """Starts to load; returns an awaitable that ends when the state is restored."""
         return asyncio.to_thread(self.restored, epath(directory))
+
+
+def set_limits(items: Iterable[Any], processes: Any, timing: Any) -> None:
+    """Tells our own items of a step how long its processes wait for each other: as long as Orbax does by its options.
+
+    Args:
+      items: the items; those of others are left as they are.
+      processes: Orbax's options of processes; if not all of them write together, none is waited for.
+      timing: Orbax's options of the background write.
+    """
+    if processes.active_processes is None and processes.primary_host is not None:
+        for item in items:
+            if isinstance(item, (StateItem, DataItem)):
+                item.limit = timing.timeout_secs
 
 
 class StateItemHandler(ocp.v1.CheckpointableHandler[Any, Any]):

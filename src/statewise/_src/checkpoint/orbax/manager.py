@@ -9,14 +9,15 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import orbax.checkpoint as ocp
 
 from statewise._src.checkpoint.format.manifest import NAME
 from statewise._src.checkpoint.orbax.epath import epath
-from statewise._src.checkpoint.orbax.item import StateItem
+from statewise._src.checkpoint.orbax.exchange import ending, has_ended
+from statewise._src.checkpoint.orbax.item import StateItem, set_limits
 from statewise._src.checkpoint.orbax.options import Options, is_of_newer
 from statewise._src.checkpoint.orbax.paths import is_url
 from statewise._src.checkpoint.orbax.store_steps import complete_steps, is_marked, keep_no_listings
@@ -193,6 +194,7 @@ class _OrbaxManager:
 
     orbax: Any
     _names: Any  # Orbax's format of the names of steps
+    _ending: Sequence[threading.Thread] = ()  # what ends the last save
 
     @property
     def directory(self) -> Any:
@@ -208,7 +210,7 @@ class _OrbaxManager:
         return self.orbax.should_save(step)
 
     def is_writing(self) -> bool:
-        return self.orbax.is_saving_in_progress()
+        return self.orbax.is_saving_in_progress() and not has_ended(self._ending)
 
     def close(self) -> None:
         self.orbax.close()
@@ -241,6 +243,8 @@ class _FirstManager(_OrbaxManager):
     def __init__(self, directory: Any, options: ocp.CheckpointManagerOptions) -> None:
         self.orbax = ocp.CheckpointManager(epath(directory), options=options)
         self.best_fn = options.best_fn
+        self._processes = options.multiprocessing_options
+        self._timing = options.async_options or ocp.options.AsyncOptions()
         self._saving_thread: int | None = None
         self.orbax.reached_preemption = functools.partial(self._reached_preemption, self.orbax.reached_preemption)
         self._names = options.step_name_format or ocp.path.step.standard_name_format(
@@ -273,14 +277,12 @@ class _FirstManager(_OrbaxManager):
     def save(self, step: int, state: StateItem, extra: Mapping[str, Any]) -> None:
         items = {name: ocp.args.JsonSave(item.data) if isinstance(item, Json) else item for name, item in extra.items()}
         metrics = extra.get(METRICS)
+        judged = metrics.data if isinstance(metrics, Json) else None
+        set_limits([state, *extra.values()], self._processes, self._timing)
         self._saving_thread = threading.get_ident()
         # The metrics a second time: if the options have a `best_fn`, Orbax passes these to it.
-        self.orbax.save(
-            step,
-            args=ocp.args.Composite(**{ITEM: state}, **items),
-            metrics=metrics.data if isinstance(metrics, Json) else None,
-            force=True,
-        )
+        with ending() as self._ending:
+            self.orbax.save(step, args=ocp.args.Composite(**{ITEM: state}, **items), metrics=judged, force=True)
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> Mapping[str, Any]:
         return dict(self.orbax.restore(step, args=ocp.args.Composite(**wanted)).items())
@@ -345,7 +347,8 @@ class _NewManager(_OrbaxManager):
             if isinstance(extra[name], Json):  # otherwise Orbax would write a dict as a tree of arrays
                 registry.add(ocp.v1.handlers.JsonHandler, checkpointable_name=name)
         context.checkpointables.registry = registry
-        with context:
+        set_limits([state, *extra.values()], context.multiprocessing, context.asynchronous)
+        with context, ending() as self._ending:
             self._response = self.orbax.save_checkpointables_async(
                 step, {ITEM: state, **items}, force=True, metrics=metrics
             )

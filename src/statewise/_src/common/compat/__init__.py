@@ -39,6 +39,7 @@ __all__ = [
     "is_untraced",
     "is_variable",
     "jit_is_disabled",
+    "other_processes",
     "reference",
     "sow_needs_capture",
     "state_type",
@@ -113,7 +114,7 @@ def values_of_processes(values: np.ndarray) -> np.ndarray:
     Raises:
       OtherProcessError: one of them does not answer.
     """
-    with _other_processes():
+    with other_processes():
         return np.asarray(multihost_utils.process_allgather(values))
 
 
@@ -123,12 +124,13 @@ def broadcast_from_first_process(values: np.ndarray) -> np.ndarray:
     Raises:
       OtherProcessError: one of them does not answer.
     """
-    with _other_processes():
+    with other_processes():
         return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 @contextlib.contextmanager
-def _other_processes() -> Iterator[None]:
+def other_processes() -> Iterator[None]:
+    """Raises an `OtherProcessError` if another process does not answer to what a block asks all of them."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # how JAX reports that one of them does not answer
