@@ -31,11 +31,11 @@ OTHERS = [file for file in sources() if COMPAT not in file.parents]
 # Everything that the package uses of `jax` outside of common/compat.  A name is added here by hand: is it documented,
 # and will it stay?
 _NAMES = """
-    Array Device NamedSharding P Ref ShapeDtypeStruct
-    block_until_ready checkpoint config custom_vjp default_backend default_device device_count device_get device_put
-    disable_jit distributed dtypes ensure_compile_time_eval eval_shape grad jacfwd jacrev jit lax
-    make_array_from_callback make_array_from_single_device_arrays make_jaxpr make_mesh new_ref nn numpy process_count process_index random
-    reshard sharding shard_map stages transfer_guard tree tree_util typeof typing value_and_grad vjp vmap
+    Array Device NamedSharding P Ref ShapeDtypeStruct block_until_ready checkpoint config custom_vjp default_backend
+    default_device device_count device_get device_put disable_jit distributed dtypes ensure_compile_time_eval
+    eval_shape grad jacfwd jacrev jit lax make_array_from_callback make_array_from_single_device_arrays make_jaxpr
+    make_mesh new_ref nn numpy process_count process_index random reshard sharding shard_map stages transfer_guard
+    tree tree_util typeof typing value_and_grad vjp vmap
 """
 ALLOWED = frozenset(_NAMES.split())
 # Parts of a jaxpr under a name that has changed, or may: `compat.jaxprs` has a function for each.  What JAX's grammar

@@ -118,9 +118,7 @@ def _parse(data: bytes) -> Manifest:
     _need(text == complete[2], "it is not written as Statewise writes it")
     _fields(content, "its content", {"written", "layout", "kinds", "leaves", "buffers", "base", "files"})
     _need(content["layout"] in ("named", "packed"), "its layout is unknown")
-    written, recorded = _texts(content["written"], "written"), {}
-    for name in [name for name in written if name.partition("/")[0] == STEP]:
-        recorded[name] = written.pop(name)
+    written = _texts(content["written"], "written")
     kinds = {name: _kind(kind) for name, kind in _dict(content["kinds"], "kinds").items()}
     buffers = tuple(map(_buffer, _list(content["buffers"], "buffers")))
     leaves = tuple([_leaf(leaf, kinds, buffers) for leaf in _list(content["leaves"], "leaves")])
@@ -133,6 +131,7 @@ def _parse(data: bytes) -> Manifest:
     is_base = base is None or (set(base) == {"path", "digest"} and "\0" not in base["path"])
     _need(is_base, "its base is not a checkpoint")
     files = {name: _file(name, facts) for name, facts in _dict(content["files"], "files").items()}
+    recorded = {name: written.pop(name) for name in [*written] if name.partition("/")[0] == STEP}
     return Manifest(written, content["layout"], kinds, leaves, buffers, base, files, digest, recorded)
 
 
