@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -71,19 +72,21 @@ def _exchange(settings: Settings, leaves: int) -> list[dict[str, Any]]:
     Every call ends when its arrays are there: all calls of a table wait for a list of as many arrays, which they
     collect in the same way, also those that have made none.
     """
-    model, other = (Stages(leaves, seed) for seed in range(2))
+    model, *others = (Stages(leaves, seed) for seed in range(4))
     plan = sw.plan(model)
     state = plan.take(model)
     graphdef, variables = nnx.split(model)
     arrays = nnx.as_pure(variables)
-    shared, written = arrays_of(model), variables_of(other)
-    plan.put(state, other)
-    for mine in (other, plan.build(state)):
+    shared = arrays_of(model)
+    plan.put(state, others[0])
+    for mine in (others[0], plan.build(state)):
         if not all(np.array_equal(one, two) for one, two in zip(arrays_of(mine), shared, strict=True)):
             raise WrongResultError("put and build disagree")
 
-    def put(call: Call) -> Call:
-        return lambda: (call(), [variable.get_raw_value() for variable in written])
+    # Each writes into a model of its own: what copies leaves arrays there that the next write has to free.
+    def put(call: Callable[[Stages], None], other: Stages) -> Call:
+        written = variables_of(other)
+        return lambda: (call(other), [variable.get_raw_value() for variable in written])
 
     asked: dict[str, dict[str, Call]] = {
         "take": {
@@ -92,9 +95,9 @@ def _exchange(settings: Settings, leaves: int) -> list[dict[str, Any]]:
             "`nnx.state(model)`, which shares": lambda: (_silent(lambda: nnx.state(model))(), shared),
         },
         "put": {
-            "`plan.put(state, model)`": put(lambda: plan.put(state, other)),
-            "`plan.put(state, model, copy=False)`": put(lambda: plan.put(state, other, copy=False)),
-            "`nnx.update(model, state)`, which shares": put(lambda: nnx.update(other, variables)),
+            "`plan.put(state, model)`": put(lambda other: plan.put(state, other), others[0]),
+            "`plan.put(state, model, copy=False)`": put(lambda other: plan.put(state, other, copy=False), others[1]),
+            "`nnx.update(model, state)`, which shares": put(lambda other: nnx.update(other, variables), others[2]),
         },
         "build": {
             "`plan.build(state)`": lambda: arrays_of(plan.build(state)),
