@@ -211,9 +211,9 @@ class Checkpoints:
             # Before Orbax starts: a save that fails halfway is in progress forever for it.
             check_savable(item.state, kinds_to_save(item.state, None))
             items = items_of_step(self._manager, extra, data, step if is_due else None)
-            item.recorded = record_of(step, items)
         if not is_due:
             return False
+        item.recorded = record_of(step, items)
         with writes(self._directory, self._complete):
             self._watch(None, 0, float("inf"))
             self._claims.end()  # Orbax would wait too; here its error is that of the step before

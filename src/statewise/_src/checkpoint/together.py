@@ -14,10 +14,10 @@ import numpy as np
 from statewise._src.common import compat
 from statewise.errors import SaveError
 
-__all__ = ["agreed", "agreed_token", "is_first", "together"]
+__all__ = ["RESTART", "agreed", "agreed_token", "is_first", "together"]
 
 # The hint if another process has ended.
-_RESTART = "the logs of the other processes; then restart all of them, on as many as there are"
+RESTART = "the logs of the other processes; then restart all of them, on as many as there are"
 
 
 def is_first() -> bool:
@@ -36,7 +36,7 @@ def agreed(*numbers: int) -> list[int]:
     try:
         return [int(number) for number in compat.broadcast_from_first_process(np.asarray(numbers, np.uint32))]
     except compat.OtherProcessError as error:
-        raise SaveError(f"No checkpoint could be written: {error}.", hint=_RESTART) from error
+        raise SaveError(f"No checkpoint could be written: {error}.", hint=RESTART) from error
 
 
 def agreed_token() -> str:
@@ -71,8 +71,8 @@ def together(final: Any, is_complete: Callable[[], bool] | None = None) -> Itera
         failed = compat.flags_of_processes(False)
     except compat.OtherProcessError as error:
         if is_complete is not None and is_complete():
-            raise SaveError(f"{os.fspath(final)} is complete, but {error}.", hint=_RESTART) from error
-        raise _failed(final, str(error), _RESTART, is_complete) from error
+            raise SaveError(f"{os.fspath(final)} is complete, but {error}.", hint=RESTART) from error
+        raise _failed(final, str(error), RESTART, is_complete) from error
     if failed:
         why = f"process {failed[0]} has failed, and its own error says why"
         raise _failed(final, why, f"the log of process {failed[0]}", is_complete)

@@ -22,6 +22,7 @@ from statewise._src.checkpoint.orbax.parts import processes_of
 from statewise._src.checkpoint.orbax.read import Key, Stored, read_stored
 from statewise._src.checkpoint.orbax.store_errors import reads, said, unreadable
 from statewise._src.checkpoint.orbax.stores import StorePath
+from statewise._src.checkpoint.together import RESTART
 from statewise._src.common import compat
 from statewise.errors import CorruptedError, RestoreError
 
@@ -162,7 +163,7 @@ def _arriving(
     except compat.OtherProcessError as error:
         raise RestoreError(
             f"{folder} could not be read: {error}.",
-            hint="the logs of the other processes; then restart all of them, on as many as there are",
+            hint=RESTART,
         ) from error
     except Exception as error:  # TensorStore raises any exception for what it cannot read
         if isinstance(folder, StorePath) and said(error).is_refusal:

@@ -43,7 +43,7 @@ def open_any(path: object) -> Source:
     folder = place_of(path, "sw.convert('run/checkpoint', dst)")
     with reads(folder):
         item = only_item(folder, NAME) if folder.is_dir() else None
-        return open_path(path) if item is None else _open_statewise(item)
+    return open_path(path) if item is None else _open_statewise(item)
 
 
 def _open_statewise(folder: Any) -> Source:
