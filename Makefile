@@ -90,12 +90,12 @@ tests: $(VENV)/.installed-test
 
 # What the oldest Python and libraries can make fail, on them, in an environment beside the first.  Lint, types, the site,
 # the pages and the browser's tests do not depend on them; of each property it draws fewer examples.  To leave CI time,
-# `heavy` files, those that start processes, and tests that take more than a second (tests/helpers/quick.py) run on the
+# `heavy` files, those that start processes, and tests that take over half a second (tests/helpers/quick.py) run on the
 # newest only; `make PYTHON=... VENV=... test` runs everything.
 OLDEST := not slow and not torch and not heavy and not docs and not processes and not browser
 tests-oldest:
 	$(MAKE) PYTHON="$$(.ci/python oldest)" VENV=.venv-oldest \
-	  PYTEST_ARGS='--quick=1 --hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
+	  PYTEST_ARGS='--quick=0.5 --hypothesis-profile=quick -m "$(OLDEST)" $(PYTEST_ARGS)' tests
 
 # What a new version of JAX, Flax, Optax or Orbax breaks first: names and jaxprs, the object graph, proofs on programs, a
 # step, a checkpoint.  On their pre-releases, in an environment on top of the first; nothing runs if there are none.

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RUN", "describe", "order", "peak_bytes"]
+__all__ = ["RUN", "commit", "describe", "order", "peak_bytes"]
 
 # The environment variable with the number of this process among those of its workload, from 0.
 RUN = "STATEWISE_BENCHMARK_RUN"
@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
             "load_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "commit": _commit(),
+        "commit": commit("src", "benchmarks", ":!benchmarks/results"),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -49,6 +49,16 @@ def order(keys: Iterable[str]) -> list[str]:
     drawn = list(keys)
     random.Random(1000 * os.getppid() + run // 2).shuffle(drawn)
     return drawn[::-1] if run % 2 else drawn
+
+
+def commit(*paths: str) -> str | None:
+    """The commit of the checkout, with "+" if something in these paths was changed since; None without git."""
+    try:
+        name = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--", *paths)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{name}+" if changed else name
 
 
 def peak_bytes() -> int:
@@ -72,16 +82,6 @@ def _cpu() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout, with "+" if what is measured or what measures was changed since; None without git."""
-    try:
-        commit = _git("rev-parse", "--short", "HEAD")
-        changed = _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+" if changed else commit
 
 
 def _git(*arguments: str) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 # Both are read once, when jax is imported: nothing above these lines may import it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Where `make` has JAX keep what it compiled.  JAX does not write these files atomically: each worker has its own
-# folder, and the programs that tests start have none.
-COMPILED = os.environ.pop("JAX_COMPILATION_CACHE_DIR", "")
+# Where `make` has JAX keep what it compiled, for all workers; the programs that tests start have none.  Workers inherit
+# the environment of the process that loaded this file first, which has taken JAX's own variable out of it.
+COMPILED = os.environ.pop("JAX_COMPILATION_CACHE_DIR", "") or os.environ.get("STATEWISE_COMPILED", "")
+os.environ["STATEWISE_COMPILED"] = COMPILED
 
 import runtime_types
 
@@ -64,7 +65,7 @@ CI_EXAMPLES = 16
 jax.config.update("jax_numpy_rank_promotion", "raise")
 FAST_EVERYWHERE = jax.config.read("jax_disable_most_optimizations")
 if COMPILED:
-    jax.config.update("jax_compilation_cache_dir", f"{COMPILED}/{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+    jax.config.update("jax_compilation_cache_dir", COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -115,8 +115,8 @@ def test_a_test_that_was_left_out_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_first_quick_run_knows_what_is_slow(tmp_path: Path) -> None:
-    """The list is read from pytest's results, and every file in it exists."""
-    results = tmp_path / "results.xml"
+    """The list is brought up to date from pytest's results, and every file in it exists."""
+    results, slow = tmp_path / "results.xml", tmp_path / "slow.txt"
     case = '<testcase classname="{}" name="{}" time="{}" />'
     cases = (
         ("tests.test_suite", "test_a[x y]", 1.5),
@@ -126,8 +126,20 @@ def test_the_first_quick_run_knows_what_is_slow(tmp_path: Path) -> None:
         ("", "README.md", 2),
     )
     results.write_text(f"<testsuite>{''.join(case.format(*each) for each in cases)}</testsuite>")
-    assert quick.slow_functions(results) == {"tests/step/test_step.py::A::b": 2.0, "tests/test_suite.py::test_a": 1.0}
-    known = quick.Times(1.0, tmp_path / "none.json").functions
-    gone = {name for name in known if not (quick.TESTS.parent / name.partition("::")[0]).exists()}
-    assert not gone
+    assert quick.mean_times(results) == {
+        "tests/step/test_step.py::A::b": 2.0,
+        "tests/test_suite.py::test_a": 1.0,
+        "tests/test_suite.py::test_b": 0.1,
+    }
+    did_not_run = f"tests/test_suite.py::{test_a_test_that_was_left_out_comes_back.__name__}"
+    gone = ("tests/gone.py::test_a", "tests/test_suite.py::test_gone")
+    slow.write_text("".join(f"4.0 {name}\n" for name in (did_not_run, *gone, "tests/test_suite.py::test_b")))
+    quick.update(results, slow)
+    assert quick.listed(slow) == {
+        "tests/step/test_step.py::A::b": 2.0,
+        "tests/test_suite.py::test_a": 1.0,
+        did_not_run: 4.0,
+    }
+    known = quick.listed()
+    assert not {name for name in known if not (quick.TESTS.parent / name.partition("::")[0]).exists()}
     assert len(known) > 100

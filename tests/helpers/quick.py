@@ -1,10 +1,10 @@
 """What `make quick` leaves out beside directories: tests that took long in their last run here.
 
 `pytest --quick=0.2` leaves out what took more than 0.2 seconds.  Times are in `.quick_times.json`, which git ignores. A
-first run has none: it goes by `slow_tests.txt`, the mean time of each test function over its cases in a complete run
-(`python tests/helpers/quick.py RESULTS.xml` writes the list, from the results of `pytest --junitxml=RESULTS.xml`).  A
-time that was not measured again fades, and its test comes back.  The rules of the repository, in `tests/` itself,
-always run.
+first run has none: it goes by `slow_tests.txt`, the mean time of each test function over its cases, compiled as quick
+runs compile (`python tests/helpers/quick.py RESULTS.xml` brings it up to date from the results of `pytest
+--junitxml=RESULTS.xml`).  A time that was not measured again fades, and its test comes back.  The rules of the
+repository, in `tests/` itself, always run.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ class Times:
 
     def __init__(self, limit: float, file: Path = FILE, slow: Path = SLOW) -> None:
         self.limit, self.file = limit, file
-        self.functions: dict[str, float] = {}
-        for line in slow.read_text(encoding="utf-8").splitlines():
-            seconds, _, name = line.partition(" ")
-            self.functions[name] = float(seconds)
+        self.functions = listed(slow)
         self.known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.measured: dict[str, float] = {}
 
@@ -71,8 +68,8 @@ class Times:
             self.file.write_text(json.dumps(times, indent=0), encoding="utf-8")
 
 
-def slow_functions(results: Path) -> dict[str, float]:
-    """Returns the mean seconds of each test function that takes longer than `LISTED`, from JUnit's XML."""
+def mean_times(results: Path) -> dict[str, float]:
+    """Returns the mean seconds of each test function over its cases, from JUnit's XML."""
     times: dict[str, list[float]] = collections.defaultdict(list)
     for case in ET.parse(results).getroot().iter("testcase"):
         # JUnit gives a dotted name: the file, and the classes in it.
@@ -82,8 +79,25 @@ def slow_functions(results: Path) -> dict[str, float]:
             file = _file(parts[:depth]).relative_to(TESTS.parent)
             function = case.get("name", "").partition("[")[0]
             times["::".join([str(file), *parts[depth:], function])].append(float(case.get("time", 0)))
-    means = {name: sum(seconds) / len(seconds) for name, seconds in sorted(times.items())}
-    return {name: mean for name, mean in means.items() if mean > LISTED}
+    return {name: sum(seconds) / len(seconds) for name, seconds in times.items()}
+
+
+def listed(slow: Path = SLOW) -> dict[str, float]:
+    """Returns the times in the list, by function."""
+    lines = (line.partition(" ") for line in slow.read_text(encoding="utf-8").splitlines())
+    return {name: float(seconds) for seconds, _, name in lines}
+
+
+def update(results: Path, slow: Path = SLOW) -> None:
+    """Puts the times of a run into the list.  Functions that did not run keep theirs, as long as they exist."""
+    kept = {name: seconds for name, seconds in listed(slow).items() if _exists(name)}
+    times = {name: seconds for name, seconds in (kept | mean_times(results)).items() if seconds > LISTED}
+    slow.write_text("".join(f"{times[name]:.1f} {name}\n" for name in sorted(times)), encoding="utf-8")
+
+
+def _exists(name: str) -> bool:
+    file, function = TESTS.parent / name.partition("::")[0], name.rpartition("::")[2]
+    return file.exists() and f"def {function}(" in file.read_text(encoding="utf-8")
 
 
 def _file(parts: Sequence[str]) -> Path:
@@ -91,5 +105,4 @@ def _file(parts: Sequence[str]) -> Path:
 
 
 if __name__ == "__main__":
-    lines = (f"{seconds:.1f} {name}\n" for name, seconds in slow_functions(Path(sys.argv[1])).items())
-    SLOW.write_text("".join(lines), encoding="utf-8")
+    update(Path(sys.argv[1]))

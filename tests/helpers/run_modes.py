@@ -3,6 +3,9 @@
 `make test-modes` calls it with the newest and the oldest environment.  Each run is a pytest process of its own, with
 Flax's environment variables set (tests/helpers/modes.py).  The table is printed, and with `--write` put into
 docs/compatibility.md between its markers, together with why tests were skipped.
+
+All modes together take hours.  What is written is also kept in tests/modes.json, each result with its commit, and
+`--resume` goes on from there.
 """
 
 from __future__ import annotations
@@ -26,11 +29,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.machine import commit
 
 from modes import MODES, ROOT, VARIABLE
 
+HERE = Path(__file__).parent
 PAGE = ROOT / "docs" / "compatibility.md"
-KEPT = ROOT / ".mode_results.json"
+KEPT = ROOT / "tests" / "modes.json"
 BEGIN, END = "<!-- modes: written by `make test-modes` -->", "<!-- modes: end -->"
 
 # All that has to do with models: without the rules of the repository, the types and the pages.
@@ -108,13 +115,14 @@ sys.exit(main(["demo"]))
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one run gave: how many tests passed, failed, and were skipped, by reason."""
+    """What one run gave: how many tests passed, failed, and were skipped, by reason, and of which commit they were."""
 
     passed: int
     failed: int
     skipped: Mapping[str, int]
     seconds: float
     demo: bool | None = None
+    commit: str | None = None
 
     def __str__(self) -> str:
         failed = f", **{self.failed} failed**" if self.failed else ""
@@ -124,8 +132,7 @@ class Result:
 
 def asked(python: str) -> dict[str, Any]:
     """Returns what an interpreter has: its name for the table, and the modes."""
-    helpers = str(Path(__file__).parent)
-    out = subprocess.run([python, "-c", QUESTION, helpers], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([python, "-c", QUESTION, str(HERE)], check=True, capture_output=True, text=True).stdout
     answer: dict[str, Any] = json.loads(out.splitlines()[-1])
     return answer
 
@@ -133,7 +140,7 @@ def asked(python: str) -> dict[str, Any]:
 def demo(python: str, mode: str) -> bool:
     """Runs `statewise demo` under one mode; returns whether every promise that it checks holds."""
     environment = {**os.environ, **MODES[mode].environment, "JAX_PLATFORMS": "cpu"}
-    command = [python, "-c", DEMO, json.dumps(dict(MODES[mode].defaults)), str(Path(__file__).parent)]
+    command = [python, "-c", DEMO, json.dumps(dict(MODES[mode].defaults)), str(HERE)]
     with tempfile.TemporaryDirectory() as folder:  # it writes its checkpoints where it runs
         process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -143,12 +150,9 @@ def demo(python: str, mode: str) -> bool:
 
 def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: bool, quick: float) -> Result:
     """Runs test files under one mode in a process of its own, and the demo in another."""
-    started = time.monotonic()
+    started, code = time.monotonic(), commit("src", "tests", ":!tests/modes.json")
     environment = {**os.environ, **MODES[mode].environment, VARIABLE: mode}
-    # Most programs are the same in every mode.  JAX does not write these files atomically, so each interpreter has a
-    # folder of its own, and runs one mode at a time.
-    cache = ROOT / ".jax_cache" / f"modes{python.replace(os.sep, '-')}"
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")  # most programs are the same in every mode
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "results.xml"
         environment["STATEWISE_QUICK_TIMES"] = f"{folder}/times.json"
@@ -175,7 +179,7 @@ def run(python: str, mode: str, files: Sequence[str], workers: int, with_demo: b
         print(f"--- {mode}, {python}\n{process.stdout[-20000:]}", flush=True)
     if process.returncode and not result.failed:  # an error outside of any test
         result = dataclasses.replace(result, failed=1)
-    return dataclasses.replace(result, demo=demo(python, mode)) if with_demo else result
+    return dataclasses.replace(result, commit=code, demo=demo(python, mode) if with_demo else None)
 
 
 def read(xml: Path, seconds: float) -> Result:
@@ -213,6 +217,13 @@ def table(
     without = [*LEFT_OUT.values(), *([f"take more than {quick:g} seconds"] if quick else [])]
     lines += ["", "What ran: " + ", ".join(f"`{file}`" for file in files) + ".", ""]
     lines += [f"What did not run: tests that {', that '.join(without[:-1])}, or that {without[-1]}.", ""]
+    commits: dict[str, list[str]] = {}
+    for (mode, name), result in results.items():
+        if result and result.commit:
+            commits.setdefault(result.commit, []).append(f"{mode} on {name.partition(',')[0]}")
+    if commits:
+        each_of = [code if len(commits) == 1 else f"{code} ({', '.join(runs)})" for code, runs in commits.items()]
+        lines += [f"Of what commit: {'; '.join(each_of)}.", ""]
     reasons: dict[str, list[str]] = {}
     for (mode, name), result in results.items():
         for reason, count in sorted((result.skipped if result else {}).items()):
@@ -228,21 +239,16 @@ def _escaped(reason: str) -> str:
 
 def kept(files: Sequence[str], quick: float) -> dict[tuple[str, str], Result | None]:
     """Returns the results of earlier calls on the same tests: a table may be made in several calls."""
-    if not KEPT.exists():
+    known = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    if (known.get("files"), known.get("quick")) != (list(files), quick):
         return {}
-    stored = json.loads(KEPT.read_text(encoding="utf-8")).get(_key(files, quick), [])
-    return {(mode, name): Result(**result) for mode, name, result in stored}
-
-
-def _key(files: Sequence[str], quick: float) -> str:
-    return " ".join([*files, *([f"up to {quick:g} seconds"] if quick else [])])
+    return {(mode, name): Result(**each) if each else None for mode, name, each in known["results"]}
 
 
 def keep(files: Sequence[str], quick: float, results: Mapping[tuple[str, str], Result | None]) -> None:
     """Keeps results for the next call."""
-    known = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
-    known[_key(files, quick)] = [[*key, dataclasses.asdict(each)] for key, each in results.items() if each is not None]
-    KEPT.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    each = [(*key, dataclasses.asdict(result) if result else None) for key, result in results.items()]
+    KEPT.write_text(json.dumps({"files": files, "quick": quick, "results": each}, indent=1) + "\n", encoding="utf-8")
 
 
 def write(text: str, page: Path = PAGE) -> None:
@@ -265,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", type=float, default=0.0, help="leave out tests that take more than these seconds")
     parser.add_argument("--together", action="store_true", help="run all interpreters at the same time")
     parser.add_argument("--workers", type=int, default=1, help="of pytest-xdist, in each run")
-    parser.add_argument("--resume", action="store_true", help="run only what no earlier call has run on these files")
+    parser.add_argument("--resume", action="store_true", help="run only what no earlier call with --write has run")
     parser.add_argument("--write", action="store_true", help="put the table into docs/compatibility.md")
     parser.add_argument("files", nargs="*", help="test files or directories; the parts that depend on modes without it")
     given = parser.parse_args(arguments)
@@ -288,8 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for done in concurrent.futures.as_completed(runs):
             results[runs[done]] = result = done.result()
             fresh.append(result)
-            keep(files, given.quick, results)
             if given.write:
+                keep(files, given.quick, results)
                 write(table(list(answers), results, files, given.quick))
             print(f"{' on '.join(runs[done])}: {result} in {result.seconds:.0f} s", flush=True)
     if given.write:  # also if nothing was left to run

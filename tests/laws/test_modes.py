@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -218,9 +219,10 @@ def test_the_table(tmp_path: Path) -> None:
     page.write_text(f"before\n{run_modes.BEGIN}\nold\n{run_modes.END}\nafter\n", encoding="utf-8")
     names = ["flax 1, jax 1", "flax 2, jax 2"]
     results: dict[tuple[str, str], run_modes.Result | None] = {
-        (mode, name): run_modes.Result(5, 0, {"no a|b": 2}, 1.0) for mode in modes.MODES for name in names
+        (mode, name): run_modes.Result(5, 0, {"no a|b": 2}, 1.0, commit="abc") for mode in modes.MODES for name in names
     }
-    results["tree", names[0]] = run_modes.Result(4, 1, {}, 1.0)
+    assert "Of what commit: abc.\n" in run_modes.table(names, results, ["tests/plan"])
+    results["tree", names[0]] = run_modes.Result(4, 1, {}, 1.0, commit="def")
     results["sow-noop", names[0]] = None
     run_modes.write(run_modes.table(names, results, ["tests/plan"]), page)
     text = page.read_text(encoding="utf-8")
@@ -232,7 +234,27 @@ def test_the_table(tmp_path: Path) -> None:
     assert "- no a\\|b: 2 in mode graph on flax 1; 2 in mode graph on flax 2" in text
     assert "What ran: `tests/plan`.\n\nWhat did not run: tests that take minutes, that " in text
     assert " that start processes, or that need a browser.\n" in text
+    assert "; def (tree on flax 1).\n" in text
     assert ", or that take more than 0.2 seconds.\n" in run_modes.table(names, results, ["tests/plan"], 0.2)
+
+
+def test_results_are_kept_for_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_modes, "KEPT", tmp_path / "modes.json")
+    assert run_modes.kept(["tests/plan"], 0.0) == {}
+    results = {("tree", "flax 1"): run_modes.Result(4, 1, {"no": 2}, 1.0, True, "abc"), ("sow-noop", "flax 1"): None}
+    run_modes.keep(["tests/plan"], 0.0, results)
+    assert run_modes.kept(["tests/plan"], 0.0) == results
+    assert run_modes.kept(["tests/plan"], 0.2) == run_modes.kept(["tests/core"], 0.0) == {}
+
+
+def test_the_page_has_the_table_of_the_results_that_are_kept() -> None:
+    known = json.loads(run_modes.KEPT.read_text(encoding="utf-8"))
+    files, quick = known["files"], known["quick"]
+    results = run_modes.kept(files, quick)
+    assert all(result is None or result.passed > 1000 for result in results.values())
+    names = list(dict.fromkeys(name for _, name in results))
+    page = run_modes.PAGE.read_text(encoding="utf-8").partition(run_modes.BEGIN)[2].partition(run_modes.END)[0]
+    assert page.strip() == run_modes.table(names, results, files, quick).strip()
 
 
 def test_a_skip_has_its_reason_also_where_a_complete_file_is_skipped(tmp_path: Path) -> None:
