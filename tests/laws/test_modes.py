@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -245,16 +244,6 @@ def test_results_are_kept_for_the_next_call(tmp_path: Path, monkeypatch: pytest.
     run_modes.keep(["tests/plan"], 0.0, results)
     assert run_modes.kept(["tests/plan"], 0.0) == results
     assert run_modes.kept(["tests/plan"], 0.2) == run_modes.kept(["tests/core"], 0.0) == {}
-
-
-def test_the_page_has_the_table_of_the_results_that_are_kept() -> None:
-    known = json.loads(run_modes.KEPT.read_text(encoding="utf-8"))
-    files, quick = known["files"], known["quick"]
-    results = run_modes.kept(files, quick)
-    assert all(result is None or result.passed > 1000 for result in results.values())
-    names = list(dict.fromkeys(name for _, name in results))
-    page = run_modes.PAGE.read_text(encoding="utf-8").partition(run_modes.BEGIN)[2].partition(run_modes.END)[0]
-    assert page.strip() == run_modes.table(names, results, files, quick).strip()
 
 
 def test_a_skip_has_its_reason_also_where_a_complete_file_is_skipped(tmp_path: Path) -> None:

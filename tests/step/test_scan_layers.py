@@ -14,6 +14,7 @@ from flax import nnx
 import statewise as sw
 from comparing import data
 from refusals import refused
+from statewise._src.common.graphdef import called
 
 LAYERS = 3
 TRACES: list[str] = []
@@ -329,7 +330,7 @@ def test_raw_arrays_and_values_of_several_arrays() -> None:
 # --- what can be wrong -----------------------------------------------------------------------------------------------
 
 MEND = (
-    "stack them: layers = nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})(keys)\n"
+    f"stack them: layers = {called('nnx.vmap', 'make_layer', 'transform_metadata={nnx.PARTITION_NAME: None}')}(keys)\n"
     "or jax.vmap(lambda key: plan.take(...))(keys)\n"
     "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)"
 )
