@@ -223,7 +223,7 @@ def table(
             commits.setdefault(result.commit, []).append(f"{mode} on {name.partition(',')[0]}")
     if commits:
         each_of = [code if len(commits) == 1 else f"{code} ({', '.join(runs)})" for code, runs in commits.items()]
-        lines += [f"Of what commit: {'; '.join(each_of)}.", ""]
+        lines += [f"Commit: {'; '.join(each_of)}.", ""]
     reasons: dict[str, list[str]] = {}
     for (mode, name), result in results.items():
         for reason, count in sorted((result.skipped if result else {}).items()):

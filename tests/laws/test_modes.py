@@ -220,7 +220,7 @@ def test_the_table(tmp_path: Path) -> None:
     results: dict[tuple[str, str], run_modes.Result | None] = {
         (mode, name): run_modes.Result(5, 0, {"no a|b": 2}, 1.0, commit="abc") for mode in modes.MODES for name in names
     }
-    assert "Of what commit: abc.\n" in run_modes.table(names, results, ["tests/plan"])
+    assert "Commit: abc.\n" in run_modes.table(names, results, ["tests/plan"])
     results["tree", names[0]] = run_modes.Result(4, 1, {}, 1.0, commit="def")
     results["sow-noop", names[0]] = None
     run_modes.write(run_modes.table(names, results, ["tests/plan"]), page)
