@@ -13,10 +13,10 @@ import optax
 import pytest
 from flax import nnx
 
+import modes
 import statewise as sw
 from plain_states import as_dicts
 from refusals import refused
-from statewise._src.common.graphdef import called
 from statewise._src.common.nnx_graph import ModelError
 
 
@@ -296,7 +296,7 @@ def test_other_containers_than_states_are_refused(container: type, tmp_path: Pat
     with refused(
         ModelError,
         "ArrayImpl is not a state, which holds leaves by path.",
-        hint=f"an nnx.State, or a dict of arrays by path; {called('nnx.state', 'model')} makes one of a model",
+        hint=f"an nnx.State, or a dict of arrays by path; {modes.in_mode('nnx.state(model)')} makes one of a model",
     ):
         sw.update(model, jnp.ones(3))  # type: ignore[arg-type]
     for wrong in ([jnp.ones((2, 3))], "text", {"0": {"kernel": jnp.ones((2, 3))}}):

@@ -86,6 +86,12 @@ def classic() -> Iterator[None]:
         yield
 
 
+def in_mode(call: str, graph: bool | None = None) -> str:
+    """Returns a call of Flax as a hint has it in graph mode, or in tree mode; by default in the mode of this run."""
+    graph = nnx.set_graph_mode.current_value() if graph is None else graph
+    return call if graph else call.replace(")", ", graph=True)").replace("(, ", "(")
+
+
 def start() -> None:
     """Sets what no environment variable sets, before any test file is imported."""
     mode = MODES[current()]

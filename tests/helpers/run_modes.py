@@ -206,10 +206,9 @@ def _reason(case: ET.Element, skip: ET.Element) -> str:
     return f"all tests of {case.get('name')}, counted as one: {reason}"
 
 
-def table(
-    names: Sequence[str], results: Mapping[tuple[str, str], Result | None], files: Sequence[str], quick: float = 0.0
-) -> str:
+def table(results: Mapping[tuple[str, str], Result | None], files: Sequence[str], quick: float = 0.0) -> str:
     """Returns the table of modes by versions, and below it why tests were skipped, as Markdown."""
+    names = list(dict.fromkeys(name for _, name in results))
     lines = ["| mode | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for mode, each in MODES.items():
         cells = [str(results.get((mode, name), "not run") or "this Flax does not have it") for name in names]
@@ -238,7 +237,7 @@ def _escaped(reason: str) -> str:
 
 
 def kept(files: Sequence[str], quick: float) -> dict[tuple[str, str], Result | None]:
-    """Returns the results of earlier calls on the same tests: a table may be made in several calls."""
+    """Returns the results of earlier calls on the same tests."""
     known = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
     if (known.get("files"), known.get("quick")) != (list(files), quick):
         return {}
@@ -280,6 +279,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answers = {answer["name"]: (python, answer) for python in given.python for answer in [asked(python)]}
     results = kept(files, given.quick) if given.resume else {}
     fresh: list[Result] = []
+
+    def written() -> str:
+        text = table(results, files, given.quick)
+        if given.write:
+            keep(files, given.quick, results)
+            write(text)
+        return text
+
     with contextlib.ExitStack() as stack:
         threads = len(answers) if given.together else 1
         pools = [stack.enter_context(concurrent.futures.ThreadPoolExecutor(1)) for _ in range(threads)]
@@ -294,13 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for done in concurrent.futures.as_completed(runs):
             results[runs[done]] = result = done.result()
             fresh.append(result)
-            if given.write:
-                keep(files, given.quick, results)
-                write(table(list(answers), results, files, given.quick))
+            written()
             print(f"{' on '.join(runs[done])}: {result} in {result.seconds:.0f} s", flush=True)
-    if given.write:  # also if nothing was left to run
-        write(table(list(answers), results, files, given.quick))
-    print(table(list(answers), results, files, given.quick))
+    print(written())  # also if nothing was left to run
     return int(any(result.failed or result.demo is False for result in fresh))
 
 

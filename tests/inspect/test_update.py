@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 
+import modes
 import strategies
 from comparing import holds_the_same
 from parts_model import STANDARD, Model, flat, notes
-from statewise._src.common.graphdef import called
 from statewise._src.inspect.select.parts import merge, split, update
 from statewise.errors import StructureError
 
@@ -171,5 +171,5 @@ def test_update_refuses_what_is_no_state(model: Model, bad: Any) -> None:
 
 
 def test_update_refuses_a_model_for_a_state(model: Model) -> None:
-    with pytest.raises(StructureError, match=re.escape(called("nnx.state", "model"))):
+    with pytest.raises(StructureError, match=re.escape(modes.in_mode("nnx.state(model)"))):
         update(model, Model())

@@ -48,11 +48,6 @@ def hint_of(rule: str, *given: Any, **options: Any) -> str:
     return next((found.hint for found in sw.lint(*given, **options) if found.code == rule), "")
 
 
-def in_mode(graph: bool, line: str) -> str:
-    """The line as it stands in graph mode, or in tree mode."""
-    return line if graph else line.replace(")", ", graph=True)").replace("(, ", "(")
-
-
 @GRAPH
 @pytest.mark.parametrize("several", [False, True])
 def test_a_step_that_only_evaluates(graph: bool, several: bool) -> None:
@@ -61,7 +56,7 @@ def test_a_step_that_only_evaluates(graph: bool, several: bool) -> None:
         state = sw.plan(*objects).take(*objects)
         with pytest.raises(sw.UndeclaredWriteError) as caught:
             sw.step(lambda *given: given[0](given[-1]))(state, TOKENS)
-        line = in_mode(graph, "model.eval()")
+        line = modes.in_mode("model.eval()", graph)
         assert f"if the function only evaluates: {line} as its first line" in str(caught.value.hint)
 
         @sw.step
@@ -76,7 +71,7 @@ def test_a_step_that_only_evaluates(graph: bool, several: bool) -> None:
 def test_a_model_that_evaluates_by_half(graph: bool) -> None:
     with nnx.set_graph_mode(graph):
         one, _, other = hint_of("statistics-written-by-eval", half_evaluating()).partition("  # or ")
-        assert one == in_mode(graph, "model.eval()")
+        assert one == modes.in_mode("model.eval()", graph)
         exec(one, {"model": (model := half_evaluating())})
         for mended in (model, eval(other, {"model": half_evaluating(), "nnx": nnx})):
             assert mended.norm.use_running_average
@@ -135,7 +130,7 @@ def test_models_that_are_to_be_stacked(graph: bool) -> None:
         same = plan.stack([sw.plan(Tied()).take(Tied())] * 2)
         (found,) = sw.lint(same)
         line = code_of(found, "vmap")
-        assert line == in_mode(graph, "nnx.vmap(make_model)") + "(jax.random.split(key, members))"
+        assert line == modes.in_mode("nnx.vmap(make_model)", graph) + "(jax.random.split(key, members))"
 
 
 @GRAPH

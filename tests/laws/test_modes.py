@@ -220,10 +220,10 @@ def test_the_table(tmp_path: Path) -> None:
     results: dict[tuple[str, str], run_modes.Result | None] = {
         (mode, name): run_modes.Result(5, 0, {"no a|b": 2}, 1.0, commit="abc") for mode in modes.MODES for name in names
     }
-    assert "Commit: abc.\n" in run_modes.table(names, results, ["tests/plan"])
+    assert "Commit: abc.\n" in run_modes.table(results, ["tests/plan"])
     results["tree", names[0]] = run_modes.Result(4, 1, {}, 1.0, commit="def")
     results["sow-noop", names[0]] = None
-    run_modes.write(run_modes.table(names, results, ["tests/plan"]), page)
+    run_modes.write(run_modes.table(results, ["tests/plan"]), page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -234,7 +234,7 @@ def test_the_table(tmp_path: Path) -> None:
     assert "What ran: `tests/plan`.\n\nWhat did not run: tests that take minutes, that " in text
     assert " that start processes, or that need a browser.\n" in text
     assert "; def (tree on flax 1).\n" in text
-    assert ", or that take more than 0.2 seconds.\n" in run_modes.table(names, results, ["tests/plan"], 0.2)
+    assert ", or that take more than 0.2 seconds.\n" in run_modes.table(results, ["tests/plan"], 0.2)
 
 
 def test_results_are_kept_for_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

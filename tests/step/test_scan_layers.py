@@ -11,10 +11,10 @@ import optax
 import pytest
 from flax import nnx
 
+import modes
 import statewise as sw
 from comparing import data
 from refusals import refused
-from statewise._src.common.graphdef import called
 
 LAYERS = 3
 TRACES: list[str] = []
@@ -329,8 +329,9 @@ def test_raw_arrays_and_values_of_several_arrays() -> None:
 
 # --- what can be wrong -----------------------------------------------------------------------------------------------
 
+STACKED = modes.in_mode("nnx.vmap(make_layer, transform_metadata={nnx.PARTITION_NAME: None})")
 MEND = (
-    f"stack them: layers = {called('nnx.vmap', 'make_layer', 'transform_metadata={nnx.PARTITION_NAME: None}')}(keys)\n"
+    f"stack them: layers = {STACKED}(keys)\n"
     "or jax.vmap(lambda key: plan.take(...))(keys)\n"
     "or declare what is shared: sw.scan_layers(fn, layers, x, shared=...)"
 )
