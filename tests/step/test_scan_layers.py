@@ -352,13 +352,11 @@ def test_leaves_without_a_slice_for_each_layer_are_listed() -> None:
     plan = sw.plan(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     state = plan.take(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     given = jax.tree.map(lambda axis, array: jnp.stack([array] * 3), plan.axes(params=0, stats=0), state)
+    sliced = "BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)"
     with refused(
         sw.StructureError,
         "Not every leaf has one slice for each layer.",
-        leaves=[
-            "mean: BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)",
-            "var: BatchStat(4,) float32  kind=stats  (is (3, 4), but shared by the layers)",
-        ],
+        leaves=[f"mean: {sliced}", f"var: {sliced}"],
         kind="stats",
         hint=MEND,
     ):
