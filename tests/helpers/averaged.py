@@ -28,7 +28,8 @@ def batch(number: int) -> jax.Array:
 
 
 def loss_of(model: Net, x: jax.Array) -> jax.Array:
-    return ((model(x) - 1.0) ** 2).mean() + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return ((model(x) - 1.0) ** 2).mean() + sum(leaf[...].sum() for leaf in params)
 
 
 train = sw.train_step(loss_of)

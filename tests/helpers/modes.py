@@ -154,6 +154,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("hijax", "jvp not implemented for 'get_variable'", "nnx.grad of hijax Variables", "0.12.12"),
     Refusal("hijax", "'aval_property' object is not callable", "hijax Variables as an output of jax.jit", "0.12.12"),
+    Refusal("hijax", "'NoneType' object has no attribute 'treedef'", "hijax Variables carried by a scan", "0.12.12"),
     Refusal(
         "hijax",
         "'aval_property' object has no attribute 'mesh'|must implement `batch`|Batching rule for 'new_variable' not",
@@ -193,6 +194,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("ref", "only one reference to a mutable array may be passed", "tied references as arguments of jax.jit"),
     Refusal("ref", "'Ref' object has no attribute", "a reference has no methods of arrays, as is_deleted"),
+    Refusal("ref", r"matmul requires .*\bTransformedRef", "nnx.SpectralNorm of references"),
+    Refusal("ref", r"input carry component .* is a <class '[\w.]+\.AbstractRef'>", "nnx.RNN of references"),
     Refusal("ref", r"Invalid shape for `swap`. Ref shape: \(\)", "nnx.split_rngs writes other shapes into references"),
 )
 

@@ -316,6 +316,7 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "hijax Variables are not written inside nnx.jit": lambda: nnx.jit(write)(Small()),
     "nnx.grad of hijax Variables": lambda: nnx.grad(lambda model: model.w[...].sum())(Small()),
     "hijax Variables as an output of jax.jit": lambda: jax.jit(lambda state: state)(nnx.state(Small())),
+    "hijax Variables carried by a scan": lambda: jax.lax.scan(lambda w, _: (w, w[...]), Small().w, length=1),
     "nnx.vmap does not make hijax Variables": lambda: nnx.vmap(lambda _: Small())(jnp.arange(3)),
     "nnx.vmap does not take hijax Variables": lambda: nnx.vmap(lambda w, x: w * x)(nnx.Param(jnp.ones(2)), jnp.ones(2)),
     "hijax Variables in jax.jit have no shape": lambda: jax.jit(
@@ -334,6 +335,10 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "nnx.eval_shape of references": lambda: nnx.eval_shape(Small),
     "tied references as arguments of jax.jit": lambda: jax.jit(lambda model: model["a"][...])(tied()),
     "a reference has no methods of arrays, as is_deleted": lambda: Small().w.is_deleted(),
+    "nnx.SpectralNorm of references": lambda: nnx.jit(lambda layer: layer(jnp.ones((1, 2)), update_stats=True))(
+        nnx.SpectralNorm(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    ),
+    "nnx.RNN of references": lambda: nnx.RNN(nnx.GRUCell(2, 3, rngs=nnx.Rngs(0)))(jnp.ones((1, 2, 2))),
     "nnx.split_rngs writes other shapes into references": lambda: nnx.split_rngs(nnx.Rngs(0), splits=2),
 }
 
