@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 import quick
-import run_modes
 import statewise as sw
 import worker_memory
 
@@ -144,12 +143,3 @@ def test_the_first_quick_run_knows_what_is_slow(tmp_path: Path) -> None:
     known = quick.listed()
     assert not {name for name in known if not (quick.TESTS.parent / name.partition("::")[0]).exists()}
     assert len(known) > 100
-
-
-def test_the_page_has_the_table_of_the_results_that_are_kept() -> None:
-    files = [f"tests/{part}" for part in run_modes.PARTS]
-    results = run_modes.kept(files, 0.0)
-    assert results
-    assert all(result is None or result.passed > 1000 for result in results.values())
-    page = run_modes.PAGE.read_text(encoding="utf-8").partition(run_modes.BEGIN)[2].partition(run_modes.END)[0]
-    assert page.strip() == run_modes.table(results, files).strip()

@@ -5,7 +5,7 @@ Flax's environment variables set (tests/helpers/modes.py).  The table is printed
 docs/compatibility.md between its markers, together with why tests were skipped.
 
 All modes together take hours.  What is written is also kept in tests/modes.json, each result with its commit, and
-`--resume` goes on from there.
+`--resume` goes on from there, and runs again what failed.
 """
 
 from __future__ import annotations
@@ -123,6 +123,11 @@ class Result:
     seconds: float
     demo: bool | None = None
     commit: str | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Returns whether nothing failed."""
+        return not self.failed and self.demo is not False
 
     def __str__(self) -> str:
         failed = f", **{self.failed} failed**" if self.failed else ""
@@ -270,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", type=float, default=0.0, help="leave out tests that take more than these seconds")
     parser.add_argument("--together", action="store_true", help="run all interpreters at the same time")
     parser.add_argument("--workers", type=int, default=1, help="of pytest-xdist, in each run")
-    parser.add_argument("--resume", action="store_true", help="run only what no earlier call with --write has run")
+    parser.add_argument("--resume", action="store_true", help="run only what passed in no earlier call with --write")
     parser.add_argument("--write", action="store_true", help="put the table into docs/compatibility.md")
     parser.add_argument("files", nargs="*", help="test files or directories; the parts that depend on modes without it")
     given = parser.parse_args(arguments)
@@ -295,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for number, (name, (python, answer)) in enumerate(answers.items()):
                 if mode not in answer["modes"]:
                     results[mode, name] = None
-                elif (mode, name) not in results:
+                elif not ((known := results.get((mode, name))) and known.fine):
                     pool = pools[number % threads]
                     runs[pool.submit(run, python, mode, files, given.workers, given.demo, given.quick)] = (mode, name)
         for done in concurrent.futures.as_completed(runs):
@@ -304,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             written()
             print(f"{' on '.join(runs[done])}: {result} in {result.seconds:.0f} s", flush=True)
     print(written())  # also if nothing was left to run
-    return int(any(result.failed or result.demo is False for result in fresh))
+    return int(not all(result.fine for result in fresh))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from flax import nnx
 from flax.nnx import variablelib
 
 import modes
-import run_modes
 import statewise as sw
 
 SOURCE = Path(__file__).parents[2] / "src" / "statewise"
@@ -211,64 +210,6 @@ def test_an_error_below_statewise_is_never_taken_for_a_refusal_of_flax(monkeypat
     assert modes.refused_by_flax(caught(lambda: sw.step(raising)(state))) == ""
     monkeypatch.setenv(modes.VARIABLE, "graph")
     assert modes.refused_by_flax(caught(raising)) == ""
-
-
-def test_the_table(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{run_modes.BEGIN}\nold\n{run_modes.END}\nafter\n", encoding="utf-8")
-    names = ["flax 1, jax 1", "flax 2, jax 2"]
-    results: dict[tuple[str, str], run_modes.Result | None] = {
-        (mode, name): run_modes.Result(5, 0, {"no a|b": 2}, 1.0, commit="abc") for mode in modes.MODES for name in names
-    }
-    assert "Commit: abc.\n" in run_modes.table(results, ["tests/plan"])
-    results["tree", names[0]] = run_modes.Result(4, 1, {}, 1.0, commit="def")
-    results["sow-noop", names[0]] = None
-    run_modes.write(run_modes.table(results, ["tests/plan"]), page)
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| tree mode: `NNX_GRAPH_MODE=false` | 4 passed, 0 skipped, **1 failed** | 5 passed, 2 skipped |" in text
-    assert "`NNX_SOW_CAPTURE_NOOP=true` | this Flax does not have it | 5 passed, 2 skipped |" in text
-    assert "- no a\\|b: 2 in mode graph on flax 1; 2 in mode graph on flax 2" in text
-    assert "What ran: `tests/plan`.\n\nWhat did not run: tests that take minutes, that " in text
-    assert " that start processes, or that need a browser.\n" in text
-    assert "; def (tree on flax 1).\n" in text
-    assert ", or that take more than 0.2 seconds.\n" in run_modes.table(results, ["tests/plan"], 0.2)
-
-
-def test_results_are_kept_for_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_modes, "KEPT", tmp_path / "modes.json")
-    assert run_modes.kept(["tests/plan"], 0.0) == {}
-    results = {("tree", "flax 1"): run_modes.Result(4, 1, {"no": 2}, 1.0, True, "abc"), ("sow-noop", "flax 1"): None}
-    run_modes.keep(["tests/plan"], 0.0, results)
-    assert run_modes.kept(["tests/plan"], 0.0) == results
-    assert run_modes.kept(["tests/plan"], 0.2) == run_modes.kept(["tests/core"], 0.0) == {}
-
-
-def test_a_skip_has_its_reason_also_where_a_complete_file_is_skipped(tmp_path: Path) -> None:
-    where = "('/tests/conftest.py', 138, 'Skipped: flax in mode ref: because')"
-    cases = [
-        "<testcase name='test_one'/>",
-        "<testcase name='test_two'><skipped message='flax in mode ref: because'>tests:3</skipped></testcase>",
-        f"<testcase name='tests.core.test_all'><skipped message='collection skipped'>{where}</skipped></testcase>",
-        "<testcase name='test_three'><failure>no</failure></testcase>",
-    ]
-    (xml := tmp_path / "results.xml").write_text(f"<testsuite>{''.join(cases)}</testsuite>", encoding="utf-8")
-    result = run_modes.read(xml, 1.0)
-    assert (result.passed, result.failed) == (1, 1)
-    assert result.skipped == {
-        "flax in mode ref: because": 1,
-        "all tests of tests.core.test_all, counted as one: flax in mode ref: because": 1,
-    }
-
-
-def test_every_file_and_test_of_the_fixed_part_exists() -> None:
-    folder = Path(__file__).parents[1]
-    for each in (*run_modes.FIXED, *run_modes.PARTS):
-        file, _, test = each.partition("[")[0].partition("::")
-        assert (folder / file).exists()
-        assert not test or f"def {test}(" in (folder / file).read_text(encoding="utf-8")
 
 
 def test_what_a_mode_changes_names_tests_that_exist() -> None:
