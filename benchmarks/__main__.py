@@ -30,6 +30,7 @@ PLANNED: dict[str, tuple[int, int]] = {
     "mesh": (8, 1),
     "decode": (1, 2),
     "decode_wide": (1, 2),
+    "alone": (1, 1),
     "rl": (1, 1),
     "noop": (1, 1),
     "scan": (1, 2),

@@ -26,6 +26,7 @@ from benchmarks.plot import curves, write_plot  # noqa: E402
 from benchmarks.styles import OURS, STYLES, why_not  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
     WORKLOADS,
+    alone,
     disk,
     first,
     grow,
@@ -161,6 +162,15 @@ def test_the_start_of_a_program() -> None:
     for table in tables[1:]:
         assert {row["key"] for row in table["rows"]} == {"statewise", "by-hand", "statewise-cold", "by-hand-cold"}
     assert all(row["median_s"] > 0 for table in tables for row in table["rows"])
+
+
+def test_each_way_in_a_process_of_its_own() -> None:
+    tables = alone.alone(TINY, depth=1)
+    assert [table["key"] for table in tables] == list(alone.CASES)
+    for table in tables:
+        assert [row["key"] for row in table["rows"]] == list(alone.CASES[table["key"]].ways)
+        assert all(row["median_s"] > 0 and row["samples"] == 1 for row in table["rows"])
+        assert table["reference"] == table["rows"][0]["key"]
 
 
 def test_the_first_call_in_turns() -> None:

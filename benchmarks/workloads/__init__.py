@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.measure import Settings
 from benchmarks.workloads import (
+    alone,
     disk,
     first,
     grow,
@@ -47,6 +48,7 @@ WORKLOADS = {
     "mesh": Workload(train.mesh, "Many small leaves on a mesh of eight devices"),
     "decode": Workload(serve.decode, "A decode step with a KV cache"),
     "decode_wide": Workload(serve.decode_wide, "A decode step of a model of many small Variables"),
+    "alone": Workload(alone.alone, "The same, each way in processes of its own"),
     "rl": Workload(serve.rl, "A loop of acting and learning, in tiny steps"),
     "noop": Workload(serve.noop, "A step that does nothing, on many leaves"),
     "scan": Workload(loops.scan, "Sixteen train steps in one call"),

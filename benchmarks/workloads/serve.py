@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
 from benchmarks.twins import twin
 
-__all__ = ["decode", "decode_case", "decode_loop", "decode_wide", "decode_wide_case", "noop", "rl"]
+__all__ = ["LOOPS", "decode", "decode_case", "decode_loop", "decode_wide", "decode_wide_case", "noop", "rl"]
 
 Tables = list[dict[str, Any]]
 
@@ -95,14 +96,6 @@ def decode_wide(settings: Settings) -> Tables:
 
 # --- many tokens in one call -----------------------------------------------------------------------------------
 
-LOOPS = {
-    "loop": "Statewise, a step with `nnx.while_loop` in it",
-    "loop-over-step": "Statewise, `jax.lax.while_loop` over a step, which returns the complete state",
-    "by-hand-loop": "`jax.lax.while_loop` by hand: flat lists, donated",
-    "calls": "Statewise, a call for each token",
-    "by-hand-calls": "`jax.jit` by hand: flat lists, donated, a call for each token",
-}
-
 
 def decode_loop(case: Case, settings: Settings, title: str, tokens: int = 32) -> dict[str, Any]:
     """So many tokens, each the likeliest after the one before it: in one call that may stop early, and in a call each.
@@ -110,28 +103,21 @@ def decode_loop(case: Case, settings: Settings, title: str, tokens: int = 32) ->
     What is timed never stops early; that both loops stop at the same token is checked first.
     """
     copy = fresh(case)
-    makers = {
-        "loop": _ours_loop,
-        "loop-over-step": _loop_over_step,
-        "by-hand-loop": _hand_loop,
-        "calls": _ours_calls,
-        "by-hand-calls": _hand_calls,
-    }
     texts, calls, firsts = {}, {}, {}
-    for key in order(makers):
-        calls[key] = makers[key](case, copy(), tokens)
+    for key in order(LOOPS):
+        calls[key] = LOOPS[key].make(case, copy(), tokens)
         firsts[key], text = timed(lambda call=calls[key]: call(-1))
         texts[key] = np.asarray(text)
     worst = {key: check(key, [text], [texts["loop"]], 0.0) for key, text in texts.items()}
     end = int(texts["loop"][tokens // 2])
     length = int(np.argmax(texts["loop"] == end)) + 1
     for key in ("loop", "loop-over-step", "by-hand-loop"):
-        stopped = np.asarray(makers[key](case, copy(), tokens)(end))
+        stopped = np.asarray(LOOPS[key].make(case, copy(), tokens)(end))
         check(f"{key}, stopped", [stopped], [np.where(np.arange(tokens) < length, texts["loop"], 0)], 0.0)
     rows = time_calls({key: lambda call=call: call(-1) for key, call in calls.items()}, "loop", settings, tokens)
     made = [
-        {"key": key, "label": LOOPS[key], **rows[key], "first_call_s": firsts[key], "difference": worst[key]}
-        for key in makers
+        {"key": key, "label": loop.label, **rows[key], "first_call_s": firsts[key], "difference": worst[key]}
+        for key, loop in LOOPS.items()
     ]
     return table("decode_loop", title, made, per="token", reference="loop", tokens=tokens)
 
@@ -211,6 +197,28 @@ def _calls(decode: Call, tokens: int) -> Call:
         return jnp.concatenate(text)
 
     return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """One way to generate: its label, and what makes a call, of the token that ends the text, that returns the text."""
+
+    label: str
+    make: Callable[[Case, Any, int], Call]
+
+
+LOOPS = {
+    "loop": Loop("Statewise, a step with `nnx.while_loop` in it", _ours_loop),
+    "loop-over-step": Loop(
+        "Statewise, `jax.lax.while_loop` over a step, which returns the complete state", _loop_over_step
+    ),
+    "by-hand-loop": Loop("`jax.lax.while_loop` by hand: flat lists, donated", _hand_loop),
+    "calls": Loop("Statewise, a call for each token", _ours_calls),
+    "by-hand-calls": Loop("`jax.jit` by hand: flat lists, donated, a call for each token", _hand_calls),
+}
+
+
+# --- many conversations ------------------------------------------------------------------------------------------
 
 
 def many_caches(case: Case, settings: Settings, conversations: int = 8) -> dict[str, Any]:
