@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         return _memory(*args.memory_of)
     if args.large_verb:
         return _large_verb(*args.large_verb)
+    if args.alone_of:
+        return _alone(*args.alone_of, args.quick)
     if args.worker:
         return _work(args.worker, args.quick, Path(args.json))
     results = Path(args.results) if args.results else RESULTS / "quick" if args.quick else RESULTS
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     for hidden in ("--worker", "--json"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--alone-of", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--large-verb", nargs=4, help=argparse.SUPPRESS)
     return parser
 
@@ -143,6 +146,14 @@ def _memory(way: str, name: str, size: str) -> int:
     from benchmarks.workloads.memory import child
 
     print(json.dumps(child(way, name, int(size))))
+    return 0
+
+
+def _alone(key: str, way: str, depth: str, quick: bool) -> int:
+    from benchmarks.measure import Settings
+    from benchmarks.workloads.alone import child
+
+    print(json.dumps(child(key, way, int(depth), Settings.short() if quick else Settings())))
     return 0
 
 

@@ -64,15 +64,15 @@ def _loop(way: str, depth: int) -> Call:
 CASES = {
     "alone_wide": Alone(
         "{} layers of 119 Variables, each way in processes of its own",
-        {way: LABELS[way] for way in (OURS, "by-hand", "nnx.jit_partial")},
+        {way: LABELS[way] for way in (OURS, "by-hand")},
         _wide,
-        runs=8,
+        runs=20,
     ),
     "alone_loop": Alone(
         f"{{}} layers of 119 Variables, {TOKENS} tokens, each way in processes of its own",
         {way: serve.LOOPS[way].label for way in ("loop", "by-hand-loop")},
         _loop,
-        runs=5,
+        runs=4,
         tokens=TOKENS,
     ),
 }
@@ -98,7 +98,7 @@ def _table(key: str, case: Alone, depth: int, quick: bool) -> dict[str, Any]:
         worst[way] = max(worst[way], check(way, output, expected, 1e-4))
     rows = numbers_of(seconds, reference)
     made = [
-        {"key": way, "label": label, **rows[way], "difference": worst[way], "process_medians_s": seconds[way]}
+        {"key": way, "label": label, **rows[way], "difference": worst[way], "runs_s": seconds[way]}
         for way, label in case.ways.items()
     ]
     return table(key, case.title.format(depth), made, per="token", reference=reference, tokens=case.tokens)
@@ -107,7 +107,7 @@ def _table(key: str, case: Alone, depth: int, quick: bool) -> dict[str, Any]:
 def _measured(key: str, way: str, depth: int, quick: bool) -> dict[str, Any]:
     """What a process of its own says."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, "-m", "benchmarks.workloads.alone", key, way, str(depth), *["quick"] * quick]
+    command = [sys.executable, "-m", "benchmarks", "--alone-of", key, way, str(depth), *["--quick"] * quick]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -119,8 +119,3 @@ def child(key: str, way: str, depth: int, settings: Settings) -> dict[str, Any]:
     outputs = [np.asarray(jax.block_until_ready(call())).tolist() for _ in range(3)]
     samples = interleave({way: call}, dataclasses.replace(settings, fewest_calls=4))[way]
     return {"seconds": float(np.median(samples)) / CASES[key].tokens, "outputs": outputs}
-
-
-if __name__ == "__main__":
-    settings = Settings.short() if "quick" in sys.argv else Settings()
-    print(json.dumps(child(sys.argv[1], sys.argv[2], int(sys.argv[3]), settings)))
