@@ -1,9 +1,9 @@
 """A step in a process of its own: what else a process has compiled is not in the number.
 
-In one process, of equal programs that are made one after the other, the first is the fastest: its code and its arrays
-are found closer together.  For a step whose code and arrays do not fit into the processor's caches that is up to a
-fifth of its time, more than what two ways differ by.  Here each number is the median of one process, which makes one
-way only.  The ways take turns, in another order each round.
+In one process, of equal programs that are made one after the other, the first was the fastest, whichever it was.  For a
+step whose code and arrays do not fit into the processor's caches that is up to a fifth of its time, more than what two
+ways differ by.  Here each number is the median of one process, which makes one way only.  The ways take turns, in
+another order each round.
 """
 
 from __future__ import annotations
