@@ -7,6 +7,7 @@ environment that it needs, and writes what comes back as JSON.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -52,12 +53,8 @@ PLANNED: dict[str, tuple[int, int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.memory_of:
-        return _memory(*args.memory_of)
-    if args.large_verb:
-        return _large_verb(*args.large_verb)
-    if args.alone_of:
-        return _alone(*args.alone_of, args.quick)
+    if args.child:
+        return _child(*args.child)
     if args.worker:
         return _work(args.worker, args.quick, Path(args.json))
     results = Path(args.results) if args.results else RESULTS / "quick" if args.quick else RESULTS
@@ -79,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write-docs", action="store_true", help="write docs/performance.md from the JSON there is")
     for hidden in ("--worker", "--json"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--alone-of", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--large-verb", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser
 
 
@@ -142,25 +137,10 @@ def _device() -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def _memory(way: str, name: str, size: str) -> int:
-    from benchmarks.workloads.memory import child
-
-    print(json.dumps(child(way, name, int(size))))
-    return 0
-
-
-def _alone(key: str, way: str, depth: str, quick: bool) -> int:
-    from benchmarks.measure import Settings
-    from benchmarks.workloads.alone import child
-
-    print(json.dumps(child(key, way, int(depth), Settings.short() if quick else Settings())))
-    return 0
-
-
-def _large_verb(verb: str, path: str, width: str, depth: str) -> int:
-    from benchmarks.workloads.large import child
-
-    print(json.dumps(child(verb, path, int(width), int(depth))))
+def _child(workload: str, arguments: str) -> int:
+    """The other side of `benchmarks.machine.in_own_process`."""
+    child = importlib.import_module(f"benchmarks.workloads.{workload}").child
+    print(json.dumps(child(*json.loads(arguments))))
     return 0
 
 

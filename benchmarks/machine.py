@@ -1,9 +1,10 @@
-"""What the numbers were taken on, and how much memory a process has used at most."""
+"""What the numbers were taken on, how much memory a process has used at most, and processes for one number."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import random
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RUN", "commit", "describe", "order", "peak_bytes"]
+__all__ = ["RUN", "commit", "describe", "in_own_process", "order", "peak_bytes"]
 
 # The environment variable with the number of this process among those of its workload, from 0.
 RUN = "STATEWISE_BENCHMARK_RUN"
@@ -49,6 +50,16 @@ def order(keys: Iterable[str]) -> list[str]:
     drawn = list(keys)
     random.Random(1000 * os.getppid() + run // 2).shuffle(drawn)
     return drawn[::-1] if run % 2 else drawn
+
+
+def in_own_process(workload: str, *arguments: Any) -> dict[str, Any]:
+    """What `child` of a workload's module returns in a process that does nothing else; all of it goes through JSON."""
+    command = [sys.executable, "-m", "benchmarks", "--child", workload, json.dumps(arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def commit(*paths: str) -> str | None:

@@ -9,11 +9,7 @@ another order each round.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,13 +18,12 @@ import numpy as np
 
 from benchmarks.case import Call
 from benchmarks.compare import check, numbers_of, table
+from benchmarks.machine import in_own_process
 from benchmarks.measure import Settings, interleave
 from benchmarks.styles import LABELS, OURS, STYLES
 from benchmarks.workloads import serve
 
 __all__ = ["CASES", "alone", "child"]
-
-TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +52,7 @@ def _wide(way: str, depth: int) -> Call:
 
 def _loop(way: str, depth: int) -> Call:
     case = serve.decode_wide_case(depth)
-    call = serve.LOOPS[way].make(case, case.build(), TOKENS)
+    call = serve.LOOPS[way].make(case, case.build(), serve.TOKENS)
     return lambda: call(-1)
 
 
@@ -69,11 +64,11 @@ CASES = {
         runs=20,
     ),
     "alone_loop": Alone(
-        f"{{}} layers of 119 Variables, {TOKENS} tokens, each way in processes of its own",
+        f"{{}} layers of 119 Variables, {serve.TOKENS} tokens, each way in processes of its own",
         {way: serve.LOOPS[way].label for way in ("loop", "by-hand-loop")},
         _loop,
         runs=4,
-        tokens=TOKENS,
+        tokens=serve.TOKENS,
     ),
 }
 
@@ -88,7 +83,7 @@ def _table(key: str, case: Alone, depth: int, quick: bool) -> dict[str, Any]:
     outputs: list[tuple[str, Any]] = []
     for _ in range(1 if quick else case.runs):
         for way in random.sample(list(case.ways), len(case.ways)):
-            found = _measured(key, way, depth, quick)
+            found = in_own_process("alone", key, way, depth, quick)
             seconds[way].append(found["seconds"])
             outputs.append((way, found["outputs"]))
     reference, *_ = case.ways
@@ -104,18 +99,10 @@ def _table(key: str, case: Alone, depth: int, quick: bool) -> dict[str, Any]:
     return table(key, case.title.format(depth), made, per="token", reference=reference, tokens=case.tokens)
 
 
-def _measured(key: str, way: str, depth: int, quick: bool) -> dict[str, Any]:
-    """What a process of its own says."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    command = [sys.executable, "-m", "benchmarks", "--alone-of", key, way, str(depth), *["--quick"] * quick]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def child(key: str, way: str, depth: int, settings: Settings) -> dict[str, Any]:
+def child(key: str, way: str, depth: int, quick: bool) -> dict[str, Any]:
     """Makes one call, and times it: the median of its samples in seconds a token, and its first three outputs."""
     call = CASES[key].make(way, depth)
     outputs = [np.asarray(jax.block_until_ready(call())).tolist() for _ in range(3)]
-    samples = interleave({way: call}, dataclasses.replace(settings, fewest_calls=4))[way]
+    settings = Settings.short() if quick else Settings()
+    samples = interleave({way: call}, dataclasses.replace(settings, fewest_calls=serve.FEWEST_CALLS))[way]
     return {"seconds": float(np.median(samples)) / CASES[key].tokens, "outputs": outputs}

@@ -6,9 +6,6 @@ the checkpoint is real: two gigabytes of bfloat16, written once.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ from flax import nnx
 import statewise as sw
 from benchmarks import models
 from benchmarks.compare import WrongResultError, table
-from benchmarks.machine import peak_bytes
+from benchmarks.machine import in_own_process, peak_bytes
 from benchmarks.measure import Settings, timed
 
 __all__ = ["VERBS", "child", "large", "plan_of", "write_checkpoint"]
@@ -101,17 +98,11 @@ def large(settings: Settings) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         count = write_checkpoint(path, width, depth)
-        rows = [{"key": verb, "label": verb, **_measured(verb, path, width, depth)} for verb in VERBS]
+        rows = [
+            {"key": verb, "label": verb, **in_own_process("large", verb, str(path), width, depth)} for verb in VERBS
+        ]
     title = f"A transformer of {count / 1e9:.2f} billion parameters in bfloat16, abstract, on a mesh of eight devices"
     return [table("large", title, rows, per="call", reference=rows[0]["key"], parameters=count)]
-
-
-def _measured(verb: str, path: Path, width: int, depth: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks", "--large-verb", verb, str(path), str(width), str(depth)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def child(verb: str, path: str, width: int, depth: int) -> dict[str, Any]:

@@ -7,16 +7,13 @@ is donated counted once).
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 
 from benchmarks.case import Case
 from benchmarks.compare import array_count, check, table
-from benchmarks.machine import peak_bytes
+from benchmarks.machine import in_own_process, peak_bytes
 from benchmarks.measure import Settings
 from benchmarks.styles import LABELS, OURS, STYLES, why_not
 from benchmarks.workloads.train import few_large_case, many_small_case
@@ -67,7 +64,7 @@ def _table(key: str, name: str, size: int, title: str, settings: Settings) -> di
         if reason:
             rows.append({"key": way, "label": label, "skipped": reason})
             continue
-        found = _measured(way, name, size)
+        found = in_own_process("memory", way, name, size)
         losses[way] = found.pop("losses")
         rows.append({"key": way, "label": label, **found})
     reference = rows[0]
@@ -76,14 +73,6 @@ def _table(key: str, name: str, size: int, title: str, settings: Settings) -> di
             row["difference"] = check(row["key"], losses[row["key"]], losses[reference["key"]], case.tolerance)
             row["ratio"] = row["peak_bytes"] / reference["peak_bytes"]
     return table(key, title, rows, per="peak", reference=reference["key"], **array_count(case))
-
-
-def _measured(way: str, name: str, size: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks", "--memory-of", way, name, str(size)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def child(way: str, name: str, size: int) -> dict[str, Any]:

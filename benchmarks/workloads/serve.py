@@ -23,7 +23,18 @@ from benchmarks.styles.flax_nnx import Nnx
 from benchmarks.styles.ours import Ours
 from benchmarks.twins import twin
 
-__all__ = ["LOOPS", "decode", "decode_case", "decode_loop", "decode_wide", "decode_wide_case", "noop", "rl"]
+__all__ = [
+    "FEWEST_CALLS",
+    "LOOPS",
+    "TOKENS",
+    "decode",
+    "decode_case",
+    "decode_loop",
+    "decode_wide",
+    "decode_wide_case",
+    "noop",
+    "rl",
+]
 
 Tables = list[dict[str, Any]]
 
@@ -62,6 +73,13 @@ def decode(settings: Settings) -> Tables:
 WIDE = ("statewise", "by-hand", "nnx.jit_partial", "nnx.jit", "equinox", "equinox-flat")
 
 
+# A step is longer than a sample is else; but the first call after others' finds none of its code in the processor's
+# caches.  So a sample is four calls at least, as in a loop of tokens.
+FEWEST_CALLS = 4
+# How many tokens one call makes, where it makes several.
+TOKENS = 32
+
+
 def decode_wide_case(depth: int, width: int = 16, length: int = 32) -> Case:
     """One token through a decoder of 119 Variables a layer; every layer's cache is written."""
 
@@ -80,24 +98,20 @@ def decode_wide_case(depth: int, width: int = 16, length: int = 32) -> Case:
 
 
 def decode_wide(settings: Settings) -> Tables:
-    """The shape of tpu-inference#2607: thousands of small Variables, read in every step.
-
-    A step is longer than a sample is else; but the first call after others' finds none of its code in the processor's
-    caches.  So a sample is four calls at least, as in a loop of tokens.
-    """
+    """The shape of tpu-inference#2607: thousands of small Variables, read in every step."""
     depth = 4 if settings.quick else 64
     title = f"{depth} layers of 119 Variables"
     case = decode_wide_case(depth)
-    several = dataclasses.replace(settings, fewest_calls=4)
+    several = dataclasses.replace(settings, fewest_calls=FEWEST_CALLS)
     first = f"{title}, samples of at least four calls"
     one = compare(case, several, key="decode_wide", title=first, per="token", names=WIDE)
-    return [one, decode_loop(case, settings, f"{title}, 32 tokens")]
+    return [one, decode_loop(case, settings, f"{title}, {TOKENS} tokens")]
 
 
 # --- many tokens in one call -----------------------------------------------------------------------------------
 
 
-def decode_loop(case: Case, settings: Settings, title: str, tokens: int = 32) -> dict[str, Any]:
+def decode_loop(case: Case, settings: Settings, title: str, tokens: int = TOKENS) -> dict[str, Any]:
     """So many tokens, each the likeliest after the one before it: in one call that may stop early, and in a call each.
 
     What is timed never stops early; that both loops stop at the same token is checked first.
