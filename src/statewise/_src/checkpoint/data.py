@@ -123,7 +123,7 @@ def _position_of(data: Any, failure: type[StatewiseError]) -> _Position:
     """Returns the position of an iterator; raises an error of this class if it cannot be stored."""
     try:
         state = data.get_state()
-    except Exception as error:
+    except Exception as error:  # an iterator of the user's own may raise anything
         raise failure(
             f"{_type_of(data)}.get_state() failed: {_told(error)}",
             hint="an iterator that can say where it is; or leave out data=",
@@ -190,7 +190,7 @@ class Move:
         try:
             self.iterator.set_state(self.there.fresh())
             arrived = _position_of(self.iterator, RestoreError)
-        except Exception as error:
+        except Exception as error:  # likewise
             why = error.message if isinstance(error, StatewiseError) else _told(error)
             raise self._refused(why, self._undo()) from error
         if arrived.differs(self.there):
@@ -203,7 +203,7 @@ class Move:
         try:
             self.iterator.set_state(self.here.fresh())
             arrived = _position_of(self.iterator, RestoreError)
-        except Exception as error:
+        except Exception as error:  # likewise
             raise self._refused(_told(error), said) from error
         return said if arrived.differs(self.here) else "It is where it was."
 

@@ -49,7 +49,7 @@ def _told(directory: Any, facts: Callable[[], tuple[str, str]]) -> Iterator[None
         yield
     except StatewiseError:
         raise
-    except Exception as error:
+    except Exception as error:  # Orbax, TensorStore and stores raise any exception
         text, hint = facts()
         if other := _of_other_process(error):
             reason, hint = str(other), "the logs of the other processes"

@@ -61,7 +61,7 @@ def together(final: Any, is_complete: Callable[[], bool] | None = None) -> Itera
         return
     try:
         yield
-    except Exception as failure:
+    except Exception as failure:  # raised again, when the other processes know
         try:
             compat.flags_of_processes(True)
         except compat.OtherProcessError as error:

@@ -95,7 +95,7 @@ def _zipped(file: FilePath) -> Recognized:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # not a zip file that can be read
         names = []
     if names and all(name.endswith(".npy") for name in names):
         return Recognized("a NumPy .npz file", _then_restored(f"dict(np.load({str(file)!r}))"))

@@ -37,7 +37,7 @@ def write_together(directory: object, write: Callable[[], None], limit: float | 
     name = f"statewise {directory}".replace("/", "|")  # a slash would divide a key
     try:
         write()
-    except Exception as failure:
+    except Exception as failure:  # raised again, when the other processes know
         try:
             _failed_processes(name, True, limit)
         except compat.OtherProcessError as error:

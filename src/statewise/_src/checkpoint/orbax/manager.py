@@ -364,7 +364,7 @@ class _NewManager(_OrbaxManager):
         if self._response is not None:
             try:
                 self._response.result()  # which has what the write has raised
-            except Exception:
+            except Exception:  # raised again, when Orbax has forgotten it
                 self._response = None
                 with contextlib.suppress(Exception):  # the same, which Orbax raises once more in this thread
                     self.orbax.wait()

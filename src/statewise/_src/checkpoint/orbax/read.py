@@ -150,7 +150,7 @@ def _spread_arrived(count: int, started: concurrent.futures.Future[Any]) -> Iter
             for key, stored, parts, devices in started.result()
         ]
         sums[:-1] = [_sums_here(each) for each in read]
-    except Exception:
+    except Exception:  # raised again, when the other processes know
         sums[-1] = 1
         compat.values_of_processes(sums)
         raise
